@@ -1,0 +1,112 @@
+"""The memory of one attention layer: hidden states and a state in, readings and the next state out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.ops import delta_scan
+
+L2_EPS = 1e-6
+BASE_SLICE_WIDTH = 8  # how many columns of Δ `base_slice` fills at most
+BASE_SLICE_NORM = 0.05  # and the length of each
+
+
+class DeltaMemory(nn.Module):
+    """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3). Always float32.
+
+    Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`.
+
+    Args:
+        config: the mechanism.
+        hidden_size: D.
+        out_features: output width of each corrected projection, by branch.
+    """
+
+    def __init__(self, config: DeltaMemConfig, hidden_size: int, out_features: Mapping[str, int]) -> None:
+        super().__init__()
+        self.config = config
+        width = config.state_heads * config.rank
+        options = {"dtype": torch.float32}
+        self.query = nn.Linear(hidden_size, width, bias=False, **options)
+        self.key = nn.Linear(hidden_size, width, bias=False, **options)
+        self.value = nn.Linear(hidden_size, width, bias=False, **options)
+        self.gate = nn.Linear(hidden_size, width, **options)  # β's pre-activation, one per state row
+        self.delta = nn.ModuleDict(
+            {branch: nn.Linear(width, out_features[branch], bias=False, **options) for branch in config.heads}
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.query, self.key, self.value):
+            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, self.config.beta_bias)
+        for delta in self.delta.values():
+            nn.init.zeros_(delta.weight)
+
+    @torch.no_grad()
+    def start_from_base(self, columns: Mapping[str, Tensor]) -> None:
+        """Fill the first columns of each Δ with the first columns of its branch's base weight, `[out, n]` by branch,
+        each scaled to a fixed length (`base_slice_fixed` of the reference)."""
+        for branch, weight in columns.items():
+            delta = self.delta[branch].weight
+            count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
+            start = weight[:, :count].to(delta)
+            delta[:, :count] = start / start.norm(dim=0, keepdim=True).clamp_min(L2_EPS) * BASE_SLICE_NORM
+
+    def gates(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log keep, erase, write) from the gate's pre-activation z `[..., R]`, with β = sigmoid(z), λ = 1 − β.
+
+        | rule             | keep | erase | write |
+        | standard (paper) | λ    | β     | β     |
+        | lambda_outside   | λ    | λβ    | β     |
+        | no_lambda        | 1    | β     | β     |
+        """
+        beta = torch.sigmoid(z)
+        log_keep = torch.zeros_like(z) if self.config.update_rule == "no_lambda" else F.logsigmoid(-z)
+        erase = beta * torch.sigmoid(-z) if self.config.update_rule == "lambda_outside" else beta
+        return log_keep, erase, beta
+
+    def forward(self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Read for every token from the state before it, then write.
+
+        Args:
+            hidden: `[B, T, D]`, what enters self-attention.
+            state: `[B, H, R, R]` before the first token.
+            reads: bool `[B, T]`, tokens that read (others get zeros); None for all.
+            writes: bool `[B, T]`, tokens that write; None for none, which leaves the state as it is.
+
+        Returns:
+            Readings `[B, T, H·R]` and the state `[B, H, R, R]` after the last token.
+        """
+        batch, tokens, _ = hidden.shape
+        heads = (batch, tokens, self.config.state_heads, self.config.rank)
+        x = hidden.to(self.query.weight.dtype)
+        q = _normalised(self.query(x).view(heads))
+        if writes is None:
+            readings = torch.einsum("bhij,bthj->bthi", state, q)
+        else:
+            k = _normalised(self.key(x).view(heads))
+            v = self.value(x).view(heads)
+            log_keep, erase, write = self.gates(self.gate(x).view(heads))
+            here = writes[:, :, None, None].to(x.dtype)
+            readings, state = delta_scan(q, k, v, log_keep * here, erase * here, write * here, state)
+        if reads is not None:
+            readings = readings * reads[:, :, None, None].to(x.dtype)
+        return readings.flatten(2), state
+
+    def correction(self, branch: str, readings: Tensor) -> Tensor:
+        """(α/R) · Δ r for one branch: `[B, T, H·R]` to `[B, T, out]`."""
+        return self.delta[branch](readings) * self.config.scale
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """l2norm(tanh(x)) over the R entries."""
+    x = torch.tanh(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
