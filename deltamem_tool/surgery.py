@@ -1,0 +1,297 @@
+"""Attach a memory to a causal language model with hooks, and take it off again.
+
+The base keeps its modules, names and weights. While the decoder runs, one `_Call` (in a context variable, so threads do
+not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the cache takes
+the new states when the decoder has finished. Nothing about a conversation is kept on the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
+from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
+from deltamem_tool.state import MemoryCache, MemoryState
+
+_PATCH = "_deltamem_patch"  # the attribute of a patched model that holds its `_Patch`
+
+
+class DeltaMemAdapter(nn.Module):
+    """The memories of all layers: everything that is trained and saved.
+
+    Its parameters are not registered in the base model, so the base's state dict stays its own.
+    """
+
+    def __init__(self, config: DeltaMemConfig, layers: Iterable[AttentionLayer]) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleDict()
+        for layer in layers:
+            if config.rank > layer.hidden_size:
+                raise ConfigError(
+                    f"The rank {config.rank} is too large.",
+                    f"It exceeds the model's hidden size, {layer.hidden_size}.",
+                    "Choose a smaller rank; 8 is the paper's.",
+                )
+            widths = {branch: layer.projection(branch).out_features for branch in config.heads}
+            self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+
+    @property
+    def layer_indices(self) -> list[int]:
+        return [int(index) for index in self.layers]
+
+    def state_shapes(self) -> dict[int, tuple[int, ...]]:
+        """`(H, R, R)` by layer index."""
+        return {i: (self.config.state_heads, self.config.rank, self.config.rank) for i in self.layer_indices}
+
+    def empty_memory(self, batch_size: int) -> MemoryState:
+        """Zeros for `batch_size` conversations, on the adapter's device."""
+        device = next(self.parameters()).device
+        zeros = {i: torch.zeros(batch_size, *shape, device=device) for i, shape in self.state_shapes().items()}
+        return MemoryState(zeros, self.fingerprint)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
+        versions = tuple(parameter._version for parameter in self.parameters())
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+            for name, weight in sorted(self.state_dict().items()):
+                digest.update(f"{name} {list(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+            self._fingerprint = (versions, digest.hexdigest())
+        return self._fingerprint[1]
+
+
+@dataclass
+class _Patch:
+    """All that `detach` has to undo."""
+
+    adapter: DeltaMemAdapter
+    handles: list[RemovableHandle]
+    required_grad: dict[str, bool]
+
+
+@dataclass
+class _Call:
+    """One run of the decoder."""
+
+    cache: MemoryCache
+    memory: MemoryState
+    reads: Tensor | None  # bool [B, T], None for all
+    writes: Tensor | None  # bool [B, T], None for none
+    token: Token | None = None
+    readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
+    states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("deltamem_call", default=None)
+
+
+def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
+    """Give `model` a fresh memory and freeze its own weights.
+
+    Args:
+        model: a decoder-only causal language model.
+        config: the mechanism; the paper's token-state write by default.
+
+    Returns:
+        The adapter, whose parameters are the only ones that train.
+
+    Raises:
+        ArchitectureError: the model cannot take a memory, or has one.
+        ConfigError: the options do not fit the model.
+    """
+    config = config or DeltaMemConfig()
+    if hasattr(model, _PATCH):
+        raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
+    layers = select_layers(attention_layers(model), config.layers)
+    adapter = DeltaMemAdapter(config, layers)
+    if config.delta_init == "base_slice":
+        for layer in layers:
+            adapter.layers[str(layer.index)].start_from_base(
+                {branch: layer.projection(branch).weight[:, :BASE_SLICE_WIDTH] for branch in config.heads}
+            )
+    _hook(model, adapter, layers)
+    return adapter
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the memory off: hooks gone, the base trainable where it was before."""
+    patch = _patch_of(model)
+    for handle in patch.handles:
+        handle.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(patch.required_grad[name])
+    del model._prepare_cache_for_generation
+    delattr(model, _PATCH)
+
+
+def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
+    """The adapter of a patched model."""
+    return _patch_of(model).adapter
+
+
+def _patch_of(model: PreTrainedModel) -> _Patch:
+    patch = getattr(model, _PATCH, None)
+    if patch is None:
+        raise ArchitectureError("This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first.")
+    return patch
+
+
+def _hook(model: PreTrainedModel, adapter: DeltaMemAdapter, layers: Iterable[AttentionLayer]) -> None:
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    decoder = model.base_model
+    handles = [
+        decoder.register_forward_pre_hook(_before_decoder(model, adapter), with_kwargs=True),
+        decoder.register_forward_hook(_after_decoder, always_call=True),
+    ]
+    for layer in layers:
+        memory = adapter.layers[str(layer.index)]
+        handles.append(layer.module.register_forward_pre_hook(_before_attention(layer.index, memory), with_kwargs=True))
+        for branch in adapter.config.heads:
+            handles.append(layer.projection(branch).register_forward_hook(_correct(layer.index, memory, branch)))
+    setattr(model, _PATCH, _Patch(adapter, handles, required_grad))
+    model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+
+
+def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
+    parameters = list(inspect.signature(model.base_model.forward).parameters)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = MemoryCache(model)
+            use_cache = kwargs.get("use_cache")
+            if model.config.use_cache if use_cache is None else use_cache:
+                kwargs["past_key_values"] = cache
+        elif not isinstance(cache, MemoryCache):
+            raise MemoryStateError(
+                f"A {type(cache).__name__} has no place for the memory.",
+                "The model would forget at every call.",
+                "Pass past_key_values=deltamem.MemoryCache(model), or none.",
+            )
+        tokens = kwargs.get("input_ids")
+        content = tokens if tokens is not None else kwargs["inputs_embeds"]
+        batch, length = content.shape[:2]
+        if adapter.layers[str(adapter.layer_indices[0])].query.weight.device != content.device:
+            adapter.to(content.device)  # the adapter follows the model, which does not know of it
+        memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
+        if memory.batch_size != batch:
+            raise MemoryStateError(
+                f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
+                "",
+                "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
+            )
+        reads = _valid(kwargs.get("attention_mask"), cache, length)
+        unfinished = cache.unfinished(tokens)
+        if unfinished is not None:
+            unfinished = unfinished.expand(batch, length)
+            reads = unfinished if reads is None else reads & unfinished
+        call = _Call(cache, memory.to(content.device), reads, _writing(cache.write, reads, content))
+        call.token = _CALL.set(call)
+        return (), kwargs
+
+    return hook
+
+
+def _valid(mask: Any, cache: MemoryCache, length: int) -> Tensor | None:
+    """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise MemoryStateError(
+            "The memory cannot tell padding from text.",
+            "The attention mask is not the 2-D mask over past and new tokens.",
+            "Pass attention_mask as [batch, past + new].",
+        )
+    return mask[:, -length:].bool()
+
+
+def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | None:
+    """Which of this call's tokens write, bool `[B, T]`; None for none."""
+    if isinstance(write, Tensor):
+        if write.shape != content.shape[:2]:
+            raise MemoryStateError(
+                f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.", "", "Make them equal."
+            )
+        return write.bool() if reads is None else write.bool() & reads
+    if not write:
+        return None
+    return torch.ones(content.shape[:2], dtype=torch.bool, device=content.device) if reads is None else reads
+
+
+def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
+    call = _CALL.get()
+    if call is None:
+        return  # the hook before the decoder refused the call
+    _CALL.reset(call.token)
+    if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
+        call.cache.memory = MemoryState({**call.memory.layers, **call.states}, call.memory.adapter)
+
+
+def _before_attention(index: int, memory: DeltaMemory):
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = _CALL.get()
+        if call is None:
+            raise MemoryStateError(
+                "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
+            )
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        readings, state = memory(hidden, call.memory.layers[index], call.reads, call.writes)
+        call.readings[index], call.states[index] = readings, state
+
+    return hook
+
+
+def _correct(index: int, memory: DeltaMemory, branch: str):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        call = _CALL.get()
+        assert call is not None  # the attention's own hook has seen to it
+        return output + memory.correction(branch, call.readings[index]).to(output.dtype)
+
+    return hook
+
+
+def _prepare_cache_for_generation(
+    self: PreTrainedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+) -> None:
+    """`generate` without a cache gets one with a memory; one that was given is repeated for beams."""
+    given = model_kwargs.get("past_key_values")
+    type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
+    copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+    if given is None and generation_config.use_cache:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise MemoryStateError(
+                f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
+                "",
+                "Leave cache_implementation out.",
+            )
+        model_kwargs["past_key_values"] = MemoryCache(self)
+    elif isinstance(given, MemoryCache) and given.memory is not None and given.memory.batch_size == batch_size:
+        given.batch_repeat_interleave(copies)
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, MemoryCache):
+        cache.begin_generation(getattr(generation_config, "_eos_token_tensor", None))
