@@ -1,0 +1,39 @@
+"""δ-mem for Hugging Face causal language models: attach, train, export, run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DeltaMemConfig": "config",
+    "DeltaMemError": "errors",
+    "MemoryCache": "state",
+    "MemoryState": "state",
+    "attach": "surgery",
+    "detach": "surgery",
+    "load": "adapter",
+    "save_adapter": "adapter",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from deltamem_tool.adapter import load, save_adapter
+    from deltamem_tool.config import DeltaMemConfig
+    from deltamem_tool.errors import DeltaMemError
+    from deltamem_tool.state import MemoryCache, MemoryState
+    from deltamem_tool.surgery import attach, detach
+
+
+def __getattr__(name: str):
+    """Import on first use: the command line and the ONNX runtime must not wait for torch."""
+    from importlib import import_module
+
+    if name in _HOME:
+        return getattr(import_module(f"deltamem_tool.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -65,18 +65,23 @@ def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
     return dict(sorted(states.items())), metadata["adapter"]
 
 
-def check_memory(states: Mapping[int, np.ndarray], written_by: str, adapter: str, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    """Refuse a memory that does not belong to `adapter`, whose layers have states of `shapes` `(H, R, R)`."""
+def check_memory(
+    found: Mapping[int, tuple[int, ...]], written_by: str, expected: Mapping[int, tuple[int, ...]], adapter: str
+) -> None:
+    """Refuse a memory with shapes `found`, by layer `(H, R, R)`, that `adapter` with shapes `expected` did not write.
+
+    Raises:
+        MemoryStateError: it belongs to another adapter, or has other layers, heads or rank.
+    """
+    if dict(found) != dict(expected):
+        raise MemoryStateError(
+            "This memory does not fit the adapter.",
+            f"Its layers are {dict(found)}, the adapter's {dict(expected)}.",
+            "Use the adapter that wrote it, or start with an empty memory.",
+        )
     if written_by != adapter:
         raise MemoryStateError(
             "This memory belongs to another adapter.",
             f"It was written by {written_by[:16]}…, this is {adapter[:16]}….",
-            "Use the adapter that wrote it, or start with an empty memory.",
-        )
-    found = {layer: tuple(state.shape[1:]) for layer, state in states.items()}
-    if found != dict(shapes):
-        raise MemoryStateError(
-            "This memory does not fit the adapter.",
-            f"Its layers are {found}, the adapter's {dict(shapes)}.",
             "Use the adapter that wrote it, or start with an empty memory.",
         )

@@ -38,7 +38,7 @@ class MemoryState:
                     f"It is {state.dtype} {list(state.shape)}, not float32 [B, H, R, R].",
                     "Pass states as a MemoryCache returns them.",
                 )
-        if len({state.shape[0] for state in self.layers.values()}) != 1:
+        if not self.layers or any(state.shape[0] != self.batch_size for state in self.layers.values()):
             raise MemoryStateError("The layers of this memory disagree on the batch size.", "", "Pass one batch.")
 
     def __repr__(self) -> str:
@@ -114,8 +114,7 @@ class MemoryCache(DynamicCache):
         self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
         self._stop_tokens: Tensor | None = None
         if memory is not None:
-            states = {layer: state.detach().cpu().numpy() for layer, state in memory.layers.items()}
-            check_memory(states, memory.adapter, adapter.fingerprint, adapter.state_shapes())
+            check_memory(memory.shapes(), memory.adapter, adapter.state_shapes(), adapter.fingerprint)
 
     def begin_generation(self, stop_tokens: Tensor | None) -> None:
         """`generate` starts: from its second call on, rows that have produced a stop token no longer read or write."""

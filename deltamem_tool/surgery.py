@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import MethodType
@@ -121,16 +121,27 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
         ConfigError: the options do not fit the model.
     """
     config = config or DeltaMemConfig()
-    if hasattr(model, _PATCH):
-        raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
     layers = select_layers(attention_layers(model), config.layers)
+    adapter = fresh_adapter(config, layers, lambda layer, head, n: layer.projection(head).weight[:, :n])
+    hook(model, adapter)
+    return adapter
+
+
+def fresh_adapter(
+    config: DeltaMemConfig,
+    layers: Sequence[AttentionLayer],
+    first_columns: Callable[[AttentionLayer, str, int], Tensor],
+) -> DeltaMemAdapter:
+    """A new adapter for `layers`, whose modules only have to know their shapes.
+
+    `first_columns` gives the first n columns `[out, n]` of a projection's weight; it is asked only where
+    `config.delta_init` starts from them.
+    """
     adapter = DeltaMemAdapter(config, layers)
     if config.delta_init == "base_slice":
         for layer in layers:
-            adapter.layers[str(layer.index)].start_from_base(
-                {branch: layer.projection(branch).weight[:, :BASE_SLICE_WIDTH] for branch in config.heads}
-            )
-    _hook(model, adapter, layers)
+            columns = {head: first_columns(layer, head, BASE_SLICE_WIDTH) for head in config.heads}
+            adapter.layers[str(layer.index)].start_from_base(columns)
     return adapter
 
 
@@ -157,7 +168,11 @@ def _patch_of(model: PreTrainedModel) -> _Patch:
     return patch
 
 
-def _hook(model: PreTrainedModel, adapter: DeltaMemAdapter, layers: Iterable[AttentionLayer]) -> None:
+def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
+    """Put `adapter` on `model` and freeze the model's own weights."""
+    if hasattr(model, _PATCH):
+        raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
+    layers = select_layers(attention_layers(model), adapter.layer_indices)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     decoder = model.base_model

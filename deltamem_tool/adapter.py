@@ -1,0 +1,202 @@
+"""The adapter folder: `deltamem_config.json` and `deltamem.safetensors`, written whole, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deltamem_tool import __version__
+from deltamem_tool.architectures import attention_layers, select_layers
+from deltamem_tool.checkpoint import SAMPLED, BaseCheckpoint, fingerprint, resolve_folder
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
+from deltamem_tool.files import folder_whole
+from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, fresh_adapter, hook
+
+CONFIG_FILE = "deltamem_config.json"
+WEIGHTS_FILE = "deltamem.safetensors"
+FORMAT = "deltamem-adapter"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model an adapter was made for."""
+
+    name: str  # folder or Hub id
+    revision: str | None  # commit on the Hub
+    model_type: str
+    fingerprint: str  # of some weights, see `checkpoint.fingerprint`
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder says."""
+
+    path: Path
+    config: DeltaMemConfig
+    base: BaseModel
+    tensors: Mapping[str, Tensor]
+
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def create_adapter(
+    base: str, config: DeltaMemConfig, out: str | Path, revision: str | None = None, overwrite: bool = False
+) -> AdapterFolder:
+    """Write a fresh adapter for the checkpoint `base`, without loading it: a few columns of its weights are read.
+
+    Raises:
+        ArchitectureError: `base` cannot take a memory.
+        ConfigError: the options do not fit it.
+    """
+    checkpoint = BaseCheckpoint(base, revision)
+    layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
+    adapter = fresh_adapter(
+        config, layers, lambda layer, head, n: checkpoint.read(layer.weight_name(head), columns=slice(0, n))
+    )
+    _write(adapter, _base_of(checkpoint, config), out, overwrite)
+    return read_adapter(out)
+
+
+def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> None:
+    """Write the adapter of a patched `model` as a folder, whole or not at all."""
+    adapter = adapter_of(model)
+    _write(adapter, _base_of_model(model), path, overwrite)
+
+
+def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
+    """Read and check an adapter folder or Hub repository, without its base model.
+
+    Raises:
+        AdapterError: a file is missing, damaged or of a newer format.
+    """
+    folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{path} is no adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`.")
+    try:
+        said = json.loads((folder / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
+    version = said.get("format_version")
+    if said.get("format") != FORMAT or not isinstance(version, int):
+        raise AdapterError(f"{path} is no adapter folder.", f"{CONFIG_FILE} does not say so.", "Use another folder.")
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} is of adapter format {version}.",
+            f"This version of deltamem reads up to {FORMAT_VERSION}.",
+            "Update deltamem-tool.",
+        )
+    try:
+        config = DeltaMemConfig.from_dict(said["mechanism"])
+        base = BaseModel(**said["base"])
+    except (ConfigError, KeyError, TypeError) as error:
+        why = str(error).replace("\n", " ")
+        raise AdapterError(f"{folder / CONFIG_FILE} is damaged.", why, "Fetch the adapter again.") from error
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
+    return AdapterFolder(folder, config, base, tensors)
+
+
+def load(path: str | Path, base: str | None = None, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The base model with the adapter on it, in eval mode.
+
+    Args:
+        path: adapter folder or Hub id; `revision` is its revision.
+        base: where the base model is, if not where the adapter says.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        AdapterError: the adapter is damaged or was made for another base model.
+        ArchitectureError: the base model is not there.
+    """
+    folder = read_adapter(path, revision)
+    recorded = folder.base
+    checkpoint = BaseCheckpoint(base or recorded.name, recorded.revision if base is None else None)
+    found = _base_of(checkpoint, folder.config)
+    if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
+        raise AdapterError(
+            f"{path} was made for another base model.",
+            f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
+            f"{checkpoint.name} is {found.model_type}, weights {found.fingerprint[:12]}….",
+            "Pass the base model it was made for.",
+        )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
+    adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config.layers))
+    fill(adapter, folder)
+    hook(model, adapter)
+    model._deltamem_base = recorded
+    return model.eval()
+
+
+def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
+    """Load the folder's weights into `adapter`.
+
+    Raises:
+        AdapterError: tensors are missing, extra or misshapen; all of them are named.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in folder.tensors.items()}
+    differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"extra {name}" for name in found.keys() - wanted.keys()]
+    differences += [
+        f"{name} is {found[name]}, not {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    differences += [f"{name} is {t.dtype}, not float32" for name, t in folder.tensors.items() if t.dtype != torch.float32]
+    if differences:
+        raise AdapterError(
+            f"{folder.path / WEIGHTS_FILE} does not fit its config and base model.",
+            "; ".join(sorted(differences)) + ".",
+            "Fetch the adapter again, or pass the base model it was made for.",
+        )
+    adapter.load_state_dict(dict(folder.tensors))
+
+
+def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite: bool) -> None:
+    said = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "mechanism": adapter.config.to_dict(),
+        "base": asdict(base),
+        "deltamem_version": __version__,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    with folder_whole(out, overwrite) as staged:
+        (staged / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
+        (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+
+
+def _base_of(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> BaseModel:
+    layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
+    return BaseModel(
+        checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers)
+    )
+
+
+def _base_of_model(model: PreTrainedModel) -> BaseModel:
+    """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
+    known = getattr(model, "_deltamem_base", None)
+    if known is not None:
+        return known
+    config = adapter_of(model).config
+    try:
+        return _base_of(BaseCheckpoint(model.name_or_path), config)
+    except ArchitectureError:  # made from a config: there is no checkpoint
+        layers = select_layers(attention_layers(model), config.layers)
+        mark = fingerprint(layers, lambda layer: layer.projection("q").weight.detach()[:1])
+        return BaseModel(model.name_or_path, None, model.config.model_type, mark)

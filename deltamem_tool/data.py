@@ -1,0 +1,179 @@
+"""Conversations become training episodes: what is written, and what is then asked with nothing but the memory.
+
+An episode (arXiv 2605.12357, section 3.4): the write pass sees the history, the read pass sees a question and its answer,
+and only the answer is scored.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from deltamem_tool import dialogues
+from deltamem_tool.dialogues import Message
+from deltamem_tool.errors import DataError
+
+IGNORED = -100  # label of a token that is not scored
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A history, and exchanges about it. Each exchange is a prompt and the assistant's answer, its last message."""
+
+    history: list[Message]
+    exchanges: list[list[Message]]
+
+
+class ChatEpisodes(Dataset[Episode]):
+    """JSONL with one conversation a line, `{"messages": [{"role", "content"}, …]}`, that ends with an assistant's message.
+
+    The history is the system prompt and all turns but the last; the exchange is the system prompt and the last turn.
+
+    Raises:
+        DataError: a line is not such a conversation; the error names file and line.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"There is no data file {path}.", "", "Correct the path in the recipe.")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        self.episodes = [_episode(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+        if not self.episodes:
+            raise DataError(f"{path} holds no conversation.", "It is empty.", "Use another file.")
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.episodes[index]
+
+
+class DialogueEpisodes(Dataset[Episode]):
+    """Generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself.
+
+    The number of facts grows over training: at episode i of n it is drawn from 1 up to a ceiling that rises from
+    `facts_first` to `facts_last` within the first `growth` of all episodes. Episode i depends on `seed` and i alone.
+    """
+
+    def __init__(self, episodes: int, seed: int, facts_first: int, facts_last: int, growth: float) -> None:
+        self.episodes, self.seed, self.growth = episodes, seed, growth
+        self.facts_first, self.facts_last = facts_first, facts_last
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    def __getitem__(self, index: int) -> Episode:
+        rng = random.Random(f"{self.seed}/{index}")
+        grown = min(1.0, index / max(1.0, self.growth * self.episodes))
+        ceiling = self.facts_first + grown * (self.facts_last - self.facts_first)
+        count = rng.randint(1, int(ceiling) + (rng.random() < ceiling % 1))
+        facts = dialogues.sample_facts(rng, count, held_out=False)
+        history = dialogues.telling(rng, facts, held_out=False)
+        return Episode(history, [dialogues.asking(rng, fact) for fact in facts])
+
+
+class EpisodeCollator:
+    """Episodes become the tensors of one training step.
+
+    Returns a dictionary: `write_ids`, `write_mask` `[B, W]`; `read_ids`, `read_mask`, `labels` `[Q, T]` over all exchanges
+    of the batch; `rows` `[Q]`, the conversation of each exchange.
+
+    Args:
+        tokenizer: with a chat template.
+        max_write_tokens: histories are cut from the left to this length.
+        max_read_tokens: exchanges longer than this are an error.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_write_tokens: int, max_read_tokens: int) -> None:
+        if tokenizer.chat_template is None:
+            raise DataError("The tokenizer has no chat template.", "", "Use the base model's chat or instruct version.")
+        self.tokenizer = tokenizer
+        self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
+
+    def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        histories = [render(self.tokenizer, episode.history) for episode in episodes]
+        written = [ids[-self.max_write_tokens :] for ids in self._tokenise(histories)["input_ids"]]
+        rows = [row for row, episode in enumerate(episodes) for _ in episode.exchanges]
+        exchanges = [exchange for episode in episodes for exchange in episode.exchanges]
+        prompts = [render(self.tokenizer, exchange[:-1], generation_prompt=True) for exchange in exchanges]
+        texts = [render(self.tokenizer, exchange) for exchange in exchanges]
+        encoded = self._tokenise(texts, return_offsets_mapping=True)
+        read, labels = [], []
+        for prompt, text, ids, offsets in zip(
+            prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            if not text.startswith(prompt):
+                raise DataError(
+                    "The chat template renders the prompt differently once the answer follows.",
+                    f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
+                    "Use a tokenizer whose template only appends.",
+                )
+            if len(ids) > self.max_read_tokens:
+                raise DataError(
+                    f"An exchange has {len(ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
+                    f"It begins: {text[:80]!r}.",
+                    "Raise max_read_tokens in the recipe, or shorten the answer.",
+                )
+            read.append(ids)
+            labels.append(
+                [i if start >= len(prompt) else IGNORED for i, (start, _) in zip(ids, offsets, strict=True)]
+            )
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        return {
+            "write_ids": _padded(written, pad),
+            "write_mask": _padded([[1] * len(ids) for ids in written], 0),
+            "read_ids": _padded(read, pad),
+            "read_mask": _padded([[1] * len(ids) for ids in read], 0),
+            "labels": _padded(labels, IGNORED),
+            "rows": torch.tensor(rows),
+        }
+
+    def _tokenise(self, texts: list[str], **options: Any) -> Any:
+        # The template has written every special token that belongs here.
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, **options)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool = False) -> str:
+    """The messages as the tokenizer's chat template writes them."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+
+def _episode(line: str, where: str) -> Episode:
+    try:
+        said = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON.", f"{error}.", "Correct the line: one JSON object a line.") from error
+    messages = said.get("messages") if isinstance(said, dict) else None
+    if not isinstance(messages, list):
+        raise DataError(f"{where} is no conversation.", "It has no list `messages`.", "Correct the line.")
+    for n, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DataError(
+                f"{where}: message {n} has no role.", f"The roles are {', '.join(ROLES)}.", "Add it to the message."
+            )
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: message {n} has no text.", "`content` is not a string.", "Correct the message.")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where} asks nothing.", "It does not end with an assistant's message.", "Correct the line.")
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    last = max((n for n, message in enumerate(turns) if message["role"] == "user"), default=0)
+    if last == 0:
+        raise DataError(f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations.")
+    return Episode(system + turns[:last], [system + turns[last:]])

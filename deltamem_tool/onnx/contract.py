@@ -1,0 +1,251 @@
+"""What an ONNX folder holds and what its graph takes and gives: every name, type, shape and file, spelled here alone.
+
+Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H state heads of rank R.
+
+| input                                          | type    | shape                     |
+| `input_ids`                                    | int64   | [B, T]                    |
+| `attention_mask` (1 text, 0 padding)           | int64   | [B, P + T]                |
+| `write_mask` (which tokens write)              | bool    | [B, T]                    |
+| `past_key_values.{i}.key`, `.value`            | float32 | [B, kv_heads, P, head_dim]|
+| `past_key_values.{i}.recurrent_state`          | float32 | [B, H, R, R]              |
+
+| output                                         | type    | shape                         |
+| `logits` (at the last position, or at all)     | float32 | [B, 1, V] or [B, T, V]        |
+| `present.{i}.key`, `.value`                    | float32 | [B, kv_heads, P + T, head_dim]|
+| `present.{i}.recurrent_state`                  | float32 | [B, H, R, R]                  |
+
+Positions are counted in the attention mask, so padding takes none. Layers without a memory have no `recurrent_state`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.errors import ExportError
+
+FORMAT = "deltamem-onnx"
+FORMAT_VERSION = 1
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+MANIFEST_FILE = "deltamem_onnx.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+WRITE_MASK = "write_mask"
+PAST = "past_key_values"
+LOGITS_OUTPUT = "logits"
+PRESENT = "present"
+KEY, VALUE, STATE = "key", "value", "recurrent_state"
+
+LOGITS = ("last", "all")  # the last position's alone, or every position's
+
+INT64, BOOL, FLOAT32 = "int64", "bool", "float32"
+BATCH, TOKENS = "batch", "tokens"  # axes that vary from call to call
+Shape = tuple[int | str | None, ...]  # None: an axis that varies and is named by no one
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its KV cache, and the `(H, R, R)` of its memory, None where it has none."""
+
+    kv_heads: int
+    head_dim: int
+    state: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the graph takes and gives."""
+
+    logits: str
+    vocab_size: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def state_shapes(self) -> dict[int, tuple[int, int, int]]:
+        """`(H, R, R)` by layer index."""
+        return {i: layer.state for i, layer in enumerate(self.layers) if layer.state is not None}
+
+    def inputs(self) -> dict[str, tuple[str, Shape]]:
+        """(type, shape) of every input by name, in the graph's order."""
+        return {
+            INPUT_IDS: (INT64, (BATCH, TOKENS)),
+            ATTENTION_MASK: (INT64, (BATCH, None)),
+            WRITE_MASK: (BOOL, (BATCH, TOKENS)),
+            **self._carried(PAST),
+        }
+
+    def outputs(self) -> dict[str, tuple[str, Shape]]:
+        """(type, shape) of every output by name, in the graph's order."""
+        positions = 1 if self.logits == "last" else TOKENS
+        return {LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)), **self._carried(PRESENT)}
+
+    def _carried(self, prefix: str) -> dict[str, tuple[str, Shape]]:
+        """What goes from call to call."""
+        tensors: dict[str, tuple[str, Shape]] = {}
+        for i, layer in enumerate(self.layers):
+            for part in (KEY, VALUE):
+                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, layer.kv_heads, None, layer.head_dim))
+            if layer.state is not None:
+                tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
+        return tensors
+
+    def check_graph(
+        self, inputs: Mapping[str, tuple[str, list[Any]]], outputs: Mapping[str, tuple[str, list[Any]]]
+    ) -> None:
+        """Compare with the (type, shape) that a loaded graph reports; a dimension that is no integer varies.
+
+        Raises:
+            ExportError: a name, a type, or a fixed dimension differs.
+        """
+        for kind, expected, found in (("input", self.inputs(), inputs), ("output", self.outputs(), outputs)):
+            wrong = [f"no {kind} {name!r}" for name in expected if name not in found]
+            wrong += [f"an unexpected {kind} {name!r}" for name in found if name not in expected]
+            for name in expected.keys() & found.keys():
+                if not _fits(expected[name], found[name]):
+                    wrong.append(f"the {kind} {name!r} is {found[name]}, not {expected[name]}")
+            if wrong:
+                raise _disagreement(f"The graph has {'; '.join(sorted(wrong)[:3])}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`deltamem_onnx.json`: what was exported, from what, and how well it agreed.
+
+    Args:
+        adapter: fingerprint of the adapter in the graph; memories of another one are refused.
+        mechanism: the adapter's `DeltaMemConfig` as a dictionary.
+        base_model: where the base came from, as the exporter was told; None if it was not.
+        model_type: the base's architecture.
+        interface: what the graph takes and gives.
+        max_abs_diff: largest difference from PyTorch over logits and states, measured before the folder was written.
+        packages: versions that made the graph.
+    """
+
+    adapter: str
+    mechanism: dict[str, Any]
+    base_model: str | None
+    model_type: str
+    interface: Interface
+    max_abs_diff: float
+    packages: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            ExportError: not JSON, another format, a newer version, or a field that is missing, unknown or of another type.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _disagreement(f"It is no JSON: {error}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise _disagreement(f"It does not say that its format is {FORMAT!r}")
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ExportError(
+                f"This ONNX folder is of format {version}.",
+                f"This version of deltamem reads format {FORMAT_VERSION}.",
+                "Update deltamem-tool, or export again.",
+            )
+        values = _fields(cls, content, "the manifest")
+        interface = _fields(Interface, values["interface"], "interface")
+        _require(interface["logits"] in LOGITS, "interface.logits")
+        _require(_is_count(interface["vocab_size"]), "interface.vocab_size")
+        _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
+        layers = tuple(_layer(layer) for layer in interface["layers"])
+        for name in ("adapter", "model_type"):
+            _require(isinstance(values[name], str) and bool(values[name]), name)
+        _require(isinstance(values["base_model"], str | None), "base_model")
+        for name in ("mechanism", "packages"):
+            _require(isinstance(values[name], dict), name)
+        difference = values["max_abs_diff"]
+        _require(isinstance(difference, int | float) and math.isfinite(difference) and difference >= 0, "max_abs_diff")
+        return cls(**{**values, "interface": Interface(interface["logits"], interface["vocab_size"], layers)})
+
+
+def carried_name(prefix: str, layer: int, part: str) -> str:
+    """`past_key_values.0.key`, `present.3.recurrent_state`, …"""
+    return f"{prefix}.{layer}.{part}"
+
+
+def past_name(present: str) -> str:
+    """The input that takes the output `present` at the next call."""
+    return PAST + present.removeprefix(PRESENT)
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Refuse a folder that lacks a file.
+
+    Raises:
+        ExportError: there is no such folder, or a file is missing.
+    """
+    folder = Path(folder)
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if missing:
+        why = f"It lacks {', '.join(missing)}." if folder.is_dir() else "There is no such folder."
+        raise ExportError(f"{folder} is no ONNX folder.", why, "Make one with `deltamem export ADAPTER --out DIR`.")
+    return folder
+
+
+def _layer(content: Any) -> Layer:
+    layer = _fields(Layer, content, "layers")
+    _require(_is_count(layer["kv_heads"]) and _is_count(layer["head_dim"]), "layers")
+    state = layer["state"]
+    if state is not None:
+        _require(isinstance(state, list) and len(state) == 3 and all(map(_is_count, state)), "layers.state")
+        _require(state[1] == state[2], "layers.state")
+        state = tuple(state)
+    return Layer(layer["kv_heads"], layer["head_dim"], state)
+
+
+def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """`content` if its keys are exactly the fields of `cls`."""
+    if not isinstance(content, dict):
+        raise _disagreement(f"{where} is no JSON object")
+    names = {field.name for field in fields(cls)}
+    if content.keys() != names:
+        raise _disagreement(
+            f"In {where}, {sorted(names - content.keys())} are missing and {sorted(content.keys() - names)} unknown"
+        )
+    return content
+
+
+def _fits(expected: tuple[str, Shape], found: tuple[str, list[Any]]) -> bool:
+    """One type, one rank, and every number of `expected` there; an axis that varies must not be fixed."""
+    (dtype, shape), (found_dtype, found_shape) = expected, found
+    if dtype != found_dtype or len(shape) != len(found_shape):
+        return False
+    for size, found_size in zip(shape, found_shape, strict=True):
+        if isinstance(size, int) != isinstance(found_size, int) or (isinstance(size, int) and size != found_size):
+            return False
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(holds: bool, name: str) -> None:
+    if not holds:
+        raise _disagreement(f"Its value for {name} cannot be")
+
+
+def _disagreement(why: str) -> ExportError:
+    return ExportError(f"{MANIFEST_FILE} and this version or the graph disagree.", f"{why}.", "Export the model again.")

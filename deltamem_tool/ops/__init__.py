@@ -1,0 +1,90 @@
+"""The δ-mem recurrence on plain tensors (arXiv 2605.12357); README.md beside this file has the derivation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deltamem_tool.ops.chunked import chunked_scan
+from deltamem_tool.ops.naive import naive_scan
+from deltamem_tool.ops.onnx_scan import linear_attention_scan
+
+__all__ = ["Implementation", "delta_scan", "use_implementation"]
+
+Implementation = Literal["naive", "chunked", "onnx"]
+
+_IMPLEMENTATIONS = {"naive": naive_scan, "chunked": chunked_scan, "onnx": linear_attention_scan}
+_DEFAULT: ContextVar[Implementation] = ContextVar("deltamem_scan", default="chunked")
+
+
+@contextmanager
+def use_implementation(name: Implementation) -> Iterator[None]:
+    """Inside the block, in this thread, `delta_scan` runs `name` where its caller leaves the choice open."""
+    token = _DEFAULT.set(name)
+    try:
+        yield
+    finally:
+        _DEFAULT.reset(token)
+
+
+def delta_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    state: Tensor,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read and write an associative memory, token after token.
+
+    For every token t, the read comes before the write (arXiv 2605.12357, the δ-mem update; gates act on state rows):
+
+        reads_t    = S_{t-1} q_t
+        S_t[i, :]  = exp(log_keep_t[i]) S_{t-1}[i, :] - erase_t[i] (S_{t-1} k_t)[i] k_t + write_t[i] v_t[i] k_t
+
+    Args:
+        q, k, v: [B, T, H, R], used as they are: normalise q and k first.
+        log_keep, erase, write: [B, T, H, R], one gate per state row; log_keep <= 0. A token that must not write has
+            log_keep = erase = write = 0.
+        state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
+        implementation: "naive" (the equation, slow), "chunked" (parallel; the only one for torch.export with a dynamic
+            T), "onnx" (ONNX Runtime's operator, in an ONNX export only) or None for the default.
+
+    Returns:
+        reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
+        float32.
+    """
+    tokens = {"q": q, "k": k, "v": v, "log_keep": log_keep, "erase": erase, "write": write}
+    _check_shapes(tokens, state)
+    name = _DEFAULT.get() if implementation is None else implementation
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {sorted(_IMPLEMENTATIONS)} or None, not {name!r}")
+
+    dtype = torch.float32
+    for x in (*tokens.values(), state):
+        dtype = torch.promote_types(dtype, x.dtype)
+    inputs = [x.to(dtype) for x in tokens.values()]
+    state = state.to(dtype)
+    if q.shape[1] == 0:
+        return torch.empty_like(inputs[0]), state
+    # Autocast would run the matrix products in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return _IMPLEMENTATIONS[name](*inputs, state)
+
+
+def _check_shapes(tokens: dict[str, Tensor], state: Tensor) -> None:
+    q = tokens["q"]
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, T, H, R], not {list(q.shape)}")
+    for name, x in tokens.items():
+        if x.shape != q.shape:
+            raise ValueError(f"{name} must have q's shape {list(q.shape)}, not {list(x.shape)}")
+    batch, _, heads, rank = q.shape
+    if state.shape != (batch, heads, rank, rank):
+        raise ValueError(f"state must be [B, H, R, R] = {[batch, heads, rank, rank]}, not {list(state.shape)}")

@@ -1,0 +1,54 @@
+"""The recurrence as one ONNX Runtime operator, for tracing alone: `com.microsoft::LinearAttention`.
+
+The operator's `gated_delta` rule is `S ← e^g S + β k (u − e^g Sᵀk)ᵀ`, and it reads after it writes. So one operator head
+is one row of our state, with `g = log keep`, `β = erase / keep` and `u = v · keep · write / erase`; and it gets one step
+more than there are tokens: keys, values and gates a step late, so that token t is read before it is written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below e^-60 what a row keeps is nothing beside what is written, in float32; dividing by it must not overflow.
+MIN_LOG_KEEP = -60.0
+MIN_ERASE = math.exp(MIN_LOG_KEEP)
+
+
+def linear_attention_scan(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `delta_scan`, float32; outside of an ONNX export the numbers that return mean nothing.
+
+    q, k, v, log_keep, erase, write: `[B, T, H, R]`; state: `[B, H, R, R]`.
+    Returns reads `[B, T, H, R]` and the state after the last token `[B, H, R, R]`.
+    """
+    batch, tokens, heads, rank = q.shape
+    log_keep = log_keep.clamp_min(MIN_LOG_KEEP)
+    # The operator writes through β alone: a row that is written and (in float32) not erased is erased by next to nothing.
+    erase = torch.where(write > 0, erase.clamp_min(MIN_ERASE), erase)
+    keep = log_keep.exp()
+    beta = erase / keep
+    value = v * (keep * (write / erase.clamp_min(MIN_ERASE)))
+    # Step 0 has zero gates: it reads the state as it came. The last step only writes.
+    first = [_packed(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta)]
+    query = _packed(F.pad(q, (0, 0, 0, 0, 0, 1)))
+    key, value, decay, beta = first
+    rows = heads * rank
+    reads, state = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        [query, key, value, state.reshape(batch, rows, rank, 1), decay, beta],
+        attrs={"q_num_heads": heads, "kv_num_heads": rows, "update_rule": "gated_delta", "scale": 1.0},
+        dtypes=[torch.float32, torch.float32],
+        shapes=[[batch, tokens + 1, rows], [batch, rows, rank, 1]],
+        version=1,
+    )
+    return reads[:, :tokens].reshape(batch, tokens, heads, rank), state.reshape(batch, heads, rank, rank)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """`[B, T, H, R]` to `[B, T, H·R]`."""
+    return x.flatten(2)

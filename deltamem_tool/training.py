@@ -1,0 +1,207 @@
+"""Train an adapter on episodes. The base model is frozen; transformers' Trainer drives."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from deltamem_tool.adapter import load, save_adapter
+from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, EpisodeCollator
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.files import refuse_existing
+from deltamem_tool.recipe import Recipe
+from deltamem_tool.state import MemoryCache
+from deltamem_tool.surgery import adapter_of, attach
+
+Report = Callable[[int, int, float | None], None]  # step, of how many, loss
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    adapter: Path
+    steps: int
+    losses: list[tuple[int, float]]  # (step, mean loss since the one before)
+    seconds: float
+    parameters: int
+
+
+class EpisodeModel(nn.Module):
+    """One training step as a module. Only the adapter is registered: what the Trainer trains, moves and saves."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.adapter = adapter_of(base)
+        self._base = (base,)  # in a tuple, so that it is no submodule
+
+    def forward(
+        self,
+        write_ids: Tensor,
+        write_mask: Tensor,
+        read_ids: Tensor,
+        read_mask: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        """Write the histories, then score the answers from the memory alone; shapes as `EpisodeCollator` gives them.
+
+        The write pass keeps its graph: gradients flow through the states. The read pass has a fresh KV cache, starts at
+        position 0 and does not write.
+        """
+        (base,) = self._base
+        cache = MemoryCache(base)
+        base.base_model(input_ids=write_ids, attention_mask=write_mask, past_key_values=cache, use_cache=True)
+        memory = cache.memory.select(rows)
+        cache = MemoryCache(base, memory=memory, write=False)
+        hidden = base.base_model(
+            input_ids=read_ids, attention_mask=read_mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        # Logits only where the next token is scored: [tokens, V] instead of [Q, T, V].
+        scored = labels[:, 1:] != IGNORED
+        logits = base.get_output_embeddings()(hidden[:, :-1][scored])
+        return {"loss": F.cross_entropy(logits.float(), labels[:, 1:][scored])}
+
+
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report: Report | None = None) -> TrainingResult:
+    """Run a recipe and write its adapter folder.
+
+    Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C ends the run after the step it is in,
+    with a checkpoint and the adapter so far written.
+
+    Raises:
+        DeltaMemError: the recipe cannot be run, or the run was interrupted.
+    """
+    out, run = Path(recipe.out), Path(f"{recipe.out}.run")
+    checkpoint = get_last_checkpoint(str(run)) if resume and run.is_dir() else None
+    if resume and checkpoint is None:
+        raise DeltaMemError(f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume.")
+    refuse_existing(out, overwrite or resume)
+    if not resume and run.is_dir():
+        shutil.rmtree(run)
+    started = time.monotonic()
+    options = recipe.training
+    set_seed(options.seed)
+    model, tokenizer = _load_base(recipe)
+    callback = _Progress(report)
+    trainer = _EpisodeTrainer(
+        model=EpisodeModel(model),
+        args=TrainingArguments(
+            output_dir=str(run),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type=options.scheduler,
+            warmup_steps=int(options.warmup * options.steps),
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+            bf16=options.bf16,
+            seed=options.seed,
+            save_steps=options.save_every,
+            save_total_limit=2,
+            logging_steps=max(1, options.steps // 100),
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            label_names=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=_episodes(recipe),
+        data_collator=EpisodeCollator(tokenizer, recipe.data.max_write_tokens, recipe.data.max_read_tokens),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    model.to(trainer.args.device)
+    with callback.stopping_on_interrupt():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    save_adapter(model, out, overwrite=overwrite or resume)
+    steps = trainer.state.global_step
+    if callback.interrupted and steps < options.steps:
+        raise DeltaMemError(
+            f"Interrupted after step {steps} of {options.steps}.",
+            f"The adapter so far is in {out}, the checkpoint in {run}.",
+            "Run the same command with --resume to go on.",
+        )
+    shutil.rmtree(run, ignore_errors=True)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return TrainingResult(out, steps, losses, time.monotonic() - started, adapter_of(model).num_parameters())
+
+
+def _load_base(recipe: Recipe):
+    if recipe.adapter is not None:
+        model = load(recipe.adapter, base=recipe.base)
+    else:
+        checkpoint = BaseCheckpoint(recipe.base, recipe.revision)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
+        model.config._name_or_path = checkpoint.name
+        attach(model, recipe.memory)
+    return model, AutoTokenizer.from_pretrained(BaseCheckpoint(recipe.base, recipe.revision).folder)
+
+
+def _episodes(recipe: Recipe) -> Dataset:
+    data, training = recipe.data, recipe.training
+    if data.path is not None:
+        return ChatEpisodes(data.path)
+    count = training.steps * training.batch_size * training.gradient_accumulation
+    return DialogueEpisodes(count, training.seed, data.facts_first, data.facts_last, data.growth)
+
+
+class _EpisodeTrainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """Generated episodes grow harder in order; conversations from a file are shuffled."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(dataset) if isinstance(dataset, DialogueEpisodes) else RandomSampler(dataset)
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, report: Report | None) -> None:
+        self.report, self.interrupted = report, False
+        self._loss: float | None = None
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if self.report is not None:
+            self.report(state.global_step, state.max_steps, self._loss)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    @contextmanager
+    def stopping_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the current step; a second one interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+            yield
+            return
+
+        def stop(*_) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
