@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
 from deltamem_tool.architectures import attention_layers, select_layers
@@ -140,6 +140,11 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
     hook(model, adapter)
     model._deltamem_base = recorded
     return model.eval()
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a loaded model's base."""
+    return AutoTokenizer.from_pretrained(model.name_or_path)
 
 
 def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:

@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--induction-steps", type=int, default=4000, help="at most; ends when the loss is below 0.02")
+    parser.add_argument("--induction-steps", type=int, default=4000, help="at most; ends when the loss is below 0.1")
     parser.add_argument("--dialogue-steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
@@ -165,7 +165,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98))
 
     repeats = iter(lambda: repeated_batch(len(tokenizer), options.batch, generator), None)
-    fit(model, optimizer, repeats, options.induction_steps, lambda step: 2e-3 * min(1, (step + 1) / 100), 200, "induction", 0.02)
+    fit(model, optimizer, repeats, options.induction_steps, lambda step: 2e-3 * min(1, (step + 1) / 100), 200, "induction", 0.1)
 
     def rate(step: int) -> float:
         return 1e-4 + 1.4e-3 * 0.5 * (1 + math.cos(math.pi * step / options.dialogue_steps))

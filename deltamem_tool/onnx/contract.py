@@ -51,8 +51,8 @@ KEY, VALUE, STATE = "key", "value", "recurrent_state"
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 
 INT64, BOOL, FLOAT32 = "int64", "bool", "float32"
-BATCH, TOKENS = "batch", "tokens"  # axes that vary from call to call
-Shape = tuple[int | str | None, ...]  # None: an axis that varies and is named by no one
+BATCH, TOKENS, PAST_TOKENS, ALL_TOKENS = "batch", "tokens", "past", "past + tokens"  # axes that vary
+Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,22 @@ class Interface:
         """(type, shape) of every input by name, in the graph's order."""
         return {
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
-            ATTENTION_MASK: (INT64, (BATCH, None)),
+            ATTENTION_MASK: (INT64, (BATCH, ALL_TOKENS)),
             WRITE_MASK: (BOOL, (BATCH, TOKENS)),
-            **self._carried(PAST),
+            **self._carried(PAST, PAST_TOKENS),
         }
 
     def outputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every output by name, in the graph's order."""
         positions = 1 if self.logits == "last" else TOKENS
-        return {LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)), **self._carried(PRESENT)}
+        return {LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)), **self._carried(PRESENT, ALL_TOKENS)}
 
-    def _carried(self, prefix: str) -> dict[str, tuple[str, Shape]]:
+    def _carried(self, prefix: str, length: str) -> dict[str, tuple[str, Shape]]:
         """What goes from call to call."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
             for part in (KEY, VALUE):
-                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, layer.kv_heads, None, layer.head_dim))
+                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, layer.kv_heads, length, layer.head_dim))
             if layer.state is not None:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
         return tensors

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Intel Xeon 2.5 GHz, 2 threads, forward + backward. Besides being faster, 32 stays below the size at which MKL splits
-# every small triangular solve over threads (64: seconds instead of milliseconds when another process holds a core).
+# Forward + backward at T = 8,192, B = H = 1, R = 8, one thread of a 2.5 GHz Xeon: 82 ms at 16, 93 at 32, 134 at 64. 32 and
+# not 16: half as many chunks to pass the state through. 64 is also where MKL starts to split every small triangular
+# solve over its threads, which takes seconds as soon as another process holds one of the cores.
 CHUNK = 32
 
 # Decays below exp(-40) = 4e-18 are rounded up to it: invisible beside numbers of order one, even in float64, and it
 # keeps products of two decays out of float32's denormal range, where exp and multiply run up to 80 times slower.
 LOG_DECAY_FLOOR = -40.0
 
-# Where N is symbolic the depth of the parallel pass must be a constant: 2**20 chunks, more tokens than fit anywhere.
+# In an exported graph N is symbolic and the depth of the parallel pass a constant: 2**20 chunks are 33 million tokens, for
+# which one [C, C] decay matrix per chunk and row would take 34 GB.
 EXPORT_LEVELS = 20
 
 
@@ -28,16 +30,11 @@ def chunked_scan(
     Returns reads [B, T, H, R] and the state after the last token [B, H, R, R].
     """
     tokens = q.shape[1]
-    symbolic = torch.compiler.is_compiling()
-    chunks = (tokens + CHUNK - 1) // CHUNK
-    # 100 tokens are 4 chunks of 25, not 4 of 32: less padding, and none below CHUNK.
-    size = CHUNK if symbolic else -(-tokens // chunks)
-    padding = chunks * size - tokens
+    symbolic = torch.compiler.is_exporting()
+    cut = _cut_symbolic if symbolic else _cut
 
     def split(x: Tensor, *order: int) -> Tensor:
-        # Padding is a token with log_keep = erase = write = 0 and q = k = v = 0: it changes nothing.
-        x = F.pad(x, (0, 0, 0, 0, 0, padding)) if symbolic or padding else x
-        return x.unflatten(1, (-1, size)).permute(order).contiguous()
+        return cut(x).permute(order).contiguous()
 
     q, k = (split(x, 1, 0, 3, 2, 4) for x in (q, k))  # [N, B, H, C, R]
     v, log_keep, erase, write = (split(x, 1, 0, 3, 4, 2) for x in (v, log_keep, erase, write))  # [N, B, H, R, C]
@@ -69,7 +66,28 @@ def chunked_scan(
     # Reads: G_{t-1} S0 q_t + sum_s (G_{t-1} / G_s) (q_t . k_s) d_s
     seen = solved @ (decay * (q @ k_t).tril(-1).unsqueeze(3)).mT  # the sum for u and for W, [N, B, H, R, 1 + R, C]
     reads = from_start * (starts @ q.mT) + seen[..., 0, :] - (starts.unsqueeze(-1) * seen[..., 1:, :]).sum(-2)
-    return reads.permute(1, 0, 4, 2, 3).flatten(1, 2)[:, :tokens], state
+    reads = reads.permute(1, 0, 4, 2, 3).flatten(1, 2)
+    # A slice would ask torch.export to prove that T <= N C.
+    reads = reads.index_select(1, torch.arange(tokens, device=q.device)) if symbolic else reads[:, :tokens]
+    return reads, state
+
+
+def _cut(x: Tensor) -> Tensor:
+    """[B, T, H, R] -> [B, N, C, H, R]. The padding, a token of zeros, changes nothing: log_keep = erase = write = 0."""
+    tokens = x.shape[1]
+    chunks = -(-tokens // CHUNK)
+    size = -(-tokens // chunks)  # 100 tokens are 4 chunks of 25, not 4 of 32: less padding, and none below CHUNK
+    padding = chunks * size - tokens
+    x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
+    return x.unflatten(1, (chunks, size))
+
+
+def _cut_symbolic(x: Tensor) -> Tensor:
+    """`_cut` for torch.export, in shapes that hold for every T without a guard: indices past the end meet a zero."""
+    tokens = x.shape[1]
+    chunks = tokens // CHUNK + 2  # at least two, provably: a size that may be 1 would be specialised
+    index = torch.arange(chunks, device=x.device).unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=x.device)
+    return F.pad(x, (0, 0, 0, 0, 0, 1))[:, index.clamp(max=tokens)]
 
 
 def _exp(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,7 +129,7 @@ def _states_in_parallel(transfer: Tensor, added: Tensor, state: Tensor) -> tuple
     rows = torch.cat([state.unsqueeze(-2).unsqueeze(0), added])
     maps = F.pad(transfer, (0, 0) * (transfer.dim() - 1) + (1, 0))
     here = torch.arange(rows.shape[0], device=rows.device)
-    levels = EXPORT_LEVELS if torch.compiler.is_compiling() else (rows.shape[0] - 1).bit_length()
+    levels = EXPORT_LEVELS if torch.compiler.is_exporting() else (rows.shape[0] - 1).bit_length()
     for level in range(levels):
         earlier = (here - (1 << level)).clamp(min=0)
         rows = rows + rows.index_select(0, earlier) @ maps

@@ -1,0 +1,76 @@
+"""The token loop against the chunked form, forward and backward.
+
+Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5]
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamem_tool.ops import Implementation, delta_scan
+
+THREADS = 2
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("naive", "chunked")
+
+
+def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:
+    """The standard rule at the mechanism's initial gate bias, -1.5."""
+    shape = (batch, tokens, heads, rank)
+    q, k = F.normalize(torch.randn(shape), dim=-1), F.normalize(torch.randn(shape), dim=-1)
+    z = torch.randn(shape) - 1.5
+    beta = torch.sigmoid(z)
+    inputs = [q, k, torch.randn(shape), F.logsigmoid(-z), beta, beta.clone(), torch.randn(batch, heads, rank, rank)]
+    return [x.requires_grad_() for x in inputs]
+
+
+def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float, float]:
+    """Seconds of one forward pass, and of one backward pass."""
+    start = time.perf_counter()
+    reads, state = delta_scan(*inputs, implementation=implementation)
+    middle = time.perf_counter()
+    torch.autograd.grad(reads.sum() + state.sum(), inputs)
+    return middle - start, time.perf_counter() - middle
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"tokens": 8192, "batch": 1, "heads": 1, "rank": 8, "repeats": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    inputs = make_inputs(args.batch, args.tokens, args.heads, args.rank)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
+    measure(inputs, "chunked")  # warm-up
+    for _ in range(args.repeats):  # in turn, so that both sides see the same machine
+        for name in IMPLEMENTATIONS:
+            times[name].append(measure(inputs, name))
+
+    print(f"B = {args.batch}, T = {args.tokens}, H = {args.heads}, R = {args.rank}, float32; medians of {args.repeats}")
+    print(f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads\n")
+    print("| implementation | forward ms | backward ms | both ms | ratio |")
+    print("|---|---:|---:|---:|---:|")
+    both = {name: statistics.median(f + b for f, b in pairs) for name, pairs in times.items()}
+    for name, pairs in times.items():
+        forward, backward = (statistics.median(part) for part in zip(*pairs, strict=True))
+        ratio = both["naive"] / both[name]
+        print(f"| {name} | {forward * 1e3:.1f} | {backward * 1e3:.1f} | {both[name] * 1e3:.1f} | {ratio:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The command `deltamem`: one file a command; here they are registered, and errors become three lines."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+
+import click
+
+from deltamem_tool import __version__
+from deltamem_tool.errors import DeltaMemError
+
+COMMANDS = ("quickstart", "patch", "inspect", "train", "eval", "export", "run")
+_MODULES = {"eval": "evaluate"}  # files whose name is not the command's
+
+
+class _Commands(click.Group):
+    """Commands are imported when asked for, so that `deltamem --help` does not wait for any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="deltamem")
+def cli() -> None:
+    """Give a frozen language model an online associative memory (δ-mem)."""
+
+
+def main() -> None:
+    """Run a command. Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2;
+    anything unexpected keeps its traceback."""
+    # Waiting threads that spin make other work on the same cores many times slower. Must stand before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        cli()
+    except DeltaMemError as error:
+        _fail(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(_disk_full(error))
+    except Exception as error:
+        if "No space left on device" not in str(error):  # how safetensors and torch say it
+            raise
+        _fail(_disk_full(error))
+
+
+def _disk_full(error: Exception) -> DeltaMemError:
+    return DeltaMemError("The disk is full.", f"{error}.", "Nothing was left half-written. Free some space and try again.")
+
+
+def _fail(error: DeltaMemError) -> None:
+    click.secho(f"Error: {error.what}", fg="red", err=True)
+    for line in (error.why, error.next):
+        if line:
+            click.echo(line, err=True)
+    sys.exit(1)

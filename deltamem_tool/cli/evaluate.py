@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("eval")
+@click.argument("adapter")
+@click.option("--task", type=click.Choice(["recall"]), default="recall", show_default=True)
+@click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.option("--facts", default="1,2,3,4,6,8", show_default=True, help="Numbers of facts told.")
+@click.option("--episodes", default=200, show_default=True, type=click.IntRange(1), help="Conversations for each number.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(adapter, task, base, facts, episodes, seed, batch_size, plot, as_json) -> None:
+    """Measure what ADAPTER's memory recalls, beside its controls."""
+    try:
+        counts = [int(part) for part in facts.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{facts!r} is no list like 1,2,4", param_hint="--facts") from None
+
+    from deltamem_tool.adapter import load, tokenizer_of
+    from deltamem_tool.cli.console import progress
+    from deltamem_tool.dialogues import KIND_OF
+    from deltamem_tool.evaluation.recall import evaluate_recall
+    from deltamem_tool.evaluation.report import plot_recall, recall_json, recall_table
+
+    if not counts or min(counts) < 1 or max(counts) > len(KIND_OF):
+        raise click.BadParameter(f"the numbers go from 1 to {len(KIND_OF)}", param_hint="--facts")
+    with progress() as bar:
+        task_id = bar.add_task("Recall", total=None, note="")
+        model = load(adapter, base=base)
+        result = evaluate_recall(
+            model,
+            tokenizer_of(model),
+            counts,
+            episodes,
+            seed,
+            batch_size,
+            report=lambda done, of: bar.update(task_id, completed=done, total=of),
+        )
+    if plot is not None:
+        plot_recall(result, Path(plot))
+    if as_json:
+        click.echo(json.dumps(recall_json(result)))
+    else:
+        from rich.console import Console
+
+        Console().print(recall_table(result))
+        if plot is not None:
+            click.echo(f"Plot: {plot}")

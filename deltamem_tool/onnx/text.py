@@ -1,0 +1,157 @@
+"""Text to tokens and back for the ONNX runtime: tokenizer.json, the chat template, text as it streams. No transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx import contract
+
+Message = dict[str, Any]  # {"role": …, "content": …}
+
+
+class ChatText:
+    """The tokenizer and the chat template of an ONNX folder.
+
+    Raises:
+        ExportError: a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
+        except Exception as error:  # the tokenizers package raises nothing narrower
+            raise _damaged(contract.TOKENIZER_FILE, error) from error
+        options = read_json(folder / contract.TOKENIZER_CONFIG_FILE)
+        file = folder / contract.CHAT_TEMPLATE_FILE
+        source = file.read_text(encoding="utf-8") if file.is_file() else _inline_template(options)
+        try:
+            self._template = None if source is None else _environment().from_string(source)
+        except TemplateError as error:
+            raise _damaged("The chat template", error) from error
+        self._special_tokens = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in options.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The conversation as text, up to where the assistant speaks next.
+
+        Raises:
+            ExportError: there is no template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise ExportError(
+                "This model takes no messages.", "Its folder has no chat template.", "Give it plain text instead."
+            )
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
+        except TemplateError as error:
+            raise ExportError(
+                "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
+            ) from error
+
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out)."""
+        return self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+
+class TextStream:
+    """Tokens in, text out, a character only when all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # from here on tokens are decoded: what was given last stays as context for what follows
+        self._given = 0  # the tokens before this one have been given
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, often empty."""
+        self._tokens.append(token)
+        return self._new(hold=True)
+
+    def flush(self) -> str:
+        """What was held back when no more tokens come."""
+        return self._new(hold=False)
+
+    def _new(self, hold: bool) -> str:
+        before = self._tokenizer.decode(self._tokens[self._start : self._given])
+        text = self._tokenizer.decode(self._tokens[self._start :])
+        if hold and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self._start, self._given = self._given, len(self._tokens)
+        return text[len(before) :]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of an ONNX folder; empty if there is no such file.
+
+    Raises:
+        ExportError: it is not JSON, or no object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(file.name, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(file.name, "it is no JSON object")
+    return content
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for training; here its body is rendered as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The template language as transformers has it: templates come from the Hub and run in a sandbox."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
+    # jinja's own filter escapes for HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _inline_template(options: dict[str, Any]) -> str | None:
+    """The template of a tokenizer_config.json: one string, or several of which one is called default."""
+    template = options.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _damaged(what: str, why: object) -> ExportError:
+    return ExportError(f"{what} of this ONNX folder cannot be read.", f"{why}.", "Export the model again.")
