@@ -1,6 +1,6 @@
 """The token loop against the chunked form, forward and backward.
 
-Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5]
+Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5 --threads 2]
 """
 
 import argparse
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from deltamem_tool.ops import Implementation, delta_scan
 
-THREADS = 2
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("naive", "chunked")
 
 
@@ -48,11 +47,11 @@ def cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"tokens": 8192, "batch": 1, "heads": 1, "rank": 8, "repeats": 5}.items():
+    for name, default in {"tokens": 8192, "batch": 1, "heads": 1, "rank": 8, "repeats": 5, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     inputs = make_inputs(args.batch, args.tokens, args.heads, args.rank)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
@@ -62,7 +61,7 @@ def main() -> None:
             times[name].append(measure(inputs, name))
 
     print(f"B = {args.batch}, T = {args.tokens}, H = {args.heads}, R = {args.rank}, float32; medians of {args.repeats}")
-    print(f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads\n")
+    print(f"torch {torch.__version__}, {cpu_name()}, threads: {torch.get_num_threads()}\n")
     print("| implementation | forward ms | backward ms | both ms | ratio |")
     print("|---|---:|---:|---:|---:|")
     both = {name: statistics.median(f + b for f, b in pairs) for name, pairs in times.items()}

@@ -63,11 +63,14 @@ class DialogueEpisodes(Dataset[Episode]):
     """Generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself.
 
     The number of facts grows over training: at episode i of n it is drawn from 1 up to a ceiling that rises from
-    `facts_first` to `facts_last` within the first `growth` of all episodes. Episode i depends on `seed` and i alone.
+    `facts_first` to `facts_last` within the first `growth` of all episodes. A batch has one number, so that its episodes
+    are of like length. Episode i depends on `seed` and i alone.
     """
 
-    def __init__(self, episodes: int, seed: int, facts_first: int, facts_last: int, growth: float) -> None:
-        self.episodes, self.seed, self.growth = episodes, seed, growth
+    def __init__(
+        self, episodes: int, batch_size: int, seed: int, facts_first: int, facts_last: int, growth: float
+    ) -> None:
+        self.episodes, self.batch_size, self.seed, self.growth = episodes, batch_size, seed, growth
         self.facts_first, self.facts_last = facts_first, facts_last
 
     def __len__(self) -> int:
@@ -75,9 +78,11 @@ class DialogueEpisodes(Dataset[Episode]):
 
     def __getitem__(self, index: int) -> Episode:
         rng = random.Random(f"{self.seed}/{index}")
-        grown = min(1.0, index / max(1.0, self.growth * self.episodes))
+        start = index - index % self.batch_size
+        grown = min(1.0, start / max(1.0, self.growth * self.episodes))
         ceiling = self.facts_first + grown * (self.facts_last - self.facts_first)
-        count = rng.randint(1, int(ceiling) + (rng.random() < ceiling % 1))
+        of_batch = random.Random(f"{self.seed}/batch {index // self.batch_size}")
+        count = of_batch.randint(1, int(ceiling) + (of_batch.random() < ceiling % 1))
         facts = dialogues.sample_facts(rng, count, held_out=False)
         history = dialogues.telling(rng, facts, held_out=False)
         return Episode(history, [dialogues.asking(rng, fact) for fact in facts])

@@ -36,7 +36,6 @@ class TrainingOptions:
     warmup: float = 0.1  # share of the steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    bf16: bool = False
     seed: int = 42
     save_every: int = 500  # steps between checkpoints
 

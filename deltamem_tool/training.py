@@ -117,7 +117,6 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report:
             warmup_steps=int(options.warmup * options.steps),
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            bf16=options.bf16,
             seed=options.seed,
             save_steps=options.save_every,
             save_total_limit=2,
@@ -165,7 +164,7 @@ def _episodes(recipe: Recipe) -> Dataset:
     if data.path is not None:
         return ChatEpisodes(data.path)
     count = training.steps * training.batch_size * training.gradient_accumulation
-    return DialogueEpisodes(count, training.seed, data.facts_first, data.facts_last, data.growth)
+    return DialogueEpisodes(count, training.batch_size, training.seed, data.facts_first, data.facts_last, data.growth)
 
 
 class _EpisodeTrainer(Trainer):

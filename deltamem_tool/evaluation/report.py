@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from deltamem_tool.evaluation.recall import CONDITIONS, RecallResult
@@ -47,11 +50,7 @@ def recall_json(result: RecallResult) -> dict[str, Any]:
 
 def plot_recall(result: RecallResult, path: Path) -> None:
     """Draw exact match by number of facts as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     axes = figure.subplots()
     for condition, style in _STYLE.items():
         if condition not in result.scores:
@@ -70,6 +69,27 @@ def plot_recall(result: RecallResult, path: Path) -> None:
     axes.set_title("What is recalled after the conversation has left the context", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center right")
+    _save(figure, path)
+
+
+def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw (step, loss) pairs as a PNG."""
+    figure = _figure()
+    axes = figure.subplots()
+    axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="#0b6e4f")
+    axes.set(xlabel="step", ylabel="cross-entropy of the answers", ylim=(0, None))
+    axes.set_title("Training: answers from the memory alone", fontsize=11)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _figure() -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     write_whole(path, buffer.getvalue())

@@ -1,6 +1,6 @@
 """The δ-mem recurrence on plain tensors (arXiv 2605.12357); README.md beside this file has the derivation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
@@ -16,7 +16,11 @@ __all__ = ["Implementation", "delta_scan", "use_implementation"]
 
 Implementation = Literal["naive", "chunked", "onnx"]
 
-_IMPLEMENTATIONS = {"naive": naive_scan, "chunked": chunked_scan, "onnx": linear_attention_scan}
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "naive": naive_scan,
+    "chunked": chunked_scan,
+    "onnx": linear_attention_scan,
+}
 _DEFAULT: ContextVar[Implementation] = ContextVar("deltamem_scan", default="chunked")
 
 

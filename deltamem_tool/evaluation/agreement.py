@@ -1,0 +1,47 @@
+"""Does ONNX Runtime answer as PyTorch does? The recall task's episodes through an ONNX folder, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from deltamem_tool.data import render
+from deltamem_tool.evaluation.recall import MAX_NEW_TOKENS, RecallEpisode
+from deltamem_tool.onnx.runtime import OnnxModel
+
+
+def answer_onnx(
+    model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[RecallEpisode], batch_size: int = 100
+) -> list[str]:
+    """Greedy answers from the state alone: the history is written, then the question asked in an empty context, where it
+    reads and does not write, as in `recall.answer` under "state_only"."""
+    said: list[str] = []
+    for start in range(0, len(episodes), batch_size):
+        some = episodes[start : start + batch_size]
+        ids, mask = _left_padded(tokenizer, [render(tokenizer, episode.history) for episode in some])
+        _, past = model.step(ids, mask, np.ones(ids.shape, bool), model.graph.empty_past(len(some)))
+        questions = [render(tokenizer, [episode.question], generation_prompt=True) for episode in some]
+        ids, mask = _left_padded(tokenizer, questions)
+        past = model.graph.empty_past(len(some), model.graph.states(past))
+        answers: list[list[int]] = [[] for _ in some]
+        going = np.ones(len(some), bool)
+        for _ in range(MAX_NEW_TOKENS):
+            logits, past = model.step(ids, mask, np.zeros(ids.shape, bool), past)
+            ids = logits[:, -1].argmax(axis=-1)[:, None]
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+            going &= ~np.isin(ids[:, 0], list(model.stop_tokens))
+            if not going.any():
+                break
+            for row in np.flatnonzero(going):
+                answers[row].append(int(ids[row, 0]))
+        said += [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return said
+
+
+def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[NDArray, NDArray]:
+    """Token ids and mask, int64 `[B, T]`."""
+    batch = tokenizer(texts, add_special_tokens=False, return_tensors="np", padding=True, padding_side="left")
+    return batch["input_ids"].astype(np.int64), batch["attention_mask"].astype(np.int64)
