@@ -26,6 +26,7 @@ CONFIG_FILE = "deltamem_config.json"
 WEIGHTS_FILE = "deltamem.safetensors"
 FORMAT = "deltamem-adapter"
 FORMAT_VERSION = 1
+_BASE = "_deltamem_base"  # the attribute of a loaded model that holds its `BaseModel`
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class BaseModel:
     revision: str | None  # commit on the Hub
     model_type: str
     fingerprint: str  # of some weights, see `checkpoint.fingerprint`
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in (self.name, self.model_type, self.fingerprint)):
+            raise TypeError("name, model_type and fingerprint of the base model must be text")
+        if not isinstance(self.revision, str | None):
+            raise TypeError("the revision of the base model must be text or null")
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,10 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
         said = json.loads((folder / CONFIG_FILE).read_text())
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
+    if not isinstance(said, dict):
+        said = {}
     version = said.get("format_version")
-    if said.get("format") != FORMAT or not isinstance(version, int):
+    if said.get("format") != FORMAT or type(version) is not int:
         raise AdapterError(f"{path} is no adapter folder.", f"{CONFIG_FILE} does not say so.", "Use another folder.")
     if version > FORMAT_VERSION:
         raise AdapterError(
@@ -99,9 +108,9 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
             "Update deltamem-tool.",
         )
     try:
-        config = DeltaMemConfig.from_dict(said["mechanism"])
+        config = DeltaMemConfig.from_dict(dict(said["mechanism"]))
         base = BaseModel(**said["base"])
-    except (ConfigError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         why = str(error).replace("\n", " ")
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged.", why, "Fetch the adapter again.") from error
     try:
@@ -125,6 +134,12 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
     """
     folder = read_adapter(path, revision)
     recorded = folder.base
+    if not (base or recorded.name):
+        raise AdapterError(
+            f"{path} does not say where its base model is.",
+            "That model had not been saved when the adapter was.",
+            "Pass base=, or --base on the command line.",
+        )
     checkpoint = BaseCheckpoint(base or recorded.name, recorded.revision if base is None else None)
     found = _base_of(checkpoint, folder.config)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
@@ -138,7 +153,7 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config.layers))
     fill(adapter, folder)
     hook(model, adapter)
-    model._deltamem_base = recorded
+    setattr(model, _BASE, recorded)
     return model.eval()
 
 
@@ -163,6 +178,7 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
         if wanted[name] != found[name]
     ]
     differences += [f"{name} is {t.dtype}, not float32" for name, t in folder.tensors.items() if t.dtype != torch.float32]
+    differences += [f"{name} holds NaN or infinity" for name, t in folder.tensors.items() if not t.isfinite().all()]
     if differences:
         raise AdapterError(
             f"{folder.path / WEIGHTS_FILE} does not fit its config and base model.",
@@ -181,6 +197,8 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
         "deltamem_version": __version__,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    if base.name and Path(base.name).is_dir() and Path(base.name).resolve() == Path(out).resolve():
+        raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
     with folder_whole(out, overwrite) as staged:
         (staged / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
@@ -195,13 +213,15 @@ def _base_of(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> BaseModel:
 
 def _base_of_model(model: PreTrainedModel) -> BaseModel:
     """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
-    known = getattr(model, "_deltamem_base", None)
+    known = getattr(model, _BASE, None)
     if known is not None:
         return known
-    config = adapter_of(model).config
-    try:
-        return _base_of(BaseCheckpoint(model.name_or_path), config)
-    except ArchitectureError:  # made from a config: there is no checkpoint
-        layers = select_layers(attention_layers(model), config.layers)
-        mark = fingerprint(layers, lambda layer: layer.projection("q").weight.detach()[:1])
-        return BaseModel(model.name_or_path, None, model.config.model_type, mark)
+    config, name = adapter_of(model).config, model.name_or_path or ""
+    if name:
+        try:
+            return _base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)), config)
+        except ArchitectureError:
+            pass  # the checkpoint is gone
+    layers = select_layers(attention_layers(model), config.layers)
+    mark = fingerprint(layers, lambda layer: layer.projection("q").weight.detach()[:1])
+    return BaseModel(name, None, model.config.model_type, mark)

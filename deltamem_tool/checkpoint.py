@@ -79,7 +79,12 @@ class BaseCheckpoint:
         """File of each weight."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArchitectureError(
+                    f"{index} is no index of weights.", f"{error!r}.", "Fetch the checkpoint again."
+                ) from error
         single = self.folder / "model.safetensors"
         if not single.is_file():
             raise ArchitectureError(
@@ -128,9 +133,12 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
     if not file.is_file():
         raise ArchitectureError(f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder.")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
+        said = json.loads(file.read_text())
     except ValueError as error:
         raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
+    model_type = said.get("model_type") if isinstance(said, dict) else None
+    if model_type is None:
+        raise ArchitectureError(f"{name} is no checkpoint.", f"{file} names no model_type.", "Use another folder.")
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=3)
         raise ArchitectureError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -44,9 +45,11 @@ class DeltaMemConfig:
     delta_init: str = "zero"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", tuple(self.heads))
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("heads", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        _require(isinstance(self.heads, tuple), f"heads must be a list out of q, k, v, o, not {self.heads!r}")
         _require(_is_int(self.rank) and 1 <= self.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}, not {self.rank!r}")
         _require(_is_int(self.state_heads) and self.state_heads >= 1, f"state_heads must be 1 or more, not {self.state_heads!r}")
         _require(len(self.heads) > 0, "heads names no projection: give at least one of q, k, v, o")
@@ -58,6 +61,7 @@ class DeltaMemConfig:
         if isinstance(self.layers, str):
             _require(self.layers == "all", f"layers must be 'all' or a list of indices, not {self.layers!r}")
         else:
+            _require(isinstance(self.layers, tuple), f"layers must be 'all' or a list of indices, not {self.layers!r}")
             _require(len(self.layers) > 0, "layers is an empty list")
             _require(all(_is_int(i) and i >= 0 for i in self.layers), f"layers must be indices from 0, not {self.layers!r}")
             _require(len(set(self.layers)) == len(self.layers), f"layers names an index twice: {self.layers!r}")
@@ -92,7 +96,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(holds: bool, why: str) -> None:

@@ -47,7 +47,10 @@ class ChatEpisodes(Dataset[Episode]):
         path = Path(path)
         if not path.is_file():
             raise DataError(f"There is no data file {path}.", "", "Correct the path in the recipe.")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_bytes().decode().split("\n")  # splitlines() would cut at U+2028, which JSON allows in text
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
         self.episodes = [_episode(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
         if not self.episodes:
             raise DataError(f"{path} holds no conversation.", "It is empty.", "Use another file.")
@@ -77,6 +80,8 @@ class DialogueEpisodes(Dataset[Episode]):
         return self.episodes
 
     def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < self.episodes:
+            raise IndexError(index)
         rng = random.Random(f"{self.seed}/{index}")
         start = index - index % self.batch_size
         grown = min(1.0, start / max(1.0, self.growth * self.episodes))

@@ -69,7 +69,7 @@ class DeltaMemory(nn.Module):
         | no_lambda        | 1    | β     | β     |
         """
         beta = torch.sigmoid(z)
-        log_keep = torch.zeros_like(z) if self.config.update_rule == "no_lambda" else F.logsigmoid(-z)
+        log_keep = torch.zeros_like(z) if self.config.update_rule == "no_lambda" else -F.softplus(z)
         erase = beta * torch.sigmoid(-z) if self.config.update_rule == "lambda_outside" else beta
         return log_keep, erase, beta
 

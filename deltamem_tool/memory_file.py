@@ -23,7 +23,16 @@ _TENSOR = re.compile(r"layers\.(\d+)\.state")
 
 
 def write_memory(path: str | Path, states: Mapping[int, np.ndarray], adapter: str) -> None:
-    """Write `states`, float32 `[B, H, R, R]` by layer index, whole or not at all."""
+    """Write `states`, float32 `[B, H, R, R]` by layer index, whole or not at all.
+
+    Raises:
+        MemoryStateError: a state holds NaN or infinity, so that the file could not be read again.
+    """
+    for layer, state in states.items():
+        if not np.isfinite(state).all():
+            raise MemoryStateError(
+                f"The memory of layer {layer} holds NaN or infinity.", "It was not saved.", "Start from an earlier one."
+            )
     tensors = {f"layers.{layer}.state": np.ascontiguousarray(state) for layer, state in states.items()}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": adapter}
     write_whole(path, save(tensors, metadata))
@@ -42,7 +51,7 @@ def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         raise MemoryStateError(f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file.") from error
     if metadata.get("format") != FORMAT:
         raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")

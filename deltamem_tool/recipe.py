@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any, get_type_hints
 import yaml
 
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.dialogues import KIND_OF
 from deltamem_tool.errors import ConfigError
+
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")  # of transformers' Trainer
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,12 @@ class Recipe:
             (training.gradient_accumulation >= 1, "training.gradient_accumulation must be 1 or more"),
             (training.learning_rate > 0, "training.learning_rate must be above 0"),
             (0 <= training.warmup < 1, "training.warmup is a share of the steps, 0 to 1"),
+            (training.scheduler in SCHEDULERS, f"training.scheduler must be one of {', '.join(SCHEDULERS)}"),
             (training.save_every >= 1, "training.save_every must be 1 or more"),
             (1 <= data.facts_first <= data.facts_last, "data.facts_first must be 1 up to data.facts_last"),
+            (data.facts_last <= len(KIND_OF), f"data.facts_last must be {len(KIND_OF)} or less"),
+            (data.max_write_tokens >= 1, "data.max_write_tokens must be 1 or more"),
+            (data.max_read_tokens >= 1, "data.max_read_tokens must be 1 or more"),
             (0 <= data.growth <= 1, "data.growth is a share of the training, 0 to 1"),
         ]
         wrong = [why for holds, why in checks if not holds]
@@ -88,7 +97,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
         raise ConfigError(f"There is no recipe {path}.", "", "Give the path of a YAML file; `recipes/` has some.")
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML.", f"{why}.", "Correct the file.") from error
     if not isinstance(said, dict):
@@ -109,7 +118,10 @@ def _apply(said: dict[str, Any], change: str) -> None:
         said = said.setdefault(parent, {})
         if not isinstance(said, dict):
             raise ConfigError(f"--set {change}: {parent!r} has no keys inside.", "", "Correct the key.")
-    said[last] = yaml.safe_load(value)
+    try:
+        said[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change}: the value is not YAML.", "", "Quote it, or correct it.") from error
 
 
 def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
@@ -121,7 +133,7 @@ def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
     values: dict[str, Any] = {}
     for key, value in said.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
             raise ConfigError(
                 f"The recipe key {prefix}{key} is not known.",
                 f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}.",
@@ -137,7 +149,8 @@ def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
                 value = float(value)
             if isinstance(value, str) and hint is float:
                 value = _number(value)  # YAML 1.1 reads 2e-4 as text
-            if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not finite or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
                 wanted = getattr(hint, "__name__", str(hint))
                 raise ConfigError(f"The recipe key {prefix}{key} must be {wanted}, not {value!r}.", "", "Correct it.")
             values[key] = value
@@ -145,6 +158,12 @@ def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
     if missing:
         raise ConfigError(f"The recipe lacks {' and '.join(missing)}.", "", "Add it, or pass --out for `out`.")
     return kind(**values)
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The section that has `key`, for someone who left the section out."""
+    sections = {"memory": DeltaMemConfig, "data": DataOptions, "training": TrainingOptions}
+    return [f"{name}.{key}" for name, kind in sections.items() if key in {entry.name for entry in fields(kind)}]
 
 
 def _number(text: str) -> float | str:

@@ -111,23 +111,27 @@ class MemoryCache(DynamicCache):
         adapter = adapter_of(model)
         self.write = write
         self.memory = memory
-        self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
         self._stop_tokens: Tensor | None = None
+        self._feeding: str | None = None  # what `generate` feeds next; None outside of it
+        self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
         if memory is not None:
             check_memory(memory.shapes(), memory.adapter, adapter.state_shapes(), adapter.fingerprint)
 
     def begin_generation(self, stop_tokens: Tensor | None) -> None:
-        """`generate` starts: from its second call on, rows that have produced a stop token no longer read or write."""
+        """`generate` starts: rows that produce one of `stop_tokens` will no longer read or write."""
         self._finished, self._stop_tokens = None, stop_tokens
+
+    def begin_step(self, prompt: bool) -> None:
+        """`generate` feeds the prompt next, or else a token that it has produced. Only the latter can end a row."""
+        self._feeding = "prompt" if prompt else "produced"
 
     def unfinished(self, tokens: Tensor | None) -> Tensor | None:
         """Rows `[B, 1]` whose `tokens` `[B, T]` still belong to the conversation; None where all do."""
-        if self._stop_tokens is None or tokens is None:
+        feeding, self._feeding = self._feeding, None
+        if feeding != "produced" or self._stop_tokens is None or tokens is None:
             return None
-        if self._finished is None:  # the prompt: its end-of-turn tokens end nothing
-            self._finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        else:
-            self._finished = self._finished | torch.isin(tokens, self._stop_tokens.to(tokens.device)).any(dim=1)
+        ended = torch.isin(tokens, self._stop_tokens.to(tokens.device)).any(dim=1)
+        self._finished = ended if self._finished is None else self._finished | ended
         return ~self._finished[:, None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -146,7 +150,7 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.memory, self._finished = None, None
+        self.memory, self._finished, self._feeding = None, None, None
 
     @property
     def is_croppable(self) -> bool:

@@ -7,6 +7,7 @@ the new states when the decoder has finished. Nothing about a conversation is ke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ from deltamem_tool.architectures import AttentionLayer, attention_layers, select
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
 from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
+from deltamem_tool.memory_file import check_memory
 from deltamem_tool.state import MemoryCache, MemoryState
 
 _PATCH = "_deltamem_patch"  # the attribute of a patched model that holds its `_Patch`
+_OVERRIDDEN = ("_prepare_cache_for_generation", "prepare_inputs_for_generation")  # methods of `generate`
 
 
 class DeltaMemAdapter(nn.Module):
@@ -54,6 +57,9 @@ class DeltaMemAdapter(nn.Module):
     @property
     def layer_indices(self) -> list[int]:
         return [int(index) for index in self.layers]
+
+    def memory(self, layer: int) -> DeltaMemory:
+        return cast(DeltaMemory, self.layers[str(layer)])
 
     def state_shapes(self) -> dict[int, tuple[int, ...]]:
         """`(H, R, R)` by layer index."""
@@ -98,7 +104,7 @@ class _Call:
     memory: MemoryState
     reads: Tensor | None  # bool [B, T], None for all
     writes: Tensor | None  # bool [B, T], None for none
-    token: Token | None = None
+    token: Token[_Call | None] | None = None
     readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
 
@@ -141,7 +147,7 @@ def fresh_adapter(
     if config.delta_init == "base_slice":
         for layer in layers:
             columns = {head: first_columns(layer, head, BASE_SLICE_WIDTH) for head in config.heads}
-            adapter.layers[str(layer.index)].start_from_base(columns)
+            adapter.memory(layer.index).start_from_base(columns)
     return adapter
 
 
@@ -152,8 +158,8 @@ def detach(model: PreTrainedModel) -> None:
         handle.remove()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(patch.required_grad[name])
-    del model._prepare_cache_for_generation
-    delattr(model, _PATCH)
+    for name in (*_OVERRIDDEN, _PATCH):
+        delattr(model, name)
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
@@ -181,12 +187,13 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         decoder.register_forward_hook(_after_decoder, always_call=True),
     ]
     for layer in layers:
-        memory = adapter.layers[str(layer.index)]
+        memory = adapter.memory(layer.index)
         handles.append(layer.module.register_forward_pre_hook(_before_attention(layer.index, memory), with_kwargs=True))
         for branch in adapter.config.heads:
             handles.append(layer.projection(branch).register_forward_hook(_correct(layer.index, memory, branch)))
     setattr(model, _PATCH, _Patch(adapter, handles, required_grad))
-    model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+    for name, override in zip(_OVERRIDDEN, (_with_memory_cache, _with_announced_step), strict=True):
+        setattr(model, name, MethodType(override(getattr(type(model), name)), model))
 
 
 def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
@@ -209,16 +216,11 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
         tokens = kwargs.get("input_ids")
         content = tokens if tokens is not None else kwargs["inputs_embeds"]
         batch, length = content.shape[:2]
-        if adapter.layers[str(adapter.layer_indices[0])].query.weight.device != content.device:
+        if next(adapter.parameters()).device != content.device:
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
-        if memory.batch_size != batch:
-            raise MemoryStateError(
-                f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
-                "",
-                "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
-            )
-        reads = _valid(kwargs.get("attention_mask"), cache, length)
+        _check_fit(memory, adapter, batch)
+        reads = _valid(kwargs.get("attention_mask"), length)
         unfinished = cache.unfinished(tokens)
         if unfinished is not None:
             unfinished = unfinished.expand(batch, length)
@@ -230,7 +232,19 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
     return hook
 
 
-def _valid(mask: Any, cache: MemoryCache, length: int) -> Tensor | None:
+def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:
+    """Refuse a memory that is not `adapter`'s, or not of this batch: `cache.memory` can be set to anything."""
+    if not torch.compiler.is_compiling():  # while a graph is traced, weights have no values to take a fingerprint of
+        check_memory(memory.shapes(), memory.adapter, adapter.state_shapes(), adapter.fingerprint)
+    if memory.batch_size != batch:
+        raise MemoryStateError(
+            f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
+            "",
+            "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
+        )
+
+
+def _valid(mask: Any, length: int) -> Tensor | None:
     """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
     if mask is None:
         return None
@@ -258,7 +272,7 @@ def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Ten
 
 def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
     call = _CALL.get()
-    if call is None:
+    if call is None or call.token is None:
         return  # the hook before the decoder refused the call
     _CALL.reset(call.token)
     if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
@@ -288,25 +302,49 @@ def _correct(index: int, memory: DeltaMemory, branch: str):
     return hook
 
 
-def _prepare_cache_for_generation(
-    self: PreTrainedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-) -> None:
+def _with_memory_cache(own: Callable):
     """`generate` without a cache gets one with a memory; one that was given is repeated for beams."""
-    given = model_kwargs.get("past_key_values")
-    type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
-    copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-    if given is None and generation_config.use_cache:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise MemoryStateError(
-                f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
-                "",
-                "Leave cache_implementation out.",
-            )
-        model_kwargs["past_key_values"] = MemoryCache(self)
-    elif isinstance(given, MemoryCache) and given.memory is not None and given.memory.batch_size == batch_size:
-        given.batch_repeat_interleave(copies)
-    cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, MemoryCache):
-        cache.begin_generation(getattr(generation_config, "_eos_token_tensor", None))
+
+    @functools.wraps(own)
+    def prepare(
+        self: PreTrainedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if given is None and generation_config.use_cache:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise MemoryStateError(
+                    f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
+                    "",
+                    "Leave cache_implementation out.",
+                )
+            model_kwargs["past_key_values"] = MemoryCache(self)
+        elif isinstance(given, MemoryCache):
+            if not generation_config.use_cache:
+                raise MemoryStateError(
+                    "A MemoryCache was given with use_cache=False.",
+                    "Every step would feed the whole text into it again.",
+                    "Leave one of the two out.",
+                )
+            if given.memory is not None and given.memory.batch_size == batch_size:
+                copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+                given.batch_repeat_interleave(copies)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, MemoryCache):
+            cache.begin_generation(getattr(generation_config, "_eos_token_tensor", None))
+
+    return prepare
+
+
+def _with_announced_step(own: Callable):
+    """Before every call, `generate` tells the cache whether it feeds the prompt or what it has produced."""
+
+    @functools.wraps(own)  # `generate` looks at the signature
+    def prepare(self: PreTrainedModel, *args, past_key_values=None, is_first_iteration: bool = False, **kwargs):
+        if isinstance(past_key_values, MemoryCache):
+            past_key_values.begin_step(prompt=is_first_iteration)
+        return own(
+            self, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    return prepare

@@ -149,7 +149,7 @@ class Manifest:
         """The inverse of `to_json`.
 
         Raises:
-            ExportError: not JSON, another format, a newer version, or a field that is missing, unknown or of another type.
+            ExportError: not JSON, another format or version, or a field that is missing, unknown or impossible.
         """
         try:
             content = json.loads(text)

@@ -10,14 +10,14 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
@@ -115,10 +115,12 @@ class _Step(nn.Module):
         past_key_values: list[dict[str, Tensor]],
     ) -> dict[str, Any]:
         cache = MemoryCache(self.model, write=write_mask)
-        for layer, past in zip(cache.layers, past_key_values, strict=True):
+        layers = _kv_layers(cache)
+        for layer, past in zip(layers, past_key_values, strict=True):
             # What DynamicLayer.update does to a fresh layer, without joining the past to nothing.
-            layer.keys, layer.values = past[contract.KEY], past[contract.VALUE]
-            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+            key, value = past[contract.KEY], past[contract.VALUE]
+            layer.keys, layer.values, layer.is_initialized = key, value, True
+            layer.dtype, layer.device = key.dtype, key.device
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
         cache.memory = MemoryState(states, self._fingerprint)
         output = self.model(
@@ -130,7 +132,7 @@ class _Step(nn.Module):
             logits_to_keep=self._logits_to_keep,
         )
         present = []
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(layers):
             carried = {contract.KEY: layer.keys, contract.VALUE: layer.values}
             if i in states:
                 carried[contract.STATE] = cache.memory.layers[i]
@@ -154,31 +156,32 @@ def _interface(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) ->
     with torch.no_grad():
         width = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache).logits.shape[-1]
     shapes = adapter.state_shapes()
-    strange = [type(layer).__name__ for layer in cache.layers if type(layer) not in _KV_LAYERS]
+    strange = [
+        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    ]
     if strange or not set(shapes) <= set(range(len(cache.layers))):
         raise ExportError(
             f"{type(model).__name__} cannot be exported.",
             f"Its layers keep more than one key and value cache each ({', '.join(sorted(set(strange))) or 'shared'}).",
             "Use a model whose layers are all attention.",
         )
-    layers = [Layer(x.keys.shape[1], x.keys.shape[3], shapes.get(i)) for i, x in enumerate(cache.layers)]
+    keys = [cast(Tensor, layer.keys) for layer in _kv_layers(cache)]
+    layers = [Layer(key.shape[1], key.shape[3], cast(Any, shapes.get(i))) for i, key in enumerate(keys)]
     return Interface(logits, width, tuple(layers))
 
 
-_KV_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+def _kv_layers(cache: MemoryCache) -> list[DynamicLayer]:
+    return cast(list[DynamicLayer], cache.layers)  # `_interface` has seen to it
 
 
 def _traced(model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interface) -> onnx_ir.Model:
     """The graph, with ONNX Runtime's operators."""
     inputs, axes = _sample(interface)
-    config = OnnxConfig(
-        dynamic_shapes=axes,
-        ort_fusions="cpu",
-        prefer_deferred_runtime_asserts_over_guards=True,  # nothing is to depend on the sizes of the sample
-    )
+    config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu")
     with _quiet(), use_implementation("onnx"):
         exporter = OnnxExporter()
-        program = exporter.export(_Step(model, adapter, interface.logits).eval(), inputs, config).program
+        step = cast(PreTrainedModel, _Step(model, adapter, interface.logits).eval())  # any module will do
+        program = exporter.export(step, inputs, config).program
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
@@ -187,7 +190,7 @@ def _traced(model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interfa
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments to trace with, and which of their axes vary: no size is 0 or 1, and no two are equal."""
+    """Arguments to trace with, and which of their axes vary. Sizes of 0 and 1 would be taken for constants."""
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
     types = {contract.INT64: torch.int64, contract.BOOL: torch.bool, contract.FLOAT32: torch.float32}
     # The mask's length is the sum of two others, which torch cannot be told: it finds out.
@@ -226,9 +229,6 @@ def _logits_to_keep(logits: str) -> int:
     return 1 if logits == "last" else 0  # 0 is all, for transformers
 
 
-# The check
-
-
 @dataclass(frozen=True)
 class _Call:
     """Inputs of one call of a conversation; masks are over this call's tokens alone."""
@@ -242,7 +242,16 @@ def _conversation(batch: int, vocab_size: int) -> list[_Call]:
     """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed."""
     random = torch.Generator().manual_seed(batch)
     calls = []
-    for tokens, write in ((11, "on"), (6, "mixed"), (1, "on"), (1, "off"), (1, "on"), (70, "off"), (9, "mixed"), (1, "on")):
+    for tokens, write in (
+        (11, "on"),
+        (6, "mixed"),
+        (1, "on"),
+        (1, "off"),
+        (1, "on"),
+        (70, "off"),
+        (9, "mixed"),
+        (1, "on"),
+    ):
         valid = torch.ones(batch, tokens, dtype=torch.bool)
         for row in range(1, batch if tokens > 1 else 0):
             padding = slice(0, 2 * row) if tokens == 11 else slice(tokens - row, tokens)
@@ -275,12 +284,10 @@ def _largest_difference(model: PreTrainedModel, graph: Graph) -> float:
             found, past = graph.step(call.input_ids.numpy(), mask.numpy(), call.write.numpy(), past)
             valid = call.valid[:, -1:] if keep == 1 else call.valid
             differences.append((torch.from_numpy(found) - expected)[valid])
+            states = cast(MemoryState, cache.memory).layers
             for layer, state in graph.states(past).items():
-                differences.append(torch.from_numpy(state) - cache.memory.layers[layer].cpu())
+                differences.append(torch.from_numpy(state) - states[layer].cpu())
     return float(np.max([float(difference.abs().max()) for difference in differences if difference.numel()]))
-
-
-# Surroundings
 
 
 @contextmanager
@@ -297,7 +304,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' progress lines (on stdout) and their notes on versions: the check that follows decides."""
-    torch_logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    torch_logger = logging.getLogger("torch.onnx")
     level, verbosity = torch_logger.level, transformers_logging.get_verbosity()
     torch_logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()

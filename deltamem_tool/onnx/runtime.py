@@ -49,16 +49,18 @@ class Graph:
         self.interface = interface
         wanted = list(providers or [CPU])
         for name in wanted:
-            if name not in onnxruntime.get_available_providers():
-                raise _no_provider(name)
+            available = onnxruntime.get_available_providers()
+            if name not in available:
+                raise _no_provider(name, f"This build has {', '.join(available)}.", "Choose one of these.")
         try:
             self._session = onnxruntime.InferenceSession(str(Path(folder) / contract.MODEL_FILE), providers=wanted)
         except Exception as error:  # onnxruntime's exceptions have no common base class of their own
             why = str(error).splitlines()[0]
             raise ExportError("ONNX Runtime cannot load this graph.", f"{why}.", "Export the model again.") from error
         for name in wanted:
-            if name not in self._session.get_providers():  # its libraries were missing, and ONNX Runtime went on
-                raise _no_provider(name)
+            if name not in self._session.get_providers():  # ONNX Runtime said so on stderr, and went on without it
+                why = "Its device or a library that it needs is missing; ONNX Runtime's own message says which."
+                raise _no_provider(name, why, f"Install what is missing, or run on {CPU}.")
         self._session.disable_fallback()
         interface.check_graph(_described(self._session.get_inputs()), _described(self._session.get_outputs()))
         self._outputs = list(interface.outputs())
@@ -213,7 +215,9 @@ class Conversation:
             )
         tokens = self._new_tokens(content)
         random = np.random.default_rng(seed)
-        stream, pieces, generated = TextStream(self._model.text.tokenizer), [], []
+        stream = TextStream(self._model.text.tokenizer)
+        pieces: list[str] = []
+        generated: list[int] = []
         stopped = False
         while not stopped and len(generated) < max_new_tokens:
             token = _pick(self._feed(tokens), temperature, top_p, random)
@@ -292,9 +296,5 @@ def _described(values) -> dict[str, tuple[str, list]]:
     return {value.name: (_TYPES.get(value.type, value.type), list(value.shape)) for value in values}
 
 
-def _no_provider(name: str) -> ExportError:
-    return ExportError(
-        f"ONNX Runtime has no {name} here.",
-        f"It offers {', '.join(onnxruntime.get_available_providers())}.",
-        "Choose one of these, or install what the provider needs.",
-    )
+def _no_provider(name: str, why: str, next: str) -> ExportError:
+    return ExportError(f"ONNX Runtime cannot run on {name} here.", why, next)

@@ -1,4 +1,4 @@
-"""Text to tokens and back for the ONNX runtime: tokenizer.json, the chat template, text as it streams. No transformers."""
+"""Text to tokens and back, without transformers: tokenizer.json, the chat template, text as it streams."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False
+) -> str:
     # jinja's own filter escapes for HTML
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

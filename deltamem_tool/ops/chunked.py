@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Forward + backward at T = 8,192, B = H = 1, R = 8, one thread of a 2.5 GHz Xeon: 82 ms at 16, 93 at 32, 134 at 64.
-# 32 and not 16: half as many chunks to pass the state through. 64 is also where MKL starts to split every small
-# triangular solve over its threads, which takes seconds as soon as another process holds one of the cores.
+# Forward + backward at T = 8,192, B = H = 1, R = 8, one thread, busy 2.5 GHz Xeon: 82 ms at 16, 93 at 32, 134 at 64.
+# 32 and not 16: half as many chunks to pass the state through. At 64 with two threads and another process on one of the
+# cores, the triangular solve alone went from milliseconds to seconds (B = 32, T = 100, H = 4); at 32 it did not.
 CHUNK = 32
 
 # Decays below exp(-40) = 4e-18 are rounded up to it: invisible beside numbers of order one, even in float64, and it
-# keeps products of two decays out of float32's denormal range, where exp and multiply run up to 80 times slower.
+# keeps products of two decays out of float32's denormal range, where exp was measured 80 times slower.
 LOG_DECAY_FLOOR = -40.0
 
 # In an exported graph N is symbolic and the depth of the parallel pass a constant: 2**20 chunks are 33 million tokens,

@@ -1,8 +1,8 @@
 """The recurrence as one ONNX Runtime operator, for tracing alone: `com.microsoft::LinearAttention`.
 
-The operator's `gated_delta` rule is `S ← e^g S + β k (u − e^g Sᵀk)ᵀ`, and it reads after it writes. So one operator head
-is one row of our state, with `g = log keep`, `β = erase / keep` and `u = v · keep · write / erase`; and it gets one step
-more than there are tokens: keys, values and gates a step late, so that token t is read before it is written.
+The operator's `gated_delta` rule is `S ← e^g S + β k (u − e^g Sᵀk)ᵀ`, and it reads after it writes. So one operator
+head is one row of our state, with `g = log keep`, `β = erase / keep` and `u = v · keep · write / erase`; and it gets
+one step more than there are tokens: keys, values and gates a step late, so that token t is read before it is written.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ def linear_attention_scan(
     Returns reads `[B, T, H, R]` and the state after the last token `[B, H, R, R]`.
     """
     batch, tokens, heads, rank = q.shape
-    log_keep = log_keep.clamp_min(MIN_LOG_KEEP)
-    # The operator writes through β alone: a row that is written and (in float32) not erased is erased by next to nothing.
+    # In ONNX Runtime logsigmoid is log(sigmoid), and its sigmoid is 0 from -20 on: the gate becomes -inf, and NaN where
+    # a token that does not write had it multiplied by 0.
+    log_keep = torch.where(log_keep.isnan(), torch.zeros_like(log_keep), log_keep).clamp_min(MIN_LOG_KEEP)
+    # The operator writes through β alone: a row that is written and not erased is erased by next to nothing.
     erase = torch.where(write > 0, erase.clamp_min(MIN_ERASE), erase)
     keep = log_keep.exp()
     beta = erase / keep
     value = v * (keep * (write / erase.clamp_min(MIN_ERASE)))
     # Step 0 has zero gates: it reads the state as it came. The last step only writes.
-    first = [_packed(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta)]
+    key, value, decay, beta = (_packed(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta))
     query = _packed(F.pad(q, (0, 0, 0, 0, 0, 1)))
-    key, value, decay, beta = first
     rows = heads * rank
     reads, state = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",

@@ -78,7 +78,7 @@ def double_loop(q, k, v, log_keep, erase, write, state):
     return reads, state
 
 
-@pytest.mark.parametrize("implementation", ["naive", "chunked"])
+@pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_the_equation_on_single_numbers(rule, implementation):
     inputs = make_inputs(7, rule, rank=3, masked=0.3, dtype=torch.float64)
@@ -90,15 +90,17 @@ def test_equals_the_equation_on_single_numbers(rule, implementation):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 63, 64, 100, 1000])
-def test_chunked_equals_naive(tokens, rule):
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_equals_naive(tokens, rule, implementation):
     inputs = make_inputs(tokens, rule, masked=0.3)
-    assert_same(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "naive"), TOLERANCE)
+    assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), TOLERANCE)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_chunked_equals_naive_in_float64(rule):
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_equals_naive_in_float64(rule, implementation):
     inputs = make_inputs(100, rule, masked=0.3, dtype=torch.float64)
-    assert_same(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "naive"), FLOAT64_TOLERANCE)
+    assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), FLOAT64_TOLERANCE)
 
 
 def test_states_pass_in_parallel_as_in_turn(monkeypatch):
@@ -108,11 +110,12 @@ def test_states_pass_in_parallel_as_in_turn(monkeypatch):
     assert_same(run_with_gradients(inputs, "chunked"), expected, TOLERANCE)
 
 
-def test_identical_keys_without_decay():
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_identical_keys_without_decay(implementation):
     inputs = make_inputs(1000, "no_lambda")
     with torch.no_grad():
         inputs[1].copy_(inputs[1][:, :1].clone().expand_as(inputs[1]))
-    assert_same(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "naive"), WORST_CASE_TOLERANCE)
+    assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), WORST_CASE_TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -124,21 +127,22 @@ def test_identical_keys_without_decay():
         pytest.param(lambda x: torch.full_like(x, -1e-7), id="nearly all kept"),
     ],
 )
-def test_extreme_gates(log_keep):
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_extreme_gates(log_keep, implementation):
     inputs = make_inputs(300, "standard")
     with torch.no_grad():
         inputs[3].copy_(log_keep(inputs[3]))
-    assert_same(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "naive"), TOLERANCE)
+    assert_same(run_with_gradients(inputs, implementation), run_with_gradients(inputs, "naive"), TOLERANCE)
 
 
-@pytest.mark.parametrize("implementation", ["naive", "chunked"])
+@pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
 def test_gradcheck(implementation, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 2)
     inputs = make_inputs(5, "lambda_outside", batch=1, heads=2, rank=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *x: delta_scan(*x, implementation=implementation), inputs)
 
 
-@pytest.mark.parametrize("implementation", ["naive", "chunked"])
+@pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_inputs_are_computed_in_float32(dtype, implementation):
     low = make_inputs(100, dtype=dtype)
@@ -152,7 +156,7 @@ def test_low_precision_inputs_are_computed_in_float32(dtype, implementation):
         assert torch.equal(cast, reference)
 
 
-@pytest.mark.parametrize("implementation", [None, "naive", "chunked"])
+@pytest.mark.parametrize("implementation", [None, "naive", "recurrent", "chunked"])
 def test_no_tokens(implementation):
     inputs = make_inputs(0)
     reads, state = delta_scan(*inputs, implementation=implementation)
@@ -160,7 +164,7 @@ def test_no_tokens(implementation):
     assert torch.equal(state, inputs[-1])
 
 
-@pytest.mark.parametrize("implementation", ["naive", "chunked"])
+@pytest.mark.parametrize("implementation", ["naive", "recurrent", "chunked"])
 def test_a_masked_token_leaves_the_state_alone(implementation):
     inputs = make_inputs(50, masked=1.0)
     _, state = delta_scan(*inputs, implementation=implementation)
@@ -180,10 +184,11 @@ def test_splitting_a_call_cannot_matter(seed):
     torch.testing.assert_close(state, expected_state, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_the_inputs_are_not_changed():
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_the_inputs_are_not_changed(implementation):
     inputs = make_inputs(100)
     copies = [x.detach().clone() for x in inputs]
-    run_with_gradients(inputs, "chunked")
+    run_with_gradients(inputs, implementation)
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
 
 

@@ -1,0 +1,50 @@
+"""`deltamem export`: base model and adapter as an ONNX folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("adapter")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.option(
+    "--logits",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Logits of the last position, or of every one.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
+def command(adapter: str, out: Path, base: str | None, logits: str, overwrite: bool, as_json: bool) -> None:
+    """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
+    from deltamem_tool.cli.console import STDERR, quiet_libraries
+    from deltamem_tool.files import refuse_existing
+
+    refuse_existing(out, overwrite)
+    with STDERR.status("Loading the model") as status:
+        import torch
+
+        from deltamem_tool.adapter import load, read_adapter, tokenizer_of
+        from deltamem_tool.onnx.export import export_onnx
+
+        quiet_libraries()
+        name = base or read_adapter(adapter).base.name
+        model = load(adapter, base=base, dtype=torch.float32)
+        manifest = export_onnx(
+            model,
+            tokenizer_of(model),
+            out,
+            logits=logits,
+            base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
+            overwrite=overwrite,
+            progress=lambda stage: status.update(stage),
+        )
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+    else:
+        click.echo(f"{out}: ONNX Runtime and PyTorch differ by at most {manifest.max_abs_diff:.1e}.")

@@ -1,0 +1,81 @@
+"""The recurrence token by token, with its gradient written out: the least work where many rows meet few tokens.
+
+The adjoint G_t = dL/dS_t obeys the same kind of recurrence, backwards (README.md beside this file):
+
+    G_{t-1} = keep_t ⊙ G_t − (erase_t ⊙ G_t k_t) k_tᵀ + (dL/dr_t) q_tᵀ
+
+so two short loops keep the states and the adjoints, and everything else is batched over tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def recurrent_scan(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same function as `naive.naive_scan`; keeps T states `[B, H, R, R]` for its backward pass."""
+    return _RecurrentScan.apply(q, k, v, log_keep, erase, write, state)
+
+
+class _RecurrentScan(torch.autograd.Function):
+    # Inside, tokens lead: [T, N, R] and [T, N, R, R] with N = B·H, so that a token's slice is contiguous.
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_keep, erase, write, state):
+        heads = q.shape[2]
+        q, k, v, keep, erase, write = (_tokens_first(x) for x in (q, k, v, log_keep.exp(), erase, write))
+        states = state.new_empty((*q.shape, q.shape[-1]))  # S_{t-1}, [T, N, R, R]
+        now = state.flatten(0, 1)
+        steps = zip(k, write * v, erase, keep, strict=True)
+        for t, (k_t, written, erased, kept) in enumerate(steps):
+            states[t] = now
+            predicted = torch.bmm(now, k_t.unsqueeze(-1)).squeeze(-1)
+            change = torch.addcmul(written, erased, predicted, value=-1)  # d_t
+            now = torch.addcmul(now * kept.unsqueeze(-1), change.unsqueeze(-1), k_t.unsqueeze(-2))
+        ctx.save_for_backward(q, k, v, keep, erase, write, states)
+        ctx.heads = heads
+        return _batch_first(_times(states, q), heads), now.view(state.shape)
+
+    @staticmethod
+    def backward(ctx, grad_reads, grad_state):
+        q, k, v, keep, erase, write, states = ctx.saved_tensors
+        grad_reads = _tokens_first(grad_reads)
+        adjoints = torch.empty_like(states)  # G_t
+        now = grad_state.flatten(0, 1)
+        for t in range(len(k) - 1, -1, -1):
+            adjoints[t] = now
+            k_t = k[t].unsqueeze(-1)
+            erased = erase[t].unsqueeze(-1) * torch.bmm(now, k_t)
+            now = torch.addcmul(now * keep[t].unsqueeze(-1), erased, k_t.mT, value=-1)
+            now = torch.addcmul(now, grad_reads[t].unsqueeze(-1), q[t].unsqueeze(-2))
+        predicted = _times(states, k)  # S_{t-1} k_t
+        grad_change = _times(adjoints, k)  # G_t k_t
+        grad_q = _transposed_times(states, grad_reads)
+        grad_k = _transposed_times(adjoints, write * v - erase * predicted)
+        grad_k -= _transposed_times(states, erase * grad_change)
+        grad_log_keep = keep * (adjoints * states).sum(-1)
+        grads = (grad_q, grad_k, write * grad_change, grad_log_keep, -predicted * grad_change, v * grad_change)
+        return *(_batch_first(grad, ctx.heads) for grad in grads), now.view(grad_state.shape)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, T, H, R] -> [T, N, R]."""
+    return x.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _batch_first(x: Tensor, heads: int) -> Tensor:
+    """[T, N, R] -> [B, T, H, R]."""
+    return x.unflatten(1, (-1, heads)).transpose(0, 1)
+
+
+def _times(matrices: Tensor, x: Tensor) -> Tensor:
+    """M x: [T, N, R, R] and [T, N, R] -> [T, N, R]."""
+    return torch.bmm(matrices.flatten(0, 1), x.reshape(-1, x.shape[-1], 1)).view(x.shape)
+
+
+def _transposed_times(matrices: Tensor, x: Tensor) -> Tensor:
+    """Mᵀ x, as the row xᵀ M."""
+    return torch.bmm(x.reshape(-1, 1, x.shape[-1]), matrices.flatten(0, 1)).view(x.shape)

@@ -1,0 +1,323 @@
+"""Conversations in ONNX Runtime: the tokens and memories that PyTorch gives, and files that both read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from deltamem_tool.cli.run import command
+from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
+from deltamem_tool.onnx import runtime as runtime_module
+from deltamem_tool.onnx.runtime import CUDA, OnnxModel
+from deltamem_tool.onnx.text import ChatText, TextStream
+from deltamem_tool.state import MemoryCache, MemoryState
+
+TOLERANCE = 1e-4
+TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def exported(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def folder(qwen3, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(qwen3.folder, tmp_path / "copy")
+
+
+def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
+    """Generated tokens of each turn, and the memory after them, by `model.generate` on one cache."""
+    cache = MemoryCache(exported.model, memory)
+    ids, answers = torch.zeros(1, 0, dtype=torch.long), []
+    for turn in turns:
+        text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+        if answers:
+            text = ("\n" if ids[0, -1] == 257 else "<|im_end|>\n") + text
+        ids = torch.cat([ids, exported.tokenizer(text, return_tensors="pt").input_ids], dim=1)
+        prompt = ids.shape[1]
+        ids = exported.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=stop_tokens,
+            pad_token_id=0,
+        )
+        answers.append(ids[0, prompt:].tolist())
+    return answers, cache.memory
+
+
+def assert_close(memory: dict[int, np.ndarray], expected: MemoryState) -> None:
+    assert memory.keys() == expected.layers.keys()
+    for layer, state in memory.items():
+        torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
+
+
+def stopping_at(folder, tokens) -> OnnxModel:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": tokens}))
+    return OnnxModel(folder)
+
+
+def test_greedy_turns_are_those_of_generate(exported):
+    conversation = OnnxModel(exported.folder).start()
+    answers = [conversation.generate(turn, max_new_tokens=8) for turn in TURNS]
+    expected, memory = in_pytorch(exported, TURNS, 8)
+    assert [list(answer.tokens) for answer in answers] == expected
+    assert not any(answer.stopped for answer in answers)
+    assert_close(conversation.memory, memory)
+
+
+def test_every_stop_token_stops(qwen3, folder):
+    free = OnnxModel(folder).start().generate(TURNS[0], max_new_tokens=8).tokens
+    late, early = free[5], free[2]
+    assert free.index(late) > free.index(early)
+    for stop_tokens, at in (([late, early], early), ([early, late], early), (late, late), ([257], None)):
+        answer = stopping_at(folder, stop_tokens).start().generate(TURNS[0], max_new_tokens=8)
+        assert answer.stopped == (at is not None)
+        assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
+
+
+def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
+    """With the end-of-turn token as the one that stops: it is fed once, by the template, as in PyTorch."""
+    weight = qwen3.model.lm_head.weight
+    saved = weight.detach().clone()
+    model = stopping_at(folder, [257])
+    free = model.start().generate(TURNS[0], max_new_tokens=5).tokens
+    # The fifth token becomes the end of the turn: a step that swaps their logits, on both sides.
+    swap = free[4]
+    assert swap not in free[:4]
+    step = model.step
+
+    def swapped(*inputs):
+        logits, past = step(*inputs)
+        logits[..., [swap, 257]] = logits[..., [257, swap]]
+        return logits, past
+
+    model.step = swapped
+    conversation = model.start()
+    answers = [conversation.generate(turn, max_new_tokens=8) for turn in TURNS]
+    with torch.no_grad():
+        weight[[swap, 257]] = saved[[257, swap]]
+    try:
+        expected, memory = in_pytorch(qwen3, TURNS, 8, stop_tokens=[257])
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    assert answers[0].stopped and answers[0].tokens[-1] == 257
+    assert [list(answer.tokens) for answer in answers] == expected
+    assert_close(conversation.memory, memory)
+
+
+def test_memories_go_from_onnx_runtime_to_pytorch_and_back(exported, tmp_path):
+    model = OnnxModel(exported.folder)
+    conversation = model.start()
+    conversation.generate(TURNS[0], max_new_tokens=4)
+    conversation.save_memory(tmp_path / "memory.safetensors")
+    memory = MemoryState.load(tmp_path / "memory.safetensors")
+    assert memory.adapter == exported.manifest.adapter
+    for layer, state in conversation.memory.items():
+        assert state.any() and np.array_equal(memory.layers[layer].numpy(), state)
+
+    expected, after = in_pytorch(exported, TURNS[1:], 6, memory=memory)
+    resumed = model.start(model.load_memory(tmp_path / "memory.safetensors"))
+    assert list(resumed.generate(TURNS[1], max_new_tokens=6).tokens) == expected[0]
+    assert_close(resumed.memory, after)
+
+    after.save(tmp_path / "after.safetensors")
+    for layer, state in model.load_memory(tmp_path / "after.safetensors").items():
+        assert np.array_equal(after.layers[layer].numpy(), state)
+
+
+def test_a_memory_of_another_adapter_is_refused(qwen3, llama, tmp_path):
+    file = tmp_path / "memory.safetensors"
+    MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(file)
+    with pytest.raises(MemoryStateError, match="another adapter"):
+        OnnxModel(qwen3.folder).load_memory(file)
+    OnnxModel(llama.folder).start().save_memory(file)
+    with pytest.raises(MemoryStateError):
+        OnnxModel(qwen3.folder).load_memory(file)
+
+
+def test_a_memory_that_does_not_fit_is_refused(qwen3):
+    model = OnnxModel(qwen3.folder)
+    with pytest.raises(MemoryStateError, match="does not fit"):
+        model.start({0: np.zeros((1, 2, 4, 4), np.float32)})
+    with pytest.raises(MemoryStateError, match="one memory"):
+        model.start({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)})
+
+
+def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
+    model = OnnxModel(qwen3.folder)
+    first = model.start()
+    first.generate(TURNS[0], max_new_tokens=2)
+    second = model.start(first.memory, write=False)
+    second.generate(TURNS[1], max_new_tokens=2)
+    for layer, state in first.memory.items():
+        assert np.array_equal(second.memory[layer], state)
+
+
+def test_conversations_of_one_model_do_not_meet(qwen3):
+    model = OnnxModel(qwen3.folder)
+    alone = model.start().generate(TURNS[1], max_new_tokens=4)
+    first, second = model.start(), model.start()
+    first.generate(TURNS[0], max_new_tokens=4)
+    assert second.generate(TURNS[1], max_new_tokens=4) == alone
+
+
+def test_sampling_follows_its_seed_and_top_p(qwen3):
+    model = OnnxModel(qwen3.folder)
+
+    def say(**options):
+        return model.start().generate(TURNS[0], max_new_tokens=8, **options).tokens
+
+    assert say(temperature=2.0, seed=1) == say(temperature=2.0, seed=1)
+    assert say(temperature=2.0, seed=1) != say(temperature=2.0, seed=2)
+    assert say(temperature=2.0, top_p=1e-9, seed=1) == say()
+    with pytest.raises(ConfigError):
+        say(top_p=0.0)
+
+
+def test_text_streams_in_whole_characters(qwen3):
+    tokenizer = ChatText(qwen3.folder).tokenizer
+    text = "a Zoë 🐈!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
+    assert [piece for piece in pieces if piece] == list(text)
+    # Bytes that never become a character come out as one replacement, when something else follows or at the end.
+    cat = tokenizer.encode("🐈").ids
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in cat[:2]] == ["", ""]
+    assert stream.flush() == "\ufffd" and stream.flush() == ""
+
+
+def test_streamed_pieces_are_the_answer(qwen3):
+    pieces = []
+    answer = OnnxModel(qwen3.folder).start().generate(TURNS[0], max_new_tokens=12, on_text=pieces.append)
+    assert "".join(pieces) == answer.text
+    assert answer.text == qwen3.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
+    messages = [{"role": "system", "content": " Be <brief>. "}, {"role": "user", "content": "Hi"}]
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
+        "    {%- generation %}{{ m.role | upper }}: {{ m | tojson }}{% endgeneration %}\n"
+        "    {% if loop.last %}{% break %}{% endif %}\n{% endfor %}\n{{ eos_token }}{{ strftime_now('%Y')[:2] }}"
+    )
+    for source in (qwen3.tokenizer.chat_template, template):
+        (folder / "chat_template.jinja").write_text(source)
+        expected = qwen3.tokenizer.apply_chat_template(
+            messages, chat_template=source, add_generation_prompt=True, tokenize=False
+        )
+        assert ChatText(folder).render(messages) == expected
+    with pytest.raises(ExportError, match="no tools"):
+        ChatText(folder).render([{"role": "tool", "content": ""}])
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ExportError, match="unsafe"):
+        ChatText(folder).render(messages)
+
+
+def test_a_template_that_rewrites_the_past_is_refused(folder):
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    conversation = OnnxModel(folder).start()
+    conversation.generate("one", max_new_tokens=1)
+    with pytest.raises(ExportError, match="does not continue"):
+        conversation.generate("two", max_new_tokens=1)
+
+
+def test_without_a_template_text_is_text(qwen3, folder):
+    (folder / "chat_template.jinja").unlink()
+    conversation = OnnxModel(folder).start()
+    answer = conversation.generate("abc", max_new_tokens=3)
+    ids = qwen3.tokenizer("abc", return_tensors="pt").input_ids
+    expected = qwen3.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert list(answer.tokens) == expected[0, 3:].tolist()
+    with pytest.raises(ExportError, match="chat template"):
+        conversation.generate([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "deltamem_onnx.json", "tokenizer.json"])
+def test_a_folder_that_lacks_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ExportError, match=name):
+        OnnxModel(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_is_cut_short_is_refused(folder, name):
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ExportError):
+        OnnxModel(folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="lacks"):
+        OnnxModel(tmp_path)
+    with pytest.raises(ExportError, match="no such folder"):
+        OnnxModel(tmp_path / "nowhere")
+
+
+def test_a_provider_that_is_not_there_is_refused(qwen3, monkeypatch):
+    with pytest.raises(ExportError, match="NoSuchProvider"):
+        OnnxModel(qwen3.folder, ["NoSuchProvider"])
+    # One that the build offers and that does not load, as CUDA does not where there is no GPU.
+    if CUDA in runtime_module.onnxruntime.get_available_providers() and not torch.cuda.is_available():
+        with pytest.raises(ExportError, match=CUDA):
+            OnnxModel(qwen3.folder, [CUDA])
+
+
+def test_it_runs_without_torch_and_transformers(qwen3, tmp_path):
+    script = """
+import sys
+from deltamem_tool.onnx.runtime import OnnxModel
+model = OnnxModel(sys.argv[1])
+conversation = model.start()
+conversation.generate("Hello", max_new_tokens=2)
+conversation.save_memory(sys.argv[2])
+model.start(model.load_memory(sys.argv[2]))
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+    arguments = [sys.executable, "-c", script, str(qwen3.folder), str(tmp_path / "memory.safetensors")]
+    subprocess.run(arguments, check=True, timeout=120)
+
+
+def test_the_command(qwen3, tmp_path):
+    file = tmp_path / "memory.safetensors"
+    options = [
+        "--prompt",
+        TURNS[0],
+        "--prompt",
+        TURNS[1],
+        "--max-new-tokens",
+        "4",
+        "--save-memory",
+        str(file),
+        "--json",
+    ]
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert result.exit_code == 0, result.output
+    conversation = OnnxModel(qwen3.folder).start()
+    answers = [conversation.generate(turn, max_new_tokens=4).text for turn in TURNS]
+    assert json.loads(result.stdout) == {"answers": answers, "tokens": 8, "memory_file": str(file)}
+
+    options = ["--prompt", "Hi", "--system", "Be brief.", "--memory", str(file), "--max-new-tokens", "4"]
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    conversation = OnnxModel(qwen3.folder).start(conversation.memory)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert result.stdout == conversation.generate(messages, max_new_tokens=4).text + "\n"
