@@ -159,7 +159,25 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer of a loaded model's base."""
-    return AutoTokenizer.from_pretrained(model.name_or_path)
+    return read_tokenizer(model.name_or_path)
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a base model's folder, which must have a chat template.
+
+    Raises:
+        ArchitectureError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArchitectureError(f"{folder} has no tokenizer.", why, "Save the model's tokenizer beside it.") from error
+    if tokenizer.chat_template is None:
+        raise ArchitectureError(
+            f"The tokenizer of {folder} has no chat template.", "", "Use the base model's chat or instruct version."
+        )
+    return tokenizer
 
 
 def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:

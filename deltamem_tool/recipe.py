@@ -133,7 +133,7 @@ def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
     values: dict[str, Any] = {}
     for key, value in said.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
+            near = difflib.get_close_matches(str(key), known, n=1) or ([] if prefix else _elsewhere(str(key)))
             raise ConfigError(
                 f"The recipe key {prefix}{key} is not known.",
                 f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}.",

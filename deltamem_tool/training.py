@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,25 +18,26 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deltamem_tool.adapter import load, save_adapter
+from deltamem_tool.adapter import load, read_tokenizer, save_adapter
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, EpisodeCollator
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.files import refuse_existing
+from deltamem_tool.files import refuse_existing, write_whole
 from deltamem_tool.recipe import Recipe
 from deltamem_tool.state import MemoryCache
 from deltamem_tool.surgery import adapter_of, attach
 
+RECIPE_FILE = "recipe.json"  # in the folder of a run: what it was started with
 Report = Callable[[int, int, float | None], None]  # step, of how many, loss
 
 
@@ -94,9 +96,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report:
         DeltaMemError: the recipe cannot be run, or the run was interrupted.
     """
     out, run = Path(recipe.out), Path(f"{recipe.out}.run")
-    checkpoint = get_last_checkpoint(str(run)) if resume and run.is_dir() else None
-    if resume and checkpoint is None:
-        raise DeltaMemError(f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume.")
+    checkpoint = _checkpoint_to_resume(run, recipe) if resume else None
     refuse_existing(out, overwrite or resume)
     if not resume and run.is_dir():
         shutil.rmtree(run)
@@ -133,7 +133,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report:
     )
     trainer.remove_callback(PrinterCallback)
     model.to(trainer.args.device)
-    with callback.stopping_on_interrupt():
+    with _run_folder(run, recipe), callback.stopping_on_interrupt():
         trainer.train(resume_from_checkpoint=checkpoint)
     save_adapter(model, out, overwrite=overwrite or resume)
     steps = trainer.state.global_step
@@ -156,7 +156,63 @@ def _load_base(recipe: Recipe):
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
         model.config._name_or_path = checkpoint.name
         attach(model, recipe.memory)
-    return model, AutoTokenizer.from_pretrained(BaseCheckpoint(recipe.base, recipe.revision).folder)
+    return model, read_tokenizer(BaseCheckpoint(recipe.base, recipe.revision).folder)
+
+
+@contextmanager
+def _run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
+    """The folder of checkpoints while the run goes on. Whatever ends it, what is left in the folder can be resumed."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(run / RECIPE_FILE, json.dumps(_comparable(recipe)).encode())
+        yield
+    finally:
+        whole = _checkpoints(run)
+        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if folder not in whole:  # a full disk
+                shutil.rmtree(folder, ignore_errors=True)
+        if not whole:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. The Trainer writes its state last."""
+    found = []
+    for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            found.append((json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"], folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return [folder for _, folder in sorted(found)]
+
+
+def _checkpoint_to_resume(run: Path, recipe: Recipe) -> str:
+    """The last checkpoint of a run of the same recipe.
+
+    Raises:
+        DeltaMemError: there is none, or the recipe was another one.
+    """
+    whole = _checkpoints(run)
+    if not whole or not (run / RECIPE_FILE).is_file():
+        raise DeltaMemError(f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume.")
+    before, now = json.loads((run / RECIPE_FILE).read_text()), _comparable(recipe)
+    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise DeltaMemError(
+            f"The run in {run} was started with another recipe.",
+            "; ".join(changed) + ".",
+            "Resume with the same recipe and --set, or start anew with another --out.",
+        )
+    return str(whole[-1])
+
+
+def _comparable(recipe: Recipe) -> dict[str, object]:
+    """The recipe's options by dotted key, as JSON gives them back; without `out`, which names the run."""
+    flat: dict[str, object] = {}
+    for name, value in json.loads(json.dumps(asdict(recipe))).items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    del flat["out"]
+    return flat
 
 
 def _episodes(recipe: Recipe) -> Dataset:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool import dialogues
 from deltamem_tool.data import render
 from deltamem_tool.dialogues import Message
+from deltamem_tool.errors import DataError
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, detach, hook
 
@@ -123,8 +124,10 @@ def answer(
     batch_size: int = 100,
 ) -> list[str]:
     """Greedy answers to the episodes' questions under one of `CONDITIONS`; `memory` has a row an episode."""
+    if condition == "donor_state" and len(episodes) < 2:
+        raise DataError("One conversation has no other to take a memory from.", "", "Use two episodes or more.")
     adapter = adapter_of(model)
-    said = []
+    said: list[str] = []
     for start in range(0, len(episodes), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(episodes)))
         some = [episodes[row] for row in rows]

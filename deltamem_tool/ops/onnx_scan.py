@@ -27,9 +27,7 @@ def linear_attention_scan(
     Returns reads `[B, T, H, R]` and the state after the last token `[B, H, R, R]`.
     """
     batch, tokens, heads, rank = q.shape
-    # In ONNX Runtime logsigmoid is log(sigmoid), and its sigmoid is 0 from -20 on: the gate becomes -inf, and NaN where
-    # a token that does not write had it multiplied by 0.
-    log_keep = torch.where(log_keep.isnan(), torch.zeros_like(log_keep), log_keep).clamp_min(MIN_LOG_KEEP)
+    log_keep = log_keep.clamp_min(MIN_LOG_KEEP)
     # The operator writes through β alone: a row that is written and not erased is erased by next to nothing.
     erase = torch.where(write > 0, erase.clamp_min(MIN_ERASE), erase)
     keep = log_keep.exp()
