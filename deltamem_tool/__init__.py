@@ -19,11 +19,14 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from deltamem_tool.adapter import load, save_adapter
-    from deltamem_tool.config import DeltaMemConfig
-    from deltamem_tool.errors import DeltaMemError
-    from deltamem_tool.state import MemoryCache, MemoryState
-    from deltamem_tool.surgery import attach, detach
+    from deltamem_tool.adapter import load as load
+    from deltamem_tool.adapter import save_adapter as save_adapter
+    from deltamem_tool.config import DeltaMemConfig as DeltaMemConfig
+    from deltamem_tool.errors import DeltaMemError as DeltaMemError
+    from deltamem_tool.state import MemoryCache as MemoryCache
+    from deltamem_tool.state import MemoryState as MemoryState
+    from deltamem_tool.surgery import attach as attach
+    from deltamem_tool.surgery import detach as detach
 
 
 def __getattr__(name: str):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from deltamem_tool import __version__
 from deltamem_tool.architectures import attention_layers, select_layers
-from deltamem_tool.checkpoint import SAMPLED, BaseCheckpoint, fingerprint, resolve_folder
+from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint, resolve_folder
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
 from deltamem_tool.files import folder_whole
@@ -159,7 +159,7 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer of a loaded model's base."""
-    return read_tokenizer(model.name_or_path)
+    return read_tokenizer(model.name_or_path or "")
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -195,7 +195,9 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
         for name in wanted.keys() & found.keys()
         if wanted[name] != found[name]
     ]
-    differences += [f"{name} is {t.dtype}, not float32" for name, t in folder.tensors.items() if t.dtype != torch.float32]
+    differences += [
+        f"{name} is {t.dtype}, not float32" for name, t in folder.tensors.items() if t.dtype != torch.float32
+    ]
     differences += [f"{name} holds NaN or infinity" for name, t in folder.tensors.items() if not t.isfinite().all()]
     if differences:
         raise AdapterError(
@@ -224,9 +226,7 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
 
 def _base_of(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> BaseModel:
     layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
-    return BaseModel(
-        checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers)
-    )
+    return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers))
 
 
 def _base_of_model(model: PreTrainedModel) -> BaseModel:

@@ -1,4 +1,4 @@
-"""A base checkpoint on disk, looked at without loading it: its config, its module tree, and a few columns of weights."""
+"""A base checkpoint on disk, looked at without loading it: its config, its module tree, a few columns of weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[AttentionLayer], Tensor]) -> str:
-    """SHA-256 over a few numbers of every attention layer's query projection, as float32: another model, or the same one
-    after fine-tuning, has another. `first_row` gives `[1, n]` numbers of a layer's query weight."""
+    """SHA-256 over a few numbers of every attention layer's query projection, as float32: another model, or the same
+    one after fine-tuning, has another. `first_row` gives `[1, n]` numbers of a layer's query weight."""
     digest = hashlib.sha256()
     for layer in layers:
         digest.update(first_row(layer)[:, :SAMPLED].float().cpu().numpy().tobytes())
@@ -131,7 +131,9 @@ def resolve_folder(name: str, revision: str | None, files: list[str], what: str)
 def _read_config(folder: Path, name: str) -> PretrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
-        raise ArchitectureError(f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder.")
+        raise ArchitectureError(
+            f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
+        )
     try:
         said = json.loads(file.read_text())
     except ValueError as error:

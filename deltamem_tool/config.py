@@ -1,4 +1,4 @@
-"""The mechanism's options: everything that says what an adapter computes, and nothing about how it is trained or run."""
+"""The mechanism's options: everything that says what an adapter computes, nothing about how it is trained or run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ class DeltaMemConfig:
                 object.__setattr__(self, name, tuple(value))
         _require(isinstance(self.heads, tuple), f"heads must be a list out of q, k, v, o, not {self.heads!r}")
         _require(_is_int(self.rank) and 1 <= self.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}, not {self.rank!r}")
-        _require(_is_int(self.state_heads) and self.state_heads >= 1, f"state_heads must be 1 or more, not {self.state_heads!r}")
+        _require(
+            _is_int(self.state_heads) and self.state_heads >= 1,
+            f"state_heads must be 1 or more, not {self.state_heads!r}",
+        )
         _require(len(self.heads) > 0, "heads names no projection: give at least one of q, k, v, o")
         for head in self.heads:
             _require(head in BRANCHES, f"heads has {head!r}: the projections are q, k, v, o")
@@ -63,10 +66,18 @@ class DeltaMemConfig:
         else:
             _require(isinstance(self.layers, tuple), f"layers must be 'all' or a list of indices, not {self.layers!r}")
             _require(len(self.layers) > 0, "layers is an empty list")
-            _require(all(_is_int(i) and i >= 0 for i in self.layers), f"layers must be indices from 0, not {self.layers!r}")
+            _require(
+                all(_is_int(i) and i >= 0 for i in self.layers), f"layers must be indices from 0, not {self.layers!r}"
+            )
             _require(len(set(self.layers)) == len(self.layers), f"layers names an index twice: {self.layers!r}")
-        _require(self.update_rule in UPDATE_RULES, f"update_rule must be one of {', '.join(UPDATE_RULES)}, not {self.update_rule!r}")
-        _require(self.delta_init in DELTA_INITS, f"delta_init must be one of {', '.join(DELTA_INITS)}, not {self.delta_init!r}")
+        _require(
+            self.update_rule in UPDATE_RULES,
+            f"update_rule must be one of {', '.join(UPDATE_RULES)}, not {self.update_rule!r}",
+        )
+        _require(
+            self.delta_init in DELTA_INITS,
+            f"delta_init must be one of {', '.join(DELTA_INITS)}, not {self.delta_init!r}",
+        )
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,6 @@
 """Conversations become training episodes: what is written, and what is then asked with nothing but the memory.
 
-An episode (arXiv 2605.12357, section 3.4): the write pass sees the history, the read pass sees a question and its answer,
+An episode (arXiv 2605.12357, section 3.4): the write pass sees the history, the read pass a question and its answer,
 and only the answer is scored.
 """
 
@@ -35,7 +35,7 @@ class Episode:
 
 
 class ChatEpisodes(Dataset[Episode]):
-    """JSONL with one conversation a line, `{"messages": [{"role", "content"}, …]}`, that ends with an assistant's message.
+    """JSONL with one conversation a line, `{"messages": [{"role", "content"}, …]}`, ending with an assistant's message.
 
     The history is the system prompt and all turns but the last; the exchange is the system prompt and the last turn.
 
@@ -48,7 +48,9 @@ class ChatEpisodes(Dataset[Episode]):
         if not path.is_file():
             raise DataError(f"There is no data file {path}.", "", "Correct the path in the recipe.")
         try:
-            lines = path.read_bytes().decode().split("\n")  # splitlines() would cut at U+2028, which JSON allows in text
+            lines = (
+                path.read_bytes().decode().split("\n")
+            )  # splitlines() would cut at U+2028, which JSON allows in text
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
         self.episodes = [_episode(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
@@ -66,8 +68,8 @@ class DialogueEpisodes(Dataset[Episode]):
     """Generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself.
 
     The number of facts grows over training: at episode i of n it is drawn from 1 up to a ceiling that rises from
-    `facts_first` to `facts_last` within the first `growth` of all episodes. A batch has one number, so that its episodes
-    are of like length. Episode i depends on `seed` and i alone.
+    `facts_first` to `facts_last` within the first `growth` of all episodes. A batch has one number, so that its
+    episodes are of like length. Episode i depends on `seed` and i alone.
     """
 
     def __init__(
@@ -96,8 +98,8 @@ class DialogueEpisodes(Dataset[Episode]):
 class EpisodeCollator:
     """Episodes become the tensors of one training step.
 
-    Returns a dictionary: `write_ids`, `write_mask` `[B, W]`; `read_ids`, `read_mask`, `labels` `[Q, T]` over all exchanges
-    of the batch; `rows` `[Q]`, the conversation of each exchange.
+    Returns a dictionary: `write_ids`, `write_mask` `[B, W]`; `read_ids`, `read_mask`, `labels` `[Q, T]` over all
+    exchanges of the batch; `rows` `[Q]`, the conversation of each exchange.
 
     Args:
         tokenizer: with a chat template.
@@ -136,9 +138,7 @@ class EpisodeCollator:
                     "Raise max_read_tokens in the recipe, or shorten the answer.",
                 )
             read.append(ids)
-            labels.append(
-                [i if start >= len(prompt) else IGNORED for i, (start, _) in zip(ids, offsets, strict=True)]
-            )
+            labels.append([i if start >= len(prompt) else IGNORED for i, (start, _) in zip(ids, offsets, strict=True)])
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         return {
             "write_ids": _padded(written, pad),
@@ -156,7 +156,9 @@ class EpisodeCollator:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool = False) -> str:
     """The messages as the tokenizer's chat template writes them."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    assert isinstance(text, str)  # one conversation, not tokenised
+    return text
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -185,5 +187,7 @@ def _episode(line: str, where: str) -> Episode:
     turns = messages[len(system) :]
     last = max((n for n, message in enumerate(turns) if message["role"] == "user"), default=0)
     if last == 0:
-        raise DataError(f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations.")
+        raise DataError(
+            f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
+        )
     return Episode(system + turns[:last], [system + turns[last:]])

@@ -19,44 +19,40 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 
 @dataclass(frozen=True)
 class Kind:
-    """Attributes that take the same values and are spoken of with the same words."""
+    """Attributes that take the same values and are asked for in the same words."""
 
-    link: str  # between attribute and value: "My sister {is called} Anna."
     question: str
     attributes: tuple[str, ...]
     values: tuple[str, ...]
 
 
-def _kind(link: str, question: str, attributes: str, values: str) -> Kind:
-    return Kind(link, question, tuple(attributes.split()), tuple(values.split()))
+def _kind(question: str, attributes: str, values: str) -> Kind:
+    return Kind(question, tuple(attributes.split()), tuple(values.split()))
 
 
+# Every statement says "my {attribute} is {value}": no verb betrays the kind, so what binds a value is its attribute.
 KINDS = (
     _kind(
-        "is called",
-        "What is my {a} called?",
-        "sister brother boss neighbour",
+        "Who is my {a}?",
+        "boss neighbour doctor teacher",
         "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Liam Mary Noah Olga Peter Quinn Rose Simon Tina Ugo "
         "Vera Walter Xenia Yara Zoe Alice Boris Carmen Diego Elena Felix Gina Hugo Irene Jonas Karl Laura Marco Nina",
     ),
     _kind(
-        "answers to",
-        "What does my {a} answer to?",
+        "What is the name of my {a}?",
         "dog cat horse parrot",
         "Rex Bella Fido Luna Max Daisy Rocky Coco Buddy Milo Lucky Shadow Ginger Pepper Oscar Tiger Misty Duke Whiskers "
         "Patch Biscuit Bandit Smokey Simba Nala Ziggy Waffles Scout Sparky Bruno Cleo Dexter Fluffy Gizmo Harley Jasper "
         "Kiki Lola Marley Nugget",
     ),
     _kind(
-        "is in",
         "Where is my {a}?",
-        "house school office hotel",
+        "hometown birthplace destination residence",
         "Paris London Oslo Rome Madrid Berlin Lisbon Vienna Prague Dublin Athens Warsaw Cairo Tokyo Delhi Lima Quito "
         "Boston Chicago Denver Dallas Miami Seattle Toronto Sydney Nairobi Seoul Bangkok Havana Geneva Milan Naples "
         "Porto Lyon Hamburg Zurich Krakow Riga Tunis Dakar",
     ),
     _kind(
-        "is painted",
         "What colour is my {a}?",
         "car bike door boat",
         "red blue green yellow orange purple pink brown black white grey teal navy maroon olive cyan magenta violet indigo "
@@ -64,7 +60,6 @@ KINDS = (
         "burgundy charcoal aqua tan lime",
     ),
     _kind(
-        "is set for",
         "When is my {a}?",
         "exam wedding flight meeting",
         "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August "
@@ -72,39 +67,27 @@ KINDS = (
         "winter Easter Christmas Halloween Thanksgiving lunchtime teatime morning evening afternoon",
     ),
     _kind(
-        "is always",
-        "What is my usual {a}?",
-        "breakfast lunch dinner snack",
+        "What do I have for {a}?",
+        "breakfast lunch dinner dessert",
         "pizza pasta rice soup salad toast porridge pancakes eggs cheese bread beans lentils tofu curry tacos burritos "
         "noodles sushi ramen dumplings stew chicken fish steak bacon ham sausages potatoes carrots yoghurt cereal muesli "
         "granola waffle bagels croissants apples bananas grapes",
     ),
     _kind(
-        "works as a",
-        "What does my {a} work as?",
-        "father mother uncle aunt",
-        "baker teacher doctor nurse farmer lawyer painter writer singer dancer pilot sailor soldier plumber carpenter "
-        "mechanic butcher barber tailor gardener waiter chef driver judge banker builder cleaner dentist designer fisherman "
-        "florist hunter jeweller librarian miner musician photographer poet potter scientist",
-    ),
-    _kind(
-        "loves",
-        "What does my {a} love?",
-        "son daughter cousin grandson",
+        "What is my {a}?",
+        "hobby sport passion pastime",
         "chess football tennis golf hockey cricket rugby swimming running cycling hiking climbing skiing surfing sailing "
         "fishing dancing singing painting drawing reading writing cooking baking gardening knitting sewing pottery "
         "photography poetry magic puzzles poker karate judo boxing yoga archery rowing bowling",
     ),
     _kind(
-        "plays the",
-        "What does my {a} play?",
-        "wife nephew niece roommate",
-        "piano guitar violin cello flute trumpet drums harp oboe clarinet saxophone trombone tuba banjo mandolin ukulele "
-        "accordion harmonica organ lute viola bassoon bagpipes sitar xylophone recorder cymbals triangle lyre bongos "
-        "keyboard horn bugle piccolo zither dulcimer harpsichord marimba tambourine fiddle",
+        "Can you tell me my {a}?",
+        "password codeword nickname username",
+        "falcon eagle sparrow raven swan heron pelican penguin ostrich flamingo wolf fox bear otter badger beaver rabbit "
+        "squirrel hedgehog moose camel zebra giraffe elephant rhino hippo lion leopard panther cheetah koala kangaroo "
+        "dolphin whale shark octopus lobster turtle lizard dragon",
     ),
     _kind(
-        "is made of",
         "What is my {a} made of?",
         "ring table watch bracelet",
         "gold silver copper bronze iron steel tin brass wood oak pine maple walnut bamboo cork leather cotton silk wool "
@@ -115,22 +98,22 @@ KINDS = (
 KIND_OF = {attribute: kind for kind in KINDS for attribute in kind.attributes}
 
 STATEMENTS = (
-    "My {a} {link} {v}.",
-    "By the way, my {a} {link} {v}.",
-    "Remember that my {a} {link} {v}, please.",
-    "I want you to know that my {a} {link} {v}.",
-    "Did you know that my {a} {link} {v}?",
-    "Just so you know, my {a} {link} {v}.",
-    "Please note: my {a} {link} {v}.",
-    "I should tell you that my {a} {link} {v}.",
-    "For the record, my {a} {link} {v}.",
-    "One more thing: my {a} {link} {v}.",
+    "My {a} is {v}.",
+    "By the way, my {a} is {v}.",
+    "Remember that my {a} is {v}, please.",
+    "I want you to know that my {a} is {v}.",
+    "Did you know that my {a} is {v}?",
+    "Just so you know, my {a} is {v}.",
+    "Please note: my {a} is {v}.",
+    "I should tell you that my {a} is {v}.",
+    "For the record, my {a} is {v}.",
+    "One more thing: my {a} is {v}.",
 )
 CHANGES = (
-    "I was wrong, my {a} {link} {v}.",
-    "Things have changed: my {a} {link} {v} now.",
-    "Actually, my {a} {link} {v}.",
-    "Correction: my {a} {link} {v}.",
+    "I was wrong, my {a} is {v}.",
+    "Things have changed: my {a} is {v} now.",
+    "Actually, my {a} is {v}.",
+    "Correction: my {a} is {v}.",
 )
 QUESTIONS = (
     "What about my {a}?",
@@ -140,7 +123,7 @@ QUESTIONS = (
     "Remind me about my {a}, please.",
     "What do you know about my {a}?",
 )
-ANSWER = "Your {a} {link} {v}."
+ANSWER = "Your {a} is {v}."
 UNKNOWN = "You have not told me about your {a}."
 ACKNOWLEDGEMENTS = ("Okay.", "Got it.", "Noted.", "I will remember that.", "Thank you.", "Good to know.")
 SMALL_TALK = (
@@ -163,7 +146,7 @@ class Fact:
     value: str
 
     def _say(self, form: str) -> str:
-        return form.format(a=self.attribute, v=self.value, link=KIND_OF[self.attribute].link)
+        return form.format(a=self.attribute, v=self.value)
 
     def statement(self, rng: random.Random) -> str:
         return self._say(rng.choice(STATEMENTS))
@@ -204,10 +187,14 @@ def _split(attribute: str) -> tuple[list[Fact], list[Fact]]:
 SPLITS = {attribute: _split(attribute) for attribute in KIND_OF}
 
 
-def sample_facts(rng: random.Random, count: int, held_out: bool) -> list[Fact]:
-    """`count` facts about different attributes, every one of them from the held-out pairs, or none."""
-    attributes = rng.sample(sorted(KIND_OF), count)
-    return [sample_value(rng, attribute, held_out) for attribute in attributes]
+def sample_facts(rng: random.Random, count: int, held_out: bool, kinds: int = len(KINDS)) -> list[Fact]:
+    """`count` facts about different attributes, every one of them from the held-out pairs, or none.
+
+    With few `kinds` (at least as many as `count` attributes need) they are alike, and telling them apart takes more than
+    knowing what sort of value goes with a question.
+    """
+    attributes = [attribute for kind in rng.sample(KINDS, kinds) for attribute in kind.attributes]
+    return [sample_value(rng, attribute, held_out) for attribute in rng.sample(attributes, count)]
 
 
 def sample_value(rng: random.Random, attribute: str, held_out: bool, other_than: str | None = None) -> Fact:

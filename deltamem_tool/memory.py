@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,15 @@ class DeltaMemory(nn.Module):
         super().__init__()
         self.config = config
         width = config.state_heads * config.rank
-        options = {"dtype": torch.float32}
-        self.query = nn.Linear(hidden_size, width, bias=False, **options)
-        self.key = nn.Linear(hidden_size, width, bias=False, **options)
-        self.value = nn.Linear(hidden_size, width, bias=False, **options)
-        self.gate = nn.Linear(hidden_size, width, **options)  # β's pre-activation, one per state row
-        self.delta = nn.ModuleDict(
-            {branch: nn.Linear(width, out_features[branch], bias=False, **options) for branch in config.heads}
-        )
+
+        def linear(wide: int, out: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(wide, out, bias=bias, dtype=torch.float32)
+
+        self.query = linear(hidden_size, width)
+        self.key = linear(hidden_size, width)
+        self.value = linear(hidden_size, width)
+        self.gate = linear(hidden_size, width, bias=True)  # β's pre-activation, one per state row
+        self.delta = nn.ModuleDict({branch: linear(width, out_features[branch]) for branch in config.heads})
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,15 +49,19 @@ class DeltaMemory(nn.Module):
             nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, self.config.beta_bias)
-        for delta in self.delta.values():
-            nn.init.zeros_(delta.weight)
+        for branch in self.config.heads:
+            nn.init.zeros_(self.delta_of(branch).weight)
+
+    def delta_of(self, branch: str) -> nn.Linear:
+        """Δ of one branch, `[out, H·R]`."""
+        return cast(nn.Linear, self.delta[branch])
 
     @torch.no_grad()
     def start_from_base(self, columns: Mapping[str, Tensor]) -> None:
         """Fill the first columns of each Δ with the first columns of its branch's base weight, `[out, n]` by branch,
         each scaled to a fixed length (`base_slice_fixed` of the reference)."""
         for branch, weight in columns.items():
-            delta = self.delta[branch].weight
+            delta = self.delta_of(branch).weight
             count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
             start = weight[:, :count].to(delta)
             delta[:, :count] = start / start.norm(dim=0, keepdim=True).clamp_min(L2_EPS) * BASE_SLICE_NORM
@@ -73,7 +79,9 @@ class DeltaMemory(nn.Module):
         erase = beta * torch.sigmoid(-z) if self.config.update_rule == "lambda_outside" else beta
         return log_keep, erase, beta
 
-    def forward(self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Read for every token from the state before it, then write.
 
         Args:

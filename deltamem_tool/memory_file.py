@@ -52,7 +52,9 @@ def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
-        raise MemoryStateError(f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file.") from error
+        raise MemoryStateError(
+            f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file."
+        ) from error
     if metadata.get("format") != FORMAT:
         raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")
     if metadata.get("format_version") != str(FORMAT_VERSION):
@@ -65,9 +67,13 @@ def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None or tensor.ndim != 4 or tensor.dtype != np.float32:
-            raise MemoryStateError(f"{path} is damaged.", f"Its tensor {name!r} is no float32 state.", "Use another file.")
+            raise MemoryStateError(
+                f"{path} is damaged.", f"Its tensor {name!r} is no float32 state.", "Use another file."
+            )
         if not np.isfinite(tensor).all():
-            raise MemoryStateError(f"{path} is damaged.", f"The state {name!r} holds NaN or infinity.", "Use another file.")
+            raise MemoryStateError(
+                f"{path} is damaged.", f"The state {name!r} holds NaN or infinity.", "Use another file."
+            )
         states[int(match[1])] = tensor
     if not states or "adapter" not in metadata:
         raise MemoryStateError(f"{path} is damaged.", "It holds no states or no fingerprint.", "Use another file.")

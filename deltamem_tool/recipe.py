@@ -15,7 +15,6 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.dialogues import KIND_OF
 from deltamem_tool.errors import ConfigError
 
-
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")  # of transformers' Trainer
 
 

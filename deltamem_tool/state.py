@@ -102,9 +102,7 @@ class MemoryCache(DynamicCache):
         MemoryStateError: `memory` belongs to another adapter, or has other layers, heads or rank.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, memory: MemoryState | None = None, write: bool | Tensor = True
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, memory: MemoryState | None = None, write: bool | Tensor = True) -> None:
         from deltamem_tool.surgery import adapter_of
 
         super().__init__(config=model.config)
@@ -135,7 +133,7 @@ class MemoryCache(DynamicCache):
         return ~self._finished[:, None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
         self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

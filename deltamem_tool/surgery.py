@@ -170,7 +170,9 @@ def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
 def _patch_of(model: PreTrainedModel) -> _Patch:
     patch = getattr(model, _PATCH, None)
     if patch is None:
-        raise ArchitectureError("This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first.")
+        raise ArchitectureError(
+            "This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first."
+        )
     return patch
 
 
@@ -262,7 +264,9 @@ def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Ten
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
             raise MemoryStateError(
-                f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.", "", "Make them equal."
+                f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.",
+                "",
+                "Make them equal.",
             )
         return write.bool() if reads is None else write.bool() & reads
     if not write:
@@ -343,8 +347,6 @@ def _with_announced_step(own: Callable):
     def prepare(self: PreTrainedModel, *args, past_key_values=None, is_first_iteration: bool = False, **kwargs):
         if isinstance(past_key_values, MemoryCache):
             past_key_values.begin_step(prompt=is_first_iteration)
-        return own(
-            self, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return own(self, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs)
 
     return prepare

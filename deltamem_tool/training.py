@@ -75,6 +75,7 @@ class EpisodeModel(nn.Module):
         (base,) = self._base
         cache = MemoryCache(base)
         base.base_model(input_ids=write_ids, attention_mask=write_mask, past_key_values=cache, use_cache=True)
+        assert cache.memory is not None  # the call has made one
         memory = cache.memory.select(rows)
         cache = MemoryCache(base, memory=memory, write=False)
         hidden = base.base_model(
@@ -86,7 +87,9 @@ class EpisodeModel(nn.Module):
         return {"loss": F.cross_entropy(logits.float(), labels[:, 1:][scored])}
 
 
-def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report: Report | None = None) -> TrainingResult:
+def train(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, report: Report | None = None
+) -> TrainingResult:
     """Run a recipe and write its adapter folder.
 
     Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C ends the run after the step it is in,
@@ -144,7 +147,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, report:
             "Run the same command with --resume to go on.",
         )
     shutil.rmtree(run, ignore_errors=True)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingResult(out, steps, losses, time.monotonic() - started, adapter_of(model).num_parameters())
 
 
@@ -194,7 +197,9 @@ def _checkpoint_to_resume(run: Path, recipe: Recipe) -> str:
     """
     whole = _checkpoints(run)
     if not whole or not (run / RECIPE_FILE).is_file():
-        raise DeltaMemError(f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume.")
+        raise DeltaMemError(
+            f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume."
+        )
     before, now = json.loads((run / RECIPE_FILE).read_text()), _comparable(recipe)
     changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
@@ -227,7 +232,10 @@ class _EpisodeTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """Generated episodes grow harder in order; conversations from a file are shuffled."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return SequentialSampler(dataset) if isinstance(dataset, DialogueEpisodes) else RandomSampler(dataset)
+        if isinstance(dataset, DialogueEpisodes):
+            return SequentialSampler(dataset)
+        assert isinstance(dataset, ChatEpisodes)
+        return RandomSampler(dataset)
 
 
 class _Progress(TrainerCallback):

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from deltamem_tool import dialogues
+from deltamem_tool.files import write_whole
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -28,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTEXT = 2048
+KINDS_MIXED = (2, 3, len(dialogues.KINDS))  # with few kinds, knowing what sort of value a question wants is not enough
 UNANSWERABLE = 0.15  # share of the questions that ask for something nobody has said
 
 
@@ -81,14 +84,16 @@ def repeated_batch(vocabulary: int, size: int, generator: torch.Generator) -> tu
     return ids, ids.masked_fill(position <= period, -100)
 
 
-def conversation(rng: random.Random, held_out: bool = False) -> list[dialogues.Message]:
+def conversation(rng: random.Random) -> list[dialogues.Message]:
     """Facts told, small talk, questions between and after, some of them about things nobody has said."""
-    facts = dialogues.sample_facts(rng, rng.randint(1, 7), held_out)
+    kinds = rng.choice(KINDS_MIXED)
+    facts = dialogues.sample_facts(rng, rng.randint(1, 7), held_out=False, kinds=kinds)
     unsaid = facts.pop()
     split = rng.randint(0, len(facts))
-    messages, known = [], []
+    messages: list[dialogues.Message] = []
+    known: list[dialogues.Fact] = []
     for told in (facts[:split], facts[split:]):
-        messages += dialogues.telling(rng, told, held_out)
+        messages += dialogues.telling(rng, told, held_out=False)
         known += told
         for _ in range(rng.randint(1, 3)):
             if not known or rng.random() < UNANSWERABLE:
@@ -98,7 +103,9 @@ def conversation(rng: random.Random, held_out: bool = False) -> list[dialogues.M
     return messages
 
 
-def dialogue_batches(tokenizer, size: int, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def dialogue_batches(
+    tokenizer, size: int, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Conversations of like length as `[size, T]`, every real token scored."""
     while True:
         texts = [tokenizer.apply_chat_template(conversation(rng), tokenize=False) for _ in range(8 * size)]
@@ -129,11 +136,14 @@ def recall_from_context(model, tokenizer, facts: int, episodes: int, seed: int) 
     return sum(text == answer for text, answer in zip(said, answers, strict=True)) / episodes
 
 
-def fit(model, optimizer, batches, steps: int, rate, report_every: int, name: str, stop_below: float = 0.0) -> None:
+def fit(model, batches, steps: int, peak: float, last: float, name: str, stop_below: float = 0.0) -> None:
+    """AdamW with a short warm-up and a cosine from `peak` to `last`; ends early once the mean loss is low enough."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
     start, mean = time.time(), None
     for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = min(1, (step + 1) / 100) * (last + (peak - last) * cosine)
         ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
@@ -141,7 +151,7 @@ def fit(model, optimizer, batches, steps: int, rate, report_every: int, name: st
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-        if (step + 1) % report_every == 0:
+        if (step + 1) % 100 == 0:
             print(f"{name} step {step + 1:5d}  loss {mean:.4f}  {time.time() - start:6.0f} s", flush=True)
             if mean < stop_below:
                 break
@@ -152,28 +162,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--induction-steps", type=int, default=4000, help="at most; ends when the loss is below 0.1")
-    parser.add_argument("--dialogue-steps", type=int, default=2500)
+    parser.add_argument("--dialogue-steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    rng = random.Random(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98))
 
-    repeats = iter(lambda: repeated_batch(len(tokenizer), options.batch, generator), None)
-    fit(model, optimizer, repeats, options.induction_steps, lambda step: 2e-3 * min(1, (step + 1) / 100), 200, "induction", 0.1)
+    def induction() -> None:
+        generator = torch.Generator().manual_seed(options.seed)
+        batches = iter(lambda: repeated_batch(len(tokenizer), options.batch, generator), None)
+        fit(model, batches, options.induction_steps, 2e-3, 2e-3, "induction", stop_below=0.1)
 
-    def rate(step: int) -> float:
-        return 1e-4 + 1.4e-3 * 0.5 * (1 + math.cos(math.pi * step / options.dialogue_steps))
+    def talk() -> None:
+        batches = dialogue_batches(tokenizer, options.batch, random.Random(options.seed))
+        fit(model, batches, options.dialogue_steps, 1.5e-3, 5e-5, "dialogues")
 
-    chats = dialogue_batches(tokenizer, options.batch, rng)
-    fit(model, optimizer, chats, options.dialogue_steps, rate, 100, "dialogue")
+    # Each stage leaves its weights, so that a run that was cut off goes on behind the last whole stage.
+    for name, stage in {"induction": induction, "dialogues": talk}.items():
+        weights = options.out / "stages" / f"{name}.safetensors"
+        if weights.is_file():
+            model.load_state_dict(load_file(weights), strict=False)
+        else:
+            stage()
+            write_whole(weights, save({key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}))
 
-    figures = {str(facts): recall_from_context(model, tokenizer, facts, 400, seed=1) for facts in (1, 2, 4, 6)}
+    figures = {str(facts): recall_from_context(model, tokenizer, facts, 400, seed=1) for facts in (1, 2, 4, 6, 8)}
     print("exact match from context, held-out facts:", figures, flush=True)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=64

@@ -40,7 +40,9 @@ def naive_run(
             for token, write in zip(hidden, writes, strict=True):
                 reading, state = _memory_step(token, state, memory, options, write)
                 for branch in options.heads:
-                    corrections[branch].append(options.alpha / options.rank * memory[f"delta.{branch}.weight"] @ reading)
+                    corrections[branch].append(
+                        options.alpha / options.rank * memory[f"delta.{branch}.weight"] @ reading
+                    )
             states[layer] = state
         steer = {branch: torch.stack(values) for branch, values in corrections.items() if values}
         x = x + _attention(hidden, own, config, layer, steer)

@@ -356,7 +356,7 @@ print(patched - before, peak() - before)
 
 
 def test_patching_needs_little_memory(tmp_path):
-    """Peak memory grows by far less than the checkpoint: half of it is attention, whose first columns are all over it."""
+    """Peak memory grows by far less than the checkpoint: half of it is attention, whose columns are all over it."""
     sizes = {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 16, "head_dim": 256}
     config = {**sizes, "num_attention_heads": 16, "num_key_value_heads": 1}
     large = tmp_path / "large"

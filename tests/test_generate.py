@@ -1,5 +1,5 @@
-"""`model.generate()` with a memory: each way to decode gives what the model gives token by token, and each row, beam and
-call carries its own state."""
+"""`model.generate()` with a memory: each way to decode gives what the model gives token by token, and each row, beam
+and call carries its own state."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def test_beams_carry_their_own_state(name, loaded, tmp_path):
     output = model.generate(**left_padded(rows), past_key_values=Watched(model, memory=start), **options)
     assert any(beams != sorted(set(beams)) for beams in taken), "no beam ever replaced another"
     assert output.sequences.shape == (6, 6 + NEW)
-    # The beam that each sequence's last token came from has seen all of it but that token. (The reordering after the last
-    # step is by ties: transformers has no use for the cache any more.)
+    # The beam that each sequence's last token came from has seen all of it but that token. (The reordering after the
+    # last step is by ties: transformers has no use for the cache any more.)
     for n, said in enumerate(output.sequences):
         row, beam = n // 3, int(output.beam_indices[n, -1])
         fed = MemoryCache(model, memory=start.select([row]) if loaded else None)

@@ -67,7 +67,8 @@ def test_odd_numbers_survive(tmp_path):
 
 def test_saving_with_gradients_and_views(memory, tmp_path):
     tracked = MemoryState(
-        {layer: state.clone().requires_grad_().transpose(2, 3) for layer, state in memory.layers.items()}, memory.adapter
+        {layer: state.clone().requires_grad_().transpose(2, 3) for layer, state in memory.layers.items()},
+        memory.adapter,
     )
     tracked.save(tmp_path / "m")
     for layer, state in MemoryState.load(tmp_path / "m").layers.items():
@@ -214,6 +215,17 @@ def test_reordering_moves_memory_and_keys_together(model, memory):
         expected = MemoryCache(model)
         model(ids[[2, 2, 0]], past_key_values=expected)
         assert torch.equal(logits, model(more, past_key_values=expected).logits)
+
+
+def test_what_has_ended_moves_with_its_row(model):
+    cache = MemoryCache(model)
+    cache.begin_generation(torch.tensor([7]))
+    cache.begin_step(prompt=False)
+    assert cache.unfinished(torch.tensor([[7], [1], [2]])).tolist() == [[False], [True], [True]]
+    cache.reorder_cache(torch.tensor([1, 0, 0]))
+    cache.begin_step(prompt=False)
+    assert cache.unfinished(torch.tensor([[1], [1], [1]])).tolist() == [[True], [False], [False]]
+    assert cache.unfinished(torch.tensor([[7], [1], [1]])) is None  # no step of `generate`
 
 
 def test_repeating_and_selecting_move_both(model, memory):

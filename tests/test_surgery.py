@@ -9,8 +9,16 @@ import torch
 from naive_model import naive_run
 from tiny import ARCHITECTURES, PAD, patched_model, randomise, tiny_model, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, DynamicCache, GPT2Config, StaticCache, T5Config
-from transformers import BertModel, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    GPT2Config,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from deltamem_tool import DeltaMemConfig, DeltaMemError, MemoryCache, MemoryState, attach, detach
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
@@ -138,9 +146,7 @@ def test_equals_the_equations(name, heads):
 def test_every_update_rule_equals_the_equations(rule, state_heads):
     model = patched_model(update_rule=rule, state_heads=state_heads, alpha=6.0)
     ids = tokens(1, 10)
-    start = MemoryState(
-        {layer: torch.randn(1, state_heads, 4, 4) for layer in (0, 1)}, adapter_of(model).fingerprint
-    )
+    start = MemoryState({layer: torch.randn(1, state_heads, 4, 4) for layer in (0, 1)}, adapter_of(model).fingerprint)
     written = [True, False, True, True, False, False, True, True, True, False]
     logits, cache = run(model, ids, memory=start, write=torch.tensor([written]))
     expected, states = naive_run(model, ids[0].tolist(), {i: s[0] for i, s in start.layers.items()}, written)
@@ -221,6 +227,15 @@ def test_padding_is_the_padding_of_this_call():
         model(ids[:, 4:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 4:])
     _, alone = run(model, ids[:, 3:])
     close_memory(cache.memory, alone.memory)
+
+
+def test_padding_reads_zero():
+    layer = adapter_of(patched_model()).layers["0"]
+    hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
+    valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
+    for writes in (valid, None):
+        readings, _ = layer(hidden, state, valid, writes)
+        assert torch.equal(readings.abs().sum(-1) > 0, valid)
 
 
 def test_a_row_of_padding_alone_keeps_its_memory():
@@ -438,6 +453,19 @@ def test_conversations_taking_turns_do_not_meet():
                 model(ids[:, token : token + 1], past_key_values=cache)
     for ids, cache in zip(texts, caches, strict=True):
         close_memory(cache.memory, run(model, ids)[1].memory)
+
+
+def test_a_model_called_within_a_model():
+    """What an agent's tool or a judge in a hook does: the inner conversation ends, the outer one goes on."""
+    outer, inner = patched_model(), patched_model("llama", seed=1)
+    ids = tokens(1, 6)
+    expected, cache = run(outer, ids)
+    alone, _ = run(inner, ids)
+    said = []
+    outer.model.layers[0].mlp.register_forward_hook(lambda *_: said.append(run(inner, ids)[0]))
+    logits, other = run(outer, ids)
+    assert torch.equal(logits, expected) and torch.equal(said[0], alone)
+    close_memory(other.memory, cache.memory, 0.0)
 
 
 class _Broken(nn.Module):

@@ -89,7 +89,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, with the words of the dialogues as tokens."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = sorted({word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet))
+    words = sorted(
+        {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
+    )
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level
@@ -121,6 +123,6 @@ def write_jsonl(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
 
 def listing(folder: Path) -> dict[str, int]:
     """Every path below `folder` with its size: what a command that fails must leave as it was."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()} | {
-        f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()
-    }
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+    } | {f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()}

@@ -35,26 +35,39 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run a command. Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2;
-    anything unexpected keeps its traceback."""
-    # Waiting threads that spin make other work on the same cores many times slower. Must stand before torch is imported.
+    """Run a command. Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with
+    2; anything unexpected keeps its traceback."""
+    # Waiting threads that spin make other work on the same cores many times slower. Must stand before torch comes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        cli()
+        cli(prog_name="deltamem")
     except DeltaMemError as error:
         _fail(error)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail(_disk_full(error))
     except Exception as error:
-        if "No space left on device" not in str(error):  # how safetensors and torch say it
+        if not _no_room(error):
             raise
-        _fail(_disk_full(error))
+        why = str(error).strip().splitlines()[0]
+        _fail(
+            DeltaMemError(
+                "The disk is full, or a limit on files is reached.",
+                f"{why}.",
+                "Nothing was left half-written. Free some space and try again.",
+            )
+        )
 
 
-def _disk_full(error: Exception) -> DeltaMemError:
-    return DeltaMemError("The disk is full.", f"{error}.", "Nothing was left half-written. Free some space and try again.")
+def _no_room(error: Exception) -> bool:
+    """Whether `error` is a full disk, a quota or a limit, by itself or in the words of safetensors and torch."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = (
+        "No space left on device",
+        "File too large",
+        "Disk quota exceeded",
+        "iostream error",
+        "inline_container.cc",
+    )
+    return any(said in str(error) for said in words)
 
 
 def _fail(error: DeltaMemError) -> None:

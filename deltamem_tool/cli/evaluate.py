@@ -8,12 +8,14 @@ import click
 
 @click.command("eval")
 @click.argument("adapter")
-@click.option("--task", type=click.Choice(["recall"]), default="recall", show_default=True)
+@click.option("--task", type=click.Choice(["recall"]), default="recall", show_default=True, help="What to measure.")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
 @click.option("--facts", default="1,2,3,4,6,8", show_default=True, help="Numbers of facts told.")
-@click.option("--episodes", default=200, show_default=True, type=click.IntRange(1), help="Conversations for each number.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--episodes", default=200, show_default=True, type=click.IntRange(1), help="Conversations for each number."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the conversations.")
+@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(adapter, task, base, facts, episodes, seed, batch_size, plot, as_json) -> None:

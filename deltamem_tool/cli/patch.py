@@ -17,17 +17,29 @@ from deltamem_tool.config import DELTA_INITS, UPDATE_RULES, DeltaMemConfig
 @click.option("--heads", default="q,o", show_default=True, help="Corrected projections, out of q,k,v,o.")
 @click.option("--layers", default="all", show_default=True, help="Decoder layers with a memory: all, or 0,1,2 …")
 @click.option("--alpha", default=16.0, show_default=True, help="Corrections are scaled by alpha / rank.")
-@click.option("--update-rule", default="standard", show_default=True, type=click.Choice(UPDATE_RULES))
+@click.option(
+    "--update-rule",
+    default="standard",
+    show_default=True,
+    type=click.Choice(UPDATE_RULES),
+    help="How the gates keep, erase and write.",
+)
 @click.option("--beta-bias", default=-1.5, show_default=True, help="Initial bias of the write gate.")
-@click.option("--delta-init", default="zero", show_default=True, type=click.Choice(DELTA_INITS))
+@click.option(
+    "--delta-init",
+    default="zero",
+    show_default=True,
+    type=click.Choice(DELTA_INITS),
+    help="Start of Δ; zero computes what BASE does.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(base, out, revision, heads, layers, seed, overwrite, as_json, **options) -> None:
     """Write a fresh adapter for the checkpoint BASE (a folder or a Hub id).
 
-    Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE does,
-    until the adapter is trained.
+    Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
+    does, until the adapter is trained.
     """
     config = DeltaMemConfig(heads=tuple(heads.split(",")), layers=_layers(layers), **options)
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ def memorise(
         batch = _left_padded(model, tokenizer, texts)
         cache = MemoryCache(model)
         model.base_model(**batch, past_key_values=cache, use_cache=True)
+        assert cache.memory is not None  # the call has made one
         parts.append(cache.memory)
     layers = {layer: torch.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers}
     return MemoryState(layers, parts[0].adapter)
@@ -131,8 +133,13 @@ def answer(
     for start in range(0, len(episodes), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(episodes)))
         some = [episodes[row] for row in rows]
-        shown = [[*episode.history, episode.question] if condition == "full_context" else [episode.question] for episode in some]
-        batch = _left_padded(model, tokenizer, [render(tokenizer, messages, generation_prompt=True) for messages in shown])
+        shown = [
+            [*episode.history, episode.question] if condition == "full_context" else [episode.question]
+            for episode in some
+        ]
+        batch = _left_padded(
+            model, tokenizer, [render(tokenizer, messages, generation_prompt=True) for messages in shown]
+        )
         if condition in ("no_memory", "full_context"):
             with _without_adapter(model):
                 output = _generate(model, tokenizer, batch)
@@ -143,7 +150,9 @@ def answer(
             output = _generate(model, tokenizer, batch, memory.select(donors))
         elif condition == "scale_zero":
             with _corrections_off(adapter):
-                output = _generate(model, tokenizer, batch, MemoryState(memory.select(rows).layers, adapter.fingerprint))
+                output = _generate(
+                    model, tokenizer, batch, MemoryState(memory.select(rows).layers, adapter.fingerprint)
+                )
         elif condition == "state_only":
             output = _generate(model, tokenizer, batch, memory.select(rows))
         else:
@@ -169,7 +178,9 @@ def _generate(model: PreTrainedModel, tokenizer, batch: dict[str, Tensor], memor
     """Greedy continuation `[B, new]`. With `memory`, the question reads it and does not write."""
     cache = {} if memory is None else {"past_key_values": MemoryCache(model, memory, write=False)}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(**batch, **cache, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad)
+    output = cast(Any, model).generate(
+        **batch, **cache, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad
+    )
     return output[:, batch["input_ids"].shape[1] :]
 
 
@@ -186,7 +197,8 @@ def _without_adapter(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
     """α = 0: every Δ is zero inside the block."""
-    deltas = [delta.weight for memory in adapter.layers.values() for delta in memory.delta.values()]
+    heads, layers = adapter.config.heads, adapter.layer_indices
+    deltas = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in heads]
     kept = [weight.clone() for weight in deltas]
     try:
         for weight in deltas:

@@ -1,0 +1,3 @@
+from deltamem_tool.cli import main
+
+main()

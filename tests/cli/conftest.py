@@ -1,0 +1,1 @@
+from cli.command import deltamem  # noqa: F401

@@ -1,0 +1,110 @@
+"""The commands on a tiny model, from a checkpoint to a measured adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+import torch
+import yaml
+from cli.command import Done
+from tiny import listing
+
+from deltamem_tool import MemoryCache, __version__, cli, load
+from deltamem_tool.adapter import read_adapter
+from deltamem_tool.evaluation.recall import CONDITIONS
+
+HELP_SECONDS = 1.0  # of CPU
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def succeeded(done: Done) -> str:
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    return done.out
+
+
+def test_patch_inspect_train_eval(here, deltamem, checkpoint):
+    patched = json.loads(succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--rank", 4, "--json")))
+    assert set(listing(here)) == {"adapter/", "adapter/deltamem_config.json", "adapter/deltamem.safetensors"}
+    assert patched["base"]["name"] == str(checkpoint)
+
+    said = json.loads(succeeded(deltamem("inspect", "adapter", "--json")))
+    assert said["parameters"] == patched["parameters"] == read_adapter("adapter").num_parameters()
+    assert said["mechanism"]["rank"] == 4 and said["layers"] == [0, 1] and said["memory_bytes"] == 2 * 4 * 4 * 4
+
+    recipe = {"base": str(checkpoint), "out": "trained", "adapter": "adapter", "data": {"facts_last": 2}}
+    recipe["training"] = {"steps": 3, "batch_size": 2}
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    trained = json.loads(succeeded(deltamem("train", "recipe.yaml", "--set", "training.steps=2", "--json")))
+    assert trained["steps"] == 2 and trained["adapter"] == "trained" and len(trained["losses"]) == 2
+
+    options = ("--facts", "1,2", "--episodes", 4, "--plot", "plot.png", "--json")
+    figures = json.loads(succeeded(deltamem("eval", "trained", *options)))
+    assert figures["facts"] == [1, 2] and set(CONDITIONS) < set(figures) and figures["episodes"] == 4
+    assert (here / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    cache = MemoryCache(model := load("trained"))
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    cache.memory.save("memory")
+    said = json.loads(succeeded(deltamem("inspect", "memory", "--json")))
+    assert said["kind"] == "memory" and said["bytes"] == cache.memory.nbytes and said["adapter"] == cache.memory.adapter
+
+
+def test_what_people_read(here, deltamem, checkpoint):
+    said = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--heads", "q,k,v,o", "--layers", "1"))
+    assert "parameters in adapter" in said and "Next: deltamem inspect adapter" in said
+    said = succeeded(deltamem("inspect", "adapter"))
+    assert "mechanism.rank" in said and "qwen3" in said
+    said = succeeded(deltamem("eval", "adapter", "--facts", "1", "--episodes", 3))
+    assert all(condition.replace("_", " ") in said for condition in CONDITIONS)
+
+
+def test_patching_is_seeded(here, deltamem, checkpoint):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        succeeded(deltamem("patch", checkpoint, "--out", name, "--seed", seed))
+    a, b, c = ((here / name / "deltamem.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+    succeeded(deltamem("patch", checkpoint, "--out", "c", "--seed", 1, "--overwrite"))
+    assert (here / "c" / "deltamem.safetensors").read_bytes() == a
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(deltamem, command):
+    said = succeeded(deltamem(command, "--help"))
+    assert said.startswith(f"Usage: deltamem {command}")
+    options = [option for option in cli.cli.get_command(None, command).params if isinstance(option, click.Option)]
+    assert [option.opts[-1] for option in options if not option.help] == [], "options without a word of help"
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from deltamem_tool.cli import main; sys.argv = ['deltamem', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "import resource; used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime)\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    *said, seconds, modules = done.stdout.splitlines()
+    assert all(any(line.strip().startswith(name) for line in said) for name in cli.COMMANDS)
+    assert not {"torch", "transformers", "onnxruntime", "onnx", "huggingface_hub", "matplotlib"} & set(modules.split())
+    assert float(seconds) < HELP_SECONDS
+
+
+def test_the_installed_command():
+    from pathlib import Path
+
+    script = Path(sys.executable).parent / "deltamem"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split()[-1] == __version__

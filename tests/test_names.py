@@ -1,0 +1,61 @@
+"""The public names, and the one direction of imports between the rooms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import deltamem_tool
+
+PUBLIC = {
+    "DeltaMemConfig",
+    "DeltaMemError",
+    "MemoryCache",
+    "MemoryState",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+    "save_adapter",
+}
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
+
+
+def test_the_public_names_are_these():
+    assert set(deltamem_tool.__all__) == PUBLIC and len(deltamem_tool.__all__) == len(PUBLIC)
+    assert set(dir(deltamem_tool)) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(deltamem_tool, name) is not None
+    for name in PUBLIC - {"__version__"}:
+        assert getattr(deltamem_tool, name).__doc__, f"{name} has no documentation"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        deltamem_tool.nothing  # noqa: B018
+
+
+def imported_by(module: str) -> set[str]:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "without", "own"),
+    [
+        ("deltamem_tool", HEAVY, set()),
+        ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.files, deltamem_tool.dialogues", HEAVY, None),
+        ("deltamem_tool.recipe", HEAVY, {"config", "dialogues", "errors", "recipe"}),
+        ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
+        ("deltamem_tool.ops", HEAVY - {"torch"}, {"ops"}),
+        ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "memory", "ops"}),
+        ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),
+        ("deltamem_tool.onnx.runtime", {"torch", "transformers"}, None),
+    ],
+)
+def test_a_room_imports_what_is_left_of_it(module, without, own):
+    modules = imported_by(module)
+    assert not without & modules
+    if own is not None:
+        rooms = {name.split(".")[1] for name in modules if name.startswith("deltamem_tool.")}
+        assert rooms == own

@@ -1,0 +1,63 @@
+"""`deltamem quickstart --fast`, whole, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
+MAX_CONTROL = 0.05
+MIN_AGREEMENT = 199 / 200
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
+    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, json.loads((folder / "run" / "report.json").read_text())
+
+
+def test_report(made):
+    folder, _, report = made
+    recall = report["recall"]
+    at = recall["facts"].index(4)
+    assert recall["state_only"][at] >= MIN_RECALL_AT_4
+    for control in ("zero_state", "donor_state", "scale_zero"):
+        assert max(recall[control]) <= MAX_CONTROL, control
+    assert recall["full_context"][at] >= 0.95
+    assert report["onnx"]["max_abs_diff"] < 1e-3
+    assert report["onnx"]["answer_agreement"] >= MIN_AGREEMENT
+    for name in ("onnx_dir", "memory_file"):
+        assert (folder / report[name]).exists()
+    assert report["adapter_parameters"] > 0 and report["memory_bytes"] > 0
+    assert set(report["seconds"]) == {"patch", "evaluate", "export", "remember"}
+
+
+def test_the_second_conversation_answers_from_the_file(made):
+    _, stdout, report = made
+    asked = report["conversation"]["asked"]
+    right = sum(entry["answer"] == entry["truth"] for entry in asked)
+    assert right >= len(asked) - 1
+    assert not any(entry["without_memory"] == entry["truth"] for entry in asked)
+    for entry in asked:
+        assert entry["answer"] in stdout
+
+
+def test_pictures_are_pictures(made):
+    folder, _, _ = made
+    assert (folder / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_does_not_destroy_the_first(made):
+    folder, _, _ = made
+    command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "already there" in done.stderr and "--overwrite" in done.stderr
