@@ -35,64 +35,67 @@ KINDS = (
     _kind(
         "Who is my {a}?",
         "boss neighbour doctor teacher",
-        "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Liam Mary Noah Olga Peter Quinn Rose Simon Tina Ugo "
-        "Vera Walter Xenia Yara Zoe Alice Boris Carmen Diego Elena Felix Gina Hugo Irene Jonas Karl Laura Marco Nina",
+        "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Liam Mary Noah Olga Peter Quinn Rose "
+        "Simon Tina Ugo Vera Walter Xenia Yara Zoe Alice Boris Carmen Diego Elena Felix Gina Hugo Irene Jonas "
+        "Karl Laura Marco Nina",
     ),
     _kind(
         "What is the name of my {a}?",
         "dog cat horse parrot",
-        "Rex Bella Fido Luna Max Daisy Rocky Coco Buddy Milo Lucky Shadow Ginger Pepper Oscar Tiger Misty Duke Whiskers "
-        "Patch Biscuit Bandit Smokey Simba Nala Ziggy Waffles Scout Sparky Bruno Cleo Dexter Fluffy Gizmo Harley Jasper "
-        "Kiki Lola Marley Nugget",
+        "Rex Bella Fido Luna Max Daisy Rocky Coco Buddy Milo Lucky Shadow Ginger Pepper Oscar Tiger Misty "
+        "Duke Whiskers Patch Biscuit Bandit Smokey Simba Nala Ziggy Waffles Scout Sparky Bruno Cleo Dexter "
+        "Fluffy Gizmo Harley Jasper Kiki Lola Marley Nugget",
     ),
     _kind(
         "Where is my {a}?",
         "hometown birthplace destination residence",
-        "Paris London Oslo Rome Madrid Berlin Lisbon Vienna Prague Dublin Athens Warsaw Cairo Tokyo Delhi Lima Quito "
-        "Boston Chicago Denver Dallas Miami Seattle Toronto Sydney Nairobi Seoul Bangkok Havana Geneva Milan Naples "
-        "Porto Lyon Hamburg Zurich Krakow Riga Tunis Dakar",
+        "Paris London Oslo Rome Madrid Berlin Lisbon Vienna Prague Dublin Athens Warsaw Cairo Tokyo Delhi "
+        "Lima Quito Boston Chicago Denver Dallas Miami Seattle Toronto Sydney Nairobi Seoul Bangkok Havana "
+        "Geneva Milan Naples Porto Lyon Hamburg Zurich Krakow Riga Tunis Dakar",
     ),
     _kind(
         "What colour is my {a}?",
         "car bike door boat",
-        "red blue green yellow orange purple pink brown black white grey teal navy maroon olive cyan magenta violet indigo "
-        "turquoise beige ivory crimson scarlet coral lavender lilac mauve mustard mint peach plum amber azure khaki "
-        "burgundy charcoal aqua tan lime",
+        "red blue green yellow orange purple pink brown black white grey teal navy maroon olive cyan magenta "
+        "violet indigo turquoise beige ivory crimson scarlet coral lavender lilac mauve mustard mint peach "
+        "plum amber azure khaki burgundy charcoal aqua tan lime",
     ),
     _kind(
         "When is my {a}?",
         "exam wedding flight meeting",
-        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August "
-        "September October November December noon midnight dawn dusk sunrise sunset tomorrow tonight spring summer autumn "
-        "winter Easter Christmas Halloween Thanksgiving lunchtime teatime morning evening afternoon",
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July "
+        "August September October November December noon midnight dawn dusk sunrise sunset tomorrow tonight "
+        "spring summer autumn winter Easter Christmas Halloween Thanksgiving lunchtime teatime morning "
+        "evening afternoon",
     ),
     _kind(
         "What do I have for {a}?",
         "breakfast lunch dinner dessert",
-        "pizza pasta rice soup salad toast porridge pancakes eggs cheese bread beans lentils tofu curry tacos burritos "
-        "noodles sushi ramen dumplings stew chicken fish steak bacon ham sausages potatoes carrots yoghurt cereal muesli "
-        "granola waffle bagels croissants apples bananas grapes",
+        "pizza pasta rice soup salad toast porridge pancakes eggs cheese bread beans lentils tofu curry tacos "
+        "burritos noodles sushi ramen dumplings stew chicken fish steak bacon ham sausages potatoes carrots "
+        "yoghurt cereal muesli granola waffle bagels croissants apples bananas grapes",
     ),
     _kind(
         "What is my {a}?",
         "hobby sport passion pastime",
-        "chess football tennis golf hockey cricket rugby swimming running cycling hiking climbing skiing surfing sailing "
-        "fishing dancing singing painting drawing reading writing cooking baking gardening knitting sewing pottery "
-        "photography poetry magic puzzles poker karate judo boxing yoga archery rowing bowling",
+        "chess football tennis golf hockey cricket rugby swimming running cycling hiking climbing skiing "
+        "surfing sailing fishing dancing singing painting drawing reading writing cooking baking gardening "
+        "knitting sewing pottery photography poetry magic puzzles poker karate judo boxing yoga archery "
+        "rowing bowling",
     ),
     _kind(
         "Can you tell me my {a}?",
         "password codeword nickname username",
-        "falcon eagle sparrow raven swan heron pelican penguin ostrich flamingo wolf fox bear otter badger beaver rabbit "
-        "squirrel hedgehog moose camel zebra giraffe elephant rhino hippo lion leopard panther cheetah koala kangaroo "
-        "dolphin whale shark octopus lobster turtle lizard dragon",
+        "falcon eagle sparrow raven swan heron pelican penguin ostrich flamingo wolf fox bear otter badger "
+        "beaver rabbit squirrel hedgehog moose camel zebra giraffe elephant rhino hippo lion leopard panther "
+        "cheetah koala kangaroo dolphin whale shark octopus lobster turtle lizard dragon",
     ),
     _kind(
         "What is my {a} made of?",
         "ring table watch bracelet",
-        "gold silver copper bronze iron steel tin brass wood oak pine maple walnut bamboo cork leather cotton silk wool "
-        "linen paper cardboard plastic rubber glass crystal stone marble granite slate clay brick concrete jade ruby pearl "
-        "bone wax nylon velvet",
+        "gold silver copper bronze iron steel tin brass wood oak pine maple walnut bamboo cork leather cotton "
+        "silk wool linen paper cardboard plastic rubber glass crystal stone marble granite slate clay brick "
+        "concrete jade ruby pearl bone wax nylon velvet",
     ),
 )
 KIND_OF = {attribute: kind for kind in KINDS for attribute in kind.attributes}
@@ -190,8 +193,8 @@ SPLITS = {attribute: _split(attribute) for attribute in KIND_OF}
 def sample_facts(rng: random.Random, count: int, held_out: bool, kinds: int = len(KINDS)) -> list[Fact]:
     """`count` facts about different attributes, every one of them from the held-out pairs, or none.
 
-    With few `kinds` (at least as many as `count` attributes need) they are alike, and telling them apart takes more than
-    knowing what sort of value goes with a question.
+    With few `kinds` (as many as `count` attributes need, at least) they are alike, and telling them apart takes more
+    than knowing what sort of value goes with a question.
     """
     attributes = [attribute for kind in rng.sample(KINDS, kinds) for attribute in kind.attributes]
     return [sample_value(rng, attribute, held_out) for attribute in rng.sample(attributes, count)]
@@ -207,7 +210,8 @@ def telling(
     """A conversation that states `facts` in order and asks nothing.
 
     Before each statement comes a turn of small talk with probability `small_talk`. With probability `changed` one fact
-    is first stated with another value (of the same split) and corrected afterwards: `facts` holds what is true at the end.
+    is first stated with another value (of the same split) and corrected afterwards: `facts` holds what is true in the
+    end.
     """
     said = [(fact.statement(rng)) for fact in facts]
     if facts and rng.random() < changed:
@@ -237,6 +241,8 @@ def lexicon() -> list[str]:
     for kind in KINDS:
         for index, value in enumerate(kind.values):
             fact = Fact(kind.attributes[index % len(kind.attributes)], value)
-            sentences += [fact._say(form) for form in (*STATEMENTS, *CHANGES, *QUESTIONS, kind.question, ANSWER, UNKNOWN)]
+            sentences += [
+                fact._say(form) for form in (*STATEMENTS, *CHANGES, *QUESTIONS, kind.question, ANSWER, UNKNOWN)
+            ]
     rng.shuffle(sentences)
     return sentences

@@ -62,7 +62,9 @@ class Quickstart:
     seconds: dict[str, float]
 
 
-def quickstart(out: str | Path, fast: bool = False, overwrite: bool = False, report: Report | None = None) -> Quickstart:
+def quickstart(
+    out: str | Path, fast: bool = False, overwrite: bool = False, report: Report | None = None
+) -> Quickstart:
     """Patch, train, evaluate, export, and remember; everything lands in the folder `out`.
 
     Args:

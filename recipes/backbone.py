@@ -2,8 +2,8 @@
 
     python recipes/backbone.py --out backbone
 
-About 15 minutes on 2 CPU cores, 1 GB of memory, seeded. The order matters: in-context copying (induction) has to form on
-repeated random sequences before any dialogue is shown; mixed from the start, recall stays at chance.
+About 20 minutes on 2 CPU cores, 1 GB of memory, seeded. The order matters: in-context copying (induction) has to form
+on repeated random sequences before any dialogue is shown; mixed from the start, recall stays at chance.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ UNANSWERABLE = 0.15  # share of the questions that ask for something nobody has 
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, with every word of the dialogues as one token; other words fall apart into bytes, so any text encodes."""
+    """Byte-level, every word of the dialogues one token; other words fall apart into bytes, so any text encodes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = sorted({word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet))
+    words = sorted(
+        {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
+    )
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
     # ignore_merges: a word that stands in the vocabulary is taken whole; there are no merges for the others
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
@@ -76,7 +78,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 def repeated_batch(vocabulary: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Random sequences said again and again, `[size, 80]`; only what is a repetition can be predicted, so only it is
-    scored. Each row has its own period: with one period for all, a fixed offset would do and no induction would form."""
+    scored. Each row has its own period: with one for all, a fixed offset would do and no induction would form."""
     length = 80
     period = torch.randint(16, 49, (size, 1), generator=generator)
     position = torch.arange(length).expand(size, length)
@@ -103,9 +105,7 @@ def conversation(rng: random.Random) -> list[dialogues.Message]:
     return messages
 
 
-def dialogue_batches(
-    tokenizer, size: int, rng: random.Random
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def dialogue_batches(tokenizer, size: int, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Conversations of like length as `[size, T]`, every real token scored."""
     while True:
         texts = [tokenizer.apply_chat_template(conversation(rng), tokenize=False) for _ in range(8 * size)]
@@ -187,7 +187,9 @@ def main() -> None:
             model.load_state_dict(load_file(weights), strict=False)
         else:
             stage()
-            write_whole(weights, save({key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}))
+            write_whole(
+                weights, save({key: value for key, value in model.state_dict().items() if key != "lm_head.weight"})
+            )
 
     figures = {str(facts): recall_from_context(model, tokenizer, facts, 400, seed=1) for facts in (1, 2, 4, 6, 8)}
     print("exact match from context, held-out facts:", figures, flush=True)

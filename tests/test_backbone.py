@@ -40,7 +40,9 @@ def test_answers_from_its_context(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "backbone").eval()
     assert model.config.model_type == "qwen3"
     attach(model)  # taken off again by the condition
-    result = evaluate_recall(model, tokenizer, facts=(4,), episodes=200, seed=7, conditions=("full_context", "no_memory"))
+    result = evaluate_recall(
+        model, tokenizer, facts=(4,), episodes=200, seed=7, conditions=("full_context", "no_memory")
+    )
     assert result.scores["full_context"][0].mean >= MIN_RECALL
     assert result.scores["no_memory"][0].mean <= 0.05
 

@@ -15,13 +15,23 @@ import click
 @click.option("--system", help="A system message before the first turn.")
 @click.option("--memory", "memory_file", type=click.Path(path_type=Path), help="Start from this memory file.")
 @click.option("--save-memory", type=click.Path(path_type=Path), help="Write the memory there afterwards.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="The longest answer."
+)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
 )
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest tokens that hold this much probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the graph."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
     onnx_dir: Path,

@@ -25,8 +25,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 _DEFAULT: ContextVar[Implementation | None] = ContextVar("deltamem_scan", default=None)
 
-# Forward + backward on one thread of a 2.5 GHz Xeon, R = 8, token loop against chunks: 36 ms against 146 at B·H = 128 and
-# T = 100, 54 against 77 at B·H = 16 and T = 512, 38 against 8 at B·H = 1 and T = 512.
+# Forward + backward on one thread of a 2.5 GHz Xeon, R = 8, token loop against chunks: 36 ms against 146 at B·H = 128
+# and T = 100, 54 against 77 at B·H = 16 and T = 512, 38 against 8 at B·H = 1 and T = 512.
 RECURRENT_ROWS = 16  # B·H from which the token loop is the faster one on a CPU
 RECURRENT_TOKENS = 16  # and T up to which it is, whatever the rows
 RECURRENT_RANK = 16  # above, the loop's R×R work a token outweighs what it saves
@@ -65,9 +65,9 @@ def delta_scan(
         log_keep, erase, write: [B, T, H, R], one gate per state row; log_keep <= 0. A token that must not write has
             log_keep = erase = write = 0.
         state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
-        implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out), "chunked"
-            (parallel; the only one for torch.export with a dynamic T), "onnx" (ONNX Runtime's operator, in an ONNX
-            export only), or None for the fastest of the middle two.
+        implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out),
+            "chunked" (parallel; the only one for torch.export with a dynamic T), "onnx" (ONNX Runtime's operator, in an
+            ONNX export only), or None for the faster of the middle two.
 
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
