@@ -1,4 +1,4 @@
-"""The token loop against the chunked form, forward and backward.
+"""The three forms of the scan, forward and backward, as ratios to the naive one.
 
 Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5 --threads 2]
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltamem_tool.ops import Implementation, delta_scan
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("naive", "chunked")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
 
 
 def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:

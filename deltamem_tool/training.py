@@ -101,6 +101,12 @@ def train(
     out, run = Path(recipe.out), Path(f"{recipe.out}.run")
     checkpoint = _checkpoint_to_resume(run, recipe) if resume else None
     refuse_existing(out, overwrite or resume)
+    if not resume and _checkpoints(run) and not overwrite:
+        raise DeltaMemError(
+            f"{run} holds the checkpoints of a run that did not end.",
+            "Nothing was changed.",
+            "Pass --resume to go on with it, or --overwrite to start anew.",
+        )
     if not resume and run.is_dir():
         shutil.rmtree(run)
     started = time.monotonic()

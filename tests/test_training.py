@@ -244,3 +244,12 @@ def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
     assert (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == before
     said = json.loads((tmp_path / "adapter" / "deltamem_config.json").read_text())
     assert said["mechanism"]["rank"] == 4
+
+
+def test_checkpoints_of_an_unfinished_run_are_not_thrown_away(recipe):
+    state = training.Path(f"{recipe.out}.run") / "checkpoint-3" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"global_step": 3}')
+    with pytest.raises(DeltaMemError, match="--resume"):
+        train(recipe)
+    assert state.is_file()

@@ -16,8 +16,8 @@ from deltamem_tool.onnx.runtime import OnnxModel
 def answer_onnx(
     model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[RecallEpisode], batch_size: int = 100
 ) -> list[str]:
-    """Greedy answers from the state alone: the history is written, then the question is asked in an empty context, where
-    it reads and does not write, as in `recall.answer` under "state_only"."""
+    """Greedy answers from the state alone, as in `recall.answer` under "state_only": the history is written, then the
+    question is asked in an empty context, where it reads and does not write."""
     said: list[str] = []
     for start in range(0, len(episodes), batch_size):
         some = episodes[start : start + batch_size]
