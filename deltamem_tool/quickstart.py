@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
-from deltamem_tool.adapter import create_adapter, load, read_adapter, tokenizer_of
+from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adapter, tokenizer_of
+from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import RecallResult, answer, evaluate_recall, memorise, recall_episodes
 from deltamem_tool.evaluation.report import plot_losses, plot_recall, recall_json
@@ -30,7 +33,10 @@ FACTS = (1, 2, 4, 6, 8)
 AGREEMENT_EPISODES = 200
 AGREEMENT_FACTS = 4
 TOLD = 4  # facts in the conversation that is remembered
-STAGES = ("patch", "train", "evaluate", "export", "remember")
+RECIPE = "quickstart.yaml"
+ADAPTER, FRESH, ONNX, MEMORY = "adapter", "fresh-adapter", "onnx", "memory.safetensors"
+RECALL_PLOT, LOSS_PLOT, REPORT = "recall.png", "loss.png", "report.json"
+OWN = {ADAPTER, f"{ADAPTER}.run", FRESH, ONNX, MEMORY, RECALL_PLOT, LOSS_PLOT, REPORT}  # all that a run can leave
 
 Report = Callable[[str, int, int, str], None]  # stage, done, of, note
 
@@ -78,64 +84,40 @@ def quickstart(
     """
     out = Path(out)
     refuse_existing(out, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
     tell = report or (lambda stage, done, of, note: None)
     seconds: dict[str, float] = {}
 
-    with _timed("patch", seconds):
-        tell("patch", 0, 1, "")
-        with as_file(files("deltamem_tool.recipes") / "quickstart.yaml") as file:
-            recipe = load_recipe(file, out=str(out / "adapter"))
-        torch.manual_seed(recipe.training.seed)
-        if fast:
-            adapter = read_adapter(SHIPPED_ADAPTER)
-        else:
-            adapter = create_adapter(recipe.base, recipe.memory, out / "fresh-adapter", overwrite=overwrite)
-        tell("patch", 1, 1, f"{adapter.num_parameters():,} parameters")
-
-    loss_plot = None
-    if not fast:
-        with _timed("train", seconds):
-            result = train(
-                replace(recipe, adapter=str(out / "fresh-adapter")),
-                overwrite=overwrite,
-                report=lambda step, steps, loss: tell("train", step, steps, "" if loss is None else f"loss {loss:.3f}"),
-            )
-            loss_plot = out / "loss.png"
-            plot_losses(result.losses, loss_plot)
-            adapter = read_adapter(result.adapter)
+    adapter, losses = _shipped(seconds, tell) if fast else _trained(out, seconds, tell)
+    loss_plot = None if fast else out / LOSS_PLOT
+    if loss_plot is not None:
+        plot_losses(losses, loss_plot)
 
     with _timed("evaluate", seconds):
         model = load(adapter.path)
         tokenizer = tokenizer_of(model)
         recall = evaluate_recall(
-            model, tokenizer, FACTS, report=lambda done, of: tell("evaluate", done, of, "recall and controls")
+            model, tokenizer, FACTS, report=lambda done, of: tell("evaluate", done, of, "recall and its controls")
         )
-        plot_recall(recall, out / "recall.png")
-
+        plot_recall(recall, out / RECALL_PLOT)
     with _timed("export", seconds):
         tell("export", 0, 2, "graph")
-        base_model = adapter.base.name
-        manifest = export_onnx(model, tokenizer, out / "onnx", base_model=base_model, overwrite=overwrite)
+        manifest = export_onnx(model, tokenizer, out / ONNX, base_model=adapter.base.name)
         tell("export", 1, 2, f"{AGREEMENT_EPISODES} episodes in both runtimes")
-        episodes = recall_episodes(AGREEMENT_FACTS, AGREEMENT_EPISODES, seed=1)
-        in_torch = answer(model, tokenizer, episodes, memorise(model, tokenizer, episodes), "state_only")
-        onnx_model = OnnxModel(out / "onnx")
-        in_onnx = answer_onnx(onnx_model, tokenizer, episodes)
-        agreement = sum(a == b for a, b in zip(in_torch, in_onnx, strict=True)) / len(episodes)
-        tell("export", 2, 2, f"largest difference {manifest.max_abs_diff:.1e}")
-
+        onnx_model = OnnxModel(out / ONNX)
+        agreement = _agreement(model, tokenizer, onnx_model)
+        tell("export", 2, 2, f"differs by {manifest.max_abs_diff:.1e} at most")
     with _timed("remember", seconds):
-        memory_file = out / "memory.safetensors"
+        memory_file = out / MEMORY
         remembered = remember(onnx_model, memory_file, report=lambda done, of: tell("remember", done, of, ""))
 
     made = Quickstart(
         adapter=adapter.path,
-        onnx_dir=out / "onnx",
+        onnx_dir=out / ONNX,
         memory_file=memory_file,
-        recall_plot=out / "recall.png",
+        recall_plot=out / RECALL_PLOT,
         loss_plot=loss_plot,
-        report=out / "report.json",
+        report=out / REPORT,
         parameters=adapter.num_parameters(),
         memory_bytes=sum(state.nbytes for state in onnx_model.load_memory(memory_file).values()),
         recall=recall,
@@ -146,6 +128,56 @@ def quickstart(
     )
     write_whole(made.report, (json.dumps(report_json(made), indent=2) + "\n").encode())
     return made
+
+
+def _clear(out: Path) -> None:
+    """Make the folder, without what an earlier run left there, and without touching anything else."""
+    out.mkdir(parents=True, exist_ok=True)
+    left = {entry.name: entry for entry in out.iterdir()}
+    strangers = sorted(left.keys() - OWN)
+    if strangers:
+        raise DeltaMemError(
+            f"{out} holds what no quickstart has made: {', '.join(strangers[:3])}.",
+            "Nothing was changed.",
+            "Choose another folder.",
+        )
+    for entry in left.values():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _shipped(seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
+    with _timed("patch", seconds):
+        adapter = read_adapter(SHIPPED_ADAPTER)
+        tell("patch", 1, 1, f"the shipped adapter, {adapter.num_parameters():,} parameters")
+    return adapter, []
+
+
+def _trained(out: Path, seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
+    """A fresh adapter for the shipped backbone, trained; and the losses on the way."""
+    with as_file(files("deltamem_tool.recipes") / RECIPE) as file:
+        recipe = load_recipe(file, out=str(out / ADAPTER))
+    with _timed("patch", seconds):
+        tell("patch", 0, 1, "")
+        torch.manual_seed(recipe.training.seed)
+        fresh = create_adapter(recipe.base, recipe.memory, out / FRESH)
+        tell("patch", 1, 1, f"{fresh.num_parameters():,} parameters")
+    with _timed("train", seconds):
+        try:
+            result = train(
+                replace(recipe, adapter=str(fresh.path)),
+                report=lambda step, steps, loss: tell("train", step, steps, "" if loss is None else f"loss {loss:.3f}"),
+            )
+        except DeltaMemError as error:  # its advice is for `deltamem train`
+            raise DeltaMemError(error.what, error.why, "Run the quickstart again with --overwrite.") from error
+    return read_adapter(result.adapter), result.losses
+
+
+def _agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, onnx_model: OnnxModel) -> float:
+    """The share of held-out episodes on which both runtimes give the same answer."""
+    episodes = recall_episodes(AGREEMENT_FACTS, AGREEMENT_EPISODES, seed=1)
+    in_torch = answer(model, tokenizer, episodes, memorise(model, tokenizer, episodes), "state_only")
+    in_onnx = answer_onnx(onnx_model, tokenizer, episodes)
+    return sum(a == b for a, b in zip(in_torch, in_onnx, strict=True)) / len(episodes)
 
 
 def remember(

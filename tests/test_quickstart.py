@@ -61,3 +61,45 @@ def test_a_second_run_does_not_destroy_the_first(made):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert "already there" in done.stderr and "--overwrite" in done.stderr
+
+
+def test_the_training_path(tmp_path, monkeypatch):
+    """Without --fast, two steps instead of all, and fewer episodes."""
+    from deltamem_tool import quickstart as module
+
+    whole_recipe = module.load_recipe
+    monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, ["training.steps=2"], out))
+    monkeypatch.setattr(module, "FACTS", (1,))
+    monkeypatch.setattr(module, "AGREEMENT_EPISODES", 10)
+    told = []
+    made = module.quickstart(tmp_path / "run", report=lambda *progress: told.append(progress))
+    assert {stage for stage, *_ in told} == {"patch", "train", "evaluate", "export", "remember"}
+    assert set(made.seconds) == {stage for stage, *_ in told}
+    assert made.adapter == tmp_path / "run" / "adapter"
+    assert made.loss_plot is not None and made.loss_plot.read_bytes().startswith(b"\x89PNG")
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} <= module.OWN
+
+
+def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
+    from deltamem_tool import DeltaMemError
+    from deltamem_tool import quickstart as module
+
+    def interrupted(recipe, report):
+        raise DeltaMemError("Interrupted after step 1 of 2.", "Why.", "Run the same command with --resume to go on.")
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(DeltaMemError, match="--overwrite") as caught:
+        module.quickstart(tmp_path / "run")
+    assert "--resume" not in str(caught.value)
+    with pytest.raises(DeltaMemError, match="already there"):
+        module.quickstart(tmp_path / "run")
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path):
+    from deltamem_tool import DeltaMemError
+    from deltamem_tool.quickstart import quickstart
+
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DeltaMemError, match="thesis.tex"):
+        quickstart(tmp_path, fast=True, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -40,6 +40,7 @@ def _show(made) -> None:
     from rich.table import Table
 
     from deltamem_tool.evaluation.report import recall_table
+    from deltamem_tool.quickstart import AGREEMENT_EPISODES
 
     console = Console()
     console.print("\n[bold]First conversation[/bold], in ONNX Runtime")
@@ -55,7 +56,7 @@ def _show(made) -> None:
     console.print(recall_table(made.recall))
     table = Table(show_header=False)
     table.add_row("ONNX Runtime against PyTorch", f"{made.max_abs_diff:.1e} at most, over logits and states")
-    table.add_row("same answers", f"{made.answer_agreement:.1%} of 200 held-out conversations")
+    table.add_row("same answers", f"{made.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")
     table.add_row("trained parameters", f"{made.parameters:,}")
     table.add_row("memory of one conversation", f"{made.memory_bytes:,} bytes")
     table.add_row("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in made.seconds.items()))
