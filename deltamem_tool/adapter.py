@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint, resolve_folder
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
-from deltamem_tool.files import folder_whole
+from deltamem_tool.files import folder_whole, refuse_existing
+from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, fresh_adapter, hook
 
 CONFIG_FILE = "deltamem_config.json"
 WEIGHTS_FILE = "deltamem.safetensors"
 FORMAT = "deltamem-adapter"
 FORMAT_VERSION = 1
-_BASE = "_deltamem_base"  # the attribute of a loaded model that holds its `BaseModel`
+_ANY = 2**31 - 1  # stands for a size that only the base model knows
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,62 @@ class AdapterFolder:
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def layer_indices(self) -> list[int]:
+        """The decoder layers that have a memory."""
+        if isinstance(self.config.layers, str):
+            return sorted({layer for name in self.tensors if (layer := DeltaMemAdapter.layer_of(name)) is not None})
+        return sorted(self.config.layers)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one conversation."""
+        return len(self.layer_indices) * math.prod(self.config.state_shape) * torch.float32.itemsize
+
+    def check(self) -> None:
+        """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
+
+        Raises:
+            AdapterError: tensors are missing, extra, misshapen or not finite; all of them are named.
+        """
+        with torch.device("meta"):
+            layer = DeltaMemory(self.config, _ANY, {branch: _ANY for branch in self.config.heads})
+        wanted = {
+            DeltaMemAdapter.name_in(index, name): [None if size == _ANY else size for size in tensor.shape]
+            for index in self.layer_indices
+            for name, tensor in layer.state_dict().items()
+        }
+        differences = [] if wanted else ["it has no layer"]
+        for name, tensor in self.tensors.items():
+            if tensor.dtype != torch.float32:
+                differences.append(f"{name} is {tensor.dtype}, not float32")
+            elif not tensor.isfinite().all():
+                differences.append(f"{name} holds NaN or infinity")
+        self.refuse(differences + self.differences(wanted))
+
+    def differences(self, wanted: Mapping[str, Sequence[int | None]]) -> list[str]:
+        """How the tensors differ from `wanted`, shapes by name, where None is any size."""
+        found = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
+        differences += [f"extra {name}" for name in found.keys() - wanted.keys()]
+        for name in wanted.keys() & found.keys():
+            shape = wanted[name]
+            fits = len(found[name]) == len(shape) and all(
+                b in (None, a) for a, b in zip(found[name], shape, strict=True)
+            )
+            if not fits:
+                said = ", ".join("any" if size is None else str(size) for size in shape)
+                differences.append(f"{name} is {found[name]}, not [{said}]")
+        return differences
+
+    def refuse(self, differences: Sequence[str]) -> None:
+        if differences:
+            raise AdapterError(
+                f"{self.path / WEIGHTS_FILE} does not fit its config and base model.",
+                "; ".join(sorted(differences)) + ".",
+                "Fetch the adapter again, or pass the base model it was made for.",
+            )
+
 
 def create_adapter(
     base: str, config: DeltaMemConfig, out: str | Path, revision: str | None = None, overwrite: bool = False
@@ -66,13 +124,15 @@ def create_adapter(
     Raises:
         ArchitectureError: `base` cannot take a memory.
         ConfigError: the options do not fit it.
+        DeltaMemError: `out` is there already, or cannot be written.
     """
+    refuse_existing(out, overwrite)
     checkpoint = BaseCheckpoint(base, revision)
     layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
     adapter = fresh_adapter(
         config, layers, lambda layer, head, n: checkpoint.read(layer.weight_name(head), columns=slice(0, n))
     )
-    _write(adapter, _base_of(checkpoint, config), out, overwrite)
+    _write(adapter, _base_of(checkpoint), out, overwrite)
     return read_adapter(out)
 
 
@@ -86,7 +146,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
     """Read and check an adapter folder or Hub repository, without its base model.
 
     Raises:
-        AdapterError: a file is missing, damaged or of a newer format.
+        AdapterError: a file is missing, damaged, of a newer format, or does not fit the other one.
     """
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -117,15 +177,24 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    return AdapterFolder(folder, config, base, tensors)
+    found = AdapterFolder(folder, config, base, tensors)
+    found.check()
+    return found
 
 
-def load(path: str | Path, base: str | None = None, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path,
+    base: str | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """The base model with the adapter on it, in eval mode.
 
     Args:
         path: adapter folder or Hub id; `revision` is its revision.
         base: where the base model is, if not where the adapter says.
+        base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -140,8 +209,10 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
             "That model had not been saved when the adapter was.",
             "Pass base=, or --base on the command line.",
         )
-    checkpoint = BaseCheckpoint(base or recorded.name, recorded.revision if base is None else None)
-    found = _base_of(checkpoint, folder.config)
+    if base_revision is None and base in (None, recorded.name):
+        base_revision = recorded.revision
+    checkpoint = BaseCheckpoint(base or recorded.name, base_revision)
+    found = _base_of(checkpoint)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
             f"{path} was made for another base model.",
@@ -152,8 +223,8 @@ def load(path: str | Path, base: str | None = None, revision: str | None = None,
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config.layers))
     fill(adapter, folder)
+    adapter.made_for = recorded
     hook(model, adapter)
-    setattr(model, _BASE, recorded)
     return model.eval()
 
 
@@ -184,27 +255,9 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
     """Load the folder's weights into `adapter`.
 
     Raises:
-        AdapterError: tensors are missing, extra or misshapen; all of them are named.
+        AdapterError: tensors are missing, extra or misshapen for this base model; all of them are named.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in folder.tensors.items()}
-    differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    differences += [f"extra {name}" for name in found.keys() - wanted.keys()]
-    differences += [
-        f"{name} is {found[name]}, not {wanted[name]}"
-        for name in wanted.keys() & found.keys()
-        if wanted[name] != found[name]
-    ]
-    differences += [
-        f"{name} is {t.dtype}, not float32" for name, t in folder.tensors.items() if t.dtype != torch.float32
-    ]
-    differences += [f"{name} holds NaN or infinity" for name, t in folder.tensors.items() if not t.isfinite().all()]
-    if differences:
-        raise AdapterError(
-            f"{folder.path / WEIGHTS_FILE} does not fit its config and base model.",
-            "; ".join(sorted(differences)) + ".",
-            "Fetch the adapter again, or pass the base model it was made for.",
-        )
+    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
     adapter.load_state_dict(dict(folder.tensors))
 
 
@@ -216,6 +269,13 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
         "base": asdict(base),
         "deltamem_version": __version__,
     }
+    broken = [name for name, tensor in adapter.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterError(
+            "The adapter holds NaN or infinity.",
+            f"{', '.join(broken)}; nothing was written.",
+            "Train anew with a lower learning rate.",
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     if base.name and Path(base.name).is_dir() and Path(base.name).resolve() == Path(out).resolve():
         raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
@@ -224,22 +284,21 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
 
 
-def _base_of(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> BaseModel:
-    layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
+def _base_of(checkpoint: BaseCheckpoint) -> BaseModel:
+    layers = attention_layers(checkpoint.skeleton())  # all of them, whichever have a memory
     return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers))
 
 
 def _base_of_model(model: PreTrainedModel) -> BaseModel:
     """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
-    known = getattr(model, _BASE, None)
-    if known is not None:
+    known = adapter_of(model).made_for
+    if isinstance(known, BaseModel):
         return known
-    config, name = adapter_of(model).config, model.name_or_path or ""
+    name = model.name_or_path or ""
     if name:
         try:
-            return _base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)), config)
+            return _base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)))
         except ArchitectureError:
             pass  # the checkpoint is gone
-    layers = select_layers(attention_layers(model), config.layers)
-    mark = fingerprint(layers, lambda layer: layer.projection("q").weight.detach()[:1])
+    mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])
     return BaseModel(name, None, model.config.model_type, mark)

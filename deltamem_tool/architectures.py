@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from deltamem_tool.errors import ArchitectureError
 
@@ -50,7 +50,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """The decoder's causal self-attention modules, in order of depth.
 
     Raises:
-        ArchitectureError: `model` is not a decoder, or no module has a known layout.
+        ArchitectureError: `model` is not a decoder, or no module has a known layout, or one has it by name alone.
     """
     config = model.config
     if not model.can_generate() or getattr(config, "is_encoder_decoder", False):
@@ -71,7 +71,31 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             "No module has the projections " + " or ".join(_names(layout) for layout in LAYOUTS) + ".",
             "Use a model with Llama-style attention, such as Qwen3, Llama or SmolLM3.",
         )
-    return sorted(found, key=lambda layer: layer.index)
+    found.sort(key=lambda layer: layer.index)
+    strange = _strange(found, config.get_text_config())
+    if strange:
+        raise ArchitectureError(
+            f"The attention of {type(model).__name__} ({config.model_type}) is not laid out as its names say.",
+            strange,
+            "Use a model with Llama-style attention, such as Qwen3, Llama or SmolLM3.",
+        )
+    return found
+
+
+def _strange(layers: Sequence[AttentionLayer], config: PretrainedConfig) -> str:
+    """Why a correction would not land where it belongs: a projection that holds more than its heads, such as a gate
+    beside the query, or two modules that claim one layer."""
+    query_heads = getattr(config, "num_attention_heads", None)
+    heads = {"q": query_heads, "k": getattr(config, "num_key_value_heads", None) or query_heads}
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        if after is not None and layer.index == after.index:
+            return f"{layer.name} and {after.name} are both of layer {layer.index}."
+        head_dim = getattr(layer.module, "head_dim", None) or getattr(config, "head_dim", None)
+        for branch, count in heads.items():
+            width = layer.projection(branch).out_features
+            if isinstance(count, int) and width != count * (head_dim or layer.hidden_size // count):
+                return f"{layer.name}.{getattr(layer.layout, branch)} is {width} wide, for {count} heads of {head_dim}."
+    return ""
 
 
 def select_layers(found: Sequence[AttentionLayer], wanted: str | Sequence[int]) -> list[AttentionLayer]:

@@ -84,6 +84,11 @@ class DeltaMemConfig:
         """α/R, the factor on every correction."""
         return self.alpha / self.rank
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, R, R) of one layer's state, which is float32."""
+        return self.state_heads, self.rank, self.rank
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, the inverse of `from_dict`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

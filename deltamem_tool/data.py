@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
 
 IGNORED = -100  # label of a token that is not scored
+ASKED = 0.15  # generated histories hold questions too, so that the memory learns not to write them
+_CHECKED = 256  # episodes that are checked at once
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -32,6 +35,7 @@ class Episode:
 
     history: list[Message]
     exchanges: list[list[Message]]
+    where: str = field(default="", compare=False)  # file and line that it was read from
 
 
 class ChatEpisodes(Dataset[Episode]):
@@ -91,7 +95,7 @@ class DialogueEpisodes(Dataset[Episode]):
         of_batch = random.Random(f"{self.seed}/batch {index // self.batch_size}")
         count = of_batch.randint(1, int(ceiling) + (of_batch.random() < ceiling % 1))
         facts = dialogues.sample_facts(rng, count, held_out=False)
-        history = dialogues.telling(rng, facts, held_out=False)
+        history = dialogues.telling(rng, facts, held_out=False, asked=ASKED)
         return Episode(history, [dialogues.asking(rng, fact) for fact in facts])
 
 
@@ -114,31 +118,10 @@ class EpisodeCollator:
         self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
-        histories = [render(self.tokenizer, episode.history) for episode in episodes]
+        histories = [_rendered(self.tokenizer, episode.history, episode.where) for episode in episodes]
         written = [ids[-self.max_write_tokens :] for ids in self._tokenise(histories)["input_ids"]]
         rows = [row for row, episode in enumerate(episodes) for _ in episode.exchanges]
-        exchanges = [exchange for episode in episodes for exchange in episode.exchanges]
-        prompts = [render(self.tokenizer, exchange[:-1], generation_prompt=True) for exchange in exchanges]
-        texts = [render(self.tokenizer, exchange) for exchange in exchanges]
-        encoded = self._tokenise(texts, return_offsets_mapping=True)
-        read, labels = [], []
-        for prompt, text, ids, offsets in zip(
-            prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            if not text.startswith(prompt):
-                raise DataError(
-                    "The chat template renders the prompt differently once the answer follows.",
-                    f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
-                    "Use a tokenizer whose template only appends.",
-                )
-            if len(ids) > self.max_read_tokens:
-                raise DataError(
-                    f"An exchange has {len(ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
-                    f"It begins: {text[:80]!r}.",
-                    "Raise max_read_tokens in the recipe, or shorten the answer.",
-                )
-            read.append(ids)
-            labels.append([i if start >= len(prompt) else IGNORED for i, (start, _) in zip(ids, offsets, strict=True)])
+        read, labels = self._exchanges(episodes)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         return {
             "write_ids": _padded(written, pad),
@@ -148,6 +131,45 @@ class EpisodeCollator:
             "labels": _padded(labels, IGNORED),
             "rows": torch.tensor(rows),
         }
+
+    def check(self, episodes: Sequence[Episode]) -> None:
+        """Find out before a training run, rather than in it, whether all `episodes` can be taken.
+
+        Raises:
+            DataError: an exchange is too long, or the template cannot render it; the error names file and line.
+        """
+        for start in range(0, len(episodes), _CHECKED):
+            some = episodes[start : start + _CHECKED]
+            for episode in some:
+                _rendered(self.tokenizer, episode.history, episode.where)
+            self._exchanges(some)
+
+    def _exchanges(self, episodes: Sequence[Episode]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and labels of all exchanges, not padded."""
+        exchanges = [(exchange, episode.where) for episode in episodes for exchange in episode.exchanges]
+        prompts = [_rendered(self.tokenizer, exchange[:-1], where, True) for exchange, where in exchanges]
+        texts = [_rendered(self.tokenizer, exchange, where) for exchange, where in exchanges]
+        encoded = self._tokenise(texts, return_offsets_mapping=True)
+        read, labels = [], []
+        for prompt, text, ids, offsets, (_, where) in zip(
+            prompts, texts, encoded["input_ids"], encoded["offset_mapping"], exchanges, strict=True
+        ):
+            if not text.startswith(prompt):
+                raise DataError(
+                    f"{_at(where)}The chat template renders the prompt differently once the answer follows.",
+                    f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
+                    "Use a tokenizer whose template only appends.",
+                )
+            if len(ids) > self.max_read_tokens:
+                raise DataError(
+                    f"{_at(where)}An exchange has {len(ids)} tokens, more than max_read_tokens = "
+                    f"{self.max_read_tokens}.",
+                    f"It begins: {text[:80]!r}.",
+                    "Raise max_read_tokens in the recipe, or shorten the answer.",
+                )
+            read.append(ids)
+            labels.append([i if start >= len(prompt) else IGNORED for i, (start, _) in zip(ids, offsets, strict=True)])
+        return read, labels
 
     def _tokenise(self, texts: list[str], **options: Any) -> Any:
         # The template has written every special token that belongs here.
@@ -159,6 +181,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generati
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     assert isinstance(text, str)  # one conversation, not tokenised
     return text
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, prompt: bool = False) -> str:
+    """`render`, where the messages are a user's and the template may refuse them."""
+    try:
+        return render(tokenizer, messages, generation_prompt=prompt)
+    except TemplateError as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{_at(where)}The chat template refuses the conversation.", f"{why}.", "Change the conversation."
+        ) from error
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -190,4 +227,4 @@ def _episode(line: str, where: str) -> Episode:
         raise DataError(
             f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
         )
-    return Episode(system + turns[:last], [system + turns[last:]])
+    return Episode(system + turns[:last], [system + turns[last:]], where)

@@ -205,27 +205,36 @@ def sample_value(rng: random.Random, attribute: str, held_out: bool, other_than:
 
 
 def telling(
-    rng: random.Random, facts: Sequence[Fact], held_out: bool, small_talk: float = 0.25, changed: float = 0.1
+    rng: random.Random,
+    facts: Sequence[Fact],
+    held_out: bool,
+    small_talk: float = 0.25,
+    changed: float = 0.1,
+    asked: float = 0.0,
 ) -> list[Message]:
-    """A conversation that states `facts` in order and asks nothing.
+    """A conversation that states `facts` in order.
 
-    Before each statement comes a turn of small talk with probability `small_talk`. With probability `changed` one fact
-    is first stated with another value (of the same split) and corrected afterwards: `facts` holds what is true in the
-    end.
+    Before each statement comes a turn of small talk with probability `small_talk`, and after it, with probability
+    `asked`, a question about something told so far, answered as it stands then. With probability `changed` one fact is
+    first stated with another value (of the same split) and corrected afterwards: `facts` holds what is true in the end.
     """
-    said = [(fact.statement(rng)) for fact in facts]
+    said = [(fact, fact.statement(rng)) for fact in facts]
     if facts and rng.random() < changed:
         index = rng.randrange(len(facts))
         fact = facts[index]
         stale = sample_value(rng, fact.attribute, held_out, other_than=fact.value)
-        said[index] = stale.statement(rng)
-        said.insert(rng.randint(index + 1, len(said)), fact.change(rng))
+        said[index] = (stale, stale.statement(rng))
+        said.insert(rng.randint(index + 1, len(said)), (fact, fact.change(rng)))
     messages = []
-    for sentence in said:
+    known: dict[str, Fact] = {}
+    for fact, sentence in said:
         if rng.random() < small_talk:
             remark, reply = rng.choice(SMALL_TALK)
             messages += [user(remark), assistant(reply)]
         messages += [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
+        known[fact.attribute] = fact
+        if asked and rng.random() < asked:
+            messages += asking(rng, rng.choice(list(known.values())))
     return messages
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deltamem_tool.errors import DeltaMemError
@@ -34,10 +34,10 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
     Raises:
-        DeltaMemError: `path` is there, is not an empty folder, and `overwrite` is false.
+        DeltaMemError: `refuse_existing` says so.
     """
-    path = Path(path)
     refuse_existing(path, overwrite)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -48,15 +48,19 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         os.chmod(staged, 0o777 & ~_umask())
         if path.exists():
             # Folders cannot be swapped in one step everywhere: the old one steps aside, and comes back on failure.
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"
-            os.rename(path, aside)
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             try:
-                os.rename(staged, path)
+                os.rename(path, aside / "old")
+                try:
+                    os.rename(staged, path)
+                except BaseException:
+                    os.rename(aside / "old", path)
+                    raise
             except BaseException:
-                os.rename(aside, path)
+                with suppress(OSError):
+                    aside.rmdir()  # not empty if the old folder could not come back: then it is all there is of it
                 raise
-            finally:
-                shutil.rmtree(aside.parent, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(staged, path)
     except BaseException:
@@ -65,12 +69,29 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise if writing the folder `path` would destroy something; call it before long work begins."""
-    path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    """Raise if the folder `path` cannot be written, or that would destroy something; call it before long work begins.
+
+    Raises:
+        DeltaMemError: `path` is there, is not an empty folder, and `overwrite` is false; or it cannot be replaced; or
+            nothing can be written beside it.
+    """
+    resolved = Path(path).resolve()
+    if Path.cwd().is_relative_to(resolved) or resolved.is_mount():
+        kind = "a mount point" if resolved.is_mount() else "the folder you are in"
+        raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced as a whole.", "Choose a folder inside it.")
+    if resolved.exists() and not overwrite and not (resolved.is_dir() and not any(resolved.iterdir())):
         raise DeltaMemError(
             f"{path} is already there.", "Nothing was written.", "Choose another folder, or pass --overwrite."
         )
+    refuse_unwritable(path)
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise if nothing can be written at `path`, whose missing parents would be made."""
+    parent = next(parent for parent in Path(path).resolve().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "You may not write there" if parent.is_dir() else "It is no folder"
+        raise DeltaMemError(f"{path} cannot be written into {parent}.", f"{why}.", "Choose another place.")
 
 
 def _sync(file: Path) -> None:

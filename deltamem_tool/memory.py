@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -96,22 +97,32 @@ class DeltaMemory(nn.Module):
         batch, tokens, _ = hidden.shape
         heads = (batch, tokens, self.config.state_heads, self.config.rank)
         x = hidden.to(self.query.weight.dtype)
-        q = _normalised(self.query(x).view(heads))
-        if writes is None:
-            readings = torch.einsum("bhij,bthj->bthi", state, q)
-        else:
-            k = _normalised(self.key(x).view(heads))
-            v = self.value(x).view(heads)
-            log_keep, erase, write = self.gates(self.gate(x).view(heads))
-            here = writes[:, :, None, None].to(x.dtype)
-            readings, state = delta_scan(q, k, v, log_keep * here, erase * here, write * here, state)
+        if reads is not None:
+            # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
+            x = x.masked_fill(~(reads if writes is None else reads | writes)[:, :, None], 0.0)
+        with _full_precision(x):
+            q = _normalised(self.query(x).view(heads))
+            if writes is None:
+                readings = torch.einsum("bhij,bthj->bthi", state, q)
+            else:
+                k = _normalised(self.key(x).view(heads))
+                v = self.value(x).view(heads)
+                log_keep, erase, write = self.gates(self.gate(x).view(heads))
+                here = writes[:, :, None, None].to(x.dtype)
+                readings, state = delta_scan(q, k, v, log_keep * here, erase * here, write * here, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
         return readings.flatten(2), state
 
     def correction(self, branch: str, readings: Tensor) -> Tensor:
         """(α/R) · Δ r for one branch: `[B, T, H·R]` to `[B, T, out]`."""
-        return self.delta[branch](readings) * self.config.scale
+        with _full_precision(readings):
+            return self.delta[branch](readings) * self.config.scale
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which would run the projections in half precision. An exported graph knows no autocast."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False)
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory_file import check_memory, read_memory, write_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from deltamem_tool.patched import patch_of
 
 
 class MemoryState:
@@ -93,6 +90,8 @@ class MemoryState:
 class MemoryCache(DynamicCache):
     """The KV cache of a patched model together with its memory: pass it as `past_key_values`.
 
+    After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
+
     Args:
         model: a model that `attach` or `load` has given a memory.
         memory: where to start; None starts from zeros. It is not changed: read the new one from `cache.memory`.
@@ -103,10 +102,8 @@ class MemoryCache(DynamicCache):
     """
 
     def __init__(self, model: PreTrainedModel, memory: MemoryState | None = None, write: bool | Tensor = True) -> None:
-        from deltamem_tool.surgery import adapter_of
-
         super().__init__(config=model.config)
-        adapter = adapter_of(model)
+        adapter = patch_of(model).adapter
         self.write = write
         self.memory = memory
         self._stop_tokens: Tensor | None = None

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -27,9 +28,9 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
 from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
 from deltamem_tool.memory_file import check_memory
+from deltamem_tool.patched import PATCH, patch_of
 from deltamem_tool.state import MemoryCache, MemoryState
 
-_PATCH = "_deltamem_patch"  # the attribute of a patched model that holds its `_Patch`
 _OVERRIDDEN = ("_prepare_cache_for_generation", "prepare_inputs_for_generation")  # methods of `generate`
 
 
@@ -52,18 +53,30 @@ class DeltaMemAdapter(nn.Module):
                 )
             widths = {branch: layer.projection(branch).out_features for branch in config.heads}
             self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
+        self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
     @property
     def layer_indices(self) -> list[int]:
         return [int(index) for index in self.layers]
 
+    @staticmethod
+    def name_in(layer: int, name: str) -> str:
+        """What the parameter `name` of a layer's memory is called in the state dict."""
+        return f"layers.{layer}.{name}"
+
+    @staticmethod
+    def layer_of(name: str) -> int | None:
+        """The layer of a parameter in the state dict; None where `name` is no such parameter."""
+        match = re.match(r"layers\.(\d+)\.", name)
+        return int(match[1]) if match else None
+
     def memory(self, layer: int) -> DeltaMemory:
         return cast(DeltaMemory, self.layers[str(layer)])
 
     def state_shapes(self) -> dict[int, tuple[int, ...]]:
         """`(H, R, R)` by layer index."""
-        return {i: (self.config.state_heads, self.config.rank, self.config.rank) for i in self.layer_indices}
+        return {i: self.config.state_shape for i in self.layer_indices}
 
     def empty_memory(self, batch_size: int) -> MemoryState:
         """Zeros for `batch_size` conversations, on the adapter's device."""
@@ -88,7 +101,7 @@ class DeltaMemAdapter(nn.Module):
 
 
 @dataclass
-class _Patch:
+class Patch:
     """All that `detach` has to undo."""
 
     adapter: DeltaMemAdapter
@@ -153,32 +166,24 @@ def fresh_adapter(
 
 def detach(model: PreTrainedModel) -> None:
     """Take the memory off: hooks gone, the base trainable where it was before."""
-    patch = _patch_of(model)
+    patch: Patch = patch_of(model)
     for handle in patch.handles:
         handle.remove()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(patch.required_grad[name])
-    for name in (*_OVERRIDDEN, _PATCH):
+        parameter.requires_grad_(patch.required_grad.get(name, parameter.requires_grad))  # some may be new
+    for name in (*_OVERRIDDEN, PATCH):
         delattr(model, name)
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
     """The adapter of a patched model."""
-    return _patch_of(model).adapter
-
-
-def _patch_of(model: PreTrainedModel) -> _Patch:
-    patch = getattr(model, _PATCH, None)
-    if patch is None:
-        raise ArchitectureError(
-            "This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first."
-        )
-    return patch
+    patch: Patch = patch_of(model)
+    return patch.adapter
 
 
 def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     """Put `adapter` on `model` and freeze the model's own weights."""
-    if hasattr(model, _PATCH):
+    if hasattr(model, PATCH):
         raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
     layers = select_layers(attention_layers(model), adapter.layer_indices)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -193,7 +198,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         handles.append(layer.module.register_forward_pre_hook(_before_attention(layer.index, memory), with_kwargs=True))
         for branch in adapter.config.heads:
             handles.append(layer.projection(branch).register_forward_hook(_correct(layer.index, memory, branch)))
-    setattr(model, _PATCH, _Patch(adapter, handles, required_grad))
+    setattr(model, PATCH, Patch(adapter, handles, required_grad))
     for name, override in zip(_OVERRIDDEN, (_with_memory_cache, _with_announced_step), strict=True):
         setattr(model, name, MethodType(override(getattr(type(model), name)), model))
 
@@ -215,6 +220,12 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
                 "The model would forget at every call.",
                 "Pass past_key_values=deltamem.MemoryCache(model), or none.",
             )
+        if module.training and torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+            raise ConfigError(
+                "Gradient checkpointing does not work with a memory yet.",
+                "It runs each layer a second time, when the states that the layer started from are gone.",
+                "Call model.gradient_checkpointing_disable().",
+            )
         tokens = kwargs.get("input_ids")
         content = tokens if tokens is not None else kwargs["inputs_embeds"]
         batch, length = content.shape[:2]
@@ -222,7 +233,7 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
-        reads = _valid(kwargs.get("attention_mask"), length)
+        reads = _valid(kwargs.get("attention_mask"), batch, length, cache.get_seq_length())
         unfinished = cache.unfinished(tokens)
         if unfinished is not None:
             unfinished = unfinished.expand(batch, length)
@@ -246,7 +257,7 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
         )
 
 
-def _valid(mask: Any, length: int) -> Tensor | None:
+def _valid(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
     """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
     if mask is None:
         return None
@@ -255,6 +266,13 @@ def _valid(mask: Any, length: int) -> Tensor | None:
             "The memory cannot tell padding from text.",
             "The attention mask is not the 2-D mask over past and new tokens.",
             "Pass attention_mask as [batch, past + new].",
+        )
+    # While a graph is exported, its sizes are symbols that must not be compared.
+    if not torch.compiler.is_exporting() and mask.shape != (batch, past + length):
+        raise MemoryStateError(
+            f"The attention mask is {list(mask.shape)}, not {[batch, past + length]}.",
+            f"The cache holds {past} tokens and the call brings {length}: attention would take columns for others.",
+            "Pass attention_mask as [batch, past + new], or none where nothing is padding.",
         )
     return mask[:, -length:].bool()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,12 +30,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deltamem_tool.adapter import load, read_tokenizer, save_adapter
+from deltamem_tool.adapter import load, read_tokenizer, save_adapter, tokenizer_of
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, EpisodeCollator
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.files import refuse_existing, write_whole
-from deltamem_tool.recipe import Recipe
+from deltamem_tool.recipe import Recipe, TrainingOptions
 from deltamem_tool.state import MemoryCache
 from deltamem_tool.surgery import adapter_of, attach
 
@@ -92,11 +94,12 @@ def train(
 ) -> TrainingResult:
     """Run a recipe and write its adapter folder.
 
+    It runs on one device: the first GPU that CUDA_VISIBLE_DEVICES shows, or else the CPU.
     Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C ends the run after the step it is in,
     with a checkpoint and the adapter so far written.
 
     Raises:
-        DeltaMemError: the recipe cannot be run, or the run was interrupted.
+        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
     """
     out, run = Path(recipe.out), Path(f"{recipe.out}.run")
     checkpoint = _checkpoint_to_resume(run, recipe) if resume else None
@@ -113,35 +116,20 @@ def train(
     options = recipe.training
     set_seed(options.seed)
     model, tokenizer = _load_base(recipe)
+    collator = EpisodeCollator(tokenizer, recipe.data.max_write_tokens, recipe.data.max_read_tokens)
+    episodes = _episodes(recipe)
+    if isinstance(episodes, ChatEpisodes):
+        collator.check(episodes.episodes)
     callback = _Progress(report)
     trainer = _EpisodeTrainer(
         model=EpisodeModel(model),
-        args=TrainingArguments(
-            output_dir=str(run),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type=options.scheduler,
-            warmup_steps=int(options.warmup * options.steps),
-            weight_decay=options.weight_decay,
-            max_grad_norm=options.max_grad_norm,
-            seed=options.seed,
-            save_steps=options.save_every,
-            save_total_limit=2,
-            logging_steps=max(1, options.steps // 100),
-            disable_tqdm=True,
-            report_to="none",
-            remove_unused_columns=False,
-            label_names=[],
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=_episodes(recipe),
-        data_collator=EpisodeCollator(tokenizer, recipe.data.max_write_tokens, recipe.data.max_read_tokens),
+        args=_arguments(options, run),
+        train_dataset=episodes,
+        data_collator=collator,
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
-    model.to(trainer.args.device)
+    cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
     with _run_folder(run, recipe), callback.stopping_on_interrupt():
         trainer.train(resume_from_checkpoint=checkpoint)
     save_adapter(model, out, overwrite=overwrite or resume)
@@ -157,15 +145,45 @@ def train(
     return TrainingResult(out, steps, losses, time.monotonic() - started, adapter_of(model).num_parameters())
 
 
-def _load_base(recipe: Recipe):
+def _arguments(options: TrainingOptions, run: Path) -> TrainingArguments:
+    """The recipe's options in the Trainer's words; checkpoints go to `run`."""
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=int(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        logging_steps=max(1, options.steps // 100),
+        logging_nan_inf_filter=False,  # it would report a diverged run as a good one
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = (
+            1  # the first GPU alone: DataParallel would copy the adapter, but not the base with its hooks
+        )
+    return arguments
+
+
+def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if recipe.adapter is not None:
-        model = load(recipe.adapter, base=recipe.base)
-    else:
-        checkpoint = BaseCheckpoint(recipe.base, recipe.revision)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
-        model.config._name_or_path = checkpoint.name
-        attach(model, recipe.memory)
-    return model, read_tokenizer(BaseCheckpoint(recipe.base, recipe.revision).folder)
+        model = load(recipe.adapter, base=recipe.base, base_revision=recipe.revision)
+        return model, tokenizer_of(model)
+    checkpoint = BaseCheckpoint(recipe.base, recipe.revision)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
+    model.config._name_or_path = checkpoint.name
+    attach(model, recipe.memory)
+    return model, read_tokenizer(checkpoint.folder)
 
 
 @contextmanager
@@ -235,6 +253,16 @@ def _episodes(recipe: Recipe) -> Dataset:
 
 
 class _EpisodeTrainer(Trainer):
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise DeltaMemError(
+                f"Training diverged: the loss of step {self.state.global_step + 1} is {loss.item()}.",
+                "No adapter was written.",
+                "Start anew with a lower training.learning_rate.",
+            )
+        return loss
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """Generated episodes grow harder in order; conversations from a file are shuffled."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset

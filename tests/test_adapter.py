@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, load, save_adapter
+from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach, load, save_adapter
 from deltamem_tool.adapter import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, create_adapter, read_adapter
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError
+from deltamem_tool.files import folder_whole
 from deltamem_tool.surgery import adapter_of
 
 CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
@@ -160,6 +161,57 @@ def test_what_is_there_is_not_overwritten_unasked(base, adapter, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "file", "empty"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, overwrite):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    before = listing(tmp_path)
+    mounted = tmp_path / "here"
+    for out, says in (
+        (".", "folder you are in"),
+        (tmp_path / "here" / "below", "folder you are in"),
+        ("..", "folder you are in"),
+        ("/proc", "mount point"),
+        (tmp_path / "file" / "adapter", "is no folder"),
+        (tmp_path / "file" / "deep" / "adapter", "is no folder"),
+    ):
+        with pytest.raises(DeltaMemError, match=says):
+            create_adapter("/no/base/is/looked/for", CONFIG, out, overwrite=overwrite)
+        with pytest.raises(DeltaMemError, match=says), folder_whole(out, overwrite):
+            raise AssertionError("the work began")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != mounted)
+    with pytest.raises(DeltaMemError, match="may not write"):
+        create_adapter("/no/base/is/looked/for", CONFIG, mounted / "adapter", overwrite=overwrite)
+    assert listing(tmp_path) == before
+
+
+def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
+    """Neither the new one takes its place nor does it come back: it is still on the disk."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    calls, real = [], os.rename
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(5, "Input/output error")
+        real(*args)
+
+    monkeypatch.setattr(os, "rename", broken)
+    with pytest.raises(OSError, match="Input/output"), folder_whole(tmp_path / "adapter", overwrite=True) as staged:
+        (staged / "new").write_text("new")
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with folder_whole(tmp_path / "link") as staged:
+        (staged / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "new").read_text() == "new"
+
+
 def test_the_base_itself_is_never_overwritten(tmp_path):
     base = save_checkpoint(tmp_path / "base")
     before = listing(tmp_path)
@@ -218,6 +270,54 @@ def test_the_same_base_elsewhere_is_taken(adapter, base, tmp_path):
     assert adapter_of(load(adapter, base=str(tmp_path / "moved"))) is not None
 
 
+def test_other_layers_can_be_attached_to_a_loaded_base(adapter, tmp_path):
+    model = load(adapter)
+    detach(model)
+    randomise(attach(model, DeltaMemConfig(rank=4, layers=(1,))))
+    save_adapter(model, tmp_path / "other")
+    assert adapter_of(load(tmp_path / "other")).layer_indices == [1]
+    assert read_adapter(tmp_path / "other").base.fingerprint == read_adapter(adapter).base.fingerprint
+
+
+def test_a_changed_base_is_not_taken_for_the_one_it_was(adapter, tmp_path):
+    """What a loaded model remembers of its base goes with the adapter."""
+    model = load(adapter)
+    detach(model)
+    model.config._name_or_path = ""
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(1.0)
+    attach(model, DeltaMemConfig(rank=4))
+    save_adapter(model, tmp_path / "other")
+    assert read_adapter(tmp_path / "other").base.fingerprint != read_adapter(adapter).base.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, "recorded"),
+        ({"base": "HERE"}, "recorded"),
+        ({"base": "HERE", "base_revision": "other"}, "other"),
+        ({"base_revision": "other"}, "other"),
+        ({"base": "THERE"}, None),
+    ],
+)
+def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options, asked):
+    said = json.loads((adapter / CONFIG_FILE).read_text())["base"]
+    change_config(adapter, base={**said, "revision": "recorded"})
+    seen = []
+
+    class Watched(BaseCheckpoint):
+        def __init__(self, name, revision=None):
+            seen.append(revision)
+            super().__init__(name, revision)
+
+    monkeypatch.setattr("deltamem_tool.adapter.BaseCheckpoint", Watched)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    places = {"HERE": str(base), "THERE": str(moved)}
+    load(adapter, **{name: places.get(value, value) for name, value in options.items()})
+    assert seen == [asked]
+
+
 def test_a_base_that_is_gone_is_named(adapter, tmp_path):
     change_config(adapter, base={**json.loads((adapter / CONFIG_FILE).read_text())["base"], "name": "/gone/away"})
     with pytest.raises(ArchitectureError, match="/gone/away"):
@@ -228,7 +328,10 @@ def test_a_base_that_is_gone_is_named(adapter, tmp_path):
     ("change", "says"),
     [
         (lambda t: {k: v for k, v in t.items() if k != "layers.1.key.weight"}, ["missing layers.1.key.weight"]),
-        (lambda t: t | {"layers.7.key.weight": torch.zeros(4, 32)}, ["extra layers.7.key.weight"]),
+        (
+            lambda t: t | {name.replace("layers.1.", "layers.7."): tensor.clone() for name, tensor in t.items()},
+            ["extra layers.7.key.weight"],
+        ),
         (lambda t: t | {"layers.0.gate.bias": torch.zeros(5)}, ["layers.0.gate.bias is [5], not [4]"]),
         (
             lambda t: t | {"layers.0.gate.bias": torch.zeros(4).half(), "more": torch.zeros(1)},
@@ -243,6 +346,45 @@ def test_tensors_that_do_not_fit_are_named(adapter, change, says):
         load(adapter)
     for part in says:
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "layers.1.key.weight"}, "missing layers.1.key.weight"),
+        (lambda t: t | {"layers.7.key.weight": torch.zeros(4, 32)}, "missing layers.7.query.weight"),
+        (lambda t: t | {"more": torch.zeros(1)}, "extra more"),
+        (lambda t: t | {"layers.0.delta.k.weight": torch.zeros(8, 4)}, "extra layers.0.delta.k.weight"),
+        (lambda t: t | {"layers.0.gate.bias": torch.zeros(5)}, "layers.0.gate.bias is [5], not [4]"),
+        (lambda t: t | {"layers.0.key.weight": torch.zeros(5, 32)}, "layers.0.key.weight is [5, 32], not [4, any]"),
+        (lambda t: t | {"layers.0.key.weight": torch.zeros(4)}, "layers.0.key.weight is [4], not [4, any]"),
+        (lambda t: t | {"layers.0.gate.bias": torch.zeros(4).half()}, "float16, not float32"),
+        (lambda t: {"more": torch.zeros(1)}, "it has no layer"),
+    ],
+)
+def test_an_adapter_is_read_strictly_without_its_base(adapter, change, says):
+    assert read_adapter(adapter).layer_indices == [0, 1] and read_adapter(adapter).memory_bytes == 2 * 4 * 4 * 4
+    change_weights(adapter, change)
+    with pytest.raises(AdapterError, match="does not fit") as refusal:
+        read_adapter(adapter)
+    assert says in str(refusal.value)
+
+
+def test_layers_that_the_config_does_not_name_are_refused(adapter):
+    change_config(adapter, mechanism=DeltaMemConfig(rank=4, layers=(1,)).to_dict())
+    with pytest.raises(AdapterError, match="extra layers.0.key.weight"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_that_could_not_be_loaded_is_not_saved(adapter, tmp_path, value):
+    model = load(adapter)
+    with torch.no_grad():
+        adapter_of(model).memory(1).gate.bias[0] = value
+    before, content = listing(tmp_path), (adapter / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(AdapterError, match="(?s)NaN or infinity.*layers.1.gate.bias.*learning rate"):
+        save_adapter(model, adapter, overwrite=True)
+    assert listing(tmp_path) == before and (adapter / WEIGHTS_FILE).read_bytes() == content
 
 
 def test_numbers_that_are_none_are_refused(adapter):

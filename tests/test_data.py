@@ -146,6 +146,22 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
         EpisodeCollator(other, 100, 100)([Episode(TALK[:2], [TALK[2:]])])
 
 
+def test_a_file_is_checked_before_it_is_trained_on(tokenizer, tmp_path):
+    from copy import copy
+
+    short = [*TALK[:2], user("Why?"), assistant("So.")]
+    path = write_jsonl(tmp_path / "chats.jsonl", [short] * 3 + [[*TALK[:2], user("Why?"), assistant("because " * 40)]])
+    episodes = ChatEpisodes(path)
+    EpisodeCollator(tokenizer, 10, 1000).check(episodes.episodes)
+    with pytest.raises(DataError, match=r"chats.jsonl:4: An exchange has .*max_read_tokens = 30"):
+        EpisodeCollator(tokenizer, 10, 30).check(episodes.episodes)
+    strict = copy(tokenizer)
+    refuse = "{% if messages[-1].content | length > 99 %}{{ raise_exception('too long') }}{% endif %}"
+    strict.chat_template = refuse + tokenizer.chat_template
+    with pytest.raises(DataError, match=r"(?s)chats.jsonl:4: The chat template refuses.*too long"):
+        EpisodeCollator(strict, 10, 1000).check(episodes.episodes)
+
+
 # Generated
 
 

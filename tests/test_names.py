@@ -49,6 +49,12 @@ def imported_by(module: str) -> set[str]:
         ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
         ("deltamem_tool.ops", HEAVY - {"torch"}, {"ops"}),
         ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "memory", "ops"}),
+        (
+            "deltamem_tool.state",
+            {"onnxruntime", "matplotlib"},
+            {"errors", "files", "memory_file", "patched", "state"},
+        ),
+        ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
         ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),
         ("deltamem_tool.onnx.runtime", {"torch", "transformers"}, None),
     ],

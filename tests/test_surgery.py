@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     DynamicCache,
     GPT2Config,
+    Qwen3NextConfig,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -229,6 +230,29 @@ def test_padding_is_the_padding_of_this_call():
     close_memory(cache.memory, alone.memory)
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_padding_cannot_poison_the_state(value):
+    layer = adapter_of(patched_model()).layers["0"]
+    hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
+    valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
+    for writes in (valid, valid & torch.tensor([True, False, True, False]), None):
+        expected = layer(hidden, state, valid, writes)
+        found = layer(hidden.masked_fill(~valid[:, :, None], value), state, valid, writes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_memory():
+    layer = adapter_of(patched_model()).layers["0"]
+    hidden, state, here = torch.randn(2, 40, 32), torch.randn(2, 1, 4, 4), torch.ones(2, 40).bool()
+    readings, after = layer(hidden, state, None, here)
+    correction = layer.correction("q", readings)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(hidden, state, None, here)
+        assert torch.equal(found[0], readings) and torch.equal(found[1], after)
+        assert torch.equal(layer.correction("q", readings), correction)
+
+
 def test_padding_reads_zero():
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
@@ -342,6 +366,31 @@ def test_another_cache_is_refused(kind):
     assert logits.shape[1] == 4
 
 
+def _gated():
+    """Its q_proj gives [query | gate]."""
+    config = Qwen3NextConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["full_attention"],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _twice():
+    model = tiny_model()
+    model.model.layers[1].self_attn.layer_idx = 0
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -354,8 +403,10 @@ def test_another_cache_is_refused(kind):
             lambda: AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)),
             "q_proj, k_proj, v_proj, o_proj",
         ),
+        (lambda: _gated(), r"(?s)not laid out as its names say.*self_attn.q_proj is 128 wide, for 4 heads of 16"),
+        (lambda: _twice(), "both of layer 0"),
     ],
-    ids=["encoder", "encoder-decoder", "unknown-attention"],
+    ids=["encoder", "encoder-decoder", "unknown-attention", "query-and-gate", "one-layer-twice"],
 )
 def test_other_models_are_refused(make, says):
     model = make()
@@ -406,6 +457,48 @@ def test_a_mask_that_hides_the_padding_raises():
         model(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     with pytest.raises(MemoryStateError, match="write mask"):
         model(tokens(1, 3), past_key_values=MemoryCache(model, write=torch.ones(1, 2, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("length", [3, 8, 12])
+def test_a_mask_of_another_length_raises(sliding, length):
+    """Attention counts its columns from the left, the memory from the right: they would mean other tokens."""
+    changes = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4, "use_sliding_window": True}
+    model = tiny_model(**(changes if sliding else {}))
+    attach(model, DeltaMemConfig(rank=4))
+    _, cache = run(model, tokens(2, 7))
+    memory = cache.memory
+    with pytest.raises(MemoryStateError, match=rf"\[2, {length}\], not \[2, 10\]"):
+        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(2, length, dtype=torch.long))
+    with pytest.raises(MemoryStateError, match=r"\[1, 10\], not \[2, 10\]"):
+        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(1, 10, dtype=torch.long))
+    assert cache.memory is memory
+    with torch.no_grad():
+        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(2, 10, dtype=torch.long))
+    assert cache.get_seq_length() == 10
+
+
+def test_gradient_checkpointing_is_refused_in_plain_words():
+    model = patched_model()
+    model.gradient_checkpointing_enable()
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        model.train()(ids)
+    model.eval()(ids)
+    with pytest.raises(ConfigError, match=r"(?s)not work with a memory yet.*gradient_checkpointing_disable\(\)"):
+        model.train()(ids)
+    model.gradient_checkpointing_disable()
+    model(ids).logits.sum().backward()
+
+
+def test_a_parameter_that_came_later_does_not_stop_detach():
+    model = tiny_model()
+    attach(model)
+    model.later = nn.Linear(2, 2)
+    model.later.bias.requires_grad_(False)
+    detach(model)
+    assert all(parameter.requires_grad == (name != "later.bias") for name, parameter in model.named_parameters())
+    attach(model)
 
 
 def test_an_attention_layer_by_itself_raises():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -244,6 +245,62 @@ def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
     assert (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == before
     said = json.loads((tmp_path / "adapter" / "deltamem_config.json").read_text())
     assert said["mechanism"]["rank"] == 4
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf")])
+def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_path, nothing):
+    train(recipe)
+    before, content = listing(tmp_path), (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes()
+    forward, calls = EpisodeModel.forward, []
+
+    @functools.wraps(forward)  # the Trainer looks at the signature
+    def diverging(self, **batch):
+        calls.append(batch)
+        return {"loss": forward(self, **batch)["loss"] * (nothing if len(calls) == 3 else 1)}
+
+    monkeypatch.setattr(EpisodeModel, "forward", diverging)
+    with pytest.raises(DeltaMemError, match=r"(?s)loss of step 3 is (nan|inf).*lower training.learning_rate"):
+        train(recipe, overwrite=True)
+    assert listing(tmp_path) == before and (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == content
+
+
+def test_a_run_has_one_device(recipe, monkeypatch, tmp_path):
+    """With more GPUs the Trainer would copy what it knows of the model to each, and not the base."""
+
+    class OnTwo(training.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(training, "TrainingArguments", OnTwo)
+    assert OnTwo(output_dir=str(tmp_path)).n_gpu == 2
+    assert training._arguments(recipe.training, tmp_path).n_gpu == 1
+
+
+def test_losses_that_are_none_are_reported_as_they_are(recipe, tmp_path):
+    assert training._arguments(recipe.training, tmp_path).logging_nan_inf_filter is False
+
+
+def test_the_recipe_decides_the_revision_of_an_adapters_base(recipe, monkeypatch):
+    train(recipe)
+    asked = []
+    monkeypatch.setattr(training, "load", lambda path, **options: asked.append(options) or load(path))
+    training._load_base(Recipe(**{**vars(recipe), "adapter": recipe.out, "revision": "v2"}))
+    assert asked == [{"base": recipe.base, "base_revision": "v2"}]
+
+
+def test_data_is_checked_before_the_first_step(recipe, checkpoint, tmp_path):
+    chats = write_jsonl(
+        tmp_path / "chats.jsonl",
+        [[user("a"), assistant("b"), user("c"), assistant("d" * n)] for n in (1, 1, 1, 1, 1, 1, 1, 200)],
+    )
+    steps = []
+    with pytest.raises(DataError, match=r"chats.jsonl:8: .*max_read_tokens = 60"):
+        train(
+            make_recipe(checkpoint, recipe.out, path=str(chats), steps=1, batch_size=1),
+            report=lambda *said: steps.append(said),
+        )
+    assert steps == [] and set(listing(tmp_path)) == {"chats.jsonl"}
 
 
 def test_checkpoints_of_an_unfinished_run_are_not_thrown_away(recipe):

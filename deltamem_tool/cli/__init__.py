@@ -44,16 +44,28 @@ def main() -> None:
     except DeltaMemError as error:
         _fail(error)
     except Exception as error:
-        if not _no_room(error):
+        said = _in_words(error)
+        if said is None:
             raise
-        why = str(error).strip().splitlines()[0]
-        _fail(
-            DeltaMemError(
-                "The disk is full, or a limit on files is reached.",
-                f"{why}.",
-                "Nothing was left half-written. Free some space and try again.",
-            )
+        _fail(said)
+
+
+def _in_words(error: Exception) -> DeltaMemError | None:
+    """What the system refused, for a person; None for an error that keeps its traceback."""
+    if _no_room(error):
+        return DeltaMemError(
+            "The disk is full, or a limit on files is reached.",
+            f"{str(error).strip().splitlines()[0]}.",
+            "Nothing was left half-written. Free some space and try again.",
         )
+    refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    if isinstance(error, refused) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return DeltaMemError(
+            f"{error.filename or 'A file'} cannot be read or written.",
+            f"{error.strerror or error}.",
+            "Correct the path or its permissions, and try again.",
+        )
+    return None
 
 
 def _no_room(error: Exception) -> bool:

@@ -2,28 +2,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import click
+
+from deltamem_tool.evaluation import FACTS
 
 
 @click.command("eval")
 @click.argument("adapter")
 @click.option("--task", type=click.Choice(["recall"]), default="recall", show_default=True, help="What to measure.")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
-@click.option("--facts", default="1,2,3,4,6,8", show_default=True, help="Numbers of facts told.")
+@click.option("--facts", default=",".join(map(str, FACTS)), show_default=True, help="Numbers of facts told.")
 @click.option(
     "--episodes", default=200, show_default=True, type=click.IntRange(1), help="Conversations for each number."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the conversations.")
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
+@click.option("--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(adapter, task, base, facts, episodes, seed, batch_size, plot, as_json) -> None:
+def command(adapter, task, base, facts, episodes, seed, batch_size, device, plot, as_json) -> None:
     """Measure what ADAPTER's memory recalls, beside its controls."""
     try:
         counts = [int(part) for part in facts.split(",")]
     except ValueError:
         raise click.BadParameter(f"{facts!r} is no list like 1,2,4", param_hint="--facts") from None
+
+    import torch
 
     from deltamem_tool.adapter import load, tokenizer_of
     from deltamem_tool.cli.console import progress
@@ -33,9 +39,17 @@ def command(adapter, task, base, facts, episodes, seed, batch_size, plot, as_jso
 
     if not counts or min(counts) < 1 or max(counts) > len(KIND_OF):
         raise click.BadParameter(f"the numbers go from 1 to {len(KIND_OF)}", param_hint="--facts")
+    available = torch.cuda.is_available()
+    try:
+        where = torch.device(device or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        raise click.BadParameter(f"{device!r} is no device", param_hint="--device") from None
+    if where.type == "cuda" and (not available or (where.index or 0) >= torch.cuda.device_count()):
+        raise click.BadParameter(f"there is no {device} here", param_hint="--device")
     with progress() as bar:
         task_id = bar.add_task("Recall", total=None, note="")
         model = load(adapter, base=base)
+        cast(torch.nn.Module, model).to(where)  # transformers hides the signature
         result = evaluate_recall(
             model,
             tokenizer_of(model),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from deltamem_tool.onnx.contract import LOGITS
+
 
 @click.command("export")
 @click.argument("adapter")
@@ -13,8 +15,8 @@ import click
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
 @click.option(
     "--logits",
-    type=click.Choice(["last", "all"]),
-    default="last",
+    type=click.Choice(LOGITS),
+    default=LOGITS[0],
     show_default=True,
     help="Logits of the last position, or of every one.",
 )

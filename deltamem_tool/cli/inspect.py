@@ -48,15 +48,13 @@ def _adapter(path: str) -> dict:
     from deltamem_tool.adapter import read_adapter
 
     folder = read_adapter(path)
-    layers = sorted({int(name.split(".")[1]) for name in folder.tensors})
-    state = len(layers) * folder.config.state_heads * folder.config.rank**2 * 4
     return {
         "kind": "adapter",
         "base": asdict(folder.base),
         "mechanism": folder.config.to_dict(),
-        "layers": layers,
+        "layers": folder.layer_indices,
         "parameters": folder.num_parameters(),
-        "memory_bytes": state,
+        "memory_bytes": folder.memory_bytes,
     }
 
 

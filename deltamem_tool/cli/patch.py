@@ -7,27 +7,38 @@ import click
 
 from deltamem_tool.config import DELTA_INITS, UPDATE_RULES, DeltaMemConfig
 
+_USUAL = DeltaMemConfig()
+
 
 @click.command()
 @click.argument("base")
 @click.option("--out", required=True, type=click.Path(), help="Adapter folder to write.")
 @click.option("--revision", help="Branch, tag or commit of BASE on the Hub.")
-@click.option("--rank", default=8, show_default=True, help="Rows and columns of a state.")
-@click.option("--state-heads", default=1, show_default=True, help="States a layer: 1 is the paper's TSW, 4 its MSW.")
-@click.option("--heads", default="q,o", show_default=True, help="Corrected projections, out of q,k,v,o.")
-@click.option("--layers", default="all", show_default=True, help="Decoder layers with a memory: all, or 0,1,2 …")
-@click.option("--alpha", default=16.0, show_default=True, help="Corrections are scaled by alpha / rank.")
+@click.option("--rank", default=_USUAL.rank, show_default=True, help="Rows and columns of a state.")
+@click.option(
+    "--state-heads",
+    default=_USUAL.state_heads,
+    show_default=True,
+    help="States a layer: 1 is the paper's TSW, 4 its MSW.",
+)
+@click.option(
+    "--heads", default=",".join(_USUAL.heads), show_default=True, help="Corrected projections, out of q,k,v,o."
+)
+@click.option(
+    "--layers", default=_USUAL.layers, show_default=True, help="Decoder layers with a memory: all, or 0,1,2 …"
+)
+@click.option("--alpha", default=_USUAL.alpha, show_default=True, help="Corrections are scaled by alpha / rank.")
 @click.option(
     "--update-rule",
-    default="standard",
+    default=_USUAL.update_rule,
     show_default=True,
     type=click.Choice(UPDATE_RULES),
     help="How the gates keep, erase and write.",
 )
-@click.option("--beta-bias", default=-1.5, show_default=True, help="Initial bias of the write gate.")
+@click.option("--beta-bias", default=_USUAL.beta_bias, show_default=True, help="Initial bias of the write gate.")
 @click.option(
     "--delta-init",
-    default="zero",
+    default=_USUAL.delta_init,
     show_default=True,
     type=click.Choice(DELTA_INITS),
     help="Start of Δ; zero computes what BASE does.",

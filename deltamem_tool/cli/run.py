@@ -8,15 +8,24 @@ from pathlib import Path
 
 import click
 
+from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
 
 @click.command("run")
 @click.argument("onnx_dir", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What to say; repeat it for further turns.")
 @click.option("--system", help="A system message before the first turn.")
-@click.option("--memory", "memory_file", type=click.Path(path_type=Path), help="Start from this memory file.")
-@click.option("--save-memory", type=click.Path(path_type=Path), help="Write the memory there afterwards.")
+@click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")
+@click.option("--save-memory", type=_FILE, help="Write the memory there afterwards.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="The longest answer."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=MAX_NEW_TOKENS,
+    show_default=True,
+    help="The longest answer.",
 )
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
@@ -47,6 +56,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Answer with the model in ONNX_DIR, which `deltamem export` wrote, in ONNX Runtime and without PyTorch."""
+    if save_memory is not None:
+        refuse_unwritable(save_memory)
+
     from deltamem_tool.cli.console import STDERR
     from deltamem_tool.onnx.runtime import CPU, CUDA, OnnxModel
 

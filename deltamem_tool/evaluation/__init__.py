@@ -1,0 +1,1 @@
+FACTS = (1, 2, 3, 4, 6, 8)  # how many are told, in the recall task, unless told otherwise

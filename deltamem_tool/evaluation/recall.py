@@ -21,6 +21,7 @@ from deltamem_tool import dialogues
 from deltamem_tool.data import render
 from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import FACTS
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, detach, hook
 
@@ -32,7 +33,6 @@ CONDITIONS = {
     "no_memory": "the base model without adapter, and the question",
     "full_context": "the base model without adapter, the whole conversation in view",
 }
-FACTS = (1, 2, 3, 4, 6, 8)
 MAX_NEW_TOKENS = 24
 RESAMPLES = 2000  # of the bootstrap
 

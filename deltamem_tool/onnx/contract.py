@@ -48,6 +48,7 @@ LOGITS_OUTPUT = "logits"
 PRESENT = "present"
 KEY, VALUE, STATE = "key", "value", "recurrent_state"
 
+MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 
 INT64, BOOL, FLOAT32 = "int64", "bool", "float32"

@@ -184,7 +184,7 @@ class Conversation:
     def generate(
         self,
         content: str | Sequence[Message],
-        max_new_tokens: int = 256,
+        max_new_tokens: int = contract.MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,

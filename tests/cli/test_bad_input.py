@@ -152,6 +152,53 @@ def test_what_is_there_is_not_overwritten(here, deltamem, checkpoint):
     assert listing(here) == before
 
 
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_place_that_cannot_be_written(here, deltamem, checkpoint, options):
+    (here / "file").write_text("mine")
+    before = listing(here)
+    for out, says in ((".", "folder you are in"), ("file/adapter", "is no folder")):
+        done = deltamem("patch", "/no/base/is/looked/for", "--out", out, *options)
+        done.assert_short_error(says, "Choose", code=1)
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "/there"),
+        NotADirectoryError(20, "Not a directory", "/there"),
+        IsADirectoryError(21, "Is a directory", "/there"),
+        FileExistsError(17, "File exists", "/there"),
+        OSError(30, "Read-only file system", "/there"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_system_refuses_is_said_in_words(here, deltamem, checkpoint, monkeypatch, error):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(adapter, "save", refused)
+    done = deltamem("patch", checkpoint, "--out", "adapter")
+    done.assert_short_error("/there cannot be read or written", error.strerror, "permissions", code=1)
+    assert listing(here) == {}
+
+
+def test_a_memory_is_a_file_that_can_be_written(here, deltamem):
+    (here / "folder").mkdir()
+    (here / "file").write_text("mine")
+    for option in ("--memory", "--save-memory"):
+        done = deltamem("run", "nowhere", "--prompt", "Hi", option, "folder")
+        assert done.code == 2 and "'folder' is a directory" in done.err and "Traceback" not in done.err
+    done = deltamem("run", "nowhere", "--prompt", "Hi", "--save-memory", "file/memory")
+    done.assert_short_error("is no folder", "Choose another place", code=1)  # before the model is looked for
+
+
+def test_a_device_that_is_not_there(here, deltamem):
+    for device in ("nonsense", "cuda:99"):
+        done = deltamem("eval", "adapter", "--device", device)
+        assert done.code == 2 and device in done.err and "Traceback" not in done.err
+
+
 # Data and recipes
 
 

@@ -13,8 +13,9 @@ import yaml
 from cli.command import Done
 from tiny import listing
 
-from deltamem_tool import MemoryCache, __version__, cli, load
+from deltamem_tool import DeltaMemConfig, MemoryCache, __version__, cli, load
 from deltamem_tool.adapter import read_adapter
+from deltamem_tool.evaluation import recall
 from deltamem_tool.evaluation.recall import CONDITIONS
 
 HELP_SECONDS = 1.0  # of CPU
@@ -67,6 +68,33 @@ def test_what_people_read(here, deltamem, checkpoint):
     assert "mechanism.rank" in said and "qwen3" in said
     said = succeeded(deltamem("eval", "adapter", "--facts", "1", "--episodes", 3))
     assert all(condition.replace("_", " ") in said for condition in CONDITIONS)
+
+
+def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, checkpoint, monkeypatch):
+    succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
+    seen = []
+
+    def stub(model, *_, **__):
+        seen.append(model.device.type)
+        return recall.RecallResult([1], 1, 0, {name: [recall.Score(0.0, 0.0, 0.0)] for name in CONDITIONS})
+
+    monkeypatch.setattr(recall, "evaluate_recall", stub)
+    for options in (("--device", "meta"), ("--device", "cpu"), ()):
+        succeeded(deltamem("eval", "adapter", "--facts", "1", *options))
+    assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def test_defaults_are_the_librarys_own():
+    from deltamem_tool.onnx import contract
+
+    def defaults(name):
+        return {option.name: option.default for option in cli.cli.get_command(None, name).params}
+
+    for name, value in DeltaMemConfig().to_dict().items():
+        assert defaults("patch")[name] == (",".join(value) if isinstance(value, list) else value)
+    assert defaults("eval")["facts"] == ",".join(str(count) for count in recall.FACTS)
+    assert defaults("export")["logits"] in contract.LOGITS
+    assert defaults("run")["max_new_tokens"] == contract.MAX_NEW_TOKENS
 
 
 def test_patching_is_seeded(here, deltamem, checkpoint):
