@@ -220,11 +220,11 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
                 "The model would forget at every call.",
                 "Pass past_key_values=deltamem.MemoryCache(model), or none.",
             )
-        if module.training and torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+        if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
             raise ConfigError(
                 "Gradient checkpointing does not work with a memory yet.",
                 "It runs each layer a second time, when the states that the layer started from are gone.",
-                "Call model.gradient_checkpointing_disable().",
+                "Call model.activation_checkpointing_disable().",
             )
         tokens = kwargs.get("input_ids")
         content = tokens if tokens is not None else kwargs["inputs_embeds"]

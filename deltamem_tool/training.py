@@ -101,7 +101,8 @@ def train(
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
     """
-    out, run = Path(recipe.out), Path(f"{recipe.out}.run")
+    out = Path(recipe.out)
+    run = Path(f"{out}.run")
     checkpoint = _checkpoint_to_resume(run, recipe) if resume else None
     refuse_existing(out, overwrite or resume)
     if not resume and _checkpoints(run) and not overwrite:

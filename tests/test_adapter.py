@@ -283,7 +283,7 @@ def test_a_changed_base_is_not_taken_for_the_one_it_was(adapter, tmp_path):
     """What a loaded model remembers of its base goes with the adapter."""
     model = load(adapter)
     detach(model)
-    model.config._name_or_path = ""
+    model.name_or_path = ""
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.add_(1.0)
     attach(model, DeltaMemConfig(rank=4))

@@ -112,7 +112,10 @@ def test_what_it_cannot_mean_is_named(recipe, change, says):
 
 
 def test_the_most_facts_are_the_attributes_there_are(recipe):
-    assert load_recipe(recipe, [f"data.facts_last={len(dialogues.KIND_OF)}"]).data.facts_last == 40
+    most = len(dialogues.KIND_OF)
+    assert load_recipe(recipe, [f"data.facts_last={most}"]).data.facts_last == most
+    with pytest.raises(ConfigError, match=f"must be {most} or less"):
+        load_recipe(recipe, [f"data.facts_last={most + 1}"])
 
 
 @pytest.mark.parametrize(

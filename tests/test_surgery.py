@@ -480,14 +480,14 @@ def test_a_mask_of_another_length_raises(sliding, length):
 
 def test_gradient_checkpointing_is_refused_in_plain_words():
     model = patched_model()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     ids = tokens(1, 5)
     with torch.no_grad():
         model.train()(ids)
     model.eval()(ids)
-    with pytest.raises(ConfigError, match=r"(?s)not work with a memory yet.*gradient_checkpointing_disable\(\)"):
+    with pytest.raises(ConfigError, match=r"(?s)not work with a memory yet.*activation_checkpointing_disable\(\)"):
         model.train()(ids)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model(ids).logits.sum().backward()
 
 

@@ -264,6 +264,11 @@ def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_pat
     assert listing(tmp_path) == before and (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == content
 
 
+def test_a_slash_at_the_end_of_out_does_not_matter(checkpoint, chats, tmp_path):
+    train(make_recipe(checkpoint, f"{tmp_path}/adapter/", path=str(chats), steps=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
 def test_a_run_has_one_device(recipe, monkeypatch, tmp_path):
     """With more GPUs the Trainer would copy what it knows of the model to each, and not the base."""
 
