@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from deltamem_tool.evaluation.report import plot_losses, plot_recall, recall_jso
 from deltamem_tool.files import refuse_existing, write_whole
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.recipe import load_recipe
+from deltamem_tool.recipe import load_recipe, shipped_recipe
 from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
@@ -154,8 +153,7 @@ def _shipped(seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, li
 
 def _trained(out: Path, seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
     """A fresh adapter for the shipped backbone, trained; and the losses on the way."""
-    with as_file(files("deltamem_tool.recipes") / RECIPE) as file:
-        recipe = load_recipe(file, out=str(out / ADAPTER))
+    recipe = load_recipe(shipped_recipe(RECIPE), out=str(out / ADAPTER))
     with _timed("patch", seconds):
         tell("patch", 0, 1, "")
         torch.manual_seed(recipe.training.seed)

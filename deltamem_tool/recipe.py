@@ -85,6 +85,13 @@ class Recipe:
             raise ConfigError("The recipe does not hold.", "; ".join(wrong) + ".", "Correct it and try again.")
 
 
+def shipped_recipe(name: str) -> Path:
+    """A file of `recipes/`: inside the package where it is installed, beside it in a working copy."""
+    package = Path(__file__).parent
+    installed = package / "recipes" / name
+    return installed if installed.is_file() else package.parent / "recipes" / name
+
+
 def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None = None) -> Recipe:
     """Read a recipe; `changes` are `key=value` with dotted keys and YAML values, `out` replaces the recipe's.
 
