@@ -73,14 +73,22 @@ class DialogueEpisodes(Dataset[Episode]):
 
     The number of facts grows over training: at episode i of n it is drawn from 1 up to a ceiling that rises from
     `facts_first` to `facts_last` within the first `growth` of all episodes. A batch has one number, so that its
-    episodes are of like length. Episode i depends on `seed` and i alone.
+    episodes are of like length. With probability `replies` an episode also holds a statement or a remark and its reply,
+    so that with a memory the model still does what it did without. Episode i depends on `seed` and i alone.
     """
 
     def __init__(
-        self, episodes: int, batch_size: int, seed: int, facts_first: int, facts_last: int, growth: float
+        self,
+        episodes: int,
+        batch_size: int,
+        seed: int,
+        facts_first: int,
+        facts_last: int,
+        growth: float,
+        replies: float = 0.0,
     ) -> None:
         self.episodes, self.batch_size, self.seed, self.growth = episodes, batch_size, seed, growth
-        self.facts_first, self.facts_last = facts_first, facts_last
+        self.facts_first, self.facts_last, self.replies = facts_first, facts_last, replies
 
     def __len__(self) -> int:
         return self.episodes
@@ -96,7 +104,10 @@ class DialogueEpisodes(Dataset[Episode]):
         count = of_batch.randint(1, int(ceiling) + (of_batch.random() < ceiling % 1))
         facts = dialogues.sample_facts(rng, count, held_out=False)
         history = dialogues.telling(rng, facts, held_out=False, asked=ASKED)
-        return Episode(history, [dialogues.asking(rng, fact) for fact in facts])
+        exchanges = [dialogues.asking(rng, fact) for fact in facts]
+        if self.replies and rng.random() < self.replies:
+            exchanges.append(dialogues.telling(rng, dialogues.sample_facts(rng, 1, held_out=False), held_out=False)[:2])
+        return Episode(history, exchanges)
 
 
 class EpisodeCollator:

@@ -250,7 +250,8 @@ def _episodes(recipe: Recipe) -> Dataset:
     if data.path is not None:
         return ChatEpisodes(data.path)
     count = training.steps * training.batch_size * training.gradient_accumulation
-    return DialogueEpisodes(count, training.batch_size, training.seed, data.facts_first, data.facts_last, data.growth)
+    facts = (data.facts_first, data.facts_last, data.growth)
+    return DialogueEpisodes(count, training.batch_size, training.seed, *facts, replies=data.replies)
 
 
 class _EpisodeTrainer(Trainer):
