@@ -132,7 +132,7 @@ def create_adapter(
     adapter = fresh_adapter(
         config, layers, lambda layer, head, n: checkpoint.read(layer.weight_name(head), columns=slice(0, n))
     )
-    _write(adapter, _base_of(checkpoint), out, overwrite)
+    _write(adapter, base_of(checkpoint), out, overwrite)
     return read_adapter(out)
 
 
@@ -212,7 +212,7 @@ def load(
     if base_revision is None and base in (None, recorded.name):
         base_revision = recorded.revision
     checkpoint = BaseCheckpoint(base or recorded.name, base_revision)
-    found = _base_of(checkpoint)
+    found = base_of(checkpoint)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
             f"{path} was made for another base model.",
@@ -223,7 +223,7 @@ def load(
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config.layers))
     fill(adapter, folder)
-    adapter.made_for = recorded
+    adapter.made_for = found
     hook(model, adapter)
     return model.eval()
 
@@ -284,7 +284,7 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
 
 
-def _base_of(checkpoint: BaseCheckpoint) -> BaseModel:
+def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
     layers = attention_layers(checkpoint.skeleton())  # all of them, whichever have a memory
     return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers))
 
@@ -297,7 +297,7 @@ def _base_of_model(model: PreTrainedModel) -> BaseModel:
     name = model.name_or_path or ""
     if name:
         try:
-            return _base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)))
+            return base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)))
         except ArchitectureError:
             pass  # the checkpoint is gone
     mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])

@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deltamem_tool.adapter import load, read_tokenizer, save_adapter, tokenizer_of
+from deltamem_tool.adapter import base_of, load, read_tokenizer, save_adapter, tokenizer_of
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, EpisodeCollator
 from deltamem_tool.errors import DeltaMemError
@@ -182,8 +182,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         return model, tokenizer_of(model)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
-    model.config._name_or_path = checkpoint.name
-    attach(model, recipe.memory)
+    attach(model, recipe.memory).made_for = base_of(checkpoint)
     return model, read_tokenizer(checkpoint.folder)
 
 

@@ -66,6 +66,7 @@ def test_a_second_run_does_not_destroy_the_first(made):
 def test_the_training_path(tmp_path, monkeypatch):
     """Without --fast, two steps instead of all, and fewer episodes."""
     from deltamem_tool import quickstart as module
+    from deltamem_tool.adapter import read_adapter
 
     whole_recipe = module.load_recipe
     monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, ["training.steps=2"], out))
@@ -76,6 +77,7 @@ def test_the_training_path(tmp_path, monkeypatch):
     assert {stage for stage, *_ in told} == {"patch", "train", "evaluate", "export", "remember"}
     assert set(made.seconds) == {stage for stage, *_ in told}
     assert made.adapter == tmp_path / "run" / "adapter"
+    assert read_adapter(made.adapter).base.name == "builtin:backbone"  # not where it lies on this machine
     assert made.loss_plot is not None and made.loss_plot.read_bytes().startswith(b"\x89PNG")
     assert {entry.name for entry in (tmp_path / "run").iterdir()} <= module.OWN
 
