@@ -7,6 +7,7 @@ and only the answer is scored.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,10 +72,11 @@ class ChatEpisodes(Dataset[Episode]):
 class DialogueEpisodes(Dataset[Episode]):
     """Generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself.
 
-    The number of facts grows over training: at episode i of n it is drawn from 1 up to a ceiling that rises from
-    `facts_first` to `facts_last` within the first `growth` of all episodes. A batch has one number, so that its
-    episodes are of like length. With probability `replies` an episode also holds a statement or a remark and its reply,
-    so that with a memory the model still does what it did without. Episode i depends on `seed` and i alone.
+    The number of facts grows over training: at episode i of n it is drawn up to a ceiling that rises from `facts_first` to
+    `facts_last` within the first `growth` of all episodes, and down to 1, or to that ceiling times `fewest`. A batch has
+    one number, so that its episodes are of like length. With probability `replies` an episode also holds a statement or
+    a remark and its reply, so that with a memory the model still does what it did without. Episode i depends on `seed`
+    and i alone.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class DialogueEpisodes(Dataset[Episode]):
         facts_first: int,
         facts_last: int,
         growth: float,
+        fewest: float = 0.0,
         replies: float = 0.0,
     ) -> None:
         self.episodes, self.batch_size, self.seed, self.growth = episodes, batch_size, seed, growth
-        self.facts_first, self.facts_last, self.replies = facts_first, facts_last, replies
+        self.facts_first, self.facts_last = facts_first, facts_last
+        self.fewest, self.replies = fewest, replies
 
     def __len__(self) -> int:
         return self.episodes
@@ -101,7 +105,8 @@ class DialogueEpisodes(Dataset[Episode]):
         grown = min(1.0, start / max(1.0, self.growth * self.episodes))
         ceiling = self.facts_first + grown * (self.facts_last - self.facts_first)
         of_batch = random.Random(f"{self.seed}/batch {index // self.batch_size}")
-        count = of_batch.randint(1, int(ceiling) + (of_batch.random() < ceiling % 1))
+        most = int(ceiling) + (of_batch.random() < ceiling % 1)
+        count = of_batch.randint(max(1, math.ceil(self.fewest * most)), most)
         facts = dialogues.sample_facts(rng, count, held_out=False)
         history = dialogues.telling(rng, facts, held_out=False, asked=ASKED)
         exchanges = [dialogues.asking(rng, fact) for fact in facts]

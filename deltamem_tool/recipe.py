@@ -26,6 +26,7 @@ class DataOptions:
     facts_first: int = 2  # generated: the most facts in an episode at the start of training
     facts_last: int = 6  # and once grown
     growth: float = 0.5  # share of training over which it grows
+    fewest: float = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: float = 0.0  # generated: share of the episodes that also train a reply which needs no memory
     max_write_tokens: int = 8192
     max_read_tokens: int = 512
@@ -80,6 +81,7 @@ class Recipe:
             (data.max_write_tokens >= 1, "data.max_write_tokens must be 1 or more"),
             (data.max_read_tokens >= 1, "data.max_read_tokens must be 1 or more"),
             (0 <= data.growth <= 1, "data.growth is a share of the training, 0 to 1"),
+            (0 <= data.fewest <= 1, "data.fewest is a share of the facts, 0 to 1"),
             (0 <= data.replies <= 1, "data.replies is a share of the episodes, 0 to 1"),
         ]
         wrong = [why for holds, why in checks if not holds]

@@ -250,7 +250,7 @@ def _episodes(recipe: Recipe) -> Dataset:
         return ChatEpisodes(data.path)
     count = training.steps * training.batch_size * training.gradient_accumulation
     facts = (data.facts_first, data.facts_last, data.growth)
-    return DialogueEpisodes(count, training.batch_size, training.seed, *facts, replies=data.replies)
+    return DialogueEpisodes(count, training.batch_size, training.seed, *facts, data.fewest, data.replies)
 
 
 class _EpisodeTrainer(Trainer):
