@@ -72,11 +72,11 @@ class ChatEpisodes(Dataset[Episode]):
 class DialogueEpisodes(Dataset[Episode]):
     """Generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself.
 
-    The number of facts grows over training: at episode i of n it is drawn up to a ceiling that rises from `facts_first` to
-    `facts_last` within the first `growth` of all episodes, and down to 1, or to that ceiling times `fewest`. A batch has
-    one number, so that its episodes are of like length. With probability `replies` an episode also holds a statement or
-    a remark and its reply, so that with a memory the model still does what it did without. Episode i depends on `seed`
-    and i alone.
+    The number of facts grows over training: at episode i of n it is drawn up to a ceiling that rises from
+    `facts_first` to `facts_last` within the first `growth` of all episodes, and down to 1, or to that ceiling times
+    `fewest`. A batch has one number, so that its episodes are of like length. With probability `replies` an episode
+    also holds a statement or a remark and its reply, so that with a memory the model still does what it did without.
+    Episode i depends on `seed` and i alone.
     """
 
     def __init__(
