@@ -68,7 +68,7 @@ def plot_recall(result: RecallResult, path: Path) -> None:
     axes.set(xlabel="facts told", ylabel="exact match of the first answer", ylim=(-0.03, 1.03), xticks=result.facts)
     axes.set_title("What is recalled after the conversation has left the context", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the curves, not on them
     _save(figure, path)
 
 
