@@ -55,6 +55,7 @@ class AdapterFolder:
     config: DeltaMemConfig
     base: BaseModel
     tensors: Mapping[str, Tensor]
+    reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
 
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -69,7 +70,8 @@ class AdapterFolder:
     @property
     def memory_bytes(self) -> int:
         """Of one conversation."""
-        return len(self.layer_indices) * math.prod(self.config.state_shape) * torch.float32.itemsize
+        of_layer = math.prod(self.config.state_shape) + self.config.segment_width
+        return len(self.layer_indices) * of_layer * torch.float32.itemsize
 
     def check(self) -> None:
         """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
@@ -128,18 +130,18 @@ def create_adapter(
     """
     refuse_existing(out, overwrite)
     checkpoint = BaseCheckpoint(base, revision)
-    layers = select_layers(attention_layers(checkpoint.skeleton()), config.layers)
+    layers = select_layers(attention_layers(checkpoint.skeleton()), config)
     adapter = fresh_adapter(
         config, layers, lambda layer, head, n: checkpoint.read(layer.weight_name(head), columns=slice(0, n))
     )
-    _write(adapter, base_of(checkpoint), out, overwrite)
+    write_adapter(adapter, base_of(checkpoint), out, overwrite)
     return read_adapter(out)
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> None:
     """Write the adapter of a patched `model` as a folder, whole or not at all."""
     adapter = adapter_of(model)
-    _write(adapter, _base_of_model(model), path, overwrite)
+    write_adapter(adapter, _base_of_model(model), path, overwrite)
 
 
 def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
@@ -170,6 +172,9 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
     try:
         config = DeltaMemConfig.from_dict(dict(said["mechanism"]))
         base = BaseModel(**said["base"])
+        reference = said.get("reference")
+        if not isinstance(reference, dict | None):
+            raise TypeError('"reference" must be an object')
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         why = str(error).replace("\n", " ")
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged.", why, "Fetch the adapter again.") from error
@@ -177,7 +182,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    found = AdapterFolder(folder, config, base, tensors)
+    found = AdapterFolder(folder, config, base, tensors, reference)
     found.check()
     return found
 
@@ -202,10 +207,28 @@ def load(
         ArchitectureError: the base model is not there.
     """
     folder = read_adapter(path, revision)
+    checkpoint, found = find_base(folder, base, base_revision)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
+    adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
+    fill(adapter, folder)
+    adapter.made_for = found
+    hook(model, adapter)
+    return model.eval()
+
+
+def find_base(
+    folder: AdapterFolder, base: str | None = None, base_revision: str | None = None
+) -> tuple[BaseCheckpoint, BaseModel]:
+    """The base model that an adapter was made for, at `base` or where the adapter says.
+
+    Raises:
+        AdapterError: it is not said where, or another model is there.
+        ArchitectureError: no model is there.
+    """
     recorded = folder.base
     if not (base or recorded.name):
         raise AdapterError(
-            f"{path} does not say where its base model is.",
+            f"{folder.path} does not say where its base model is.",
             "That model had not been saved when the adapter was.",
             "Pass base=, or --base on the command line.",
         )
@@ -215,17 +238,12 @@ def load(
     found = base_of(checkpoint)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
-            f"{path} was made for another base model.",
+            f"{folder.path} was made for another base model.",
             f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
             f"{checkpoint.name} is {found.model_type}, weights {found.fingerprint[:12]}….",
             "Pass the base model it was made for.",
         )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
-    adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config.layers))
-    fill(adapter, folder)
-    adapter.made_for = found
-    hook(model, adapter)
-    return model.eval()
+    return checkpoint, found
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -261,7 +279,14 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
     adapter.load_state_dict(dict(folder.tensors))
 
 
-def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite: bool) -> None:
+def write_adapter(
+    adapter: DeltaMemAdapter,
+    base: BaseModel,
+    out: str | Path,
+    overwrite: bool,
+    reference: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format."""
     said = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -269,6 +294,8 @@ def _write(adapter: DeltaMemAdapter, base: BaseModel, out: str | Path, overwrite
         "base": asdict(base),
         "deltamem_version": __version__,
     }
+    if reference is not None:
+        said["reference"] = reference
     broken = [name for name, tensor in adapter.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterError(

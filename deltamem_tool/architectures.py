@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError
 
 
@@ -98,23 +99,42 @@ def _strange(layers: Sequence[AttentionLayer], config: PretrainedConfig) -> str:
     return ""
 
 
-def select_layers(found: Sequence[AttentionLayer], wanted: str | Sequence[int]) -> list[AttentionLayer]:
-    """The layers that `DeltaMemConfig.layers` names.
+def select_layers(found: Sequence[AttentionLayer], config: DeltaMemConfig) -> list[AttentionLayer]:
+    """The layers that `config.layers` names; its parts count attention layers.
+
+    Raises:
+        ArchitectureError: an index names no attention layer, or there are fewer layers than a part asks for.
+    """
+    if config.layers == "all":
+        return list(found)
+    if config.layer_part is None:
+        return layers_at(found, [int(index) for index in config.layers])
+    part, count = config.layer_part
+    if count > len(found):
+        raise ArchitectureError(
+            f"The model has no {count} attention layers.",
+            f"It has {len(found)}, and `layers` is {config.layers!r}.",
+            "Correct the option `layers`.",
+        )
+    start = {"front": 0, "middle": (len(found) - count) // 2, "back": len(found) - count}[part]
+    return list(found[start : start + count])
+
+
+def layers_at(found: Sequence[AttentionLayer], indices: Sequence[int]) -> list[AttentionLayer]:
+    """The layers of these indices, in order of depth.
 
     Raises:
         ArchitectureError: an index names no attention layer.
     """
-    if wanted == "all":
-        return list(found)
     by_index = {layer.index: layer for layer in found}
-    missing = [index for index in wanted if index not in by_index]
+    missing = [index for index in indices if index not in by_index]
     if missing:
         raise ArchitectureError(
             f"The model has no attention in layers {missing}.",
             f"Its attention layers are {sorted(by_index)}.",
             "Correct the option `layers`.",
         )
-    return [by_index[index] for index in sorted(int(index) for index in wanted)]
+    return [by_index[index] for index in sorted(indices)]
 
 
 def _has(module: nn.Module, layout: Layout) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -11,18 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.ops import delta_scan
+from deltamem_tool.ops.segment_sums import segment_sums
 
 L2_EPS = 1e-6
-BASE_SLICE_WIDTH = 8  # how many columns of Δ `base_slice` fills at most
-BASE_SLICE_NORM = 0.05  # and the length of each
+INIT_GAIN = 0.05  # the length of a column of a "base_slice" Δ, and the factor on a "random" one
+BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
+
+# What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
+OUTSIDE, INSIDE, LAST = 0, 1, 2
 
 
 class DeltaMemory(nn.Module):
     """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3). Always float32.
 
-    Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`.
+    Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`,
+    open segment `[B, W]` with W = `config.segment_width`: what its tokens have added up, and their number.
 
     Args:
         config: the mechanism.
@@ -41,8 +46,13 @@ class DeltaMemory(nn.Module):
         self.query = linear(hidden_size, width)
         self.key = linear(hidden_size, width)
         self.value = linear(hidden_size, width)
-        self.gate = linear(hidden_size, width, bias=True)  # β's pre-activation, one per state row
+        self.gate = linear(hidden_size, config.gate_width, bias=True)  # β's pre-activation
+        self.decay = None if config.couple_lambda else linear(hidden_size, config.gate_width, bias=True)  # λ's
         self.delta = nn.ModuleDict({branch: linear(width, out_features[branch]) for branch in config.heads})
+        # One raw scale, or one a branch in the order of BRANCHES; those of branches that are off stay unused.
+        scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
+        self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
+        self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,8 +60,20 @@ class DeltaMemory(nn.Module):
             nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, self.config.beta_bias)
+        if self.decay is not None:
+            nn.init.zeros_(self.decay.weight)
+            nn.init.constant_(self.decay.bias, -self.config.beta_bias)
         for branch in self.config.heads:
-            nn.init.zeros_(self.delta_of(branch).weight)
+            delta = self.delta_of(branch).weight
+            if self.config.delta_init == "random":
+                nn.init.kaiming_uniform_(delta, a=math.sqrt(5))
+                with torch.no_grad():
+                    delta.mul_(INIT_GAIN)
+            else:
+                nn.init.zeros_(delta)
+        if self.scale_raw is not None:
+            share = self.config.delta_scale_init / self.config.delta_scale_max
+            nn.init.constant_(self.scale_raw, math.log(share / (1 - share)))
 
     def delta_of(self, branch: str) -> nn.Linear:
         """Δ of one branch, `[out, H·R]`."""
@@ -64,35 +86,30 @@ class DeltaMemory(nn.Module):
         for branch, weight in columns.items():
             delta = self.delta_of(branch).weight
             count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
-            start = weight[:, :count].to(delta)
-            delta[:, :count] = start / start.norm(dim=0, keepdim=True).clamp_min(L2_EPS) * BASE_SLICE_NORM
-
-    def gates(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(log keep, erase, write) from the gate's pre-activation z `[..., R]`, with β = sigmoid(z), λ = 1 − β.
-
-        | rule             | keep | erase | write |
-        | standard (paper) | λ    | β     | β     |
-        | lambda_outside   | λ    | λβ    | β     |
-        | no_lambda        | 1    | β     | β     |
-        """
-        beta = torch.sigmoid(z)
-        log_keep = torch.zeros_like(z) if self.config.update_rule == "no_lambda" else -F.softplus(z)
-        erase = beta * torch.sigmoid(-z) if self.config.update_rule == "lambda_outside" else beta
-        return log_keep, erase, beta
+            delta[:, :count] = F.normalize(weight[:, :count].to(delta), dim=0, eps=L2_EPS) * INIT_GAIN
 
     def forward(
-        self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        reads: Tensor | None,
+        writes: Tensor | None,
+        segment: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read for every token from the state before it, then write.
 
         Args:
             hidden: `[B, T, D]`, what enters self-attention.
             state: `[B, H, R, R]` before the first token.
             reads: bool `[B, T]`, tokens that read (others get zeros); None for all.
-            writes: bool `[B, T]`, tokens that write; None for none, which leaves the state as it is.
+            writes: bool `[B, T]`, tokens that write, or that belong to a segment; None for none, which leaves state and
+                segment as they are.
+            segment: `[B, W]`, the open segment before the first token; None where every token writes.
+            last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None where every token writes.
 
         Returns:
-            Readings `[B, T, H·R]` and the state `[B, H, R, R]` after the last token.
+            Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
         batch, tokens, _ = hidden.shape
         heads = (batch, tokens, self.config.state_heads, self.config.rank)
@@ -100,32 +117,110 @@ class DeltaMemory(nn.Module):
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
             x = x.masked_fill(~(reads if writes is None else reads | writes)[:, :, None], 0.0)
-        with _full_precision(x):
+        with full_precision(x):
             q = _normalised(self.query(x).view(heads))
             if writes is None:
                 readings = torch.einsum("bhij,bthj->bthi", state, q)
             else:
-                k = _normalised(self.key(x).view(heads))
-                v = self.value(x).view(heads)
-                log_keep, erase, write = self.gates(self.gate(x).view(heads))
+                parts: Sequence[Tensor] = [self.key(x), self.value(x), self.gate(x)]
+                if self.decay is not None:
+                    parts = [*parts, self.decay(x)]
+                if segment is not None:
+                    assert last is not None  # `surgery` gives both or none
+                    parts, segment = _segment_means(parts, writes, last, segment)
+                    writes = last
+                k, v, log_keep, erase, write = write_inputs(self.config, parts)
                 here = writes[:, :, None, None].to(x.dtype)
                 readings, state = delta_scan(q, k, v, log_keep * here, erase * here, write * here, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
-        return readings.flatten(2), state
+        return readings.flatten(2), state, segment
 
     def correction(self, branch: str, readings: Tensor) -> Tensor:
-        """(α/R) · Δ r for one branch: `[B, T, H·R]` to `[B, T, out]`."""
-        with _full_precision(readings):
-            return self.delta[branch](readings) * self.config.scale
+        """What the readings `[B, T, H·R]` add to one branch, `[B, T, out]`: (α/R) · Δ r, by the learned scale if there
+        is one, and normalised if that is the o branch's way."""
+        with full_precision(readings):
+            steer = self.delta[branch](readings) * self.config.scale
+            if self.scale_raw is not None:
+                raw = self.scale_raw[BRANCHES.index(branch) if self.config.delta_scale == "branch" else 0]
+                steer = steer * (torch.sigmoid(raw) * self.config.delta_scale_max)
+            return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From pre-activations to what `delta_scan` writes.
+
+    Args:
+        parts: of the key and the value `[..., H·R]`, of β's gate and, where λ has its own, of λ's
+            `[..., gate_width]`.
+
+    Returns:
+        k, v, log keep, erase, write; each `[..., H, R]`.
+    """
+    rows = (config.state_heads, config.rank)
+    key, value, *raw = (part.unflatten(-1, (config.state_heads, -1)) for part in parts)
+    log_keep, erase, write = (gate.expand(*gate.shape[:-2], *rows) for gate in gates(config, *raw))
+    return _normalised(key), value, log_keep, erase, write
+
+
+def gates(config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log keep, erase, write) from pre-activations of any shape, with β = sigmoid(beta), and λ = sigmoid(decay), or
+    1 − β where λ has none of its own.
+
+    | rule             | keep | erase | write |
+    | standard (paper) | λ    | β     | β     |
+    | lambda_outside   | λ    | λβ    | β     |
+    | no_lambda        | 1    | β     | β     |
+    """
+    forget = beta if decay is None else -decay  # λ = sigmoid(−forget)
+    write = torch.sigmoid(beta)
+    # Not logsigmoid: its ONNX form overflows.
+    log_keep = torch.zeros_like(beta) if config.update_rule == "no_lambda" else -F.softplus(forget)
+    erase = write * torch.sigmoid(-forget) if config.update_rule == "lambda_outside" else write
+    return log_keep, erase, write
+
+
+def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Write what an open segment has gathered, and begin anew. A row whose segment is empty stays as it is.
+
+    state `[B, H, R, R]` and segment `[B, W]` of one layer in; the same after the write out.
+    """
+    with full_precision(state):
+        means, tokens = _means(segment)
+        parts = means.unsqueeze(1).split(_part_widths(config), dim=-1)
+        k, v, log_keep, erase, write = write_inputs(config, parts)
+        here = (tokens > 0)[:, None, None].to(state.dtype)  # [B, 1, 1, 1]
+        _, state = delta_scan(k, k, v, log_keep * here, erase * here, write * here, state)
+    return state, torch.zeros_like(segment)
+
+
+def _segment_means(
+    parts: Sequence[Tensor], writes: Tensor, last: Tensor, segment: Tensor
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The mean of each part `[B, T, ·]` over the tokens of its segment so far: W · mean(x) is mean(W · x), so a segment
+    needs no more than sums. And the segment `[B, W]` that is open afterwards."""
+    widths = [part.shape[-1] for part in parts]
+    counted = torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
+    sums, segment = segment_sums(counted * writes.unsqueeze(-1), last, segment)
+    return _means(sums)[0].split(widths, dim=-1), segment
+
+
+def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """`[..., W]` to the means `[..., W - 1]` and the number of tokens `[..., 1]`."""
+    tokens = sums[..., -1:]
+    return sums[..., :-1] / tokens.clamp_min(1.0), tokens
+
+
+def _part_widths(config: DeltaMemConfig) -> list[int]:
+    rows = config.state_heads * config.rank
+    return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast, which would run the projections in half precision. An exported graph knows no autocast."""
     return nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False)
 
 
 def _normalised(x: Tensor) -> Tensor:
     """l2norm(tanh(x)) over the R entries."""
-    x = torch.tanh(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    return F.normalize(torch.tanh(x), dim=-1, eps=L2_EPS)

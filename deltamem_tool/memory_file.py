@@ -1,13 +1,14 @@
 """The memory file: states of all layers as safetensors, bound to the adapter that wrote them. No torch.
 
-One tensor `layers.{i}.state` a layer, float32 `[B, H, R, R]`; the metadata holds the format version and the adapter's
-fingerprint. PyTorch and ONNX Runtime read and write the same files.
+For each layer a tensor `layers.{i}.state`, float32 `[B, H, R, R]`, and where the adapter writes by segments
+`layers.{i}.segment`, float32 `[B, W]`: what the open segment has gathered, its number of tokens last. The metadata
+holds the format version and the adapter's fingerprint. PyTorch and ONNX Runtime read and write the same files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +20,66 @@ from deltamem_tool.files import write_whole
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
-_TENSOR = re.compile(r"layers\.(\d+)\.state")
+_TENSOR = re.compile(r"layers\.(\d+)\.(state|segment)")
+_AXES = {"state": 4, "segment": 2}
 
 
-def write_memory(path: str | Path, states: Mapping[int, np.ndarray], adapter: str) -> None:
-    """Write `states`, float32 `[B, H, R, R]` by layer index, whole or not at all.
+@dataclass(frozen=True)
+class MemoryShape:
+    """What a memory's arrays measure for one conversation.
+
+    Args:
+        layers: `(H, R, R)` by layer index.
+        segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+    """
+
+    layers: dict[int, tuple[int, ...]]
+    segment: int = 0
+
+
+@dataclass(frozen=True)
+class StoredMemory:
+    """A memory file's content.
+
+    Args:
+        states: float32 `[B, H, R, R]` by layer index.
+        segments: float32 `[B, W]` by layer index; empty where every token writes.
+        adapter: fingerprint of the adapter that wrote it.
+    """
+
+    states: dict[int, np.ndarray]
+    segments: dict[int, np.ndarray]
+    adapter: str
+
+    @property
+    def shape(self) -> MemoryShape:
+        segment = next((segment.shape[1] for segment in self.segments.values()), 0)
+        return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The arrays by their names in the file."""
+        states = {f"layers.{layer}.state": state for layer, state in self.states.items()}
+        return states | {f"layers.{layer}.segment": segment for layer, segment in self.segments.items()}
+
+
+def write_memory(path: str | Path, memory: StoredMemory) -> None:
+    """Write a memory file, whole or not at all.
 
     Raises:
-        MemoryStateError: a state holds NaN or infinity, so that the file could not be read again.
+        MemoryStateError: it holds NaN or infinity, so that the file could not be read again.
     """
-    for layer, state in states.items():
-        if not np.isfinite(state).all():
+    tensors = memory.tensors()
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
             raise MemoryStateError(
-                f"The memory of layer {layer} holds NaN or infinity.", "It was not saved.", "Start from an earlier one."
+                f"The memory holds NaN or infinity: {name}.", "It was not saved.", "Start from an earlier one."
             )
-    tensors = {f"layers.{layer}.state": np.ascontiguousarray(state) for layer, state in states.items()}
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": adapter}
-    write_whole(path, save(tensors, metadata))
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": memory.adapter}
+    write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
-def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
-    """The states by layer index, and the fingerprint of the adapter that wrote them.
+def read_memory(path: str | Path) -> StoredMemory:
+    """Read a memory file.
 
     Raises:
         MemoryStateError: the file is missing, is no memory, is newer than this version, or holds NaN.
@@ -63,40 +103,55 @@ def read_memory(path: str | Path) -> tuple[dict[int, np.ndarray], str]:
             f"This version of deltamem reads format {FORMAT_VERSION}.",
             "Update deltamem-tool.",
         )
-    states = {}
+    parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
-        if match is None or tensor.ndim != 4 or tensor.dtype != np.float32:
-            raise MemoryStateError(
-                f"{path} is damaged.", f"Its tensor {name!r} is no float32 state.", "Use another file."
-            )
+        if match is None or tensor.ndim != _AXES[match[2]] or tensor.dtype != np.float32:
+            raise _damaged(path, f"Its tensor {name!r} is no float32 state")
         if not np.isfinite(tensor).all():
-            raise MemoryStateError(
-                f"{path} is damaged.", f"The state {name!r} holds NaN or infinity.", "Use another file."
-            )
-        states[int(match[1])] = tensor
+            raise _damaged(path, f"The state {name!r} holds NaN or infinity")
+        parts[match[2]][int(match[1])] = tensor
+    states, segments = (dict(sorted(part.items())) for part in parts.values())
     if not states or "adapter" not in metadata:
-        raise MemoryStateError(f"{path} is damaged.", "It holds no states or no fingerprint.", "Use another file.")
-    return dict(sorted(states.items())), metadata["adapter"]
+        raise _damaged(path, "It holds no states or no fingerprint")
+    if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
+        raise _damaged(path, "Its layers disagree on their open segments")
+    if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
+        raise _damaged(path, "Its layers disagree on the number of conversations")
+    return StoredMemory(states, segments, metadata["adapter"])
 
 
-def check_memory(
-    found: Mapping[int, tuple[int, ...]], written_by: str, expected: Mapping[int, tuple[int, ...]], adapter: str
-) -> None:
-    """Refuse a memory with shapes `found`, by layer `(H, R, R)`, that `adapter` with shapes `expected` did not write.
+def _damaged(path: Path, why: str) -> MemoryStateError:
+    return MemoryStateError(f"{path} is damaged.", f"{why}.", "Use another file.")
+
+
+def check_memory(found: MemoryShape, written_by: str, expected: MemoryShape, adapter: str) -> None:
+    """Refuse a memory of the shape `found` that `adapter`, whose memories have the shape `expected`, did not write.
 
     Raises:
-        MemoryStateError: it belongs to another adapter, or has other layers, heads or rank.
+        MemoryStateError: it belongs to another adapter, or has other layers, heads, rank or segments.
     """
-    if dict(found) != dict(expected):
-        raise MemoryStateError(
-            "This memory does not fit the adapter.",
-            f"Its layers are {dict(found)}, the adapter's {dict(expected)}.",
-            "Use the adapter that wrote it, or start with an empty memory.",
-        )
+    if found != expected:
+        raise MemoryStateError("This memory does not fit the adapter.", _difference(found, expected), _USE_ANOTHER)
     if written_by != adapter:
         raise MemoryStateError(
             "This memory belongs to another adapter.",
             f"It was written by {written_by[:16]}…, this is {adapter[:16]}….",
-            "Use the adapter that wrote it, or start with an empty memory.",
+            _USE_ANOTHER,
         )
+
+
+_USE_ANOTHER = "Use the adapter that wrote it, or start with an empty memory."
+
+
+def _difference(found: MemoryShape, expected: MemoryShape) -> str:
+    """The first thing that differs, by name."""
+    if found.layers.keys() != expected.layers.keys():
+        return f"Its layers are {sorted(found.layers)}, the adapter's {sorted(expected.layers)}."
+    for layer, shape in found.layers.items():
+        wanted = expected.layers[layer]
+        if shape != wanted:
+            name = "state heads" if shape[0] != wanted[0] else "rank"
+            axis = 0 if shape[0] != wanted[0] else 1
+            return f"Its layer {layer} has {name} {shape[axis]}, the adapter's {wanted[axis]}."
+    return f"It keeps {found.segment} numbers of an open segment, the adapter {expected.segment}."

@@ -137,7 +137,9 @@ def _apply(said: dict[str, Any], change: str) -> None:
 def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
     """An instance of the dataclass `kind` from a mapping, strictly."""
     if kind is DeltaMemConfig:
-        return DeltaMemConfig.from_dict(said)
+        options = dict(said)
+        preset = options.pop("preset", None)
+        return DeltaMemConfig.from_dict(options) if preset is None else DeltaMemConfig.preset(preset, **options)
     hints = get_type_hints(kind)
     known = [entry.name for entry in fields(kind)]
     values: dict[str, Any] = {}

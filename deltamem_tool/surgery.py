@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
+from deltamem_tool.architectures import AttentionLayer, attention_layers, layers_at, select_layers
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
-from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
-from deltamem_tool.memory_file import check_memory
+from deltamem_tool.memory import BASE_SLICE_WIDTH, INSIDE, LAST, OUTSIDE, DeltaMemory
+from deltamem_tool.memory_file import MemoryShape, check_memory
 from deltamem_tool.patched import PATCH, patch_of
 from deltamem_tool.state import MemoryCache, MemoryState
 
@@ -74,15 +74,18 @@ class DeltaMemAdapter(nn.Module):
     def memory(self, layer: int) -> DeltaMemory:
         return cast(DeltaMemory, self.layers[str(layer)])
 
-    def state_shapes(self) -> dict[int, tuple[int, ...]]:
-        """`(H, R, R)` by layer index."""
-        return {i: self.config.state_shape for i in self.layer_indices}
+    @property
+    def memory_shape(self) -> MemoryShape:
+        """What one conversation's memory measures."""
+        return MemoryShape({i: self.config.state_shape for i in self.layer_indices}, self.config.segment_width)
 
     def empty_memory(self, batch_size: int) -> MemoryState:
         """Zeros for `batch_size` conversations, on the adapter's device."""
         device = next(self.parameters()).device
-        zeros = {i: torch.zeros(batch_size, *shape, device=device) for i, shape in self.state_shapes().items()}
-        return MemoryState(zeros, self.fingerprint)
+        shape = self.memory_shape
+        states = {i: torch.zeros(batch_size, *of_layer, device=device) for i, of_layer in shape.layers.items()}
+        segments = {i: torch.zeros(batch_size, shape.segment, device=device) for i in states if shape.segment}
+        return MemoryState(states, self.fingerprint, segments)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -92,7 +95,10 @@ class DeltaMemAdapter(nn.Module):
         """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
         versions = tuple(parameter._version for parameter in self.parameters())
         if self._fingerprint is None or self._fingerprint[0] != versions:
-            digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+            # Options at their default stay out, so that an option to come does not make memories foreign.
+            usual, own = DeltaMemConfig().to_dict(), self.config.to_dict()
+            changed = {name: value for name, value in own.items() if value != usual[name]}
+            digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
             for name, weight in sorted(self.state_dict().items()):
                 digest.update(f"{name} {list(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
@@ -117,9 +123,12 @@ class _Call:
     memory: MemoryState
     reads: Tensor | None  # bool [B, T], None for all
     writes: Tensor | None  # bool [B, T], None for none
+    last: Tensor | None  # bool [B, T], tokens that end a segment; None where every token writes
+    tokens: int  # T
     token: Token[_Call | None] | None = None
     readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
+    segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("deltamem_call", default=None)
@@ -140,7 +149,7 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
         ConfigError: the options do not fit the model.
     """
     config = config or DeltaMemConfig()
-    layers = select_layers(attention_layers(model), config.layers)
+    layers = select_layers(attention_layers(model), config)
     adapter = fresh_adapter(config, layers, lambda layer, head, n: layer.projection(head).weight[:, :n])
     hook(model, adapter)
     return adapter
@@ -185,7 +194,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     """Put `adapter` on `model` and freeze the model's own weights."""
     if hasattr(model, PATCH):
         raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
-    layers = select_layers(attention_layers(model), adapter.layer_indices)
+    layers = layers_at(attention_layers(model), adapter.layer_indices)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     decoder = model.base_model
@@ -210,6 +219,7 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
         kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         if cache is None:
+            _refuse_without_segments(adapter.config)
             cache = MemoryCache(model)
             use_cache = kwargs.get("use_cache")
             if model.config.use_cache if use_cache is None else use_cache:
@@ -238,7 +248,8 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
         if unfinished is not None:
             unfinished = unfinished.expand(batch, length)
             reads = unfinished if reads is None else reads & unfinished
-        call = _Call(cache, memory.to(content.device), reads, _writing(cache.write, reads, content))
+        writes, last = _segments(adapter.config, cache.segments, content, reads, _writing(cache.write, reads, content))
+        call = _Call(cache, memory.to(content.device), reads, writes, last, length)
         call.token = _CALL.set(call)
         return (), kwargs
 
@@ -248,7 +259,7 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
 def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:
     """Refuse a memory that is not `adapter`'s, or not of this batch: `cache.memory` can be set to anything."""
     if not torch.compiler.is_compiling():  # while a graph is traced, weights have no values to take a fingerprint of
-        check_memory(memory.shapes(), memory.adapter, adapter.state_shapes(), adapter.fingerprint)
+        check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
     if memory.batch_size != batch:
         raise MemoryStateError(
             f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
@@ -292,13 +303,67 @@ def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Ten
     return torch.ones(content.shape[:2], dtype=torch.bool, device=content.device) if reads is None else reads
 
 
+def _segments(
+    config: DeltaMemConfig, marks: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the marks of the
+    tokens to come; where every token writes, `writes` and None."""
+    if config.granularity == "token":
+        if marks is not None:
+            raise MemoryStateError(
+                "This memory has no segments.", "Its adapter writes every token by itself.", "Leave cache.segments out."
+            )
+        return writes, None
+    batch, length = content.shape[:2]
+    if marks is None:  # the open segment goes on
+        return writes, None if writes is None else torch.zeros_like(writes)
+    if marks.ndim != 2 or marks.shape[0] != batch or marks.shape[1] < length:
+        raise MemoryStateError(
+            f"cache.segments is {list(marks.shape)}, the tokens are {[batch, length]}.",
+            "It must say of every token of the call to which segment it belongs.",
+            "Pass what encode_chat gave for these tokens, and not less.",
+        )
+    marks = marks[:, :length].to(content.device)
+    if not torch.compiler.is_compiling():
+        if bool(((marks < OUTSIDE) | (marks > LAST)).any()):
+            raise MemoryStateError(
+                "cache.segments holds marks that there are not.",
+                f"A token is {OUTSIDE} (outside), {INSIDE} (inside) or {LAST} (the last of its segment).",
+                "Pass what encode_chat gave for these tokens.",
+            )
+        if reads is not None and bool(((marks != OUTSIDE) & ~reads).any()):
+            raise MemoryStateError(
+                "cache.segments puts padding into a segment.",
+                "It and the attention mask are not of the same tokens.",
+                "Pass both as encode_chat gave them.",
+            )
+    if writes is None:
+        return None, None
+    return writes & (marks != OUTSIDE), writes & (marks == LAST)
+
+
+def _refuse_without_segments(config: DeltaMemConfig) -> None:
+    """Without a cache nobody can say, then or later, where a segment ends: nothing would ever be written."""
+    if config.granularity != "token":
+        raise MemoryStateError(
+            f"This memory writes by {config.granularity}, and nothing says where one ends.",
+            "Without a MemoryCache there is no place to say it.",
+            "Pass past_key_values=cache and set cache.segments: see deltamem.encode_chat.",
+        )
+
+
 def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
     call = _CALL.get()
     if call is None or call.token is None:
         return  # the hook before the decoder refused the call
     _CALL.reset(call.token)
     if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
-        call.cache.memory = MemoryState({**call.memory.layers, **call.states}, call.memory.adapter)
+        before = call.memory
+        segments = {**before.segments, **call.segments}
+        call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
+        if call.cache.segments is not None:  # what was said of tokens that have come is used up
+            rest = call.cache.segments[:, call.tokens :]
+            call.cache.segments = rest if rest.shape[1] else None
 
 
 def _before_attention(index: int, memory: DeltaMemory):
@@ -309,8 +374,13 @@ def _before_attention(index: int, memory: DeltaMemory):
                 "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        readings, state = memory(hidden, call.memory.layers[index], call.reads, call.writes)
+        segment = call.memory.segments.get(index)
+        readings, state, segment = memory(
+            hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last
+        )
         call.readings[index], call.states[index] = readings, state
+        if segment is not None:
+            call.segments[index] = segment
 
     return hook
 
@@ -334,6 +404,7 @@ def _with_memory_cache(own: Callable):
         given = model_kwargs.get("past_key_values")
         own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if given is None and generation_config.use_cache:
+            _refuse_without_segments(adapter_of(self).config)
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise MemoryStateError(
                     f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",

@@ -21,6 +21,10 @@ REFERENCE_NAMES = {
     "memory_v_proj": "value.weight",
     "beta_proj": "gate.weight",
     "beta_bias": "gate.bias",
+    "lambda_proj": "decay.weight",
+    "lambda_bias": "decay.bias",
+    "delta_scale_raw": "scale_raw",
+    "delta_o_rmsnorm_weight": "o_norm.weight",
     **{f"delta_{head}_proj": f"delta.{head}.weight" for head in "qkvo"},
 }
 
@@ -33,6 +37,7 @@ class Call:
     states: dict[int, Tensor]  # [B, H, R, R] by layer
     fresh_kv_cache: bool
     writes: bool
+    one_message: bool  # the call is a segment by itself
 
     @property
     def valid(self) -> Tensor:
@@ -50,6 +55,15 @@ def load_model(case: str, attention: str) -> PreTrainedModel:
         heads=tuple(said["delta_heads"]),
         alpha=said["alpha"],
         update_rule=said["state_update_mode"],
+        layers=tuple(said["target_layers"]) or "all",
+        granularity={"token": "token", "message_mean": "message"}[said["memory_write_granularity"]],
+        couple_lambda=said["couple_lambda"],
+        gates="row" if said["rankwise_gates"] else "head",
+        delta_scale={"layer": "layer", "head": "branch"}[said["delta_scale_granularity"]]
+        if said["trainable_delta_scale"]
+        else "fixed",
+        delta_scale_max=said["delta_scale_max"],
+        o_norm=said["delta_o_rmsnorm"],
     )
     model = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation=attention).eval()
     adapter = attach(model, config)
@@ -76,5 +90,6 @@ def load_calls(case: str) -> list[Call]:
             if name.startswith(f"{prefix}state.")
         }
         of_call = {name: tensors[prefix + name] for name in ("input_ids", "attention_mask", "logits")}
-        calls.append(Call(**of_call, states=states, fresh_kv_cache=call["fresh_kv_cache"], writes=call["writes"]))
+        how = {name: call[name] for name in ("fresh_kv_cache", "writes", "one_message")}
+        calls.append(Call(**of_call, **how, states=states))
     return calls

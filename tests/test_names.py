@@ -52,7 +52,7 @@ def imported_by(module: str) -> set[str]:
         (
             "deltamem_tool.state",
             {"onnxruntime", "matplotlib"},
-            {"errors", "files", "memory_file", "patched", "state"},
+            {"config", "errors", "files", "memory", "memory_file", "ops", "patched", "state"},
         ),
         ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
         ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),

@@ -32,6 +32,8 @@ def run(model, calls, cut=None):
                     past_key_values=cache,
                 )
             logits.append(output.logits)
+        if call.one_message:
+            cache.end_segment()
         yield torch.cat(logits, dim=1), cache.memory
 
 

@@ -90,7 +90,7 @@ def test_set_makes_what_was_not_there(tmp_path):
         ("memory.heads=[q, q]", "names 'q' twice"),
         ("memory.heads=[x]", "heads has 'x'"),
         ("memory.heads=[[q]]", "heads has"),
-        ("memory.layers=3", "layers must be 'all' or a list"),
+        ("memory.layers=3", "layers must be 'all'"),
         ("memory.layers=[]", "layers is an empty list"),
         ("memory.layers=[-1]", "indices from 0"),
         ("memory.alpha=.nan", "alpha must be a positive number"),

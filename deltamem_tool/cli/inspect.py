@@ -31,7 +31,8 @@ def _memory(path: str) -> dict:
 
     from deltamem_tool.memory_file import read_memory
 
-    states, adapter = read_memory(path)
+    memory = read_memory(path)
+    states, adapter = memory.states, memory.adapter
     batch, heads, rank, _ = next(iter(states.values())).shape
     return {
         "kind": "memory",

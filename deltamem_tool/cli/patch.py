@@ -5,54 +5,55 @@ from dataclasses import asdict
 
 import click
 
-from deltamem_tool.config import DELTA_INITS, UPDATE_RULES, DeltaMemConfig
+from deltamem_tool.config import DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, PRESETS, UPDATE_RULES, DeltaMemConfig
 
 _USUAL = DeltaMemConfig()
+
+
+def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
+    """An option of the mechanism, with the library's own default."""
+    usual = getattr(_USUAL, flags.split("/")[0].removeprefix("--").replace("-", "_"))
+    default = ",".join(usual) if isinstance(usual, tuple) else usual
+    kind = click.Choice(choices) if choices else None
+    return click.option(flags, type=kind, default=default, show_default=True, help=help)
 
 
 @click.command()
 @click.argument("base")
 @click.option("--out", required=True, type=click.Path(), help="Adapter folder to write.")
 @click.option("--revision", help="Branch, tag or commit of BASE on the Hub.")
-@click.option("--rank", default=_USUAL.rank, show_default=True, help="Rows and columns of a state.")
-@click.option(
-    "--state-heads",
-    default=_USUAL.state_heads,
-    show_default=True,
-    help="States a layer: 1 is the paper's TSW, 4 its MSW.",
-)
-@click.option(
-    "--heads", default=",".join(_USUAL.heads), show_default=True, help="Corrected projections, out of q,k,v,o."
-)
-@click.option(
-    "--layers", default=_USUAL.layers, show_default=True, help="Decoder layers with a memory: all, or 0,1,2 …"
-)
-@click.option("--alpha", default=_USUAL.alpha, show_default=True, help="Corrections are scaled by alpha / rank.")
-@click.option(
-    "--update-rule",
-    default=_USUAL.update_rule,
-    show_default=True,
-    type=click.Choice(UPDATE_RULES),
-    help="How the gates keep, erase and write.",
-)
-@click.option("--beta-bias", default=_USUAL.beta_bias, show_default=True, help="Initial bias of the write gate.")
-@click.option(
-    "--delta-init",
-    default=_USUAL.delta_init,
-    show_default=True,
-    type=click.Choice(DELTA_INITS),
-    help="Start of Δ; zero computes what BASE does.",
-)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="The paper's settings; other options change them.")
+@_option("--rank", "Rows and columns of a state, 1 to 64.")
+@_option("--state-heads", "States a layer: 1 is the paper's TSW, 4 its MSW.")
+@_option("--heads", "Corrected projections, out of q,k,v,o.")
+@_option("--layers", "Decoder layers with a memory: all, front:12, middle:12, back:12, or 0,1,2 …")
+@_option("--alpha", "Corrections are scaled by alpha / rank.")
+@_option("--granularity", "What is written at once; message is the paper's SSW.", GRANULARITIES)
+@_option("--update-rule", "How the gates keep, erase and write.", UPDATE_RULES)
+@_option("--couple-lambda/--own-lambda", "λ is 1 − β, or has a projection of its own.")
+@_option("--gates", "One gate per row of a state, or per head.", GATES)
+@_option("--beta-bias", "Initial bias of the write gate.")
+@_option("--delta-init", "Start of Δ; zero computes what BASE does.", DELTA_INITS)
+@_option("--delta-scale", "A learned scale of the corrections, or none.", DELTA_SCALES)
+@_option("--delta-scale-init", "Where a learned scale starts.")
+@_option("--delta-scale-max", "What a learned scale stays below.")
+@_option("--o-norm/--no-o-norm", "RMSNorm on the correction of the o branch.")
+@_option("--o-norm-eps", "Its epsilon.")
 @click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(base, out, revision, heads, layers, seed, overwrite, as_json, **options) -> None:
+@click.pass_context
+def command(context, base, out, revision, preset, seed, overwrite, as_json, **options) -> None:
     """Write a fresh adapter for the checkpoint BASE (a folder or a Hub id).
 
     Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
     does, until the adapter is trained.
     """
-    config = DeltaMemConfig(heads=tuple(heads.split(",")), layers=_layers(layers), **options)
+    options["heads"] = tuple(options["heads"].split(","))
+    options["layers"] = _layers(options["layers"])
+    usual = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in options.items() if context.get_parameter_source(name) != usual}
+    config = DeltaMemConfig.preset(preset, **given) if preset else DeltaMemConfig(**options)
 
     import torch
 
@@ -71,9 +72,10 @@ def command(base, out, revision, heads, layers, seed, overwrite, as_json, **opti
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
-    if text == "all":
+    """A list of indices, or the name of a part, which the config checks."""
+    if not text[:1].isdigit():
         return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is neither 'all' nor a list like 0,1,2", param_hint="--layers") from None
+        raise click.BadParameter(f"{text!r} is neither a list like 0,1,2 nor a part", param_hint="--layers") from None

@@ -148,6 +148,12 @@ def _interface(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) ->
     """
     if logits not in contract.LOGITS:
         raise ExportError(f"There are no {logits!r} logits.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
+    if adapter.config.granularity != "token":
+        raise ExportError(
+            f"A memory that writes by {adapter.config.granularity} cannot be exported yet.",
+            "The graph has no place for an open segment.",
+            "Run it in PyTorch, or export an adapter that writes every token.",
+        )
     if model.dtype != torch.float32:
         raise ExportError(
             f"The model is {model.dtype}.", "The graph is float32.", "Load the model with dtype=torch.float32."
@@ -155,7 +161,7 @@ def _interface(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) ->
     cache = MemoryCache(model)
     with torch.no_grad():
         width = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache).logits.shape[-1]
-    shapes = adapter.state_shapes()
+    shapes = adapter.memory_shape.layers
     strange = [
         type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
     ]

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
-from deltamem_tool.memory_file import check_memory, read_memory, write_memory
+from deltamem_tool.memory_file import MemoryShape, StoredMemory, check_memory, read_memory, write_memory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.text import ChatText, Message, TextStream, read_json
@@ -137,7 +137,7 @@ class OnnxModel:
             MemoryStateError: `memory` does not fit.
         """
         if memory is not None:
-            self._check_memory(memory, self.manifest.adapter)
+            self._check_memory(StoredMemory(dict(memory), {}, self.manifest.adapter))
             rows = {state.shape[0] for state in memory.values()}
             if rows != {1}:
                 raise MemoryStateError(
@@ -151,13 +151,13 @@ class OnnxModel:
         Raises:
             MemoryStateError: the file is missing or damaged, or belongs to another adapter.
         """
-        states, written_by = read_memory(path)
-        self._check_memory(states, written_by)
-        return states
+        stored = read_memory(path)
+        self._check_memory(stored)
+        return stored.states
 
-    def _check_memory(self, states: Mapping[int, NDArray], written_by: str) -> None:
-        found = {layer: tuple(state.shape[1:]) for layer, state in states.items()}
-        check_memory(found, written_by, self.manifest.interface.state_shapes, self.manifest.adapter)
+    def _check_memory(self, memory: StoredMemory) -> None:
+        expected = MemoryShape(dict(self.manifest.interface.state_shapes))
+        check_memory(memory.shape, memory.adapter, expected, self.manifest.adapter)
 
 
 class Conversation:
@@ -179,7 +179,7 @@ class Conversation:
 
     def save_memory(self, path: str | Path) -> None:
         """Write a memory file that PyTorch and ONNX Runtime both load."""
-        write_memory(path, self.memory, self._model.manifest.adapter)
+        write_memory(path, StoredMemory(self.memory, {}, self._model.manifest.adapter))
 
     def generate(
         self,
