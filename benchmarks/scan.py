@@ -1,4 +1,4 @@
-"""The three forms of the scan, forward and backward, as ratios to the naive one.
+"""The forms of the scan, forward and backward, as ratios to the first: on the CPU and, if there is one, on the GPU.
 
 Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 --repeats 5 --threads 2]
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deltamem_tool.ops import Implementation, delta_scan
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
+ON_CPU: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
+ON_GPU: tuple[Implementation, ...] = ("chunked", "triton")
 
 
 def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:
@@ -30,11 +31,34 @@ def make_inputs(batch: int, tokens: int, heads: int, rank: int) -> list[Tensor]:
 
 def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float, float]:
     """Seconds of one forward pass, and of one backward pass."""
+    wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    wait()
     start = time.perf_counter()
     reads, state = delta_scan(*inputs, implementation=implementation)
+    wait()
     middle = time.perf_counter()
     torch.autograd.grad(reads.sum() + state.sum(), inputs)
+    wait()
     return middle - start, time.perf_counter() - middle
+
+
+def compare(inputs: list[Tensor], implementations: tuple[Implementation, ...], repeats: int) -> None:
+    """Print a table: medians, and how many times faster than the first each is."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in implementations}
+    for name in implementations:  # warm-up; the naive form takes seconds, and needs none
+        if name != "naive":
+            measure(inputs, name)
+    for _ in range(repeats):  # in turn, so that both sides see the same machine
+        for name in implementations:
+            times[name].append(measure(inputs, name))
+
+    print("| implementation | forward ms | backward ms | both ms | ratio |")
+    print("|---|---:|---:|---:|---:|")
+    both = {name: statistics.median(f + b for f, b in pairs) for name, pairs in times.items()}
+    for name, pairs in times.items():
+        forward, backward = (statistics.median(part) for part in zip(*pairs, strict=True))
+        ratio = both[implementations[0]] / both[name]
+        print(f"| {name} | {forward * 1e3:.2f} | {backward * 1e3:.2f} | {both[name] * 1e3:.2f} | {ratio:.1f} |")
 
 
 def cpu_name() -> str:
@@ -54,21 +78,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     inputs = make_inputs(args.batch, args.tokens, args.heads, args.rank)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
-    measure(inputs, "chunked")  # warm-up
-    for _ in range(args.repeats):  # in turn, so that both sides see the same machine
-        for name in IMPLEMENTATIONS:
-            times[name].append(measure(inputs, name))
-
     print(f"B = {args.batch}, T = {args.tokens}, H = {args.heads}, R = {args.rank}, float32; medians of {args.repeats}")
     print(f"torch {torch.__version__}, {cpu_name()}, threads: {torch.get_num_threads()}\n")
-    print("| implementation | forward ms | backward ms | both ms | ratio |")
-    print("|---|---:|---:|---:|---:|")
-    both = {name: statistics.median(f + b for f, b in pairs) for name, pairs in times.items()}
-    for name, pairs in times.items():
-        forward, backward = (statistics.median(part) for part in zip(*pairs, strict=True))
-        ratio = both["naive"] / both[name]
-        print(f"| {name} | {forward * 1e3:.1f} | {backward * 1e3:.1f} | {both[name] * 1e3:.1f} | {ratio:.1f} |")
+    compare(inputs, ON_CPU, args.repeats)
+    if torch.cuda.is_available():
+        print(f"\n{torch.cuda.get_device_name()}\n")
+        compare([x.detach().cuda().requires_grad_() for x in inputs], ON_GPU, args.repeats)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ _HOME = {
     "MemoryCache": "state",
     "MemoryState": "state",
     "attach": "surgery",
+    "convert": "reference",
     "detach": "surgery",
+    "encode_chat": "segments",
     "load": "adapter",
     "save_adapter": "adapter",
 }
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from deltamem_tool.adapter import save_adapter as save_adapter
     from deltamem_tool.config import DeltaMemConfig as DeltaMemConfig
     from deltamem_tool.errors import DeltaMemError as DeltaMemError
+    from deltamem_tool.reference import convert as convert
+    from deltamem_tool.segments import encode_chat as encode_chat
     from deltamem_tool.state import MemoryCache as MemoryCache
     from deltamem_tool.state import MemoryState as MemoryState
     from deltamem_tool.surgery import attach as attach

@@ -207,7 +207,7 @@ def load(
         ArchitectureError: the base model is not there.
     """
     folder = read_adapter(path, revision)
-    checkpoint, found = find_base(folder, base, base_revision)
+    checkpoint, found = find_base(path, folder.base, base, base_revision)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
     fill(adapter, folder)
@@ -217,18 +217,17 @@ def load(
 
 
 def find_base(
-    folder: AdapterFolder, base: str | None = None, base_revision: str | None = None
+    adapter: str | Path, recorded: BaseModel, base: str | None = None, base_revision: str | None = None
 ) -> tuple[BaseCheckpoint, BaseModel]:
-    """The base model that an adapter was made for, at `base` or where the adapter says.
+    """The base model that `adapter` was made for, at `base` or where it has been recorded.
 
     Raises:
         AdapterError: it is not said where, or another model is there.
         ArchitectureError: no model is there.
     """
-    recorded = folder.base
     if not (base or recorded.name):
         raise AdapterError(
-            f"{folder.path} does not say where its base model is.",
+            f"{adapter} does not say where its base model is.",
             "That model had not been saved when the adapter was.",
             "Pass base=, or --base on the command line.",
         )
@@ -238,7 +237,7 @@ def find_base(
     found = base_of(checkpoint)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
-            f"{folder.path} was made for another base model.",
+            f"{adapter} was made for another base model.",
             f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
             f"{checkpoint.name} is {found.model_type}, weights {found.fingerprint[:12]}….",
             "Pass the base model it was made for.",
@@ -287,7 +286,7 @@ def write_adapter(
     reference: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format."""
-    said = {
+    said: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "mechanism": adapter.config.to_dict(),

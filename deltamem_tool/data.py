@@ -21,8 +21,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
+from deltamem_tool.chat_template import render
 from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
+from deltamem_tool.memory import OUTSIDE
+from deltamem_tool.segments import Marked, mark_chat
 
 IGNORED = -100  # label of a token that is not scored
 ASKED = 0.15  # generated histories hold questions too, so that the memory learns not to write them
@@ -118,28 +121,40 @@ class DialogueEpisodes(Dataset[Episode]):
 class EpisodeCollator:
     """Episodes become the tensors of one training step.
 
-    Returns a dictionary: `write_ids`, `write_mask` `[B, W]`; `read_ids`, `read_mask`, `labels` `[Q, T]` over all
-    exchanges of the batch; `rows` `[Q]`, the conversation of each exchange.
+    Returns a dictionary: `write_ids`, `write_mask` `[B, W]`, and `write_segments` `[B, W]` where the memory writes by
+    segments; `read_ids`, `read_mask`, `labels` `[Q, T]` over all exchanges of the batch; `rows` `[Q]`, the conversation
+    of each exchange.
 
     Args:
         tokenizer: with a chat template.
         max_write_tokens: histories are cut from the left to this length.
         max_read_tokens: exchanges longer than this are an error.
+        granularity: what the memory writes at once, as in `DeltaMemConfig`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_write_tokens: int, max_read_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_write_tokens: int,
+        max_read_tokens: int,
+        granularity: str = "token",
+    ) -> None:
         if tokenizer.chat_template is None:
             raise DataError("The tokenizer has no chat template.", "", "Use the base model's chat or instruct version.")
         self.tokenizer = tokenizer
         self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
+        self.granularity = granularity
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
-        histories = [_rendered(self.tokenizer, episode.history, episode.where) for episode in episodes]
-        written = [ids[-self.max_write_tokens :] for ids in self._tokenise(histories)["input_ids"]]
+        histories = [self._history(episode) for episode in episodes]
+        written = [history.input_ids[-self.max_write_tokens :] for history in histories]
         rows = [row for row, episode in enumerate(episodes) for _ in episode.exchanges]
         read, labels = self._exchanges(episodes)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        marks = [history.marks[-self.max_write_tokens :] for history in histories]
+        segments = {} if self.granularity == "token" else {"write_segments": _padded(marks, OUTSIDE)}
         return {
+            **segments,
             "write_ids": _padded(written, pad),
             "write_mask": _padded([[1] * len(ids) for ids in written], 0),
             "read_ids": _padded(read, pad),
@@ -157,8 +172,14 @@ class EpisodeCollator:
         for start in range(0, len(episodes), _CHECKED):
             some = episodes[start : start + _CHECKED]
             for episode in some:
-                _rendered(self.tokenizer, episode.history, episode.where)
+                self._history(episode)
             self._exchanges(some)
+
+    def _history(self, episode: Episode) -> Marked:
+        try:
+            return mark_chat(self.tokenizer, episode.history, self.granularity)
+        except DataError as error:
+            raise DataError(f"{_at(episode.where)}{error.what}", error.why, error.next) from error
 
     def _exchanges(self, episodes: Sequence[Episode]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and labels of all exchanges, not padded."""
@@ -190,13 +211,6 @@ class EpisodeCollator:
     def _tokenise(self, texts: list[str], **options: Any) -> Any:
         # The template has written every special token that belongs here.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, **options)
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool = False) -> str:
-    """The messages as the tokenizer's chat template writes them."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    assert isinstance(text, str)  # one conversation, not tokenised
-    return text
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, prompt: bool = False) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
-from deltamem_tool.ops import delta_scan
+from deltamem_tool.ops import delta_scan, full_precision
 from deltamem_tool.ops.segment_sums import segment_sums
 
 L2_EPS = 1e-6
@@ -93,7 +92,7 @@ class DeltaMemory(nn.Module):
         hidden: Tensor,
         state: Tensor,
         reads: Tensor | None,
-        writes: Tensor | None,
+        writes: Tensor | bool,
         segment: Tensor | None = None,
         last: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -103,48 +102,70 @@ class DeltaMemory(nn.Module):
             hidden: `[B, T, D]`, what enters self-attention.
             state: `[B, H, R, R]` before the first token.
             reads: bool `[B, T]`, tokens that read (others get zeros); None for all.
-            writes: bool `[B, T]`, tokens that write, or that belong to a segment; None for none, which leaves state and
-                segment as they are.
+            writes: bool `[B, T]`, tokens that write, or that belong to a segment; True for all, False for none, which
+                leaves state and segment as they are.
             segment: `[B, W]`, the open segment before the first token; None where every token writes.
-            last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None where every token writes.
+            last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None for none.
 
         Returns:
             Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
-        batch, tokens, _ = hidden.shape
-        heads = (batch, tokens, self.config.state_heads, self.config.rank)
+        heads = (self.config.state_heads, self.config.rank)
         x = hidden.to(self.query.weight.dtype)
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
-            x = x.masked_fill(~(reads if writes is None else reads | writes)[:, :, None], 0.0)
-        with full_precision(x):
-            q = _normalised(self.query(x).view(heads))
-            if writes is None:
+            x = x.masked_fill(~(reads | writes)[:, :, None], 0.0)
+        with full_precision(x.device):
+            query, *raw = (self.query(x),) if writes is False else self._project(x)
+            q = _normalised(query.unflatten(-1, heads))
+            parts: Sequence[Tensor] = raw
+            if segment is not None and writes is not False:
+                parts, segment = _segment_means(parts, writes, last, segment)
+                writes = False if last is None else last
+            if writes is False:
                 readings = torch.einsum("bhij,bthj->bthi", state, q)
             else:
-                parts: Sequence[Tensor] = [self.key(x), self.value(x), self.gate(x)]
-                if self.decay is not None:
-                    parts = [*parts, self.decay(x)]
-                if segment is not None:
-                    assert last is not None  # `surgery` gives both or none
-                    parts, segment = _segment_means(parts, writes, last, segment)
-                    writes = last
                 k, v, log_keep, erase, write = write_inputs(self.config, parts)
-                here = writes[:, :, None, None].to(x.dtype)
-                readings, state = delta_scan(q, k, v, log_keep * here, erase * here, write * here, state)
+                if isinstance(writes, Tensor):
+                    here = writes[:, :, None, None].to(x.dtype)
+                    log_keep, erase, write = log_keep * here, erase * here, write * here
+                readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
         return readings.flatten(2), state, segment
 
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Pre-activations of query, key, value and gates, each `[B, T, ·]`. One product: the weights are small beside
+        what a call for each of them costs."""
+        gates = [self.gate] if self.decay is None else [self.gate, self.decay]
+        layers = [self.query, self.key, self.value, *gates]
+        raw = F.linear(x, torch.cat([layer.weight for layer in layers]))
+        *parts, raw = raw.split([layer.out_features for layer in layers[:3]] + [sum(g.out_features for g in gates)], -1)
+        biased = raw + (self.gate.bias if self.decay is None else torch.cat([gate.bias for gate in gates]))
+        return *parts, *biased.split(self.config.gate_width, -1)
+
     def correction(self, branch: str, readings: Tensor) -> Tensor:
-        """What the readings `[B, T, H·R]` add to one branch, `[B, T, out]`: (α/R) · Δ r, by the learned scale if there
-        is one, and normalised if that is the o branch's way."""
-        with full_precision(readings):
-            steer = self.delta[branch](readings) * self.config.scale
-            if self.scale_raw is not None:
-                raw = self.scale_raw[BRANCHES.index(branch) if self.config.delta_scale == "branch" else 0]
-                steer = steer * (torch.sigmoid(raw) * self.config.delta_scale_max)
+        """What the readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: (α/R) · Δ r, by the learned scale
+        if there is one, and normalised if that is the o branch's way."""
+        with full_precision(readings.device):
+            # The readings are scaled, and not Δ r, which is far longer.
+            steer = F.linear(readings * self._scale(branch), self.delta_of(branch).weight)
             return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
+
+    def correct(self, branch: str, readings: Tensor, output: Tensor) -> Tensor:
+        """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
+        if output.dtype != readings.dtype or (branch == "o" and self.o_norm is not None):
+            return output + self.correction(branch, readings).to(output.dtype)
+        with full_precision(readings.device):
+            readings = readings * self._scale(branch)
+            delta = self.delta_of(branch).weight
+            return torch.addmm(output.flatten(0, 1), readings.flatten(0, 1), delta.mT).view(output.shape)
+
+    def _scale(self, branch: str) -> float | Tensor:
+        if self.scale_raw is None:
+            return self.config.scale
+        raw = self.scale_raw[BRANCHES.index(branch) if self.config.delta_scale == "branch" else 0]
+        return torch.sigmoid(raw) * (self.config.delta_scale_max * self.config.scale)
 
 
 def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +206,7 @@ def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple
 
     state `[B, H, R, R]` and segment `[B, W]` of one layer in; the same after the write out.
     """
-    with full_precision(state):
+    with full_precision(state.device):
         means, tokens = _means(segment)
         parts = means.unsqueeze(1).split(_part_widths(config), dim=-1)
         k, v, log_keep, erase, write = write_inputs(config, parts)
@@ -195,13 +216,15 @@ def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple
 
 
 def _segment_means(
-    parts: Sequence[Tensor], writes: Tensor, last: Tensor, segment: Tensor
+    parts: Sequence[Tensor], writes: Tensor | bool, last: Tensor | None, segment: Tensor
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The mean of each part `[B, T, ·]` over the tokens of its segment so far: W · mean(x) is mean(W · x), so a segment
     needs no more than sums. And the segment `[B, W]` that is open afterwards."""
     widths = [part.shape[-1] for part in parts]
     counted = torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
-    sums, segment = segment_sums(counted * writes.unsqueeze(-1), last, segment)
+    if isinstance(writes, Tensor):
+        counted = counted * writes.unsqueeze(-1)
+    sums, segment = segment_sums(counted, last, segment)
     return _means(sums)[0].split(widths, dim=-1), segment
 
 
@@ -216,11 +239,7 @@ def _part_widths(config: DeltaMemConfig) -> list[int]:
     return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
 
 
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which would run the projections in half precision. An exported graph knows no autocast."""
-    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False)
-
-
 def _normalised(x: Tensor) -> Tensor:
     """l2norm(tanh(x)) over the R entries."""
-    return F.normalize(torch.tanh(x), dim=-1, eps=L2_EPS)
+    x = torch.tanh(x)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)

@@ -54,6 +54,7 @@ class DeltaMemAdapter(nn.Module):
             widths = {branch: layer.projection(branch).out_features for branch in config.heads}
             self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
         self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
+        self._weights = tuple(self.parameters())  # to walk the modules at every call would take too long
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
     @property
@@ -93,7 +94,7 @@ class DeltaMemAdapter(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
-        versions = tuple(parameter._version for parameter in self.parameters())
+        versions = tuple(weight._version for weight in self._weights)
         if self._fingerprint is None or self._fingerprint[0] != versions:
             # Options at their default stay out, so that an option to come does not make memories foreign.
             usual, own = DeltaMemConfig().to_dict(), self.config.to_dict()
@@ -122,8 +123,8 @@ class _Call:
     cache: MemoryCache
     memory: MemoryState
     reads: Tensor | None  # bool [B, T], None for all
-    writes: Tensor | None  # bool [B, T], None for none
-    last: Tensor | None  # bool [B, T], tokens that end a segment; None where every token writes
+    writes: Tensor | bool  # bool [B, T], True for all, False for none
+    last: Tensor | None  # bool [B, T], tokens that end a segment; None for none
     tokens: int  # T
     token: Token[_Call | None] | None = None
     readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
@@ -285,11 +286,15 @@ def _valid(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
             f"The cache holds {past} tokens and the call brings {length}: attention would take columns for others.",
             "Pass attention_mask as [batch, past + new], or none where nothing is padding.",
         )
-    return mask[:, -length:].bool()
+    valid = mask[:, -length:].bool()
+    # On a CPU it is cheap to see that there is no padding, and saves every layer its masks.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        return None
+    return valid
 
 
-def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | None:
-    """Which of this call's tokens write, bool `[B, T]`; None for none."""
+def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | bool:
+    """Which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
             raise MemoryStateError(
@@ -298,14 +303,12 @@ def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Ten
                 "Make them equal.",
             )
         return write.bool() if reads is None else write.bool() & reads
-    if not write:
-        return None
-    return torch.ones(content.shape[:2], dtype=torch.bool, device=content.device) if reads is None else reads
+    return reads if write and reads is not None else bool(write)
 
 
 def _segments(
-    config: DeltaMemConfig, marks: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+    config: DeltaMemConfig, marks: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | bool
+) -> tuple[Tensor | bool, Tensor | None]:
     """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the marks of the
     tokens to come; where every token writes, `writes` and None."""
     if config.granularity == "token":
@@ -316,7 +319,7 @@ def _segments(
         return writes, None
     batch, length = content.shape[:2]
     if marks is None:  # the open segment goes on
-        return writes, None if writes is None else torch.zeros_like(writes)
+        return writes, None
     if marks.ndim != 2 or marks.shape[0] != batch or marks.shape[1] < length:
         raise MemoryStateError(
             f"cache.segments is {list(marks.shape)}, the tokens are {[batch, length]}.",
@@ -337,8 +340,8 @@ def _segments(
                 "It and the attention mask are not of the same tokens.",
                 "Pass both as encode_chat gave them.",
             )
-    if writes is None:
-        return None, None
+    if writes is False:
+        return False, None
     return writes & (marks != OUTSIDE), writes & (marks == LAST)
 
 
@@ -389,7 +392,7 @@ def _correct(index: int, memory: DeltaMemory, branch: str):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         call = _CALL.get()
         assert call is not None  # the attention's own hook has seen to it
-        return output + memory.correction(branch, call.readings[index]).to(output.dtype)
+        return memory.correct(branch, call.readings[index], output)
 
     return hook
 
@@ -419,7 +422,8 @@ def _with_memory_cache(own: Callable):
                     "Every step would feed the whole text into it again.",
                     "Leave one of the two out.",
                 )
-            if given.memory is not None and given.memory.batch_size == batch_size:
+            marked = None if given.segments is None else given.segments.shape[0]
+            if (marked if given.memory is None else given.memory.batch_size) == batch_size:
                 copies = max(generation_config.num_beams, generation_config.num_return_sequences)
                 given.batch_repeat_interleave(copies)
         cache = model_kwargs.get("past_key_values")

@@ -68,6 +68,7 @@ class EpisodeModel(nn.Module):
         read_mask: Tensor,
         labels: Tensor,
         rows: Tensor,
+        write_segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Write the histories, then score the answers from the memory alone; shapes as `EpisodeCollator` gives them.
 
@@ -76,6 +77,7 @@ class EpisodeModel(nn.Module):
         """
         (base,) = self._base
         cache = MemoryCache(base)
+        cache.segments = write_segments
         base.base_model(input_ids=write_ids, attention_mask=write_mask, past_key_values=cache, use_cache=True)
         assert cache.memory is not None  # the call has made one
         memory = cache.memory.select(rows)
@@ -117,7 +119,8 @@ def train(
     options = recipe.training
     set_seed(options.seed)
     model, tokenizer = _load_base(recipe)
-    collator = EpisodeCollator(tokenizer, recipe.data.max_write_tokens, recipe.data.max_read_tokens)
+    granularity = adapter_of(model).config.granularity
+    collator = EpisodeCollator(tokenizer, recipe.data.max_write_tokens, recipe.data.max_read_tokens, granularity)
     episodes = _episodes(recipe)
     if isinstance(episodes, ChatEpisodes):
         collator.check(episodes.episodes)

@@ -13,20 +13,34 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.surgery import adapter_of
 
+# What a token is to the segments of a text.
+OUTSIDE, INSIDE, LAST = 0, 1, 2
+
 
 def naive_run(
     model: PreTrainedModel,
     ids: list[int],
     states: dict[int, Tensor] | None = None,
     writes: list[bool] | None = None,
+    marks: list[int] | None = None,
+    end: bool = False,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits `[T, V]` and states `[H, R, R]` by layer after one conversation; `states` is where it starts."""
+    """Logits `[T, V]` and states `[H, R, R]` by layer after one conversation.
+
+    Args:
+        states: where it starts, with no segment open.
+        writes: which tokens write; the others only read.
+        marks: OUTSIDE, INSIDE or LAST of every token. Without them, a token is a segment of its own where the adapter
+            writes token by token, and belongs to one that does not end where it writes by segments.
+        end: the segment that is open after the last token ends there.
+    """
     adapter, config = adapter_of(model), model.config
     weights = {name: weight.double() for name, weight in model.state_dict().items()}
     memories = {name: weight.detach().double() for name, weight in adapter.state_dict().items()}
     options = adapter.config
     states = {layer: state.double().clone() for layer, state in (states or {}).items()}
     writes = writes or [True] * len(ids)
+    marks = marks or [LAST if options.granularity == "token" else INSIDE] * len(ids)
     x = weights["model.embed_tokens.weight"][ids]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -34,17 +48,21 @@ def naive_run(
         prefix = f"layers.{layer}."
         memory = {n.removeprefix(prefix): w for n, w in memories.items() if n.startswith(prefix)}
         hidden = _rms_norm(x, own["input_layernorm.weight"], config.rms_norm_eps)
-        corrections: dict[str, list[Tensor]] = {branch: [] for branch in options.heads}
+        steer: dict[str, Tensor] = {}
         if memory:
             state = states.get(layer, torch.zeros(options.state_heads, options.rank, options.rank, dtype=torch.float64))
-            for token, write in zip(hidden, writes, strict=True):
-                reading, state = _memory_step(token, state, memory, options, write)
-                for branch in options.heads:
-                    corrections[branch].append(
-                        options.alpha / options.rank * memory[f"delta.{branch}.weight"] @ reading
-                    )
+            readings, segment = [], []
+            for token, write, mark in zip(hidden, writes, marks, strict=True):
+                readings.append(_read(token, state, memory, options))
+                if write and mark != OUTSIDE:
+                    segment.append(token)
+                    if mark == LAST:
+                        state, segment = _write(sum(segment) / len(segment), state, memory, options), []
+            if end and segment:
+                state = _write(sum(segment) / len(segment), state, memory, options)
             states[layer] = state
-        steer = {branch: torch.stack(values) for branch, values in corrections.items() if values}
+            for branch in options.heads:
+                steer[branch] = torch.stack([_correction(branch, reading, memory, options) for reading in readings])
         x = x + _attention(hidden, own, config, layer, steer)
         hidden = _rms_norm(x, own["post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = hidden @ own["mlp.gate_proj.weight"].T, hidden @ own["mlp.up_proj.weight"].T
@@ -53,34 +71,55 @@ def naive_run(
     return x @ weights["lm_head.weight"].T, states
 
 
-def _memory_step(x: Tensor, state: Tensor, weights: dict[str, Tensor], options, write: bool) -> tuple[Tensor, Tensor]:
-    """One token: the reading `[H·R]` from before it, and the state after it."""
-    rank = options.rank
-    raw = {name: weights[f"{name}.weight"] @ x for name in ("query", "key", "value", "gate")}
-    raw["gate"] = raw["gate"] + weights["gate.bias"]
-    readings, after = [], state.clone()
-    for head in range(options.state_heads):
-        q, k, v, z = (raw[name][head * rank : (head + 1) * rank].tolist() for name in ("query", "key", "value", "gate"))
-        q, k = _unit(q), _unit(k)
-        old = state[head].tolist()
+def _read(x: Tensor, state: Tensor, weights: dict[str, Tensor], options) -> Tensor:
+    """The reading `[H·R]` of one token."""
+    rank, readings = options.rank, []
+    raw = (weights["query.weight"] @ x).tolist()
+    for head, old in enumerate(state.tolist()):
+        q = _unit(raw[head * rank : (head + 1) * rank])
+        readings += [sum(old[i][j] * q[j] for j in range(rank)) for i in range(rank)]
+    return torch.tensor(readings, dtype=torch.float64)
+
+
+def _write(x: Tensor, state: Tensor, weights: dict[str, Tensor], options) -> Tensor:
+    """The state after one write of `x`: a token, or the mean of a segment's tokens."""
+    rank, after = options.rank, state.tolist()
+    key, value = ((weights[f"{name}.weight"] @ x).tolist() for name in ("key", "value"))
+    beta = torch.sigmoid(weights["gate.weight"] @ x + weights["gate.bias"]).tolist()
+    own = None
+    if not options.couple_lambda:
+        own = torch.sigmoid(weights["decay.weight"] @ x + weights["decay.bias"]).tolist()
+    for head, old in enumerate(state.tolist()):
+        k, v = _unit(key[head * rank : (head + 1) * rank]), value[head * rank : (head + 1) * rank]
         for i in range(rank):
-            readings.append(sum(old[i][j] * q[j] for j in range(rank)))
-            beta = 1 / (1 + math.exp(-z[i]))
+            gate = {"row": head * rank + i, "head": head}[options.gates]
+            b = beta[gate]
+            decay = 1 - b if own is None else own[gate]
             keep, erase = {
-                "standard": (1 - beta, beta),
-                "lambda_outside": (1 - beta, (1 - beta) * beta),
-                "no_lambda": (1.0, beta),
+                "standard": (decay, b),
+                "lambda_outside": (decay, decay * b),
+                "no_lambda": (1.0, b),
             }[options.update_rule]
             predicted = sum(old[i][j] * k[j] for j in range(rank))
             for j in range(rank):
-                if write:
-                    after[head, i, j] = keep * old[i][j] - erase * predicted * k[j] + beta * v[i] * k[j]
-    return torch.tensor(readings, dtype=torch.float64), after
+                after[head][i][j] = keep * old[i][j] - erase * predicted * k[j] + b * v[i] * k[j]
+    return torch.tensor(after, dtype=torch.float64)
+
+
+def _correction(branch: str, reading: Tensor, weights: dict[str, Tensor], options) -> Tensor:
+    """What a reading adds to a branch: scaled, and then normalised if it is o's."""
+    steer = options.alpha / options.rank * weights[f"delta.{branch}.weight"] @ reading
+    if options.delta_scale != "fixed":
+        raw = weights["scale_raw"][{"layer": 0, "branch": "qkvo".index(branch)}[options.delta_scale]].item()
+        steer = steer * options.delta_scale_max / (1 + math.exp(-raw))
+    if branch == "o" and options.o_norm:
+        steer = _rms_norm(steer, weights["o_norm.weight"], options.o_norm_eps)
+    return steer
 
 
 def _unit(values: list[float]) -> list[float]:
     values = [math.tanh(value) for value in values]
-    length = math.sqrt(sum(value * value for value in values) + 1e-6)
+    length = max(math.sqrt(sum(value * value for value in values)), 1e-6)
     return [value / length for value in values]
 
 

@@ -10,7 +10,8 @@ import torch
 from tiny import write_jsonl
 
 from deltamem_tool import dialogues
-from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, Episode, EpisodeCollator, render
+from deltamem_tool.chat_template import render
+from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, Episode, EpisodeCollator
 from deltamem_tool.dialogues import CHANGES, KIND_OF, SPLITS, Fact, assistant, user
 from deltamem_tool.errors import DataError
 

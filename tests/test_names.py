@@ -16,7 +16,9 @@ PUBLIC = {
     "MemoryState",
     "__version__",
     "attach",
+    "convert",
     "detach",
+    "encode_chat",
     "load",
     "save_adapter",
 }
@@ -47,7 +49,8 @@ def imported_by(module: str) -> set[str]:
         ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.files, deltamem_tool.dialogues", HEAVY, None),
         ("deltamem_tool.recipe", HEAVY, {"config", "dialogues", "errors", "recipe"}),
         ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
-        ("deltamem_tool.ops", HEAVY - {"torch"}, {"ops"}),
+        ("deltamem_tool.memory_picture", HEAVY - {"matplotlib"}, {"errors", "files", "memory_picture"}),
+        ("deltamem_tool.ops", HEAVY - {"torch"}, {"errors", "ops"}),
         ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "memory", "ops"}),
         (
             "deltamem_tool.state",

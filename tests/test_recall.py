@@ -10,7 +10,7 @@ import torch
 from tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach, detach, dialogues
-from deltamem_tool.data import render
+from deltamem_tool.chat_template import render
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import recall
 from deltamem_tool.evaluation.recall import CONDITIONS, MAX_NEW_TOKENS, answer, bootstrap, memorise, recall_episodes

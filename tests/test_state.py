@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tiny import listing, patched_model, tokens
+from tiny import patched_model, tokens
 
-from deltamem_tool import MemoryCache, MemoryState, memory_file
+from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,29 @@ def memory(model):
     return cache.memory
 
 
+@pytest.fixture(scope="module")
+def by_message():
+    return patched_model(state_heads=2, granularity="message")
+
+
+@pytest.fixture
+def half_said(by_message):
+    """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
+    belong to no segment."""
+    cache = MemoryCache(by_message)
+    cache.segments = torch.full((3, 8), INSIDE, dtype=torch.int8)
+    cache.segments[0, 2] = LAST
+    cache.segments[2, :2] = OUTSIDE
+    with torch.no_grad():
+        by_message(tokens(3, 8), past_key_values=cache)
+    return cache.memory
+
+
 def same(memory, other):
     assert memory.adapter == other.adapter and list(memory.layers) == list(other.layers)
-    assert all(torch.equal(memory.layers[layer], state) for layer, state in other.layers.items())
-
-
-def rewrite(path, change, metadata=()):
-    """The memory file `path` with its tensors and metadata changed."""
-    with safe_open(path, "pt") as file:
-        said = {**file.metadata(), **dict(metadata)}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(change(tensors), path, {key: value for key, value in said.items() if value is not None})
+    assert list(memory.segments) == list(other.segments)
+    for mine, others in ((memory.layers, other.layers), (memory.segments, other.segments)):
+        assert all(torch.equal(mine[layer], tensor) for layer, tensor in others.items())
 
 
 def test_saved_and_loaded_to_the_bit(memory, model, tmp_path):
@@ -54,55 +63,6 @@ def test_saved_and_loaded_to_the_bit(memory, model, tmp_path):
     assert torch.equal(a, b)
 
 
-def test_odd_numbers_survive(tmp_path):
-    """Denormals, negative zero, the largest and the smallest."""
-    numbers = torch.tensor([1e-45, -0.0, torch.finfo().max, torch.finfo().min])
-    memory = MemoryState({11: numbers.view(1, 1, 2, 2), 2: numbers.flip(0).view(1, 1, 2, 2)}, "mark")
-    memory.save(tmp_path / "m")
-    loaded = MemoryState.load(tmp_path / "m")
-    assert sorted(loaded.layers) == [2, 11]
-    for layer, state in memory.layers.items():
-        assert torch.equal(loaded.layers[layer].view(torch.int32), state.view(torch.int32))
-
-
-def test_saving_with_gradients_and_views(memory, tmp_path):
-    tracked = MemoryState(
-        {layer: state.clone().requires_grad_().transpose(2, 3) for layer, state in memory.layers.items()},
-        memory.adapter,
-    )
-    tracked.save(tmp_path / "m")
-    for layer, state in MemoryState.load(tmp_path / "m").layers.items():
-        assert torch.equal(state, memory.layers[layer].transpose(2, 3))
-
-
-def test_a_write_that_fails_leaves_the_old_file(memory, tmp_path, monkeypatch):
-    path = tmp_path / "memory"
-    memory.save(path)
-    before, content = listing(tmp_path), path.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    for step in ("fsync", "replace"):
-        with monkeypatch.context() as patched:
-            patched.setattr(os, step, full)
-            with pytest.raises(OSError, match="No space"):
-                memory.fork(2).save(path)
-            with pytest.raises(OSError, match="No space"):
-                memory.save(tmp_path / "new")
-        assert listing(tmp_path) == before
-        assert path.read_bytes() == content
-
-
-def test_a_new_file_is_readable_by_others(memory, tmp_path):
-    before = os.umask(0o022)
-    try:
-        memory.save(tmp_path / "memory")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "memory").stat().st_mode & 0o777 == 0o644
-
-
 def test_fork_repeats_rows_and_select_picks_them(memory):
     forked = memory.fork(2)
     assert forked.batch_size == 6
@@ -114,6 +74,57 @@ def test_fork_repeats_rows_and_select_picks_them(memory):
         assert torch.equal(picked.layers[layer], state[[2, 0, 2]])
     with pytest.raises(IndexError):
         memory.select([3])
+
+
+def test_stacked_memories_are_rows_of_one_batch(memory, half_said):
+    for whole in (memory, half_said):
+        parts = [whole.select([0]), whole.select([1, 2]), whole.select([0])]
+        same(MemoryState.stack(parts), whole.select([0, 1, 2, 0]))
+        assert all(torch.equal(part.layers[1], whole.select([0]).layers[1]) for part in parts[::2])
+        same(MemoryState.stack([whole]), whole)
+    with pytest.raises(MemoryStateError, match="no memories to stack"):
+        MemoryState.stack([])
+    other = MemoryState(memory.layers, "another")
+    with pytest.raises(MemoryStateError, match="belongs to another adapter"):
+        MemoryState.stack([memory, other])
+    with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*layers are \[0\]"):
+        MemoryState.stack([memory, MemoryState({0: memory.layers[0]}, memory.adapter)])
+    with pytest.raises(MemoryStateError, match="(?s)does not fit.*numbers of an open segment"):
+        MemoryState.stack([half_said, MemoryState(half_said.layers, half_said.adapter)])
+
+
+def test_norms_are_of_every_state(memory):
+    norms = memory.norms()
+    assert list(norms) == list(memory.layers)
+    for layer, state in memory.layers.items():
+        assert norms[layer].shape == (3, 2)
+        for row in range(3):
+            for head in range(2):
+                wanted = state[row, head].double().pow(2).sum().sqrt().item()
+                assert norms[layer][row, head].item() == pytest.approx(wanted, rel=1e-6)
+    assert not MemoryState({4: torch.zeros(1, 1, 2, 2)}, "mark").norms()[4].any()
+
+
+def test_an_open_segment_goes_on_from_a_file(half_said, by_message, tmp_path):
+    half_said.save(tmp_path / "m")
+    loaded = MemoryState.load(tmp_path / "m")
+    same(loaded, half_said)
+    caches = [MemoryCache(by_message, memory=memory) for memory in (half_said, loaded)]
+    with torch.no_grad():
+        for cache in caches:
+            by_message(tokens(3, 2, seed=1), past_key_values=cache)
+            cache.end_segment()
+    same(caches[0].memory, caches[1].memory)
+    assert not torch.equal(caches[0].memory.layers[0], half_said.layers[0])
+
+
+def test_open_tokens_are_those_that_wait(memory, half_said, by_message):
+    assert half_said.open_tokens.tolist() == [5, 8, 6] and half_said.open_tokens.dtype == torch.int64
+    assert half_said.select([1, 0]).open_tokens.tolist() == [8, 5]
+    assert memory.open_tokens.tolist() == [0, 0, 0]
+    cache = MemoryCache(by_message, memory=half_said)
+    cache.end_segment()
+    assert cache.memory.open_tokens.tolist() == [0, 0, 0] and half_said.open_tokens.tolist() == [5, 8, 6]
 
 
 def test_copies_are_independent(memory):
@@ -145,52 +156,6 @@ def test_what_is_no_memory_is_refused(layers, says):
         MemoryState(layers, "mark")
 
 
-@pytest.mark.parametrize(
-    ("change", "metadata", "says"),
-    [
-        (lambda t: t, {"format_version": str(memory_file.FORMAT_VERSION + 1)}, "of memory format 2.*Update"),
-        (lambda t: t, {"format_version": None}, "of memory format None"),
-        (lambda t: t, {"format": "pt"}, "no memory file"),
-        (lambda t: t, {"adapter": None}, "no fingerprint"),
-        (lambda t: {}, {}, "no states"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"] * torch.nan}, {}, "layers.0.state.*NaN"),
-        (lambda t: t | {"layers.1.state": t["layers.1.state"] + torch.inf}, {}, "layers.1.state.*infinity"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"].double()}, {}, "no float32 state"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"].bfloat16()}, {}, "no float32 state|cannot be read"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"][0]}, {}, "no float32 state"),
-        (lambda t: t | {"layers.x.state": torch.zeros(1)}, {}, "layers.x.state"),
-        (lambda t: {"layers.0.state": t["layers.0.state"], "layers.1.state": t["layers.1.state"][:1]}, {}, "disagree"),
-    ],
-)
-def test_damaged_files_are_refused(memory, tmp_path, change, metadata, says):
-    memory.save(tmp_path / "m")
-    rewrite(tmp_path / "m", change, metadata)
-    with pytest.raises(MemoryStateError, match=f"(?s){says}"):
-        MemoryState.load(tmp_path / "m")
-
-
-def test_files_that_are_none_are_refused(memory, tmp_path):
-    with pytest.raises(MemoryStateError, match="no memory file"):
-        MemoryState.load(tmp_path / "nowhere")
-    with pytest.raises(MemoryStateError, match="no memory file"):
-        MemoryState.load(tmp_path)
-    memory.save(tmp_path / "m")
-    whole = (tmp_path / "m").read_bytes()
-    for length in (0, 4, 100, len(whole) - 1):
-        (tmp_path / "m").write_bytes(whole[:length])
-        with pytest.raises(MemoryStateError, match="cannot be read"):
-            MemoryState.load(tmp_path / "m")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value):
-    memory = memory.clone()
-    memory.layers[1][0, 0, 0, 0] = value
-    with pytest.raises(MemoryStateError, match="NaN.*layers.1.state"):
-        memory.save(tmp_path / "m")
-    assert listing(tmp_path) == {}
-
-
 def test_another_adapters_memory_is_refused(memory, tmp_path):
     other = patched_model(state_heads=2, seed=1)
     memory.save(tmp_path / "m")
@@ -201,7 +166,83 @@ def test_another_adapters_memory_is_refused(memory, tmp_path):
         MemoryCache(narrow, memory=MemoryState.load(tmp_path / "m"))
 
 
+def test_numbers_that_are_none_are_named(memory, half_said):
+    memory.check_finite()
+    half_said.check_finite()
+    for whole, part in ((memory, "layers"), (half_said, "layers"), (half_said, "segments")):
+        for value in (np.nan, -np.inf):
+            broken = whole.clone()
+            getattr(broken, part)[1].view(-1)[-1] = value
+            with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN or infinity"):
+                broken.check_finite()
+
+
 # The cache
+
+
+def changed(memory, **change):
+    return MemoryState(**{"layers": memory.layers, "adapter": memory.adapter, "segments": memory.segments} | change)
+
+
+MISFITS = [
+    (lambda m: changed(m, adapter="f" * 64), "belongs to another adapter.*ffffffffffffffff…"),
+    (lambda m: changed(m, layers={i: torch.zeros(3, 2, 5, 5) for i in (0, 1)}), "layer 0 has rank 5, the adapter's 4"),
+    (
+        lambda m: changed(m, layers={i: torch.zeros(3, 1, 4, 4) for i in (0, 1)}),
+        "layer 0 has state heads 1, the adapter's 2",
+    ),
+    (lambda m: changed(m, layers={0: m.layers[0]}), r"layers are \[0\], the adapter's \[0, 1\]"),
+    (
+        lambda m: changed(m, layers={i: m.layers[0] for i in range(3)}),
+        r"layers are \[0, 1, 2\], the adapter's \[0, 1\]",
+    ),
+    (
+        lambda m: changed(m, segments={i: torch.zeros(3, 9) for i in (0, 1)}),
+        "keeps 9 numbers of an open segment, the adapter 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), MISFITS)
+def test_what_does_not_fit_is_named(model, memory, change, says):
+    with pytest.raises(MemoryStateError, match=f"(?s){says}"):
+        MemoryCache(model, memory=change(memory))
+
+
+def test_a_memory_with_nan_starts_no_conversation(model, memory):
+    broken = memory.clone()
+    broken.layers[1][2, 0, 0, 0] = torch.nan
+    with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN"):
+        MemoryCache(model, memory=broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "holds 2 conversations, the batch 3")]
+)
+def test_a_conversation_goes_on_after_a_refusal(model, change, says):
+    """A foreign memory set in the middle of a conversation is refused before anything has changed."""
+    cache, expected, more = MemoryCache(model), MemoryCache(model), tokens(3, 4, seed=1)
+    with torch.no_grad():
+        for some in (cache, expected):
+            model(tokens(3, 8), past_key_values=some)
+        kept, copy = cache.memory, cache.memory.clone()
+        cache.memory = foreign = change(kept)
+        with pytest.raises(MemoryStateError, match=f"(?s){says}"):
+            model(more, past_key_values=cache)
+        assert cache.memory is foreign and cache.get_seq_length() == 8
+        cache.memory = kept
+        same(kept, copy)
+        logits = model(more, past_key_values=cache).logits
+        assert torch.equal(logits, model(more, past_key_values=expected).logits)
+    same(cache.memory, expected.memory)
+
+
+def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
+    cache, copy = MemoryCache(model, memory=memory), memory.clone()
+    with torch.no_grad(), pytest.raises(MemoryStateError, match=r"(?s)holds 3 conversations, the batch 2.*fork\(n\)"):
+        model(tokens(2, 4), past_key_values=cache)
+    assert cache.memory is memory and cache.get_seq_length() == 0
+    same(memory, copy)
 
 
 def test_reordering_moves_memory_and_keys_together(model, memory):

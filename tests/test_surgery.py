@@ -235,7 +235,7 @@ def test_padding_cannot_poison_the_state(value):
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
-    for writes in (valid, valid & torch.tensor([True, False, True, False]), None):
+    for writes in (valid, valid & torch.tensor([True, False, True, False]), False):
         expected = layer(hidden, state, valid, writes)
         found = layer(hidden.masked_fill(~valid[:, :, None], value), state, valid, writes)
         assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
@@ -257,7 +257,7 @@ def test_padding_reads_zero():
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
-    for writes in (valid, None):
+    for writes in (valid, False):
         readings, _, _ = layer(hidden, state, valid, writes)
         assert torch.equal(readings.abs().sum(-1) > 0, valid)
 

@@ -72,10 +72,13 @@ def patched_model(name: str = "qwen3", seed: int = 0, attention: str = "sdpa", *
 def randomise(adapter: DeltaMemAdapter, seed: int = 0) -> DeltaMemAdapter:
     generator = torch.Generator().manual_seed(seed + 1)
     for name, weight in adapter.named_parameters():
-        if name.endswith("bias"):
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+        random = torch.randn(weight.shape, generator=generator)
+        if name.endswith(("bias", "scale_raw")):
+            weight.copy_(random)
+        elif name.endswith("o_norm.weight"):
+            weight.copy_(1 + random * 0.3)
         else:
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+            weight.copy_(random * 0.3)
     return adapter
 
 

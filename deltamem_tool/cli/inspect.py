@@ -3,49 +3,214 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from deltamem_tool.errors import DeltaMemError, MemoryStateError
+from deltamem_tool.files import refuse_unwritable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from deltamem_tool.memory_file import StoredMemory
 
 
 @click.command()
 @click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(path, as_json) -> None:
-    """Say what PATH is: an adapter folder (or Hub id), or a memory file."""
-    said = _memory(path) if Path(path).is_file() else _adapter(path)
+@click.argument("other", required=False)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw a memory's states, or what changed, as a PNG file.",
+)
+@click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
+def command(path, other, plot, row, as_json) -> None:
+    """Say what PATH is: an adapter folder (or Hub id), or a memory file.
+
+    With a second memory file, OTHER, say what changed from PATH to OTHER.
+    """
+    if Path(path).is_file():
+        said, tables = _memory(path, other, plot, row or 0)
+    else:
+        given = [("OTHER", other), ("--plot", plot), ("--row", row)]
+        refused = [name for name, value in given if value is not None]
+        if refused:
+            raise click.UsageError(f"{', '.join(refused)} can only be given with a memory file; {path} is no file.")
+        said = _adapter(path)
+        tables = [_facts(path, _flat(said))]
     if as_json:
         click.echo(json.dumps(said))
         return
 
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=str(path), show_header=False)
-    for name, value in _flat(said):
-        table.add_row(name, str(value))
-    Console().print(table)
+    for table in tables:
+        Console().print(table)
+    if plot is not None:
+        click.echo(f"Plot: {plot}")
 
 
-def _memory(path: str) -> dict:
-    import numpy as np
-
+def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[dict[str, Any], list[Table]]:
+    """What JSON says of one memory file, or of two, and the same as tables; the picture is drawn."""
     from deltamem_tool.memory_file import read_memory
 
+    if plot is not None:
+        refuse_unwritable(plot)
+        if any(plot.resolve() == Path(name).resolve() for name in (path, other) if name):
+            raise DeltaMemError(f"{plot} is the memory itself.", "It would be lost.", "Choose another file to draw to.")
     memory = read_memory(path)
-    states, adapter = memory.states, memory.adapter
-    batch, heads, rank, _ = next(iter(states.values())).shape
+    after = None if other is None else read_memory(other)
+    if other is not None and after is not None:
+        _refuse_unlike(path, memory, other, after)
+    said = _summary(memory)
+    if row >= said["conversations"]:
+        raise click.BadParameter(f"{path} holds conversations 0 to {said['conversations'] - 1}", param_hint="--row")
+    picked = {layer: state[row] for layer, state in memory.states.items()}
+    title = f"conversation {row} of {said['conversations']} (the first is 0); " if said["conversations"] > 1 else ""
+    title += f"layers: {len(picked)}, state heads: {said['state_heads']}, rank: {said['rank']}"
+    if other is None or after is None:
+        if plot is not None:
+            from deltamem_tool.memory_picture import plot_memory
+
+            plot_memory(picked, plot, f"Memory: {_short(path)}\n{title}")
+        return said, [_facts(path, _readable(said)), _norm_table(said, row)]
+    if plot is not None:
+        from deltamem_tool.memory_picture import plot_difference
+
+        changed = {layer: state[row] for layer, state in after.states.items()}
+        plot_difference(picked, changed, plot, f"Difference: from {_short(path)} to {_short(other)}\n{title}")
+    said = _difference(said, memory, after) | {"before": path, "after": other}
+    return said, [_facts(f"{path} → {other}", _readable(said)), _change_table(said, row)]
+
+
+def _summary(memory: StoredMemory) -> dict[str, Any]:
+    batch, heads, rank, _ = next(iter(memory.states.values())).shape
     return {
         "kind": "memory",
-        "adapter": adapter,
+        "adapter": memory.adapter,
         "conversations": batch,
+        "layers": list(memory.states),
         "state_heads": heads,
         "rank": rank,
-        "bytes": sum(state.nbytes for state in states.values()),
-        "norms": {str(layer): round(float(np.linalg.norm(state)), 4) for layer, state in states.items()},
+        "bytes": sum(tensor.nbytes for tensor in memory.tensors().values()),
+        "open_tokens": _open_tokens(memory),
+        "norms": {str(layer): _norms(state).tolist() for layer, state in memory.states.items()},
     }
 
 
-def _adapter(path: str) -> dict:
+def _difference(said: dict[str, Any], before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
+    """What `_summary` says of `before`, with all that may differ twice; norms `[B, H]` by layer."""
+    import numpy as np
+
+    changes = {}
+    for layer, old in before.states.items():
+        norms, change = _norms(old), _norms(np.subtract(after.states[layer], old, dtype=np.float64))
+        relative = np.divide(change, norms, out=np.full_like(norms, np.nan), where=norms > 0)
+        changes[str(layer)] = {
+            "before": norms.tolist(),
+            "after": _norms(after.states[layer]).tolist(),
+            "difference": change.tolist(),
+            "relative": [[None if value != value else value for value in heads] for heads in relative.tolist()],
+        }
+    tokens = None if said["open_tokens"] is None else {"before": said["open_tokens"], "after": _open_tokens(after)}
+    kept = {name: value for name, value in said.items() if name != "norms"}
+    return kept | {"kind": "difference", "open_tokens": tokens, "changes": changes}
+
+
+def _norms(states: np.ndarray) -> np.ndarray:
+    """`[B, H, R, R]` to `[B, H]`, in float64: squares of large float32 numbers are none."""
+    import numpy as np
+
+    return np.linalg.norm(states.astype(np.float64), axis=(2, 3))
+
+
+def _open_tokens(memory: StoredMemory) -> list[int] | None:
+    """Of each conversation; None where every token writes."""
+    segment = next(iter(memory.segments.values()), None)
+    return None if segment is None else [int(count) for count in segment[:, -1]]
+
+
+def _refuse_unlike(path: str, before: StoredMemory, other: str, after: StoredMemory) -> None:
+    from deltamem_tool.memory_file import check_memory
+
+    try:
+        check_memory(after.shape, after.adapter, before.shape, before.adapter)
+    except MemoryStateError as error:
+        raise MemoryStateError(
+            f"{other} is not of the adapter that wrote {path}.", error.why, "Compare two memories of one adapter."
+        ) from error
+    found, wanted = (len(next(iter(memory.states.values()))) for memory in (after, before))
+    if found != wanted:
+        raise MemoryStateError(
+            f"{other} and {path} are not of one batch.",
+            f"{other} holds {found} conversations, {path} {wanted}.",
+            "Compare two memories of the same conversations.",
+        )
+
+
+def _readable(said: dict[str, Any]):
+    """The lines of a memory's table."""
+    yield "adapter", f"{said['adapter'][:16]}…"
+    yield "conversations", said["conversations"]
+    yield "layers", ", ".join(map(str, said["layers"]))
+    yield "state heads", said["state_heads"]
+    yield "rank", said["rank"]
+    yield "bytes", f"{said['bytes']:,}"
+    tokens = said["open_tokens"]
+    if isinstance(tokens, dict):
+        tokens = [f"{old} → {new}" for old, new in zip(tokens["before"], tokens["after"], strict=True)]
+    if tokens is not None:
+        yield "open tokens", ", ".join(map(str, tokens))
+
+
+def _facts(title: str, lines) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(str(title)), show_header=False)  # a name with brackets is no markup
+    for name, value in lines:
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+def _norm_table(said: dict[str, Any], row: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Norms, conversation {row}")
+    table.add_column("layer", justify="right", style="bold")
+    for head in range(said["state_heads"]):
+        table.add_column(f"head {head}", justify="right")
+    for layer, norms in said["norms"].items():
+        table.add_row(layer, *(f"{norm:.4g}" for norm in norms[row]))
+    return table
+
+
+def _change_table(said: dict[str, Any], row: int) -> Table:
+    from rich.table import Table
+
+    names = ("before", "after", "difference", "relative")
+    table = Table(title=f"Norms, conversation {row}")
+    for column in ("layer", "head", "before", "after", "difference", "relative change"):
+        table.add_column(column, justify="right")
+    for layer, change in said["changes"].items():
+        heads = zip(*(change[name][row] for name in names), strict=True)
+        for head, (before, after, norm, relative) in enumerate(heads):
+            share = "–" if relative is None else f"{relative:.1%}"
+            table.add_row("" if head else layer, str(head), f"{before:.4g}", f"{after:.4g}", f"{norm:.4g}", share)
+        table.add_section()
+    return table
+
+
+def _short(path: str) -> str:
+    """A file's name, cut in the middle if it would not fit over a picture."""
+    name = Path(path).name
+    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
+
+
+def _adapter(path: str) -> dict[str, Any]:
     from deltamem_tool.adapter import read_adapter
 
     folder = read_adapter(path)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_tool.data import render
+from deltamem_tool.chat_template import render
 from deltamem_tool.evaluation.recall import MAX_NEW_TOKENS, RecallEpisode
 from deltamem_tool.onnx.runtime import OnnxModel
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
-from deltamem_tool.data import render
+from deltamem_tool.chat_template import render
 from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import FACTS
+from deltamem_tool.segments import encode_chat
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, detach, hook
 
@@ -104,16 +105,18 @@ def memorise(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[RecallEpisode], batch_size: int = 100
 ) -> MemoryState:
     """The memory after each episode's history, a row an episode."""
+    granularity = adapter_of(model).config.granularity
     parts = []
     for start in range(0, len(episodes), batch_size):
-        texts = [render(tokenizer, episode.history) for episode in episodes[start : start + batch_size]]
-        batch = _left_padded(model, tokenizer, texts)
+        histories = [episode.history for episode in episodes[start : start + batch_size]]
+        chat = encode_chat(tokenizer, histories, granularity)
         cache = MemoryCache(model)
-        model.base_model(**batch, past_key_values=cache, use_cache=True)
+        cache.segments = chat.segments
+        ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)
+        model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         assert cache.memory is not None  # the call has made one
         parts.append(cache.memory)
-    layers = {layer: torch.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers}
-    return MemoryState(layers, parts[0].adapter)
+    return MemoryState.stack(parts)
 
 
 @torch.no_grad()
@@ -150,9 +153,9 @@ def answer(
             output = _generate(model, tokenizer, batch, memory.select(donors))
         elif condition == "scale_zero":
             with _corrections_off(adapter):
-                output = _generate(
-                    model, tokenizer, batch, MemoryState(memory.select(rows).layers, adapter.fingerprint)
-                )
+                mine = memory.select(rows)
+                bound = MemoryState(mine.layers, adapter.fingerprint, mine.segments)  # Δ = 0 is another adapter
+                output = _generate(model, tokenizer, batch, bound)
         elif condition == "state_only":
             output = _generate(model, tokenizer, batch, memory.select(rows))
         else:

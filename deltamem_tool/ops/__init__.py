@@ -1,26 +1,43 @@
 """The δ-mem recurrence on plain tensors (arXiv 2605.12357); README.md beside this file has the derivation."""
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from deltamem_tool.errors import ConfigError
 from deltamem_tool.ops.chunked import chunked_scan
 from deltamem_tool.ops.naive import naive_scan
 from deltamem_tool.ops.onnx_scan import linear_attention_scan
 from deltamem_tool.ops.recurrent import recurrent_scan
 
-__all__ = ["Implementation", "delta_scan", "use_implementation"]
+__all__ = ["Implementation", "delta_scan", "full_precision", "use_implementation"]
 
-Implementation = Literal["naive", "recurrent", "chunked", "onnx"]
+Implementation = Literal["naive", "recurrent", "chunked", "triton", "onnx"]
+
+
+def _triton_scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """`triton_scan.triton_scan`, imported when it is asked for: Triton is not a dependency."""
+    try:
+        from deltamem_tool.ops.triton_scan import triton_scan
+    except ImportError as error:
+        raise ConfigError(
+            'The scan cannot run as implementation="triton".',
+            f"Triton cannot be imported: {error}.",
+            "PyTorch for CUDA brings it along on Linux; elsewhere leave the choice open (implementation=None).",
+        ) from error
+    return triton_scan(*inputs)
+
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "naive": naive_scan,
     "recurrent": recurrent_scan,
     "chunked": chunked_scan,
+    "triton": _triton_scan,
     "onnx": linear_attention_scan,
 }
 _DEFAULT: ContextVar[Implementation | None] = ContextVar("deltamem_scan", default=None)
@@ -66,8 +83,9 @@ def delta_scan(
             log_keep = erase = write = 0.
         state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
         implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out),
-            "chunked" (parallel; the only one for torch.export with a dynamic T), "onnx" (ONNX Runtime's operator, in an
-            ONNX export only), or None for the faster of the middle two.
+            "chunked" (parallel; the only one for torch.export with a dynamic T), "triton" (the token loop as a CUDA
+            kernel), "onnx" (ONNX Runtime's operator, in an ONNX export only), or None for "recurrent" or "chunked",
+            whichever is the faster.
 
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
@@ -79,21 +97,30 @@ def delta_scan(
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {sorted(_IMPLEMENTATIONS)} or None, not {name!r}")
 
-    dtype = torch.float32
-    for x in (*tokens.values(), state):
-        dtype = torch.promote_types(dtype, x.dtype)
-    inputs = [x.to(dtype) for x in tokens.values()]
-    state = state.to(dtype)
+    inputs = list(tokens.values())
+    if any(x.dtype != torch.float32 for x in (*inputs, state)):
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*inputs, state)), torch.float32)
+        inputs, state = [x.to(dtype) for x in inputs], state.to(dtype)
     if q.shape[1] == 0:
         return torch.empty_like(inputs[0]), state
-    # Autocast would run the matrix products in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return _IMPLEMENTATIONS[name](*inputs, state)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, which would run matrix products in half precision. Where there is none, nothing is done: the
+    context itself takes as long as two small operations."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _fastest(q: Tensor) -> Implementation:
     batch, tokens, heads, rank = q.shape
-    if torch.compiler.is_exporting() or q.device.type != "cpu" or rank > RECURRENT_RANK:
+    if torch.compiler.is_exporting():
+        return "chunked"
+    if tokens == 1:
+        return "recurrent"
+    if q.device.type != "cpu" or rank > RECURRENT_RANK:
         return "chunked"
     return "recurrent" if batch * heads >= RECURRENT_ROWS or tokens <= RECURRENT_TOKENS else "chunked"
 

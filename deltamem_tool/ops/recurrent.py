@@ -17,7 +17,20 @@ def recurrent_scan(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same function as `naive.naive_scan`; keeps T states `[B, H, R, R]` for its backward pass."""
+    if q.shape[1] == 1:
+        return _one_token(q, k, v, log_keep, erase, write, state)
     return _RecurrentScan.apply(q, k, v, log_keep, erase, write, state)
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A decode step, in as few operations as there can be. Below, [B, H, R] and [B, H, R, R]."""
+    q, k, v, log_keep, erase, write = (x.squeeze(1) for x in (q, k, v, log_keep, erase, write))
+    read, predicted = (state @ torch.stack((q, k), dim=-1)).unbind(-1)  # both at once
+    change = torch.addcmul(write * v, erase, predicted, value=-1)  # d_t
+    state = torch.addcmul(state * log_keep.exp().unsqueeze(-1), change.unsqueeze(-1), k.unsqueeze(-2))
+    return read.unsqueeze(1), state
 
 
 class _RecurrentScan(torch.autograd.Function):

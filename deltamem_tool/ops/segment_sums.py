@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def segment_sums(x: Tensor, last: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+def segment_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """Add up `x` from the beginning of each token's segment to that token.
 
     Args:
         x: `[B, T, W]`, zero for tokens that belong to no segment.
-        last: bool `[B, T]`, tokens that end a segment.
+        last: bool `[B, T]`, tokens that end a segment; None for none.
         carried: `[B, W]`, what the segment that is open at the first token has gathered before this call.
 
     Returns:
@@ -23,6 +23,9 @@ def segment_sums(x: Tensor, last: Tensor, carried: Tensor) -> tuple[Tensor, Tens
         return x, carried
     # Sums over the whole call grow with its length, and a segment's is a difference of two: float64 keeps it exact.
     total = x.double().cumsum(1)
+    if last is None:
+        sums = (total + carried.double().unsqueeze(1)).to(x.dtype)
+        return sums, sums[:, -1]
     # How many tokens of the call had gone by at the end of the last segment before each token, [B, T]: 0 for none.
     position = torch.arange(1, x.shape[1] + 1, device=x.device)
     ended = F.pad((position * last)[:, :-1], (1, 0)).cummax(1).values

@@ -1,0 +1,456 @@
+"""Adapters of the reference implementation (declare-lab/delta-Mem), to ours and back, bit for bit.
+
+It saves `delta_mem_config.json`, 49 fields, and `delta_mem_adapter.pt`, a pickled dictionary of tensors. Ours remembers
+of them what the mechanism does not need (fields, their order, the weights' dtype) under "reference" in its config file.
+This is the one place that reads a pickle, with torch's reader that builds tensors and runs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
+from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
+from deltamem_tool.checkpoint import BaseCheckpoint, resolve_folder
+from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
+from deltamem_tool.files import folder_whole, refuse_existing
+from deltamem_tool.surgery import DeltaMemAdapter
+
+REFERENCE_CONFIG = "delta_mem_config.json"
+REFERENCE_WEIGHTS = "delta_mem_adapter.pt"
+FORMATS = ("deltamem", "reference")
+
+# The reference's name of each parameter of a layer, in the order in which it saves them.
+NAMES = {
+    "delta_scale_raw": "scale_raw",
+    "memory_q_proj": "query.weight",
+    "memory_k_proj": "key.weight",
+    "memory_v_proj": "value.weight",
+    **{f"delta_{branch}_proj": f"delta.{branch}.weight" for branch in BRANCHES},
+    "delta_o_rmsnorm_weight": "o_norm.weight",
+    "beta_proj": "gate.weight",
+    "beta_bias": "gate.bias",
+    "lambda_proj": "decay.weight",
+    "lambda_bias": "decay.bias",
+}
+
+# What the reference takes for a field that a config file leaves out; all its fields, in its order.
+DEFAULTS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 16.0,
+    "beta_bias_init": -1.5,
+    "normalize_qk": True,
+    "couple_lambda": True,
+    "state_update_mode": "standard",
+    "rankwise_gates": True,
+    "output_init": "zero",
+    "base_slice_ref_width": 8,
+    "online_gain": 0.05,
+    "num_state_heads": 1,
+    "num_memory_partitions": 1,
+    "num_global_memory_partitions": 0,
+    "memory_partition_routing": "soft",
+    "memory_partition_basis": "shared",
+    "tie_memory_partition_read_write": False,
+    "memory_partition_read_mode": "softmax",
+    "memory_partition_sigmoid_gate_bias_init": -2.0,
+    "slot_read_top_k": 0,
+    "global_memory_mode": "shared_rw",
+    "global_memory_read_top_k": 0,
+    "global_memory_merge_mode": "gated_residual",
+    "global_memory_gate_bias_init": -2.0,
+    "global_memory_read_logit_bias": 0.0,
+    "memory_reader_layers": [],
+    "memory_reader_hidden_size": 1024,
+    "memory_reader_residual_scale": 0.1,
+    "memory_reader_read_only": True,
+    "memory_readout_mode": "delta",
+    "memory_write_source": "learned_hidden",
+    "memory_write_granularity": "token",
+    "memory_write_proposals_per_message": 2,
+    "synthetic_memory_slots": 1,
+    "latent_memory_layers": [],
+    "latent_memory_hidden_size": 1024,
+    "latent_memory_residual_scale": 0.1,
+    "latent_memory_slots": 4,
+    "latent_memory_init_std": 0.002,
+    "latent_gate_init": 0.01,
+    "target_modules": ["self_attn"],
+    "target_layers": [],
+    "delta_heads": ["q", "k", "v", "o"],
+    "delta_o_rmsnorm": False,
+    "delta_o_rmsnorm_eps": 1e-6,
+    "trainable_delta_scale": False,
+    "delta_scale_init": 1.0,
+    "delta_scale_max": 2.0,
+    "delta_scale_granularity": "layer",
+    "delta_scale_parameterization": "alpha_over_rank",
+}
+_REQUIRED = ("rank", "delta_heads")
+_MOST_STATE_HEADS = 2**20  # beyond any use; torch cannot even name the shapes of far more
+
+# Its field for each of our options; the few whose values are spelt otherwise have them below.
+_FIELDS = {
+    "rank": "rank",
+    "state_heads": "num_state_heads",
+    "heads": "delta_heads",
+    "alpha": "alpha",
+    "layers": "target_layers",
+    "granularity": "memory_write_granularity",
+    "update_rule": "state_update_mode",
+    "couple_lambda": "couple_lambda",
+    "gates": "rankwise_gates",
+    "beta_bias": "beta_bias_init",
+    "delta_init": "output_init",
+    "delta_scale": "trainable_delta_scale",
+    "delta_scale_init": "delta_scale_init",
+    "delta_scale_max": "delta_scale_max",
+    "o_norm": "delta_o_rmsnorm",
+    "o_norm_eps": "delta_o_rmsnorm_eps",
+}
+_VALUES: dict[str, dict[Any, str]] = {
+    "memory_write_granularity": {"token": "token", "message_mean": "message", "sentence_mean": "sentence"},
+    "rankwise_gates": {True: "row", False: "head"},
+    # Where two mean the same to us, the first is what we write. They differ in a fresh Δ alone.
+    "output_init": {"zero": "zero", "random": "random", "base_slice_fixed": "base_slice", "base_slice": "base_slice"},
+}
+_SCALES = {"layer": "layer", "head": "branch"}  # delta_scale_granularity, where trainable_delta_scale
+_OF_A_FRESH_DELTA = ("base_slice_ref_width", "online_gain")  # any number: a saved Δ is past them
+_ARCHIVED = DEFAULTS.keys() - {*_FIELDS.values(), *_OF_A_FRESH_DELTA, "delta_scale_granularity"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has written."""
+
+    path: Path
+    format: str  # one of FORMATS
+    base: BaseModel
+    parameters: int  # in the folder: the reference also saves zeros for branches that are off
+    dtypes: tuple[str, ...]  # of the reference's tensors, the most frequent first
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    base: str | None = None,
+    to: str = "deltamem",
+    revision: str | None = None,
+    base_revision: str | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write the adapter `src` to the folder `dst` in the other format: from the reference implementation's, or `to` it.
+
+    Both ways keep every bit: what was converted and comes back has the same tensors (values, dtypes, order) and the
+    same config.
+
+    Args:
+        src: folder or Hub id of the adapter; `revision` is its revision.
+        dst: folder to write, whole or not at all.
+        base: folder or Hub id of the base model. The reference does not record it, so it must be given; to convert back
+            it need not be, as long as it is where the adapter says.
+        to: "deltamem" or "reference".
+        base_revision: of the base model on the Hub.
+        overwrite: replace `dst`.
+
+    Raises:
+        AdapterError: `src` is damaged, no adapter of the other format, or has what would be lost; or does not fit
+            `base`. Differences are named.
+        ArchitectureError: `base` is not there, or the reference cannot take it.
+        DeltaMemError: `dst` is there already, or cannot be written.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
+    for source in (src, base):
+        if source and Path(source).is_dir() and Path(source).resolve().is_relative_to(Path(dst).resolve()):
+            raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
+    refuse_existing(dst, overwrite)
+    direction = _from_reference if to == "deltamem" else _to_reference
+    return direction(str(src), Path(dst), base, revision, base_revision, overwrite)
+
+
+def _from_reference(
+    src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
+) -> Converted:
+    folder = resolve_folder(src, revision, [REFERENCE_CONFIG, REFERENCE_WEIGHTS], "adapter")
+    for name in (REFERENCE_CONFIG, REFERENCE_WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{src} is no adapter of the reference implementation.",
+                f"It has no {name}.",
+                "Pass --to reference (to=) if it is one of deltamem's." if _is_ours(folder) else "Use another folder.",
+            )
+    said = _read_config(folder / REFERENCE_CONFIG)
+    config = mechanism_of(said, folder / REFERENCE_CONFIG)
+    if base is None:
+        raise AdapterError(
+            f"{src} does not say what its base model is.",
+            "Adapters of the reference implementation do not record it.",
+            "Pass the model that it was trained on: base=, or --base on the command line.",
+        )
+    checkpoint = BaseCheckpoint(base, base_revision)
+    layers = _layers(checkpoint, config)
+    adapter = _on_meta(config, layers)
+    tensors = _read_pickle(folder / REFERENCE_WEIGHTS)
+    _check_tensors(tensors, adapter, layers, folder / REFERENCE_WEIGHTS)
+    ours = {
+        name: tensors[theirs].detach().to(torch.float32, copy=True).contiguous()
+        for theirs, name, _ in _entries(adapter, layers)
+        if name is not None
+    }
+    adapter.load_state_dict(ours, assign=True)
+    found = base_of(checkpoint)
+    dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name, _, _ in _entries(adapter, layers)}
+    by_count = tuple(name for name, _ in Counter(dtypes.values()).most_common())
+    origin: dict[str, Any] = {"config": said, "dtype": by_count[0]}
+    if len(by_count) > 1:
+        origin["other_dtypes"] = {name: dtype for name, dtype in dtypes.items() if dtype != by_count[0]}
+    write_adapter(adapter, found, dst, overwrite, origin)
+    return Converted(dst, "deltamem", found, adapter.num_parameters(), by_count)
+
+
+def _to_reference(
+    src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
+) -> Converted:
+    if Path(src).is_dir() and not _is_ours(Path(src)) and (Path(src) / REFERENCE_CONFIG).is_file():
+        raise AdapterError(f"{src} is an adapter of the reference implementation already.", "", "Leave --to (to=) out.")
+    folder = read_adapter(src, revision)
+    checkpoint, found = find_base(src, folder.base, base, base_revision)
+    layers = _layers(checkpoint, folder.config)
+    adapter = _on_meta(folder.config, layers)
+    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+    original, dtype, other_dtypes = _origin(folder.reference, folder.path)
+    config = config_of(folder.config, [layer.index for layer in layers], original)
+    exact = {
+        theirs: torch.zeros(shape) if name is None else folder.tensors[name].clone()
+        for theirs, name, shape in _entries(adapter, layers)
+    }
+    tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}
+    if not all(torch.equal(tensor.float(), exact[name]) for name, tensor in tensors.items()):
+        tensors = exact  # the weights have been trained since: the dtype that they came in would round them
+    with folder_whole(dst, overwrite) as staged:
+        (staged / REFERENCE_CONFIG).write_text(json.dumps(config, indent=2))
+        torch.save(tensors, staged / REFERENCE_WEIGHTS)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return Converted(dst, "reference", found, count, tuple(name for name, _ in dtypes.most_common()))
+
+
+def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
+    """Our options for the fields `said` of the reference's config `file`; those left out have its defaults.
+
+    Raises:
+        AdapterError: a field is unknown, missing or has a value that we have nothing for; it is named.
+    """
+    problems = [f"{name} is missing" for name in _REQUIRED if name not in said]
+    for name in said.keys() - DEFAULTS.keys():
+        near = difflib.get_close_matches(name, DEFAULTS, n=1)
+        problems.append(f"{name!r} is not known" + (f" (is {near[0]!r} meant?)" if near else ""))
+    full = {**DEFAULTS, **said}
+    for name in _ARCHIVED:
+        if not _same(full[name], DEFAULTS[name]):
+            problems.append(f"{name} is {full[name]!r}, and only {DEFAULTS[name]!r} is supported")
+    for name, values in (*_VALUES.items(), ("delta_scale_granularity", _SCALES)):
+        if not any(_same(full[name], value) for value in values):
+            problems.append(f"{name} is {full[name]!r}, not one of {', '.join(map(repr, values))}")
+    for name in ("target_layers", "delta_heads"):
+        if not isinstance(full[name], list):
+            problems.append(f"{name} is {full[name]!r}, not a list")
+    for name in _OF_A_FRESH_DELTA:
+        if type(full[name]) not in (int, float) or not abs(full[name]) < math.inf:
+            problems.append(f"{name} is {full[name]!r}, not a number")
+    if type(full["trainable_delta_scale"]) is not bool:
+        problems.append(f"trainable_delta_scale is {full['trainable_delta_scale']!r}, not true or false")
+    config = None
+    if not problems:
+        options = {ours: full[theirs] for ours, theirs in _FIELDS.items()}
+        options |= {ours: _VALUES[theirs][full[theirs]] for ours, theirs in _FIELDS.items() if theirs in _VALUES}
+        options["layers"] = full["target_layers"] or "all"
+        options["delta_scale"] = _SCALES[full["delta_scale_granularity"]] if full["trainable_delta_scale"] else "fixed"
+        try:
+            config = DeltaMemConfig.from_dict(options)
+            if config.state_heads > _MOST_STATE_HEADS:
+                raise OverflowError(f"num_state_heads is {config.state_heads}, which is too large")
+        except OverflowError as error:
+            problems.append(str(error))
+        except ConfigError as error:  # in the words of the file
+            option = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
+            problems.append(option.sub(lambda match: _FIELDS[match[0]], error.why).rstrip("."))
+    if problems or config is None:
+        raise AdapterError(
+            f"{file} describes a mechanism that deltamem does not have.",
+            "; ".join(sorted(problems)) + ".",
+            "Nothing was converted. Use an adapter of declare-lab/delta-Mem with token, message or sentence writes.",
+        )
+    return config
+
+
+def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
+    """The reference's config for ours. `original`, which is one that `mechanism_of` accepts, keeps its fields and their
+    order; those that say something else than `config` are changed. `layers` are the indices that have a memory."""
+    found = dict(original)
+    was, now = mechanism_of(original, Path(REFERENCE_CONFIG)), config
+    for ours, theirs in _FIELDS.items():
+        value = getattr(now, ours)
+        if value == getattr(was, ours):
+            continue
+        if ours == "layers":
+            found[theirs] = [] if value == "all" else list(layers) if isinstance(value, str) else list(value)
+        elif ours == "delta_scale":
+            found[theirs] = value != "fixed"
+            if value != "fixed":
+                found["delta_scale_granularity"] = next(name for name, known in _SCALES.items() if known == value)
+        elif theirs in _VALUES:
+            found[theirs] = next(name for name, known in _VALUES[theirs].items() if known == value)
+        else:
+            found[theirs] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _same(value: object, legal: object) -> bool:
+    """Equal, and true is not 1; -2 is -2.0."""
+    return isinstance(value, bool) == isinstance(legal, bool) and value == legal
+
+
+def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:
+    """Config, dtype and dtypes by name that an adapter of ours has kept from the reference's, or the usual ones.
+
+    Raises:
+        AdapterError: what was kept is damaged.
+    """
+    if kept is None:
+        return DEFAULTS, "float32", {}
+    config, dtype, others = kept.get("config"), kept.get("dtype"), kept.get("other_dtypes", {})
+    known = isinstance(others, dict) and all(name in list(_DTYPES) for name in (dtype, *others.values()))
+    if not isinstance(config, dict) or not isinstance(dtype, str) or not known:
+        raise AdapterError(
+            f"What {folder} has kept of the reference's adapter is damaged.",
+            'The entry "reference" of its config is not what deltamem writes.',
+            "Fetch the adapter again, or take that entry out.",
+        )
+    mechanism_of(config, folder)
+    return config, dtype, others
+
+
+def _entries(
+    adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer]
+) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
+    """Every tensor of the reference's file, in its order: its name there; its name in our state dict, or None for the Δ
+    of a branch that is off; its shape."""
+    for layer in layers:
+        memory = adapter.memory(layer.index)
+        shapes = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
+        for theirs, ours in NAMES.items():
+            name = f"{layer.name}.{theirs}"
+            if ours in shapes:
+                yield name, DeltaMemAdapter.name_in(layer.index, ours), shapes[ours]
+            elif ours.startswith("delta."):
+                branch = ours.split(".")[1]
+                width = adapter.config.state_heads * adapter.config.rank
+                yield name, None, (layer.projection(branch).out_features, width)
+
+
+def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[AttentionLayer]:
+    """The layers with a memory, as modules without weights, called as the reference's files call them."""
+    layers = select_layers(attention_layers(checkpoint.skeleton()), config)
+    other = [layer.name for layer in layers if layer.name != f"model.layers.{layer.index}.self_attn"]
+    if other:
+        raise ArchitectureError(
+            f"The reference implementation does not know attention such as that of {checkpoint.name}.",
+            f"It is called {other[0]}, not model.layers.N.self_attn.",
+            "Use a base model such as Qwen3 or SmolLM3.",
+        )
+    return layers
+
+
+def _on_meta(config: DeltaMemConfig, layers: Sequence[AttentionLayer]) -> DeltaMemAdapter:
+    """An adapter without values, which draws no random numbers."""
+    with torch.device("meta"):
+        return DeltaMemAdapter(config, layers)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
+    if not isinstance(said, dict):
+        raise AdapterError(f"{file} is no config of an adapter.", "It is no JSON object.", "Fetch the adapter again.")
+    return said
+
+
+def _read_pickle(file: Path) -> dict[Any, Any]:
+    """The dictionary that torch.save has written. Nothing in `file` is run, and nothing is believed yet.
+
+    Raises:
+        AdapterError: it is damaged, no dictionary, or names something that torch does not build without running code.
+    """
+    content = io.BytesIO(file.read_bytes())  # so that what the disk refuses is told from what the reader does
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles in another protocol, which are read or refused all the same
+            found = torch.load(content, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"It names {named[1]}, which is no tensor" if named else "It holds something else than tensors"
+        raise AdapterError(
+            f"{file} is refused.", f"{why}; nothing of it was run.", "Do not use this file: it may be made to do harm."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything at all
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise AdapterError(f"{file} is damaged.", f"{why}.", "Fetch the adapter again.") from error
+    if not isinstance(found, dict):
+        raise AdapterError(
+            f"{file} is no adapter.", f"It holds a {type(found).__name__}, not a dictionary.", "Use another file."
+        )
+    return found
+
+
+def _check_tensors(
+    found: Mapping[Any, Any], adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer], file: Path
+) -> None:
+    """Refuse what does not fit `adapter` on `layers`, and what would be lost; all of it is named."""
+    wanted = {theirs: (ours, shape) for theirs, ours, shape in _entries(adapter, layers)}
+    differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"extra {name!r}" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        tensor, (ours, shape) = found[name], wanted[name]
+        # Shapes before values: a file of a few bytes can claim a tensor that fills the memory.
+        if not isinstance(tensor, Tensor):
+            differences.append(f"{name} is a {type(tensor).__name__}, not a tensor")
+        elif tensor.layout != torch.strided or tensor.device.type != "cpu":
+            differences.append(f"{name} has no plain values")
+        elif tensor.dtype not in _DTYPES.values():
+            differences.append(f"{name} is {tensor.dtype}, not one of {', '.join(_DTYPES)}")
+        elif tuple(tensor.shape) != shape:
+            differences.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+        elif not tensor.isfinite().all():
+            differences.append(f"{name} holds NaN or infinity")
+        elif ours is None and tensor.any():
+            differences.append(f"{name} is not zero, but its branch is not in delta_heads: it would be lost")
+    if differences:
+        raise AdapterError(
+            f"{file} does not fit its config and base model.",
+            "; ".join(sorted(differences)) + ".",
+            "Fetch the adapter again, or pass the base model that it was trained on.",
+        )

@@ -1,0 +1,93 @@
+"""`deltamem convert`: there and back on the command line, and short errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+
+import click
+import pytest
+import torch
+from parity_cases import FOLDER
+from tiny import listing
+
+from deltamem_tool import cli, reference
+from deltamem_tool.adapter import read_adapter
+
+CASE = FOLDER / "tsw_qo_qwen3"
+ADAPTER, BASE = CASE / "adapter", CASE / "base"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_and_back(here, deltamem):
+    done = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--json")
+    assert done.code == 0 and done.err == "", done.err
+    said = json.loads(done.out)
+    assert said["path"] == "ours" and said["format"] == "deltamem" and said["dtypes"] == ["float32"]
+    assert said["parameters"] == read_adapter("ours").num_parameters() and said["base"]["name"] == str(BASE)
+    assert json.loads(deltamem("inspect", "ours", "--json").out)["parameters"] == said["parameters"]
+
+    done = deltamem("convert", "ours", "--out", "back", "--to", "reference", "--json")
+    assert done.code == 0 and json.loads(done.out)["format"] == "reference", done.err
+    for file in (reference.REFERENCE_CONFIG, "deltamem_config.json"):
+        assert (here / "back" / file).exists() == (file == reference.REFERENCE_CONFIG)
+    config = reference.REFERENCE_CONFIG
+    assert (here / "back" / config).read_bytes() == (ADAPTER / config).read_bytes()
+
+
+def test_what_people_read(here, deltamem):
+    said = deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").out
+    assert "parameters" in said and "float32" in said and "Next: deltamem inspect ours" in said
+    assert "for the reference implementation" in deltamem("convert", "ours", "--out", "back", "--to", "reference").out
+    deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").assert_short_error("--overwrite", code=1)
+    assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours", "--overwrite").code == 0
+
+
+def test_the_formats_are_the_librarys():
+    options = {option.name: option for option in cli.cli.get_command(None, "convert").params}
+    assert isinstance(options["to"].type, click.Choice)
+    assert tuple(options["to"].type.choices) == reference.FORMATS and options["to"].default == "deltamem"
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+def test_bad_input(here, deltamem):
+    source = here / "source"
+    source.mkdir()
+    for file in ADAPTER.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    before = listing(here)
+    deltamem("convert", source, "--out", "out").assert_short_error("base model", "--base", code=1)
+    deltamem("convert", source).assert_short_error("--out", code=2)
+    deltamem("convert", source, "--out", "out", "--to", "peft").assert_short_error("peft", code=2)
+    deltamem("convert", "nowhere", "--out", "out").assert_short_error("nowhere", code=1)
+    deltamem("convert", BASE, "--base", BASE, "--out", "out").assert_short_error("no adapter", code=1)
+    deltamem("convert", BASE, "--out", "out", "--to", "reference").assert_short_error("no adapter folder", code=1)
+    weights = source / reference.REFERENCE_WEIGHTS
+    torch.save({"a": Hostile()}, weights)
+    deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("refused", "mkdir", code=1)
+    weights.write_bytes(b"")
+    deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("damaged", code=1)
+    assert set(listing(here)) == set(before)
+
+
+def test_no_room(here, deltamem):
+    assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").code == 0
+    before = listing(here)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        done = deltamem("convert", "ours", "--to", "reference", "--out", "back")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    done.assert_short_error("disk is full", "half-written", code=1)
+    assert listing(here) == before

@@ -1,0 +1,236 @@
+"""`deltamem inspect` on memory files: what it says is what they hold, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import listing
+
+from deltamem_tool import memory_picture
+from deltamem_tool.memory_file import StoredMemory, write_memory
+
+ADAPTER = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+def written(name, seed=0, layers=(0, 3), batch=2, heads=2, rank=4, adapter=ADAPTER, open_tokens=None):
+    """A memory file with random states; with `open_tokens`, of an adapter that writes by segments."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, heads, rank, rank)
+    states = {layer: rng.normal(size=shape).astype(np.float32) for layer in layers}
+    segments = {}
+    if open_tokens is not None:
+        sums = rng.normal(size=(batch, 5)).astype(np.float32)
+        sums[:, -1] = open_tokens
+        segments = dict.fromkeys(layers, sums)
+    write_memory(name, StoredMemory(states, segments, adapter))
+    return states
+
+
+def norms(states):
+    return np.sqrt((states.astype(np.float64) ** 2).sum(axis=(2, 3)))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures, save = [], memory_picture._save
+
+    def keep(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(memory_picture, "_save", keep)
+    return figures
+
+
+def panels(figure):
+    """Numbers by block and panel, as they were drawn."""
+    return {
+        axes.get_label(): {image.get_label(): image.get_array() for image in axes.images}
+        for axes in figure.axes
+        if axes.images
+    }
+
+
+def words(figure):
+    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+
+
+def test_a_memory_as_json(here, deltamem):
+    states = written("memory", open_tokens=[3, 0])
+    said = json.loads(deltamem("inspect", "memory", "--json").out)
+    numbers = {str(layer): norms(state).tolist() for layer, state in states.items()}
+    assert {name: np.round(values, 9).tolist() for name, values in said.pop("norms").items()} == {
+        name: np.round(values, 9).tolist() for name, values in numbers.items()
+    }
+    assert said == {
+        "kind": "memory",
+        "adapter": ADAPTER,
+        "conversations": 2,
+        "layers": [0, 3],
+        "state_heads": 2,
+        "rank": 4,
+        "bytes": 2 * (2 * 2 * 4 * 4 + 2 * 5) * 4,
+        "open_tokens": [3, 0],
+    }
+    written("token")
+    assert json.loads(deltamem("inspect", "token", "--json").out)["open_tokens"] is None
+
+
+def test_a_memory_as_people_read_it(here, deltamem):
+    states = written("a [red] memory", open_tokens=[3, 0])
+    for row in (0, 1):
+        done = deltamem("inspect", "a [red] memory", "--row", row)
+        assert done.code == 0 and done.err == ""
+        assert all(word in done.out for word in ("a [red] memory", ADAPTER[:16] + "…", "0, 3", "3, 0", "head 1"))
+        assert f"Norms, conversation {row}" in done.out
+        assert all(f"{norm:.4g}" in done.out for state in states.values() for norm in norms(state)[row])
+    written("token")
+    assert "open tokens" not in deltamem("inspect", "token").out
+
+
+def test_what_changed_as_json(here, deltamem):
+    before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
+    said = json.loads(deltamem("inspect", "before", "after", "--json").out)
+    assert said["kind"] == "difference" and (said["before"], said["after"]) == ("before", "after")
+    assert said["open_tokens"] == {"before": [3, 0], "after": [0, 7]} and "norms" not in said
+    assert list(said["changes"]) == ["0", "3"]
+    for layer, old in before.items():
+        change = norms(after[layer].astype(np.float64) - old)
+        wanted = {"before": norms(old), "after": norms(after[layer]), "difference": change}
+        wanted["relative"] = change / norms(old)
+        assert set(said["changes"][str(layer)]) == set(wanted)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(said["changes"][str(layer)][name], value, rtol=1e-12, err_msg=name)
+
+
+def test_what_changed_as_people_read_it(here, deltamem):
+    before, after = written("before", open_tokens=[3, 0]), written("after", seed=1, open_tokens=[0, 7])
+    done = deltamem("inspect", "before", "after", "--row", 1)
+    assert done.code == 0 and all(word in done.out for word in ("before → after", "3 → 0, 0 → 7", "relative change"))
+    for layer, old in before.items():
+        share = norms(after[layer] - old)[1] / norms(old)[1]
+        assert all(f"{value:.1%}" in done.out for value in share)
+
+
+def test_from_nothing_there_is_no_relative_change(here, deltamem):
+    shape = (1, 1, 2, 2)
+    write_memory("zero", StoredMemory({0: np.zeros(shape, np.float32)}, {}, ADAPTER))
+    write_memory("large", StoredMemory({0: np.full(shape, np.finfo(np.float32).max)}, {}, ADAPTER))
+    done = deltamem("inspect", "zero", "large", "--json")
+    assert "Warning" not in done.err
+    change = json.loads(done.out)["changes"]["0"]
+    assert change["relative"] == [[None]] and change["before"] == [[0.0]]
+    assert change["difference"] == [[2 * float(np.finfo(np.float32).max)]]
+    assert "–" in deltamem("inspect", "zero", "large").out
+    back = json.loads(deltamem("inspect", "large", "zero", "--json").out)["changes"]["0"]
+    assert back["relative"] == [[1.0]] and back["after"] == [[0.0]]
+
+
+@pytest.mark.parametrize("row", [None, 1])
+def test_pictures_show_the_conversation_that_is_asked_for(here, deltamem, drawn, row):
+    before, after = written("before"), written("after", seed=1)
+    which = () if row is None else ("--row", row)
+    done = deltamem("inspect", "before", "--plot", "memory.png", *which)
+    assert done.code == 0 and "Plot: memory.png" in done.out
+    assert deltamem("inspect", "before", "after", "--plot", "difference.png", "--json", *which).code == 0
+    one, two = drawn
+    ((shown),) = panels(one).values()
+    difference = panels(two)
+    assert list(difference) == ["before", "after", "after − before"]
+    for layer, old in before.items():
+        for head in range(2):
+            name, place = f"layer {layer}, head {head}", (row or 0, head)
+            assert np.array_equal(shown[name], old[place])
+            assert np.array_equal(difference["before"][name], old[place])
+            assert np.array_equal(difference["after"][name], after[layer][place])
+            change = after[layer][place].astype(np.float64) - old[place]
+            assert np.array_equal(difference["after − before"][name], change)
+    assert "Memory: before" in words(one) and f"conversation {row or 0} of 2" in words(one)
+    assert "Difference: from before to after" in words(two)
+    assert all((here / name).read_bytes().startswith(b"\x89PNG") for name in ("memory.png", "difference.png"))
+    assert set(listing(here)) == {"before", "after", "memory.png", "difference.png"}
+
+
+def test_a_row_that_is_not_there(here, deltamem):
+    written("memory")
+    before = listing(here)
+    done = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
+    done.assert_short_error("--row", "memory holds conversations 0 to 1", code=2)
+    deltamem("inspect", "memory", "--row", -1).assert_short_error("--row", code=2)
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": "fedcba" * 10}, ["other is not of the adapter that wrote memory", "fedcba", ADAPTER[:16]]),
+        ({"layers": (0, 1)}, ["not of the adapter", "layers are [0, 1], the adapter's [0, 3]"]),
+        ({"heads": 1}, ["not of the adapter", "state heads 1, the adapter's 2"]),
+        ({"rank": 3}, ["not of the adapter", "rank 3, the adapter's 4"]),
+        ({"open_tokens": 1}, ["not of the adapter", "5 numbers of an open segment"]),
+        ({"batch": 3}, ["not of one batch", "other holds 3 conversations, memory 2"]),
+    ],
+)
+def test_memories_that_cannot_be_compared(here, deltamem, change, says):
+    written("memory")
+    written("other", **change)
+    before = listing(here)
+    done = deltamem("inspect", "memory", "other", "--plot", "difference.png")
+    done.assert_short_error(*says, "Compare two memories", code=1)
+    assert listing(here) == before
+
+
+def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
+    assert deltamem("patch", checkpoint, "--out", "adapter").code == 0
+    written("memory")
+    before = listing(here)
+    for name in ("adapter", "nowhere"):
+        for options, says in (
+            (("memory",), "OTHER"),
+            (("--plot", "a.png"), "--plot"),
+            (("--row", 0), "--row"),
+            (("memory", "--plot", "a.png"), "OTHER, --plot"),
+        ):
+            deltamem("inspect", name, *options).assert_short_error(f"{says} can only", f"{name} is no file", code=2)
+    deltamem("inspect", "memory", "adapter").assert_short_error("no memory file adapter", code=1)
+    assert listing(here) == before
+
+
+def test_pictures_do_not_replace_the_memory(here, deltamem):
+    written("memory")
+    written("other")
+    (here / "file").write_text("mine")
+    before = listing(here)
+    for name in ("memory", "./other"):
+        done = deltamem("inspect", "memory", "other", "--plot", name)
+        done.assert_short_error("is the memory itself", "another file", code=1)
+    deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is no folder", code=1)
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize("plot", [(), ("--plot", "a.png")])
+def test_memories_are_inspected_without_torch(here, plot):
+    written("memory")
+    written("other", seed=1)
+    code = (
+        "import sys; from deltamem_tool.cli import main\n"
+        f"sys.argv = ['deltamem', 'inspect', 'memory', 'other', *{plot}]\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    heavy = {"torch", "transformers", "onnxruntime", "huggingface_hub"} | (set() if plot else {"matplotlib"})
+    assert not heavy & set(done.stdout.splitlines()[-1].split())

@@ -1,0 +1,344 @@
+"""Writing by segments: how a text is cut does not matter, who reads and writes what, and where an open segment goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from naive_model import naive_run
+from tiny import ARCHITECTURES, PAD, patched_model, tokens
+
+from deltamem_tool import MemoryCache, MemoryState
+from deltamem_tool.memory import LAST, OUTSIDE
+from deltamem_tool.surgery import adapter_of
+
+# Float32 against float32, the same sums in another order; logits, states and sums are of order 1 to 10.
+CUT_TOLERANCE = 2e-5
+# Float32 against the float64 equations.
+EQUATION_TOLERANCE = 5e-5
+DIFFERENT = 1e-3  # what no rounding explains
+
+# Two conversations. A system message, segments of three, two and one tokens, and one that stays open; and another.
+MARKS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
+LENGTH = MARKS.shape[1]
+OPEN = [2, 0]  # tokens that wait for their segment to end
+
+everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
+variously = pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "message"},
+        {"granularity": "sentence", "couple_lambda": False, "gates": "head", "state_heads": 2, "o_norm": True},
+    ],
+    ids=["coupled", "own"],
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return patched_model(granularity="message")
+
+
+def close(actual, expected, tolerance=CUT_TOLERANCE):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
+
+
+def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):
+    """States, and open segments."""
+    assert memory.segments.keys() == other.segments.keys() == memory.layers.keys() == other.layers.keys()
+    for layer in other.layers:
+        close(memory.layers[layer], other.layers[layer], tolerance)
+        close(memory.segments[layer], other.segments[layer], tolerance)
+    assert torch.equal(memory.open_tokens, other.open_tokens)
+
+
+def same_memory(memory: MemoryState, other: MemoryState):
+    close_memory(memory, other, 0.0)
+
+
+@torch.no_grad()
+def run(model, ids, marks, cuts=(), memory=None, write=True, sliced=False):
+    """Logits of `ids` fed in pieces that end at `cuts`, the marks given at once or with each piece; and the cache."""
+    cache = MemoryCache(model, memory=memory, write=write)
+    cache.segments = None if sliced else marks
+    bounds, pieces = [0, *cuts, ids.shape[1]], []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        if sliced:
+            cache.segments = marks[:, a:b]
+        pieces.append(model(ids[:, a:b], past_key_values=cache).logits)
+    assert cache.segments is None, "marks of tokens that have come are used up"
+    return torch.cat(pieces, dim=1), cache
+
+
+@everywhere
+@variously
+def test_one_call_is_many_calls(name, options):
+    model, ids = patched_model(name, **options), tokens(2, LENGTH)
+    whole, cache = run(model, ids, MARKS)
+    assert cache.memory.open_tokens.tolist() == OPEN
+    for cuts in ((1,), (5,), (10,), (3, 4, 9), range(1, LENGTH)):
+        pieces, other = run(model, ids, MARKS, cuts, sliced=cuts[0] == 3)
+        close(pieces, whole)
+        close_memory(other.memory, cache.memory)
+
+
+def test_every_row_equals_the_equations():
+    model, ids = patched_model(granularity="message", state_heads=2), tokens(2, LENGTH)
+    logits, cache = run(model, ids, MARKS)
+    for row in range(2):
+        expected, states = naive_run(model, ids[row].tolist(), marks=MARKS[row].tolist())
+        close(logits[row], expected, EQUATION_TOLERANCE)
+        for layer, state in states.items():
+            close(cache.memory.layers[layer][row], state, EQUATION_TOLERANCE)
+
+
+def test_marks_are_used_up_with_their_tokens(model):
+    ids, cache = tokens(2, LENGTH), MemoryCache(model)
+    cache.segments = MARKS
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+        assert torch.equal(cache.segments, MARKS[:, 4:])
+        model(ids[:, 4:10], past_key_values=cache)
+        assert torch.equal(cache.segments, MARKS[:, 10:])
+        model(ids[:, 10:], past_key_values=cache)
+    assert cache.segments is None
+
+
+# Who reads and writes what.
+
+
+@torch.no_grad()
+def test_a_token_reads_the_state_from_before_its_segment():
+    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).memory(0)
+    torch.manual_seed(0)
+    hidden, state = torch.randn(1, 9, 32), torch.randn(1, 1, 4, 4)
+    marks = torch.tensor([[1, 1, 2, 1, 1, 1, 2, 2, 1]])
+    writes, last = marks != OUTSIDE, marks == LAST
+    empty = torch.zeros(1, memory.config.segment_width)
+    readings, *_ = memory(hidden, state, None, writes, empty, last)
+    states = []
+    for a, b in ((0, 3), (3, 7), (7, 8), (8, 9)):
+        _, before, _ = memory(hidden[:, :a], state, None, writes[:, :a], empty, last[:, :a])
+        outside = torch.zeros(1, b - a, dtype=torch.bool)
+        alone, *_ = memory(hidden[:, a:b], before, None, outside, empty, outside)
+        close(readings[:, a:b], alone)
+        states.append(before)
+    for before, after in zip(states, states[1:], strict=False):
+        assert (before - after).abs().max() > DIFFERENT
+
+
+def test_a_segment_changes_what_is_said_only_after_its_end(model):
+    ids = tokens(1, 8)
+    unwritten, _ = run(model, ids, torch.zeros(1, 8))
+    logits, _ = run(model, ids, torch.tensor([[1, 1, 1, 1, 2, 0, 0, 0]]))
+    assert torch.equal(logits[:, :5], unwritten[:, :5])
+    assert (logits[:, 5] - unwritten[:, 5]).abs().max() > DIFFERENT
+
+
+def test_outside_tokens_read_and_do_not_write(model):
+    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
+    ids, outside = tokens(2, 6), torch.full((2, 6), OUTSIDE)
+    logits, cache = run(model, ids, outside, memory=told.memory)
+    same_memory(cache.memory, told.memory)
+    empty, _ = run(model, ids, outside)
+    assert (logits - empty).abs().max() > DIFFERENT
+
+
+@torch.no_grad()
+def test_an_outside_token_amid_a_segment_is_no_part_of_it():
+    memory = adapter_of(patched_model(granularity="message")).memory(0)
+    torch.manual_seed(0)
+    hidden, state, empty = torch.randn(1, 5, 32), torch.randn(1, 1, 4, 4), torch.zeros(1, memory.config.segment_width)
+    marks = torch.tensor([[1, 0, 1, 2, 1]])
+    _, after, rest = memory(hidden, state, None, marks != OUTSIDE, empty, marks == LAST)
+    inside = [0, 2, 3, 4]
+    expected = memory(hidden[:, inside], state, None, marks[:, inside] != OUTSIDE, empty, marks[:, inside] == LAST)
+    close(after, expected[1])
+    close(rest, expected[2])
+
+
+@torch.no_grad()
+def test_a_segment_of_one_token_is_a_token_that_writes():
+    segments, single = patched_model(granularity="message"), patched_model()
+    adapter_of(single).load_state_dict(adapter_of(segments).state_dict())
+    ids = tokens(2, 7)
+    logits, cache = run(segments, ids, torch.full((2, 7), LAST))
+    other = MemoryCache(single)
+    close(single(ids, past_key_values=other).logits, logits)
+    for layer, state in other.memory.layers.items():
+        close(cache.memory.layers[layer], state)
+
+
+def test_unmarked_tokens_join_the_open_segment(model):
+    """The prompt of an answer opens one, and what is generated is unmarked."""
+    ids = tokens(1, 8)
+    marks = torch.tensor([[1, 2, 1, 1, 1, 1, 1, 1]])
+    logits, expected = run(model, ids, marks)
+    cache = MemoryCache(model)
+    cache.segments = marks[:, :4]
+    with torch.no_grad():
+        pieces = [model(ids[:, :4], past_key_values=cache).logits]
+        pieces += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 8)]
+    close(torch.cat(pieces, dim=1), logits)
+    close_memory(cache.memory, expected.memory)
+    assert cache.memory.open_tokens.tolist() == [6]
+
+
+@variously
+def test_ending_a_segment_is_a_last_token(options):
+    model, ids = patched_model(**options), tokens(2, LENGTH)
+    ended = MARKS.clone()
+    ended[0, -1] = LAST
+    _, expected = run(model, ids, ended)
+    _, cache = run(model, ids, MARKS)
+    before = cache.memory
+    copy = before.clone()
+    cache.end_segment()
+    close_memory(cache.memory, expected.memory)
+    same_memory(before, copy)  # a memory is a value
+    assert cache.memory.open_tokens.tolist() == [0, 0]
+    assert not any(segment.any() for segment in cache.memory.segments.values())
+    for layer, state in before.layers.items():  # row 1 had nothing open
+        assert torch.equal(cache.memory.layers[layer][1], state[1])
+        assert (cache.memory.layers[layer][0] - state[0]).abs().max() > DIFFERENT
+    again = (tokens(2, 3, seed=5), torch.tensor([[1, 2, 1], [0, 1, 2]]))
+    close(run(model, *again, memory=cache.memory)[0], run(model, *again, memory=expected.memory)[0])
+
+
+# Writing switched off.
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_without_writing_states_and_open_segments_stay(model, marked):
+    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
+    ids = tokens(2, LENGTH)
+    logits, cache = run(model, ids, MARKS if marked else None, memory=told.memory, write=False)
+    same_memory(cache.memory, told.memory)
+    outside, _ = run(model, ids, torch.zeros_like(MARKS), memory=told.memory)
+    close(logits, outside)
+
+
+def test_a_token_that_does_not_write_is_not_in_the_mean(model):
+    ids, write = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool)
+    write[0, [0, 3, 5, 10]] = False
+    write[1, [2, 3]] = False
+    logits, cache = run(model, ids, MARKS, write=write)
+    expected, other = run(model, ids, MARKS.masked_fill(~write, OUTSIDE))
+    close(logits, expected)
+    close_memory(cache.memory, other.memory)
+    _, whole = run(model, ids, MARKS)
+    assert all((whole.memory.layers[0] - cache.memory.layers[0]).abs().amax((1, 2, 3)) > DIFFERENT)
+
+
+# Batches.
+
+
+@everywhere
+@variously
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_matter(name, options, side):
+    model = patched_model(name, **options)
+    rows = [tokens(1, length, seed=length) for length in (9, 4, 6)]
+    said = [torch.tensor([row]) for row in ([0, 1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 0, 2], [1, 1, 1, 1, 1, 1])]
+    ids, mask, marks = torch.full((3, 9), PAD), torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, text in enumerate(rows):
+        at = slice(9 - text.shape[1], 9) if side == "left" else slice(0, text.shape[1])
+        ids[row, at], mask[row, at], marks[row, at] = text[0], 1, said[row][0]
+    more, more_marks = tokens(3, 3, seed=5), torch.tensor([[2, 0, 1], [1, 1, 1], [1, 2, 0]])
+    full = torch.cat([mask, torch.ones_like(more)], dim=1)
+    positions = (full.cumsum(1) - 1).clamp_min(0)
+    ids, marks = torch.cat([ids, more], dim=1), torch.cat([marks, more_marks], dim=1)
+    for cuts in ((9,), (1, 5, 9)):  # within the padding too
+        cache, pieces = MemoryCache(model), []
+        cache.segments = marks
+        for a, b in zip((0, *cuts), (*cuts, 12), strict=True):
+            where = {"attention_mask": full[:, :b], "position_ids": positions[:, a:b]}
+            with torch.no_grad():
+                pieces.append(model(ids[:, a:b], past_key_values=cache, **where).logits)
+        logits = torch.cat(pieces, dim=1)
+        for row, text in enumerate(rows):
+            alone_marks = torch.cat([said[row], more_marks[row : row + 1]], dim=1)
+            alone, solo = run(model, torch.cat([text, more[row : row + 1]], dim=1), alone_marks)
+            close(logits[row][full[row].bool()], alone[0])
+            close_memory(cache.memory.select([row]), solo.memory)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@torch.no_grad()
+def test_padding_cannot_poison_a_segment(value):
+    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).memory(0)
+    torch.manual_seed(0)
+    hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
+    carried = torch.randn(2, memory.config.segment_width).abs()
+    valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
+    last = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]]).bool()
+    expected = memory(hidden, state, valid, valid, carried, last)
+    found = memory(hidden.masked_fill(~valid[:, :, None], value), state, valid, valid, carried, last)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_open_segments_of_a_bfloat16_model_are_float32():
+    model = patched_model(granularity="message").to(torch.bfloat16)
+    _, cache = run(model, tokens(2, LENGTH), MARKS)
+    for segment in cache.memory.segments.values():
+        assert segment.dtype == torch.float32 and not torch.equal(segment, segment.bfloat16().float())
+
+
+# A value among values.
+
+
+def test_an_open_segment_goes_where_its_memory_goes(model, tmp_path):
+    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
+    memory = told.memory
+    memory.save(tmp_path / "memory")
+    halves = [memory.select([0]), memory.select([1])]
+    for other in (
+        MemoryState.load(tmp_path / "memory"),
+        memory.clone(),
+        memory.to("cpu"),
+        memory.fork(1),
+        memory.select([0, 1]),
+        memory.fork(2).select([1, 3]),
+        MemoryState.stack(halves),
+        MemoryState.stack(halves[::-1]).select([1, 0]),
+    ):
+        same_memory(other, memory)
+        assert other.open_tokens.tolist() == OPEN
+    ids, marks = tokens(2, 4), torch.tensor([[1, 2, 1, 0], [1, 1, 2, 0]])
+    logits, cache = run(model, ids, marks, memory=MemoryState.load(tmp_path / "memory"))
+    expected, other = run(model, ids, marks, memory=memory)
+    assert torch.equal(logits, expected)
+    same_memory(cache.memory, other.memory)
+    closed = MemoryCache(model, memory=memory)
+    closed.end_segment()
+    changed, _ = run(model, ids, marks, memory=closed.memory)
+    assert (logits[0] - changed[0]).abs().max() > DIFFERENT, "the open segment made no difference"
+
+
+def test_copies_of_an_open_segment_are_independent(model):
+    _, told = run(model, tokens(2, LENGTH), MARKS)
+    before = told.memory.segments[0].clone()
+    for copy in (told.memory.clone(), told.memory.fork(1), told.memory.select([0, 1])):
+        copy.segments[0].add_(1)
+        assert torch.equal(told.memory.segments[0], before)
+
+
+def test_rows_of_a_cache_take_their_marks_and_open_segments_along(model):
+    ids = tokens(2, LENGTH)
+    picked = torch.tensor([1, 0, 1])
+    _, expected = run(model, ids[picked], MARKS[picked])
+    for change in ("batch_select_indices", "reorder_cache"):
+        _, cache = run(model, ids[:, :4], MARKS[:, :4])
+        cache.segments = MARKS[:, 4:]
+        getattr(cache, change)(picked)
+        with torch.no_grad():
+            model(ids[picked, 4:], past_key_values=cache)
+        close_memory(cache.memory, expected.memory)
+    _, cache = run(model, ids[:, :4], MARKS[:, :4])
+    cache.segments = MARKS[:, 4:]
+    cache.batch_repeat_interleave(2)
+    with torch.no_grad():
+        model(ids[:, 4:].repeat_interleave(2, dim=0), past_key_values=cache)
+    close_memory(cache.memory, run(model, ids, MARKS)[1].memory.fork(2))
+    cache.segments = MARKS
+    cache.reset()
+    assert cache.memory is None and cache.segments is None

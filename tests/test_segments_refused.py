@@ -1,0 +1,110 @@
+"""Marks and segments that do not fit are refused, and change neither the memory nor the marks of a cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_segments_model import LENGTH, MARKS, run, same_memory
+from tiny import patched_model, tokens
+from torch import nn
+
+from deltamem_tool import MemoryCache, MemoryState
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory import INSIDE
+
+
+@pytest.fixture(scope="module")
+def model():
+    return patched_model(granularity="message")
+
+
+class _Broken(nn.Module):
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("broken on purpose")
+
+
+def test_an_exception_in_the_decoder_leaves_memory_and_marks(model):
+    ids = tokens(2, LENGTH)
+    _, cache = run(model, ids[:, :5], MARKS[:, :5])
+    before, copy, marks = cache.memory, cache.memory.clone(), MARKS[:, 5:].clone()
+    cache.segments = marks
+    whole = model.model.layers[1].mlp
+    model.model.layers[1].mlp = _Broken()
+    try:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(ids[:, 5:], past_key_values=cache)
+    finally:
+        model.model.layers[1].mlp = whole
+    assert cache.memory is before and cache.segments is marks and torch.equal(marks, MARKS[:, 5:])
+    same_memory(before, copy)
+
+
+def test_without_a_cache_nothing_says_where_a_segment_ends(model):
+    with pytest.raises(MemoryStateError, match="(?s)writes by message.*MemoryCache"):
+        model(tokens(1, 3))
+    with pytest.raises(MemoryStateError, match="writes by message"):
+        model(tokens(1, 3), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("marks", "says"),
+    [
+        ([[1, 1], [1, 1]], r"cache.segments is \[2, 2\], the tokens are \[2, 3\]"),
+        ([[1, 1, 2]], r"cache.segments is \[1, 3\], the tokens are \[2, 3\]"),
+        ([[1, 1, 2]] * 3, r"cache.segments is \[3, 3\], the tokens are \[2, 3\]"),
+        ([1, 1, 2], r"cache.segments is \[3\]"),
+        ([[1, 1, 3], [1, 1, 2]], "marks that there are not"),
+        ([[1, 1, 2], [-1, 1, 2]], "marks that there are not"),
+        ([[1, 1, 2], [1, 1, 2]], "puts padding into a segment"),
+    ],
+)
+def test_marks_that_do_not_fit_are_refused(model, marks, says):
+    _, cache = run(model, tokens(2, 5, seed=1), MARKS[:, :5])
+    before, copy = cache.memory, cache.memory.clone()
+    cache.segments = given = torch.tensor(marks)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5] = 0  # of the new tokens
+    for write in (True, False):
+        cache.write = write
+        with pytest.raises(MemoryStateError, match=says):
+            model(tokens(2, 3), past_key_values=cache, attention_mask=mask)
+        assert cache.memory is before and cache.segments is given and given.tolist() == marks
+        same_memory(before, copy)
+
+
+def test_marks_are_refused_where_every_token_writes():
+    model = patched_model()
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(1, 3), past_key_values=cache)
+    before = cache.memory
+    cache.segments = given = torch.full((1, 3), INSIDE)
+    with pytest.raises(MemoryStateError, match="(?s)has no segments.*Leave cache.segments out"):
+        model(tokens(1, 3), past_key_values=cache)
+    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave end_segment\(\) out"):
+        cache.end_segment()
+    assert cache.memory is before and cache.segments is given
+
+
+def test_an_empty_segment_does_not_end(model):
+    cache = MemoryCache(model)
+    with pytest.raises(MemoryStateError, match="open segment is empty"):
+        cache.end_segment()
+    assert cache.memory is None
+    _, cache = run(model, tokens(1, 4), torch.tensor([[1, 1, 2, 0]]))
+    before, copy = cache.memory, cache.memory.clone()
+    cache.segments = given = torch.tensor([[1, 2]])
+    with pytest.raises(MemoryStateError, match="open segment is empty"):
+        cache.end_segment()
+    assert cache.memory is before and cache.segments is given
+    same_memory(before, copy)
+
+
+def test_a_memory_without_open_segments_is_refused(model):
+    _, cache = run(model, tokens(1, 4), MARKS[:1, :4])
+    bare = MemoryState(cache.memory.layers, cache.memory.adapter)
+    with pytest.raises(MemoryStateError, match="keeps 0 numbers of an open segment, the adapter 13"):
+        MemoryCache(model, memory=bare)
+    cache.memory = bare
+    with pytest.raises(MemoryStateError, match="keeps 0 numbers"):
+        model(tokens(1, 1), past_key_values=cache)
