@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
@@ -170,6 +170,8 @@ class MemoryCache(DynamicCache):
         model: a model that `attach` or `load` has given a memory.
         memory: where to start; None starts from zeros. It is not changed: read the new one from `cache.memory`.
         write: whether tokens write. A bool `[B, T]` tensor says it token by token, for one call.
+        max_length: room for so many tokens, taken at once and never moved, as torch.compile likes it (transformers'
+            static cache); None grows with the text.
 
     Where the adapter writes by segments (a message, a sentence), set `segments` before a call, as
     `deltamem.encode_chat` gives it: it says of the next tokens which segment they belong to. Tokens of which nothing is
@@ -179,15 +181,23 @@ class MemoryCache(DynamicCache):
         MemoryStateError: `memory` belongs to another adapter, has other layers, heads or rank, or holds NaN.
     """
 
-    def __init__(self, model: PreTrainedModel, memory: MemoryState | None = None, write: bool | Tensor = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        memory: MemoryState | None = None,
+        write: bool | Tensor = True,
+        max_length: int | None = None,
+    ) -> None:
         super().__init__(config=model.config)
+        if max_length is not None:
+            self.layers = StaticCache(config=model.config, max_cache_len=max_length).layers
         adapter = patch_of(model).adapter
         self.write = write
         self.memory = memory
         self.segments: Tensor | None = None  # int8 [B, tokens to come]: memory.OUTSIDE, INSIDE or LAST
         self._config: DeltaMemConfig = adapter.config
         self._stop_tokens: Tensor | None = None
-        self._feeding: str | None = None  # what `generate` feeds next; None outside of it
+        self._step: tuple[Tensor | None] | None = None  # bool [B, T], what `generate` feeds next; None outside of it
         self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
         if memory is not None:
             check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
@@ -214,32 +224,37 @@ class MemoryCache(DynamicCache):
 
     def begin_generation(self, stop_tokens: Tensor | None) -> None:
         """`generate` starts: rows that produce one of `stop_tokens` will no longer read or write."""
-        self._finished, self._stop_tokens = None, stop_tokens
+        self._finished, self._step, self._stop_tokens = None, None, stop_tokens
 
-    def begin_step(self, prompt: bool) -> None:
-        """`generate` feeds the prompt next, or else a token that it has produced. Only the latter can end a row."""
-        self._feeding = "prompt" if prompt else "produced"
+    def begin_step(self, produced: Tensor | None, valid: Tensor | None) -> None:
+        """`generate` feeds tokens that it has `produced` `[B, T]` next, which can end a row, or else (None) the prompt.
 
-    def unfinished(self, tokens: Tensor | None) -> Tensor | None:
-        """Rows `[B, 1]` whose `tokens` `[B, T]` still belong to the conversation; None where all do."""
-        feeding, self._feeding = self._feeding, None
-        if feeding != "produced" or self._stop_tokens is None or tokens is None:
-            return None
-        ended = torch.isin(tokens, self._stop_tokens.to(tokens.device)).any(dim=1)
-        self._finished = ended if self._finished is None else self._finished | ended
-        return ~self._finished[:, None]
+        `valid`, bool `[B, T]`, says which tokens are no padding; None for all.
+        """
+        if produced is not None and self._stop_tokens is not None:
+            ended = torch.isin(produced, self._stop_tokens.to(produced.device)).any(dim=1)
+            self._finished = ended if self._finished is None else self._finished | ended
+            unfinished = ~self._finished[:, None].expand(produced.shape)
+            valid = unfinished if valid is None else valid & unfinished
+        self._step = (valid,)
+
+    def take_step(self) -> tuple[Tensor | None] | None:
+        """Which tokens of the call that `generate` has announced still belong to the conversation, bool `[B, T]`, or
+        None for all; in a tuple, which is None where nothing was announced."""
+        step, self._step = self._step, None
+        return step
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
+        self._take_keys(beam_idx.long())
         self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._take(indices)
+        self.reorder_cache(indices)  # all that static layers can do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length() > 0:  # empty layers have no rows to repeat
-            super().batch_repeat_interleave(repeats)
+            keys = next(keys for layer in self.layers if (keys := getattr(layer, "keys", None)) is not None)
+            self._take_keys(torch.arange(len(keys)).repeat_interleave(repeats))
         if self.memory is not None:
             self.memory = self.memory.fork(repeats)
         if self.segments is not None:
@@ -247,7 +262,7 @@ class MemoryCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.memory, self.segments, self._finished, self._feeding = None, None, None, None
+        self.memory, self.segments, self._finished, self._step = None, None, None, None
 
     @property
     def is_croppable(self) -> bool:
@@ -259,6 +274,9 @@ class MemoryCache(DynamicCache):
             "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",
             "Decode without an assistant, or keep `cache.memory` from before and start from it.",
         )
+
+    def _take_keys(self, rows: Tensor) -> None:
+        super().reorder_cache(rows)  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
 
     def _take(self, rows: Tensor) -> None:
         if self.memory is not None:

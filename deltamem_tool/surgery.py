@@ -1,6 +1,6 @@
 """Attach a memory to a causal language model with hooks, and take it off again.
 
-The base keeps its modules, names and weights. While the decoder runs, one `_Call` (in a context variable, so threads do
+The base keeps its modules, names and weights. While the decoder runs, one `_Call` (of this thread, so that threads do
 not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the cache takes
 the new states when the decoder has finished. Nothing about a conversation is kept on the model.
 """
@@ -13,8 +13,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from threading import local
 from types import MethodType
 from typing import Any, cast
 
@@ -80,6 +80,7 @@ class DeltaMemAdapter(nn.Module):
         """What one conversation's memory measures."""
         return MemoryShape({i: self.config.state_shape for i in self.layer_indices}, self.config.segment_width)
 
+    @torch.compiler.disable  # a fingerprint cannot be taken while a graph is traced
     def empty_memory(self, batch_size: int) -> MemoryState:
         """Zeros for `batch_size` conversations, on the adapter's device."""
         device = next(self.parameters()).device
@@ -126,13 +127,18 @@ class _Call:
     writes: Tensor | bool  # bool [B, T], True for all, False for none
     last: Tensor | None  # bool [B, T], tokens that end a segment; None for none
     tokens: int  # T
-    token: Token[_Call | None] | None = None
+    outer: _Call | None  # the run of another decoder that this one is part of
     readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
     segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
 
 
-_CALL: ContextVar[_Call | None] = ContextVar("deltamem_call", default=None)
+# What each thread runs, as `call`. Not a context variable: torch.compile breaks the graph wherever one is looked at.
+_THREAD = local()
+
+
+def _running() -> _Call | None:
+    return getattr(_THREAD, "call", None)
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
@@ -244,14 +250,12 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
-        reads = _valid(kwargs.get("attention_mask"), batch, length, cache.get_seq_length())
-        unfinished = cache.unfinished(tokens)
-        if unfinished is not None:
-            unfinished = unfinished.expand(batch, length)
-            reads = unfinished if reads is None else reads & unfinished
+        step = cache.take_step()
+        reads = _valid(kwargs.get("attention_mask"), batch, length, cache.get_seq_length()) if step is None else step[0]
+        if reads is not None and reads.device.type == "cpu" and not torch.compiler.is_compiling() and reads.all():
+            reads = None  # cheap to see on a CPU, and it saves every layer its masks
         writes, last = _segments(adapter.config, cache.segments, content, reads, _writing(cache.write, reads, content))
-        call = _Call(cache, memory.to(content.device), reads, writes, last, length)
-        call.token = _CALL.set(call)
+        _THREAD.call = _Call(cache, memory.to(content.device), reads, writes, last, length, outer=_running())
         return (), kwargs
 
     return hook
@@ -269,7 +273,7 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
         )
 
 
-def _valid(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
+def _valid(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
     """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
     if mask is None:
         return None
@@ -279,18 +283,17 @@ def _valid(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
             "The attention mask is not the 2-D mask over past and new tokens.",
             "Pass attention_mask as [batch, past + new].",
         )
-    # While a graph is exported, its sizes are symbols that must not be compared.
-    if not torch.compiler.is_exporting() and mask.shape != (batch, past + length):
+    # While a graph is traced, a static cache's count has no value; while one is exported, sizes are symbols that must
+    # not be compared.
+    unknown = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and isinstance(past, Tensor))
+    if not unknown and mask.shape != (batch, past + length):
+        past = int(past)
         raise MemoryStateError(
             f"The attention mask is {list(mask.shape)}, not {[batch, past + length]}.",
             f"The cache holds {past} tokens and the call brings {length}: attention would take columns for others.",
             "Pass attention_mask as [batch, past + new], or none where nothing is padding.",
         )
-    valid = mask[:, -length:].bool()
-    # On a CPU it is cheap to see that there is no padding, and saves every layer its masks.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
-        return None
-    return valid
+    return mask[:, -length:].bool()
 
 
 def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | bool:
@@ -356,10 +359,10 @@ def _refuse_without_segments(config: DeltaMemConfig) -> None:
 
 
 def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
-    call = _CALL.get()
-    if call is None or call.token is None:
+    call = _running()
+    if call is None:
         return  # the hook before the decoder refused the call
-    _CALL.reset(call.token)
+    _THREAD.call = call.outer
     if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
         before = call.memory
         segments = {**before.segments, **call.segments}
@@ -371,7 +374,7 @@ def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
 
 def _before_attention(index: int, memory: DeltaMemory):
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = _CALL.get()
+        call = _running()
         if call is None:
             raise MemoryStateError(
                 "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
@@ -390,7 +393,7 @@ def _before_attention(index: int, memory: DeltaMemory):
 
 def _correct(index: int, memory: DeltaMemory, branch: str):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        call = _CALL.get()
+        call = _running()
         assert call is not None  # the attention's own hook has seen to it
         return memory.correct(branch, call.readings[index], output)
 
@@ -408,13 +411,16 @@ def _with_memory_cache(own: Callable):
         own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if given is None and generation_config.use_cache:
             _refuse_without_segments(adapter_of(self).config)
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(
                     f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
                     "",
-                    "Leave cache_implementation out.",
+                    'Leave cache_implementation out, or use "static".',
                 )
-            model_kwargs["past_key_values"] = MemoryCache(self)
+            cache = MemoryCache(self)
+            if generation_config.cache_implementation == "static":
+                cache.layers = model_kwargs["past_key_values"].layers  # `generate` has chosen their length
+            model_kwargs["past_key_values"] = cache
         elif isinstance(given, MemoryCache):
             if not generation_config.use_cache:
                 raise MemoryStateError(
@@ -434,12 +440,26 @@ def _with_memory_cache(own: Callable):
 
 
 def _with_announced_step(own: Callable):
-    """Before every call, `generate` tells the cache whether it feeds the prompt or what it has produced."""
+    """Before every call, `generate` tells the cache whether it feeds the prompt or what it has produced, and which of
+    these tokens are padding: the model gets the mask over a static cache in a form that does not say."""
 
     @functools.wraps(own)  # `generate` looks at the signature
-    def prepare(self: PreTrainedModel, *args, past_key_values=None, is_first_iteration: bool = False, **kwargs):
+    def prepare(
+        self: PreTrainedModel,
+        *args,
+        past_key_values=None,
+        attention_mask=None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ):
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        inputs = own(self, *args, **given, is_first_iteration=is_first_iteration, **kwargs)
         if isinstance(past_key_values, MemoryCache):
-            past_key_values.begin_step(prompt=is_first_iteration)
-        return own(self, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs)
+            tokens = inputs.get("input_ids")
+            content = tokens if tokens is not None else inputs["inputs_embeds"]
+            valid = _valid(attention_mask, len(content), content.shape[1], past_key_values.get_seq_length())
+            valid = None if valid is None else valid.to(content.device)
+            past_key_values.begin_step(None if is_first_iteration else tokens, valid)
+        return inputs
 
     return prepare

@@ -5,7 +5,6 @@ Run as a program, this file answers what `Elsewhere` asks: it continues conversa
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -33,7 +32,6 @@ from deltamem_tool.surgery import adapter_of
 # most; one write that is left out changed the state by more than 4e-4 in 98 of 100.
 TOLERANCE = 5e-5
 WIDTH = 32
-STATIC = "max_length" in inspect.signature(MemoryCache).parameters
 NEVER = VOCABULARY - 1  # a stop token that no text says
 
 
@@ -141,11 +139,11 @@ def long_texts(draw: st.DrawFn) -> Text:
 
 def rooms(tokens: int) -> st.SearchStrategy[int | None]:
     """A cache that grows, or one with room for so many tokens or a few more."""
-    return st.none() | st.integers(tokens, tokens + 4) if STATIC else st.none()
+    return st.none() | st.integers(tokens, tokens + 4)
 
 
 def new_cache(model: PreTrainedModel, memory: MemoryState | None = None, room: int | None = None) -> MemoryCache:
-    return MemoryCache(model, memory=memory, **({} if room is None else {"max_length": room}))
+    return MemoryCache(model, memory=memory, max_length=room)
 
 
 def cuts(text: int) -> st.SearchStrategy[list[int]]:

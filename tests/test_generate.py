@@ -328,7 +328,7 @@ def test_a_generation_without_writing_keeps_the_memory():
         assert torch.equal(cache.memory.layers[layer], state)
 
 
-@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
 def test_caches_without_a_place_for_the_memory_are_refused(kind):
     model = patched_model()
     with pytest.raises((MemoryStateError, ImportError)) as refusal:

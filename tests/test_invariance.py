@@ -9,7 +9,6 @@ import pytest
 import torch
 from conversations import (
     NEVER,
-    STATIC,
     Batch,
     Elsewhere,
     alone,
@@ -215,7 +214,6 @@ def _generate(model, cache, setup, batch, said, beams):
 # Compiled.
 
 
-@pytest.mark.skipif(not STATIC, reason="MemoryCache has no max_length")
 @pytest.mark.parametrize("granularity", GRANULARITIES[:2])
 @examples(2)
 @given(st.data())

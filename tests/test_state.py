@@ -261,12 +261,12 @@ def test_reordering_moves_memory_and_keys_together(model, memory):
 def test_what_has_ended_moves_with_its_row(model):
     cache = MemoryCache(model)
     cache.begin_generation(torch.tensor([7]))
-    cache.begin_step(prompt=False)
-    assert cache.unfinished(torch.tensor([[7], [1], [2]])).tolist() == [[False], [True], [True]]
-    cache.reorder_cache(torch.tensor([1, 0, 0]))
-    cache.begin_step(prompt=False)
-    assert cache.unfinished(torch.tensor([[1], [1], [1]])).tolist() == [[True], [False], [False]]
-    assert cache.unfinished(torch.tensor([[7], [1], [1]])) is None  # no step of `generate`
+    for fed, expected in (([7, 1, 2], [False, True, True]), ([1, 1, 1], [True, False, False])):
+        cache.begin_step(torch.tensor(fed)[:, None], valid=None)
+        (reads,) = cache.take_step()
+        assert reads[:, 0].tolist() == expected
+        cache.reorder_cache(torch.tensor([1, 0, 0]))
+    assert cache.take_step() is None  # no step of `generate`
 
 
 def test_repeating_and_selecting_move_both(model, memory):
