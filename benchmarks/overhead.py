@@ -21,7 +21,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
 from deltamem_tool.config import PRESETS
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, hook
 
-DECODED = 32  # tokens of one timed decode
+DECODED = 64  # tokens of one timed decode
 
 
 def make_model(layers: int) -> PreTrainedModel:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -50,7 +50,8 @@ class DeltaMemConfig:
             the branch's own base weight ("base_slice", the paper's training runs).
         delta_scale: corrections have no further scale ("fixed"), or a learned one per "layer" or "branch":
             sigmoid(raw) · delta_scale_max, at first delta_scale_init.
-        o_norm: RMSNorm, with a weight and o_norm_eps, on the correction of the o branch.
+        o_norm: RMSNorm, with a weight and o_norm_eps, on the correction of the o branch. It undoes alpha and learned
+            scales there.
 
     Raises:
         ConfigError: an option is out of range.
@@ -197,7 +198,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # no NaN, no infinity, no giant integer
 
 
 def _require(holds: bool, why: str) -> None:

@@ -110,39 +110,43 @@ class DeltaMemory(nn.Module):
         Returns:
             Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
-        heads = (self.config.state_heads, self.config.rank)
         x = hidden.to(self.query.weight.dtype)
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
             x = x.masked_fill(~(reads | writes)[:, :, None], 0.0)
         with full_precision(x.device):
-            query, *raw = (self.query(x),) if writes is False else self._project(x)
-            q = _normalised(query.unflatten(-1, heads))
-            parts: Sequence[Tensor] = raw
-            if segment is not None and writes is not False:
-                parts, segment = _segment_means(parts, writes, last, segment)
-                writes = False if last is None else last
             if writes is False:
-                readings = torch.einsum("bhij,bthj->bthi", state, q)
+                readings = _read(state, _normalised(_per_head(self.query(x), self.config)))
             else:
-                k, v, log_keep, erase, write = write_inputs(self.config, parts)
-                if isinstance(writes, Tensor):
-                    here = writes[:, :, None, None].to(x.dtype)
-                    log_keep, erase, write = log_keep * here, erase * here, write * here
-                readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
+                query_key, *raw = self._project(x)
+                if segment is None:
+                    q, k = _normalised(query_key.view(*x.shape[:-1], 2, *state.shape[1:3])).unbind(-3)
+                else:
+                    query, key = query_key.chunk(2, dim=-1)
+                    (key, *raw), segment = _segment_means((key, *raw), writes, last, segment)
+                    q, k = (_normalised(_per_head(part, self.config)) for part in (query, key))
+                    writes = False if last is None else last
+                if writes is False:  # no segment ends
+                    readings = _read(state, q)
+                else:
+                    v, log_keep, erase, write = write_inputs(self.config, raw)
+                    if isinstance(writes, Tensor):
+                        here = writes[:, :, None, None].to(x.dtype)
+                        log_keep, erase, write = log_keep * here, erase * here, write * here
+                    readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
         return readings.flatten(2), state, segment
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Pre-activations of query, key, value and gates, each `[B, T, ·]`. One product: the weights are small beside
-        what a call for each of them costs."""
+        """Pre-activations: query and key side by side `[B, T, 2·H·R]`, value `[B, T, H·R]`, gates `[B, T, ·]`. One
+        product: joining the weights costs less than a call for each of them."""
         gates = [self.gate] if self.decay is None else [self.gate, self.decay]
-        layers = [self.query, self.key, self.value, *gates]
-        raw = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        *parts, raw = raw.split([layer.out_features for layer in layers[:3]] + [sum(g.out_features for g in gates)], -1)
-        biased = raw + (self.gate.bias if self.decay is None else torch.cat([gate.bias for gate in gates]))
-        return *parts, *biased.split(self.config.gate_width, -1)
+        weights = [self.query.weight, self.key.weight, self.value.weight, *(gate.weight for gate in gates)]
+        width = self.value.out_features
+        raw = F.linear(x, torch.cat(weights))
+        parts = raw.split([2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
+        return *parts[:2], *(part + gate.bias for part, gate in zip(parts[2:], gates, strict=True))
 
     def correction(self, branch: str, readings: Tensor) -> Tensor:
         """What the readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: (α/R) · Δ r, by the learned scale
@@ -156,6 +160,8 @@ class DeltaMemory(nn.Module):
         """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
         if output.dtype != readings.dtype or (branch == "o" and self.o_norm is not None):
             return output + self.correction(branch, readings).to(output.dtype)
+        if readings.shape[1] == 1:
+            return output + self.correction(branch, readings)
         with full_precision(readings.device):
             readings = readings * self._scale(branch)
             delta = self.delta_of(branch).weight
@@ -168,20 +174,20 @@ class DeltaMemory(nn.Module):
         return torch.sigmoid(raw) * (self.config.delta_scale_max * self.config.scale)
 
 
-def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From pre-activations to what `delta_scan` writes.
+def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From pre-activations to what `delta_scan` writes, but for the key.
 
     Args:
-        parts: of the key and the value `[..., H·R]`, of β's gate and, where λ has its own, of λ's
-            `[..., gate_width]`.
+        parts: of the value `[..., H·R]`, of β's gate and, where λ has its own, of λ's `[..., gate_width]`.
 
     Returns:
-        k, v, log keep, erase, write; each `[..., H, R]`.
+        v, log keep, erase, write; each `[..., H, R]`.
     """
-    rows = (config.state_heads, config.rank)
-    key, value, *raw = (part.unflatten(-1, (config.state_heads, -1)) for part in parts)
-    log_keep, erase, write = (gate.expand(*gate.shape[:-2], *rows) for gate in gates(config, *raw))
-    return _normalised(key), value, log_keep, erase, write
+    value, *raw = (_per_head(part, config) for part in parts)
+    log_keep, erase, write = gates(config, *raw)
+    if config.gates == "head":
+        log_keep, erase, write = (gate.expand_as(value) for gate in (log_keep, erase, write))
+    return value, log_keep, erase, write
 
 
 def gates(config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +215,8 @@ def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple
     with full_precision(state.device):
         means, tokens = _means(segment)
         parts = means.unsqueeze(1).split(_part_widths(config), dim=-1)
-        k, v, log_keep, erase, write = write_inputs(config, parts)
+        k = _normalised(_per_head(parts[0], config))
+        v, log_keep, erase, write = write_inputs(config, parts[1:])
         here = (tokens > 0)[:, None, None].to(state.dtype)  # [B, 1, 1, 1]
         _, state = delta_scan(k, k, v, log_keep * here, erase * here, write * here, state)
     return state, torch.zeros_like(segment)
@@ -237,6 +244,16 @@ def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _part_widths(config: DeltaMemConfig) -> list[int]:
     rows = config.state_heads * config.rank
     return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
+
+
+def _read(state: Tensor, q: Tensor) -> Tensor:
+    """`[B, H, R, R]` and `[B, T, H, R]` to readings `[B, T, H, R]`."""
+    return torch.einsum("bhij,bthj->bthi", state, q)
+
+
+def _per_head(x: Tensor, config: DeltaMemConfig) -> Tensor:
+    """`[..., H·n]` to `[..., H, n]`."""
+    return x.view(*x.shape[:-1], config.state_heads, x.shape[-1] // config.state_heads)
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -114,6 +114,10 @@ def read_memory(path: str | Path) -> StoredMemory:
     states, segments = (dict(sorted(part.items())) for part in parts.values())
     if not states or "adapter" not in metadata:
         raise _damaged(path, "It holds no states or no fingerprint")
+    if len({state.shape[1:] for state in states.values()}) > 1 or any(
+        s.shape[2] != s.shape[3] for s in states.values()
+    ):
+        raise _damaged(path, "Its states are not square, or not of one size")
     if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
         raise _damaged(path, "Its layers disagree on their open segments")
     if len({tensor.shape[0] for tensor in tensors.values()}) > 1:

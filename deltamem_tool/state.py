@@ -106,6 +106,8 @@ class MemoryState:
         return cls(layers, first.adapter, segments)
 
     def to(self, device: torch.device | str) -> MemoryState:
+        if next(iter(self.layers.values())).device == torch.device(device):
+            return self
         return self._map(lambda tensor: tensor.to(device))
 
     def check_finite(self) -> None:
@@ -196,6 +198,7 @@ class MemoryCache(DynamicCache):
         self.memory = memory
         self.segments: Tensor | None = None  # int8 [B, tokens to come]: memory.OUTSIDE, INSIDE or LAST
         self._config: DeltaMemConfig = adapter.config
+        self._device_type = model.device.type
         self._stop_tokens: Tensor | None = None
         self._step: tuple[Tensor | None] | None = None  # bool [B, T], what `generate` feeds next; None outside of it
         self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
@@ -263,6 +266,12 @@ class MemoryCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.memory, self.segments, self._finished, self._step = None, None, None, None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` compiles decode steps by itself. Not on a GPU, where it would record them as CUDA graphs,
+        which keep their outputs in one place: a memory taken from `cache.memory` would change at the next step."""
+        return super().is_compileable and self._device_type != "cuda"
 
     @property
     def is_croppable(self) -> bool:

@@ -53,6 +53,8 @@ class DeltaMemAdapter(nn.Module):
                 )
             widths = {branch: layer.projection(branch).out_features for branch in config.heads}
             self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
+        # What one conversation's memory measures.
+        self.memory_shape = MemoryShape({i: config.state_shape for i in self.layer_indices}, config.segment_width)
         self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
         self._weights = tuple(self.parameters())  # to walk the modules at every call would take too long
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
@@ -75,19 +77,17 @@ class DeltaMemAdapter(nn.Module):
     def memory(self, layer: int) -> DeltaMemory:
         return cast(DeltaMemory, self.layers[str(layer)])
 
-    @property
-    def memory_shape(self) -> MemoryShape:
-        """What one conversation's memory measures."""
-        return MemoryShape({i: self.config.state_shape for i in self.layer_indices}, self.config.segment_width)
-
     @torch.compiler.disable  # a fingerprint cannot be taken while a graph is traced
     def empty_memory(self, batch_size: int) -> MemoryState:
         """Zeros for `batch_size` conversations, on the adapter's device."""
-        device = next(self.parameters()).device
         shape = self.memory_shape
-        states = {i: torch.zeros(batch_size, *of_layer, device=device) for i, of_layer in shape.layers.items()}
-        segments = {i: torch.zeros(batch_size, shape.segment, device=device) for i in states if shape.segment}
+        states = {i: torch.zeros(batch_size, *of_layer, device=self.device) for i, of_layer in shape.layers.items()}
+        segments = {i: torch.zeros(batch_size, shape.segment, device=self.device) for i in states if shape.segment}
         return MemoryState(states, self.fingerprint, segments)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights[0].device
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -246,7 +246,7 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
         tokens = kwargs.get("input_ids")
         content = tokens if tokens is not None else kwargs["inputs_embeds"]
         batch, length = content.shape[:2]
-        if next(adapter.parameters()).device != content.device:
+        if adapter.device != content.device:
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
@@ -323,6 +323,10 @@ def _segments(
     batch, length = content.shape[:2]
     if marks is None:  # the open segment goes on
         return writes, None
+    if not isinstance(marks, Tensor):
+        raise MemoryStateError(
+            f"cache.segments is a {type(marks).__name__}.", "It must be an int8 tensor.", "Pass what encode_chat gave."
+        )
     if marks.ndim != 2 or marks.shape[0] != batch or marks.shape[1] < length:
         raise MemoryStateError(
             f"cache.segments is {list(marks.shape)}, the tokens are {[batch, length]}.",

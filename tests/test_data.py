@@ -14,6 +14,8 @@ from deltamem_tool.chat_template import render
 from deltamem_tool.data import IGNORED, ChatEpisodes, DialogueEpisodes, Episode, EpisodeCollator
 from deltamem_tool.dialogues import CHANGES, KIND_OF, SPLITS, Fact, assistant, user
 from deltamem_tool.errors import DataError
+from deltamem_tool.memory import LAST, OUTSIDE
+from deltamem_tool.segments import encode_chat
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [user("My dog is called Rex."), assistant("Noted."), user("What is my dog called?"), assistant("Rex.")]
@@ -126,6 +128,23 @@ def test_histories_are_cut_from_the_left(tokenizer):
         assert torch.equal(kept, text[-20:])
     assert cut["write_ids"].shape == (2, 20)
     assert torch.equal(cut["labels"], whole["labels"])
+
+
+@pytest.mark.parametrize("granularity", ["message", "sentence"])
+def test_segments_are_those_of_the_chat(tokenizer, granularity):
+    """Cut from the left with their tokens, and padded on the right like them."""
+    histories = [[SYSTEM, *TALK], [user("I moved. My dog too."), assistant("Good. Where?"), user("To Oslo.")]]
+    episodes = [Episode(history, [TALK[2:]]) for history in histories]
+    collator = EpisodeCollator(tokenizer, max_write_tokens=20, max_read_tokens=100, granularity=granularity)
+    batch = collator(episodes)
+    for row, history in enumerate(histories):
+        chat = encode_chat(tokenizer, history, granularity)
+        kept = min(20, chat.input_ids.shape[1])
+        assert batch["write_ids"][row, :kept].tolist() == chat.input_ids[0, -kept:].tolist()
+        assert batch["write_segments"][row, :kept].tolist() == chat.segments[0, -kept:].tolist()
+        assert (batch["write_segments"][row, kept:] == OUTSIDE).all()
+    assert (batch["write_segments"] == LAST).sum() >= len(histories)
+    assert "write_segments" not in EpisodeCollator(tokenizer, 20, 100)(episodes)
 
 
 def test_an_exchange_that_is_too_long_is_named(tokenizer):

@@ -151,7 +151,7 @@ def test_damaged_segments_are_refused(segmented, tmp_path, change, says):
 def test_states_that_are_not_square_are_refused(memory, tmp_path):
     memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", lambda t: {name: tensor[..., :3].clone() for name, tensor in t.items()})
-    with pytest.raises(MemoryStateError, match=r"not float32 \[B, H, R, R\]"):
+    with pytest.raises(MemoryStateError, match="not square"):
         MemoryState.load(tmp_path / "m")
 
 
@@ -175,3 +175,11 @@ def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value)
     with pytest.raises(MemoryStateError, match="NaN.*layers.1.state"):
         memory.save(tmp_path / "m")
     assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 2, 5, 5), (3, 1, 4, 4)])
+def test_states_that_are_not_square_or_not_of_one_size_are_refused(memory, tmp_path, shape):
+    memory.save(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: {**tensors, "layers.1.state": torch.zeros(shape)})
+    with pytest.raises(MemoryStateError, match="not square, or not of one size"):
+        memory_file.read_memory(tmp_path / "m")

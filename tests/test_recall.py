@@ -9,13 +9,15 @@ import pytest
 import torch
 from tiny import randomise, tiny_model
 
-from deltamem_tool import DeltaMemConfig, attach, detach, dialogues
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach, dialogues
 from deltamem_tool.chat_template import render
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import recall
 from deltamem_tool.evaluation.recall import CONDITIONS, MAX_NEW_TOKENS, answer, bootstrap, memorise, recall_episodes
 from deltamem_tool.evaluation.report import plot_recall, recall_json, recall_table
 from deltamem_tool.surgery import adapter_of
+
+STATE_TOLERANCE = 5e-5  # float32 against float32: padded in a batch, and alone in pieces
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,21 @@ def test_exact_matches_are_counted(tokenizer, monkeypatch, tmp_path):
     plot_recall(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     detach(model)
+
+
+def test_a_memory_that_writes_by_messages_is_told_message_by_message(tokenizer, told):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, granularity="message")))
+    memory = memorise(model, tokenizer, told, batch_size=2)
+    for row, episode in enumerate(told):
+        cache, seen = MemoryCache(model), 0
+        for count in range(1, len(episode.history) + 1):
+            text = render(tokenizer, episode.history[:count])
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            with torch.no_grad():
+                model(ids[:, seen:], past_key_values=cache)
+            seen = ids.shape[1]
+            cache.end_segment()
+        for layer, state in cache.memory.layers.items():
+            torch.testing.assert_close(memory.layers[layer][row], state[0], atol=STATE_TOLERANCE, rtol=0)
+    assert not memory.open_tokens.any()

@@ -149,3 +149,12 @@ def test_the_recipes_of_this_repository_hold():
     assert recipes
     for path in recipes:
         load_recipe(path, out="somewhere")
+
+
+def test_a_preset_and_what_changes_it(recipe):
+    recipe.write_text(WHOLE.replace("  rank: 4\n", "  preset: ssw\n  rank: 4\n"))
+    memory = load_recipe(recipe).memory
+    assert memory == DeltaMemConfig.preset("ssw", rank=4, heads=("q", "k"), layers=(0, 2), alpha=8)
+    assert memory.granularity == "message" and memory.delta_init == "base_slice"
+    with pytest.raises(ConfigError, match="(?s)no preset 'fast'.*tsw, ssw, msw"):
+        load_recipe(recipe, ["memory.preset=fast"])

@@ -72,6 +72,14 @@ def test_marks_that_do_not_fit_are_refused(model, marks, says):
         same_memory(before, copy)
 
 
+def test_marks_that_are_no_tensor_are_refused(model):
+    cache = MemoryCache(model)
+    cache.segments = [[1, 1, 2]]
+    with pytest.raises(MemoryStateError, match="cache.segments is a list"):
+        model(tokens(1, 3), past_key_values=cache)
+    assert cache.memory is None
+
+
 def test_marks_are_refused_where_every_token_writes():
     model = patched_model()
     cache = MemoryCache(model)

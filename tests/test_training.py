@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -146,6 +147,15 @@ def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch,
     assert all(torch.equal(folder.tensors[name], weight) for name, weight in trained.items())
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     assert folder.base.name == str(checkpoint) and result.parameters == folder.num_parameters()
+
+
+@pytest.mark.parametrize("granularity", ["message", "sentence"])
+def test_a_memory_that_writes_by_segments_learns_too(granularity, checkpoint, chats, tmp_path):
+    memory = DeltaMemConfig(rank=4, state_heads=2, granularity=granularity)
+    recipe = make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), steps=25, batch_size=6)
+    losses = [loss for _, loss in train(dataclasses.replace(recipe, memory=memory)).losses]
+    assert losses[-1] < 0.8 * losses[0]
+    assert read_adapter(recipe.out).config.granularity == granularity
 
 
 def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):

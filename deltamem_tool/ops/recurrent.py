@@ -25,12 +25,12 @@ def recurrent_scan(
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A decode step, in as few operations as there can be. Below, [B, H, R] and [B, H, R, R]."""
-    q, k, v, log_keep, erase, write = (x.squeeze(1) for x in (q, k, v, log_keep, erase, write))
-    read, predicted = (state @ torch.stack((q, k), dim=-1)).unbind(-1)  # both at once
+    """A decode step, in as few operations as there can be: they cost more than the arithmetic."""
+    both = torch.cat((q, k), dim=1).permute(0, 2, 3, 1)  # [B, H, R, 2]
+    read, predicted = (state @ both).permute(0, 3, 1, 2).split(1, dim=1)  # [B, 1, H, R] each, like q
     change = torch.addcmul(write * v, erase, predicted, value=-1)  # d_t
-    state = torch.addcmul(state * log_keep.exp().unsqueeze(-1), change.unsqueeze(-1), k.unsqueeze(-2))
-    return read.unsqueeze(1), state
+    change, keep = change.permute(0, 2, 3, 1), log_keep.exp().permute(0, 2, 3, 1)  # [B, H, R, 1]
+    return read, torch.addcmul(state * keep, change, k.transpose(1, 2))
 
 
 class _RecurrentScan(torch.autograd.Function):
