@@ -286,9 +286,7 @@ def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
         try:
             config = DeltaMemConfig.from_dict(options)
             if config.state_heads > _MOST_STATE_HEADS:
-                raise OverflowError(f"num_state_heads is {config.state_heads}, which is too large")
-        except OverflowError as error:
-            problems.append(str(error))
+                problems.append(f"num_state_heads is {config.state_heads}, which is too large")
         except ConfigError as error:  # in the words of the file
             option = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
             problems.append(option.sub(lambda match: _FIELDS[match[0]], error.why).rstrip("."))
