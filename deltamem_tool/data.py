@@ -25,7 +25,7 @@ from deltamem_tool.chat_template import render
 from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory import OUTSIDE
-from deltamem_tool.segments import Marked, mark_chat
+from deltamem_tool.segments import Marked, mark_chat, padded
 
 IGNORED = -100  # label of a token that is not scored
 ASKED = 0.15  # generated histories hold questions too, so that the memory learns not to write them
@@ -152,14 +152,14 @@ class EpisodeCollator:
         read, labels = self._exchanges(episodes)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         marks = [history.marks[-self.max_write_tokens :] for history in histories]
-        segments = {} if self.granularity == "token" else {"write_segments": _padded(marks, OUTSIDE)}
+        segments = {} if self.granularity == "token" else {"write_segments": padded(marks, OUTSIDE)}
         return {
             **segments,
-            "write_ids": _padded(written, pad),
-            "write_mask": _padded([[1] * len(ids) for ids in written], 0),
-            "read_ids": _padded(read, pad),
-            "read_mask": _padded([[1] * len(ids) for ids in read], 0),
-            "labels": _padded(labels, IGNORED),
+            "write_ids": padded(written, pad),
+            "write_mask": padded([[1] * len(ids) for ids in written], 0),
+            "read_ids": padded(read, pad),
+            "read_mask": padded([[1] * len(ids) for ids in read], 0),
+            "labels": padded(labels, IGNORED),
             "rows": torch.tensor(rows),
         }
 
@@ -226,11 +226,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where
 
 def _at(where: str) -> str:
     return f"{where}: " if where else ""
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def _episode(line: str, where: str) -> Episode:

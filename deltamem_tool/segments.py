@@ -94,9 +94,9 @@ def encode_chat(
     ids = [row.input_ids for row in rows]
     marks = [row.marks for row in rows]
     return ChatTokens(
-        input_ids=_padded(ids, _pad_token(tokenizer, ids), padding_side, torch.int64),
-        attention_mask=_padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
-        segments=None if granularity == "token" else _padded(marks, OUTSIDE, padding_side, torch.int8),
+        input_ids=padded(ids, _pad_token(tokenizer, ids), padding_side, torch.int64),
+        attention_mask=padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
+        segments=None if granularity == "token" else padded(marks, OUTSIDE, padding_side, torch.int8),
     )
 
 
@@ -323,7 +323,8 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
     return pad if pad is not None else 0
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int, side: str, dtype: torch.dtype) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right", dtype: torch.dtype = torch.int64) -> Tensor:
+    """Rows of any lengths as one tensor `[B, T]`, filled up with `fill` on one side."""
     width = max(len(row) for row in rows)
     blanks = [[fill] * (width - len(row)) for row in rows]
     if side == "left":
