@@ -53,6 +53,7 @@ class DeltaMemory(nn.Module):
         self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
         self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
         self.reset_parameters()
+        self._join()
 
     def reset_parameters(self) -> None:
         for projection in (self.query, self.key, self.value):
@@ -73,6 +74,36 @@ class DeltaMemory(nn.Module):
         if self.scale_raw is not None:
             share = self.config.delta_scale_init / self.config.delta_scale_max
             nn.init.constant_(self.scale_raw, math.log(share / (1 - share)))
+
+    def _inputs(self) -> list[nn.Linear]:
+        """What reads the hidden states, in the order of `_project`."""
+        return [self.query, self.key, self.value, self.gate, *([] if self.decay is None else [self.decay])]
+
+    def _join(self) -> None:
+        """Let the weights that read the hidden states lie side by side in `_joined`, of which each is then a part: one
+        product serves them all, and nothing has to be copied for it."""
+        weights = [linear.weight for linear in self._inputs()]
+        self._joined = torch.cat([weight.detach() for weight in weights])
+        for weight, rows in zip(weights, self._joined.split([len(weight) for weight in weights]), strict=True):
+            weight.data = rows
+
+    def _apply(self, fn, recurse=True):  # what `to()` and its kin go through: it moves every weight by itself
+        super()._apply(fn, recurse)
+        self._join()
+        return self
+
+    def _input_weight(self) -> Tensor:
+        """Of all `_inputs`, `[·, D]`: the joined one, unless it must be differentiated or somebody has taken the
+        weights apart."""
+        weights = [linear.weight for linear in self._inputs()]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat(weights)
+        address = self._joined.data_ptr()
+        for weight in weights:
+            if weight.data_ptr() != address:
+                return torch.cat(weights)
+            address += weight.nbytes
+        return self._joined
 
     def delta_of(self, branch: str) -> nn.Linear:
         """Δ of one branch, `[out, H·R]`."""
@@ -111,6 +142,8 @@ class DeltaMemory(nn.Module):
             Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
         x = hidden.to(self.query.weight.dtype)
+        if x.shape[1] == 1 and reads is None and writes is True and last is None:
+            return self._decode(x, state, segment)
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
             x = x.masked_fill(~(reads | writes)[:, :, None], 0.0)
@@ -138,40 +171,62 @@ class DeltaMemory(nn.Module):
             readings = readings * reads[:, :, None, None].to(x.dtype)
         return readings.flatten(2), state, segment
 
+    def _decode(self, x: Tensor, state: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward` of one token `[B, 1, D]` that reads, and writes or joins the open segment, in as few operations as
+        there can be: they cost more than the arithmetic."""
+        with full_precision(x.device):
+            query_key, *raw = self._project(x)
+            if segment is not None:  # nothing is written yet
+                query, key = query_key.chunk(2, dim=-1)
+                readings = _read(state, _normalised(_per_head(query, self.config)))
+                return readings.flatten(2), state, segment + _counted((key, *raw))[:, 0]
+            q_k = _normalised(query_key.view(-1, 2, *state.shape[1:3])).permute(0, 2, 3, 1)  # [B, H, R, 2]
+            heads = state.shape[1]
+            value, *raw = (part.view(-1, heads, part.shape[-1] // heads, 1) for part in raw)
+            keep, erase, write = gates(self.config, *raw)
+            reading, predicted = torch.matmul(state, q_k).split(1, dim=-1)  # [B, H, R, 1]
+            change = torch.addcmul(write * value, erase, predicted, value=-1)
+            return reading.reshape(len(x), 1, -1), torch.addcmul(state * keep, change, q_k[..., 1:].mT), None
+
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Pre-activations: query and key side by side `[B, T, 2·H·R]`, value `[B, T, H·R]`, gates `[B, T, ·]`. One
         product: joining the weights costs less than a call for each of them."""
-        gates = [self.gate] if self.decay is None else [self.gate, self.decay]
-        weights = [self.query.weight, self.key.weight, self.value.weight, *(gate.weight for gate in gates)]
-        width = self.value.out_features
-        raw = F.linear(x, torch.cat(weights))
+        gates = (self.gate,) if self.decay is None else (self.gate, self.decay)
+        width = self.config.state_heads * self.config.rank
+        raw = F.linear(x, self._input_weight())
         parts = raw.split([2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
         return *parts[:2], *(part + gate.bias for part, gate in zip(parts[2:], gates, strict=True))
 
-    def correction(self, branch: str, readings: Tensor) -> Tensor:
-        """What the readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: (α/R) · Δ r, by the learned scale
-        if there is one, and normalised if that is the o branch's way."""
-        with full_precision(readings.device):
-            # The readings are scaled, and not Δ r, which is far longer.
-            steer = F.linear(readings * self._scale(branch), self.delta_of(branch).weight)
+    def scaled(self, readings: Tensor) -> Tensor:
+        """(α/R) · r, by the layer's learned scale if there is one: the readings are scaled once, and not Δ r, which is
+        far longer and once for every branch."""
+        scale = self.config.scale
+        return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
+
+    def correction(self, branch: str, scaled: Tensor) -> Tensor:
+        """What `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: Δ r, by the branch's learned
+        scale if there is one, and normalised if that is the o branch's way."""
+        with full_precision(scaled.device):
+            steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight)
             return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
-    def correct(self, branch: str, readings: Tensor, output: Tensor) -> Tensor:
+    def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
         """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
-        if output.dtype != readings.dtype or (branch == "o" and self.o_norm is not None):
-            return output + self.correction(branch, readings).to(output.dtype)
-        if readings.shape[1] == 1:
-            return output + self.correction(branch, readings)
-        with full_precision(readings.device):
-            readings = readings * self._scale(branch)
+        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
+            return output + self.correction(branch, scaled).to(output.dtype)
+        with full_precision(scaled.device):
+            readings = self._for_branch(branch, scaled)
             delta = self.delta_of(branch).weight
+            if readings.shape[1] == 1:
+                return output + F.linear(readings, delta)
             return torch.addmm(output.flatten(0, 1), readings.flatten(0, 1), delta.mT).view(output.shape)
 
-    def _scale(self, branch: str) -> float | Tensor:
-        if self.scale_raw is None:
-            return self.config.scale
-        raw = self.scale_raw[BRANCHES.index(branch) if self.config.delta_scale == "branch" else 0]
-        return torch.sigmoid(raw) * (self.config.delta_scale_max * self.config.scale)
+    def _for_branch(self, branch: str, scaled: Tensor) -> Tensor:
+        return scaled * self._learned_scale(BRANCHES.index(branch)) if self.config.delta_scale == "branch" else scaled
+
+    def _learned_scale(self, which: int) -> Tensor:
+        assert self.scale_raw is not None
+        return torch.sigmoid(self.scale_raw[which]) * self.config.delta_scale_max
 
 
 def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,27 +239,32 @@ def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tenso
         v, log keep, erase, write; each `[..., H, R]`.
     """
     value, *raw = (_per_head(part, config) for part in parts)
-    log_keep, erase, write = gates(config, *raw)
+    log_keep, erase, write = gates(config, *raw, logarithm=True)
     if config.gates == "head":
         log_keep, erase, write = (gate.expand_as(value) for gate in (log_keep, erase, write))
     return value, log_keep, erase, write
 
 
-def gates(config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log keep, erase, write) from pre-activations of any shape, with β = sigmoid(beta), and λ = sigmoid(decay), or
-    1 − β where λ has none of its own.
+def gates(
+    config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None, *, logarithm: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, erase, write) from pre-activations of any shape, with β = sigmoid(beta), and λ = sigmoid(decay), or
+    1 − β where λ has none of its own; with `logarithm`, log keep.
 
     | rule             | keep | erase | write |
     | standard (paper) | λ    | β     | β     |
     | lambda_outside   | λ    | λβ    | β     |
     | no_lambda        | 1    | β     | β     |
     """
-    forget = beta if decay is None else -decay  # λ = sigmoid(−forget)
     write = torch.sigmoid(beta)
-    # Not logsigmoid: its ONNX form overflows.
-    log_keep = torch.zeros_like(beta) if config.update_rule == "no_lambda" else -F.softplus(forget)
-    erase = write * torch.sigmoid(-forget) if config.update_rule == "lambda_outside" else write
-    return log_keep, erase, write
+    opened = -beta if decay is None else decay  # λ = sigmoid(opened)
+    erase = write * torch.sigmoid(opened) if config.update_rule == "lambda_outside" else write
+    if config.update_rule == "no_lambda":
+        keep = torch.zeros_like(beta) if logarithm else torch.ones_like(beta)
+    else:
+        # Not logsigmoid: its ONNX form overflows.
+        keep = -F.softplus(-opened) if logarithm else torch.sigmoid(opened)
+    return keep, erase, write
 
 
 def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,11 +288,16 @@ def _segment_means(
     """The mean of each part `[B, T, ·]` over the tokens of its segment so far: W · mean(x) is mean(W · x), so a segment
     needs no more than sums. And the segment `[B, W]` that is open afterwards."""
     widths = [part.shape[-1] for part in parts]
-    counted = torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
+    counted = _counted(parts)
     if isinstance(writes, Tensor):
         counted = counted * writes.unsqueeze(-1)
     sums, segment = segment_sums(counted, last, segment)
     return _means(sums)[0].split(widths, dim=-1), segment
+
+
+def _counted(parts: Sequence[Tensor]) -> Tensor:
+    """What tokens add to their segment, `[B, T, W]`: their parts, and one token."""
+    return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
 
 
 def _means(sums: Tensor) -> tuple[Tensor, Tensor]:

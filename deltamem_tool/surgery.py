@@ -128,7 +128,7 @@ class _Call:
     last: Tensor | None  # bool [B, T], tokens that end a segment; None for none
     tokens: int  # T
     outer: _Call | None  # the run of another decoder that this one is part of
-    readings: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H·R] by layer
+    readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
     segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
 
@@ -388,7 +388,7 @@ def _before_attention(index: int, memory: DeltaMemory):
         readings, state, segment = memory(
             hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last
         )
-        call.readings[index], call.states[index] = readings, state
+        call.readings[index], call.states[index] = memory.scaled(readings), state
         if segment is not None:
             call.segments[index] = segment
 

@@ -266,7 +266,7 @@ def test_heads_of_states_do_not_meet():
 def corrections(memory, seed=0):
     torch.manual_seed(seed)
     readings = torch.randn(2, 5, memory.config.state_heads * memory.config.rank)
-    return {branch: memory.correction(branch, readings) for branch in memory.config.heads}
+    return {branch: memory.correction(branch, memory.scaled(readings)) for branch in memory.config.heads}
 
 
 @pytest.mark.parametrize(("delta_scale", "count"), [("layer", 1), ("branch", 4)])
