@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
 from deltamem_tool.architectures import attention_layers, select_layers
@@ -22,6 +22,7 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.memory import DeltaMemory
+from deltamem_tool.patched import hf_model
 from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, fresh_adapter, hook
 
 CONFIG_FILE = "deltamem_config.json"
@@ -119,9 +120,16 @@ class AdapterFolder:
 
 
 def create_adapter(
-    base: str, config: DeltaMemConfig, out: str | Path, revision: str | None = None, overwrite: bool = False
+    base: str,
+    config: DeltaMemConfig,
+    out: str | Path,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> AdapterFolder:
     """Write a fresh adapter for the checkpoint `base`, without loading it: a few columns of its weights are read.
+
+    Python files of `base` run only where `trust_remote_code` says so.
 
     Raises:
         ArchitectureError: `base` cannot take a memory.
@@ -129,11 +137,9 @@ def create_adapter(
         DeltaMemError: `out` is there already, or cannot be written.
     """
     refuse_existing(out, overwrite)
-    checkpoint = BaseCheckpoint(base, revision)
+    checkpoint = BaseCheckpoint(base, revision, trust_remote_code)
     layers = select_layers(attention_layers(checkpoint.skeleton()), config)
-    adapter = fresh_adapter(
-        config, layers, lambda layer, head, n: checkpoint.read(layer.weight_name(head), columns=slice(0, n))
-    )
+    adapter = fresh_adapter(config, layers, checkpoint.first_columns)
     write_adapter(adapter, base_of(checkpoint), out, overwrite)
     return read_adapter(out)
 
@@ -141,7 +147,7 @@ def create_adapter(
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> None:
     """Write the adapter of a patched `model` as a folder, whole or not at all."""
     adapter = adapter_of(model)
-    write_adapter(adapter, _base_of_model(model), path, overwrite)
+    write_adapter(adapter, _base_of_model(hf_model(model)), path, overwrite)
 
 
 def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
@@ -192,6 +198,7 @@ def load(
     base: str | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The base model with the adapter on it, in eval mode.
@@ -200,15 +207,16 @@ def load(
         path: adapter folder or Hub id; `revision` is its revision.
         base: where the base model is, if not where the adapter says.
         base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
+        trust_remote_code: whether Python files of the base model may run.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         AdapterError: the adapter is damaged or was made for another base model.
-        ArchitectureError: the base model is not there.
+        ArchitectureError: the base model is not there, or cannot be loaded.
     """
     folder = read_adapter(path, revision)
-    checkpoint, found = find_base(path, folder.base, base, base_revision)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **{"dtype": "auto", **kwargs})
+    checkpoint, found = find_base(path, folder.base, base, base_revision, trust_remote_code)
+    model = checkpoint.load(**kwargs)
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
     fill(adapter, folder)
     adapter.made_for = found
@@ -217,7 +225,11 @@ def load(
 
 
 def find_base(
-    adapter: str | Path, recorded: BaseModel, base: str | None = None, base_revision: str | None = None
+    adapter: str | Path,
+    recorded: BaseModel,
+    base: str | None = None,
+    base_revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[BaseCheckpoint, BaseModel]:
     """The base model that `adapter` was made for, at `base` or where it has been recorded.
 
@@ -233,7 +245,7 @@ def find_base(
         )
     if base_revision is None and base in (None, recorded.name):
         base_revision = recorded.revision
-    checkpoint = BaseCheckpoint(base or recorded.name, base_revision)
+    checkpoint = BaseCheckpoint(base or recorded.name, base_revision, trust_remote_code)
     found = base_of(checkpoint)
     if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
@@ -323,7 +335,9 @@ def _base_of_model(model: PreTrainedModel) -> BaseModel:
     name = model.name_or_path or ""
     if name:
         try:
-            return base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None)))
+            # A model of remote code is here, so its code has been trusted.
+            trusted = model.is_custom_code()
+            return base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None), trusted))
         except ArchitectureError:
             pass  # the checkpoint is gone
     mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])

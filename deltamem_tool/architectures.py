@@ -1,30 +1,21 @@
-"""Where each model keeps its attention's projections. A row for a layout; a layout is found in the module tree."""
+"""A model's attention layers: which they are, and where each keeps its projections (`layouts` has the rows)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.layouts import LAYOUTS, UNSUPPORTED, Layout, Projection, features, find
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of an attention module's own linear layers."""
-
-    q: str
-    k: str
-    v: str
-    o: str
-
-
-LAYOUTS = (
-    Layout(q="q_proj", k="k_proj", v="v_proj", o="o_proj"),  # Qwen, Llama, SmolLM3, Mistral, …
-)
+# Names of modules that attend to something else than the text before them, or do not attend by softmax.
+_OTHER = re.compile(r"cross|encoder_attn|vision|image|img_|audio|linear_attn")
+_OTHER_CLASS = re.compile(r"Delta(Net|Attention)")
 
 
 @dataclass(frozen=True)
@@ -34,17 +25,22 @@ class AttentionLayer:
     index: int  # of the decoder layer
     name: str  # of the module in the model
     module: nn.Module
-    layout: Layout
+    projections: Mapping[str, Projection]  # by branch; those that can be corrected
+    note: str  # why others cannot
+    hidden_size: int  # width of what enters the attention, and the memory
 
-    def projection(self, branch: str) -> nn.Linear:
-        return getattr(self.module, getattr(self.layout, branch))
-
-    def weight_name(self, branch: str) -> str:
-        return f"{self.name}.{getattr(self.layout, branch)}.weight"
-
-    @property
-    def hidden_size(self) -> int:
-        return self.projection("q").in_features
+    def projection(self, branch: str) -> Projection:
+        """
+        Raises:
+            ConfigError: this layer has no such branch.
+        """
+        if branch not in self.projections:
+            raise ConfigError(
+                f"A memory cannot correct {branch} in layer {self.index}.",
+                f"{self.note[0].upper()}{self.note[1:]}.",
+                f"Use the branches {', '.join(self.projections)}, or other layers.",
+            )
+        return self.projections[branch]
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
@@ -54,48 +50,86 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         ArchitectureError: `model` is not a decoder, or no module has a known layout, or one has it by name alone.
     """
     config = model.config
+    text = config.get_text_config(decoder=True)
+    called = f"{type(model).__name__} ({config.model_type})"
+    types = frozenset({config.model_type, text.model_type})
+    for reason in (UNSUPPORTED[name] for name in sorted(types & UNSUPPORTED.keys())):
+        raise ArchitectureError(f"{called} takes no memory.", f"{reason[0].upper()}{reason[1:]}.", _ADVICE)
     if not model.can_generate() or getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(
-            f"{type(model).__name__} ({config.model_type}) takes no memory.",
-            "It is not a decoder-only causal language model.",
-            "Use a causal language model, such as Qwen3, Llama or SmolLM3.",
+            f"{called} takes no memory.", "It is not a decoder-only causal language model.", _ADVICE
         )
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # some call their output layer so
+        decoder = model.base_model
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     found = []
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        layout = next((layout for layout in LAYOUTS if _has(module, layout)), None)
-        if layout is not None and isinstance(index, int) and getattr(module, "is_causal", True):
-            found.append(AttentionLayer(index, name, module, layout))
+    for name, module in decoder.named_modules():
+        layout = next((layout for layout in LAYOUTS if layout.fits(module, types)), None)
+        index = _index(name, module)
+        other = _OTHER.search(name) or _OTHER_CLASS.search(type(module).__name__)
+        if layout is not None and index is not None and not other:
+            _refuse_encoder(layout, text, called)
+            found.append(_layer(index, prefix + name, module, layout, text))
     if not found:
         raise ArchitectureError(
-            f"The attention of {type(model).__name__} ({config.model_type}) is not known.",
-            "No module has the projections " + " or ".join(_names(layout) for layout in LAYOUTS) + ".",
-            "Use a model with Llama-style attention, such as Qwen3, Llama or SmolLM3.",
+            f"The attention of {called} is not known.", "No module has projections of a known layout.", _ADVICE
         )
     found.sort(key=lambda layer: layer.index)
-    strange = _strange(found, config.get_text_config())
+    strange = _strange(found)
     if strange:
-        raise ArchitectureError(
-            f"The attention of {type(model).__name__} ({config.model_type}) is not laid out as its names say.",
-            strange,
-            "Use a model with Llama-style attention, such as Qwen3, Llama or SmolLM3.",
-        )
+        raise ArchitectureError(f"The attention of {called} is not laid out as its names say.", strange, _ADVICE)
     return found
 
 
-def _strange(layers: Sequence[AttentionLayer], config: PretrainedConfig) -> str:
-    """Why a correction would not land where it belongs: a projection that holds more than its heads, such as a gate
+_ADVICE = "`deltamem architectures` lists the models that take one, such as Qwen3, Llama or SmolLM3."
+
+
+def _layer(index: int, name: str, module: nn.Module, layout: Layout, config: PretrainedConfig) -> AttentionLayer:
+    projections = {}
+    for branch, span in layout.spans(config).items():
+        linear = find(module, span.linear)
+        assert isinstance(linear, nn.Module)  # the layout fits
+        projections[branch] = Projection(f"{name}.{span.linear}", linear, span)
+    ordered = {branch: projections[branch] for branch in BRANCHES if branch in projections}
+    entry = find(module, layout.entry) if layout.entry else projections["q"].linear
+    assert isinstance(entry, nn.Module)
+    return AttentionLayer(index, name, module, ordered, layout.note, features(entry)[0])
+
+
+def _index(name: str, module: nn.Module) -> int | None:
+    """Which layer a module says it is of; else the first number in its name."""
+    for at in ("layer_idx", "self.layer_idx"):
+        index = find(module, at)
+        if isinstance(index, int) and index >= 0:
+            return index
+    number = re.search(r"(?:^|\.)(\d+)\.", f"{name}.")
+    return int(number[1]) if number else None
+
+
+def _refuse_encoder(layout: Layout, config: PretrainedConfig, called: str) -> None:
+    if layout.only_decoders and not getattr(config, "is_decoder", False):
+        raise ArchitectureError(
+            f"{called} takes no memory.",
+            "It is an encoder: its tokens attend in both directions.",
+            "If it was trained as a decoder, its config says is_decoder=True.",
+        )
+
+
+def _strange(layers: Sequence[AttentionLayer]) -> str:
+    """Why a correction would not land where it belongs: a linear layer that holds more than its heads, such as a gate
     beside the query, or two modules that claim one layer."""
-    query_heads = getattr(config, "num_attention_heads", None)
-    heads = {"q": query_heads, "k": getattr(config, "num_key_value_heads", None) or query_heads}
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         if after is not None and layer.index == after.index:
             return f"{layer.name} and {after.name} are both of layer {layer.index}."
-        head_dim = getattr(layer.module, "head_dim", None) or getattr(config, "head_dim", None)
-        for branch, count in heads.items():
-            width = layer.projection(branch).out_features
-            if isinstance(count, int) and width != count * (head_dim or layer.hidden_size // count):
-                return f"{layer.name}.{getattr(layer.layout, branch)} is {width} wide, for {count} heads of {head_dim}."
+        if "v" not in layer.projections:
+            continue  # packed keys and values: their heads have sizes of other names
+        query, output = layer.projections["q"], layer.projections["o"]
+        # Attention gives as many heads as it takes queries, each as wide as a value.
+        width = getattr(layer.module, "head_dim", None) or 1
+        value_width = getattr(layer.module, "v_head_dim", None) or width
+        if query.out_features * value_width != output.in_features * width:
+            return f"{query.name} is {query.out_features} wide, and {output.name} takes {output.in_features}."
     return ""
 
 
@@ -135,11 +169,3 @@ def layers_at(found: Sequence[AttentionLayer], indices: Sequence[int]) -> list[A
             "Correct the option `layers`.",
         )
     return [by_index[index] for index in sorted(indices)]
-
-
-def _has(module: nn.Module, layout: Layout) -> bool:
-    return all(hasattr(getattr(module, name, None), "in_features") for name in (layout.q, layout.k, layout.v, layout.o))
-
-
-def _names(layout: Layout) -> str:
-    return ", ".join((layout.q, layout.k, layout.v, layout.o))

@@ -6,23 +6,40 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from deltamem_tool.architectures import AttentionLayer
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.layouts import Projection, features
+from deltamem_tool.weights import WEIGHT_FILES, StoredWeights, files_of_index
 
 SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
 BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
 ASSETS = Path(__file__).parent / "assets"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[AttentionLayer], Tensor]) -> str:
@@ -35,70 +52,170 @@ def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[Attention
 
 
 class BaseCheckpoint:
-    """A folder of `save_pretrained`, or a Hub id.
+    """A folder of `save_pretrained`, or a Hub id. Its weights are fetched and opened when they are asked for.
 
     Args:
         name: folder or `owner/name`.
         revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether Python files of the checkpoint may run.
 
     Raises:
-        ArchitectureError: nothing is there, or it is no causal language model.
+        ArchitectureError: nothing is there, it is no causal language model, or it needs code that is not trusted.
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
         self.name = str(name)
-        self.folder = resolve_folder(self.name, revision, _FILES, "checkpoint")
-        self.revision = self.folder.name if self.folder.parent.name == "snapshots" else None
-        self.config = _read_config(self.folder, self.name)
-        self._file_of = self._index()
+        self.trust_remote_code = trust_remote_code
+        files = [*_SMALL_FILES, "*.py"] if trust_remote_code else _SMALL_FILES
+        self._folder = resolve_folder(self.name, revision, files, "checkpoint")
+        self._is_here = Path(self.name).is_dir() or self.name.startswith(BUILTIN)
+        self.revision = self._folder.name if self._folder.parent.name == "snapshots" else None
+        self.config = _read_config(self._folder, self.name, trust_remote_code)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the whole checkpoint is."""
+        if not self._is_here:
+            for file in WEIGHT_FILES:
+                index = self._folder / file
+                wanted = [file]
+                if file.endswith(".json"):  # a small file: it has come already, if there is one
+                    wanted = sorted(set(files_of_index(index).values())) if index.is_file() else []
+                if wanted:
+                    resolve_folder(self.name, self.revision, wanted, "checkpoint")
+                    if (self._folder / wanted[0]).is_file():
+                        break
+        return self._folder
+
+    @property
+    def _kind(self) -> Any:
+        """The class that makes it: the text decoder alone where transformers has one, else with the towers that see."""
+        causal = self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return AutoModelForCausalLM if causal or known else AutoModelForImageTextToText
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on torch's meta device): its module tree and shapes."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+            return self._kind.from_config(self.config, trust_remote_code=self.trust_remote_code)
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.
+
+        Raises:
+            ArchitectureError: transformers cannot load it, or would fill weights that are missing with random numbers.
+        """
+        _ = self._weights  # damaged files are named here, which transformers does not do
+        options = {"dtype": "auto", **options, "trust_remote_code": self.trust_remote_code}
+        try:
+            loaded: Any = self._kind.from_pretrained(self.folder, **options, output_loading_info=True)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
+                raise
+            raise ArchitectureError(
+                f"transformers cannot load {self.name}.", _first_line(error), "Correct it, or use another checkpoint."
+            ) from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ArchitectureError(
+                f"{self.name} lacks {len(missing)} of its model's weights.",
+                f"The first is {missing[0]}; they would be random numbers.",
+                "Fetch the checkpoint again, or use another one.",
+            )
+        return model
 
     def read(self, weight: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A part of one weight matrix, as stored; only that part is read from disk."""
-        if weight not in self._file_of:
+        """A part of one weight matrix, as stored; only that part is read from disk. `weight` is named as in the model.
+
+        Raises:
+            ArchitectureError: it is not there, or cannot be read.
+        """
+        if weight in self._stored_as:
+            return self._weights.read(self._stored_as[weight], rows, columns)
+        if weight not in self._converted:
             raise ArchitectureError(
                 f"{self.name} has no weight {weight!r}.", "The checkpoint is not complete.", "Use another checkpoint."
             )
-        file = self.folder / self._file_of[weight]
-        try:
-            with safe_open(file, "pt") as tensors:
-                return tensors.get_slice(weight)[rows, columns]
-        except (SafetensorError, OSError) as error:
-            raise ArchitectureError(
-                f"{file} cannot be read.", f"{error}.", "The file may be cut short: fetch the checkpoint again."
-            ) from error
+        return self._converted[weight][rows, columns]
+
+    def first_columns(self, projection: Projection, count: int) -> Tensor:
+        """Of a projection's weight as a matrix `[out, in]`: `[out, count]`.
+
+        Raises:
+            ConfigError: the weight is quantised.
+        """
+        if not self._is_plain(projection):
+            raise ConfigError(
+                f"The weights of {self.name} are quantised.",
+                "delta_init=base_slice starts from plain ones.",
+                "Use delta_init zero or random, or the checkpoint that was quantised.",
+            )
+        some = slice(0, count)
+        if projection.is_transposed:
+            return projection.take(self.read(projection.weight_name, rows=some)).T
+        return projection.take(self.read(projection.weight_name, columns=some).T).T
 
     def fingerprint(self, layers: Iterable[AttentionLayer]) -> str:
-        return fingerprint(layers, lambda layer: self.read(layer.weight_name("q"), slice(0, 1), slice(0, SAMPLED)))
+        return fingerprint(layers, lambda layer: self._first_row(layer.projection("q")))
 
-    def _index(self) -> dict[str, str]:
-        """File of each weight."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ArchitectureError(
-                    f"{index} is no index of weights.", f"{error!r}.", "Fetch the checkpoint again."
-                ) from error
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
-            raise ArchitectureError(
-                f"{self.name} has no safetensors weights.",
-                f"There is no model.safetensors in {self.folder}.",
-                "Save the model with save_pretrained, or use another checkpoint.",
-            )
-        try:
-            with safe_open(single, "pt") as tensors:
-                return dict.fromkeys(tensors.keys(), single.name)
-        except (SafetensorError, OSError) as error:
-            raise ArchitectureError(
-                f"{single} cannot be read.", f"{error}.", "The file may be cut short: fetch the checkpoint again."
-            ) from error
+    def _first_row(self, projection: Projection) -> Tensor:
+        some = slice(0, SAMPLED)
+        if self._is_plain(projection):
+            return self.read(projection.weight_name, slice(0, 1), some)
+        # Several tensors, and packed integers that do not fit into a float32: the bytes of a hash stand for them.
+        digest = hashlib.sha256()
+        for part in self._parts(projection):
+            numbers = self._weights.read(part, some, some).flatten()[:SAMPLED]
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())
+        return torch.tensor([list(digest.digest())])
+
+    def _is_plain(self, projection: Projection) -> bool:
+        """Whether its weight is stored as the numbers that it stands for."""
+        if not getattr(self.config, "quantization_config", None):
+            return True
+        stored = self._stored_as.get(projection.weight_name)
+        if stored is None:
+            return not self._parts(projection)  # nothing of it is there: whoever reads it is told
+        shape = list(features(projection.linear))
+        shape = shape if projection.is_transposed else shape[::-1]
+        return self._weights.shape(stored) == shape and self._weights.read(stored, slice(0, 1)).dtype in _FLOATS
+
+    def _parts(self, projection: Projection) -> list[str]:
+        """All that is stored of a linear layer: of a quantised one several tensors, such as `qweight` and `scales`."""
+        return sorted(name for own, name in self._stored_as.items() if own.startswith(f"{projection.name}."))
+
+    @cached_property
+    def _weights(self) -> StoredWeights:
+        return StoredWeights(self.folder, self.name)
+
+    @cached_property
+    def _stored_as(self) -> dict[str, str]:
+        """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
+        model = self.skeleton()
+        own = model.state_dict()
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in changes if isinstance(change, WeightConverter)]
+        found: dict[str, str] = {}
+        for name in self._weights.names:
+            renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+            if converted is None:
+                found[renamed] = name
+            elif name in own:
+                found[name] = name
+        return found
+
+    @cached_property
+    def _converted(self) -> dict[str, Tensor]:
+        """The weights as transformers makes them of others that are stored in another arrangement. For that it has to
+        load the whole model."""
+        return self.load(dtype="auto").state_dict()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def resolve_folder(name: str, revision: str | None, files: list[str], what: str) -> Path:
@@ -120,16 +237,79 @@ def resolve_folder(name: str, revision: str | None, files: list[str], what: str)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArchitectureError(
             f"{name} is neither a folder here nor a {what} that the Hub gives.",
-            reason,
+            _first_line(error),
             "Check the name and the network; log in with `hf auth login` if it is private or gated.",
         ) from error
 
 
-def _read_config(folder: Path, name: str) -> PretrainedConfig:
+def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    said = _config_on_disk(folder, name)
+    model_type = said.get("model_type")
+    own_code = isinstance(said.get("auto_map"), dict)
+    if not isinstance(model_type, str):
+        raise ArchitectureError(
+            f"{name} is no checkpoint.", f"{folder / 'config.json'} names no model_type.", "Use another folder."
+        )
+    if model_type not in CONFIG_MAPPING and not own_code:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+        raise ArchitectureError(
+            f"The architecture {model_type!r} of {name} is not known.",
+            f"Near it are: {', '.join(near)}." if near else "Nothing in transformers is called like it.",
+            "Use a checkpoint that transformers loads by itself, or update transformers.",
+        )
+    if own_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"The architecture {model_type!r} of {name} is Python code in the checkpoint.",
+            "That code could do anything on this machine; nothing of it has run.",
+            f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
+        )
+    causal = "AutoModelForCausalLM" in said["auto_map"] if own_code else False
+    decoders = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if model_type not in decoders and not causal:
+        raise ArchitectureError(
+            f"{name} ({model_type}) is no causal language model.",
+            "A memory is attached to decoder-only language models.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise ArchitectureError(
+            f"transformers cannot read {folder / 'config.json'}.", _first_line(error), "Fetch the checkpoint again."
+        ) from error
+    # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
+    head = (getattr(config, "architectures", None) or [""])[0]
+    usual = (decoders.get(model_type), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if head and not causal and not head.endswith(tuple(filter(None, usual))):
+        raise ArchitectureError(
+            f"{name} ({model_type}) is no causal language model.",
+            f"Its checkpoint was made for {head}.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    return config
+
+
+def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
+    """`config.json`.
+
+    Raises:
+        ArchitectureError: there is none, or it is damaged; where something else is there, that is named.
+    """
     file = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise ArchitectureError(
+            f"{name} is a diffusion pipeline, no causal language model.",
+            f"There is a model_index.json in {folder}.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise ArchitectureError(
+            f"{name} is a PEFT adapter, no checkpoint.",
+            f"There is an adapter_config.json in {folder}, and no config.json.",
+            "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
+        )
     if not file.is_file():
         raise ArchitectureError(
             f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
@@ -138,29 +318,6 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
         said = json.loads(file.read_text())
     except ValueError as error:
         raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
-    model_type = said.get("model_type") if isinstance(said, dict) else None
-    if model_type is None:
+    if not isinstance(said, dict):
         raise ArchitectureError(f"{name} is no checkpoint.", f"{file} names no model_type.", "Use another folder.")
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=3)
-        raise ArchitectureError(
-            f"The architecture {model_type!r} of {name} is not known.",
-            f"Near it are: {', '.join(near)}." if near else "Nothing in transformers is called like it.",
-            "Use a checkpoint that transformers loads by itself, or update transformers.",
-        )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ArchitectureError(
-            f"{name} ({model_type}) is no causal language model.",
-            "A memory is attached to decoder-only language models.",
-            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
-        )
-    config = AutoConfig.from_pretrained(folder)
-    # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
-    head = (getattr(config, "architectures", None) or [""])[0]
-    if head and not head.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ArchitectureError(
-            f"{name} ({model_type}) is no causal language model.",
-            f"Its checkpoint was made for {head}.",
-            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
-        )
-    return config
+    return said

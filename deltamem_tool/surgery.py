@@ -24,11 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from deltamem_tool.architectures import AttentionLayer, attention_layers, layers_at, select_layers
+from deltamem_tool.call_masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
-from deltamem_tool.memory import BASE_SLICE_WIDTH, INSIDE, LAST, OUTSIDE, DeltaMemory
+from deltamem_tool.layouts import Projection
+from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
 from deltamem_tool.memory_file import MemoryShape, check_memory
-from deltamem_tool.patched import PATCH, patch_of
+from deltamem_tool.patched import PATCH, hf_model, patch_of
 from deltamem_tool.state import MemoryCache, MemoryState
 
 _OVERRIDDEN = ("_prepare_cache_for_generation", "prepare_inputs_for_generation")  # methods of `generate`
@@ -114,7 +116,7 @@ class Patch:
 
     adapter: DeltaMemAdapter
     handles: list[RemovableHandle]
-    required_grad: dict[str, bool]
+    required_grad: list[tuple[nn.Parameter, bool]]
 
 
 @dataclass
@@ -155,9 +157,9 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
         ArchitectureError: the model cannot take a memory, or has one.
         ConfigError: the options do not fit the model.
     """
-    config = config or DeltaMemConfig()
+    config, model = config or DeltaMemConfig(), hf_model(model)
     layers = select_layers(attention_layers(model), config)
-    adapter = fresh_adapter(config, layers, lambda layer, head, n: layer.projection(head).weight[:, :n])
+    adapter = fresh_adapter(config, layers, _first_columns)
     hook(model, adapter)
     return adapter
 
@@ -165,7 +167,7 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
 def fresh_adapter(
     config: DeltaMemConfig,
     layers: Sequence[AttentionLayer],
-    first_columns: Callable[[AttentionLayer, str, int], Tensor],
+    first_columns: Callable[[Projection, int], Tensor],
 ) -> DeltaMemAdapter:
     """A new adapter for `layers`, whose modules only have to know their shapes.
 
@@ -175,18 +177,30 @@ def fresh_adapter(
     adapter = DeltaMemAdapter(config, layers)
     if config.delta_init == "base_slice":
         for layer in layers:
-            columns = {head: first_columns(layer, head, BASE_SLICE_WIDTH) for head in config.heads}
+            columns = {head: first_columns(layer.projection(head), BASE_SLICE_WIDTH) for head in config.heads}
             adapter.memory(layer.index).start_from_base(columns)
     return adapter
+
+
+def _first_columns(projection: Projection, count: int) -> Tensor:
+    weight = projection.weight
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise ConfigError(
+            f"The weight of {projection.name} is quantised.",
+            "delta_init=base_slice starts from plain ones.",
+            "Use delta_init zero or random, or attach before quantising.",
+        )
+    return projection.take(weight[:count] if projection.is_transposed else weight[:, :count].T).T
 
 
 def detach(model: PreTrainedModel) -> None:
     """Take the memory off: hooks gone, the base trainable where it was before."""
     patch: Patch = patch_of(model)
+    model = hf_model(model)
     for handle in patch.handles:
         handle.remove()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(patch.required_grad.get(name, parameter.requires_grad))  # some may be new
+    for parameter, required_grad in patch.required_grad:
+        parameter.requires_grad_(required_grad)
     for name in (*_OVERRIDDEN, PATCH):
         delattr(model, name)
 
@@ -202,34 +216,46 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     if hasattr(model, PATCH):
         raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
     layers = layers_at(attention_layers(model), adapter.layer_indices)
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # Parameters and not their names, which change where a LoRA comes later.
+    required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    decoder = model.base_model
+    decoder = _decoder(model)
     handles = [
-        decoder.register_forward_pre_hook(_before_decoder(model, adapter), with_kwargs=True),
+        decoder.register_forward_pre_hook(_before_decoder(model, decoder, adapter), with_kwargs=True),
         decoder.register_forward_hook(_after_decoder, always_call=True),
     ]
     for layer in layers:
         memory = adapter.memory(layer.index)
         handles.append(layer.module.register_forward_pre_hook(_before_attention(layer.index, memory), with_kwargs=True))
         for branch in adapter.config.heads:
-            handles.append(layer.projection(branch).register_forward_hook(_correct(layer.index, memory, branch)))
+            projection = layer.projection(branch)
+            correct = _correct(layer.index, memory, branch, projection)
+            handles.append(projection.linear.register_forward_hook(correct))
     setattr(model, PATCH, Patch(adapter, handles, required_grad))
     for name, override in zip(_OVERRIDDEN, (_with_memory_cache, _with_announced_step), strict=True):
         setattr(model, name, MethodType(override(getattr(type(model), name)), model))
 
 
-def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
-    parameters = list(inspect.signature(model.base_model.forward).parameters)
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """What the model calls with its tokens: its base model; but OPT and BART's decoder-only form call the decoder that
+    is all there is in theirs."""
+    base = model.base_model
+    inner = dict(base.named_children())
+    return inner["decoder"] if list(inner) == ["decoder"] else base
+
+
+def _before_decoder(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter):
+    parameters = list(inspect.signature(decoder.forward).parameters)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         if cache is None:
-            _refuse_without_segments(adapter.config)
+            refuse_without_segments(adapter.config)
             cache = MemoryCache(model)
             use_cache = kwargs.get("use_cache")
-            if model.config.use_cache if use_cache is None else use_cache:
+            usual = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+            if usual if use_cache is None else use_cache:
                 kwargs["past_key_values"] = cache
         elif not isinstance(cache, MemoryCache):
             raise MemoryStateError(
@@ -251,10 +277,16 @@ def _before_decoder(model: PreTrainedModel, adapter: DeltaMemAdapter):
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
         step = cache.take_step()
-        reads = _valid(kwargs.get("attention_mask"), batch, length, cache.get_seq_length()) if step is None else step[0]
+        reads = (
+            valid_tokens(kwargs.get("attention_mask"), batch, length, cache.get_seq_length())
+            if step is None
+            else step[0]
+        )
         if reads is not None and reads.device.type == "cpu" and not torch.compiler.is_compiling() and reads.all():
             reads = None  # cheap to see on a CPU, and it saves every layer its masks
-        writes, last = _segments(adapter.config, cache.segments, content, reads, _writing(cache.write, reads, content))
+        writes, last = segment_tokens(
+            adapter.config, cache.segments, content, reads, writing_tokens(cache.write, reads, content)
+        )
         _THREAD.call = _Call(cache, memory.to(content.device), reads, writes, last, length, outer=_running())
         return (), kwargs
 
@@ -270,95 +302,6 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
             f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
             "",
             "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
-        )
-
-
-def _valid(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
-    """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise MemoryStateError(
-            "The memory cannot tell padding from text.",
-            "The attention mask is not the 2-D mask over past and new tokens.",
-            "Pass attention_mask as [batch, past + new].",
-        )
-    # While a graph is traced, a static cache's count has no value; while one is exported, sizes are symbols that must
-    # not be compared.
-    unknown = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and isinstance(past, Tensor))
-    if not unknown and mask.shape != (batch, past + length):
-        past = int(past)
-        raise MemoryStateError(
-            f"The attention mask is {list(mask.shape)}, not {[batch, past + length]}.",
-            f"The cache holds {past} tokens and the call brings {length}: attention would take columns for others.",
-            "Pass attention_mask as [batch, past + new], or none where nothing is padding.",
-        )
-    return mask[:, -length:].bool()
-
-
-def _writing(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | bool:
-    """Which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
-    if isinstance(write, Tensor):
-        if write.shape != content.shape[:2]:
-            raise MemoryStateError(
-                f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.",
-                "",
-                "Make them equal.",
-            )
-        return write.bool() if reads is None else write.bool() & reads
-    return reads if write and reads is not None else bool(write)
-
-
-def _segments(
-    config: DeltaMemConfig, marks: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | bool
-) -> tuple[Tensor | bool, Tensor | None]:
-    """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the marks of the
-    tokens to come; where every token writes, `writes` and None."""
-    if config.granularity == "token":
-        if marks is not None:
-            raise MemoryStateError(
-                "This memory has no segments.", "Its adapter writes every token by itself.", "Leave cache.segments out."
-            )
-        return writes, None
-    batch, length = content.shape[:2]
-    if marks is None:  # the open segment goes on
-        return writes, None
-    if not isinstance(marks, Tensor):
-        raise MemoryStateError(
-            f"cache.segments is a {type(marks).__name__}.", "It must be an int8 tensor.", "Pass what encode_chat gave."
-        )
-    if marks.ndim != 2 or marks.shape[0] != batch or marks.shape[1] < length:
-        raise MemoryStateError(
-            f"cache.segments is {list(marks.shape)}, the tokens are {[batch, length]}.",
-            "It must say of every token of the call to which segment it belongs.",
-            "Pass what encode_chat gave for these tokens, and not less.",
-        )
-    marks = marks[:, :length].to(content.device)
-    if not torch.compiler.is_compiling():
-        if bool(((marks < OUTSIDE) | (marks > LAST)).any()):
-            raise MemoryStateError(
-                "cache.segments holds marks that there are not.",
-                f"A token is {OUTSIDE} (outside), {INSIDE} (inside) or {LAST} (the last of its segment).",
-                "Pass what encode_chat gave for these tokens.",
-            )
-        if reads is not None and bool(((marks != OUTSIDE) & ~reads).any()):
-            raise MemoryStateError(
-                "cache.segments puts padding into a segment.",
-                "It and the attention mask are not of the same tokens.",
-                "Pass both as encode_chat gave them.",
-            )
-    if writes is False:
-        return False, None
-    return writes & (marks != OUTSIDE), writes & (marks == LAST)
-
-
-def _refuse_without_segments(config: DeltaMemConfig) -> None:
-    """Without a cache nobody can say, then or later, where a segment ends: nothing would ever be written."""
-    if config.granularity != "token":
-        raise MemoryStateError(
-            f"This memory writes by {config.granularity}, and nothing says where one ends.",
-            "Without a MemoryCache there is no place to say it.",
-            "Pass past_key_values=cache and set cache.segments: see deltamem.encode_chat.",
         )
 
 
@@ -395,11 +338,15 @@ def _before_attention(index: int, memory: DeltaMemory):
     return hook
 
 
-def _correct(index: int, memory: DeltaMemory, branch: str):
+def _correct(index: int, memory: DeltaMemory, branch: str, projection: Projection):
+    whole = projection.is_whole
+
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         call = _running()
         assert call is not None  # the attention's own hook has seen to it
-        return memory.correct(branch, call.readings[index], output)
+        if whole:
+            return memory.correct(branch, call.readings[index], output)
+        return output + projection.place(memory.correction(branch, call.readings[index])).to(output.dtype)
 
     return hook
 
@@ -414,7 +361,7 @@ def _with_memory_cache(own: Callable):
         given = model_kwargs.get("past_key_values")
         own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if given is None and generation_config.use_cache:
-            _refuse_without_segments(adapter_of(self).config)
+            refuse_without_segments(adapter_of(self).config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(
                     f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
@@ -461,7 +408,7 @@ def _with_announced_step(own: Callable):
         if isinstance(past_key_values, MemoryCache):
             tokens = inputs.get("input_ids")
             content = tokens if tokens is not None else inputs["inputs_embeds"]
-            valid = _valid(attention_mask, len(content), content.shape[1], past_key_values.get_seq_length())
+            valid = valid_tokens(attention_mask, len(content), content.shape[1], past_key_values.get_seq_length())
             valid = None if valid is None else valid.to(content.device)
             past_key_values.begin_step(None if is_first_iteration else tokens, valid)
         return inputs

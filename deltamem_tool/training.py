@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -184,7 +183,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model = load(recipe.adapter, base=recipe.base, base_revision=recipe.revision)
         return model, tokenizer_of(model)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
+    model = checkpoint.load().eval()
     attach(model, recipe.memory).made_for = base_of(checkpoint)
     return model, read_tokenizer(checkpoint.folder)
 

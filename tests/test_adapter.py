@@ -307,9 +307,9 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
     seen = []
 
     class Watched(BaseCheckpoint):
-        def __init__(self, name, revision=None):
+        def __init__(self, name, revision=None, trust_remote_code=False):
             seen.append(revision)
-            super().__init__(name, revision)
+            super().__init__(name, revision, trust_remote_code)
 
     monkeypatch.setattr("deltamem_tool.adapter.BaseCheckpoint", Watched)
     moved = shutil.copytree(base, tmp_path / "moved")

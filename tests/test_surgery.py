@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     DynamicCache,
     GPT2Config,
+    MambaConfig,
     Qwen3NextConfig,
     StaticCache,
     T5Config,
@@ -368,7 +369,7 @@ def test_another_cache_is_refused(kind):
 
 
 def _gated():
-    """Its q_proj gives [query | gate]."""
+    """Its q_proj gives [query | gate], which no row says of its type."""
     config = Qwen3NextConfig(
         vocab_size=32,
         hidden_size=32,
@@ -383,7 +384,16 @@ def _gated():
         moe_intermediate_size=8,
         shared_expert_intermediate_size=8,
     )
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    model.config.model_type = "new"
+    return model
+
+
+def _fused():
+    """Its c_attn gives [query | key | value], which no row says of its type."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    model.config.model_type = "new"
+    return model
 
 
 def _twice():
@@ -401,13 +411,14 @@ def _twice():
             "decoder-only",
         ),
         (
-            lambda: AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)),
-            "q_proj, k_proj, v_proj, o_proj",
+            lambda: AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)),
+            r"(?s)\(mamba\) takes no memory.*softmax attention",
         ),
-        (lambda: _gated(), r"(?s)not laid out as its names say.*self_attn.q_proj is 128 wide, for 4 heads of 16"),
+        (lambda: _fused(), r"(?s)\(new\) is not known.*known layout"),
+        (lambda: _gated(), r"(?s)not laid out as its names say.*self_attn.q_proj is 128 wide, and .*o_proj takes 64"),
         (lambda: _twice(), "both of layer 0"),
     ],
-    ids=["encoder", "encoder-decoder", "unknown-attention", "query-and-gate", "one-layer-twice"],
+    ids=["encoder", "encoder-decoder", "state-space", "unknown-attention", "query-and-gate", "one-layer-twice"],
 )
 def test_other_models_are_refused(make, says):
     model = make()

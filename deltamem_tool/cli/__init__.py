@@ -12,7 +12,7 @@ import click
 from deltamem_tool import __version__
 from deltamem_tool.errors import DeltaMemError
 
-COMMANDS = ("quickstart", "patch", "convert", "inspect", "train", "eval", "export", "run")
+COMMANDS = ("quickstart", "architectures", "patch", "convert", "inspect", "train", "eval", "export", "run")
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
 
 

@@ -40,10 +40,11 @@ def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
 @_option("--o-norm/--no-o-norm", "RMSNorm on the correction of the o branch.")
 @_option("--o-norm-eps", "Its epsilon.")
 @click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python files of BASE, where its architecture is one.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
-def command(context, base, out, revision, preset, seed, overwrite, as_json, **options) -> None:
+def command(context, base, out, revision, preset, seed, trust_remote_code, overwrite, as_json, **options) -> None:
     """Write a fresh adapter for the checkpoint BASE (a folder or a Hub id).
 
     Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
@@ -62,7 +63,7 @@ def command(context, base, out, revision, preset, seed, overwrite, as_json, **op
 
     quiet_libraries()
     torch.manual_seed(seed)
-    folder = create_adapter(base, config, out, revision, overwrite)
+    folder = create_adapter(base, config, out, revision, overwrite, trust_remote_code)
     if as_json:
         said = {"adapter": str(out), "parameters": folder.num_parameters(), "base": asdict(folder.base)}
         click.echo(json.dumps(said))

@@ -75,14 +75,14 @@ def test_a_base_that_takes_no_memory(here, deltamem, model_type, architecture, s
     assert listing(here) == before
 
 
-def test_attention_that_is_not_known(here, deltamem):
-    from transformers import AutoModelForCausalLM, GPT2Config
+def test_a_model_without_attention(here, deltamem):
+    from transformers import AutoModelForCausalLM, MambaConfig
 
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(here / "base")
     before = listing(here)
     done = deltamem("patch", "base", "--out", "adapter")
-    done.assert_short_error("GPT2", "not known", "q_proj", "such as Qwen3", code=1)
+    done.assert_short_error("Mamba", "takes no memory", "softmax attention", "such as Qwen3", code=1)
     assert listing(here) == before
 
 
@@ -95,7 +95,7 @@ def test_an_encoder_with_weights(here, deltamem):
     # and one whose config does not say what it is
     said = json.loads((here / "base" / "config.json").read_text())
     (here / "base" / "config.json").write_text(json.dumps({**said, "architectures": None}))
-    deltamem("patch", "base", "--out", "adapter").assert_short_error("such as Qwen3", code=1)
+    deltamem("patch", "base", "--out", "adapter").assert_short_error("is an encoder", "is_decoder", code=1)
     assert set(listing(here)) == set(before)
 
 

@@ -1,0 +1,287 @@
+"""Where an attention module keeps its query, key, value and output: a row for every way to do it.
+
+A projection that is a linear layer of its own is found by its name, in whatever model it occurs. Of a fused one the
+name does not tell how its output is interleaved, so such a row holds for the model types that it lists, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Span:
+    """A branch's share of a projection's output `[..., G·W]`: in each of G groups, the columns from start to stop."""
+
+    linear: str  # dotted name inside the attention module
+    groups: int = 1
+    start: int = 0
+    stop: int | None = None  # None: all of the output
+
+
+Spans = Mapping[str, Span]  # by branch; a branch that is missing has no meaning there
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to keep the projections."""
+
+    spans: Callable[[PretrainedConfig], Spans]
+    linears: tuple[str, ...]  # what the attention module must have
+    lacks: tuple[str, ...] = ()  # and what it must not
+    types: frozenset[str] = frozenset()  # model types; none: wherever these linears occur
+    entry: str = ""  # the linear layer that reads the attention's hidden states; "": the query's
+    only_decoders: bool = False  # the same module attends in both directions unless its config says `is_decoder`
+    note: str = ""  # why branches are missing
+
+    def fits(self, module: nn.Module, model_types: frozenset[str]) -> bool:
+        return (
+            (not self.types or bool(self.types & model_types))
+            and all(is_linear(find(module, name)) for name in self.linears)
+            and not any(hasattr(module, name) for name in self.lacks)
+        )
+
+
+def find(module: nn.Module, name: str) -> object:
+    """What the dotted `name` leads to, or None."""
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        return None
+
+
+def is_linear(module: object) -> bool:
+    """Whether it is a linear layer: torch's, a quantised one, or GPT-2's Conv1D, whose weight is transposed."""
+    return hasattr(module, "in_features") or is_transposed(module)
+
+
+def is_transposed(module: object) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Width of input and output."""
+    return (linear.nx, linear.nf) if is_transposed(linear) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One branch of one attention layer: a linear layer, or a part of what it puts out."""
+
+    name: str  # of the linear layer in the model
+    linear: nn.Module
+    span: Span
+
+    @property
+    def in_features(self) -> int:
+        return features(self.linear)[0]
+
+    @property
+    def out_features(self) -> int:
+        """How wide the branch is."""
+        return self.span.groups * (self._stop - self.span.start)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.linear.weight)
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.out_features == features(self.linear)[1]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as `[in, out]`."""
+        return is_transposed(self.linear)
+
+    @property
+    def _group(self) -> int:
+        return features(self.linear)[1] // self.span.groups
+
+    @property
+    def _stop(self) -> int:
+        return self._group if self.span.stop is None else self.span.stop
+
+    def take(self, output: Tensor) -> Tensor:
+        """The branch `[..., out]` from everything that the linear layer puts out."""
+        return output.unflatten(-1, (self.span.groups, -1))[..., self.span.start : self._stop].flatten(-2)
+
+    def place(self, correction: Tensor) -> Tensor:
+        """`[..., out]` of the branch as wide as the linear layer's output, zeros elsewhere."""
+        grouped = correction.unflatten(-1, (self.span.groups, -1))
+        return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
+
+
+def _own(q: str, k: str, v: str, o: str, **options) -> Layout:
+    """Four linear layers."""
+    names = {"q": q, "k": k, "v": v, "o": o}
+    spans = {branch: Span(linear) for branch, linear in names.items()}
+    return Layout(lambda config: spans, tuple(names.values()), **options)
+
+
+def _query_and_output(q: str, o: str, note: str, entry: str = "", **options) -> Layout:
+    """Keys and values that no correction could reach by itself."""
+    spans = {"q": Span(q), "o": Span(o)}
+    return Layout(lambda config: spans, (q, o, entry or q), note=note, entry=entry, **options)
+
+
+def _fused(
+    linear: str, o: str, spans: Callable[[str, PretrainedConfig], Spans], types: str, entry: str = "", note: str = ""
+) -> Layout:
+    """One linear layer for several branches."""
+    return Layout(
+        lambda config: {**spans(linear, config), "o": Span(o)},
+        (linear, o, entry or linear),
+        types=frozenset(types.split()),
+        entry=entry,
+        note=note,
+    )
+
+
+def _side_by_side(linear: str, widths: Mapping[str, int], groups: int = 1) -> Spans:
+    spans, start = {}, 0
+    for branch, width in widths.items():
+        spans[branch] = Span(linear, groups, start, start + width)
+        start += width
+    return spans
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key heads, and the width of a head."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _thirds(linear: str, config: PretrainedConfig) -> Spans:
+    """[q of all heads | k | v]."""
+    return _side_by_side(linear, dict.fromkeys("qkv", config.hidden_size))
+
+
+def _thirds_per_head(linear: str, config: PretrainedConfig) -> Spans:
+    """For each head, [q | k | v]."""
+    heads, _, width = _heads(config)
+    return _side_by_side(linear, dict.fromkeys("qkv", width), groups=heads)
+
+
+def _grouped_query(linear: str, config: PretrainedConfig) -> Spans:
+    """[q of all heads | k of all key heads | v]."""
+    heads, kv_heads, width = _heads(config)
+    return _side_by_side(linear, {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width})
+
+
+def _falcon(linear: str, config: PretrainedConfig) -> Spans:
+    heads, _, width = _heads(config)
+    if config.new_decoder_architecture:  # for each key head, [its queries | k | v]
+        groups = config.num_kv_heads
+        return _side_by_side(linear, {"q": heads // groups * width, "k": width, "v": width}, groups=groups)
+    if config.multi_query:  # [q of all heads | one k | one v]
+        return _side_by_side(linear, {"q": heads * width, "k": width, "v": width})
+    return _thirds_per_head(linear, config)
+
+
+def _bigcode(linear: str, config: PretrainedConfig) -> Spans:
+    heads, _, width = _heads(config)
+    if config.multi_query:
+        return _side_by_side(linear, {"q": heads * width, "k": width, "v": width})
+    return _thirds_per_head(linear, config)
+
+
+def _codegen(linear: str, config: PretrainedConfig) -> Spans:
+    """In four groups of heads (it was trained on four devices), [q | v | k]."""
+    return _side_by_side(linear, dict.fromkeys("qvk", config.hidden_size // 4), groups=4)
+
+
+def _dbrx(linear: str, config: PretrainedConfig) -> Spans:
+    width, kv = config.d_model, config.attn_config.kv_n_heads * (config.d_model // config.n_heads)
+    return _side_by_side(linear, {"q": width, "k": kv, "v": kv})
+
+
+def _gated_query(linear: str, config: PretrainedConfig) -> Spans:
+    """For each head, [q | gate]; keys and values have linear layers of their own."""
+    heads, _, width = _heads(config)
+    return {"q": Span(linear, heads, 0, width), "k": Span("k_proj"), "v": Span("v_proj")}
+
+
+def _gated_latent_query(linear: str, config: PretrainedConfig) -> Spans:
+    """For each head, [q | gate], and keys and values from a latent."""
+    return {"q": Span(linear, config.num_attention_heads, 0, config.qk_nope_head_dim + config.qk_rope_head_dim)}
+
+
+_LATENT = "its keys and values are unpacked from one latent vector, which the cache shares between heads"
+_SHARED = "some of its layers attend to the keys and values of another layer, or use one projection for both"
+
+LAYOUTS = (
+    # A gate inside the query's projection: before the row that would take all of it for the query.
+    _fused(
+        "q_proj",
+        "o_proj",
+        _gated_query,
+        "qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text",
+    ),
+    _fused("q_gate_proj", "o_proj", _gated_latent_query, "axk2", entry="kv_a_proj_with_mqa", note=_LATENT),
+    # Four linear layers.
+    _own("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen, Mistral, Gemma, …
+    _own("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, GPT-J, LFM2, …
+    _own("q_proj", "k_proj", "v_proj", "dense"),  # Phi
+    _own("q_proj", "k_proj", "v_proj", "Wo"),  # ModernBERT's decoder
+    _own("Wq", "Wk", "Wv", "dense"),  # CTRL
+    _own("self.query", "self.key", "self.value", "output.dense", types=frozenset({"git"})),
+    _own("self.query", "self.key", "self.value", "output.dense", only_decoders=True),  # BERT and its kin
+    # Keys and values that are not a layer's own.
+    _query_and_output("q_b_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V3
+    _query_and_output("q_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V2-Lite, Kimi-Linear
+    _query_and_output("q_b_proj", "o_b_proj", _LATENT, entry="kv_proj", types=frozenset({"deepseek_v4"})),
+    _query_and_output("q_proj", "o_proj", _SHARED, lacks=("v_proj",)),  # Gemma-3n, Gemma-4
+    # One linear layer for several.
+    _fused("query_key_value", "dense", _thirds_per_head, "bloom gpt_neox gpt_neox_japanese persimmon fuyu"),
+    _fused("query_key_value", "dense", _falcon, "falcon"),
+    _fused("qkv_proj", "o_proj", _grouped_query, "phi3 phi4_multimodal"),
+    _fused("qkv_proj", "out_proj", _codegen, "codegen"),
+    _fused("c_attn", "c_proj", _thirds, "gpt2"),
+    _fused("c_attn", "c_proj", _bigcode, "gpt_bigcode"),
+    _fused("Wqkv", "out_proj", _thirds, "mpt"),
+    _fused("Wqkv", "out_proj", _dbrx, "dbrx"),
+)
+
+_SCAN = "no part of it is softmax attention: it keeps a recurrent state of its own"
+_NO_CACHE = "it takes no cache, so that nothing carries a memory from call to call"
+_OWN_CACHE = "it keeps its past in a cache of its own kind, which has no place for a memory"
+_BOTH_WAYS = "its tokens see later ones"
+
+# Models of AutoModelForCausalLM that take no memory, and why.
+UNSUPPORTED = {
+    "blt": "it attends to patches of bytes, cut anew in every call",
+    "cpmant": _BOTH_WAYS,
+    "falcon_mamba": _SCAN,
+    "gemma4_assistant": "it reads the keys of another model",
+    "gemma4_unified_assistant": "it reads the keys of another model",
+    "hrm_text": "it runs every attention layer several times for a token",
+    "jetmoe": "it routes queries to experts, and has no projection of its own for them",
+    "mamba": _SCAN,
+    "mamba2": _SCAN,
+    "minimax": _OWN_CACHE,
+    "moshi": "its attention mask and its sliding cache disagree when tokens come one by one",
+    "musicgen": "it generates audio codes",
+    "musicgen_melody": "it generates audio codes",
+    "openai-gpt": _NO_CACHE,
+    "prophetnet": _BOTH_WAYS,
+    "recurrent_gemma": "it keeps the past of a conversation in its modules, and mixes conversations up",
+    "reformer": _OWN_CACHE,
+    "rwkv": _SCAN,
+    "xlm": _NO_CACHE,
+    "xlnet": _OWN_CACHE,
+    "xlstm": _SCAN,
+    "zaya": "its queries take part in its keys",
+}

@@ -1,0 +1,85 @@
+"""`deltamem architectures`: what it prints is the table that ships, and the table is what the models show."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from architectures import support_table
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from deltamem_tool.support import supported_types, types_named
+
+KEYS = ["model_type", "supported", "branches", "export", "reason"]
+
+
+def printed(deltamem, *arguments) -> list[dict]:
+    done = deltamem("architectures", *arguments, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_every_type_is_listed(deltamem):
+    rows = printed(deltamem)
+    assert [row["model_type"] for row in rows] == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for row in rows:
+        assert list(row) == KEYS
+        assert set(row["branches"]) <= set("qkvo") and bool(row["branches"]) == row["supported"]
+        assert row["reason"] or (row["supported"] and row["branches"] == list("qkvo")), row
+        assert row["supported"] or not row["export"]
+
+
+def test_the_table_is_what_the_models_show():
+    assert supported_types() == support_table.generate(), f"stale: run {support_table.COMMAND}"
+
+
+def test_the_docs_have_the_same_table():
+    docs = support_table.DOCS.read_text(encoding="utf-8")
+    assert docs == support_table.with_table(docs, supported_types()), f"stale: run {support_table.COMMAND}"
+
+
+def test_known_types():
+    by_name = {row.model_type: row for row in supported_types()}
+    assert by_name["qwen3"].export and by_name["qwen3"].branches == list("qkvo") and by_name["qwen3"].reason is None
+    assert by_name["deepseek_v3"].branches == ["q", "o"] and "latent" in (by_name["deepseek_v3"].reason or "")
+    assert not by_name["mamba"].supported and "softmax" in (by_name["mamba"].reason or "")
+    assert "not tried" in (by_name["gemma3n"].reason or "")
+    assert "is_decoder=True" in (by_name["bert"].reason or "")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_what_people_read(deltamem, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = deltamem("architectures")
+    assert done.code == 0 and done.err == ""
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= columns
+    first = [line.split()[0] for line in lines if line.strip()]
+    assert {row.model_type for row in supported_types()} <= set(first), "a name is cut"
+    taken = sum(row.supported for row in supported_types())
+    assert re.search(rf"{taken} of {len(supported_types())}\b", done.out)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "GPT-NeoX"])
+def test_a_part_of_a_name(deltamem, name):
+    assert [row["model_type"] for row in printed(deltamem, name)] == ["gpt_neox", "gpt_neox_japanese"]
+    assert [row.model_type for row in types_named("bert-generation")] == ["bert-generation"]
+
+
+def test_an_unknown_name(deltamem):
+    deltamem("architectures", "gtp-neox").assert_short_error("gtp-neox", "gpt_neox", "deltamem patch", code=1)
+    deltamem("architectures", "[/]").assert_short_error("[/]", code=1)
+
+
+def test_it_imports_nothing_heavy():
+    code = (
+        "import sys; from deltamem_tool.cli import main; sys.argv = ['deltamem', 'architectures']\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"torch", "transformers", "onnx", "onnxruntime"} & set(done.stdout.splitlines()[-1].split())
