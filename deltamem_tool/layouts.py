@@ -45,7 +45,7 @@ class Layout:
         return (
             (not self.types or bool(self.types & model_types))
             and all(is_linear(find(module, name)) for name in self.linears)
-            and not any(hasattr(module, name) for name in self.lacks)
+            and not any(find(module, name) is not None for name in self.lacks)
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 os.environ.update(
@@ -11,7 +10,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
-    TORCHAO_SKIP_LOADING_SO_FILES="1",  # kernels for GPUs, whose absence it reports after the tests' last line
 )
 
 import pytest  # noqa: E402
@@ -19,7 +17,6 @@ import torch  # noqa: E402
 from tiny import save_checkpoint, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # the same of torchao's enums
 
 
 @pytest.fixture(scope="session")

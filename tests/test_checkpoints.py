@@ -9,12 +9,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny import listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach, load, save_adapter
 from deltamem_tool.adapter import create_adapter, read_adapter
@@ -380,16 +381,13 @@ def test_a_quantised_checkpoint_is_patched_without_its_library(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_torchao(tmp_path):
+def test_bitsandbytes(tmp_path):
     """A plain checkpoint that is quantised when it is loaded; the adapter is the plain one's."""
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
     base = save_checkpoint(tmp_path / "base")
     plain = load(patched(base, tmp_path / "adapter"))
-    int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
     loaded = load(tmp_path / "adapter", quantization_config=int8)
-    assert type(loaded.model.layers[0].self_attn.q_proj.weight).__module__.startswith("torchao")
+    assert type(loaded.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
     close = dict(atol=0.05 * logits(plain).abs().max().item(), rtol=0)
     torch.testing.assert_close(logits(loaded), logits(plain), **close)
     # attached in memory, it is the same
@@ -407,12 +405,9 @@ def test_torchao(tmp_path):
         attach(model, CONFIG)
 
 
-def test_a_checkpoint_that_torchao_has_quantised(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
+def test_a_checkpoint_that_bitsandbytes_has_quantised(tmp_path):
     plain = save_checkpoint(tmp_path / "plain")
-    int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=int8).eval()
     model.save_pretrained(tmp_path / "base")
     patched(tmp_path / "base", tmp_path / "adapter")
@@ -443,7 +438,6 @@ def stir(model, seed: int = 3) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["injected", "PeftModel"])
 def test_a_lora_that_is_there_already(wrapped, tmp_path):
-    peft = pytest.importorskip("peft")
     base = save_checkpoint(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -489,7 +483,6 @@ def test_a_lora_that_is_there_already(wrapped, tmp_path):
 
 
 def test_a_lora_that_comes_later_is_left_alone(tmp_path):
-    peft = pytest.importorskip("peft")
     model = tiny_model()
     bare = logits(model)
     attach(model, DeltaMemConfig(rank=4))
@@ -503,14 +496,12 @@ def test_a_lora_that_comes_later_is_left_alone(tmp_path):
 
 
 def test_a_learned_prompt_is_refused():
-    peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     with pytest.raises(ArchitectureError, match="PREFIX_TUNING"):
         attach(peft.get_peft_model(tiny_model(), config))
 
 
 def test_a_peft_adapter_is_no_checkpoint(tmp_path):
-    peft = pytest.importorskip("peft")
     peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"
     )

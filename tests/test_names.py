@@ -48,6 +48,7 @@ def imported_by(module: str) -> set[str]:
         ("deltamem_tool", HEAVY, set()),
         ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.files, deltamem_tool.dialogues", HEAVY, None),
         ("deltamem_tool.recipe", HEAVY, {"config", "dialogues", "errors", "recipe"}),
+        ("deltamem_tool.support", HEAVY, {"errors", "support"}),
         ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
         ("deltamem_tool.memory_picture", HEAVY - {"matplotlib"}, {"errors", "files", "memory_picture"}),
         ("deltamem_tool.ops", HEAVY - {"torch"}, {"errors", "ops"}),
