@@ -6,6 +6,7 @@ from typing import cast
 
 import click
 
+from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.evaluation import FACTS
 
 
@@ -20,9 +21,10 @@ from deltamem_tool.evaluation import FACTS
 @click.option("--seed", default=0, show_default=True, help="Of the conversations.")
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
 @click.option("--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]")
+@trust_remote_code
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(adapter, task, base, facts, episodes, seed, batch_size, device, plot, as_json) -> None:
+def command(adapter, task, base, facts, episodes, seed, batch_size, device, trust_remote_code, plot, as_json) -> None:
     """Measure what ADAPTER's memory recalls, beside its controls."""
     try:
         counts = [int(part) for part in facts.split(",")]
@@ -48,7 +50,7 @@ def command(adapter, task, base, facts, episodes, seed, batch_size, device, plot
         raise click.BadParameter(f"there is no {device} here", param_hint="--device")
     with progress() as bar:
         task_id = bar.add_task("Recall", total=None, note="")
-        model = load(adapter, base=base)
+        model = load(adapter, base=base, trust_remote_code=trust_remote_code)
         cast(torch.nn.Module, model).to(where)  # transformers hides the signature
         result = evaluate_recall(
             model,

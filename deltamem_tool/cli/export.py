@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS
 
 
@@ -20,9 +21,12 @@ from deltamem_tool.onnx.contract import LOGITS
     show_default=True,
     help="Logits of the last position, or of every one.",
 )
+@trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
-def command(adapter: str, out: Path, base: str | None, logits: str, overwrite: bool, as_json: bool) -> None:
+def command(
+    adapter: str, out: Path, base: str | None, logits: str, trust_remote_code: bool, overwrite: bool, as_json: bool
+) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import STDERR, quiet_libraries
     from deltamem_tool.files import refuse_existing
@@ -36,7 +40,7 @@ def command(adapter: str, out: Path, base: str | None, logits: str, overwrite: b
 
         quiet_libraries()
         name = base or read_adapter(adapter).base.name
-        model = load(adapter, base=base, dtype=torch.float32)
+        model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=torch.float32)
         manifest = export_onnx(
             model,
             tokenizer_of(model),

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import click
 
+from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.config import DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, PRESETS, UPDATE_RULES, DeltaMemConfig
 
 _USUAL = DeltaMemConfig()
@@ -40,7 +41,7 @@ def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
 @_option("--o-norm/--no-o-norm", "RMSNorm on the correction of the o branch.")
 @_option("--o-norm-eps", "Its epsilon.")
 @click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python files of BASE, where its architecture is one.")
+@trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
