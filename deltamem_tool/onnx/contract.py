@@ -6,15 +6,17 @@ Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H s
 | `input_ids`                                    | int64   | [B, T]                    |
 | `attention_mask` (1 text, 0 padding)           | int64   | [B, P + T]                |
 | `write_mask` (which tokens write)              | bool    | [B, T]                    |
-| `past_key_values.{i}.key`, `.value`            | float32 | [B, kv_heads, P, head_dim]|
+| `past_key_values.{i}.key`, `.value`            | float32 | [B, kv_heads, P, width]   |
 | `past_key_values.{i}.recurrent_state`          | float32 | [B, H, R, R]              |
 
 | output                                         | type    | shape                         |
 | `logits` (at the last position, or at all)     | float32 | [B, 1, V] or [B, T, V]        |
-| `present.{i}.key`, `.value`                    | float32 | [B, kv_heads, P + T, head_dim]|
+| `present.{i}.key`, `.value`                    | float32 | [B, kv_heads, P + T, width]   |
 | `present.{i}.recurrent_state`                  | float32 | [B, H, R, R]                  |
 
-Positions are counted in the attention mask, so padding takes none. Layers without a memory have no `recurrent_state`.
+Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
+BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
+memory have no `recurrent_state`; layers that read another one's keys have no `key` and `value`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 from deltamem_tool.errors import ExportError
 
 FORMAT = "deltamem-onnx"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -58,11 +60,18 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its KV cache, and the `(H, R, R)` of its memory, None where it has none."""
+    """One decoder layer: heads and width of its keys and of its values, and the `(H, R, R)` of its memory; None for
+    what it has not."""
 
-    kv_heads: int
-    head_dim: int
+    key: tuple[int, int] | None
+    value: tuple[int, int] | None
     state: tuple[int, int, int] | None
+
+    @property
+    def cache(self) -> dict[str, tuple[int, int]]:
+        """(heads, width) of what its cache holds, by part."""
+        parts = {KEY: self.key, VALUE: self.value}
+        return {part: size for part, size in parts.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,8 @@ class Interface:
         """What goes from call to call."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
-            for part in (KEY, VALUE):
-                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, layer.kv_heads, length, layer.head_dim))
+            for part, (heads, width) in layer.cache.items():
+                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, heads, length, width))
             if layer.state is not None:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
         return tensors
@@ -205,15 +214,23 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
+_LAYER_SIZES = {"key": 2, "value": 2, "state": 3}
+
+
 def _layer(content: Any) -> Layer:
     layer = _fields(Layer, content, "layers")
-    _require(_is_count(layer["kv_heads"]) and _is_count(layer["head_dim"]), "layers")
-    state = layer["state"]
-    if state is not None:
-        _require(isinstance(state, list) and len(state) == 3 and all(map(_is_count, state)), "layers.state")
-        _require(state[1] == state[2], "layers.state")
-        state = tuple(state)
-    return Layer(layer["kv_heads"], layer["head_dim"], state)
+    sizes = {part: _sizes(layer[part], count, f"layers.{part}") for part, count in _LAYER_SIZES.items()}
+    _require((sizes["key"] is None) == (sizes["value"] is None), "layers.value")
+    _require(sizes["state"] is None or sizes["state"][1] == sizes["state"][2], "layers.state")
+    return Layer(**sizes)
+
+
+def _sizes(content: Any, count: int, name: str) -> Any:
+    """`content` as a tuple of so many sizes; None stays None."""
+    if content is None:
+        return None
+    _require(isinstance(content, list) and len(content) == count and all(map(_is_count, content)), name)
+    return tuple(content)
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
 
@@ -67,8 +74,9 @@ def export_onnx(
     adapter = adapter_of(model)
     with _evaluating(model):
         interface = _interface(model, adapter, logits)
+        options = _Options(model, logits)
         tell("Tracing the model")
-        program = _traced(model, adapter, interface)
+        program = _traced(model, adapter, interface, options)
         with folder_whole(out, overwrite) as staged:
             tell("Writing the graph")
             OnnxExporter.save_program(program, staged / contract.MODEL_FILE)
@@ -76,7 +84,7 @@ def export_onnx(
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference = _largest_difference(model, Graph(staged, interface))
+            difference = _largest_difference(model, Graph(staged, interface), options)
             if not difference <= TOLERANCE:  # NaN is no agreement either
                 raise ExportError(
                     "The graph does not compute what PyTorch computes.",
@@ -97,15 +105,53 @@ def export_onnx(
     return manifest
 
 
+class _Options:
+    """How `model` is called, in the graph and beside it."""
+
+    def __init__(self, model: PreTrainedModel, logits: str) -> None:
+        self._last = logits == "last"
+        parameters = inspect.signature(model.forward).parameters
+        self._cuts = "logits_to_keep" in parameters
+        self._first_position = _first_position(model) if "position_ids" in parameters else None
+
+    def logits(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache) -> Tensor:
+        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`."""
+        given: dict[str, Any] = {}
+        if self._first_position is not None:
+            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1])
+        if self._cuts:
+            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+        ).logits
+        return logits if self._cuts or not self._last else logits[:, -1:]
+
+
+@torch.no_grad()
+def _first_position(model: PreTrainedModel) -> int | None:
+    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
+    neither: then it counts by itself."""
+    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    own = model(input_ids=ids, past_key_values=MemoryCache(model)).logits
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    for first in (0, (padding or 0) + 1):
+        positions = first + torch.arange(3, device=model.device)[None]
+        if torch.allclose(
+            model(ids, position_ids=positions, past_key_values=MemoryCache(model)).logits, own, atol=1e-5
+        ):
+            return first
+    return None
+
+
 class _Step(nn.Module):
     """One call as a function of tensors: what is traced. Its nested names become the graph's."""
 
-    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, options: _Options) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
         self._fingerprint = adapter.fingerprint
-        self._logits_to_keep = _logits_to_keep(logits)
+        self._options = options
 
     def forward(
         self,
@@ -115,29 +161,27 @@ class _Step(nn.Module):
         past_key_values: list[dict[str, Tensor]],
     ) -> dict[str, Any]:
         cache = MemoryCache(self.model, write=write_mask)
-        layers = _kv_layers(cache)
-        for layer, past in zip(layers, past_key_values, strict=True):
-            # What DynamicLayer.update does to a fresh layer, without joining the past to nothing.
-            key, value = past[contract.KEY], past[contract.VALUE]
-            layer.keys, layer.values, layer.is_initialized = key, value, True
-            layer.dtype, layer.device = key.dtype, key.device
+        for layer, past in zip(cache.layers, past_key_values, strict=False):
+            if contract.KEY in past:
+                _fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
         cache.memory = MemoryState(states, self._fingerprint)
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=_positions(attention_mask, input_ids.shape[1]),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=self._logits_to_keep,
-        )
-        present = []
-        for i, layer in enumerate(layers):
-            carried = {contract.KEY: layer.keys, contract.VALUE: layer.values}
+        logits = self._options.logits(self.model, input_ids, attention_mask, cache)
+        present: list[dict[str, Tensor]] = []
+        for i, past in enumerate(past_key_values):
+            present.append({})
+            if contract.KEY in past:
+                layer = cast(DynamicLayer, cache.layers[i])
+                present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
             if i in states:
-                carried[contract.STATE] = cache.memory.layers[i]
-            present.append(carried)
-        return {contract.LOGITS_OUTPUT: output.logits, contract.PRESENT: present}
+                present[i][contract.STATE] = cache.memory.layers[i]
+        return {contract.LOGITS_OUTPUT: logits, contract.PRESENT: present}
+
+
+def _fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
+    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device
 
 
 def _interface(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) -> Interface:
@@ -159,35 +203,66 @@ def _interface(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) ->
             f"The model is {model.dtype}.", "The graph is float32.", "Load the model with dtype=torch.float32."
         )
     cache = MemoryCache(model)
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        width = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache).logits.shape[-1]
-    shapes = adapter.memory_shape.layers
-    strange = [
-        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    ]
-    if strange or not set(shapes) <= set(range(len(cache.layers))):
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported.",
-            f"Its layers keep more than one key and value cache each ({', '.join(sorted(set(strange))) or 'shared'}).",
-            "Use a model whose layers are all attention.",
-        )
-    keys = [cast(Tensor, layer.keys) for layer in _kv_layers(cache)]
-    layers = [Layer(key.shape[1], key.shape[3], cast(Any, shapes.get(i))) for i, key in enumerate(keys)]
-    return Interface(logits, width, tuple(layers))
+        vocab_size = model(input_ids=tokens, past_key_values=cache).logits.shape[-1]
+    _refuse_other_caches(model, cache)
+    states = adapter.memory_shape.layers
+    layers = []
+    for i in range(max(len(cache.layers), *(index + 1 for index in states))):
+        # A layer that reads the keys of another one keeps none, and may have no place in the cache.
+        held = cache.layers[i] if i < len(cache.layers) else None
+        key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
+        layers.append(Layer(key, value, cast(Any, states.get(i))))
+    return Interface(logits, vocab_size, tuple(layers))
 
 
-def _kv_layers(cache: MemoryCache) -> list[DynamicLayer]:
-    return cast(list[DynamicLayer], cache.layers)  # `_interface` has seen to it
+def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
+    return None if cached is None else (cached.shape[1], cached.shape[3])
 
 
-def _traced(model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interface) -> onnx_ir.Model:
-    """The graph, with ONNX Runtime's operators."""
+def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
+    """
+    Raises:
+        ExportError: a layer of `cache` holds something other than the keys and values of every past token.
+    """
+    carried = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    for layer in cache.layers:
+        if type(layer) not in carried:
+            kind = next((why for base, why in _NOT_CARRIED.items() if isinstance(layer, base)), type(layer).__name__)
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported yet.",
+                f"Beside keys and values its layers keep {kind}, which the graph does not carry.",
+                "Run it in PyTorch, or export a model whose layers are all attention.",
+            )
+
+
+_NOT_CARRIED = {
+    LinearAttentionCacheLayerMixin: "recurrent or convolutional states",
+    DynamicIndexedLayer: "the keys of an indexer",
+}
+
+
+def _traced(model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interface, options: _Options) -> onnx_ir.Model:
+    """The graph, with ONNX Runtime's operators.
+
+    Raises:
+        ExportError: PyTorch's exporter has no graph for the model.
+    """
     inputs, axes = _sample(interface)
-    config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu")
+    # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
+    config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
     with _quiet(), use_implementation("onnx"):
         exporter = OnnxExporter()
-        step = cast(PreTrainedModel, _Step(model, adapter, interface.logits).eval())  # any module will do
-        program = exporter.export(step, inputs, config).program
+        step = cast(PreTrainedModel, _Step(model, adapter, options).eval())  # any module will do
+        try:
+            program = exporter.export(step, inputs, config).program
+        except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
+            raise ExportError(
+                f"PyTorch cannot trace {type(model).__name__} as one graph for every length.",
+                f"{_first_line(error)}.",
+                "Run it in PyTorch.",
+            ) from error
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
@@ -231,8 +306,12 @@ def _positions(attention_mask: Tensor, tokens: int) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
 
 
-def _logits_to_keep(logits: str) -> int:
-    return 1 if logits == "last" else 0  # 0 is all, for transformers
+def _first_line(error: BaseException) -> str:
+    """Of what went wrong first, which torch's exporters wrap several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).partition("For more information")[0].strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:200].rstrip('.!')}"
 
 
 @dataclass(frozen=True)
@@ -269,9 +348,8 @@ def _conversation(batch: int, vocab_size: int) -> list[_Call]:
 
 
 @torch.no_grad()
-def _largest_difference(model: PreTrainedModel, graph: Graph) -> float:
+def _largest_difference(model: PreTrainedModel, graph: Graph, options: _Options) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch."""
-    keep = _logits_to_keep(graph.interface.logits)
     differences = []
     for batch in (1, 3):
         cache = MemoryCache(model)
@@ -280,15 +358,9 @@ def _largest_difference(model: PreTrainedModel, graph: Graph) -> float:
         for call in _conversation(batch, graph.interface.vocab_size):
             mask = torch.cat([mask, call.valid.long()], dim=1)
             cache.write = call.write.to(model.device)
-            expected = model(
-                input_ids=call.input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=_positions(mask, call.input_ids.shape[1]).to(model.device),
-                past_key_values=cache,
-                logits_to_keep=keep,
-            ).logits.cpu()
+            expected = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache).cpu()
             found, past = graph.step(call.input_ids.numpy(), mask.numpy(), call.write.numpy(), past)
-            valid = call.valid[:, -1:] if keep == 1 else call.valid
+            valid = call.valid[:, -1:] if graph.interface.logits == "last" else call.valid
             differences.append((torch.from_numpy(found) - expected)[valid])
             states = cast(MemoryState, cache.memory).layers
             for layer, state in graph.states(past).items():

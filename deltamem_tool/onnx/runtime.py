@@ -69,9 +69,8 @@ class Graph:
         """No tokens yet; the given states `[B, H, R, R]` by layer, or zeros."""
         past: Past = {}
         for i, layer in enumerate(self.interface.layers):
-            for part in (contract.KEY, contract.VALUE):
-                shape = (batch, layer.kv_heads, 0, layer.head_dim)
-                past[contract.carried_name(contract.PAST, i, part)] = np.zeros(shape, np.float32)
+            for part, (heads, width) in layer.cache.items():
+                past[contract.carried_name(contract.PAST, i, part)] = np.zeros((batch, heads, 0, width), np.float32)
             if layer.state is not None:
                 state = np.zeros((batch, *layer.state), np.float32) if states is None else states[i]
                 past[contract.carried_name(contract.PAST, i, contract.STATE)] = state
