@@ -28,3 +28,8 @@ def tokenizer():
 def checkpoint(tmp_path_factory, tokenizer):
     """A base model with a tokenizer on disk; read only."""
     return save_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer)
+
+
+def pytest_collection_modifyitems(items):
+    """The fast ones first: a hundred and more models come last."""
+    items.sort(key=lambda item: "architectures" in item.path.parts)
