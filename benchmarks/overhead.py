@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.config import PRESETS
-from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, hook
+from deltamem_tool.surgery import adapter_of, hook
 
 DECODED = 64  # tokens of one timed decode
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint, resolve_folder
 from deltamem_tool.config import DeltaMemConfig
@@ -23,7 +24,7 @@ from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.patched import hf_model
-from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, fresh_adapter, hook
+from deltamem_tool.surgery import adapter_of, fresh_adapter, hook
 
 CONFIG_FILE = "deltamem_config.json"
 WEIGHTS_FILE = "deltamem.safetensors"

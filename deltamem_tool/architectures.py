@@ -37,7 +37,7 @@ class AttentionLayer:
         if branch not in self.projections:
             raise ConfigError(
                 f"A memory cannot correct {branch} in layer {self.index}.",
-                f"{self.note[0].upper()}{self.note[1:]}.",
+                _sentence(self.note),
                 f"Use the branches {', '.join(self.projections)}, or other layers.",
             )
         return self.projections[branch]
@@ -53,8 +53,9 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     text = config.get_text_config(decoder=True)
     called = f"{type(model).__name__} ({config.model_type})"
     types = frozenset({config.model_type, text.model_type})
-    for reason in (UNSUPPORTED[name] for name in sorted(types & UNSUPPORTED.keys())):
-        raise ArchitectureError(f"{called} takes no memory.", f"{reason[0].upper()}{reason[1:]}.", _ADVICE)
+    refused = sorted(types & UNSUPPORTED.keys())
+    if refused:
+        raise ArchitectureError(f"{called} takes no memory.", _sentence(UNSUPPORTED[refused[0]]), _ADVICE)
     if not model.can_generate() or getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(
             f"{called} takes no memory.", "It is not a decoder-only causal language model.", _ADVICE
@@ -83,6 +84,10 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 
 _ADVICE = "`deltamem architectures` lists the models that take one, such as Qwen3, Llama or SmolLM3."
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason[0].upper()}{reason[1:]}."
 
 
 def _layer(index: int, name: str, module: nn.Module, layout: Layout, config: PretrainedConfig) -> AttentionLayer:

@@ -2,15 +2,13 @@
 
 It saves `delta_mem_config.json`, 49 fields, and `delta_mem_adapter.pt`, a pickled dictionary of tensors. Ours remembers
 of them what the mechanism does not need (fields, their order, the weights' dtype) under "reference" in its config file.
-This is the one place that reads a pickle, with torch's reader that builds tensors and runs nothing.
+The pickle is read with torch's reader that builds tensors and runs nothing; `reference_config` translates the fields.
 """
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
-import math
 import re
 import warnings
 from collections import Counter
@@ -24,14 +22,14 @@ import torch
 from torch import Tensor
 
 from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint, resolve_folder
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
 from deltamem_tool.files import folder_whole, refuse_existing
-from deltamem_tool.surgery import DeltaMemAdapter
+from deltamem_tool.reference_config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
 
-REFERENCE_CONFIG = "delta_mem_config.json"
 REFERENCE_WEIGHTS = "delta_mem_adapter.pt"
 FORMATS = ("deltamem", "reference")
 
@@ -49,89 +47,6 @@ NAMES = {
     "lambda_bias": "decay.bias",
 }
 
-# What the reference takes for a field that a config file leaves out; all its fields, in its order.
-DEFAULTS: dict[str, Any] = {
-    "rank": 8,
-    "alpha": 16.0,
-    "beta_bias_init": -1.5,
-    "normalize_qk": True,
-    "couple_lambda": True,
-    "state_update_mode": "standard",
-    "rankwise_gates": True,
-    "output_init": "zero",
-    "base_slice_ref_width": 8,
-    "online_gain": 0.05,
-    "num_state_heads": 1,
-    "num_memory_partitions": 1,
-    "num_global_memory_partitions": 0,
-    "memory_partition_routing": "soft",
-    "memory_partition_basis": "shared",
-    "tie_memory_partition_read_write": False,
-    "memory_partition_read_mode": "softmax",
-    "memory_partition_sigmoid_gate_bias_init": -2.0,
-    "slot_read_top_k": 0,
-    "global_memory_mode": "shared_rw",
-    "global_memory_read_top_k": 0,
-    "global_memory_merge_mode": "gated_residual",
-    "global_memory_gate_bias_init": -2.0,
-    "global_memory_read_logit_bias": 0.0,
-    "memory_reader_layers": [],
-    "memory_reader_hidden_size": 1024,
-    "memory_reader_residual_scale": 0.1,
-    "memory_reader_read_only": True,
-    "memory_readout_mode": "delta",
-    "memory_write_source": "learned_hidden",
-    "memory_write_granularity": "token",
-    "memory_write_proposals_per_message": 2,
-    "synthetic_memory_slots": 1,
-    "latent_memory_layers": [],
-    "latent_memory_hidden_size": 1024,
-    "latent_memory_residual_scale": 0.1,
-    "latent_memory_slots": 4,
-    "latent_memory_init_std": 0.002,
-    "latent_gate_init": 0.01,
-    "target_modules": ["self_attn"],
-    "target_layers": [],
-    "delta_heads": ["q", "k", "v", "o"],
-    "delta_o_rmsnorm": False,
-    "delta_o_rmsnorm_eps": 1e-6,
-    "trainable_delta_scale": False,
-    "delta_scale_init": 1.0,
-    "delta_scale_max": 2.0,
-    "delta_scale_granularity": "layer",
-    "delta_scale_parameterization": "alpha_over_rank",
-}
-_REQUIRED = ("rank", "delta_heads")
-_MOST_STATE_HEADS = 2**20  # beyond any use; torch cannot even name the shapes of far more
-
-# Its field for each of our options; the few whose values are spelt otherwise have them below.
-_FIELDS = {
-    "rank": "rank",
-    "state_heads": "num_state_heads",
-    "heads": "delta_heads",
-    "alpha": "alpha",
-    "layers": "target_layers",
-    "granularity": "memory_write_granularity",
-    "update_rule": "state_update_mode",
-    "couple_lambda": "couple_lambda",
-    "gates": "rankwise_gates",
-    "beta_bias": "beta_bias_init",
-    "delta_init": "output_init",
-    "delta_scale": "trainable_delta_scale",
-    "delta_scale_init": "delta_scale_init",
-    "delta_scale_max": "delta_scale_max",
-    "o_norm": "delta_o_rmsnorm",
-    "o_norm_eps": "delta_o_rmsnorm_eps",
-}
-_VALUES: dict[str, dict[Any, str]] = {
-    "memory_write_granularity": {"token": "token", "message_mean": "message", "sentence_mean": "sentence"},
-    "rankwise_gates": {True: "row", False: "head"},
-    # Where two mean the same to us, the first is what we write. They differ in a fresh Δ alone.
-    "output_init": {"zero": "zero", "random": "random", "base_slice_fixed": "base_slice", "base_slice": "base_slice"},
-}
-_SCALES = {"layer": "layer", "head": "branch"}  # delta_scale_granularity, where trainable_delta_scale
-_OF_A_FRESH_DELTA = ("base_slice_ref_width", "online_gain")  # any number: a saved Δ is past them
-_ARCHIVED = DEFAULTS.keys() - {*_FIELDS.values(), *_OF_A_FRESH_DELTA, "delta_scale_granularity"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
 
 
@@ -250,80 +165,6 @@ def _to_reference(
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     count = sum(tensor.numel() for tensor in tensors.values())
     return Converted(dst, "reference", found, count, tuple(name for name, _ in dtypes.most_common()))
-
-
-def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
-    """Our options for the fields `said` of the reference's config `file`; those left out have its defaults.
-
-    Raises:
-        AdapterError: a field is unknown, missing or has a value that we have nothing for; it is named.
-    """
-    problems = [f"{name} is missing" for name in _REQUIRED if name not in said]
-    for name in said.keys() - DEFAULTS.keys():
-        near = difflib.get_close_matches(name, DEFAULTS, n=1)
-        problems.append(f"{name!r} is not known" + (f" (is {near[0]!r} meant?)" if near else ""))
-    full = {**DEFAULTS, **said}
-    for name in _ARCHIVED:
-        if not _same(full[name], DEFAULTS[name]):
-            problems.append(f"{name} is {full[name]!r}, and only {DEFAULTS[name]!r} is supported")
-    for name, values in (*_VALUES.items(), ("delta_scale_granularity", _SCALES)):
-        if not any(_same(full[name], value) for value in values):
-            problems.append(f"{name} is {full[name]!r}, not one of {', '.join(map(repr, values))}")
-    for name in ("target_layers", "delta_heads"):
-        if not isinstance(full[name], list):
-            problems.append(f"{name} is {full[name]!r}, not a list")
-    for name in _OF_A_FRESH_DELTA:
-        if type(full[name]) not in (int, float) or not abs(full[name]) < math.inf:
-            problems.append(f"{name} is {full[name]!r}, not a number")
-    if type(full["trainable_delta_scale"]) is not bool:
-        problems.append(f"trainable_delta_scale is {full['trainable_delta_scale']!r}, not true or false")
-    config = None
-    if not problems:
-        options = {ours: full[theirs] for ours, theirs in _FIELDS.items()}
-        options |= {ours: _VALUES[theirs][full[theirs]] for ours, theirs in _FIELDS.items() if theirs in _VALUES}
-        options["layers"] = full["target_layers"] or "all"
-        options["delta_scale"] = _SCALES[full["delta_scale_granularity"]] if full["trainable_delta_scale"] else "fixed"
-        try:
-            config = DeltaMemConfig.from_dict(options)
-            if config.state_heads > _MOST_STATE_HEADS:
-                problems.append(f"num_state_heads is {config.state_heads}, which is too large")
-        except ConfigError as error:  # in the words of the file
-            option = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
-            problems.append(option.sub(lambda match: _FIELDS[match[0]], error.why).rstrip("."))
-    if problems or config is None:
-        raise AdapterError(
-            f"{file} describes a mechanism that deltamem does not have.",
-            "; ".join(sorted(problems)) + ".",
-            "Nothing was converted. Use an adapter of declare-lab/delta-Mem with token, message or sentence writes.",
-        )
-    return config
-
-
-def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
-    """The reference's config for ours. `original`, which is one that `mechanism_of` accepts, keeps its fields and their
-    order; those that say something else than `config` are changed. `layers` are the indices that have a memory."""
-    found = dict(original)
-    was, now = mechanism_of(original, Path(REFERENCE_CONFIG)), config
-    for ours, theirs in _FIELDS.items():
-        value = getattr(now, ours)
-        if value == getattr(was, ours):
-            continue
-        if ours == "layers":
-            found[theirs] = [] if value == "all" else list(layers) if isinstance(value, str) else list(value)
-        elif ours == "delta_scale":
-            found[theirs] = value != "fixed"
-            if value != "fixed":
-                found["delta_scale_granularity"] = next(name for name, known in _SCALES.items() if known == value)
-        elif theirs in _VALUES:
-            found[theirs] = next(name for name, known in _VALUES[theirs].items() if known == value)
-        else:
-            found[theirs] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def _same(value: object, legal: object) -> bool:
-    """Equal, and true is not 1; -2 is -2.0."""
-    return isinstance(value, bool) == isinstance(legal, bool) and value == legal
 
 
 def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:

@@ -8,106 +8,30 @@ the new states when the decoder has finished. Nothing about a conversation is ke
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import local
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, layers_at, select_layers
 from deltamem_tool.call_masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
 from deltamem_tool.layouts import Projection
 from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
-from deltamem_tool.memory_file import MemoryShape, check_memory
+from deltamem_tool.memory_file import check_memory
 from deltamem_tool.patched import PATCH, hf_model, patch_of
 from deltamem_tool.state import MemoryCache, MemoryState
 
 _OVERRIDDEN = ("_prepare_cache_for_generation", "prepare_inputs_for_generation")  # methods of `generate`
-
-
-class DeltaMemAdapter(nn.Module):
-    """The memories of all layers: everything that is trained and saved.
-
-    Its parameters are not registered in the base model, so the base's state dict stays its own.
-    """
-
-    def __init__(self, config: DeltaMemConfig, layers: Iterable[AttentionLayer]) -> None:
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleDict()
-        for layer in layers:
-            if config.rank > layer.hidden_size:
-                raise ConfigError(
-                    f"The rank {config.rank} is too large.",
-                    f"It exceeds the model's hidden size, {layer.hidden_size}.",
-                    "Choose a smaller rank; 8 is the paper's.",
-                )
-            widths = {branch: layer.projection(branch).out_features for branch in config.heads}
-            self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
-        # What one conversation's memory measures.
-        self.memory_shape = MemoryShape({i: config.state_shape for i in self.layer_indices}, config.segment_width)
-        self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
-        self._weights = tuple(self.parameters())  # to walk the modules at every call would take too long
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
-
-    @property
-    def layer_indices(self) -> list[int]:
-        return [int(index) for index in self.layers]
-
-    @staticmethod
-    def name_in(layer: int, name: str) -> str:
-        """What the parameter `name` of a layer's memory is called in the state dict."""
-        return f"layers.{layer}.{name}"
-
-    @staticmethod
-    def layer_of(name: str) -> int | None:
-        """The layer of a parameter in the state dict; None where `name` is no such parameter."""
-        match = re.match(r"layers\.(\d+)\.", name)
-        return int(match[1]) if match else None
-
-    def memory(self, layer: int) -> DeltaMemory:
-        return cast(DeltaMemory, self.layers[str(layer)])
-
-    @torch.compiler.disable  # a fingerprint cannot be taken while a graph is traced
-    def empty_memory(self, batch_size: int) -> MemoryState:
-        """Zeros for `batch_size` conversations, on the adapter's device."""
-        shape = self.memory_shape
-        states = {i: torch.zeros(batch_size, *of_layer, device=self.device) for i, of_layer in shape.layers.items()}
-        segments = {i: torch.zeros(batch_size, shape.segment, device=self.device) for i in states if shape.segment}
-        return MemoryState(states, self.fingerprint, segments)
-
-    @property
-    def device(self) -> torch.device:
-        return self._weights[0].device
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
-        versions = tuple(weight._version for weight in self._weights)
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            # Options at their default stay out, so that an option to come does not make memories foreign.
-            usual, own = DeltaMemConfig().to_dict(), self.config.to_dict()
-            changed = {name: value for name, value in own.items() if value != usual[name]}
-            digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
-            for name, weight in sorted(self.state_dict().items()):
-                digest.update(f"{name} {list(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
-            self._fingerprint = (versions, digest.hexdigest())
-        return self._fingerprint[1]
 
 
 @dataclass

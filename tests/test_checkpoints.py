@@ -9,36 +9,19 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
 from safetensors.torch import load_file, save_file
-from tiny import listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
+from tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach, load, save_adapter
+from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
 from deltamem_tool.adapter import create_adapter, read_adapter
-from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.surgery import adapter_of
 
 CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
-
-
-def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
-    """What people saved before safetensors."""
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    weights = dict(model.state_dict())
-    if pieces == 1:
-        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-        return folder
-    names = {f"pytorch_model-{i + 1:05d}-of-{pieces:05d}.bin": list(weights)[i::pieces] for i in range(pieces)}
-    for file, own in names.items():
-        torch.save({name: weights[name] for name in own}, folder / file, _use_new_zipfile_serialization=zipped)
-    index = {"metadata": {}, "weight_map": {name: file for file, own in names.items() for name in own}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def in_pieces(model, folder: Path) -> Path:
@@ -59,11 +42,6 @@ FORMS = {
     "sharded bin": lambda model, folder: as_bin(model, folder, pieces=3),
     "bin of old torch": lambda model, folder: as_bin(model, folder, zipped=False),
 }
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens(2, 9)).logits
 
 
 def assert_patched_is_attached(model, base: Path, out: Path, **options) -> None:
@@ -124,46 +102,6 @@ def test_one_file_goes_before_an_index(tmp_path):
     index.write_text(kept)
     as_bin(tiny_model(seed=2), base)
     assert_patched_is_attached(tiny_model(seed=1), base, tmp_path / "adapter")
-
-
-# Memory
-
-_MEASURE = """
-import re, sys
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-from deltamem_tool import DeltaMemConfig
-from deltamem_tool.adapter import create_adapter
-
-def peak():  # not ru_maxrss, which a child inherits from the process that started it
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-small, large, out = sys.argv[1:]
-config = DeltaMemConfig(delta_init="base_slice")
-create_adapter(small, config, out + "/small-adapter")  # everything is imported and warm
-before = peak()
-create_adapter(large, config, out + "/large-adapter")
-patched = peak()
-sum(tensor.sum() for tensor in AutoModelForCausalLM.from_pretrained(large).state_dict().values())
-print(patched - before, peak() - before)
-"""
-
-
-def test_patching_torch_files_needs_little_memory(tmp_path):
-    """Four files of 48 MiB, half of it attention; `test_adapter` has the same for safetensors."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 16, "num_attention_heads": 16, "head_dim": 256}
-    config = tiny_config(**sizes, num_key_value_heads=1, num_hidden_layers=6, vocab_size=1024)
-    model = AutoModelForCausalLM.from_config(config)
-    as_bin(model, tmp_path / "large", pieces=4)
-    stored = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.bin"))
-    assert stored > 180 * 2**20
-    del model
-    as_bin(tiny_model(hidden_size=64), tmp_path / "small")
-    command = [sys.executable, "-c", _MEASURE, *(str(tmp_path / name) for name in ("small", "large", "."))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
-    patching, loading = (int(part) for part in done.stdout.split())
-    assert loading > stored * 0.9, "the meter does not see what is read"
-    assert patching < stored / 4, f"{patching / 2**20:.0f} of {stored / 2**20:.0f} MiB"
 
 
 # Code in the checkpoint
@@ -229,7 +167,7 @@ def test_code_beside_a_known_architecture_is_not_needed(with_code, tmp_path):
 _FETCH = """
 import sys
 import torch
-from tiny import listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
+from tiny import as_bin, logits, listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
 from deltamem_tool import DeltaMemConfig, load
 from deltamem_tool.adapter import create_adapter, read_adapter
 from deltamem_tool.errors import ArchitectureError
@@ -343,168 +281,3 @@ def test_a_hub_id_and_its_revisions(tmp_path):
     assert asked.count("someone/tiny/model.safetensors") == 1
     for file in ("tiny/consolidated.safetensors", "tiny/pytorch_model.bin", "diffusion/model.safetensors"):
         assert f"someone/{file}" not in asked
-
-
-# Quantised
-
-
-def gptq_like(base: Path) -> Path:
-    """What GPTQ leaves of a linear layer: packed integers and their scales, and no weight."""
-    weights = load_file(base / "model.safetensors")
-    for name in [name for name in weights if name.endswith("_proj.weight")]:
-        out, wide = weights.pop(name).shape
-        own = name.removesuffix("weight")
-        generator = torch.Generator().manual_seed(len(weights))
-        packed = torch.randint(2**31 - 1, (wide // 8, out), generator=generator, dtype=torch.int32)
-        weights |= {f"{own}qweight": packed, f"{own}scales": torch.rand(1, out, generator=generator).half()}
-        weights[f"{own}g_idx"] = torch.zeros(wide, dtype=torch.int32)
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    said = json.loads((base / "config.json").read_text())
-    said["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    (base / "config.json").write_text(json.dumps(said))
-    return base
-
-
-def test_a_quantised_checkpoint_is_patched_without_its_library(tmp_path):
-    base = gptq_like(save_checkpoint(tmp_path / "base"))
-    other = gptq_like(save_checkpoint(tmp_path / "other"))
-    weights = load_file(other / "model.safetensors")
-    weights["model.layers.1.self_attn.q_proj.qweight"][0, 1] += 1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    marks = []
-    for folder in (base, other, base):
-        adapter = create_adapter(str(folder), DeltaMemConfig(rank=4), tmp_path / "adapter", overwrite=True)
-        marks.append(adapter.base.fingerprint)
-    assert marks[0] == marks[2] != marks[1]
-    with pytest.raises(ConfigError, match="quantised"):
-        create_adapter(str(base), CONFIG, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_bitsandbytes(tmp_path):
-    """A plain checkpoint that is quantised when it is loaded; the adapter is the plain one's."""
-    base = save_checkpoint(tmp_path / "base")
-    plain = load(patched(base, tmp_path / "adapter"))
-    int8 = BitsAndBytesConfig(load_in_8bit=True)
-    loaded = load(tmp_path / "adapter", quantization_config=int8)
-    assert type(loaded.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
-    close = dict(atol=0.05 * logits(plain).abs().max().item(), rtol=0)
-    torch.testing.assert_close(logits(loaded), logits(plain), **close)
-    # attached in memory, it is the same
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=int8).eval()
-    bare = logits(model)
-    attach(model, DeltaMemConfig(rank=4))
-    assert torch.equal(logits(model), bare)
-    adapter_of(model).load_state_dict(adapter_of(plain).state_dict())
-    assert torch.equal(logits(model), logits(loaded)) and not torch.equal(logits(model), bare)
-    save_adapter(model, tmp_path / "again")
-    assert read_adapter(tmp_path / "again").base.fingerprint == read_adapter(tmp_path / "adapter").base.fingerprint
-    detach(model)
-    assert torch.equal(logits(model), bare)
-    with pytest.raises(ConfigError, match="quantised"):
-        attach(model, CONFIG)
-
-
-def test_a_checkpoint_that_bitsandbytes_has_quantised(tmp_path):
-    plain = save_checkpoint(tmp_path / "plain")
-    int8 = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=int8).eval()
-    model.save_pretrained(tmp_path / "base")
-    patched(tmp_path / "base", tmp_path / "adapter")
-    loaded = load(tmp_path / "adapter")
-    attach(model, DeltaMemConfig(rank=4))
-    adapter_of(model).load_state_dict(adapter_of(loaded).state_dict())
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def patched(base: Path, out: Path) -> Path:
-    """An adapter that matters, in its folder."""
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    randomise(attach(model, DeltaMemConfig(rank=4)))
-    save_adapter(model, out)
-    return out
-
-
-# PEFT
-
-
-@torch.no_grad()
-def stir(model, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-
-
-@pytest.mark.parametrize("wrapped", [False, True], ids=["injected", "PeftModel"])
-def test_a_lora_that_is_there_already(wrapped, tmp_path):
-    base = save_checkpoint(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    if wrapped:
-        model = peft.get_peft_model(model, config).eval()
-    else:
-        model.add_adapter(config)
-    bare = logits(AutoModelForCausalLM.from_pretrained(base).eval())
-    stir(model)
-    tuned = logits(model)
-    assert not torch.allclose(tuned, bare)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    assert any(trained.values()) and not all(trained.values())
-
-    adapter = attach(model, DeltaMemConfig(rank=4))
-    assert torch.equal(logits(model), tuned), "the LoRA stays on"
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    randomise(adapter)
-    changed = logits(model)
-    assert not torch.allclose(changed, tuned)
-    cache = MemoryCache(model)
-    with torch.no_grad():
-        model(tokens(2, 4), past_key_values=cache)
-        later = model(tokens(2, 9)[:, 4:], past_key_values=cache)
-    assert later.past_key_values.memory is not None
-    asked = {"input_ids": tokens(1, 4), "max_new_tokens": 3, "do_sample": False}
-    said = model.generate(**asked)
-    assert said.shape == (1, 7)
-    if wrapped:
-        assert torch.equal(model.get_base_model().generate(**asked), said)
-
-    save_adapter(model, tmp_path / "adapter")
-    assert read_adapter(tmp_path / "adapter").base.name == str(base)
-    # The LoRA is not in the adapter's folder: loaded, it goes onto the model again.
-    again = load(tmp_path / "adapter")
-    again.add_adapter(config)
-    stir(again)
-    torch.testing.assert_close(logits(again), changed)
-
-    detach(model)
-    assert torch.equal(logits(model), tuned)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
-
-
-def test_a_lora_that_comes_later_is_left_alone(tmp_path):
-    model = tiny_model()
-    bare = logits(model)
-    attach(model, DeltaMemConfig(rank=4))
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    stir(model)
-    assert not torch.equal(logits(model), bare)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all("lora_" in name for name in trained)
-    detach(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_learned_prompt_is_refused():
-    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    with pytest.raises(ArchitectureError, match="PREFIX_TUNING"):
-        attach(peft.get_peft_model(tiny_model(), config))
-
-
-def test_a_peft_adapter_is_no_checkpoint(tmp_path):
-    peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "lora"
-    )
-    with pytest.raises(ArchitectureError, match="is a PEFT adapter"):
-        create_adapter(str(tmp_path / "lora"), CONFIG, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

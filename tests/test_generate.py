@@ -8,6 +8,7 @@ import torch
 from test_surgery import close_memory
 from tiny import ARCHITECTURES, END, PAD, patched_model, tokens
 from transformers import GenerationConfig
+from watched import WatchedCache
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
@@ -151,17 +152,11 @@ def test_beams_carry_their_own_state(name, loaded, tmp_path):
     if loaded:
         memory_of(model, tokens(2, 12)).save(tmp_path / "memory")
         start = MemoryState.load(tmp_path / "memory")
-    taken, memories = [], []
-
-    class Watched(MemoryCache):
-        def reorder_cache(self, beam_idx):
-            taken.append(beam_idx.tolist())
-            memories.append(self.memory)
-            super().reorder_cache(beam_idx)
 
     options = settings(num_beams=3, num_return_sequences=3, output_scores=True, return_dict_in_generate=True)
-    output = model.generate(**left_padded(rows), past_key_values=Watched(model, memory=start), **options)
-    assert any(beams != sorted(set(beams)) for beams in taken), "no beam ever replaced another"
+    cache = WatchedCache(model, memory=start)
+    output = model.generate(**left_padded(rows), past_key_values=cache, **options)
+    assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (6, 6 + NEW)
     # The beam that each sequence's last token came from has seen all of it but that token. (The reordering after the
     # last step is by ties: transformers has no use for the cache any more.)
@@ -170,7 +165,7 @@ def test_beams_carry_their_own_state(name, loaded, tmp_path):
         fed = MemoryCache(model, memory=start.select([row]) if loaded else None)
         with torch.no_grad():
             model(said[None, 6 - rows[row].shape[1] : -1], past_key_values=fed)
-        close_memory(memories[-1].select([beam]), fed.memory)
+        close_memory(cache.memories[-1].select([beam]), fed.memory)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -19,7 +19,8 @@ from deltamem_tool import DeltaMemConfig, attach, convert, load, save_adapter
 from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, create_adapter, read_adapter
 from deltamem_tool.config import PRESETS
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
-from deltamem_tool.reference import DEFAULTS, NAMES, REFERENCE_CONFIG, REFERENCE_WEIGHTS, config_of, mechanism_of
+from deltamem_tool.reference import NAMES, REFERENCE_WEIGHTS
+from deltamem_tool.reference_config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
 
 CASE = FOLDER / "tsw_qo_qwen3"
 BASE = str(CASE / "base")

@@ -7,6 +7,7 @@ import torch
 from test_segments_model import DIFFERENT, close_memory, run
 from tiny import ARCHITECTURES, PAD, patched_model, tokens
 from transformers import GenerationConfig
+from watched import WatchedCache
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
@@ -161,26 +162,21 @@ def test_a_generation_without_writing_keeps_memory_and_open_segment(model):
 @pytest.mark.parametrize("returned", [1, 2])
 def test_beams_carry_their_own_open_segment(model, started, returned):
     start = start_of(model) if started else None
-    taken, memories = [], []
-
-    class Watched(MemoryCache):
-        def reorder_cache(self, beam_idx):
-            taken.append(beam_idx.tolist())
-            memories.append(self.memory)
-            super().reorder_cache(beam_idx)
 
     prompts, marks = batch()
-    cache = Watched(model, memory=start)
+    cache = WatchedCache(model, memory=start)
     cache.segments = marks
     options = settings(num_beams=2, num_return_sequences=returned, output_scores=True, return_dict_in_generate=True)
     output = model.generate(**prompts, past_key_values=cache, **options)
-    assert any(beams != sorted(set(beams)) for beams in taken), "no beam ever replaced another"
+    assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (2 * returned, 6 + NEW)
     for n, said in enumerate(output.sequences):
         row, beam = n // returned, int(output.beam_indices[n, -1])
         expected = fed(model, said, row, start.select([row]) if started else None)
-        close_memory(memories[-1].select([beam]), expected)
-    assert not torch.equal(memories[-1].segments[1][0], memories[-1].segments[1][1]), "both beams say the same"
+        close_memory(cache.memories[-1].select([beam]), expected)
+    assert not torch.equal(cache.memories[-1].segments[1][0], cache.memories[-1].segments[1][1]), (
+        "both beams say the same"
+    )
 
 
 @started

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from deltamem_tool import DeltaMemConfig, attach, dialogues
-from deltamem_tool.surgery import DeltaMemAdapter
+from deltamem_tool.adapter_module import DeltaMemAdapter
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 PAD, END = 0, 1
@@ -129,3 +129,24 @@ def listing(folder: Path) -> dict[str, int]:
     return {
         str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
     } | {f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()}
+
+
+def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
+    """What people saved before safetensors."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    weights = dict(model.state_dict())
+    if pieces == 1:
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        return folder
+    names = {f"pytorch_model-{i + 1:05d}-of-{pieces:05d}.bin": list(weights)[i::pieces] for i in range(pieces)}
+    for file, own in names.items():
+        torch.save({name: weights[name] for name in own}, folder / file, _use_new_zipfile_serialization=zipped)
+    index = {"metadata": {}, "weight_map": {name: file for file, own in names.items() for name in own}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 9)).logits

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.chat_template import render
 from deltamem_tool.dialogues import Message
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import FACTS
 from deltamem_tool.segments import encode_chat
 from deltamem_tool.state import MemoryCache, MemoryState
-from deltamem_tool.surgery import DeltaMemAdapter, adapter_of, detach, hook
+from deltamem_tool.surgery import adapter_of, detach, hook
 
 CONDITIONS = {
     "state_only": "the memory after the conversation, and the question",

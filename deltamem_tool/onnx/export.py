@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
 
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract
@@ -36,7 +37,7 @@ from deltamem_tool.onnx.contract import Interface, Layer, Manifest
 from deltamem_tool.onnx.runtime import Graph
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
-from deltamem_tool.surgery import DeltaMemAdapter, adapter_of
+from deltamem_tool.surgery import adapter_of
 
 TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch, over logits and states
 PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")

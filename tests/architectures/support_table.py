@@ -5,7 +5,6 @@ PYTHONPATH=tests python -m architectures.support_table
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from architectures.exported import EXPORTED
 from architectures.tiny_configs import UNBUILT, tiny_config
 from deltamem_tool.architectures import AttentionLayer, attention_layers
 from deltamem_tool.config import BRANCHES
@@ -26,13 +26,6 @@ from deltamem_tool.support import TABLE, Support, summary, supported_types, tran
 COMMAND = "PYTHONPATH=tests python -m architectures.support_table"
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 _MARKS = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- /table -->)", re.DOTALL)
-
-
-def exported() -> frozenset[str]:
-    """The types whose ONNX graph is tested."""
-    if importlib.util.find_spec("deltamem_tool.onnx.exported") is None:
-        return frozenset({"llama", "qwen3", "smollm3"})
-    return frozenset(importlib.import_module("deltamem_tool.onnx.exported").EXPORTED)
 
 
 def support(model_type: str) -> Support:
@@ -52,7 +45,7 @@ def support(model_type: str) -> Support:
             layers_of(config)
         except ArchitectureError:
             reasons.append("only with is_decoder=True in its config: its tokens see later ones otherwise")
-    return Support(model_type, True, branches, model_type in exported(), "; ".join(reasons) or None)
+    return Support(model_type, True, branches, model_type in EXPORTED, "; ".join(reasons) or None)
 
 
 def layers_of(config: PretrainedConfig) -> list[AttentionLayer]:

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 import deltamem_tool as deltamem
+from architectures.exported import EXPORTED
 from architectures.test_sweep import VISION
 from architectures.tiny_configs import LAYERS, PAD, TEXT_IDS, tiny_config
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.exported import EXPORTED
 from deltamem_tool.onnx.runtime import Graph
 
 TOLERANCE = 1e-3

@@ -3,13 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from scan_inputs import NAMES, RULES, make_inputs
 from torch import Tensor
 
 from deltamem_tool.ops import chunked, delta_scan
-
-NAMES = ("q", "k", "v", "log_keep", "erase", "write", "state")
-RULES = ("standard", "lambda_outside", "no_lambda")
 
 # float32 against float32, largest absolute difference; reads, states and gradients are of order 1 to 10.
 TOLERANCE = 2e-5
@@ -17,28 +14,6 @@ TOLERANCE = 2e-5
 WORST_CASE_TOLERANCE = 1e-4
 # float64 against float64: only a wrong equation is visible here.
 FLOAT64_TOLERANCE = 1e-11
-
-
-def make_inputs(tokens, rule="standard", *, batch=2, heads=2, rank=8, masked=0.0, dtype=torch.float32, seed=0):
-    """Seven leaves that require gradients: q, k, v, log_keep, erase, write, state (nonzero)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shape = (batch, tokens, heads, rank)
-    q, k = F.normalize(normal(*shape), dim=-1), F.normalize(normal(*shape), dim=-1)
-    v, z = normal(*shape), normal(*shape) - 1.5
-    log_lambda, beta = F.logsigmoid(-z), torch.sigmoid(z)
-    log_keep, erase, write = {
-        "standard": (log_lambda, beta, beta),
-        "lambda_outside": (log_lambda, log_lambda.exp() * beta, beta),
-        "no_lambda": (torch.zeros_like(z), beta, beta),
-    }[rule]
-    valid = (torch.rand(batch, tokens, 1, 1, generator=generator) >= masked).double()
-    state = normal(batch, heads, rank, rank)
-    inputs = (q, k, v, log_keep * valid, erase * valid, write * valid, state)
-    return [x.to(dtype).detach().clone().requires_grad_() for x in inputs]
 
 
 def run_with_gradients(inputs, implementation):

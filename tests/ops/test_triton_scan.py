@@ -7,14 +7,14 @@ from functools import partial
 from multiprocessing import get_context
 
 import pytest
+import scan_inputs
 import torch
-import torch.nn.functional as F
+from scan_inputs import NAMES
 from torch.autograd.functional import vjp
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.ops import delta_scan
 
-NAMES = ("q", "k", "v", "log_keep", "erase", "write", "state")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # float32 against float32, largest absolute difference; reads, states and gradients are of order 1 to 10.
@@ -44,26 +44,13 @@ def run():
         yield lambda function, *arguments: process.submit(function, *arguments).result()
 
 
-def make_inputs(tokens, rule="standard", *, batch=1, heads=1, rank=8, masked=0.3, dtype=torch.float32):
-    """q, k, v, log_keep, erase, write, state (nonzero), and weights of the reads and of the final state in a loss."""
-    generator = torch.Generator().manual_seed(tokens)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shape, square = (batch, tokens, heads, rank), (batch, heads, rank, rank)
-    z = normal(*shape) - 1.5
-    log_lambda, beta = F.logsigmoid(-z), torch.sigmoid(z)
-    log_keep, erase, write = {
-        "standard": (log_lambda, beta, beta),
-        "lambda_outside": (log_lambda, log_lambda.exp() * beta, beta),
-        "no_lambda": (torch.zeros_like(z), beta, beta),
-    }[rule]
-    valid = torch.rand(batch, tokens, 1, 1, generator=generator) >= masked
-    q, k = (F.normalize(normal(*shape), dim=-1) for _ in range(2))
-    inputs = (q, k, normal(*shape), log_keep * valid, erase * valid, write * valid, normal(*square))
-    weights = (normal(*shape), normal(*square))
-    return tuple(tuple(x.to(DEVICE, dtype) for x in part) for part in (inputs, weights))
+def make_inputs(tokens, rule="standard", *, batch=1, heads=1, masked=0.3, **options):
+    """The inputs of `delta_scan`, and weights of the reads and of the final state in a loss."""
+    inputs = scan_inputs.make_inputs(tokens, rule, batch=batch, heads=heads, masked=masked, seed=tokens, **options)
+    inputs = tuple(x.detach().to(DEVICE) for x in inputs)
+    generator = torch.Generator().manual_seed(tokens + 1)
+    like = (inputs[0], inputs[-1])
+    return inputs, tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(DEVICE) for x in like)
 
 
 def assert_same(actual, expected, tolerance):
