@@ -42,7 +42,9 @@ ONE_OF_A_KIND = {
     "opt": "learned positions, counted in the mask",
     "roberta": "positions that begin after the padding id",
 }
-COUNTS_PADDING = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "whisper"}
+COUNTS_PADDING = set(
+    "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper".split()
+)
 EVERY = os.environ.get("DELTAMEM_EXPORT_ALL") == "1"
 
 
