@@ -145,10 +145,11 @@ def create_adapter(
     return read_adapter(out)
 
 
-def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> None:
-    """Write the adapter of a patched `model` as a folder, whole or not at all."""
-    adapter = adapter_of(model)
-    write_adapter(adapter, _base_of_model(hf_model(model)), path, overwrite)
+def save_adapter(
+    model: PreTrainedModel, path: str | Path, overwrite: bool = False, files: Mapping[str, bytes] | None = None
+) -> None:
+    """Write the adapter of a patched `model` as a folder, whole or not at all, with `files` beside it."""
+    write_adapter(adapter_of(model), _base_of_model(hf_model(model)), path, overwrite, files=files)
 
 
 def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
@@ -297,8 +298,10 @@ def write_adapter(
     out: str | Path,
     overwrite: bool,
     reference: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format."""
+    """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format, and
+    `files` lie beside."""
     said: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -321,6 +324,8 @@ def write_adapter(
     with folder_whole(out, overwrite) as staged:
         (staged / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+        for name, content in (files or {}).items():
+            (staged / name).write_bytes(content)
 
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:

@@ -88,6 +88,11 @@ class BaseCheckpoint:
         return self._folder
 
     @property
+    def small_files(self) -> Path:
+        """Where at least the config and the tokenizer are: no weights are fetched for it."""
+        return self._folder
+
+    @property
     def _kind(self) -> Any:
         """The class that makes it: the text decoder alone where transformers has one, else with the towers that see."""
         causal = self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -97,7 +102,11 @@ class BaseCheckpoint:
     def skeleton(self) -> PreTrainedModel:
         """The model without weights (on torch's meta device): its module tree and shapes."""
         with torch.device("meta"):
-            return self._kind.from_config(self.config, trust_remote_code=self.trust_remote_code)
+            return self.from_config(self.config)
+
+    def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """A model of this kind with random weights, of another config than the checkpoint's own perhaps."""
+        return self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
 
     def load(self, **options: Any) -> PreTrainedModel:
         """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.fake import is_fake
 from deltamem_tool.ops import delta_scan, full_precision
 from deltamem_tool.ops.segment_sums import segment_sums
 
@@ -96,7 +97,7 @@ class DeltaMemory(nn.Module):
         """Of all `_inputs`, `[·, D]`: the joined one, unless it must be differentiated or somebody has taken the
         weights apart."""
         weights = [linear.weight for linear in self._inputs()]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_fake(self._joined):
             return torch.cat(weights)
         address = self._joined.data_ptr()
         for weight in weights:
@@ -126,6 +127,7 @@ class DeltaMemory(nn.Module):
         writes: Tensor | bool,
         segment: Tensor | None = None,
         last: Tensor | None = None,
+        openings: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read for every token from the state before it, then write.
 
@@ -137,12 +139,13 @@ class DeltaMemory(nn.Module):
                 leaves state and segment as they are.
             segment: `[B, W]`, the open segment before the first token; None where every token writes.
             last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None for none.
+            openings: gets, if anything is written, `[B, 2]`: the mean β of each write summed, and how many there were.
 
         Returns:
             Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
         x = hidden.to(self.query.weight.dtype)
-        if x.shape[1] == 1 and reads is None and writes is True and last is None:
+        if x.shape[1] == 1 and reads is None and writes is True and last is None and openings is None:
             return self._decode(x, state, segment)
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
@@ -166,6 +169,8 @@ class DeltaMemory(nn.Module):
                     if isinstance(writes, Tensor):
                         here = writes[:, :, None, None].to(x.dtype)
                         log_keep, erase, write = log_keep * here, erase * here, write * here
+                    if openings is not None:
+                        openings.append(_opening(write, writes))
                     readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
@@ -309,6 +314,12 @@ def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _part_widths(config: DeltaMemConfig) -> list[int]:
     rows = config.state_heads * config.rank
     return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
+
+
+def _opening(write: Tensor, writes: Tensor | bool) -> Tensor:
+    """β `[B, T, H, R]`, zero where nothing is written, to `[B, 2]`: the sum of its means, and the number of writes."""
+    written = writes.sum(1) if isinstance(writes, Tensor) else write.new_tensor(write.shape[1]).expand(len(write))
+    return torch.stack([write.mean((2, 3)).sum(1), written.to(write.dtype)], dim=1)
 
 
 def _read(state: Tensor, q: Tensor) -> Tensor:

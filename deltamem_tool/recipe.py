@@ -1,92 +1,50 @@
-"""A training run as a YAML file: read, overridden from the command line, checked whole."""
+"""A training run as a YAML file: read, overridden from the command line, checked whole.
+
+Every error of a recipe is reported at once, with its line.
+"""
 
 from __future__ import annotations
 
-import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.dialogues import KIND_OF
+from deltamem_tool.config import PRESETS, DeltaMemConfig
 from deltamem_tool.errors import ConfigError
+from deltamem_tool.recipe_options import (
+    KNOWN,
+    DataOptions,
+    LoraOptions,
+    ObjectiveOptions,
+    Recipe,
+    TrainingOptions,
+    broken,
+)
+from deltamem_tool.recipe_words import Problem, config_error, in_words, shown, unknown
+from deltamem_tool.yaml_lines import Document, Key, read_yaml
 
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")  # of transformers' Trainer
+__all__ = [
+    "DataOptions",
+    "LoraOptions",
+    "ObjectiveOptions",
+    "Recipe",
+    "TrainingOptions",
+    "load_recipe",
+    "shipped_recipe",
+]
 
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where episodes come from: `path`, a JSONL file of conversations, or else generated dialogues."""
-
-    path: str | None = None
-    facts_first: int = 2  # generated: the most facts in an episode at the start of training
-    facts_last: int = 6  # and once grown
-    growth: float = 0.5  # share of training over which it grows
-    fewest: float = 0.0  # generated: an episode has at least this share of the most facts there may be
-    replies: float = 0.0  # generated: share of the episodes that also train a reply which needs no memory
-    max_write_tokens: int = 8192
-    max_read_tokens: int = 512
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    steps: int = 70
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    learning_rate: float = 2e-4
-    scheduler: str = "cosine"
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    save_every: int = 500  # steps between checkpoints
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run.
-
-    Args:
-        base: folder or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
-        out: the adapter folder to write.
-        revision: of the base on the Hub.
-        adapter: an adapter folder to start from; `memory` is then its own.
-        memory: the mechanism.
-    """
-
-    base: str
-    out: str
-    revision: str | None = None
-    adapter: str | None = None
-    memory: DeltaMemConfig = field(default_factory=DeltaMemConfig)
-    data: DataOptions = field(default_factory=DataOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-
-    def __post_init__(self) -> None:
-        training, data = self.training, self.data
-        checks = [
-            (training.steps >= 1, "training.steps must be 1 or more"),
-            (training.batch_size >= 1, "training.batch_size must be 1 or more"),
-            (training.gradient_accumulation >= 1, "training.gradient_accumulation must be 1 or more"),
-            (training.learning_rate > 0, "training.learning_rate must be above 0"),
-            (0 <= training.warmup < 1, "training.warmup is a share of the steps, 0 to 1"),
-            (training.scheduler in SCHEDULERS, f"training.scheduler must be one of {', '.join(SCHEDULERS)}"),
-            (training.save_every >= 1, "training.save_every must be 1 or more"),
-            (1 <= data.facts_first <= data.facts_last, "data.facts_first must be 1 up to data.facts_last"),
-            (data.facts_last <= len(KIND_OF), f"data.facts_last must be {len(KIND_OF)} or less"),
-            (data.max_write_tokens >= 1, "data.max_write_tokens must be 1 or more"),
-            (data.max_read_tokens >= 1, "data.max_read_tokens must be 1 or more"),
-            (0 <= data.growth <= 1, "data.growth is a share of the training, 0 to 1"),
-            (0 <= data.fewest <= 1, "data.fewest is a share of the facts, 0 to 1"),
-            (0 <= data.replies <= 1, "data.replies is a share of the episodes, 0 to 1"),
-        ]
-        wrong = [why for holds, why in checks if not holds]
-        if wrong:
-            raise ConfigError("The recipe does not hold.", "; ".join(wrong) + ".", "Correct it and try again.")
+_READER = TypeAdapter(Recipe)
+_DEFAULTS = {
+    f"{kind.SECTION}{entry.name}": entry.default
+    for kind in (Recipe, LoraOptions, DataOptions, ObjectiveOptions, TrainingOptions)
+    for entry in fields(kind)
+    if entry.default is not MISSING
+}
 
 
 def shipped_recipe(name: str) -> Path:
@@ -100,86 +58,126 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
     """Read a recipe; `changes` are `key=value` with dotted keys and YAML values, `out` replaces the recipe's.
 
     Raises:
-        ConfigError: the file is missing or no YAML, or holds keys or values that a recipe does not have.
+        ConfigError: the file is missing or no YAML, or holds keys or values that a recipe does not have; its `why` has
+            one line an error, with where it is.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no recipe {path}.", "", "Give the path of a YAML file; `recipes/` has some.")
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML.", f"{why}.", "Correct the file.") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
+    document = read_yaml(text, str(path))
+    said = {} if document.value is None else document.value
     if not isinstance(said, dict):
         raise ConfigError(f"{path} is no recipe.", "It is not a mapping of keys to values.", "Correct the file.")
-    for change in changes:
-        _apply(said, change)
+    places = {key: _Place(lines[-1], f"line {lines[-1]}") for key, lines in document.lines.items()}
+    placed = [(places[key], why) for key, why in _twice(document)]
+    for number, change in enumerate(changes):
+        place = _Place(1e9 + number, f"--set {change}")
+        placed += [(place, why) for why in _apply(said, change, place, places)]
     if out is not None:
         said["out"] = out
-    return _build(Recipe, said, "")
+        places[("out",)] = _Place(math.inf, "--out")
+    recipe, problems = _build(said)
+    placed += [(_place(problem.keys, places), problem.why) for problem in problems]
+    if recipe is None or placed:
+        placed.sort(key=lambda pair: pair[0].order)
+        whys = [f"{place.words}: {why}" if place.words else why for place, why in placed]
+        raise config_error(f"The recipe {path} does not hold.", whys)
+    return recipe
 
 
-def _apply(said: dict[str, Any], change: str) -> None:
-    key, equals, value = change.partition("=")
+class _Place(NamedTuple):
+    order: float
+    words: str  # "line 3", "--set training.steps=3"
+
+
+_NOWHERE = _Place(math.inf, "")
+
+
+def _place(keys: Sequence[Key], places: Mapping[Key, _Place]) -> _Place:
+    """Where the first of `keys` that is given stands; or else what holds it."""
+    given = [key for key in keys if key in places]
+    if not given:
+        given = [key[:depth] for key in keys for depth in range(len(key), 0, -1) if key[:depth] in places]
+    return places[given[0]] if given else _NOWHERE
+
+
+def _twice(document: Document) -> list[tuple[Key, str]]:
+    """The keys that are given more than once, and what to say."""
+    return [
+        (key, f"{'.'.join(key)} is given more than once, first in line {lines[0]}")
+        for key, lines in document.lines.items()
+        if len(lines) > 1
+    ]
+
+
+def _apply(said: dict[str, Any], change: str, place: _Place, places: dict[Key, _Place]) -> list[str]:
+    """Make `change` in what the recipe says, and note its place. What is wrong with it comes back."""
+    words, equals, text = change.partition("=")
+    key = tuple(words.strip().split("."))
     if not equals:
-        raise ConfigError(f"--set {change} is no key=value.", "", "Write for example --set training.steps=100.")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
+        return ["it is no key=value: write for example --set training.steps=100"]
+    try:
+        document = read_yaml(text, "its value")
+    except ConfigError as error:
+        return [error.what.rstrip(".")]
+    for depth, parent in enumerate(key[:-1], start=1):
         said = said.setdefault(parent, {})
         if not isinstance(said, dict):
-            raise ConfigError(f"--set {change}: {parent!r} has no keys inside.", "", "Correct the key.")
+            return [f"{'.'.join(key[:depth])} has no keys inside"]
+        places.setdefault(key[:depth], place)
+    for inside in [known for known in places if known[: len(key)] == key]:
+        del places[inside]
+    places[key] = place
+    said[key[-1]] = document.value
+    return [f"{key} is given more than once" for key in {key[-1] for key, _ in _twice(document)}]
+
+
+def _build(said: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, or everything that is wrong with it."""
+    memory, problems = _memory(said.get("memory", {}))
+    values = dict(_DEFAULTS)
+    recipe = None
     try:
-        said[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {change}: the value is not YAML.", "", "Quote it, or correct it.") from error
+        recipe = _READER.validate_python(said | {"memory": memory}, context=values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            problem = in_words(detail, KNOWN)
+            problems.append(problem)
+            wrong = ".".join(problem.keys[0])
+            values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
+    values |= {key: said[key] for key in ("lora", "memory") if key in said}  # given is what counts, right or not
+    return recipe, problems + [*broken(values)]
 
 
-def _build(kind: type, said: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of the dataclass `kind` from a mapping, strictly."""
-    if kind is DeltaMemConfig:
-        options = dict(said)
-        preset = options.pop("preset", None)
-        return DeltaMemConfig.from_dict(options) if preset is None else DeltaMemConfig.preset(preset, **options)
-    hints = get_type_hints(kind)
-    known = [entry.name for entry in fields(kind)]
-    values: dict[str, Any] = {}
-    for key, value in said.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1) or ([] if prefix else _elsewhere(str(key)))
-            raise ConfigError(
-                f"The recipe key {prefix}{key} is not known.",
-                f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}.",
-                "Correct the recipe.",
-            )
-        hint = hints[key]
-        if is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ConfigError(f"The recipe key {prefix}{key} needs keys inside.", "", "Correct the recipe.")
-            values[key] = _build(hint, value, f"{prefix}{key}.")  # type: ignore[arg-type]
+def _memory(said: Any) -> tuple[DeltaMemConfig, list[Problem]]:
+    """The mechanism's options. They say one error at a time: what one is about is left out, and the rest tried."""
+    config = DeltaMemConfig()
+    if not isinstance(said, dict):
+        return config, [Problem((("memory",),), "memory must have keys inside")]
+    known = KNOWN[("memory",)]
+    problems = [unknown(("memory", str(key)), KNOWN) for key in said if key not in known]
+    options = {key: value for key, value in said.items() if key in known}
+    preset = options.pop("preset", None)
+    if preset is not None and preset not in [*PRESETS]:
+        why = f"memory.preset must be one of {', '.join(PRESETS)}, not {shown(preset)}"
+        problems.append(Problem((("memory", "preset"),), why))
+        preset = None
+    left_out: set[str] = set()
+    while True:
+        try:
+            config = DeltaMemConfig(**(PRESETS[preset] if preset else {}) | options)
+        except ConfigError as error:
+            about = [word for word in re.findall(r"\w+", error.why) if word in known]
+            if not left_out.intersection(about):  # else it may be about the default that took its place
+                keys = tuple(("memory", word) for word in about)
+                problems.append(Problem(keys, f"memory.{error.why.rstrip('.')}"))
+            if not options.keys() & about:
+                return config, problems
+            left_out.update(about)
+            options = {key: value for key, value in options.items() if key not in about}
         else:
-            if isinstance(value, int) and not isinstance(value, bool) and hint is float:
-                value = float(value)
-            if isinstance(value, str) and hint is float:
-                value = _number(value)  # YAML 1.1 reads 2e-4 as text
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not finite or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-                wanted = getattr(hint, "__name__", str(hint))
-                raise ConfigError(f"The recipe key {prefix}{key} must be {wanted}, not {value!r}.", "", "Correct it.")
-            values[key] = value
-    missing = [name for name in ("base", "out") if kind is Recipe and name not in values]
-    if missing:
-        raise ConfigError(f"The recipe lacks {' and '.join(missing)}.", "", "Add it, or pass --out for `out`.")
-    return kind(**values)
-
-
-def _elsewhere(key: str) -> list[str]:
-    """The section that has `key`, for someone who left the section out."""
-    sections = {"memory": DeltaMemConfig, "data": DataOptions, "training": TrainingOptions}
-    return [f"{name}.{key}" for name, kind in sections.items() if key in {entry.name for entry in fields(kind)}]
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+            return config, problems

@@ -1,8 +1,8 @@
 """Attach a memory to a causal language model with hooks, and take it off again.
 
-The base keeps its modules, names and weights. While the decoder runs, one `_Call` (of this thread, so that threads do
-not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the cache takes
-the new states when the decoder has finished. Nothing about a conversation is kept on the model.
+The base keeps its modules, names and weights. While the decoder runs, one `DecoderCall` (of this thread, so that
+threads do not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the
+cache takes the new states when the decoder has finished. Nothing about a conversation is kept on the model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from threading import local
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -24,6 +23,7 @@ from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, layers_at, select_layers
 from deltamem_tool.call_masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
 from deltamem_tool.layouts import Projection
 from deltamem_tool.memory import BASE_SLICE_WIDTH, DeltaMemory
@@ -41,30 +41,6 @@ class Patch:
     adapter: DeltaMemAdapter
     handles: list[RemovableHandle]
     required_grad: list[tuple[nn.Parameter, bool]]
-
-
-@dataclass
-class _Call:
-    """One run of the decoder."""
-
-    cache: MemoryCache
-    memory: MemoryState
-    reads: Tensor | None  # bool [B, T], None for all
-    writes: Tensor | bool  # bool [B, T], True for all, False for none
-    last: Tensor | None  # bool [B, T], tokens that end a segment; None for none
-    tokens: int  # T
-    outer: _Call | None  # the run of another decoder that this one is part of
-    readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer
-    states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
-    segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
-
-
-# What each thread runs, as `call`. Not a context variable: torch.compile breaks the graph wherever one is looked at.
-_THREAD = local()
-
-
-def _running() -> _Call | None:
-    return getattr(_THREAD, "call", None)
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
@@ -143,7 +119,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     # Parameters and not their names, which change where a LoRA comes later.
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     handles = [
         decoder.register_forward_pre_hook(_before_decoder(model, decoder, adapter), with_kwargs=True),
         decoder.register_forward_hook(_after_decoder, always_call=True),
@@ -160,7 +136,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         setattr(model, name, MethodType(override(getattr(type(model), name)), model))
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """What the model calls with its tokens: its base model; but OPT and BART's decoder-only form call the decoder that
     is all there is in theirs."""
     base = model.base_model
@@ -171,7 +147,9 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 def _before_decoder(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter):
     parameters = list(inspect.signature(decoder.forward).parameters)
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if is_off():
+            return None
         kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         if cache is None:
@@ -189,9 +167,9 @@ def _before_decoder(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMe
             )
         if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
             raise ConfigError(
-                "Gradient checkpointing does not work with a memory yet.",
-                "It runs each layer a second time, when the states that the layer started from are gone.",
-                "Call model.activation_checkpointing_disable().",
+                "transformers' gradient checkpointing does not work with a memory.",
+                "It takes the cache from the layers.",
+                "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
             )
         tokens = kwargs.get("input_ids")
         content = tokens if tokens is not None else kwargs["inputs_embeds"]
@@ -211,7 +189,7 @@ def _before_decoder(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMe
         writes, last = segment_tokens(
             adapter.config, cache.segments, content, reads, writing_tokens(cache.write, reads, content)
         )
-        _THREAD.call = _Call(cache, memory.to(content.device), reads, writes, last, length, outer=_running())
+        run(DecoderCall(cache, memory.to(content.device), reads, writes, last, length, outer=running()))
         return (), kwargs
 
     return hook
@@ -230,14 +208,17 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
 
 
 def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
-    call = _running()
+    call = None if is_off() else running()
     if call is None:
-        return  # the hook before the decoder refused the call
-    _THREAD.call = call.outer
+        return  # or the hook before the decoder refused the call
+    run(call.outer)
     if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
         before = call.memory
         segments = {**before.segments, **call.segments}
         call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
+        if call.cache.openings is not None:
+            for layer, opening in call.openings.items():
+                call.cache.openings[layer] = call.cache.openings.get(layer, 0.0) + opening
         if call.cache.segments is not None:  # what was said of tokens that have come is used up
             rest = call.cache.segments[:, call.tokens :]
             call.cache.segments = rest if rest.shape[1] else None
@@ -245,17 +226,22 @@ def _after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
 
 def _before_attention(index: int, memory: DeltaMemory):
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = _running()
+        if is_off():
+            return
+        call = running()
         if call is None:
             raise MemoryStateError(
                 "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         segment = call.memory.segments.get(index)
+        openings: list[Tensor] | None = None if call.cache.openings is None else []
         readings, state, segment = memory(
-            hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last
+            hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last, openings
         )
         call.readings[index], call.states[index] = memory.scaled(readings), state
+        if openings:
+            call.openings[index] = openings[0]
         if segment is not None:
             call.segments[index] = segment
 
@@ -265,8 +251,10 @@ def _before_attention(index: int, memory: DeltaMemory):
 def _correct(index: int, memory: DeltaMemory, branch: str, projection: Projection):
     whole = projection.is_whole
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        call = _running()
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if is_off():
+            return None
+        call = running()
         assert call is not None  # the attention's own hook has seen to it
         if whole:
             return memory.correct(branch, call.readings[index], output)

@@ -23,6 +23,7 @@ PUBLIC = {
     "save_adapter",
 }
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
+RECIPE = {"config", "dialogues", "errors", "recipe", "recipe_options", "recipe_words", "yaml_lines"}
 
 
 def test_the_public_names_are_these():
@@ -47,16 +48,21 @@ def imported_by(module: str) -> set[str]:
     [
         ("deltamem_tool", HEAVY, set()),
         ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.files, deltamem_tool.dialogues", HEAVY, None),
-        ("deltamem_tool.recipe", HEAVY, {"config", "dialogues", "errors", "recipe"}),
+        ("deltamem_tool.recipe", HEAVY, RECIPE),
         ("deltamem_tool.support", HEAVY, {"errors", "support"}),
         ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
         ("deltamem_tool.memory_picture", HEAVY - {"matplotlib"}, {"errors", "files", "memory_picture"}),
         ("deltamem_tool.ops", HEAVY - {"torch"}, {"errors", "ops"}),
-        ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "memory", "ops"}),
+        ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "fake", "memory", "ops"}),
         (
             "deltamem_tool.state",
             {"onnxruntime", "matplotlib"},
-            {"config", "errors", "files", "memory", "memory_file", "ops", "patched", "state"},
+            {"config", "errors", "fake", "files", "memory", "memory_file", "ops", "patched", "state"},
+        ),
+        (
+            "deltamem_tool.data",
+            {"onnxruntime", "onnx", "matplotlib"},
+            {"chat_template", "config", "data", "dialogues", "errors", "fake", "files", "memory", "ops", "segments"},
         ),
         ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
         ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),

@@ -1,26 +1,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from deltamem_tool.recipe import Recipe
+    from deltamem_tool.training import DryRun
 
 
 @click.command()
 @click.argument("recipe", type=click.Path())
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
 @click.option("--out", help="Adapter folder to write, instead of the recipe's.")
+@click.option("--bptt", type=int, metavar="N", help="Gradients flow through the last N chunks of the write pass.")
+@click.option("--skip-bad-rows", is_flag=True, help="Leave out rows of the data that are no conversations; count them.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it is there.")
+@click.option("--dry-run", is_flag=True, help="Train nothing: say how long it takes, on how much, in how much memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(recipe, changes, out, resume, overwrite, as_json) -> None:
+def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_run, as_json) -> None:
     """Train an adapter as RECIPE (YAML) says. Only the adapter learns.
 
+    Several GPUs: torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE
+
     Example: deltamem train recipes/quickstart.yaml --set training.steps=100
+
+    With --dry-run the base's config is enough to compute parameters and memory, and its tokenizer for the rest.
     """
     from deltamem_tool.recipe import load_recipe
 
-    chosen = load_recipe(recipe, changes, out)
+    if dry_run and (resume or overwrite):
+        raise click.UsageError("--dry-run writes nothing: leave out --resume and --overwrite.")
+    changes = [*changes, *([] if bptt is None else [f"training.bptt={bptt}"])]
+    chosen = load_recipe(recipe, [*changes, *(["data.skip_bad_rows=true"] if skip_bad_rows else [])], out)
+    if dry_run:
+        _dry_run(recipe, chosen, as_json)
+        return
 
     from deltamem_tool.cli.console import progress
     from deltamem_tool.training import train
@@ -29,12 +48,79 @@ def command(recipe, changes, out, resume, overwrite, as_json) -> None:
         task = bar.add_task("Training", total=chosen.training.steps, note="")
 
         def report(step: int, steps: int, loss: float | None) -> None:
-            bar.update(task, completed=step, note="" if loss is None else f"loss {loss:.3f}")
+            bar.update(task, completed=step, total=steps, note="" if loss is None else f"loss {loss:.3f}")
 
         result = train(chosen, resume, overwrite, report)
+    if not result.is_main:
+        return
     if as_json:
         click.echo(json.dumps({**asdict(result), "adapter": str(result.adapter)}))
         return
+    if result.skipped_rows:
+        click.echo(f"{result.skipped_rows} bad rows were left out.")
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s; {result.parameters:,} parameters in {result.adapter}.")
     click.echo(f"Loss {result.losses[0][1]:.3f} → {result.losses[-1][1]:.3f}.")
     click.echo(f"Next: deltamem eval {result.adapter} --task recall")
+
+
+def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:
+    from deltamem_tool.cli.console import progress
+    from deltamem_tool.training import dry_run
+
+    with progress() as bar:
+        task = bar.add_task("Computing", total=None, note="")
+
+        def report(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of, note="a step without numbers")
+
+        result = dry_run(recipe, report)
+    if not result.is_main:
+        return
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"{path} would train"), show_header=False)
+    for name, value in _lines(result):
+        table.add_row(name, value)
+    Console().print(table)
+    for note in result.notes:
+        click.echo(note)
+
+
+def _lines(found: DryRun) -> Iterator[tuple[str, str]]:
+    """The rows of the table; what is not known is not among them, but in the notes."""
+    yield "parameters", f"{found.trained_parameters:,}, {found.share:.2%} of the base's {found.base_parameters:,}"
+    if found.memory_bytes:
+        yield "state of a conversation", f"{found.memory_bytes:,} bytes"
+    data = found.episodes
+    if data is not None:
+        sample = " (a sample)" if found.is_sample else ""
+        yield "episodes", f"{data.episodes:,}{sample}, with {data.exchanges:,} exchanges"
+        if found.skipped_rows:
+            yield "skipped rows", f"{found.skipped_rows:,}"
+        for name, counts in (("written", data.write_tokens), ("read", data.read_tokens)):
+            yield f"tokens {name}", f"{counts.mean:,.1f} in the mean, {counts.max:,} at most"
+        yield "tokens scored", f"{data.scored_tokens:,}"
+        yield "histories cut", f"{data.cut:,}"
+    if found.steps is not None:
+        yield "steps", f"{found.steps:,}"
+    if found.epochs is not None:
+        yield "epochs", f"{found.epochs:.3g}"
+    if found.tokens_per_step is not None:
+        processes = f", in {found.processes} processes" if found.processes > 1 else ""
+        yield "tokens a step", f"{found.tokens_per_step:,.1f}{processes}"
+    peak = found.peak
+    yield "weights of the base", _size(peak.weights)
+    yield "adapter, gradients, optimizer", " + ".join(map(_size, (peak.adapter, peak.gradients, peak.optimizer)))
+    if peak.activations is not None and peak.total is not None:
+        yield "activations", f"{_size(peak.activations)} at most"
+        yield "memory of a process", f"{_size(peak.total)}, estimated: CUDA's own, fragments and padding come on top"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -227,9 +227,9 @@ def test_a_bad_line_of_data(here, deltamem, checkpoint, line, says):
     ("change", "says"),
     [
         ("training.stesp=3", ["training.stesp", "training.steps?"]),
-        ("memory.rnk=3", ["'rnk'", "'rank'?"]),
+        ("memory.rnk=3", ["memory.rnk", "memory.rank?"]),
         ("trainin.steps=3", ["trainin", "training?"]),
-        ("training.steps=many", ["training.steps must be int"]),
+        ("training.steps=many", ["training.steps must be a whole number"]),
         ("data.path=nowhere.jsonl", ["no data file nowhere.jsonl"]),
         ("base=./nowhere", ["./nowhere"]),
         ("nothing", ["key=value"]),
@@ -246,8 +246,8 @@ def test_a_recipe_that_is_none(here, deltamem):
     deltamem("train", "nowhere.yaml").assert_short_error("no recipe nowhere.yaml", "recipes/", code=1)
     (here / "recipe.yaml").write_text("base: [\n")
     deltamem("train", "recipe.yaml").assert_short_error("not YAML", code=1)
-    (here / "recipe.yaml").write_text("base: x\nbatch_size: 3\nout: y\n")
-    deltamem("train", "recipe.yaml").assert_short_error("batch_size", "training.batch_size?", code=1)
+    (here / "recipe.yaml").write_text("base: x\nbatch_size: 3\nout: y\ntraining: {steps: 1}\n")
+    deltamem("train", "recipe.yaml").assert_short_error("line 2", "batch_size", "training.batch_size?", code=1)
 
 
 def test_nothing_to_resume(here, deltamem, checkpoint):
@@ -344,7 +344,8 @@ def test_ctrl_c_in_training(here, checkpoint):
     assert f"{here}/adapter" in err.replace("\n", "")
     before = {path.name for path in here.iterdir()}
     assert before == {"chats.jsonl", "recipe.yaml", "adapter", "adapter.run"}
-    assert {path.name for path in (here / "adapter").iterdir()} == {"deltamem_config.json", "deltamem.safetensors"}
+    kept = {"deltamem_config.json", "deltamem.safetensors", "training.json", "training.png"}
+    assert {path.name for path in (here / "adapter").iterdir()} == kept
     assert load(here / "adapter") is not None
     done = in_a_process("train", recipe, "--resume", "--json", cwd=here)
     assert done.code == 0, done.err

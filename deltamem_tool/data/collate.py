@@ -1,0 +1,79 @@
+"""Encoded episodes become the tensors of one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.memory import OUTSIDE
+from deltamem_tool.segments import padded
+
+
+def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dict[str, Tensor]:
+    """One batch of B episodes, which have Q exchanges in all. Padding is on the right, `pad` with mask 0.
+
+    Returns:
+        `write_ids`, `write_mask` `[B, W]`, and with `segments` `write_segments` `[B, W]`; `read_ids`, `read_mask`,
+        `labels` `[Q, T]`; `rows` `[Q]`, the episode of each exchange; `scored` `[N]`, the places b * T + t of
+        `read_ids` whose next token is scored, row by row, and `targets` `[N]`, those next tokens. Where all episodes
+        have a `full` view: `full_ids`, `full_mask` `[Q, F]` and `full_scored` `[N]`, the same places in that view.
+    """
+    exchanges = [exchange for episode in episodes for exchange in episode.exchanges]
+    written = [episode.write_ids for episode in episodes]
+    labels = _labels(exchanges)
+    scored = _before_scored(labels)
+    batch = {
+        "write_ids": padded(written, pad),
+        "write_mask": _mask(written),
+        "read_ids": padded([exchange.ids for exchange in exchanges], pad),
+        "read_mask": _mask([exchange.ids for exchange in exchanges]),
+        "labels": labels,
+        "rows": torch.tensor([row for row, episode in enumerate(episodes) for _ in episode.exchanges]),
+        "scored": scored,
+        "targets": labels.flatten()[scored + 1],  # the next place in the row: the last of a row is never among them
+    }
+    if segments:
+        batch["write_segments"] = padded([episode.marks for episode in episodes], OUTSIDE, dtype=torch.int8)
+    if all(episode.full for episode in episodes):
+        full = [exchange for episode in episodes for exchange in episode.full]
+        batch["full_ids"] = padded([exchange.ids for exchange in full], pad)
+        batch["full_mask"] = _mask([exchange.ids for exchange in full])
+        batch["full_scored"] = _before_scored(_labels(full))
+    return batch
+
+
+def _labels(exchanges: Sequence[EncodedExchange]) -> Tensor:
+    return padded([exchange.labels for exchange in exchanges], IGNORED)
+
+
+def _before_scored(labels: Tensor) -> Tensor:
+    """The flat places of `labels` `[Q, T]` whose next label is scored."""
+    ahead = torch.zeros_like(labels, dtype=torch.bool)
+    ahead[:, :-1] = labels[:, 1:] != IGNORED
+    return ahead.flatten().nonzero().flatten()
+
+
+def _mask(rows: Sequence[Sequence[int]]) -> Tensor:
+    return padded([[1] * len(row) for row in rows], 0)
+
+
+class EpisodeCollator:
+    """The Trainer's data collator: as `collate`, for episodes that are encoded, and for those that are not yet.
+
+    The latter are asked from the memory alone: context dropout is `EncodedEpisodes`' own.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, episodes: Sequence[Episode] | Sequence[EncodedEpisode]) -> dict[str, Tensor]:
+        if episodes and isinstance(episodes[0], Episode):
+            encoded = self.encoder(cast(Sequence[Episode], episodes))
+        else:
+            encoded = cast(list[EncodedEpisode], episodes)
+        return collate(encoded, self.encoder.pad, self.encoder.granularity != "token")

@@ -1,0 +1,271 @@
+"""Episodes become token ids, and labels where a token is scored: only the answers are (arXiv 2605.12357, section 3.4).
+
+An exchange is encoded as it is asked with nothing but the memory; and, where wanted, with the turns right before it in
+view, or with the whole history. The scored tokens of these views are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from deltamem_tool.chat_template import ChatTemplate, Message
+from deltamem_tool.config import GRANULARITIES
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.memory import LAST
+from deltamem_tool.segments import mark_chat
+
+IGNORED = -100  # label of a token that is not scored
+_AT_ONCE = 64  # episodes that go through the tokenizer together,
+_CHARACTERS = 2_000_000  # unless their messages are longer than this
+
+
+@dataclass(frozen=True)
+class EncodedExchange:
+    """Token ids and labels of one length T; a label is the token's own id, or IGNORED where it is not scored."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class EncodedEpisode:
+    """An episode as token ids.
+
+    Args:
+        write_ids: the history, cut from the left; W tokens.
+        marks: of each of them, as `mark_chat` has it.
+        exchanges: what is read with nothing but the memory.
+        recent: the same exchanges after the last turns of the history; empty unless asked for.
+        full: the same exchanges after the whole history, cut from the left; empty unless asked for.
+        where: file and line.
+        cut: how many tokens of the history were cut.
+    """
+
+    write_ids: list[int]
+    marks: list[int]
+    exchanges: list[EncodedExchange]
+    recent: list[EncodedExchange]
+    full: list[EncodedExchange]
+    where: str = ""
+    cut: int = 0
+
+
+class _Asked(NamedTuple):
+    """A rendered exchange: `text` is `prompt` and the answer."""
+
+    prompt: str
+    text: str
+
+
+# Encoding one episode gives texts and gets their tokens, so that those of many episodes are tokenised together.
+_Steps = Generator[list[str], list[Any], EncodedEpisode]
+
+
+class Encoder:
+    """Episodes become `EncodedEpisode`s.
+
+    Args:
+        tokenizer: a fast one with a chat template.
+        max_write_tokens: histories are cut from the left to this length.
+        max_read_tokens: exchanges longer than this are an error.
+        granularity: what the memory writes at once, as in `DeltaMemConfig`.
+        recent_turns: `recent` shows up to so many turns of the history, as many as fit max_read_tokens with the
+            exchange. A turn goes from a user's message up to the next.
+        full_context: make `full`, cut to max_write_tokens + max_read_tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_write_tokens: int,
+        max_read_tokens: int,
+        granularity: str = "token",
+        recent_turns: int = 0,
+        full_context: bool = False,
+    ) -> None:
+        self._template = ChatTemplate(tokenizer)
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"The tokenizer {self._template.name} cannot tell where in a text its tokens are.",
+                f"{type(tokenizer).__name__} is a slow tokenizer.",
+                "Use a fast tokenizer.",
+            )
+        if granularity not in GRANULARITIES:
+            raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
+        self.tokenizer = tokenizer
+        self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
+        self.granularity, self.recent_turns, self.full_context = granularity, recent_turns, full_context
+
+    @property
+    def pad(self) -> int:
+        """What batches are filled up with; a mask hides it."""
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in tokens if token is not None), 0)
+
+    def options(self) -> dict[str, Any]:
+        """All that decides the encoding besides the tokenizer."""
+        names = ("max_write_tokens", "max_read_tokens", "granularity", "recent_turns", "full_context")
+        return {name: getattr(self, name) for name in names}
+
+    def __call__(self, episodes: Sequence[Episode]) -> list[EncodedEpisode]:
+        """Raises DataError for the first episode that cannot be encoded; it says `where`."""
+        encoded = []
+        for each in self.attempt(episodes):
+            if isinstance(each, DataError):
+                raise each
+            encoded.append(each)
+        return encoded
+
+    def attempt(self, episodes: Sequence[Episode]) -> Iterator[EncodedEpisode | DataError]:
+        """For each episode what it becomes, or why it cannot be encoded."""
+        for together in _parts(episodes):
+            yield from self._together(together)
+
+    def _together(self, episodes: Sequence[Episode]) -> list[EncodedEpisode | DataError]:
+        steps = [self._steps(episode) for episode in episodes]
+        done: dict[int, EncodedEpisode | DataError] = {}
+        given: dict[int, Any] = dict.fromkeys(range(len(episodes)))
+        while given:
+            asked: dict[int, list[str]] = {}
+            for n, tokens in given.items():
+                try:
+                    asked[n] = steps[n].send(tokens)
+                except StopIteration as end:
+                    done[n] = end.value
+                except DataError as error:
+                    at = f"{episodes[n].where}: " if episodes[n].where else ""
+                    done[n] = refusal = DataError(f"{at}{error.what}", error.why, error.next)
+                    refusal.__cause__ = error
+            encodings = iter(self._tokenise([text for texts in asked.values() for text in texts]))
+            given = {n: [next(encodings) for _ in texts] for n, texts in asked.items()}
+        return [done[n] for n in range(len(episodes))]
+
+    def _tokenise(self, texts: list[str]) -> list[Any]:
+        """Of each text an encoding of the tokenizers library."""
+        if not texts:
+            return []
+        # The template has written every special token that belongs here.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
+
+    def _steps(self, episode: Episode) -> _Steps:
+        if not episode.history:
+            raise DataError("The episode has no history.", "", "Give it at least one message to remember.")
+        if self.granularity == "token":
+            (history,) = yield [self._template.render(episode.history)]
+            ids = history.ids
+            marks = [LAST] * len(ids)
+        else:
+            _, ids, marks = mark_chat(self.tokenizer, episode.history, self.granularity)
+        kept = slice(max(0, len(ids) - self.max_write_tokens), None)
+        exchanges = yield from self._scored([self._asked(exchange) for exchange in episode.exchanges])
+        for exchange, said in zip(exchanges, episode.exchanges, strict=True):
+            self._check_length(exchange, said)
+        recent = (yield from self._recent(episode, exchanges)) if self.recent_turns else []
+        full = (yield from self._full(episode)) if self.full_context else []
+        for view in filter(None, (recent, full)):
+            for alone, shown in zip(exchanges, view, strict=True):
+                _check_same(alone, shown)
+        return EncodedEpisode(ids[kept], marks[kept], exchanges, recent, full, episode.where, kept.start)
+
+    def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
+        encodings = yield [text for _, text in asked]
+        found = []
+        for (prompt, _), encoding in zip(asked, encodings, strict=True):
+            labels = [
+                token if start >= len(prompt) else IGNORED
+                for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            ]
+            found.append(EncodedExchange(encoding.ids, labels))
+        return found
+
+    def _recent(
+        self, episode: Episode, alone: list[EncodedExchange]
+    ) -> Generator[list[str], list[Any], list[EncodedExchange]]:
+        """Each exchange with as many turns before it as there may be and fit: one less, until it does."""
+        _, said = _split(episode.history)
+        starts = [n for n, message in enumerate(said) if message["role"] == "user"][-self.recent_turns :]
+        found = list(alone)
+        waiting = list(range(len(alone)))
+        for start in starts:
+            if not waiting:
+                break
+            views = []
+            for n in waiting:
+                system, turns = _split(episode.exchanges[n])
+                views.append(self._asked([*system, *said[start:], *turns]))
+            shown = yield from self._scored(views)
+            for n, exchange in zip(list(waiting), shown, strict=True):
+                if len(exchange.ids) <= self.max_read_tokens:
+                    found[n] = exchange
+                    waiting.remove(n)
+        return found
+
+    def _full(self, episode: Episode) -> Generator[list[str], list[Any], list[EncodedExchange]]:
+        before, said = _split(episode.history)
+        views = []
+        for exchange in episode.exchanges:
+            system, turns = _split(exchange)
+            views.append(self._asked([*(system or before), *said, *turns]))
+        shown = yield from self._scored(views)
+        most = self.max_write_tokens + self.max_read_tokens
+        return [EncodedExchange(exchange.ids[-most:], exchange.labels[-most:]) for exchange in shown]
+
+    def _asked(self, exchange: list[Message]) -> _Asked:
+        prompt = self._template.render(exchange[:-1], generation_prompt=True)
+        text = self._template.render(exchange)
+        if not text.startswith(prompt):
+            raise DataError(
+                "The chat template renders the prompt differently once the answer follows.",
+                f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
+                "Use a tokenizer whose template only appends.",
+            )
+        return _Asked(prompt, text)
+
+    def _check_length(self, exchange: EncodedExchange, said: list[Message]) -> None:
+        if len(exchange.ids) > self.max_read_tokens:
+            raise DataError(
+                f"An exchange has {len(exchange.ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
+                f"It begins: {self._template.render(said)[:80]!r}.",
+                "Raise max_read_tokens in the recipe, or shorten the answer.",
+            )
+        if all(label == IGNORED for label in exchange.labels[1:]):
+            raise DataError(
+                "The answer has no token that could be scored.",
+                "The chat template writes nothing for it, or its characters are in tokens of the prompt.",
+                "Leave it out, or use another tokenizer.",
+            )
+
+
+def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
+    """Parts that can be tokenised together in little memory."""
+    part: list[Episode] = []
+    length = 0
+    for episode in episodes:
+        part.append(episode)
+        length += sum(len(message.get("content") or "") for message in episode.history)
+        if len(part) == _AT_ONCE or length > _CHARACTERS:
+            yield part
+            part, length = [], 0
+    if part:
+        yield part
+
+
+def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system prompt, if there is one, and the rest."""
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    return system, messages[len(system) :]
+
+
+def _check_same(alone: EncodedExchange, shown: EncodedExchange) -> None:
+    tokens = [[label for label in exchange.labels[1:] if label != IGNORED] for exchange in (alone, shown)]
+    if tokens[0] != tokens[1]:
+        raise DataError(
+            "The answer has other tokens with the history in view than without.",
+            f"Without it begins with {tokens[0][:8]}, with it {tokens[1][:8]}.",
+            "Use a tokenizer whose template writes an answer the same way after any history.",
+        )

@@ -1,0 +1,142 @@
+"""Rows become training episodes: what is written, and what is then asked with nothing but the memory.
+
+A row is a conversation, `{"messages": [...]}`, or a prompt and its response, `{"prompt": ..., "response": ...}`:
+a prompt is a list of messages or a string, a response a string or a list of the assistant's messages. TRL's name
+`completion` is taken for `response`. Before a prompt that is a string may come a `history`: a text, or messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.errors import ConfigError, DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+SUPERVISE = ("last", "all")  # which user turns of a conversation are asked
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A history, and exchanges about it. Each exchange is a prompt and the assistant's answer, its last message."""
+
+    history: list[Message]
+    exchanges: list[list[Message]]
+    where: str = field(default="", compare=False)  # file and line that it was read from
+
+
+def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> list[Episode]:
+    """The episodes of one row: one with "last"; with "all" one for every user turn that has a history and an answer.
+
+    A user turn goes up to the next one, tool calls and tool messages included; its last assistant message is the
+    answer. The history is the system prompt and all before the turn; the exchange is the system prompt and the turn.
+
+    Raises:
+        DataError: the row is no conversation, or one with nothing to remember or nothing to answer; says `where`.
+    """
+    if supervise not in SUPERVISE:
+        raise ConfigError(f"There is no supervise {supervise!r}.", f"There are {', '.join(SUPERVISE)}.")
+    messages = _messages_of(row, where)
+    if supervise == "last" and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
+        raise DataError(f"{where} asks nothing.", "It does not end with an assistant's message.", "Correct the line.")
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    starts = [n for n, message in enumerate(turns) if message["role"] == "user"]
+    if supervise == "last":
+        starts = starts[-1:]
+    episodes, answered = [], supervise == "last"
+    for start, end in pairwise([*starts, len(turns)]):
+        last = max((n for n in range(start, end) if turns[n]["role"] == "assistant"), default=None)
+        answered |= last is not None
+        if start > 0 and last is not None:
+            episodes.append(Episode(system + turns[:start], [system + turns[start : last + 1]], where))
+    if not answered:
+        raise DataError(f"{where} asks nothing.", "No user's message is answered by an assistant's.", "Correct it.")
+    if not episodes:
+        raise DataError(
+            f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
+        )
+    return episodes
+
+
+def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
+    """The whole conversation of a row, checked."""
+    if not isinstance(row, Mapping) or (row.get("messages") is None and row.get("prompt") is None):
+        raise DataError(
+            f"{where} is no conversation.",
+            "It has no list `messages`, and no `prompt` with a `response`.",
+            "Correct the line.",
+        )
+    if row.get("messages") is not None:
+        return _checked(row["messages"], "messages", where)
+    prompt = row["prompt"]
+    name = next((name for name in ("response", "completion") if row.get(name) is not None), None)
+    if name is None:
+        raise DataError(f"{where} is no conversation.", "It has a `prompt` and no `response`.", "Add the response.")
+    response = row[name]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    answer = _checked(response, name, where)
+    foreign = next((message["role"] for message in answer if message["role"] not in ("assistant", "tool")), None)
+    if foreign is not None:
+        raise DataError(
+            f"{where}: `{name}` holds a message of the role {foreign}.",
+            "A response is the assistant's, with the tool messages in it.",
+            "Move the message to `prompt`.",
+        )
+    if isinstance(prompt, str):
+        return _history(row, where) + _checked([{"role": "user", "content": prompt}], "prompt", where) + answer
+    if row.get("history") is not None:
+        raise DataError(
+            f"{where} has two histories.",
+            "Its `prompt` is a list of messages, and it has a `history` too.",
+            "Make the prompt a string, or put the history into it.",
+        )
+    return _checked(prompt, "prompt", where) + answer
+
+
+def _history(row: Mapping[str, Any], where: str) -> list[Message]:
+    history = row.get("history")
+    if history is None:
+        return []
+    return _checked([{"role": "user", "content": history}] if isinstance(history, str) else history, "history", where)
+
+
+def _checked(messages: Any, name: str, where: str) -> list[Message]:
+    """The list `name` of a row, if it is one of messages."""
+    if not isinstance(messages, list):
+        raise DataError(f"{where} is no conversation.", f"It has no list `{name}`.", "Correct the line.")
+    of = "" if name == "messages" else f" of `{name}`"
+    for n, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DataError(
+                f"{where}: message {n}{of} has no role.",
+                f"The roles are {', '.join(ROLES)}.",
+                "Add it to the message.",
+            )
+        content = message.get("content")
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            continue  # it says nothing but its calls
+        if not isinstance(content, str):
+            raise DataError(
+                f"{where}: message {n}{of} has no text.", "`content` is not a string.", "Correct the message."
+            )
+        if not _is_unicode(content):
+            raise DataError(
+                f"{where}: message {n}{of} is not Unicode text.",
+                "It holds half of a surrogate pair.",
+                "Correct the message.",
+            )
+    return messages
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell what no tokenizer takes: half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,80 @@
+"""A recipe's options in the words of transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from deltamem_tool.recipe import TrainingOptions
+
+_LOGGER = logging.getLogger(__name__)
+_SPLITTING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # set by `accelerate launch`
+LOGGED = 100  # times that a run says where it is
+
+
+def processes() -> PartialState:
+    """Those that a launcher has started, on GPUs if there are any, else on CPUs; or this one.
+
+    They run data parallel. What FSDP and ZeRO split, gradients and optimizer states, is a few megabytes for an adapter;
+    the frozen base is no part of it. So a launcher's wish for them is noted and left aside.
+    """
+    wished = [name for name, flag in _SPLITTING.items() if os.environ.pop(flag, "false").lower() == "true"]
+    state = PartialState(cpu=True) if _on_cpus() else PartialState()
+    if wished and state.is_main_process:
+        _LOGGER.warning(
+            "%s splits what is trained, here a few megabytes: this run is data parallel (DDP) instead. Every process "
+            "holds the frozen base; training.quantize makes that smaller.",
+            " and ".join(wished),
+        )
+    return state
+
+
+def _on_cpus() -> bool:
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched and not torch.accelerator.is_available()
+
+
+def training_arguments(options: TrainingOptions, steps: int, run: Path, logs: Path) -> TrainingArguments:
+    """Checkpoints go to `run`, what `report_to` writes into files to `logs`."""
+    if "tensorboard" in options.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs))  # by default it is in `run`, which does not stay
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        use_cpu=_on_cpus(),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        lr_scheduler_kwargs=dict(options.scheduler_options),
+        optim=options.optimizer,
+        optim_args=options.optimizer_options,
+        warmup_steps=int(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        eval_strategy="no" if options.eval_every is None else "steps",
+        eval_steps=options.eval_every,
+        metric_for_best_model=None if options.eval_every is None else "eval_loss",
+        greater_is_better=None if options.eval_every is None else False,
+        logging_steps=max(1, steps // LOGGED),
+        logging_nan_inf_filter=False,  # it would report a diverged run as a good one
+        disable_tqdm=True,
+        report_to=list(options.report_to) or "none",
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+    )
+    if arguments.n_gpu > 1:
+        # The first GPU alone: DataParallel would copy the adapter, but not the base with its hooks.
+        arguments._n_gpu = 1
+    return arguments

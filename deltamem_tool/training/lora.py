@@ -1,0 +1,89 @@
+"""The comparison: a LoRA (PEFT) that learns from the same episodes, with the whole conversation in view."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.files import folder_whole
+from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.training.objective import scored_logits
+from deltamem_tool.training.recompute import recomputing
+
+
+def with_lora(base: PreTrainedModel, options: LoraOptions) -> Any:
+    """The `peft.PeftModel` of `base`, whose own weights are frozen.
+
+    Raises:
+        ConfigError: PEFT is not installed, or the model has none of the modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=cast(int, options.alpha),  # which may be a float, whatever its type says
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise ConfigError("The LoRA does not fit the model.", why, "Correct lora.targets.") from error
+
+
+class LoraStepModel(nn.Module):
+    """One training step of a LoRA as a module. Only the LoRA's weights are registered."""
+
+    accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
+
+    def __init__(self, model: Any, recompute: bool = False) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.recompute = recompute
+        self._model = (model,)  # in a tuple, so that it is no submodule
+
+    @property
+    def lora(self) -> Any:
+        return self._model[0]
+
+    def forward(
+        self,
+        full_ids: Tensor,
+        full_mask: Tensor | None,
+        full_scored: Tensor,
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of the answers `[N]` in whole conversations `[Q, F]`; `others` is what a memory would need."""
+        self.lora.train(self.training)  # its dropout
+        with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
+            logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
+        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+        return {"loss": loss, "answer": loss.detach()}
+
+    @torch.no_grad()
+    def views(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits `[N, V]`, with the conversation in view."""
+        self.lora.eval()
+        return {"": scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])}
+
+    def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
+        """PEFT's adapter folder, whole or not at all, with `files` beside."""
+        with folder_whole(out, overwrite) as staged:
+            self.lora.save_pretrained(staged)
+            for name, content in files.items():
+                (staged / name).write_bytes(content)

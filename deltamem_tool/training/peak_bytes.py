@@ -1,0 +1,271 @@
+"""How many bytes a training step keeps alive at most, found by running one without numbers.
+
+The step runs on fake tensors: every operation gives the shape of its result, and what autograd would keep is kept. Two
+models with few layers are enough: from one to the other each phase of the step grows by what the layers between them
+take, and so it goes on up to the model's own number of layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, masking_utils
+
+from deltamem_tool.architectures import attention_layers, select_layers
+from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.layouts import Projection
+from deltamem_tool.memory import LAST
+from deltamem_tool.ops import use_implementation
+from deltamem_tool.recipe import Recipe
+from deltamem_tool.state import MemoryState
+from deltamem_tool.surgery import fresh_adapter, hook
+from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.objective import EpisodeModel
+
+Report = Callable[[int, int], None]  # fake steps done, of how many
+
+_ENDS = 2  # the first and the last layer, which keep less than those between them
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one call of the model is given, at the most: conversations, exchanges, and tokens without padding."""
+
+    conversations: int
+    write: int  # tokens of a history
+    exchanges: int  # of all conversations together
+    read: int  # tokens of an exchange
+    full: int  # tokens of an exchange after its whole history
+    scored: int  # tokens, of all exchanges together
+
+    def batch(self, segments: bool, full: bool) -> dict[str, Tensor]:
+        """Tensors as `data.collate` makes them, of one token, and without masks: nothing is padding."""
+
+        def ids(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long)
+
+        read = ids(self.exchanges, self.read)
+        batch: dict[str, Any] = {"write_ids": ids(self.conversations, self.write), "read_ids": read, "labels": read}
+        batch |= {"write_mask": None, "read_mask": None, "full_mask": None}
+        batch |= {name: ids(self.scored) for name in ("scored", "targets")} | {"rows": ids(self.exchanges)}
+        if segments:
+            batch["write_segments"] = torch.full((self.conversations, self.write), LAST, dtype=torch.int8)
+        if full:
+            batch |= {"full_ids": ids(self.exchanges, self.full), "full_scored": ids(self.scored)}
+        return batch
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations give, or that `track` is told of, while anything refers to them.
+
+    `peaks` has the most there were, by phase; `enter` begins one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peaks: dict[str, int] = {}
+        self._phase: str | None = None
+        self._alive: dict[int, weakref.ref] = {}
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+        self._note()
+
+    def track(self, *tensors: Any) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()  # views have one in common
+            key, count = id(storage), storage.nbytes()
+            if key in self._alive:
+                continue
+
+            def gone(_: Any, key: int = key, count: int = count) -> None:
+                self.now -= count
+                del self._alive[key]
+
+            self._alive[key] = weakref.ref(storage, gone)
+            self.now += count
+        self._note()
+
+    def _note(self) -> None:
+        if self._phase is not None:
+            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.track(*tree_leaves(output))
+        return output
+
+
+def step_peaks(step: EpisodeModel | LoraStepModel, base: nn.Module, shape: StepShape) -> dict[str, int]:
+    """Run `step` forward and backward; of each phase the most bytes that were alive beyond weights and gradients.
+
+    A phase is a pass of the model, or its part of the backward pass: in each of them what is alive grows linearly with
+    the number of layers, and so does its peak, while their maximum may not.
+    """
+    live = LiveBytes()
+    live.track(*base.parameters(), *base.buffers(), *step.parameters())
+    for weight in step.parameters():
+        weight.grad = torch.zeros_like(weight)  # as after the first of the batches that make a step
+        live.track(weight.grad)
+    before = live.now
+    if isinstance(step, EpisodeModel):
+        segments = step.adapter.config.granularity != "token"
+        batch = shape.batch(segments, full=step.objective.full_context_kl > 0)
+    else:
+        batch = shape.batch(segments=False, full=True)
+    step.train()
+    with live, _phases(step, live) if isinstance(step, EpisodeModel) else nullcontext():
+        live.enter("forward")
+        loss = step(**batch)["loss"]
+        live.enter("backward")
+        loss.backward()
+    for weight in step.parameters():
+        weight.grad = None
+    return {phase: peak - before for phase, peak in live.peaks.items()}
+
+
+@contextmanager
+def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
+    """Tell `live` when a pass begins, and when the backward pass comes to the write pass."""
+    own = {name: getattr(step, name) for name in ("write", "answer", "full_context")}
+
+    def announced(name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            live.enter(name)
+            return own[name](*args, **kwargs)
+
+        return run
+
+    def answer(memory: MemoryState, *args: Any) -> Any:
+        for state in memory.layers.values():  # their gradients are the last thing that the read pass gives
+            if state.requires_grad:
+                state.register_hook(lambda _: live.enter("write, backward"))
+        return announced("answer")(memory, *args)
+
+    made: dict[str, Any] = {name: announced(name) for name in own} | {"answer": answer}
+    for name, method in made.items():
+        setattr(step, name, method)
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(step, name)  # the class's own shows again
+
+
+def activation_bytes(
+    recipe: Recipe,
+    checkpoint: BaseCheckpoint,
+    memory: DeltaMemConfig,
+    shape: StepShape,
+    report: Report | None = None,
+) -> int:
+    """The most bytes that a step of `recipe` keeps alive beyond weights and gradients, computed on fake tensors.
+
+    Every layer counts as one that has a memory. The scan is the one that a GPU runs.
+    """
+    layers = checkpoint.config.get_text_config(decoder=True).num_hidden_layers
+    period = layer_period(checkpoint.config)
+    fewest = _ENDS + period  # the peak may be in any kind of layer
+    counts = [fewest, fewest + period] if fewest + period < layers else [layers]
+    found = []
+    for done, count in enumerate(counts):
+        if report is not None:
+            report(done, len(counts))
+        found.append(_fake_peaks(recipe, checkpoint, memory, shape, count))
+    if report is not None:
+        report(len(counts), len(counts))
+    few, more = found[0], found[-1]
+    periods = (layers - counts[0]) / period
+    return round(max(few[phase] + (more[phase] - few[phase]) * periods for phase in more))
+
+
+def _fake_peaks(
+    recipe: Recipe, checkpoint: BaseCheckpoint, memory: DeltaMemConfig, shape: StepShape, layers: int
+) -> dict[str, int]:
+    """`step_peaks` of the base with so many layers."""
+    training = recipe.training
+    config = with_layers(checkpoint.config, layers)
+    options: dict[str, Any] = {"dtype": base_dtype(recipe, checkpoint.config)}
+    if training.attention == "eager":
+        options["attn_implementation"] = "eager"
+    with torch.device("meta"):
+        base = checkpoint.from_config(config, **options).eval()
+    lora = None if recipe.lora is None else with_lora(base, recipe.lora)
+    with FakeTensorMode(allow_non_fake_inputs=True), use_implementation("chunked"), _nothing_packed():
+        if lora is not None:
+            lora.to_empty(device="cpu")
+            return step_peaks(LoraStepModel(lora, training.gradient_checkpointing), base, shape)
+        base.to_empty(device="cpu")
+        everywhere = dataclasses.replace(memory, layers="all")
+        hook(base, fresh_adapter(everywhere, select_layers(attention_layers(base), everywhere), no_columns))
+        chunks = (training.write_chunk, training.bptt, training.gradient_checkpointing)
+        return step_peaks(EpisodeModel(base, recipe.objective, *chunks), base, shape)
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Without a mask and a cache transformers looks in the positions for several texts in one row, and where positions
+    have no values it makes masks for them. Training has masks, and they are seen to be whole."""
+    own, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda *_: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+def no_columns(projection: Projection, count: int) -> Tensor:
+    """In place of the base's weights, of which there are none."""
+    return torch.zeros(projection.out_features, count)
+
+
+def base_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+    """Of the base's weights; where neither the recipe nor the config names one, what transformers takes."""
+    said = recipe.training.dtype
+    if said == "auto":
+        found = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+        return found if isinstance(found, torch.dtype) else getattr(torch, found)
+    return getattr(torch, said)
+
+
+def layer_period(config: PretrainedConfig) -> int:
+    """After how many layers the kinds of layers repeat; 1 where all are alike, all of them where none repeat."""
+    text = config.get_text_config(decoder=True)
+    lists = _by_layer(text).values()
+    every = text.num_hidden_layers
+    alike = (p for p in range(1, every) if all(kinds[i] == kinds[i - p] for kinds in lists for i in range(p, every)))
+    return next(alike, every)
+
+
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy with only the first so many layers."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config(decoder=True)
+    for name, kinds in _by_layer(text).items():
+        setattr(text, name, kinds[:layers])
+    text.num_hidden_layers = layers
+    return cut
+
+
+def _by_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
+    """What a config says of each layer by itself."""
+    every = text.num_hidden_layers
+    return {
+        name: value
+        for name, value in vars(text).items()
+        if "layer" in name and isinstance(value, list) and len(value) == every
+    }

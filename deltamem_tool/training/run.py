@@ -1,0 +1,265 @@
+"""A training run from its recipe to its adapter folder. The base model is frozen."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from deltamem_tool.adapter import base_of, load, read_tokenizer, tokenizer_of
+from deltamem_tool.architectures import attention_layers, select_layers
+from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.data import DialogueEpisodes, EncodedEpisodes, Encoder, EpisodeCollator, encode_cached, read_episodes
+from deltamem_tool.errors import ConfigError, DeltaMemError
+from deltamem_tool.files import refuse_existing
+from deltamem_tool.recipe import Recipe
+from deltamem_tool.surgery import adapter_of, attach, fresh_adapter, hook
+from deltamem_tool.training.arguments import processes, training_arguments
+from deltamem_tool.training.engine import (
+    EpisodeTrainer,
+    Progress,
+    Report,
+    SourcedCollator,
+    early_stop,
+    steps_of,
+)
+from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.objective import EpisodeModel
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder
+from deltamem_tool.training.summary import TrainingSummary, named_recipe, versions
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    adapter: Path
+    steps: int
+    losses: list[tuple[int, float]]  # (step, mean loss since the one before)
+    seconds: float
+    parameters: int
+    skipped_rows: int = 0
+    is_main: bool = True  # of the processes of a run, one speaks
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run learns from and is evaluated with."""
+
+    training: Any  # a Dataset
+    validation: Sequence[Any]
+    collator: EpisodeCollator
+    order: str  # as `EpisodeSampler` takes it
+    steps: int
+    skipped_rows: int = 0
+
+    @property
+    def statistics(self) -> dict[str, Any] | None:
+        return asdict(self.training.statistics()) if isinstance(self.training, EncodedEpisodes) else None
+
+
+def train(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, report: Report | None = None
+) -> TrainingResult:
+    """Run a recipe and write its adapter folder.
+
+    It runs on one device, the first GPU that CUDA_VISIBLE_DEVICES shows or else the CPU; under `torchrun` or
+    `accelerate launch`, on one a process. Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C
+    ends the run after the step it is in, with a checkpoint and the adapter so far written.
+
+    Raises:
+        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
+    """
+    out, run = Path(recipe.out), run_folder(recipe.out)
+    checkpoint = checkpoint_to_resume(run, recipe) if resume else None
+    refuse_existing(out, overwrite or resume)
+    if not resume and checkpoints(run) and not overwrite:
+        raise DeltaMemError(
+            f"{run} holds the checkpoints of a run that did not end.",
+            "Nothing was changed.",
+            "Pass --resume to go on with it, or --overwrite to start anew.",
+        )
+    started, options, state = time.monotonic(), recipe.training, processes()
+    set_seed(options.seed)
+    step, model, tokenizer = step_model(recipe)
+    granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
+    with state.main_process_first():  # the others find the encoded episodes in the cache
+        data = run_data(recipe, tokenizer, granularity, state.num_processes)
+    progress = Progress(report)
+    trainer = EpisodeTrainer(
+        model=step,
+        args=training_arguments(options, data.steps, run, Path(f"{out}.logs")),
+        train_dataset=data.training,
+        validation=data.validation,
+        data_collator=SourcedCollator(data.collator),
+        callbacks=[progress, *early_stop(options.early_stop)],
+        order=data.order,
+        run=run,
+    )
+    if not _is_placed(model):
+        cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
+    state.wait_for_everyone()
+    with opened(run, recipe, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
+        state.wait_for_everyone()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        steps = trainer.state.global_step
+        interrupted = progress.interrupted and steps < data.steps
+        if not interrupted:
+            trainer.take_best()
+        state.wait_for_everyone()
+    summary = TrainingSummary(
+        recipe=named_recipe(recipe),
+        steps=steps,
+        best_step=None if interrupted else trainer.state.best_global_step,
+        seconds=time.monotonic() - started,
+        processes=state.num_processes,
+        device=str(trainer.args.device),
+        parameters=sum(parameter.numel() for parameter in step.parameters()),
+        episodes=data.statistics,
+        skipped_rows=data.skipped_rows,
+        log=trainer.state.log_history,
+        versions=versions(),
+    )
+    if state.is_main_process:
+        step.save(out, overwrite or resume, summary.files())
+    if interrupted:
+        raise DeltaMemError(
+            f"Interrupted after step {steps} of {data.steps}.",
+            f"The adapter so far is in {out}, the checkpoint in {run}.",
+            "Run the same command with --resume to go on.",
+        )
+    if state.is_main_process:
+        shutil.rmtree(run, ignore_errors=True)
+    state.wait_for_everyone()
+    return TrainingResult(
+        out, steps, summary.losses, summary.seconds, summary.parameters, data.skipped_rows, state.is_main_process
+    )
+
+
+def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a recipe trains, the model that it is in, and the tokenizer."""
+    options = recipe.training
+    if recipe.lora is not None:
+        checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
+        lora = with_lora(checkpoint.load(**_loading(recipe)), recipe.lora)
+        tokenizer = read_tokenizer(checkpoint.folder)
+        return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
+    model, tokenizer = load_base(recipe)
+    chunks = (options.write_chunk, options.bptt, options.gradient_checkpointing)
+    return EpisodeModel(model, recipe.objective, *chunks), model, tokenizer
+
+
+def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The patched model that a recipe trains, and its tokenizer."""
+    options = _loading(recipe)
+    if recipe.adapter is not None:
+        trust = recipe.trust_remote_code
+        model = load(
+            recipe.adapter, base=recipe.base, base_revision=recipe.revision, trust_remote_code=trust, **options
+        )
+        return model, tokenizer_of(model)
+    checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
+    model = checkpoint.load(**options).eval()
+    if "quantization_config" in options:
+        # Where a Δ starts from the base's weights, from those that were quantised.
+        layers = select_layers(attention_layers(model), recipe.memory)
+        hook(model, fresh_adapter(recipe.memory, layers, checkpoint.first_columns))
+    else:
+        attach(model, recipe.memory)
+    adapter_of(model).made_for = base_of(checkpoint)
+    return model, read_tokenizer(checkpoint.folder)
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` is to do with the frozen weights."""
+    training = recipe.training
+    options: dict[str, Any] = {"dtype": training.dtype}
+    if training.attention is not None:
+        options["attn_implementation"] = training.attention
+    if training.quantize != "none":
+        is_int8 = training.quantize == "int8"
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
+        )
+        options["device_map"] = {"": PartialState().device}
+    return options
+
+
+def _is_placed(model: PreTrainedModel) -> bool:
+    """Quantised weights are where they were loaded."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def run_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: str, processes: int) -> RunData:
+    """Read, check and encode the episodes of a recipe.
+
+    Raises:
+        DataError: a row is none, or cannot be encoded.
+    """
+    data, training = recipe.data, recipe.training
+    encoder = encoder_of(recipe, tokenizer, granularity)
+    collator = EpisodeCollator(encoder)
+    batch = training.batch_size * training.gradient_accumulation * processes
+    if data.path is None:
+        assert training.steps is not None  # a recipe without a path has them
+        episodes = dialogues_of(recipe, processes)
+        hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
+        count = training.eval_episodes if training.eval_every is not None else 0
+        held = DialogueEpisodes(count, count, training.seed, *hardest, held_out=True)
+        return RunData(episodes, [held[i] for i in range(count)], collator, "as they come", training.steps)
+    encoded, skipped = _encoded(recipe, encoder, data.path, data.split, recipe.objective.context_dropout)
+    validation: Sequence[Any] = ()
+    if training.eval_every is not None:
+        if data.eval_path is None and data.eval_split is None:
+            raise ConfigError(
+                "There is nothing to evaluate with.",
+                "training.eval_every is set, and neither data.eval_path nor data.eval_split.",
+                "Name other conversations than the training's.",
+            )
+        path, split = data.eval_path or data.path, data.eval_split or data.split
+        some, more = _encoded(recipe, encoder, path, split, 1.0)  # from the memory alone
+        validation = [some[i] for i in range(min(len(some), training.eval_episodes))]
+        skipped += more
+    steps = training.steps or steps_of(training.epochs or 1.0, len(encoded), batch)
+    return RunData(encoded, validation, collator, "by length" if data.group_by_length else "shuffled", steps, skipped)
+
+
+def encoder_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: str) -> Encoder:
+    data = recipe.data
+    return Encoder(
+        tokenizer,
+        data.max_write_tokens,
+        data.max_read_tokens,
+        granularity,
+        recent_turns=data.recent_turns,
+        full_context=recipe.objective.full_context_kl > 0 or recipe.lora is not None,
+    )
+
+
+def dialogues_of(recipe: Recipe, processes: int) -> DialogueEpisodes:
+    """What a recipe without a path trains with, on so many processes."""
+    data, training = recipe.data, recipe.training
+    assert training.steps is not None
+    together = training.batch_size * processes
+    facts = (data.facts_first, data.facts_last, data.growth, data.fewest, data.replies)
+    return DialogueEpisodes(training.steps * training.gradient_accumulation * together, together, training.seed, *facts)
+
+
+def _encoded(recipe: Recipe, encoder: Encoder, path: str, split: str, dropout: float) -> tuple[EncodedEpisodes, int]:
+    """Episodes, and how many rows were left out."""
+    data = recipe.data
+    loaded = read_episodes(path, split, data.revision, data.supervise, data.skip_bad_rows)
+    encoded = encode_cached(
+        loaded.episodes,
+        encoder,
+        skip_bad_rows=data.skip_bad_rows,
+        context_dropout=dropout,
+        seed=recipe.training.seed,
+    )
+    return encoded, len(loaded.skipped) + len(encoded.skipped)

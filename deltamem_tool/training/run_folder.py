@@ -1,0 +1,86 @@
+"""The folder of a run that goes on: its recipe and its checkpoints, from which it can be resumed however it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.files import write_whole
+from deltamem_tool.recipe import Recipe
+
+RECIPE_FILE = "recipe.json"  # what the run was started with
+BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far
+
+
+def run_folder(out: str | Path) -> Path:
+    """Beside the adapter folder that the run is to write."""
+    return Path(f"{Path(out)}.run")
+
+
+@contextmanager
+def opened(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """The folder while the run goes on; a run that is not resumed starts in an empty one. Checkpoints that were not
+    finished, because the disk is full, are taken away at the end, and the folder too if none is left."""
+    if not resume and run.is_dir():
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(run / RECIPE_FILE, json.dumps(comparable(recipe)).encode())
+        yield
+    finally:
+        whole = checkpoints(run)
+        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if folder not in whole:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not whole:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. The Trainer writes its state last."""
+    found = []
+    for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            found.append((json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"], folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return [folder for _, folder in sorted(found)]
+
+
+def checkpoint_to_resume(run: Path, recipe: Recipe) -> Path:
+    """The last checkpoint of a run of the same recipe.
+
+    Raises:
+        DeltaMemError: there is none, or the recipe was another one.
+    """
+    whole = checkpoints(run)
+    if not whole or not (run / RECIPE_FILE).is_file():
+        raise DeltaMemError(
+            f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume."
+        )
+    before, now = json.loads((run / RECIPE_FILE).read_text()), comparable(recipe)
+    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise DeltaMemError(
+            f"The run in {run} was started with another recipe.",
+            "; ".join(changed) + ".",
+            "Resume with the same recipe and --set, or start anew with another --out.",
+        )
+    return whole[-1]
+
+
+def comparable(recipe: Recipe) -> dict[str, object]:
+    """The recipe's options by dotted key, as JSON gives them back; without `out`, which names the run."""
+    flat: dict[str, object] = {}
+    for name, value in json.loads(json.dumps(asdict(recipe))).items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    del flat["out"]
+    return flat

@@ -1,0 +1,97 @@
+"""What a run leaves beside its adapter: how it was trained, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltamem_tool import __version__
+from deltamem_tool.recipe import Recipe
+from deltamem_tool.training.run_folder import comparable
+
+SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"
+_CONDITIONS = {"": "the state", "_zero": "zeros", "_donor": "another's state"}
+_COLOURS = {"": "#0b6e4f", "_zero": "#d9a404", "_donor": "#c8553d"}
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How an adapter was trained, without a path of the machine that did it."""
+
+    recipe: dict[str, Any]  # by dotted key
+    steps: int
+    best_step: int | None  # that the weights are of, where there was an evaluation
+    seconds: float
+    processes: int
+    device: str
+    parameters: int
+    episodes: dict[str, Any] | None  # statistics of the data
+    skipped_rows: int
+    log: list[dict[str, float]] = field(repr=False)  # of the Trainer, a row an entry
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, mean loss since the one before)."""
+        return [(int(row["step"]), row["loss"]) for row in self.log if "loss" in row]
+
+    def files(self) -> dict[str, bytes]:
+        """What goes into the adapter folder."""
+        return {SUMMARY_FILE: (json.dumps(asdict(self), indent=1) + "\n").encode(), PLOT_FILE: plot(self.log)}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "deltamem": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def named_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's options by dotted key; of what is a path here, the last part alone."""
+    said: dict[str, Any] = dict(comparable(recipe))
+    for key in ("base", "adapter", "data.path", "data.eval_path"):
+        value = said.get(key)
+        if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
+            said[key] = Path(value).name
+    return said
+
+
+def plot(log: Sequence[dict[str, float]]) -> bytes:
+    """Loss, evaluations and mean gate over the steps, as a PNG."""
+    figure = Figure(figsize=(7.0, 6.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    evaluated = [row for row in log if "eval_loss" in row]
+    trained = [row for row in log if "loss" in row]
+    gates = [(row["step"], row["gates"]) for row in trained if "gates" in row]  # a LoRA has none, and no state
+    axes = figure.subplots(2 if gates else 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 2 if gates else 1])
+    loss = axes[0, 0]
+    steps = [row["step"] for row in trained]
+    loss.plot(steps, [row["loss"] for row in trained], color="#9bbfb1", label="training")
+    for suffix, name in _CONDITIONS.items():
+        if evaluated and f"eval_loss{suffix}" in evaluated[0]:
+            values = [row[f"eval_loss{suffix}"] for row in evaluated]
+            loss.plot([row["step"] for row in evaluated], values, ".-", color=_COLOURS[suffix], label=f"with {name}")
+    loss.set(ylabel="cross-entropy of the answers", ylim=(0, None))
+    loss.legend(fontsize=8)
+    if gates:
+        axes[1, 0].plot([step for step, _ in gates], [gate for _, gate in gates], color="#7b6db5")
+        axes[1, 0].set(ylabel="mean β of what is written", ylim=(0, 1))
+    axes[-1, 0].set(xlabel="step")
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
+    return drawn.getvalue()

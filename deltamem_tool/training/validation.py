@@ -1,0 +1,66 @@
+"""Evaluation while training: how well are answers told from the state, from zeros, and from another's state?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamem_tool.errors import ConfigError
+
+Item = TypeVar("Item")
+
+
+class StepModel(Protocol):
+    def views(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits `[N, V]` of the batch's scored positions, by condition."""
+
+
+def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """In order, each of `size` or, as the last may be, one more: every conversation needs another one, its donor.
+
+    Raises:
+        ConfigError: there is one alone.
+    """
+    if len(items) < 2:
+        raise ConfigError(
+            "One conversation is too few for evaluation.",
+            "Its control is another conversation's memory.",
+            "Set training.eval_episodes and the data to two or more.",
+        )
+    size = max(2, size)
+    starts = list(range(0, len(items) - 1, size))
+    return [items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
+
+
+@torch.no_grad()
+def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums over `batches`, each of two conversations or more, by condition: float64 `[4]`, of the cross-entropy of
+    scored tokens, their number, the exchanges of which every token is the likeliest, and their number.
+
+    An exchange whose every scored token is the likeliest is one that greedy decoding would have answered word for word.
+    """
+    total: dict[str, Tensor] = {}
+    for batch in batches:
+        exchange = batch["scored"] // batch["labels"].shape[1]
+        count = len(batch["labels"])
+        for condition, logits in model.views(batch).items():
+            loss = F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
+            wrong = torch.zeros(count, device=logits.device)
+            wrong.index_add_(0, exchange, (logits.argmax(-1) != batch["targets"]).float())
+            sums = (loss.item(), len(exchange), (wrong == 0).sum().item(), count)
+            total[condition] = total.get(condition, 0) + torch.tensor(sums, dtype=torch.float64)
+    return total
+
+
+def metrics(total: Mapping[str, Tensor]) -> dict[str, float]:
+    """`eval_loss` and `eval_recall` (the share of exchanges answered word for word), by condition."""
+    named = {}
+    for condition, sums in total.items():
+        loss, tokens, right, exchanges = sums.tolist()
+        named[f"eval_loss{condition}"] = loss / tokens
+        named[f"eval_recall{condition}"] = right / exchanges
+    return named

@@ -1,0 +1,62 @@
+"""YAML with the line of every key, so that an error can name it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from deltamem_tool.errors import ConfigError
+
+Key = tuple[str, ...]  # ("training", "steps"); written training.steps
+DEPTH = 3  # so deep go keys that are told apart
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but numbers as in 1.2: 2e-4 is one, not text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+@dataclass
+class Document:
+    value: Any = None
+    lines: dict[Key, list[int]] = field(default_factory=dict)  # from 1; more than one where a key is given again
+
+
+def read_yaml(text: str, name: str) -> Document:
+    """Read one document.
+
+    Raises:
+        ConfigError: `text` is not YAML, or asks for Python objects; the error says so of `name`.
+    """
+    document = Document()
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                _number(node, (), document)
+                document.value = loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{name} is not YAML.", f"{why}.", "Correct it.") from error
+    return document
+
+
+def _number(node: yaml.Node, at: Key, document: Document) -> None:
+    """Note the lines of a mapping's keys."""
+    if not isinstance(node, yaml.MappingNode) or len(at) == DEPTH:
+        return
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            path = (*at, key.value)
+            document.lines.setdefault(path, []).append(key.start_mark.line + 1)
+            _number(value, path, document)

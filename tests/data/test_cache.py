@@ -1,0 +1,223 @@
+"""The cache knows all that decides an encoding, is whole or absent, and is not believed when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from data.talks import TALK
+from tiny import tiny_tokenizer
+
+from deltamem_tool.data import Encoder, Episode, cache, encode_cached
+from deltamem_tool.data.cache import MANIFEST_FILE, cache_key
+from deltamem_tool.dialogues import assistant, user
+
+EPISODES = [Episode(TALK[:2], [TALK[2:]], "a:1"), Episode(TALK, [TALK[2:]], "a:2")]
+OPTIONS = {"max_write_tokens": 30, "max_read_tokens": 60}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "deltamem"
+
+
+def is_made(episodes, encoder) -> bool:
+    """Whether it was encoded, rather than found."""
+    said = []
+    encode_cached(episodes, encoder, report=lambda *parts: said.append(parts))
+    return bool(said)
+
+
+def test_the_same_is_found_again(folder):
+    assert is_made(EPISODES, Encoder(tiny_tokenizer(), **OPTIONS))
+    again = tiny_tokenizer()
+    again(["a", "bcd"], padding=True, truncation=True, max_length=2)  # which the tokenizer remembers
+    assert not is_made(deepcopy(EPISODES), Encoder(again, **OPTIONS))
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_write_tokens": 31},
+        {"max_read_tokens": 61},
+        {"granularity": "message"},
+        {"granularity": "sentence"},
+        {"recent_turns": 1},
+        {"recent_turns": 2},
+        {"full_context": True},
+    ],
+    ids=str,
+)
+def test_every_option_counts(tokenizer, option):
+    keys = [cache_key(EPISODES, Encoder(tokenizer, **OPTIONS | change)) for change in ({}, option)]
+    assert keys[0] != keys[1]
+    assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS))
+    assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS | option))
+
+
+def test_every_option_of_the_encoder_is_among_them(tokenizer):
+    import inspect
+
+    names = set(inspect.signature(Encoder).parameters) - {"tokenizer"}
+    assert set(Encoder(tokenizer, **OPTIONS).options()) == names
+
+
+def one_word_more(tokenizer):
+    tokenizer.add_tokens(["Rex"])
+
+
+def another_template(tokenizer):
+    tokenizer.chat_template += "{# the same, in other words #}"
+
+
+def another_end(tokenizer):
+    tokenizer.eos_token = "<|user|>"
+
+
+def lower_case(tokenizer):
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+@pytest.mark.parametrize("change", [one_word_more, another_template, another_end, lower_case])
+def test_all_of_the_tokenizer_counts(change):
+    other = tiny_tokenizer()
+    change(other)
+    assert is_made(EPISODES, Encoder(tiny_tokenizer(), **OPTIONS))
+    assert is_made(EPISODES, Encoder(other, **OPTIONS))
+
+
+def test_the_class_of_the_tokenizer_counts():
+    other = tiny_tokenizer()
+    other.__class__ = type("Other", (type(other),), {})
+    assert cache_key(EPISODES, Encoder(tiny_tokenizer(), **OPTIONS)) != cache_key(EPISODES, Encoder(other, **OPTIONS))
+
+
+@pytest.mark.parametrize(
+    "episodes",
+    [
+        EPISODES[:1],
+        EPISODES[::-1],
+        [EPISODES[0], replace(EPISODES[1], where="a:3")],
+        [EPISODES[0], replace(EPISODES[1], history=[*TALK[:3], assistant("Max.")])],
+        [EPISODES[0], replace(EPISODES[1], exchanges=[TALK[:2]])],
+        [EPISODES[0], replace(EPISODES[1], history=[user("My dog"), *TALK[1:]])],
+        [EPISODES[0], replace(EPISODES[1], history=[{**TALK[0], "name": "Anna"}, *TALK[1:]])],
+    ],
+    ids=["fewer", "order", "where", "answer", "exchange", "history", "key"],
+)
+def test_all_of_the_episodes_counts(tokenizer, episodes):
+    encoder = Encoder(tokenizer, **OPTIONS)
+    assert is_made(EPISODES, encoder)
+    assert is_made(episodes, encoder)
+
+
+def test_the_version_of_the_encoding_counts(tokenizer, monkeypatch):
+    encoder = Encoder(tokenizer, **OPTIONS)
+    assert is_made(EPISODES, encoder)
+    monkeypatch.setattr(cache, "ENCODING_VERSION", cache.ENCODING_VERSION + 1)
+    assert is_made(EPISODES, encoder)
+
+
+def cut_short(kept: Path) -> None:
+    file = kept / "episodes.arrow"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flip_a_bit(kept: Path) -> None:
+    file = kept / "episodes.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def lose_the_table(kept: Path) -> None:
+    (kept / "episodes.arrow").unlink()
+
+
+def lose_the_manifest(kept: Path) -> None:
+    (kept / MANIFEST_FILE).unlink()
+
+
+def spoil_the_manifest(kept: Path) -> None:
+    (kept / MANIFEST_FILE).write_text("{")
+
+
+def empty_the_manifest(kept: Path) -> None:
+    (kept / MANIFEST_FILE).write_text("[]")
+
+
+DAMAGES = (cut_short, flip_a_bit, lose_the_table, lose_the_manifest, spoil_the_manifest, empty_the_manifest)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(tokenizer, folder, damage, caplog):
+    encoder = Encoder(tokenizer, **OPTIONS)
+    encode_cached(EPISODES, encoder)
+    kept = folder / cache_key(EPISODES, encoder)
+    before = {file.name: file.read_bytes() for file in kept.iterdir()}
+    assert set(before) == {"episodes.arrow", MANIFEST_FILE}
+    damage(kept)
+    assert not caplog.records
+    assert list(encode_cached(EPISODES, encoder)) == encoder(EPISODES)
+    assert f"{kept} is damaged" in caplog.text
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+
+
+def test_a_failure_leaves_nothing(tokenizer, folder):
+    def full(done, total):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        encode_cached(EPISODES, Encoder(tokenizer, **OPTIONS), report=full)
+    assert [path for path in folder.iterdir() if path.suffix != ".lock"] == []
+    assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS))
+
+
+_MAKE = """
+import json, sys, time
+from tiny import tiny_tokenizer
+from deltamem_tool.data import DialogueEpisodes, Encoder, encode_cached
+
+print("ready", flush=True)
+sys.stdin.readline()
+said = []
+kept = encode_cached(
+    list(DialogueEpisodes(300, 8, 0, 1, 3, 0.5)),
+    Encoder(tiny_tokenizer(), 100, 100),
+    report=lambda *parts: (said.append(parts), time.sleep(0.5)),
+)
+print(json.dumps([said, kept.lengths]))
+"""
+
+
+def test_two_processes_make_it_once(tmp_path):
+    """And in the directory that HF_DATASETS_CACHE names."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_DATASETS_CACHE": str(tmp_path / "named"),
+    }
+    command = [sys.executable, "-c", _MAKE]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(reports for reports, _ in said) == [[], [[256, 300], [300, 300]]]
+    assert said[0][1] == said[1][1] and len(said[0][1]) == 300
+    kept = [path for path in (tmp_path / "named" / "deltamem").iterdir() if path.suffix != ".lock"]
+    assert len(kept) == 1

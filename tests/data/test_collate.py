@@ -1,0 +1,86 @@
+"""Episodes become tensors, and what a loss needs of them is what a plain loop finds."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import pytest
+import torch
+from data.talks import SYSTEM, TALK
+from data.test_encode import EPISODES
+
+from deltamem_tool.data import IGNORED, DialogueEpisodes, Encoder, Episode, EpisodeCollator, collate
+from deltamem_tool.memory import OUTSIDE
+
+KEYS = {"write_ids", "write_mask", "read_ids", "read_mask", "labels", "rows", "scored", "targets"}
+
+
+def assert_rows(rows, tensor, fill):
+    """`tensor` is `rows`, filled up on the right, and no wider than it must be."""
+    assert tensor.shape == (len(rows), max(map(len, rows)))
+    for row, expected in zip(tensor.tolist(), rows, strict=True):
+        assert row == [*expected, *[fill] * (len(row) - len(expected))]
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+def test_rows_are_padded_on_the_right(tokenizer, granularity):
+    encoder = Encoder(tokenizer, 40, 1000, granularity, full_context=True)
+    encoded = encoder(EPISODES)
+    batch = EpisodeCollator(encoder)(encoded)
+    segments = {"write_segments"} if granularity == "message" else set()
+    assert set(batch) == KEYS | segments | {"full_ids", "full_mask", "full_scored"}
+    assert_rows([each.write_ids for each in encoded], batch["write_ids"], tokenizer.pad_token_id)
+    assert_rows([[1] * len(each.write_ids) for each in encoded], batch["write_mask"], 0)
+    if segments:
+        assert_rows([each.marks for each in encoded], batch["write_segments"], OUTSIDE)
+        assert batch["write_segments"].dtype == torch.int8
+    for name, view in (("read", "exchanges"), ("full", "full")):
+        exchanges = [exchange for each in encoded for exchange in getattr(each, view)]
+        assert_rows([exchange.ids for exchange in exchanges], batch[f"{name}_ids"], tokenizer.pad_token_id)
+        assert_rows([[1] * len(exchange.ids) for exchange in exchanges], batch[f"{name}_mask"], 0)
+    assert_rows([exchange.labels for each in encoded for exchange in each.exchanges], batch["labels"], IGNORED)
+    assert batch["rows"].tolist() == [0, 0, 1]
+
+
+def test_scored_places_are_those_before_the_labels(tokenizer):
+    """By a loop over the encoded exchanges, not over the tensors."""
+    encoder = Encoder(tokenizer, 1000, 1000, recent_turns=1, full_context=True)
+    episodes = [*EPISODES, *(DialogueEpisodes(20, 4, 0, 1, 4, 0.5)[n] for n in range(20))]
+    encoded = encoder(episodes)
+    batch = collate(encoded, encoder.pad, segments=False)
+    for view, name in (("exchanges", "read"), ("full", "full")):
+        width = batch[f"{name}_ids"].shape[1]
+        places, targets = [], []
+        for row, exchange in enumerate(exchange for each in encoded for exchange in getattr(each, view)):
+            for place in range(len(exchange.ids) - 1):
+                if exchange.labels[place + 1] != IGNORED:
+                    places.append(row * width + place)
+                    targets.append(exchange.ids[place + 1])
+        assert batch["scored" if name == "read" else "full_scored"].tolist() == places
+        assert batch["targets"].tolist() == targets  # the same tokens, in the same order, in both views
+    flat = batch["full_ids"].flatten()
+    assert torch.equal(flat[batch["full_scored"] + 1], batch["targets"])
+    assert batch["scored"].dtype == batch["targets"].dtype == torch.int64
+
+
+def test_without_full_views_there_are_none(tokenizer):
+    batch = collate(Encoder(tokenizer, 100, 1000)(EPISODES), 0, segments=False)
+    assert set(batch) == KEYS
+
+
+def test_episodes_are_encoded_on_the_way(tokenizer):
+    encoder = Encoder(tokenizer, 30, 1000, "message")
+    alone, encoded = (EpisodeCollator(encoder)(episodes) for episodes in (EPISODES, encoder(EPISODES)))
+    assert set(alone) == set(encoded)
+    assert all(torch.equal(alone[name], encoded[name]) for name in alone)
+
+
+def test_what_pads(tokenizer):
+    """Short of a padding token the end token, short of that any: a mask hides it."""
+    other = copy(tokenizer)
+    other.pad_token = None
+    assert Encoder(other, 10, 10).pad == tokenizer.eos_token_id
+    other.eos_token = None
+    assert Encoder(other, 10, 10).pad == 0
+    batch = EpisodeCollator(Encoder(other, 10, 50))([Episode([SYSTEM, *TALK], [TALK[2:]])])
+    assert (batch["read_mask"] == 1).all()

@@ -1,0 +1,201 @@
+"""Episodes become tokens: every token where it belongs, every view scored alike, every refusal with its place."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import pytest
+from data.talks import SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
+from tiny import write_jsonl
+
+from deltamem_tool.chat_template import render
+from deltamem_tool.data import IGNORED, DialogueEpisodes, Encoder, Episode, read_episodes
+from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.memory import LAST
+from deltamem_tool.segments import encode_chat
+
+EPISODES = [
+    Episode(TALK, [[SYSTEM, user("My dog?"), assistant("It is called Rex, a fine dog.")], [*TALK[2:]]], "a:1"),
+    Episode([SYSTEM, *TALK, *TALK], [[user("Who?"), assistant("Ünïcode, 42!"), user("Sure?"), assistant("Yes.")]]),
+]
+
+
+def with_template(tokenizer, template):
+    other = copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def scored(exchange):
+    return [label for label in exchange.labels if label != IGNORED]
+
+
+def pairs(encoded, name="exchanges"):
+    """Of all exchanges: what was said, and how it is encoded."""
+    for episode, each in zip(EPISODES, encoded, strict=True):
+        yield from zip(episode.exchanges, getattr(each, name), strict=True)
+
+
+def test_labels_are_the_answers_and_nothing_else(tokenizer):
+    encoded = Encoder(tokenizer, 1000, 1000)(EPISODES)
+    for said, exchange in pairs(encoded):
+        assert tokenizer.decode(exchange.ids) == render(tokenizer, said)
+        assert tokenizer.decode(scored(exchange)) == said[-1]["content"] + "<|end|>"
+        start = len(exchange.ids) - len(scored(exchange))
+        assert exchange.labels == [IGNORED] * start + exchange.ids[start:]
+    assert [each.where for each in encoded] == ["a:1", ""]
+    assert all(each.recent == each.full == [] for each in encoded)
+
+
+def test_what_is_written_is_the_history_cut_from_the_left(tokenizer):
+    whole = Encoder(tokenizer, 1000, 1000)(EPISODES)
+    cut = Encoder(tokenizer, 20, 1000)(EPISODES)
+    for episode, each, short in zip(EPISODES, whole, cut, strict=True):
+        assert tokenizer.decode(each.write_ids) == render(tokenizer, episode.history)
+        assert each.marks == [LAST] * len(each.write_ids) and each.cut == 0
+        assert short.write_ids == each.write_ids[-20:] and len(short.marks) == 20
+        assert short.cut == len(each.write_ids) - 20 > 0
+        assert short.exchanges == each.exchanges
+
+
+@pytest.mark.parametrize("granularity", ["message", "sentence"])
+def test_segments_are_those_of_the_chat(tokenizer, granularity):
+    histories = [[SYSTEM, *TALK], [user("I moved. My dog too."), assistant("Good. Where?"), user("To Oslo.")]]
+    encoder = Encoder(tokenizer, 20, 100, granularity)
+    for history, each in zip(histories, encoder([Episode(h, [TALK[2:]]) for h in histories]), strict=True):
+        chat = encode_chat(tokenizer, history, granularity)
+        assert each.write_ids == chat.input_ids[0, -20:].tolist()
+        assert each.marks == chat.segments[0, -20:].tolist() and LAST in each.marks
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+def test_together_is_as_alone(tokenizer, granularity):
+    """More episodes than go through the tokenizer at once."""
+    episodes = [DialogueEpisodes(150, 8, 0, 1, 5, 0.5)[n] for n in range(150)]
+    encoder = Encoder(tokenizer, 60, 100, granularity, recent_turns=2, full_context=True)
+    assert encoder(episodes) == [encoder([episode])[0] for episode in episodes]
+    assert encoder([]) == []
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_recent_turns_stand_before_the_question(tokenizer, turns):
+    encoded = Encoder(tokenizer, 1000, 1000, recent_turns=turns)(EPISODES)
+    assert encoded[0].exchanges == Encoder(tokenizer, 1000, 1000)(EPISODES)[0].exchanges
+    for episode, each in zip(EPISODES, encoded, strict=True):
+        history = [message for message in episode.history if message["role"] != "system"]
+        shown = history[-2 * turns :]
+        for said, alone, recent in zip(episode.exchanges, each.exchanges, each.recent, strict=True):
+            system = [message for message in said if message["role"] == "system"]
+            assert tokenizer.decode(recent.ids) == render(tokenizer, [*system, *shown, *said[len(system) :]])
+            assert scored(recent) == scored(alone)
+
+
+def test_as_many_recent_turns_as_fit(tokenizer):
+    history = [user("a" * 30), assistant("b"), user("c" * 5), assistant("d"), user("e"), assistant("f")]
+    asked = [[user("g"), assistant("h")], [user("i" * 9), assistant("j")]]
+    views = [[*history[first:], *asked[0]] for first in (0, 2, 4, 6)]
+    lengths = [len(tokenizer(render(tokenizer, view))["input_ids"]) for view in views]
+    for most in (lengths[0], lengths[0] - 1, lengths[1], lengths[1] - 1):
+        (each,) = Encoder(tokenizer, 1000, most, recent_turns=9)([Episode(history, asked)])
+        fitting = next(view for view, length in zip(views, lengths, strict=True) if length <= most)
+        assert tokenizer.decode(each.recent[0].ids) == render(tokenizer, fitting)
+    longest = len(each.exchanges[1].ids)
+    (each,) = Encoder(tokenizer, 1000, longest, recent_turns=9)([Episode(history, asked)])
+    assert each.recent[1] == each.exchanges[1]  # none fits
+    (each,) = Encoder(tokenizer, 1000, 1000, recent_turns=2)([Episode([assistant("hello")], asked)])
+    assert each.recent == each.exchanges  # no user's message, no turn
+
+
+def test_the_full_view_is_one_conversation(tokenizer):
+    encoded = Encoder(tokenizer, 1000, 1000, full_context=True)(EPISODES)
+    assert all(each.recent == [] for each in encoded)
+    texts = [render(tokenizer, [SYSTEM, *TALK, *EPISODES[0].exchanges[0][1:]])]
+    texts += [render(tokenizer, [*TALK, *TALK[2:]])]
+    texts += [render(tokenizer, [SYSTEM, *TALK, *TALK, *EPISODES[1].exchanges[0]])]  # the history's system prompt
+    full = [exchange for each in encoded for exchange in each.full]
+    assert [tokenizer.decode(exchange.ids) for exchange in full] == texts
+    assert all(scored(f) == scored(a) for each in encoded for f, a in zip(each.full, each.exchanges, strict=True))
+    cut = [exchange for each in Encoder(tokenizer, 10, 60, full_context=True)(EPISODES) for exchange in each.full]
+    assert [exchange.ids for exchange in cut] == [exchange.ids[-70:] for exchange in full]
+    assert [exchange.labels for exchange in cut] == [exchange.labels[-70:] for exchange in full]
+    assert any(len(exchange.ids) > 70 for exchange in full)
+
+
+def test_tool_calls_are_written_and_asked(tokenizer):
+    other = with_template(tokenizer, TOOL_TEMPLATE)
+    call = '[look {"where": "shed", "deep": null}]'
+    episodes = [Episode(TOOLS, [TALK[2:]]), Episode(TOOLS[:2], [TOOLS[2:]]), Episode(TOOLS[:2], [TOOLS[2:4]])]
+    for granularity in ("token", "message"):
+        encoded = Encoder(other, 1000, 1000, granularity, 1, True)(episodes)
+        assert f"<|assistant|>{call}<|end|><|tool|>lookfound<|end|>" in tokenizer.decode(encoded[0].write_ids)
+        texts = [tokenizer.decode(scored(each.exchanges[0])) for each in encoded]
+        assert texts == ["Rex.<|end|>", "In the shed.<|end|>", f"{call}<|end|>"]
+
+
+# Refusals
+
+
+def test_an_exchange_that_is_too_long_is_named(tokenizer, tmp_path):
+    short = [*TALK[:2], user("Why?"), assistant("So.")]
+    path = write_jsonl(tmp_path / "chats.jsonl", [short] * 3 + [[*TALK[:2], user("Why?"), assistant("because " * 40)]])
+    episodes = read_episodes(path).episodes
+    assert len(Encoder(tokenizer, 10, 1000)(episodes)) == 4
+    with pytest.raises(DataError, match=r"(?s)more than max_read_tokens = 30.*Why\?.*Raise max_read_tokens") as refusal:
+        Encoder(tokenizer, 10, 30)(episodes)
+    assert refusal.value.what.startswith(f"{path}:4: An exchange has ")
+    attempts = list(Encoder(tokenizer, 10, 30).attempt(episodes))
+    assert [isinstance(each, DataError) for each in attempts] == [False] * 3 + [True]
+
+
+REFUSE = "{% if messages[-1].content | length > 99 %}{{ raise_exception('too long') }}{% endif %}"
+NO_RECENT = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}"
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+@pytest.mark.parametrize("where", ["history", "exchange"])
+def test_a_template_that_refuses_is_named(tokenizer, granularity, where):
+    parts = {"history": TALK[:2], "exchange": TALK[2:]}
+    parts[where] = [user("Why?"), assistant("because " * 40)]
+    encoder = Encoder(with_template(tokenizer, REFUSE + tokenizer.chat_template), 1000, 1000, granularity)
+    with pytest.raises(DataError, match=r"(?s)chats.jsonl:4: The chat template of .* refuses.*too long"):
+        encoder([Episode(parts["history"], [parts["exchange"]], "chats.jsonl:4")])
+
+
+def test_a_view_that_cannot_be_rendered_is_named(tokenizer):
+    other = with_template(tokenizer, NO_RECENT + tokenizer.chat_template)
+    episode = Episode(TALK[:2], [TALK[2:]], "a:7")
+    assert len(Encoder(other, 100, 100)([episode])) == 1
+    for options in ({"recent_turns": 1}, {"full_context": True}):
+        with pytest.raises(DataError, match="(?s)a:7: The chat template.*too many"):
+            Encoder(other, 100, 100, **options)([episode])
+
+
+def test_templates_that_do_not_fit_are_named(tokenizer):
+    episode = Episode(TALK[:2], [TALK[2:]], "a:1")
+    with pytest.raises(DataError, match="no chat template"):
+        Encoder(with_template(tokenizer, None), 10, 10)
+    # one that counts messages: the prompt is no beginning of the whole
+    counting = with_template(tokenizer, "{{ messages | length }}" + tokenizer.chat_template)
+    with pytest.raises(DataError, match=r"(?s)a:1: .*only appends"):
+        Encoder(counting, 100, 100)([episode])
+    # one whose answers depend on what is before them
+    ending = "<|assistant|>{{ message.content }}{{ '!' if loop.index > 2 and message.role == 'assistant' }}<|end|>"
+    growing = tokenizer.chat_template.replace("<|{{ message.role }}|>{{ message.content }}<|end|>", ending)
+    for options in ({"recent_turns": 1}, {"full_context": True}):
+        with pytest.raises(DataError, match="(?s)a:1: The answer has other tokens with the history in view"):
+            Encoder(with_template(tokenizer, growing), 100, 100, **options)([episode])
+    # one that writes nothing for the answer
+    silent = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="a:1: The answer has no token"):
+        Encoder(with_template(tokenizer, silent), 100, 100)([Episode([user("a")], [TALK[2:]], "a:1")])
+
+
+def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):
+    with pytest.raises(ConfigError, match="granularity 'word'"):
+        Encoder(tokenizer, 10, 10, "word")
+    with pytest.raises(DataError, match="no history"):
+        Encoder(tokenizer, 10, 10)([Episode([], [TALK])])
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match="slow tokenizer"):
+        Encoder(tokenizer, 10, 10)

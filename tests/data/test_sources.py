@@ -1,0 +1,161 @@
+"""Files become episodes, and every bad row is named, or skipped and said so."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data.talks import CALL, CALLING, FOUND, SYSTEM, TALK, TOOLS
+from data.test_episode import BAD
+from datasets import Dataset, Features, Json, List, Value
+from tiny import write_jsonl
+
+from deltamem_tool.data import Episode, read_episodes
+from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.errors import DataError
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1)
+    return path
+
+
+def test_json_lines(tmp_path):
+    path = write_jsonl(tmp_path / "chats.jsonl", [TALK, [SYSTEM, *TALK], TOOLS])
+    loaded = read_episodes(path)
+    assert [episode.where for episode in loaded.episodes] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert loaded.episodes == [
+        Episode(TALK[:2], [TALK[2:]]),
+        Episode([SYSTEM, *TALK[:2]], [[SYSTEM, *TALK[2:]]]),
+        Episode(TOOLS[:2], [TOOLS[2:]]),
+    ]
+    assert (loaded.rows, loaded.skipped) == (3, ())
+    talks = write_jsonl(tmp_path / "long.jsonl", [TALK * 3])
+    assert [len(episode.history) for episode in read_episodes(str(talks), supervise="all").episodes] == [2, 4, 6, 8, 10]
+
+
+def test_a_line_is_what_ends_with_a_line_feed(tmp_path):
+    """Other separators of Unicode are text inside of a JSON string."""
+    said = "one\u2028two\u0085three\x0cfour"
+    path = tmp_path / "chats.jsonl"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Windows writes it
+        file.write(json.dumps({"messages": [*TALK[:3], assistant("a\u2028b\u0085c")]}, ensure_ascii=False) + "\r\n")
+        file.write("\n  \n")
+        file.write(json.dumps({"messages": [user(said), *TALK[1:]]}, ensure_ascii=False))
+    loaded = read_episodes(path)
+    assert loaded.rows == 2
+    assert loaded.episodes[0].exchanges[0][-1]["content"] == "a\u2028b\u0085c"
+    assert loaded.episodes[1].history[0]["content"] == said
+    assert loaded.episodes[1].where == f"{path}:4"
+
+
+NO_JSON = [("{not json}", "is not JSON"), ('{"messages": [', "is not JSON"), ("[" * 100_000, "is not JSON")]
+
+
+@pytest.mark.parametrize(("line", "says"), NO_JSON + BAD)
+def test_a_bad_line_is_named(tmp_path, line, says):
+    path = write_jsonl(tmp_path / "chats.jsonl", [TALK])
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(DataError, match=f"(?s){says}") as refusal:
+        read_episodes(path)
+    assert refusal.value.what.startswith(f"{path}:3")
+    assert refusal.value.why and refusal.value.next
+    loaded = read_episodes(path, skip_bad_rows=True)
+    assert loaded.episodes == [Episode(TALK[:2], [TALK[2:]])] and loaded.rows == 2
+    assert [str(error) for error in loaded.skipped] == [str(refusal.value)]
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "latin.jsonl", [TALK])
+    path.write_bytes(path.read_bytes() + b'{"messages": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=f"(?s){path}:2 is not UTF-8"):
+        read_episodes(path)
+    assert len(read_episodes(path, skip_bad_rows=True).skipped) == 1
+
+
+def test_parquet(tmp_path):
+    """A table gives every message the keys of all: what is null there was not said."""
+    (tmp_path / "odd [1] *?").mkdir()
+    path = write_parquet(tmp_path / "odd [1] *?" / "chats.parquet", [{"messages": TALK}, {"messages": TOOLS}])
+    loaded = read_episodes(path)
+    call = {"type": "function", "function": {"name": "look", "arguments": {"where": "shed"}}}
+    turn = [{**message} for message in TOOLS[2:]]
+    turn[1]["tool_calls"] = [call]
+    assert [episode.where for episode in loaded.episodes] == [f"{path} row 1", f"{path} row 2"]
+    assert loaded.episodes[0] == Episode(TALK[:2], [TALK[2:]])
+    assert loaded.episodes[1].history == TOOLS[:2]
+    assert loaded.episodes[1].exchanges == [turn]
+
+
+def test_parquet_with_prompts(tmp_path):
+    rows = [
+        {"prompt": "a?", "response": "b", "history": "h", "messages": None, "id": 1},
+        {"prompt": None, "response": None, "history": None, "messages": TALK, "id": 2},
+    ]
+    loaded = read_episodes(write_parquet(tmp_path / "chats.PARQUET", rows))
+    assert loaded.episodes == [Episode([user("h")], [[user("a?"), assistant("b")]]), Episode(TALK[:2], [TALK[2:]])]
+
+
+def test_parquet_with_columns_of_json(tmp_path):
+    """As `datasets` writes arguments of tools that have different ones."""
+    message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
+    plain = [{**message, "tool_calls": None} for message in (*TALK[:2], user("Where?"))]
+    rows = {"messages": [[*plain, {**CALLING, "content": None}]]}
+    path = tmp_path / "chats.parquet"
+    Dataset.from_dict(rows, features=Features({"messages": List(message)})).to_parquet(path)
+    (episode,) = read_episodes(path).episodes
+    assert episode.exchanges[0][1]["tool_calls"][0]["function"]["name"] == CALL["function"]["name"]
+
+
+def test_a_bad_row_of_parquet_is_named(tmp_path):
+    rows = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": [user("a"), {"role": "bot", "content": "b"}]}]
+    path = write_parquet(tmp_path / "chats.parquet", rows)
+    with pytest.raises(DataError, match="has no history") as refusal:
+        read_episodes(path)
+    assert refusal.value.what.startswith(f"{path} row 2 ")
+    loaded = read_episodes(path, skip_bad_rows=True)
+    assert (len(loaded.episodes), loaded.rows) == (1, 3)
+    assert [error.what.split(" row ")[1][0] for error in loaded.skipped] == ["2", "3"]
+    (tmp_path / "other.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="(?s)other.parquet is no parquet file"):
+        read_episodes(tmp_path / "other.parquet")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for nowhere in (tmp_path / "nowhere", "nowhere.jsonl", "some/where.parquet", "a/b/c", "~/x"):
+        with pytest.raises(DataError, match=f"There is no data file {nowhere}"):
+            read_episodes(nowhere)
+    for kind in ("empty.jsonl", "empty.parquet"):
+        path = tmp_path / kind
+        path.write_text("\n\n") if kind.endswith("jsonl") else write_parquet(path, [{"messages": TALK}][:0])
+        with pytest.raises(DataError, match="(?s)holds no conversation.*is empty"):
+            read_episodes(path)
+    (tmp_path / "bad.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match="(?s)All of its 2 rows are bad.*bad.jsonl:1"):
+        read_episodes(tmp_path / "bad.jsonl", skip_bad_rows=True)
+    (tmp_path / "chats.csv").write_text("a,b")
+    (tmp_path / "folder.jsonl").mkdir()
+    for other in ("chats.csv", "folder.jsonl"):
+        with pytest.raises(DataError, match=r"(?s)no data file that can be read.*\.jsonl and \.parquet.*Hub"):
+            read_episodes(other)
+
+
+def test_a_file_has_no_split_and_no_revision(tmp_path):
+    path = write_jsonl(tmp_path / "chats.jsonl", [TALK])
+    for options in ({"split": "test"}, {"revision": "v2"}):
+        with pytest.raises(DataError, match="no split and no revision"):
+            read_episodes(path, **options)
+
+
+def test_without_a_network_a_dataset_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="(?s)someone/talks cannot be loaded.*Hub.*jsonl"):
+        read_episodes("someone/talks")
+
+
+def test_the_message_of_a_tool_keeps_its_keys(tmp_path):
+    (episode,) = read_episodes(write_jsonl(tmp_path / "chats.jsonl", [TOOLS])).episodes
+    assert episode.exchanges[0][2] == FOUND and episode.exchanges[0][1] == CALLING  # null arguments too

@@ -1,0 +1,54 @@
+"""Batches of training steps, made by hand."""
+
+from __future__ import annotations
+
+import torch
+from tiny import tokens
+from torch import Tensor
+
+from deltamem_tool.data import IGNORED
+from deltamem_tool.memory import INSIDE, LAST
+
+
+def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = False) -> dict[str, Tensor]:
+    """Two conversations with two and one exchanges; of unlike length, padded on the right."""
+    width = max(lengths)
+    write_ids, write_mask = tokens(2, width), torch.ones(2, width, dtype=torch.long)
+    read_ids, read_mask = tokens(3, 6, seed=1), torch.ones(3, 6, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        write_mask[row, length:] = 0
+    read_mask[1, 4:] = 0
+    labels = torch.full_like(read_ids, IGNORED)
+    for row, columns in enumerate(scored):
+        labels[row, list(columns)] = read_ids[row, list(columns)]
+    batch = {"write_ids": write_ids, "write_mask": write_mask, "read_ids": read_ids, "read_mask": read_mask}
+    batch |= {"labels": labels, "rows": torch.tensor([0, 0, 1])}
+    if segments:
+        marks = torch.full((2, width), INSIDE, dtype=torch.int8)
+        marks[:, 2::3] = LAST
+        batch["write_segments"] = marks * write_mask.to(torch.int8)
+    return batch | positions(labels)
+
+
+def positions(labels: Tensor) -> dict[str, Tensor]:
+    """Flat places of the tokens before scored ones, and the scored ones."""
+    places = [(row, t) for row in range(len(labels)) for t in range(1, labels.shape[1]) if labels[row, t] != IGNORED]
+    return {
+        "scored": torch.tensor([row * labels.shape[1] + t - 1 for row, t in places]),
+        "targets": torch.tensor([int(labels[row, t]) for row, t in places]),
+    }
+
+
+def with_full_context(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each exchange after its whole history in one text."""
+    texts, scored = [], []
+    for row, conversation in enumerate(batch["rows"].tolist()):
+        history = batch["write_ids"][conversation][batch["write_mask"][conversation].bool()]
+        exchange = batch["read_ids"][row][batch["read_mask"][row].bool()]
+        texts.append(torch.cat([history, exchange]))
+        scored += [(row, len(history) + t - 1) for t in (batch["labels"][row] != IGNORED).nonzero()[:, 0].tolist()]
+    width = max(map(len, texts))
+    ids = torch.stack([torch.cat([text, text.new_zeros(width - len(text))]) for text in texts])
+    mask = torch.stack([(torch.arange(width) < len(text)).long() for text in texts])
+    flat = torch.tensor([row * width + t for row, t in scored])
+    return batch | {"full_ids": ids, "full_mask": mask, "full_scored": flat}

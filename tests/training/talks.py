@@ -1,0 +1,24 @@
+"""Conversations of unlike lengths, for runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import write_jsonl
+
+from deltamem_tool import dialogues
+from deltamem_tool.dialogues import assistant, user
+
+PAIRS = (("dog", "Rex"), ("house", "Oslo"), ("car", "blue"), ("sister", "Anna"), ("exam", "noon"), ("dinner", "soup"))
+
+
+def write_talks(path: Path, count: int = 24) -> Path:
+    """Each tells some facts and asks for the first."""
+    talks = []
+    for number in range(count):
+        facts = [dialogues.Fact(*PAIRS[(number + i) % len(PAIRS)]) for i in range(1 + number % 3)]
+        told = [
+            turn for fact in facts for turn in (user(fact._say(dialogues.STATEMENTS[number % 2])), assistant("Okay."))
+        ]
+        talks.append([*told, user(facts[0]._say(dialogues.QUESTIONS[0])), assistant(facts[0].answer)])
+    return write_jsonl(path, talks)

@@ -1,0 +1,317 @@
+"""A dry run says what a real run then does: sizes, steps, tokens, memory. It writes nothing and needs no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import END, PAD, listing, save_checkpoint, tiny_config, write_jsonl
+
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.data import DialogueEpisodes
+from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
+from deltamem_tool.ops import use_implementation
+from deltamem_tool.recipe import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.training import DryRun, dry_run, peak_bytes, train
+from deltamem_tool.training.peak_bytes import (
+    LiveBytes,
+    StepShape,
+    activation_bytes,
+    layer_period,
+    step_peaks,
+    with_layers,
+)
+from deltamem_tool.training.run import run_data, step_model
+
+SHAPE = StepShape(conversations=2, write=96, exchanges=3, read=24, full=120, scored=18)
+LAYERS = 6  # more than the two models that are run without numbers have
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Seven conversations of unlike length, one of them too long for the write pass."""
+    said = [[user(f"My lucky number is {n}. " * (n + 1)), assistant("Okay.")] for n in range(6)]
+    said.append([user("word " * 300), assistant("Okay.")])
+    rows = [[*talk, user("Which one is it?"), assistant(f"It is {n}.")] for n, talk in enumerate(said)]
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS, intermediate_size=128)
+
+
+def make_recipe(base: Path, out: Path = Path("adapter"), path: Path | None = None, lora=None, **options) -> Recipe:
+    """`options` of the training, and those of other sections by their own names."""
+    sections = {name: options.pop(name) for name in ("data", "objective", "memory") if name in options}
+    usual = {"steps": 3, "batch_size": 2} if path is None else {"batch_size": 2}
+    data = {
+        "path": None if path is None else str(path),
+        "max_write_tokens": 200,
+        "max_read_tokens": 60,
+        "facts_last": 3,
+    }
+    memory = DeltaMemConfig(**{"rank": 4, "state_heads": 2, **sections.get("memory", {})})
+    return Recipe(
+        base=str(base),
+        out=str(out),
+        memory=DeltaMemConfig() if lora else memory,
+        lora=lora,
+        data=DataOptions(**data | sections.get("data", {})),
+        objective=ObjectiveOptions(**sections.get("objective", {})),
+        training=TrainingOptions(**usual | options),
+    )
+
+
+def config_alone(folder: Path, **changes) -> Path:
+    config = tiny_config(**changes)
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No step without numbers, where it is not the point."""
+    monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
+
+
+# What a run then does
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+def test_parameters_and_steps_are_those_of_the_run(quick, granularity, checkpoint, chats, tmp_path):
+    memory = {"granularity": granularity, "delta_init": "base_slice"}
+    recipe = make_recipe(checkpoint, tmp_path / "adapter", chats, epochs=2.0, gradient_accumulation=2, memory=memory)
+    said = dry_run(recipe)
+    assert listing(tmp_path) == {}
+    result = train(recipe)
+    assert (said.trained_parameters, said.steps) == (result.parameters, result.steps) == (said.trained_parameters, 4)
+    step, model, _ = step_model(recipe)
+    assert said.base_parameters == sum(weight.numel() for weight in model.parameters())
+    assert said.memory_bytes == step.adapter.empty_memory(1).nbytes
+    assert said.share == said.trained_parameters / said.base_parameters
+    assert said.epochs == 2 and said.notes == [] and not said.is_sample
+
+
+@pytest.mark.parametrize("supervise", ["last", "all"])
+def test_figures_of_the_data_are_those_that_training_keeps(quick, supervise, checkpoint, chats, tokenizer):
+    recipe = make_recipe(checkpoint, path=chats, gradient_accumulation=2, data={"supervise": supervise})
+    said = dry_run(recipe)
+    data = run_data(recipe, tokenizer, "token", 1)
+    assert said.episodes == data.training.statistics() and said.episodes.cut == 1
+    batches = [[data.training[i] for i in range(len(data.training))][start : start + 4] for start in (0, 4)]
+    tokens = [sum(data.collator(batch)[name].sum().item() for name in ("write_mask", "read_mask")) for batch in batches]
+    assert said.steps == 2 and said.tokens_per_step == pytest.approx(sum(tokens) / 2)
+
+
+def test_tokens_of_recent_turns_count_as_often_as_they_are_shown(quick, checkpoint, chats, tokenizer):
+    options = {"data": {"recent_turns": 1}, "objective": {"context_dropout": 0.25}}
+    shown, hidden = (
+        make_recipe(checkpoint, path=chats, **options | {"objective": {"context_dropout": p}}) for p in (0.0, 1.0)
+    )
+    most, fewest = dry_run(shown).tokens_per_step, dry_run(hidden).tokens_per_step
+    data = run_data(shown, tokenizer, "token", 1)
+    whole = data.collator([data.training[i] for i in range(7)])
+    assert most * 4 == pytest.approx((whole["write_mask"].sum() + whole["read_mask"].sum()).item())
+    assert most > fewest
+    between = dry_run(make_recipe(checkpoint, path=chats, **options)).tokens_per_step
+    assert between == pytest.approx(0.75 * most + 0.25 * fewest)
+
+
+def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, tokenizer, monkeypatch):
+    recipe = make_recipe(checkpoint, steps=50, batch_size=4, data={"facts_first": 1, "facts_last": 8, "growth": 1.0})
+    seen = []
+    own = DialogueEpisodes.__getitem__
+    monkeypatch.setattr(DialogueEpisodes, "__getitem__", lambda self, index: seen.append(index) or own(self, index))
+    said = dry_run(recipe)
+    assert said.is_sample and said.episodes.episodes == len(seen) == 64 and min(seen) == 0 and max(seen) > 190
+    assert said.steps == 50 and said.epochs is None
+    few = make_recipe(checkpoint, steps=3, batch_size=4)
+    data = run_data(few, tokenizer, "token", 1)
+    batch = data.collator([data.training[i] for i in range(12)])
+    tokens = (batch["write_mask"].sum() + batch["read_mask"].sum()).item()
+    assert dry_run(few).tokens_per_step == pytest.approx(tokens / 3)
+
+
+def test_processes_share_the_work(quick, checkpoint, chats, monkeypatch):
+    alone = dry_run(make_recipe(checkpoint, path=chats))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    both = dry_run(make_recipe(checkpoint, path=chats))
+    assert (alone.steps, both.steps, both.processes, both.is_main) == (4, 2, 2, False)
+    assert both.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
+
+
+def test_bad_rows_and_missing_files_are_what_they_are_in_training(quick, checkpoint, chats, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text(chats.read_text() + '{"messages": 3}\n')
+    with pytest.raises(DataError):
+        dry_run(make_recipe(checkpoint, path=path))
+    said = dry_run(make_recipe(checkpoint, path=path, data={"skip_bad_rows": True}))
+    assert said.skipped_rows == 1 and said.episodes.episodes == 7
+    with pytest.raises(DataError, match="no data file"):
+        dry_run(make_recipe(checkpoint, path=tmp_path / "none.jsonl"))
+
+
+def test_a_run_that_starts_from_an_adapter_has_its_memory(quick, checkpoint, chats, tmp_path):
+    first = make_recipe(checkpoint, tmp_path / "first", chats, steps=1, memory={"granularity": "message"})
+    parameters = train(first).parameters
+    said = dry_run(dataclasses.replace(first, adapter=str(tmp_path / "first"), memory=DeltaMemConfig()))
+    assert said.trained_parameters == parameters and said.memory_bytes == dry_run(first).memory_bytes
+
+
+# Without weights
+
+
+def test_a_config_is_enough_for_parameters_and_memory(checkpoint, tokenizer, chats, tmp_path):
+    alone = config_alone(tmp_path / "alone", vocab_size=len(tokenizer))
+    said, full = dry_run(make_recipe(alone, path=Path("nowhere.jsonl"))), dry_run(make_recipe(checkpoint, path=chats))
+    same = ("trained_parameters", "base_parameters", "memory_bytes")
+    assert [getattr(said, name) for name in same] == [getattr(full, name) for name in same]
+    assert said.peak.weights == full.peak.weights and said.peak.total > full.peak.total
+    assert said.episodes is said.steps is said.tokens_per_step is None and said.epochs == 1
+    assert len(said.notes) == 1 and "has no tokenizer" in said.notes[0]
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("tokenizer*"))
+
+
+def test_a_tokenizer_without_a_template_is_refused_as_in_training(tokenizer, tmp_path):
+    alone = config_alone(tmp_path)
+    plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    plain.save_pretrained(alone)
+    with pytest.raises(ArchitectureError, match="no chat template"):
+        dry_run(make_recipe(alone))
+
+
+# Memory
+
+
+def test_live_bytes_follow_tensors():
+    live = LiveBytes()
+    with live:
+        live.enter("first")
+        kept = torch.zeros(1000)
+        view = kept[10:]
+        (kept * 2).sum()
+        live.enter("second")
+        assert live.now == 4000
+        del kept
+        assert live.now == 4000
+        del view
+        assert live.now == 0
+        live.enter("third")
+    assert live.peaks["first"] >= 8000 and live.peaks["second"] == 4000 and live.peaks["third"] == 0
+
+
+VARIANTS = {
+    "token": {},
+    "message": {"memory": {"granularity": "message"}},
+    "recomputed": {"gradient_checkpointing": True},
+    "in chunks": {"write_chunk": 32, "bptt": 2, "gradient_checkpointing": True},
+    "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1}},
+    "lora": {"lora": LoraOptions(rank=4)},
+    "recomputed lora": {"lora": LoraOptions(rank=4, dropout=0.1), "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_are_those_of_a_real_step(variant, deep, tokenizer, monkeypatch):
+    """Of numbers, through all layers; the dry run computes with none, and runs three and four layers."""
+    monkeypatch.setattr("deltamem_tool.training.run.read_tokenizer", lambda folder: tokenizer)
+    recipe = make_recipe(deep, **VARIANTS[variant])
+    step, base, _ = step_model(recipe)
+    gc.collect()
+    with use_implementation("chunked"):
+        real = max(step_peaks(step, base, SHAPE).values())
+    counts = []
+    own = peak_bytes.with_layers
+    monkeypatch.setattr(peak_bytes, "with_layers", lambda config, n: counts.append(n) or own(config, n))
+    said = activation_bytes(recipe, BaseCheckpoint(str(deep)), recipe.memory, SHAPE)
+    assert counts == [3, 4]
+    assert said == pytest.approx(real, rel=0.02)
+
+
+def test_what_lowers_memory_lowers_the_figure(deep):
+    def total(**options):
+        return dry_run(make_recipe(deep, **options)).peak.activations
+
+    usual = total()
+    assert total(gradient_checkpointing=True) < 0.7 * usual
+    assert total(write_chunk=50, bptt=1) < 0.7 * usual
+
+
+@pytest.mark.parametrize(("quantize", "width"), [("int8", 1.0), ("nf4", 0.5625)])
+def test_quantised_weights_take_what_they_are_packed_to(quick, quantize, width, deep):
+    plain, packed = (dry_run(make_recipe(deep, dtype="bfloat16", quantize=kind)) for kind in ("none", quantize))
+    assert plain.peak.weights == 2 * plain.base_parameters
+    linear = plain.base_parameters - 2 * 96 * 32 - (2 * LAYERS + 1) * 32 - 2 * LAYERS * 16
+    assert packed.peak.weights == pytest.approx(2 * (plain.base_parameters - linear) + width * linear, abs=1)
+    assert packed.peak.activations > plain.peak.activations  # one weight is unpacked at a time
+    assert dry_run(make_recipe(deep)).peak.weights == 4 * plain.base_parameters  # "auto": the config's own
+
+
+def test_the_total_is_the_sum_and_adam_has_two_moments(quick, deep):
+    said = dry_run(make_recipe(deep, optimizer="sgd"))
+    peak = said.peak
+    assert peak.adapter == peak.gradients == peak.optimizer // 2 == 4 * said.trained_parameters
+    assert peak.total == peak.weights + peak.adapter + peak.gradients + peak.optimizer + peak.activations
+    assert any("sgd is counted as AdamW" in note for note in said.notes)
+
+
+def test_a_step_that_cannot_run_without_numbers_is_said_and_not_zero(deep, monkeypatch):
+    def data_dependent(*args, **kwargs):
+        raise RuntimeError("the model looks at values\nand more")
+
+    monkeypatch.setattr(peak_bytes, "step_peaks", data_dependent)
+    said = dry_run(make_recipe(deep))
+    assert said.peak.activations is None and said.peak.total is None and said.trained_parameters
+    assert "Activations: not computed (RuntimeError: the model looks at values)" in said.notes
+
+
+def test_what_training_refuses_is_refused(deep):
+    with pytest.raises(ConfigError, match="LoRA does not fit"):
+        dry_run(make_recipe(deep, lora=LoraOptions(targets=("nothing",))))
+
+
+def test_layers_repeat_after_a_period():
+    def config(**changes):
+        return tiny_config("smollm3", **{"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8, **changes})
+
+    assert layer_period(config(no_rope_layers=[1] * 8)) == 1
+    assert layer_period(config(no_rope_layers=[1, 1, 1, 0] * 2)) == 4
+    assert layer_period(config(no_rope_layers=[1, 1, 1, 1, 1, 1, 1, 0])) == 8
+    cut = with_layers(config(no_rope_layers=[1, 1, 1, 0] * 2), 6)
+    assert (cut.num_hidden_layers, cut.no_rope_layers) == (6, [1, 1, 1, 0, 1, 1]) and len(cut.layer_types) == 6
+    assert BaseCheckpoint("builtin:backbone").from_config(tiny_config()).config.eos_token_id == END != PAD
+
+
+def test_a_memory_in_some_layers_is_counted_in_all(quick, deep):
+    said = dry_run(make_recipe(deep, memory={"layers": "back:2"}))
+    assert said.trained_parameters * LAYERS == dry_run(make_recipe(deep)).trained_parameters * 2
+    assert any("every layer" in note for note in said.notes)
+
+
+# The command
+
+
+def test_the_command_prints_a_table_or_json(checkpoint, chats, tmp_path, monkeypatch, capsys):
+    from deltamem_tool.cli.train import command
+
+    monkeypatch.chdir(tmp_path)
+    said = {"base": str(checkpoint), "out": "adapter", "data": {"path": str(chats)}, "training": {"batch_size": 2}}
+    Path("recipe.yaml").write_text(json.dumps(said))
+    before = listing(tmp_path)
+    command(["recipe.yaml", "--dry-run", "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {field.name for field in dataclasses.fields(DryRun)}
+    assert found["steps"] == 4 and found["episodes"]["write_tokens"]["max"] > 0 and found["peak"]["total"] > 0
+    command(["recipe.yaml", "--dry-run", "--set", "training.steps=9"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "memory of a process" in printed and f"{found['trained_parameters']:,}" in printed
+    assert listing(tmp_path) == before

@@ -1,0 +1,115 @@
+"""A run that is killed at any moment, and resumed, ends where it would have ended: to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training.talks import write_talks
+
+from deltamem_tool.adapter import WEIGHTS_FILE
+from deltamem_tool.training.run_folder import checkpoints
+
+KILLS = 4
+ROOT = Path(__file__).parents[2]
+# Trains with checkpoints that take long to write, so that kills find them half-way.
+SLOW_WRITES = """
+import sys, time, torch
+save = torch.save
+def slow(content, path, *args, **options):
+    save(content, path, *args, **options)
+    with open(path, "r+b") as file:
+        whole = file.read(); file.seek(0); file.truncate(); file.write(whole[: len(whole) // 2]); file.flush()
+        time.sleep(0.05); file.write(whole[len(whole) // 2 :])
+torch.save = slow
+from deltamem_tool.cli import main
+main()
+"""
+
+
+def recipe(folder: Path, base: Path) -> Path:
+    folder.mkdir()
+    said = {
+        "base": str(base),
+        "out": str(folder / "adapter"),
+        "memory": {"rank": 4, "granularity": "message"},
+        "data": {
+            "path": str(write_talks(folder / "talks.jsonl")),
+            "group_by_length": True,
+            "recent_turns": 1,
+            "eval_path": str(folder / "talks.jsonl"),
+            "max_write_tokens": 200,
+            "max_read_tokens": 90,
+        },
+        "objective": {"context_dropout": 0.5},
+        "training": {
+            "epochs": 8,
+            "batch_size": 3,
+            "learning_rate": 1e-2,
+            "save_every": 3,
+            "eval_every": 5,
+            "eval_episodes": 4,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def started(folder: Path, *options: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SLOW_WRITES, "train", str(folder / "recipe.yaml"), *options]
+    with (folder / "said.txt").open("wb") as said:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+
+def test_killed_at_any_moment(checkpoint, tmp_path):
+    recipe(tmp_path / "whole", checkpoint)
+    recipe(tmp_path / "killed", checkpoint)
+    whole = started(tmp_path / "whole")
+    rng, kills, finished = random.Random(0), [], False
+    run = tmp_path / "killed" / "adapter.run"
+    while not finished:
+        before = set(run.glob("checkpoint-*"))
+        process = started(
+            tmp_path / "killed", *(["--resume"] if any(run.glob("checkpoint-*/trainer_state.json")) else [])
+        )
+        # A new folder says that a checkpoint is being written: the first kill comes right then, others later.
+        while process.poll() is None and not (set(run.glob("checkpoint-*")) - before):
+            time.sleep(0.005)
+        if len(kills) < KILLS:
+            time.sleep(rng.uniform(0, 0.3) if kills else 0.03)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills.append(len(list(run.glob("checkpoint-*"))) - len(checkpoints(run)))
+        else:
+            finished = process.wait(timeout=120) == 0
+            assert finished, (tmp_path / "killed" / "said.txt").read_text()
+    assert whole.wait(timeout=120) == 0, (tmp_path / "whole" / "said.txt").read_text()
+    assert any(kills), "no kill came while a checkpoint was written"
+    expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("whole", "killed"))
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), f"{name} differs by {(found[name] - weight).abs().max()}"
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_without_its_end_is_none(kept, checkpoint, tmp_path):
+    """The state of the Trainer is written last: without it, or with half of it, the checkpoint before counts."""
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / kept).write_bytes(b"")
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": 6')
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]

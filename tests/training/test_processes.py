@@ -1,0 +1,93 @@
+"""Several processes learn what one learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training.talks import write_talks
+
+from deltamem_tool.adapter import WEIGHTS_FILE
+from deltamem_tool.training.summary import SUMMARY_FILE
+
+SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
+ROOT = Path(__file__).parents[2]
+
+
+def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
+    talks = str(write_talks(folder / "talks.jsonl"))
+    said = {
+        "base": str(base),
+        "out": str(folder / "adapter"),
+        "memory": {"rank": 4, "state_heads": 2},
+        "data": {"path": talks, "eval_path": talks, "max_write_tokens": 200, "max_read_tokens": 60},
+        "objective": {"write_sparsity": 0.5, "write_target": 0.1, "full_context_kl": 0.2},
+        "training": {"steps": 5, "batch_size": batch, "gradient_accumulation": 2, "learning_rate": 1e-2, **training},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "deltamem_tool", "train")
+ACCELERATE = ("accelerate.commands.launch", "--config_file", "fsdp.yaml", "-m", "deltamem_tool", "train")
+FSDP = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_training_function: main
+"""
+
+
+EVALUATED = {"eval_every": 2, "eval_episodes": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    launched("deltamem_tool", "train", str(write_recipe(folder, checkpoint, batch=4, **EVALUATED)), folder=folder)
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("wish", ["FSDP", "DeepSpeed"])
+def test_two_processes_equal_one(wish, alone, checkpoint, tmp_path):
+    """The same steps over the same conversations: with other token counts on each, and with evaluation. What a launcher
+    is told of splitting is noted and left aside."""
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true"} if wish == "DeepSpeed" else {}  # as its launcher sets it
+    launcher = ACCELERATE if wish == "FSDP" else TORCHRUN
+    recipe = write_recipe(tmp_path, checkpoint, batch=2, **EVALUATED)
+    done = launched(*launcher, str(recipe), folder=tmp_path, **environment)
+    assert f"{wish} splits what is trained" in done.stderr
+    expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in (alone, tmp_path / "adapter"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+    logs = [json.loads((adapter / SUMMARY_FILE).read_text())["log"] for adapter in (alone, tmp_path / "adapter")]
+    for one, two in zip(*logs, strict=True):
+        for key in one.keys() & {"loss", "answer", "sparsity", "kl", "gates", "eval_loss", "eval_loss_zero"}:
+            assert abs(one[key] - two[key]) < 10 * SAME_TOLERANCE, key
+    assert any("eval_loss" in row for row in logs[0]) and any("kl" in row for row in logs[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "fsdp.yaml", "recipe.yaml", "talks.jsonl"}
