@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import local
 from typing import cast
 
 import torch
@@ -18,6 +20,9 @@ from deltamem_tool.fake import is_fake
 from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.memory_file import MemoryShape
 from deltamem_tool.state import MemoryState
+
+IN_TRAINING = "in training"  # stands for a fingerprint
+_THREAD = local()  # the adapter that each thread trains, as `trained`
 
 
 class DeltaMemAdapter(nn.Module):
@@ -81,6 +86,8 @@ class DeltaMemAdapter(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
+        if getattr(_THREAD, "trained", None) is self:
+            return IN_TRAINING
         versions = tuple(weight._version for weight in self._weights)
         if self._fingerprint is None or self._fingerprint[0] != versions:
             # Options at their default stay out, so that an option to come does not make memories foreign.
@@ -93,3 +100,13 @@ class DeltaMemAdapter(nn.Module):
                     digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
             self._fingerprint = (versions, digest.hexdigest())
         return self._fingerprint[1]
+
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Inside, and in this thread, memories are bound to a word and not to the weights, which change with every
+        step: hashing those takes 80 ms for a 4B model, and nobody keeps the memories of a training step."""
+        before, _THREAD.trained = getattr(_THREAD, "trained", None), self
+        try:
+            yield
+        finally:
+            _THREAD.trained = before

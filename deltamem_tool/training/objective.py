@@ -85,7 +85,7 @@ class EpisodeModel(nn.Module):
             `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
             `sparsity` and `kl` where they have a weight.
         """
-        with self._layers():
+        with self._layers(), self.adapter.in_training():
             memory, gates = self.write(write_ids, write_mask, write_segments)
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
         tokens = len(targets) if num_items_in_batch is None else num_items_in_batch

@@ -1,0 +1,258 @@
+"""What a training step with a memory costs against one of a LoRA on the same tokens, in time and in memory, as ratios.
+
+Command: python benchmarks/train_step.py [--shape small|0.6b|4b] [--layers 4] [--write-tokens 2048 --read-tokens 64]
+    [--presets tsw,ssw,msw] [--repeats 7] [--threads 2] [--device cuda --dtype bfloat16] [--gradient-checkpointing]
+    [--profile] [--out FILE.md]
+
+A step is forward, backward and AdamW. The memory's is the one of `deltamem train`: it writes a history and answers from
+its state. The LoRA's (PEFT, rank 8 on q and o) has history and exchange in one sequence. Both score the second half of
+the exchange, and no other logits are made. The weights are random, one model's for all sides, which run in turn.
+
+Peak memory is what a step adds to the models, their optimizers' states included: on a GPU by its allocator, on a CPU by
+the profiler's record of every allocation; and, as a check that knows nothing of tensors, by the growth of the resident
+set of a process that takes one side's steps alone (Linux).
+"""
+
+import argparse
+import copy
+import gc
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from scan import cpu_name
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.config import PRESETS
+from deltamem_tool.memory import INSIDE, LAST
+from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.objective import EpisodeModel
+
+SEGMENT = 32  # tokens of a message, where the memory writes by messages
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LORA = "LoRA"
+
+# Qwen3's widths: of the stream, of the MLP; query heads; layers; vocabulary. "small" is four of 0.6B's layers, with so
+# few words that embedding and head hide nothing.
+SHAPES = {
+    "small": (1024, 3072, 16, 4, 1024),
+    "0.6b": (1024, 3072, 16, 28, 151936),
+    "4b": (2560, 9728, 32, 36, 151936),
+}
+
+
+class Side:
+    """One way to train: a step, and its optimizer."""
+
+    def __init__(self, name: str, args: argparse.Namespace, base: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+        twin = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the weights are shared
+        self.batch = batch
+        if name == LORA:
+            lora = with_lora(twin, LoraOptions(rank=8, targets=("q_proj", "o_proj"), dropout=0.0))
+            self.model: nn.Module = LoraStepModel(lora, recompute=args.gradient_checkpointing)
+        else:
+            attach(twin, DeltaMemConfig.preset(name)).to(base.device)
+            self.model = EpisodeModel(twin, recompute=args.gradient_checkpointing)
+            if PRESETS[name]["granularity"] != "token":
+                marks = torch.full(batch["write_ids"].shape, INSIDE, dtype=torch.int8, device=base.device)
+                marks[:, SEGMENT - 1 :: SEGMENT] = LAST
+                self.batch = batch | {"write_segments": marks}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        self.model(**self.batch)["loss"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    width, mlp, heads, layers, vocabulary = SHAPES[args.shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=args.width or width,
+        intermediate_size=3 * args.width if args.width else mlp,
+        num_hidden_layers=args.layers or layers,
+        num_attention_heads=args.width // 64 if args.width else heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+
+
+def make_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, Tensor]:
+    """One conversation, as `data.collate` gives it, with its full view."""
+    write, read = torch.randint(vocabulary, (1, args.write_tokens)), torch.randint(vocabulary, (1, args.read_tokens))
+    full = torch.cat([write, read], dim=1)
+    scored = torch.arange(args.read_tokens // 2 - 1, args.read_tokens - 1)
+    batch = {"write_ids": write, "read_ids": read, "full_ids": full}
+    batch |= {name.replace("ids", "mask"): torch.ones_like(ids) for name, ids in batch.items()}
+    batch |= {"labels": read, "rows": torch.tensor([0]), "targets": read[0, scored + 1]}
+    batch |= {"scored": scored, "full_scored": scored + args.write_tokens}
+    return {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+
+def make_sides(names: list[str], args: argparse.Namespace) -> dict[str, Side]:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    base = make_model(args)
+    batch = make_batch(args, base.config.vocab_size)
+    return {name: Side(name, args, base, batch) for name in names}
+
+
+def seconds(side: Side) -> tuple[float, float]:
+    """Of one step, and of the processor: those hardly change when other work runs on the machine."""
+    wait: Callable[[], None] = torch.cuda.synchronize if side.batch["rows"].is_cuda else lambda: None
+    wait()
+    start, of_processor = time.perf_counter(), time.process_time()
+    side.step()
+    wait()
+    return time.perf_counter() - start, time.process_time() - of_processor
+
+
+def peak_bytes(side: Side) -> int:
+    """The most that tensors take at any time in a step, above what they take before it."""
+    gc.collect()
+    if side.batch["rows"].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        side.step()
+    events: Any = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    taken = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        taken += event.nbytes()  # negative where memory is given back
+        peak = max(peak, taken)
+    return peak
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM)."""
+    match = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def peak_resident(name: str, args: argparse.Namespace) -> int:
+    """As `peak_bytes`, of the whole process: for one that does nothing else."""
+    side = make_sides([name], args)[name]
+    side.step()  # libraries take what they will keep
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # begins VmHWM anew
+    before = resident("VmRSS")
+    side.step()
+    return resident("VmHWM") - before
+
+
+def compare(side: Side, lora: Side, repeats: int) -> tuple[list[float], list[list[float]]]:
+    """Median seconds of both, and for every pair of runs the ratio of their seconds, and of the processor's."""
+    times: list[list[tuple[float, float]]] = [[], []]
+    for repeat in range(repeats + 1):
+        # Whoever comes second may gain from it: they change places.
+        for which in (0, 1) if repeat % 2 else (1, 0):
+            took = seconds((side, lora)[which])
+            if repeat:  # the first round warms up
+                times[which].append(took)
+    medians = [statistics.median(of_step for of_step, _ in taken) for taken in times]
+    ratios = [[a / b for a, b in zip(mine, of_lora, strict=True)] for mine, of_lora in zip(*times, strict=True)]
+    return medians, [list(kind) for kind in zip(*ratios, strict=True)]
+
+
+def spread(ratios: list[float]) -> str:
+    return f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f}–{max(ratios):.3f})"
+
+
+def in_child(name: str, args: argparse.Namespace) -> int:
+    """`peak_resident` in a process of its own, where glibc gives every tensor's memory back when the tensor goes."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_resident, name, args).result()
+
+
+def rows(args: argparse.Namespace) -> Iterator[str]:
+    """The table's, one by one."""
+    names = args.presets.split(",")
+    check = args.device == "cpu" and CLEAR_REFS.exists()
+    resident_of = {name: in_child(name, args) for name in (LORA, *names)} if check else {}
+    sides = make_sides([LORA, *names], args)
+    yield "| preset | step | LoRA | time ratio, median (range) | of processor time | peak | LoRA | peak ratio | of resident sets |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    lora = sides[LORA]
+    for name in names:
+        (memory, of_lora), (ratios, of_processor) = compare(sides[name], lora, args.repeats)
+        peak, peak_lora = peak_bytes(sides[name]), peak_bytes(lora)
+        of_resident = f"{resident_of[name] / resident_of[LORA]:.3f}" if check else "–"
+        yield (
+            f"| {name} | {memory:.3f} s | {of_lora:.3f} s "
+            f"| {spread(ratios)} | {spread(of_processor) if args.device == 'cpu' else '–'} "
+            f"| {peak / 2**20:.0f} MiB | {peak_lora / 2**20:.0f} MiB | **{peak / peak_lora:.3f}** | {of_resident} |"
+        )
+        if args.profile:
+            show_profile(sides[name], args)
+    if args.profile:
+        show_profile(lora, args)
+
+
+def show_profile(side: Side, args: argparse.Namespace) -> None:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
+    with profile(activities=activities) as trace:
+        side.step()
+    print(trace.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=30))
+
+
+def heading(args: argparse.Namespace) -> Iterator[str]:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_name()}, {args.threads} thread(s)"
+    cores = f" on {len(os.sched_getaffinity(0))} core(s)" if hasattr(os, "sched_getaffinity") else ""
+    layers = args.layers or SHAPES[args.shape][3]
+    yield f"{date.today()}, {device}{cores}, Python {platform.python_version()}, torch {torch.__version__}, "
+    yield f"transformers {transformers.__version__}, peft {peft.__version__}; shape {args.shape}"
+    yield f"{f', width {args.width}' if args.width else ''}, {layers} layers, {args.dtype}, {args.write_tokens} tokens "
+    yield f"written and {args.read_tokens} read{', layers recomputed' if args.gradient_checkpointing else ''}; "
+    yield f"{args.repeats} pairs of steps.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    numbers = {"write-tokens": 2048, "read-tokens": 64, "repeats": 7, "threads": 2}
+    for name, default in {"layers": None, "width": None, **numbers}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="show where the time of each step goes")
+    parser.add_argument("--out", type=Path, help="append the table to this file")
+    args = parser.parse_args()
+
+    lines = ["".join(heading(args))]
+    print(lines[0])
+    for row in rows(args):
+        print(row, flush=True)
+        lines.append(row)
+    if args.out:
+        with args.out.open("a") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+
+if __name__ == "__main__":
+    main()
