@@ -21,8 +21,9 @@ LOG_DECAY_FLOOR = -40.0
 # for which the pairwise decays of a single row of the state would take 4 GB.
 EXPORT_LEVELS = 20
 
-# For its backward pass a scan keeps some five tensors of [B, T, H, R, C] numbers: with four states in every layer of a
-# model 1,024 wide, 17 % of a training step's memory. From so many numbers each on, it runs again instead.
+# For its backward pass a scan keeps some five tensors of [B, T, H, R, C] numbers: with four states in every layer, four
+# layers 1,024 wide, a sixth of what a training step takes. From so many numbers on, it runs again instead: 118 ms, not
+# 102, at T = 2,048, H = 4, R = 8.
 RECOMPUTED = 2**20
 
 
