@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_surgery import close_memory
+from running import close_memory
 from tiny import ARCHITECTURES, END, PAD, patched_model, tokens
 from transformers import GenerationConfig
 from watched import WatchedCache

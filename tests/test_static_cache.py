@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running import close, close_memory
 from test_generate import NEVER, UNSAID, continue_alone, left_padded, memory_of, settings
-from test_surgery import close, close_memory
 from tiny import ARCHITECTURES, END, patched_model, randomise, tiny_model, tokens
 from transformers import GenerationConfig, StaticCache
 
