@@ -54,7 +54,7 @@ def _of_transformers(names: Callable[[], list[str]], usual: str | None = None) -
     def check(value: str) -> str:
         if value == usual or value in (known := names()):
             return value
-        near = difflib.get_close_matches(value, known, n=1)
+        near = [name for name in known if name.startswith(value)] or difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
         raise ValueError(f"must be a name that transformers knows, not {value!r}: {hint}")
 
@@ -136,6 +136,27 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("training.bptt", "training.write_chunk"),
         lambda bptt, chunk: bptt is None or chunk is not None,
         "training.bptt counts chunks: give training.write_chunk",
+    ),
+    *(
+        (
+            (key, "lora"),
+            lambda value, lora: lora is None or value is None,
+            f"{key} is about writing a memory, and lora trains none: leave out one of them",
+        )
+        for key in ("training.write_chunk", "training.bptt")
+    ),
+    *(
+        (
+            (key, "data.path"),
+            lambda value, path: path is not None or value in (None, False, 0, "last"),
+            f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
+        )
+        for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
+    ),
+    (
+        ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
+        lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
+        "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
     ),
     (
         ("training.early_stop", "training.eval_every"),
@@ -248,7 +269,7 @@ class ObjectiveOptions(_Options):
 
     SECTION = "objective."
 
-    write_sparsity: Weight = 0.0  # weight of the distance between the mean β of the written tokens and write_target
+    write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of what is written from write_target
     write_target: Share = 0.05
     context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
@@ -274,8 +295,8 @@ class TrainingOptions(_Options):
     weight_decay: Weight = 0.0
     max_grad_norm: Weight = 1.0
     seed: Seed = 42
-    save_every: Count = 500  # steps between checkpoints
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen base
+    save_every: Count | None = None  # steps between checkpoints; None: twenty checkpoints a run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as it is stored
     quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen base
     attention: Text | None = None  # attn_implementation of the base
     gradient_checkpointing: StrictBool = False

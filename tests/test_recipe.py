@@ -376,6 +376,7 @@ def test_an_error_needs_no_transformers(recipe):
     assert "must be 1 or more" in done.stdout and done.stdout.endswith("False\n")
 
 
+ON_THE_BACKBONE = ("quickstart", "adapter", "learn-tsw", "learn-ssw", "learn-msw")
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-8b": "Qwen/Qwen3-8B",
@@ -394,7 +395,7 @@ def test_a_recipe_of_this_repository(path):
     load_recipe(path, words[2::2])
     assert set(words[1::2]) <= {"--set"}
     assert re.search(r"^# Planned for .*(cores|GPU)", header[0], flags=re.MULTILINE) and "emory" in header[0]
-    if path.stem in ("quickstart", "adapter"):
+    if path.stem in ON_THE_BACKBONE:
         assert read.base == "builtin:backbone" and read.training.steps
         return
     model, _, way = path.stem.rpartition("-")
@@ -409,7 +410,7 @@ def test_a_recipe_of_this_repository(path):
 
 def test_the_recipes_there_are():
     names = {f"{model}-{way}" for model in BASES for way in PRESETS}
-    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", "quickstart", "adapter"}
+    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", *ON_THE_BACKBONE}
     said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = said["package-data"]["deltamem_tool.recipes"]
     assert "deltamem_tool.recipes" in said["packages"]

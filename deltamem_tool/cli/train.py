@@ -50,7 +50,10 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
         def report(step: int, steps: int, loss: float | None) -> None:
             bar.update(task, completed=step, total=steps, note="" if loss is None else f"loss {loss:.3f}")
 
-        result = train(chosen, resume, overwrite, report)
+        def encoding(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of, note="episodes encoded")
+
+        result = train(chosen, resume, overwrite, report, encoding)
     if not result.is_main:
         return
     if as_json:
@@ -60,7 +63,8 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
         click.echo(f"{result.skipped_rows} bad rows were left out.")
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s; {result.parameters:,} parameters in {result.adapter}.")
     click.echo(f"Loss {result.losses[0][1]:.3f} → {result.losses[-1][1]:.3f}.")
-    click.echo(f"Next: deltamem eval {result.adapter} --task recall")
+    if chosen.lora is None:
+        click.echo(f"Next: deltamem eval {result.adapter} --task recall")
 
 
 def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:

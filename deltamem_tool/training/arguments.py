@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
+from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe import TrainingOptions
 
 _LOGGER = logging.getLogger(__name__)
 _SPLITTING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # set by `accelerate launch`
 LOGGED = 100  # times that a run says where it is
+CHECKPOINTS = 20  # that a run writes, where its recipe does not say
 
 
 def processes() -> PartialState:
@@ -24,6 +27,7 @@ def processes() -> PartialState:
     the frozen base is no part of it. So a launcher's wish for them is noted and left aside.
     """
     wished = [name for name, flag in _SPLITTING.items() if os.environ.pop(flag, "false").lower() == "true"]
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the recipe's dtype is the base's, and the memory is float32
     state = PartialState(cpu=True) if _on_cpus() else PartialState()
     if wished and state.is_main_process:
         _LOGGER.warning(
@@ -39,10 +43,8 @@ def _on_cpus() -> bool:
     return launched and not torch.accelerator.is_available()
 
 
-def training_arguments(options: TrainingOptions, steps: int, run: Path, logs: Path) -> TrainingArguments:
-    """Checkpoints go to `run`, what `report_to` writes into files to `logs`."""
-    if "tensorboard" in options.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs))  # by default it is in `run`, which does not stay
+def training_arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
+    """Checkpoints go to `run`. TensorBoard is left to `tensorboard`."""
     arguments = TrainingArguments(
         output_dir=str(run),
         use_cpu=_on_cpus(),
@@ -58,7 +60,7 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path, logs: Pa
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
-        save_steps=options.save_every,
+        save_steps=options.save_every or max(1, steps // CHECKPOINTS),
         save_total_limit=2,
         eval_strategy="no" if options.eval_every is None else "steps",
         eval_steps=options.eval_every,
@@ -67,7 +69,7 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path, logs: Pa
         logging_steps=max(1, steps // LOGGED),
         logging_nan_inf_filter=False,  # it would report a diverged run as a good one
         disable_tqdm=True,
-        report_to=list(options.report_to) or "none",
+        report_to=[name for name in options.report_to if name != "tensorboard"] or "none",
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -78,3 +80,18 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path, logs: Pa
         # The first GPU alone: DataParallel would copy the adapter, but not the base with its hooks.
         arguments._n_gpu = 1
     return arguments
+
+
+def tensorboard(options: TrainingOptions, logs: Path, is_main: bool) -> list[TrainerCallback]:
+    """What writes TensorBoard's files into `logs`: by default they are in the folder of the run, which does not stay.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    if "tensorboard" not in options.report_to or not is_main:
+        return []
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("TensorBoard is not installed.", f"{error}.", "pip install tensorboard") from error
+    return [TensorBoardCallback(SummaryWriter(logs))]

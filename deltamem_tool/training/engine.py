@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deltamem_tool.data import EncodedEpisodes, EpisodeCollator
 from deltamem_tool.errors import DeltaMemError
@@ -26,6 +28,7 @@ from deltamem_tool.training.objective import EpisodeModel
 from deltamem_tool.training.run_folder import BEST_FILE
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
+ORDERS = ("as they come", "shuffled", "by length")
 SHOWN_ROWS = 8  # source rows that an error names
 Report = Callable[[int, int, float | None], None]  # step, of how many, loss
 
@@ -35,13 +38,15 @@ class EpisodeSampler(Sampler[int]):
 
     Args:
         episodes: the dataset, which is told the epoch too.
-        order: "as they come" (generated episodes grow harder), "shuffled" or "by length".
+        order: one of ORDERS; generated episodes grow harder as they come.
         seed: of the shuffling.
         batch_size: of a step, on all processes together: "by length", its episodes are of like length, so that little
             is wasted on padding.
     """
 
     def __init__(self, episodes: Any, order: str, seed: int, batch_size: int = 1) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
         self.episodes, self.order, self.seed, self.batch_size, self.epoch = episodes, order, seed, batch_size, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,9 +90,12 @@ class EpisodeTrainer(Trainer):
 
     def __init__(self, *, order: str, validation: Sequence[Any] = (), run: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs, eval_dataset=cast(Any, validation or None))
-        self.validation = validation
+        evaluates = self.args.eval_strategy != "no"
+        self.validation = batches_of(validation, self.args.per_device_train_batch_size) if evaluates else []
         self.remove_callback(PrinterCallback)
         self.order, self.run = order, run
+        self.sampler: EpisodeSampler | None = None
+        self.add_callback(_TellEpoch(self))
         self._parts: list[dict[str, Tensor]] = []  # of the loss, since it was last logged
         self._steps = 0  # since then
         self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
@@ -125,11 +133,12 @@ class EpisodeTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
-        groups = batches_of(self.validation, self.args.per_device_train_batch_size)
-        mine = groups[self.args.process_index :: self.args.world_size]
+        mine = self.validation[self.args.process_index :: self.args.world_size]
         tensors = (self._prepare_inputs(_tensors(self.data_collator(group))) for group in mine)
         total = outcomes(self.model, tensors)
-        found = metrics({name: self.accelerator.reduce(sums.to(self.args.device)) for name, sums in total.items()})
+        if self.args.world_size > 1:  # a process that has had no batch adds zeros
+            total = {name: self.accelerator.reduce(sums.to(self.args.device)) for name, sums in total.items()}
+        found = metrics(total)
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -142,14 +151,39 @@ class EpisodeTrainer(Trainer):
         return is_best
 
     def take_best(self) -> None:
-        """The weights of the best evaluation, if there was one."""
-        if self.state.best_metric is not None:
-            self.model.load_state_dict(load_file(self.run / BEST_FILE))
+        """The weights of the best evaluation, if there was one.
+
+        Raises:
+            DeltaMemError: they are gone.
+        """
+        if self.state.best_metric is None:
+            return
+        file = self.run / BEST_FILE
+        if not file.is_file():
+            raise DeltaMemError(
+                f"{file} is gone.",
+                f"It held the weights of step {self.state.best_global_step}, the best evaluation.",
+                "Start anew with --overwrite.",
+            )
+        self.model.load_state_dict(load_file(file))
+
+    def is_at_end(self, checkpoint: Path) -> bool:
+        """Whether nothing was left to do when `checkpoint` was written: the Trainer would do a step too many."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStop)]
+        has_waited = any(EarlyStop.waited(state) >= stop.early_stopping_patience for stop in stops)
+        return state.global_step >= self.args.max_steps or has_waited
+
+    def load_end(self, checkpoint: Path) -> None:
+        """Be where the run was at `checkpoint`, without a step."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpisodeSampler(dataset, self.order, self.args.seed, batch)
+        self.sampler = EpisodeSampler(dataset, self.order, self.args.seed, batch)
+        return self.sampler
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -176,6 +210,8 @@ class Progress(TrainerCallback):
         self._loss: float | None = None
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # else the last weights would never be the best
         if _anywhere(self.interrupted, args):
             self.interrupted = control.should_save = control.should_training_stop = True
         if self.report is not None and state.is_world_process_zero:
@@ -211,8 +247,29 @@ def _anywhere(said: bool, args: Any) -> bool:
     return bool(flag)
 
 
-def early_stop(evaluations: int | None) -> list[TrainerCallback]:
-    return [] if evaluations is None else [EarlyStoppingCallback(evaluations)]
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' own, which on a resumed run goes on counting where it was."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = self.waited(state)
+
+    @classmethod
+    def waited(cls, state: TrainerState) -> int:
+        """Evaluations without improvement, as the state of a checkpoint says."""
+        callbacks = cast(dict[str, Any], state.stateful_callbacks or {})
+        return callbacks.get(cls.__name__, {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
+class _TellEpoch(TrainerCallback):
+    """Where several processes resume, accelerate's wrappers hide the sampler from the Trainer."""
+
+    def __init__(self, trainer: EpisodeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 def steps_of(epochs: float, episodes: int, batch: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,9 @@ from deltamem_tool.training.objective import scored_logits
 from deltamem_tool.training.recompute import recomputing
 
 
-def with_lora(base: PreTrainedModel, options: LoraOptions) -> Any:
-    """The `peft.PeftModel` of `base`, whose own weights are frozen.
+def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = None, revision: str | None = None) -> Any:
+    """The `peft.PeftModel` of `base`, whose own weights are frozen. Its config says that the base is `name`, not where
+    the files of the base are on this machine.
 
     Raises:
         ConfigError: PEFT is not installed, or the model has none of the modules.
@@ -37,15 +38,18 @@ def with_lora(base: PreTrainedModel, options: LoraOptions) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except ValueError as error:
         why = " ".join(str(error).split())
         raise ConfigError("The LoRA does not fit the model.", why, "Correct lora.targets.") from error
+    config.base_model_name_or_path, config.revision = name, revision
+    return model
 
 
 class LoraStepModel(nn.Module):
     """One training step of a LoRA as a module. Only the LoRA's weights are registered."""
 
+    conditions = ("",)
     accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
 
     def __init__(self, model: Any, recompute: bool = False) -> None:
@@ -76,10 +80,10 @@ class LoraStepModel(nn.Module):
         return {"loss": loss, "answer": loss.detach()}
 
     @torch.no_grad()
-    def views(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Logits `[N, V]`, with the conversation in view."""
         self.lora.eval()
-        return {"": scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])}
+        yield "", scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
         """PEFT's adapter folder, whole or not at all, with `files` beside."""

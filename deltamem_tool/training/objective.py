@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ class EpisodeModel(nn.Module):
         recompute: keep the layers' inputs alone, and run each layer again in the backward pass.
     """
 
+    conditions = CONDITIONS
     accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
 
     def __init__(
@@ -156,13 +157,14 @@ class EpisodeModel(nn.Module):
             return scored_logits(self.base, ids, mask, scored)
 
     @torch.no_grad()
-    def views(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
         memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segments"))
         rows, empty = batch["rows"], self.adapter.empty_memory(memory.batch_size)
         memories = (memory.select(rows), empty.select(rows), memory.select((rows + 1) % memory.batch_size))
         read = (batch["read_ids"], batch["read_mask"], batch["scored"])
-        return {name: self.answer(of, *read) for name, of in zip(CONDITIONS, memories, strict=True)}
+        for name, of in zip(CONDITIONS, memories, strict=True):
+            yield name, self.answer(of, *read)
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
         """The adapter folder, whole or not at all, with `files` beside."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -22,18 +23,18 @@ from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.files import refuse_existing
 from deltamem_tool.recipe import Recipe
 from deltamem_tool.surgery import adapter_of, attach, fresh_adapter, hook
-from deltamem_tool.training.arguments import processes, training_arguments
+from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.engine import (
+    EarlyStop,
     EpisodeTrainer,
     Progress,
     Report,
     SourcedCollator,
-    early_stop,
     steps_of,
 )
 from deltamem_tool.training.lora import LoraStepModel, with_lora
 from deltamem_tool.training.objective import EpisodeModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe, versions
 
 
@@ -65,7 +66,11 @@ class RunData:
 
 
 def train(
-    recipe: Recipe, resume: bool = False, overwrite: bool = False, report: Report | None = None
+    recipe: Recipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+    encoding: Callable[[int, int], None] | None = None,
 ) -> TrainingResult:
     """Run a recipe and write its adapter folder.
 
@@ -73,11 +78,15 @@ def train(
     `accelerate launch`, on one a process. Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C
     ends the run after the step it is in, with a checkpoint and the adapter so far written.
 
+    Args:
+        report: follows the steps; `encoding` the episodes that are encoded before, (done, of how many).
+
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
     """
-    out, run = Path(recipe.out), run_folder(recipe.out)
-    checkpoint = checkpoint_to_resume(run, recipe) if resume else None
+    out, run, state = Path(recipe.out), run_folder(recipe.out), processes()
+    start = start_of(recipe, state.num_processes)
+    checkpoint = checkpoint_to_resume(run, start) if resume else None
     refuse_existing(out, overwrite or resume)
     if not resume and checkpoints(run) and not overwrite:
         raise DeltaMemError(
@@ -85,60 +94,80 @@ def train(
             "Nothing was changed.",
             "Pass --resume to go on with it, or --overwrite to start anew.",
         )
-    started, options, state = time.monotonic(), recipe.training, processes()
-    set_seed(options.seed)
+    started = time.monotonic()
+    set_seed(recipe.training.seed)
     step, model, tokenizer = step_model(recipe)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
-    with state.main_process_first():  # the others find the encoded episodes in the cache
-        data = run_data(recipe, tokenizer, granularity, state.num_processes)
+    data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding)
     progress = Progress(report)
-    trainer = EpisodeTrainer(
-        model=step,
-        args=training_arguments(options, data.steps, run, Path(f"{out}.logs")),
-        train_dataset=data.training,
-        validation=data.validation,
-        data_collator=SourcedCollator(data.collator),
-        callbacks=[progress, *early_stop(options.early_stop)],
-        order=data.order,
-        run=run,
-    )
+    trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
         cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
     state.wait_for_everyone()
-    with opened(run, recipe, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
+    with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
         state.wait_for_everyone()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and trainer.is_at_end(checkpoint):
+            trainer.load_end(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         steps = trainer.state.global_step
         interrupted = progress.interrupted and steps < data.steps
-        if not interrupted:
+        if not interrupted and state.is_main_process:
             trainer.take_best()
         state.wait_for_everyone()
-    summary = TrainingSummary(
-        recipe=named_recipe(recipe),
-        steps=steps,
-        best_step=None if interrupted else trainer.state.best_global_step,
-        seconds=time.monotonic() - started,
-        processes=state.num_processes,
-        device=str(trainer.args.device),
-        parameters=sum(parameter.numel() for parameter in step.parameters()),
-        episodes=data.statistics,
-        skipped_rows=data.skipped_rows,
-        log=trainer.state.log_history,
-        versions=versions(),
-    )
+    summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started)
     if state.is_main_process:
         step.save(out, overwrite or resume, summary.files())
+        if not interrupted:
+            shutil.rmtree(run, ignore_errors=True)
+    state.wait_for_everyone()
     if interrupted:
         raise DeltaMemError(
             f"Interrupted after step {steps} of {data.steps}.",
             f"The adapter so far is in {out}, the checkpoint in {run}.",
             "Run the same command with --resume to go on.",
         )
-    if state.is_main_process:
-        shutil.rmtree(run, ignore_errors=True)
-    state.wait_for_everyone()
     return TrainingResult(
         out, steps, summary.losses, summary.seconds, summary.parameters, data.skipped_rows, state.is_main_process
+    )
+
+
+def _trainer(recipe: Recipe, step: EpisodeModel | LoraStepModel, data: RunData, progress: Progress) -> EpisodeTrainer:
+    options, run = recipe.training, run_folder(recipe.out)
+    args = training_arguments(options, data.steps, run)
+    stop = [] if options.early_stop is None else [EarlyStop(options.early_stop)]
+    return EpisodeTrainer(
+        model=step,
+        args=args,
+        train_dataset=data.training,
+        validation=data.validation,
+        data_collator=SourcedCollator(data.collator),
+        callbacks=[progress, *stop, *tensorboard(options, Path(f"{Path(recipe.out)}.logs"), args.process_index == 0)],
+        order=data.order,
+        run=run,
+    )
+
+
+def _summary(
+    recipe: Recipe,
+    step: EpisodeModel | LoraStepModel,
+    data: RunData,
+    trainer: EpisodeTrainer,
+    interrupted: bool,
+    seconds: float,
+) -> TrainingSummary:
+    return TrainingSummary(
+        recipe=named_recipe(recipe),
+        steps=trainer.state.global_step,
+        best_step=None if interrupted else trainer.state.best_global_step,
+        seconds=seconds,
+        processes=trainer.args.world_size,
+        device=trainer.args.device.type,
+        parameters=sum(parameter.numel() for parameter in step.parameters()),
+        episodes=data.statistics,
+        skipped_rows=data.skipped_rows,
+        log=trainer.state.log_history,
+        versions=versions(),
     )
 
 
@@ -147,7 +176,7 @@ def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrained
     options = recipe.training
     if recipe.lora is not None:
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-        lora = with_lora(checkpoint.load(**_loading(recipe)), recipe.lora)
+        lora = with_lora(_loaded(checkpoint, recipe), recipe.lora, checkpoint.name, checkpoint.revision)
         tokenizer = read_tokenizer(checkpoint.folder)
         return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
     model, tokenizer = load_base(recipe)
@@ -165,7 +194,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         )
         return model, tokenizer_of(model)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-    model = checkpoint.load(**options).eval()
+    model = _loaded(checkpoint, recipe).eval()
     if "quantization_config" in options:
         # Where a Δ starts from the base's weights, from those that were quantised.
         layers = select_layers(attention_layers(model), recipe.memory)
@@ -174,6 +203,21 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         attach(model, recipe.memory)
     adapter_of(model).made_for = base_of(checkpoint)
     return model, read_tokenizer(checkpoint.folder)
+
+
+def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:
+    """
+    Raises:
+        ConfigError: its weights would be float16, in which small gradients are zeros.
+    """
+    model = checkpoint.load(**_loading(recipe))
+    if model.dtype == torch.float16 and not _is_placed(model):
+        raise ConfigError(
+            f"{checkpoint.name} is stored in float16.",
+            "Small gradients are zeros in it.",
+            "Set training.dtype to bfloat16 or float32.",
+        )
+    return model
 
 
 def _loading(recipe: Recipe) -> dict[str, Any]:
@@ -196,8 +240,14 @@ def _is_placed(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def run_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: str, processes: int) -> RunData:
-    """Read, check and encode the episodes of a recipe.
+def run_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    granularity: str,
+    processes: int,
+    report: Callable[[int, int], None] | None = None,
+) -> RunData:
+    """Read, check and encode the episodes of a recipe; `report` follows the encoding.
 
     Raises:
         DataError: a row is none, or cannot be encoded.
@@ -213,17 +263,13 @@ def run_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: st
         count = training.eval_episodes if training.eval_every is not None else 0
         held = DialogueEpisodes(count, count, training.seed, *hardest, held_out=True)
         return RunData(episodes, [held[i] for i in range(count)], collator, "as they come", training.steps)
-    encoded, skipped = _encoded(recipe, encoder, data.path, data.split, recipe.objective.context_dropout)
+    dropout = recipe.objective.context_dropout
+    encoded, skipped = _encoded(recipe, encoder, data.path, data.split, data.revision, dropout, report)
     validation: Sequence[Any] = ()
     if training.eval_every is not None:
-        if data.eval_path is None and data.eval_split is None:
-            raise ConfigError(
-                "There is nothing to evaluate with.",
-                "training.eval_every is set, and neither data.eval_path nor data.eval_split.",
-                "Name other conversations than the training's.",
-            )
-        path, split = data.eval_path or data.path, data.eval_split or data.split
-        some, more = _encoded(recipe, encoder, path, split, 1.0)  # from the memory alone
+        path, revision = (data.path, data.revision) if data.eval_path is None else (data.eval_path, None)
+        split = data.eval_split or "train"
+        some, more = _encoded(recipe, encoder, path, split, revision, 1.0)  # from the memory alone
         validation = [some[i] for i in range(min(len(some), training.eval_episodes))]
         skipped += more
     steps = training.steps or steps_of(training.epochs or 1.0, len(encoded), batch)
@@ -251,14 +297,23 @@ def dialogues_of(recipe: Recipe, processes: int) -> DialogueEpisodes:
     return DialogueEpisodes(training.steps * training.gradient_accumulation * together, together, training.seed, *facts)
 
 
-def _encoded(recipe: Recipe, encoder: Encoder, path: str, split: str, dropout: float) -> tuple[EncodedEpisodes, int]:
+def _encoded(
+    recipe: Recipe,
+    encoder: Encoder,
+    path: str,
+    split: str,
+    revision: str | None,
+    dropout: float,
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[EncodedEpisodes, int]:
     """Episodes, and how many rows were left out."""
     data = recipe.data
-    loaded = read_episodes(path, split, data.revision, data.supervise, data.skip_bad_rows)
+    loaded = read_episodes(path, split, revision, data.supervise, data.skip_bad_rows)
     encoded = encode_cached(
         loaded.episodes,
         encoder,
         skip_bad_rows=data.skip_bad_rows,
+        report=report,
         context_dropout=dropout,
         seed=recipe.training.seed,
     )

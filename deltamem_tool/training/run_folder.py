@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +27,14 @@ def run_folder(out: str | Path) -> Path:
 
 
 @contextmanager
-def opened(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[None]:
     """The folder while the run goes on; a run that is not resumed starts in an empty one. Checkpoints that were not
     finished, because the disk is full, are taken away at the end, and the folder too if none is left."""
     if not resume and run.is_dir():
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(run / RECIPE_FILE, json.dumps(comparable(recipe)).encode())
+        write_whole(run / RECIPE_FILE, json.dumps(start).encode())
         yield
     finally:
         whole = checkpoints(run)
@@ -55,26 +56,36 @@ def checkpoints(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
-def checkpoint_to_resume(run: Path, recipe: Recipe) -> Path:
-    """The last checkpoint of a run of the same recipe.
+def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
+    """The last checkpoint of a run that was started with the same, see `start_of`.
 
     Raises:
-        DeltaMemError: there is none, or the recipe was another one.
+        DeltaMemError: there is none, or something has changed.
     """
     whole = checkpoints(run)
     if not whole or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(
             f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume."
         )
-    before, now = json.loads((run / RECIPE_FILE).read_text()), comparable(recipe)
-    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
+    before = json.loads((run / RECIPE_FILE).read_text())
+    changed = [f"{key} was {before.get(key)}, is {start[key]}" for key in start if before.get(key) != start[key]]
     if changed:
         raise DeltaMemError(
-            f"The run in {run} was started with another recipe.",
+            f"The run in {run} was started otherwise.",
             "; ".join(changed) + ".",
-            "Resume with the same recipe and --set, or start anew with another --out.",
+            "Resume with the same recipe, --set, data and processes, or start anew with another --out.",
         )
     return whole[-1]
+
+
+def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
+    """All that decides a run: the recipe, the number of processes, and what the data file holds."""
+    path = recipe.data.path
+    digest = None
+    if path is not None and Path(path).is_file():
+        with Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**comparable(recipe), "processes": processes, "sha256 of data.path": digest}
 
 
 def comparable(recipe: Recipe) -> dict[str, object]:

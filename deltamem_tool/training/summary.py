@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ class TrainingSummary:
     recipe: dict[str, Any]  # by dotted key
     steps: int
     best_step: int | None  # that the weights are of, where there was an evaluation
-    seconds: float
+    seconds: float  # since it was started, or last resumed
     processes: int
     device: str
     parameters: int
@@ -47,7 +48,17 @@ class TrainingSummary:
 
     def files(self) -> dict[str, bytes]:
         """What goes into the adapter folder."""
-        return {SUMMARY_FILE: (json.dumps(asdict(self), indent=1) + "\n").encode(), PLOT_FILE: plot(self.log)}
+        said = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return {SUMMARY_FILE: said.encode(), PLOT_FILE: plot(self.log)}
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,8 +15,12 @@ Item = TypeVar("Item")
 
 
 class StepModel(Protocol):
-    def views(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits `[N, V]` of the batch's scored positions, by condition."""
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What an answer can be told from."""
+
+    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Logits `[N, V]` of the batch's scored positions, condition by condition."""
 
 
 def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -38,21 +42,21 @@ def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @torch.no_grad()
 def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums over `batches`, each of two conversations or more, by condition: float64 `[4]`, of the cross-entropy of
+    """Sums over `batches`, each of two conversations or more, by condition: `[4]`, of the cross-entropy of
     scored tokens, their number, the exchanges of which every token is the likeliest, and their number.
 
     An exchange whose every scored token is the likeliest is one that greedy decoding would have answered word for word.
     """
-    total: dict[str, Tensor] = {}
+    total = {condition: torch.zeros(4) for condition in model.conditions}
     for batch in batches:
         exchange = batch["scored"] // batch["labels"].shape[1]
         count = len(batch["labels"])
-        for condition, logits in model.views(batch).items():
+        for condition, logits in model.views(batch):
             loss = F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
             wrong = torch.zeros(count, device=logits.device)
             wrong.index_add_(0, exchange, (logits.argmax(-1) != batch["targets"]).float())
             sums = (loss.item(), len(exchange), (wrong == 0).sum().item(), count)
-            total[condition] = total.get(condition, 0) + torch.tensor(sums, dtype=torch.float64)
+            total[condition] += torch.tensor(sums)
     return total
 
 

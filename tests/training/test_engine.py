@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_outcomes_are_those_of_each_conversation_by_itself():
 def test_an_answer_that_is_the_likeliest_is_recalled():
     model, batch = patched_model(), episode_batch()
     step = EpisodeModel(model).eval()
-    batch["targets"] = step.views(batch)[""].argmax(-1)
+    batch["targets"] = dict(step.views(batch))[""].argmax(-1)
     assert metrics(outcomes(step, [batch]))["eval_recall"] == 1.0
     batch["targets"][-1] = (batch["targets"][-1] + 1) % 96  # the one exchange of the second conversation
     assert abs(metrics(outcomes(step, [batch]))["eval_recall"] - 2 / 3) < 1e-9
@@ -94,9 +96,13 @@ def test_every_conversation_has_a_donor(count, size, sizes):
     assert [len(group) for group in groups] == sizes and [i for group in groups for i in group] == list(range(count))
 
 
-def test_one_conversation_has_none():
+def test_one_conversation_has_none(recipe):
     with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
         batches_of(range(1), 4)
+    steps = []
+    with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
+        train(changed(recipe, eval_episodes=1), report=lambda *said: steps.append(said))
+    assert steps == []
 
 
 def test_a_run_evaluates_and_keeps_its_best(recipe, monkeypatch):
@@ -126,9 +132,8 @@ def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):
 
 
 def test_there_must_be_something_to_evaluate_with(recipe):
-    without = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
-    with pytest.raises(ConfigError, match="(?s)nothing to evaluate.*data.eval_path"):
-        train(without)
+    with pytest.raises(ConfigError, match="eval_every needs other conversations.*data.eval_path"):
+        dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
 
 
 def test_generated_dialogues_are_evaluated_on_facts_that_no_training_sees(recipe, monkeypatch):
@@ -161,8 +166,7 @@ def test_the_summary_says_how_it_was_trained(recipe, tmp_path):
     assert set(said["versions"]) == {"deltamem", "torch", "transformers", "python"}
 
 
-def test_logs_are_written_where_they_stay(recipe, tmp_path, monkeypatch):
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+def test_logs_are_written_where_they_stay(recipe, tmp_path):
     train(changed(recipe, report_to=("tensorboard",)))
     assert any(path.name.startswith("events.") for path in (tmp_path / "adapter.logs").rglob("*"))
 
@@ -221,7 +225,7 @@ def test_bad_rows_can_be_left_out(recipe, tmp_path):
     with pytest.raises(DeltaMemError, match=r"talks.jsonl:4"):
         train(recipe)
     assert listing(tmp_path) == before
-    data = dataclasses.replace(recipe.data, skip_bad_rows=True, eval_path=None)
+    data = dataclasses.replace(recipe.data, skip_bad_rows=True)
     result = train(changed(dataclasses.replace(recipe, data=data), eval_every=None))
     assert result.skipped_rows == 2 and summary(recipe)["skipped_rows"] == 2
 
@@ -236,6 +240,7 @@ def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
     assert any("eval_recall" in row and "eval_recall_zero" not in row for row in said["log"])
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (config.r, set(config.target_modules)) == (4, {"q_proj", "o_proj"})
+    assert config.base_model_name_or_path == recipe.base
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(weight.numel() for weight in weights.values()) == result.parameters
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
@@ -257,6 +262,74 @@ def test_context_dropout_hides_recent_turns(recipe):
         losses[dropout] = train(changed(run, steps=1, eval_every=None), overwrite=True).losses[0][1]
     plain = train(changed(recipe, steps=1, eval_every=None), overwrite=True).losses[0][1]
     assert losses[1.0] == plain and abs(losses[0.0] - plain) > 1e-3
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("early_stop", [None, 2])
+def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
+    """Nothing is left to do: no step is done twice, and the best weights are still the best."""
+    # 5 steps are no whole epoch, and a constant rate would move the weights with a sixth.
+    options = {"steps": 5, "scheduler": "constant", "save_every": 1, "eval_every": 1, "early_stop": early_stop}
+    real, calls = engine.outcomes, []
+
+    def no_better(*args):
+        calls.append(1)
+        factors = torch.tensor([100.0 if len(calls) > 2 else 1.0, 1.0, 1.0, 1.0])
+        return {name: sums * factors for name, sums in real(*args).items()}
+
+    if early_stop:  # after the second evaluation nothing is better: the fourth ends the run
+        monkeypatch.setattr(engine, "outcomes", no_better)
+    whole = train(changed(recipe, **options))
+    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    calls.clear()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    again = dataclasses.replace(changed(recipe, **options), out=f"{recipe.out}-again")
+    monkeypatch.setattr(EpisodeModel, "save", full)
+    with pytest.raises(OSError):
+        train(again)
+    monkeypatch.undo()
+    resumed = train(again, resume=True)
+    assert (resumed.steps, resumed.losses) == (whole.steps, whole.losses)
+    assert whole.steps == (4 if early_stop else 5)
+    found = load_file(f"{again.out}/{WEIGHTS_FILE}")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_patience_goes_on_where_it_was(recipe, monkeypatch):
+    """No evaluation is better than the first; one of three is waited for before Ctrl-C, and two after it."""
+    real = engine.outcomes
+    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
+    run = changed(recipe, steps=40, early_stop=3)
+
+    def interrupt(step, *_):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
+        train(run, report=interrupt)
+    assert train(run, resume=True).steps == 8
+
+
+@pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
+def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
+    def interrupt(step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted"):
+        train(recipe, report=interrupt)
+    if what == "processes":
+        said = tmp_path / "adapter.run" / "recipe.json"
+        said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
+    else:
+        write_talks(tmp_path / "talks.jsonl", count=25)
+    with pytest.raises(DeltaMemError, match=f"(?s)started otherwise.*{what}"):
+        train(recipe, resume=True)
 
 
 # The order of episodes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from safetensors.torch import load_file
 from training.talks import write_talks
 
 from deltamem_tool.adapter import WEIGHTS_FILE
+from deltamem_tool.training.run_folder import checkpoints
 from deltamem_tool.training.summary import SUMMARY_FILE
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
+RESUMED_TOLERANCE = 1e-3  # after 150 steps at a constant rate of 1e-2
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,11 +40,19 @@ def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
     return path
 
 
+def surroundings(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **more}
+
+
 def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=surroundings(**environment),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -70,6 +82,33 @@ def alone(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     launched("deltamem_tool", "train", str(write_recipe(folder, checkpoint, batch=4, **EVALUATED)), folder=folder)
     return folder / "adapter"
+
+
+def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
+    """Killed in the middle of a later epoch: conversations are taken in the order in which one process takes them."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    options = {"steps": 150, "gradient_accumulation": 1, "save_every": 4, "scheduler": "constant"}
+    one = write_recipe(tmp_path / "one", checkpoint, batch=4, **options)
+    two = write_recipe(tmp_path / "two", checkpoint, batch=2, **options)
+    launched("deltamem_tool", "train", str(one), folder=tmp_path)
+    run = tmp_path / "two" / "adapter.run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *TORCHRUN, str(two)],
+        env=surroundings(),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(checkpoints(run)) < 2 or checkpoints(run)[-1].name == "checkpoint-4":
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = launched(*TORCHRUN, str(two), "--resume", "--json", folder=tmp_path)
+    assert json.loads(done.stdout)["steps"] == 150
+    expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("one", "two"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=RESUMED_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("wish", ["FSDP", "DeepSpeed"])
