@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,7 +21,8 @@ from deltamem_tool.training.run_folder import checkpoints
 from deltamem_tool.training.summary import SUMMARY_FILE
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
-RESUMED_TOLERANCE = 1e-3  # after 150 steps at a constant rate of 1e-2
+STEPS = 60
+RESUMED_TOLERANCE = 1e-3  # of losses about 4: Adam makes much of the last bits; other conversations differ by 0.1
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,14 +47,9 @@ def surroundings(**more: str) -> dict[str, str]:
 
 
 def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=surroundings(**environment),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = (sys.executable, "-m", *command)
+    environment = surroundings(**environment)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -88,27 +84,26 @@ def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
     """Killed in the middle of a later epoch: conversations are taken in the order in which one process takes them."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    options = {"steps": 150, "gradient_accumulation": 1, "save_every": 4, "scheduler": "constant"}
+    options = {"steps": STEPS, "gradient_accumulation": 1, "save_every": 4, "scheduler": "constant"}
     one = write_recipe(tmp_path / "one", checkpoint, batch=4, **options)
     two = write_recipe(tmp_path / "two", checkpoint, batch=2, **options)
     launched("deltamem_tool", "train", str(one), folder=tmp_path)
     run = tmp_path / "two" / "adapter.run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *TORCHRUN, str(two)],
-        env=surroundings(),
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", *TORCHRUN, str(two)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=surroundings(), stderr=subprocess.DEVNULL)
     while len(checkpoints(run)) < 2 or checkpoints(run)[-1].name == "checkpoint-4":
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
     process.wait()
     done = launched(*TORCHRUN, str(two), "--resume", "--json", folder=tmp_path)
-    assert json.loads(done.stdout)["steps"] == 150
-    expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("one", "two"))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=RESUMED_TOLERANCE, rtol=0)
+    assert json.loads(done.stdout)["steps"] == STEPS
+    logs = [json.loads((tmp_path / name / "adapter" / SUMMARY_FILE).read_text())["log"] for name in ("one", "two")]
+    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
+    assert len(losses[0]) == STEPS
+    for step, (expected, found) in enumerate(zip(*losses, strict=True), start=1):
+        assert abs(expected - found) < RESUMED_TOLERANCE, f"step {step}"
 
 
 @pytest.mark.parametrize("wish", ["FSDP", "DeepSpeed"])
