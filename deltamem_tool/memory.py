@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.fake import is_fake
-from deltamem_tool.ops import delta_scan, full_precision
-from deltamem_tool.ops.segment_sums import segment_sums
+from deltamem_tool.ops import delta_scan, full_precision, segment_sums
 
 L2_EPS = 1e-6
 INIT_GAIN = 0.05  # the length of a column of a "base_slice" Δ, and the factor on a "random" one

@@ -6,13 +6,20 @@ Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H s
 | `input_ids`                                    | int64   | [B, T]                    |
 | `attention_mask` (1 text, 0 padding)           | int64   | [B, P + T]                |
 | `write_mask` (which tokens write)              | bool    | [B, T]                    |
-| `past_key_values.{i}.key`, `.value`            | float32 | [B, kv_heads, P, width]   |
+| `segment_end` (tokens that end a segment)      | bool    | [B, T]                    |
+| `past_key_values.{i}.key`, `.value`            | dtype   | [B, kv_heads, P, width]   |
 | `past_key_values.{i}.recurrent_state`          | float32 | [B, H, R, R]              |
+| `past_key_values.{i}.segment`                  | float32 | [B, W]                    |
 
 | output                                         | type    | shape                         |
 | `logits` (at the last position, or at all)     | float32 | [B, 1, V] or [B, T, V]        |
-| `present.{i}.key`, `.value`                    | float32 | [B, kv_heads, P + T, width]   |
+| `present.{i}.key`, `.value`                    | dtype   | [B, kv_heads, P + T, width]   |
 | `present.{i}.recurrent_state`                  | float32 | [B, H, R, R]                  |
+| `present.{i}.segment`                          | float32 | [B, W]                        |
+
+Where the adapter writes by segments (messages, sentences), `write_mask` says which tokens belong to one, and each is
+written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
+there is neither `segment_end` nor `segment`.
 
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
@@ -31,7 +38,7 @@ from typing import Any
 from deltamem_tool.errors import ExportError
 
 FORMAT = "deltamem-onnx"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -45,15 +52,17 @@ REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATI
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 WRITE_MASK = "write_mask"
+SEGMENT_END = "segment_end"
 PAST = "past_key_values"
 LOGITS_OUTPUT = "logits"
 PRESENT = "present"
-KEY, VALUE, STATE = "key", "value", "recurrent_state"
+KEY, VALUE, STATE, SEGMENT = "key", "value", "recurrent_state", "segment"
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 
-INT64, BOOL, FLOAT32 = "int64", "bool", "float32"
+INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16", "bfloat16"
+DTYPES = (FLOAT32, FLOAT16, BFLOAT16)  # of keys and values
 BATCH, TOKENS, PAST_TOKENS, ALL_TOKENS = "batch", "tokens", "past", "past + tokens"  # axes that vary
 Shape = tuple[int | str, ...]
 
@@ -76,10 +85,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Interface:
-    """What the graph takes and gives."""
+    """What the graph takes and gives.
+
+    Args:
+        logits: "last" or "all".
+        vocab_size: V.
+        dtype: of keys and values.
+        segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+        layers: one entry a decoder layer.
+    """
 
     logits: str
     vocab_size: int
+    dtype: str
+    segment: int
     layers: tuple[Layer, ...]
 
     @property
@@ -93,6 +112,7 @@ class Interface:
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
             ATTENTION_MASK: (INT64, (BATCH, ALL_TOKENS)),
             WRITE_MASK: (BOOL, (BATCH, TOKENS)),
+            **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
             **self._carried(PAST, PAST_TOKENS),
         }
 
@@ -106,9 +126,11 @@ class Interface:
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
             for part, (heads, width) in layer.cache.items():
-                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, heads, length, width))
+                tensors[carried_name(prefix, i, part)] = (self.dtype, (BATCH, heads, length, width))
             if layer.state is not None:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
+                if self.segment:
+                    tensors[carried_name(prefix, i, SEGMENT)] = (FLOAT32, (BATCH, self.segment))
         return tensors
 
     def check_graph(
@@ -138,6 +160,8 @@ class Manifest:
         mechanism: the adapter's `DeltaMemConfig` as a dictionary.
         base_model: where the base came from, as the exporter was told; None if it was not.
         model_type: the base's architecture.
+        target: what kind of runtime the graph is for.
+        quantize: how the base's weights are quantised; "none" if they are not.
         interface: what the graph takes and gives.
         max_abs_diff: largest difference from PyTorch over logits and states, measured before the folder was written.
         packages: versions that made the graph.
@@ -147,6 +171,8 @@ class Manifest:
     mechanism: dict[str, Any]
     base_model: str | None
     model_type: str
+    target: str
+    quantize: str
     interface: Interface
     max_abs_diff: float
     packages: dict[str, str]
@@ -178,16 +204,18 @@ class Manifest:
         interface = _fields(Interface, values["interface"], "interface")
         _require(interface["logits"] in LOGITS, "interface.logits")
         _require(_is_count(interface["vocab_size"]), "interface.vocab_size")
+        _require(interface["dtype"] in DTYPES, "interface.dtype")
+        _require(_is_count(interface["segment"]) or interface["segment"] == 0, "interface.segment")
         _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
         layers = tuple(_layer(layer) for layer in interface["layers"])
-        for name in ("adapter", "model_type"):
+        for name in ("adapter", "model_type", "target", "quantize"):
             _require(isinstance(values[name], str) and bool(values[name]), name)
         _require(isinstance(values["base_model"], str | None), "base_model")
         for name in ("mechanism", "packages"):
             _require(isinstance(values[name], dict), name)
         difference = values["max_abs_diff"]
         _require(isinstance(difference, int | float) and math.isfinite(difference) and difference >= 0, "max_abs_diff")
-        return cls(**{**values, "interface": Interface(interface["logits"], interface["vocab_size"], layers)})
+        return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
 
 
 def carried_name(prefix: str, layer: int, part: str) -> str:

@@ -74,14 +74,27 @@ class Graph:
             if layer.state is not None:
                 state = np.zeros((batch, *layer.state), np.float32) if states is None else states[i]
                 past[contract.carried_name(contract.PAST, i, contract.STATE)] = state
+                if self.interface.segment:
+                    segment = np.zeros((batch, self.interface.segment), np.float32)
+                    past[contract.carried_name(contract.PAST, i, contract.SEGMENT)] = segment
         return past
 
     def states(self, past: Past) -> dict[int, NDArray]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer."""
         return {i: past[contract.carried_name(contract.PAST, i, contract.STATE)] for i in self.interface.state_shapes}
 
+    def segments(self, past: Past) -> dict[int, NDArray]:
+        """The open segments in `past`: float32 `[B, W]` by layer; empty where every token writes."""
+        layers = self.interface.state_shapes if self.interface.segment else ()
+        return {i: past[contract.carried_name(contract.PAST, i, contract.SEGMENT)] for i in layers}
+
     def step(
-        self, input_ids: NDArray, attention_mask: NDArray, write_mask: NDArray, past: Past
+        self,
+        input_ids: NDArray,
+        attention_mask: NDArray,
+        write_mask: NDArray,
+        past: Past,
+        segment_end: NDArray | None = None,
     ) -> tuple[NDArray, Past]:
         """One call of the graph; `past` is not changed.
 
@@ -90,6 +103,7 @@ class Graph:
             attention_mask: int64 `[B, P + T]`, 0 at padding.
             write_mask: bool `[B, T]`, which tokens write; padding never does.
             past: from `empty_past` or the call before.
+            segment_end: bool `[B, T]`, which tokens end a segment, where the graph has segments.
 
         Returns:
             Logits `[B, 1, V]` (`[B, T, V]` in a graph for all positions) and the next past.
@@ -98,6 +112,7 @@ class Graph:
             contract.INPUT_IDS: input_ids,
             contract.ATTENTION_MASK: attention_mask,
             contract.WRITE_MASK: write_mask,
+            **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
             **past,
         }
         logits, *present = self._session.run(self._outputs, feed)

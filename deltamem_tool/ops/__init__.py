@@ -11,11 +11,12 @@ from torch import Tensor
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.ops.chunked import chunked_scan
+from deltamem_tool.ops.cumulative_sums import cumulative_sums
 from deltamem_tool.ops.naive import naive_scan
-from deltamem_tool.ops.onnx_scan import linear_attention_scan
+from deltamem_tool.ops.onnx_scan import linear_attention_scan, linear_attention_sums
 from deltamem_tool.ops.recurrent import recurrent_scan
 
-__all__ = ["Implementation", "delta_scan", "full_precision", "use_implementation"]
+__all__ = ["Implementation", "delta_scan", "full_precision", "segment_sums", "use_implementation"]
 
 Implementation = Literal["naive", "recurrent", "chunked", "triton", "onnx"]
 
@@ -111,6 +112,11 @@ def delta_scan(
         return torch.empty_like(inputs[0]), state
     with full_precision(q.device):
         return _IMPLEMENTATIONS[name](*inputs, state)
+
+
+def segment_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """What `ops.cumulative_sums` computes; in an ONNX export, by an operator of its runtime."""
+    return (linear_attention_sums if _default() == "onnx" else cumulative_sums)(x, last, carried)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

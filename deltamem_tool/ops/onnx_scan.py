@@ -16,6 +16,7 @@ from torch import Tensor
 # Below e^-60 what a row keeps is nothing beside what is written, in float32; dividing by it must not overflow.
 MIN_LOG_KEEP = -60.0
 MIN_ERASE = math.exp(MIN_LOG_KEEP)
+LOG_NOTHING = -1e4  # its exponential is 0
 
 
 def linear_attention_scan(
@@ -46,6 +47,29 @@ def linear_attention_scan(
         version=1,
     )
     return reads[:, :tokens].reshape(batch, tokens, heads, rank), state.reshape(batch, heads, rank, rank)
+
+
+def linear_attention_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `segment_sums`, float32, by the same operator's `gated` rule, `S ← e^g S + k uᵀ` with
+    k = 1: what has been added up is kept by all of it (g = 0) or, after a segment's last token, not at all.
+
+    x: `[B, T, W]`; last: bool `[B, T]`; carried: `[B, W]`.
+    Returns the sums `[B, T, W]`, and those of the segment that is open after the last token `[B, W]`.
+    """
+    width = x.shape[-1]
+    one = torch.ones_like(x[..., :1])
+    if last is None:
+        last = torch.zeros_like(one[..., 0], dtype=torch.bool)
+    ended = F.pad(last[:, :-1].unsqueeze(-1).to(x.dtype), (0, 0, 1, 0))  # the token before was a last one
+    sums, opened = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        [one, one, x, carried.reshape(-1, 1, 1, width), ended * LOG_NOTHING],
+        attrs={"q_num_heads": 1, "kv_num_heads": 1, "update_rule": "gated", "scale": 1.0},
+        dtypes=[torch.float32, torch.float32],
+        shapes=[list(x.shape), [x.shape[0], 1, 1, width]],
+        version=1,
+    )
+    return sums, opened.reshape(-1, width) * (~last[:, -1:]).to(x.dtype)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def no_tracing(monkeypatch, qwen3):
             for name in ("model.onnx", "model.onnx.data"):
                 shutil.copy(qwen3.folder / name, path.with_name(name))
 
-    monkeypatch.setattr(export, "_traced", lambda *args: None)
+    monkeypatch.setattr(export, "traced", lambda *args: None)
     monkeypatch.setattr(export, "OnnxExporter", Exporter)
 
 
@@ -208,14 +208,20 @@ def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, t
     assert (out / "model.onnx").is_file() and not (out / "mine").exists()
 
 
-def test_half_precision_is_refused(qwen3, monkeypatch, tmp_path):
+def test_what_a_target_cannot_do_is_refused(qwen3, monkeypatch, tmp_path):
+    with pytest.raises(ExportError, match="no target 'gpu'"):
+        export.export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out", target="gpu")
     monkeypatch.setattr(type(qwen3.model), "dtype", torch.bfloat16)
-    with pytest.raises(ExportError, match="float32"):
+    with pytest.raises(ExportError, match="cpu cannot take a model of bfloat16"):
         export.export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def manifest_with(manifest: Manifest, **changes) -> str:
     return json.dumps({**json.loads(manifest.to_json()), **changes})
+
+
+INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "layers": [{}]}
 
 
 @pytest.mark.parametrize(
@@ -226,8 +232,10 @@ def manifest_with(manifest: Manifest, **changes) -> str:
         ({"surprise": 1}, "surprise"),
         ({"adapter": ""}, "adapter"),
         ({"max_abs_diff": "small"}, "max_abs_diff"),
-        ({"interface": {"logits": "last", "vocab_size": 259, "layers": []}}, "layers"),
-        ({"interface": {"logits": "some", "vocab_size": 259, "layers": []}}, "logits"),
+        ({"interface": INTERFACE | {"layers": []}}, "layers"),
+        ({"interface": INTERFACE | {"logits": "some"}}, "logits"),
+        ({"interface": INTERFACE | {"dtype": "int3"}}, "dtype"),
+        ({"interface": INTERFACE | {"segment": -1}}, "segment"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(qwen3, changes, why):

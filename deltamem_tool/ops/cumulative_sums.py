@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def segment_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
+def cumulative_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """Add up `x` from the beginning of each token's segment to that token.
 
     Args:

@@ -1,0 +1,62 @@
+"""What a graph can be exported for: which operators it may use, and which types and quantisations they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
+
+NO_QUANTIZATION = "none"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of runtime.
+
+    Args:
+        fusions: the ONNX Runtime provider whose fused operators the graph uses; None for standard operators alone.
+        scan: the implementation of `deltamem_tool.ops` that is traced.
+        dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
+        quantizations: of the base model's weights.
+    """
+
+    name: str
+    fusions: Literal["cpu", "cuda"] | None
+    scan: Literal["onnx"]
+    dtypes: tuple[str, ...]
+    quantizations: tuple[str, ...]
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "cpu", "onnx", (FLOAT32,), (NO_QUANTIZATION,)),
+        Target("cuda", "cuda", "onnx", (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
+    )
+}
+DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
+QUANTIZATIONS = (NO_QUANTIZATION,)
+
+
+def target_of(name: str, dtype: str, quantize: str) -> Target:
+    """The target called `name`, if it can do both.
+
+    Raises:
+        ExportError: there is no such target, or it has no operators for the type or the quantisation.
+    """
+    if name not in TARGETS:
+        raise ExportError(f"There is no target {name!r}.", "", f"The targets are {', '.join(TARGETS)}.")
+    target = TARGETS[name]
+    for what, wanted, possible in (
+        ("a model of", dtype, target.dtypes),
+        ("the quantisation", quantize, target.quantizations),
+    ):
+        if wanted not in possible:
+            raise ExportError(
+                f"The target {name} cannot take {what} {wanted}.",
+                "Its runtime lacks operators for it.",
+                f"Choose one of {', '.join(possible)}, or another target.",
+            )
+    return target

@@ -1,0 +1,273 @@
+"""A patched model as one ONNX graph: keys, values, states and open segments go in and come out by name."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, cast
+
+import onnx_ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+from transformers.exporters import OnnxConfig, OnnxExporter
+from transformers.utils import logging as transformers_logging
+
+from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.targets import Target
+from deltamem_tool.ops import use_implementation
+from deltamem_tool.state import MemoryCache, MemoryState
+
+
+class CallOptions:
+    """How `model` is called, in the graph and beside it."""
+
+    def __init__(self, model: PreTrainedModel, logits: str) -> None:
+        self._last = logits == "last"
+        parameters = inspect.signature(model.forward).parameters
+        self._cuts = "logits_to_keep" in parameters
+        self._first_position = _first_position(model) if "position_ids" in parameters else None
+
+    def logits(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache) -> Tensor:
+        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`."""
+        given: dict[str, Any] = {}
+        if self._first_position is not None:
+            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1])
+        if self._cuts:
+            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+        ).logits
+        return logits if self._cuts or not self._last else logits[:, -1:]
+
+
+@torch.no_grad()
+def _first_position(model: PreTrainedModel) -> int | None:
+    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
+    neither: then it counts by itself."""
+    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    own = model(input_ids=ids, past_key_values=MemoryCache(model)).logits
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    for first in (0, (padding or 0) + 1):
+        positions = first + torch.arange(3, device=model.device)[None]
+        if torch.allclose(
+            model(ids, position_ids=positions, past_key_values=MemoryCache(model)).logits, own, atol=1e-5
+        ):
+            return first
+    return None
+
+
+class _Step(nn.Module):
+    """One call as a function of tensors: what is traced. Its nested names become the graph's."""
+
+    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, options: CallOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
+        self._fingerprint = adapter.fingerprint
+        self._options = options
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        write_mask: Tensor,
+        past_key_values: list[dict[str, Tensor]],
+        segment_end: Tensor | None = None,
+    ) -> dict[str, Any]:
+        cache = MemoryCache(self.model, write=write_mask)
+        if segment_end is not None:
+            cache.segments = segment_marks(write_mask, segment_end)
+        for layer, past in zip(cache.layers, past_key_values, strict=False):
+            if contract.KEY in past:
+                _fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+        states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
+        segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
+        cache.memory = MemoryState(states, self._fingerprint, segments)
+        logits = self._options.logits(self.model, input_ids, attention_mask, cache)
+        present: list[dict[str, Tensor]] = []
+        for i, past in enumerate(past_key_values):
+            present.append({})
+            if contract.KEY in past:
+                layer = cast(DynamicLayer, cache.layers[i])
+                present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
+            if i in states:
+                present[i][contract.STATE] = cache.memory.layers[i]
+            if i in segments:
+                present[i][contract.SEGMENT] = cache.memory.segments[i]
+        return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
+
+
+def segment_marks(write: Tensor, end: Tensor) -> Tensor:
+    """What `MemoryCache.segments` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
+    inside = torch.where(end, LAST, INSIDE).to(torch.int8)
+    return torch.where(write, inside, torch.full_like(inside, OUTSIDE))
+
+
+def _fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
+    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device
+
+
+def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) -> Interface:
+    """What the graph of `model` will take and give, found by running one token.
+
+    Raises:
+        ExportError: the model keeps something other than keys and values between calls.
+    """
+    if logits not in contract.LOGITS:
+        raise ExportError(f"There are no {logits!r} logits.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
+    cache = MemoryCache(model)
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        vocab_size = model(input_ids=tokens, past_key_values=cache).logits.shape[-1]
+    _refuse_other_caches(model, cache)
+    states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment
+    layers = []
+    for i in range(max(len(cache.layers), *(index + 1 for index in states))):
+        # A layer that reads the keys of another one keeps none, and may have no place in the cache.
+        held = cache.layers[i] if i < len(cache.layers) else None
+        key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
+        layers.append(Layer(key, value, cast(Any, states.get(i))))
+    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the contract calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
+    return None if cached is None else (cached.shape[1], cached.shape[3])
+
+
+def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
+    """
+    Raises:
+        ExportError: a layer of `cache` holds something other than the keys and values of every past token.
+    """
+    carried = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    for layer in cache.layers:
+        if type(layer) not in carried:
+            kind = next((why for base, why in _NOT_CARRIED.items() if isinstance(layer, base)), type(layer).__name__)
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported yet.",
+                f"Beside keys and values its layers keep {kind}, which the graph does not carry.",
+                "Run it in PyTorch, or export a model whose layers are all attention.",
+            )
+
+
+_NOT_CARRIED = {
+    LinearAttentionCacheLayerMixin: "recurrent or convolutional states",
+    DynamicIndexedLayer: "the keys of an indexer",
+}
+
+
+def traced(
+    model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interface, options: CallOptions, target: Target
+) -> onnx_ir.Model:
+    """The graph, in the operators of `target`.
+
+    Raises:
+        ExportError: PyTorch's exporter has no graph for the model.
+    """
+    inputs, axes = _sample(interface)
+    # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
+    config = OnnxConfig(
+        dynamic_shapes=axes, ort_fusions=target.fusions, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    with _quiet(), use_implementation(target.scan):
+        exporter = OnnxExporter()
+        step = cast(PreTrainedModel, _Step(model, adapter, options).eval())  # any module will do
+        try:
+            program = exporter.export(step, inputs, config).program
+        except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
+            raise ExportError(
+                f"PyTorch cannot trace {type(model).__name__} as one graph for every length.",
+                f"{_first_line(error)}.",
+                "Run it in PyTorch.",
+            ) from error
+    _name_axes(program.graph, interface)
+    for graph in program.graphs():
+        for node in graph:
+            node.metadata_props.clear()  # stack traces, with this machine's paths
+    return program
+
+
+def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments to trace with, and which of their axes vary. Sizes of 0 and 1 would be taken for constants."""
+    sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
+    # The mask's length is the sum of two others, which torch cannot be told: it finds out.
+    dims = {name: Dim.DYNAMIC if name == contract.ALL_TOKENS else Dim(name) for name in sizes}
+    inputs: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
+    axes: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
+    for name, (dtype, shape) in interface.inputs().items():
+        tensor = torch.ones(
+            [sizes[size] if isinstance(size, str) else size for size in shape], dtype=getattr(torch, dtype)
+        )
+        vary = {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+        if name.startswith(contract.PAST):
+            _, layer, part = name.split(".")
+            inputs[contract.PAST][int(layer)][part], axes[contract.PAST][int(layer)][part] = tensor, vary
+        else:
+            inputs[name], axes[name] = tensor, vary
+    order = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.WRITE_MASK, contract.PAST, contract.SEGMENT_END)
+    given = [name for name in order if name in inputs]
+    return {name: inputs[name] for name in given}, {name: axes[name] for name in given}
+
+
+def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
+    """Call the varying axes of inputs and outputs what the contract calls them, not s12 or s70."""
+    expected = {**interface.inputs(), **interface.outputs()}
+    for value in (*graph.inputs, *graph.outputs):
+        if value.name in expected and value.shape is not None:
+            names = expected[value.name][1]
+            if len(names) == len(value.shape):
+                found = zip(names, value.shape, strict=True)
+                value.shape = onnx_ir.Shape([size if isinstance(size, int) else name for name, size in found])
+
+
+def _positions(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Positions `[B, T]` of the last tokens, counted without padding, as `generate` counts them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what went wrong first, which torch's exporters wrap several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).partition("For more information")[0].strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:200].rstrip('.!')}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' progress lines (on stdout) and their notes on versions: the check that follows decides."""
+    torch_logger = logging.getLogger("torch.onnx")
+    level, verbosity = torch_logger.level, transformers_logging.get_verbosity()
+    torch_logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
