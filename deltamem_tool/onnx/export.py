@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx_ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import OnnxExporter
 
@@ -62,11 +64,12 @@ def export_onnx(
     with _evaluating(model):
         interface = interface_of(model, adapter, logits)
         options = CallOptions(model, logits)
-        tell("Tracing the model")
-        program = traced(model, adapter, interface, options, for_target)
         with folder_whole(out, overwrite) as staged:
+            tell("Tracing the model")
+            program = traced(model, adapter, interface, options, for_target)
             tell("Writing the graph")
             OnnxExporter.save_program(program, staged / contract.MODEL_FILE)
+            _release_weights(program)
             model.config.save_pretrained(staged)
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
@@ -92,6 +95,15 @@ def export_onnx(
             (staged / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             contract.check_folder(staged)
     return manifest
+
+
+def _release_weights(program: onnx_ir.Model) -> None:
+    """Give back what the fusions have packed together, more than half of the weights once more: onnxscript's matchers
+    keep nodes that they have looked at, and with them the graph."""
+    for graph in program.graphs():
+        for value in graph.initializers.values():
+            value.const_value = None
+    gc.collect()
 
 
 @contextmanager
