@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ.update(
     OMP_WAIT_POLICY="passive",
@@ -14,6 +16,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from once import folder_once  # noqa: E402
 from tiny import save_checkpoint, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -28,6 +31,25 @@ def tokenizer():
 def checkpoint(tmp_path_factory, tokenizer):
     """A base model with a tokenizer on disk; read only."""
     return save_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+    """A folder in which `deltamem quickstart --fast --out run` has run, and `stdout`, what it said; read only."""
+
+    def run(folder):
+        command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (folder / "stdout").write_text(done.stdout)
+
+    return folder_once(tmp_path_factory, "quickstart", run)
+
+
+@pytest.fixture(scope="session")
+def quickstart_onnx(quickstart_run):
+    """The shipped adapter on its backbone as an ONNX folder."""
+    return quickstart_run / "run" / "onnx"
 
 
 def pytest_collection_modifyitems(items):

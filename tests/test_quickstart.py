@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -15,13 +14,9 @@ MIN_AGREEMENT = 199 / 200
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
-    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout, json.loads((folder / "run" / "report.json").read_text())
+def made(quickstart_run):
+    report = json.loads((quickstart_run / "run" / "report.json").read_text())
+    return quickstart_run, (quickstart_run / "stdout").read_text(), report
 
 
 def test_report(made):

@@ -1,3 +1,5 @@
+"""`deltamem inspect`: what a folder or a file holds."""
+
 from __future__ import annotations
 
 import json
@@ -7,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamem_tool.errors import DeltaMemError, MemoryStateError
+from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.onnx.contract import MANIFEST_FILE
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.table import Table
-
-    from deltamem_tool.memory_file import StoredMemory
 
 
 @click.command()
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
 def command(path, other, plot, row, as_json) -> None:
-    """Say what PATH is: an adapter folder (or Hub id), or a memory file.
+    """Say what PATH is: an adapter folder (or Hub id), an ONNX folder, or a memory file.
 
     With a second memory file, OTHER, say what changed from PATH to OTHER.
     """
@@ -39,8 +39,7 @@ def command(path, other, plot, row, as_json) -> None:
         refused = [name for name, value in given if value is not None]
         if refused:
             raise click.UsageError(f"{', '.join(refused)} can only be given with a memory file; {path} is no file.")
-        said = _adapter(path)
-        tables = [_facts(path, _flat(said))]
+        said, tables = _onnx(path) if (Path(path) / MANIFEST_FILE).is_file() else _adapter(path)
     if as_json:
         click.echo(json.dumps(said))
         return
@@ -56,6 +55,7 @@ def command(path, other, plot, row, as_json) -> None:
 def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[dict[str, Any], list[Table]]:
     """What JSON says of one memory file, or of two, and the same as tables; the picture is drawn."""
     from deltamem_tool.memory_file import read_memory
+    from deltamem_tool.memory_summary import difference, refuse_unlike, summary
 
     if plot is not None:
         refuse_unwritable(plot)
@@ -64,8 +64,8 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
     memory = read_memory(path)
     after = None if other is None else read_memory(other)
     if other is not None and after is not None:
-        _refuse_unlike(path, memory, other, after)
-    said = _summary(memory)
+        refuse_unlike(path, memory, other, after)
+    said = summary(memory)
     if row >= said["conversations"]:
         raise click.BadParameter(f"{path} holds conversations 0 to {said['conversations'] - 1}", param_hint="--row")
     picked = {layer: state[row] for layer, state in memory.states.items()}
@@ -82,73 +82,8 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
 
         changed = {layer: state[row] for layer, state in after.states.items()}
         plot_difference(picked, changed, plot, f"Difference: from {_short(path)} to {_short(other)}\n{title}")
-    said = _difference(said, memory, after) | {"before": path, "after": other}
+    said = difference(memory, after) | {"before": path, "after": other}
     return said, [_facts(f"{path} → {other}", _readable(said)), _change_table(said, row)]
-
-
-def _summary(memory: StoredMemory) -> dict[str, Any]:
-    batch, heads, rank, _ = next(iter(memory.states.values())).shape
-    return {
-        "kind": "memory",
-        "adapter": memory.adapter,
-        "conversations": batch,
-        "layers": list(memory.states),
-        "state_heads": heads,
-        "rank": rank,
-        "bytes": sum(tensor.nbytes for tensor in memory.tensors().values()),
-        "open_tokens": _open_tokens(memory),
-        "norms": {str(layer): _norms(state).tolist() for layer, state in memory.states.items()},
-    }
-
-
-def _difference(said: dict[str, Any], before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
-    """What `_summary` says of `before`, with all that may differ twice; norms `[B, H]` by layer."""
-    import numpy as np
-
-    changes = {}
-    for layer, old in before.states.items():
-        norms, change = _norms(old), _norms(np.subtract(after.states[layer], old, dtype=np.float64))
-        relative = np.divide(change, norms, out=np.full_like(norms, np.nan), where=norms > 0)
-        changes[str(layer)] = {
-            "before": norms.tolist(),
-            "after": _norms(after.states[layer]).tolist(),
-            "difference": change.tolist(),
-            "relative": [[None if value != value else value for value in heads] for heads in relative.tolist()],
-        }
-    tokens = None if said["open_tokens"] is None else {"before": said["open_tokens"], "after": _open_tokens(after)}
-    kept = {name: value for name, value in said.items() if name != "norms"}
-    return kept | {"kind": "difference", "open_tokens": tokens, "changes": changes}
-
-
-def _norms(states: np.ndarray) -> np.ndarray:
-    """`[B, H, R, R]` to `[B, H]`, in float64: squares of large float32 numbers are none."""
-    import numpy as np
-
-    return np.linalg.norm(states.astype(np.float64), axis=(2, 3))
-
-
-def _open_tokens(memory: StoredMemory) -> list[int] | None:
-    """Of each conversation; None where every token writes."""
-    segment = next(iter(memory.segments.values()), None)
-    return None if segment is None else [int(count) for count in segment[:, -1]]
-
-
-def _refuse_unlike(path: str, before: StoredMemory, other: str, after: StoredMemory) -> None:
-    from deltamem_tool.memory_file import check_memory
-
-    try:
-        check_memory(after.shape, after.adapter, before.shape, before.adapter)
-    except MemoryStateError as error:
-        raise MemoryStateError(
-            f"{other} is not of the adapter that wrote {path}.", error.why, "Compare two memories of one adapter."
-        ) from error
-    found, wanted = (len(next(iter(memory.states.values()))) for memory in (after, before))
-    if found != wanted:
-        raise MemoryStateError(
-            f"{other} and {path} are not of one batch.",
-            f"{other} holds {found} conversations, {path} {wanted}.",
-            "Compare two memories of the same conversations.",
-        )
 
 
 def _readable(said: dict[str, Any]):
@@ -210,11 +145,12 @@ def _short(path: str) -> str:
     return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
 
 
-def _adapter(path: str) -> dict[str, Any]:
+def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
+    """What JSON says of an adapter, and the same as tables."""
     from deltamem_tool.adapter import read_adapter
 
     folder = read_adapter(path)
-    return {
+    said = {
         "kind": "adapter",
         "base": asdict(folder.base),
         "mechanism": folder.config.to_dict(),
@@ -222,6 +158,27 @@ def _adapter(path: str) -> dict[str, Any]:
         "parameters": folder.num_parameters(),
         "memory_bytes": folder.memory_bytes,
     }
+    return said, [_facts(path, _flat(said))]
+
+
+def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
+    """What JSON says of an ONNX folder: its manifest; and the same as tables, with what its graph takes and gives."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from deltamem_tool.onnx.contract import Manifest, check_folder
+    from deltamem_tool.onnx.interface_table import rows
+
+    manifest = Manifest.from_json((check_folder(path) / MANIFEST_FILE).read_text(encoding="utf-8"))
+    said = {"kind": "onnx", **asdict(manifest)}
+    table = Table(title="What the graph takes and gives")
+    for column in ("", "name", "type", "shape", "what"):
+        table.add_column(column, no_wrap=column == "name")
+    for row in rows(manifest.interface):
+        shape = ", ".join(map(str, row.shape))
+        table.add_row(row.kind, Text(row.name), row.type, Text(f"[{shape}]"), row.meaning)
+    facts = {name: value for name, value in said.items() if name != "interface"}
+    return said, [_facts(path, _flat(facts)), table]
 
 
 def _flat(said: dict, prefix: str = ""):

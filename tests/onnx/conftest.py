@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from once import folder_once
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.surgery import attach
 
@@ -94,6 +95,10 @@ def _exported(
     kind: str, layers: str | tuple[int, ...], logits: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:
     model, tokenizer = make_model(kind, layers), make_tokenizer()
-    folder = tmp_path_factory.mktemp(kind) / "exported"
-    manifest = export_onnx(model, tokenizer, folder, logits=logits, base_model=f"someone/tiny-{kind}")
+
+    def export(folder: Path) -> None:
+        export_onnx(model, tokenizer, folder / "exported", logits=logits, base_model=f"someone/tiny-{kind}")
+
+    folder = folder_once(tmp_path_factory, kind, export) / "exported"
+    manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     return Exported(model, tokenizer, folder, manifest)

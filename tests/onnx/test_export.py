@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -179,7 +180,8 @@ def no_tracing(monkeypatch, qwen3):
             for name in ("model.onnx", "model.onnx.data"):
                 shutil.copy(qwen3.folder / name, path.with_name(name))
 
-    monkeypatch.setattr(export, "traced", lambda *args: None)
+    nothing = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)
+    monkeypatch.setattr(export, "traced", lambda *args: nothing)
     monkeypatch.setattr(export, "OnnxExporter", Exporter)
 
 

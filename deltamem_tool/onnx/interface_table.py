@@ -1,0 +1,60 @@
+"""What a graph takes and gives as a table for people: of one folder, or of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Shape
+
+MEANINGS = {
+    contract.INPUT_IDS: "tokens of this call",
+    contract.ATTENTION_MASK: "1 for text, 0 for padding, past and new",
+    contract.WRITE_MASK: "which tokens write, or belong to a segment",
+    contract.SEGMENT_END: "which tokens end a segment, which is written then",
+    contract.LOGITS_OUTPUT: "of the last position, or of every one",
+    contract.KEY: "attention's keys, empty at first",
+    contract.VALUE: "attention's values, empty at first",
+    contract.STATE: "the memory, zeros or a memory file's at first",
+    contract.SEGMENT: "what the open segment has gathered, zeros at first",
+}
+
+
+class Row(NamedTuple):
+    kind: str  # "input" or "output"
+    name: str  # of layers that are alike: past_key_values.{0…35}.key
+    type: str
+    shape: Shape
+    meaning: str
+
+
+def rows(interface: Interface) -> list[Row]:
+    """Every input and output of the graph, layers that follow each other and are alike as one."""
+    return [*_rows("input", interface.inputs()), *_rows("output", interface.outputs())]
+
+
+def markdown(interface: Interface) -> str:
+    lines = ["| | name | type | shape | what |", "|---|---|---|---|---|"]
+    for row in rows(interface):
+        shape = ", ".join(map(str, row.shape))
+        lines.append(f"| {row.kind} | `{row.name}` | {row.type} | [{shape}] | {row.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(kind: str, tensors: dict[str, tuple[str, Shape]]) -> Iterator[Row]:
+    carried: dict[str, list[tuple[int, str, str, Shape]]] = {}  # by part: layer, prefix, type, shape
+    for name, (dtype, shape) in tensors.items():
+        if name in MEANINGS:
+            yield Row(kind, name, dtype, shape, MEANINGS[name])
+        else:
+            prefix, layer, part = name.split(".")
+            carried.setdefault(part, []).append((int(layer), prefix, dtype, shape))
+    for part, entries in carried.items():
+        # Layers that follow each other share what remains when their place in the row is taken off their number.
+        alike = groupby(enumerate(entries), key=lambda entry: (entry[1][0] - entry[0], entry[1][1:]))
+        for (_, (prefix, dtype, shape)), run in alike:
+            layers = [layer for _, (layer, *_) in run]
+            span = str(layers[0]) if len(layers) == 1 else f"{{{layers[0]}…{layers[-1]}}}"
+            yield Row(kind, f"{prefix}.{span}.{part}", dtype, shape, MEANINGS.get(part, ""))

@@ -1,0 +1,40 @@
+"""An ONNX folder without deltamem: tell it facts, then ask in an empty context with nothing but the states."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = Path(sys.argv[1])
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+stop = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]  # an id, or a list of them
+session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+outputs = [output.name for output in session.get_outputs()]
+
+
+def answer(prompt: str, states: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
+    """The answer to `prompt` from an empty context and `states`, and the states after it."""
+    past = {}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            sizes = [{"batch": 1, "past": 0}.get(size, size) for size in value.shape]
+            past[value.name] = states.get(value.name, np.zeros(sizes, np.float32))
+    tokens, seen, said = tokenizer.encode(prompt, add_special_tokens=False).ids, 0, []
+    while len(said) < 64:
+        seen += len(tokens)
+        masks = {"attention_mask": np.ones((1, seen), np.int64), "write_mask": np.ones((1, len(tokens)), bool)}
+        logits, *present = session.run(outputs, {"input_ids": np.array([tokens], np.int64), **masks, **past})
+        past = {name.replace("present", "past_key_values"): value for name, value in zip(outputs[1:], present)}
+        if (token := int(logits[0, -1].argmax())) in np.atleast_1d(stop):
+            break
+        said, tokens = [*said, token], [token]
+    return tokenizer.decode(said), {name: value for name, value in past.items() if name.endswith("_state")}
+
+
+states: dict[str, np.ndarray] = {}
+for words in sys.argv[2:]:  # every prompt is a conversation of its own; what they share is a few kilobytes of states
+    text, states = answer(f"<|user|>{words}<|end|><|assistant|>", states)
+    print(text)
