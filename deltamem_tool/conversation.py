@@ -346,10 +346,9 @@ def _evicted(conversation: Conversation, kept: Transcript, tokens: list[int]) ->
 
 def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
     """`past`, which holds `context` tokens, with `tokens` after them."""
-    ids, writes, ends = (
-        np.array([part], dtype)
-        for part, dtype in zip(zip(*tokens, strict=True), (np.int64, np.bool_, np.bool_), strict=True)
-    )
+    ids = np.array([[token.id for token in tokens]], np.int64)
+    writes = np.array([[token.writes for token in tokens]])
+    ends = np.array([[token.ends for token in tokens]])
     mask = np.ones((1, context + len(tokens)), np.int64)
     return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]
 
