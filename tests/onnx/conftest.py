@@ -1,5 +1,4 @@
-"""Tiny models exported once: Qwen3 with a memory in every layer, Llama with one in its second layer alone, and one whose
-memory writes by messages."""
+"""Tiny models exported once: a memory in every layer, one in the second layer alone, and one that writes by messages."""
 
 from __future__ import annotations
 
