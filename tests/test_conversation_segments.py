@@ -1,4 +1,4 @@
-"""Conversations whose memory writes by segments: the states that PyTorch has when the same messages are marked there."""
+"""Conversations whose memory writes by segments have the states that PyTorch has for the same marked messages."""
 
 from __future__ import annotations
 
@@ -49,9 +49,6 @@ def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
     """Each turn's tokens, by `model.generate` with the marks of the whole conversation; and the cache. An answer's own
     text is beside the point: what is new at a turn are the last tokens of the rendering."""
     tokenizer, granularity = tiny_tokenizer(), engine.mechanism.granularity
-    tokenizer.chat_template = (
-        engine.text._template_source if hasattr(engine.text, "_template_source") else None or (tokenizer.chat_template)
-    )
     cache = MemoryCache(engine.model, memory)
     if memory is not None and bool((memory.open_tokens > 0).any()):
         cache.end_segment()
@@ -171,38 +168,33 @@ def test_a_batch_of_segments_is_its_rows(by_message):
             assert_close(one.memory, other_state)
 
 
-@pytest.mark.parametrize("window", [60, 34], ids=["a turn stays", "none stays"])
-def test_what_leaves_the_window_has_been_written(by_message, window):
-    """Where the last answer leaves with all the rest, its segment ends there."""
-    conversation = Conversation(by_message, window=window)
-    talk(conversation, [[user(TURNS[0])]])
-    while not conversation.context.dropped:
-        before, pending = conversation.memory, conversation._place
-        conversation.generate(TURNS[2], Sampling(NEW))
-    stays = conversation.context.messages > 2
-    assert stays == (window == 60)
-    state = by_message._on_device(before)
-    cache = MemoryCache(by_message.model, state)
-    cache.memory = None
-    # The last token joins the open segment from the context that it was said in; then the segment ends.
-    ids = np.array([[token.id for token in pending.pending]])
-    mask = np.ones((1, len(pending.tokens) + 1), np.int64)
-    on, off = np.ones((1, 1), bool), np.zeros((1, 1), bool)
-    _, past = by_message.step(pending.past, ids, mask, on, off)
-    cache = MemoryCache(by_message.model, past.memory)
-    if stays:
-        cache.write = False
-        kept = conversation._place.tokens[: conversation._place.tokens.index(1, 30)]
-        del kept
-    else:
-        cache.end_segment()
-        new = by_message.text.encode(f"<|user|>{TURNS[2]}<|end|><|assistant|>")
-        answer = conversation._place.transcript.turns[-1].tokens
-        marks = [1] * (len(new) - 2) + [2] + [1] * NEW
-        cache.segments = torch.tensor([marks], dtype=torch.int8)
-        with torch.no_grad():
-            by_message.model(torch.tensor([[*new, *answer[:-1]]]), past_key_values=cache)
-        assert_close(conversation.memory, cache.memory)
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_leaves_the_window_has_been_written(by_message, stays):
+    """Where the last answer leaves with all the rest, its segment ends there; else the template ends it."""
+    encode, conversation = by_message.text.encode, Conversation(by_message)
+    talk(conversation, [[user(text)] for text in ((TURNS[0], TURNS[2]) if stays else TURNS[:1])])
+    last = conversation._place.transcript.turns[-1].tokens
+    before, context = conversation._place, conversation.context.tokens
+    conversation.window = context + 5
+    talk(conversation, [[user(TURNS[2])]])
+    assert conversation.context.dropped == 2 and conversation.context.messages == (4 if stays else 2)
+
+    # The last token joins the open segment in the context that it was said in.
+    on, mask = np.ones((1, 1), bool), np.ones((1, context), np.int64)
+    _, past = by_message.step(before.past, np.array([[last[-1]]]), mask, on, ~on)
+    cache = MemoryCache(by_message.model, past.memory, write=False)
+    new = encode(f"<|user|>{TURNS[2]}<|end|><|assistant|>")
+    answer = conversation._place.transcript.turns[-1].tokens
+    marks = [1] * (len(new) - 2) + [2] + [1] * NEW
+    with torch.no_grad():
+        if stays:
+            by_message.model(torch.tensor([[*new, *last]]), past_key_values=cache)
+            new, marks = [*encode("<|end|>"), *new], [2, *marks]
+        else:
+            cache.end_segment()
+        cache.write, cache.segments = True, torch.tensor([marks], dtype=torch.int8)
+        by_message.model(torch.tensor([[*new, *answer[:-1]]]), past_key_values=cache)
+    assert_close(conversation.memory, cache.memory)
 
 
 def test_text_without_a_template_has_no_segments(by_message):

@@ -1,4 +1,4 @@
-"""Tiny models exported once: a memory in every layer, one in the second layer alone, and one that writes by messages."""
+"""Tiny models exported once: a memory in every layer, in the second layer alone, and one that writes by messages."""
 
 from __future__ import annotations
 
