@@ -1,7 +1,69 @@
 """Options that several commands share."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import click
+
+from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
 
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
 )
+window = click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit]",
+)
+
+_SAMPLING = (
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=MAX_NEW_TOKENS,
+        show_default=True,
+        help="The longest answer.",
+    ),
+    click.option(
+        "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample among so many likeliest tokens; 0: all.",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sample among the likeliest tokens that hold this much probability.",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(min=0, max=1),
+        default=0.0,
+        show_default=True,
+        help="Sample among tokens with at least this share of the likeliest one's probability.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Above 1: tokens of the context become less likely.",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.  [default: a new one]"),
+    click.option("--stop", multiple=True, help="A text that ends the answer, which ends before it; can be repeated."),
+)
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The fields of `Sampling`, by their names."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
