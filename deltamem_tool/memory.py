@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ class DeltaMemory(nn.Module):
         scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
         self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
         self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
+        self.stand_in: Any = None  # what computes in its place while it is exported, an `onnx.lean.LeanMemory`
         self.reset_parameters()
         self._join()
 
@@ -147,6 +148,8 @@ class DeltaMemory(nn.Module):
         Returns:
             Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
+        if self.stand_in is not None:
+            return *self.stand_in(hidden, state, writes), segment
         x = hidden.to(self.query.weight.dtype)
         if x.shape[1] == 1 and reads is None and writes is True and last is None and openings is None:
             return self._decode(x, state, segment)
@@ -210,19 +213,23 @@ class DeltaMemory(nn.Module):
     def scaled(self, readings: Tensor) -> Tensor:
         """(α/R) · r, by the layer's learned scale if there is one: the readings are scaled once, and not Δ r, which is
         far longer and once for every branch."""
+        if self.stand_in is not None:
+            return readings  # its Δ is scaled
         scale = self.config.scale
         return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
 
     def correction(self, branch: str, scaled: Tensor) -> Tensor:
         """What `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: Δ r, by the branch's learned
         scale if there is one, and normalised if that is the o branch's way."""
+        if self.stand_in is not None:
+            return self.stand_in.correction(branch, scaled)
         with full_precision(scaled.device):
             steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight)
             return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
         """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
-        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
+        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm) or self.stand_in is not None:
             return output + self.correction(branch, scaled).to(output.dtype)
         with full_precision(scaled.device):
             readings = self._for_branch(branch, scaled)

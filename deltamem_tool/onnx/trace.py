@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, cast
 
@@ -30,6 +30,8 @@ from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
 from deltamem_tool.model_call import CallOptions, fill
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.lean import LeanMemory
+from deltamem_tool.onnx.optimize import JOINED_PROJECTIONS, LEAN
 from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
@@ -137,34 +139,59 @@ _NOT_CARRIED = {
 
 
 def traced(
-    model: PreTrainedModel, adapter: DeltaMemAdapter, interface: Interface, options: CallOptions, target: Target
+    model: PreTrainedModel,
+    adapter: DeltaMemAdapter,
+    interface: Interface,
+    options: CallOptions,
+    target: Target,
+    without: Collection[str] = (),
 ) -> onnx_ir.Model:
-    """The graph, in the operators of `target`.
+    """The graph, in the operators of `target`; `without` names rewrites of `optimize` to leave out.
 
     Raises:
         ExportError: PyTorch's exporter has no graph for the model.
     """
-    inputs, axes = _sample(interface)
-    # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
-    config = OnnxConfig(
-        dynamic_shapes=axes, ort_fusions=target.fusions, prefer_deferred_runtime_asserts_over_guards=True
-    )
-    with _quiet(), use_implementation(target.scan):
-        exporter = OnnxExporter()
-        step = cast(PreTrainedModel, _Step(model, adapter, options).eval())  # any module will do
+    step = _Step(model, adapter, options)
+    with use_implementation(target.scan), _lean(adapter, without):
         try:
-            program = exporter.export(step, inputs, config).program
+            return graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
             raise ExportError(
                 f"PyTorch cannot trace {type(model).__name__} as one graph for every length.",
                 f"{_first_line(error)}.",
                 "Run it in PyTorch.",
             ) from error
+
+
+def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.Model:
+    """`step`, whose arguments are called what the inputs of `interface` are, as a graph for `target`."""
+    inputs, axes = _sample(interface)
+    # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
+    config = OnnxConfig(
+        dynamic_shapes=axes, ort_fusions=target.fusions, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    with _quiet():
+        # Any module will do.
+        program = OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
             node.metadata_props.clear()  # stack traces, with this machine's paths
     return program
+
+
+@contextmanager
+def _lean(adapter: DeltaMemAdapter, without: Collection[str]) -> Iterator[None]:
+    """Inside, the memories are traced as `lean` has them, where that can be."""
+    memories = [adapter.memory(layer) for layer in adapter.layer_indices]
+    possible = adapter.config.granularity == "token" and LEAN not in without
+    for memory in memories if possible else ():
+        memory.stand_in = LeanMemory(memory, apart=JOINED_PROJECTIONS in without)
+    try:
+        yield
+    finally:
+        for memory in memories:
+            memory.stand_in = None
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
