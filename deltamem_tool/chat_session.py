@@ -18,10 +18,12 @@ from rich.text import Text
 
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, in_words
 from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.generation import INTERRUPTED, LENGTH
 from deltamem_tool.memory_file import read_memory
 
 if TYPE_CHECKING:
-    from deltamem_tool.conversation import Conversation, Sampling
+    from deltamem_tool.conversation import Conversation
+    from deltamem_tool.sampling import Sampling
 
 # What a model says must not steer the terminal: control characters but newline and tab, and C1.
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
@@ -75,7 +77,7 @@ class Chat:
 
     def notice(self, text: str) -> None:
         """A line beside the conversation."""
-        self._notices.print(Text(text, style="dim"))
+        self._notices.print(Text(text, style="dim"), soft_wrap=True)
 
     def keep(self) -> None:
         """Write the memory file, where there is one.
@@ -97,13 +99,16 @@ class Chat:
         dropped = self.conversation.context.dropped
         try:
             answer = self.conversation.generate(content, self._sampling, on_text=self._write)
-        finally:
-            self._write("\n")
-        self.interrupted = answer.stopped == "interrupted"
+        except KeyboardInterrupt:  # the second one: the first is taken inside, and ends the answer
+            self.interrupted = True
+            self.notice("\nStopped. This turn is not part of the conversation.")
+            return
+        self._write("\n")
+        self.interrupted = answer.why == INTERRUPTED
         if self.interrupted:
-            self.notice("Stopped. What was said so far is part of the conversation.")
-        elif answer.stopped == "length":
-            self.notice(f"Cut after {len(answer.tokens)} tokens, as --max-new-tokens says.")
+            self.notice("Stopped. What was said is part of the conversation.")
+        elif answer.why == LENGTH:
+            self.notice(f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens, or the window is full.")
         left = self.conversation.context.dropped - dropped
         if left > 0:
             self.notice(f"{_count(left, 'message')} left the window; the memory keeps their trace.")
@@ -118,10 +123,10 @@ class Chat:
 
     def _fail(self, error: DeltaMemError) -> None:
         self.failures += 1
-        self._notices.print(Text(error.what, style="red"))
+        self._notices.print(Text(error.what, style="red"), soft_wrap=True)
         for line in (error.why, error.next):
             if line:
-                self._notices.print(Text(line))
+                self._notices.print(Text(line), soft_wrap=True)
 
     def _command(self, text: str) -> None:
         name, _, argument = text.partition(" ")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from deltamem_tool.cli.options import sampling_options, trust_remote_code
+from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.errors import DataError
 from deltamem_tool.files import refuse_unwritable
 from deltamem_tool.onnx.contract import MANIFEST_FILE
@@ -16,7 +17,7 @@ from deltamem_tool.onnx.contract import MANIFEST_FILE
 if TYPE_CHECKING:
     from deltamem_tool.chat_session import Chat
     from deltamem_tool.cli.terminal import Reader
-    from deltamem_tool.conversation import Engine
+    from deltamem_tool.engine import Engine
 
 
 @click.command("chat")
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Start from this memory file, and write it after every turn. It is made if it is not there.",
 )
-@click.option("--window", type=click.IntRange(min=1), help="Tokens in view; when it is full the oldest turns leave it.")
+@window
 @click.option("--system", help="A system message before the first turn.")
 @sampling_options
 @click.option("--base", help="Where an adapter's base model is, if not where the adapter says.")
 @trust_remote_code
+@device
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
 @click.option("--no-history", is_flag=True, help="Keep no file of the lines that are typed.")
 def command(
@@ -41,9 +43,10 @@ def command(
     system: str | None,
     base: str | None,
     trust_remote_code: bool,
+    device: str | None,
     provider: str | None,
     no_history: bool,
-    **sampling,
+    **sampling: Any,
 ) -> None:
     """Chat with MODEL: an adapter (folder, Hub id or builtin:adapter) in PyTorch, or an ONNX folder in ONNX Runtime.
 
@@ -53,21 +56,20 @@ def command(
     Example: deltamem chat builtin:adapter --memory me.safetensors
     """
     is_onnx = (Path(model) / MANIFEST_FILE).is_file()
-    _refuse_options(is_onnx, base, trust_remote_code, provider)
+    _refuse_options(is_onnx, provider, base, trust_remote_code, device)
     if memory_file is not None:
         refuse_unwritable(memory_file)
 
     from deltamem_tool.chat_session import Chat
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.conversation import Conversation
+    from deltamem_tool.conversation import Conversation, Sampling
     from deltamem_tool.memory_file import read_memory
-    from deltamem_tool.sampling import Sampling
 
     chosen = Sampling(**sampling)
     was_there = memory_file is not None and memory_file.exists()
     memory = read_memory(memory_file) if memory_file is not None and was_there else None
     with STDERR.status("Loading the model"):
-        engine = _onnx_engine(model, provider) if is_onnx else _torch_engine(model, base, trust_remote_code)
+        engine = _onnx_engine(model, provider) if is_onnx else _torch_engine(model, base, trust_remote_code, device)
         chat = Chat(Conversation(engine, memory, window=window), chosen, system, memory_file, notices=STDERR)
     chat.keep()
     if memory_file is not None:
@@ -80,28 +82,35 @@ def command(
             sys.exit(1)
 
 
-def _refuse_options(is_onnx: bool, base: str | None, trust_remote_code: bool, provider: str | None) -> None:
-    if is_onnx and (base or trust_remote_code):
-        raise click.UsageError(
-            "--base and --trust-remote-code are for an adapter; an ONNX folder holds its base model."
-        )
+def _refuse_options(
+    is_onnx: bool, provider: str | None, base: str | None, trust_remote_code: bool, device: str | None
+) -> None:
+    """Raise if an option is for the other runtime."""
+    for_adapter = {"--base": base, "--trust-remote-code": trust_remote_code, "--device": device}
+    given = [name for name, value in for_adapter.items() if value]
+    if is_onnx and given:
+        raise click.UsageError(f"{', '.join(given)}: only for an adapter; this is an ONNX folder.")
     if not is_onnx and provider:
-        raise click.UsageError(f"--provider is for an ONNX folder, which has a {MANIFEST_FILE}.")
+        raise click.UsageError(f"--provider: only for an ONNX folder, which has a {MANIFEST_FILE}.")
 
 
 def _onnx_engine(folder: str, provider: str | None) -> Engine:
     from deltamem_tool.onnx.runtime import OnnxModel
 
-    return OnnxModel(folder, provider=provider or "cpu")
+    return OnnxModel(folder, provider or "cpu")
 
 
-def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool) -> Engine:
+def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
+    import torch
+
     from deltamem_tool.adapter import load, tokenizer_of
     from deltamem_tool.cli.console import quiet_libraries
     from deltamem_tool.torch_runtime import TorchModel
 
     quiet_libraries()
+    where = torch_device(device)
     model = load(adapter, base=base, trust_remote_code=trust_remote_code)
+    cast(torch.nn.Module, model).to(where)  # transformers hides the signature
     return TorchModel(model, tokenizer_of(model))
 
 
@@ -133,9 +142,8 @@ def _talk(chat: Chat, reader: Reader) -> None:
 
 def _pipe(chat: Chat) -> None:
     """Lines from a file or another program; whoever interrupts an answer there means all of it."""
-    lines = click.get_text_stream("stdin", encoding="utf-8", errors="strict")
     try:
-        for line in lines:
+        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
             chat.handle(line)
             if chat.interrupted:
                 raise KeyboardInterrupt

@@ -3,48 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
 
+if TYPE_CHECKING:
+    import torch
+
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
 )
+window = click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit]",
+)
 
-_SAMPLING = (  # name, type, default, what it does
-    ("--max-new-tokens", click.IntRange(min=1), MAX_NEW_TOKENS, "The longest answer."),
-    ("--temperature", click.FloatRange(min=0), 0.0, "0: the likeliest token."),
-    ("--top-k", click.IntRange(min=0), 0, "Sample among so many likeliest tokens; 0: all."),
-    (
+device = click.option(
+    "--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]"
+)
+
+_SAMPLING = (
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=MAX_NEW_TOKENS,
+        show_default=True,
+        help="The longest answer.",
+    ),
+    click.option(
+        "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample among so many likeliest tokens; 0: all.",
+    ),
+    click.option(
         "--top-p",
-        click.FloatRange(min=0, max=1, min_open=True),
-        1.0,
-        "Sample among the likeliest tokens that hold this much probability.",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sample among the likeliest tokens that hold this much probability.",
     ),
-    (
+    click.option(
         "--min-p",
-        click.FloatRange(min=0, max=1),
-        0.0,
-        "Sample among the tokens with this share of the likeliest one's probability.",
+        type=click.FloatRange(min=0, max=1),
+        default=0.0,
+        show_default=True,
+        help="Sample among tokens with at least this share of the likeliest one's probability.",
     ),
-    (
+    click.option(
         "--repetition-penalty",
-        click.FloatRange(min=0, min_open=True),
-        1.0,
-        "More than 1: what was said already becomes less likely.",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Above 1: tokens of the context become less likely.",
     ),
-    ("--seed", click.IntRange(min=0), None, "Of the sampling."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.  [default: a new one]"),
+    click.option("--stop", multiple=True, help="A text that ends the answer, which ends before it; can be repeated."),
 )
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of `deltamem_tool.sampling.Sampling`, under its names."""
-    stop = click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
-    options = [
-        click.option(name, type=kind, default=default, show_default=default is not None, help=help)
-        for name, kind, default, help in _SAMPLING
-    ]
-    return reduce(lambda wrapped, option: option(wrapped), (stop, *reversed(options)), command)
+    """The fields of `Sampling`, by their names."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def torch_device(name: str | None) -> torch.device:
+    """What `--device` says, or its default."""
+    import torch
+
+    available = torch.cuda.is_available()
+    try:
+        where = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        raise click.BadParameter(f"{name!r} is no device", param_hint="--device") from None
+    if where.type == "cuda" and (not available or (where.index or 0) >= torch.cuda.device_count()):
+        raise click.BadParameter(f"there is no {name} here", param_hint="--device")
+    return where
