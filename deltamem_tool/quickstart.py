@@ -17,14 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
 from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adapter, tokenizer_of
+from deltamem_tool.conversation import Conversation
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import RecallResult, answer, evaluate_recall, memorise, recall_episodes
 from deltamem_tool.evaluation.report import plot_losses, plot_recall, recall_json
 from deltamem_tool.files import refuse_existing, write_whole
+from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.recipe import load_recipe, shipped_recipe
+from deltamem_tool.sampling import Sampling
 from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
@@ -118,7 +121,7 @@ def quickstart(
         loss_plot=loss_plot,
         report=out / REPORT,
         parameters=adapter.num_parameters(),
-        memory_bytes=sum(state.nbytes for state in onnx_model.load_memory(memory_file).values()),
+        memory_bytes=sum(array.nbytes for array in read_memory(memory_file).tensors().values()),
         recall=recall,
         max_abs_diff=manifest.max_abs_diff,
         answer_agreement=agreement,
@@ -185,18 +188,19 @@ def remember(
     rng = random.Random(seed)
     facts = dialogues.sample_facts(rng, TOLD, held_out=True)
     made = Remembered()
-    first = model.start()
+    first = Conversation(model)
+    sampling = Sampling(max_new_tokens=24)
     for done, fact in enumerate(facts):
         said = fact.statement(rng)
-        made.told.append((said, first.generate(said, max_new_tokens=24).text))
+        made.told.append((said, first.generate(said, sampling).text))
         if report is not None:
             report(done + 1, 2 * TOLD)
     first.save_memory(memory_file)
-    memory = model.load_memory(memory_file)
+    memory = read_memory(memory_file)
     for done, fact in enumerate(facts):
         question = fact.question(rng)
-        with_file = model.start(memory, write=False).generate(question, max_new_tokens=24).text
-        without = model.start(write=False).generate(question, max_new_tokens=24).text
+        with_file = Conversation(model, memory, write=False).generate(question, sampling).text
+        without = Conversation(model, write=False).generate(question, sampling).text
         made.asked.append((question, with_file, fact.answer, without))
         if report is not None:
             report(TOLD + done + 1, 2 * TOLD)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from deltamem_tool.cli.options import sampling_options, window
 from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -20,27 +21,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--system", help="A system message before the first turn.")
 @click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")
 @click.option("--save-memory", type=_FILE, help="Write the memory there afterwards.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=MAX_NEW_TOKENS,
-    show_default=True,
-    help="The longest answer.",
-)
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Sample among the likeliest tokens that hold this much probability.",
-)
-@click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.")
+@sampling_options
+@window
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the graph."
 )
+@click.option("--threads", type=click.IntRange(min=1), help="Of one call of the graph.  [default: the usable cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
     onnx_dir: Path,
@@ -48,37 +34,41 @@ def command(
     system: str | None,
     memory_file: Path | None,
     save_memory: Path | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    window: int | None,
     provider: str,
+    threads: int | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Answer with the model in ONNX_DIR, which `deltamem export` wrote, in ONNX Runtime and without PyTorch."""
     if save_memory is not None:
         refuse_unwritable(save_memory)
 
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.onnx.runtime import CPU, CUDA, OnnxModel
+    from deltamem_tool.conversation import INTERRUPTED, Conversation, Sampling
+    from deltamem_tool.memory_file import read_memory
+    from deltamem_tool.onnx.runtime import OnnxModel
 
+    options = Sampling(**sampling)
     with STDERR.status("Loading the model"):
-        model = OnnxModel(onnx_dir, [{"cpu": CPU, "cuda": CUDA}[provider]])
-        conversation = model.start(model.load_memory(memory_file) if memory_file else None)
+        model = OnnxModel(onnx_dir, provider, threads)
+        conversation = Conversation(model, read_memory(memory_file) if memory_file else None, window=window)
     answers = []
     for turn, prompt in enumerate(prompts):
         content: str | list[dict[str, str]] = prompt
         if system is not None and turn == 0:
             content = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        show = None if as_json else _show
-        answers.append(conversation.generate(content, max_new_tokens, temperature, top_p, seed, show))
+        answers.append(conversation.generate(content, options, None if as_json else _show))
         if not as_json:
             click.echo()
+        if answers[-1].why == INTERRUPTED:
+            raise KeyboardInterrupt
     if save_memory is not None:
         conversation.save_memory(save_memory)
     if as_json:
         result = {
             "answers": [answer.text for answer in answers],
+            "ended_by": [answer.why for answer in answers],
             "tokens": sum(len(answer.tokens) for answer in answers),
             "memory_file": str(save_memory) if save_memory else None,
         }

@@ -22,14 +22,14 @@ def answer_onnx(
     for start in range(0, len(episodes), batch_size):
         some = episodes[start : start + batch_size]
         ids, mask = _left_padded(tokenizer, [render(tokenizer, episode.history) for episode in some])
-        _, past = model.step(ids, mask, np.ones(ids.shape, bool), model.graph.empty_past(len(some)))
+        _, past = model.graph.step(ids, mask, np.ones(ids.shape, bool), model.graph.empty_past(len(some)))
         questions = [render(tokenizer, [episode.question], generation_prompt=True) for episode in some]
         ids, mask = _left_padded(tokenizer, questions)
         past = model.graph.empty_past(len(some), model.graph.states(past))
         answers: list[list[int]] = [[] for _ in some]
         going = np.ones(len(some), bool)
         for _ in range(MAX_NEW_TOKENS):
-            logits, past = model.step(ids, mask, np.zeros(ids.shape, bool), past)
+            logits, past = model.graph.step(ids, mask, np.zeros(ids.shape, bool), past)
             ids = logits[:, -1].argmax(axis=-1)[:, None]
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
             going &= ~np.isin(ids[:, 0], list(model.stop_tokens))

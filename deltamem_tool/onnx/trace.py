@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import warnings
@@ -28,49 +27,12 @@ from transformers.utils import logging as transformers_logging
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
+from deltamem_tool.model_call import CallOptions, fill
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
-
-
-class CallOptions:
-    """How `model` is called, in the graph and beside it."""
-
-    def __init__(self, model: PreTrainedModel, logits: str) -> None:
-        self._last = logits == "last"
-        parameters = inspect.signature(model.forward).parameters
-        self._cuts = "logits_to_keep" in parameters
-        self._first_position = _first_position(model) if "position_ids" in parameters else None
-
-    def logits(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache) -> Tensor:
-        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`."""
-        given: dict[str, Any] = {}
-        if self._first_position is not None:
-            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1])
-        if self._cuts:
-            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
-        ).logits
-        return logits if self._cuts or not self._last else logits[:, -1:]
-
-
-@torch.no_grad()
-def _first_position(model: PreTrainedModel) -> int | None:
-    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
-    neither: then it counts by itself."""
-    ids = torch.tensor([[3, 4, 5]], device=model.device)
-    own = model(input_ids=ids, past_key_values=MemoryCache(model)).logits
-    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
-    for first in (0, (padding or 0) + 1):
-        positions = first + torch.arange(3, device=model.device)[None]
-        if torch.allclose(
-            model(ids, position_ids=positions, past_key_values=MemoryCache(model)).logits, own, atol=1e-5
-        ):
-            return first
-    return None
 
 
 class _Step(nn.Module):
@@ -96,7 +58,7 @@ class _Step(nn.Module):
             cache.segments = segment_marks(write_mask, segment_end)
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past:
-                _fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+                fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         cache.memory = MemoryState(states, self._fingerprint, segments)
@@ -118,12 +80,6 @@ def segment_marks(write: Tensor, end: Tensor) -> Tensor:
     """What `MemoryCache.segments` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
     inside = torch.where(end, LAST, INSIDE).to(torch.int8)
     return torch.where(write, inside, torch.full_like(inside, OUTSIDE))
-
-
-def _fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
-    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
-    layer.keys, layer.values, layer.is_initialized = key, value, True
-    layer.dtype, layer.device = key.dtype, key.device
 
 
 def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) -> Interface:
@@ -242,11 +198,6 @@ def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
             if len(names) == len(value.shape):
                 found = zip(names, value.shape, strict=True)
                 value.shape = onnx_ir.Shape([size if isinstance(size, int) else name for name, size in found])
-
-
-def _positions(attention_mask: Tensor, tokens: int) -> Tensor:
-    """Positions `[B, T]` of the last tokens, counted without padding, as `generate` counts them."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
 
 
 def _first_line(error: BaseException) -> str:

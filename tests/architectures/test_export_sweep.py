@@ -24,7 +24,7 @@ from architectures.tiny_configs import LAYERS, PAD, TEXT_IDS, tiny_config
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.runtime import Graph
+from deltamem_tool.onnx.session import Graph
 
 TOLERANCE = 1e-3
 CALLS = (5, 1, 4)  # tokens of each

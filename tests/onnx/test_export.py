@@ -129,7 +129,7 @@ def test_a_padded_batch_over_many_calls(exported):
         for row, count in enumerate(padding):
             valid[row, slice(0, count) if side == "left" else slice(tokens - count, tokens)] = False
         mask = np.concatenate([mask, valid.astype(np.int64)], axis=1)
-        logits, past = runtime.step(ids, mask, np.full((3, tokens), write), past)
+        logits, past = runtime.graph.step(ids, mask, np.full((3, tokens), write), past)
         for row, cache in enumerate(caches):
             cache.write = write
             alone = torch.from_numpy(ids[row : row + 1, valid[row]])
@@ -149,13 +149,13 @@ def test_the_write_mask_is_token_by_token(qwen3):
     runtime = OnnxModel(qwen3.folder)
     ids, mask = np.arange(6)[None] + 65, np.ones((1, 6), np.int64)
     write = np.array([[True, False, True, True, False, False]])
-    _, past = runtime.step(ids, mask, write, runtime.graph.empty_past(1))
+    _, past = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1))
     cache = MemoryCache(qwen3.model, write=torch.from_numpy(write))
     with torch.no_grad():
         qwen3.model(torch.from_numpy(ids), past_key_values=cache)
     for layer, state in runtime.graph.states(past).items():
         torch.testing.assert_close(torch.from_numpy(state), cache.memory.layers[layer], rtol=0, atol=TOLERANCE)
-    _, unwritten = runtime.step(ids, mask, np.zeros((1, 6), bool), runtime.graph.empty_past(1))
+    _, unwritten = runtime.graph.step(ids, mask, np.zeros((1, 6), bool), runtime.graph.empty_past(1))
     assert all(not state.any() for state in runtime.graph.states(unwritten).values())
 
 
@@ -164,8 +164,8 @@ def test_the_memory_matters(qwen3):
     runtime = OnnxModel(qwen3.folder)
     ids, mask, write = np.full((1, 1), 65), np.ones((1, 1), np.int64), np.ones((1, 1), bool)
     states = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
-    with_memory, _ = runtime.step(ids, mask, write, runtime.graph.empty_past(1, states))
-    without, _ = runtime.step(ids, mask, write, runtime.graph.empty_past(1))
+    with_memory, _ = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1, states))
+    without, _ = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1))
     assert np.abs(with_memory - without).max() > 0.1
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from deltamem_tool.chat_text import ChatText, TextStream
 from deltamem_tool.cli.run import command
+from deltamem_tool.conversation import Conversation, Sampling
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
-from deltamem_tool.onnx import runtime as runtime_module
-from deltamem_tool.onnx.runtime import CUDA, OnnxModel
-from deltamem_tool.onnx.text import ChatText, TextStream
+from deltamem_tool.memory_file import StoredMemory, read_memory
+from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.state import MemoryCache, MemoryState
 
 TOLERANCE = 1e-4
@@ -57,9 +58,9 @@ def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
     return answers, cache.memory
 
 
-def assert_close(memory: dict[int, np.ndarray], expected: MemoryState) -> None:
-    assert memory.keys() == expected.layers.keys()
-    for layer, state in memory.items():
+def assert_close(memory: StoredMemory, expected: MemoryState) -> None:
+    assert memory.states.keys() == expected.layers.keys()
+    for layer, state in memory.states.items():
         torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
 
 
@@ -70,8 +71,8 @@ def stopping_at(folder, tokens) -> OnnxModel:
 
 
 def test_greedy_turns_are_those_of_generate(exported):
-    conversation = OnnxModel(exported.folder).start()
-    answers = [conversation.generate(turn, max_new_tokens=8) for turn in TURNS]
+    conversation = Conversation(OnnxModel(exported.folder))
+    answers = [conversation.generate(turn, Sampling(8)) for turn in TURNS]
     expected, memory = in_pytorch(exported, TURNS, 8)
     assert [list(answer.tokens) for answer in answers] == expected
     assert not any(answer.stopped for answer in answers)
@@ -79,11 +80,11 @@ def test_greedy_turns_are_those_of_generate(exported):
 
 
 def test_every_stop_token_stops(qwen3, folder):
-    free = OnnxModel(folder).start().generate(TURNS[0], max_new_tokens=8).tokens
+    free = Conversation(OnnxModel(folder)).generate(TURNS[0], Sampling(8)).tokens
     late, early = free[5], free[2]
     assert free.index(late) > free.index(early)
     for stop_tokens, at in (([late, early], early), ([early, late], early), (late, late), ([257], None)):
-        answer = stopping_at(folder, stop_tokens).start().generate(TURNS[0], max_new_tokens=8)
+        answer = Conversation(stopping_at(folder, stop_tokens)).generate(TURNS[0], Sampling(8))
         assert answer.stopped == (at is not None)
         assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
 
@@ -93,7 +94,7 @@ def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
     weight = qwen3.model.lm_head.weight
     saved = weight.detach().clone()
     model = stopping_at(folder, [257])
-    free = model.start().generate(TURNS[0], max_new_tokens=5).tokens
+    free = Conversation(model).generate(TURNS[0], Sampling(5)).tokens
     # The fifth token becomes the end of the turn: a step that swaps their logits, on both sides.
     swap = free[4]
     assert swap not in free[:4]
@@ -105,8 +106,8 @@ def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
         return logits, past
 
     model.step = swapped
-    conversation = model.start()
-    answers = [conversation.generate(turn, max_new_tokens=8) for turn in TURNS]
+    conversation = Conversation(model)
+    answers = [conversation.generate(turn, Sampling(8)) for turn in TURNS]
     with torch.no_grad():
         weight[[swap, 257]] = saved[[257, swap]]
     try:
@@ -121,21 +122,21 @@ def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
 
 def test_memories_go_from_onnx_runtime_to_pytorch_and_back(exported, tmp_path):
     model = OnnxModel(exported.folder)
-    conversation = model.start()
-    conversation.generate(TURNS[0], max_new_tokens=4)
+    conversation = Conversation(model)
+    conversation.generate(TURNS[0], Sampling(4))
     conversation.save_memory(tmp_path / "memory.safetensors")
     memory = MemoryState.load(tmp_path / "memory.safetensors")
     assert memory.adapter == exported.manifest.adapter
-    for layer, state in conversation.memory.items():
+    for layer, state in conversation.memory.states.items():
         assert state.any() and np.array_equal(memory.layers[layer].numpy(), state)
 
     expected, after = in_pytorch(exported, TURNS[1:], 6, memory=memory)
-    resumed = model.start(model.load_memory(tmp_path / "memory.safetensors"))
-    assert list(resumed.generate(TURNS[1], max_new_tokens=6).tokens) == expected[0]
+    resumed = Conversation(model, read_memory(tmp_path / "memory.safetensors"))
+    assert list(resumed.generate(TURNS[1], Sampling(6)).tokens) == expected[0]
     assert_close(resumed.memory, after)
 
     after.save(tmp_path / "after.safetensors")
-    for layer, state in model.load_memory(tmp_path / "after.safetensors").items():
+    for layer, state in read_memory(tmp_path / "after.safetensors").states.items():
         assert np.array_equal(after.layers[layer].numpy(), state)
 
 
@@ -143,43 +144,43 @@ def test_a_memory_of_another_adapter_is_refused(qwen3, llama, tmp_path):
     file = tmp_path / "memory.safetensors"
     MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(file)
     with pytest.raises(MemoryStateError, match="another adapter"):
-        OnnxModel(qwen3.folder).load_memory(file)
-    OnnxModel(llama.folder).start().save_memory(file)
+        Conversation(OnnxModel(qwen3.folder), read_memory(file))
+    Conversation(OnnxModel(llama.folder)).save_memory(file)
     with pytest.raises(MemoryStateError):
-        OnnxModel(qwen3.folder).load_memory(file)
+        Conversation(OnnxModel(qwen3.folder), read_memory(file))
 
 
 def test_a_memory_that_does_not_fit_is_refused(qwen3):
     model = OnnxModel(qwen3.folder)
     with pytest.raises(MemoryStateError, match="does not fit"):
-        model.start({0: np.zeros((1, 2, 4, 4), np.float32)})
+        Conversation(model, StoredMemory({0: np.zeros((1, 2, 4, 4), np.float32)}, {}, model.adapter))
     with pytest.raises(MemoryStateError, match="one memory"):
-        model.start({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)})
+        Conversation(model, StoredMemory({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)}, {}, model.adapter))
 
 
 def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
     model = OnnxModel(qwen3.folder)
-    first = model.start()
-    first.generate(TURNS[0], max_new_tokens=2)
-    second = model.start(first.memory, write=False)
-    second.generate(TURNS[1], max_new_tokens=2)
-    for layer, state in first.memory.items():
-        assert np.array_equal(second.memory[layer], state)
+    first = Conversation(model)
+    first.generate(TURNS[0], Sampling(2))
+    second = Conversation(model, first.memory, write=False)
+    second.generate(TURNS[1], Sampling(2))
+    for layer, state in first.memory.states.items():
+        assert np.array_equal(second.memory.states[layer], state)
 
 
 def test_conversations_of_one_model_do_not_meet(qwen3):
     model = OnnxModel(qwen3.folder)
-    alone = model.start().generate(TURNS[1], max_new_tokens=4)
-    first, second = model.start(), model.start()
-    first.generate(TURNS[0], max_new_tokens=4)
-    assert second.generate(TURNS[1], max_new_tokens=4) == alone
+    alone = Conversation(model).generate(TURNS[1], Sampling(4))
+    first, second = Conversation(model), Conversation(model)
+    first.generate(TURNS[0], Sampling(4))
+    assert second.generate(TURNS[1], Sampling(4)) == alone
 
 
 def test_sampling_follows_its_seed_and_top_p(qwen3):
     model = OnnxModel(qwen3.folder)
 
     def say(**options):
-        return model.start().generate(TURNS[0], max_new_tokens=8, **options).tokens
+        return Conversation(model).generate(TURNS[0], Sampling(8, **options)).tokens
 
     assert say(temperature=2.0, seed=1) == say(temperature=2.0, seed=1)
     assert say(temperature=2.0, seed=1) != say(temperature=2.0, seed=2)
@@ -189,7 +190,7 @@ def test_sampling_follows_its_seed_and_top_p(qwen3):
 
 
 def test_text_streams_in_whole_characters(qwen3):
-    tokenizer = ChatText(qwen3.folder).tokenizer
+    tokenizer = ChatText.from_folder(qwen3.folder).tokenizer
     text = "a Zoë 🐈!"
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
@@ -203,7 +204,7 @@ def test_text_streams_in_whole_characters(qwen3):
 
 def test_streamed_pieces_are_the_answer(qwen3):
     pieces = []
-    answer = OnnxModel(qwen3.folder).start().generate(TURNS[0], max_new_tokens=12, on_text=pieces.append)
+    answer = Conversation(OnnxModel(qwen3.folder)).generate(TURNS[0], Sampling(12), on_text=pieces.append)
     assert "".join(pieces) == answer.text
     assert answer.text == qwen3.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
@@ -220,28 +221,28 @@ def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
         expected = qwen3.tokenizer.apply_chat_template(
             messages, chat_template=source, add_generation_prompt=True, tokenize=False
         )
-        assert ChatText(folder).render(messages) == expected
+        assert ChatText.from_folder(folder).render(messages) == expected
     with pytest.raises(ExportError, match="no tools"):
-        ChatText(folder).render([{"role": "tool", "content": ""}])
+        ChatText.from_folder(folder).render([{"role": "tool", "content": ""}])
     (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(ExportError, match="unsafe"):
-        ChatText(folder).render(messages)
+        ChatText.from_folder(folder).render(messages)
 
 
 def test_a_template_that_rewrites_the_past_is_refused(folder):
     (folder / "chat_template.jinja").write_text(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    conversation = OnnxModel(folder).start()
-    conversation.generate("one", max_new_tokens=1)
+    conversation = Conversation(OnnxModel(folder))
+    conversation.generate("one", Sampling(1))
     with pytest.raises(ExportError, match="does not continue"):
-        conversation.generate("two", max_new_tokens=1)
+        conversation.generate("two", Sampling(1))
 
 
 def test_without_a_template_text_is_text(qwen3, folder):
     (folder / "chat_template.jinja").unlink()
-    conversation = OnnxModel(folder).start()
-    answer = conversation.generate("abc", max_new_tokens=3)
+    conversation = Conversation(OnnxModel(folder))
+    answer = conversation.generate("abc", Sampling(3))
     ids = qwen3.tokenizer("abc", return_tensors="pt").input_ids
     expected = qwen3.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -273,24 +274,17 @@ def test_an_empty_folder_is_refused(tmp_path):
         OnnxModel(tmp_path / "nowhere")
 
 
-def test_a_provider_that_is_not_there_is_refused(qwen3, monkeypatch):
-    with pytest.raises(ExportError, match="NoSuchProvider"):
-        OnnxModel(qwen3.folder, ["NoSuchProvider"])
-    # One that the build offers and that does not load, as CUDA does not where there is no GPU.
-    if CUDA in runtime_module.onnxruntime.get_available_providers() and not torch.cuda.is_available():
-        with pytest.raises(ExportError, match=CUDA):
-            OnnxModel(qwen3.folder, [CUDA])
-
-
 def test_it_runs_without_torch_and_transformers(qwen3, tmp_path):
     script = """
 import sys
+from deltamem_tool.conversation import Conversation, Sampling
+from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
 model = OnnxModel(sys.argv[1])
-conversation = model.start()
-conversation.generate("Hello", max_new_tokens=2)
+conversation = Conversation(model)
+conversation.generate("Hello", Sampling(2))
 conversation.save_memory(sys.argv[2])
-model.start(model.load_memory(sys.argv[2]))
+Conversation(model, read_memory(sys.argv[2]))
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
     arguments = [sys.executable, "-c", script, str(qwen3.folder), str(tmp_path / "memory.safetensors")]
@@ -312,12 +306,13 @@ def test_the_command(qwen3, tmp_path):
     ]
     result = CliRunner().invoke(command, [str(qwen3.folder), *options])
     assert result.exit_code == 0, result.output
-    conversation = OnnxModel(qwen3.folder).start()
-    answers = [conversation.generate(turn, max_new_tokens=4).text for turn in TURNS]
-    assert json.loads(result.stdout) == {"answers": answers, "tokens": 8, "memory_file": str(file)}
+    conversation = Conversation(OnnxModel(qwen3.folder))
+    answers = [conversation.generate(turn, Sampling(4)).text for turn in TURNS]
+    said = {"answers": answers, "ended_by": ["length", "length"], "tokens": 8, "memory_file": str(file)}
+    assert json.loads(result.stdout) == said
 
     options = ["--prompt", "Hi", "--system", "Be brief.", "--memory", str(file), "--max-new-tokens", "4"]
     result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    conversation = OnnxModel(qwen3.folder).start(conversation.memory)
+    conversation = Conversation(OnnxModel(qwen3.folder), conversation.memory)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert result.stdout == conversation.generate(messages, max_new_tokens=4).text + "\n"
+    assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,53 +14,87 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.onnx import contract
 
 Message = dict[str, Any]  # {"role": …, "content": …}
 
 
 class ChatText:
-    """The tokenizer and the chat template of an ONNX folder.
+    """A tokenizer and a chat template: how a model's messages become tokens.
+
+    Args:
+        tokenizer: of the tokenizers package.
+        template: the chat template's source; None where the model takes plain text alone.
+        special_tokens: the template's variables, such as `bos_token`.
 
     Raises:
-        ExportError: a file cannot be read.
+        ExportError: the template is none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens)
         try:
-            self.tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
+            self._template = None if template is None else _environment().from_string(template)
+        except TemplateError as error:
+            raise _damaged("The chat template", error) from error
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatText:
+        """Of an ONNX folder.
+
+        Raises:
+            ExportError: a file cannot be read.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
         except Exception as error:  # the tokenizers package raises nothing narrower
             raise _damaged(contract.TOKENIZER_FILE, error) from error
         options = read_json(folder / contract.TOKENIZER_CONFIG_FILE)
         file = folder / contract.CHAT_TEMPLATE_FILE
-        source = file.read_text(encoding="utf-8") if file.is_file() else _inline_template(options)
-        try:
-            self._template = None if source is None else _environment().from_string(source)
-        except TemplateError as error:
-            raise _damaged("The chat template", error) from error
-        self._special_tokens = {
+        source = file.read_text(encoding="utf-8") if file.is_file() else _default(options.get("chat_template"))
+        special_tokens = {
             name: token["content"] if isinstance(token, dict) else token
             for name, token in options.items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
+        return cls(tokenizer, source, special_tokens)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> ChatText:
+        """Of a transformers tokenizer, a fast one.
+
+        Raises:
+            DataError: it is a slow one.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"A conversation cannot use a {type(tokenizer).__name__}.",
+                "It is a slow tokenizer: it has no tokenizer.json.",
+                "Use a fast tokenizer.",
+            )
+        special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token}
+        return cls(tokenizer.backend_tokenizer, _default(tokenizer.chat_template), special_tokens)
 
     @property
     def has_template(self) -> bool:
         return self._template is not None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the assistant speaks next.
+    def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        """The conversation as text; with `generation_prompt` up to where the assistant speaks next.
 
         Raises:
             ExportError: there is no template, or it refuses the messages.
         """
         if self._template is None:
             raise ExportError(
-                "This model takes no messages.", "Its folder has no chat template.", "Give it plain text instead."
+                "This model takes no messages.", "It has no chat template.", "Give it plain text instead."
             )
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=generation_prompt, **self._special_tokens
+            )
         except TemplateError as error:
             raise ExportError(
                 "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
@@ -147,12 +181,11 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _inline_template(options: dict[str, Any]) -> str | None:
-    """The template of a tokenizer_config.json: one string, or several of which one is called default."""
-    template = options.get("chat_template")
+def _default(template: Any) -> str | None:
+    """The template among what a tokenizer has: one string, or several of which one is called default."""
     if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    return template
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _damaged(what: str, why: object) -> ExportError:

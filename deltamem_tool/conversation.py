@@ -1,0 +1,367 @@
+"""Turns of one conversation, its context and its memory, in any runtime. No torch and no ONNX Runtime.
+
+The context is what the model attends to, a KV cache that grows by every token; the memory is of a fixed size and keeps
+a trace of what has left the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from deltamem_tool.chat_text import Message
+from deltamem_tool.engine import Engine, Past, empty_memory
+from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
+from deltamem_tool.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
+from deltamem_tool.memory_file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.sampling import Sampler, Sampling
+from deltamem_tool.transcript import Transcript
+
+__all__ = [
+    "INTERRUPTED",
+    "LENGTH",
+    "STOP_STRING",
+    "STOP_TOKEN",
+    "Answer",
+    "Context",
+    "Conversation",
+    "Engine",
+    "Sampling",
+    "generate_together",
+]
+
+KEPT_AFTER_EVICTION = 0.5  # of the window, at most: so that turns have to leave only once in a while
+DEFAULTS = Sampling()
+ROOM_FOR_ANSWER = 0.25  # of the window, at most: an answer may be longer, and then ends where the window does
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call of `Conversation.generate` said.
+
+    Args:
+        text: without what ended it.
+        tokens: as generated, a stop token or the last token of a stop string included.
+        why: why it ended: STOP_TOKEN, STOP_STRING, LENGTH (`max_new_tokens`, or the window is full) or INTERRUPTED.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    why: str
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the model ended it itself."""
+        return self.why in (STOP_TOKEN, STOP_STRING)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model attends to.
+
+    Args:
+        tokens: how many.
+        window: how many it may hold; None for any number.
+        messages: how many of the conversation's messages are in it.
+        dropped: how many have left it.
+    """
+
+    tokens: int
+    window: int | None
+    messages: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a conversation is. Never changed, so that going back to one undoes a turn.
+
+    Args:
+        past: None where it can be had again, by cutting the next place's.
+        memory: of `past`, where that is None.
+        tokens: those in the past.
+        pending: those still to be fed: the last one generated, where none was asked for after it.
+        foreign: whether the open segment in the memory is another conversation's.
+    """
+
+    past: Past | None
+    memory: StoredMemory | None
+    transcript: Transcript = Transcript()
+    tokens: tuple[int, ...] = ()
+    pending: tuple[Token, ...] = ()
+    foreign: bool = True
+
+
+class Conversation:
+    """One conversation. Not for several threads at once; the engine is.
+
+    Args:
+        engine: `OnnxModel` or `TorchModel`.
+        memory: what it remembers from before; nothing by default.
+        write: whether its tokens write.
+        window: the most tokens that its context may hold; any number by default. When an answer might not fit, the
+            oldest turns leave the context, and what they wrote stays in the memory.
+
+    Raises:
+        MemoryStateError: `memory` is another adapter's, or does not fit, or is not of one conversation.
+        ConfigError: the window is too small for anything; or the adapter's segments need a chat template.
+    """
+
+    def __init__(
+        self, engine: Engine, memory: StoredMemory | None = None, write: bool = True, window: int | None = None
+    ) -> None:
+        if window is not None and window < 2:
+            raise ConfigError(f"A window of {window} tokens holds nothing.", "", "Choose a larger one.")
+        if engine.memory_shape.segment:
+            raise ConfigError(
+                f"This memory writes by {engine.mechanism.granularity}.",
+                "Conversations cannot mark segments yet.",
+                "Use an adapter that writes every token.",
+            )
+        self.engine = engine
+        self.write = write
+        self.window = window
+        memory = empty_memory(engine) if memory is None else memory
+        _check_fits(engine, memory)
+        self._place = _Place(engine.start(memory), None)
+        self._before: list[_Place] = []  # each turn
+
+    @property
+    def memory(self) -> StoredMemory:
+        """States float32 `[1, H, R, R]` and open segments `[1, W]` by layer."""
+        return self.engine.memory(self._place.past)
+
+    @property
+    def context(self) -> Context:
+        script = self._place.transcript
+        messages, dropped = (sum(len(turn.messages) + 1 for turn in turns) for turns in (script.turns, script.dropped))
+        tokens = len(self._place.tokens) + len(self._place.pending)
+        return Context(tokens, self.window, len(script.system) + messages, dropped)
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything that was said since it began or was told to forget, whether it is still in the context or not."""
+        return self._place.transcript.messages
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write a memory file, whole or not at all, which every runtime loads.
+
+        Raises:
+            MemoryStateError: it holds NaN or infinity.
+        """
+        write_memory(path, self.memory)
+
+    def load_memory(self, path: str | Path) -> None:
+        """Put the memory of a file in place of this one; the context stays.
+
+        Raises:
+            MemoryStateError: the file is missing or damaged, or does not fit; nothing has changed then.
+        """
+        memory = read_memory(path)
+        _check_fits(self.engine, memory)
+        past = self.engine.with_memory(self._place.past, memory)
+        self._place = replace(self._place, past=past, foreign=True)
+
+    def forget(self) -> None:
+        """Start from nothing: the memory zeros, the context empty. It cannot be undone."""
+        self._place = _Place(self.engine.start(empty_memory(self.engine)), None)
+        self._before.clear()
+
+    def undo(self) -> bool:
+        """Take the last turn back: memory, context and messages are as they were before it.
+
+        Returns:
+            False if there is none.
+        """
+        if not self._before:
+            return False
+        place = self._before.pop()
+        if place.past is None:
+            assert place.memory is not None
+            past = self.engine.take(self._place.past, 0, np.arange(len(place.tokens)))
+            place = replace(place, past=self.engine.with_memory(past, place.memory), memory=None)
+        self._place = place
+        return True
+
+    def generate(
+        self,
+        content: str | Sequence[Message],
+        sampling: Sampling = DEFAULTS,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Answer:
+        """Go on with the conversation and answer.
+
+        Tokens are fed as `generate` of transformers feeds them: the last one generated is not, and where it stops the
+        answer, the chat template's next rendering supplies the end of the turn. A KeyboardInterrupt ends the answer;
+        what was said until then stays.
+
+        Args:
+            content: new messages, or a string: one user message where the model has a chat template, else plain text.
+            sampling: how tokens are chosen and where the answer ends.
+            on_text: called with each piece of text as it is completed.
+
+        Raises:
+            ConfigError: the prompt is longer than the window.
+            ExportError: the chat template refuses the messages, or does not continue this conversation; or there is
+                nothing to answer. Whatever is raised, nothing has changed.
+        """
+        turn = _Turn(self, content, sampling, on_text)
+        answer_rows(self.engine, [turn.row])
+        return turn.commit()
+
+
+def generate_together(
+    conversations: Sequence[Conversation],
+    contents: Sequence[str | Sequence[Message]],
+    sampling: Sampling = DEFAULTS,
+    on_text: Callable[[int, str], object] | None = None,
+) -> list[Answer]:
+    """`Conversation.generate` for several conversations of one engine, one call of the model for all of them.
+
+    Afterwards each of them is as if it had been alone (models that count padding as positions, such as BART's, aside).
+
+    Args:
+        conversations: different ones.
+        contents: of each, as in `Conversation.generate`.
+        sampling: of all; each draws from the seed by itself.
+        on_text: called with the number of the conversation, from 0, and a piece of its text.
+
+    Raises:
+        ConfigError: they are not different conversations of one engine, or their contents are not as many; or as in
+            `Conversation.generate`, for the conversation that is named. Nothing has changed.
+    """
+    engines = {id(conversation.engine) for conversation in conversations}
+    if len(conversations) != len(contents) or len(engines) != 1 or len(set(map(id, conversations))) < len(contents):
+        raise ConfigError(
+            "These conversations cannot be answered together.",
+            "Each must be another one, of the same engine, and have its content.",
+            "Pass one content a conversation.",
+        )
+    turns = []
+    for number, (conversation, content) in enumerate(zip(conversations, contents, strict=True)):
+        tell = None if on_text is None else _numbered(on_text, number)
+        try:
+            turns.append(_Turn(conversation, content, sampling, tell))
+        except DeltaMemError as error:
+            raise type(error)(f"Conversation {number + 1}: {error.what}", error.why, error.next) from error
+    answer_rows(conversations[0].engine, [turn.row for turn in turns])
+    return [turn.commit() for turn in turns]
+
+
+class _Turn:
+    """A turn that is being answered; the conversation does not change before `commit`."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        content: str | Sequence[Message],
+        sampling: Sampling,
+        on_text: Callable[[str], object] | None,
+    ) -> None:
+        engine = conversation.engine
+        self._conversation = conversation
+        self._start = start = _with_room(conversation, content, sampling)
+        self._transcript, tokens = start.transcript.begin(engine.text, content)
+        fed = [*start.pending, *(Token(token, conversation.write) for token in tokens)]
+        limit = sampling.max_new_tokens
+        if conversation.window is not None:
+            limit = min(limit, conversation.window - len(start.tokens) - len(fed))
+        self.row = Row(
+            past=start.past,
+            context=start.tokens,
+            tokens=fed,
+            answer_writes=conversation.write,
+            limit=limit,
+            sampler=Sampler(
+                sampling, np.array([*start.tokens, *(token.id for token in fed)], np.int64), engine.vocab_size
+            ),
+            said=Said(engine.text, sampling.stop, on_text),
+        )
+
+    def commit(self) -> Answer:
+        """The conversation goes on from here."""
+        row, conversation, start = self.row, self._conversation, self._start
+        before = conversation._place
+        if start is before:  # nothing has left the context: it is the beginning of the new one
+            before = replace(before, past=None, memory=conversation.memory)
+        text = row.said.text
+        conversation._before.append(before)
+        conversation._place = _Place(
+            past=row.past,
+            memory=None,
+            transcript=self._transcript.answered(text, row.answer),
+            tokens=(*start.tokens, *(token.id for token in row.tokens[: row.fed])),
+            pending=tuple(row.tokens[row.fed :]),
+            foreign=False,
+        )
+        return Answer(text, tuple([*row.answer, *row.last]), row.why)
+
+
+def _with_room(conversation: Conversation, content: str | Sequence[Message], sampling: Sampling) -> _Place:
+    """Where the conversation goes on: where it is, or, if the window is too small for the prompt and an answer, where
+    it is without its oldest turns: read again, without writing, from the memory as it is.
+
+    Raises:
+        ConfigError: the prompt does not fit, even alone with the system messages.
+    """
+    engine, place, window = conversation.engine, conversation._place, conversation.window
+    if window is None:
+        return place
+    text = engine.text
+    room = max(1, min(sampling.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
+    new = len(place.transcript.begin(text, content)[1])
+    if len(place.tokens) + len(place.pending) + new + room <= window:
+        return place
+    for count in reversed(range(len(place.transcript.turns))):
+        kept = place.transcript.keep(text, count)
+        tokens = kept.tokens(text)
+        new = len(kept.begin(text, content)[1])
+        if len(tokens) <= window * KEPT_AFTER_EVICTION and len(tokens) + new + room <= window:
+            return _evicted(conversation, kept, tokens)
+    kept = place.transcript.keep(text, 0)
+    tokens, new = kept.tokens(text), len(kept.begin(text, content)[1])
+    if len(tokens) + new >= window:
+        raise ConfigError(
+            f"The prompt is longer than the window of {window} tokens.",
+            f"With the system message it has {len(tokens) + new}, and the answer needs one at least.",
+            "Shorten it, or take a larger window.",
+        )
+    return _evicted(conversation, kept, tokens) if place.tokens else place
+
+
+def _evicted(conversation: Conversation, kept: Transcript, tokens: list[int]) -> _Place:
+    """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
+    engine, place = conversation.engine, conversation._place
+    past = place.past
+    if place.pending:  # or it would leave without a trace
+        past = _fed(engine, past, len(place.tokens), place.pending)
+    past = engine.start(engine.memory(past))
+    if tokens:
+        past = _fed(engine, past, 0, [Token(token, writes=False) for token in tokens])
+    return _Place(past, None, kept, tuple(tokens), (), foreign=False)
+
+
+def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
+    """`past`, which holds `context` tokens, with `tokens` after them."""
+    ids, writes, ends = (
+        np.array([part], dtype)
+        for part, dtype in zip(zip(*tokens, strict=True), (np.int64, np.bool_, np.bool_), strict=True)
+    )
+    mask = np.ones((1, context + len(tokens)), np.int64)
+    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]
+
+
+def _check_fits(engine: Engine, memory: StoredMemory) -> None:
+    check_memory(memory.shape, memory.adapter, engine.memory_shape, engine.adapter)
+    rows = {len(state) for state in memory.states.values()}
+    if rows != {1}:
+        raise MemoryStateError(
+            "A conversation starts from one memory.", f"This one holds {max(rows)} rows.", "Pick one row."
+        )
+
+
+def _numbered(on_text: Callable[[int, str], object], number: int) -> Callable[[str], object]:
+    return lambda piece: on_text(number, piece)

@@ -1,0 +1,78 @@
+"""What a runtime has to do for conversations: ONNX Runtime and PyTorch each have a class that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.chat_text import ChatText
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.memory_file import MemoryShape, StoredMemory
+
+Past = Any  # KV cache and memory of a batch, as the engine keeps it; never changed
+
+
+class Engine(Protocol):
+    """A loaded model. Every call gives new pasts and leaves the old ones as they are, so that one engine serves many
+    conversations from many threads.
+
+    text: tokens and chat template.
+    stop_tokens: ids that end an answer.
+    adapter: fingerprint of the adapter, which its memories belong to.
+    mechanism: the adapter's options.
+    memory_shape: what its memories measure.
+    """
+
+    text: ChatText
+    stop_tokens: frozenset[int]
+    adapter: str
+    mechanism: DeltaMemConfig
+    memory_shape: MemoryShape
+    vocab_size: int
+
+    def start(self, memory: StoredMemory) -> Past:
+        """No tokens yet, and the given memory, a row for each conversation."""
+
+    def step(
+        self,
+        past: Past,
+        input_ids: NDArray,
+        attention_mask: NDArray,
+        write_mask: NDArray,
+        segment_end: NDArray | None = None,
+    ) -> tuple[NDArray, Past]:
+        """Feed tokens.
+
+        Args:
+            past: of B rows and P tokens.
+            input_ids: int64 `[B, T]`.
+            attention_mask: int64 `[B, P + T]`, 0 at padding.
+            write_mask: bool `[B, T]`, which tokens write or belong to a segment; padding never does.
+            segment_end: bool `[B, T]`, which tokens end a segment; None where every token writes.
+
+        Returns:
+            Logits `[B, V]` of the last position, float32, and the past of P + T tokens.
+        """
+
+    def memory(self, past: Past) -> StoredMemory:
+        """States and open segments, copied."""
+
+    def with_memory(self, past: Past, memory: StoredMemory) -> Past:
+        """The same tokens with another memory."""
+
+    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+        """One row, with those of its tokens that `columns`, indices, names; its memory as it is."""
+
+    def join(self, pasts: Sequence[Past]) -> Past:
+        """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""
+
+
+def empty_memory(engine: Engine) -> StoredMemory:
+    """Zeros, of one conversation."""
+    shape = engine.memory_shape
+    states = {layer: np.zeros((1, *sizes), np.float32) for layer, sizes in shape.layers.items()}
+    segments = {layer: np.zeros((1, shape.segment), np.float32) for layer in shape.layers if shape.segment}
+    return StoredMemory(states, segments, engine.adapter)

@@ -1,0 +1,214 @@
+"""Answers token by token: one call of the engine for all rows of a batch, each of which ends in its own time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.chat_text import ChatText, TextStream
+from deltamem_tool.engine import Engine
+from deltamem_tool.sampling import Sampler
+
+STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED = "stop token", "stop string", "length", "interrupted"
+
+
+class Said:
+    """The text of an answer as it grows: what may become a stop string is held back until it has not.
+
+    Args:
+        text: of the model.
+        stop: texts that end the answer before them.
+        on_text: called with each piece.
+    """
+
+    def __init__(self, text: ChatText, stop: Sequence[str], on_text: Callable[[str], object] | None) -> None:
+        self._stream = TextStream(text.tokenizer)
+        self._stop = stop
+        self._on_text = on_text
+        self._held = ""
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> bool:
+        """Whether `token` completes a stop string, in which case nothing more is to come."""
+        return self._add(self._stream.push(token))
+
+    def end(self) -> None:
+        """No token is to come: give what was held back."""
+        if not self._add(self._stream.flush()):
+            self._give(self._held)
+
+    def break_off(self) -> None:
+        """As `end`, but nobody is told."""
+        self._on_text = None
+        self.end()
+
+    def _add(self, piece: str) -> bool:
+        text = self._held + piece
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self._held = ""
+            self._give(text[: min(found)])
+            return True
+        keep = next((n for n in range(len(text)) if any(stop.startswith(text[n:]) for stop in self._stop)), len(text))
+        self._held = text[keep:]
+        self._give(text[:keep])
+        return False
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            if self._on_text is not None:
+                self._on_text(piece)
+
+
+class Token(NamedTuple):
+    """A token, whether it writes or belongs to a segment, and whether it ends one."""
+
+    id: int
+    writes: bool
+    ends: bool = False
+
+
+@dataclass
+class Row:
+    """One conversation's part in a batch.
+
+    Args:
+        past: where it starts, of one row.
+        context: tokens in that past.
+        tokens: what has to be fed: the prompt, and then the answer as it grows.
+        answer_writes: whether the answer's tokens write.
+        limit: the longest answer, in tokens.
+        sampler: chooses its tokens.
+        said: its text.
+    """
+
+    past: Any
+    context: Sequence[int]
+    tokens: list[Token]
+    answer_writes: bool
+    limit: int
+    sampler: Sampler
+    said: Said
+    fed: int = 0  # of `tokens`
+    why: str = INTERRUPTED  # until it ends otherwise
+    last: list[int] = field(default_factory=list)  # a token that ended the answer and is not fed
+    prompt: int = field(init=False)  # tokens of it
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def going(self) -> bool:
+        return self.why == INTERRUPTED
+
+    @property
+    def answer(self) -> list[int]:
+        """Its tokens in the context, fed or not."""
+        return [token.id for token in self.tokens[self.prompt :]]
+
+    def take(self, token: int, stop_tokens: frozenset[int]) -> None:
+        """The next token of the answer."""
+        if token in stop_tokens:
+            self.last, self.why = [token], STOP_TOKEN
+            self.said.end()
+            return
+        self.tokens.append(Token(token, self.answer_writes))
+        if self.said.push(token):
+            self.tokens.pop()
+            self.last, self.why = [token], STOP_STRING
+        elif len(self.tokens) - self.prompt == self.limit:
+            self.said.end()
+            self.why = LENGTH
+
+
+class _Batch:
+    """Rows that are fed together, padded on the left."""
+
+    def __init__(self, engine: Engine, rows: Sequence[Row], past: Any, mask: NDArray) -> None:
+        self._engine = engine
+        self._rows = rows
+        self._segments = engine.memory_shape.segment > 0
+        self._state = past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
+
+    @classmethod
+    def of(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
+        mask = _left_padded([[1] * len(row.context) for row in rows], np.int64)
+        return cls(engine, rows, engine.join([row.past for row in rows]), mask)
+
+    @classmethod
+    def joined(cls, batches: Sequence[_Batch]) -> _Batch:
+        if len(batches) == 1:
+            return batches[0]
+        engine = batches[0]._engine
+        pasts, masks = zip(*(batch._state for batch in batches), strict=True)
+        mask = _left_padded([row for mask in masks for row in mask.tolist()], np.int64)
+        return cls(engine, [row for batch in batches for row in batch._rows], engine.join(pasts), mask)
+
+    def feed(self) -> NDArray:
+        """Logits `[B, V]` after all tokens that were not fed yet; those of rows that have ended mean nothing."""
+        fresh = [row.tokens[row.fed :] if row.going else [] for row in self._rows]
+        ids = _left_padded([[token.id for token in tokens] for tokens in fresh], np.int64)
+        writes = _left_padded([[token.writes for token in tokens] for tokens in fresh], np.bool_)
+        ends = _left_padded([[token.ends for token in tokens] for tokens in fresh], np.bool_)
+        past, mask = self._state
+        mask = np.concatenate([mask, _left_padded([[1] * len(tokens) for tokens in fresh], np.int64)], axis=1)
+        logits, past = self._engine.step(past, ids, mask, writes, ends if self._segments else None)
+        self._state = past, mask
+        for row, tokens in zip(self._rows, fresh, strict=True):
+            row.fed += len(tokens)
+        return logits
+
+    def part(self) -> None:
+        """Give every row its own past, and the number of tokens that are in it."""
+        past, mask = self._state
+        for number, row in enumerate(self._rows):
+            columns = np.flatnonzero(mask[number])
+            whole = len(self._rows) == 1 and len(columns) == mask.shape[1]
+            row.past = past if whole else self._engine.take(past, number, columns)
+            row.fed = len(columns) - len(row.context)
+
+
+def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
+    """Feed the rows and let them answer, until each has ended or somebody interrupts; then every row has its own past.
+
+    Prompts go in together where nothing but padding on the left of everything is needed for it. Padding between a
+    context and a prompt would push tokens out of the windows of layers that have one, so such prompts go in one by one.
+    """
+    width = max(len(row.tokens) for row in rows)
+    together = all(len(row.tokens) == width or not row.context for row in rows)
+    batches = [_Batch.of(engine, rows)] if together else [_Batch.of(engine, [row]) for row in rows]
+    try:
+        logits = np.concatenate([batch.feed() for batch in batches])
+        batches = [_Batch.joined(batches)]
+        _go_on(batches[0], rows, logits, engine.stop_tokens)
+    except KeyboardInterrupt:
+        for row in rows:
+            if row.going:
+                row.said.break_off()
+    for batch in batches:
+        batch.part()
+
+
+def _go_on(batch: _Batch, rows: Sequence[Row], logits: NDArray, stop_tokens: frozenset[int]) -> None:
+    while True:
+        for row, of_row in zip(rows, logits, strict=True):
+            if row.going:
+                row.take(row.sampler.pick(of_row), stop_tokens)
+        if not any(row.going for row in rows):
+            return
+        logits = batch.feed()
+
+
+def _left_padded(rows: Sequence[Sequence[int | bool]], dtype: type) -> NDArray:
+    """Rows of any lengths as `[B, longest]`, zeros on the left."""
+    width = max(map(len, rows))
+    return np.array([[0] * (width - len(row)) + list(row) for row in rows], dtype).reshape(len(rows), width)

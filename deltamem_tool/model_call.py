@@ -1,0 +1,62 @@
+"""One call of a model on a cache that holds given keys and values: in PyTorch and where a graph is traced."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from deltamem_tool.state import MemoryCache
+
+
+class CallOptions:
+    """How `model` is called, in the graph and beside it."""
+
+    def __init__(self, model: PreTrainedModel, logits: str) -> None:
+        self._last = logits == "last"
+        parameters = inspect.signature(model.forward).parameters
+        self._cuts = "logits_to_keep" in parameters
+        self._first_position = _first_position(model) if "position_ids" in parameters else None
+
+    def logits(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache) -> Tensor:
+        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`."""
+        given: dict[str, Any] = {}
+        if self._first_position is not None:
+            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1])
+        if self._cuts:
+            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+        ).logits
+        return logits if self._cuts or not self._last else logits[:, -1:]
+
+
+@torch.no_grad()
+def _first_position(model: PreTrainedModel) -> int | None:
+    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
+    neither: then it counts by itself."""
+    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    own = model(input_ids=ids, past_key_values=MemoryCache(model)).logits
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    for first in (0, (padding or 0) + 1):
+        positions = first + torch.arange(3, device=model.device)[None]
+        if torch.allclose(
+            model(ids, position_ids=positions, past_key_values=MemoryCache(model)).logits, own, atol=1e-5
+        ):
+            return first
+    return None
+
+
+def _positions(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Positions `[B, T]` of the last tokens, counted without padding, as `generate` counts them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
+    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device

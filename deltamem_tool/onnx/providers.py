@@ -1,0 +1,81 @@
+"""What runs a graph: ONNX Runtime's providers by our names; CUDA's libraries found, or named where missing."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import onnxruntime
+
+from deltamem_tool.errors import ExportError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA_LIBRARY = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+
+
+def execution_providers(name: str) -> list[str]:
+    """What to ask ONNX Runtime for.
+
+    Raises:
+        ExportError: there is no such provider, this build has it not, or a library that it needs cannot be loaded.
+    """
+    if name not in PROVIDERS:
+        raise ExportError(f"There is no provider {name!r}.", "", f"The providers are {', '.join(PROVIDERS)}.")
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[name] not in available:
+        raise _not_here(
+            name,
+            f"This build of ONNX Runtime has {', '.join(available)}.",
+            "Install onnxruntime-gpu, or run on the CPU." if name == "cuda" else "Install onnxruntime again.",
+        )
+    if name == "cuda":
+        _load_cuda()
+    return [PROVIDERS[name]] if name == "cpu" else [PROVIDERS[name], PROVIDERS["cpu"]]
+
+
+def device_of(provider: str) -> str:
+    """Where a provider keeps its tensors, as OrtValue calls it."""
+    return provider
+
+
+def refuse_if_missing(name: str, found: Sequence[str]) -> None:
+    """
+    Raises:
+        ExportError: the session has not got the provider `name`, which ONNX Runtime says on stderr and goes on without.
+    """
+    if PROVIDERS[name] not in found:
+        raise _not_here(
+            name,
+            "Its libraries are there, but it found no device that it can use; ONNX Runtime's own message says more.",
+            "Look at what nvidia-smi says, or run on the CPU.",
+        )
+
+
+def _load_cuda() -> None:
+    """Have CUDA's libraries in the process, from NVIDIA's pip packages (which PyTorch depends on) or the system.
+
+    Raises:
+        ExportError: one is missing.
+    """
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find, whether that is needed or not
+        onnxruntime.preload_dlls(directory="")  # "": not out of PyTorch, which is not imported for it
+    if not _CUDA_LIBRARY.is_file():
+        return  # not Linux: refuse_if_missing decides
+    try:
+        ctypes.CDLL(str(_CUDA_LIBRARY))
+    except OSError as error:
+        if "cannot open shared object file" not in str(error):
+            return  # it is about more than a missing library: ONNX Runtime says what
+        library = str(error).partition(":")[0]
+        raise _not_here(
+            "cuda",
+            f"It needs {library}, which cannot be loaded ({error}).",
+            "Install CUDA's libraries (`pip install onnxruntime-gpu[cuda,cudnn]`), or run on the CPU.",
+        ) from error
+
+
+def _not_here(name: str, why: str, next: str) -> ExportError:
+    return ExportError(f"ONNX Runtime cannot run on {name} here.", why, next)

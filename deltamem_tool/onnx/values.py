@@ -1,0 +1,41 @@
+"""Tensors of ONNX Runtime from and to numpy, on any device; bfloat16, which numpy lacks, as uint16."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime import OrtValue
+
+from deltamem_tool.onnx import contract
+
+ELEMENT_TYPES = {contract.FLOAT32: 1, contract.FLOAT16: 10, contract.BFLOAT16: 16}  # of onnx.TensorProto
+_CPU = "cpu"
+
+
+def on_device(array: NDArray, dtype: str, device: str) -> OrtValue:
+    """A tensor of its own; `array` holds bfloat16 as uint16."""
+    if dtype != contract.BFLOAT16:
+        return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device)
+    here = OrtValue.ortvalue_from_numpy_with_onnx_type(np.array(array, order="C"), ELEMENT_TYPES[dtype])
+    return here if device == _CPU else _copied(here, device)
+
+
+def on_host(value: OrtValue) -> NDArray:
+    """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
+    if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
+        return value.numpy()
+    here = value if value.device_name() == _CPU else _copied(value, _CPU)
+    count = here.tensor_size_in_bytes()
+    if count == 0:
+        return np.zeros(here.shape(), np.uint16)
+    bits = ctypes.string_at(here.data_ptr(), count)
+    return np.frombuffer(bits, np.uint16).reshape(here.shape())
+
+
+def _copied(value: OrtValue, device: str) -> OrtValue:
+    copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device)
+    onnxruntime.copy_tensors([value], [copy])
+    return copy

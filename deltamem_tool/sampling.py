@@ -1,0 +1,127 @@
+"""From logits to the next token: greedy, or sampled as transformers samples. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is chosen and where it ends. The options are applied in the order of transformers' `generate`:
+    repetition penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+        max_new_tokens: the longest answer.
+        temperature: 0 takes the likeliest token; more makes the answer more varied.
+        top_k: sample among so many likeliest tokens; 0 for all.
+        top_p: sample among the likeliest tokens that hold this much probability together.
+        min_p: sample among the tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: positive logits of tokens that are in the context are divided by it, negative ones
+            multiplied; 1 changes nothing.
+        seed: of the sampling; None takes a new one.
+        stop: texts that end the answer, which ends before them.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        finite = np.isfinite([self.temperature, self.repetition_penalty]).all()
+        for holds, why in (
+            (self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
+            (finite and self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}"),
+            (self.top_k >= 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
+            (0 <= self.min_p <= 1, f"min_p must be 0 to 1, not {self.min_p}"),
+            (
+                finite and self.repetition_penalty > 0,
+                f"repetition_penalty must be above 0, not {self.repetition_penalty}",
+            ),
+            (self.seed is None or self.seed >= 0, f"seed must be 0 or more, not {self.seed}"),
+            (
+                isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+                "stop must be a tuple of texts, none of them empty",
+            ),
+        ):
+            if not holds:
+                raise ConfigError("The answer's options do not hold.", f"{why}.", "Correct the option and try again.")
+
+
+class Sampler:
+    """Chooses the tokens of one answer.
+
+    Args:
+        sampling: how.
+        context: the tokens before the answer, for the repetition penalty.
+        vocab_size: V.
+    """
+
+    def __init__(self, sampling: Sampling, context: NDArray, vocab_size: int) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._seen = np.zeros(vocab_size, bool)
+        self._seen[context] = True
+
+    def pick(self, logits: NDArray) -> int:
+        """The next token, from logits `[V]`."""
+        penalised = _penalised(logits, self._seen, self._sampling.repetition_penalty)
+        if self._sampling.temperature == 0:
+            token = int(penalised.argmax())
+        else:
+            token = int(self._random.choice(len(logits), p=_probabilities(penalised, self._sampling)))
+        self._seen[token] = True
+        return token
+
+
+def probabilities(logits: NDArray, sampling: Sampling, context: NDArray) -> NDArray:
+    """What a token is drawn from at a temperature above 0: float64 `[V]`, zero for tokens that are left out.
+
+    Args:
+        logits: `[V]`.
+        sampling: which are left out, and how flat the rest is.
+        context: tokens before, for the repetition penalty.
+    """
+    seen = np.zeros(len(logits), bool)
+    seen[context] = True
+    return _probabilities(_penalised(logits, seen, sampling.repetition_penalty), sampling)
+
+
+def _penalised(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
+    if penalty == 1:
+        return logits
+    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _probabilities(logits: NDArray, sampling: Sampling) -> NDArray:
+    scores = logits.astype(np.float64) / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores = np.where(scores < least, -np.inf, scores)
+    if sampling.top_p < 1:
+        order = np.argsort(scores, kind="stable")  # ascending, as transformers does: the tail is what is cut off
+        order = order[:-1][np.cumsum(_softmax(scores)[order])[:-1] <= 1 - sampling.top_p]
+        scores[order] = -np.inf
+    if sampling.min_p > 0:
+        chances = _softmax(scores)
+        scores = np.where(chances < sampling.min_p * chances.max(), -np.inf, scores)
+    return _softmax(scores)
+
+
+def _softmax(scores: NDArray) -> NDArray:
+    chances = np.exp(scores - scores.max())
+    return chances / chances.sum()

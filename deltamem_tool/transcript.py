@@ -1,0 +1,143 @@
+"""What was said in a conversation, as the chat template writes it and as tokens. An answer is never tokenised again.
+
+In rendered text a placeholder stands for each answer, so that the template's words around it can be told from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from deltamem_tool.chat_text import ChatText, Message
+from deltamem_tool.errors import ExportError
+
+_ANSWER = "\ue000{}\ue000"  # private-use characters, so no template trims them
+
+
+@dataclass(frozen=True)
+class Turn:
+    """New messages and the answer to them.
+
+    Args:
+        messages: what was new; text for a model without a chat template is one user message.
+        answer: its text.
+        tokens: the answer's, as the context holds them: without a stop token, which the template writes.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str = ""
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Never changed: every method returns a new one.
+
+    Args:
+        system: the system messages that it began with.
+        turns: those whose tokens are in the context.
+        dropped: earlier ones, which have left it.
+        rendered: all text of the context up to the last answer, placeholders for the answers before.
+    """
+
+    system: tuple[Message, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    dropped: tuple[Turn, ...] = ()
+    rendered: str = ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything that was said, dropped turns too."""
+        said = list(self.system)
+        for turn in (*self.dropped, *self.turns):
+            said += [*turn.messages, {"role": "assistant", "content": turn.answer}]
+        return said
+
+    @property
+    def head(self) -> str:
+        """`rendered` with the last answer."""
+        return self.rendered + (_ANSWER.format(len(self.turns) - 1) if self.turns else "")
+
+    def begin(self, text: ChatText, content: str | Sequence[Message]) -> tuple[Transcript, list[int]]:
+        """With another turn, which has no answer yet; and the tokens that it adds.
+
+        Raises:
+            ExportError: the chat template refuses the messages, or does not continue this conversation; or there is
+                nothing in them.
+        """
+        new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+        system = self.system
+        if not self.turns and not system:
+            count = next((i for i, message in enumerate(new) if message.get("role") != "system"), 0)
+            system, new = tuple(new[:count]), new[count:]
+        if isinstance(content, str) and not text.has_template:
+            rendered = self.head + content
+        else:
+            rendered = text.render([*system, *self._with_placeholders(), *new])
+        if not rendered.startswith(self.head):
+            raise ExportError(
+                "The chat template does not continue this conversation.",
+                "It renders the earlier turns differently once there are new ones.",
+                "Start a new conversation, from this one's memory if it should remember.",
+            )
+        added = rendered[len(self.head) :]
+        tokens = text.encode(added, special_tokens=not text.has_template and not self.head)
+        if not tokens:
+            raise ExportError("There is nothing to answer.", "The text has no tokens.", "Give it some text.")
+        turns = (*self.turns, Turn(tuple(new)))
+        return replace(self, system=system, turns=turns, rendered=rendered), tokens
+
+    def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
+        """With the answer to the last turn."""
+        last = replace(self.turns[-1], answer=answer, tokens=tuple(tokens))
+        return replace(self, turns=(*self.turns[:-1], last))
+
+    def keep(self, text: ChatText, count: int) -> Transcript:
+        """Of the turns in the context the last `count` alone, rendered as if the conversation had begun with them."""
+        gone, kept = self.turns[: len(self.turns) - count], self.turns[len(self.turns) - count :]
+        shorter = replace(self, turns=(), dropped=(*self.dropped, *gone), rendered="")
+        if not kept:
+            return replace(shorter, rendered=_alone(text, self.system))
+        for turn in kept:
+            plain = turn.messages[0]["content"] if not text.has_template else turn.messages
+            shorter = shorter.begin(text, plain)[0].answered(turn.answer, turn.tokens)
+        return shorter
+
+    def tokens(self, text: ChatText) -> list[int]:
+        """All tokens of the context, the last answer's too.
+
+        Raises:
+            ExportError: the template does not write every answer once.
+        """
+        tokens: list[int] = []
+        rest = self.head
+        for number, turn in enumerate(self.turns):
+            before, found, rest = rest.partition(_ANSWER.format(number))
+            if not found:
+                raise ExportError(
+                    "The chat template does not write every answer of this conversation.",
+                    f"Answer {number + 1} is not in what it renders.",
+                    "Start a new conversation, from this one's memory.",
+                )
+            first = not text.has_template and number == 0
+            tokens += [*text.encode(before, special_tokens=first), *turn.tokens]
+        return tokens + text.encode(rest)
+
+    def _with_placeholders(self) -> list[Message]:
+        messages: list[Message] = []
+        for number, turn in enumerate(self.turns):
+            messages += [*turn.messages, {"role": "assistant", "content": _ANSWER.format(number)}]
+        return messages
+
+
+def _alone(text: ChatText, system: tuple[Message, ...]) -> str:
+    """The system messages' own text; empty where the template writes it with the first user message alone, which then
+    brings it again."""
+    if not system:
+        return ""
+    try:
+        alone = text.render(list(system), generation_prompt=False)
+        followed = text.render([*system, {"role": "user", "content": _ANSWER.format(0)}])
+    except ExportError:
+        return ""
+    return alone if followed.startswith(alone) else ""
