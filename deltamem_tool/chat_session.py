@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, in_words
+from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.files import refuse_unwritable
 from deltamem_tool.generation import INTERRUPTED, LENGTH
 from deltamem_tool.memory_file import read_memory
@@ -70,7 +70,7 @@ class Chat:
             elif text:
                 self._turn(text[1:] if text.startswith("//") else text)
         except Exception as error:
-            said = in_words(error)
+            said = domain_error(error)
             if said is None:
                 raise
             self._fail(said)
@@ -79,18 +79,28 @@ class Chat:
         """A line beside the conversation."""
         self._notices.print(Text(text, style="dim"), soft_wrap=True)
 
-    def keep(self) -> None:
+    def _keep(self) -> None:
         """Write the memory file, where there is one.
 
         Raises:
-            OSError: it cannot be written; the one from before is still there.
+            MemoryStateError: it cannot be written.
         """
         if self._memory_file is None:
             return
         try:
-            self.conversation.save_memory(self._memory_file)
-        except KeyboardInterrupt:  # stops an answer, not the save that follows it
-            self.conversation.save_memory(self._memory_file)
+            try:
+                self.conversation.save_memory(self._memory_file)
+            except KeyboardInterrupt:  # stops an answer, not the save that follows it
+                self.conversation.save_memory(self._memory_file)
+        except Exception as error:
+            said = domain_error(error)
+            if said is None:
+                raise
+            raise MemoryStateError(
+                f"{self._memory_file} was not written; it is as it was before.",
+                f"{said.what} {said.why}".strip(),
+                "The next turn tries again; /save FILE writes to another place.",
+            ) from error
 
     def _turn(self, text: str) -> None:
         content: str | list[dict[str, str]] = text
@@ -112,7 +122,7 @@ class Chat:
         left = self.conversation.context.dropped - dropped
         if left > 0:
             self.notice(f"{_count(left, 'message')} left the window; the memory keeps their trace.")
-        self.keep()
+        self._keep()
 
     def _write(self, piece: str) -> None:
         self._out.file.write(piece.translate(_CONTROL) if self._out.is_terminal else piece)
@@ -146,27 +156,27 @@ class Chat:
         command.run(self, argument)
 
     def _save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = _path(argument)
         _refuse_no_memory(path)
         refuse_unwritable(path)
         self.conversation.save_memory(path)
         self.notice(f"Saved to {path}.")
 
     def _load(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = _path(argument)
         self.conversation.load_memory(path)
-        self.keep()
-        self.notice(f"The memory is now that of {path}.")
+        self._keep()
+        self.notice(f"The memory is now that of {path}; the context is as it was.")
 
     def _forget(self, _: str) -> None:
         self.conversation.forget()
-        self.keep()
+        self._keep()
         self.notice("The memory is empty, and so is the context.")
 
     def _undo(self, _: str) -> None:
         if not self.conversation.undo():
-            raise ConfigError("There is nothing to undo.", "No turn is left that could be taken back.")
-        self.keep()
+            raise ConfigError("There is nothing to undo.", "No turn is left.", "/forget empties the memory.")
+        self._keep()
         self.notice("The last turn is undone, in the context and in the memory.")
 
     def _memory(self, argument: str) -> None:
@@ -221,13 +231,20 @@ class Command:
 COMMANDS = {
     "/save": Command("Write the memory to a file.", Chat._save, "FILE"),
     "/load": Command("Go on with the memory of a file.", Chat._load, "FILE"),
-    "/forget": Command("Empty the memory and the context.", Chat._forget),
+    "/forget": Command("Empty the memory and the context; this cannot be undone.", Chat._forget),
     "/undo": Command("Take back the last turn, from the context and from the memory.", Chat._undo),
     "/memory": Command("Norms by layer, and a picture of one: the strongest, or LAYER.", Chat._memory, "[LAYER]"),
     "/context": Command("How much of the conversation is in view.", Chat._context),
     "/help": Command("This list.", Chat._help),
     "/quit": Command("Leave; so does Ctrl-D.", Chat._quit),
 }  # fmt: skip
+
+
+def _path(argument: str) -> Path:
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{argument} is no path.", f"{error}", "Write the folder out.") from error
 
 
 def _refuse_no_memory(path: Path) -> None:

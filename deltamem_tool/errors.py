@@ -48,7 +48,7 @@ class ExportError(DeltaMemError):
     pass
 
 
-def in_words(error: Exception) -> DeltaMemError | None:
+def domain_error(error: Exception) -> DeltaMemError | None:
     """An error for a person: `error` itself if it is one of these, or what the system refused; None for one that keeps
     its traceback."""
     if isinstance(error, DeltaMemError):
@@ -60,7 +60,9 @@ def in_words(error: Exception) -> DeltaMemError | None:
             "Nothing was left half-written. Free some space and try again.",
         )
     refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-    if isinstance(error, refused) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+    if isinstance(error, refused) or (
+        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+    ):
         return DeltaMemError(
             f"{error.filename or 'A file'} cannot be read or written.",
             f"{error.strerror or error}.",

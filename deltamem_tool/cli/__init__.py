@@ -9,7 +9,7 @@ import sys
 import click
 
 from deltamem_tool import __version__
-from deltamem_tool.errors import DeltaMemError, in_words
+from deltamem_tool.errors import DeltaMemError, domain_error
 
 COMMANDS = ("quickstart", "architectures", "patch", "convert", "inspect", "train", "eval", "export", "run", "chat")
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         cli(prog_name="deltamem")
     except Exception as error:
-        said = in_words(error)
+        said = domain_error(error)
         if said is None:
             raise
         _fail(said)

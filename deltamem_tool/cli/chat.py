@@ -70,9 +70,10 @@ def command(
     memory = read_memory(memory_file) if memory_file is not None and was_there else None
     with STDERR.status("Loading the model"):
         engine = _onnx_engine(model, provider) if is_onnx else _torch_engine(model, base, trust_remote_code, device)
-        chat = Chat(Conversation(engine, memory, window=window), chosen, system, memory_file, notices=STDERR)
-    chat.keep()
+        conversation = Conversation(engine, memory, window=window)
+    chat = Chat(conversation, chosen, system, memory_file, notices=STDERR)
     if memory_file is not None:
+        conversation.save_memory(memory_file)  # a disk that is full says so now
         chat.notice(f"{memory_file} is {'loaded' if was_there else 'new'}, and written after every turn.")
     if sys.stdin.isatty():
         _talk(chat, _reader(chat, no_history))
@@ -132,12 +133,17 @@ def _talk(chat: Chat, reader: Reader) -> None:
     chat.notice("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
     while not chat.over:
         try:
-            chat.handle(reader.read())
+            line = reader.read()
         except EOFError:
             break
         except KeyboardInterrupt:
             if reader.was_empty:
                 chat.notice("Ctrl-D or /quit leaves.")
+            continue
+        try:
+            chat.handle(line)
+        except KeyboardInterrupt:
+            chat.notice("Stopped.")
 
 
 def _pipe(chat: Chat) -> None:
