@@ -35,7 +35,7 @@ class Reader:
     def __init__(self, commands: Mapping[str, Command], history: Path | None) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else _private_history(history),
-            completer=_Commands(commands),
+            completer=CommandCompleter(commands),
             complete_while_typing=Condition(_is_command),  # room for the menu is kept only then
             prompt_continuation="  ",
             key_bindings=_bindings(),
@@ -84,7 +84,7 @@ def _bindings() -> KeyBindings:
     return bindings
 
 
-class _Commands(Completer):
+class CommandCompleter(Completer):
     """Names of commands, and files after those that take one."""
 
     def __init__(self, commands: Mapping[str, Command]) -> None:
