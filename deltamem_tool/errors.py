@@ -13,6 +13,8 @@ Each carries what failed, why, and what to do next; the command line prints thos
 
 from __future__ import annotations
 
+import errno
+
 
 class DeltaMemError(Exception):
     """`what` failed, `why`, and what to do `next`: one sentence each."""
@@ -44,3 +46,40 @@ class DataError(DeltaMemError, ValueError):
 
 class ExportError(DeltaMemError):
     pass
+
+
+def domain_error(error: Exception) -> DeltaMemError | None:
+    """An error for a person: `error` itself if it is one of these, or what the system refused; None for one that keeps
+    its traceback."""
+    if isinstance(error, DeltaMemError):
+        return error
+    if _no_room(error):
+        return DeltaMemError(
+            "The disk is full, or a limit on files is reached.",
+            f"{str(error).strip().splitlines()[0]}.",
+            "Nothing was left half-written. Free some space and try again.",
+        )
+    refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    if isinstance(error, refused) or (
+        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+    ):
+        return DeltaMemError(
+            f"{error.filename or 'A file'} cannot be read or written.",
+            f"{error.strerror or error}.",
+            "Correct the path or its permissions, and try again.",
+        )
+    return None
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether `error` is a full disk, a quota or a limit, by itself or in the words of safetensors and torch."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = (
+        "No space left on device",
+        "File too large",
+        "Disk quota exceeded",
+        "iostream error",
+        "inline_container.cc",
+    )
+    return any(said in str(error) for said in words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -10,9 +9,9 @@ import sys
 import click
 
 from deltamem_tool import __version__
-from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.errors import DeltaMemError, domain_error
 
-COMMANDS = ("quickstart", "architectures", "patch", "convert", "inspect", "train", "eval", "export", "run")
+COMMANDS = ("quickstart", "architectures", "patch", "convert", "inspect", "train", "eval", "export", "run", "chat")
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
 
 
@@ -41,45 +40,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         cli(prog_name="deltamem")
-    except DeltaMemError as error:
-        _fail(error)
     except Exception as error:
-        said = _in_words(error)
+        said = domain_error(error)
         if said is None:
             raise
         _fail(said)
-
-
-def _in_words(error: Exception) -> DeltaMemError | None:
-    """What the system refused, for a person; None for an error that keeps its traceback."""
-    if _no_room(error):
-        return DeltaMemError(
-            "The disk is full, or a limit on files is reached.",
-            f"{str(error).strip().splitlines()[0]}.",
-            "Nothing was left half-written. Free some space and try again.",
-        )
-    refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-    if isinstance(error, refused) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-        return DeltaMemError(
-            f"{error.filename or 'A file'} cannot be read or written.",
-            f"{error.strerror or error}.",
-            "Correct the path or its permissions, and try again.",
-        )
-    return None
-
-
-def _no_room(error: Exception) -> bool:
-    """Whether `error` is a full disk, a quota or a limit, by itself or in the words of safetensors and torch."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    words = (
-        "No space left on device",
-        "File too large",
-        "Disk quota exceeded",
-        "iostream error",
-        "inline_container.cc",
-    )
-    return any(said in str(error) for said in words)
 
 
 def _fail(error: DeltaMemError) -> None:

@@ -6,7 +6,7 @@ from typing import cast
 
 import click
 
-from deltamem_tool.cli.options import trust_remote_code
+from deltamem_tool.cli.options import device, torch_device, trust_remote_code
 from deltamem_tool.evaluation import FACTS
 
 
@@ -20,7 +20,7 @@ from deltamem_tool.evaluation import FACTS
 )
 @click.option("--seed", default=0, show_default=True, help="Of the conversations.")
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
-@click.option("--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]")
+@device
 @trust_remote_code
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -41,13 +41,7 @@ def command(adapter, task, base, facts, episodes, seed, batch_size, device, trus
 
     if not counts or min(counts) < 1 or max(counts) > len(KIND_OF):
         raise click.BadParameter(f"the numbers go from 1 to {len(KIND_OF)}", param_hint="--facts")
-    available = torch.cuda.is_available()
-    try:
-        where = torch.device(device or ("cuda" if available else "cpu"))
-    except RuntimeError:
-        raise click.BadParameter(f"{device!r} is no device", param_hint="--device") from None
-    if where.type == "cuda" and (not available or (where.index or 0) >= torch.cuda.device_count()):
-        raise click.BadParameter(f"there is no {device} here", param_hint="--device")
+    where = torch_device(device)
     with progress() as bar:
         task_id = bar.add_task("Recall", total=None, note="")
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
+
+if TYPE_CHECKING:
+    import torch
 
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
@@ -16,6 +19,10 @@ window = click.option(
     "--window",
     type=click.IntRange(min=2),
     help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit]",
+)
+
+device = click.option(
+    "--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]"
 )
 
 _SAMPLING = (
@@ -67,3 +74,17 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_SAMPLING):
         command = option(command)
     return command
+
+
+def torch_device(name: str | None) -> torch.device:
+    """What `--device` says, or its default."""
+    import torch
+
+    available = torch.cuda.is_available()
+    try:
+        where = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        raise click.BadParameter(f"{name!r} is no device", param_hint="--device") from None
+    if where.type == "cuda" and (not available or (where.index or 0) >= torch.cuda.device_count()):
+        raise click.BadParameter(f"there is no {name} here", param_hint="--device")
+    return where

@@ -1,0 +1,159 @@
+"""`deltamem chat`: talk to an adapter in PyTorch, or to an ONNX folder in ONNX Runtime."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
+from deltamem_tool.errors import DataError
+from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.onnx.contract import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from deltamem_tool.chat_session import Chat
+    from deltamem_tool.cli.terminal import Reader
+    from deltamem_tool.engine import Engine
+
+
+@click.command("chat")
+@click.argument("model")
+@click.option(
+    "--memory",
+    "memory_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Start from this memory file, and write it after every turn. It is made if it is not there.",
+)
+@window
+@click.option("--system", help="A system message before the first turn.")
+@sampling_options
+@click.option("--base", help="Where an adapter's base model is, if not where the adapter says.")
+@trust_remote_code
+@device
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
+@click.option("--no-history", is_flag=True, help="Keep no file of the lines that are typed.")
+def command(
+    model: str,
+    memory_file: Path | None,
+    window: int | None,
+    system: str | None,
+    base: str | None,
+    trust_remote_code: bool,
+    device: str | None,
+    provider: str | None,
+    no_history: bool,
+    **sampling: Any,
+) -> None:
+    """Chat with MODEL: an adapter (folder, Hub id or builtin:adapter) in PyTorch, or an ONNX folder in ONNX Runtime.
+
+    /help lists what can be typed besides messages. Ctrl-C stops an answer, Ctrl-D leaves. Without a terminal, every
+    line of stdin is one message, and nothing but the answers goes to stdout.
+
+    Example: deltamem chat builtin:adapter --memory me.safetensors
+    """
+    is_onnx = (Path(model) / MANIFEST_FILE).is_file()
+    _refuse_options(is_onnx, provider, base, trust_remote_code, device)
+    if memory_file is not None:
+        refuse_unwritable(memory_file)
+
+    from deltamem_tool.chat_session import Chat
+    from deltamem_tool.cli.console import STDERR
+    from deltamem_tool.conversation import Conversation, Sampling
+    from deltamem_tool.memory_file import read_memory
+
+    chosen = Sampling(**sampling)
+    was_there = memory_file is not None and memory_file.exists()
+    memory = read_memory(memory_file) if memory_file is not None and was_there else None
+    with STDERR.status("Loading the model"):
+        engine = _onnx_engine(model, provider) if is_onnx else _torch_engine(model, base, trust_remote_code, device)
+        conversation = Conversation(engine, memory, window=window)
+    chat = Chat(conversation, chosen, system, memory_file, notices=STDERR)
+    if memory_file is not None:
+        conversation.save_memory(memory_file)  # a disk that is full says so now
+        chat.notice(f"{memory_file} is {'loaded' if was_there else 'new'}, and written after every turn.")
+    if sys.stdin.isatty():
+        _talk(chat, _reader(chat, no_history))
+    else:
+        _pipe(chat)
+        if chat.failures:
+            sys.exit(1)
+
+
+def _refuse_options(
+    is_onnx: bool, provider: str | None, base: str | None, trust_remote_code: bool, device: str | None
+) -> None:
+    """Raise if an option is for the other runtime."""
+    for_adapter = {"--base": base, "--trust-remote-code": trust_remote_code, "--device": device}
+    given = [name for name, value in for_adapter.items() if value]
+    if is_onnx and given:
+        raise click.UsageError(f"{', '.join(given)}: only for an adapter; this is an ONNX folder.")
+    if not is_onnx and provider:
+        raise click.UsageError(f"--provider: only for an ONNX folder, which has a {MANIFEST_FILE}.")
+
+
+def _onnx_engine(folder: str, provider: str | None) -> Engine:
+    from deltamem_tool.onnx.runtime import OnnxModel
+
+    return OnnxModel(folder, provider or "cpu")
+
+
+def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
+    import torch
+
+    from deltamem_tool.adapter import load, tokenizer_of
+    from deltamem_tool.cli.console import quiet_libraries
+    from deltamem_tool.torch_runtime import TorchModel
+
+    quiet_libraries()
+    where = torch_device(device)
+    model = load(adapter, base=base, trust_remote_code=trust_remote_code)
+    cast(torch.nn.Module, model).to(where)  # transformers hides the signature
+    return TorchModel(model, tokenizer_of(model))
+
+
+def _reader(chat: Chat, no_history: bool) -> Reader:
+    from deltamem_tool.chat_session import COMMANDS
+    from deltamem_tool.cli.terminal import Reader, history_file
+
+    if no_history:
+        return Reader(COMMANDS, None)
+    try:
+        return Reader(COMMANDS, history_file())
+    except OSError as error:
+        chat.notice(f"No history is kept: {history_file()} cannot be written ({error.strerror}).")
+        return Reader(COMMANDS, None)
+
+
+def _talk(chat: Chat, reader: Reader) -> None:
+    """Lines from a terminal, until it is over."""
+    chat.notice("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
+    while not chat.over:
+        try:
+            line = reader.read()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if reader.was_empty:
+                chat.notice("Ctrl-D or /quit leaves.")
+            continue
+        try:
+            chat.handle(line)
+        except KeyboardInterrupt:
+            chat.notice("Stopped.")
+
+
+def _pipe(chat: Chat) -> None:
+    """Lines from a file or another program; whoever interrupts an answer there means all of it."""
+    try:
+        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
+            chat.handle(line)
+            if chat.interrupted:
+                raise KeyboardInterrupt
+            if chat.over:
+                break
+    except UnicodeDecodeError as error:
+        raise DataError("What comes from stdin is no UTF-8 text.", f"{error}.", "Convert it first.") from error

@@ -1,0 +1,104 @@
+"""Lines typed in a terminal: editing, history, completion of commands (prompt_toolkit)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+from deltamem_tool.chat_session import Command
+
+HISTORY_FILE = "chat_history"
+
+
+class Reader:
+    """Reads what a person types.
+
+    Args:
+        commands: what is completed after a `/`.
+        history: a file that lines are kept in from one chat to the next, readable by its owner alone; None keeps none.
+
+    Raises:
+        OSError: the history file cannot be written.
+    """
+
+    def __init__(self, commands: Mapping[str, Command], history: Path | None) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=InMemoryHistory() if history is None else _private_history(history),
+            completer=CommandCompleter(commands),
+            complete_while_typing=Condition(_is_command),  # room for the menu is kept only then
+            prompt_continuation="  ",
+            key_bindings=_bindings(),
+            output=create_output(always_prefer_tty=True),  # the prompt is no part of answers that go to a file
+        )
+        self.was_empty = True
+
+    def read(self) -> str:
+        """The next line, or several where they were pasted or typed with Alt-Enter.
+
+        Raises:
+            EOFError: Ctrl-D in an empty line.
+            KeyboardInterrupt: Ctrl-C; `was_empty` says whether nothing had been typed.
+        """
+        try:
+            line = self._session.prompt([("ansicyan bold", "> ")])
+        except KeyboardInterrupt:
+            self.was_empty = not self._session.default_buffer.text
+            raise
+        return line.encode("utf-8", "replace").decode()  # bytes that were no UTF-8 come as lone surrogates
+
+
+def history_file() -> Path:
+    """Where the lines of all chats are kept, by the rules of the operating system."""
+    return platformdirs.user_state_path("deltamem", appauthor=False) / HISTORY_FILE
+
+
+def _private_history(file: Path) -> History:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    os.chmod(file, 0o600)
+    return FileHistory(str(file))
+
+
+def _is_command() -> bool:
+    return get_app().current_buffer.text.startswith("/")
+
+
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class CommandCompleter(Completer):
+    """Names of commands, and files after those that take one."""
+
+    def __init__(self, commands: Mapping[str, Command]) -> None:
+        self._commands = commands
+        self._files = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        name, space, argument = text.partition(" ")
+        if not text.startswith("/"):
+            return
+        if not space:
+            for known, command in self._commands.items():
+                if known.startswith(name):
+                    yield Completion(known, -len(name), display_meta=command.help)
+        elif name in self._commands and self._commands[name].argument == "FILE":
+            yield from self._files.get_completions(Document(argument), complete_event)

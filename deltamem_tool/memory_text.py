@@ -1,0 +1,116 @@
+"""A memory as text in a terminal: a bar of each layer's norm, and states as small heat maps. No torch.
+
+A heat map's character is the upper half block: its foreground is one entry and its background the one below, so that
+an entry is about square. Where the terminal has no colours, entries are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from rich.bar import Bar
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+_NEGATIVE, _ZERO, _POSITIVE = (np.array(colour) for colour in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
+_UPPER_HALF = "▀"
+_TENTHS = 9  # without colours the largest entry is 9
+
+States = Mapping[int, np.ndarray]
+
+
+def strongest_layer(states: States) -> int:
+    """The layer whose state `[H, R, R]` has the largest norm; the first of them if they are equal."""
+    return max(states, key=lambda layer: norm(states[layer]))
+
+
+def norm(state: np.ndarray) -> float:
+    """The Frobenius norm of a layer's states `[H, R, R]` together, in float64: squares of large float32 overflow."""
+    return float(np.linalg.norm(state.astype(np.float64)))
+
+
+def norm_bars(states: States) -> Table:
+    """A bar a layer, as long as its norm; the longest is as wide as the terminal allows.
+
+    Args:
+        states: `[H, R, R]` by layer.
+    """
+    norms = {layer: norm(states[layer]) for layer in sorted(states)}
+    longest = max(norms.values()) or 1.0
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(ratio=1, max_width=40)
+    for layer, value in norms.items():
+        table.add_row(f"layer {layer}", f"{value:.3g}", Bar(longest, 0, value, color="cyan"))
+    return table
+
+
+def heat_maps(layer: int, state: np.ndarray) -> RenderableType:
+    """One layer's states `[H, R, R]` side by side on one colour scale, symmetric around 0, with a legend."""
+    limit = float(np.abs(state).max()) or 1.0
+    maps = [Group(Text(f"head {head}"), HeatMap(entries, limit)) for head, entries in enumerate(state)]
+    return Group(Text(f"layer {layer}"), Columns(maps, padding=(0, 2)), _Legend(limit))
+
+
+class HeatMap:
+    """One state for rich to draw.
+
+    Args:
+        entries: `[R, R]`, rows are values and columns are keys.
+        limit: the size of an entry that is drawn in full colour, above 0.
+    """
+
+    def __init__(self, entries: np.ndarray, limit: float) -> None:
+        self._entries, self._limit = entries, limit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._coloured() if _has_colours(console) else self._numbers()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = self._entries.shape[1] * (1 if _has_colours(console) else 3)
+        return Measurement(width, width)
+
+    def _coloured(self) -> Iterator[Text]:
+        for row in range(0, len(self._entries), 2):
+            line = Text(no_wrap=True)
+            lower = self._entries[row + 1] if row + 1 < len(self._entries) else [None] * self._entries.shape[1]
+            for above, below in zip(self._entries[row], lower, strict=True):
+                behind = "" if below is None else f" on {_colour(below / self._limit)}"
+                line.append(_UPPER_HALF, f"{_colour(above / self._limit)}{behind}")
+            yield line
+
+    def _numbers(self) -> Iterator[Text]:
+        for row in self._entries:
+            yield Text("".join(f"{round(_TENTHS * entry / self._limit):3d}" for entry in row), no_wrap=True)
+
+
+class _Legend:
+    """What the colours, or the numbers, mean."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        low, high = f"−{self._limit:.2g}", f"{self._limit:.2g}"
+        if _has_colours(console):
+            scale = Text.assemble(*((f"{_UPPER_HALF}", f"{_colour(x)} on {_colour(x)}") for x in np.linspace(-1, 1, 9)))
+            said = Text.assemble(f"{low} ", scale, f" {high}; ")
+        else:
+            said = Text(f"−{_TENTHS} is {low}, {_TENTHS} is {high}; ")
+        yield said.append("rows are values, columns are keys")
+
+
+def _has_colours(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _colour(share: float) -> str:
+    """Blue at -1, white at 0, red at 1."""
+    end = _POSITIVE if share > 0 else _NEGATIVE
+    red, green, blue = np.rint(_ZERO + min(1.0, abs(float(share))) * (end - _ZERO)).astype(int)
+    return f"rgb({red},{green},{blue})"

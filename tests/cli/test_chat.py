@@ -1,0 +1,392 @@
+"""`deltamem chat` on the shipped model: turns, commands, and the memory file that holds what was said.
+
+Its chat in ONNX Runtime is tested where its ONNX folder is made, in `test_quickstart.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import resource
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pexpect
+import pytest
+from cli.command import START
+from rich.console import Console
+from tiny import listing
+
+from deltamem_tool.chat_session import COMMANDS, Chat
+from deltamem_tool.conversation import Conversation, Sampling
+from deltamem_tool.engine import empty_memory
+from deltamem_tool.memory_file import StoredMemory, read_memory, write_memory
+
+TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."
+# At this temperature every token is as likely as any other: an answer is long, and goes on for some seconds.
+ENDLESS = {"temperature": 1e6, "max_new_tokens": 100_000, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    from deltamem_tool.adapter import load, tokenizer_of
+    from deltamem_tool.torch_runtime import TorchModel
+
+    model = load("builtin:adapter")
+    return TorchModel(model, tokenizer_of(model))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Talk:
+    """A chat, and what it says."""
+
+    def __init__(self, engine, memory=None, window=None, system=None, memory_file=None, **sampling):
+        self.conversation = Conversation(engine, memory, window=window)
+        self._out, self._notices = io.StringIO(), io.StringIO()
+        consoles = Console(file=self._out, width=80), Console(file=self._notices, width=80)
+        self.chat = Chat(self.conversation, Sampling(**sampling), system, memory_file, *consoles)
+
+    def __call__(self, line):
+        """What was answered or shown, and what was said beside it."""
+        for file in (self._out, self._notices):
+            file.seek(0)
+            file.truncate()
+        self.chat.handle(line)
+        return self._out.getvalue(), self._notices.getvalue()
+
+
+@pytest.fixture
+def talk(engine, here):
+    return lambda **options: Talk(engine, **options)
+
+
+def same(one: StoredMemory, other: StoredMemory) -> bool:
+    """Bit for bit."""
+    return one.states.keys() == other.states.keys() and all(
+        np.array_equal(state, other.states[layer]) for layer, state in one.states.items()
+    )
+
+
+def piped(monkeypatch, text: str | bytes) -> None:
+    content = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# The command
+
+
+def test_a_fact_is_recalled_from_the_file(here, deltamem, monkeypatch):
+    piped(monkeypatch, f"{TOLD}\n\n{ASKED}\n")
+    first = deltamem("chat", "builtin:adapter", "--memory", "me.safetensors")
+    assert first.code == 0 and first.out.splitlines()[1:] == [ANSWER]
+    assert "me.safetensors is new" in first.err
+    kept = read_memory("me.safetensors")
+    piped(monkeypatch, ASKED)  # no newline at the end
+    second = deltamem("chat", "builtin:adapter", "--memory", "me.safetensors")
+    assert (second.code, second.out) == (0, f"{ANSWER}\n") and "me.safetensors is loaded" in second.err
+    assert not same(read_memory("me.safetensors"), kept), "a question is remembered too"
+    assert set(listing(here)) == {"me.safetensors"}
+    piped(monkeypatch, ASKED)
+    assert ANSWER not in deltamem("chat", "builtin:adapter").out
+
+
+def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
+    piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
+    done = deltamem("chat", "builtin:adapter")
+    assert done.code == 1 and done.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
+    for words in ("There is no command /sav.", "Near it is /save.", "There is no memory file nowhere."):
+        assert words in done.err
+    assert "Traceback" not in done.err and listing(here) == {}
+
+
+def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
+    piped(monkeypatch, b"caf\xe9\n")
+    deltamem("chat", "builtin:adapter").assert_short_error("stdin is no UTF-8 text", "Convert it", code=1)
+
+
+def test_options_of_the_command(here, deltamem, monkeypatch):
+    piped(monkeypatch, "Hello.\n/context\n")
+    done = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
+    assert done.code == 0 and "of 64" in done.out and "Cut after 2 tokens" in done.err
+    assert "messages in view      3" in done.out
+    piped(monkeypatch, TOLD)
+    done = deltamem("chat", "builtin:adapter", "--stop", " to know")
+    assert (done.code, done.out) == (0, "Good\n")
+
+
+def test_what_is_refused_before_the_model_loads(here, deltamem):
+    (here / "file").write_text("mine")
+    (here / "onnx").mkdir()
+    (here / "onnx" / "deltamem_onnx.json").write_text("{}")
+    before = listing(here)
+    done = deltamem("chat", "nowhere", "--memory", "file/me")
+    done.assert_short_error("is no folder", "Choose another place", code=1)
+    deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is no memory file", code=1)
+    deltamem("chat", "nowhere", "--memory", ".").assert_short_error("is a directory", code=2)
+    deltamem("chat", "nowhere", "--provider", "cpu").assert_short_error("--provider", "ONNX folder", code=2)
+    for options in (("--base", "there"), ("--trust-remote-code",), ("--device", "cpu")):
+        deltamem("chat", "onnx", *options).assert_short_error(options[0], "only for an adapter", code=2)
+    deltamem("chat", "builtin:adapter", "--device", "nonsense").assert_short_error("no device", code=2)
+    deltamem("chat", "onnx").assert_short_error("onnx", code=1)  # a damaged folder is no adapter
+    assert listing(here) == before
+
+
+def test_a_memory_that_does_not_fit_is_refused_before_the_first_prompt(here, deltamem, monkeypatch, engine):
+    empty = empty_memory(engine)
+    write_memory("stranger", StoredMemory(empty.states, {}, "0" * 64))
+    write_memory("small", StoredMemory({0: np.zeros((1, 1, 2, 2), np.float32)}, {}, engine.adapter))
+    write_memory("two", StoredMemory({i: np.repeat(s, 2, 0) for i, s in empty.states.items()}, {}, engine.adapter))
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    for name, says in (("stranger", "another adapter"), ("small", "does not fit"), ("two", "one memory")):
+        piped(monkeypatch, TOLD)
+        deltamem("chat", "builtin:adapter", "--memory", name).assert_short_error(says, code=1)
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+# Turns and commands
+
+
+def test_undo_restores_memory_and_context(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    memory, context = chat.conversation.memory, chat.conversation.context
+    assert chat(ASKED)[0] == f"{ANSWER}\n" and not same(chat.conversation.memory, memory)
+    assert same(read_memory("me"), chat.conversation.memory)
+    assert "undone" in chat("/undo")[1]
+    assert same(chat.conversation.memory, memory) and chat.conversation.context == context
+    assert same(read_memory("me"), memory)
+    assert chat(ASKED)[0] == f"{ANSWER}\n"
+    assert [chat("/undo")[1].count("undone") for _ in range(3)] == [1, 1, 0]
+    assert chat.chat.failures == 1 and not any(state.any() for state in read_memory("me").states.values())
+
+
+def test_forget(talk, here):
+    chat = talk(memory_file=here / "me", system="Be kind.")
+    for line in (TOLD, "/forget"):
+        chat(line)
+    assert not any(state.any() for state in read_memory("me").states.values())
+    assert chat.conversation.context.tokens == chat.conversation.context.messages == 0
+    assert ANSWER not in chat(ASKED)[0]
+    assert chat.conversation.messages[0] == {"role": "system", "content": "Be kind."}  # which begins every context
+    assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
+
+
+def test_save_and_load(talk, here, engine):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    told = chat.conversation.memory
+    assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), told)
+    chat("/forget")
+    chat("/load  other ")
+    assert same(chat.conversation.memory, told) and same(read_memory("me"), told)
+    assert chat(ASKED)[0] == f"{ANSWER}\n"
+
+    now, before = chat.conversation.memory, listing(here)
+    write_memory("stranger", StoredMemory(empty_memory(engine).states, {}, "0" * 64))
+    for line, says in (
+        ("/load stranger", "another adapter"),
+        ("/load nowhere", "no memory file nowhere"),
+        ("/load", "/load needs a file"),
+        ("/save", "/save needs a file"),
+        ("/save other/me", "Choose another place"),
+        (f"/save {'x' * 300}", "too long"),
+        ("/save ~nobody-here/me", "is no path"),
+    ):
+        assert says in chat(line)[1], line
+    assert chat.chat.failures == 7 and same(chat.conversation.memory, now)
+    assert listing(here) == {**before, "stranger": listing(here)["stranger"]}
+
+
+def test_what_is_no_memory_is_not_overwritten(talk, here):
+    (here / "notes.txt").write_text("mine")
+    (here / "folder").mkdir()
+    chat = talk()
+    for name in ("notes.txt", "folder"):
+        assert f"{name} is there, and is no memory." in chat(f"/save {name}")[1]
+    assert (here / "notes.txt").read_text() == "mine"
+    chat("/save me")
+    chat(TOLD)
+    chat("/save me")  # a memory may be
+    assert same(read_memory("me"), chat.conversation.memory)
+
+
+def test_the_picture_is_of_the_memory(talk):
+    chat = talk()
+    shown, said = chat("/memory")
+    assert "The memory is empty." in said and "head" not in shown
+    chat(TOLD)
+    states = {layer: state[0].astype(np.float64) for layer, state in chat.conversation.memory.states.items()}
+    norms = {layer: np.sqrt((state**2).sum()) for layer, state in states.items()}
+    strongest, weakest = max(norms, key=norms.get), min(norms, key=norms.get)
+    for line, layer in (("/memory", strongest), (f"/memory {weakest}", weakest)):
+        shown, said = chat(line)
+        assert said == "" and f"\nlayer {layer}\n" in shown and "head 3" in shown
+        for number, norm in norms.items():
+            assert re.search(rf"^layer {number} +{norm:.3g} ", shown, re.MULTILINE)
+        assert f"9 is {np.abs(states[layer]).max():.2g};" in shown
+    assert "No layer 9 has a memory." in chat("/memory 9")[1]
+
+
+def test_the_window(talk):
+    chat = talk(window=48, max_new_tokens=12)
+    said = [chat(line)[1] for line in (TOLD, "My parrot is Whiskers.", "My exam is Easter.", "Hello.")]
+    assert any("2 messages left the window; the memory keeps their trace." in notice for notice in said)
+    context = chat.conversation.context
+    shown = chat("/context")[0]
+    for value in (f"{context.tokens} of 48", f"view      {context.messages}", f"dropped      {context.dropped}"):
+        assert value in shown
+    assert context.dropped > 0
+    failed = chat("Please remember all of this. " * 20)[1]
+    assert "window" in failed and chat.chat.failures == 1 and chat.conversation.context == context
+
+
+def test_lines_with_a_slash(talk):
+    chat = talk(max_new_tokens=1)
+    assert "There is no command /usr/bin." in chat("/usr/bin is full")[1]
+    assert chat.conversation.messages == []
+    chat("//usr/bin is full")
+    assert chat.conversation.messages[0]["content"] == "/usr/bin is full"
+    assert "takes nothing" in chat("/undo twice")[1] and len(chat.conversation.messages) == 2
+    assert all(name in chat("/help")[0] for name in COMMANDS)
+    assert not chat.chat.over
+    chat("/quit")
+    assert chat.chat.over
+
+
+def test_an_answer_cannot_steer_the_terminal(engine, here):
+    file = io.StringIO()
+    chat = Chat(Conversation(engine), Sampling(), out=Console(file=file, force_terminal=True))
+    chat._write("a\x1b[2Jb\r\x9b2J\tc\n\x07é")
+    assert file.getvalue() == "a[2Jb2J\tc\né"
+
+
+# Saving
+
+
+@contextmanager
+def small_files(limit: int):
+    """No file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_chat_goes_on_when_the_disk_is_full(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    kept, before = read_memory("me"), listing(here)
+    with small_files(2000):
+        answered, said = chat(ASKED)
+    assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
+    assert "me was not written; it is as it was before." in said and "disk is full" in said
+    assert same(read_memory("me"), kept) and listing(here) == before
+    chat("Thank you.")
+    assert same(read_memory("me"), chat.conversation.memory)
+
+
+def test_the_chat_goes_on_when_the_folder_is_gone(talk, here):
+    (here / "folder").mkdir()
+    chat = talk(memory_file=here / "folder" / "me")
+    chat(TOLD)
+    (here / "folder").rename(here / "moved")
+    (here / "folder").write_text("in the way")
+    answered, said = chat(ASKED)
+    assert answered == f"{ANSWER}\n" and "was not written" in said and chat.chat.failures == 1
+    (here / "folder").unlink()
+    chat("Thank you.")
+    assert same(read_memory("folder/me"), chat.conversation.memory)
+
+
+def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
+    chat = talk(memory_file=here / "me")
+    real = Conversation.save_memory
+    pressed = []
+
+    def interrupted(conversation, path):
+        if not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        real(conversation, path)
+
+    monkeypatch.setattr(Conversation, "save_memory", interrupted)
+    chat(TOLD)
+    assert pressed and same(read_memory("me"), chat.conversation.memory)
+
+
+def test_a_second_ctrl_c_loses_the_turn_alone(talk, monkeypatch):
+    chat = talk()
+    chat(TOLD)
+    memory, context = chat.conversation.memory, chat.conversation.context
+    with monkeypatch.context() as patch:
+        patch.setattr("deltamem_tool.conversation.answer_rows", _interrupted)
+        assert "not part of the conversation" in chat(ASKED)[1]
+    assert same(chat.conversation.memory, memory) and chat.conversation.context == context
+    assert chat(ASKED)[0] == f"{ANSWER}\n"
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+# A terminal
+
+
+@contextmanager
+def in_a_terminal(*arguments, cwd):
+    """`deltamem chat builtin:adapter` in a pseudoterminal of its own, until it is left."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(cwd / "state"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    child = pexpect.spawn(
+        START[0],
+        [*START[1:], "chat", "builtin:adapter", *map(str, arguments)],
+        cwd=str(cwd),
+        env=environment,
+        encoding="utf-8",
+        timeout=120,
+        dimensions=(40, 100),
+    )
+    try:
+        yield child
+        child.expect(pexpect.EOF)
+        child.wait()
+    finally:
+        child.close(force=True)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(here, engine):
+    begins = Conversation(engine).generate(TOLD, Sampling(**{**ENDLESS, "max_new_tokens": 20})).text
+    options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with in_a_terminal("--memory", "me", *options, cwd=here) as child:
+        child.expect("me is new, and written after every turn")
+        child.expect("Ctrl-D leaves")
+        child.expect("> ")
+        before = read_memory(here / "me")
+        child.send(f"{TOLD}\r")
+        child.expect_exact(max(re.findall("[A-Za-z]+", begins), key=len))  # the answer has begun
+        child.sendintr()
+        child.expect("Stopped. What was said is part of the conversation.")
+        child.expect("> ")
+        child.send("/context\r")
+        child.expect("messages in view      2")
+        child.expect("> ")
+        child.send("half a line\x03")
+        child.expect("> ")
+        child.send("\x03")
+        child.expect("Ctrl-D or /quit leaves.")
+        child.expect("> ")
+        child.send("\x04")
+    assert child.exitstatus == 0
+    memory = read_memory(here / "me")
+    assert any(state.any() for state in memory.states.values()) and not same(memory, before)
+    history = here / "state" / "deltamem" / "chat_history"
+    assert f"+{TOLD}" in history.read_text() and "half a line" not in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
