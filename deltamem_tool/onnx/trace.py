@@ -191,9 +191,12 @@ def traced(
     inputs, axes = _sample(interface)
     # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
     config = OnnxConfig(
-        dynamic_shapes=axes, ort_fusions=target.fusions, prefer_deferred_runtime_asserts_over_guards=True
+        dynamic_shapes=axes,
+        opset_version=target.opset,
+        ort_fusions=target.fusions,
+        prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with _quiet(), use_implementation(target.scan):
+    with _quiet(), torch.no_grad(), use_implementation(target.scan):
         exporter = OnnxExporter()
         step = cast(PreTrainedModel, _Step(model, adapter, options).eval())  # any module will do
         try:
