@@ -31,6 +31,11 @@ class Target:
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
 
+    @property
+    def standard(self) -> bool:
+        """Whether its graphs are for any runtime: standard operators, checked by ONNX's own checker."""
+        return self.fusions is None
+
 
 TARGETS = {
     target.name: target

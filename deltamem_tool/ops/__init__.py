@@ -93,9 +93,9 @@ def delta_scan(
             log_keep = erase = write = 0.
         state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
         implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out),
-            "chunked" (parallel; the only one for torch.export with a dynamic T), "triton" (the token loop as a CUDA
-            kernel), "onnx" (ONNX Runtime's operator, in an ONNX export only), "portable" (a loop of torch's that becomes
-            standard ONNX), or None for "recurrent" or "chunked", whichever is the faster.
+            "chunked" (parallel; for torch.export with a dynamic T), "triton" (the token loop as a CUDA kernel), "onnx"
+            (ONNX Runtime's operator, in an ONNX export only), "portable" (a loop that becomes standard ONNX in an
+            export), or None for "recurrent" or "chunked", whichever is the faster.
 
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
@@ -119,7 +119,7 @@ def delta_scan(
 
 def segment_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """What `ops.cumulative_sums` computes; in an ONNX export, by operators of what shall run it."""
-    return _SUMS.get(_default(), cumulative_sums)(x, last, carried)
+    return _SUMS.get(_default() or "", cumulative_sums)(x, last, carried)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

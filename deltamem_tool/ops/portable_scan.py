@@ -7,7 +7,6 @@ nothing that grows with a call's length can be lost to rounding, and no gate val
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 

@@ -90,10 +90,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _exported("llama", (1,), "all", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The Qwen3 again, in standard operators."""
+    return _exported("qwen3", "all", "last", tmp_path_factory, target="portable")
+
+
 def _exported(
-    kind: str, layers: str | tuple[int, ...], logits: str, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    layers: str | tuple[int, ...],
+    logits: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    target: str = "cpu",
 ) -> Exported:
     model, tokenizer = make_model(kind, layers), make_tokenizer()
     folder = tmp_path_factory.mktemp(kind) / "exported"
-    manifest = export_onnx(model, tokenizer, folder, logits=logits, base_model=f"someone/tiny-{kind}")
+    manifest = export_onnx(model, tokenizer, folder, target=target, logits=logits, base_model=f"someone/tiny-{kind}")
     return Exported(model, tokenizer, folder, manifest)
