@@ -33,6 +33,7 @@ TOLERANCE = 1e-4  # of logits and states, over whole conversations
 SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1
 SUMS_TOLERANCE = 2e-6  # relative: float32 sums of 100 tokens, where PyTorch's are float64
 
+RESULTS = ("of_tokens", "afterwards")  # of the scan and of the sums
 Run = Callable[[dict[str, NDArray]], dict[str, NDArray]]
 
 
@@ -133,7 +134,7 @@ def written(module: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Path:
             dynamic_shapes=axes,
             opset_version=PORTABLE_OPSET,
             verbose=False,
-            output_names=["tokens", "carried"],
+            output_names=list(RESULTS),
         )
     program.save(file)
     return file
@@ -188,21 +189,21 @@ def named(file: Path, inputs: tuple[Tensor, ...]) -> dict[str, NDArray]:
 def test_the_scan_is_the_token_loop(scan, scan_file, kind, tokens):
     inputs = scan_inputs(kind, tokens)
     found = scan(named(scan_file, inputs))
-    for name, expected in zip(("tokens", "carried"), naive_scan(*inputs), strict=True):
+    for name, expected in zip(RESULTS, naive_scan(*inputs), strict=True):
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=SCAN_TOLERANCE)
 
 
 def test_masked_tokens_leave_the_state_bit_for_bit(scan, scan_file):
     q, k, v, *gates, state = scan_inputs("random", 5)
     nothing = [torch.zeros_like(gate) for gate in gates]
-    assert np.array_equal(scan(named(scan_file, (q, k, v, *nothing, state)))["carried"], state)
+    assert np.array_equal(scan(named(scan_file, (q, k, v, *nothing, state)))[RESULTS[1]], state)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 100])
 def test_sums_begin_anew_after_every_segment(sums, sums_file, tokens):
     inputs = sums_inputs(tokens)
     found = sums(named(sums_file, inputs))
-    for name, expected in zip(("tokens", "carried"), cumulative_sums(*inputs), strict=True):
+    for name, expected in zip(RESULTS, cumulative_sums(*inputs), strict=True):
         np.testing.assert_allclose(found[name], expected, rtol=SUMS_TOLERANCE, atol=SUMS_TOLERANCE)
 
 
