@@ -8,12 +8,21 @@ import click
 
 from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS
+from deltamem_tool.onnx.targets import TARGETS
 
 
 @click.command("export")
 @click.argument("adapter")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default=next(iter(TARGETS)),
+    show_default=True,
+    help="What will run the graph: cpu and cuda are ONNX Runtime, by its fused operators for either; portable is any "
+    "runtime, by standard ONNX operators alone.",
+)
 @click.option(
     "--logits",
     type=click.Choice(LOGITS),
@@ -25,7 +34,14 @@ from deltamem_tool.onnx.contract import LOGITS
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
 def command(
-    adapter: str, out: Path, base: str | None, logits: str, trust_remote_code: bool, overwrite: bool, as_json: bool
+    adapter: str,
+    out: Path,
+    base: str | None,
+    target: str,
+    logits: str,
+    trust_remote_code: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import STDERR, quiet_libraries
@@ -45,6 +61,7 @@ def command(
             model,
             tokenizer_of(model),
             out,
+            target=target,
             logits=logits,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,

@@ -18,6 +18,7 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.session import Graph
+from deltamem_tool.onnx.standard import check_file, require_standard
 from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
 from deltamem_tool.onnx.trace import CallOptions, dtype_name, interface_of, traced
 from deltamem_tool.surgery import adapter_of
@@ -67,9 +68,13 @@ def export_onnx(
         with folder_whole(out, overwrite) as staged:
             tell("Tracing the model")
             program = traced(model, adapter, interface, options, for_target)
+            if for_target.standard:
+                require_standard(program, type(model).__name__)
             tell("Writing the graph")
             OnnxExporter.save_program(program, staged / contract.MODEL_FILE)
             _release_weights(program)
+            if for_target.standard:
+                check_file(staged / contract.MODEL_FILE)
             model.config.save_pretrained(staged)
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)

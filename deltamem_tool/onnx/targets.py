@@ -9,6 +9,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
 
 NO_QUANTIZATION = "none"
+PORTABLE_OPSET = 18  # what torch translates to; every later one would be a conversion of it
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,30 @@ class Target:
     Args:
         fusions: the ONNX Runtime provider whose fused operators the graph uses; None for standard operators alone.
         scan: the implementation of `deltamem_tool.ops` that is traced.
+        opset: of standard operators; None for the exporter's own choice.
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
     """
 
     name: str
     fusions: Literal["cpu", "cuda"] | None
-    scan: Literal["onnx"]
+    scan: Literal["onnx", "portable"]
+    opset: int | None
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
+
+    @property
+    def standard(self) -> bool:
+        """Whether its graphs are for any runtime: standard operators, checked by ONNX's own checker."""
+        return self.fusions is None
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "cpu", "onnx", (FLOAT32,), (NO_QUANTIZATION,)),
-        Target("cuda", "cuda", "onnx", (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
+        Target("cpu", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,)),
+        Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
+        Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)

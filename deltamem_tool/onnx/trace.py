@@ -152,7 +152,7 @@ def traced(
         ExportError: PyTorch's exporter has no graph for the model.
     """
     step = _Step(model, adapter, options)
-    with use_implementation(target.scan), _lean(adapter, without):
+    with torch.no_grad(), use_implementation(target.scan), _lean(adapter, target, without):
         try:
             return graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
@@ -168,7 +168,10 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
     inputs, axes = _sample(interface)
     # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
     config = OnnxConfig(
-        dynamic_shapes=axes, ort_fusions=target.fusions, prefer_deferred_runtime_asserts_over_guards=True
+        dynamic_shapes=axes,
+        opset_version=target.opset,
+        ort_fusions=target.fusions,
+        prefer_deferred_runtime_asserts_over_guards=True,
     )
     with _quiet():
         # Any module will do.
@@ -181,10 +184,10 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
 
 
 @contextmanager
-def _lean(adapter: DeltaMemAdapter, without: Collection[str]) -> Iterator[None]:
+def _lean(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
     """Inside, the memories are traced as `lean` has them, where that can be."""
     memories = [adapter.memory(layer) for layer in adapter.layer_indices]
-    possible = adapter.config.granularity == "token" and LEAN not in without
+    possible = target.fusions is not None and adapter.config.granularity == "token" and LEAN not in without
     for memory in memories if possible else ():
         memory.stand_in = LeanMemory(memory, apart=JOINED_PROJECTIONS in without)
     try:

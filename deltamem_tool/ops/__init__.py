@@ -14,11 +14,12 @@ from deltamem_tool.ops.chunked import chunked_scan
 from deltamem_tool.ops.cumulative_sums import cumulative_sums
 from deltamem_tool.ops.naive import naive_scan
 from deltamem_tool.ops.onnx_scan import linear_attention_scan, linear_attention_sums
+from deltamem_tool.ops.portable_scan import portable_scan, portable_sums
 from deltamem_tool.ops.recurrent import recurrent_scan
 
 __all__ = ["Implementation", "delta_scan", "full_precision", "segment_sums", "use_implementation"]
 
-Implementation = Literal["naive", "recurrent", "chunked", "triton", "onnx"]
+Implementation = Literal["naive", "recurrent", "chunked", "triton", "onnx", "portable"]
 
 
 def _triton_scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,9 @@ _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "chunked": chunked_scan,
     "triton": _triton_scan,
     "onnx": linear_attention_scan,
+    "portable": portable_scan,
 }
+_SUMS = {"onnx": linear_attention_sums, "portable": portable_sums}  # of implementations that are for tracing
 # What each thread has chosen, as `name`. Not a context variable: torch.compile breaks the graph at a look at one.
 _DEFAULT = local()
 
@@ -90,9 +93,9 @@ def delta_scan(
             log_keep = erase = write = 0.
         state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
         implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out),
-            "chunked" (parallel; the only one for torch.export with a dynamic T), "triton" (the token loop as a CUDA
-            kernel), "onnx" (ONNX Runtime's operator, in an ONNX export only), or None for "recurrent" or "chunked",
-            whichever is the faster.
+            "chunked" (parallel; for torch.export with a dynamic T), "triton" (the token loop as a CUDA kernel), "onnx"
+            (ONNX Runtime's operator, in an ONNX export only), "portable" (a loop that becomes standard ONNX in an
+            export), or None for "recurrent" or "chunked", whichever is the faster.
 
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
@@ -115,8 +118,8 @@ def delta_scan(
 
 
 def segment_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """What `ops.cumulative_sums` computes; in an ONNX export, by an operator of its runtime."""
-    return (linear_attention_sums if _default() == "onnx" else cumulative_sums)(x, last, carried)
+    """What `ops.cumulative_sums` computes; in an ONNX export, by operators of what shall run it."""
+    return _SUMS.get(_default() or "", cumulative_sums)(x, last, carried)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -98,11 +98,20 @@ def by_message(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _exported("by_message", model, "last", tmp_path_factory)
 
 
-def _exported(name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The Qwen3 again, in standard operators."""
+    return _exported("portable", make_model("qwen3", "all"), "last", tmp_path_factory, target="portable")
+
+
+def _exported(
+    name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, target: str = "cpu"
+) -> Exported:
     tokenizer = make_tokenizer()
 
     def export(folder: Path) -> None:
-        export_onnx(model, tokenizer, folder / "exported", logits=logits, base_model=f"someone/tiny-{name}")
+        out, base = folder / "exported", f"someone/tiny-{name}"
+        export_onnx(model, tokenizer, out, target=target, logits=logits, base_model=base)
 
     folder = folder_once(tmp_path_factory, name, export) / "exported"
     manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
