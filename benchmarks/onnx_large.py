@@ -40,11 +40,13 @@ PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(sys.argv[1])
 LOAD = """
 import json, sys, time
 import numpy as np
+from deltamem_tool.conversation import Conversation
 from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.sampling import Sampling
 start = time.perf_counter()
 model = OnnxModel(sys.argv[1], map_weights=sys.argv[2] == "mapped")
 loaded = time.perf_counter()
-model.start().generate("a b", max_new_tokens=1)
+Conversation(model).generate("a b", Sampling(max_new_tokens=1))
 print(json.dumps({"load": loaded - start, "first": time.perf_counter() - loaded}))
 """
 

@@ -26,6 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the graph."
 )
+@click.option("--map-weights", is_flag=True, help="Leave weights in their file: loads at once, slower on prompts.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one call of the graph.  [default: the usable cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
@@ -37,6 +38,7 @@ def command(
     window: int | None,
     provider: str,
     threads: int | None,
+    map_weights: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -51,7 +53,7 @@ def command(
 
     options = Sampling(**sampling)
     with STDERR.status("Loading the model"):
-        model = OnnxModel(onnx_dir, provider, threads)
+        model = OnnxModel(onnx_dir, provider, threads, map_weights)
         conversation = Conversation(model, read_memory(memory_file) if memory_file else None, window=window)
     answers = []
     for turn, prompt in enumerate(prompts):

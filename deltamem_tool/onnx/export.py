@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
 from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.standard import check_file, require_standard
 from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
@@ -37,6 +38,7 @@ def export_onnx(
     logits: str = "last",
     base_model: str | None = None,
     overwrite: bool = False,
+    without: Collection[str] = (),
     progress: Callable[[str], object] | None = None,
 ) -> Manifest:
     """Write `out`, whole or not at all: graph, weights, manifest, tokenizer, configs. See `contract` for its interface.
@@ -52,6 +54,7 @@ def export_onnx(
         logits: "last" for the last position's alone, "all" for every position's.
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
         overwrite: replace a folder that is there.
+        without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
         progress: called with the name of each stage as it begins.
 
     Raises:
@@ -60,6 +63,8 @@ def export_onnx(
     """
     refuse_existing(out, overwrite)
     for_target = target_of(target, dtype_name(model.dtype), quantize)
+    if quantize != NO_QUANTIZATION:
+        without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage: None)
     adapter = adapter_of(model)
     with _evaluating(model):
@@ -67,7 +72,9 @@ def export_onnx(
         options = CallOptions(model, logits)
         with folder_whole(out, overwrite) as staged:
             tell("Tracing the model")
-            program = traced(model, adapter, interface, options, for_target)
+            program = traced(model, adapter, interface, options, for_target, without)
+            if for_target.fusions is not None:
+                optimize(program, without)
             if for_target.standard:
                 require_standard(program, type(model).__name__)
             tell("Writing the graph")
@@ -79,7 +86,7 @@ def export_onnx(
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference = largest_difference(model, Graph(staged, interface), options)
+            difference = largest_difference(model, Graph(staged, interface, map_weights=True), options)
             if not difference <= TOLERANCE:  # NaN is no agreement either
                 raise ExportError(
                     "The graph does not compute what PyTorch computes.",

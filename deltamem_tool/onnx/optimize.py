@@ -166,7 +166,7 @@ def tidy_attention(graph: ir.Graph) -> None:
         inner = _producer(node.inputs[0], "Transpose") if node.op_type == "Transpose" else None
         if inner is None:
             continue
-        order = [inner.attributes["perm"].as_ints()[axis] for axis in node.attributes["perm"].as_ints()]
+        order = [_perm(inner)[axis] for axis in _perm(node)]
         if order == sorted(order):
             _take_over(node.outputs[0], inner.inputs[0])
         else:
@@ -191,10 +191,10 @@ def _heads(value: ir.Value) -> int | None:
         return value.shape[2] if len(value.shape) == 4 and isinstance(value.shape[2], int) else None
     swapped = _producer(value, "Transpose")
     product = _producer(swapped.inputs[0], "MatMul") if swapped is not None else None
-    if product is None or swapped is None or swapped.attributes["perm"].as_ints() != SWAPPED_HEADS:
+    if product is None or swapped is None or _perm(swapped) != SWAPPED_HEADS:
         return None
     back = _producer(product.inputs[1], "Transpose")  # of the values, whose heads the product has
-    if back is None or back.attributes["perm"].as_ints() != SWAPPED_HEADS:
+    if back is None or _perm(back) != SWAPPED_HEADS:
         return None
     shaped = _producer(back.inputs[0], "Reshape")
     target = _shape_of(shaped) if shaped is not None else None
@@ -225,6 +225,10 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def _perm(transpose: ir.Node) -> list[int]:
+    return list(transpose.attributes["perm"].as_ints())
+
+
 def _shape_of(reshape: ir.Node) -> list[int] | None:
     """What a reshape is to, if it is a constant."""
     target = _constant(reshape.inputs[1])
@@ -242,7 +246,7 @@ def _take_over(old: ir.Value, new: ir.Value) -> None:
     """Whoever reads `old` reads `new`, which has its type and, as an output of the graph, its name."""
     if new.shape is None:
         new.shape = old.shape
-    if new.dtype is None:
+    if new.dtype is None and old.dtype is not None:
         new.dtype = old.dtype
     is_output = old.is_graph_output()
     old.replace_all_uses_with(new, replace_graph_outputs=True)

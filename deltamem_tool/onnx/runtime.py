@@ -22,12 +22,15 @@ class OnnxModel:
         folder: what `deltamem export` wrote.
         provider: what runs the graph, "cpu" or "cuda".
         threads: of one call; by default the cores that this process may use.
+        map_weights: leave the weights in their file: see `Graph`.
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
     """
 
-    def __init__(self, folder: str | Path, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, provider: str = "cpu", threads: int | None = None, map_weights: bool = False
+    ) -> None:
         self.folder = contract.check_folder(folder)
         self.manifest = Manifest.from_json((self.folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
         interface = self.manifest.interface
@@ -37,7 +40,7 @@ class OnnxModel:
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
         self.vocab_size = interface.vocab_size
-        self.graph = Graph(self.folder, interface, provider, threads)
+        self.graph = Graph(self.folder, interface, provider, threads, map_weights)
 
     def start(self, memory: StoredMemory) -> Past:
         batch = len(next(iter(memory.states.values())))
