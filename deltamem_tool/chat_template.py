@@ -7,12 +7,13 @@ rendered, each the beginning of a longer one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamem_tool.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and whatever else the template knows
 
@@ -35,21 +36,36 @@ class Content(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template, and what it can be seen to do."""
+    """A chat template, and what it can be seen to do.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+    Args:
+        name: of the tokenizer, for errors.
+        write: renders messages, with or without a generation prompt; it raises what it likes.
+    """
+
+    def __init__(self, name: str, write: Callable[[Sequence[Message], bool], str]) -> None:
+        self.name = name
+        self._write = write
+        self._headers: dict[tuple[str, bool], set[str]] = {}
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The template of a transformers tokenizer.
+
+        Raises:
+            DataError: it has none.
+        """
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.chat_template is None:
             raise DataError(
-                f"The tokenizer {self.name} has no chat template.", "", "Use the base model's chat or instruct version."
+                f"The tokenizer {name} has no chat template.", "", "Use the base model's chat or instruct version."
             )
-        self._headers: dict[tuple[str, bool], set[str]] = {}
+        return cls(name, lambda messages, generation_prompt: render(tokenizer, messages, generation_prompt))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """Raises DataError where the template refuses the messages."""
         try:
-            return render(self.tokenizer, messages, generation_prompt)
+            return self._write(messages, generation_prompt)
         except Exception as error:  # a template is a program of others, it can raise anything
             why = " ".join(str(error).split()) or type(error).__name__
             raise DataError(

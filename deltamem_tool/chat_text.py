@@ -14,10 +14,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from deltamem_tool.chat_template import ChatTemplate, Message
 from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.onnx import contract
-
-Message = dict[str, Any]  # {"role": …, "content": …}
 
 
 class ChatText:
@@ -99,6 +98,11 @@ class ChatText:
             raise ExportError(
                 "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
             ) from error
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What the template can be seen to do."""
+        return ChatTemplate("this model", self.render)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out)."""

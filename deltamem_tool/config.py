@@ -18,6 +18,8 @@ GATES = ("row", "head")
 DELTA_INITS = ("zero", "random", "base_slice")
 DELTA_SCALES = ("fixed", "layer", "branch")
 MAX_RANK = 64
+# What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
+OUTSIDE, INSIDE, LAST = 0, 1, 2
 _PARTS = re.compile(r"(front|middle|back):([1-9]\d*)")
 
 # The paper's three ways to write, with the initial Δ of its runs; everything else is the default.

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deltamem_tool.chat_text import Message
+from deltamem_tool.chat_template import Message
+from deltamem_tool.config import LAST, OUTSIDE
 from deltamem_tool.engine import Engine, Past, empty_memory
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
 from deltamem_tool.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
 from deltamem_tool.memory_file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.open_segment import end_segment
 from deltamem_tool.sampling import Sampler, Sampling
 from deltamem_tool.transcript import Transcript
 
@@ -115,11 +117,11 @@ class Conversation:
     ) -> None:
         if window is not None and window < 2:
             raise ConfigError(f"A window of {window} tokens holds nothing.", "", "Choose a larger one.")
-        if engine.memory_shape.segment:
+        if engine.memory_shape.segment and not engine.text.has_template:
             raise ConfigError(
-                f"This memory writes by {engine.mechanism.granularity}.",
-                "Conversations cannot mark segments yet.",
-                "Use an adapter that writes every token.",
+                f"This memory writes by {engine.mechanism.granularity}, and nothing says where one ends.",
+                "The model has no chat template.",
+                "Use a chat model, or an adapter that writes every token.",
             )
         self.engine = engine
         self.write = write
@@ -265,12 +267,12 @@ class _Turn:
         self._conversation = conversation
         self._start = start = _with_room(conversation, content, sampling)
         self._transcript, tokens = start.transcript.begin(engine.text, content)
-        fed = [*start.pending, *(Token(token, conversation.write) for token in tokens)]
+        past, fed = self._marked(tokens)
         limit = sampling.max_new_tokens
         if conversation.window is not None:
             limit = min(limit, conversation.window - len(start.tokens) - len(fed))
         self.row = Row(
-            past=start.past,
+            past=past,
             context=start.tokens,
             tokens=fed,
             answer_writes=conversation.write,
@@ -280,6 +282,22 @@ class _Turn:
             ),
             said=Said(engine.text, sampling.stop, on_text),
         )
+
+    def _marked(self, tokens: list[int]) -> tuple[Past, list[Token]]:
+        """Where to start, and what to feed. The last answer's segment ends with its message's last token, as the
+        template writes it; one that is another conversation's ends before anything is fed."""
+        start, engine, write = self._start, self._conversation.engine, self._conversation.write
+        past, pending = start.past, list(start.pending)
+        if not (write and engine.memory_shape.segment):
+            return past, [*pending, *(Token(token, write) for token in tokens)]
+        begin = len(start.transcript.head)
+        marks, ended = self._transcript.marks(engine.text, engine.mechanism.granularity, begin)
+        if ended and pending:
+            pending[-1] = pending[-1]._replace(ends=True)
+        elif ended or start.foreign:
+            past = engine.with_memory(past, end_segment(engine.mechanism, engine.memory(past)))
+        marked = zip(tokens, marks, strict=True)
+        return past, [*pending, *(Token(token, mark != OUTSIDE, mark == LAST) for token, mark in marked)]
 
     def commit(self) -> Answer:
         """The conversation goes on from here."""
@@ -341,15 +359,15 @@ def _evicted(conversation: Conversation, kept: Transcript, tokens: list[int]) ->
     past = engine.start(engine.memory(past))
     if tokens:
         past = _fed(engine, past, 0, [Token(token, writes=False) for token in tokens])
-    return _Place(past, None, kept, tuple(tokens), (), foreign=False)
+    # Where no turn stays, nothing that is fed can end the last one's segment.
+    return _Place(past, None, kept, tuple(tokens), (), foreign=not kept.turns)
 
 
 def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
     """`past`, which holds `context` tokens, with `tokens` after them."""
-    ids, writes, ends = (
-        np.array([part], dtype)
-        for part, dtype in zip(zip(*tokens, strict=True), (np.int64, np.bool_, np.bool_), strict=True)
-    )
+    ids = np.array([[token.id for token in tokens]], np.int64)
+    writes = np.array([[token.writes for token in tokens]])
+    ends = np.array([[token.ends for token in tokens]])
     mask = np.ones((1, context + len(tokens)), np.int64)
     return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.config import INSIDE as INSIDE
+from deltamem_tool.config import LAST as LAST
+from deltamem_tool.config import OUTSIDE as OUTSIDE
 from deltamem_tool.fake import is_fake
 from deltamem_tool.ops import delta_scan, full_precision, segment_sums
 
@@ -21,9 +24,6 @@ BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
 # CPU's matrix products take many times as long; the base's backward pass is made of them. Adam squares gradients:
 # below 1e-19 they are zeros to it.
 GRADIENT_FLOOR = 1e-25
-
-# What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
-OUTSIDE, INSIDE, LAST = 0, 1, 2
 
 
 class DeltaMemory(nn.Module):

@@ -41,15 +41,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        finite = np.isfinite([self.temperature, self.repetition_penalty]).all()
         for holds, why in (
             (self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
-            (finite and self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}"),
+            (0 <= self.temperature < np.inf, f"temperature must be 0 or more, not {self.temperature}"),
             (self.top_k >= 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
             (0 <= self.min_p <= 1, f"min_p must be 0 to 1, not {self.min_p}"),
             (
-                finite and self.repetition_penalty > 0,
+                0 < self.repetition_penalty < np.inf,
                 f"repetition_penalty must be above 0, not {self.repetition_penalty}",
             ),
             (self.seed is None or self.seed >= 0, f"seed must be 0 or more, not {self.seed}"),

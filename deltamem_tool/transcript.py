@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from deltamem_tool.chat_text import ChatText, Message
+from deltamem_tool.chat_template import Message
+from deltamem_tool.chat_text import ChatText
 from deltamem_tool.errors import ExportError
+from deltamem_tool.marks import english, marks_of, spans_of
 
 _ANSWER = "\ue000{}\ue000"  # private-use characters, so no template trims them
 
@@ -27,6 +30,14 @@ class Turn:
     messages: tuple[Message, ...]
     answer: str = ""
     tokens: tuple[int, ...] = ()
+
+
+class Marks(NamedTuple):
+    """Of each new token, OUTSIDE, INSIDE or LAST (see `config`); and whether the segment before ends where they begin,
+    so that none of them ends it."""
+
+    marks: list[int]
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Transcript:
         if isinstance(content, str) and not text.has_template:
             rendered = self.head + content
         else:
-            rendered = text.render([*system, *self._with_placeholders(), *new])
+            rendered = text.render([*system, *self._with_placeholders(self.turns), *new])
         if not rendered.startswith(self.head):
             raise ExportError(
                 "The chat template does not continue this conversation.",
@@ -86,6 +97,22 @@ class Transcript:
             raise ExportError("There is nothing to answer.", "The text has no tokens.", "Give it some text.")
         turns = (*self.turns, Turn(tuple(new)))
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
+
+    def marks(self, text: ChatText, granularity: str, start: int) -> Marks:
+        """Which tokens of `rendered` from the character `start` on, where a turn begins, belong to segments: the rest
+        of the last answer's message, the new messages, and the header of the answer to come.
+
+        Raises:
+            DataError: the chat template does not let the end of a message be told.
+        """
+        earlier, turn = self.turns[:-1], self.turns[-1]
+        messages = [*self.system, *self._with_placeholders(earlier), *turn.messages]
+        split = english if granularity == "sentence" else None
+        spans = spans_of(text.template, messages, self.rendered, True, split)
+        encoding = text.tokenizer.encode(self.rendered[start:], add_special_tokens=False)
+        offsets = [(start + first, start + last) for first, last in encoding.offsets]
+        marks = marks_of(self.rendered, offsets, [span for span in spans if span.end > start])
+        return Marks(marks, any(span.end == start and span.segment for span in spans))
 
     def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
         """With the answer to the last turn."""
@@ -123,9 +150,9 @@ class Transcript:
             tokens += [*text.encode(before, special_tokens=first), *turn.tokens]
         return tokens + text.encode(rest)
 
-    def _with_placeholders(self) -> list[Message]:
+    def _with_placeholders(self, turns: Sequence[Turn]) -> list[Message]:
         messages: list[Message] = []
-        for number, turn in enumerate(self.turns):
+        for number, turn in enumerate(turns):
             messages += [*turn.messages, {"role": "assistant", "content": _ANSWER.format(number)}]
         return messages
 

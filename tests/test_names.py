@@ -62,8 +62,11 @@ def imported_by(module: str) -> set[str]:
         (
             "deltamem_tool.data",
             {"onnxruntime", "onnx", "matplotlib"},
-            {"chat_template", "config", "data", "dialogues", "errors", "fake", "files", "memory", "ops", "segments"},
+            set("chat_template config data dialogues errors fake files marks memory ops segments".split()),
         ),
+        ("deltamem_tool.marks", HEAVY, {"chat_template", "config", "errors", "marks"}),
+        ("deltamem_tool.conversation", HEAVY, None),
+        ("deltamem_tool.torch_runtime", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}, None),
         ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
         ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),
         ("deltamem_tool.onnx.runtime", {"torch", "transformers"}, None),

@@ -88,7 +88,7 @@ class Encoder:
         recent_turns: int = 0,
         full_context: bool = False,
     ) -> None:
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate.of(tokenizer)
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {self._template.name} cannot tell where in a text its tokens are.",

@@ -1,4 +1,4 @@
-"""Two tiny models exported once: Qwen3 with a memory in every layer, Llama with one in its second layer alone."""
+"""Tiny models exported once: a memory in every layer, in the second layer alone, and one that writes by messages."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE)
 
 
-def make_model(kind: str, layers: str | tuple[int, ...]) -> PreTrainedModel:
-    """Two layers of random weights, large enough that what the memory says changes what the model says."""
+def make_model(kind: str, layers: str | tuple[int, ...], depth: int = 2, **options) -> PreTrainedModel:
+    """Layers of random weights, large enough that what the memory says changes what the model says."""
     torch.manual_seed(0)
     config_class, model_class = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
         kind
@@ -61,7 +61,7 @@ def make_model(kind: str, layers: str | tuple[int, ...]) -> PreTrainedModel:
         vocab_size=256 + len(SPECIAL),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -71,29 +71,34 @@ def make_model(kind: str, layers: str | tuple[int, ...]) -> PreTrainedModel:
         pad_token_id=None,
     )
     model = model_class(config).eval()
-    adapter = attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), layers=layers))
+    adapter = attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), layers=layers, **options))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.3)
         # One row keeps nothing: ONNX Runtime's sigmoid is 0 from -20 on, and its logarithm is -inf.
-        adapter.layers["1"].gate.bias[0] = 40.0
+        adapter.layers[str(depth - 1)].gate.bias[0] = 40.0
     return model
 
 
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return _exported("qwen3", "all", "last", tmp_path_factory)
+    return _exported("qwen3", make_model("qwen3", "all"), "last", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return _exported("llama", (1,), "all", tmp_path_factory)
+    return _exported("llama", make_model("llama", (1,)), "all", tmp_path_factory)
 
 
-def _exported(
-    kind: str, layers: str | tuple[int, ...], logits: str, tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
-    model, tokenizer = make_model(kind, layers), make_tokenizer()
-    folder = tmp_path_factory.mktemp(kind) / "exported"
-    manifest = export_onnx(model, tokenizer, folder, logits=logits, base_model=f"someone/tiny-{kind}")
+@pytest.fixture(scope="session")
+def by_message(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One layer, whose memory writes a message at once."""
+    model = make_model("qwen3", "all", depth=1, granularity="message", couple_lambda=False)
+    return _exported("by_message", model, "last", tmp_path_factory)
+
+
+def _exported(name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    tokenizer = make_tokenizer()
+    folder = tmp_path_factory.mktemp(name) / "exported"
+    manifest = export_onnx(model, tokenizer, folder, logits=logits, base_model=f"someone/tiny-{name}")
     return Exported(model, tokenizer, folder, manifest)

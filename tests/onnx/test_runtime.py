@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ from click.testing import CliRunner
 
 from deltamem_tool.chat_text import ChatText, TextStream
 from deltamem_tool.cli.run import command
-from deltamem_tool.conversation import Conversation, Sampling
+from deltamem_tool.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.memory_file import StoredMemory, read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.torch_runtime import TorchModel
 
 TOLERANCE = 1e-4
+USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
@@ -62,6 +65,8 @@ def assert_close(memory: StoredMemory, expected: MemoryState) -> None:
     assert memory.states.keys() == expected.layers.keys()
     for layer, state in memory.states.items():
         torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
+    for layer, segment in memory.segments.items():
+        torch.testing.assert_close(torch.from_numpy(segment), expected.segments[layer], rtol=0, atol=TOLERANCE)
 
 
 def stopping_at(folder, tokens) -> OnnxModel:
@@ -169,11 +174,78 @@ def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
 
 
 def test_conversations_of_one_model_do_not_meet(qwen3):
+    """Not in turn, and not from several threads at once."""
     model = OnnxModel(qwen3.folder)
-    alone = Conversation(model).generate(TURNS[1], Sampling(4))
-    first, second = Conversation(model), Conversation(model)
-    first.generate(TURNS[0], Sampling(4))
-    assert second.generate(TURNS[1], Sampling(4)) == alone
+
+    def talk(number):
+        conversation = Conversation(model)
+        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (number % 3))
+        return [conversation.generate(turn, Sampling(6)) for turn in turns], conversation.memory.tensors()
+
+    alone = [talk(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        for (answers, memory), (expected, expected_memory) in zip(threads.map(talk, range(6)), alone, strict=True):
+            assert answers == expected
+            for name, tensor in memory.items():
+                assert np.array_equal(tensor, expected_memory[name])
+
+
+def both(exported, stop_tokens=frozenset()) -> tuple[OnnxModel, TorchModel]:
+    engines = OnnxModel(exported.folder), TorchModel(exported.model, exported.tokenizer)
+    for engine in engines:
+        engine.stop_tokens = stop_tokens
+    return engines
+
+
+@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
+    """Turns, undo, a full window, a batch, and memories that go from one to the other with their open segments."""
+    stop_tokens = frozenset(range(0, 256, 9))
+    conversations = [Conversation(engine, window=170) for engine in both(exported, stop_tokens)]
+    said = []
+    for conversation in conversations:
+        answers = [conversation.generate([{"role": "system", "content": "Hi."}, USER], Sampling(6))]
+        answers += [conversation.generate(turn, Sampling(6)) for turn in (*TURNS, *TURNS)]
+        assert conversation.context.dropped > 0
+        assert conversation.undo() and conversation.undo()
+        answers.append(conversation.generate("Go on", Sampling(6, stop=("z",), repetition_penalty=1.5)))
+        said.append((answers, conversation.messages, conversation.context))
+    assert said[0] == said[1]
+    in_onnx, in_torch = (conversation.memory for conversation in conversations)
+    assert_close(in_onnx, memory_of(in_torch))
+
+    for source, other in (conversations, conversations[::-1]):
+        source.save_memory(tmp_path / "memory")
+        after = []
+        for conversation in (source, other):
+            fresh = Conversation(conversation.engine, read_memory(tmp_path / "memory"))
+            after.append((fresh.generate(TURNS[0], Sampling(6)), fresh.memory))
+        assert after[0][0] == after[1][0]
+        assert_close(after[0][1], memory_of(after[1][1]))
+
+
+def memory_of(memory: StoredMemory) -> MemoryState:
+    states, segments = (
+        {i: torch.from_numpy(array) for i, array in part.items()} for part in (memory.states, memory.segments)
+    )
+    return MemoryState(states, memory.adapter, segments)
+
+
+@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+def test_answers_together_are_those_alone(exported):
+    model, _ = both(exported, frozenset(range(0, 256, 9)))
+    contents = ("Hello", TURNS[0], "a much longer text than the others are")
+    together, alone = ([Conversation(model) for _ in contents] for _ in range(2))
+    for number in range(3):
+        found = generate_together(together, contents[number:] + contents[:number], Sampling(8))
+        expected = [
+            one.generate(content, Sampling(8))
+            for one, content in zip(alone, contents[number:] + contents[:number], strict=True)
+        ]
+        assert found == expected
+        for one, other in zip(together, alone, strict=True):
+            assert one.context == other.context
+            assert_close(one.memory, memory_of(other.memory))
 
 
 def test_sampling_follows_its_seed_and_top_p(qwen3):

@@ -1,0 +1,204 @@
+"""Conversations whose memory writes by segments have the states that PyTorch has for the same marked messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import PAD, randomise, tiny_model, tiny_tokenizer
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
+from deltamem_tool.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.segments import mark_chat
+from deltamem_tool.torch_runtime import TorchModel
+
+TOLERANCE = 1e-5
+NEW = 5  # tokens of an answer
+SYSTEM = {"role": "system", "content": "be brief"}
+TURNS = ("my cat is Bella. my dog is Max.", "what is the name of my cat?", "thank you")
+
+
+def make_engine(granularity: str = "message", template: str | None = None) -> TorchModel:
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    model = tiny_model(vocab_size=len(tokenizer))
+    options = {"granularity": granularity, "couple_lambda": False}
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), **options)))
+    engine = TorchModel(model, tokenizer)
+    engine.stop_tokens = frozenset()
+    return engine
+
+
+@pytest.fixture(scope="module", params=["message", "sentence"])
+def engine(request):
+    return make_engine(request.param)
+
+
+@pytest.fixture(scope="module")
+def by_message():
+    return make_engine()
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
+    """Each turn's tokens, by `model.generate` with the marks of the whole conversation; and the cache. An answer's own
+    text is beside the point: what is new at a turn are the last tokens of the rendering."""
+    tokenizer, granularity = tiny_tokenizer(), engine.mechanism.granularity
+    cache = MemoryCache(engine.model, memory)
+    if memory is not None and bool((memory.open_tokens > 0).any()):
+        cache.end_segment()
+    ids, answers, messages = torch.zeros(1, 0, dtype=torch.long), [], []
+    for number, turn in enumerate(turns):
+        before = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
+        messages = [*messages, *turn]
+        marked = mark_chat(tokenizer, messages, granularity, add_generation_prompt=True)
+        tail = "<|end|>" if number else ""
+        new = len(tokenizer(tail + marked.text[len(before) :])["input_ids"])
+        pending = [1] if number else []  # the last token generated: it belongs to the segment that is open
+        cache.segments = torch.tensor([pending + marked.marks[-new:]], dtype=torch.int8)
+        ids = torch.cat([ids, torch.tensor([marked.input_ids[-new:]])], dim=1)
+        prompt = ids.shape[1]
+        ids = engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+        )
+        answers.append(tuple(ids[0, prompt:].tolist()))
+        messages = [*messages, {"role": "assistant", "content": "x"}]
+    return answers, cache
+
+
+def talk(conversation: Conversation, turns):
+    return [conversation.generate(turn, Sampling(NEW)).tokens for turn in turns]
+
+
+def assert_close(memory, expected: MemoryState) -> None:
+    for layer, state in memory.states.items():
+        torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            torch.from_numpy(memory.segments[layer]), expected.segments[layer], rtol=0, atol=TOLERANCE
+        )
+
+
+def test_messages_are_marked_as_in_pytorch(engine):
+    turns = [[SYSTEM, user(TURNS[0])], [user(TURNS[1])], [user(TURNS[2])]]
+    conversation = Conversation(engine)
+    expected, cache = in_generate(engine, turns)
+    assert talk(conversation, turns) == expected
+    assert_close(conversation.memory, cache.memory)
+    assert any(state.any() for state in conversation.memory.states.values())
+    # The answer's segment is open: its header and all of it that was fed.
+    assert {segment[0, -1] for segment in conversation.memory.segments.values()} == {1 + NEW - 1}
+
+
+def test_a_system_message_writes_nothing(engine):
+    conversation = Conversation(engine)
+    conversation.generate([SYSTEM, user("a")], Sampling(1))
+    other = Conversation(engine)
+    other.generate([user("a")], Sampling(1))
+    assert {int(segment[0, -1]) for segment in conversation.memory.segments.values()} == {1}  # the prompt's header
+    assert {int(segment[0, -1]) for segment in other.memory.segments.values()} == {1}
+
+
+def test_a_segment_that_another_conversation_left_open_is_written_first(by_message, tmp_path):
+    first = Conversation(by_message)
+    talk(first, [[user(TURNS[0])]])
+    first.save_memory(tmp_path / "memory")
+    memory = MemoryState.load(tmp_path / "memory")
+    assert memory.open_tokens.tolist() == [NEW]
+    for start in (Conversation(by_message, first.memory), Conversation(by_message)):
+        start.load_memory(tmp_path / "memory")
+        assert_close(start.memory, memory)  # not before something is said
+        expected, cache = in_generate(by_message, [[user(TURNS[1])]], memory)
+        assert talk(start, [[user(TURNS[1])]]) == expected
+        assert_close(start.memory, cache.memory)
+    reading = Conversation(by_message, first.memory, write=False)
+    talk(reading, [[user(TURNS[1])]])
+    assert_close(reading.memory, memory)
+
+
+def test_undo_opens_the_segment_again(by_message):
+    conversation = Conversation(by_message)
+    talk(conversation, [[user(TURNS[0])]])
+    before = conversation.memory
+    said = talk(conversation, [[user(TURNS[1])]])
+    assert conversation.undo()
+    for layer, segment in conversation.memory.segments.items():
+        assert np.array_equal(segment, before.segments[layer]) and segment[0, -1] == NEW
+    assert talk(conversation, [[user(TURNS[1])]]) == said
+
+
+def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
+    template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    engine = make_engine(template=template)
+    conversation = Conversation(engine)
+    (said,) = talk(conversation, [[user("one")]])
+    talk(conversation, [[user("two")]])
+    encode = engine.text.encode
+    ids = [*encode("<|user|>one<|assistant|>"), *said, *encode("<|user|>two<|assistant|>")]
+    ids += conversation._place.transcript.turns[-1].tokens[:-1]
+    one, two = len(encode("<|user|>one")), len(encode("<|user|>two"))
+    marks = [1] * (one - 1) + [2] + [1] * NEW + [2] + [1] * (two - 1) + [2] + [1] * NEW
+    cache = MemoryCache(engine.model)
+    cache.segments = torch.tensor([marks], dtype=torch.int8)
+    with torch.no_grad():
+        engine.model(torch.tensor([ids]), past_key_values=cache)
+    assert_close(conversation.memory, cache.memory)
+
+
+def test_a_batch_of_segments_is_its_rows(by_message):
+    together, alone = ([Conversation(by_message) for _ in TURNS] for _ in range(2))
+    for contents in (TURNS, TURNS[::-1]):
+        found = generate_together(together, contents, Sampling(NEW))
+        assert found == [one.generate(text, Sampling(NEW)) for one, text in zip(alone, contents, strict=True)]
+        for one, other in zip(together, alone, strict=True):
+            other_state = by_message._on_device(other.memory)
+            assert_close(one.memory, other_state)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_leaves_the_window_has_been_written(by_message, stays):
+    """Where the last answer leaves with all the rest, its segment ends there; else the template ends it."""
+    encode, conversation = by_message.text.encode, Conversation(by_message)
+    talk(conversation, [[user(text)] for text in ((TURNS[0], TURNS[2]) if stays else TURNS[:1])])
+    last = conversation._place.transcript.turns[-1].tokens
+    before, context = conversation._place, conversation.context.tokens
+    conversation.window = context + 5
+    talk(conversation, [[user(TURNS[2])]])
+    assert conversation.context.dropped == 2 and conversation.context.messages == (4 if stays else 2)
+
+    # The last token joins the open segment in the context that it was said in.
+    on, mask = np.ones((1, 1), bool), np.ones((1, context), np.int64)
+    _, past = by_message.step(before.past, np.array([[last[-1]]]), mask, on, ~on)
+    cache = MemoryCache(by_message.model, past.memory, write=False)
+    new = encode(f"<|user|>{TURNS[2]}<|end|><|assistant|>")
+    answer = conversation._place.transcript.turns[-1].tokens
+    marks = [1] * (len(new) - 2) + [2] + [1] * NEW
+    with torch.no_grad():
+        if stays:
+            by_message.model(torch.tensor([[*new, *last]]), past_key_values=cache)
+            new, marks = [*encode("<|end|>"), *new], [2, *marks]
+        else:
+            cache.end_segment()
+        cache.write, cache.segments = True, torch.tensor([marks], dtype=torch.int8)
+        by_message.model(torch.tensor([[*new, *answer[:-1]]]), past_key_values=cache)
+    assert_close(conversation.memory, cache.memory)
+
+
+def test_text_without_a_template_has_no_segments(by_message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="writes by message"):
+        Conversation(TorchModel(by_message.model, tokenizer))

@@ -1,0 +1,131 @@
+"""Sampling keeps the tokens that transformers keeps, with the same probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.sampling import Sampler, Sampling, probabilities
+
+VOCABULARY = 500
+TOLERANCE = 1e-6
+CONTEXT = np.array([3, 3, 77, 400])
+CASES = [
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10_000},
+    {"top_p": 0.9},
+    {"top_p": 0.3},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.5},
+    {"temperature": 1.6, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 0.3, "top_k": 100, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+def logits(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, VOCABULARY).astype(np.float32)
+
+
+def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Its own processors, in the order in which `generate` has them."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    scores = processors(torch.from_numpy(CONTEXT)[None], torch.from_numpy(scores)[None].double())
+    return scores.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(options, seed):
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    found, expected = probabilities(logits(seed), sampling, CONTEXT), in_transformers(logits(seed), sampling)
+    assert np.array_equal(found > 0, expected > 0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_order_is_that_of_generate():
+    """A model's `generate` builds the same list of processors from the same options."""
+    from tiny import tiny_model
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True, temperature=0.5, top_k=4, top_p=0.5, min_p=0.1, repetition_penalty=1.1, eos_token_id=None
+    )
+    built = tiny_model()._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    assert [type(processor) for processor in built] == [
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        MinPLogitsWarper,
+    ]
+
+
+def test_what_is_drawn_has_these_probabilities():
+    """Of 20,000 draws, each token's share is within five standard deviations."""
+    draws, scores = 20_000, logits(0)
+    sampling = Sampling(temperature=1.5, top_k=6, seed=0)
+    chances = probabilities(scores, sampling, CONTEXT)
+    sampler = Sampler(sampling, CONTEXT, VOCABULARY)
+    counts = np.bincount([sampler.pick(scores) for _ in range(draws)], minlength=VOCABULARY)
+    assert (counts[chances == 0] == 0).all()
+    deviation = np.sqrt(draws * chances * (1 - chances))
+    assert (np.abs(counts - draws * chances) <= 5 * deviation).all()
+
+
+def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
+    scores = np.full(VOCABULARY, -5.0, np.float32)
+    scores[[10, 20]] = 4.0, 3.0
+    greedy = Sampler(Sampling(), CONTEXT, VOCABULARY)
+    assert [greedy.pick(scores) for _ in range(3)] == [10, 10, 10]
+    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, VOCABULARY)
+    assert [penalised.pick(scores) for _ in range(3)] == [10, 20, 10]  # 4, then 3 against 2, then 2 against 1.5
+    after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), VOCABULARY)
+    assert after.pick(scores) == 20  # 10 is in the context
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"seed": -1},
+        {"stop": ("",)},
+        {"stop": "text"},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Sampling(**options)
