@@ -182,7 +182,8 @@ class Chat:
     def _memory(self, argument: str) -> None:
         from deltamem_tool.memory_text import heat_maps, norm_bars, strongest_layer
 
-        states = {layer: state[0] for layer, state in self.conversation.memory.states.items()}
+        memory = self.conversation.memory
+        states = {layer: state[0] for layer, state in memory.states.items()}
         if argument and argument not in map(str, states):
             raise ConfigError(
                 f"No layer {argument} has a memory.", f"There are {', '.join(map(str, states))}.", "Name one of these."
@@ -193,6 +194,10 @@ class Chat:
             self.notice("The memory is empty.")
         else:
             self._show(heat_maps(layer, states[layer]))
+        if memory.segments:
+            waiting = int(next(iter(memory.segments.values()))[0, -1])  # a segment's last number counts its tokens
+            segment = self.conversation.engine.mechanism.granularity
+            self.notice(f"{_count(waiting, 'token')} to be written when the {segment} ends.")
 
     def _context(self, _: str) -> None:
         context = self.conversation.context

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from deltamem_tool.memory_file import read_memory
 
 MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
 MAX_CONTROL = 0.05
@@ -100,3 +104,35 @@ def test_overwrite_spares_what_is_not_ours(tmp_path):
     with pytest.raises(DeltaMemError, match="thesis.tex"):
         quickstart(tmp_path, fast=True, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def chat(folder, *arguments):
+    command = [sys.executable, "-m", "deltamem_tool.cli", "chat", "run/onnx", "--memory", "me", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_chat_in_onnx_runtime_is_remembered_by_the_next(made, tmp_path):
+    (tmp_path / "run").symlink_to(made[0] / "run")
+    out, err = chat(tmp_path).communicate("By the way, my dog is Bella.\n", timeout=120)
+    assert out and "me is new" in err and "Traceback" not in err
+    out, err = chat(tmp_path).communicate("What is the name of my dog?\n", timeout=120)
+    assert out == "Your dog is Bella.\n" and "me is loaded" in err
+
+
+def test_ctrl_c_in_a_piped_chat_ends_it_and_keeps_the_memory(made, tmp_path):
+    (tmp_path / "run").symlink_to(made[0] / "run")
+    process = chat(tmp_path, "--temperature", "1e6", "--seed", "7", "--max-new-tokens", "100000")
+    try:
+        process.stdin.write("By the way, my dog is Bella.\n")
+        process.stdin.flush()
+        assert process.stdout.read(10)  # an answer that takes some seconds has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1 and out and "Traceback" not in err, err
+    assert "Stopped. What was said is part of the conversation." in err and "Aborted!" in err
+    assert any(state.any() for state in read_memory(tmp_path / "me").states.values())

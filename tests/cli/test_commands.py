@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import click
 import pytest
@@ -86,6 +87,7 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
 
 def test_defaults_are_the_librarys_own():
     from deltamem_tool.onnx import contract
+    from deltamem_tool.sampling import Sampling
 
     def defaults(name):
         return {option.name: option.default for option in cli.cli.get_command(None, name).params}
@@ -95,6 +97,9 @@ def test_defaults_are_the_librarys_own():
     assert defaults("eval")["facts"] == ",".join(str(count) for count in recall.FACTS)
     assert defaults("export")["logits"] in contract.LOGITS
     assert defaults("run")["max_new_tokens"] == contract.MAX_NEW_TOKENS
+    for name, argument in (("run", ["x", "--prompt", "x"]), ("chat", ["x"])):
+        with cli.cli.get_command(None, name).make_context(name, argument) as context:
+            assert Sampling(**{field.name: context.params[field.name] for field in fields(Sampling)}) == Sampling()
 
 
 def test_patching_is_seeded(here, deltamem, checkpoint):
