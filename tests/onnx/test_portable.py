@@ -230,9 +230,21 @@ FOREIGN_INSIDE = """g (float[2] s, float[3, 2] xs) => (float[2] t) {
 }"""
 
 
-@pytest.mark.parametrize("text", [FOREIGN, FOREIGN_INSIDE])
-def test_an_operator_of_a_runtimes_own_is_refused(text):
-    with pytest.raises(ExportError, match="(?s)SomeModel.*com.microsoft::Gelu"):
+DISGUISED = "g (float[2] x, float[2] w) => (float[2] y) { y = SimplifiedLayerNormalization (x, w) }"
+TOO_NEW = "g (float[2] x) => (float[2] y) { y = Gelu (x) }"  # since opset 20
+
+
+@pytest.mark.parametrize(
+    ("text", "operator"),
+    [
+        (FOREIGN, "com.microsoft::Gelu"),
+        (FOREIGN_INSIDE, "com.microsoft::Gelu"),
+        (DISGUISED, "ai.onnx::SimplifiedLayerNormalization"),
+        (TOO_NEW, "ai.onnx::Gelu"),
+    ],
+)
+def test_an_operator_of_a_runtimes_own_is_refused(text, operator):
+    with pytest.raises(ExportError, match=f"(?s)SomeModel.*{operator}, which opset 18 has not"):
         require_standard(graph_of(text), "SomeModel")
 
 
