@@ -16,6 +16,7 @@ from tiny import listing
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, __version__, cli, load
 from deltamem_tool.adapter import read_adapter
+from deltamem_tool.errors import ExportError
 from deltamem_tool.evaluation import recall
 from deltamem_tool.evaluation.recall import CONDITIONS
 
@@ -83,6 +84,19 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
     for options in (("--device", "meta"), ("--device", "cpu"), ()):
         succeeded(deltamem("eval", "adapter", "--facts", "1", *options))
     assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint, monkeypatch):
+    from deltamem_tool.onnx import export
+
+    def stub(*args, target, **options):
+        raise ExportError(f"for {target}")
+
+    monkeypatch.setattr(export, "export_onnx", stub)
+    succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
+    for options, target in (((), "cpu"), (("--target", "portable"), "portable")):
+        deltamem("export", "adapter", "--out", "onnx", *options).assert_short_error(f"for {target}", code=1)
+    deltamem("export", "adapter", "--out", "onnx", "--target", "toaster").assert_short_error("toaster", code=2)
 
 
 def test_defaults_are_the_librarys_own():
