@@ -259,13 +259,13 @@ def find_base(
     return checkpoint, found
 
 
-def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer of a loaded model's base."""
-    return read_tokenizer(model.name_or_path or "")
+def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a loaded model's base, as `read_tokenizer` has it."""
+    return read_tokenizer(model.name_or_path or "", for_chat=for_chat)
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a base model's folder, which must have a chat template.
+def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer in a base model's folder; `for_chat`, it must have a chat template.
 
     Raises:
         ArchitectureError: there is none.
@@ -275,7 +275,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArchitectureError(f"{folder} has no tokenizer.", why, "Save the model's tokenizer beside it.") from error
-    if tokenizer.chat_template is None:
+    if for_chat and tokenizer.chat_template is None:
         raise ArchitectureError(
             f"The tokenizer of {folder} has no chat template.", "", "Use the base model's chat or instruct version."
         )

@@ -112,7 +112,7 @@ def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, devic
     where = torch_device(device)
     model = load(adapter, base=base, trust_remote_code=trust_remote_code)
     cast(torch.nn.Module, model).to(where)  # transformers hides the signature
-    return TorchModel(model, tokenizer_of(model))
+    return TorchModel(model, tokenizer_of(model, for_chat=False))
 
 
 def _reader(chat: Chat, no_history: bool) -> Reader:

@@ -59,7 +59,7 @@ def command(
         model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=torch.float32)
         manifest = export_onnx(
             model,
-            tokenizer_of(model),
+            tokenizer_of(model, for_chat=False),
             out,
             target=target,
             logits=logits,
