@@ -15,7 +15,7 @@ from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Manifest
-from deltamem_tool.onnx.session import Graph
+from deltamem_tool.onnx.runtime import Graph
 from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
 from deltamem_tool.onnx.trace import CallOptions, dtype_name, interface_of, traced
 from deltamem_tool.surgery import adapter_of
