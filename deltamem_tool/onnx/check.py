@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltamem_tool.onnx.session import Graph
+from deltamem_tool.onnx.runtime import Graph
 from deltamem_tool.onnx.trace import CallOptions, segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
 
