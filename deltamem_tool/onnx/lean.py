@@ -1,8 +1,8 @@
 """One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemory` where every token
 writes. At decode a node costs more than the arithmetic in it.
 
-ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So every
-token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
+ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
+every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
 
     write  S₁ = S + b k (u − S k)ᵀ      b = erase / keep,  u = v · write / erase
     decay  S' = keep S₁
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from deltamem_tool.config import BRANCHES
 from deltamem_tool.memory import L2_EPS, DeltaMemory
 
-# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum of
-# z and log keep, which should cancel, is exact to 1e-6.
+# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum
+# of z and log keep, which should cancel, is exact to 1e-6.
 OPEN = 20.0
 SHUT = -1e4  # its sigmoid, its exponential and its softplus are 0
 UNBOUNDED = 3e38  # no ceiling
