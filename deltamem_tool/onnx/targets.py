@@ -20,6 +20,7 @@ class Target:
         scan: the implementation of `deltamem_tool.ops` that is traced.
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
+        genai: whether onnxruntime-genai loads the folder: its names, its configuration, and no more inputs than it feeds.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target:
     scan: Literal["onnx"]
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
+    genai: bool = False
 
 
 TARGETS = {
@@ -34,6 +36,7 @@ TARGETS = {
     for target in (
         Target("cpu", "cpu", "onnx", (FLOAT32,), (NO_QUANTIZATION,)),
         Target("cuda", "cuda", "onnx", (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
+        Target("genai", "cpu", "onnx", (FLOAT32,), (NO_QUANTIZATION,), genai=True),
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
