@@ -8,6 +8,7 @@ import click
 
 from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS
+from deltamem_tool.onnx.targets import TARGETS
 
 
 @click.command("export")
@@ -21,16 +22,38 @@ from deltamem_tool.onnx.contract import LOGITS
     show_default=True,
     help="Logits of the last position, or of every one.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default="cpu",
+    show_default=True,
+    help="What will run the graph: ONNX Runtime on a CPU or on CUDA, or onnxruntime-genai.",
+)
+@click.option(
+    "--memory",
+    type=click.Path(path_type=Path),
+    help="For genai: a memory file that conversations start from. Other graphs take it when they run.",
+)
 @trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
 def command(
-    adapter: str, out: Path, base: str | None, logits: str, trust_remote_code: bool, overwrite: bool, as_json: bool
+    adapter: str,
+    out: Path,
+    base: str | None,
+    logits: str,
+    target: str,
+    memory: Path | None,
+    trust_remote_code: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import STDERR, quiet_libraries
     from deltamem_tool.files import refuse_existing
 
+    if memory is not None and not TARGETS[target].genai:
+        raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
     refuse_existing(out, overwrite)
     with STDERR.status("Loading the model") as status:
         import torch
@@ -45,7 +68,9 @@ def command(
             model,
             tokenizer_of(model),
             out,
+            target=target,
             logits=logits,
+            memory=memory,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,
             progress=lambda stage: status.update(stage),

@@ -23,8 +23,9 @@ there is neither `segment_end` nor `segment`.
 
 A graph for onnxruntime-genai has what that package feeds, and no more. It marks no tokens, so there is no `write_mask`:
 every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
-to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is taken from an input
-that has a default, and that an adapter file of ONNX Runtime sets: `initial.{i}.recurrent_state`, float32 [1, H, R, R].
+to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
+which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
+[1, H, R, R].
 
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
@@ -108,7 +109,7 @@ class Interface:
     dtype: str
     segment: int
     layers: tuple[Layer, ...]
-    genai: bool
+    genai: bool = False
 
     @property
     def state_shapes(self) -> dict[int, tuple[int, int, int]]:

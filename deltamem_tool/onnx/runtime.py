@@ -53,7 +53,10 @@ class Graph:
             if name not in available:
                 raise _no_provider(name, f"This build has {', '.join(available)}.", "Choose one of these.")
         try:
-            self._session = onnxruntime.InferenceSession(str(Path(folder) / contract.MODEL_FILE), providers=wanted)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # or it says of every initial state that it has a default
+            path = str(Path(folder) / contract.MODEL_FILE)
+            self._session = onnxruntime.InferenceSession(path, options if interface.defaults() else None, wanted)
         except Exception as error:  # onnxruntime's exceptions have no common base class of their own
             why = str(error).splitlines()[0]
             raise ExportError("ONNX Runtime cannot load this graph.", f"{why}.", "Export the model again.") from error
@@ -62,18 +65,28 @@ class Graph:
                 why = "Its device or a library that it needs is missing; ONNX Runtime's own message says which."
                 raise _no_provider(name, why, f"Install what is missing, or run on {CPU}.")
         self._session.disable_fallback()
-        interface.check_graph(_described(self._session.get_inputs()), _described(self._session.get_outputs()))
+        interface.check_graph(
+            _described(self._session.get_inputs()),
+            _described(self._session.get_outputs()),
+            _described(self._session.get_overridable_initializers()),
+        )
         self._outputs = list(interface.outputs())
 
     def empty_past(self, batch: int, states: Mapping[int, NDArray] | None = None) -> Past:
-        """No tokens yet; the given states `[B, H, R, R]` by layer, or zeros."""
+        """No tokens yet; the given states `[B, H, R, R]` by layer, or zeros (where the graph has initial states, one
+        row for all of the batch, or what the graph has)."""
         past: Past = {}
         for i, layer in enumerate(self.interface.layers):
             for part, (heads, width) in layer.cache.items():
                 past[contract.carried_name(contract.PAST, i, part)] = np.zeros((batch, heads, 0, width), np.float32)
             if layer.state is not None:
-                state = np.zeros((batch, *layer.state), np.float32) if states is None else states[i]
+                zeros = np.zeros((batch, *layer.state), np.float32)
+                state = zeros if states is None or self.interface.genai else states[i]
                 past[contract.carried_name(contract.PAST, i, contract.STATE)] = state
+                if self.interface.genai:
+                    past[contract.carried_name(contract.PAST, i, contract.CONV)] = np.zeros((batch, 1, 1), np.float32)
+                if self.interface.genai and states is not None:
+                    past[contract.carried_name(contract.INITIAL, i, contract.STATE)] = states[i]
                 if self.interface.segment:
                     segment = np.zeros((batch, self.interface.segment), np.float32)
                     past[contract.carried_name(contract.PAST, i, contract.SEGMENT)] = segment
@@ -107,11 +120,20 @@ class Graph:
 
         Returns:
             Logits `[B, 1, V]` (`[B, T, V]` in a graph for all positions) and the next past.
+
+        Raises:
+            ExportError: a token shall not write, and the graph is one in which every token does.
         """
+        if self.interface.genai and not write_mask[attention_mask[:, -input_ids.shape[1] :] != 0].all():
+            raise ExportError(
+                "Every token writes in this graph.",
+                "onnxruntime-genai, which it was exported for, tells none from another.",
+                "Export the model for another target.",
+            )
         feed = {
             contract.INPUT_IDS: input_ids,
             contract.ATTENTION_MASK: attention_mask,
-            contract.WRITE_MASK: write_mask,
+            **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),
             **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
             **past,
         }

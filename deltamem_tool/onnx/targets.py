@@ -20,7 +20,7 @@ class Target:
         scan: the implementation of `deltamem_tool.ops` that is traced.
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
-        genai: whether onnxruntime-genai loads the folder: its names, its configuration, and no more inputs than it feeds.
+        genai: whether onnxruntime-genai loads the folder: its names and configuration, and no inputs but what it feeds.
     """
 
     name: str

@@ -99,9 +99,9 @@ class _Step(nn.Module):
             if contract.KEY in past:
                 _fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
-        begins = _begins(attention_mask, input_ids.shape[1]) if initial else None
-        for i, state in states.items() if begins is not None else ():
-            states[i] = torch.where(begins, initial[i][contract.STATE], state)
+        if initial:
+            begins = _begins(attention_mask, input_ids.shape[1])
+            states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         cache.memory = MemoryState(states, self._fingerprint, segments)
         logits = self._options.logits(self.model, input_ids, attention_mask, cache)
