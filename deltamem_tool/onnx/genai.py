@@ -156,10 +156,8 @@ def spelled_out(template: str) -> str:
     for _, kind, value in lexer.lex(template):
         if kind == "data":
             pieces.append(f"{{{{ {json.dumps(value, ensure_ascii=False)} }}}}")
-        elif kind.endswith("_end"):
-            pieces.append(value.rstrip())
         elif not kind.startswith(("comment", "raw")):
-            pieces.append(value)
+            pieces.append(value.rstrip() if kind in ("block_end", "variable_end") else value)
     return "".join(pieces)
 
 
