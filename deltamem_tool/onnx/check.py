@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltamem_tool.onnx.runtime import Graph
-from deltamem_tool.onnx.trace import CallOptions, segment_marks
+from deltamem_tool.onnx.trace import CallOptions, last_valid, segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import adapter_of
 
@@ -72,6 +72,9 @@ def largest_difference(
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
     """
     differences = []
+    of_rows = graph.interface.genai and graph.interface.logits == "last"
+    if of_rows:  # what the graph cuts while it computes is cut here from the whole
+        options = CallOptions(model, "all")
     for batch, given in _starts(graph, start, adapter_of(model).fingerprint):
         cache = MemoryCache(model, given.fork(batch) if given is not None else None)
         states = None if given is None or given is start else {i: s.numpy() for i, s in given.layers.items()}
@@ -87,6 +90,10 @@ def largest_difference(
             last = call.last.numpy() if graph.interface.segment else None
             found, past = graph.step(call.input_ids.numpy(), mask.numpy(), write.numpy(), past, last)
             valid = call.valid[:, -1:] if graph.interface.logits == "last" else call.valid
+            if of_rows:
+                position = last_valid(mask, call.valid.shape[1])
+                expected = expected[torch.arange(batch), position][:, None]
+                valid = call.valid.any(dim=1, keepdim=True)
             differences.append((torch.from_numpy(found) - expected)[valid])
             memory = cast(MemoryState, cache.memory)
             for layer, state in graph.states(past).items():

@@ -25,7 +25,7 @@ A graph for onnxruntime-genai has what that package feeds, and no more. It marks
 every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
 to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
 which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
-[1, H, R, R].
+[1, H, R, R]. It pads on the right, so the last position's logits are those of each row's last token that is no padding.
 
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a

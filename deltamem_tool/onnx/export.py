@@ -68,7 +68,7 @@ def export_onnx(
     with _evaluating(model):
         interface = interface_of(model, adapter, logits, for_target)
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
-        options = CallOptions(model, logits)
+        options = CallOptions(model, logits, padded_right=for_target.genai)
         tell("Tracing the model")
         program = traced(model, adapter, interface, options, for_target)
         if genai_config is not None:
