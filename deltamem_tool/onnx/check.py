@@ -76,7 +76,7 @@ def largest_difference(
     if of_rows:  # what the graph cuts while it computes is cut here from the whole
         options = CallOptions(model, "all")
     for batch, given in _starts(graph, start, adapter_of(model).fingerprint):
-        cache = MemoryCache(model, given.fork(batch) if given is not None else None)
+        cache = MemoryCache(model, given.fork(batch).to(model.device) if given is not None else None)
         states = None if given is None or given is start else {i: s.numpy() for i, s in given.layers.items()}
         past = graph.empty_past(batch, states)
         mask = torch.zeros(batch, 0, dtype=torch.long)
