@@ -21,7 +21,7 @@ from deltamem_tool.onnx.targets import TARGETS
     default=next(iter(TARGETS)),
     show_default=True,
     help="What will run the graph: cpu and cuda are ONNX Runtime, by its fused operators for either; portable is any "
-    "runtime, by standard ONNX operators alone.",
+    "runtime, by standard ONNX operators alone; genai is onnxruntime-genai.",
 )
 @click.option(
     "--logits",
@@ -29,6 +29,11 @@ from deltamem_tool.onnx.targets import TARGETS
     default=LOGITS[0],
     show_default=True,
     help="Logits of the last position, or of every one.",
+)
+@click.option(
+    "--memory",
+    type=click.Path(path_type=Path),
+    help="For genai: a memory file that conversations start from. Other graphs take it when they run.",
 )
 @trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
@@ -38,6 +43,7 @@ def command(
     out: Path,
     base: str | None,
     target: str,
+    memory: Path | None,
     logits: str,
     trust_remote_code: bool,
     overwrite: bool,
@@ -47,6 +53,8 @@ def command(
     from deltamem_tool.cli.console import STDERR, quiet_libraries
     from deltamem_tool.files import refuse_existing
 
+    if memory is not None and not TARGETS[target].genai:
+        raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
     refuse_existing(out, overwrite)
     with STDERR.status("Loading the model") as status:
         import torch
@@ -63,6 +71,7 @@ def command(
             out,
             target=target,
             logits=logits,
+            memory=memory,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,
             progress=lambda stage: status.update(stage),

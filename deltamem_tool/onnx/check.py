@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltamem_tool.onnx.runtime import Graph
-from deltamem_tool.onnx.trace import CallOptions, segment_marks
+from deltamem_tool.model_call import CallOptions, last_valid
+from deltamem_tool.onnx.session import Graph
+from deltamem_tool.onnx.trace import segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.surgery import adapter_of
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,49 @@ def _conversation(batch: int, vocab_size: int) -> list[_Call]:
     return calls
 
 
+def _starts(graph: Graph, start: MemoryState | None, adapter: str) -> list[tuple[int, MemoryState | None]]:
+    """How many at once, and the memory that they begin with. Where a graph has initial states, they are set once."""
+    found: list[tuple[int, MemoryState | None]] = [(1, start), (3, start)]
+    if graph.interface.defaults():
+        random = torch.Generator().manual_seed(0)
+        shapes = graph.interface.state_shapes
+        states = {i: torch.randn(1, *shape, generator=random) for i, shape in shapes.items()}
+        found.append((1, MemoryState(states, adapter)))
+    return found
+
+
 @torch.no_grad()
-def largest_difference(model: PreTrainedModel, graph: Graph, options: CallOptions) -> float:
-    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch."""
+def largest_difference(
+    model: PreTrainedModel, graph: Graph, options: CallOptions, start: MemoryState | None = None
+) -> float:
+    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
+
+    Args:
+        start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
+    """
     differences = []
-    for batch in (1, 3):
-        cache = MemoryCache(model)
-        past = graph.empty_past(batch)
+    of_rows = graph.interface.genai and graph.interface.logits == "last"
+    if of_rows:  # what the graph cuts while it computes is cut here from the whole
+        options = CallOptions(model, "all")
+    for batch, given in _starts(graph, start, adapter_of(model).fingerprint):
+        cache = MemoryCache(model, given.fork(batch).to(model.device) if given is not None else None)
+        states = None if given is None or given is start else {i: s.numpy() for i, s in given.layers.items()}
+        past = graph.empty_past(batch, states)
         mask = torch.zeros(batch, 0, dtype=torch.long)
         for call in _conversation(batch, graph.interface.vocab_size):
             mask = torch.cat([mask, call.valid.long()], dim=1)
-            cache.write = call.write.to(model.device)
+            write = call.valid if graph.interface.genai else call.write  # there, every token writes
+            cache.write = write.to(model.device)
             if graph.interface.segment:
                 cache.segments = segment_marks(call.write, call.last).to(model.device)
             expected = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache).cpu()
             last = call.last.numpy() if graph.interface.segment else None
-            found, past = graph.step(call.input_ids.numpy(), mask.numpy(), call.write.numpy(), past, last)
+            found, past = graph.step(call.input_ids.numpy(), mask.numpy(), write.numpy(), past, last)
             valid = call.valid[:, -1:] if graph.interface.logits == "last" else call.valid
+            if of_rows:
+                position = last_valid(mask, call.valid.shape[1])
+                expected = expected[torch.arange(batch), position][:, None]
+                valid = call.valid.any(dim=1, keepdim=True)
             differences.append((torch.from_numpy(found) - expected)[valid])
             memory = cast(MemoryState, cache.memory)
             for layer, state in graph.states(past).items():

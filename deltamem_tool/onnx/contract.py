@@ -21,6 +21,12 @@ Where the adapter writes by segments (messages, sentences), `write_mask` says wh
 written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
 there is neither `segment_end` nor `segment`.
 
+A graph for onnxruntime-genai has what that package feeds, and no more. It marks no tokens, so there is no `write_mask`:
+every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
+to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
+which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
+[1, H, R, R]. It pads on the right, so the last position's logits are those of each row's last token that is no padding.
+
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
 memory have no `recurrent_state`; layers that read another one's keys have no `key` and `value`.
@@ -47,6 +53,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
+GENAI_CONFIG_FILE = "genai_config.json"
 REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
 
 INPUT_IDS = "input_ids"
@@ -56,7 +63,8 @@ SEGMENT_END = "segment_end"
 PAST = "past_key_values"
 LOGITS_OUTPUT = "logits"
 PRESENT = "present"
-KEY, VALUE, STATE, SEGMENT = "key", "value", "recurrent_state", "segment"
+INITIAL = "initial"
+KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 LOGITS = ("last", "all")  # the last position's alone, or every position's
@@ -93,6 +101,7 @@ class Interface:
         dtype: of keys and values.
         segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
         layers: one entry a decoder layer.
+        genai: whether onnxruntime-genai feeds it.
     """
 
     logits: str
@@ -100,6 +109,7 @@ class Interface:
     dtype: str
     segment: int
     layers: tuple[Layer, ...]
+    genai: bool = False
 
     @property
     def state_shapes(self) -> dict[int, tuple[int, int, int]]:
@@ -107,14 +117,19 @@ class Interface:
         return {i: layer.state for i, layer in enumerate(self.layers) if layer.state is not None}
 
     def inputs(self) -> dict[str, tuple[str, Shape]]:
-        """(type, shape) of every input by name, in the graph's order."""
+        """(type, shape) of every input that has no default, by name, in the graph's order."""
         return {
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
             ATTENTION_MASK: (INT64, (BATCH, ALL_TOKENS)),
-            WRITE_MASK: (BOOL, (BATCH, TOKENS)),
+            **({} if self.genai else {WRITE_MASK: (BOOL, (BATCH, TOKENS))}),
             **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
             **self._carried(PAST, PAST_TOKENS),
         }
+
+    def defaults(self) -> dict[str, tuple[str, Shape]]:
+        """(type, shape) of every input that has a default, by name."""
+        states = self.state_shapes if self.genai else {}
+        return {carried_name(INITIAL, i, STATE): (FLOAT32, (1, *state)) for i, state in states.items()}
 
     def outputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every output by name, in the graph's order."""
@@ -131,17 +146,27 @@ class Interface:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
                 if self.segment:
                     tensors[carried_name(prefix, i, SEGMENT)] = (FLOAT32, (BATCH, self.segment))
+                if self.genai:
+                    tensors[carried_name(prefix, i, CONV)] = (FLOAT32, (BATCH, 1, 1))
         return tensors
 
     def check_graph(
-        self, inputs: Mapping[str, tuple[str, list[Any]]], outputs: Mapping[str, tuple[str, list[Any]]]
+        self,
+        inputs: Mapping[str, tuple[str, list[Any]]],
+        outputs: Mapping[str, tuple[str, list[Any]]],
+        defaults: Mapping[str, tuple[str, list[Any]]],
     ) -> None:
-        """Compare with the (type, shape) that a loaded graph reports; a dimension that is no integer varies.
+        """Compare with the (type, shape) that a loaded graph reports of its inputs, of its outputs, and of its inputs
+        that have a default; a dimension that is no integer varies.
 
         Raises:
             ExportError: a name, a type, or a fixed dimension differs.
         """
-        for kind, expected, found in (("input", self.inputs(), inputs), ("output", self.outputs(), outputs)):
+        for kind, expected, found in (
+            ("input", self.inputs(), inputs),
+            ("output", self.outputs(), outputs),
+            ("input with a default", self.defaults(), defaults),
+        ):
             wrong = [f"no {kind} {name!r}" for name in expected if name not in found]
             wrong += [f"an unexpected {kind} {name!r}" for name in found if name not in expected]
             for name in expected.keys() & found.keys():
@@ -207,6 +232,7 @@ class Manifest:
         _require(interface["dtype"] in DTYPES, "interface.dtype")
         _require(_is_count(interface["segment"]) or interface["segment"] == 0, "interface.segment")
         _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
+        _require(isinstance(interface["genai"], bool), "interface.genai")
         layers = tuple(_layer(layer) for layer in interface["layers"])
         for name in ("adapter", "model_type", "target", "quantize"):
             _require(isinstance(values[name], str) and bool(values[name]), name)

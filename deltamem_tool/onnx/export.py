@@ -14,7 +14,7 @@ from transformers.exporters import OnnxExporter
 
 from deltamem_tool.errors import ExportError
 from deltamem_tool.files import folder_whole, refuse_existing
-from deltamem_tool.onnx import contract
+from deltamem_tool.onnx import contract, genai
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
@@ -36,6 +36,7 @@ def export_onnx(
     target: str = "cpu",
     quantize: str = NO_QUANTIZATION,
     logits: str = "last",
+    memory: str | Path | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
     without: Collection[str] = (),
@@ -52,6 +53,8 @@ def export_onnx(
         target: a name in `targets.TARGETS`: what will run the graph.
         quantize: how to quantise the base's weights; the memory stays float32.
         logits: "last" for the last position's alone, "all" for every position's.
+        memory: a memory file that conversations of a graph for onnxruntime-genai start from; other graphs take the
+            state as an input.
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
         overwrite: replace a folder that is there.
         without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
@@ -59,6 +62,8 @@ def export_onnx(
 
     Raises:
         ExportError: the model cannot be exported, or ONNX Runtime does not compute what PyTorch computes.
+        ConfigError: the target takes no `memory`.
+        MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
         DeltaMemError: `out` is there already.
     """
     refuse_existing(out, overwrite)
@@ -67,14 +72,18 @@ def export_onnx(
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage: None)
     adapter = adapter_of(model)
+    start = None if memory is None else genai.read_start(memory, adapter, for_target)
     with _evaluating(model):
-        interface = interface_of(model, adapter, logits)
-        options = CallOptions(model, logits)
+        interface = interface_of(model, adapter, logits, for_target)
+        genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
+        options = CallOptions(model, logits, padded_right=for_target.genai)
         with folder_whole(out, overwrite) as staged:
             tell("Tracing the model")
             program = traced(model, adapter, interface, options, for_target, without)
             if for_target.fusions is not None:
                 optimize(program, without)
+            if genai_config is not None:
+                genai.set_defaults(program, interface, start)
             if for_target.standard:
                 require_standard(program, type(model).__name__)
             tell("Writing the graph")
@@ -85,8 +94,10 @@ def export_onnx(
             model.config.save_pretrained(staged)
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
+            if genai_config is not None:
+                genai.write_config(staged, genai_config)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference = largest_difference(model, Graph(staged, interface, map_weights=True), options)
+            difference = largest_difference(model, Graph(staged, interface, map_weights=True), options, start)
             if not difference <= TOLERANCE:  # NaN is no agreement either
                 raise ExportError(
                     "The graph does not compute what PyTorch computes.",

@@ -22,6 +22,7 @@ class Target:
         opset: of standard operators; None for the exporter's own choice.
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
+        genai: whether onnxruntime-genai loads the folder: its names and configuration, and no inputs but what it feeds.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Target:
     opset: int | None
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
+    genai: bool = False
 
     @property
     def standard(self) -> bool:
@@ -43,6 +45,7 @@ TARGETS = {
         Target("cpu", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,)),
         Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
         Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
+        Target("genai", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,), genai=True),
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, cast
 
@@ -51,17 +52,21 @@ class _Step(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        write_mask: Tensor,
-        past_key_values: list[dict[str, Tensor]],
+        write_mask: Tensor | None = None,
+        past_key_values: Sequence[dict[str, Tensor]] = (),
         segment_end: Tensor | None = None,
+        initial: Sequence[dict[str, Tensor]] = (),
     ) -> dict[str, Any]:
-        cache = MemoryCache(self.model, write=write_mask)
-        if segment_end is not None:
+        cache = MemoryCache(self.model, write=True if write_mask is None else write_mask)
+        if segment_end is not None and write_mask is not None:
             cache.segments = segment_marks(write_mask, segment_end)
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past:
                 fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
+        if initial:
+            begins = _begins(attention_mask, input_ids.shape[1])
+            states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         cache.memory = MemoryState(states, self._fingerprint, segments)
         logits = self._options.logits(self.model, input_ids, attention_mask, cache)
@@ -75,6 +80,8 @@ class _Step(nn.Module):
                 present[i][contract.STATE] = cache.memory.layers[i]
             if i in segments:
                 present[i][contract.SEGMENT] = cache.memory.segments[i]
+            if contract.CONV in past:
+                present[i][contract.CONV] = past[contract.CONV].clone()
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
 
 
@@ -84,8 +91,13 @@ def segment_marks(write: Tensor, end: Tensor) -> Tensor:
     return torch.where(write, inside, torch.full_like(inside, OUTSIDE))
 
 
-def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) -> Interface:
-    """What the graph of `model` will take and give, found by running one token.
+def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Rows whose past holds no token, bool `[B, 1, 1, 1]`: all their valid tokens are among the last."""
+    return (attention_mask.sum(-1) == attention_mask[:, -tokens:].sum(-1))[:, None, None, None]
+
+
+def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, target: Target) -> Interface:
+    """What the graph of `model` for `target` will take and give, found by running one token.
 
     Raises:
         ExportError: the model keeps something other than keys and values between calls.
@@ -104,7 +116,7 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str) 
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers))
+    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), target.genai)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -202,20 +214,21 @@ def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
     # The mask's length is the sum of two others, which torch cannot be told: it finds out.
     dims = {name: Dim.DYNAMIC if name == contract.ALL_TOKENS else Dim(name) for name in sizes}
-    inputs: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
-    axes: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
-    for name, (dtype, shape) in interface.inputs().items():
+    nested = (contract.PAST, contract.INITIAL) if interface.defaults() else (contract.PAST,)
+    inputs: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
+    axes: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
+    for name, (dtype, shape) in {**interface.inputs(), **interface.defaults()}.items():
         tensor = torch.ones(
             [sizes[size] if isinstance(size, str) else size for size in shape], dtype=getattr(torch, dtype)
         )
         vary = {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
-        if name.startswith(contract.PAST):
-            _, layer, part = name.split(".")
-            inputs[contract.PAST][int(layer)][part], axes[contract.PAST][int(layer)][part] = tensor, vary
+        prefix, *rest = name.split(".")
+        if prefix in nested:
+            layer, part = rest
+            inputs[prefix][int(layer)][part], axes[prefix][int(layer)][part] = tensor, vary
         else:
             inputs[name], axes[name] = tensor, vary
-    order = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.WRITE_MASK, contract.PAST, contract.SEGMENT_END)
-    given = [name for name in order if name in inputs]
+    given = [name for name in inspect.signature(_Step.forward).parameters if name in inputs]
     return {name: inputs[name] for name in given}, {name: axes[name] for name in given}
 
 

@@ -230,7 +230,7 @@ def manifest_with(manifest: Manifest, **changes) -> str:
     return json.dumps({**json.loads(manifest.to_json()), **changes})
 
 
-INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "layers": [{}]}
+INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "genai": False, "layers": [{}]}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,7 @@ INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment":
         ({"interface": INTERFACE | {"logits": "some"}}, "logits"),
         ({"interface": INTERFACE | {"dtype": "int3"}}, "dtype"),
         ({"interface": INTERFACE | {"segment": -1}}, "segment"),
+        ({"interface": INTERFACE | {"genai": 1}}, "genai"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(qwen3, changes, why):
