@@ -20,7 +20,13 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
 Past = dict[str, NDArray]  # KV cache and states, by input name
-_TYPES = {"tensor(int64)": contract.INT64, "tensor(bool)": contract.BOOL, "tensor(float)": contract.FLOAT32}
+_TYPES = {
+    "tensor(int64)": contract.INT64,
+    "tensor(bool)": contract.BOOL,
+    "tensor(float)": contract.FLOAT32,
+    "tensor(float16)": contract.FLOAT16,
+    "tensor(bfloat16)": contract.BFLOAT16,
+}
 _ANSWER = "\ue000{}\ue000"  # stands for an answer in rendered text; private-use characters, so no template trims it
 
 
@@ -68,9 +74,10 @@ class Graph:
     def empty_past(self, batch: int, states: Mapping[int, NDArray] | None = None) -> Past:
         """No tokens yet; the given states `[B, H, R, R]` by layer, or zeros."""
         past: Past = {}
+        dtype = np.dtype(self.interface.dtype)
         for i, layer in enumerate(self.interface.layers):
             for part, (heads, width) in layer.cache.items():
-                past[contract.carried_name(contract.PAST, i, part)] = np.zeros((batch, heads, 0, width), np.float32)
+                past[contract.carried_name(contract.PAST, i, part)] = np.zeros((batch, heads, 0, width), dtype)
             if layer.state is not None:
                 state = np.zeros((batch, *layer.state), np.float32) if states is None else states[i]
                 past[contract.carried_name(contract.PAST, i, contract.STATE)] = state

@@ -8,7 +8,7 @@ from typing import Literal
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
 
-NO_QUANTIZATION = "none"
+NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ TARGETS = {
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
-QUANTIZATIONS = (NO_QUANTIZATION,)
+QUANTIZATIONS = (NO_QUANTIZATION, INT8, INT4)
 
 
 def target_of(name: str, dtype: str, quantize: str) -> Target:

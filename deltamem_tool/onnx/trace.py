@@ -83,6 +83,11 @@ class _Step(nn.Module):
         self._fingerprint = adapter.fingerprint
         self._options = options
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None, for the exporter, which would cast every input to the type of the first one: in a model of half
+        precision the states stay float32. What is traced are the `named_parameters`."""
+        return iter(())
+
     def forward(
         self,
         input_ids: Tensor,
