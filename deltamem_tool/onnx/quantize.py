@@ -1,7 +1,7 @@
 """The base's weights of an exported graph in 8 or 4 bits. The memory's stay float32, bit by bit.
 
-Quantised are the constant matrices `[in, out]` of the base's products (MatMul, Gemm). What stays float32: the memory, the
-embedding, the matrix that makes the logits, and whatever is no such product.
+Quantised are the constant matrices `[in, out]` of the base's products (MatMul, Gemm). What stays as it is: the memory,
+the embedding, the matrix that makes the logits, and whatever is no such product.
 
 * int8: ONNX Runtime's dynamic quantisation, a scale for every output channel; activations are quantised as they come.
 * int4: weights alone, in blocks of the input dimension (`MatMulNBits`); activations stay float32.
@@ -173,7 +173,7 @@ def _as_matmul(graph: onnx_ir.Graph, gemm: onnx_ir.Node, matrix: NDArray) -> str
     weight = onnx_ir.Value(name=f"{name}_weight", const_value=onnx_ir.tensor(matrix, name=f"{name}_weight"))
     graph.register_initializer(weight)
     nodes = [onnx_ir.node("MatMul", [gemm.inputs[0], weight], name=name)]
-    nodes[0].outputs[0].dtype, nodes[0].outputs[0].shape = output.dtype, output.shape
+    nodes[0].outputs[0].type = output.type
     if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
         nodes.append(onnx_ir.node("Add", [nodes[0].outputs[0], gemm.inputs[2]], name=f"{gemm.name}_add"))
     onnx_ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], nodes, [output], [nodes[-1].outputs[0]])
