@@ -13,13 +13,13 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -31,21 +31,13 @@ from deltamem_tool.onnx.targets import INT4, INT8
 BLOCK_SIZE = 32  # of int4: the smallest that all of ONNX Runtime's kernels take
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What was done: how many matrices of the base were quantised, and the names of those that were not."""
-
-    matrices: int
-    left: tuple[str, ...]
-
-
 def memory_weights(adapter: DeltaMemAdapter) -> list[NDArray]:
     """Every matrix of the memory as the graph holds it, float32 `[in, out]`."""
     return [weight.detach().cpu().numpy().T for weight in adapter.parameters() if weight.dim() == 2]
 
 
-def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size: int) -> Quantized:
-    """Quantise the graph in `folder`, in place.
+def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size: int) -> int:
+    """Quantise the graph in `folder`, in place; how many matrices that were.
 
     Args:
         folder: holds `model.onnx` and its data; both are replaced.
@@ -58,7 +50,8 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size
     """
     path = folder / contract.MODEL_FILE
     model = onnx_ir.load(path)
-    names, left = _choose(model.graph, _Columns(memory), vocab_size)
+    common.NameFixPass()(model)  # the quantisers know nodes by their names
+    names = _choose(model.graph, _Columns(memory), vocab_size)
     if not names:
         raise ExportError(
             f"There is nothing to quantise as {how}.",
@@ -74,10 +67,10 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size
         quantized = onnx_ir.load(after)
         onnx_ir.external_data.load_to_model(quantized)
         onnx_ir.save(quantized, path, external_data=contract.DATA_FILE)
-    return Quantized(len(names), left)
+    return len(names)
 
 
-def _to_int8(before: Path, after: Path, names: list[str]) -> None:
+def _to_int8(before: Path, after: Path, names: set[str]) -> None:
     with _quiet():
         quantize_dynamic(
             before,
@@ -85,21 +78,18 @@ def _to_int8(before: Path, after: Path, names: list[str]) -> None:
             per_channel=True,
             reduce_range=True,  # products of 8 by 8 bits overflow the 16-bit sums of x86 processors without VNNI
             weight_type=QuantType.QInt8,
-            nodes_to_quantize=names,
+            nodes_to_quantize=sorted(names),
             use_external_data_format=True,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # it does not know ONNX Runtime's operators
         )
 
 
-def _to_int4(before: Path, after: Path, names: list[str]) -> None:
+def _to_int4(before: Path, after: Path, names: set[str]) -> None:
+    model = onnx.load(before)
+    # Its `nodes_to_include` come on top of every MatMul.
+    others = [node.name for node in model.graph.node if node.name not in names]
     with _quiet():
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(before),
-            block_size=BLOCK_SIZE,
-            is_symmetric=False,
-            nodes_to_include=names,
-            op_types_to_quantize=(),  # no other
-        )
+        quantizer = MatMulNBitsQuantizer(model, block_size=BLOCK_SIZE, is_symmetric=False, nodes_to_exclude=others)
         quantizer.process()
         quantizer.model.save_model_to_file(str(after), use_external_data_format=True)
 
@@ -135,30 +125,25 @@ class _Columns:
             )
 
 
-def _choose(graph: onnx_ir.Graph, memory: _Columns, vocab_size: int) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the products to quantise, all of them MatMul afterwards; and of those of the base's that are left."""
-    names, left = [], []
+def _choose(graph: onnx_ir.Graph, memory: _Columns, vocab_size: int) -> set[str]:
+    """Names of the products to quantise, all of them MatMul afterwards."""
+    names = set()
     for node in list(graph):
         if node.domain or node.op_type not in ("MatMul", "Gemm"):
             continue
-        weight = node.inputs[1]
-        if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+        constant = node.inputs[1].const_value if node.inputs[1] is not None else None
+        if constant is None or len(constant.shape) != 2:
             continue
-        matrix = weight.const_value.numpy()
-        transposed = node.attributes.get_int("transB", 0) == 1
-        matrix = matrix.T if transposed else matrix
-        if memory.among(matrix) or not matrix.any():
+        matrix = constant.numpy()
+        matrix = matrix.T if node.attributes.get_int("transB", 0) else matrix
+        if memory.among(matrix) or not matrix.any() or matrix.shape[1] == vocab_size:
             continue
-        if matrix.shape[1] == vocab_size:
-            left.append(node.name)
-        elif node.op_type == "MatMul":
-            names.append(node.name)
+        if node.op_type == "MatMul":
+            names.add(node.name or "")
         elif _is_plain(node):
-            names.append(_as_matmul(graph, node, np.ascontiguousarray(matrix)))
-        else:
-            left.append(node.name)
+            names.add(_as_matmul(graph, node, np.ascontiguousarray(matrix)))
     memory.check_all_found()
-    return [name for name in names if name], tuple(name or "" for name in left)
+    return names
 
 
 def _is_plain(gemm: onnx_ir.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.onnx import export
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.surgery import attach
@@ -97,3 +99,17 @@ def _exported(
     folder = tmp_path_factory.mktemp(kind) / "exported"
     manifest = export_onnx(model, tokenizer, folder, logits=logits, base_model=f"someone/tiny-{kind}")
     return Exported(model, tokenizer, folder, manifest)
+
+
+@pytest.fixture
+def no_tracing(monkeypatch, qwen3):
+    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
+
+    class Exporter:
+        @staticmethod
+        def save_program(program, path):
+            for name in ("model.onnx", "model.onnx.data"):
+                shutil.copy(qwen3.folder / name, path.with_name(name))
+
+    monkeypatch.setattr(export, "traced", lambda *args: None)
+    monkeypatch.setattr(export, "OnnxExporter", Exporter)

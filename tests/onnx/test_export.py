@@ -169,20 +169,6 @@ def test_the_memory_matters(qwen3):
     assert np.abs(with_memory - without).max() > 0.1
 
 
-@pytest.fixture
-def no_tracing(monkeypatch, qwen3):
-    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
-
-    class Exporter:
-        @staticmethod
-        def save_program(program, path):
-            for name in ("model.onnx", "model.onnx.data"):
-                shutil.copy(qwen3.folder / name, path.with_name(name))
-
-    monkeypatch.setattr(export, "traced", lambda *args: None)
-    monkeypatch.setattr(export, "OnnxExporter", Exporter)
-
-
 def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, tmp_path):
     delta = adapter_of(qwen3.model).layers["1"].delta["o"].weight
     saved = delta.detach().clone()
