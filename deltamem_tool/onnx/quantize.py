@@ -21,7 +21,6 @@ import onnx_ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
@@ -89,6 +88,8 @@ def _to_int4(before: Path, after: Path, names: set[str]) -> None:
     # Its `nodes_to_include` come on top of every MatMul.
     others = [node.name for node in model.graph.node if node.name not in names]
     with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
         quantizer = MatMulNBitsQuantizer(model, block_size=BLOCK_SIZE, is_symmetric=False, nodes_to_exclude=others)
         quantizer.process()
         quantizer.model.save_model_to_file(str(after), use_external_data_format=True)
@@ -174,10 +175,14 @@ def _without_inner_shapes(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without ONNX Runtime's advice to run a pre-processing that is for vision models."""
-    disabled = logging.root.manager.disable
+    """Without ONNX Runtime's advice to run a pre-processing that is for vision models, and with what its module for
+    4 bits does to the root logger, when it is imported, undone."""
+    root = logging.getLogger()
+    disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
