@@ -1,10 +1,10 @@
 """What half precision and quantisation cost and give in ONNX Runtime: size, speed, agreement, state-only recall.
 
-Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2]
+Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --folder DIR]
 
 Size, agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little
 about speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). Every
-type runs in turn with float32; the ratios are of such pairs.
+type runs in turn with float32; the ratios are of such pairs. In `--folder` what was exported stays, for another run.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.adapter import load, tokenizer_of
-from deltamem_tool.evaluation import FACTS
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import bootstrap, recall_episodes
 from deltamem_tool.onnx import contract
@@ -35,7 +35,7 @@ from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.runtime import Graph, OnnxModel
 from deltamem_tool.onnx.targets import INT4, INT8, TARGETS
 from deltamem_tool.onnx.trace import CallOptions, interface_of, traced
-from deltamem_tool.quickstart import SHIPPED_ADAPTER
+from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER
 from deltamem_tool.surgery import adapter_of
 
 PREFILL, PAST, DECODED = 512, 256, 32  # tokens
@@ -44,7 +44,9 @@ KINDS = ("float32", "float16", INT8, INT4)
 
 def quantized_copy(folder: Path, how: str, model: PreTrainedModel, vocab_size: int) -> Path:
     """A copy of a float32 folder beside it, quantised."""
-    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-{how}"))
+    copy = folder.with_name(f"{folder.name}-{how}")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
     quantize_graph(copy, how, memory_weights(adapter_of(model)), vocab_size)
     return copy
 
@@ -112,8 +114,10 @@ def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
                     weight.normal_(std=0.02)
         interface, options = interface_of(model, adapter, "last"), CallOptions(model, "last")
         at = folder / kind
-        at.mkdir(parents=True)
-        OnnxExporter.save_program(traced(model, adapter, interface, options, TARGETS["cpu"]), at / contract.MODEL_FILE)
+        if not at.exists():
+            program = traced(model, adapter, interface, options, TARGETS["cpu"])
+            at.mkdir(parents=True)
+            OnnxExporter.save_program(program, at / contract.MODEL_FILE)
         graphs[kind] = Graph(at, interface)
         if kind == "float32":
             for how in (INT8, INT4):
@@ -125,13 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {"episodes": 200, "repeats": 15, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
     print(", ".join([cpu_name(), f"onnxruntime {onnxruntime.__version__}", *(f"{p} {version(p)}" for p in packages)]))
-    with tempfile.TemporaryDirectory() as scratch:
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as scratch:
         quickstart_tables(Path(scratch), args)
         print(f"\nTime over float32, Qwen3-0.6B's layer shape, {args.layers} layers, median (range)\n")
-        speed_table(wide_graphs(Path(scratch) / "wide", args.layers), args.repeats)
+        speed_table(wide_graphs(Path(scratch) / f"wide-{args.layers}", args.layers), args.repeats)
 
 
 def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
@@ -140,7 +145,9 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         models[kind] = load(SHIPPED_ADAPTER, dtype=getattr(torch, kind))
         tokenizer = tokenizer_of(models[kind])
         folders[kind] = scratch / kind
-        vocab_size = export_onnx(models[kind], tokenizer, folders[kind]).interface.vocab_size
+        if not folders[kind].exists():
+            export_onnx(models[kind], tokenizer, folders[kind])
+        vocab_size = OnnxModel(folders[kind]).manifest.interface.vocab_size
     for how in (INT8, INT4):
         models[how] = models["float32"]
         folders[how] = quantized_copy(folders["float32"], how, models[how], vocab_size)
