@@ -188,7 +188,9 @@ class Manifest:
         target: what kind of runtime the graph is for.
         quantize: how the base's weights are quantised; "none" if they are not.
         interface: what the graph takes and gives.
-        max_abs_diff: largest difference from PyTorch over logits and states, measured before the folder was written.
+        max_abs_diff: largest difference from PyTorch in float32 over logits and states, measured before the folder was
+            written; None if nothing was compared, because no runtime at hand had the graph's operators.
+        greedy_agreement: of a quantised graph, the share of PyTorch's greedy tokens that it chose too; else None.
         packages: versions that made the graph.
     """
 
@@ -199,7 +201,8 @@ class Manifest:
     target: str
     quantize: str
     interface: Interface
-    max_abs_diff: float
+    max_abs_diff: float | None
+    greedy_agreement: float | None
     packages: dict[str, str]
 
     def to_json(self) -> str:
@@ -239,8 +242,12 @@ class Manifest:
         _require(isinstance(values["base_model"], str | None), "base_model")
         for name in ("mechanism", "packages"):
             _require(isinstance(values[name], dict), name)
-        difference = values["max_abs_diff"]
-        _require(isinstance(difference, int | float) and math.isfinite(difference) and difference >= 0, "max_abs_diff")
+        for name, most in (("max_abs_diff", math.inf), ("greedy_agreement", 1.0)):
+            number = values[name]
+            holds = number is None or (
+                isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= most
+            )
+            _require(holds, name)
         return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
 
 

@@ -31,8 +31,7 @@ from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
 from deltamem_tool.model_call import CallOptions, fill
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
-from deltamem_tool.onnx.lean import LeanMemory
-from deltamem_tool.onnx.optimize import JOINED_PROJECTIONS, LEAN
+from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
@@ -47,6 +46,11 @@ class _Step(nn.Module):
         self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
         self._fingerprint = adapter.fingerprint
         self._options = options
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None, for the exporter, which would cast every input to the type of the first one: in a model of half
+        precision the states stay float32. What is traced are the `named_parameters`."""
+        return iter(())
 
     def forward(
         self,
@@ -198,15 +202,14 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
 @contextmanager
 def _lean(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
     """Inside, the memories are traced as `lean` has them, where that can be."""
-    memories = [adapter.memory(layer) for layer in adapter.layer_indices]
-    possible = target.fusions is not None and adapter.config.granularity == "token" and LEAN not in without
-    for memory in memories if possible else ():
-        memory.stand_in = LeanMemory(memory, apart=JOINED_PROJECTIONS in without)
+    memories = lean_memories(adapter, target, without)
+    for layer, memory in memories.items():
+        adapter.memory(layer).stand_in = memory
     try:
         yield
     finally:
-        for memory in memories:
-            memory.stand_in = None
+        for layer in memories:
+            adapter.memory(layer).stand_in = None
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,6 @@ import shutil
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -175,21 +174,6 @@ def test_the_memory_matters(qwen3):
     with_memory, _ = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1, states))
     without, _ = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1))
     assert np.abs(with_memory - without).max() > 0.1
-
-
-@pytest.fixture
-def no_tracing(monkeypatch, qwen3):
-    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
-
-    class Exporter:
-        @staticmethod
-        def save_program(program, path):
-            for name in ("model.onnx", "model.onnx.data"):
-                shutil.copy(qwen3.folder / name, path.with_name(name))
-
-    nothing = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)
-    monkeypatch.setattr(export, "traced", lambda *args: nothing)
-    monkeypatch.setattr(export, "OnnxExporter", Exporter)
 
 
 def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, tmp_path):

@@ -180,7 +180,7 @@ def test_conversations_of_one_model_do_not_meet(qwen3):
 
     def talk(number):
         conversation = Conversation(model)
-        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (number % 3))
+        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (1 + number % 3))
         return [conversation.generate(turn, Sampling(6)) for turn in turns], conversation.memory.tensors()
 
     alone = [talk(number) for number in range(6)]
