@@ -102,7 +102,7 @@ class _Columns:
     """The columns of the memory's matrices: by them its weights are known wherever the fusions have put them."""
 
     def __init__(self, memory: Sequence[NDArray]) -> None:
-        # By length: {first number: columns}. A column of zeros says nothing about whose it is.
+        # By length and content. A column of zeros says nothing about whose it is.
         self._by_length: dict[int, dict[bytes, NDArray]] = {}
         for weight in memory:
             for column in np.ascontiguousarray(weight.T):
@@ -113,6 +113,7 @@ class _Columns:
     def among(self, weight: NDArray) -> bool:
         """Whether any is a column of `weight` `[in, out]`; it counts as found then."""
         known = self._by_length.get(len(weight), {})
+        # Most columns differ in their first number: the base's need not be copied to be told apart.
         first = np.array([column[0] for column in known.values()], weight.dtype)
         candidates = (weight[:, i].tobytes() for i in np.flatnonzero(np.isin(weight[0], first)))
         found = known.keys() & set(candidates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import export
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.lean import lean_memories
-from deltamem_tool.onnx.quantize import memory_weights
+from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.onnx.targets import TARGETS
+from deltamem_tool.onnx.targets import INT4, TARGETS
 from deltamem_tool.state import MemoryCache
 from deltamem_tool.surgery import adapter_of, attach
 
@@ -98,6 +99,18 @@ def test_it_computes_what_float32_computes_with_the_same_weights(float16):
         logits, past = runtime.graph.step(ids[:, start:end], mask, write, past)
         np.testing.assert_allclose(logits[0, -1], expected.numpy(), rtol=0, atol=ROUNDING)
     np.testing.assert_allclose(runtime.graph.states(past)[0], cache.memory.layers[0], rtol=0, atol=ROUNDING)
+
+
+def test_it_can_be_in_4_bits_too(float16, tmp_path):
+    model, folder, manifest = float16
+    copy = shutil.copytree(folder, tmp_path / "int4")
+    assert quantize_graph(copy, INT4, memory_weights(adapter_of(model)), manifest.interface.vocab_size) > 0
+    plain, quantized = OnnxModel(folder), OnnxModel(copy)
+    ids, mask, write = np.arange(20)[None] + 65, np.ones((1, 20), np.int64), np.ones((1, 20), bool)
+    logits, past = plain.step(ids, mask, write, plain.graph.empty_past(1))
+    found, found_past = quantized.step(ids, mask, write, quantized.graph.empty_past(1))
+    assert ROUNDING < np.abs(found - logits).max() < 3  # of logits of size 5
+    np.testing.assert_allclose(quantized.graph.states(found_past)[0], plain.graph.states(past)[0], rtol=0, atol=1e-6)
 
 
 def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
