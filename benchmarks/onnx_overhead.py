@@ -44,7 +44,7 @@ from deltamem_tool.onnx.trace import CallOptions, graph_of, interface_of, traced
 
 PLAIN = "plain"  # as transformers exports it
 TIDIED = "tidied"  # the same with the rewrites that are not about the memory
-DECODED = 16  # calls of one timed decode
+DECODED = 8  # calls of one timed decode
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
 

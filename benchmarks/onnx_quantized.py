@@ -28,13 +28,16 @@ from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import bootstrap, recall_episodes
+from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, largest_difference
 from deltamem_tool.onnx.export import export_onnx
+from deltamem_tool.onnx.lean import lean_memories
+from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.runtime import Graph, OnnxModel
 from deltamem_tool.onnx.targets import INT4, INT8, TARGETS
-from deltamem_tool.onnx.trace import CallOptions, interface_of, traced
+from deltamem_tool.onnx.trace import interface_of, traced
 from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER
 from deltamem_tool.surgery import adapter_of
 
@@ -47,7 +50,9 @@ def quantized_copy(folder: Path, how: str, model: PreTrainedModel, vocab_size: i
     copy = folder.with_name(f"{folder.name}-{how}")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
-    quantize_graph(copy, how, memory_weights(adapter_of(model)), vocab_size)
+    adapter = adapter_of(model)
+    weights = memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
+    quantize_graph(copy, how, weights, vocab_size)
     return copy
 
 
@@ -112,10 +117,11 @@ def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
             for name, weight in adapter.named_parameters():
                 if "delta" in name or "gate" in name:  # a fresh one's are zeros
                     weight.normal_(std=0.02)
-        interface, options = interface_of(model, adapter, "last"), CallOptions(model, "last")
+        interface, options = interface_of(model, adapter, "last", TARGETS["cpu"]), CallOptions(model, "last")
         at = folder / kind
         if not at.exists():
-            program = traced(model, adapter, interface, options, TARGETS["cpu"])
+            program = traced(model, adapter, interface, options, TARGETS["cpu"], JOIN_WEIGHTS)
+            optimize(program, JOIN_WEIGHTS)
             at.mkdir(parents=True)
             OnnxExporter.save_program(program, at / contract.MODEL_FILE)
         graphs[kind] = Graph(at, interface)
@@ -146,7 +152,7 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         tokenizer = tokenizer_of(models[kind])
         folders[kind] = scratch / kind
         if not folders[kind].exists():
-            export_onnx(models[kind], tokenizer, folders[kind])
+            export_onnx(models[kind], tokenizer, folders[kind], without=JOIN_WEIGHTS)
         vocab_size = OnnxModel(folders[kind]).manifest.interface.vocab_size
     for how in (INT8, INT4):
         models[how] = models["float32"]

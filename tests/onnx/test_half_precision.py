@@ -68,6 +68,12 @@ def float16(qwen3, tmp_path_factory) -> tuple[PreTrainedModel, Path, Manifest]:
     return model, folder, manifest
 
 
+def memory_in(model: PreTrainedModel) -> list[np.ndarray]:
+    """The memory's matrices in the graph."""
+    adapter = adapter_of(model)
+    return memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], ()))
+
+
 def test_keys_and_values_are_float16_and_the_memory_float32(float16):
     model, folder, _ = float16
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -78,9 +84,7 @@ def test_keys_and_values_are_float16_and_the_memory_float32(float16):
     graph = onnx.load(folder / "model.onnx").graph
     tensors = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
     columns = {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
-    adapter = adapter_of(model)
-    memory = memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], ()))
-    assert all(column.tobytes() in columns for weight in memory for column in weight.T)
+    assert all(column.tobytes() in columns for weight in memory_in(model) for column in weight.T)
     of_base = [x for x in tensors if x.size in (259 * SIZE, 48 * SIZE, 2 * 48 * SIZE)]  # embedding, MLP
     assert len(of_base) >= 3 and {x.dtype for x in of_base} == {np.dtype(np.float16)}
 
@@ -104,7 +108,7 @@ def test_it_computes_what_float32_computes_with_the_same_weights(float16):
 def test_it_can_be_in_4_bits_too(float16, tmp_path):
     model, folder, manifest = float16
     copy = shutil.copytree(folder, tmp_path / "int4")
-    assert quantize_graph(copy, INT4, memory_weights(adapter_of(model)), manifest.interface.vocab_size) > 0
+    assert quantize_graph(copy, INT4, memory_in(model), manifest.interface.vocab_size) > 0
     plain, quantized = OnnxModel(folder), OnnxModel(copy)
     ids, mask, write = np.arange(20)[None] + 65, np.ones((1, 20), np.int64), np.ones((1, 20), bool)
     logits, past = plain.step(ids, mask, write, plain.graph.empty_past(1))
