@@ -180,6 +180,7 @@ def no_tracing(monkeypatch, qwen3):
                 shutil.copy(qwen3.folder / name, path.with_name(name))
 
     monkeypatch.setattr(export, "traced", lambda *args: None)
+    monkeypatch.setattr(export, "optimize", lambda *args: None)
     monkeypatch.setattr(export, "OnnxExporter", Exporter)
 
 
