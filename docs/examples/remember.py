@@ -1,5 +1,3 @@
-"""An ONNX folder without deltamem: tell it facts, then ask in an empty context with nothing but the states."""
-
 import json
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 stop = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]  # an id, or a list of them
 session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
 outputs = [output.name for output in session.get_outputs()]
+carried = [name.replace("present", "past_key_values") for name in outputs[1:]]
 
 
 def answer(prompt: str, states: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
@@ -21,20 +20,21 @@ def answer(prompt: str, states: dict[str, np.ndarray]) -> tuple[str, dict[str, n
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             sizes = [{"batch": 1, "past": 0}.get(size, size) for size in value.shape]
-            past[value.name] = states.get(value.name, np.zeros(sizes, np.float32))
+            zeros = np.zeros(sizes, np.float16 if "16" in value.type else np.float32)
+            past[value.name] = states.get(value.name, zeros)
     tokens, seen, said = tokenizer.encode(prompt, add_special_tokens=False).ids, 0, []
     while len(said) < 64:
         seen += len(tokens)
         masks = {"attention_mask": np.ones((1, seen), np.int64), "write_mask": np.ones((1, len(tokens)), bool)}
         logits, *present = session.run(outputs, {"input_ids": np.array([tokens], np.int64), **masks, **past})
-        past = {name.replace("present", "past_key_values"): value for name, value in zip(outputs[1:], present)}
+        past = dict(zip(carried, present, strict=True))
         if (token := int(logits[0, -1].argmax())) in np.atleast_1d(stop):
             break
         said, tokens = [*said, token], [token]
     return tokenizer.decode(said), {name: value for name, value in past.items() if name.endswith("_state")}
 
 
-states: dict[str, np.ndarray] = {}
-for words in sys.argv[2:]:  # every prompt is a conversation of its own; what they share is a few kilobytes of states
+states = {}
+for words in sys.argv[2:]:  # every prompt is a conversation of its own; what they share is the states
     text, states = answer(f"<|user|>{words}<|end|><|assistant|>", states)
     print(text)
