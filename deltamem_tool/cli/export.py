@@ -30,6 +30,12 @@ from deltamem_tool.onnx.targets import TARGETS
     show_default=True,
     help="Logits of the last position, or of every one.",
 )
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Keys and values of a fixed length, with room for N tokens, which CUDA graphs need. By default they grow.",
+)
 @trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
@@ -39,6 +45,7 @@ def command(
     base: str | None,
     target: str,
     logits: str,
+    max_length: int | None,
     trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
@@ -63,6 +70,7 @@ def command(
             out,
             target=target,
             logits=logits,
+            max_length=max_length or 0,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,
             progress=lambda stage: status.update(stage),

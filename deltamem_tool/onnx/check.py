@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deltamem_tool.onnx.fixed import FixedGraph
 from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.trace import CallOptions, segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
@@ -51,14 +52,17 @@ def _conversation(batch: int, vocab_size: int) -> list[_Call]:
 
 
 @torch.no_grad()
-def largest_difference(model: PreTrainedModel, graph: Graph, options: CallOptions) -> float:
-    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch."""
+def largest_difference(model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions) -> float:
+    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch. A graph of fixed
+    length is spared the calls that it has no room for."""
     differences = []
     for batch in (1, 3):
         cache = MemoryCache(model)
-        past = graph.empty_past(batch)
+        past: Any = graph.empty_past(batch)
         mask = torch.zeros(batch, 0, dtype=torch.long)
         for call in _conversation(batch, graph.interface.vocab_size):
+            if 0 < graph.interface.max_length < mask.shape[1] + call.valid.shape[1]:
+                continue
             mask = torch.cat([mask, call.valid.long()], dim=1)
             cache.write = call.write.to(model.device)
             if graph.interface.segment:

@@ -21,6 +21,15 @@ Where the adapter writes by segments (messages, sentences), `write_mask` says wh
 written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
 there is neither `segment_end` nor `segment`.
 
+A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
+many tokens, which may be one tensor on both sides. Then
+
+| `attention_mask` (1 text, 0 padding or nothing yet)        | int64   | [B, N]                  |
+| `past_length` (how many columns are taken)                 | int64   | [1]                     |
+| `past_key_values.{i}.key`, `.value`, `present.{i}.…`       | dtype   | [B, kv_heads, N, width] |
+
+and the tokens of a call go into the columns from `past_length` on. What later columns hold must be finite numbers.
+
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
 memory have no `recurrent_state`; layers that read another one's keys have no `key` and `value`.
@@ -52,6 +61,7 @@ REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATI
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 WRITE_MASK = "write_mask"
+PAST_LENGTH = "past_length"
 SEGMENT_END = "segment_end"
 PAST = "past_key_values"
 LOGITS_OUTPUT = "logits"
@@ -92,6 +102,7 @@ class Interface:
         vocab_size: V.
         dtype: of keys and values.
         segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+        max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
         layers: one entry a decoder layer.
     """
 
@@ -99,6 +110,7 @@ class Interface:
     vocab_size: int
     dtype: str
     segment: int
+    max_length: int
     layers: tuple[Layer, ...]
 
     @property
@@ -110,18 +122,22 @@ class Interface:
         """(type, shape) of every input by name, in the graph's order."""
         return {
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
-            ATTENTION_MASK: (INT64, (BATCH, ALL_TOKENS)),
+            ATTENTION_MASK: (INT64, (BATCH, self.max_length or ALL_TOKENS)),
             WRITE_MASK: (BOOL, (BATCH, TOKENS)),
+            **({PAST_LENGTH: (INT64, (1,))} if self.max_length else {}),
             **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
-            **self._carried(PAST, PAST_TOKENS),
+            **self._carried(PAST, self.max_length or PAST_TOKENS),
         }
 
     def outputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every output by name, in the graph's order."""
         positions = 1 if self.logits == "last" else TOKENS
-        return {LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)), **self._carried(PRESENT, ALL_TOKENS)}
+        return {
+            LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)),
+            **self._carried(PRESENT, self.max_length or ALL_TOKENS),
+        }
 
-    def _carried(self, prefix: str, length: str) -> dict[str, tuple[str, Shape]]:
+    def _carried(self, prefix: str, length: int | str) -> dict[str, tuple[str, Shape]]:
         """What goes from call to call."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
@@ -205,7 +221,8 @@ class Manifest:
         _require(interface["logits"] in LOGITS, "interface.logits")
         _require(_is_count(interface["vocab_size"]), "interface.vocab_size")
         _require(interface["dtype"] in DTYPES, "interface.dtype")
-        _require(_is_count(interface["segment"]) or interface["segment"] == 0, "interface.segment")
+        for name in ("segment", "max_length"):
+            _require(_is_count(interface[name]) or interface[name] == 0, f"interface.{name}")
         _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
         layers = tuple(_layer(layer) for layer in interface["layers"])
         for name in ("adapter", "model_type", "target", "quantize"):

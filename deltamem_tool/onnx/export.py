@@ -17,8 +17,8 @@ from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.fixed import open_graph
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
-from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.standard import check_file, require_standard
 from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
 from deltamem_tool.onnx.trace import CallOptions, dtype_name, interface_of, traced
@@ -36,6 +36,7 @@ def export_onnx(
     target: str = "cpu",
     quantize: str = NO_QUANTIZATION,
     logits: str = "last",
+    max_length: int = 0,
     base_model: str | None = None,
     overwrite: bool = False,
     without: Collection[str] = (),
@@ -52,6 +53,7 @@ def export_onnx(
         target: a name in `targets.TARGETS`: what will run the graph.
         quantize: how to quantise the base's weights; the memory stays float32.
         logits: "last" for the last position's alone, "all" for every position's.
+        max_length: room for so many tokens in keys and values that keep their place; 0 for those that grow.
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
         overwrite: replace a folder that is there.
         without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
@@ -68,7 +70,7 @@ def export_onnx(
     tell = progress or (lambda stage: None)
     adapter = adapter_of(model)
     with _evaluating(model):
-        interface = interface_of(model, adapter, logits)
+        interface = interface_of(model, adapter, logits, max_length)
         options = CallOptions(model, logits)
         with folder_whole(out, overwrite) as staged:
             tell("Tracing the model")
@@ -86,7 +88,7 @@ def export_onnx(
             model.generation_config.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference = largest_difference(model, Graph(staged, interface, map_weights=True), options)
+            difference = largest_difference(model, open_graph(staged, interface, map_weights=True), options)
             if not difference <= TOLERANCE:  # NaN is no agreement either
                 raise ExportError(
                     "The graph does not compute what PyTorch computes.",

@@ -104,14 +104,26 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _exported("portable", make_model("qwen3", "all"), "last", tmp_path_factory, target="portable")
 
 
+@pytest.fixture(scope="session")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One layer, with keys and values of a fixed length."""
+    model = make_model("qwen3", "all", depth=1)
+    return _exported("fixed", model, "last", tmp_path_factory, max_length=112)
+
+
 def _exported(
-    name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, target: str = "cpu"
+    name: str,
+    model: PreTrainedModel,
+    logits: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    target: str = "cpu",
+    max_length: int = 0,
 ) -> Exported:
     tokenizer = make_tokenizer()
 
     def export(folder: Path) -> None:
         out, base = folder / "exported", f"someone/tiny-{name}"
-        export_onnx(model, tokenizer, out, target=target, logits=logits, base_model=base)
+        export_onnx(model, tokenizer, out, target=target, logits=logits, max_length=max_length, base_model=base)
 
     folder = folder_once(tmp_path_factory, name, export) / "exported"
     manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
