@@ -109,7 +109,8 @@ class Conversation:
 
     Raises:
         MemoryStateError: `memory` is another adapter's, or does not fit, or is not of one conversation.
-        ConfigError: the window is too small for anything, or larger than the engine's room; or the adapter's segments need a chat template.
+        ConfigError: the window is too small for anything, or larger than the engine's room; or the adapter's segments
+            need a chat template.
     """
 
     def __init__(

@@ -102,16 +102,16 @@ class Interface:
         vocab_size: V.
         dtype: of keys and values.
         segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
-        max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
         layers: one entry a decoder layer.
+        max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
     """
 
     logits: str
     vocab_size: int
     dtype: str
     segment: int
-    max_length: int
     layers: tuple[Layer, ...]
+    max_length: int = 0
 
     @property
     def state_shapes(self) -> dict[int, tuple[int, int, int]]:

@@ -29,7 +29,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.session import Graph, LoadedGraph, is_cache
-from deltamem_tool.onnx.values import copied, on_device, on_host
+from deltamem_tool.onnx.values import on_device, on_host
 
 NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id of a call that it shall neither record nor replay
 LONGEST_CALL = 1024  # tokens: attention takes room for tokens × max_length, so longer prompts are fed in pieces
@@ -66,7 +66,7 @@ class Room:
         tenant = self.tenants[slot]
         past = tenant() if tenant is not None else None
         if past is not None:
-            past.memory = {name: copied(value, value.device_name()) for name, value in past.memory.items()}
+            past.memory = {name: _copy(value) for name, value in past.memory.items()}
         self.tenants[slot] = None
 
     def enter(self, slot: int, past: FixedPast) -> None:
@@ -217,9 +217,9 @@ class FixedGraph(LoadedGraph):
                 contract.ATTENTION_MASK: mask,
                 contract.WRITE_MASK: write_mask[:, piece],
                 contract.PAST_LENGTH: np.array([past.length], np.int64),
-                **({} if segment_end is None else {contract.SEGMENT_END: segment_end[:, piece]}),
+                contract.SEGMENT_END: None if segment_end is None else segment_end[:, piece],
             }
-            found, past = self._call(given, past)
+            found, past = self._call({name: np.ascontiguousarray(given[name]) for name in self.given_names}, past)
             logits.append(found)
         return logits[-1] if self.interface.logits == "last" else np.concatenate(logits, axis=1), past
 
@@ -267,18 +267,16 @@ class FixedGraph(LoadedGraph):
                 tenancy.taken += tokens
                 return past
             own = self._tenancy(tenancy.room.batch)
-            names = self.cache_names
-            onnxruntime.copy_tensors([tenancy.room.cache[n] for n in names], [own.room.cache[n] for n in names])
+            for name, value in tenancy.room.cache.items():
+                own.room.cache[name].update_inplace(value)
             own.taken = past.length + tokens
-            return FixedPast(
-                own, past.length, {name: copied(value, value.device_name()) for name, value in past.memory.items()}
-            )
+            return FixedPast(own, past.length, {name: _copy(value) for name, value in past.memory.items()})
 
     def _prefill(self, given: dict[str, NDArray], past: FixedPast) -> tuple[NDArray, FixedPast]:
         room = past.tenancy.room
         binding = self.io_binding()
         for name, array in given.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, array)
         for name, value in (room.cache | past.memory).items():
             binding.bind_ortvalue_input(name, value)
         for name in self.output_names:
@@ -297,7 +295,7 @@ class FixedGraph(LoadedGraph):
         source = room.slot_of(past)
         room.vacate(1 - source)
         for name, array in given.items():
-            room.given[name].update_inplace(np.ascontiguousarray(array))
+            room.given[name].update_inplace(array)
         self._session.run_with_iobinding(room.bindings[source], room.options[source])
         after = FixedPast(past.tenancy, 0, {})
         room.enter(1 - source, after)
@@ -358,3 +356,9 @@ def open_graph(
 
 def _no_cuda_graph(why: str, next: str) -> ExportError:
     return ExportError("This graph cannot run as a CUDA graph.", why, next)
+
+
+def _copy(value: OrtValue) -> OrtValue:
+    copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), value.device_name())
+    copy.update_inplace(value)
+    return copy

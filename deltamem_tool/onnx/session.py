@@ -15,7 +15,7 @@ from onnxruntime import OrtValue
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.providers import device_of, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.providers import OPTIONS, device_of, execution_providers, refuse_if_missing
 from deltamem_tool.onnx.values import ELEMENT_TYPES, on_device, on_host
 
 Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
@@ -40,7 +40,7 @@ class LoadedGraph:
         map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
             a fraction of a second and takes no memory of its own; a prompt took 1.6 times as long, an answer as long as
             before. By default ONNX Runtime packs them anew for the processor.
-        provider_options: ONNX Runtime's own, for the provider.
+        provider_options: ONNX Runtime's own for the provider, beside `providers.OPTIONS`.
 
     Raises:
         ExportError: the graph cannot be loaded, is not what `interface` says, or the provider is not to be had.
@@ -57,7 +57,7 @@ class LoadedGraph:
     ) -> None:
         self.interface = interface
         first, *others = execution_providers(provider)
-        providers = [(first, dict(provider_options)) if provider_options else first, *others]
+        providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         if map_weights:

@@ -117,7 +117,7 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, 
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, max_length, tuple(layers))
+    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), max_length)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -244,10 +244,10 @@ def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
             inputs[contract.PAST][int(layer)][part], axes[contract.PAST][int(layer)][part] = tensor, vary
         else:
             inputs[name], axes[name] = tensor, vary
-    order = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.WRITE_MASK, contract.PAST)
-    order += (contract.SEGMENT_END, contract.PAST_LENGTH)
-    given = [name for name in order if name in inputs]
-    return {name: inputs[name] for name in given}, {name: axes[name] for name in given}
+    given = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.WRITE_MASK, contract.PAST)
+    order = (*given, contract.SEGMENT_END, contract.PAST_LENGTH)
+    names = [name for name in order if name in inputs]
+    return {name: inputs[name] for name in names}, {name: axes[name] for name in names}
 
 
 def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:

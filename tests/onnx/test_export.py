@@ -230,7 +230,7 @@ def manifest_with(manifest: Manifest, **changes) -> str:
     return json.dumps({**json.loads(manifest.to_json()), **changes})
 
 
-INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "layers": [{}]}
+INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "max_length": 0, "layers": [{}]}
 
 
 @pytest.mark.parametrize(
