@@ -118,13 +118,13 @@ def export(args: argparse.Namespace, model: PreTrainedModel, adapter: Any, folde
     steps = max(args.past) + (args.repeats + 2) * DECODED
     graphs = {}
     for name, length in {"growing": 0, "long": max(args.prompts) + ROOM, "memory": steps}.items():
-        interface, options = interface_of(model, adapter, "last", length), CallOptions(model, "last")
+        interface, options = interface_of(model, adapter, "last", target, length), CallOptions(model, "last")
         program = traced(model, adapter, interface, options, target)
         optimize(program)
         graphs[name] = _saved(program, interface, folder / name)
     detach(model)
     layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
-    plain = PlainInterface("last", interface.vocab_size, interface.dtype, 0, layers, steps)
+    plain = PlainInterface("last", interface.vocab_size, interface.dtype, 0, layers, max_length=steps)
     program = graph_of(PlainStep(model, options, steps), plain, target)
     graphs["plain"] = _saved(program, plain, folder / "plain")
     hook(model, adapter)

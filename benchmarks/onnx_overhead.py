@@ -5,7 +5,8 @@ Command: python benchmarks/onnx_overhead.py [--layers 8 --vocabulary 1024] [--pa
 
 The shape is Qwen3-0.6B's (28 layers and 151,936 words are `--layers 28 --vocabulary 151936`) with random weights. Both
 graphs come from one model, through the same exporter and fusions; the one without a memory is the model with a
-DynamicCache, which deltamem has no part in. The two run in turn in one process. `--profile` shows what costs.
+DynamicCache, which deltamem has no part in: "plain" as the exporter writes it, and "tidied" by those rewrites of
+`onnx/optimize.py` that are not about the memory. Two graphs run in turn in one process. `--profile` shows what costs.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import onnxruntime
 import torch
@@ -36,13 +38,13 @@ from transformers.exporters import OnnxExporter
 from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool.config import PRESETS
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.optimize import REWRITES, optimize
 from deltamem_tool.onnx.targets import TARGETS
 from deltamem_tool.onnx.trace import CallOptions, graph_of, interface_of, traced
 
-PLAIN = "plain"
-DECODED = 16  # calls of one timed decode
+PLAIN = "plain"  # as transformers exports it
+TIDIED = "tidied"  # the same with the rewrites that are not about the memory
+DECODED = 8  # calls of one timed decode
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
 
@@ -82,48 +84,10 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-class Graph:
-    """An exported graph in a folder, and later its session."""
-
-    def __init__(self, program: onnx_ir.Model, interface: Interface, folder: Path) -> None:
-        self.interface = interface
-        self.nodes = sum(1 for graph in program.graphs() for _ in graph)
-        folder.mkdir()
-        self.file = folder / contract.MODEL_FILE
-        OnnxExporter.save_program(program, self.file)
-
-    def open(self, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        return onnxruntime.InferenceSession(self.file, options, providers=["CPUExecutionProvider"])
-
-    def feed(self, session: onnxruntime.InferenceSession, past: int, tokens: int) -> dict[str, onnxruntime.OrtValue]:
-        """Arguments of a call of `tokens` tokens after `past` others."""
-        random = np.random.default_rng(past + tokens)
-        sizes = {"batch": 1, "tokens": tokens, "past": past, "past + tokens": past + tokens}
-        given = {value.name for value in session.get_inputs()}
-        feed = {}
-        for name, (dtype, shape) in self.interface.inputs().items():
-            if name not in given:
-                continue
-            sized = [sizes[size] if isinstance(size, str) else size for size in shape]
-            if dtype == contract.FLOAT32:
-                array = random.standard_normal(sized, np.float32)
-            else:
-                array = np.ones(sized, dtype)
-            if name == contract.SEGMENT_END:
-                array = np.arange(1, tokens + 1)[None] % SEGMENT == 0
-            feed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        return feed
-
-
-def export(args: argparse.Namespace, folder: Path) -> dict[str, Graph]:
-    """The graphs, by preset; the plain one first."""
+def export(args: argparse.Namespace, folder: Path) -> None:
+    """One graph a preset, and the plain one as the exporter has it and tidied as those with a memory are."""
     torch.manual_seed(0)
     model, target = make_model(args), TARGETS["cpu"]
-    graphs: dict[str, Graph] = {}
     for preset in args.presets.split(","):
         adapter = attach(model, DeltaMemConfig.preset(preset))
         with torch.no_grad():
@@ -132,20 +96,56 @@ def export(args: argparse.Namespace, folder: Path) -> dict[str, Graph]:
         interface, options = interface_of(model, adapter, "last"), CallOptions(model, "last")
         program = traced(model, adapter, interface, options, target, args.without)
         optimize(program, args.without)
-        graphs[preset] = Graph(program, interface, folder / preset)
-        del program
+        save(program, folder / preset)
         detach(model)
     layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
-    plain = dataclasses.replace(interface, segment=0, layers=layers)
-    graphs[PLAIN] = Graph(graph_of(PlainStep(model), plain, target), plain, folder / PLAIN)
-    return graphs
+    program = graph_of(PlainStep(model), dataclasses.replace(interface, segment=0, layers=layers), target)
+    save(program, folder / PLAIN)
+    optimize(program, args.without)
+    save(program, folder / TIDIED)
 
 
-def seconds(session: onnxruntime.InferenceSession, feed: dict[str, Any], calls: int) -> tuple[float, float]:
+def save(program: onnx_ir.Model, folder: Path) -> None:
+    folder.mkdir()
+    OnnxExporter.save_program(program, folder / contract.MODEL_FILE)
+
+
+def nodes(folder: Path) -> int:
+    return len(onnx.load(folder / contract.MODEL_FILE, load_external_data=False).graph.node)
+
+
+def session_of(folder: Path, args: argparse.Namespace, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    if args.no_spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(folder / contract.MODEL_FILE, options, providers=["CPUExecutionProvider"])
+
+
+def feed(session: onnxruntime.InferenceSession, past: int, tokens: int) -> dict[str, onnxruntime.OrtValue]:
+    """Arguments of a call of `tokens` tokens after `past` others."""
+    random = np.random.default_rng(past + tokens)
+    sizes = {contract.BATCH: 1, contract.TOKENS: tokens, contract.PAST_TOKENS: past, contract.ALL_TOKENS: past + tokens}
+    given = {}
+    for value in session.get_inputs():
+        shape = [sizes.get(size, size) for size in value.shape]
+        if value.type == "tensor(float)":
+            array = random.standard_normal(shape, np.float32)
+        else:
+            array = np.ones(shape, np.bool_ if value.type == "tensor(bool)" else np.int64)
+        if value.name == contract.SEGMENT_END:
+            array = np.arange(1, tokens + 1)[None] % SEGMENT == 0
+        given[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return given
+
+
+def seconds(session: onnxruntime.InferenceSession, given: dict[str, Any], calls: int) -> tuple[float, float]:
     """Of one call, and of the processor: those hardly change when other work runs on the machine."""
     start, of_processor = time.perf_counter(), time.process_time()
     for _ in range(calls):
-        session.run_with_ort_values(None, feed)
+        session.run_with_ort_values(None, given)
     return (time.perf_counter() - start) / calls, (time.process_time() - of_processor) / calls
 
 
@@ -174,50 +174,58 @@ def spread(ratios: list[float]) -> str:
     return f"**{statistics.median(ratios):.3f}** ({low:.3f}–{high:.3f}; {min(ratios):.3f}–{max(ratios):.3f})"
 
 
-def rows(args: argparse.Namespace, graphs: dict[str, Graph]) -> Iterator[str]:
+def lengths(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
+    """What is timed: its name, past tokens, tokens, and calls of one timing."""
+    for past in filter(None, args.past.split(",")):
+        yield f"decode, {past} past", int(past), 1, DECODED
+    for tokens in filter(None, args.prefill.split(",")):
+        yield f"prefill, {tokens}", 0, int(tokens), 1
+
+
+def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The table's, one by one."""
-    yield "| preset | run | with | without | time ratio: median (quartiles; range) | of processor time | extra nodes a layer |"
-    yield "|---|---|---|---|---|---|---|"
-    lengths = [("decode", int(past), 1, DECODED) for past in args.past.split(",")]
-    lengths += [("prefill", 0, int(tokens), 1) for tokens in args.prefill.split(",")]
-    plain = graphs.pop(PLAIN)
-    plain_session = plain.open(args.threads)
-    for preset, graph in graphs.items():
-        session = graph.open(args.threads)
-        extra = (graph.nodes - plain.nodes) / args.layers
-        for run, past, tokens, calls in lengths:
-            sides = [(one, of.feed(one, past, tokens)) for one, of in ((session, graph), (plain_session, plain))]
-            (mine, other), (ratios, of_processor) = compare(*sides, calls, args.repeats)
-            what = f"{run}, {past or tokens} tokens{' past' if past else ''}"
-            yield (
-                f"| {preset} | {what} | {1e3 * mine:.2f} ms | {1e3 * other:.2f} ms "
-                f"| {spread(ratios)} | {spread(of_processor)} | {extra:.1f} ({graph.nodes} − {plain.nodes}) |"
-            )
-        del session, sides
-        gc.collect()
+    yield "| preset | against | tokens | with | without | time ratio (quartiles; range) | of processor time | nodes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for against in args.against.split(","):
+        other = session_of(folder / against, args)
+        for preset in args.presets.split(","):
+            session = session_of(folder / preset, args)
+            more = nodes(folder / preset) - nodes(folder / against)
+            for what, past, tokens, calls in lengths(args):
+                sides = [(one, feed(one, past, tokens)) for one in (session, other)]
+                (mine, others), (ratios, of_processor) = compare(*sides, calls, args.repeats)
+                yield (
+                    f"| {preset} | {against} | {what} | {1e3 * mine:.2f} ms | {1e3 * others:.2f} ms "
+                    f"| {spread(ratios)} | {spread(of_processor)} | {more:+d}, {more / args.layers:+.1f} a layer |"
+                )
+            del session, sides
+            gc.collect()
+        del other
     if args.profile:
-        for name, graph in (graphs | {PLAIN: plain}).items():
-            for run, past, tokens, calls in lengths:
-                yield from show_profile(f"{name}, {run} {past or tokens}", graph, past, tokens, calls, args)
+        for name in (*args.presets.split(","), *args.against.split(",")):
+            for what, past, tokens, calls in lengths(args):
+                yield from show_profile(name, what, past, tokens, calls, args, folder)
 
 
 def show_profile(
-    title: str, graph: Graph, past: int, tokens: int, calls: int, args: argparse.Namespace
+    name: str, what: str, past: int, tokens: int, calls: int, args: argparse.Namespace, folder: Path
 ) -> Iterator[str]:
-    """Where the time of a call goes: microseconds and number of nodes, by operator."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = graph.open(args.threads, Path(folder) / "profile")
-        feed = graph.feed(session, past, tokens)
-        for _ in range(calls):
-            session.run_with_ort_values(None, feed)
+    """Where the time of a call goes, by operator: the shortest that each node took, added up."""
+    with tempfile.TemporaryDirectory() as profiles:
+        session = session_of(folder / name, args, Path(profiles) / "profile")
+        given = feed(session, past, tokens)
+        for _ in range(calls + 1):
+            session.run_with_ort_values(None, given)
         events = json.loads(Path(session.end_profiling()).read_text())
-    spent: dict[str, list[float]] = collections.defaultdict(list)
+    took: dict[str, dict[str, int]] = collections.defaultdict(dict)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            spent[event["args"]["op_name"]].append(event["dur"])
-    yield f"\n{title}: {sum(map(sum, spent.values())) / calls:.0f} µs in kernels of a call\n"
-    for name, taken in sorted(spent.items(), key=lambda item: -sum(item[1])):
-        yield f"    {sum(taken) / calls:9.1f} µs  {len(taken) // calls:4d} × {name}"
+            of_operator, node = took[event["args"]["op_name"]], event["name"]
+            of_operator[node] = min(event["dur"], of_operator.get(node, event["dur"]))
+    total = sum(sum(taken.values()) for taken in took.values())
+    yield f"\n{name}, {what}: {total} µs\n"
+    for operator, taken in sorted(took.items(), key=lambda item: -sum(item[1].values())):
+        yield f"    {sum(taken.values()):9d} µs  {len(taken):4d} × {operator}"
 
 
 def heading(args: argparse.Namespace) -> Iterator[str]:
@@ -228,7 +236,8 @@ def heading(args: argparse.Namespace) -> Iterator[str]:
             yield f", {package} {version(package)}"
         except ModuleNotFoundError:  # one of the two distributions of ONNX Runtime
             continue
-    yield f"; {args.layers} layers, {args.vocabulary} words; {args.repeats} pairs of runs; rewrites: "
+    yield f"; {args.layers} layers, {args.vocabulary} words; {args.repeats} pairs of runs"
+    yield f"{', threads wait asleep' if args.no_spinning else ''}; rewrites: "
     yield ", ".join(name for name in REWRITES if name not in args.without) or "none"
     yield ".\n"
 
@@ -241,19 +250,24 @@ def main() -> None:
     parser.add_argument("--past", default="256,2048", help="past tokens of a decode")
     parser.add_argument("--prefill", default="512,2048", help="tokens of a prefill")
     parser.add_argument("--without", action="append", default=[], choices=REWRITES, help="leave a rewrite out")
+    parser.add_argument(
+        "--against", default=f"{PLAIN},{TIDIED}", help="what the graphs with a memory are compared with"
+    )
+    parser.add_argument("--no-spinning", action="store_true", help="threads wait asleep: for a machine with other work")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--out", type=Path, help="append the table to this file")
-    parser.add_argument("--keep", type=Path, help="leave the graphs in this folder")
+    parser.add_argument("--graphs", type=Path, help="leave the graphs in this folder, or take them from there")
     args = parser.parse_args()
 
     lines = ["".join(heading(args))]
     print(lines[0])
-    with tempfile.TemporaryDirectory() as folder:
-        if args.keep:
-            args.keep.mkdir()
-        graphs = export(args, args.keep or Path(folder))
-        gc.collect()
-        for row in rows(args, graphs):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.graphs or Path(temporary)
+        if not (folder / TIDIED).exists():
+            folder.mkdir(exist_ok=True)
+            export(args, folder)
+            gc.collect()
+        for row in rows(args, folder):
             print(row, flush=True)
             lines.append(row)
     if args.out:

@@ -180,7 +180,8 @@ class Conversation:
         self._before.clear()
 
     def undo(self) -> bool:
-        """Take the last turn back: memory, context and messages are as they were before it.
+        """Take the last turn back: memory, context and messages are as they were before it. So can the turns before be,
+        but none from before the last but one time that turns left the context.
 
         Returns:
             False if there is none.
@@ -205,7 +206,7 @@ class Conversation:
 
         Tokens are fed as `generate` of transformers feeds them: the last one generated is not, and where it stops the
         answer, the chat template's next rendering supplies the end of the turn. A KeyboardInterrupt ends the answer;
-        what was said until then stays.
+        what was said until then stays. (One that comes before the prompt is fed is raised, and nothing has changed.)
 
         Args:
             content: new messages, or a string: one user message where the model has a chat template, else plain text.
@@ -312,6 +313,9 @@ class _Turn:
         before = conversation._place
         if start is before:  # nothing has left the context: it is the beginning of the new one
             before = replace(before, past=None, memory=conversation.memory)
+        else:  # it is kept whole; of such, which are large, one is enough
+            whole = [number for number, place in enumerate(conversation._before) if place.past is not None]
+            del conversation._before[: whole[-1] + 1 if whole else 0]
         text = row.said.text
         conversation._before.append(before)
         conversation._place = _Place(

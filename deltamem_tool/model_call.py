@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from deltamem_tool.errors import ExportError
 from deltamem_tool.state import MemoryCache
 
 
 class CallOptions:
-    """How `model` is called, in the graph and beside it."""
+    """How `model` is called, in the graph and beside it.
 
-    def __init__(self, model: PreTrainedModel, logits: str) -> None:
-        self._last = logits == "last"
+    Args:
+        model: a model with a memory.
+        logits: "last" or "all".
+        padded_right: whether "last" is each row's last token that is no padding, not the last column.
+
+    Raises:
+        ExportError: the model does not say which layer makes its logits, where padding is on the right.
+    """
+
+    def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
+        self._last = logits == "last" and not padded_right
         parameters = inspect.signature(model.forward).parameters
         self._cuts = "logits_to_keep" in parameters
+        self._head = model.get_output_embeddings() if logits == "last" and padded_right else None
+        if self._head is None and logits == "last" and padded_right:
+            raise ExportError(
+                f"{type(model).__name__} does not say which layer makes its logits.",
+                "They cannot be cut to each row's last token.",
+                "Export the logits of all positions.",
+            )
         self._first_position = _first_position(model) if "position_ids" in parameters else None
 
     def logits(
@@ -37,12 +56,35 @@ class CallOptions:
             given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
         if self._cuts:
             given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
-        if columns is not None:
-            attention_mask = _masked(model, attention_mask, columns)
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
-        ).logits
+        mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
+        with _cut(self._head, last_valid(attention_mask, input_ids.shape[1])):
+            logits = model(
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given
+            ).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
+
+
+def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Which of the last tokens is each row's last that is no padding, int64 `[B]`; 0 where all are."""
+    return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
+
+
+@contextmanager
+def _cut(head: nn.Module | None, position: Tensor) -> Iterator[None]:
+    """While it holds, `head` sees one position of each row, int64 `[B]`; all of them where it is None."""
+    if head is None:
+        yield
+        return
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        index = position[:, None, None].expand(-1, 1, args[0].shape[-1])
+        return (args[0].gather(1, index), *args[1:])
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

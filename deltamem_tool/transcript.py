@@ -76,6 +76,8 @@ class Transcript:
             ExportError: the chat template refuses the messages, or does not continue this conversation; or there is
                 nothing in them.
         """
+        if not content:
+            raise _nothing("The prompt is empty.")
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
         system = self.system
         if not self.turns and not system:
@@ -94,7 +96,7 @@ class Transcript:
         added = rendered[len(self.head) :]
         tokens = text.encode(added, special_tokens=not text.has_template and not self.head)
         if not tokens:
-            raise ExportError("There is nothing to answer.", "The text has no tokens.", "Give it some text.")
+            raise _nothing("The text has no tokens.")
         turns = (*self.turns, Turn(tuple(new)))
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
 
@@ -168,3 +170,7 @@ def _alone(text: ChatText, system: tuple[Message, ...]) -> str:
     except ExportError:
         return ""
     return alone if followed.startswith(alone) else ""
+
+
+def _nothing(why: str) -> ExportError:
+    return ExportError("There is nothing to answer.", why, "Give it some text.")

@@ -368,16 +368,21 @@ def test_the_last_word_is_written_before_it_leaves(engine):
 
 
 def test_undo_brings_back_what_had_left(engine):
+    """Of the contexts from before turns left, one is kept: undo goes back to it, and over the turns before it."""
     conversation, places, answers = Conversation(engine, window=80), [], []
     turns = [*TURNS, *OTHERS, *TURNS]
     for turn in turns:
         places.append(seen(conversation))
         answers += say(conversation, turn)
-    assert conversation.context.dropped > 0
-    for place in reversed(places):
-        assert conversation.undo()
-        assert_unchanged(conversation, place)
-    assert say(conversation, *turns) == answers
+    dropped = [place[0].dropped for place in places] + [conversation.context.dropped]
+    left = [number for number in range(len(turns)) if dropped[number + 1] > dropped[number]]
+    assert len(left) >= 2
+    taken = []
+    while conversation.undo():
+        taken.append(places.pop())
+        assert_unchanged(conversation, taken[-1])
+    assert len(taken) == len(turns) - 1 - left[-2]
+    assert say(conversation, *turns[-len(taken) :]) == answers[-len(taken) :]
 
 
 def test_a_prompt_that_is_longer_than_the_window_changes_nothing(engine):
@@ -462,6 +467,8 @@ def test_a_batch_with_an_empty_prompt_changes_nothing(engine):
         generate_together(conversations, ["three", ""], Sampling(2))
     for conversation, place in zip(conversations, before, strict=True):
         assert_unchanged(conversation, place)
+    with pytest.raises(ExportError, match="Conversation 1: There is nothing to answer"):
+        generate_together([Conversation(engine), Conversation(engine)], ["", "hello"])
     for wrong in ([conversations[0]] * 2, [conversations[0], Conversation(engine)], conversations[:1], []):
         with pytest.raises(ConfigError, match="together"):
             generate_together(wrong, ["a", "b"])

@@ -1,4 +1,4 @@
-"""A memory in the terminal shows the numbers it is given: bars as long as norms, a colour or a number for each entry."""
+"""A memory in the terminal shows the numbers it is given: bars as long as norms, a mark for each entry."""
 
 from __future__ import annotations
 

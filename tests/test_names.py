@@ -66,6 +66,7 @@ def imported_by(module: str) -> set[str]:
         ),
         ("deltamem_tool.marks", HEAVY, {"chat_template", "config", "errors", "marks"}),
         ("deltamem_tool.conversation", HEAVY, None),
+        ("deltamem_tool.chat_session, deltamem_tool.memory_text", HEAVY, None),
         ("deltamem_tool.torch_runtime", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}, None),
         ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
         ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from deltamem_tool.cli.options import trust_remote_code
-from deltamem_tool.onnx.contract import LOGITS
-from deltamem_tool.onnx.targets import TARGETS
+from deltamem_tool.onnx.contract import LOGITS, Manifest
+from deltamem_tool.onnx.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
 
 
 @click.command("export")
@@ -21,7 +21,7 @@ from deltamem_tool.onnx.targets import TARGETS
     default=next(iter(TARGETS)),
     show_default=True,
     help="What will run the graph: cpu and cuda are ONNX Runtime, by its fused operators for either; portable is any "
-    "runtime, by standard ONNX operators alone.",
+    "runtime, by standard ONNX operators alone; genai is onnxruntime-genai.",
 )
 @click.option(
     "--logits",
@@ -32,9 +32,29 @@ from deltamem_tool.onnx.targets import TARGETS
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=MIN_LENGTH),
     metavar="N",
     help="Keys and values of a fixed length, with room for N tokens, which CUDA graphs need. By default they grow.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default=DTYPES[0],
+    show_default=True,
+    help="Of the base's weights and of keys and values; the memory is float32 whatever they are.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(list(QUANTIZATIONS)),
+    default=NO_QUANTIZATION,
+    show_default=True,
+    help="The base's weights in 8 bits, with activations quantised as they come, or in 4 bits, weights alone. "
+    "The memory stays float32.",
+)
+@click.option(
+    "--memory",
+    type=click.Path(path_type=Path),
+    help="For genai: a memory file that conversations start from. Other graphs take it when they run.",
 )
 @trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
@@ -44,6 +64,9 @@ def command(
     out: Path,
     base: str | None,
     target: str,
+    dtype: str,
+    quantize: str,
+    memory: Path | None,
     logits: str,
     max_length: int | None,
     trust_remote_code: bool,
@@ -54,6 +77,8 @@ def command(
     from deltamem_tool.cli.console import STDERR, quiet_libraries
     from deltamem_tool.files import refuse_existing
 
+    if memory is not None and not TARGETS[target].genai:
+        raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
     refuse_existing(out, overwrite)
     with STDERR.status("Loading the model") as status:
         import torch
@@ -63,14 +88,16 @@ def command(
 
         quiet_libraries()
         name = base or read_adapter(adapter).base.name
-        model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
         manifest = export_onnx(
             model,
             tokenizer_of(model, for_chat=False),
             out,
             target=target,
+            quantize=quantize,
             logits=logits,
             max_length=max_length or 0,
+            memory=memory,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,
             progress=lambda stage: status.update(stage),
@@ -78,4 +105,14 @@ def command(
     if as_json:
         click.echo(manifest.to_json(), nl=False)
     else:
-        click.echo(f"{out}: ONNX Runtime and PyTorch differ by at most {manifest.max_abs_diff:.1e}.")
+        click.echo(f"{out}: {_agreement(manifest)}")
+
+
+def _agreement(manifest: Manifest) -> str:
+    if manifest.max_abs_diff is None:
+        return "not compared: ONNX Runtime's CPU provider lacks operators for this graph. Try it where it shall run."
+    differ = f"differ by at most {manifest.max_abs_diff:.1e}"
+    if manifest.greedy_agreement is not None:
+        tokens = f"{manifest.greedy_agreement:.1%} of greedy tokens are the same"
+        return f"in {manifest.quantize}, ONNX Runtime and PyTorch {differ}; {tokens}."
+    return f"ONNX Runtime and PyTorch {differ}."

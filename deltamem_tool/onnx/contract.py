@@ -21,6 +21,12 @@ Where the adapter writes by segments (messages, sentences), `write_mask` says wh
 written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
 there is neither `segment_end` nor `segment`.
 
+A graph for onnxruntime-genai has what that package feeds, and no more. It marks no tokens, so there is no `write_mask`:
+every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
+to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
+which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
+[1, H, R, R]. It pads on the right, so the last position's logits are those of each row's last token that is no padding.
+
 A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
 many tokens, which may be one tensor on both sides. Then
 
@@ -56,6 +62,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
+GENAI_CONFIG_FILE = "genai_config.json"
 REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
 
 INPUT_IDS = "input_ids"
@@ -66,9 +73,11 @@ SEGMENT_END = "segment_end"
 PAST = "past_key_values"
 LOGITS_OUTPUT = "logits"
 PRESENT = "present"
-KEY, VALUE, STATE, SEGMENT = "key", "value", "recurrent_state", "segment"
+INITIAL = "initial"
+KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
+MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 
 INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16", "bfloat16"
@@ -103,6 +112,7 @@ class Interface:
         dtype: of keys and values.
         segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
         layers: one entry a decoder layer.
+        genai: whether onnxruntime-genai feeds it.
         max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
     """
 
@@ -111,6 +121,7 @@ class Interface:
     dtype: str
     segment: int
     layers: tuple[Layer, ...]
+    genai: bool = False
     max_length: int = 0
 
     @property
@@ -119,15 +130,20 @@ class Interface:
         return {i: layer.state for i, layer in enumerate(self.layers) if layer.state is not None}
 
     def inputs(self) -> dict[str, tuple[str, Shape]]:
-        """(type, shape) of every input by name, in the graph's order."""
+        """(type, shape) of every input that has no default, by name, in the graph's order."""
         return {
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
             ATTENTION_MASK: (INT64, (BATCH, self.max_length or ALL_TOKENS)),
-            WRITE_MASK: (BOOL, (BATCH, TOKENS)),
+            **({} if self.genai else {WRITE_MASK: (BOOL, (BATCH, TOKENS))}),
             **({PAST_LENGTH: (INT64, (1,))} if self.max_length else {}),
             **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
             **self._carried(PAST, self.max_length or PAST_TOKENS),
         }
+
+    def defaults(self) -> dict[str, tuple[str, Shape]]:
+        """(type, shape) of every input that has a default, by name."""
+        states = self.state_shapes if self.genai else {}
+        return {carried_name(INITIAL, i, STATE): (FLOAT32, (1, *state)) for i, state in states.items()}
 
     def outputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every output by name, in the graph's order."""
@@ -147,17 +163,27 @@ class Interface:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
                 if self.segment:
                     tensors[carried_name(prefix, i, SEGMENT)] = (FLOAT32, (BATCH, self.segment))
+                if self.genai:
+                    tensors[carried_name(prefix, i, CONV)] = (FLOAT32, (BATCH, 1, 1))
         return tensors
 
     def check_graph(
-        self, inputs: Mapping[str, tuple[str, list[Any]]], outputs: Mapping[str, tuple[str, list[Any]]]
+        self,
+        inputs: Mapping[str, tuple[str, list[Any]]],
+        outputs: Mapping[str, tuple[str, list[Any]]],
+        defaults: Mapping[str, tuple[str, list[Any]]],
     ) -> None:
-        """Compare with the (type, shape) that a loaded graph reports; a dimension that is no integer varies.
+        """Compare with the (type, shape) that a loaded graph reports of its inputs, of its outputs, and of its inputs
+        that have a default; a dimension that is no integer varies.
 
         Raises:
             ExportError: a name, a type, or a fixed dimension differs.
         """
-        for kind, expected, found in (("input", self.inputs(), inputs), ("output", self.outputs(), outputs)):
+        for kind, expected, found in (
+            ("input", self.inputs(), inputs),
+            ("output", self.outputs(), outputs),
+            ("input with a default", self.defaults(), defaults),
+        ):
             wrong = [f"no {kind} {name!r}" for name in expected if name not in found]
             wrong += [f"an unexpected {kind} {name!r}" for name in found if name not in expected]
             for name in expected.keys() & found.keys():
@@ -179,7 +205,9 @@ class Manifest:
         target: what kind of runtime the graph is for.
         quantize: how the base's weights are quantised; "none" if they are not.
         interface: what the graph takes and gives.
-        max_abs_diff: largest difference from PyTorch over logits and states, measured before the folder was written.
+        max_abs_diff: largest difference from PyTorch in float32 over logits and states, measured before the folder was
+            written; None if nothing was compared, because no runtime at hand had the graph's operators.
+        greedy_agreement: of a quantised graph, the share of PyTorch's greedy tokens that it chose too; else None.
         packages: versions that made the graph.
     """
 
@@ -190,7 +218,8 @@ class Manifest:
     target: str
     quantize: str
     interface: Interface
-    max_abs_diff: float
+    max_abs_diff: float | None
+    greedy_agreement: float | None
     packages: dict[str, str]
 
     def to_json(self) -> str:
@@ -224,14 +253,19 @@ class Manifest:
         for name in ("segment", "max_length"):
             _require(_is_count(interface[name]) or interface[name] == 0, f"interface.{name}")
         _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
+        _require(isinstance(interface["genai"], bool), "interface.genai")
         layers = tuple(_layer(layer) for layer in interface["layers"])
         for name in ("adapter", "model_type", "target", "quantize"):
             _require(isinstance(values[name], str) and bool(values[name]), name)
         _require(isinstance(values["base_model"], str | None), "base_model")
         for name in ("mechanism", "packages"):
             _require(isinstance(values[name], dict), name)
-        difference = values["max_abs_diff"]
-        _require(isinstance(difference, int | float) and math.isfinite(difference) and difference >= 0, "max_abs_diff")
+        for name, most in (("max_abs_diff", math.inf), ("greedy_agreement", 1.0)):
+            number = values[name]
+            holds = number is None or (
+                isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= most
+            )
+            _require(holds, name)
         return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
 
 

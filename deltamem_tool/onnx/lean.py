@@ -1,8 +1,8 @@
 """One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemory` where every token
 writes. At decode a node costs more than the arithmetic in it.
 
-ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So every
-token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
+ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
+every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
 
     write  S₁ = S + b k (u − S k)ᵀ      b = erase / keep,  u = v · write / erase
     decay  S' = keep S₁
@@ -16,25 +16,39 @@ slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
     | decay | 0             | 0     | z        | y                                         |
 
 A zero key writes nothing, and the readings of the second and third slot meet zero weights in Δ. α/R and the learned
-scales are in Δ too. The hidden states of padding are taken as they come: one that is NaN would reach every other token
-through attention's values, with or without a memory.
+scales are in Δ too. The hidden states of padding are taken as they come, and it reads what is there, which nobody sees: a
+NaN would reach every other token through attention's values, with or without a memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.config import BRANCHES
 from deltamem_tool.memory import L2_EPS, DeltaMemory
+from deltamem_tool.onnx.optimize import JOINED_PROJECTIONS, LEAN
+from deltamem_tool.onnx.targets import Target
 
-# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum of
-# z and log keep, which should cancel, is exact to 1e-6.
+# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum
+# of z and log keep, which should cancel, is exact to 1e-6.
 OPEN = 20.0
 SHUT = -1e4  # its sigmoid, its exponential and its softplus are 0
 UNBOUNDED = 3e38  # no ceiling
 READ, WRITE, DECAY = 0, 1, 2
+
+
+def lean_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, LeanMemory]:
+    """What stands in for the memories of `adapter` in a graph for `target`, by layer; none where it cannot, or where
+    `without` names it among the rewrites to leave out."""
+    if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
+        return {}
+    apart = JOINED_PROJECTIONS in without
+    return {layer: LeanMemory(adapter.memory(layer), apart) for layer in adapter.layer_indices}
 
 
 class LeanMemory(nn.Module):
@@ -97,6 +111,11 @@ class LeanMemory(nn.Module):
             scale = scale * torch.sigmoid(memory.scale_raw[which]) * memory.config.delta_scale_max
         weight = memory.delta_of(branch).weight * scale
         return nn.Parameter(F.pad(weight, (0, (self.slots - 1) * self.rows)), requires_grad=False)
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Every matrix that the graph gets, `[out, in]`."""
+        yield self.projection
+        yield from self.delta.values()
 
     def forward(self, hidden: Tensor, state: Tensor, writes: Tensor) -> tuple[Tensor, Tensor]:
         """

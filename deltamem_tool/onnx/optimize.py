@@ -48,7 +48,7 @@ def join_output(graph: ir.Graph) -> None:
         parts = list(split.outputs) if split is not None else [product.outputs[0]]
         rest = []
         for part, delta in zip(parts, deltas, strict=True):
-            if not _join_correction(graph, product.inputs[0], part, delta):
+            if not _join_correction(graph, _input(product, 0), part, delta):
                 rest.append((part, delta))
         if len(rest) < len(parts):
             _multiply_again(graph, product, split, rest)
@@ -81,7 +81,7 @@ def _join_correction(graph: ir.Graph, readings: ir.Value, part: ir.Value, delta:
     add = _only_user(part, "Add")
     if add is None:
         return False
-    other = add.inputs[1] if add.inputs[0] is part else add.inputs[0]
+    other = _input(add, 1 if add.inputs[0] is part else 0)
     base = _producer(other, "MatMul")
     weight = _constant(base.inputs[1]) if base is not None else None
     if base is None or weight is None or weight.ndim != 2 or weight.dtype != delta.dtype or len(other.uses()) > 1:
@@ -122,19 +122,19 @@ def gather_states(graph: ir.Graph) -> None:
         if scan.op_type != SCAN or len(scan.inputs) < 4:
             continue
         before, after = _producer(scan.inputs[3], "Reshape"), _only_user(scan.outputs[1], "Reshape")
-        if before is None or after is None or not before.inputs[0].is_graph_input():
+        if before is None or after is None or not _input(before, 0).is_graph_input():
             continue
         if after.outputs[0].is_graph_output() and str(after.outputs[0].name).endswith(contract.STATE):
             scans.append((scan, before, after))
     if len(scans) < 2:
         return
     into, back = (_constant(node.inputs[1]) for node in scans[0][1:])
-    shapes = {tuple(tuple(_shape_of(node)) for node in nodes) for _, *nodes in scans}
+    shapes = {str([_shape_of(node) for node in nodes]) for _, *nodes in scans}
     if into is None or back is None or len(shapes) != 1:
         return
     count = len(scans)
     first = graph[0]
-    states = _gathered(graph, [before.inputs[0] for _, before, _ in scans], into * [1, count, 1, 1], "states")
+    states = _gathered(graph, [_input(before, 0) for _, before, _ in scans], into * [1, count, 1, 1], "states")
     graph.insert_before(first, states)
     for (scan, before, _), state in zip(scans, states[-1].outputs, strict=True):
         scan.replace_input_with(3, state)
@@ -168,7 +168,7 @@ def tidy_attention(graph: ir.Graph) -> None:
             continue
         order = [_perm(inner)[axis] for axis in _perm(node)]
         if order == sorted(order):
-            _take_over(node.outputs[0], inner.inputs[0])
+            _take_over(node.outputs[0], _input(inner, 0))
         else:
             node.replace_input_with(0, inner.inputs[0])
             node.attributes["perm"] = ir.AttrInt64s("perm", order)
@@ -181,8 +181,9 @@ def _reshaped_back(node: ir.Node) -> ir.Value | None:
     merged = _producer(node.inputs[0], "Reshape")
     if merged is None or _shape_of(merged) != [0, 0, -1]:
         return None
-    heads, target = _heads(merged.inputs[0]), _shape_of(node)
-    return merged.inputs[0] if heads is not None and target == [0, 0, heads, -1] else None
+    x = _input(merged, 0)
+    heads, target = _heads(x), _shape_of(node)
+    return x if heads is not None and target == [0, 0, heads, -1] else None
 
 
 def _heads(value: ir.Value) -> int | None:
@@ -198,7 +199,7 @@ def _heads(value: ir.Value) -> int | None:
         return None
     shaped = _producer(back.inputs[0], "Reshape")
     target = _shape_of(shaped) if shaped is not None else None
-    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(back.inputs[0])
+    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(_input(back, 0))
 
 
 REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
@@ -209,6 +210,13 @@ REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
     PLAIN_ATTENTION: tidy_attention,
 }
 JOIN_WEIGHTS = (JOINED_PROJECTIONS, JOINED_OUTPUT)  # what puts the memory's weights into the base's
+
+
+def _input(node: ir.Node, position: int) -> ir.Value:
+    """One that is no optional one."""
+    value = node.inputs[position]
+    assert value is not None
+    return value
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

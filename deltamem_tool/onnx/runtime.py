@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from deltamem_tool.chat_text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.engine import Past
+from deltamem_tool.errors import ExportError
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
@@ -43,6 +44,12 @@ class OnnxModel:
         self.folder = contract.check_folder(folder)
         self.manifest = Manifest.from_json((self.folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
         interface = self.manifest.interface
+        if interface.genai:
+            raise ExportError(
+                f"{folder} is for onnxruntime-genai.",
+                "Its graph lets no token be read without being written, and starts conversations by itself.",
+                "Run it there (docs/export.md), or export for the target cpu.",
+            )
         self.text = ChatText.from_folder(self.folder)
         self.stop_tokens = _stop_tokens(self.folder)
         self.adapter = self.manifest.adapter

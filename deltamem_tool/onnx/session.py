@@ -60,6 +60,8 @@ class LoadedGraph:
         providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
+        if interface.defaults():
+            options.log_severity_level = 3  # or it says of every initial state that it has a default
         if map_weights:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
@@ -71,7 +73,11 @@ class LoadedGraph:
             raise ExportError("ONNX Runtime cannot load this graph.", f"{why}.", "Export the model again.") from error
         refuse_if_missing(provider, self._session.get_providers())
         self._session.disable_fallback()
-        interface.check_graph(_described(self._session.get_inputs()), _described(self._session.get_outputs()))
+        interface.check_graph(
+            _described(self._session.get_inputs()),
+            _described(self._session.get_outputs()),
+            _described(self._session.get_overridable_initializers()),
+        )
         self.device = device_of(provider)
         self._outputs = list(interface.outputs())
 
@@ -111,6 +117,14 @@ class Graph(LoadedGraph):
                 name = contract.carried_name(contract.PAST, i, part)
                 element = ELEMENT_TYPES[self.interface.dtype]
                 past[name] = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], element, self.device)
+        if self.interface.genai:
+            for i in self.interface.state_shapes:
+                name = contract.carried_name(contract.PAST, i, contract.CONV)
+                past[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
+                if states is not None:  # one row for all of the batch; without, it is what the graph has
+                    name = contract.carried_name(contract.INITIAL, i, contract.STATE)
+                    past[name] = on_device(states[i], contract.FLOAT32, self.device)
+            states = None
         return {**past, **self.memory_values(batch, states, segments)}
 
     def with_memory(self, past: Past, states: Mapping[int, NDArray], segments: Mapping[int, NDArray]) -> Past:
@@ -149,7 +163,7 @@ class Graph(LoadedGraph):
         crossing = {
             contract.INPUT_IDS: input_ids,
             contract.ATTENTION_MASK: attention_mask,
-            contract.WRITE_MASK: write_mask,
+            **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),  # there, every token writes
             **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
         }
         for name, array in crossing.items():

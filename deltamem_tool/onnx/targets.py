@@ -8,7 +8,7 @@ from typing import Literal
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
 
-NO_QUANTIZATION = "none"
+NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
 PORTABLE_OPSET = 18  # what torch translates to; every later one would be a conversion of it
 
 
@@ -22,6 +22,7 @@ class Target:
         opset: of standard operators; None for the exporter's own choice.
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
+        genai: whether onnxruntime-genai loads the folder: its names and configuration, and no inputs but what it feeds.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Target:
     opset: int | None
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
+    genai: bool = False
 
     @property
     def standard(self) -> bool:
@@ -40,13 +42,16 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,)),
-        Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION,)),
+        # ONNX Runtime's CPU provider takes float16 (it computes most of it in float32), and has no bfloat16 MatMul.
+        Target("cpu", "cpu", "onnx", None, (FLOAT32, FLOAT16), (NO_QUANTIZATION, INT8, INT4)),
+        Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION, INT4)),
         Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
+        Target("genai", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,), genai=True),
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
-QUANTIZATIONS = (NO_QUANTIZATION,)
+# What a quantisation takes: the activations of int8 are quantised from float32 alone.
+QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32,), INT4: (FLOAT32, FLOAT16)}
 
 
 def target_of(name: str, dtype: str, quantize: str) -> Target:
@@ -59,12 +64,13 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
         raise ExportError(f"There is no target {name!r}.", "", f"The targets are {', '.join(TARGETS)}.")
     target = TARGETS[name]
     for what, wanted, possible in (
-        ("a model of", dtype, target.dtypes),
-        ("the quantisation", quantize, target.quantizations),
+        (f"The target {name} cannot take a model of", dtype, target.dtypes),
+        (f"The target {name} cannot take the quantisation", quantize, target.quantizations),
+        (f"The quantisation {quantize} cannot take a model of", dtype, QUANTIZATIONS.get(quantize, ())),
     ):
         if wanted not in possible:
             raise ExportError(
-                f"The target {name} cannot take {what} {wanted}.",
+                f"{what} {wanted}.",
                 "Its runtime lacks operators for it.",
                 f"Choose one of {', '.join(possible)}, or another target.",
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, cast
 
@@ -31,8 +32,7 @@ from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
 from deltamem_tool.model_call import CallOptions, fill, fill_static
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
-from deltamem_tool.onnx.lean import LeanMemory
-from deltamem_tool.onnx.optimize import JOINED_PROJECTIONS, LEAN
+from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
@@ -49,17 +49,24 @@ class _Step(nn.Module):
         self._fingerprint = adapter.fingerprint
         self._options = options
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None, for the exporter, which would cast every input to the type of the first one: in a model of half
+        precision the states stay float32. What is traced are the `named_parameters`."""
+        return iter(())
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        write_mask: Tensor,
-        past_key_values: list[dict[str, Tensor]],
+        write_mask: Tensor | None = None,
+        past_key_values: Sequence[dict[str, Tensor]] = (),
         segment_end: Tensor | None = None,
+        initial: Sequence[dict[str, Tensor]] = (),
         past_length: Tensor | None = None,
     ) -> dict[str, Any]:
-        cache = MemoryCache(self.model, write=write_mask, max_length=self._max_length or None)
-        if segment_end is not None:
+        write = True if write_mask is None else write_mask
+        cache = MemoryCache(self.model, write=write, max_length=self._max_length or None)
+        if segment_end is not None and write_mask is not None:
             cache.segments = segment_marks(write_mask, segment_end)
         columns = None  # of the mask, where the tokens are: its last, or
         if past_length is not None:
@@ -72,6 +79,9 @@ class _Step(nn.Module):
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
+        if initial:
+            begins = _begins(attention_mask, input_ids.shape[1])
+            states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         cache.memory = MemoryState(states, self._fingerprint, segments)
         logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
@@ -85,6 +95,8 @@ class _Step(nn.Module):
                 present[i][contract.STATE] = cache.memory.layers[i]
             if i in segments:
                 present[i][contract.SEGMENT] = cache.memory.segments[i]
+            if contract.CONV in past:
+                present[i][contract.CONV] = past[contract.CONV].clone()
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
 
 
@@ -94,8 +106,15 @@ def segment_marks(write: Tensor, end: Tensor) -> Tensor:
     return torch.where(write, inside, torch.full_like(inside, OUTSIDE))
 
 
-def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, max_length: int = 0) -> Interface:
-    """What the graph of `model` will take and give, found by running one token.
+def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Rows whose past holds no token, bool `[B, 1, 1, 1]`: all their valid tokens are among the last."""
+    return (attention_mask.sum(-1) == attention_mask[:, -tokens:].sum(-1))[:, None, None, None]
+
+
+def interface_of(
+    model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, target: Target, max_length: int = 0
+) -> Interface:
+    """What the graph of `model` for `target` will take and give, found by running one token.
 
     Raises:
         ExportError: the model keeps something other than keys and values between calls, or, where keys and values are
@@ -109,7 +128,7 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, 
         vocab_size = model(input_ids=tokens, past_key_values=cache).logits.shape[-1]
     _refuse_other_caches(model, cache)
     if max_length:
-        _refuse_windows(model, max_length)
+        _refuse_fixed(model, target, max_length)
     states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
@@ -117,7 +136,7 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, 
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), max_length)
+    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), target.genai, max_length)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -145,13 +164,24 @@ def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
             )
 
 
-def _refuse_windows(model: PreTrainedModel, max_length: int) -> None:
+def _refuse_fixed(model: PreTrainedModel, target: Target, max_length: int) -> None:
     """
     Raises:
-        ExportError: `max_length` is no length, or a static layer of the model is a window that goes round.
+        ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
+            model is a window that goes round.
     """
-    if max_length < 2:
-        raise ExportError(f"Keys and values of length {max_length} hold nothing.", "", "Choose a larger --max-length.")
+    if max_length < contract.MIN_LENGTH:
+        raise ExportError(
+            f"Keys and values of length {max_length} hold too little.",
+            f"A conversation must fit that shows that the graph is right: {contract.MIN_LENGTH} tokens.",
+            "Choose a larger --max-length.",
+        )
+    if target.genai:
+        raise ExportError(
+            f"The target {target.name} takes no --max-length.",
+            "Its runtime feeds keys and values that grow.",
+            "Leave one of the two out.",
+        )
     layers = MemoryCache(model, max_length=max_length).layers
     other = {type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, DummyLayer)}
     if other:
@@ -216,15 +246,14 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
 @contextmanager
 def _lean(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
     """Inside, the memories are traced as `lean` has them, where that can be."""
-    memories = [adapter.memory(layer) for layer in adapter.layer_indices]
-    possible = target.fusions is not None and adapter.config.granularity == "token" and LEAN not in without
-    for memory in memories if possible else ():
-        memory.stand_in = LeanMemory(memory, apart=JOINED_PROJECTIONS in without)
+    memories = lean_memories(adapter, target, without)
+    for layer, memory in memories.items():
+        adapter.memory(layer).stand_in = memory
     try:
         yield
     finally:
-        for memory in memories:
-            memory.stand_in = None
+        for layer in memories:
+            adapter.memory(layer).stand_in = None
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,22 +261,22 @@ def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
     # The mask's length is the sum of two others, which torch cannot be told: it finds out.
     dims = {name: Dim.DYNAMIC if name == contract.ALL_TOKENS else Dim(name) for name in sizes}
-    inputs: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
-    axes: dict[str, Any] = {contract.PAST: [{} for _ in interface.layers]}
-    for name, (dtype, shape) in interface.inputs().items():
+    nested = (contract.PAST, contract.INITIAL) if interface.defaults() else (contract.PAST,)
+    inputs: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
+    axes: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
+    for name, (dtype, shape) in {**interface.inputs(), **interface.defaults()}.items():
         tensor = torch.ones(
             [sizes[size] if isinstance(size, str) else size for size in shape], dtype=getattr(torch, dtype)
         )
         vary = {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
-        if name.startswith(contract.PAST):
-            _, layer, part = name.split(".")
-            inputs[contract.PAST][int(layer)][part], axes[contract.PAST][int(layer)][part] = tensor, vary
+        prefix, *rest = name.split(".")
+        if prefix in nested:
+            layer, part = rest
+            inputs[prefix][int(layer)][part], axes[prefix][int(layer)][part] = tensor, vary
         else:
             inputs[name], axes[name] = tensor, vary
-    given = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.WRITE_MASK, contract.PAST)
-    order = (*given, contract.SEGMENT_END, contract.PAST_LENGTH)
-    names = [name for name in order if name in inputs]
-    return {name: inputs[name] for name in names}, {name: axes[name] for name in names}
+    given = [name for name in inspect.signature(_Step.forward).parameters if name in inputs]
+    return {name: inputs[name] for name in given}, {name: axes[name] for name in given}
 
 
 def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:

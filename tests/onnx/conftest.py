@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import onnx_ir
 import pytest
 import torch
 from once import folder_once
@@ -19,8 +22,10 @@ from transformers import (
 )
 
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.onnx import export
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.export import export_onnx
+from deltamem_tool.onnx.optimize import JOIN_WEIGHTS
 from deltamem_tool.surgery import attach
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -88,7 +93,8 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return _exported("llama", make_model("llama", (1,)), "all", tmp_path_factory)
+    """Its memory's weights are apart from the base's, as quantisation wants them."""
+    return _exported("llama", make_model("llama", (1,)), "all", tmp_path_factory, without=JOIN_WEIGHTS)
 
 
 @pytest.fixture(scope="session")
@@ -112,19 +118,37 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def _exported(
-    name: str,
-    model: PreTrainedModel,
-    logits: str,
-    tmp_path_factory: pytest.TempPathFactory,
-    target: str = "cpu",
-    max_length: int = 0,
+    name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, **options: Any
 ) -> Exported:
     tokenizer = make_tokenizer()
 
     def export(folder: Path) -> None:
         out, base = folder / "exported", f"someone/tiny-{name}"
-        export_onnx(model, tokenizer, out, target=target, logits=logits, max_length=max_length, base_model=base)
+        export_onnx(model, tokenizer, out, logits=logits, base_model=base, **options)
 
     folder = folder_once(tmp_path_factory, name, export) / "exported"
     manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     return Exported(model, tokenizer, folder, manifest)
+
+
+@pytest.fixture
+def no_tracing(monkeypatch, qwen3):
+    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
+    _write_instead(monkeypatch, qwen3)
+
+
+@pytest.fixture
+def no_tracing_of_llama(monkeypatch, llama):
+    _write_instead(monkeypatch, llama)
+
+
+def _write_instead(monkeypatch: pytest.MonkeyPatch, exported: Exported) -> None:
+    class Exporter:
+        @staticmethod
+        def save_program(program, path):
+            for name in ("model.onnx", "model.onnx.data"):
+                shutil.copy(exported.folder / name, path.with_name(name))
+
+    nothing = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)
+    monkeypatch.setattr(export, "traced", lambda *args: nothing)
+    monkeypatch.setattr(export, "OnnxExporter", Exporter)

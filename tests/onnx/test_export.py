@@ -8,7 +8,6 @@ import shutil
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -177,21 +176,6 @@ def test_the_memory_matters(qwen3):
     assert np.abs(with_memory - without).max() > 0.1
 
 
-@pytest.fixture
-def no_tracing(monkeypatch, qwen3):
-    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
-
-    class Exporter:
-        @staticmethod
-        def save_program(program, path):
-            for name in ("model.onnx", "model.onnx.data"):
-                shutil.copy(qwen3.folder / name, path.with_name(name))
-
-    nothing = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)
-    monkeypatch.setattr(export, "traced", lambda *args: nothing)
-    monkeypatch.setattr(export, "OnnxExporter", Exporter)
-
-
 def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, tmp_path):
     delta = adapter_of(qwen3.model).layers["1"].delta["o"].weight
     saved = delta.detach().clone()
@@ -230,7 +214,8 @@ def manifest_with(manifest: Manifest, **changes) -> str:
     return json.dumps({**json.loads(manifest.to_json()), **changes})
 
 
-INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "max_length": 0, "layers": [{}]}
+INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "layers": [{}]}
+INTERFACE |= {"genai": False, "max_length": 0}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +230,7 @@ INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment":
         ({"interface": INTERFACE | {"logits": "some"}}, "logits"),
         ({"interface": INTERFACE | {"dtype": "int3"}}, "dtype"),
         ({"interface": INTERFACE | {"segment": -1}}, "segment"),
+        ({"interface": INTERFACE | {"genai": 1}}, "genai"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(qwen3, changes, why):

@@ -17,6 +17,7 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export import TOLERANCE
 from deltamem_tool.onnx.fixed import open_graph
 from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.onnx.targets import TARGETS
 from deltamem_tool.onnx.trace import interface_of
 from deltamem_tool.onnx.values import on_host
 from deltamem_tool.surgery import adapter_of
@@ -317,8 +318,10 @@ def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
 def test_a_window_in_the_model_is_refused():
     model = model_of("sliding")
     with pytest.raises(ExportError, match="fixed length") as caught:
-        interface_of(model, adapter_of(model), "last", 24)
+        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 64)
     assert "StaticSlidingWindowLayer" in caught.value.why
     model = model_of("qwen3")
-    with pytest.raises(ExportError, match="length 1 hold nothing"):
-        interface_of(model, adapter_of(model), "last", 1)
+    with pytest.raises(ExportError, match="length 63 hold too little"):
+        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 63)
+    with pytest.raises(ExportError, match="genai takes no --max-length"):
+        interface_of(model, adapter_of(model), "last", TARGETS["genai"], 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ import torch
 from onnx_ir.passes import common as common_passes
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers import DynamicCache
 
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.decoder_call import without_memory
 from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.onnx.lean import LeanMemory
 from deltamem_tool.onnx.optimize import REWRITES, optimize
+from deltamem_tool.onnx.targets import TARGETS
+from deltamem_tool.onnx.trace import graph_of
 
 TOLERANCE = 1e-5  # of the lean memory, whose gates and norm are other formulas for the same numbers
 SAME = 1e-6  # of a rewrite that only moves things
@@ -235,3 +240,39 @@ def test_reshapes_that_change_something_stay():
 def test_a_rewrite_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="no rewrites \\['faster'\\]"):
         optimize(parsed(ATTENTION), without=["faster"])
+
+
+MORE_NODES = 12  # at most, a layer
+
+
+class Plain(nn.Module):
+    """A model without a memory, with the inputs of a graph that has one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, write_mask, past_key_values):
+        past = [(layer["key"], layer["value"]) for layer in past_key_values]
+        cache = DynamicCache(past, config=self.model.config)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        logits = self.model(
+            input_ids, attention_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        ).logits
+        return {"logits": logits, "present": [{"key": x.keys, "value": x.values} for x in cache.layers]}
+
+
+def nodes_of_a_layer(operators: list[str]) -> int:
+    """From one layer's attention to the next one's."""
+    first, second = (i for i, operator in enumerate(operators) if operator == "Softmax")
+    return second - first
+
+
+def test_a_layer_with_a_memory_has_few_nodes_more_than_the_plain_one(qwen3):
+    """Of two states and three branches, which is more than the default has."""
+    layers = tuple(dataclasses.replace(layer, state=None) for layer in qwen3.manifest.interface.layers)
+    interface = dataclasses.replace(qwen3.manifest.interface, layers=layers)
+    with without_memory():
+        plain = graph_of(Plain(qwen3.model), interface, TARGETS["cpu"])
+    found = [node.op_type for node in onnx.load(qwen3.folder / "model.onnx").graph.node]
+    assert nodes_of_a_layer(found) - nodes_of_a_layer([node.op_type for node in plain.graph]) <= MORE_NODES

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from deltamem_tool.chat_text import ChatText, TextStream
 from deltamem_tool.cli.run import command
-from deltamem_tool.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.conversation import Answer, Conversation, Sampling, generate_together
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.memory_file import StoredMemory, read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
@@ -23,6 +23,7 @@ from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.torch_runtime import TorchModel
 
 TOLERANCE = 1e-4
+IMPORT_SECONDS = 1.0  # of CPU
 USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
@@ -179,7 +180,7 @@ def test_conversations_of_one_model_do_not_meet(qwen3):
 
     def talk(number):
         conversation = Conversation(model)
-        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (number % 3))
+        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (1 + number % 3))
         return [conversation.generate(turn, Sampling(6)) for turn in turns], conversation.memory.tensors()
 
     alone = [talk(number) for number in range(6)]
@@ -363,6 +364,15 @@ assert not {"torch", "transformers"} & sys.modules.keys()
     subprocess.run(arguments, check=True, timeout=120)
 
 
+def test_it_is_imported_in_a_moment():
+    code = "import time, deltamem_tool.onnx.runtime, deltamem_tool.conversation; print(time.process_time())"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(seconds) < IMPORT_SECONDS  # Python's own start included
+
+
 def test_the_command(qwen3, tmp_path):
     file = tmp_path / "memory.safetensors"
     options = [
@@ -388,3 +398,28 @@ def test_the_command(qwen3, tmp_path):
     conversation = Conversation(OnnxModel(qwen3.folder), conversation.memory)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"
+
+
+def test_the_command_passes_its_options_on(qwen3, monkeypatch):
+    seen = []
+
+    def generate(self, content, sampling, on_text):
+        seen.append((self.window, self.engine.graph._session.get_session_options().intra_op_num_threads, sampling))
+        return Answer("said", (1, 2), "stop string")
+
+    monkeypatch.setattr(Conversation, "generate", generate)
+    options = "--prompt Hi --max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 4 --json"
+    options += " --repetition-penalty 1.2 --stop END --stop STOP --window 99 --threads 2"
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options.split()])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["ended_by"] == ["stop string"]
+    assert seen == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
+    result = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi"])
+    assert seen[1][::2] == (None, Sampling())  # the command's defaults are the library's
+
+
+def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
+    monkeypatch.setattr(Conversation, "generate", lambda *inputs: Answer("sa", (1,), "interrupted"))
+    options = ["--prompt", "Hi", "--save-memory", str(tmp_path / "memory")]
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert result.exit_code == 1 and not (tmp_path / "memory").exists()
