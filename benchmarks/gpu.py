@@ -126,6 +126,7 @@ def export(args: argparse.Namespace, model: PreTrainedModel, adapter: Any, folde
     layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
     plain = PlainInterface("last", interface.vocab_size, interface.dtype, 0, layers, max_length=steps)
     program = graph_of(PlainStep(model, options, steps), plain, target)
+    optimize(program)  # what it does to attention has nothing to do with the memory
     graphs["plain"] = _saved(program, plain, folder / "plain")
     hook(model, adapter)
     return graphs

@@ -57,7 +57,8 @@ class CallOptions:
         if self._cuts:
             given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
         mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
-        with _cut(self._head, last_valid(attention_mask, input_ids.shape[1])):
+        position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
+        with _cut(self._head, position):
             logits = model(
                 input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given
             ).logits
@@ -70,9 +71,9 @@ def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
 
 
 @contextmanager
-def _cut(head: nn.Module | None, position: Tensor) -> Iterator[None]:
+def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
     """While it holds, `head` sees one position of each row, int64 `[B]`; all of them where it is None."""
-    if head is None:
+    if head is None or position is None:
         yield
         return
 

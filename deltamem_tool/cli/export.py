@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from deltamem_tool.cli.options import trust_remote_code
-from deltamem_tool.onnx.contract import LOGITS, Manifest
+from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
 from deltamem_tool.onnx.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
 
 
