@@ -16,8 +16,8 @@ slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
     | decay | 0             | 0     | z        | y                                         |
 
 A zero key writes nothing, and the readings of the second and third slot meet zero weights in Δ. α/R and the learned
-scales are in Δ too. The hidden states of padding are taken as they come, and it reads what is there, which nobody sees: a
-NaN would reach every other token through attention's values, with or without a memory.
+scales are in Δ too. The hidden states of padding are taken as they come, and it reads what is there, which nobody sees:
+a NaN would reach every other token through attention's values, with or without a memory.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from scan_inputs import make_inputs
 from torch import Tensor, nn
 from torch.export import Dim
 
+from deltamem_tool.conversation import Conversation
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract, export
 from deltamem_tool.onnx.check import largest_difference
@@ -25,9 +26,11 @@ from deltamem_tool.onnx.runtime import Graph, OnnxModel, Past
 from deltamem_tool.onnx.standard import check_file, require_standard
 from deltamem_tool.onnx.targets import PORTABLE_OPSET
 from deltamem_tool.onnx.trace import CallOptions
+from deltamem_tool.onnx.values import on_device, on_host
 from deltamem_tool.ops import delta_scan, segment_sums, use_implementation
 from deltamem_tool.ops.cumulative_sums import cumulative_sums
 from deltamem_tool.ops.naive import naive_scan
+from deltamem_tool.sampling import Sampling
 
 TOLERANCE = 1e-4  # of logits and states, over whole conversations
 SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1
@@ -68,7 +71,7 @@ class Runner(Graph):
     """An exported graph in either runtime, for `largest_difference`."""
 
     def __init__(self, run: Run, interface: Interface) -> None:
-        self.run, self.interface = run, interface
+        self.run, self.interface, self.device = run, interface, "cpu"
 
     def step(
         self,
@@ -79,9 +82,10 @@ class Runner(Graph):
         segment_end: NDArray | None = None,
     ) -> tuple[NDArray, Past]:
         feed = {contract.INPUT_IDS: input_ids, contract.ATTENTION_MASK: attention_mask, contract.WRITE_MASK: write_mask}
-        present = self.run(feed | past)
+        present = self.run(feed | {name: on_host(value) for name, value in past.items()})
         logits = present.pop(contract.LOGITS_OUTPUT)
-        return logits, {contract.past_name(name): value for name, value in present.items()}
+        carried = {contract.past_name(name): np.ascontiguousarray(value) for name, value in present.items()}
+        return logits, {name: on_device(value, contract.FLOAT32, "cpu") for name, value in carried.items()}
 
 
 def test_conversations_are_pytorchs(portable, runtime):
@@ -94,7 +98,7 @@ def test_conversations_are_pytorchs(portable, runtime):
 def test_it_says_what_the_graph_for_onnx_runtime_says(portable, qwen3):
     assert portable.manifest.target == "portable"
     found, expected = (
-        OnnxModel(model.folder).start().generate("Hello", max_new_tokens=8) for model in (portable, qwen3)
+        Conversation(OnnxModel(model.folder)).generate("Hello", Sampling(8)) for model in (portable, qwen3)
     )
     assert found.tokens == expected.tokens
 
