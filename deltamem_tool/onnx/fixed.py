@@ -8,7 +8,8 @@ A call writes behind the columns of its past. So a past stays what it is as long
 a second one works on a copy of the room. Rooms that nobody uses any longer are kept for the next conversations.
 
 ONNX Runtime runs a graph several times before it has recorded it. Therefore a step must give the same when it is run
-again: keys and values may be written in place, states may not. They alternate between two slots of their room.
+again: keys and values may be written in place, states may not. They alternate between two slots of their room. And
+prompts run between replays: ONNX Runtime 1.31.1 has the correction (its pull request 32121) that this needs.
 """
 
 from __future__ import annotations
