@@ -93,7 +93,7 @@ def export(args: argparse.Namespace, folder: Path) -> None:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.normal_(std=0.02)
-        interface, options = interface_of(model, adapter, "last"), CallOptions(model, "last")
+        interface, options = interface_of(model, adapter, "last", target), CallOptions(model, "last")
         program = traced(model, adapter, interface, options, target, args.without)
         optimize(program, args.without)
         save(program, folder / preset)

@@ -104,12 +104,13 @@ class Conversation:
         engine: `OnnxModel` or `TorchModel`.
         memory: what it remembers from before; nothing by default.
         write: whether its tokens write.
-        window: the most tokens that its context may hold; any number by default. When an answer might not fit, the
-            oldest turns leave the context, and what they wrote stays in the memory.
+        window: the most tokens that its context may hold; by default as many as the engine can. When an answer might
+            not fit, the oldest turns leave the context, and what they wrote stays in the memory.
 
     Raises:
         MemoryStateError: `memory` is another adapter's, or does not fit, or is not of one conversation.
-        ConfigError: the window is too small for anything; or the adapter's segments need a chat template.
+        ConfigError: the window is too small for anything, or larger than the engine's room; or the adapter's segments
+            need a chat template.
     """
 
     def __init__(
@@ -117,6 +118,12 @@ class Conversation:
     ) -> None:
         if window is not None and window < 2:
             raise ConfigError(f"A window of {window} tokens holds nothing.", "", "Choose a larger one.")
+        if window is not None and engine.max_length is not None and window > engine.max_length:
+            raise ConfigError(
+                f"A window of {window} tokens is too large.",
+                f"This model has room for {engine.max_length}.",
+                "Choose a smaller one, or export the model with a larger --max-length.",
+            )
         if engine.memory_shape.segment and not engine.text.has_template:
             raise ConfigError(
                 f"This memory writes by {engine.mechanism.granularity}, and nothing says where one ends.",
@@ -125,7 +132,7 @@ class Conversation:
             )
         self.engine = engine
         self.write = write
-        self.window = window
+        self.window = engine.max_length if window is None else window
         memory = empty_memory(engine) if memory is None else memory
         _check_fits(engine, memory)
         self._place = _Place(engine.start(memory), None)

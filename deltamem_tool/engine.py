@@ -24,6 +24,8 @@ class Engine(Protocol):
     adapter: fingerprint of the adapter, which its memories belong to.
     mechanism: the adapter's options.
     memory_shape: what its memories measure.
+    vocab_size: V.
+    max_length: the most tokens that a past can hold; None for any number.
     """
 
     text: ChatText
@@ -32,6 +34,7 @@ class Engine(Protocol):
     mechanism: DeltaMemConfig
     memory_shape: MemoryShape
     vocab_size: int
+    max_length: int | None
 
     def start(self, memory: StoredMemory) -> Past:
         """No tokens yet, and the given memory, a row for each conversation."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from deltamem_tool.errors import ExportError
 from deltamem_tool.state import MemoryCache
@@ -41,16 +41,26 @@ class CallOptions:
             )
         self._first_position = _first_position(model) if "position_ids" in parameters else None
 
-    def logits(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache) -> Tensor:
-        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`."""
+    def logits(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: MemoryCache,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`. `columns`, int64 `[T]`, says where in the mask the
+        tokens are; by default they are its last."""
         given: dict[str, Any] = {}
         if self._first_position is not None:
-            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1])
+            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
         if self._cuts:
             given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
-        with _cut(self._head, last_valid(attention_mask, input_ids.shape[1])):
+        mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
+        position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
+        with _cut(self._head, position):
             logits = model(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given
             ).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
 
@@ -61,9 +71,9 @@ def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
 
 
 @contextmanager
-def _cut(head: nn.Module | None, position: Tensor) -> Iterator[None]:
+def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
     """While it holds, `head` sees one position of each row, int64 `[B]`; all of them where it is None."""
-    if head is None:
+    if head is None or position is None:
         yield
         return
 
@@ -94,12 +104,32 @@ def _first_position(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _positions(attention_mask: Tensor, tokens: int) -> Tensor:
-    """Positions `[B, T]` of the last tokens, counted without padding, as `generate` counts them."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+def _positions(attention_mask: Tensor, tokens: int, columns: Tensor | None) -> Tensor:
+    """Positions `[B, T]` of the tokens, counted without padding, as `generate` counts them."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return positions[:, -tokens:] if columns is None else positions.index_select(1, columns)
+
+
+def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
+    """Which columns the tokens in `columns` attend to, `[B, 1, T, N]`, in the form that attention takes as it is.
+    What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay."""
+    causal = torch.arange(attention_mask.shape[1], device=columns.device) <= columns[:, None]
+    seen = attention_mask.bool()[:, None, None, :] & causal
+    if model.config._attn_implementation == "sdpa":
+        return seen
+    return torch.where(seen, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
 
 
 def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
     """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device
+
+
+def fill_static(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) -> None:
+    """What `fill` does, for a layer with room for so many tokens, of which `length`, an int64 scalar, are there. The
+    layer changes the tensors that it is given."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device
+    layer.batch_size, layer.num_heads, layer.k_head_dim = key.shape[0], key.shape[1], key.shape[3]
+    layer.v_head_dim, layer.cumulative_length = value.shape[3], length

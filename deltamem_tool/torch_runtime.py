@@ -51,6 +51,7 @@ class TorchModel:
         self.adapter: str = adapter.fingerprint
         self.mechanism = adapter.config
         self.memory_shape = adapter.memory_shape
+        self.max_length: int | None = None
         self.vocab_size: int = hf_model(model).config.get_text_config(decoder=True).vocab_size
         self._options = CallOptions(model, "last")
         for layer in MemoryCache(model).layers:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from deltamem_tool.cli.options import trust_remote_code
-from deltamem_tool.onnx.contract import LOGITS, Manifest
+from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
 from deltamem_tool.onnx.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
 
 
@@ -29,6 +29,12 @@ from deltamem_tool.onnx.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, T
     default=LOGITS[0],
     show_default=True,
     help="Logits of the last position, or of every one.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=MIN_LENGTH),
+    metavar="N",
+    help="Keys and values of a fixed length, with room for N tokens, which CUDA graphs need. By default they grow.",
 )
 @click.option(
     "--dtype",
@@ -62,6 +68,7 @@ def command(
     quantize: str,
     memory: Path | None,
     logits: str,
+    max_length: int | None,
     trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
@@ -89,6 +96,7 @@ def command(
             target=target,
             quantize=quantize,
             logits=logits,
+            max_length=max_length or 0,
             memory=memory,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,

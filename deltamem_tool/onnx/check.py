@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.model_call import CallOptions, last_valid
 from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.fixed import FixedGraph
 from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.trace import segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
@@ -48,7 +50,7 @@ _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up
 
 
 def largest_difference(
-    model: PreTrainedModel, graph: Graph, options: CallOptions, start: MemoryState | None = None
+    model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions, start: MemoryState | None = None
 ) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
 
@@ -60,7 +62,9 @@ def largest_difference(
     return _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
 
 
-def half_precision_errors(model: PreTrainedModel, graph: Graph, options: CallOptions) -> tuple[float, float]:
+def half_precision_errors(
+    model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions
+) -> tuple[float, float]:
     """How far ONNX Runtime, and how far PyTorch, is from what a `model` of half precision says with its weights, as
     they are, taken to float32: largest differences as above. Kernels round each in their own way; that is the truth."""
     interface = graph.interface
@@ -72,7 +76,7 @@ def half_precision_errors(model: PreTrainedModel, graph: Graph, options: CallOpt
     return _difference(interface, starts, truth, in_onnx), _difference(interface, starts, truth, in_half)
 
 
-def greedy_agreement(model: PreTrainedModel, graph: Graph, options: CallOptions) -> float:
+def greedy_agreement(model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions) -> float:
     """The share of the greedy tokens of `model`, after random prompts, that `graph` would have chosen too: both go on
     with those of `model`."""
     random = torch.Generator().manual_seed(0)
@@ -88,10 +92,12 @@ def greedy_agreement(model: PreTrainedModel, graph: Graph, options: CallOptions)
     return same / (GREEDY_ROWS * GREEDY_TOKENS)
 
 
-def _conversation(batch: int, vocab_size: int) -> list[_Call]:
-    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed."""
+def _conversation(batch: int, interface: Interface) -> list[_Call]:
+    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed. A graph of
+    fixed length is spared the calls that it has no room for."""
     random = torch.Generator().manual_seed(batch)
-    calls = []
+    calls: list[_Call] = []
+    room = interface.max_length or math.inf
     for tokens, write in (
         (11, "on"),
         (6, "mixed"),
@@ -109,7 +115,10 @@ def _conversation(batch: int, vocab_size: int) -> list[_Call]:
         mixed = torch.rand(batch, tokens, generator=random) < 0.5
         writes = {"on": torch.ones_like(valid), "off": torch.zeros_like(valid), "mixed": mixed}[write]
         last = torch.rand(batch, tokens, generator=random) < 0.2
-        calls.append(_Call(torch.randint(vocab_size, (batch, tokens), generator=random), valid, writes & valid, last))
+        ids = torch.randint(interface.vocab_size, (batch, tokens), generator=random)
+        if tokens <= room:
+            calls.append(_Call(ids, valid, writes & valid, last))
+            room -= tokens
     return calls
 
 
@@ -128,7 +137,7 @@ def _run(interface: Interface, starts: list[_Start], begin: Callable[[_Start], _
     results = []
     for start in starts:
         step, mask = begin(start), torch.zeros(start.batch, 0, dtype=torch.long)
-        for call in _conversation(start.batch, interface.vocab_size):
+        for call in _conversation(start.batch, interface):
             mask = torch.cat([mask, call.valid.long()], dim=1)
             results.append(step(call, mask))
     return results
@@ -159,10 +168,10 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
     return begin
 
 
-def _onnx(graph: Graph) -> Callable[[_Start], _Step]:
+def _onnx(graph: Graph | FixedGraph) -> Callable[[_Start], _Step]:
     def begin(start: _Start) -> _Step:
         given = start.memory.layers if start.given and start.memory is not None else None
-        past = graph.empty_past(start.batch, None if given is None else {i: x.numpy() for i, x in given.items()})
+        past: Any = graph.empty_past(start.batch, None if given is None else {i: x.numpy() for i, x in given.items()})
 
         def step(call: _Call, mask: Tensor) -> _Result:
             nonlocal past
@@ -188,7 +197,7 @@ def _of_rows(interface: Interface) -> bool:
 
 
 def _difference(interface: Interface, starts: list[_Start], expected: list[_Result], found: list[_Result]) -> float:
-    calls = chain.from_iterable(_conversation(start.batch, interface.vocab_size) for start in starts)
+    calls = chain.from_iterable(_conversation(start.batch, interface) for start in starts)
     differences = []
     for call, (logits, *carried), (found_logits, *found_carried) in zip(calls, expected, found, strict=True):
         valid = call.valid[:, -1:] if interface.logits == "last" else call.valid

@@ -27,6 +27,15 @@ to `present.{i}.conv_state`. And it begins with zeros, so where the past holds n
 which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
 [1, H, R, R]. It pads on the right, so the last position's logits are those of each row's last token that is no padding.
 
+A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
+many tokens, which may be one tensor on both sides. Then
+
+| `attention_mask` (1 text, 0 padding or nothing yet)        | int64   | [B, N]                  |
+| `past_length` (how many columns are taken)                 | int64   | [1]                     |
+| `past_key_values.{i}.key`, `.value`, `present.{i}.…`       | dtype   | [B, kv_heads, N, width] |
+
+and the tokens of a call go into the columns from `past_length` on. What later columns hold must be finite numbers.
+
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
 memory have no `recurrent_state`; layers that read another one's keys have no `key` and `value`.
@@ -59,6 +68,7 @@ REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATI
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 WRITE_MASK = "write_mask"
+PAST_LENGTH = "past_length"
 SEGMENT_END = "segment_end"
 PAST = "past_key_values"
 LOGITS_OUTPUT = "logits"
@@ -67,6 +77,7 @@ INITIAL = "initial"
 KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
+MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 
 INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16", "bfloat16"
@@ -102,6 +113,7 @@ class Interface:
         segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
         layers: one entry a decoder layer.
         genai: whether onnxruntime-genai feeds it.
+        max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
     """
 
     logits: str
@@ -110,6 +122,7 @@ class Interface:
     segment: int
     layers: tuple[Layer, ...]
     genai: bool = False
+    max_length: int = 0
 
     @property
     def state_shapes(self) -> dict[int, tuple[int, int, int]]:
@@ -120,10 +133,11 @@ class Interface:
         """(type, shape) of every input that has no default, by name, in the graph's order."""
         return {
             INPUT_IDS: (INT64, (BATCH, TOKENS)),
-            ATTENTION_MASK: (INT64, (BATCH, ALL_TOKENS)),
+            ATTENTION_MASK: (INT64, (BATCH, self.max_length or ALL_TOKENS)),
             **({} if self.genai else {WRITE_MASK: (BOOL, (BATCH, TOKENS))}),
+            **({PAST_LENGTH: (INT64, (1,))} if self.max_length else {}),
             **({SEGMENT_END: (BOOL, (BATCH, TOKENS))} if self.segment else {}),
-            **self._carried(PAST, PAST_TOKENS),
+            **self._carried(PAST, self.max_length or PAST_TOKENS),
         }
 
     def defaults(self) -> dict[str, tuple[str, Shape]]:
@@ -134,9 +148,12 @@ class Interface:
     def outputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every output by name, in the graph's order."""
         positions = 1 if self.logits == "last" else TOKENS
-        return {LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)), **self._carried(PRESENT, ALL_TOKENS)}
+        return {
+            LOGITS_OUTPUT: (FLOAT32, (BATCH, positions, self.vocab_size)),
+            **self._carried(PRESENT, self.max_length or ALL_TOKENS),
+        }
 
-    def _carried(self, prefix: str, length: str) -> dict[str, tuple[str, Shape]]:
+    def _carried(self, prefix: str, length: int | str) -> dict[str, tuple[str, Shape]]:
         """What goes from call to call."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
@@ -233,7 +250,8 @@ class Manifest:
         _require(interface["logits"] in LOGITS, "interface.logits")
         _require(_is_count(interface["vocab_size"]), "interface.vocab_size")
         _require(interface["dtype"] in DTYPES, "interface.dtype")
-        _require(_is_count(interface["segment"]) or interface["segment"] == 0, "interface.segment")
+        for name in ("segment", "max_length"):
+            _require(_is_count(interface[name]) or interface[name] == 0, f"interface.{name}")
         _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
         _require(isinstance(interface["genai"], bool), "interface.genai")
         layers = tuple(_layer(layer) for layer in interface["layers"])

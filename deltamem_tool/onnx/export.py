@@ -20,6 +20,7 @@ from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract, genai
 from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, largest_difference
 from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.fixed import FixedGraph, open_graph
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
@@ -43,6 +44,7 @@ def export_onnx(
     target: str = "cpu",
     quantize: str = NO_QUANTIZATION,
     logits: str = "last",
+    max_length: int = 0,
     memory: str | Path | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
@@ -62,6 +64,7 @@ def export_onnx(
         target: a name in `targets.TARGETS`: what will run the graph.
         quantize: how to quantise the base's weights; the memory stays float32.
         logits: "last" for the last position's alone, "all" for every position's.
+        max_length: room for so many tokens in keys and values that keep their place; 0 for those that grow.
         memory: a memory file that conversations of a graph for onnxruntime-genai start from; other graphs take the
             state as an input.
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
@@ -83,7 +86,7 @@ def export_onnx(
     adapter = adapter_of(model)
     start = None if memory is None else genai.read_start(memory, adapter, for_target)
     with _evaluating(model):
-        interface = interface_of(model, adapter, logits, for_target)
+        interface = interface_of(model, adapter, logits, for_target, max_length)
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         options = CallOptions(model, logits, padded_right=for_target.genai)
         with folder_whole(out, overwrite) as staged:
@@ -144,14 +147,14 @@ def _write_graph(program: onnx_ir.Model, path: Path, target: Target, model: str)
         check_file(path)
 
 
-def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Graph | None:
+def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Graph | FixedGraph | None:
     """The graph on its target's device, or on the CPU where that device is not here; None if the CPU's provider then
     lacks operators for it."""
     on_cuda = target.fusions == "cuda"
     if on_cuda and torch.cuda.is_available():
-        return Graph(folder, interface, "cuda")
+        return open_graph(folder, interface, "cuda")
     try:
-        return Graph(folder, interface, map_weights=True)
+        return open_graph(folder, interface, map_weights=True)
     except ExportError as error:
         if on_cuda and isinstance(error.__cause__, NotImplementedByRuntime):
             return None
@@ -159,7 +162,7 @@ def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Gr
 
 
 def _compared(
-    graph: Graph | None, model: PreTrainedModel, options: CallOptions, start: MemoryState | None = None
+    graph: Graph | FixedGraph | None, model: PreTrainedModel, options: CallOptions, start: MemoryState | None = None
 ) -> float | None:
     """The largest difference of `graph` from `model` in float32; None if it cannot run here.
 
@@ -182,7 +185,9 @@ def _compared(
     return difference
 
 
-def _measured(graph: Graph | None, model: PreTrainedModel, options: CallOptions) -> tuple[float | None, float | None]:
+def _measured(
+    graph: Graph | FixedGraph | None, model: PreTrainedModel, options: CallOptions
+) -> tuple[float | None, float | None]:
     """The largest difference of a quantised `graph` from `model` in float32, and its share of the same greedy tokens;
     None if it cannot run here.
 

@@ -13,6 +13,7 @@ MEANINGS = {
     contract.INPUT_IDS: "tokens of this call",
     contract.ATTENTION_MASK: "1 for text, 0 for padding, past and new",
     contract.WRITE_MASK: "which tokens write, or belong to a segment",
+    contract.PAST_LENGTH: "how many columns of keys and values are taken",
     contract.SEGMENT_END: "which tokens end a segment, which is written then",
     contract.LOGITS_OUTPUT: "of the last position, or of every one",
     contract.KEY: "attention's keys, empty at first",

@@ -13,6 +13,8 @@ import onnxruntime
 from deltamem_tool.errors import ExportError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Without the first, products of float32, those of the memory among them, would be rounded to TensorFloat-32.
+OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 _CUDA_LIBRARY = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
 

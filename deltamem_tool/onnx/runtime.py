@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import NDArray
 
 from deltamem_tool.chat_text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.engine import Past
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
-from deltamem_tool.onnx.session import Graph, Past
+from deltamem_tool.onnx.fixed import open_graph
 
 
 class OnnxModel:
@@ -24,13 +26,20 @@ class OnnxModel:
         provider: what runs the graph, "cpu" or "cuda".
         threads: of one call; by default the cores that this process may use.
         map_weights: leave the weights in their file: see `Graph`.
+        cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
+            `FixedGraph`.
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
     """
 
     def __init__(
-        self, folder: str | Path, provider: str = "cpu", threads: int | None = None, map_weights: bool = False
+        self,
+        folder: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        map_weights: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.folder = contract.check_folder(folder)
         self.manifest = Manifest.from_json((self.folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -47,7 +56,8 @@ class OnnxModel:
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
         self.vocab_size = interface.vocab_size
-        self.graph = Graph(self.folder, interface, provider, threads, map_weights)
+        self.max_length = interface.max_length or None
+        self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
 
     def start(self, memory: StoredMemory) -> Past:
         batch = len(next(iter(memory.states.values())))

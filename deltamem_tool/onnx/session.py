@@ -15,7 +15,7 @@ from onnxruntime import OrtValue
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.providers import device_of, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.providers import OPTIONS, device_of, execution_providers, refuse_if_missing
 from deltamem_tool.onnx.values import ELEMENT_TYPES, on_device, on_host
 
 Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
@@ -28,8 +28,9 @@ _TYPES = {
 }
 
 
-class Graph:
-    """`model.onnx` in a session, checked against its interface.
+class LoadedGraph:
+    """`model.onnx` in a session, checked against its interface. What it is called with is the children's: see `Graph`
+    and `fixed.FixedGraph`.
 
     Args:
         folder: where the graph and its weights are.
@@ -39,6 +40,7 @@ class Graph:
         map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
             a fraction of a second and takes no memory of its own; a prompt took 1.6 times as long, an answer as long as
             before. By default ONNX Runtime packs them anew for the processor.
+        provider_options: ONNX Runtime's own for the provider, beside `providers.OPTIONS`.
 
     Raises:
         ExportError: the graph cannot be loaded, is not what `interface` says, or the provider is not to be had.
@@ -51,9 +53,11 @@ class Graph:
         provider: str = "cpu",
         threads: int | None = None,
         map_weights: bool = False,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self.interface = interface
-        providers = execution_providers(provider)
+        first, *others = execution_providers(provider)
+        providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         if interface.defaults():
@@ -77,6 +81,29 @@ class Graph:
         self.device = device_of(provider)
         self._outputs = list(interface.outputs())
 
+    def memory_values(
+        self, batch: int, states: Mapping[int, NDArray] | None, segments: Mapping[int, NDArray] | None
+    ) -> Past:
+        """The given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros, by input name."""
+        shapes, width = self.interface.state_shapes, self.interface.segment
+        states = states or {i: np.zeros((batch, *shape), np.float32) for i, shape in shapes.items()}
+        segments = segments or {i: np.zeros((batch, width), np.float32) for i in shapes}
+        parts = {contract.STATE: states, **({contract.SEGMENT: segments} if width else {})}
+        return {
+            contract.carried_name(contract.PAST, i, part): on_device(array, contract.FLOAT32, self.device)
+            for part, arrays in parts.items()
+            for i, array in arrays.items()
+        }
+
+    def memory_of(self, values: Past, part: str) -> dict[int, NDArray]:
+        """One part of the memory in `values`, float32, by layer, copied."""
+        names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
+        return {i: on_host(values[name]).copy() for i, name in names.items()}
+
+
+class Graph(LoadedGraph):
+    """A graph whose keys and values grow: every call gives new ones, and leaves the old ones as they are."""
+
     def empty_past(
         self,
         batch: int,
@@ -90,36 +117,27 @@ class Graph:
                 name = contract.carried_name(contract.PAST, i, part)
                 element = ELEMENT_TYPES[self.interface.dtype]
                 past[name] = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], element, self.device)
-        state_shapes = self.interface.state_shapes
         if self.interface.genai:
-            for i in state_shapes:
+            for i in self.interface.state_shapes:
                 name = contract.carried_name(contract.PAST, i, contract.CONV)
                 past[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
                 if states is not None:  # one row for all of the batch; without, it is what the graph has
                     name = contract.carried_name(contract.INITIAL, i, contract.STATE)
                     past[name] = on_device(states[i], contract.FLOAT32, self.device)
             states = None
-        empty = {i: np.zeros((batch, *shape), np.float32) for i, shape in state_shapes.items()}
-        closed = {i: np.zeros((batch, self.interface.segment), np.float32) for i in state_shapes}
-        return self.with_memory(past, states or empty, segments or closed)
+        return {**past, **self.memory_values(batch, states, segments)}
 
     def with_memory(self, past: Past, states: Mapping[int, NDArray], segments: Mapping[int, NDArray]) -> Past:
         """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
-        parts = {contract.STATE: states, **({contract.SEGMENT: segments} if self.interface.segment else {})}
-        memory = {
-            contract.carried_name(contract.PAST, i, part): on_device(array, contract.FLOAT32, self.device)
-            for part, arrays in parts.items()
-            for i, array in arrays.items()
-        }
-        return {**past, **memory}
+        return {**past, **self.memory_values(len(next(iter(states.values()))), states, segments)}
 
     def states(self, past: Past) -> dict[int, NDArray]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
-        return self._memory(past, contract.STATE)
+        return self.memory_of(past, contract.STATE)
 
     def segments(self, past: Past) -> dict[int, NDArray]:
         """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
-        return self._memory(past, contract.SEGMENT) if self.interface.segment else {}
+        return self.memory_of(past, contract.SEGMENT) if self.interface.segment else {}
 
     def step(
         self,
@@ -164,7 +182,7 @@ class Graph:
         taken: Past = {}
         for name, value in past.items():
             array = on_host(value)[row : row + 1]
-            if _is_cache(name):
+            if is_cache(name):
                 array = array[:, :, columns]
             taken[name] = on_device(array, self._dtype(name), self.device)
         return taken
@@ -176,19 +194,14 @@ class Graph:
         joined: Past = {}
         for name in pasts[0]:
             arrays = [on_host(past[name]) for past in pasts]
-            if _is_cache(name):
+            if is_cache(name):
                 length = max(array.shape[2] for array in arrays)
                 arrays = [np.pad(a, ((0, 0), (0, 0), (length - a.shape[2], 0), (0, 0))) for a in arrays]
             joined[name] = on_device(np.concatenate(arrays), self._dtype(name), self.device)
         return joined
 
-    def _memory(self, past: Past, part: str) -> dict[int, NDArray]:
-        return {
-            i: on_host(past[contract.carried_name(contract.PAST, i, part)]).copy() for i in self.interface.state_shapes
-        }
-
     def _dtype(self, name: str) -> str:
-        return self.interface.dtype if _is_cache(name) else contract.FLOAT32
+        return self.interface.dtype if is_cache(name) else contract.FLOAT32
 
 
 def usable_cores() -> int:
@@ -198,7 +211,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _is_cache(name: str) -> bool:
+def is_cache(name: str) -> bool:
     return name.endswith((f".{contract.KEY}", f".{contract.VALUE}"))
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
 )
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
@@ -28,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
-from deltamem_tool.model_call import CallOptions, fill
+from deltamem_tool.model_call import CallOptions, fill, fill_static
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.lean import lean_memories
@@ -40,9 +41,10 @@ from deltamem_tool.state import MemoryCache, MemoryState
 class _Step(nn.Module):
     """One call as a function of tensors: what is traced. Its nested names become the graph's."""
 
-    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, options: CallOptions) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, options: CallOptions, max_length: int) -> None:
         super().__init__()
         self.model = model
+        self._max_length = max_length  # 0 where keys and values grow
         self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
         self._fingerprint = adapter.fingerprint
         self._options = options
@@ -60,20 +62,29 @@ class _Step(nn.Module):
         past_key_values: Sequence[dict[str, Tensor]] = (),
         segment_end: Tensor | None = None,
         initial: Sequence[dict[str, Tensor]] = (),
+        past_length: Tensor | None = None,
     ) -> dict[str, Any]:
-        cache = MemoryCache(self.model, write=True if write_mask is None else write_mask)
+        write = True if write_mask is None else write_mask
+        cache = MemoryCache(self.model, write=write, max_length=self._max_length or None)
         if segment_end is not None and write_mask is not None:
             cache.segments = segment_marks(write_mask, segment_end)
+        columns = None  # of the mask, where the tokens are: its last, or
+        if past_length is not None:
+            columns = past_length + torch.arange(input_ids.shape[1])
+            cache.begin_step(None, attention_mask.index_select(1, columns).bool())
         for layer, past in zip(cache.layers, past_key_values, strict=False):
-            if contract.KEY in past:
+            if contract.KEY in past and past_length is None:
                 fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+            elif contract.KEY in past and past_length is not None:
+                keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
+                fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
         if initial:
             begins = _begins(attention_mask, input_ids.shape[1])
             states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         cache.memory = MemoryState(states, self._fingerprint, segments)
-        logits = self._options.logits(self.model, input_ids, attention_mask, cache)
+        logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         present: list[dict[str, Tensor]] = []
         for i, past in enumerate(past_key_values):
             present.append({})
@@ -100,11 +111,14 @@ def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
     return (attention_mask.sum(-1) == attention_mask[:, -tokens:].sum(-1))[:, None, None, None]
 
 
-def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, target: Target) -> Interface:
+def interface_of(
+    model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, target: Target, max_length: int = 0
+) -> Interface:
     """What the graph of `model` for `target` will take and give, found by running one token.
 
     Raises:
-        ExportError: the model keeps something other than keys and values between calls.
+        ExportError: the model keeps something other than keys and values between calls, or, where keys and values are
+            to be of the fixed length `max_length`, not those of every token.
     """
     if logits not in contract.LOGITS:
         raise ExportError(f"There are no {logits!r} logits.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
@@ -113,6 +127,8 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, 
     with torch.no_grad():
         vocab_size = model(input_ids=tokens, past_key_values=cache).logits.shape[-1]
     _refuse_other_caches(model, cache)
+    if max_length:
+        _refuse_fixed(model, target, max_length)
     states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
@@ -120,7 +136,7 @@ def interface_of(model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, 
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), target.genai)
+    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), target.genai, max_length)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -148,6 +164,34 @@ def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
             )
 
 
+def _refuse_fixed(model: PreTrainedModel, target: Target, max_length: int) -> None:
+    """
+    Raises:
+        ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
+            model is a window that goes round.
+    """
+    if max_length < contract.MIN_LENGTH:
+        raise ExportError(
+            f"Keys and values of length {max_length} hold too little.",
+            f"A conversation must fit that shows that the graph is right: {contract.MIN_LENGTH} tokens.",
+            "Choose a larger --max-length.",
+        )
+    if target.genai:
+        raise ExportError(
+            f"The target {target.name} takes no --max-length.",
+            "Its runtime feeds keys and values that grow.",
+            "Leave one of the two out.",
+        )
+    layers = MemoryCache(model, max_length=max_length).layers
+    other = {type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, DummyLayer)}
+    if other:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported with a fixed length.",
+            f"Some of its layers keep a window of the last tokens alone ({', '.join(sorted(other))}).",
+            "Leave --max-length out: keys and values then grow.",
+        )
+
+
 _NOT_CARRIED = {
     LinearAttentionCacheLayerMixin: "recurrent or convolutional states",
     DynamicIndexedLayer: "the keys of an indexer",
@@ -167,7 +211,7 @@ def traced(
     Raises:
         ExportError: PyTorch's exporter has no graph for the model.
     """
-    step = _Step(model, adapter, options)
+    step = _Step(model, adapter, options, interface.max_length)
     with torch.no_grad(), use_implementation(target.scan), _lean(adapter, target, without):
         try:
             return graph_of(step, interface, target)

@@ -89,13 +89,18 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
 def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint, monkeypatch):
     from deltamem_tool.onnx import export
 
-    def stub(*args, target, **options):
-        raise ExportError(f"for {target}")
+    def stub(*args, target, max_length, **options):
+        raise ExportError(f"for {target}, {max_length} tokens")
 
     monkeypatch.setattr(export, "export_onnx", stub)
     succeeded(deltamem("patch", checkpoint, "--out", "adapter"))
-    for options, target in (((), "cpu"), (("--target", "portable"), "portable")):
-        deltamem("export", "adapter", "--out", "onnx", *options).assert_short_error(f"for {target}", code=1)
+    for options, asked in (
+        ((), "cpu, 0 tokens"),
+        (("--target", "portable"), "portable, 0 tokens"),
+        (("--max-length", "128"), "cpu, 128 tokens"),
+    ):
+        deltamem("export", "adapter", "--out", "onnx", *options).assert_short_error(f"for {asked}", code=1)
+    deltamem("export", "adapter", "--out", "onnx", "--max-length", "63").assert_short_error("63", code=2)
     deltamem("export", "adapter", "--out", "onnx", "--target", "toaster").assert_short_error("toaster", code=2)
 
 

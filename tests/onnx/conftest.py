@@ -110,6 +110,13 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _exported("portable", make_model("qwen3", "all"), "last", tmp_path_factory, target="portable")
 
 
+@pytest.fixture(scope="session")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One layer, with keys and values of a fixed length."""
+    model = make_model("qwen3", "all", depth=1)
+    return _exported("fixed", model, "last", tmp_path_factory, max_length=112)
+
+
 def _exported(
     name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, **options: Any
 ) -> Exported:

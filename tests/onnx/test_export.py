@@ -214,7 +214,8 @@ def manifest_with(manifest: Manifest, **changes) -> str:
     return json.dumps({**json.loads(manifest.to_json()), **changes})
 
 
-INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "genai": False, "layers": [{}]}
+INTERFACE = {"logits": "last", "vocab_size": 259, "dtype": "float32", "segment": 0, "layers": [{}]}
+INTERFACE |= {"genai": False, "max_length": 0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,370 @@
+"""The exported graph on a GPU: does it compute what PyTorch computes, what does the memory cost, how fast is it and how
+much does it take.
+
+Command: python benchmarks/gpu.py [--layers 28 --vocabulary 151936] [--dtypes float16,float32] [--past 256,2048]
+    [--prompts 4096,16384,32768] [--repeats 15] [--out FILE.md]
+Without a GPU: python benchmarks/gpu.py --device cpu, with tiny sizes, to try this script; its figures mean nothing.
+
+The shape is Qwen3-0.6B's with random weights. Needs deltamem-tool, torch, transformers and onnxruntime-gpu, and nothing
+that CUDA would have to be installed for. In float16 an answer is right if it is not further from PyTorch's float32 than
+PyTorch's own float16 is, with some room; in float32 if it differs from it by less than an export may.
+
+Most of the time goes into exporting four graphs a type: where time is short, run one type at a time, or fewer layers.
+
+Graphs of fixed length with a memory and without run decode steps in turn, one by one and as CUDA graphs. Prompts are
+timed in a graph whose keys and values grow, and in one with room for the longest. Memory is what the whole GPU has in
+use, beside what it had before the graph was loaded, so nothing else should run on it.
+"""
+
+import argparse
+import dataclasses
+import gc
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx_overhead import PACKAGES, make_model, spread
+from scan import cpu_name
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.exporters import OnnxExporter
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
+from deltamem_tool.model_call import CallOptions, fill, fill_static
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.export import TOLERANCE
+from deltamem_tool.onnx.fixed import open_graph
+from deltamem_tool.onnx.optimize import optimize
+from deltamem_tool.onnx.targets import TARGETS
+from deltamem_tool.onnx.trace import graph_of, interface_of, traced
+from deltamem_tool.surgery import hook
+
+DECODED = 32  # tokens of one timed decode
+ROOM = 256  # tokens that go into the longest prompt's graph after it
+GIB = 2**30
+HALF_PRECISION_ROOM = 2.0  # how much further from float32 than PyTorch's own half precision
+AIM = 1.05  # decode with a memory, as a CUDA graph, over decode without
+TINY = {"layers": 1, "vocabulary": 64, "repeats": 3, "past": "8", "prompts": "16,40", "dtypes": "float32"}
+REAL = {
+    "layers": 28,
+    "vocabulary": 151_936,
+    "repeats": 15,
+    "past": "256,2048",
+    "prompts": "4096,16384,32768",
+    "dtypes": "float16,float32",
+}
+
+
+class PlainInterface(Interface):
+    """Of the graph without a memory, in which nothing writes."""
+
+    def inputs(self) -> dict[str, tuple[str, contract.Shape]]:
+        return {name: what for name, what in super().inputs().items() if name != contract.WRITE_MASK}
+
+
+class PlainStep(nn.Module):
+    """The model without a memory, called as the graph with one is."""
+
+    def __init__(self, model: PreTrainedModel, options: CallOptions, max_length: int) -> None:
+        super().__init__()
+        self.model, self._options, self._max_length = model, options, max_length
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: list[dict[str, Tensor]],
+        past_length: Tensor | None = None,
+    ) -> dict[str, Any]:
+        cache: Any = DynamicCache(config=self.model.config)
+        columns = None
+        if past_length is not None:
+            cache = StaticCache(config=self.model.config, max_cache_len=self._max_length)
+            columns = past_length + torch.arange(input_ids.shape[1])
+        for layer, past in zip(cache.layers, past_key_values, strict=True):
+            keys, values = past[contract.KEY], past[contract.VALUE]
+            if past_length is None:
+                fill(layer, keys, values)
+            else:
+                fill_static(layer, keys.clone(), values.clone(), past_length[0].clone())
+        logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns).float()
+        present = [{contract.KEY: layer.keys, contract.VALUE: layer.values} for layer in cache.layers]
+        return {contract.LOGITS_OUTPUT: logits, contract.PRESENT: present}
+
+
+@dataclasses.dataclass
+class Exported:
+    """A graph in a folder, and what it takes and gives."""
+
+    folder: Path
+    interface: Interface
+
+    def open(self, args: argparse.Namespace, cuda_graph: bool = False) -> Any:
+        return open_graph(self.folder, self.interface, args.device, cuda_graph=cuda_graph)
+
+
+def export(args: argparse.Namespace, model: PreTrainedModel, adapter: Any, folder: Path) -> dict[str, Exported]:
+    """The graphs of one type, by name: "growing" and "long" for prompts, "memory" and "plain" to be compared."""
+    target = TARGETS[args.device]
+    steps = max(args.past) + (args.repeats + 2) * DECODED
+    graphs = {}
+    for name, length in {"growing": 0, "long": max(args.prompts) + ROOM, "memory": steps}.items():
+        interface, options = interface_of(model, adapter, "last", target, length), CallOptions(model, "last")
+        program = traced(model, adapter, interface, options, target)
+        optimize(program)
+        graphs[name] = _saved(program, interface, folder / name)
+    detach(model)
+    layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
+    plain = PlainInterface("last", interface.vocab_size, interface.dtype, 0, layers, max_length=steps)
+    program = graph_of(PlainStep(model, options, steps), plain, target)
+    optimize(program)  # what it does to attention has nothing to do with the memory
+    graphs["plain"] = _saved(program, plain, folder / "plain")
+    hook(model, adapter)
+    return graphs
+
+
+def _saved(program: Any, interface: Interface, folder: Path) -> Exported:
+    folder.mkdir(parents=True)
+    OnnxExporter.save_program(program, folder / contract.MODEL_FILE)
+    print(f"    exported {folder.name}, {sum(1 for _ in program.graph)} nodes", file=sys.stderr, flush=True)
+    return Exported(folder, interface)
+
+
+def conversation(vocabulary: int) -> list[Tensor]:
+    """A prompt, single tokens, and a longer piece, int64 `[1, T]`."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (1, tokens), generator=random) for tokens in (40, 1, 1, 1, 9, 1)]
+
+
+@torch.no_grad()
+def in_pytorch(model: PreTrainedModel, calls: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Logits of each call `[1, V]`, and the states after the last."""
+    cache = MemoryCache(model)
+    logits = [
+        model(ids.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1].float().cpu()
+        for ids in calls
+    ]
+    assert cache.memory is not None
+    return logits, {layer: state.float().cpu() for layer, state in cache.memory.layers.items()}
+
+
+def in_onnx(graph: Any, calls: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
+    past, columns, logits = graph.empty_past(1), 0, []
+    for ids in calls:
+        columns += ids.shape[1]
+        found, past = graph.step(ids.numpy(), np.ones((1, columns), np.int64), np.ones(ids.shape, bool), past)
+        logits.append(torch.from_numpy(found)[:, -1])
+    return logits, {layer: torch.from_numpy(state) for layer, state in graph.states(past).items()}
+
+
+def apart(found: Any, expected: Any) -> tuple[float, float]:
+    """Largest differences, of logits and of states."""
+    (logits, states), (other_logits, other_states) = found, expected
+    return (
+        max(float((a - b).abs().max()) for a, b in zip(logits, other_logits, strict=True)),
+        max(float((states[i] - other_states[i]).abs().max()) for i in other_states),
+    )
+
+
+def agreement(
+    args: argparse.Namespace, dtype: str, graphs: dict[str, Exported], truth: Any, own: Any, calls: list[Tensor]
+) -> Iterator[tuple[str, bool]]:
+    """Rows, and whether each is as it should be. `truth` is PyTorch in float32 on the CPU, `own` in this type here."""
+    allowed = [HALF_PRECISION_ROOM * difference for difference in apart(own, truth)]
+    if dtype == contract.FLOAT32:
+        allowed = [TOLERANCE, TOLERANCE]
+    for name, recorded in (("growing", False), ("memory", False), *((("memory", True),) if args.cuda else ())):
+        graph = graphs[name].open(args, recorded)
+        found = in_onnx(graph, calls)
+        from_truth, from_own = apart(found, truth), apart(found, own)
+        right = all(difference <= most for difference, most in zip(from_truth, allowed, strict=True))
+        how = f"{name}{', CUDA graph' if recorded else ''}"
+        yield (
+            f"| {dtype} | {how} | {from_own[0]:.1e}, {from_own[1]:.1e} | {from_truth[0]:.1e}, {from_truth[1]:.1e} "
+            f"| {allowed[0]:.1e}, {allowed[1]:.1e} | {'yes' if right else '**no**'} |",
+            right,
+        )
+        del graph
+        gc.collect()
+
+
+class Decoding:
+    """A graph that goes on and on from a prompt of so many tokens."""
+
+    def __init__(self, graph: Any, prompt: int) -> None:
+        self._graph, self._columns = graph, 0
+        self._past = graph.empty_past(1)
+        self.feed(prompt)
+
+    def feed(self, tokens: int) -> None:
+        self._columns += tokens
+        mask = np.ones((1, self._columns), np.int64)
+        ids, writes = np.ones((1, tokens), np.int64), np.ones((1, tokens), bool)
+        _, self._past = self._graph.step(ids, mask, writes, self._past)
+
+    def seconds(self) -> float:
+        """Of one token."""
+        start = time.perf_counter()
+        for _ in range(DECODED):
+            self.feed(1)
+        return (time.perf_counter() - start) / DECODED
+
+
+def overhead(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -> Iterator[str]:
+    for recorded in (False, True) if args.cuda else (False,):
+        sides = [graphs[name].open(args, recorded) for name in ("memory", "plain")]
+        for past in args.past:
+            decoding = [Decoding(side, past) for side in sides]
+            times: list[list[float]] = [[], []]
+            for repeat in range(args.repeats + 1):
+                for which in (0, 1) if repeat % 2 else (1, 0):  # whoever comes second may gain from it
+                    took = decoding[which].seconds()
+                    if repeat:  # the first round warms up, and records
+                        times[which].append(took)
+            mine, other = map(statistics.median, times)
+            ratios = [a / b for a, b in zip(*times, strict=True)]
+            yield (
+                f"| {dtype} | {'CUDA graph' if recorded else 'node by node'} | {past} | {1e3 * mine:.3f} ms, "
+                f"{1 / mine:.0f}/s | {1e3 * other:.3f} ms, {1 / other:.0f}/s | {spread(ratios)} |"
+            )
+            del decoding
+            gc.collect()
+        del sides
+        gc.collect()
+
+
+def prompts(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -> Iterator[str]:
+    for name in ("growing", "long"):
+        before = used(args)
+        graph = graphs[name].open(args)
+        for tokens in sorted(args.prompts):  # ONNX Runtime gives nothing back: the memory is the most so far
+            Decoding(graph, min(tokens, 64))  # warms up
+            start = time.perf_counter()
+            try:
+                decoding = Decoding(graph, tokens)
+            except Exception as error:  # ONNX Runtime's have no common base class; the longest may not fit
+                yield f"| {dtype} | {name} | {tokens} | {str(error).splitlines()[0][:200]} | | |"
+                break
+            took = time.perf_counter() - start
+            decoding.seconds()
+            of_token, taken = decoding.seconds(), (used(args) - before) / GIB
+            yield (
+                f"| {dtype} | {name} | {tokens} | {took:.3f} s, {tokens / took:.0f}/s | {1e3 * of_token:.2f} ms, "
+                f"{1 / of_token:.0f}/s | {f'{taken:.2f} GiB' if args.cuda else '–'} |"
+            )
+            del decoding
+            gc.collect()
+        del graph
+        gc.collect()
+
+
+def used(args: argparse.Namespace) -> int:
+    """Bytes of the GPU's memory that are in use, PyTorch's own spare memory given back."""
+    if not args.cuda:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def heading(args: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name() if args.cuda else cpu_name()
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except ModuleNotFoundError:  # one of the two distributions of ONNX Runtime
+            continue
+    return (
+        f"{date.today()}, {name}, {', '.join(found)}, Python {platform.python_version()}; {args.layers} layers, "
+        f"{args.vocabulary} words, {args.repeats} pairs of runs of {DECODED} tokens.\n"
+    )
+
+
+AGREEMENT = """
+Largest differences of logits, states:
+
+| type | graph | from PyTorch here | from PyTorch in float32 on the CPU | allowed there | right |
+|---|---|---|---|---|---|"""
+OVERHEAD = f"""
+One token after so many, in graphs of fixed length; the aim is {AIM} as a CUDA graph:
+
+| type | how | past | with a memory | without | ratio: median (quartiles; range) |
+|---|---|---|---|---|---|"""
+PROMPTS = """
+With a memory:
+
+| type | keys and values | prompt | prompt takes | then a token | memory of the GPU |
+|---|---|---|---|---|---|"""
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]]:
+    """Lines of the report, and False with those that say that something is wrong."""
+    yield heading(args), True
+    torch.manual_seed(0)
+    model = make_model(args)
+    adapter = attach(model, DeltaMemConfig.preset("tsw"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.02)
+    calls = conversation(args.vocabulary)
+    for dtype in args.dtypes:
+        model.to("cpu", getattr(torch, dtype))
+        truth = in_pytorch(model.float(), calls)  # with the weights of this type
+        model.to(getattr(torch, dtype))
+        graphs = export(args, model, adapter, folder / dtype)
+        own = in_pytorch(model.to(args.device), calls)
+        model.to("cpu")  # out of the GPU's way, and its adapter with it
+        adapter.to("cpu")
+        gc.collect()
+        yield AGREEMENT, True
+        yield from agreement(args, dtype, graphs, truth, own, calls)
+        for title, rows in ((OVERHEAD, overhead), (PROMPTS, prompts)):
+            yield title, True
+            yield from ((row, True) for row in rows(args, dtype, graphs))
+    yield "", True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    for name, kind in {"layers": int, "vocabulary": int, "repeats": int}.items():
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--past", help="tokens before a decode")
+    parser.add_argument("--prompts", help="lengths")
+    parser.add_argument("--dtypes", help="of the model")
+    parser.add_argument("--out", type=Path, help="append the tables to this file")
+    args = parser.parse_args()
+    args.cuda = args.device == "cuda"
+    for name, default in (REAL if args.cuda else TINY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.past, args.prompts = ([int(n) for n in text.split(",")] for text in (args.past, args.prompts))
+    args.dtypes = args.dtypes.split(",")
+    if args.cuda and not torch.cuda.is_available():
+        sys.exit("PyTorch finds no GPU here. --device cpu tries this script.")
+
+    right = True
+    with tempfile.TemporaryDirectory() as folder:
+        for line, fine in measure(args, Path(folder)):
+            print(line, flush=True)
+            right = right and fine
+            if args.out:  # line by line: what is there stays, if something fails
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    sys.exit(0 if right else "The graph does not compute what PyTorch computes.")
+
+
+if __name__ == "__main__":
+    main()
