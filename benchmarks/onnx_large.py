@@ -40,9 +40,9 @@ PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(sys.argv[1])
 LOAD = """
 import json, sys, time
 import numpy as np
-from deltamem_tool.conversation import Conversation
+from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.sampling import Sampling
+from deltamem_tool.chat.sampling import Sampling
 start = time.perf_counter()
 model = OnnxModel(sys.argv[1], map_weights=sys.argv[2] == "mapped")
 loaded = time.perf_counter()

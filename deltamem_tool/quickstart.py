@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import dialogues
 from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adapter, tokenizer_of
-from deltamem_tool.conversation import Conversation
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import RecallResult, answer, evaluate_recall, memorise, recall_episodes
@@ -27,7 +28,6 @@ from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.recipe import load_recipe, shipped_recipe
-from deltamem_tool.sampling import Sampling
 from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"

@@ -15,9 +15,9 @@ from deltamem_tool.files import refuse_unwritable
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from deltamem_tool.chat_session import Chat
+    from deltamem_tool.chat.engine import Engine
+    from deltamem_tool.chat.session import Chat
     from deltamem_tool.cli.terminal import Reader
-    from deltamem_tool.engine import Engine
 
 
 @click.command("chat")
@@ -60,9 +60,9 @@ def command(
     if memory_file is not None:
         refuse_unwritable(memory_file)
 
-    from deltamem_tool.chat_session import Chat
+    from deltamem_tool.chat.conversation import Conversation, Sampling
+    from deltamem_tool.chat.session import Chat
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.conversation import Conversation, Sampling
     from deltamem_tool.memory_file import read_memory
 
     chosen = Sampling(**sampling)
@@ -105,8 +105,8 @@ def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, devic
     import torch
 
     from deltamem_tool.adapter import load, tokenizer_of
+    from deltamem_tool.chat.torch_runtime import TorchModel
     from deltamem_tool.cli.console import quiet_libraries
-    from deltamem_tool.torch_runtime import TorchModel
 
     quiet_libraries()
     where = torch_device(device)
@@ -116,7 +116,7 @@ def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, devic
 
 
 def _reader(chat: Chat, no_history: bool) -> Reader:
-    from deltamem_tool.chat_session import COMMANDS
+    from deltamem_tool.chat.session import COMMANDS
     from deltamem_tool.cli.terminal import Reader, history_file
 
     if no_history:

@@ -46,8 +46,8 @@ def command(
     if save_memory is not None:
         refuse_unwritable(save_memory)
 
+    from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.memory_file import read_memory
     from deltamem_tool.onnx.runtime import OnnxModel
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from deltamem_tool.chat_text import ChatText, read_json
+from deltamem_tool.chat.engine import Past
+from deltamem_tool.chat.text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.engine import Past
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract

@@ -19,9 +19,9 @@ from cli.command import START
 from rich.console import Console
 from tiny import listing
 
-from deltamem_tool.chat_session import COMMANDS, Chat
-from deltamem_tool.conversation import Conversation, Sampling
-from deltamem_tool.engine import empty_memory
+from deltamem_tool.chat.conversation import Conversation, Sampling
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.chat.session import COMMANDS, Chat
 from deltamem_tool.memory_file import StoredMemory, read_memory, write_memory
 
 TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."
@@ -32,7 +32,7 @@ ENDLESS = {"temperature": 1e6, "max_new_tokens": 100_000, "seed": 7}
 @pytest.fixture(scope="module")
 def engine():
     from deltamem_tool.adapter import load, tokenizer_of
-    from deltamem_tool.torch_runtime import TorchModel
+    from deltamem_tool.chat.torch_runtime import TorchModel
 
     model = load("builtin:adapter")
     return TorchModel(model, tokenizer_of(model))
@@ -328,7 +328,7 @@ def test_a_second_ctrl_c_loses_the_turn_alone(talk, monkeypatch):
     chat(TOLD)
     memory, context = chat.conversation.memory, chat.conversation.context
     with monkeypatch.context() as patch:
-        patch.setattr("deltamem_tool.conversation.answer_rows", _interrupted)
+        patch.setattr("deltamem_tool.chat.conversation.answer_rows", _interrupted)
         assert "not part of the conversation" in chat(ASKED)[1]
     assert same(chat.conversation.memory, memory) and chat.conversation.context == context
     assert chat(ASKED)[0] == f"{ANSWER}\n"

@@ -105,8 +105,8 @@ def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint,
 
 
 def test_defaults_are_the_librarys_own():
+    from deltamem_tool.chat.sampling import Sampling
     from deltamem_tool.onnx import contract
-    from deltamem_tool.sampling import Sampling
 
     def defaults(name):
         return {option.name: option.default for option in cli.cli.get_command(None, name).params}

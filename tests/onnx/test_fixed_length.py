@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 from test_static_cache import model_of
 
-from deltamem_tool.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.torch_runtime import TorchModel
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export import TOLERANCE
@@ -21,7 +22,6 @@ from deltamem_tool.onnx.targets import TARGETS
 from deltamem_tool.onnx.trace import interface_of
 from deltamem_tool.onnx.values import on_host
 from deltamem_tool.surgery import adapter_of
-from deltamem_tool.torch_runtime import TorchModel
 
 SHORT = Sampling(max_new_tokens=6)
 # The same sums in another order, of logits and states of order 10.

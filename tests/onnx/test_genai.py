@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from tiny import randomise, tiny_model, tiny_tokenizer
 
-from deltamem_tool.chat_text import ChatText
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.cli.export import command
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, MemoryStateError

@@ -17,7 +17,8 @@ from scan_inputs import make_inputs
 from torch import Tensor, nn
 from torch.export import Dim
 
-from deltamem_tool.conversation import Conversation
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract, export
 from deltamem_tool.onnx.check import largest_difference
@@ -30,7 +31,6 @@ from deltamem_tool.onnx.values import on_device, on_host
 from deltamem_tool.ops import delta_scan, segment_sums, use_implementation
 from deltamem_tool.ops.cumulative_sums import cumulative_sums
 from deltamem_tool.ops.naive import naive_scan
-from deltamem_tool.sampling import Sampling
 
 TOLERANCE = 1e-4  # of logits and states, over whole conversations
 SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1

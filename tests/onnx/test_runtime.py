@@ -13,14 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from deltamem_tool.chat_text import ChatText, TextStream
+from deltamem_tool.chat.conversation import Answer, Conversation, Sampling, generate_together
+from deltamem_tool.chat.text import ChatText, TextStream
+from deltamem_tool.chat.torch_runtime import TorchModel
 from deltamem_tool.cli.run import command
-from deltamem_tool.conversation import Answer, Conversation, Sampling, generate_together
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.memory_file import StoredMemory, read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.state import MemoryCache, MemoryState
-from deltamem_tool.torch_runtime import TorchModel
 
 TOLERANCE = 1e-4
 IMPORT_SECONDS = 1.0  # of CPU
@@ -350,7 +350,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_it_runs_without_torch_and_transformers(qwen3, tmp_path):
     script = """
 import sys
-from deltamem_tool.conversation import Conversation, Sampling
+from deltamem_tool.chat.conversation import Conversation, Sampling
 from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
 model = OnnxModel(sys.argv[1])
@@ -365,7 +365,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 
 
 def test_it_is_imported_in_a_moment():
-    code = "import time, deltamem_tool.onnx.runtime, deltamem_tool.conversation; print(time.process_time())"
+    code = "import time, deltamem_tool.onnx.runtime, deltamem_tool.chat.conversation; print(time.process_time())"
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(2)

@@ -16,10 +16,10 @@ import torch
 from tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
-from deltamem_tool.conversation import Context, Conversation, Sampling, generate_together
+from deltamem_tool.chat.conversation import Context, Conversation, Sampling, generate_together
+from deltamem_tool.chat.generation import Said
+from deltamem_tool.chat.torch_runtime import TorchModel
 from deltamem_tool.errors import ConfigError, DataError, ExportError, MemoryStateError
-from deltamem_tool.generation import Said
-from deltamem_tool.torch_runtime import TorchModel
 
 TOLERANCE = 1e-5  # of logits and states
 TURNS = ("my cat is Bella", "what is the name of my cat?", "thank you")
@@ -107,7 +107,7 @@ def test_greedy_turns_are_those_of_generate(changes):
 
 
 def test_it_needs_neither_torch_nor_onnx_runtime():
-    code = "import sys, deltamem_tool.conversation; print(*sys.modules)"
+    code = "import sys, deltamem_tool.chat.conversation; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert not {"torch", "transformers", "onnxruntime"} & set(done.stdout.split())
 

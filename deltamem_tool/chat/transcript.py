@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat_template import Message
-from deltamem_tool.chat_text import ChatText
 from deltamem_tool.errors import ExportError
 from deltamem_tool.marks import english, marks_of, spans_of
 

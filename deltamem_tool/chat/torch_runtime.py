@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from deltamem_tool.chat_text import ChatText
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
 from deltamem_tool.memory_file import StoredMemory

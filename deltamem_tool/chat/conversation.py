@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from deltamem_tool.chat.engine import Engine, Past, empty_memory
+from deltamem_tool.chat.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
+from deltamem_tool.chat.open_segment import end_segment
+from deltamem_tool.chat.sampling import Sampler, Sampling
+from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.chat_template import Message
 from deltamem_tool.config import LAST, OUTSIDE
-from deltamem_tool.engine import Engine, Past, empty_memory
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
-from deltamem_tool.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
 from deltamem_tool.memory_file import StoredMemory, check_memory, read_memory, write_memory
-from deltamem_tool.open_segment import end_segment
-from deltamem_tool.sampling import Sampler, Sampling
-from deltamem_tool.transcript import Transcript
 
 __all__ = [
     "INTERRUPTED",

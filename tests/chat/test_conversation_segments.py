@@ -8,10 +8,10 @@ import torch
 from tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
-from deltamem_tool.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.torch_runtime import TorchModel
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.segments import mark_chat
-from deltamem_tool.torch_runtime import TorchModel
 
 TOLERANCE = 1e-5
 NEW = 5  # tokens of an answer

@@ -16,14 +16,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.generation import INTERRUPTED, LENGTH
 from deltamem_tool.memory_file import read_memory
 
 if TYPE_CHECKING:
-    from deltamem_tool.conversation import Conversation
-    from deltamem_tool.sampling import Sampling
+    from deltamem_tool.chat.conversation import Conversation
+    from deltamem_tool.chat.sampling import Sampling
 
 # What a model says must not steer the terminal: control characters but newline and tab, and C1.
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])

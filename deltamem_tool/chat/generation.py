@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.chat_text import ChatText, TextStream
-from deltamem_tool.engine import Engine
-from deltamem_tool.sampling import Sampler
+from deltamem_tool.chat.engine import Engine
+from deltamem_tool.chat.sampling import Sampler
+from deltamem_tool.chat.text import ChatText, TextStream
 
 STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED = "stop token", "stop string", "length", "interrupted"
 

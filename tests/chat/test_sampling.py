@@ -14,8 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from deltamem_tool.chat.sampling import Sampler, Sampling, probabilities
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.sampling import Sampler, Sampling, probabilities
 
 VOCABULARY = 500
 TOLERANCE = 1e-6

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.chat_text import ChatText
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 
