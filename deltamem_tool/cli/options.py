@@ -18,7 +18,7 @@ trust_remote_code = click.option(
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
-    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit]",
+    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: as many as the model takes]",
 )
 
 device = click.option(
