@@ -18,7 +18,8 @@ trust_remote_code = click.option(
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
-    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit]",
+    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit, or "
+    "the --max-length of an export]",
 )
 
 device = click.option(
