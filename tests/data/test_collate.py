@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_episodes_are_encoded_on_the_way(tokenizer):
 
 def test_what_pads(tokenizer):
     """Short of a padding token the end token, short of that any: a mask hides it."""
-    other = copy(tokenizer)
+    other = deepcopy(tokenizer)  # a copy shares its special tokens
     other.pad_token = None
     assert Encoder(other, 10, 10).pad == tokenizer.eos_token_id
     other.eos_token = None
