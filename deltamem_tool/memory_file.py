@@ -78,6 +78,21 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
+def refuse_no_memory(path: Path) -> None:
+    """
+    Raises:
+        MemoryStateError: something is at `path` that is no memory, and would be lost.
+    """
+    if not path.exists():
+        return
+    try:
+        read_memory(path)
+    except MemoryStateError as error:
+        raise MemoryStateError(
+            f"{path} is there, and is no memory.", "It would be lost.", "Choose another file."
+        ) from error
+
+
 def read_memory(path: str | Path) -> StoredMemory:
     """Read a memory file.
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from deltamem_tool.chat.engine import Engine, Past, empty_memory
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
-from deltamem_tool.chat.open_segment import end_segment
 from deltamem_tool.chat.sampling import Sampler, Sampling
-from deltamem_tool.chat.transcript import Transcript
+from deltamem_tool.chat.window import Place, closed, with_room
 from deltamem_tool.chat_template import Message
 from deltamem_tool.config import LAST, OUTSIDE
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
@@ -35,9 +34,7 @@ __all__ = [
     "generate_together",
 ]
 
-KEPT_AFTER_EVICTION = 0.5  # of the window, at most: so that turns have to leave only once in a while
 DEFAULTS = Sampling()
-ROOM_FOR_ANSWER = 0.25  # of the window, at most: an answer may be longer, and then ends where the window does
 
 
 @dataclass(frozen=True)
@@ -75,26 +72,6 @@ class Context:
     window: int | None
     messages: int
     dropped: int
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a conversation is. Never changed, so that going back to one undoes a turn.
-
-    Args:
-        past: None where it can be had again, by cutting the next place's.
-        memory: of `past`, where that is None.
-        tokens: those in the past.
-        pending: those still to be fed: the last one generated, where none was asked for after it.
-        foreign: whether the open segment in the memory is another conversation's.
-    """
-
-    past: Past | None
-    memory: StoredMemory | None
-    transcript: Transcript = Transcript()
-    tokens: tuple[int, ...] = ()
-    pending: tuple[Token, ...] = ()
-    foreign: bool = True
 
 
 class Conversation:
@@ -135,8 +112,8 @@ class Conversation:
         self.window = engine.max_length if window is None else window
         memory = empty_memory(engine) if memory is None else memory
         _check_fits(engine, memory)
-        self._place = _Place(engine.start(memory), None)
-        self._before: list[_Place] = []  # each turn
+        self._place = Place(engine.start(memory), None)
+        self._before: list[Place] = []  # each turn
 
     @property
     def memory(self) -> StoredMemory:
@@ -176,7 +153,7 @@ class Conversation:
 
     def forget(self) -> None:
         """Start from nothing: the memory zeros, the context empty. It cannot be undone."""
-        self._place = _Place(self.engine.start(empty_memory(self.engine)), None)
+        self._place = Place(self.engine.start(empty_memory(self.engine)), None)
         self._before.clear()
 
     def undo(self) -> bool:
@@ -273,7 +250,9 @@ class _Turn:
     ) -> None:
         engine = conversation.engine
         self._conversation = conversation
-        self._start = start = _with_room(conversation, content, sampling)
+        self._start = start = with_room(
+            engine, conversation._place, conversation.window, conversation.write, content, sampling
+        )
         self._transcript, tokens = start.transcript.begin(engine.text, content)
         past, fed = self._marked(tokens)
         limit = sampling.max_new_tokens
@@ -300,10 +279,10 @@ class _Turn:
             return past, [*pending, *(Token(token, write) for token in tokens)]
         begin = len(start.transcript.head)
         marks, ended = self._transcript.marks(engine.text, engine.mechanism.granularity, begin)
+        if start.foreign or (ended and not pending):
+            past = closed(engine, past)
         if ended and pending:
             pending[-1] = pending[-1]._replace(ends=True)
-        elif ended or start.foreign:
-            past = engine.with_memory(past, end_segment(engine.mechanism, engine.memory(past)))
         marked = zip(tokens, marks, strict=True)
         return past, [*pending, *(Token(token, mark != OUTSIDE, mark == LAST) for token, mark in marked)]
 
@@ -318,7 +297,7 @@ class _Turn:
             del conversation._before[: whole[-1] + 1 if whole else 0]
         text = row.said.text
         conversation._before.append(before)
-        conversation._place = _Place(
+        conversation._place = Place(
             past=row.past,
             memory=None,
             transcript=self._transcript.answered(text, row.answer),
@@ -327,60 +306,6 @@ class _Turn:
             foreign=False,
         )
         return Answer(text, tuple([*row.answer, *row.last]), row.why)
-
-
-def _with_room(conversation: Conversation, content: str | Sequence[Message], sampling: Sampling) -> _Place:
-    """Where the conversation goes on: where it is, or, if the window is too small for the prompt and an answer, where
-    it is without its oldest turns: read again, without writing, from the memory as it is.
-
-    Raises:
-        ConfigError: the prompt does not fit, even alone with the system messages.
-    """
-    engine, place, window = conversation.engine, conversation._place, conversation.window
-    if window is None:
-        return place
-    text = engine.text
-    room = max(1, min(sampling.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
-    new = len(place.transcript.begin(text, content)[1])
-    if len(place.tokens) + len(place.pending) + new + room <= window:
-        return place
-    for count in reversed(range(len(place.transcript.turns))):
-        kept = place.transcript.keep(text, count)
-        tokens = kept.tokens(text)
-        new = len(kept.begin(text, content)[1])
-        if len(tokens) <= window * KEPT_AFTER_EVICTION and len(tokens) + new + room <= window:
-            return _evicted(conversation, kept, tokens)
-    kept = place.transcript.keep(text, 0)
-    tokens, new = kept.tokens(text), len(kept.begin(text, content)[1])
-    if len(tokens) + new >= window:
-        raise ConfigError(
-            f"The prompt is longer than the window of {window} tokens.",
-            f"With the system message it has {len(tokens) + new}, and the answer needs one at least.",
-            "Shorten it, or take a larger window.",
-        )
-    return _evicted(conversation, kept, tokens) if place.tokens else place
-
-
-def _evicted(conversation: Conversation, kept: Transcript, tokens: list[int]) -> _Place:
-    """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
-    engine, place = conversation.engine, conversation._place
-    past = place.past
-    if place.pending:  # or it would leave without a trace
-        past = _fed(engine, past, len(place.tokens), place.pending)
-    past = engine.start(engine.memory(past))
-    if tokens:
-        past = _fed(engine, past, 0, [Token(token, writes=False) for token in tokens])
-    # Where no turn stays, nothing that is fed can end the last one's segment.
-    return _Place(past, None, kept, tuple(tokens), (), foreign=not kept.turns)
-
-
-def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
-    """`past`, which holds `context` tokens, with `tokens` after them."""
-    ids = np.array([[token.id for token in tokens]], np.int64)
-    writes = np.array([[token.writes for token in tokens]])
-    ends = np.array([[token.ends for token in tokens]])
-    mask = np.ones((1, context + len(tokens)), np.int64)
-    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]
 
 
 def _check_fits(engine: Engine, memory: StoredMemory) -> None:

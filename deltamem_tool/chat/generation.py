@@ -125,7 +125,7 @@ class Row:
         if self.said.push(token):
             self.tokens.pop()
             self.last, self.why = [token], STOP_STRING
-        elif len(self.tokens) - self.prompt == self.limit:
+        elif len(self.tokens) - self.prompt >= self.limit:
             self.said.end()
             self.why = LENGTH
 
@@ -135,13 +135,12 @@ class _Batch:
 
     def __init__(self, engine: Engine, rows: Sequence[Row], past: Any, mask: NDArray) -> None:
         self._engine = engine
-        self._rows = rows
         self._segments = engine.memory_shape.segment > 0
-        self._state = past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
+        self._state = rows, past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
 
     @classmethod
     def of(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
-        mask = _left_padded([[1] * len(row.context) for row in rows], np.int64)
+        mask = _left_padded([[1] * (len(row.context) + row.fed) for row in rows], np.int64)
         return cls(engine, rows, engine.join([row.past for row in rows]), mask)
 
     @classmethod
@@ -149,30 +148,42 @@ class _Batch:
         if len(batches) == 1:
             return batches[0]
         engine = batches[0]._engine
-        pasts, masks = zip(*(batch._state for batch in batches), strict=True)
+        rows, pasts, masks = zip(*(batch._state for batch in batches), strict=True)
         mask = _left_padded([row for mask in masks for row in mask.tolist()], np.int64)
-        return cls(engine, [row for batch in batches for row in batch._rows], engine.join(pasts), mask)
+        return cls(engine, [row for of_batch in rows for row in of_batch], engine.join(pasts), mask)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self._state[0]
 
     def feed(self) -> NDArray:
-        """Logits `[B, V]` after all tokens that were not fed yet; those of rows that have ended mean nothing."""
-        fresh = [row.tokens[row.fed :] if row.going else [] for row in self._rows]
+        """Logits `[B, V]` of `rows` after all tokens that were not fed yet; of rows that have ended they mean nothing.
+
+        Where there is room for so many columns and no more, rows that have ended leave first, and padding with them:
+        each of the others fits by itself.
+        """
+        room, width = self._engine.max_length, max(len(row.tokens) - row.fed for row in self.rows if row.going)
+        if room is not None and self._state[2].shape[1] + width > room:
+            self.part()
+            self._state = _Batch.of(self._engine, [row for row in self.rows if row.going])._state
+        rows, past, mask = self._state
+        fresh = [row.tokens[row.fed :] if row.going else [] for row in rows]
         ids = _left_padded([[token.id for token in tokens] for tokens in fresh], np.int64)
         writes = _left_padded([[token.writes for token in tokens] for tokens in fresh], np.bool_)
         ends = _left_padded([[token.ends for token in tokens] for tokens in fresh], np.bool_)
-        past, mask = self._state
         mask = np.concatenate([mask, _left_padded([[1] * len(tokens) for tokens in fresh], np.int64)], axis=1)
         logits, past = self._engine.step(past, ids, mask, writes, ends if self._segments else None)
-        self._state = past, mask
-        for row, tokens in zip(self._rows, fresh, strict=True):
+        self._state = rows, past, mask
+        for row, tokens in zip(rows, fresh, strict=True):
             row.fed += len(tokens)
         return logits
 
     def part(self) -> None:
         """Give every row its own past, and the number of tokens that are in it."""
-        past, mask = self._state
-        for number, row in enumerate(self._rows):
+        rows, past, mask = self._state
+        for number, row in enumerate(rows):
             columns = np.flatnonzero(mask[number])
-            whole = len(self._rows) == 1 and len(columns) == mask.shape[1]
+            whole = len(rows) == 1 and len(columns) == mask.shape[1]
             row.past = past if whole else self._engine.take(past, number, columns)
             row.fed = len(columns) - len(row.context)
 
@@ -182,6 +193,9 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
 
     Prompts go in together where nothing but padding on the left of everything is needed for it. Padding between a
     context and a prompt would push tokens out of the windows of layers that have one, so such prompts go in one by one.
+
+    Raises:
+        KeyboardInterrupt: it came before every prompt was in.
     """
     width = max(len(row.tokens) for row in rows)
     together = all(len(row.tokens) == width or not row.context for row in rows)
@@ -189,8 +203,10 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
     try:
         logits = np.concatenate([batch.feed() for batch in batches])
         batches = [_Batch.joined(batches)]
-        _go_on(batches[0], rows, logits, engine.stop_tokens)
+        _go_on(batches[0], logits, engine.stop_tokens)
     except KeyboardInterrupt:
+        if any(row.fed == 0 for row in rows):
+            raise
         for row in rows:
             if row.going:
                 row.said.break_off()
@@ -198,12 +214,12 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
         batch.part()
 
 
-def _go_on(batch: _Batch, rows: Sequence[Row], logits: NDArray, stop_tokens: frozenset[int]) -> None:
+def _go_on(batch: _Batch, logits: NDArray, stop_tokens: frozenset[int]) -> None:
     while True:
-        for row, of_row in zip(rows, logits, strict=True):
+        for row, of_row in zip(batch.rows, logits, strict=True):
             if row.going:
                 row.take(row.sampler.pick(of_row), stop_tokens)
-        if not any(row.going for row in rows):
+        if not any(row.going for row in batch.rows):
             return
         logits = batch.feed()
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.memory_file import read_memory
+from deltamem_tool.memory_file import refuse_no_memory
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.conversation import Conversation
@@ -157,7 +157,7 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         path = _path(argument)
-        _refuse_no_memory(path)
+        refuse_no_memory(path)
         refuse_unwritable(path)
         self.conversation.save_memory(path)
         self.notice(f"Saved to {path}.")
@@ -250,18 +250,6 @@ def _path(argument: str) -> Path:
         return Path(argument).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{argument} is no path.", f"{error}", "Write the folder out.") from error
-
-
-def _refuse_no_memory(path: Path) -> None:
-    """Raise if something is at `path` that is no memory, and would be lost."""
-    if not path.exists():
-        return
-    try:
-        read_memory(path)
-    except MemoryStateError as error:
-        raise MemoryStateError(
-            f"{path} is there, and is no memory.", "It would be lost.", "Choose another file."
-        ) from error
 
 
 def _count(number: int, what: str) -> str:

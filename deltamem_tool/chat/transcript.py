@@ -14,7 +14,8 @@ from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ExportError
 from deltamem_tool.marks import english, marks_of, spans_of
 
-_ANSWER = "\ue000{}\ue000"  # private-use characters, so no template trims them
+_MARK = "\ue000"
+_ANSWER = f"{_MARK}{{}}{_MARK}"  # private-use characters, so no template trims them
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Transcript:
         if not content:
             raise _nothing("The prompt is empty.")
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+        if any(_MARK in str(message.get("content")) for message in new):
+            raise ExportError(
+                "The prompt holds the character U+E000.",
+                "It stands for answers where a conversation is rendered, and has no meaning in any text.",
+                "Leave it out.",
+            )
         system = self.system
         if not self.turns and not system:
             count = next((i for i, message in enumerate(new) if message.get("role") != "system"), 0)

@@ -80,6 +80,10 @@ def command(
     if memory is not None and not TARGETS[target].genai:
         raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
     refuse_existing(out, overwrite)
+    if memory is not None:
+        from deltamem_tool.memory_file import read_memory
+
+        read_memory(memory)  # before anything is loaded
     with STDERR.status("Loading the model") as status:
         import torch
 

@@ -43,12 +43,14 @@ def command(
     **sampling: Any,
 ) -> None:
     """Answer with the model in ONNX_DIR, which `deltamem export` wrote, in ONNX Runtime and without PyTorch."""
+    from deltamem_tool.memory_file import read_memory, refuse_no_memory
+
     if save_memory is not None:
+        refuse_no_memory(save_memory)
         refuse_unwritable(save_memory)
 
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.memory_file import read_memory
     from deltamem_tool.onnx.runtime import OnnxModel
 
     options = Sampling(**sampling)
@@ -56,17 +58,19 @@ def command(
         model = OnnxModel(onnx_dir, provider, threads, map_weights)
         conversation = Conversation(model, read_memory(memory_file) if memory_file else None, window=window)
     answers = []
-    for turn, prompt in enumerate(prompts):
-        content: str | list[dict[str, str]] = prompt
-        if system is not None and turn == 0:
-            content = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        answers.append(conversation.generate(content, options, None if as_json else _show))
-        if not as_json:
-            click.echo()
-        if answers[-1].why == INTERRUPTED:
-            raise KeyboardInterrupt
-    if save_memory is not None:
-        conversation.save_memory(save_memory)
+    try:
+        for turn, prompt in enumerate(prompts):
+            content: str | list[dict[str, str]] = prompt
+            if system is not None and turn == 0:
+                content = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+            answers.append(conversation.generate(content, options, None if as_json else _show))
+            if not as_json:
+                click.echo()
+            if answers[-1].why == INTERRUPTED:
+                raise KeyboardInterrupt
+    finally:  # what was said before a turn that failed is kept
+        if save_memory is not None and answers:
+            conversation.save_memory(save_memory)
     if as_json:
         result = {
             "answers": [answer.text for answer in answers],

@@ -23,6 +23,7 @@ from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.fixed import FixedGraph, open_graph
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
+from deltamem_tool.onnx.providers import execution_providers
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.standard import check_file, require_standard
@@ -80,6 +81,12 @@ def export_onnx(
     """
     refuse_existing(out, overwrite)
     for_target = target_of(target, dtype_name(model.dtype), quantize)
+    if not tokenizer.is_fast:
+        raise ExportError(
+            f"{type(tokenizer).__name__} is a slow tokenizer.",
+            "It has no tokenizer.json, which the folder needs.",
+            "Load the fast one, or convert it with transformers.",
+        )
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage: None)
@@ -147,11 +154,20 @@ def _write_graph(program: onnx_ir.Model, path: Path, target: Target, model: str)
         check_file(path)
 
 
+def _has_cuda() -> bool:
+    """Whether ONNX Runtime can use a GPU here: torch may see one that it lacks libraries for."""
+    try:
+        execution_providers("cuda")
+    except ExportError:
+        return False
+    return torch.cuda.is_available()
+
+
 def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Graph | FixedGraph | None:
     """The graph on its target's device, or on the CPU where that device is not here; None if the CPU's provider then
     lacks operators for it."""
     on_cuda = target.fusions == "cuda"
-    if on_cuda and torch.cuda.is_available():
+    if on_cuda and _has_cuda():
         return open_graph(folder, interface, "cuda")
     try:
         return open_graph(folder, interface, map_weights=True)

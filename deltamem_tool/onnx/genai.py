@@ -74,8 +74,8 @@ def write_adapter_file(folder: str | Path, memory: str | Path, out: str | Path) 
     file.set_parameters(
         {name: onnxruntime.OrtValue.ortvalue_from_numpy(state) for name, state in _defaults(start).items()}
     )
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "memory"
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "memory"
         file.export_adapter(str(whole))
         write_whole(out, whole.read_bytes())
 

@@ -20,11 +20,12 @@ MEANINGS = {
     contract.VALUE: "attention's values, empty at first",
     contract.STATE: "the memory, zeros or a memory file's at first",
     contract.SEGMENT: "what the open segment has gathered, zeros at first",
+    contract.CONV: "nothing: onnxruntime-genai looks for it",
 }
 
 
 class Row(NamedTuple):
-    kind: str  # "input" or "output"
+    kind: str  # "input", "default" (an input that can be left out) or "output"
     name: str  # of layers that are alike: past_key_values.{0…35}.key
     type: str
     shape: Shape
@@ -33,7 +34,8 @@ class Row(NamedTuple):
 
 def rows(interface: Interface) -> list[Row]:
     """Every input and output of the graph, layers that follow each other and are alike as one."""
-    return [*_rows("input", interface.inputs()), *_rows("output", interface.outputs())]
+    tables = {"input": interface.inputs(), "default": interface.defaults(), "output": interface.outputs()}
+    return [row for kind, tensors in tables.items() for row in _rows(kind, tensors)]
 
 
 def markdown(interface: Interface) -> str:

@@ -4,7 +4,7 @@ Quantised are the constant matrices `[in, out]` of the base's products (MatMul, 
 the embedding, the matrix that makes the logits, and whatever is no such product.
 
 * int8: ONNX Runtime's dynamic quantisation, a scale for every output channel; activations are quantised as they come.
-* int4: weights alone, in blocks of the input dimension (`MatMulNBits`); activations stay float32.
+* int4: weights alone, in blocks of the input dimension (`MatMulNBits`); activations stay as they are.
 """
 
 from __future__ import annotations

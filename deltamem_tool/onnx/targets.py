@@ -71,7 +71,7 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
         if wanted not in possible:
             raise ExportError(
                 f"{what} {wanted}.",
-                "Its runtime lacks operators for it.",
+                "Its graphs, or what runs them, have no operators for it.",
                 f"Choose one of {', '.join(possible)}, or another target.",
             )
     return target

@@ -205,7 +205,7 @@ def test_ctrl_c_while_text_is_shown_keeps_what_was_said(engine):
 @pytest.mark.parametrize("call", [1, 2, 4])
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
 def test_ctrl_c_between_tokens_leaves_a_conversation_that_goes_on(call, after):
-    """In the call over the prompt, too: then nothing was said, and the prompt is still to be read."""
+    """In the call over the prompt, too: then nothing was said, and nothing has changed."""
     engine, twin_engine = make_engine(), make_engine()
     step, calls = engine.step, []
 
@@ -219,25 +219,71 @@ def test_ctrl_c_between_tokens_leaves_a_conversation_that_goes_on(call, after):
         return result
 
     engine.step = interrupted
-    conversation = Conversation(engine)
-    answer = conversation.generate(TURNS[0], Sampling(8))
-    assert answer.why == "interrupted" and len(answer.tokens) == call - 1
-    engine.step = step
-    twin = Conversation(twin_engine)
-    if call > 1:
+    conversation, twin = Conversation(engine), Conversation(twin_engine)
+    if call == 1:
+        before = seen(conversation)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.generate(TURNS[0], Sampling(8))
+        assert_unchanged(conversation, before)
+    else:
+        answer = conversation.generate(TURNS[0], Sampling(8))
+        assert answer.why == "interrupted" and len(answer.tokens) == call - 1
         say(twin, TURNS[0], tokens=call - 1)
         assert_unchanged(conversation, seen(twin))
-        assert say(conversation, TURNS[1]) == say(twin, TURNS[1])
-        assert_same_memory(conversation.memory, twin.memory, TOLERANCE)
-    else:
-        assert conversation.messages[-1] == {"role": "assistant", "content": ""}
-        text = f"<|user|>{TURNS[0]}<|end|><|assistant|><|end|><|user|>{TURNS[1]}<|end|><|assistant|>"
-        ids, cache = torch.tensor([engine.text.encode(text)]), MemoryCache(engine.model)
-        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-        said = engine.model.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **options)
-        assert say(conversation, TURNS[1]) == [tuple(said[0, ids.shape[1] :].tolist())]
-        for layer, state in conversation.memory.states.items():
-            torch.testing.assert_close(torch.from_numpy(state), cache.memory.layers[layer], rtol=0, atol=TOLERANCE)
+    engine.step = step
+    assert say(conversation, TURNS[1]) == say(twin, TURNS[1])
+    assert_same_memory(conversation.memory, twin.memory, TOLERANCE)
+
+
+def test_ctrl_c_in_one_prompt_of_a_batch_changes_no_conversation():
+    """Prompts go in one by one after contexts of their own: the second one's call is interrupted."""
+    engine = make_engine()
+    conversations = [Conversation(engine) for _ in range(2)]
+    for conversation, other in zip(conversations, OTHERS, strict=False):
+        say(conversation, other)
+    before, step, calls = [seen(conversation) for conversation in conversations], engine.step, []
+
+    def interrupted(*inputs):
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*inputs)
+
+    engine.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        generate_together(conversations, TURNS[:2], Sampling(4))
+    for conversation, was in zip(conversations, before, strict=True):
+        assert_unchanged(conversation, was)
+
+
+def test_a_batch_has_room_for_each_of_its_rows():
+    """An engine with room for so many columns and no more: padding and ended rows make way for those still going."""
+    engine = make_engine()
+    contents = ("hi", " ".join(TURNS * 3))
+    lengths = [len(engine.text.encode(f"<|user|>{content}<|end|><|assistant|>")) for content in contents]
+    engine.max_length, step = max(lengths) + 8, engine.step
+
+    def narrow(past, ids, mask, *rest):
+        assert mask.shape[1] <= engine.max_length
+        return step(past, ids, mask, *rest)
+
+    engine.step = narrow
+    together, alone = ([Conversation(engine) for _ in contents] for _ in range(2))
+    answers = generate_together(together, contents, Sampling(1000))
+    assert [len(answer.tokens) for answer in answers] == [engine.max_length - length for length in lengths]
+    assert [answer.why for answer in answers] == ["length", "length"]
+    for one, twin, answer, content in zip(together, alone, answers, contents, strict=True):
+        assert twin.generate(content, Sampling(1000)).tokens == answer.tokens
+        assert one.context == twin.context
+        assert_same_memory(one.memory, twin.memory, TOLERANCE)
+
+
+def test_what_stands_for_answers_is_no_prompt(engine):
+    conversation = Conversation(engine)
+    before = seen(conversation)
+    with pytest.raises(ExportError, match=r"U\+E000"):
+        conversation.generate("a \ue0000\ue000 b", Sampling(1))
+    assert_unchanged(conversation, before)
 
 
 def test_an_error_in_the_middle_changes_nothing(engine):

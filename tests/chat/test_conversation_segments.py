@@ -126,6 +126,31 @@ def test_a_segment_that_another_conversation_left_open_is_written_first(by_messa
     assert_close(reading.memory, memory)
 
 
+@pytest.mark.parametrize("window", [None, 48], ids=["", "turns leave"])
+def test_a_loaded_segment_is_never_mixed_with_this_conversations(window, tmp_path):
+    """Whatever was said before and whether turns leave the context: it is written before the next token is fed."""
+    engine = make_engine()
+    other = Conversation(engine)
+    talk(other, [[user(TURNS[0])]])
+    other.save_memory(tmp_path / "memory")
+    opened = MemoryState.load(tmp_path / "memory")
+    cache = MemoryCache(engine.model, opened)
+    cache.end_segment()
+    conversation = Conversation(engine, window=window)
+    talk(conversation, [[user(TURNS[1])], [user(TURNS[2])]])
+    conversation.load_memory(tmp_path / "memory")
+    step, fed = engine.step, []
+
+    def watched(past, *inputs):
+        fed.append(engine.memory(past))
+        return step(past, *inputs)
+
+    engine.step = watched
+    conversation.generate([user(" ".join(TURNS[1:]))], Sampling(NEW))
+    assert len(conversation.messages) == 6 and (conversation.context.dropped > 0) == (window is not None)
+    assert_close(fed[0], cache.memory)
+
+
 def test_undo_opens_the_segment_again(by_message):
     conversation = Conversation(by_message)
     talk(conversation, [[user(TURNS[0])]])
