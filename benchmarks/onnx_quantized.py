@@ -35,7 +35,8 @@ from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.runtime import Graph, OnnxModel
+from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.onnx.session import Graph
 from deltamem_tool.onnx.targets import INT4, INT8, TARGETS
 from deltamem_tool.onnx.trace import interface_of, traced
 from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER

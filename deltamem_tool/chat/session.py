@@ -109,7 +109,7 @@ class Chat:
         dropped = self.conversation.context.dropped
         try:
             answer = self.conversation.generate(content, self._sampling, on_text=self._write)
-        except KeyboardInterrupt:  # the second one: the first is taken inside, and ends the answer
+        except KeyboardInterrupt:  # before the message was read, or a second one: one in the answer is taken inside
             self.interrupted = True
             self.notice("\nStopped. This turn is not part of the conversation.")
             return

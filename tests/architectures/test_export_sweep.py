@@ -133,5 +133,5 @@ def test_the_graph_computes_what_pytorch_computes(model_type: str, tmp_path: Pat
 )
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(model_type: str, why: str, tmp_path: Path):
     with pytest.raises(ExportError, match=why):
-        export_onnx(patched(model_type, 1), tokenizer(), tmp_path / "onnx")
+        export_onnx(patched(model_type), tokenizer(), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

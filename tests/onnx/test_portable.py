@@ -23,7 +23,8 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract, export
 from deltamem_tool.onnx.check import largest_difference
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.runtime import Graph, OnnxModel, Past
+from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.onnx.session import Graph, Past
 from deltamem_tool.onnx.standard import check_file, require_standard
 from deltamem_tool.onnx.targets import PORTABLE_OPSET
 from deltamem_tool.onnx.trace import CallOptions

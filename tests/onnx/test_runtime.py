@@ -419,7 +419,15 @@ def test_the_command_passes_its_options_on(qwen3, monkeypatch):
 
 
 def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
-    monkeypatch.setattr(Conversation, "generate", lambda *inputs: Answer("sa", (1,), "interrupted"))
+    """And keeps what was said until then, as it does where a later turn is refused; but not in the place of a file that
+    is no memory."""
     options = ["--prompt", "Hi", "--save-memory", str(tmp_path / "memory")]
+    refused = CliRunner().invoke(command, [str(qwen3.folder), *options, "--prompt", ""])
+    assert isinstance(refused.exception, ExportError) and read_memory(tmp_path / "memory").states
+    (tmp_path / "memory").unlink()
+    monkeypatch.setattr(Conversation, "generate", lambda *inputs: Answer("sa", (1,), "interrupted"))
     result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    assert result.exit_code == 1 and not (tmp_path / "memory").exists()
+    assert result.exit_code == 1 and read_memory(tmp_path / "memory").states
+    (tmp_path / "memory").write_text("a diary")
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert isinstance(result.exception, MemoryStateError) and (tmp_path / "memory").read_text() == "a diary"

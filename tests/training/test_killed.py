@@ -19,7 +19,7 @@ from training.talks import write_talks
 from deltamem_tool.adapter import WEIGHTS_FILE
 from deltamem_tool.training.run_folder import checkpoints
 
-KILLS = 4
+KILLS = 2
 ROOT = Path(__file__).parents[2]
 # Trains with checkpoints that take long to write, so that kills find them half-way.
 SLOW_WRITES = """
