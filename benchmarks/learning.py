@@ -26,7 +26,7 @@ from scan import cpu_name
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.cli.console import progress
 from deltamem_tool.evaluation.recall import CONDITIONS, evaluate_recall
-from deltamem_tool.evaluation.report import recall_json
+from deltamem_tool.evaluation.record import recall_json
 from deltamem_tool.recipe import Recipe, load_recipe
 from deltamem_tool.surgery import adapter_of
 from deltamem_tool.training import train

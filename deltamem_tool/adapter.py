@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,17 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
-from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.adapter_module import DeltaMemAdapter, fingerprint_of
 from deltamem_tool.architectures import attention_layers, select_layers
-from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint, resolve_folder
-from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError
+from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint
+from deltamem_tool.config import CONFIG_FILE, WEIGHTS_FILE, DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.patched import hf_model
+from deltamem_tool.resolve import resolve_folder
 from deltamem_tool.surgery import adapter_of, fresh_adapter, hook
 
-CONFIG_FILE = "deltamem_config.json"
-WEIGHTS_FILE = "deltamem.safetensors"
 FORMAT = "deltamem-adapter"
 FORMAT_VERSION = 1
 _ANY = 2**31 - 1  # stands for a size that only the base model knows
@@ -58,6 +58,11 @@ class AdapterFolder:
     base: BaseModel
     tensors: Mapping[str, Tensor]
     reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What memories of this adapter are bound to."""
+        return fingerprint_of(self.config, self.tensors)
 
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -157,6 +162,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
 
     Raises:
         AdapterError: a file is missing, damaged, of a newer format, or does not fit the other one.
+        HubError: there is no such folder or repository.
     """
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -214,7 +220,8 @@ def load(
 
     Raises:
         AdapterError: the adapter is damaged or was made for another base model.
-        ArchitectureError: the base model is not there, or cannot be loaded.
+        ArchitectureError: the base model cannot be loaded.
+        HubError: it is not there.
     """
     folder = read_adapter(path, revision)
     checkpoint, found = find_base(path, folder.base, base, base_revision, trust_remote_code)
@@ -237,7 +244,7 @@ def find_base(
 
     Raises:
         AdapterError: it is not said where, or another model is there.
-        ArchitectureError: no model is there.
+        HubError: no model is there.
     """
     if not (base or recorded.name):
         raise AdapterError(
@@ -344,7 +351,7 @@ def _base_of_model(model: PreTrainedModel) -> BaseModel:
             # A model of remote code is here, so its code has been trusted.
             trusted = model.is_custom_code()
             return base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None), trusted))
-        except ArchitectureError:
+        except (ArchitectureError, HubError):
             pass  # the checkpoint is gone
     mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])
     return BaseModel(name, None, model.config.model_type, mark)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import local
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltamem_tool.architectures import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
@@ -22,6 +22,18 @@ from deltamem_tool.state import MemoryState
 
 IN_TRAINING = "in training"  # stands for a fingerprint
 _THREAD = local()  # the adapter that each thread trains, as `trained`
+
+
+def fingerprint_of(config: DeltaMemConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the mechanism and every weight of an adapter, by name."""
+    # Options at their default stay out, so that an option to come does not make memories foreign.
+    usual, own = DeltaMemConfig().to_dict(), config.to_dict()
+    changed = {name: value for name, value in own.items() if value != usual[name]}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
+    for name, weight in sorted(tensors.items()):
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class DeltaMemAdapter(nn.Module):
@@ -84,19 +96,12 @@ class DeltaMemAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the mechanism and every weight: what a memory is bound to. Computed anew after a change."""
+        """What a memory is bound to: see `fingerprint_of`. Computed anew after a change."""
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
         versions = tuple(weight._version for weight in self._weights)
         if self._fingerprint is None or self._fingerprint[0] != versions:
-            # Options at their default stay out, so that an option to come does not make memories foreign.
-            usual, own = DeltaMemConfig().to_dict(), self.config.to_dict()
-            changed = {name: value for name, value in own.items() if value != usual[name]}
-            digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
-            for name, weight in sorted(self.state_dict().items()):
-                digest.update(f"{name} {list(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
-            self._fingerprint = (versions, digest.hexdigest())
+            self._fingerprint = (versions, fingerprint_of(self.config, self.state_dict()))
         return self._fingerprint[1]
 
     @contextmanager

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -33,11 +32,10 @@ from transformers.models.auto.modeling_auto import (
 from deltamem_tool.architectures import AttentionLayer
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.layouts import Projection, features
+from deltamem_tool.resolve import commit_of, hub_name, resolve_folder, short_name
 from deltamem_tool.weights import WEIGHT_FILES, StoredWeights, files_of_index
 
 SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
-BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
-ASSETS = Path(__file__).parent / "assets"
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,21 +53,23 @@ class BaseCheckpoint:
     """A folder of `save_pretrained`, or a Hub id. Its weights are fetched and opened when they are asked for.
 
     Args:
-        name: folder or `owner/name`.
+        name: folder or Hub id: see `resolve`.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether Python files of the checkpoint may run.
 
     Raises:
-        ArchitectureError: nothing is there, it is no causal language model, or it needs code that is not trusted.
+        ArchitectureError: it is no causal language model, or it needs code that is not trusted.
+        HubError: nothing is there.
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        self.name = str(name)
+        hub = hub_name(str(name), revision)
+        self.name = str(name) if hub is None else short_name(hub)
         self.trust_remote_code = trust_remote_code
         files = [*_SMALL_FILES, "*.py"] if trust_remote_code else _SMALL_FILES
-        self._folder = resolve_folder(self.name, revision, files, "checkpoint")
-        self._is_here = Path(self.name).is_dir() or self.name.startswith(BUILTIN)
-        self.revision = self._folder.name if self._folder.parent.name == "snapshots" else None
+        self._folder = resolve_folder(str(name), revision, files, "checkpoint")
+        self._is_here = hub is None
+        self.revision = commit_of(self._folder)
         self.config = _read_config(self._folder, self.name, trust_remote_code)
 
     @cached_property
@@ -225,32 +225,6 @@ class BaseCheckpoint:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
-
-
-def resolve_folder(name: str, revision: str | None, files: list[str], what: str) -> Path:
-    """The local folder of a path, a Hub id (fetched into the Hub's cache), or something that the package ships.
-
-    Raises:
-        ArchitectureError: nothing is there.
-    """
-    if name.startswith(BUILTIN):
-        folder = ASSETS / name.removeprefix(BUILTIN)
-        if not folder.is_dir():
-            shipped = ", ".join(f"{BUILTIN}{entry.name}" for entry in sorted(ASSETS.iterdir()))
-            raise ArchitectureError(f"The package ships no {name}.", "", f"It ships: {shipped}.")
-        return folder
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists():
-        raise ArchitectureError(f"There is no {what} folder {name}.", "", f"Give the folder of a {what}, or a Hub id.")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArchitectureError(
-            f"{name} is neither a folder here nor a {what} that the Hub gives.",
-            _first_line(error),
-            "Check the name and the network; log in with `hf auth login` if it is private or gated.",
-        ) from error
 
 
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -11,6 +11,8 @@ from typing import Any
 
 from deltamem_tool.errors import ConfigError
 
+CONFIG_FILE = "deltamem_config.json"  # of an adapter folder: these options, and the base model
+WEIGHTS_FILE = "deltamem.safetensors"
 BRANCHES = ("q", "k", "v", "o")
 UPDATE_RULES = ("standard", "lambda_outside", "no_lambda")
 GRANULARITIES = ("token", "message", "sentence")

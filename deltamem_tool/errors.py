@@ -6,7 +6,8 @@
     ├── AdapterError        an adapter folder that is damaged, or does not fit the base model
     ├── MemoryStateError    a memory that is damaged, or does not fit the adapter, the batch or the layers
     ├── DataError           training or evaluation data that cannot be read
-    └── ExportError         an ONNX folder that is damaged, or a graph that does not compute what PyTorch computes
+    ├── ExportError         an ONNX folder that is damaged, or a graph that does not compute what PyTorch computes
+    └── HubError            a repository of the Hub that cannot be read or written
 
 Each carries what failed, why, and what to do next; the command line prints those three and nothing else.
 """
@@ -45,6 +46,10 @@ class DataError(DeltaMemError, ValueError):
 
 
 class ExportError(DeltaMemError):
+    pass
+
+
+class HubError(DeltaMemError):
     pass
 
 

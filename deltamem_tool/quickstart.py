@@ -22,7 +22,8 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.recall import RecallResult, answer, evaluate_recall, memorise, recall_episodes
-from deltamem_tool.evaluation.report import plot_losses, plot_recall, recall_json
+from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json, recall_json
+from deltamem_tool.evaluation.report import plot_losses, plot_recall
 from deltamem_tool.files import refuse_existing, write_whole
 from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.export import export_onnx
@@ -102,6 +103,9 @@ def quickstart(
             model, tokenizer, FACTS, report=lambda done, of: tell("evaluate", done, of, "recall and its controls")
         )
         plot_recall(recall, out / RECALL_PLOT)
+        if not fast:
+            said = evaluation_json(recall, adapter.fingerprint)
+            write_whole(adapter.path / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
     with _timed("export", seconds):
         tell("export", 0, 2, "graph")
         manifest = export_onnx(model, tokenizer, out / ONNX, base_model=adapter.base.name)

@@ -24,11 +24,12 @@ from torch import Tensor
 from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
-from deltamem_tool.checkpoint import BaseCheckpoint, resolve_folder
+from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.reference_config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
+from deltamem_tool.resolve import resolve_folder
 
 REFERENCE_WEIGHTS = "delta_mem_adapter.pt"
 FORMATS = ("deltamem", "reference")

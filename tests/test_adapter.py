@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach, load, save_adapter
 from deltamem_tool.adapter import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, create_adapter, read_adapter
 from deltamem_tool.checkpoint import BaseCheckpoint
-from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError
+from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError, HubError
 from deltamem_tool.files import folder_whole
 from deltamem_tool.surgery import adapter_of
 
@@ -318,7 +318,7 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
 
 def test_a_base_that_is_gone_is_named(adapter, tmp_path):
     change_config(adapter, base={**json.loads((adapter / CONFIG_FILE).read_text())["base"], "name": "/gone/away"})
-    with pytest.raises(ArchitectureError, match="/gone/away"):
+    with pytest.raises(HubError, match="/gone/away"):
         load(adapter)
 
 

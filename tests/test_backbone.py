@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamem_tool import dialogues
-from deltamem_tool.checkpoint import ASSETS
+from deltamem_tool.resolve import ASSETS
 
 MAX_BYTES = 8_000_000
 MIN_RECALL = 0.95  # exact match with 4 held-out facts in view

@@ -170,7 +170,7 @@ import torch
 from tiny import as_bin, logits, listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
 from deltamem_tool import DeltaMemConfig, load
 from deltamem_tool.adapter import create_adapter, read_adapter
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import DeltaMemError
 
 for revision, seed in (("main", 0), ("v2", 1)):
     out = f"{sys.argv[1]}/{revision}"
@@ -183,7 +183,7 @@ for name, revision in (("someone/tiny", "v3"), ("someone/nothing", None), ("some
     try:
         create_adapter(name, DeltaMemConfig(rank=4), f"{sys.argv[1]}/none", revision=revision)
         raise AssertionError(f"{name} {revision}")
-    except ArchitectureError as error:
+    except DeltaMemError as error:
         assert name in error.what and error.next, error
 """
 

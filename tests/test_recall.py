@@ -14,7 +14,8 @@ from deltamem_tool.chat_template import render
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import recall
 from deltamem_tool.evaluation.recall import CONDITIONS, MAX_NEW_TOKENS, answer, bootstrap, memorise, recall_episodes
-from deltamem_tool.evaluation.report import plot_recall, recall_json, recall_table
+from deltamem_tool.evaluation.record import recall_json
+from deltamem_tool.evaluation.report import plot_recall, recall_table
 from deltamem_tool.surgery import adapter_of
 
 STATE_TOLERANCE = 5e-5  # float32 against float32: padded in a batch, and alone in pieces

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from deltamem_tool import DeltaMemConfig, attach, convert, load, save_adapter
 from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, create_adapter, read_adapter
 from deltamem_tool.config import PRESETS
-from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, HubError
 from deltamem_tool.reference import NAMES, REFERENCE_WEIGHTS
 from deltamem_tool.reference_config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
 
@@ -375,7 +375,7 @@ def test_config_and_weights_must_be_of_one_adapter(reference, tmp_path):
 def test_the_base_must_fit(reference, bases, tmp_path):
     assert_refused(reference, tmp_path, "do not record it", "--base", base=None)
     assert_refused(reference, tmp_path, QUERY, "is [8, 48], not [8, 32]", base=str(bases["qwen3"]))
-    assert_refused(reference, tmp_path, "no/where", base="./no/where", error=ArchitectureError)
+    assert_refused(reference, tmp_path, "no/where", base="./no/where", error=HubError)
     change_config(reference, target_layers=[7])
     assert_refused(reference, tmp_path, "[7]", error=ArchitectureError)
 
@@ -386,7 +386,7 @@ def test_back_needs_the_base_that_was_recorded(tmp_path):
     os.chmod(base, 0o755)
     convert(CASE / "adapter", tmp_path / "ours", base=str(base))
     base.rename(tmp_path / "moved")
-    assert_refused(tmp_path / "ours", tmp_path, str(base), base=None, to="reference", error=ArchitectureError)
+    assert_refused(tmp_path / "ours", tmp_path, str(base), base=None, to="reference", error=HubError)
     convert(tmp_path / "ours", tmp_path / "back", base=str(tmp_path / "moved"), to="reference")
     assert_same_adapter(tmp_path / "back", CASE / "adapter")
     shutil.rmtree(tmp_path / "back")
@@ -421,7 +421,7 @@ def test_the_other_format_is_told_apart(reference, tmp_path):
     assert_refused(tmp_path / "ours", tmp_path, "no adapter of the reference", "--to reference")
     assert_refused(reference, tmp_path, "already", "--to", to="reference")
     assert_refused(tmp_path, tmp_path, "no adapter of the reference", REFERENCE_CONFIG)
-    assert_refused(tmp_path / "no", tmp_path, "There is no adapter folder", error=ArchitectureError)
+    assert_refused(tmp_path / "no", tmp_path, "There is no adapter folder", error=HubError)
     assert_refused(reference, tmp_path, "'peft'", "deltamem, reference", to="peft", error=ConfigError)
     (reference / REFERENCE_WEIGHTS).unlink()
     assert_refused(reference, tmp_path, REFERENCE_WEIGHTS)

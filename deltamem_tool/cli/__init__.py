@@ -11,7 +11,20 @@ import click
 from deltamem_tool import __version__
 from deltamem_tool.errors import DeltaMemError, domain_error
 
-COMMANDS = ("quickstart", "architectures", "patch", "convert", "inspect", "train", "eval", "export", "run", "chat")
+COMMANDS = (
+    "quickstart",
+    "architectures",
+    "patch",
+    "convert",
+    "inspect",
+    "train",
+    "eval",
+    "export",
+    "run",
+    "chat",
+    "push",
+    "pull",
+)
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
 
 

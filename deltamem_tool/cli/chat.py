@@ -13,6 +13,7 @@ from deltamem_tool.cli.options import device, sampling_options, torch_device, tr
 from deltamem_tool.errors import DataError
 from deltamem_tool.files import refuse_unwritable
 from deltamem_tool.onnx.contract import MANIFEST_FILE
+from deltamem_tool.onnx.folder import is_onnx
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.engine import Engine
@@ -55,8 +56,8 @@ def command(
 
     Example: deltamem chat builtin:adapter --memory me.safetensors
     """
-    is_onnx = (Path(model) / MANIFEST_FILE).is_file()
-    _refuse_options(is_onnx, provider, base, trust_remote_code, device)
+    for_onnx = is_onnx(model)
+    _refuse_options(for_onnx, provider, base, trust_remote_code, device)
     if memory_file is not None:
         refuse_unwritable(memory_file)
 
@@ -69,7 +70,7 @@ def command(
     was_there = memory_file is not None and memory_file.exists()
     memory = read_memory(memory_file) if memory_file is not None and was_there else None
     with STDERR.status("Loading the model"):
-        engine = _onnx_engine(model, provider) if is_onnx else _torch_engine(model, base, trust_remote_code, device)
+        engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, base, trust_remote_code, device)
         conversation = Conversation(engine, memory, window=window)
     chat = Chat(conversation, chosen, system, memory_file, notices=STDERR)
     if memory_file is not None:

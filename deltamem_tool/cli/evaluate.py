@@ -23,8 +23,13 @@ from deltamem_tool.evaluation import FACTS
 @device
 @trust_remote_code
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON, which a push describes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(adapter, task, base, facts, episodes, seed, batch_size, device, trust_remote_code, plot, as_json) -> None:
+def command(
+    adapter, task, base, facts, episodes, seed, batch_size, device, trust_remote_code, plot, out, as_json
+) -> None:
     """Measure what ADAPTER's memory recalls, beside its controls."""
     try:
         counts = [int(part) for part in facts.split(",")]
@@ -37,11 +42,16 @@ def command(adapter, task, base, facts, episodes, seed, batch_size, device, trus
     from deltamem_tool.cli.console import progress
     from deltamem_tool.dialogues import KIND_OF
     from deltamem_tool.evaluation.recall import evaluate_recall
-    from deltamem_tool.evaluation.report import plot_recall, recall_json, recall_table
+    from deltamem_tool.evaluation.record import evaluation_json
+    from deltamem_tool.evaluation.report import plot_recall, recall_table
+    from deltamem_tool.files import refuse_unwritable, write_whole
+    from deltamem_tool.surgery import adapter_of
 
     if not counts or min(counts) < 1 or max(counts) > len(KIND_OF):
         raise click.BadParameter(f"the numbers go from 1 to {len(KIND_OF)}", param_hint="--facts")
     where = torch_device(device)
+    if out is not None:
+        refuse_unwritable(out)
     with progress() as bar:
         task_id = bar.add_task("Recall", total=None, note="")
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)
@@ -57,8 +67,11 @@ def command(adapter, task, base, facts, episodes, seed, batch_size, device, trus
         )
     if plot is not None:
         plot_recall(result, Path(plot))
+    said = evaluation_json(result, adapter_of(model).fingerprint)
+    if out is not None:
+        write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
     if as_json:
-        click.echo(json.dumps(recall_json(result)))
+        click.echo(json.dumps(said))
     else:
         from rich.console import Console
 

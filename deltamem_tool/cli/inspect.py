@@ -11,7 +11,7 @@ import click
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.onnx.contract import MANIFEST_FILE
+from deltamem_tool.onnx.folder import is_onnx
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
 def command(path, other, plot, row, as_json) -> None:
-    """Say what PATH is: an adapter folder (or Hub id), an ONNX folder, or a memory file.
+    """Say what PATH is: an adapter folder, an ONNX folder, a Hub id of either, or a memory file.
 
     With a second memory file, OTHER, say what changed from PATH to OTHER.
     """
@@ -39,7 +39,7 @@ def command(path, other, plot, row, as_json) -> None:
         refused = [name for name, value in given if value is not None]
         if refused:
             raise click.UsageError(f"{', '.join(refused)} can only be given with a memory file; {path} is no file.")
-        said, tables = _onnx(path) if (Path(path) / MANIFEST_FILE).is_file() else _adapter(path)
+        said, tables = _onnx(path) if is_onnx(path) else _adapter(path)
     if as_json:
         click.echo(json.dumps(said))
         return
@@ -166,10 +166,10 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     from rich.table import Table
     from rich.text import Text
 
-    from deltamem_tool.onnx.contract import Manifest, check_folder
+    from deltamem_tool.onnx.folder import find_onnx, read_manifest
     from deltamem_tool.onnx.interface_table import rows
 
-    manifest = Manifest.from_json((check_folder(path) / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = read_manifest(find_onnx(path))
     said = {"kind": "onnx", **asdict(manifest)}
     table = Table(title="What the graph takes and gives")
     for column in ("", "name", "type", "shape", "what"):

@@ -16,7 +16,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("run")
-@click.argument("onnx_dir", type=click.Path(path_type=Path))
+@click.argument("onnx_dir")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What to say; repeat it for further turns.")
 @click.option("--system", help="A system message before the first turn.")
 @click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")
@@ -30,7 +30,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--threads", type=click.IntRange(min=1), help="Of one call of the graph.  [default: the usable cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
-    onnx_dir: Path,
+    onnx_dir: str,
     prompts: tuple[str, ...],
     system: str | None,
     memory_file: Path | None,
@@ -42,7 +42,7 @@ def command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Answer with the model in ONNX_DIR, which `deltamem export` wrote, in ONNX Runtime and without PyTorch."""
+    """Answer with the model in ONNX_DIR, an ONNX folder or a Hub id, in ONNX Runtime and without PyTorch."""
     from deltamem_tool.memory_file import read_memory, refuse_no_memory
 
     if save_memory is not None:

@@ -1,4 +1,4 @@
-"""A recall result as a table, a picture, and JSON."""
+"""A recall result as a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from deltamem_tool.evaluation.recall import CONDITIONS, RecallResult
+from deltamem_tool.evaluation.recall import RecallResult
 from deltamem_tool.files import write_whole
 
 # State and ceiling stand out; the four controls share the bottom of the plot, so their marks differ.
@@ -34,18 +34,6 @@ def recall_table(result: RecallResult) -> Table:
         cells = [f"{score.mean:.2f}\n[dim]{score.low:.2f}–{score.high:.2f}[/dim]" for score in scores]
         table.add_row(condition.replace("_", " "), *cells)
     return table
-
-
-def recall_json(result: RecallResult) -> dict[str, Any]:
-    """`{"facts": […], condition: […], "intervals": {condition: [[low, high], …]}, …}`."""
-    return {
-        "facts": result.facts,
-        **{condition: [score.mean for score in scores] for condition, scores in result.scores.items()},
-        "intervals": {name: [[score.low, score.high] for score in scores] for name, scores in result.scores.items()},
-        "conditions": {name: CONDITIONS[name] for name in result.scores},
-        "episodes": result.episodes,
-        "seed": result.seed,
-    }
 
 
 def plot_recall(result: RecallResult, path: Path) -> None:

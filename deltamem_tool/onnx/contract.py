@@ -129,6 +129,11 @@ class Interface:
         """`(H, R, R)` by layer index."""
         return {i: layer.state for i, layer in enumerate(self.layers) if layer.state is not None}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of one conversation: its states and open segments, float32."""
+        return sum(4 * (math.prod(shape) + self.segment) for shape in self.state_shapes.values())
+
     def inputs(self) -> dict[str, tuple[str, Shape]]:
         """(type, shape) of every input that has no default, by name, in the graph's order."""
         return {

@@ -14,15 +14,15 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.fixed import open_graph
+from deltamem_tool.onnx.folder import find_onnx, read_manifest
 
 
 class OnnxModel:
     """An ONNX folder, ready to talk: pass it to `Conversation`. One model serves many conversations and threads.
 
     Args:
-        folder: what `deltamem export` wrote.
+        folder: what `deltamem export` wrote, a folder that has it under `onnx/`, or a Hub id: see `resolve`.
         provider: what runs the graph, "cpu" or "cuda".
         threads: of one call; by default the cores that this process may use.
         map_weights: leave the weights in their file: see `Graph`.
@@ -31,6 +31,7 @@ class OnnxModel:
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
+        HubError: the Hub does not give it.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class OnnxModel:
         map_weights: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        self.folder = contract.check_folder(folder)
-        self.manifest = Manifest.from_json((self.folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
+        self.folder = find_onnx(folder)
+        self.manifest = read_manifest(self.folder)
         interface = self.manifest.interface
         if interface.genai:
             raise ExportError(

@@ -1,0 +1,138 @@
+"""What a folder or a repository holds: an adapter, an ONNX folder, or both, with the ONNX under `onnx/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool import adapter as adapters
+from deltamem_tool.adapter import AdapterFolder, read_adapter
+from deltamem_tool.errors import DeltaMemError, HubError
+from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.folder import ONNX_FILES, ONNX_FOLDER, read_manifest
+from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
+
+CARD_FILE = "README.md"
+ADAPTER_FILES = (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
+REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES))  # patterns; nothing else
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter, an ONNX folder, or both of one adapter; checked.
+
+    Args:
+        files: what there is, by path in a repository, without the card.
+        adapter: None if there is none.
+        onnx: the manifest of the ONNX folder; None if there is none.
+        training: `training.json`.
+        evaluation: `evaluation.json`, of this adapter.
+        card: the text of `README.md`.
+    """
+
+    files: Mapping[str, Path | bytes] = field(repr=False)
+    adapter: AdapterFolder | None
+    onnx: Manifest | None
+    training: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    card: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the adapter, which memories are bound to."""
+        if self.adapter is not None:
+            return self.adapter.fingerprint
+        assert self.onnx is not None  # there is one of the two
+        return self.onnx.adapter
+
+    @property
+    def what(self) -> str:
+        parts = [*(["adapter"] if self.adapter else []), *(["ONNX folder"] if self.onnx else [])]
+        return " and ".join(parts)
+
+    def beside(self, other: Contents) -> Contents:
+        """These, and of `other` the part that is missing here, if it is of the same adapter."""
+        if other.fingerprint != self.fingerprint:
+            return self
+        return replace(
+            self,
+            adapter=self.adapter or other.adapter,
+            onnx=self.onnx or other.onnx,
+            training=self.training if self.adapter else other.training,
+            evaluation=self.evaluation or other.evaluation,
+        )
+
+
+def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | None = None) -> Contents:
+    """Read and check what `folder` holds.
+
+    Args:
+        folder: an adapter folder, perhaps with an ONNX folder `onnx` in it; or an ONNX folder.
+        onnx: an ONNX folder that is elsewhere.
+        evaluation: what `deltamem eval --out` wrote, if it is not in `folder`.
+
+    Raises:
+        HubError: it holds neither, or parts of two adapters.
+        AdapterError, ExportError, DataError: a part is damaged.
+    """
+    if not folder.is_dir():
+        raise HubError(f"There is no folder {folder}.", "", "Give an adapter folder or an ONNX folder.")
+    adapter = read_adapter(folder) if (folder / adapters.CONFIG_FILE).is_file() else None
+    inside = [place for place in (folder, folder / ONNX_FOLDER) if (place / contract.MANIFEST_FILE).is_file()]
+    place = onnx or next(iter(inside), None)
+    manifest = None if place is None else read_manifest(place)
+    if adapter is None and manifest is None:
+        raise HubError(
+            f"{folder} holds no adapter and no ONNX folder.",
+            f"It has no {adapters.CONFIG_FILE} and no {contract.MANIFEST_FILE}.",
+            "Make one with `deltamem train` or `deltamem export`.",
+        )
+    if adapter is not None and manifest is not None and adapter.fingerprint != manifest.adapter:
+        raise HubError(
+            f"{place} was not exported from the adapter in {folder}.",
+            "A memory of one would be refused by the other.",
+            "Export the adapter again, or push the two to different repositories.",
+        )
+    files: dict[str, Path | bytes] = {}
+    if adapter is not None:
+        files |= {name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()}
+    if manifest is not None and place is not None:
+        found = sorted({file for pattern in ONNX_FILES for file in place.glob(pattern) if file.is_file()})
+        files |= {f"{ONNX_FOLDER}/{file.relative_to(place).as_posix()}": file for file in found}
+    scores = evaluation or folder / EVALUATION_FILE
+    said = read_evaluation(scores) if evaluation is not None or scores.is_file() else None
+    card = folder / CARD_FILE
+    contents = Contents(
+        files,
+        adapter,
+        manifest,
+        _json(folder / SUMMARY_FILE) if adapter is not None else None,
+        said,
+        card.read_text(encoding="utf-8") if card.is_file() else None,
+    )
+    if said is not None:
+        files[EVALUATION_FILE] = scores
+        if said["adapter"] != contents.fingerprint:
+            raise HubError(
+                f"{scores} is the evaluation of another adapter.",
+                "",
+                "Evaluate this one: `deltamem eval ADAPTER --out evaluation.json`.",
+            )
+    return contents
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltaMemError(f"{file} is not JSON.", f"{error}.", "Remove it, or train again.") from error
+    if not isinstance(said, dict):
+        raise DeltaMemError(f"{file} is no JSON object.", "", "Remove it, or train again.")
+    return said

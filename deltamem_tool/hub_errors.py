@@ -1,0 +1,121 @@
+"""What the Hub's client raises, as people meet it: what failed, why, what next, and never a token."""
+
+from __future__ import annotations
+
+import re
+
+from httpx2 import HTTPError, TimeoutException
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from deltamem_tool.errors import HubError
+
+# What the client raises of its own; OSError, because it turns some answers of the server into that.
+CLIENT_ERRORS = (HTTPError, HFValidationError, EntryNotFoundError, OSError)
+LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
+_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{4,}|(?<=Bearer )\S+")
+_LATER = "Try again in a while."
+
+
+def redacted(text: str) -> str:
+    """`text` without anything that is, or looks like, a token of the Hub."""
+    token = get_token()
+    if token:
+        text = text.replace(token, "***")
+    return _TOKEN.sub("***", text)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether it is unknown what the server did: no answer came, or one that it was not able to give."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code >= 500
+        if isinstance(error, HTTPError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def explained(error: BaseException, repo_id: str, what: str) -> HubError:
+    """The error for a person.
+
+    Args:
+        error: what the client raised; its causes are looked at too.
+        repo_id: `owner/name`.
+        what: the sentence that says what failed.
+    """
+    causes = _causes(error)
+    for kind, (why, after) in _BY_KIND.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return HubError(what, why, after.format(url=f"{constants.ENDPOINT}/{repo_id}"))
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            return HubError(what, *_by_status(cause, repo_id))
+    if any(isinstance(cause, TimeoutException) for cause in causes):
+        return HubError(what, "The Hub did not answer in time.", f"Check the network. {_LATER}")
+    if any(isinstance(cause, HTTPError) for cause in causes):
+        return HubError(what, f"The connection failed: {first_line(causes[-1])}.", f"Check the network. {_LATER}")
+    return HubError(what, f"{first_line(error).rstrip('.')}.", "Check the name and the network. " + LOGIN)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """`error` and what it came from, outermost first."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+# Asked for in this order: a gated repository is also one that is not found.
+_BY_KIND: dict[type[BaseException], tuple[str, str]] = {
+    OfflineModeIsEnabled: (
+        "HF_HUB_OFFLINE is set, and the Hub's cache here does not hold it.",
+        "Unset HF_HUB_OFFLINE, or fetch it once while you are online.",
+    ),
+    GatedRepoError: ("It is gated, and your token has no access.", f"Ask for access at {{url}}. {LOGIN}"),
+    RevisionNotFoundError: ("It has no such branch, tag or commit.", "The revisions are listed at {url}/tree/main."),
+    RepositoryNotFoundError: (
+        "There is no such repository on the Hub, or it is private and you have no access.",
+        f"Check the name. {LOGIN}",
+    ),
+    HFValidationError: ("This is no name of a repository.", "A name is OWNER/NAME, of letters, digits, -, _ and dots."),
+}
+
+
+def _by_status(error: HfHubHTTPError, repo_id: str) -> tuple[str, str]:
+    """Why, and what next, by the status of the Hub's answer."""
+    status = error.response.status_code
+    said = redacted(error.server_message or "").strip().splitlines()
+    words = f" It says: {said[0].rstrip('.')}." if said else ""
+    if status == 401:
+        return f"The Hub does not accept the token, or there is none.{words}", LOGIN
+    if status == 403:
+        return (
+            f"Your token may not do that with {repo_id}.{words}",
+            "Use a token with write access to it (`hf auth login`), or propose a change with --create-pr.",
+        )
+    if status in (409, 412):
+        return f"It has been changed meanwhile.{words}", "Look at what has changed, and push again."
+    if status == 413:
+        return f"The Hub finds it too large.{words}", "Push a smaller folder, such as the adapter without the ONNX."
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        after = f"Try again in {wait} s." if wait and wait.isdigit() else _LATER
+        return f"The Hub has had too many requests from you.{words}", after
+    if status >= 500:
+        return f"The Hub has an error of its own ({status}).{words}", _LATER
+    return f"The Hub answered {status}.{words or ' ' + first_line(error)}", "Correct it, and try again."

@@ -1,0 +1,44 @@
+"""Where an ONNX folder is: here, beside an adapter, or in a repository of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamem_tool.config import CONFIG_FILE
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, check_folder
+from deltamem_tool.resolve import fetch, hub_name
+
+ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
+ONNX_FILES = (MODEL_FILE, DATA_FILE, "*.json", "*.jinja")  # patterns; nothing else is fetched or sent
+
+
+def find_onnx(name: str | Path) -> Path:
+    """The local folder of an ONNX folder, or of the `onnx` in a folder or repository; from the Hub it is fetched.
+
+    Raises:
+        ExportError: a file is missing.
+        HubError: nothing is there.
+    """
+    hub = hub_name(str(name))
+    patterns = [*ONNX_FILES, *(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES)]
+    folder = Path(name) if hub is None else fetch(hub, patterns, "ONNX folder")
+    inside = folder / ONNX_FOLDER
+    is_inside = not (folder / MANIFEST_FILE).is_file() and (inside / MANIFEST_FILE).is_file()
+    return check_folder(inside if is_inside else folder)
+
+
+def is_onnx(name: str | Path) -> bool:
+    """Whether a folder or repository is for ONNX Runtime: it holds an ONNX folder, and no adapter beside it."""
+    hub = hub_name(str(name))
+    manifests = [MANIFEST_FILE, f"{ONNX_FOLDER}/{MANIFEST_FILE}"]
+    folder = Path(name) if hub is None else fetch(hub, [CONFIG_FILE, *manifests], "adapter or ONNX folder")
+    return not (folder / CONFIG_FILE).is_file() and any((folder / file).is_file() for file in manifests)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What `deltamem_onnx.json` says, of a folder that has every file.
+
+    Raises:
+        ExportError: a file is missing, or it cannot be.
+    """
+    return Manifest.from_json((check_folder(folder) / MANIFEST_FILE).read_text(encoding="utf-8"))
