@@ -1,21 +1,14 @@
-"""The Hub that other tests use, against the real client: it keeps, refuses and breaks what it should."""
+"""The Hub that other tests use, against the real client: it keeps, tells and refuses what it should."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import httpx2
 import pytest
-from hub.faults import answer, cut_answer, cut_request, delay, lose_answer
-from hub.isolation import environment
-from hub.server import HubServer
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download, hf_hub_url
+from hub.client import CARD, LARGE, REPO, SMALL, WEIGHTS, commit, read, writer
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, hf_hub_url
 from huggingface_hub import snapshot_download as snapshot
 from huggingface_hub.errors import (
     BadRequestError,
@@ -28,36 +21,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils.sha import git_hash
 
-REPO = "someone/memory"
-CARD = b"---\nlicense: apache-2.0\ntags:\n- memory\n---\n# Memory\n"
-SMALL = {"README.md": CARD, "config.json": b'{"rank": 4}\n', "notes/empty.bin": b""}
-WEIGHTS = bytes(range(256)) * 40
-LARGE = {"adapter.safetensors": WEIGHTS, "onnx/model.onnx": WEIGHTS[::-1], "picture.png": b"\x89PNG\0\0" * 9}
 BIG = bytes(1_300_000)  # above what is sent whole
 
 
 @pytest.fixture
 def api(hub):
-    """The client of someone who may write; its repository is there, with nothing in it."""
-    hub.add_repo(REPO, {})
-    return HfApi(endpoint=hub.endpoint, token="hf_write")
-
-
-def commit(api, files=(), deleted=(), message="Change", **options):
-    operations = [CommitOperationAdd(path, content) for path, content in dict(files).items()]
-    operations += [CommitOperationDelete(path) for path in deleted]
-    return api.create_commit(REPO, operations, commit_message=message, **options)
+    return writer(hub)
 
 
 def sent(hub):
     """What the last commit carried: the kind of each line and its path."""
     lines = [json.loads(line) for line in hub.asked("POST .*/commit/")[-1].body.splitlines()]
     return [(line["key"], line["value"]["path"]) for line in lines[1:]]
-
-
-def read(folder) -> dict[str, bytes]:
-    found = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 # What it keeps
@@ -242,7 +217,7 @@ def post_commit(hub, *lines):
     header = {"key": "header", "value": {"summary": "By hand"}}
     body = "\n".join(json.dumps(line) for line in (header, *lines))
     address, headers = f"{hub.endpoint}/api/models/{REPO}/commit/main", {"Authorization": "Bearer hf_write"}
-    return httpx2.post(address, content=body, headers=headers)
+    return get_session().post(address, content=body, headers=headers)
 
 
 @pytest.mark.parametrize(
@@ -267,24 +242,24 @@ def test_no_commit_of_what_cannot_be(hub, api, key, value, said):
 
 
 def test_the_storage_takes_what_was_announced_alone(hub, api):
-    hub.part_size = 1 << 17
+    hub.part_size, http = 1 << 17, get_session()
     asked = {"operation": "upload", "transfers": ["multipart"], "objects": [{"size": len(BIG)}, {"size": 4}]}
     for each, content in zip(asked["objects"], (BIG, b"abcd"), strict=True):
         each["oid"] = hashlib.sha256(content).hexdigest()
     token = {"Authorization": "Bearer hf_write"}
     address = f"{hub.endpoint}/{REPO}.git/info/lfs/objects"
-    parts, whole = httpx2.post(f"{address}/batch", json=asked, headers=token).json()["objects"]
+    parts, whole = http.post(f"{address}/batch", json=asked, headers=token).json()["objects"]
     href = whole["actions"]["upload"]["href"]
-    assert httpx2.put(href, content=b"abcd", headers=token).status_code == 400  # the address is signed
-    assert httpx2.put(href, content=iter([b"abcd"])).status_code == 501  # no length
-    assert [httpx2.put(href, content=content).status_code for content in (b"abc", b"abcx")] == [400, 400]
-    assert httpx2.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 404
-    assert httpx2.put(href, content=b"abcd").status_code == 200
-    assert httpx2.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 200
+    assert http.put(href, content=b"abcd", headers=token).status_code == 400  # the address is signed
+    assert http.put(href, content=iter([b"abcd"])).status_code == 501  # no length
+    assert [http.put(href, content=content).status_code for content in (b"abc", b"abcx")] == [400, 400]
+    assert http.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 404
+    assert http.put(href, content=b"abcd").status_code == 200
+    assert http.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 200
     upload = parts["actions"]["upload"]
     assert len([name for name in upload["header"] if name.isdigit()]) == 10
     early = {"oid": parts["oid"], "parts": []}
-    assert httpx2.post(upload["href"], json=early).status_code == 400
+    assert http.post(upload["href"], json=early).status_code == 400
 
 
 def test_a_card_that_the_hub_cannot_read(hub, api):
@@ -304,147 +279,3 @@ def test_ranges(hub, api):
         for asked, content in (("2-4", b"234"), ("7-", b"789"), ("-2", b"89"), ("10-", b"")):
             got = get_session().get(address, headers={"Range": f"bytes={asked}"})
             assert (got.status_code, got.content) == (206 if content else 416, content)
-
-
-# What goes wrong
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 409, 413])
-def test_a_refusal(hub, api, status):
-    hub.fail("POST .*/commit/main", answer(status, "not now", X_Request_Id="abc"))
-    with pytest.raises(HfHubHTTPError, match="not now") as caught:
-        commit(api, {"a.txt": b"1"})
-    assert caught.value.response.status_code == status and caught.value.request_id == "abc"
-    assert hub.files_at(REPO) == {}
-    commit(api, {"a.txt": b"1"})  # once alone
-    assert hub.files_at(REPO) == {"a.txt": b"1"} and [r.status for r in hub.asked("/commit/")] == [status, 200]
-
-
-def test_errors_that_go_away(hub, api):
-    hub.fail("POST .*/preupload/", answer(500), times=2)
-    hub.fail(lambda request: request.storage and request.method == "PUT", answer(429, Retry_After="6"))
-    commit(api, {"a.bin": b"1"})
-    assert [request.status for request in hub.asked("/preupload/")] == [500, 500, 200]
-    assert [request.status for request in hub.asked("PUT")] == [429, 200] and hub.waits == [1, 2, 7]
-
-
-def test_a_hub_that_stays_broken(hub, api):
-    hub.fail("/preupload/", answer(503), times=None)
-    with pytest.raises(HfHubHTTPError, match="503"):
-        commit(api, {"a.bin": b"1"})
-    assert len(hub.asked("/preupload/")) == 6
-    hub.faults.clear()
-    commit(api, {"a.bin": b"1"})
-
-
-def test_a_connection_cut_while_sending(hub, api):
-    hub.fail("PUT", cut_request(), times=2)
-    commit(api, {"a.bin": BIG[:1_000_000]})
-    broken = hub.asked("PUT")[:2]
-    assert [each.status for each in broken] == [None, None] and len({each.cut_at for each in broken}) == 2
-    assert all(0 < each.cut_at == each.size < 1_000_000 for each in broken)
-    assert hub.files_at(REPO)["a.bin"] == BIG[:1_000_000]
-    before = hub.head(REPO)
-    hub.fail("/commit/", cut_request(after=30))
-    with pytest.raises(httpx2.TransportError):
-        commit(api, {"a.txt": b"1"})
-    assert hub.asked("/commit/")[-1].size == 30 and hub.head(REPO) == before
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
-def test_a_connection_cut_while_fetching(hub, api, name, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # of a chunk that is cut nothing is kept
-    content = b"abcdefgh" * 10_000
-    hub.add_repo(REPO, {name: content})
-    at = "GET /download/" if name == "a.bin" else "GET .*/resolve/"
-    hub.fail(at, cut_answer(after=50_000))
-    assert Path(hf_hub_download(REPO, name)).read_bytes() == content
-    first, second = hub.asked(at)
-    assert first.cut_at == 50_000 and hub.waits == [1]
-    assert (second.headers["Range"], second.status) == ("bytes=50000-", 206)
-
-
-def test_an_answer_cut_behind_its_headers(hub, api):
-    hub.fail("/api/models/", cut_answer(after=0))
-    with pytest.raises(httpx2.RemoteProtocolError, match="received 0 bytes"):
-        api.model_info(REPO)
-
-
-def test_an_answer_that_is_lost(hub, api):
-    hub.fail("/commit/", lose_answer())
-    with pytest.raises(httpx2.RemoteProtocolError, match="without sending a response"):
-        commit(api, {"a.txt": b"1"})
-    assert hub.files_at(REPO) == {"a.txt": b"1"} and hub.asked("/commit/")[0].status is None
-
-
-def test_a_slow_hub(hub, api):
-    hub.add_repo(REPO, {"a.txt": b"1"})
-    address = hf_hub_url(REPO, "a.txt")
-    hub.fail("HEAD", delay(30))
-    with pytest.raises(httpx2.ReadTimeout):
-        api.get_hf_file_metadata(url=address, timeout=0.1)
-    hub.fail("HEAD", delay(0.2))
-    start = time.monotonic()
-    assert api.get_hf_file_metadata(url=address, timeout=20).size == 1
-    assert time.monotonic() - start >= 0.2
-
-
-def test_the_seed_chooses_the_byte():
-    def cuts(seed):
-        with HubServer(seed=seed) as server:
-            server.fail("", cut_request(), times=None)
-            for _ in range(4):
-                with pytest.raises(httpx2.TransportError):
-                    httpx2.post(server.endpoint, content=bytes(100_000))
-            return [request.cut_at for request in server.requests]
-
-    assert cuts(1) == cuts(1) != cuts(2) and len(set(cuts(1))) == 4
-
-
-def test_what_the_server_cannot_do_is_heard_of():
-    with HubServer() as server:
-        assert httpx2.get(f"{server.endpoint}/api/spaces/a/b").status_code == 501
-    with pytest.raises(json.JSONDecodeError), HubServer() as server:
-        server.add_repo(REPO, {})
-        headers = {"Authorization": "Bearer hf_write"}
-        with pytest.raises(httpx2.RemoteProtocolError):
-            httpx2.post(f"{server.endpoint}/api/repos/create", content=b"{", headers=headers)
-
-
-# Who sees it
-
-
-def test_the_process_knows_no_other_hub(hub):
-    hub.add_repo(REPO, {"a.bin": WEIGHTS})
-    home = constants.HF_HOME
-    assert hf_hub_download(REPO, "a.bin").startswith(home)
-    real = (str(Path.home()), "https://huggingface.co")
-    for name, value in vars(constants).items():
-        if isinstance(value, str) and name.isupper() and not name.startswith(("_", "HUGGINGFACE_CO_URL_HOME")):
-            assert not value.startswith(real), f"{name} is still {value}"
-    with pytest.raises(httpx2.ConnectError, match="not to leave this machine"):
-        httpx2.get("https://huggingface.co/api/models")
-    assert hub.sought == ["huggingface.co"]
-    hub.sought.clear()  # it would fail this test
-
-
-_FETCH = """
-import pathlib, sys
-from huggingface_hub import snapshot_download, whoami
-print(whoami()["name"], *sorted(path.name for path in pathlib.Path(snapshot_download(sys.argv[1])).iterdir()))
-"""
-
-
-def test_another_process_knows_no_other_hub(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "person"))
-    (tmp_path / "person").mkdir()
-    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with HubServer() as server:
-        server.add_repo(REPO, SMALL | LARGE, private=True)
-        command = [sys.executable, "-c", _FETCH, REPO]
-        variables = environment(server, tmp_path / "home", token="hf_read")
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["someone", *sorted({path.split("/")[0] for path in SMALL | LARGE})]
-    assert not list((tmp_path / "person").rglob("*")) and (tmp_path / "home" / "hub").is_dir()

@@ -41,7 +41,8 @@ def cut_request(after: int = SOMEWHERE) -> Fault:
 
 
 def cut_answer(after: int = SOMEWHERE) -> Fault:
-    """The connection breaks while the answer's body is on its way; `after=0` is behind the headers."""
+    """The connection breaks while the answer's body is on its way; `after=0` is behind the headers. An answer without
+    a body, as to HEAD, comes whole."""
     return Fault(cut_answer=after)
 
 

@@ -16,18 +16,19 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api
 from huggingface_hub.utils import _detect_agent, _http
 
-_OF_THE_CLIENT = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "HUB_")  # what variables that matter begin with
+_OF_THE_CLIENT = ("HF_", "HUGGING", "TRANSFORMERS_")  # what variables that matter begin with
 _PACKAGES = ("huggingface_hub", "transformers", "datasets")
 _LOCAL = ("127.0.0.1", "localhost")
 
 
+def _matters(variable: str) -> bool:
+    """Whether the client would read it."""
+    return variable.startswith(_OF_THE_CLIENT) or variable.lower().endswith("_proxy")
+
+
 def environment(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
     """The whole environment of a process that has `server` for its Hub and keeps what it fetches below `home`."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_OF_THE_CLIENT) and not name.lower().endswith("_proxy")
-    }
+    kept = {name: value for name, value in os.environ.items() if not _matters(name)}
     own = {
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
@@ -43,11 +44,10 @@ def environment(server: HubServer, home: Path, token: str | None = None) -> dict
 def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
     """Whatever module took a path below the real HF_HOME as it was imported has one below `home` instead."""
     real = constants.HF_HOME
-    modules = [(name, module) for name, module in sys.modules.items() if name.split(".")[0] in _PACKAGES]
-    for _, module in modules:
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] in _PACKAGES]:
         for name, value in list(vars(module).items()):
-            if isinstance(value, (str, Path)) and Path(value).is_relative_to(real) and str(value):
-                patch.setattr(module, name, type(value)(home / Path(value).relative_to(real)))
+            if isinstance(value, (str, Path)) and str(value).startswith(real):
+                patch.setattr(module, name, type(value)(str(value).replace(real, str(home), 1)))
 
 
 def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
@@ -83,7 +83,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[HubServer]:
     """A Hub for the client of this very process, which has neither token nor cache of the user, and waits for nothing
     before it tries again: `hub.waits` has the seconds."""
     with HubServer() as server:
-        for name in [name for name in os.environ if name.startswith(_OF_THE_CLIENT) or name.lower().endswith("_proxy")]:
+        for name in [name for name in os.environ if _matters(name)]:
             monkeypatch.delenv(name)
         _move_home(monkeypatch, tmp_path / "hf-home")
         _move_endpoint(monkeypatch, server.endpoint)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -20,10 +21,8 @@ class Reply:
     body: bytes = b""
 
 
-def as_json(said: Any, status: int = 200, **headers: str) -> Reply:
-    """A reply in JSON; the underscores of `headers` are hyphens."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **named}, json.dumps(said).encode())
+def as_json(said: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **headers}, json.dumps(said).encode())
 
 
 @dataclass

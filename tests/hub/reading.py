@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlencode
 
@@ -91,11 +92,11 @@ def tree(hub: HubServer, request: Request, kind: str, id: str, revision: str, pa
     entries = commit.tree(path.strip("/"), request.flag("recursive"))
     start = int(request.query.get("cursor", 0))
     end = start + hub.page_size
-    headers = {"X_Repo_Commit": commit.sha}
+    headers = {"X-Repo-Commit": commit.sha}
     if end < len(entries):
         query = urlencode({**request.query, "cursor": end})
         headers["Link"] = f'<{hub.endpoint}{request.raw_path}?{query}>; rel="next"'
-    return as_json(entries[start:end], **headers)
+    return as_json(entries[start:end], headers=headers)
 
 
 @route("POST", "/api/{repo}/paths-info/{revision}")
@@ -159,7 +160,7 @@ def resolve(hub: HubServer, request: Request, kind: str | None, id: str, revisio
     commit = repo.resolve(revision)
     blob = commit.files.get(path)
     if blob is None:
-        raise HubError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.sha)
+        raise HubError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.sha})
     headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{blob.etag}"'}
     if not blob.lfs:
         return _content(request, repo, path, blob, headers)
@@ -211,7 +212,7 @@ def validate_yaml(hub: HubServer, request: Request) -> Reply:
     return as_json({"errors": [{"message": each} for each in wrong], "warnings": []}, 400 if wrong else 200)
 
 
-def _wrong_metadata(data: dict[str, Any]):
+def _wrong_metadata(data: dict[str, Any]) -> Iterator[str]:
     """A few of the rules: those by which a card is refused most easily."""
 
     def texts(name: str) -> list[Any]:

@@ -128,7 +128,7 @@ class HubServer:
                 headers = {"X-Error-Message": error.message, **error.headers}
                 if error.code:
                     headers["X-Error-Code"] = error.code
-                return as_json({"error": error.message}, error.status, **headers)
+                return as_json({"error": error.message}, error.status, headers)
 
 
 class _Listener(ThreadingHTTPServer):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 # What a new repository's .gitattributes names.
@@ -26,10 +27,11 @@ PULL_REQUEST = "refs/pr/"
 class HubError(Exception):
     """What the Hub refuses; `code` is its X-Error-Code, by which the client chooses the exception."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status, self.message, self.code, self.headers = status, message, code, headers
 
 
 def git_oid(kind: str, content: bytes) -> str:
@@ -106,7 +108,9 @@ class Commit:
         """Entries below `folder`, in the order of their paths."""
         folders = self.folders()
         if folder and folder not in folders:
-            raise HubError(404, f"{folder} does not exist on this revision", "EntryNotFound", X_Repo_Commit=self.sha)
+            raise HubError(
+                404, f"{folder} does not exist on this revision", "EntryNotFound", {"X-Repo-Commit": self.sha}
+            )
         entries = [blob.entry(path) for path, blob in self.files.items()]
         entries += [{"type": "directory", "oid": oid, "size": 0, "path": path} for path, oid in folders.items()]
         start = f"{folder}/" if folder else ""

@@ -143,7 +143,7 @@ def lfs_batch(hub: HubServer, request: Request, kind: str | None, id: str) -> Re
             upload = Upload(repo, oid, size, hub.part_size if in_parts else None)
             objects[-1]["actions"] = _actions(hub, upload)
     transfer = "multipart" if any("chunk_size" in str(each) for each in objects) else "basic"
-    return as_json({"transfer": transfer, "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+    return as_json({"transfer": transfer, "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
 
 
 def _actions(hub: HubServer, upload: Upload) -> dict[str, Any]:
