@@ -16,6 +16,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub.isolation import hub  # noqa: E402, F401  (a fixture)
 from once import folder_once  # noqa: E402
 from tiny import save_checkpoint, tiny_tokenizer  # noqa: E402
 

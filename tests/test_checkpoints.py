@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
+from hub.isolation import environment
+from hub.server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -172,11 +173,11 @@ from deltamem_tool import DeltaMemConfig, load
 from deltamem_tool.adapter import create_adapter, read_adapter
 from deltamem_tool.errors import DeltaMemError
 
-for revision, seed in (("main", 0), ("v2", 1)):
+for revision, seed, commit in (("main", 0, sys.argv[2]), ("v2", 1, sys.argv[3])):
     out = f"{sys.argv[1]}/{revision}"
     create_adapter("someone/tiny", DeltaMemConfig(rank=4), out, revision=revision)
     base = read_adapter(out).base
-    assert (base.name, base.revision) == ("someone/tiny", str(seed + 1) * 40), base
+    assert (base.name, base.revision) == ("someone/tiny", commit), base
     with torch.no_grad():
         assert torch.equal(load(out)(tokens(1, 5)).logits, tiny_model(seed=seed)(tokens(1, 5)).logits)
 for name, revision in (("someone/tiny", "v3"), ("someone/nothing", None), ("someone/diffusion", None)):
@@ -188,59 +189,6 @@ for name, revision in (("someone/tiny", "v3"), ("someone/nothing", None), ("some
 """
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as its client needs to fetch a snapshot."""
-
-    repositories: dict[str, dict[str, tuple[str, Path]]]  # (commit, folder) by revision by name
-    asked: list[str]
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        parts = self.path.split("?")[0].strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
-        name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
-        revisions = self.repositories.get(name, {})
-        wanted = rest[1] if len(rest) > 1 else "main"
-        found = [place for revision, place in revisions.items() if wanted in (revision, place[0])]
-        headers = {"Content-Type": "application/json"}
-        content = b"{}"
-        if not found:
-            code = "RevisionNotFound" if revisions else "RepoNotFound"
-            return self.send(404, {"X-Error-Code": code}, content, body)
-        commit, folder = found[0]
-        headers["X-Repo-Commit"] = commit
-        if is_api:
-            files = [{"rfilename": file} for file in listing(folder)]
-            said = {"id": name, "sha": commit, "siblings": files}
-            tree = [{"type": "file", "path": file, "size": size, "oid": file} for file, size in listing(folder).items()]
-            content = json.dumps(tree if rest[0] == "tree" else said).encode()
-        else:
-            file = folder / "/".join(rest[2:])
-            if body:
-                self.asked.append(f"{name}/{file.name}")
-            if not file.is_file():
-                return self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", body)
-            content = file.read_bytes()
-            headers["ETag"] = f'"{commit[:8]}-{file.name}"'
-        return self.send(200, headers, content, body)
-
-    def send(self, code: int, headers: dict[str, str], content: bytes, body: bool) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-
 def test_a_hub_id_and_its_revisions(tmp_path):
     """Over HTTP, with the Hub's own client."""
     first = save_checkpoint(tmp_path / "first")
@@ -250,34 +198,16 @@ def test_a_hub_id_and_its_revisions(tmp_path):
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "model_index.json").write_text("{}")
     save_file({"unet": torch.zeros(1)}, tmp_path / "diffusion" / "model.safetensors")
-    repositories = {
-        "someone/tiny": {"main": ("1" * 40, first), "v2": ("2" * 40, second)},
-        "someone/diffusion": {"main": ("3" * 40, tmp_path / "diffusion")},
-    }
-    asked: list[str] = []
-    handler = type("Hub", (_Hub,), {"repositories": repositories, "asked": asked})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).parent),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     (tmp_path / "out").mkdir()
-    try:
-        command = [sys.executable, "-c", _FETCH, str(tmp_path / "out")]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, check=False, env=environment, cwd=tmp_path
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
+    with HubServer() as server:
+        commits = [server.add_repo("someone/tiny", first), server.add_repo("someone/tiny", second, branch="v2")]
+        server.add_repo("someone/diffusion", tmp_path / "diffusion")
+        command = [sys.executable, "-c", _FETCH, str(tmp_path / "out"), *commits]
+        paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+        variables = environment(server, tmp_path / "home") | paths
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"main", "v2"}
-    assert asked.count("someone/tiny/model.safetensors") == 1
+    assert server.fetched().count("someone/tiny/model.safetensors") == 1
     for file in ("tiny/consolidated.safetensors", "tiny/pytorch_model.bin", "diffusion/model.safetensors"):
-        assert f"someone/{file}" not in asked
+        assert f"someone/{file}" not in server.fetched()
