@@ -49,8 +49,11 @@ def cli() -> None:
 def main() -> None:
     """Run a command. Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with
     2; anything unexpected keeps its traceback."""
-    # Waiting threads that spin make other work on the same cores many times slower. Must stand before torch comes.
+    # Both must stand before torch and the Hub's client come. Waiting threads that spin make other work on the same
+    # cores many times slower; bars are for people.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         cli(prog_name="deltamem")
     except Exception as error:

@@ -37,5 +37,7 @@ def command(repo_id: str, revision: str | None, out: Path | None, overwrite: boo
         }
         click.echo(json.dumps(said))
         return
-    click.echo(f"{repo_id} holds an {done.contents.what}; commit {done.commit}.", err=True)
+    click.echo(
+        f"{repo_id} holds {' and '.join(f'an {part}' for part in done.contents.parts)}; commit {done.commit}.", err=True
+    )
     click.echo(str(done.path))

@@ -52,7 +52,7 @@ def write_card(known: Contents, repo_id: str, base: Base, old: str | None, licen
     Raises:
         HubError: the old card's metadata or marks are broken.
     """
-    card = _parsed(old if old is not None else f"---\n---\n\n# {repo_id.partition('/')[2]}\n")
+    card = _parsed(old if old is not None else f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n")
     text = card.text
     block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}"
     if (text.count(BEGIN), text.count(END)) == (0, 0):
@@ -118,7 +118,8 @@ def _results(known: Contents) -> list[EvalResult]:
             task_type="text-generation",
             task_name="Recall of facts from the memory alone",
             dataset_type=DATASET,
-            dataset_name=f"{facts} facts, {said['episodes']} conversations",
+            dataset_name=f"deltamem recall, {facts} facts told, {said['episodes']} conversations",
+            dataset_config=f"facts={facts}",  # results of one dataset and configuration are listed together
             metric_type="exact_match",
             metric_name=f"exact match, {name.replace('_', ' ')}",
             metric_value=said[name][at],

@@ -51,9 +51,9 @@ class Contents:
         return self.onnx.adapter
 
     @property
-    def what(self) -> str:
-        parts = [*(["adapter"] if self.adapter else []), *(["ONNX folder"] if self.onnx else [])]
-        return " and ".join(parts)
+    def parts(self) -> list[str]:
+        """What there is, in words."""
+        return [*(["adapter"] if self.adapter else []), *(["ONNX folder"] if self.onnx else [])]
 
     def beside(self, other: Contents) -> Contents:
         """These, and of `other` the part that is missing here, if it is of the same adapter."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltamem_tool.errors import DeltaMemError, HubError
-from deltamem_tool.hub.base import with_public_base
+from deltamem_tool.hub.base import Base, with_public_base
 from deltamem_tool.hub.card import says_license, write_card
 from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, REPO_FILES, Contents, read_contents
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, Repository, There
@@ -77,6 +77,8 @@ def push(
             "Make it private in its settings, or choose another name.",
         )
     known, notes = _together(contents, repository, there)
+    if contents.adapter is None and known.adapter is not None:  # which knows more of it than a graph does
+        base = Base(known.adapter.base.name, known.adapter.base.revision)
     old = contents.card if contents.card is not None else repository.text(CARD_FILE, there)
     if license is None and ask_license is not None and not (old and says_license(old)):
         license = ask_license()
@@ -88,7 +90,7 @@ def push(
     if dry_run or all(change.kind == SAME for change in changes):
         return Pushed(repository.repo_id, repository.url, None if dry_run else there.commit, changes, notes, card)
     there = repository.create(there, private)
-    commit, url = repository.commit(files, changes, there, message or f"Upload {contents.what}")
+    commit, url = repository.commit(files, changes, there, message or f"Upload {' and '.join(contents.parts)}")
     return Pushed(repository.repo_id, url, commit, changes, notes, card)
 
 

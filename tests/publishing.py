@@ -1,0 +1,90 @@
+"""Folders that can be pushed, made without training and without tracing a graph where none is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from deltamem_tool.adapter import read_adapter
+from deltamem_tool.evaluation.record import EVALUATION_FILE
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Layer, Manifest
+from deltamem_tool.resolve import ASSETS
+from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
+
+BASE = "someone/base"
+COMMIT = "5" * 40
+CONDITIONS = {"state_only": "the memory", "zero_state": "zeros", "donor_state": "another's"}
+
+
+def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT) -> Path:
+    """The shipped adapter, as one that was made for `name`."""
+    shutil.copytree(ASSETS / "adapter", folder)
+    config = folder / "deltamem_config.json"
+    said = json.loads(config.read_text())
+    said["base"] |= {"name": name, "revision": revision}
+    config.write_text(json.dumps(said))
+    return folder
+
+
+def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
+    """With the files that training leaves."""
+    recipe = {"data.path": data, "training.learning_rate": 1e-3, "training.seed": 7}
+    said = {"recipe": recipe, "steps": 40, "versions": {"torch": "2.13"}}
+    (folder / SUMMARY_FILE).write_text(json.dumps(said))
+    (folder / PLOT_FILE).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    return folder
+
+
+def evaluated(folder: Path, adapter: str | None = None) -> Path:
+    """With an evaluation of this adapter, or of the one with that fingerprint."""
+    scores = {name: [1.0 - at / 10, 0.5] for at, name in enumerate(CONDITIONS)}
+    said = {
+        "task": "recall",
+        "adapter": adapter or read_adapter(folder).fingerprint,
+        "facts": [1, 4],
+        **scores,
+        "intervals": {name: [[low - 0.05, low] for low in row] for name, row in scores.items()},
+        "conditions": CONDITIONS,
+        "episodes": 200,
+        "seed": 3,
+    }
+    (folder / EVALUATION_FILE).write_text(json.dumps(said))
+    return folder
+
+
+def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None = BASE) -> Path:
+    """A folder whose files are all there and whose manifest is right; its graph is none, so nothing may run it."""
+    found = read_adapter(ASSETS / "adapter")
+    layers = (Layer((1, 8), (1, 8), found.config.state_shape),) * len(found.layer_indices)
+    manifest = Manifest(
+        adapter=adapter or found.fingerprint,
+        mechanism=found.config.to_dict(),
+        base_model=base_model,
+        model_type="qwen3",
+        target="cpu",
+        quantize="none",
+        interface=Interface("last", 767, contract.FLOAT32, 0, layers),
+        max_abs_diff=1e-5,
+        greedy_agreement=None,
+        packages={},
+    )
+    folder.mkdir(parents=True)
+    for name in contract.REQUIRED_FILES:
+        (folder / name).write_bytes(b"{}")
+    (folder / contract.DATA_FILE).write_bytes(bytes(range(256)) * 40)
+    (folder / contract.MANIFEST_FILE).write_text(manifest.to_json())
+    return folder
+
+
+def other_adapter(folder: Path, **changes) -> Path:
+    """The same weights under another option: another fingerprint."""
+    adapter_folder(folder)
+    found = read_adapter(folder)
+    config = folder / "deltamem_config.json"
+    said = json.loads(config.read_text())
+    said["mechanism"] = replace(found.config, alpha=8.0, **changes).to_dict()
+    config.write_text(json.dumps(said))
+    return folder
