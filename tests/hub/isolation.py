@@ -53,7 +53,6 @@ def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
 def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     real = constants.ENDPOINT
     patch.setattr(api, "endpoint", endpoint)  # the functions of the package are its methods
-    patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(endpoint)}))
     for module, name in (
         ("huggingface_hub.constants", "ENDPOINT"),
         ("huggingface_hub.constants", "HUGGINGFACE_CO_URL_TEMPLATE"),
