@@ -15,7 +15,7 @@ from hub.client import LARGE, REPO, SMALL, WEIGHTS, commit, writer
 from hub.faults import answer, cut_answer, cut_request, delay, lose_answer
 from hub.isolation import environment
 from hub.server import HubServer
-from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, model_info
 from huggingface_hub.errors import HfHubHTTPError
 
 BIG = bytes(1_000_000)
@@ -135,7 +135,7 @@ def test_what_the_server_cannot_do_is_heard_of():
 def test_the_process_knows_no_other_hub(hub):
     hub.add_repo(REPO, {"a.bin": WEIGHTS})
     home = constants.HF_HOME
-    assert hf_hub_download(REPO, "a.bin").startswith(home)
+    assert hf_hub_download(REPO, "a.bin").startswith(home) and model_info(REPO).sha == hub.head(REPO)
     real = (str(Path.home()), "https://huggingface.co")
     for name, value in vars(constants).items():
         if isinstance(value, str) and name.isupper() and not name.startswith(("_", "HUGGINGFACE_CO_URL_HOME")):

@@ -149,10 +149,10 @@ def test_deletion(hub, api):
     commit(api, {"new.txt": b""}, deleted=["config.json", "onnx/"])
     assert set(hub.files_at(REPO)) == {*SMALL, *LARGE, "new.txt"} - {"config.json", "onnx/model.onnx"}
     assert sent(hub)[1:] == [("deletedFile", "config.json"), ("deletedFolder", "onnx/")]
-    before = hub.head(REPO)
+    before = hub.head(REPO), hub.files_at(REPO)
     with pytest.raises(RemoteEntryNotFoundError, match="doesn't exist"):
         commit(api, {"more.txt": b"1"}, deleted=["config.json"])
-    assert hub.head(REPO) == before  # all or nothing
+    assert (hub.head(REPO), hub.files_at(REPO)) == before  # all or nothing
 
 
 def test_pull_request(hub, api):
@@ -213,10 +213,10 @@ def test_who_may_read(hub):
     assert hf_hub_download("someone/gated", "a.txt", token="hf_other")
 
 
-def post_commit(hub, *lines):
+def post_commit(hub, *lines, token="hf_write"):
     header = {"key": "header", "value": {"summary": "By hand"}}
     body = "\n".join(json.dumps(line) for line in (header, *lines))
-    address, headers = f"{hub.endpoint}/api/models/{REPO}/commit/main", {"Authorization": "Bearer hf_write"}
+    address, headers = f"{hub.endpoint}/api/models/{REPO}/commit/main", {"Authorization": f"Bearer {token}"}
     return get_session().post(address, content=body, headers=headers)
 
 
@@ -237,7 +237,9 @@ def test_no_commit_of_what_cannot_be(hub, api, key, value, said):
     line = {"key": key, "value": {"path": "a.bin", **value}}
     good = {"key": "file", "value": {"path": "good.txt", "content": "", "encoding": "base64"}}
     refused = post_commit(hub, good, line)
-    assert refused.status_code == 400 and said in refused.json()["error"] and hub.head(REPO) == before
+    assert refused.status_code == 400 and said in refused.json()["error"]
+    assert hub.head(REPO) == before and hub.files_at(REPO) == {"there.safetensors": WEIGHTS}
+    assert post_commit(hub, good, token="hf_other").status_code == 403
     assert post_commit(hub, good).status_code == 200
 
 
@@ -258,8 +260,14 @@ def test_the_storage_takes_what_was_announced_alone(hub, api):
     assert http.post(f"{address}/verify", json=asked["objects"][1], headers=token).status_code == 200
     upload = parts["actions"]["upload"]
     assert len([name for name in upload["header"] if name.isdigit()]) == 10
-    early = {"oid": parts["oid"], "parts": []}
-    assert http.post(upload["href"], json=early).status_code == 400
+    came = []
+    for part in range(1, 11):
+        assert http.post(upload["href"], json={"oid": parts["oid"], "parts": came}).status_code == 400
+        got = http.put(upload["header"][f"{part:05d}"], content=BIG[(part - 1) << 17 : part << 17])
+        came.append({"partNumber": part, "etag": got.headers["ETag"]})
+    wrong = [*came[:-1], {"partNumber": 10, "etag": '"another"'}]
+    assert http.post(upload["href"], json={"oid": parts["oid"], "parts": wrong}).status_code == 400
+    assert http.post(upload["href"], json={"oid": parts["oid"], "parts": came}).status_code == 200
 
 
 def test_a_card_that_the_hub_cannot_read(hub, api):

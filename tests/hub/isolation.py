@@ -48,12 +48,14 @@ def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, (str, Path)) and str(value).startswith(real):
                 patch.setattr(module, name, type(value)(str(value).replace(real, str(home), 1)))
+    # These may be elsewhere, where a variable of their own says so.
+    for name, file in (("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token"), ("HF_STORED_TOKENS_PATH", "stored_tokens")):
+        patch.setattr(constants, name, str(home / file))
 
 
 def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     real = constants.ENDPOINT
     patch.setattr(api, "endpoint", endpoint)  # the functions of the package are its methods
-    patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(endpoint)}))
     for module, name in (
         ("huggingface_hub.constants", "ENDPOINT"),
         ("huggingface_hub.constants", "HUGGINGFACE_CO_URL_TEMPLATE"),
