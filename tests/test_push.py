@@ -78,12 +78,14 @@ def test_only_what_has_changed_is_sent(as_writer, adapter, onnx):
 
 
 def test_other_files_of_the_repository_are_left_alone(as_writer, adapter, onnx):
-    as_writer.add_repo(REPO, {"notes.md": b"mine", "onnx/model_q4.onnx": b"old", "samples/a.json": b"{}"})
+    others = {"notes.md": b"mine", "onnx/model_q4.onnx": b"other", "samples/a.json": b"{}"}
+    as_writer.add_repo(REPO, {**others, "onnx/genai_config.json": b"{}"})
     push(adapter, REPO)
-    assert as_writer.files_at(REPO).keys() >= {"notes.md", "onnx/model_q4.onnx", "samples/a.json"}
+    assert as_writer.files_at(REPO).items() >= {**others, "onnx/genai_config.json": b"{}"}.items()
     push(onnx, REPO)
-    assert as_writer.files_at(REPO).keys() >= {"notes.md", "samples/a.json", "deltamem.safetensors"}
-    assert "onnx/model_q4.onnx" not in as_writer.files_at(REPO)  # onnx/ is what was exported, and nothing older
+    files = as_writer.files_at(REPO)
+    assert files.items() >= others.items() and "deltamem.safetensors" in files
+    assert "onnx/genai_config.json" not in files  # of an export that was there before
 
 
 def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):

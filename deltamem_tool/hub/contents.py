@@ -19,7 +19,8 @@ from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
-REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES))  # patterns; nothing else
+ONNX_PATHS = tuple(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES)
+REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # patterns; nothing else is sent or fetched
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.hub.base import Base, with_public_base
 from deltamem_tool.hub.card import says_license, write_card
-from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, REPO_FILES, Contents, read_contents
+from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, REPO_FILES, Contents, read_contents
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, Repository, There
 from deltamem_tool.onnx.folder import ONNX_FOLDER
 from deltamem_tool.resolve import fetch, hub_id, hub_name
@@ -120,7 +120,7 @@ def _together(contents: Contents, repository: Repository, there: There) -> tuple
 
 def _changes(files: Files, contents: Contents, there: There) -> list[Change]:
     """What becomes of every file of ours, sorted by path."""
-    ours = [*(ADAPTER_FILES if contents.adapter else ()), *([f"{ONNX_FOLDER}/*"] if contents.onnx else ())]
+    ours = [*(ADAPTER_FILES if contents.adapter else ()), *(ONNX_PATHS if contents.onnx else ())]
     gone = {path for pattern in ours for path in fnmatch.filter(there.files, pattern)} - files.keys()
     changes = [there.change(path, content) for path, content in files.items()]
     changes += [Change(path, there.files[path].size, DELETED) for path in gone]
