@@ -54,9 +54,10 @@ def write_card(known: Contents, repo_id: str, base: Base, old: str | None, licen
     """
     card = _parsed(old if old is not None else f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n")
     text = card.text
-    block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}"
+    newline = "\r\n" if "\r\n" in text else "\n"
+    block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}".replace("\n", newline)
     if (text.count(BEGIN), text.count(END)) == (0, 0):
-        card.text = f"{text.rstrip()}\n\n{block}\n"
+        card.text = text.rstrip() + 2 * newline + block + newline
     elif (text.count(BEGIN), text.count(END)) == (1, 1) and text.index(BEGIN) < text.index(END):
         card.text = text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
     else:

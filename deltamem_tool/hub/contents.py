@@ -114,7 +114,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         manifest,
         _json(folder / SUMMARY_FILE) if adapter is not None else None,
         said,
-        card.read_text(encoding="utf-8") if card.is_file() else None,
+        card.read_bytes().decode("utf-8-sig") if card.is_file() else None,
     )
     if said is not None:
         files[EVALUATION_FILE] = scores

@@ -103,7 +103,7 @@ class Repository:
                 file = self._api.hf_hub_download(self.repo_id, path, revision=there.commit, local_dir=folder)
             except CLIENT_ERRORS as error:
                 raise explained(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
-            return Path(file).read_text(encoding="utf-8-sig")
+            return Path(file).read_bytes().decode("utf-8-sig")  # with the ends of lines as they are
 
     def create(self, there: There, private: bool) -> There:
         """Make what is missing, the repository or the branch; what is there then.
