@@ -83,12 +83,10 @@ def pip_settings() -> tuple[dict[str, str], dict[str, Path]]:
         section, _, key = name.rpartition(".")
         if section in ("global", "install", ":env:"):
             env["PIP_" + key.upper().replace("-", "_")] = " ".join(str(ast.literal_eval(value)).split())
-    paths = [Path(urlsplit(word).path) for value in env.values() for word in value.split() if _is_local(word)]
+    words = [word for value in env.values() for word in value.split() if word.startswith(("/", "file:"))]
+    paths = [Path(urlsplit(word).path) for word in words]
+    paths = [path.parent if path.name == "simple" else path for path in paths]  # an index's files lie beside it
     return env, {str(path): path for path in paths if path.exists()}
-
-
-def _is_local(word: str) -> bool:
-    return word.startswith(("/", "file:"))
 
 
 def _sources(release: str) -> str:
