@@ -26,7 +26,7 @@ def known(tmp_path_factory) -> Contents:
 
 
 def card(known: Contents, old: str | None = None, license: str | None = None, base: Base | None = None) -> str:
-    return write_card(known, REPO, base or Base(BASE, COMMIT), old, license)
+    return write_card(known, REPO, base or Base(BASE, COMMIT), old and old.encode(), license).decode()
 
 
 def test_what_is_known_is_said(known):
@@ -134,6 +134,11 @@ def test_lines_that_end_as_on_windows(known):
 def test_a_card_that_is_broken_is_refused(known, old):
     with pytest.raises(HubError, match="README.md"):
         card(known, old)
+
+
+def test_a_card_in_another_encoding_is_refused(known):
+    with pytest.raises(HubError, match="README.md"):
+        write_card(known, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
 
 
 def test_bars_in_values_do_not_break_tables(known):

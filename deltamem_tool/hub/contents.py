@@ -33,7 +33,7 @@ class Contents:
         onnx: the manifest of the ONNX folder; None if there is none.
         training: `training.json`.
         evaluation: `evaluation.json`, of this adapter.
-        card: the text of `README.md`.
+        card: `README.md`.
     """
 
     files: Mapping[str, Path | bytes] = field(repr=False)
@@ -41,7 +41,7 @@ class Contents:
     onnx: Manifest | None
     training: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
-    card: str | None = None
+    card: bytes | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +114,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         manifest,
         _json(folder / SUMMARY_FILE) if adapter is not None else None,
         said,
-        card.read_bytes().decode("utf-8-sig") if card.is_file() else None,
+        card.read_bytes() if card.is_file() else None,
     )
     if said is not None:
         files[EVALUATION_FILE] = scores
