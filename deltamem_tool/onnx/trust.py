@@ -49,14 +49,17 @@ _EXTERNAL = 1
 _PLACE = ("location", "offset", "length")
 _LONGEST_NUMBER = 18  # digits of an offset: an exabyte
 # What `genai.configuration` writes, by the place in the file.
-_GENAI_KEYS = {
-    "": {"model", "search"},
-    "model": {"type", "vocab_size", "context_length", "bos_token_id", "eos_token_id", "pad_token_id", "decoder"},
-    "model.decoder": {
+_GENAI_KEYS: dict[tuple[str, ...], set[str]] = {
+    (): {"model", "search"},
+    ("model",): {
+        *("type", "vocab_size", "context_length", "decoder"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    },
+    ("model", "decoder"): {
         *("filename", "session_options", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("head_size", "hidden_size", "inputs", "outputs"),
     },
-    "model.decoder.session_options": {"log_severity_level", "provider_options"},
+    ("model", "decoder", "session_options"): {"log_severity_level", "provider_options"},
 }
 
 
@@ -87,11 +90,9 @@ def check_graph_file(folder: Path) -> None:
         raise _refused(f"{DATA_FILE} is a link to a file elsewhere")
     if model.functions or model.training_info:
         raise _refused("It holds functions or training steps of its own")
-    for opset in model.opset_import:
-        _check_domain(opset.domain)
     if any(entry.key == STORED_OPTIONS for entry in model.metadata_props):
         raise _refused("It brings options for ONNX Runtime")
-    data_bytes = data.stat().st_size
+    data_bytes = data.stat().st_size if data.is_file() else 0
     graphs = [model.graph]
     while graphs:
         graph = graphs.pop()
@@ -111,18 +112,18 @@ def check_genai_config(file: Path) -> None:
     """
     try:
         said = read_json(file)
+        if not isinstance(said, dict):
+            raise ValueError("it is no object")
     except ValueError as error:
         raise ExportError(f"{file} is not JSON.", f"{error}.", "Fetch the folder again.") from error
     for place, known in _GENAI_KEYS.items():
-        part = said
-        for name in filter(None, place.split(".")):
-            part = part[name]
-        if not isinstance(part, dict) or part.keys() - known:
-            extra = sorted(part.keys() - known)[:3] if isinstance(part, dict) else []
-            raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(extra) or 'no object'} at {place or 'its top'}")
-        deeper = {name.rpartition(".")[2] for name in _GENAI_KEYS if name and name.rpartition(".")[0] == place}
-        if deeper - part.keys():
-            raise _refused(f"{GENAI_CONFIG_FILE} lacks {', '.join(sorted(deeper - part.keys()))}")
+        part: Any = said
+        for name in place:
+            part = part.get(name)
+            if not isinstance(part, dict):
+                raise _refused(f"{GENAI_CONFIG_FILE} has no object {'.'.join(place)}")
+        if part.keys() - known:
+            raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has")
     decoder = said["model"]["decoder"]
     if decoder.get("filename") != MODEL_FILE:
         raise _refused(f"{GENAI_CONFIG_FILE} names another graph than {MODEL_FILE}")
@@ -137,7 +138,7 @@ def _read(file: Path) -> ModelProto:
 
     try:
         model = onnx.ModelProto.FromString(read_bytes(file, MAX_GRAPH_BYTES))
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, ValueError, FileNotFoundError) as error:
         why = str(error).strip().partition("\n")[0].rstrip(".") or "It is no ONNX"
         raise ExportError(f"{MODEL_FILE} cannot be read.", f"{why}.", "Fetch the folder or export it again.") from error
     known = model.ByteSize()
@@ -150,7 +151,8 @@ def _read(file: Path) -> ModelProto:
 def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphProto]:
     """Check each one by itself; the graphs inside of them."""
     for node in nodes:
-        _check_domain(node.domain)
+        if node.domain not in DOMAINS:
+            raise _refused(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
         if node.op_type in CALLING_OUT:
             raise _refused(f"It has the operator {node.op_type}, which can run code of others")
         for attribute in node.attribute:
@@ -163,11 +165,6 @@ def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphP
             if attribute.HasField("g"):
                 yield attribute.g
             yield from attribute.graphs
-
-
-def _check_domain(domain: str) -> None:
-    if domain not in DOMAINS:
-        raise _refused(f"It has operators of {domain!r}, which is neither ONNX nor ONNX Runtime")
 
 
 def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
