@@ -231,7 +231,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        said = read_json(file)
+        said = read_json(file, finite=False)  # what is no number is named below
     except ValueError as error:
         raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
     if not isinstance(said, dict):
