@@ -12,26 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
 
 from deltamem_tool import MemoryState, adapter, bounded, load, memory_file, tensor_header
-from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_tokenizer
-from deltamem_tool.chat.text import ChatText
-from deltamem_tool.chat_template import ChatTemplate
+from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.errors import (
     AdapterError,
-    ArchitectureError,
-    DataError,
     DeltaMemError,
-    ExportError,
     MemoryStateError,
 )
 from deltamem_tool.versions import update_line
 
 FIXTURE = Path(__file__).parent / "fixtures" / "adapter-format-1"
 MUTATIONS = 300
-ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 
 
 @pytest.fixture
@@ -370,87 +363,3 @@ def test_a_memory_of_any_bytes_is_refused_or_the_same(memory):
         except DeltaMemError:
             continue
         assert same(found.layers, expected.layers) and same(found.segments, expected.segments)
-
-
-# What could run
-
-
-@pytest.fixture
-def canary(tmp_path):
-    """A file that only code of a stranger would write, and such code."""
-    file = tmp_path / "canary"
-    return file, f"open({str(file)!r}, 'w').write('here')\n"
-
-
-class Runs:
-    """Unpickled, it runs `source`."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __reduce__(self):
-        return exec, (self.source,)
-
-
-def test_nothing_in_an_adapter_folder_runs(folder, canary):
-    file, source = canary
-    for name in ("deltamem.py", "modeling.py", "__init__.py", "conftest.py", "sitecustomize.py"):
-        (folder / name).write_text(source)
-    for name in ("deltamem.bin", "deltamem.pt", "pytorch_model.bin", "deltamem.pkl"):
-        (folder / name).write_bytes(pickle.dumps(Runs(source)))
-    change(folder, "auto_map", {"AutoModelForCausalLM": "modeling.Model"})
-    load_it(folder)
-    (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(Runs(source)))
-    with pytest.raises(AdapterError):
-        load_it(folder)
-    assert not file.exists()
-
-
-def test_a_tokenizer_runs_no_code_and_asks_nothing(tmp_path, canary, monkeypatch):
-    file, source = canary
-    folder = tmp_path / "tokenizer"
-    tiny_tokenizer().save_pretrained(folder)
-    said = json.loads((folder / "tokenizer_config.json").read_text())
-    said |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said))
-    (folder / "evil.py").write_text(source)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
-    with pytest.raises(ArchitectureError):
-        read_tokenizer(folder)
-    assert not file.exists()
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        ESCAPE,
-        "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__['os'] }}",
-        "{{ strftime_now.__globals__['datetime'] }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{{ 1 / 0 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ messages | map(attribute='__class__') | first }}{{ ''['__class__'].mro() }}",
-    ],
-)
-def test_templates_cannot_leave_their_sandbox(template, canary):
-    file, _ = canary
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template.replace("CANARY", str(file))
-    messages = [{"role": "user", "content": "Hi"}]
-    text = ChatText.from_tokenizer(tokenizer)
-    with pytest.raises(ExportError, match="chat template refuses"):
-        text.render(messages)
-    for seen in (text.template, ChatTemplate.of(tokenizer)):  # ours, and transformers' own
-        with pytest.raises(DataError, match="refuses the conversation"):
-            seen.render(messages)
-    assert not file.exists() and len(messages) == 1
-
-
-@pytest.mark.parametrize("template", ["{% if %}", "{{" * 300, "{% for m in messages %}"])
-def test_templates_that_are_none_are_refused(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(ExportError, match="cannot be read"):
-        ChatText.from_tokenizer(tokenizer)

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from deltamem_tool.config import MAX_RANK
 from deltamem_tool.errors import DeltaMemError, ExportError
-from deltamem_tool.onnx import genai, trust
-from deltamem_tool.onnx.contract import DATA_FILE, GENAI_CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
+from deltamem_tool.onnx import trust
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.onnx.trust import check_graph_file, check_onnx_folder
 
@@ -334,55 +334,6 @@ def test_odd_entries_of_a_tokenizer_are_passed_over(folder):
         said = {"chat_template": template, "eos_token": {"no": "content"}, "bos_token": {"content": 5}}
         (folder / "tokenizer_config.json").write_text(json.dumps(said))
         assert not OnnxModel(folder).text.has_template
-
-
-# The folder of another runtime
-
-
-GENAI = {
-    "model": {
-        "type": "decoder",
-        "decoder": {
-            "filename": MODEL_FILE,
-            "session_options": {"log_severity_level": 3, "provider_options": []},
-            "inputs": {"input_ids": "input_ids"},
-        },
-    },
-    "search": {"do_sample": False},
-}
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "says"),
-    [
-        ("model.decoder.filename", "../other.onnx", "another graph"),
-        ("model.decoder.session_options.custom_ops_library", "evil.so", "custom_ops_library"),
-        ("model.decoder.session_options.config_entries", {}, "config_entries"),
-        ("model.decoder.session_options.provider_options", [{"cuda": {}}], "chooses a provider"),
-        ("model.decoder.session_options", None, "no object"),
-        ("model.decoder.pipeline", [], "pipeline"),
-        ("model.vision", {"filename": "x"}, "vision"),
-        ("model", {}, "no object model.decoder"),
-        ("model", [], "no object"),
-        ("engine", {}, "engine"),
-    ],
-)
-def test_configurations_for_onnxruntime_genai_are_refused(folder, path, value, says):
-    (folder / GENAI_CONFIG_FILE).write_text(json.dumps(GENAI))
-    check_onnx_folder(folder)
-    change(folder, path, value, GENAI_CONFIG_FILE)
-    with pytest.raises(ExportError, match=says):
-        check_onnx_folder(folder)
-
-
-def test_what_the_export_writes_for_onnxruntime_genai_is_trusted(qwen3, tmp_path):
-    qwen3.model.generation_config.eos_token_id = 257
-    try:
-        content = genai.configuration(qwen3.model, qwen3.tokenizer, qwen3.manifest.interface)
-    finally:
-        qwen3.model.generation_config.eos_token_id = None
-    genai.write_config(tmp_path, content)
-    trust.check_genai_config(tmp_path / GENAI_CONFIG_FILE)
 
 
 # Any byte
