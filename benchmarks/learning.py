@@ -25,8 +25,9 @@ from scan import cpu_name
 
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.cli.console import progress
-from deltamem_tool.evaluation.recall import CONDITIONS, evaluate_recall
-from deltamem_tool.evaluation.record import recall_json
+from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.runner import Evaluation, evaluate
+from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.recipe import Recipe, load_recipe
 from deltamem_tool.surgery import adapter_of
 from deltamem_tool.training import train
@@ -38,7 +39,9 @@ STRATEGIES = {
     "msw": ("MSW", "#c8553d"),
 }
 FACTS = (1, 2, 4, 6, 8)
+PROTOCOL = EvalProtocol.parse("memory")
 CONTROLS = ("donor_state", "zero_state", "scale_zero", "full_context")
+MEANINGS = {condition.name: condition.meaning for condition in conditions_of(PROTOCOL)}
 PACKAGES = ("torch", "transformers")
 
 Run = dict[str, Any]  # one line of the .jsonl
@@ -55,20 +58,19 @@ def one_run(strategy: str, recipe: Recipe, changes: list[str], episodes: int, no
     processor = time.process_time() - started
     started = time.monotonic()
     model = load(recipe.out)
-    conditions = ["state_only", *CONTROLS]
-    result = evaluate_recall(
+    found = evaluate(
         model,
         tokenizer_of(model),
-        FACTS,
-        episodes,
-        conditions=conditions,
-        report=lambda done, of: note("evaluation", done, of),
+        Recall(FACTS, episodes),
+        PROTOCOL,
+        only=(STATE, *CONTROLS),
+        report=lambda what, done, of: note(f"evaluation, {what}", done, of),
     )
     return {
         "strategy": strategy,
         "seed": recipe.training.seed,
         "changes": changes,
-        "recall": recall_json(result),
+        "recall": recall_of(found, episodes),
         "minutes": round(trained.seconds / 60, 2),
         "processor_minutes": round(processor / 60, 2),  # of all threads
         "evaluation_minutes": round((time.monotonic() - started) / 60, 2),
@@ -82,6 +84,15 @@ def one_run(strategy: str, recipe: Recipe, changes: list[str], episodes: int, no
         "versions": {name: version(name) for name in PACKAGES},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def recall_of(found: Evaluation, episodes: int) -> dict[str, Any]:
+    """Exact matches by condition, a number of facts an entry."""
+    means = {
+        condition.name: [found.estimate("exact", condition.name, group).mean for group in found.groups]
+        for condition in found.conditions
+    }
+    return {"facts": list(FACTS), **means, "episodes": episodes}
 
 
 def table(runs: list[Run]) -> str:
@@ -105,7 +116,7 @@ def table(runs: list[Run]) -> str:
         _row(["---"] * (len(facts) + 4)),
     ]
     for strategy, mine in _by_strategy(runs).items():
-        cells = [_mean_and_range([run["recall"]["state_only"][i] for run in mine]) for i in range(len(facts))]
+        cells = [_mean_and_range([run["recall"][STATE][i] for run in mine]) for i in range(len(facts))]
         minutes = [_range([run[kind] for run in mine], ".1f") for kind in ("minutes", "processor_minutes")]
         seeds = ", ".join(str(run["seed"]) for run in mine)
         lines.append(_row([f"**{STRATEGIES[strategy][0]}**", seeds, *cells, *minutes]))
@@ -125,8 +136,8 @@ def table(runs: list[Run]) -> str:
                 of_seeds = [run["recall"][condition][i] for run in mine]
                 cells.append(f"{statistics.mean(of_seeds):.2f} ({worst(of_seeds):.2f})")
             lines.append(_row([STRATEGIES[strategy][0], condition.replace("_", " "), *cells]))
-    conditions = ("state_only", *CONTROLS)
-    lines += ["", *(f"* {condition.replace('_', ' ')}: {CONDITIONS[condition]}" for condition in conditions), ""]
+    conditions = (STATE, *CONTROLS)
+    lines += ["", *(f"* {condition.replace('_', ' ')}: {MEANINGS[condition]}" for condition in conditions), ""]
     lines += [
         "| strategy | states a layer | bytes of a memory | parameters | steps |",
         "| --- | --- | --- | --- | --- |",
@@ -172,7 +183,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
     for strategy, mine in _by_strategy(runs).items():
         name, colour = STRATEGIES[strategy]
-        values = of(mine, "state_only")
+        values = of(mine, STATE)
         heads = mine[0]["memory"]["state_heads"]
         label = f"{name}, {heads} state{'s' * (heads > 1)} a layer"
         axes.plot(facts, [statistics.mean(v) for v in values], color=colour, marker="o", linewidth=2.2, label=label)

@@ -27,7 +27,8 @@ from transformers.exporters import OnnxExporter
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.evaluation.agreement import answer_onnx
-from deltamem_tool.evaluation.recall import bootstrap, recall_episodes
+from deltamem_tool.evaluation.statistics import estimate
+from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, largest_difference
@@ -65,9 +66,11 @@ def recall(model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: int) 
     """State only, mean and 95 % interval by number of facts."""
     cells = []
     for facts in FACTS:
-        told = recall_episodes(facts, episodes, seed=0)
-        answers = answer_onnx(model, tokenizer, told)
-        score = bootstrap(np.array([said == episode.answer for said, episode in zip(answers, told, strict=True)]))
+        task = Recall((facts,), episodes)
+        items = task.items()
+        answers = answer_onnx(model, tokenizer, items, task.max_new_tokens)
+        scores = [task.score(item, said)["exact"] for item, said in zip(items, answers, strict=True)]
+        score = estimate(scores, [item.history_id for item in items])
         cells.append(f"{score.mean:.3f} ({score.low:.2f}–{score.high:.2f})")
     return cells
 

@@ -20,10 +20,13 @@ from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adap
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.agreement import answer_onnx
-from deltamem_tool.evaluation.recall import RecallResult, answer, evaluate_recall, memorise, recall_episodes
-from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json, recall_json
-from deltamem_tool.evaluation.report import plot_losses, plot_recall
+from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
+from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
+from deltamem_tool.evaluation.report import plot_losses, plot_scores
+from deltamem_tool.evaluation.runner import Evaluation, evaluate
+from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.files import refuse_existing, write_whole
 from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.export import export_onnx
@@ -33,6 +36,7 @@ from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)
+EPISODES = 200  # for each number of facts
 AGREEMENT_EPISODES = 200
 AGREEMENT_FACTS = 4
 TOLD = 4  # facts in the conversation that is remembered
@@ -64,7 +68,8 @@ class Quickstart:
     report: Path
     parameters: int
     memory_bytes: int
-    recall: RecallResult
+    recall: Evaluation
+    fingerprint: str  # of the adapter
     max_abs_diff: float
     answer_agreement: float
     remembered: Remembered
@@ -99,10 +104,14 @@ def quickstart(
     with _timed("evaluate", seconds):
         model = load(adapter.path)
         tokenizer = tokenizer_of(model)
-        recall = evaluate_recall(
-            model, tokenizer, FACTS, report=lambda done, of: tell("evaluate", done, of, "recall and its controls")
+        recall = evaluate(
+            model,
+            tokenizer,
+            Recall(FACTS, EPISODES),
+            EvalProtocol.parse(MEMORY_ONLY),
+            report=lambda what, done, of: tell("evaluate", done, of, what),
         )
-        plot_recall(recall, out / RECALL_PLOT)
+        plot_scores(recall, out / RECALL_PLOT)
         if not fast:
             said = evaluation_json(recall, adapter.fingerprint)
             write_whole(adapter.path / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
@@ -128,6 +137,7 @@ def quickstart(
         parameters=adapter.num_parameters(),
         memory_bytes=sum(array.nbytes for array in read_memory(memory_file).tensors().values()),
         recall=recall,
+        fingerprint=adapter.fingerprint,
         max_abs_diff=manifest.max_abs_diff,
         answer_agreement=agreement,
         remembered=remembered,
@@ -180,10 +190,10 @@ def _trained(out: Path, seconds: dict[str, float], tell: Report) -> tuple[Adapte
 
 def _agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, onnx_model: OnnxModel) -> float:
     """The share of held-out episodes on which both runtimes give the same answer."""
-    episodes = recall_episodes(AGREEMENT_FACTS, AGREEMENT_EPISODES, seed=1)
-    in_torch = answer(model, tokenizer, episodes, memorise(model, tokenizer, episodes), "state_only")
-    in_onnx = answer_onnx(onnx_model, tokenizer, episodes)
-    return sum(a == b for a, b in zip(in_torch, in_onnx, strict=True)) / len(episodes)
+    task, protocol = Recall((AGREEMENT_FACTS,), AGREEMENT_EPISODES, seed=1), EvalProtocol.parse(MEMORY_ONLY)
+    in_torch = [record.answer for record in evaluate(model, tokenizer, task, protocol, only=(STATE,)).records]
+    in_onnx = answer_onnx(onnx_model, tokenizer, task.items(), task.max_new_tokens)
+    return sum(a == b for a, b in zip(in_torch, in_onnx, strict=True)) / len(in_torch)
 
 
 def remember(
@@ -215,7 +225,7 @@ def remember(
 def report_json(made: Quickstart) -> dict[str, Any]:
     """What `report.json` holds."""
     return {
-        "recall": recall_json(made.recall),
+        "recall": evaluation_json(made.recall, made.fingerprint),
         "onnx": {"max_abs_diff": made.max_abs_diff, "answer_agreement": made.answer_agreement},
         "seconds": {stage: round(seconds, 1) for stage, seconds in made.seconds.items()},
         "adapter": str(made.adapter),

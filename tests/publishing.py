@@ -11,14 +11,14 @@ import onnx.helper
 
 from deltamem_tool.adapter import read_adapter
 from deltamem_tool.adapter_config import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE
-from deltamem_tool.evaluation.record import EVALUATION_FILE
+from deltamem_tool.evaluation.record import EVALUATION_FILE, FORMAT
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer, Manifest
 from deltamem_tool.resolve import ASSETS
 
 BASE = "someone/base"
 COMMIT = "5" * 40
-CONDITIONS = {"state_only": "the memory", "zero_state": "zeros", "donor_state": "another's"}
+CONDITIONS = {"state": "the memory", "zero_state": "zeros", "donor_state": "another's"}
 
 
 def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT) -> Path:
@@ -42,15 +42,20 @@ def trained(folder: Path, data: str | None = "talks.jsonl") -> Path:
 
 def evaluated(folder: Path, adapter: str | None = None) -> Path:
     """With an evaluation of this adapter, or of the one with that fingerprint."""
-    scores = {name: [1.0 - at / 10, 0.5] for at, name in enumerate(CONDITIONS)}
+    scores = {name: [[1.0 - at / 10, 0.9 - at / 10, 1.0], [0.5, 0.4, 0.6]] for at, name in enumerate(CONDITIONS)}
     said = {
+        "format": FORMAT,
+        "format_version": 1,
         "task": "recall",
+        "protocol": "memory",
+        "metric": "exact",
         "adapter": adapter or read_adapter(folder).fingerprint,
-        "facts": [1, 4],
-        **scores,
-        "intervals": {name: [[low - 0.05, low] for low in row] for name, row in scores.items()},
+        "groups": ["1 fact", "4 facts"],
+        "questions": [200, 150],
+        "scores": scores,
+        "overall": {name: rows[0] for name, rows in scores.items()},
         "conditions": CONDITIONS,
-        "episodes": 200,
+        "verdict": ["the state adds 0.20 ± 0.04 over donor state"],
         "seed": 3,
     }
     (folder / EVALUATION_FILE).write_text(json.dumps(said))

@@ -35,16 +35,17 @@ def test_any_text_encodes(tokenizer):
 def test_answers_from_its_context(tokenizer):
     """Through `recall`'s own ceiling condition: plain generate, no adapter, conversations of held-out pairs."""
     from deltamem_tool import attach
-    from deltamem_tool.evaluation.recall import evaluate_recall
+    from deltamem_tool.evaluation.conditions import EvalProtocol
+    from deltamem_tool.evaluation.runner import evaluate
+    from deltamem_tool.evaluation.tasks.recall import Recall
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "backbone").eval()
     assert model.config.model_type == "qwen3"
-    attach(model)  # taken off again by the condition
-    result = evaluate_recall(
-        model, tokenizer, facts=(4,), episodes=200, seed=7, conditions=("full_context", "no_memory")
-    )
-    assert result.scores["full_context"][0].mean >= MIN_RECALL
-    assert result.scores["no_memory"][0].mean <= 0.05
+    attach(model)  # taken off again by the conditions
+    only = ("full_context", "no_adapter")
+    found = evaluate(model, tokenizer, Recall((4,), 200, seed=7), EvalProtocol.parse("memory"), only=only)
+    assert found.estimate("exact", "full_context").mean >= MIN_RECALL
+    assert found.estimate("exact", "no_adapter").mean <= 0.05
 
 
 def test_training_and_evaluation_share_no_pair():

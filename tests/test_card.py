@@ -42,11 +42,13 @@ def test_what_is_known_is_said(known):
         "differs from PyTorch by 1e-05 at most",
         "| steps | 40 |",
         "| data | someone/talks |",
-        "| facts told | 1 | 4 |",
-        "| **state only** | 1.00 (0.95–1.00) | 0.50 (0.45–0.50) |",
-        "| donor state | 0.80 (0.75–0.80) | 0.50 (0.45–0.50) |",
+        "| | 1 fact | 4 facts |",
+        "| questions | 200 | 150 |",
+        "| **state** | 1.00 (0.90–1.00) | 0.50 (0.40–0.60) |",
+        "| donor state | 0.80 (0.70–1.00) | 0.50 (0.40–0.60) |",
         "* *donor state*: another's",
-        "200 conversations for each number of facts, seed 3",
+        "* the state adds 0.20 ± 0.04 over donor state",
+        "`deltamem eval --task recall --protocol memory`, seed 3",
         "## Limits",
     ):
         assert said in text, said
@@ -62,8 +64,8 @@ def test_metadata_is_the_hubs(known, tmp_path):
     assert {"delta-mem", "arxiv:2605.12357", "onnx"} <= set(said["tags"])
     data = ModelCard.load(tmp_path / "README.md").data
     found = {(result.dataset_config, result.metric_name): result.metric_value for result in data.eval_results}
-    assert found["facts=1", "exact match, state only"] == 1.0
-    assert found["facts=4", "exact match, donor state"] == 0.5 and len(found) == 6
+    assert found["1 fact", "exact, state"] == 1.0
+    assert found["4 facts", "exact, donor state"] == 0.5 and len(found) == 6
     assert len(said["model-index"][0]["results"]) == 2
 
 
@@ -150,13 +152,14 @@ def test_bars_in_values_do_not_break_tables(known):
 @pytest.mark.parametrize(
     "change",
     [
-        {"task": "other"},
+        {"format": "other"},
         {"adapter": None},
-        {"facts": [1, 4, 8]},
-        {"state_only": [1.0]},
-        {"state_only": [1.0, float("nan")]},
-        {"intervals": {"state_only": [[0, 1], [0]]}},
-        {"episodes": "many"},
+        {"groups": ["1 fact", "4 facts", "8 facts"]},
+        {"scores": {"state": [[1.0, 0.9, 1.0]]}},
+        {"overall": {"state": [1.0, float("nan"), 1.0]}},
+        {"questions": [200]},
+        {"verdict": "good"},
+        {"format_version": 2},
     ],
     ids=lambda change: next(iter(change)),
 )

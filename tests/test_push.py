@@ -93,7 +93,7 @@ def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):
     push(adapter, REPO, license="mit")
     pushed = push(onnx, REPO)
     assert not pushed.notes and "ONNX Runtime" in pushed.card and "deltamem.load" in pushed.card
-    assert "200 conversations" in pushed.card and "| learning rate | 0.001 |" in pushed.card
+    assert "| questions | 200 | 150 |" in pushed.card and "| learning rate | 0.001 |" in pushed.card
     assert "license: mit" in pushed.card
     assert push(adapter, REPO).card == pushed.card
 

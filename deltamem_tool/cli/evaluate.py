@@ -1,80 +1,124 @@
+"""`deltamem eval`: what the memory is worth, beside its controls."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
 
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
-from deltamem_tool.evaluation import FACTS
+from deltamem_tool.evaluation import FACTS, MEMORY_ONLY, RECALL
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("eval")
 @click.argument("adapter")
-@click.option("--task", type=click.Choice(["recall"]), default="recall", show_default=True, help="What to measure.")
-@click.option("--base", help="Where the base model is, if not where the adapter says.")
-@click.option("--facts", default=",".join(map(str, FACTS)), show_default=True, help="Numbers of facts told.")
+@click.option("--task", default=RECALL, show_default=True, help="A task's name, or package.module:Class of your own.")
 @click.option(
-    "--episodes", default=200, show_default=True, type=click.IntRange(1), help="Conversations for each number."
+    "--protocol",
+    default=MEMORY_ONLY,
+    show_default=True,
+    help="What is in view besides the memory: memory (nothing), window:N (the last N tokens of the history) or full.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the conversations.")
+@click.option("--data", help="The task's file, or data set on the Hub.")
+@click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
+@click.option("--facts", help=f"For recall: numbers of facts told.  [default: {','.join(map(str, FACTS))}]")
+@click.option("--episodes", type=click.IntRange(1), help="For recall: conversations for each number.  [default: 200]")
+@click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
 @device
 @trust_remote_code
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the result as a PNG file.")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON, which a push describes."
+    "--records", type=click.Path(file_okay=False, path_type=Path), help="Keep every answer here; go on from it."
 )
+@click.option("--plot", type=_FILE, help="Draw the result as a PNG file.")
+@click.option("--out", type=_FILE, help="Write the result as JSON, which a push describes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    adapter, task, base, facts, episodes, seed, batch_size, device, trust_remote_code, plot, out, as_json
+    adapter: str,
+    task: str,
+    protocol: str,
+    bm25: bool,
+    base: str | None,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+    trust_remote_code: bool,
+    records: Path | None,
+    plot: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure what ADAPTER's memory recalls, beside its controls."""
-    try:
-        counts = [int(part) for part in facts.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{facts!r} is no list like 1,2,4", param_hint="--facts") from None
+    """Measure what ADAPTER's memory is worth on a task, beside its controls.
+
+    Every question is asked with the right memory, with none, with another history's, with corrections scaled to zero,
+    of the base model alone, and of the base model with everything in view.
+    """
+    from deltamem_tool.evaluation.conditions import EvalProtocol
+    from deltamem_tool.evaluation.task import find_task
+
+    chosen = EvalProtocol.parse(protocol)
+    asked = find_task(task, _task_options(task, seed, **options))
 
     import torch
 
     from deltamem_tool.adapter import load, tokenizer_of
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.dialogues import KIND_OF
-    from deltamem_tool.evaluation.recall import evaluate_recall
     from deltamem_tool.evaluation.record import evaluation_json
-    from deltamem_tool.evaluation.report import plot_recall, recall_table
+    from deltamem_tool.evaluation.report import plot_scores, score_table
+    from deltamem_tool.evaluation.runner import evaluate
     from deltamem_tool.files import refuse_unwritable, write_whole
     from deltamem_tool.surgery import adapter_of
 
-    if not counts or min(counts) < 1 or max(counts) > len(KIND_OF):
-        raise click.BadParameter(f"the numbers go from 1 to {len(KIND_OF)}", param_hint="--facts")
     where = torch_device(device)
-    if out is not None:
-        refuse_unwritable(out)
+    for file in (out, plot):
+        if file is not None:
+            refuse_unwritable(file)
     with progress() as bar:
-        task_id = bar.add_task("Recall", total=None, note="")
+        task_id = bar.add_task("Evaluation", total=None, note="")
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)
         cast(torch.nn.Module, model).to(where)  # transformers hides the signature
-        result = evaluate_recall(
+        fingerprint = adapter_of(model).fingerprint
+        found = evaluate(
             model,
             tokenizer_of(model),
-            counts,
-            episodes,
-            seed,
-            batch_size,
-            report=lambda done, of: bar.update(task_id, completed=done, total=of),
+            asked,
+            chosen,
+            retrieved=bm25,
+            batch_size=batch_size,
+            seed=seed,
+            folder=records,
+            settings={"adapter": fingerprint, "seed": seed, **options},
+            report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
         )
-    if plot is not None:
-        plot_recall(result, Path(plot))
-    said = evaluation_json(result, adapter_of(model).fingerprint)
+    said = evaluation_json(found, fingerprint)
     if out is not None:
         write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
+    if plot is not None:
+        plot_scores(found, plot)
     if as_json:
         click.echo(json.dumps(said))
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        Console().print(recall_table(result))
-        if plot is not None:
-            click.echo(f"Plot: {plot}")
+    Console().print(score_table(found))
+    for line in found.verdict():
+        click.echo(f"{line[0].upper()}{line[1:]}.")
+    if plot is not None:
+        click.echo(f"Plot: {plot}")
+
+
+def _task_options(task: str, seed: int, **said: Any) -> dict[str, Any]:
+    """What the task is made with: what was said, and the seed where the task draws its questions."""
+    options = {name: value for name, value in said.items() if value is not None}
+    if "facts" in options:
+        try:
+            options["facts"] = [int(part) for part in options["facts"].split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{options['facts']!r} is no list like 1,2,4", param_hint="--facts") from None
+    return {**options, "seed": seed} if task == RECALL else options

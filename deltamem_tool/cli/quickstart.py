@@ -39,7 +39,7 @@ def _show(made) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from deltamem_tool.evaluation.report import recall_table
+    from deltamem_tool.evaluation.report import score_table
     from deltamem_tool.quickstart import AGREEMENT_EPISODES
 
     console = Console()
@@ -53,7 +53,7 @@ def _show(made) -> None:
         console.print(f"  user   {question}\n  model  {said} {mark}", highlight=False)
         console.print(f"  [dim]without the file: {without}[/dim]", highlight=False)
     console.print()
-    console.print(recall_table(made.recall))
+    console.print(score_table(made.recall))
     table = Table(show_header=False)
     table.add_row("ONNX Runtime against PyTorch", f"{made.max_abs_diff:.1e} at most, over logits and states")
     table.add_row("same answers", f"{made.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")

@@ -1,4 +1,4 @@
-"""Does ONNX Runtime answer as PyTorch does? The recall task's episodes through an ONNX folder, in batches."""
+"""Does ONNX Runtime answer as PyTorch does? The recall task's questions through an ONNX folder, in batches."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.chat_template import render
-from deltamem_tool.evaluation.recall import MAX_NEW_TOKENS, RecallEpisode
+from deltamem_tool.evaluation.task import Item
 from deltamem_tool.onnx.runtime import OnnxModel
 
 
 def answer_onnx(
-    model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[RecallEpisode], batch_size: int = 100
+    model: OnnxModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    max_new_tokens: int,
+    batch_size: int = 100,
 ) -> list[str]:
-    """Greedy answers from the state alone, as in `recall.answer` under "state_only": the history is written, then the
-    question is asked in an empty context, where it reads and does not write."""
+    """Greedy answers from the state alone: the history's one session is written, then the question is asked in an empty
+    context, where it reads and does not write."""
     said: list[str] = []
-    for start in range(0, len(episodes), batch_size):
-        some = episodes[start : start + batch_size]
-        ids, mask = _left_padded(tokenizer, [render(tokenizer, episode.history) for episode in some])
+    for start in range(0, len(items), batch_size):
+        some = items[start : start + batch_size]
+        ids, mask = _left_padded(tokenizer, [render(tokenizer, item.history[0]) for item in some])
         _, past = model.graph.step(ids, mask, np.ones(ids.shape, bool), model.graph.empty_past(len(some)))
-        questions = [render(tokenizer, [episode.question], generation_prompt=True) for episode in some]
+        questions = [render(tokenizer, item.question, generation_prompt=True) for item in some]
         ids, mask = _left_padded(tokenizer, questions)
         past = model.graph.empty_past(len(some), model.graph.states(past))
         answers: list[list[int]] = [[] for _ in some]
         going = np.ones(len(some), bool)
-        for _ in range(MAX_NEW_TOKENS):
+        for _ in range(max_new_tokens):
             logits, past = model.graph.step(ids, mask, np.zeros(ids.shape, bool), past)
             ids = logits[:, -1].argmax(axis=-1)[:, None]
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)

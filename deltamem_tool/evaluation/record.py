@@ -3,76 +3,94 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamem_tool import __version__
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
+from deltamem_tool.versions import is_newer, update_line
 
 if TYPE_CHECKING:
-    from deltamem_tool.evaluation.recall import RecallResult
+    from deltamem_tool.evaluation.runner import Evaluation
 
 EVALUATION_FILE = "evaluation.json"
-RECALL = "recall"
+FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
+_AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
 
 
-def recall_json(result: RecallResult) -> dict[str, Any]:
-    """`{"facts": […], condition: […], "intervals": {condition: [[low, high], …]}, …}`."""
-    from deltamem_tool.evaluation.recall import CONDITIONS
+def evaluation_json(found: Evaluation, adapter: str) -> dict[str, Any]:
+    """What the file holds; `adapter` is the fingerprint of what was evaluated.
 
+    `scores` has `[mean, low, high]` by condition, a group an entry, and `overall` one of all questions.
+    """
+    metric = found.metrics[0]
+    names = [condition.name for condition in found.conditions]
     return {
-        "facts": result.facts,
-        **{condition: [score.mean for score in scores] for condition, scores in result.scores.items()},
-        "intervals": {name: [[score.low, score.high] for score in scores] for name, scores in result.scores.items()},
-        "conditions": {name: CONDITIONS[name] for name in result.scores},
-        "episodes": result.episodes,
-        "seed": result.seed,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "deltamem_version": __version__,
+        "adapter": adapter,
+        "task": found.task,
+        "protocol": found.protocol,
+        "metric": metric,
+        "seed": found.seed,
+        "groups": found.groups,
+        "questions": [len(found.scores(metric, names[0], group)[0]) for group in found.groups],
+        "conditions": {condition.name: condition.meaning for condition in found.conditions},
+        "scores": {name: [_row(found, metric, name, group) for group in found.groups] for name in names},
+        "overall": {name: _row(found, metric, name, None) for name in names},
+        "differences": {name: asdict(found.difference(metric, name)) for name in found.others},
+        "verdict": found.verdict(),
     }
 
 
-def evaluation_json(result: RecallResult, adapter: str) -> dict[str, Any]:
-    """What the file holds; `adapter` is the fingerprint of what was evaluated."""
-    return {"task": RECALL, "adapter": adapter, "deltamem_version": __version__, **recall_json(result)}
+def _row(found: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
+    estimate = found.estimate(metric, condition, group)
+    return [estimate.mean, estimate.low, estimate.high]
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
     """What `evaluation_json` gave.
 
     Raises:
-        DataError: the file is something else, or a figure is missing.
+        DataError: the file is something else, of a newer format, or a figure is missing.
     """
     try:
         said = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
-    if not isinstance(said, dict) or said.get("task") != RECALL or not isinstance(said.get("adapter"), str):
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise DataError(f"{file} is no evaluation of an adapter.", "", _AGAIN)
-    facts, conditions, intervals = said.get("facts"), said.get("conditions"), said.get("intervals")
-    fits = (
-        isinstance(facts, list)
-        and all(type(count) is int for count in facts)
-        and isinstance(conditions, dict)
-        and isinstance(intervals, dict)
-        and type(said.get("episodes")) is int
-        and type(said.get("seed")) is int
-        and all(_is_row(said.get(name), len(facts)) for name in conditions)
-        and all(
-            isinstance(intervals.get(name), list)
-            and len(intervals[name]) == len(facts)
-            and all(_is_row(ends, 2) for ends in intervals[name])
-            for name in conditions
-        )
-    )
-    if not fits:
+    if is_newer(said.get("format_version"), FORMAT_VERSION):
+        update = update_line(said.get("deltamem_version"))
+        raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")
+    if not _is_whole(said):
         raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)
     return said
 
 
-_AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
+def _is_whole(said: dict[str, Any]) -> bool:
+    """Whether a reader, such as the model card, finds all that it shows."""
+    texts = [said.get(name) for name in ("adapter", "task", "protocol", "metric")]
+    groups, conditions, scores = said.get("groups"), said.get("conditions"), said.get("scores")
+    if not isinstance(groups, list) or not isinstance(conditions, dict) or not isinstance(scores, dict):
+        return False
+    verdict, overall = said.get("verdict"), said.get("overall")
+    return (
+        all(isinstance(text, str) for text in [*texts, *groups, *conditions.values()])
+        and isinstance(verdict, list)
+        and all(isinstance(line, str) for line in verdict)
+        and _are_numbers(said.get("questions"), len(groups))
+        and isinstance(overall, dict)
+        and all(_are_numbers(overall.get(name), 3) for name in conditions)
+        and all(isinstance(scores.get(name), list) and len(scores[name]) == len(groups) for name in conditions)
+        and all(_are_numbers(row, 3) for name in conditions for row in scores[name])
+    )
 
 
-def _is_row(values: Any, length: int) -> bool:
+def _are_numbers(values: Any, length: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == length

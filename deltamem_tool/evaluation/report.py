@@ -1,4 +1,4 @@
-"""A recall result as a table and a picture."""
+"""An evaluation as a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from deltamem_tool.evaluation.recall import RecallResult
+from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.runner import Evaluation
 from deltamem_tool.files import write_whole
 
-# State and ceiling stand out; the four controls share the bottom of the plot, so their marks differ.
+# State and ceiling stand out; the controls share the bottom of the plot, so their marks differ.
 _STYLE: dict[str, dict[str, Any]] = {
-    "state_only": {"color": "#0b6e4f", "marker": "o", "linewidth": 2.5},
+    STATE: {"color": "#0b6e4f", "marker": "o", "linewidth": 2.5},
     "full_context": {"color": "#555555", "marker": "s", "linestyle": "--"},
     "donor_state": {"color": "#c8553d", "marker": "^"},
     "zero_state": {"color": "#d9a404", "marker": "v"},
     "scale_zero": {"color": "#7b6db5", "marker": "x"},
-    "no_memory": {"color": "#3d85c6", "marker": "+"},
+    "no_adapter": {"color": "#3d85c6", "marker": "+"},
+    "bm25": {"color": "#8c6d46", "marker": "D", "linestyle": ":"},
 }
 
 
-def recall_table(result: RecallResult) -> Table:
-    table = Table(title=f"Recall: exact match, {result.episodes} conversations each, 95 % interval")
-    table.add_column("facts told", style="bold")
-    for count in result.facts:
-        table.add_column(str(count), justify="right")
-    for condition, scores in result.scores.items():
-        cells = [f"{score.mean:.2f}\n[dim]{score.low:.2f}–{score.high:.2f}[/dim]" for score in scores]
-        table.add_row(condition.replace("_", " "), *cells)
+def score_table(found: Evaluation) -> Table:
+    """The first metric, a row a condition and a column a group."""
+    metric = found.metrics[0]
+    counts = {group: len(found.scores(metric, found.conditions[0].name, group)[0]) for group in found.groups}
+    table = Table(title=f"{found.task}, protocol {found.protocol}: {in_words(metric)}, 95 % interval")
+    table.add_column("", style="bold")
+    for group in found.groups:
+        table.add_column(f"{group}\n[dim]{counts[group]}[/dim]", justify="right")
+    for condition in found.conditions:
+        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+        cells = [f"{one.mean:.2f}\n[dim]{one.low:.2f}–{one.high:.2f}[/dim]" for one in estimates]
+        table.add_row(in_words(condition.name), *cells)
     return table
 
 
-def plot_recall(result: RecallResult, path: Path) -> None:
-    """Draw exact match by number of facts as a PNG."""
+def plot_scores(found: Evaluation, path: Path) -> None:
+    """Draw the first metric by group as a PNG."""
     figure = _figure()
     axes = figure.subplots()
-    for condition, style in _STYLE.items():
-        if condition not in result.scores:
-            continue
-        scores = result.scores[condition]
-        axes.plot(result.facts, [score.mean for score in scores], label=condition.replace("_", " "), **style)
-        axes.fill_between(
-            result.facts,
-            [score.low for score in scores],
-            [score.high for score in scores],
-            color=style["color"],
-            alpha=0.15,
-            linewidth=0,
-        )
-    axes.set(xlabel="facts told", ylabel="exact match of the first answer", ylim=(-0.03, 1.03), xticks=result.facts)
-    axes.set_title("What is recalled after the conversation has left the context", fontsize=11)
+    metric, places = found.metrics[0], range(len(found.groups))
+    for condition in found.conditions:
+        style = _STYLE[condition.name]
+        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+        axes.plot(places, [one.mean for one in estimates], label=in_words(condition.name), **style)
+        lows, highs = [one.low for one in estimates], [one.high for one in estimates]
+        axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set(ylabel=in_words(metric), ylim=(-0.03, 1.03))
+    axes.set_xticks(places, found.groups)
+    axes.set_title(f"{found.task}, protocol {found.protocol}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the curves, not on them
     _save(figure, path)

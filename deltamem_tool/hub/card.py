@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from deltamem_tool import __version__
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import HubError
+from deltamem_tool.evaluation.conditions import STATE, in_words
 from deltamem_tool.hub.base import Base
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.repository import LIBRARY
@@ -20,7 +21,7 @@ from deltamem_tool.resolve import BUILTIN
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
 END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
-DATASET = "deltamem-recall"  # the recall task's name in a model-index
+DATASET = "deltamem-"  # how our tasks' names begin in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _WRITTEN = {
     "token": "written at every token",
@@ -97,7 +98,7 @@ def _describe(data: Any, known: Contents, repo_id: str, base: str | None, licens
     dataset = _dataset(known)
     if dataset is not None:
         data.datasets = dataset
-    others = [result for result in data.eval_results or [] if result.dataset_type != DATASET]
+    others = [result for result in data.eval_results or [] if not result.dataset_type.startswith(DATASET)]
     own_results = _results(known)
     data.eval_results = [*others, *own_results] or None
     if data.eval_results:
@@ -117,15 +118,15 @@ def _results(known: Contents) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            task_name="Recall of facts from the memory alone",
-            dataset_type=DATASET,
-            dataset_name=f"deltamem recall, {facts} facts told, {said['episodes']} conversations",
-            dataset_config=f"facts={facts}",  # results of one dataset and configuration are listed together
-            metric_type="exact_match",
-            metric_name=f"exact match, {name.replace('_', ' ')}",
-            metric_value=said[name][at],
+            task_name=f"deltamem {said['task']}, protocol {said['protocol']}",
+            dataset_type=f"{DATASET}{said['task']}",
+            dataset_name=f"deltamem {said['task']}: {group}, {count} questions",
+            dataset_config=group,  # results of one dataset and configuration are listed together
+            metric_type=said["metric"],
+            metric_name=f"{in_words(said['metric'])}, {in_words(name)}",
+            metric_value=said["scores"][name][at][0],
         )
-        for at, facts in enumerate(said["facts"])
+        for at, (group, count) in enumerate(zip(said["groups"], said["questions"], strict=True))
         for name in said["conditions"]
     ]
 
@@ -188,15 +189,14 @@ def _training(said: Any) -> list[tuple[str, str]]:
 
 
 def _scores(said: Any) -> list[tuple[str, list[str]]]:
-    """The rows of the table: a condition, and for each number of facts its mean and interval."""
+    """The rows of the table: a condition, and for each group its mean and interval."""
     if said is None:
         return []
     rows = []
     for name in said["conditions"]:
-        ends = said["intervals"][name]
-        cells = [f"{mean:.2f} ({low:.2f}–{high:.2f})" for mean, (low, high) in zip(said[name], ends, strict=True)]
-        title = name.replace("_", " ")
-        rows.append((f"**{title}**" if name == "state_only" else title, cells))
+        cells = [f"{mean:.2f} ({low:.2f}–{high:.2f})" for mean, low, high in said["scores"][name]]
+        title = _cell(in_words(name))
+        rows.append((f"**{title}**" if name == STATE else title, cells))
     return rows
 
 

@@ -16,9 +16,9 @@ from tiny import listing
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, __version__, cli, load
 from deltamem_tool.adapter import read_adapter
-from deltamem_tool.errors import ExportError
-from deltamem_tool.evaluation import recall
-from deltamem_tool.evaluation.recall import CONDITIONS
+from deltamem_tool.errors import DataError, ExportError
+from deltamem_tool.evaluation import MEMORY_ONLY, RECALL, runner
+from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 
 HELP_SECONDS = 1.0  # of CPU
 
@@ -52,7 +52,8 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
 
     options = ("--facts", "1,2", "--episodes", 4, "--plot", "plot.png", "--json")
     figures = json.loads(succeeded(deltamem("eval", "trained", *options)))
-    assert figures["facts"] == [1, 2] and set(CONDITIONS) < set(figures) and figures["episodes"] == 4
+    assert figures["groups"] == ["1 fact", "2 facts"] and figures["questions"] == [4, 4]
+    assert set(figures["scores"]) == {condition.name for condition in conditions_of(EvalProtocol.parse("memory"))}
     assert (here / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     cache = MemoryCache(model := load("trained"))
@@ -69,7 +70,8 @@ def test_what_people_read(here, deltamem, checkpoint):
     said = succeeded(deltamem("inspect", "adapter"))
     assert "mechanism.rank" in said and "qwen3" in said
     said = succeeded(deltamem("eval", "adapter", "--facts", "1", "--episodes", 3))
-    assert all(condition.replace("_", " ") in said for condition in CONDITIONS)
+    conditions = [condition.name.replace("_", " ") for condition in conditions_of(EvalProtocol.parse("memory"))]
+    assert all(condition in said for condition in conditions) and "not distinguishable from 0" in said
 
 
 def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, checkpoint, monkeypatch):
@@ -78,11 +80,11 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
 
     def stub(model, *_, **__):
         seen.append(model.device.type)
-        return recall.RecallResult([1], 1, 0, {name: [recall.Score(0.0, 0.0, 0.0)] for name in CONDITIONS})
+        raise DataError("Seen.")
 
-    monkeypatch.setattr(recall, "evaluate_recall", stub)
+    monkeypatch.setattr(runner, "evaluate", stub)
     for options in (("--device", "meta"), ("--device", "cpu"), ()):
-        succeeded(deltamem("eval", "adapter", "--facts", "1", *options))
+        deltamem("eval", "adapter", "--facts", "1", *options).assert_short_error("Seen.", code=1)
     assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
 
 
@@ -113,7 +115,7 @@ def test_defaults_are_the_librarys_own():
 
     for name, value in DeltaMemConfig().to_dict().items():
         assert defaults("patch")[name] == (",".join(value) if isinstance(value, list) else value)
-    assert defaults("eval")["facts"] == ",".join(str(count) for count in recall.FACTS)
+    assert (defaults("eval")["task"], defaults("eval")["protocol"]) == (RECALL, MEMORY_ONLY)
     assert defaults("export")["logits"] in contract.LOGITS
     assert defaults("run")["max_new_tokens"] == contract.MAX_NEW_TOKENS
     for name, argument in (("run", ["x", "--prompt", "x"]), ("chat", ["x"])):

@@ -1,0 +1,79 @@
+"""Questions asked of a model under a condition: with which memory, or without the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.evaluation.conditions import SCALE_ZERO, ZERO, Condition
+from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.surgery import adapter_of, detach, hook
+
+
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    memory: MemoryState,
+    condition: Condition,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers, without surrounding space.
+
+    Args:
+        prompts: as text, with the header of the answer.
+        memory: a row a prompt: its own or its donor's, as the condition has it. The prompt reads it and does not write.
+    """
+    batch = tokenizer(list(prompts), add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    adapter = adapter_of(model)
+    if condition.memory is None:
+        with _without_adapter(model):
+            output = _generate(model, tokenizer, inputs, max_new_tokens)
+    else:
+        with _corrections_off(adapter) if condition.memory == SCALE_ZERO else nullcontext():
+            # With Δ = 0 it is another adapter, so the memory is bound anew.
+            states = MemoryState(memory.layers, adapter.fingerprint, memory.segments)
+            read = adapter.empty_memory(len(prompts)) if condition.memory == ZERO else states
+            cache = MemoryCache(model, read, write=False)
+            output = _generate(model, tokenizer, inputs, max_new_tokens, past_key_values=cache)
+    return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def _generate(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Tensor], new: int, **cache: Any) -> Tensor:
+    """Continuation `[B, new at most]`."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = cast(Any, model).generate(**inputs, **cache, max_new_tokens=new, do_sample=False, pad_token_id=pad)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def _without_adapter(model: PreTrainedModel) -> Iterator[None]:
+    adapter = adapter_of(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        hook(model, adapter)
+
+
+@contextmanager
+def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
+    """Every Δ is zero inside the block."""
+    heads, layers = adapter.config.heads, adapter.layer_indices
+    deltas = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in heads]
+    kept = [weight.clone() for weight in deltas]
+    try:
+        for weight in deltas:
+            weight.zero_()
+        yield
+    finally:
+        for weight, value in zip(deltas, kept, strict=True):
+            weight.copy_(value)

@@ -1,0 +1,77 @@
+"""What an answer can rest on: which memory, and which part of the history in view."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation import MEMORY_ONLY
+
+# Memories.
+OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"
+# What is in view before the question.
+NOTHING, WINDOW, ALL, RETRIEVED = "nothing", "window", "all", "retrieved"
+STATE = "state"  # the condition that all others are compared with
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to ask. `memory` is None without the adapter; `view` is of the history."""
+
+    name: str
+    memory: str | None
+    view: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """What is in view besides the memory: nothing, the last `window` tokens of the history, or all of it."""
+
+    name: str
+    view: str
+    window: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> EvalProtocol:
+        """`memory`, `window:N` or `full`.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        match = re.fullmatch(r"window:([1-9]\d{0,8})", text)
+        if match:
+            return cls(text, WINDOW, int(match[1]))
+        views = {MEMORY_ONLY: NOTHING, "full": ALL}
+        if text not in views:
+            raise ConfigError(f"There is no protocol {text!r}.", "", "Write memory, window:N (tokens) or full.")
+        return cls(text, views[text])
+
+
+def in_words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condition]:
+    """The state and its controls, which see what it sees; what the base does with that alone, and with everything.
+
+    Args:
+        retrieved: also the base model with the passages in view that BM25 finds for the question.
+    """
+    view = protocol.view
+    seen = {NOTHING: "the question", WINDOW: f"the last {protocol.window} tokens and the question", ALL: "everything"}
+    shown = seen[view]
+    found = [
+        Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),
+        Condition("zero_state", ZERO, view, "the same with the memory set to zeros"),
+        Condition("donor_state", DONOR, view, "the same with the memory of another history"),
+        Condition("scale_zero", SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
+        Condition("no_adapter", None, view, f"the base model without adapter, and {shown}"),
+    ]
+    if view != ALL:
+        found.append(Condition("full_context", None, ALL, "the base model without adapter, the whole history in view"))
+    if retrieved:
+        budget = f"as many tokens as the window ({protocol.window})" if view == WINDOW else "a few passages"
+        found.append(Condition("bm25", None, RETRIEVED, f"the base model without adapter, {budget} that BM25 finds"))
+    return found

@@ -1,0 +1,49 @@
+"""Scores of an answer against what is right, as the benchmarks' published scripts compute them."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and extra space: SQuAD v1.1's and HotpotQA's `normalize_answer`."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact(answer: str, right: str) -> float:
+    """Whether the texts are the same, character by character."""
+    return float(answer == right)
+
+
+def exact_match(answer: str, right: str) -> float:
+    """Whether they are the same once normalised."""
+    return float(normalise(answer) == normalise(right))
+
+
+def token_f1(answer: str, right: str) -> float:
+    """Harmonic mean of precision and recall of normalised words, as HotpotQA's `f1_score`: an answer of yes, no or
+    noanswer is right as a whole or not at all."""
+    said, wanted = normalise(answer), normalise(right)
+    if said != wanted and {said, wanted} & {"yes", "no", "noanswer"}:
+        return 0.0
+    common = sum((Counter(said.split()) & Counter(wanted.split())).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(said.split()), common / len(wanted.split())
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains(answer: str, right: str) -> float:
+    """Whether what is right occurs in the answer, once both are normalised."""
+    return float(normalise(right) in normalise(answer))
+
+
+def best(metric: Callable[[str, str], float], answer: str, answers: Sequence[str]) -> float:
+    """The score against the answer that fits best."""
+    return max(metric(answer, right) for right in answers)

@@ -1,0 +1,87 @@
+"""What was asked and answered, question by question, kept in a folder so that a long run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.bounded import read_json
+from deltamem_tool.errors import DataError
+from deltamem_tool.files import write_whole
+
+RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question under one condition."""
+
+    item: str
+    history: str
+    group: str
+    condition: str
+    question: str
+    answer: str
+    right: list[str]
+    scores: dict[str, float]
+    prompt_tokens: int
+
+
+class RecordFolder:
+    """`settings.json` and `records.jsonl`, a line a record, written as they come.
+
+    Args:
+        folder: made if it is not there.
+        settings: everything that an answer depends on. A folder of other settings is refused.
+
+    Raises:
+        DataError: the folder is of another run.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / SETTINGS_FILE
+        plain = json.loads(json.dumps(settings))
+        if place.is_file():
+            there = read_json(place)
+            changed = sorted(key for key in {*there, *plain} if there.get(key) != plain.get(key))
+            if changed:
+                raise DataError(
+                    f"{folder} holds an evaluation with other settings.",
+                    f"Its {', '.join(changed)} differ.",
+                    "Choose another folder, or pass the settings of that one.",
+                )
+        else:
+            write_whole(place, (json.dumps(plain, indent=1) + "\n").encode())
+
+    def read(self) -> list[Record]:
+        """What is there; a last line that was cut short is left out, and its question will be asked again.
+
+        Raises:
+            DataError: a line is no record.
+        """
+        file = self.folder / RECORDS_FILE
+        if not file.is_file():
+            return []
+        whole, _, cut = file.read_bytes().rpartition(b"\n")
+        if cut:
+            os.truncate(file, len(whole) + 1 if whole else 0)
+        return [_record(line, f"{file} line {number}") for number, line in enumerate(whole.splitlines(), start=1)]
+
+    def add(self, records: Iterable[Record]) -> None:
+        with (self.folder / RECORDS_FILE).open("ab") as file:
+            file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _record(line: bytes, where: str) -> Record:
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} is no record.", f"{error}.", "Choose another folder.") from error

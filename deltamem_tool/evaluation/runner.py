@@ -1,0 +1,181 @@
+"""A task under a protocol: its histories are written once, then its questions are asked under every condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.asking import ask
+from deltamem_tool.evaluation.conditions import DONOR, STATE, Condition, EvalProtocol, conditions_of, in_words
+from deltamem_tool.evaluation.records import Record, RecordFolder
+from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
+from deltamem_tool.evaluation.task import Item, Task
+from deltamem_tool.evaluation.views import Views
+from deltamem_tool.evaluation.writing import memorise
+from deltamem_tool.state import MemoryState
+
+Report = Callable[[str, int, int], None]  # what is done, done, of
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every answer, and what they come to."""
+
+    task: str
+    protocol: str
+    metrics: list[str]  # the first decides
+    conditions: list[Condition]
+    groups: list[str]
+    records: list[Record]
+    seed: int
+
+    def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
+        """Of a group, or of all: one a question, and the history of each, in the order of the items."""
+        some = [r for r in self.records if r.condition == condition and group in (None, r.group)]
+        return [record.scores[metric] for record in some], [record.history for record in some]
+
+    def estimate(self, metric: str, condition: str, group: str | None = None) -> Estimate:
+        return estimate(*self.scores(metric, condition, group), self.seed)
+
+    def difference(self, metric: str, other: str, group: str | None = None) -> Difference:
+        """Of the state's scores to another condition's, question by question."""
+        ours, histories = self.scores(metric, STATE, group)
+        return difference(ours, self.scores(metric, other, group)[0], histories, self.seed)
+
+    def verdict(self) -> list[str]:
+        """In words: what the state adds to each of the others."""
+        return [verdict(in_words(name), self.difference(self.metrics[0], name)) for name in self.others]
+
+    @property
+    def others(self) -> list[str]:
+        """The conditions beside the state."""
+        return [condition.name for condition in self.conditions if condition.name != STATE]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    protocol: EvalProtocol,
+    *,
+    only: Collection[str] | None = None,
+    retrieved: bool = False,
+    batch_size: int = 100,
+    seed: int = 0,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Evaluation:
+    """Ask every question of `task` under every condition of `protocol`.
+
+    Args:
+        only: names of conditions, where not all are wanted.
+        retrieved: BM25 beside the controls.
+        batch_size: questions, or histories, at once.
+        seed: of the intervals.
+        folder: keeps records, and what they were made with; a run that stopped goes on from there.
+        settings: what `folder` shall be of, beside the task and the protocol.
+
+    Raises:
+        DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
+    """
+    items = task.items()
+    conditions = [condition for condition in conditions_of(protocol, retrieved) if not only or condition.name in only]
+    donors = _donors(items)
+    kept = None
+    if folder is not None:
+        said = {"task": task.name, "protocol": protocol.name, "items": len(items), **(settings or {})}
+        kept = RecordFolder(folder, said)
+    done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
+    tell = report or (lambda stage, count, of: None)
+    left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in done]
+    if left:
+        views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens)
+        prompts = {(c.view, item.id): views.prompt(item, c.view) for c, item in left}  # what is too long is named now
+        memories = _memories(model, tokenizer, items, batch_size, tell)
+        for condition, some in _batches(left, prompts, batch_size):
+            whose = [donors[item.history_id] if condition.memory == DONOR else item.history_id for item in some]
+            texts = [prompts[condition.view, item.id] for item in some]
+            memory = memories.of(whose)
+            answers = ask(model, tokenizer, texts, memory, condition, task.max_new_tokens)
+            lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+            new = [
+                _record(task, item, condition, answer, length)
+                for item, answer, length in zip(some, answers, lengths, strict=True)
+            ]
+            if kept is not None:
+                kept.add(new)
+            done |= {(record.condition, record.item): record for record in new}
+            tell("questions", len(done), len(conditions) * len(items))
+    records = [done[c.name, item.id] for c in conditions for item in items]
+    groups = list(dict.fromkeys(item.group for item in items))
+    return Evaluation(task.name, protocol.name, list(task.metrics), conditions, groups, records, seed)
+
+
+@dataclass(frozen=True)
+class _Memories:
+    """A row a history."""
+
+    rows: dict[str, int]
+    memory: MemoryState
+
+    def of(self, histories: Sequence[str]) -> MemoryState:
+        return self.memory.select([self.rows[history] for history in histories])
+
+
+def _memories(model: Any, tokenizer: Any, items: Sequence[Item], batch_size: int, tell: Report) -> _Memories:
+    histories = {item.history_id: item.history for item in items}
+    memory = memorise(
+        model, tokenizer, list(histories.values()), batch_size, lambda done, of: tell("histories written", done, of)
+    )
+    return _Memories({history: row for row, history in enumerate(histories)}, memory)
+
+
+def _donors(items: Sequence[Item]) -> dict[str, str]:
+    """The history whose memory stands in for each one's: the next one.
+
+    Raises:
+        DataError: there is one alone, or none.
+    """
+    histories = list(dict.fromkeys(item.history_id for item in items))
+    if len(histories) < 2:
+        raise DataError(
+            f"{len(histories)} history is too few for an evaluation." if histories else "There is nothing to ask.",
+            "The control is another history's memory.",
+            "Use two histories or more.",
+        )
+    return dict(zip(histories, [*histories[1:], histories[0]], strict=True))
+
+
+def _batches(
+    left: Sequence[tuple[Condition, Item]], prompts: dict[tuple[str, str], str], size: int
+) -> Iterator[tuple[Condition, list[Item]]]:
+    """Condition by condition, prompts of like length together, the longest first: what does not fit fails at once."""
+    for condition in dict.fromkeys(condition for condition, _ in left):
+        some = [item for one, item in left if one == condition]
+        some.sort(key=lambda item: -len(prompts[condition.view, item.id]))
+        for start in range(0, len(some), size):
+            yield condition, some[start : start + size]
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _record(task: Task, item: Item, condition: Condition, answer: str, tokens: int) -> Record:
+    return Record(
+        item.id,
+        item.history_id,
+        item.group,
+        condition.name,
+        item.question[-1]["content"],
+        answer,
+        list(item.answers),
+        dict(task.score(item, answer)),
+        tokens,
+    )

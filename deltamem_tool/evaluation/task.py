@@ -1,0 +1,88 @@
+"""What a task is: items with a history, a question, and what answers it rightly; and where tasks are found."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation import RECALL
+
+ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
+TASKS = {RECALL: "deltamem_tool.evaluation.tasks.recall:Recall"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Args:
+        id: names it in records, the same in every run.
+        history_id: items of one history share its memory; resampling takes a history's items together.
+        history: sessions, oldest first. What the memory is written from, and what a protocol may show of it.
+        question: messages that are shown in every condition; the last is the user's.
+        answers: each of them is right.
+        group: what the report tells apart, such as "4 facts" or "multi-hop".
+        where: file and place, for errors.
+    """
+
+    id: str
+    history_id: str
+    history: Sequence[Sequence[Message]]
+    question: Sequence[Message]
+    answers: Sequence[str]
+    group: str
+    where: str
+
+
+class Task(Protocol):
+    """A way to ask. `metrics` are the names that `score` gives, the one that decides first."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    def items(self) -> list[Item]:
+        """All of them, in the same order every time.
+
+        Raises:
+            DataError: a file is of another format, or an item lacks what it needs; file and item are named.
+        """
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """From 0 to 1, by metric."""
+
+
+def find_task(name: str, options: Mapping[str, Any]) -> Task:
+    """A task by its name here, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
+
+    Args:
+        options: keyword arguments of the class.
+
+    Raises:
+        ConfigError: there is none, or it does not take these options.
+    """
+    others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    place = {**others, **TASKS}.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        known = ", ".join(sorted({**others, **TASKS}))
+        raise ConfigError(f"There is no task {name!r}.", f"The tasks are {known}.", "Or write package.module:Class.")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
+    try:
+        return cast(Task, kind(**options))
+    except TypeError as error:
+        why = str(error).partition(") ")[2] or str(error)
+        raise ConfigError(f"The task {name!r} does not take these options.", f"{why}.", "Leave them out.") from error

@@ -1,0 +1,64 @@
+"""Histories written into memories: sessions one after the other, each in a context of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.segments import encode_chat
+from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.surgery import adapter_of
+
+CHUNK = 4096  # tokens of one call: what a long session takes in memory at once
+
+
+@torch.no_grad()
+def memorise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    histories: Sequence[Sequence[Sequence[Message]]],
+    batch_size: int = 100,
+    report: Callable[[int, int], None] | None = None,
+) -> MemoryState:
+    """The memory after each history, a row a history.
+
+    Args:
+        histories: sessions of messages. The memory goes from session to session, the context does not.
+        report: called with (histories written, of).
+    """
+    memories = [adapter_of(model).empty_memory(1) for _ in histories]
+    for start in range(0, len(histories), batch_size):
+        rows = range(start, min(start + batch_size, len(histories)))
+        for number in range(max(len(histories[row]) for row in rows)):
+            some = [row for row in rows if number < len(histories[row])]
+            sessions = [histories[row][number] for row in some]
+            after = _written(model, tokenizer, sessions, MemoryState.stack([memories[row] for row in some]))
+            for position, row in enumerate(some):
+                memories[row] = after.select([position])
+        if report is not None:
+            report(rows.stop, len(histories))
+    return MemoryState.stack(memories)
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sessions: Sequence[Sequence[Message]],
+    memory: MemoryState,
+) -> MemoryState:
+    """`memory` after one session each, in chunks."""
+    # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
+    chat = encode_chat(tokenizer, sessions, adapter_of(model).config.granularity, padding_side="right")
+    cache = MemoryCache(model, memory)
+    cache.segments = chat.segments
+    ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)
+    for start in range(0, ids.shape[1], CHUNK):
+        end = start + CHUNK
+        model.base_model(
+            input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+        )
+    assert cache.memory is not None  # it began with one
+    return cache.memory

@@ -1,0 +1,42 @@
+"""A task of one's own, for tests: histories of a few words, sessions and questions in any number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deltamem_tool import dialogues
+from deltamem_tool.evaluation.metrics import exact, token_f1
+from deltamem_tool.evaluation.task import Item
+
+
+def history(number: int, sessions: int = 1) -> list[list[dict[str, str]]]:
+    return [
+        [
+            dialogues.user(f"In session {session} my lucky number is {number} times {session}."),
+            dialogues.assistant("Good to know."),
+        ]
+        for session in range(1, sessions + 1)
+    ]
+
+
+def item(number: int, question: int = 0, sessions: int = 1, group: str = "all") -> Item:
+    asked = dialogues.user(f"Question {question}: what is my lucky number?")
+    name = f"history {number}"
+    return Item(f"{name}/{question}", name, history(number, sessions), [asked], [str(number)], group, f"talks:{number}")
+
+
+class Asked:
+    """Whatever items it is given."""
+
+    name = "asked"
+    metrics = ("exact", "f1")
+    max_new_tokens = 6
+
+    def __init__(self, items: Sequence[Item] = ()) -> None:
+        self._items = list(items) or [item(number) for number in range(3)]
+
+    def items(self) -> list[Item]:
+        return self._items
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        return {"exact": exact(answer, item.answers[0]), "f1": token_f1(answer, item.answers[0])}

@@ -1,0 +1,178 @@
+"""Every condition is what it says, whatever the batches are, and a run that stopped goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from evaluation.asked import Asked, item
+from tiny import randomise, tiny_model
+
+from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.chat_template import render
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import asking, runner
+from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
+from deltamem_tool.evaluation.records import RECORDS_FILE
+from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.surgery import adapter_of
+
+MEMORY = EvalProtocol.parse("memory")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Two questions about each of three histories, one of them longer."""
+    return Asked([item(number, question, sessions=1 + number % 2) for number in range(3) for question in range(2)])
+
+
+def answers(found, condition):
+    return [record.answer for record in found.records if record.condition == condition]
+
+
+def plain(tokenizer, task, context):
+    """What the same base says that never had a memory, one question at a time."""
+    base, said = tiny_model(vocab_size=len(tokenizer)), []
+    for each in task.items():
+        history = [message for session in each.history for message in session] if context else []
+        ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
+        output = base.generate(ids, max_new_tokens=task.max_new_tokens, do_sample=False)
+        said.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return said
+
+
+def test_conditions_are_what_they_say(model, tokenizer, task):
+    found = evaluate(model, tokenizer, task, MEMORY)
+    without = plain(tokenizer, task, context=False)
+    for condition in ("zero_state", "scale_zero", "no_adapter"):
+        assert answers(found, condition) == without, condition
+    assert answers(found, "full_context") == plain(tokenizer, task, context=True) != without
+    own, donated = answers(found, "state"), answers(found, "donor_state")
+    assert own != donated and own != without
+    moved = Asked([items for items in (*task.items()[2:], *task.items()[:2])])
+    assert answers(evaluate(model, tokenizer, moved, MEMORY, only=("state",)), "state") == [*own[2:], *own[:2]]
+
+
+def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
+    """The next one's memory, for both questions."""
+    seen = {}
+    own = runner.ask
+
+    def watch(model, tokenizer, prompts, memory, condition, new):
+        seen[condition.name] = memory
+        return own(model, tokenizer, prompts, memory, condition, new)
+
+    monkeypatch.setattr(runner, "ask", watch)
+    items = [item(number) for number in range(3)]  # prompts of one length: the order of the items stays
+    evaluate(model, tokenizer, Asked(items), MEMORY)
+    for layer, state in seen["donor_state"].layers.items():
+        assert torch.equal(state, seen["state"].layers[layer][[1, 2, 0]])
+    with pytest.raises(DataError, match="1 history is too few"):
+        evaluate(model, tokenizer, Asked([item(1, 0), item(1, 1)]), MEMORY)
+
+
+@pytest.mark.parametrize("protocol", ["memory", "window:20", "full"])
+def test_batches_do_not_matter(model, tokenizer, task, protocol):
+    chosen = EvalProtocol.parse(protocol)
+    whole = evaluate(model, tokenizer, task, chosen, retrieved=True)
+    small = evaluate(model, tokenizer, task, chosen, retrieved=True, batch_size=2)
+    assert whole.records == small.records
+    assert {condition.name for condition in whole.conditions} == {c.name for c in conditions_of(chosen, True)}
+
+
+def test_controls_leave_the_model_as_it_was(model, tokenizer, task):
+    before = {name: weight.clone() for name, weight in adapter_of(model).state_dict().items()}
+    first = evaluate(model, tokenizer, task, MEMORY)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter_of(model).state_dict().items())
+    assert evaluate(model, tokenizer, task, MEMORY).records == first.records
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("condition", ["no_adapter", "scale_zero"])
+def test_a_control_that_fails_leaves_the_model_as_it_was(model, tokenizer, task, condition, monkeypatch):
+    before = adapter_of(model).fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(asking, "_generate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(model, tokenizer, task, MEMORY, only=(condition,))
+    assert adapter_of(model).fingerprint == before
+
+
+def test_a_run_that_stopped_goes_on(model, tokenizer, task, tmp_path, monkeypatch):
+    whole = evaluate(model, tokenizer, task, MEMORY, batch_size=2)
+    own, asked = runner.ask, []
+
+    def stops(model, tokenizer, prompts, *rest):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return own(model, tokenizer, prompts, *rest)
+
+    options = {"batch_size": 2, "folder": tmp_path / "run", "settings": {"adapter": "a"}}
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "ask", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, tokenizer, task, MEMORY, **options)
+    with (tmp_path / "run" / RECORDS_FILE).open("ab") as file:
+        file.write(b'{"item": "cut in the mid')
+    asked.clear()
+    monkeypatch.setattr(runner, "ask", lambda *inputs: asked.append(len(inputs[2])) or own(*inputs))
+    assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records
+    assert sum(asked) == len(whole.records) - 10
+    lines = (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()
+    assert len(lines) == len(whole.records) and all(json.loads(line)["right"] for line in lines)
+    asked.clear()
+    monkeypatch.setattr(runner, "memorise", lambda *_: pytest.fail("nothing is left to be asked"))
+    assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records and not asked
+
+
+def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
+    evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path, settings={"adapter": "a"})
+    for protocol, settings, differs in (
+        (MEMORY, {"adapter": "b"}, "adapter"),
+        (EvalProtocol.parse("full"), {"adapter": "a"}, "protocol"),
+    ):
+        with pytest.raises(DataError, match=differs):
+            evaluate(model, tokenizer, task, protocol, folder=tmp_path, settings=settings)
+    (tmp_path / RECORDS_FILE).write_text('{"item": "no more"}\n')
+    with pytest.raises(DataError, match="line 1 is no record"):
+        evaluate(model, tokenizer, task, MEMORY, folder=tmp_path, settings={"adapter": "a"})
+
+
+def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch):
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
+    attach(model, DeltaMemConfig(rank=4))
+    long = [item(1), item(2, sessions=9)]
+    monkeypatch.setattr(runner, "ask", lambda *_: pytest.fail("asked"))
+    with pytest.raises(DataError, match="talks:2 is too long for the model: .* tokens"):
+        evaluate(model, tokenizer, Asked(long), MEMORY)
+
+
+class Counted(Asked):
+    """Right in a known share of the cases: the answer is the name of the condition."""
+
+    def score(self, item, answer):
+        right = {"state": 30, "full_context": 40}.get(answer, 0)
+        return {"exact": float(int(item.answers[0]) < right), "f1": 0.0}
+
+
+def test_what_is_counted(model, tokenizer, monkeypatch):
+    items = [item(number, group="even" if number % 2 == 0 else "odd") for number in range(40)]
+    monkeypatch.setattr(runner, "ask", lambda *inputs: [inputs[4].name] * len(inputs[2]))
+    found = evaluate(model, tokenizer, Counted(items), MEMORY, seed=1)
+    assert found.groups == ["even", "odd"]
+    assert found.estimate("exact", "state").mean == 0.75 and found.estimate("exact", "zero_state").mean == 0
+    assert found.estimate("exact", "state", "even").mean == 0.75 and found.estimate("f1", "state").mean == 0
+    over = found.difference("exact", "donor_state")
+    assert over.mean == 0.75 and over.low > 0.55 and over.p_value < 0.001
+    said = found.verdict()
+    assert any(line.startswith("the state adds 0.75 ± 0.1") and line.endswith("over donor state") for line in said)
+    assert any(line.startswith("the state costs 0.25 ± 0.1") and line.endswith("over full context") for line in said)

@@ -1,0 +1,62 @@
+"""Intervals and tests, against what theory and enumeration say."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
+
+ALONE = [str(number) for number in range(400)]
+
+
+def test_a_mean_and_its_interval():
+    assert estimate([1.0] * 50, ALONE[:50]) == estimate([1.0] * 50, ALONE[:50], seed=9)
+    half = estimate([float(number % 2) for number in range(400)], ALONE)
+    assert half.mean == 0.5
+    normal = 1.96 * 0.5 / np.sqrt(400)
+    assert half.low == pytest.approx(0.5 - normal, abs=0.005) and half.high == pytest.approx(0.5 + normal, abs=0.005)
+
+
+def test_questions_of_one_history_are_no_more_than_one_history():
+    """Ten copies of every question: as sure as without them."""
+    scores = [float(number % 2) for number in range(40)]
+    once = estimate(scores, ALONE[:40])
+    copied = estimate(scores * 10, ALONE[:40] * 10)
+    assert copied.mean == once.mean and copied.low == once.low and copied.high == once.high
+    as_if_alone = estimate(scores * 10, ALONE)
+    assert as_if_alone.high - as_if_alone.low < 0.4 * (once.high - once.low)
+
+
+def test_a_mean_is_of_questions_where_histories_have_unlike_many():
+    found = estimate([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"])
+    assert found.mean == 0.25 and found.low == 0.0 and found.high == 1.0
+
+
+def test_the_paired_test_is_the_enumerated_one():
+    """All signs of six histories, counted one by one."""
+    ours, theirs = [0.9, 0.8, 0.7, 0.9, 0.3, 0.6], [0.2, 0.5, 0.6, 0.4, 0.4, 0.1]
+    apart = np.subtract(ours, theirs)
+    signs = np.array(list(itertools.product([-1, 1], repeat=6)))
+    exactly = np.mean(np.abs(signs @ apart) >= abs(apart.sum()) - 1e-9)
+    found = difference(ours, theirs, ALONE[:6])
+    assert found.p_value == pytest.approx(exactly, abs=0.01) and found.mean == pytest.approx(apart.mean())
+    assert found.low < found.mean < found.high
+
+
+def test_pairs_are_surer_than_their_means():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    ours, theirs = np.clip(hard + 0.05, 0, 1.1), hard
+    paired = difference(list(ours), list(theirs), ALONE[:200])
+    assert paired.is_clear and paired.low > 0.04
+    assert not difference(list(ours), list(rng.permutation(theirs)), ALONE[:200]).is_clear
+
+
+def test_words():
+    assert verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001)) == "the state adds 0.21 ± 0.04 over donor state"
+    assert verdict("full context", Difference(-0.1, -0.2, 0.0, 0.01)).startswith("the state costs 0.10 ± 0.10")
+    unclear = verdict("full context", Difference(0.01, -0.03, 0.05, 0.4))
+    assert unclear == "over full context, the difference is not distinguishable from 0 (+0.01 ± 0.04)"

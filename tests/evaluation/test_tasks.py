@@ -1,0 +1,94 @@
+"""Where tasks are found, and what the recall task asks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluation.asked import Asked, item
+
+from deltamem_tool import dialogues
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
+from deltamem_tool.evaluation.metrics import best, contains, exact_match, normalise, token_f1
+from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
+from deltamem_tool.evaluation.records import Record
+from deltamem_tool.evaluation.report import plot_scores, score_table
+from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.tasks.recall import Recall
+
+
+def test_facts_are_held_out_and_repeatable():
+    told = Recall((4,), 50, seed=3).items()
+    assert told == Recall((4,), 50, seed=3).items() != Recall((4,), 50, seed=4).items()
+    held_out = {fact.answer for _, facts in dialogues.SPLITS.values() for fact in facts}
+    assert all(each.answers[0] in held_out for each in told)
+    assert all(each.answers[0] not in str(each.history) for each in told)  # told in other words
+    for each in told:
+        value = each.answers[0].rstrip(".").split()[-1]
+        assert any(value in message["content"] for message in each.history[0])
+    assert len({each.id for each in told}) == len({each.history_id for each in told}) == 50
+    with pytest.raises(ConfigError, match="numbers of facts"):
+        Recall((0,))
+
+
+def test_tasks_are_found():
+    assert find_task("recall", {"facts": (2,), "episodes": 3}).items()[0].group == "2 facts"
+    assert isinstance(find_task("evaluation.asked:Asked", {"items": [item(1)]}), Asked)
+    for name, options, says in (
+        ("recal", {}, "no task 'recal'"),
+        ("nowhere.tasks:Mine", {}, "cannot be imported"),
+        ("evaluation.asked:Nothing", {}, "cannot be imported"),
+        ("recall", {"data": "talks.jsonl"}, "does not take these options"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            find_task(name, options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "same", "f1"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1, 1),
+        ("  a  cat ", "Cat", 1, 1),
+        ("in Paris, France", "Paris", 0, 2 * (1 / 3) * 1 / (1 / 3 + 1)),
+        ("red red blue", "red blue blue", 0, 2 / 3),  # each word as often as both have it
+        ("yes it is", "yes", 0, 0),  # HotpotQA: yes and no are whole answers
+        ("yes", "yes", 1, 1),
+        ("", "Paris", 0, 0),
+        ("the", "an", 1, 0),  # nothing is left of either: SQuAD's exact match, and no word in common
+    ],
+)
+def test_metrics_are_the_published_ones(answer, right, same, f1):
+    assert exact_match(answer, right) == same and token_f1(answer, right) == pytest.approx(f1)
+
+
+def test_the_best_of_several_answers_counts():
+    assert best(token_f1, "New York", ["York", "new york"]) == 1.0
+    assert contains("It was Paris, in 1990.", "paris") == 1.0 and contains("London", "paris") == 0.0
+    assert normalise("An apple — a day") == "apple — day"  # only ASCII punctuation, as the scripts have it
+
+
+def found(seed: int = 0) -> Evaluation:
+    conditions = conditions_of(EvalProtocol.parse("memory"))
+    records = [
+        Record(f"{n}", f"{n}", f"{1 + n % 2} facts", c.name, "?", "a", ["b"], {"exact": float(c.name == "state")}, 5)
+        for c in conditions
+        for n in range(8)
+    ]
+    return Evaluation("recall", "memory", ["exact"], conditions, ["1 facts", "2 facts"], records, seed)
+
+
+def test_a_record_for_others_is_read_back(tmp_path):
+    said = evaluation_json(found(), "f" * 64)
+    (tmp_path / "evaluation.json").write_text(json.dumps(said))
+    assert read_evaluation(tmp_path / "evaluation.json") == said
+    assert said["scores"]["state"] == [[1.0, 1.0, 1.0]] * 2 and said["questions"] == [4, 4]
+    assert said["differences"]["donor_state"]["mean"] == 1.0
+    assert "the state adds 1.00 ± 0.00 over donor state" in said["verdict"]
+
+
+def test_a_table_and_a_picture(tmp_path):
+    assert score_table(found()).row_count == len(found().conditions)
+    plot_scores(found(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
