@@ -114,7 +114,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         manifest,
         _json(folder / SUMMARY_FILE) if adapter is not None else None,
         said,
-        card.read_text(encoding="utf-8") if card.is_file() else None,
+        read_card(card) if card.is_file() else None,
     )
     if said is not None:
         files[EVALUATION_FILE] = scores
@@ -125,6 +125,18 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
                 "Evaluate this one: `deltamem eval ADAPTER --out evaluation.json`.",
             )
     return contents
+
+
+def read_card(file: Path) -> str:
+    """A model card.
+
+    Raises:
+        HubError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HubError(f"{file.name} is no text in UTF-8.", f"{error}.", "Save it in UTF-8.") from error
 
 
 def _json(file: Path) -> dict[str, Any] | None:
