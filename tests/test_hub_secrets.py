@@ -157,7 +157,8 @@ def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokeni
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run("train", "recipe.yaml")
     run("eval", "adapter", "--facts", 1, "--episodes", 2, "--out", "adapter/evaluation.json")
-    run("export", "adapter", "--out", home / "adapter" / "onnx")
+    run("push", "adapter", REPO, "--base-model", "someone/base")
+    run("export", REPO, "--base", home / "bases" / "mine", "--out", home / "adapter" / "onnx")
     run("push", "adapter", REPO, "--base-model", "someone/base")
     files = hub.files_at(REPO)
     assert files.keys() >= {"training.json", "training.png", "evaluation.json", "onnx/model.onnx", "onnx/config.json"}
