@@ -13,6 +13,7 @@ from deltamem_tool.errors import ConfigError
 
 CONFIG_FILE = "deltamem_config.json"  # of an adapter folder: these options, and the base model
 WEIGHTS_FILE = "deltamem.safetensors"
+SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"  # how it was trained
 BRANCHES = ("q", "k", "v", "o")
 UPDATE_RULES = ("standard", "lambda_outside", "no_lambda")
 GRANULARITIES = ("token", "message", "sentence")

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from deltamem_tool.adapter import read_adapter
+from deltamem_tool.config import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.evaluation.record import EVALUATION_FILE
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer, Manifest
 from deltamem_tool.resolve import ASSETS
-from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
 
 BASE = "someone/base"
 COMMIT = "5" * 40

@@ -10,12 +10,12 @@ from typing import Any
 
 from deltamem_tool import adapter as adapters
 from deltamem_tool.adapter import AdapterFolder, read_adapter
+from deltamem_tool.config import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.folder import ONNX_FILES, ONNX_FOLDER, read_manifest
-from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
