@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
 
 from deltamem_tool.errors import HubError
 
-# What the client raises of its own; OSError, because it turns some answers of the server into that.
-CLIENT_ERRORS = (HTTPError, HFValidationError, EntryNotFoundError, OSError)
+# What the client raises: its own; OSError, into which it turns some answers; RuntimeError, in which it wraps what its
+# threads meet; the last two where an answer is not what the Hub would say.
+CLIENT_ERRORS = (HTTPError, HFValidationError, EntryNotFoundError, OSError, RuntimeError, ValueError, KeyError)
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{4,}|(?<=Bearer )\S+")
 _LATER = "Try again in a while."
@@ -35,27 +36,37 @@ def redacted(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def is_lost_connection(error: BaseException | None) -> bool:
-    """Whether it is unknown what the server did: no answer came, or one that it was not able to give."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code >= 500
-        if isinstance(error, HTTPError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def may_have_landed(error: BaseException) -> bool:
+    """Whether a commit that failed with `error` may have been made: it was sent, and the Hub did not refuse it."""
+    for cause in _causes(error):
+        if isinstance(cause, HTTPError):
+            answered = cause.response if isinstance(cause, HfHubHTTPError) else None
+            request = cause.request if answered is None else answered.request
+            return "/commit/" in request.url.path and (answered is None or answered.status_code >= 500)
+    return isinstance(error, ValueError | KeyError)  # an answer that cannot be read, perhaps to the commit
 
 
-def explained(error: BaseException, repo_id: str, what: str) -> HubError:
+def of_this_machine(error: BaseException) -> OSError | None:
+    """What the system here refused, such as a file that cannot be read: in its own words."""
+    for cause in _causes(error):
+        if isinstance(cause, HTTPError):  # below it are the system's words for a connection
+            return None
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
+    return None
+
+
+def explained(error: BaseException, repo_id: str, what: str, writing: bool = False) -> HubError:
     """The error for a person.
 
     Args:
         error: what the client raised; its causes are looked at too.
         repo_id: `owner/name`.
         what: the sentence that says what failed.
+        writing: it was to change the repository.
     """
     causes = _causes(error)
     for kind, (why, after) in _BY_KIND.items():
@@ -63,12 +74,14 @@ def explained(error: BaseException, repo_id: str, what: str) -> HubError:
             return HubError(what, why, after.format(url=f"{constants.ENDPOINT}/{repo_id}"))
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
-            return HubError(what, *_by_status(cause, repo_id))
+            return HubError(what, *_by_status(cause, repo_id, writing))
     if any(isinstance(cause, TimeoutException) for cause in causes):
         return HubError(what, "The Hub did not answer in time.", f"Check the network. {_LATER}")
     if any(isinstance(cause, HTTPError) for cause in causes):
         return HubError(what, f"The connection failed: {first_line(causes[-1])}.", f"Check the network. {_LATER}")
-    return HubError(what, f"{first_line(error).rstrip('.')}.", "Check the name and the network. " + LOGIN)
+    if isinstance(causes[-1], ValueError | KeyError):
+        return HubError(what, "What came is no answer of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
+    return HubError(what, f"{first_line(error)}.", f"Check the network. {_LATER}")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -76,7 +89,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
 
 
@@ -96,18 +109,26 @@ _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
 }
 
 
-def _by_status(error: HfHubHTTPError, repo_id: str) -> tuple[str, str]:
+def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, str]:
     """Why, and what next, by the status of the Hub's answer."""
     status = error.response.status_code
     said = redacted(error.server_message or "").strip().splitlines()
     words = f" It says: {said[0].rstrip('.')}." if said else ""
+    if status in (401, 403) and not str(error.response.url).startswith(constants.ENDPOINT):
+        return (
+            f"The Hub's storage refuses it ({status}).{words}",
+            "Try again: the Hub's permits for it expire, and need a clock here that is right.",
+        )
     if status == 401:
         return f"The Hub does not accept the token, or there is none.{words}", LOGIN
     if status == 403:
+        access = "write access to it (`hf auth login`), or propose a change with --create-pr"
         return (
             f"Your token may not do that with {repo_id}.{words}",
-            "Use a token with write access to it (`hf auth login`), or propose a change with --create-pr.",
+            f"Use a token with {access if writing else 'read access to it (`hf auth login`)'}.",
         )
+    if status == 404:
+        return f"The Hub does not find it (404).{words}", "Check the name, and try again."
     if status in (409, 412):
         return f"It has been changed meanwhile.{words}", "Look at what has changed, and push again."
     if status == 413:
@@ -118,4 +139,4 @@ def _by_status(error: HfHubHTTPError, repo_id: str) -> tuple[str, str]:
         return f"The Hub has had too many requests from you.{words}", after
     if status >= 500:
         return f"The Hub has an error of its own ({status}).{words}", _LATER
-    return f"The Hub answered {status}.{words or ' ' + first_line(error)}", "Correct it, and try again."
+    return f"The Hub answered {status}.{words or f' {first_line(error)}.'}", "Correct it, and try again."

@@ -93,14 +93,14 @@ def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:
     """As `resolve_folder`, of a name that is the Hub's."""
     from huggingface_hub import snapshot_download
 
-    from deltamem_tool.hub_errors import CLIENT_ERRORS, explained
+    from deltamem_tool.hub_errors import CLIENT_ERRORS, explained, of_this_machine
 
     below = f"{hub.path_in_repo}/" if hub.path_in_repo else ""
     try:
         root = Path(snapshot_download(hub.id, revision=hub.revision, allow_patterns=[below + file for file in files]))
     except CLIENT_ERRORS as error:
-        if getattr(error, "errno", None) is not None:  # a full disk, or no permission: the system's, not the Hub's
-            raise
+        if refused := of_this_machine(error):  # a full disk, or no permission
+            raise refused from error
         what = f"{short_name(hub)} is neither a folder here nor a {what} that the Hub gives."
         raise explained(error, hub.id, what) from error
     return root / below

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from deltamem_tool import __version__
 from deltamem_tool.config import DeltaMemConfig
@@ -79,9 +80,11 @@ def says_license(card: bytes) -> bool:
 def _parsed(card: bytes) -> ModelCard:
     try:
         return ModelCard(card.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise HubError(f"{CARD_FILE} is no text in UTF-8.", f"{error}.", "Save it in UTF-8.") from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
         why = str(error).strip().splitlines()[0]
-        raise HubError(f"{CARD_FILE} or its metadata cannot be read.", f"{why}.", "Correct it there.") from error
+        raise HubError(f"The metadata of {CARD_FILE} cannot be read.", f"{why}.", "Correct it there.") from error
 
 
 def _describe(data: Any, known: Contents, repo_id: str, base: str | None, license: str | None) -> None:
@@ -132,8 +135,6 @@ def _results(known: Contents) -> list[EvalResult]:
 
 
 def _block(known: Contents, repo_id: str, base: Base) -> str:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     is_builtin = base.name is not None and base.name.startswith(BUILTIN)
     if known.adapter is not None:
         config, count, memory_bytes = known.adapter.config, len(known.adapter.layer_indices), known.adapter.memory_bytes
@@ -141,7 +142,7 @@ def _block(known: Contents, repo_id: str, base: Base) -> str:
         assert known.onnx is not None  # there is one of the two
         config = DeltaMemConfig.from_dict(dict(known.onnx.mechanism))
         count, memory_bytes = len(known.onnx.interface.state_shapes), known.onnx.interface.memory_bytes
-    return template.render(
+    return _template().render(
         known=known,
         repo_id=repo_id,
         base=_base(base),
@@ -157,6 +158,12 @@ def _block(known: Contents, repo_id: str, base: Base) -> str:
         scope="The backbone is a toy of 767 words: it shows the mechanism, and nothing else." if is_builtin else "",
         version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _base(base: Base) -> str:

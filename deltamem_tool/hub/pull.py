@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
 from deltamem_tool.errors import HubError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
@@ -41,6 +43,7 @@ def pull(repo_id: str, revision: str | None = None, out: str | Path | None = Non
     folder = fetch(hub, REPO_FILES, "repository")
     if not folder.is_dir():  # nothing of it was wanted
         raise HubError(f"{repo_id} holds no adapter and no ONNX folder.", "", "Check the name and the revision.")
+    _refuse_damaged(folder, repo_id)
     contents = read_contents(folder)
     if out is None:
         return Pulled(folder, commit_of(folder), contents)
@@ -51,3 +54,21 @@ def pull(repo_id: str, revision: str | None = None, out: str | Path | None = Non
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, staged / path)
     return Pulled(Path(out), commit_of(folder), contents)
+
+
+def _refuse_damaged(folder: Path, repo_id: str) -> None:
+    """Raise if a file is not what the Hub has: its client looks at sizes alone. What is damaged leaves the cache."""
+    for file in sorted(folder.rglob("*")):
+        blob = file.resolve()  # in the cache: its name is the hash of its content, by SHA-256 if it is a large file
+        if not file.is_symlink() or len(blob.name) not in (40, 64):
+            continue
+        with blob.open("rb") as content:
+            found = sha_fileobj(content).hex() if len(blob.name) == 64 else git_hash(content.read())
+        if found != blob.name:
+            blob.unlink()
+            file.unlink()
+            raise HubError(
+                f"{file.name} of {repo_id} is not what the Hub has.",
+                "It was damaged on its way, or in the cache here; there it has been removed.",
+                "Pull again.",
+            )

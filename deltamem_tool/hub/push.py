@@ -110,8 +110,9 @@ def _together(contents: Contents, repository: Repository, there: There) -> tuple
         return contents, []
     at_head = hub_name(f"hf://{repository.repo_id}", there.commit)
     assert at_head is not None  # with hf:// it is a name on the Hub
+    folder = fetch(at_head, REPO_FILES, "repository")
     try:
-        other = read_contents(fetch(at_head, REPO_FILES, "repository"))
+        other = read_contents(folder)
     except DeltaMemError as error:
         return contents, [f"The {missing} that is there cannot be read, so the card does not describe it: {error.what}"]
     if other.fingerprint != contents.fingerprint:

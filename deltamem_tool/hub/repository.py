@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import SoftTemporaryDirectory
@@ -15,13 +15,13 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from deltamem_tool import __version__
 from deltamem_tool.errors import HubError
-from deltamem_tool.hub_errors import CLIENT_ERRORS, explained, is_lost_connection
+from deltamem_tool.hub_errors import CLIENT_ERRORS, explained, may_have_landed, of_this_machine
 
 LIBRARY = "deltamem-tool"
 MAIN = "main"
 NEW, CHANGED, SAME, DELETED = "new", "changed", "same", "deleted"
 Files = Mapping[str, Path | bytes]  # by path in the repository
-_UPLOAD_ERRORS = (*CLIENT_ERRORS, RuntimeError, ValueError, KeyError)  # the client's wrappers, and answers cut short
+_FROM_THE_START = {".gitattributes"}  # what a repository holds that has just been made
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Repository:
         try:
             has_branch = True
             try:
-                info = self._api.repo_info(self.repo_id, revision=self.branch)
+                info = self._info(self.branch)
             except RevisionNotFoundError:
                 if self.branch == MAIN:
                     raise
-                info, has_branch = self._api.repo_info(self.repo_id, revision=MAIN), False
+                info, has_branch = self._info(MAIN), False
             entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha)
             files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         except RepositoryNotFoundError:
@@ -93,6 +93,10 @@ class Repository:
         except CLIENT_ERRORS as error:
             raise explained(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
         return There(info.sha, has_branch, bool(getattr(info, "private", False)), files)
+
+    def _info(self, revision: str) -> ModelInfo:
+        # Without a time of ours the client would wait for ever.
+        return self._api.model_info(self.repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
     def content(self, path: str, there: There) -> bytes | None:
         """Of a file that is there; None if it is not."""
@@ -109,16 +113,27 @@ class Repository:
         """Make what is missing, the repository or the branch; what is there then.
 
         Raises:
-            HubError: the Hub does not let you.
+            HubError: the Hub does not let you, or somebody else was faster.
         """
+        what = self.repo_id if there.commit is None else f"The branch {self.branch} of {self.repo_id}"
         try:
             if there.commit is None:
-                self._api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+                self._api.create_repo(self.repo_id, private=private or None)
             if self.branch != MAIN and not there.has_branch:
-                self._api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+                self._api.create_branch(self.repo_id, branch=self.branch, revision=there.commit)
         except CLIENT_ERRORS as error:
-            raise explained(error, self.repo_id, f"{self.repo_id} cannot be made. Nothing was sent.") from error
-        return self.look()
+            what = f"{what} cannot be made. None of your files was sent."
+            raise explained(error, self.repo_id, what, writing=True) from error
+        if there.commit is not None:  # the commit shall follow the one that the files were compared with
+            return replace(there, has_branch=True)
+        now = self.look()
+        if now.files.keys() - _FROM_THE_START:
+            raise HubError(
+                f"{self.repo_id} has been made meanwhile, by somebody else too.",
+                "None of your files was sent.",
+                "Look at what is there, and push again.",
+            )
+        return now
 
     def commit(self, files: Files, changes: Sequence[Change], there: There, message: str) -> tuple[str, str]:
         """Make the commit, if the branch is still as it was `there`; its id, and where to look at it.
@@ -141,14 +156,16 @@ class Repository:
                 create_pr=self.create_pr,
                 parent_commit=there.commit,
             )
-        except _UPLOAD_ERRORS as error:
-            if type(error) is OSError or isinstance(error, PermissionError | FileNotFoundError):
-                raise  # a file here that cannot be read: the system's words
-            commit = self._landed(files, changes, there) if is_lost_connection(error) else None
-            if commit is None:
-                what = f"{self.repo_id} could not be changed: it is what it was before this push."
-                raise explained(error, self.repo_id, what) from error
-            return commit, self.url
+        except CLIENT_ERRORS as error:
+            if refused := of_this_machine(error):
+                raise refused from error
+            is_lost = may_have_landed(error)
+            commit = self._landed(files, changes, there) if is_lost else None
+            if commit is not None:
+                return commit, self.url
+            what = "The Hub's answer was lost: so far {} holds" if is_lost else "{} has not been changed: it holds"
+            what = f"{what.format(self.repo_id)} nothing of this push."
+            raise explained(error, self.repo_id, what, writing=True) from error
         return info.oid, info.pr_url or self.url
 
     def _landed(self, files: Files, changes: Sequence[Change], there: There) -> str | None:
@@ -179,4 +196,10 @@ class Repository:
             else now.change(change.path, files[change.path]).kind == SAME
             for change in changes
         ]
-        return now.commit if all(holds) else None  # another commit is somebody else's
+        if not all(holds):
+            raise HubError(
+                f"The Hub's answer was lost, and somebody else has changed {self.repo_id} meanwhile.",
+                "This push is among its commits as a whole, or not at all.",
+                f"Look at {self._api.endpoint}/{self.repo_id}/commits/{self.branch}, and push again.",
+            )
+        return now.commit

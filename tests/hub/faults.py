@@ -21,6 +21,7 @@ class Fault:
     cut_request: int | None = None  # read so many bytes of the body, then cut; nothing is done
     cut_answer: int | None = None  # do what is asked, send so many bytes of the answer's body, then cut
     unanswered: bool = False  # do what is asked, then cut
+    garbled: bool = False  # do what is asked, then answer with a page of somebody else's
 
 
 def answer(status: int, error: str = "", **headers: str) -> Fault:
@@ -49,6 +50,11 @@ def cut_answer(after: int = SOMEWHERE) -> Fault:
 def lose_answer() -> Fault:
     """The server does what is asked, and nobody hears of it."""
     return Fault(unanswered=True)
+
+
+def garble_answer() -> Fault:
+    """The server does what is asked, and a proxy answers with a page of its own."""
+    return Fault(garbled=True)
 
 
 class Faults:

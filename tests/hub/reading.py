@@ -66,7 +66,7 @@ def revision_info(hub: HubServer, request: Request, kind: str, id: str, revision
     said |= {"lastModified": commit.date, "createdAt": next(iter(repo.commits.values())).date}
     said["siblings"] = [_sibling(path, blob, request.flag("blobs")) for path, blob in sorted(commit.files.items())]
     card = commit.files.get("README.md")
-    if card and isinstance(data := front_matter(card.content.decode()), dict):
+    if card and isinstance(data := front_matter(card.content.decode(errors="replace")), dict):
         said["cardData"] = data
     return as_json(said)
 

@@ -186,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, request: Request, reply: Reply, fault: Fault) -> None:
         if fault.unanswered:
             return
+        if fault.garbled:
+            reply = Reply(200, {"Content-Type": "text/html"}, b"<html>Please accept our terms</html>")
         body = b"" if request.method == "HEAD" else reply.body
         if fault.cut_answer is not None:
             request.cut_at = self.server.hub.faults.byte(fault.cut_answer, len(body))

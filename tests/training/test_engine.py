@@ -17,6 +17,7 @@ from training.talks import write_talks
 
 from deltamem_tool import DeltaMemConfig, DeltaMemError, dialogues
 from deltamem_tool.adapter import WEIGHTS_FILE, read_adapter
+from deltamem_tool.adapter_config import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.data import EncodedEpisodes
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
@@ -24,7 +25,6 @@ from deltamem_tool.surgery import adapter_of
 from deltamem_tool.training import EpisodeModel, engine, train
 from deltamem_tool.training.engine import EpisodeSampler, steps_of
 from deltamem_tool.training.run import run_data
-from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
 PNG = b"\x89PNG\r\n\x1a\n"

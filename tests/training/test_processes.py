@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from training.talks import write_talks
 
 from deltamem_tool.adapter import WEIGHTS_FILE
+from deltamem_tool.adapter_config import SUMMARY_FILE
 from deltamem_tool.training.run_folder import checkpoints
-from deltamem_tool.training.summary import SUMMARY_FILE
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
 STEPS = 60
