@@ -72,6 +72,7 @@ main_training_function: main
 """
 
 
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}  # as its launcher sets it
 EVALUATED = {"eval_every": 2, "eval_episodes": 4}
 
 
@@ -83,7 +84,8 @@ def alone(checkpoint, tmp_path_factory):
 
 
 def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
-    """Killed in the middle of a later epoch: conversations are taken in the order in which one process takes them."""
+    """Killed in the middle of a later epoch: conversations are taken in the order in which one process takes them. What
+    a launcher says of splitting is noted and left aside."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     options = {"steps": STEPS, "gradient_accumulation": 1, "save_every": 4, "scheduler": "constant"}
@@ -99,7 +101,8 @@ def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
-    done = launched(*TORCHRUN, str(two), "--resume", "--json", folder=tmp_path)
+    done = launched(*TORCHRUN, str(two), "--resume", "--json", folder=tmp_path, **DEEPSPEED)
+    assert "DeepSpeed splits what is trained" in done.stderr and "FSDP" not in done.stderr
     assert json.loads(done.stdout)["steps"] == STEPS
     logs = [json.loads((tmp_path / name / "adapter" / SUMMARY_FILE).read_text())["log"] for name in ("one", "two")]
     losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
@@ -108,16 +111,13 @@ def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
         assert abs(expected - found) < RESUMED_TOLERANCE, f"step {step}"
 
 
-@pytest.mark.parametrize("wish", ["FSDP", "DeepSpeed"])
-def test_two_processes_equal_one(wish, alone, checkpoint, tmp_path):
-    """The same steps over the same conversations: with other token counts on each, and with evaluation. What a launcher
-    is told of splitting is noted and left aside."""
+def test_two_processes_equal_one(alone, checkpoint, tmp_path):
+    """The same steps over the same conversations: with other token counts on each, and with evaluation. Both wishes for
+    splitting are noted and left aside."""
     (tmp_path / "fsdp.yaml").write_text(FSDP)
-    environment = {"ACCELERATE_USE_DEEPSPEED": "true"} if wish == "DeepSpeed" else {}  # as its launcher sets it
-    launcher = ACCELERATE if wish == "FSDP" else TORCHRUN
     recipe = write_recipe(tmp_path, checkpoint, batch=2, **EVALUATED)
-    done = launched(*launcher, str(recipe), folder=tmp_path, **environment)
-    assert f"{wish} splits what is trained" in done.stderr
+    done = launched(*ACCELERATE, str(recipe), folder=tmp_path, **DEEPSPEED)
+    assert "FSDP and DeepSpeed splits what is trained" in done.stderr
     expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in (alone, tmp_path / "adapter"))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
