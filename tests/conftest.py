@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
+gc.disable()  # until all is imported
 os.environ.update(
     OMP_WAIT_POLICY="passive",
     OMP_NUM_THREADS="1",
@@ -15,22 +17,24 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hub.isolation import hub  # noqa: E402, F401  (a fixture)
 from once import folder_once  # noqa: E402
-from tiny import save_checkpoint, tiny_tokenizer  # noqa: E402
 
-torch.set_num_threads(1)
+# Nothing heavy here: pytest-xdist's first process imports this file, waits, and runs no test.
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from tiny import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer):
     """A base model with a tokenizer on disk; read only."""
+    from tiny import save_checkpoint
+
     return save_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer)
 
 
@@ -56,3 +60,17 @@ def quickstart_onnx(quickstart_run):
 def pytest_collection_modifyitems(items):
     """The fast ones first: a hundred and more models come last."""
     items.sort(key=lambda item: "architectures" in item.path.parts)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collecting garbage need not look at it again, all of a million objects."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    """Some of it wants to be collected before the interpreter ends."""
+    gc.unfreeze()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from cli.command import deltamem  # noqa: F401
+from tiny import listing
 
 from deltamem_tool.memory_file import read_memory
 
@@ -53,12 +55,13 @@ def test_pictures_are_pictures(made):
     assert (folder / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_does_not_destroy_the_first(made):
+def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  # noqa: F811
     folder, _, _ = made
-    command = [sys.executable, "-m", "deltamem_tool.cli", "quickstart", "--fast", "--out", "run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "already there" in done.stderr and "--overwrite" in done.stderr
+    monkeypatch.chdir(folder)
+    before = listing(folder)
+    done = deltamem("quickstart", "--fast", "--out", "run")
+    done.assert_short_error("already there", "--overwrite", code=1)
+    assert listing(folder) == before
 
 
 def test_the_training_path(tmp_path, monkeypatch):
@@ -69,6 +72,7 @@ def test_the_training_path(tmp_path, monkeypatch):
     whole_recipe = module.load_recipe
     monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, ["training.steps=2"], out))
     monkeypatch.setattr(module, "FACTS", (1,))
+    monkeypatch.setattr(module, "EPISODES", 10)
     monkeypatch.setattr(module, "AGREEMENT_EPISODES", 10)
     told = []
     made = module.quickstart(tmp_path / "run", report=lambda *progress: told.append(progress))

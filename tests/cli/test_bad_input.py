@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -277,24 +278,33 @@ def test_a_damaged_memory_file(here, deltamem):
 # A full disk
 
 
+@contextmanager
 def small_files(limit: int):
-    """For a new process: no file may grow beyond `limit` bytes. A full disk, for a user that need not be root."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    """Inside, no file may grow beyond `limit` bytes, of new processes either. A full disk, for a user that need not be
+    root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_room_for_the_adapter(here, checkpoint):
     (here / "adapter").mkdir()
     before = listing(here)
-    done = in_a_process("patch", checkpoint, "--out", "adapter", cwd=here, preexec_fn=small_files(2000))
+    with small_files(2000):
+        done = in_a_process("patch", checkpoint, "--out", "adapter", cwd=here)
     done.assert_short_error("disk is full", "half-written", "Free some space", code=1)
     assert listing(here) == before
 
 
 @pytest.mark.parametrize("limit", [10_000, 24_000], ids=["weights", "optimizer"])
-def test_no_room_for_a_checkpoint(here, checkpoint, limit):
+def test_no_room_for_a_checkpoint(here, deltamem, checkpoint, limit):
     recipe = write_recipe(here, checkpoint, training={"steps": 4, "batch_size": 2, "save_every": 2})
     before = listing(here)
-    done = in_a_process("train", recipe, cwd=here, preexec_fn=small_files(limit))
+    with small_files(limit):
+        done = deltamem("train", recipe)
     done_lines = [line for line in done.err.splitlines() if line.strip()]
     assert done.code == 1 and "Traceback" not in done.err and "disk is full" in done.err, done.err
     assert len(done_lines) <= 5, done.err  # the last state of the progress bar stays above the error
@@ -319,12 +329,15 @@ def test_a_full_disk_is_told_from_other_errors(here, deltamem, checkpoint, monke
 # Ctrl-C
 
 
-def test_ctrl_c_in_training(here, checkpoint):
+STEPS = 50  # enough of them for a Ctrl-C to come in time
+
+
+def test_ctrl_c_in_training(here, deltamem, checkpoint):
     """The adapter so far is kept, the message says how to resume, and what it says works."""
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo")]
     told = [[user(fact.answer), assistant("Okay."), user("And?"), assistant(fact.answer)] for fact in facts]
     chats = write_jsonl(here / "chats.jsonl", told)
-    training = {"steps": 100, "batch_size": 2, "save_every": 5}
+    training = {"steps": STEPS, "batch_size": 2, "save_every": 5}
     recipe = write_recipe(here, checkpoint, training=training, data={"path": str(chats)})
     process = subprocess.Popen(
         [*START, "train", str(recipe)], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -340,14 +353,14 @@ def test_ctrl_c_in_training(here, checkpoint):
         process.kill()
         process.wait()
     assert process.returncode == 1 and out == "" and "Traceback" not in err, err
-    assert "Interrupted after step" in err and "of 100" in err and "--resume" in err
+    assert "Interrupted after step" in err and f"of {STEPS}" in err and "--resume" in err
     assert f"{here}/adapter" in err.replace("\n", "")
     before = {path.name for path in here.iterdir()}
     assert before == {"chats.jsonl", "recipe.yaml", "adapter", "adapter.run"}
     kept = {"deltamem_config.json", "deltamem.safetensors", "training.json", "training.png"}
     assert {path.name for path in (here / "adapter").iterdir()} == kept
     assert load(here / "adapter") is not None
-    done = in_a_process("train", recipe, "--resume", "--json", cwd=here)
+    done = deltamem("train", recipe, "--resume", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["steps"] == 100
+    assert json.loads(done.out)["steps"] == STEPS
     assert {path.name for path in here.iterdir()} == {"chats.jsonl", "recipe.yaml", "adapter"}
