@@ -20,6 +20,7 @@ GATES = ("row", "head")
 DELTA_INITS = ("zero", "random", "base_slice")
 DELTA_SCALES = ("fixed", "layer", "branch")
 MAX_RANK = 64
+L2_EPS = 1e-6  # the least length that queries and keys are divided by
 # What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
 OUTSIDE, INSIDE, LAST = 0, 1, 2
 _PARTS = re.compile(r"(front|middle|back):([1-9]\d*)")
