@@ -17,7 +17,8 @@ from deltamem_tool.onnx import export
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS
-from deltamem_tool.onnx.quantize import BLOCK_SIZE, memory_weights, quantize_graph
+from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
+from deltamem_tool.onnx.quantized_products import BLOCK_SIZE
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.onnx.targets import INT4, INT8, TARGETS, target_of
 from deltamem_tool.surgery import adapter_of
