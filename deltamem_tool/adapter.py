@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,36 +17,20 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
+from deltamem_tool.adapter_config import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel, read_config
 from deltamem_tool.adapter_module import DeltaMemAdapter, fingerprint_of
 from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint
-from deltamem_tool.config import CONFIG_FILE, WEIGHTS_FILE, DeltaMemConfig
-from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.patched import hf_model
 from deltamem_tool.resolve import resolve_folder
 from deltamem_tool.surgery import adapter_of, fresh_adapter, hook
+from deltamem_tool.tensor_header import read_header
 
-FORMAT = "deltamem-adapter"
-FORMAT_VERSION = 1
 _ANY = 2**31 - 1  # stands for a size that only the base model knows
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Which model an adapter was made for."""
-
-    name: str  # folder or Hub id
-    revision: str | None  # commit on the Hub
-    model_type: str
-    fingerprint: str  # of some weights, see `checkpoint.fingerprint`
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(value, str) for value in (self.name, self.model_type, self.fingerprint)):
-            raise TypeError("name, model_type and fingerprint of the base model must be text")
-        if not isinstance(self.revision, str | None):
-            raise TypeError("the revision of the base model must be text or null")
 
 
 @dataclass(frozen=True)
@@ -97,7 +81,7 @@ class AdapterFolder:
         for name, tensor in self.tensors.items():
             if tensor.dtype != torch.float32:
                 differences.append(f"{name} is {tensor.dtype}, not float32")
-            elif not tensor.isfinite().all():
+            elif not tensor.is_meta and not tensor.isfinite().all():
                 differences.append(f"{name} holds NaN or infinity")
         self.refuse(differences + self.differences(wanted))
 
@@ -164,39 +148,41 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
         AdapterError: a file is missing, damaged, of a newer format, or does not fit the other one.
         HubError: there is no such folder or repository.
     """
+    return _with_tensors(describe_adapter(path, revision))
+
+
+def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
+    """The same from its config and the header of its weights alone, in which everything but the numbers is checked.
+    The tensors are on torch's meta device: names and shapes.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+    """
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(f"{path} is no adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`.")
+    said = read_config(folder, path)
     try:
-        said = json.loads((folder / CONFIG_FILE).read_text())
+        entries = read_header(folder / WEIGHTS_FILE).tensors
     except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
-    if not isinstance(said, dict):
-        said = {}
-    version = said.get("format_version")
-    if said.get("format") != FORMAT or type(version) is not int:
-        raise AdapterError(f"{path} is no adapter folder.", f"{CONFIG_FILE} does not say so.", "Use another folder.")
-    if version > FORMAT_VERSION:
-        raise AdapterError(
-            f"{path} is of adapter format {version}.",
-            f"This version of deltamem reads up to {FORMAT_VERSION}.",
-            "Update deltamem-tool.",
-        )
-    try:
-        config = DeltaMemConfig.from_dict(dict(said["mechanism"]))
-        base = BaseModel(**said["base"])
-        reference = said.get("reference")
-        if not isinstance(reference, dict | None):
-            raise TypeError('"reference" must be an object')
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        why = str(error).replace("\n", " ")
-        raise AdapterError(f"{folder / CONFIG_FILE} is damaged.", why, "Fetch the adapter again.") from error
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    found = AdapterFolder(folder, config, base, tensors, reference)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+        for name, entry in entries.items()
+    }
+    found = AdapterFolder(folder, said.mechanism, said.base, tensors, said.reference)
+    found.check()
+    return found
+
+
+def _with_tensors(described: AdapterFolder) -> AdapterFolder:
+    file = described.path / WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is damaged.", f"{error}.", "Fetch the adapter again.") from error
+    found = replace(described, tensors=tensors)
     found.check()
     return found
 
@@ -223,8 +209,14 @@ def load(
         ArchitectureError: the base model cannot be loaded.
         HubError: it is not there.
     """
-    folder = read_adapter(path, revision)
-    checkpoint, found = find_base(path, folder.base, base, base_revision, trust_remote_code)
+    described = describe_adapter(path, revision)
+    checkpoint, found = find_base(path, described.base, base, base_revision, trust_remote_code)
+    with torch.device("meta"):
+        expected = DeltaMemAdapter(
+            described.config, select_layers(attention_layers(checkpoint.skeleton()), described.config)
+        )
+    _refuse_misfit(expected, described)
+    folder = _with_tensors(described)
     model = checkpoint.load(**kwargs)
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
     fill(adapter, folder)
@@ -272,13 +264,13 @@ def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrained
 
 
 def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer in a base model's folder; `for_chat`, it must have a chat template.
+    """The tokenizer in a base model's folder; `for_chat`, it must have a chat template. Python files there do not run.
 
     Raises:
         ArchitectureError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks on the terminal
     except (OSError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArchitectureError(f"{folder} has no tokenizer.", why, "Save the model's tokenizer beside it.") from error
@@ -295,8 +287,12 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
     Raises:
         AdapterError: tensors are missing, extra or misshapen for this base model; all of them are named.
     """
-    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+    _refuse_misfit(adapter, folder)
     adapter.load_state_dict(dict(folder.tensors))
+
+
+def _refuse_misfit(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
+    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
 
 
 def write_adapter(

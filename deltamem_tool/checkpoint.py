@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from deltamem_tool.architectures import AttentionLayer
+from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.layouts import Projection, features
 from deltamem_tool.resolve import commit_of, hub_name, resolve_folder, short_name
@@ -298,7 +298,7 @@ def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
             f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
         )
     try:
-        said = json.loads(file.read_text())
+        said = read_json(file, finite=False)  # transformers writes Infinity
     except ValueError as error:
         raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
     if not isinstance(said, dict):

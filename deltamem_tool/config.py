@@ -11,8 +11,6 @@ from typing import Any
 
 from deltamem_tool.errors import ConfigError
 
-CONFIG_FILE = "deltamem_config.json"  # of an adapter folder: these options, and the base model
-WEIGHTS_FILE = "deltamem.safetensors"
 BRANCHES = ("q", "k", "v", "o")
 UPDATE_RULES = ("standard", "lambda_outside", "no_lambda")
 GRANULARITIES = ("token", "message", "sentence")
@@ -21,9 +19,11 @@ DELTA_INITS = ("zero", "random", "base_slice")
 DELTA_SCALES = ("fixed", "layer", "branch")
 MAX_RANK = 64
 L2_EPS = 1e-6  # the least length that queries and keys are divided by
+MAX_STATE_HEADS = 256  # the paper has 4
+MAX_LAYERS = 10_000  # the deepest models have 126
 # What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
 OUTSIDE, INSIDE, LAST = 0, 1, 2
-_PARTS = re.compile(r"(front|middle|back):([1-9]\d*)")
+_PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 
 # The paper's three ways to write, with the initial Δ of its runs; everything else is the default.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -86,8 +86,8 @@ class DeltaMemConfig:
                 object.__setattr__(self, name, tuple(value))
         _require(_is_int(self.rank) and 1 <= self.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}, not {self.rank!r}")
         _require(
-            _is_int(self.state_heads) and self.state_heads >= 1,
-            f"state_heads must be 1 or more, not {self.state_heads!r}",
+            _is_int(self.state_heads) and 1 <= self.state_heads <= MAX_STATE_HEADS,
+            f"state_heads must be 1 to {MAX_STATE_HEADS}, not {self.state_heads!r}",
         )
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -127,7 +127,8 @@ class DeltaMemConfig:
             _require(isinstance(self.layers, tuple), f"layers must be {forms}, not {self.layers!r}")
             _require(len(self.layers) > 0, "layers is an empty list")
             _require(
-                all(_is_int(i) and i >= 0 for i in self.layers), f"layers must be indices from 0, not {self.layers!r}"
+                all(_is_int(i) and 0 <= i < MAX_LAYERS for i in self.layers),
+                f"layers must be indices from 0, not {self.layers!r}",
             )
             _require(len(set(self.layers)) == len(self.layers), f"layers names an index twice: {self.layers!r}")
 

@@ -15,12 +15,16 @@ Each carries what failed, why, and what to do next; the command line prints thos
 from __future__ import annotations
 
 import errno
+import unicodedata
+
+MAX_SAID = 8000  # characters of a sentence, which may quote a stranger's file: a hundred tensors by name
 
 
 class DeltaMemError(Exception):
     """`what` failed, `why`, and what to do `next`: one sentence each."""
 
     def __init__(self, what: str, why: str = "", next: str = "") -> None:
+        what, why, next = map(_shown, (what, why, next))
         super().__init__("\n".join(part for part in (what, why, next) if part))
         self.what, self.why, self.next = what, why, next
 
@@ -74,6 +78,21 @@ def domain_error(error: Exception) -> DeltaMemError | None:
             "Correct the path or its permissions, and try again.",
         )
     return None
+
+
+def _shown(said: str) -> str:
+    """`said` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
+    if len(said) > MAX_SAID:
+        said = said[:MAX_SAID] + "…"
+    if said.isprintable():
+        return said
+    return "".join(
+        character if character == "\n" or unicodedata.category(character) not in _STEERING else ascii(character)[1:-1]
+        for character in said
+    )
+
+
+_STEERING = ("Cc", "Cf", "Cs")
 
 
 def _no_room(error: Exception) -> bool:

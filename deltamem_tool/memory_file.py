@@ -2,7 +2,8 @@
 
 For each layer a tensor `layers.{i}.state`, float32 `[B, H, R, R]`, and where the adapter writes by segments
 `layers.{i}.segment`, float32 `[B, W]`: what the open segment has gathered, its number of tokens last. The metadata
-holds the format version and the adapter's fingerprint. PyTorch and ONNX Runtime read and write the same files.
+holds the format version, the adapter's fingerprint, and the version of deltamem that wrote it. PyTorch and ONNX Runtime
+read and write the same files.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
+from deltamem_tool import __version__
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.files import write_whole
+from deltamem_tool.tensor_header import Header, read_header
+from deltamem_tool.versions import is_newer, update_line
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
-_TENSOR = re.compile(r"layers\.(\d+)\.(state|segment)")
+_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(state|segment)")
 _AXES = {"state": 4, "segment": 2}
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,12 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
             raise MemoryStateError(
                 f"The memory holds NaN or infinity: {name}.", "It was not saved.", "Start from an earlier one."
             )
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": memory.adapter}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "adapter": memory.adapter,
+        "deltamem_version": __version__,
+    }
     write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
@@ -103,32 +113,23 @@ def read_memory(path: str | Path) -> StoredMemory:
     if not path.is_file():
         raise MemoryStateError(f"There is no memory file {path}.", "", "Save one first, or correct the path.")
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+        header = read_header(path)
+        _check_header(path, header)
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, MemoryStateError):
+            raise
         raise MemoryStateError(
             f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file."
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise MemoryStateError(
-            f"{path} is of memory format {metadata.get('format_version')}.",
-            f"This version of deltamem reads format {FORMAT_VERSION}.",
-            "Update deltamem-tool.",
-        )
     parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
-        if match is None or tensor.ndim != _AXES[match[2]] or tensor.dtype != np.float32:
-            raise _damaged(path, f"Its tensor {name!r} is no float32 state")
+        assert match is not None  # or the header had been refused
         if not np.isfinite(tensor).all():
             raise _damaged(path, f"The state {name!r} holds NaN or infinity")
         parts[match[2]][int(match[1])] = tensor
     states, segments = (dict(sorted(part.items())) for part in parts.values())
-    if not states or "adapter" not in metadata:
-        raise _damaged(path, "It holds no states or no fingerprint")
     if len({state.shape[1:] for state in states.values()}) > 1 or any(
         s.shape[2] != s.shape[3] for s in states.values()
     ):
@@ -137,7 +138,31 @@ def read_memory(path: str | Path) -> StoredMemory:
         raise _damaged(path, "Its layers disagree on their open segments")
     if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
         raise _damaged(path, "Its layers disagree on the number of conversations")
-    return StoredMemory(states, segments, metadata["adapter"])
+    return StoredMemory(states, segments, header.metadata["adapter"])
+
+
+def _check_header(path: Path, header: Header) -> None:
+    """
+    Raises:
+        MemoryStateError: the header is of no memory, of a newer format, or names something other than states.
+    """
+    metadata = header.metadata
+    if metadata.get("format") != FORMAT:
+        raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        newer = version is not None and _NUMBER.fullmatch(version) and is_newer(int(version), FORMAT_VERSION)
+        raise MemoryStateError(
+            f"{path} is of memory format {version}.",
+            f"This version of deltamem reads format {FORMAT_VERSION}.",
+            f"Update deltamem-tool: {update_line(metadata.get('deltamem_version'))}" if newer else "Use another file.",
+        )
+    for name, entry in header.tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or len(entry.shape) != _AXES[match[2]] or entry.dtype != "float32":
+            raise _damaged(path, f"Its tensor {name!r} is no float32 state")
+    if not any(name.endswith(".state") for name in header.tensors) or "adapter" not in metadata:
+        raise _damaged(path, "It holds no states or no fingerprint")
 
 
 def _damaged(path: Path, why: str) -> MemoryStateError:

@@ -24,6 +24,7 @@ from torch import Tensor
 from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
+from deltamem_tool.bounded import read_json
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
@@ -231,8 +232,8 @@ def _is_ours(folder: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        said = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        said = read_json(file, finite=False)  # what is no number is named below
+    except ValueError as error:
         raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
     if not isinstance(said, dict):
         raise AdapterError(f"{file} is no config of an adapter.", "It is no JSON object.", "Fetch the adapter again.")

@@ -68,7 +68,6 @@ DEFAULTS: dict[str, Any] = {
     "delta_scale_parameterization": "alpha_over_rank",
 }
 _REQUIRED = ("rank", "delta_heads")
-_MOST_STATE_HEADS = 2**20  # beyond any use; torch cannot even name the shapes of far more
 
 # Its field for each of our options; the few whose values are spelt otherwise have them below.
 _FIELDS = {
@@ -133,8 +132,6 @@ def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
         options["delta_scale"] = _SCALES[full["delta_scale_granularity"]] if full["trainable_delta_scale"] else "fixed"
         try:
             config = DeltaMemConfig.from_dict(options)
-            if config.state_heads > _MOST_STATE_HEADS:
-                problems.append(f"num_state_heads is {config.state_heads}, which is too large")
         except ConfigError as error:  # in the words of the file
             option = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
             problems.append(option.sub(lambda match: _FIELDS[match[0]], error.why).rstrip("."))

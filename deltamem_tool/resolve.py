@@ -77,11 +77,10 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: 
         HubError: nothing is there, or the Hub does not give it.
     """
     if name.startswith(BUILTIN):
-        folder = ASSETS / name.removeprefix(BUILTIN)
-        if not folder.is_dir():
-            shipped = ", ".join(f"{BUILTIN}{entry.name}" for entry in sorted(ASSETS.iterdir()) if entry.is_dir())
-            raise HubError(f"The package ships no {name}.", "", f"It ships: {shipped}.")
-        return folder
+        shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}
+        if name not in shipped:
+            raise HubError(f"The package ships no {name}.", "", f"It ships: {', '.join(shipped)}.")
+        return shipped[name]
     hub = hub_name(name, revision)
     if hub is not None:
         return fetch(hub, files, what)

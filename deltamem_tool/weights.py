@@ -3,7 +3,6 @@ them are read without the rest."""
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deltamem_tool.bounded import parse_json, read_text
 from deltamem_tool.errors import ArchitectureError
 
 # In transformers' order: a file with all weights, or the index of several.
@@ -22,6 +22,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MAX_INDEX_BYTES = 128 * 2**20  # the largest that we know, of 90,000 weights, is of 9 MB
 _AGAIN = "The file may be cut short: fetch the checkpoint again."
 
 
@@ -32,7 +33,7 @@ def files_of_index(index: Path) -> dict[str, str]:
         ArchitectureError: it is no such index, or names files outside of its folder.
     """
     try:
-        said = dict(json.loads(index.read_text())["weight_map"])
+        said = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
         if not said or not all(isinstance(file, str) and Path(file).name == file for file in said.values()):
             raise ValueError("weight_map must name files beside it")
     except (ValueError, KeyError, TypeError) as error:

@@ -7,12 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import onnx.helper
+
 from deltamem_tool.adapter import read_adapter
+from deltamem_tool.adapter_config import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.evaluation.record import EVALUATION_FILE
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer, Manifest
 from deltamem_tool.resolve import ASSETS
-from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
 
 BASE = "someone/base"
 COMMIT = "5" * 40
@@ -22,7 +24,7 @@ CONDITIONS = {"state_only": "the memory", "zero_state": "zeros", "donor_state": 
 def adapter_folder(folder: Path, name: str = BASE, revision: str | None = COMMIT) -> Path:
     """The shipped adapter, as one that was made for `name`."""
     shutil.copytree(ASSETS / "adapter", folder)
-    config = folder / "deltamem_config.json"
+    config = folder / CONFIG_FILE
     said = json.loads(config.read_text())
     said["base"] |= {"name": name, "revision": revision}
     config.write_text(json.dumps(said))
@@ -56,7 +58,7 @@ def evaluated(folder: Path, adapter: str | None = None) -> Path:
 
 
 def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None = BASE) -> Path:
-    """A folder whose files are all there and whose manifest is right; its graph is none, so nothing may run it."""
+    """A folder whose files are all there and whose manifest is right; its graph is empty, so nothing may run it."""
     found = read_adapter(ASSETS / "adapter")
     layers = (Layer((1, 8), (1, 8), found.config.state_shape),) * len(found.layer_indices)
     manifest = Manifest(
@@ -74,6 +76,8 @@ def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None
     folder.mkdir(parents=True)
     for name in contract.REQUIRED_FILES:
         (folder / name).write_bytes(b"{}")
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), folder / contract.MODEL_FILE)
     (folder / contract.DATA_FILE).write_bytes(bytes(range(256)) * 40)
     (folder / contract.MANIFEST_FILE).write_text(manifest.to_json())
     return folder
@@ -83,7 +87,7 @@ def other_adapter(folder: Path, **changes) -> Path:
     """The same weights under another option: another fingerprint."""
     adapter_folder(folder)
     found = read_adapter(folder)
-    config = folder / "deltamem_config.json"
+    config = folder / CONFIG_FILE
     said = json.loads(config.read_text())
     said["mechanism"] = replace(found.config, alpha=8.0, **changes).to_dict()
     config.write_text(json.dumps(said))

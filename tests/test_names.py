@@ -23,6 +23,7 @@ PUBLIC = {
     "save_adapter",
 }
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
+READING = {"bounded", "errors", "versions"}  # what files of strangers are read with
 RECIPE = {"config", "dialogues", "errors", "recipe", "recipe_options", "recipe_words", "yaml_lines"}
 
 
@@ -50,14 +51,16 @@ def imported_by(module: str) -> set[str]:
         ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.files, deltamem_tool.dialogues", HEAVY, None),
         ("deltamem_tool.recipe", HEAVY, RECIPE),
         ("deltamem_tool.support", HEAVY, {"errors", "support"}),
-        ("deltamem_tool.memory_file", HEAVY, {"errors", "files", "memory_file"}),
+        ("deltamem_tool.resolve", HEAVY, {"errors", "resolve"}),
+        ("deltamem_tool.adapter_config", HEAVY, {"adapter_config", *READING, "config"}),
+        ("deltamem_tool.memory_file", HEAVY, {"files", "memory_file", "tensor_header", *READING}),
         ("deltamem_tool.memory_picture", HEAVY - {"matplotlib"}, {"errors", "files", "memory_picture"}),
         ("deltamem_tool.ops", HEAVY - {"torch"}, {"errors", "ops"}),
         ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "fake", "memory", "ops"}),
         (
             "deltamem_tool.state",
             {"onnxruntime", "matplotlib"},
-            {"config", "errors", "fake", "files", "memory", "memory_file", "ops", "patched", "state"},
+            {"config", "fake", "files", "memory", "memory_file", "ops", "patched", "state", "tensor_header", *READING},
         ),
         (
             "deltamem_tool.data",
@@ -69,7 +72,8 @@ def imported_by(module: str) -> set[str]:
         ("deltamem_tool.chat.session, deltamem_tool.memory_text", HEAVY, None),
         ("deltamem_tool.chat.torch_runtime", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}, None),
         ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
-        ("deltamem_tool.onnx.contract", HEAVY, {"errors", "onnx"}),
+        ("deltamem_tool.hub.push", {"onnxruntime", "onnx", "onnxscript", "matplotlib", "peft"}, None),
+        ("deltamem_tool.onnx.contract", HEAVY, {"config", "onnx", *READING}),
         ("deltamem_tool.onnx.runtime", {"torch", "transformers"}, None),
     ],
 )

@@ -13,7 +13,8 @@ from deltamem_tool.adapter import read_adapter
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.pull import pull
 from deltamem_tool.hub.push import push
-from deltamem_tool.onnx.folder import find_onnx, is_onnx, read_manifest
+from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.folder import find_onnx, is_onnx
 
 REPO = "someone/memory"
 
@@ -146,10 +147,10 @@ def test_a_path_of_this_machine_is_never_the_base(as_writer, tmp_path, monkeypat
     push(folder, REPO, onnx=graph, base_model=f"{BASE}@{COMMIT}")
     at_hub = read_adapter(pull(REPO).path)
     assert (at_hub.base.name, at_hub.base.revision) == (BASE, COMMIT)
-    assert read_manifest(find_onnx(REPO)).base_model == BASE
+    assert Manifest.read(find_onnx(REPO)).base_model == BASE
     assert str(tmp_path) in (folder / "deltamem_config.json").read_text()  # what is here stays as it was
     push(graph, "someone/graph")
-    assert read_manifest(find_onnx("someone/graph")).base_model is None
+    assert Manifest.read(find_onnx("someone/graph")).base_model is None
     for repo_id in (REPO, "someone/graph"):
         for path, content in as_writer.files_at(repo_id).items():
             assert str(tmp_path).encode() not in content and b"bases/mine" not in content, path

@@ -15,9 +15,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from deltamem_tool.bounded import read_bytes, read_text
+from deltamem_tool.bounded import read_json as read_any
 from deltamem_tool.chat_template import ChatTemplate, Message
 from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.onnx import contract
+
+MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest that we know, of 260,000 tokens, is of 33 MB
 
 
 class ChatText:
@@ -37,7 +41,7 @@ class ChatText:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = None if template is None else _environment().from_string(template)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of others: the reader of such programs raises anything
             raise _damaged("The chat template", error) from error
 
     @classmethod
@@ -48,17 +52,21 @@ class ChatText:
             ExportError: a file cannot be read.
         """
         try:
-            tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
+            tokenizer = Tokenizer.from_buffer(read_bytes(folder / contract.TOKENIZER_FILE, MAX_TOKENIZER_BYTES))
         except Exception as error:  # the tokenizers package raises nothing narrower
             raise _damaged(contract.TOKENIZER_FILE, error) from error
         options = read_json(folder / contract.TOKENIZER_CONFIG_FILE)
         file = folder / contract.CHAT_TEMPLATE_FILE
-        source = file.read_text(encoding="utf-8") if file.is_file() else _default(options.get("chat_template"))
-        special_tokens = {
-            name: token["content"] if isinstance(token, dict) else token
+        try:
+            source = read_text(file) if file.is_file() else _default(options.get("chat_template"))
+        except ValueError as error:
+            raise _damaged("The chat template", error) from error
+        contents = {
+            name: token.get("content") if isinstance(token, dict) else token
             for name, token in options.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
+            if name.endswith("_token")
         }
+        special_tokens = {name: content for name, content in contents.items() if isinstance(content, str)}
         return cls(tokenizer, source, special_tokens)
 
     @classmethod
@@ -100,7 +108,7 @@ class ChatText:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=generation_prompt, **self._special_tokens
             )
-        except TemplateError as error:
+        except Exception as error:  # as it compiles, so it runs
             raise ExportError(
                 "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
             ) from error
@@ -151,7 +159,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_any(file, finite=False)  # transformers writes Infinity
     except ValueError as error:
         raise _damaged(file.name, error) from error
     if not isinstance(content, dict):
@@ -194,8 +202,9 @@ def _raise_exception(message: str) -> None:
 def _default(template: Any) -> str | None:
     """The template among what a tokenizer has: one string, or several of which one is called default."""
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+    source = template.get("default") if isinstance(template, dict) else template
+    return source if isinstance(source, str) else None
 
 
 def _damaged(what: str, why: object) -> ExportError:

@@ -166,10 +166,11 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     from rich.table import Table
     from rich.text import Text
 
-    from deltamem_tool.onnx.folder import find_onnx, read_manifest
+    from deltamem_tool.onnx.contract import Manifest
+    from deltamem_tool.onnx.folder import find_onnx
     from deltamem_tool.onnx.interface_table import rows
 
-    manifest = read_manifest(find_onnx(path))
+    manifest = Manifest.read(find_onnx(path))
     said = {"kind": "onnx", **asdict(manifest)}
     table = Table(title="What the graph takes and gives")
     for column in ("", "name", "type", "shape", "what"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamem_tool import __version__
+from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         DataError: the file is something else, or a figure is missing.
     """
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
     if not isinstance(said, dict) or said.get("task") != RECALL or not isinstance(said.get("adapter"), str):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.constants import REGEX_COMMIT_OID
 
-from deltamem_tool.adapter import CONFIG_FILE
+from deltamem_tool.adapter_config import CONFIG_FILE
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents
 from deltamem_tool.onnx.contract import MANIFEST_FILE

@@ -39,7 +39,7 @@ _TRAINING = {  # keys of training.json's recipe, and what the card calls them
 }
 
 
-def write_card(known: Contents, repo_id: str, base: Base, old: str | None, license: str | None) -> str:
+def write_card(known: Contents, repo_id: str, base: Base, old: bytes | None, license: str | None) -> bytes:
     """The card of `known` in the repository `repo_id`.
 
     Args:
@@ -52,11 +52,12 @@ def write_card(known: Contents, repo_id: str, base: Base, old: str | None, licen
     Raises:
         HubError: the old card's metadata or marks are broken.
     """
-    card = _parsed(old if old is not None else f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n")
+    card = _parsed(f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n".encode() if old is None else old)
     text = card.text
-    block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}"
+    newline = "\r\n" if "\r\n" in text else "\n"
+    block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}".replace("\n", newline)
     if (text.count(BEGIN), text.count(END)) == (0, 0):
-        card.text = f"{text.rstrip()}\n\n{block}\n"
+        card.text = text.rstrip() + 2 * newline + block + newline
     elif (text.count(BEGIN), text.count(END)) == (1, 1) and text.index(BEGIN) < text.index(END):
         card.text = text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
     else:
@@ -66,20 +67,20 @@ def write_card(known: Contents, repo_id: str, base: Base, old: str | None, licen
             "Correct it there, or remove both marks.",
         )
     _describe(card.data, known, repo_id, base.name, license)
-    return card.content
+    return card.content.encode()
 
 
-def says_license(card: str) -> bool:
+def says_license(card: bytes) -> bool:
     """Whether the card's metadata names a licence."""
     return bool(_parsed(card).data.get("license"))
 
 
-def _parsed(text: str) -> ModelCard:
+def _parsed(card: bytes) -> ModelCard:
     try:
-        return ModelCard(text)
+        return ModelCard(card.decode("utf-8-sig"))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         why = str(error).strip().splitlines()[0]
-        raise HubError(f"The metadata of {CARD_FILE} cannot be read.", f"{why}.", "Correct it there.") from error
+        raise HubError(f"{CARD_FILE} or its metadata cannot be read.", f"{why}.", "Correct it there.") from error
 
 
 def _describe(data: Any, known: Contents, repo_id: str, base: str | None, license: str | None) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool import adapter as adapters
 from deltamem_tool.adapter import AdapterFolder, read_adapter
+from deltamem_tool.adapter_config import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
-from deltamem_tool.onnx.folder import ONNX_FILES, ONNX_FOLDER, read_manifest
-from deltamem_tool.training.summary import PLOT_FILE, SUMMARY_FILE
+from deltamem_tool.onnx.folder import ONNX_FILES, ONNX_FOLDER
+from deltamem_tool.onnx.trust import check_onnx_folder
 
 CARD_FILE = "README.md"
-ADAPTER_FILES = (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
 ONNX_PATHS = tuple(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES)
 REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # patterns; nothing else is sent or fetched
 
@@ -33,7 +33,7 @@ class Contents:
         onnx: the manifest of the ONNX folder; None if there is none.
         training: `training.json`.
         evaluation: `evaluation.json`, of this adapter.
-        card: the text of `README.md`.
+        card: `README.md`.
     """
 
     files: Mapping[str, Path | bytes] = field(repr=False)
@@ -41,7 +41,7 @@ class Contents:
     onnx: Manifest | None
     training: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
-    card: str | None = None
+    card: bytes | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -78,19 +78,19 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         evaluation: what `deltamem eval --out` wrote, if it is not in `folder`.
 
     Raises:
-        HubError: it holds neither, or parts of two adapters.
+        HubError: it holds neither, or parts of two
         AdapterError, ExportError, DataError: a part is damaged.
     """
     if not folder.is_dir():
         raise HubError(f"There is no folder {folder}.", "", "Give an adapter folder or an ONNX folder.")
-    adapter = read_adapter(folder) if (folder / adapters.CONFIG_FILE).is_file() else None
+    adapter = read_adapter(folder) if (folder / CONFIG_FILE).is_file() else None
     inside = [place for place in (folder, folder / ONNX_FOLDER) if (place / contract.MANIFEST_FILE).is_file()]
     place = onnx or next(iter(inside), None)
-    manifest = None if place is None else read_manifest(place)
+    manifest = None if place is None else check_onnx_folder(place)
     if adapter is None and manifest is None:
         raise HubError(
             f"{folder} holds no adapter and no ONNX folder.",
-            f"It has no {adapters.CONFIG_FILE} and no {contract.MANIFEST_FILE}.",
+            f"It has no {CONFIG_FILE} and no {contract.MANIFEST_FILE}.",
             "Make one with `deltamem train` or `deltamem export`.",
         )
     if adapter is not None and manifest is not None and adapter.fingerprint != manifest.adapter:
@@ -114,7 +114,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         manifest,
         _json(folder / SUMMARY_FILE) if adapter is not None else None,
         said,
-        card.read_text(encoding="utf-8") if card.is_file() else None,
+        card.read_bytes() if card.is_file() else None,
     )
     if said is not None:
         files[EVALUATION_FILE] = scores
@@ -131,7 +131,7 @@ def _json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = read_json(file)
     except ValueError as error:
         raise DeltaMemError(f"{file} is not JSON.", f"{error}.", "Remove it, or train again.") from error
     if not isinstance(said, dict):

@@ -79,19 +79,21 @@ def push(
     known, notes = _together(contents, repository, there)
     if contents.adapter is None and known.adapter is not None:  # which knows more of it than a graph does
         base = Base(known.adapter.base.name, known.adapter.base.revision)
-    old = contents.card if contents.card is not None else repository.text(CARD_FILE, there)
+    old = contents.card if contents.card is not None else repository.content(CARD_FILE, there)
     if license is None and ask_license is not None and not (old and says_license(old)):
         license = ask_license()
     card = write_card(known, repository.repo_id, base, old, license)
     if not says_license(card):
         notes.append("The card names no licence: pass --license, such as apache-2.0, or add it to the card.")
-    files = {**contents.files, CARD_FILE: card.encode()}
+    files = {**contents.files, CARD_FILE: card}
     changes = _changes(files, contents, there)
     if dry_run or all(change.kind == SAME for change in changes):
-        return Pushed(repository.repo_id, repository.url, None if dry_run else there.commit, changes, notes, card)
+        return Pushed(
+            repository.repo_id, repository.url, None if dry_run else there.commit, changes, notes, card.decode()
+        )
     there = repository.create(there, private)
     commit, url = repository.commit(files, changes, there, message or f"Upload {' and '.join(contents.parts)}")
-    return Pushed(repository.repo_id, url, commit, changes, notes, card)
+    return Pushed(repository.repo_id, url, commit, changes, notes, card.decode())
 
 
 def _path(path: str | Path | None) -> Path | None:

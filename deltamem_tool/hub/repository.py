@@ -94,8 +94,8 @@ class Repository:
             raise explained(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
         return There(info.sha, has_branch, bool(getattr(info, "private", False)), files)
 
-    def text(self, path: str, there: There) -> str | None:
-        """A file that is there, as text; None if it is not."""
+    def content(self, path: str, there: There) -> bytes | None:
+        """Of a file that is there; None if it is not."""
         if path not in there.files:
             return None
         with SoftTemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ class Repository:
                 file = self._api.hf_hub_download(self.repo_id, path, revision=there.commit, local_dir=folder)
             except CLIENT_ERRORS as error:
                 raise explained(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
-            return Path(file).read_text(encoding="utf-8-sig")
+            return Path(file).read_bytes()
 
     def create(self, there: There, private: bool) -> There:
         """Make what is missing, the repository or the branch; what is there then.

@@ -50,7 +50,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from deltamem_tool.bounded import parse_json, read_text
+from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
+from deltamem_tool.versions import is_newer, update_line
 
 FORMAT = "deltamem-onnx"
 FORMAT_VERSION = 3
@@ -83,6 +86,11 @@ INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16",
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)  # of keys and values
 BATCH, TOKENS, PAST_TOKENS, ALL_TOKENS = "batch", "tokens", "past", "past + tokens"  # axes that vary
 Shape = tuple[int | str, ...]
+
+MAX_VOCABULARY = 2**22  # the largest are of 2**18
+MAX_HEADS = MAX_WIDTH = 2**16  # of keys and values; the largest are of 128 heads, 576 wide
+MAX_LENGTH = 2**24  # tokens; the longest contexts are of ten million
+MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1  # `DeltaMemConfig.segment_width` at its largest
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,15 @@ class Manifest:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """`from_json` of a folder's."""
+        try:
+            text = read_text(folder / MANIFEST_FILE)
+        except ValueError as error:
+            raise _disagreement(f"It is no JSON: {error}") from error
+        return cls.from_json(text)
+
+    @classmethod
     def from_json(cls, text: str) -> Manifest:
         """The inverse of `to_json`.
 
@@ -237,28 +254,26 @@ class Manifest:
             ExportError: not JSON, another format or version, or a field that is missing, unknown or impossible.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise _disagreement(f"It is no JSON: {error}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise _disagreement(f"It does not say that its format is {FORMAT!r}")
         version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ExportError(
-                f"This ONNX folder is of format {version}.",
-                f"This version of deltamem reads format {FORMAT_VERSION}.",
-                "Update deltamem-tool, or export again.",
-            )
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise _of_format(version, content.get("packages"))
         values = _fields(cls, content, "the manifest")
         interface = _fields(Interface, values["interface"], "interface")
         _require(interface["logits"] in LOGITS, "interface.logits")
-        _require(_is_count(interface["vocab_size"]), "interface.vocab_size")
+        _require(_is_count(interface["vocab_size"], MAX_VOCABULARY), "interface.vocab_size")
         _require(interface["dtype"] in DTYPES, "interface.dtype")
-        for name in ("segment", "max_length"):
-            _require(_is_count(interface[name]) or interface[name] == 0, f"interface.{name}")
-        _require(isinstance(interface["layers"], list) and bool(interface["layers"]), "interface.layers")
+        for name, longest in (("segment", MAX_SEGMENT), ("max_length", MAX_LENGTH)):
+            value = interface[name]
+            _require(_is_count(value, longest) or (type(value) is int and value == 0), f"interface.{name}")
+        listed = interface["layers"]
+        _require(isinstance(listed, list) and 0 < len(listed) <= MAX_LAYERS, "interface.layers")
         _require(isinstance(interface["genai"], bool), "interface.genai")
-        layers = tuple(_layer(layer) for layer in interface["layers"])
+        layers = tuple(_layer(layer) for layer in listed)
         for name in ("adapter", "model_type", "target", "quantize"):
             _require(isinstance(values[name], str) and bool(values[name]), name)
         _require(isinstance(values["base_model"], str | None), "base_model")
@@ -297,22 +312,27 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-_LAYER_SIZES = {"key": 2, "value": 2, "state": 3}
+# What each number may be at most.
+_LAYER_SIZES = {
+    "key": (MAX_HEADS, MAX_WIDTH),
+    "value": (MAX_HEADS, MAX_WIDTH),
+    "state": (MAX_STATE_HEADS, MAX_RANK, MAX_RANK),
+}
 
 
 def _layer(content: Any) -> Layer:
     layer = _fields(Layer, content, "layers")
-    sizes = {part: _sizes(layer[part], count, f"layers.{part}") for part, count in _LAYER_SIZES.items()}
+    sizes = {part: _sizes(layer[part], most, f"layers.{part}") for part, most in _LAYER_SIZES.items()}
     _require((sizes["key"] is None) == (sizes["value"] is None), "layers.value")
     _require(sizes["state"] is None or sizes["state"][1] == sizes["state"][2], "layers.state")
     return Layer(**sizes)
 
 
-def _sizes(content: Any, count: int, name: str) -> Any:
-    """`content` as a tuple of so many sizes; None stays None."""
+def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
+    """`content` as a tuple of as many sizes as `most` has, none above its own; None stays None."""
     if content is None:
         return None
-    _require(isinstance(content, list) and len(content) == count and all(map(_is_count, content)), name)
+    _require(isinstance(content, list) and len(content) == len(most) and all(map(_is_count, content, most)), name)
     return tuple(content)
 
 
@@ -339,13 +359,25 @@ def _fits(expected: tuple[str, Shape], found: tuple[str, list[Any]]) -> bool:
     return True
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _require(holds: bool, name: str) -> None:
     if not holds:
         raise _disagreement(f"Its value for {name} cannot be")
+
+
+def _of_format(version: Any, packages: Any) -> ExportError:
+    """Of a folder that says that it is of another format, made by `packages`."""
+    written_by = packages.get("deltamem-tool") if isinstance(packages, dict) else None
+    return ExportError(
+        f"This ONNX folder is of format {version}.",
+        f"This version of deltamem reads format {FORMAT_VERSION}.",
+        f"Update deltamem-tool: {update_line(written_by)}"
+        if is_newer(version, FORMAT_VERSION)
+        else "Export the adapter again.",
+    )
 
 
 def _disagreement(why: str) -> ExportError:

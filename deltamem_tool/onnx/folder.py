@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltamem_tool.config import CONFIG_FILE
-from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, check_folder
+from deltamem_tool.adapter_config import CONFIG_FILE
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, check_folder
 from deltamem_tool.resolve import fetch, hub_name
 
 ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
@@ -33,12 +33,3 @@ def is_onnx(name: str | Path) -> bool:
     manifests = [MANIFEST_FILE, f"{ONNX_FOLDER}/{MANIFEST_FILE}"]
     folder = Path(name) if hub is None else fetch(hub, [CONFIG_FILE, *manifests], "adapter or ONNX folder")
     return not (folder / CONFIG_FILE).is_file() and any((folder / file).is_file() for file in manifests)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """What `deltamem_onnx.json` says, of a folder that has every file.
-
-    Raises:
-        ExportError: a file is missing, or it cannot be.
-    """
-    return Manifest.from_json((check_folder(folder) / MANIFEST_FILE).read_text(encoding="utf-8"))

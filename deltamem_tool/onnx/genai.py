@@ -61,7 +61,7 @@ def write_adapter_file(folder: str | Path, memory: str | Path, out: str | Path) 
         ExportError: `folder` is damaged, or is for another runtime.
         MemoryStateError: the memory is missing or damaged, or does not fit.
     """
-    manifest = Manifest.from_json((contract.check_folder(folder) / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = Manifest.read(contract.check_folder(folder))
     if not manifest.interface.genai:
         raise ExportError(
             f"{folder} needs no adapter file.", "Its graph takes the state as an input.", "Feed the memory's states."

@@ -14,8 +14,9 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory_file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.fixed import open_graph
-from deltamem_tool.onnx.folder import find_onnx, read_manifest
+from deltamem_tool.onnx.folder import find_onnx
 
 
 class OnnxModel:
@@ -43,7 +44,7 @@ class OnnxModel:
         cuda_graph: bool = False,
     ) -> None:
         self.folder = find_onnx(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = Manifest.read(self.folder)
         interface = self.manifest.interface
         if interface.genai:
             raise ExportError(
@@ -55,6 +56,7 @@ class OnnxModel:
         self.stop_tokens = _stop_tokens(self.folder)
         self.adapter = self.manifest.adapter
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
+        _check_mechanism(self.mechanism, interface)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
         self.max_length = interface.max_length or None
         self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
@@ -90,4 +92,25 @@ class OnnxModel:
 def _stop_tokens(folder: Path) -> frozenset[int]:
     """Every id that ends an answer: generation_config.json gives one, a list, or none."""
     ids = read_json(folder / contract.GENERATION_CONFIG_FILE).get("eos_token_id")
-    return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int for token in listed):
+        raise ExportError(
+            f"{contract.GENERATION_CONFIG_FILE} of this ONNX folder cannot be read.",
+            "Its eos_token_id is neither a token's number nor a list of them.",
+            "Export the model again.",
+        )
+    return frozenset(listed)
+
+
+def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:
+    """
+    Raises:
+        ExportError: the graph's memory is not that of the mechanism.
+    """
+    shapes = set(interface.state_shapes.values())
+    if shapes != {mechanism.state_shape} or interface.segment != mechanism.segment_width:
+        raise ExportError(
+            f"{contract.MANIFEST_FILE} disagrees with itself.",
+            "The memory that it describes is not what the graph takes.",
+            "Export the model again.",
+        )

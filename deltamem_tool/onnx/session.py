@@ -16,6 +16,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.providers import OPTIONS, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.trust import check_graph_file
 from deltamem_tool.onnx.values import ELEMENT_TYPES, on_device, on_host
 
 Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
@@ -56,6 +57,7 @@ class LoadedGraph:
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self.interface = interface
+        check_graph_file(Path(folder))
         first, *others = execution_providers(provider)
         providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()

@@ -17,10 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deltamem_tool import __version__
+from deltamem_tool.adapter_config import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.recipe import Recipe
 from deltamem_tool.training.run_folder import comparable
 
-SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"
 _CONDITIONS = {"": "the state", "_zero": "zeros", "_donor": "another's state"}
 _COLOURS = {"": "#0b6e4f", "_zero": "#d9a404", "_donor": "#c8553d"}
 

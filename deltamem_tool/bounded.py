@@ -1,0 +1,70 @@
+"""Small files that strangers wrote, read within limits: a ValueError says what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+# The largest that we know: a tokenizer_config.json of 1 MiB with many added tokens. Ours are of a few kilobytes.
+MAX_JSON_BYTES = 8 * 2**20
+MAX_DEPTH = 64  # of objects and lists in each other; ours have 4, and Python's own reader gives up at about 1000
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All of `path`, of which no more than `limit` bytes are ever in memory.
+
+    Raises:
+        ValueError: it has more.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The same as UTF-8."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def parse_json(text: str | bytes, finite: bool = True) -> Any:
+    """What `text` says; `finite`, there must be no NaN and no infinity among its numbers.
+
+    Raises:
+        ValueError: it is no JSON, or deeper than `MAX_DEPTH`.
+    """
+    hooks: Any = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
+    try:
+        said = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError("its objects and lists are too deep in each other") from error
+    _refuse_deep(said, MAX_DEPTH)
+    return said
+
+
+def read_json(path: Path, finite: bool = True) -> Any:
+    """`parse_json` of a file of at most `MAX_JSON_BYTES`."""
+    return parse_json(read_text(path), finite)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _refuse_deep(said: Any, room: int) -> None:
+    if not isinstance(said, dict | list):
+        return
+    if room == 0:
+        raise ValueError(f"it is deeper than {MAX_DEPTH} objects and lists in each other")
+    for part in said.values() if isinstance(said, dict) else said:
+        _refuse_deep(part, room - 1)
