@@ -1,8 +1,9 @@
 """What exporting and loading a large model takes: peak memory beside the size of its weights, and loading times.
 
-    python benchmarks/onnx_large.py [--layers 16] [--folder DIR] [--out FILE]
+    python benchmarks/onnx_large.py [--layers 16 --hidden 2048 --vocabulary 32000] [--dtype float32] [--quantize none]
+        [--folder DIR] [--out FILE]
 
-Makes a random checkpoint of Qwen3's architecture (with 16 layers 3.5 GB in float32), gives it a memory with `deltamem
+Makes a random checkpoint of Qwen3's architecture (by default 3.5 GB in float32), gives it a memory with `deltamem
 patch`, exports it with `deltamem export`, and loads the folder twice: weights mapped from the file, and packed by ONNX
 Runtime into its own memory. Every step is a process of its own, whose resident memory is watched: "own" is what only it
 can hold, "mapped" are pages of files, which the system can take back. Needs three times the checkpoint's size on disk.
@@ -30,7 +31,9 @@ import sys, torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 torch.manual_seed(0)
-config = Qwen3Config(vocab_size=32_000, hidden_size=2_048, intermediate_size=6_144, num_hidden_layers=int(sys.argv[2]),
+layers, hidden, words = map(int, sys.argv[2:5])
+torch.set_default_dtype(getattr(torch, sys.argv[5]))
+config = Qwen3Config(vocab_size=words, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
 Qwen3ForCausalLM(config).save_pretrained(sys.argv[1])
 words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
@@ -78,32 +81,38 @@ def resident(pid: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=16)
+    for name, default in {"layers": 16, "hidden": 2_048, "vocabulary": 32_000}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="float32", help="of the checkpoint and of the export")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--out", type=Path, help="append the table to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        table = measure(Path(name), args.layers)
+        table = measure(Path(name), args)
     print(table)
     if args.out:
         with args.out.open("a", encoding="utf-8") as file:
             file.write(table)
 
 
-def measure(folder: Path, layers: int) -> str:
+def measure(folder: Path, args: argparse.Namespace) -> str:
     base, adapter, onnx = (str(folder / name) for name in ("base", "adapter", "onnx"))
     command = [sys.executable, "-m", "deltamem_tool"]
-    watched([sys.executable, "-c", MAKE, base, str(layers)])
+    shape = [str(size) for size in (args.layers, args.hidden, args.vocabulary)]
+    watched([sys.executable, "-c", MAKE, base, *shape, args.dtype])
     weights = (folder / "base" / "model.safetensors").stat().st_size
     watched([*command, "patch", base, "--out", adapter, "--delta-init", "random"])
-    exported = watched([*command, "export", adapter, "--out", onnx, "--json"])
+    options = ["--dtype", args.dtype, "--quantize", args.quantize]
+    exported = watched([*command, "export", adapter, "--out", onnx, *options, "--json"])
     manifest = json.loads(exported["output"])
     data = sum(file.stat().st_size for file in (folder / "onnx").iterdir() if file.suffix in (".onnx", ".data"))
     lines = [
         f"{date.today()}, {len(os.sched_getaffinity(0))} core(s), Python {sys.version.split()[0]}, "
         + ", ".join(f"{package} {version(package)}" for package in PACKAGES),
         "",
-        f"{layers} layers: {weights / 1e9:.2f} GB of weights, {data / 1e9:.2f} GB of graph and data; ONNX Runtime and "
+        f"{args.layers} layers of width {args.hidden}, {args.vocabulary} words, {args.dtype}, quantisation "
+        f"{args.quantize}: {weights / 1e9:.2f} GB of weights, {data / 1e9:.2f} GB of graph and data; ONNX Runtime and "
         f"PyTorch differ by at most {manifest['max_abs_diff']:.1e}.",
         "",
         "| step | seconds | resident, of the weights | own | mapped files |",

@@ -31,7 +31,7 @@ from deltamem_tool.evaluation.statistics import estimate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, largest_difference
+from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, in_onnx_runtime, largest_difference
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
@@ -171,7 +171,7 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         runtime, model = OnnxModel(folders[kind]), models[kind]
         graphs[kind], options = runtime.graph, CallOptions(model, "last")
         if kind == "float16":
-            difference = half_precision_errors(model, runtime.graph, options)[0]
+            difference = half_precision_errors(model, in_onnx_runtime(model, runtime.graph), options)[0]
         else:
             difference = largest_difference(model, runtime.graph, options)
         same = greedy_agreement(model, runtime.graph, options)

@@ -18,6 +18,7 @@ GATES = ("row", "head")
 DELTA_INITS = ("zero", "random", "base_slice")
 DELTA_SCALES = ("fixed", "layer", "branch")
 MAX_RANK = 64
+L2_EPS = 1e-6  # the least length that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
 MAX_LAYERS = 10_000  # the deepest models have 126
 # What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.

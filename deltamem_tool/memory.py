@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.config import BRANCHES, L2_EPS, DeltaMemConfig
 from deltamem_tool.config import INSIDE as INSIDE
 from deltamem_tool.config import LAST as LAST
 from deltamem_tool.config import OUTSIDE as OUTSIDE
 from deltamem_tool.fake import is_fake
 from deltamem_tool.ops import delta_scan, full_precision, segment_sums
 
-L2_EPS = 1e-6
 INIT_GAIN = 0.05  # the length of a column of a "base_slice" Δ, and the factor on a "random" one
 BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
 # A token's gradient fades as what it wrote does: at λ = 0.82, 450 tokens later, it is in float32's denormals, where a

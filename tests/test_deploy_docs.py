@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -39,6 +40,26 @@ def test_layers_that_differ_have_rows_of_their_own():
         "past_key_values.0.value",
     ]
     assert "past_key_values.{0…3}.recurrent_state" in named
+
+
+def test_meanings_are_those_of_the_graph():
+    """Of what grows, of what has a fixed length, and of what onnxruntime-genai feeds."""
+
+    def meanings(**changes):
+        return {row.name: row.meaning for row in rows(dataclasses.replace(QWEN, **changes))}
+
+    grows, fixed, genai = meanings(logits="all"), meanings(max_length=8192), meanings(genai=True, segment=0)
+    key, present = "past_key_values.{0…35}.key", "present.{0…35}.key"
+    assert grows["logits"] == "of every position" and fixed["logits"] == "of the last position"
+    assert grows[key] == "attention's keys, empty at first"
+    assert fixed[key] == "attention's keys, room for 8,192 tokens, zeros at first"
+    assert fixed[present] == "attention's keys, this call's too, room for 8,192 tokens"
+    assert "nothing yet" in fixed["attention_mask"] and "nothing yet" not in grows["attention_mask"]
+    assert fixed["past_length"] == "how many columns of keys and values are taken, 0 at first"
+    assert genai["initial.{0…35}.recurrent_state"] == "another memory for conversations to begin with"
+    for said in (grows, fixed, genai):
+        assert all(said.values())
+        assert not [name for name, meaning in said.items() if name.startswith("present") and "at first" in meaning]
 
 
 def test_the_program_is_the_example_and_short():

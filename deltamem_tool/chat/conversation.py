@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -197,7 +198,7 @@ class Conversation:
         """
         turn = _Turn(self, content, sampling, on_text)
         answer_rows(self.engine, [turn.row])
-        return turn.commit()
+        return _commit([turn])[0]
 
 
 def generate_together(
@@ -209,6 +210,7 @@ def generate_together(
     """`Conversation.generate` for several conversations of one engine, one call of the model for all of them.
 
     Afterwards each of them is as if it had been alone (models that count padding as positions, such as BART's, aside).
+    All of them go on, or none: whatever is raised, by a callback too, every one is as it was.
 
     Args:
         conversations: different ones.
@@ -218,7 +220,7 @@ def generate_together(
 
     Raises:
         ConfigError: they are not different conversations of one engine, or their contents are not as many; or as in
-            `Conversation.generate`, for the conversation that is named. Nothing has changed.
+            `Conversation.generate`, for the conversation that is named.
     """
     engines = {id(conversation.engine) for conversation in conversations}
     if len(conversations) != len(contents) or len(engines) != 1 or len(set(map(id, conversations))) < len(contents):
@@ -235,11 +237,17 @@ def generate_together(
         except DeltaMemError as error:
             raise type(error)(f"Conversation {number + 1}: {error.what}", error.why, error.next) from error
     answer_rows(conversations[0].engine, [turn.row for turn in turns])
-    return [turn.commit() for turn in turns]
+    return _commit(turns)
+
+
+class _Outcome(NamedTuple):
+    place: Place  # after the turn
+    before: list[Place]  # each turn up to it
+    answer: Answer
 
 
 class _Turn:
-    """A turn that is being answered; the conversation does not change before `commit`."""
+    """A turn that is being answered; its conversation does not change."""
 
     def __init__(
         self,
@@ -249,7 +257,7 @@ class _Turn:
         on_text: Callable[[str], object] | None,
     ) -> None:
         engine = conversation.engine
-        self._conversation = conversation
+        self.conversation = conversation
         self._start = start = with_room(
             engine, conversation._place, conversation.window, conversation.write, content, sampling
         )
@@ -265,7 +273,9 @@ class _Turn:
             answer_writes=conversation.write,
             limit=limit,
             sampler=Sampler(
-                sampling, np.array([*start.tokens, *(token.id for token in fed)], np.int64), engine.vocab_size
+                sampling,
+                np.array([*start.tokens, *(token.id for token in fed)], np.int64),
+                engine.text.ids | engine.stop_tokens,
             ),
             said=Said(engine.text, sampling.stop, on_text),
         )
@@ -273,7 +283,7 @@ class _Turn:
     def _marked(self, tokens: list[int]) -> tuple[Past, list[Token]]:
         """Where to start, and what to feed. The last answer's segment ends with its message's last token, as the
         template writes it; one that is another conversation's ends before anything is fed."""
-        start, engine, write = self._start, self._conversation.engine, self._conversation.write
+        start, engine, write = self._start, self.conversation.engine, self.conversation.write
         past, pending = start.past, list(start.pending)
         if not (write and engine.memory_shape.segment):
             return past, [*pending, *(Token(token, write) for token in tokens)]
@@ -286,18 +296,17 @@ class _Turn:
         marked = zip(tokens, marks, strict=True)
         return past, [*pending, *(Token(token, mark != OUTSIDE, mark == LAST) for token, mark in marked)]
 
-    def commit(self) -> Answer:
-        """The conversation goes on from here."""
-        row, conversation, start = self.row, self._conversation, self._start
-        before = conversation._place
-        if start is before:  # nothing has left the context: it is the beginning of the new one
-            before = replace(before, past=None, memory=conversation.memory)
+    def outcome(self) -> _Outcome:
+        """How the conversation goes on from here."""
+        row, conversation, start = self.row, self.conversation, self._start
+        place, before = conversation._place, conversation._before
+        if start is place:  # nothing has left the context: it is the beginning of the new one
+            place = replace(place, past=None, memory=conversation.memory)
         else:  # it is kept whole; of such, which are large, one is enough
-            whole = [number for number, place in enumerate(conversation._before) if place.past is not None]
-            del conversation._before[: whole[-1] + 1 if whole else 0]
+            whole = [number for number, earlier in enumerate(before) if earlier.past is not None]
+            before = before[whole[-1] + 1 if whole else 0 :]
         text = row.said.text
-        conversation._before.append(before)
-        conversation._place = Place(
+        after = Place(
             past=row.past,
             memory=None,
             transcript=self._transcript.answered(text, row.answer),
@@ -305,7 +314,23 @@ class _Turn:
             pending=tuple(row.tokens[row.fed :]),
             foreign=False,
         )
-        return Answer(text, tuple([*row.answer, *row.last]), row.why)
+        return _Outcome(after, [*before, place], Answer(text, tuple([*row.answer, *row.last]), row.why))
+
+
+def _commit(turns: Sequence[_Turn]) -> list[Answer]:
+    """All conversations go on, or none: what can fail comes first, and Ctrl-C in the middle takes the others back."""
+    conversations, outcomes = [turn.conversation for turn in turns], [turn.outcome() for turn in turns]
+    former = [(conversation._place, conversation._before) for conversation in conversations]
+    done = False
+    try:
+        for conversation, outcome in zip(conversations, outcomes, strict=True):
+            conversation._place, conversation._before = outcome.place, outcome.before
+        done = True
+    finally:
+        if not done:
+            for conversation, (place, before) in zip(conversations, former, strict=True):
+                conversation._place, conversation._before = place, before
+    return [outcome.answer for outcome in outcomes]
 
 
 def _check_fits(engine: Engine, memory: StoredMemory) -> None:

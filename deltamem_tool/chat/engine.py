@@ -24,7 +24,6 @@ class Engine(Protocol):
     adapter: fingerprint of the adapter, which its memories belong to.
     mechanism: the adapter's options.
     memory_shape: what its memories measure.
-    vocab_size: V.
     max_length: the most tokens that a past can hold; None for any number.
     """
 
@@ -33,7 +32,6 @@ class Engine(Protocol):
     adapter: str
     mechanism: DeltaMemConfig
     memory_shape: MemoryShape
-    vocab_size: int
     max_length: int | None
 
     def start(self, memory: StoredMemory) -> Past:

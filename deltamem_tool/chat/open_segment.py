@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.config import L2_EPS, DeltaMemConfig
 from deltamem_tool.memory_file import StoredMemory
-
-_L2_EPS = 1e-6
 
 
 def end_segment(config: DeltaMemConfig, memory: StoredMemory) -> StoredMemory:
@@ -32,7 +30,7 @@ def _written(config: DeltaMemConfig, state: NDArray, segment: NDArray) -> NDArra
     )
     shape = (len(state), config.state_heads, -1)
     k = np.tanh(key.reshape(shape))
-    k = k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), _L2_EPS)  # [B, H, R]
+    k = k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), L2_EPS)  # [B, H, R]
     write = _sigmoid(beta.reshape(shape))  # [B, H, R], or [B, H, 1] for one gate a head
     decayed = _sigmoid(decay[0].reshape(shape) if decay else -beta.reshape(shape))  # λ
     keep = np.ones_like(write) if config.update_rule == "no_lambda" else decayed

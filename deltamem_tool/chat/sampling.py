@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
+
+MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,21 @@ class Sampler:
     Args:
         sampling: how.
         context: the tokens before the answer, for the repetition penalty.
-        vocab_size: V.
+        ids: those that may be chosen: models often have logits for more, which mean no token.
     """
 
-    def __init__(self, sampling: Sampling, context: NDArray, vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, context: NDArray, ids: Collection[int]) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._seen = np.zeros(vocab_size, bool)
+        size = 1 + max([*ids, *context])
+        self._seen, self._tokens = np.zeros((2, size), bool)
         self._seen[context] = True
+        self._tokens[list(ids)] = True
 
     def pick(self, logits: NDArray) -> int:
         """The next token, from logits `[V]`."""
-        penalised = _penalised(logits, self._seen, self._sampling.repetition_penalty)
+        seen, tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
+        penalised = _penalised(np.where(tokens, logits, -np.inf), seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             token = int(penalised.argmax())
         else:
@@ -98,6 +103,10 @@ def probabilities(logits: NDArray, sampling: Sampling, context: NDArray) -> NDAr
     seen = np.zeros(len(logits), bool)
     seen[context] = True
     return _probabilities(_penalised(logits, seen, sampling.repetition_penalty), sampling)
+
+
+def _of_length(mask: NDArray, length: int) -> NDArray:
+    return np.pad(mask[:length], (0, max(0, length - len(mask))))
 
 
 def _penalised(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:

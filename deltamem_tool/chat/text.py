@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class ChatText:
             )
         special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token}
         return cls(tokenizer.backend_tokenizer, _default(tokenizer.chat_template), special_tokens)
+
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """Of every token."""
+        return frozenset(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     @property
     def has_template(self) -> bool:

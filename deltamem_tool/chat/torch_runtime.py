@@ -52,7 +52,6 @@ class TorchModel:
         self.mechanism = adapter.config
         self.memory_shape = adapter.memory_shape
         self.max_length: int | None = None
-        self.vocab_size: int = hf_model(model).config.get_text_config(decoder=True).vocab_size
         self._options = CallOptions(model, "last")
         for layer in MemoryCache(model).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamem_tool.onnx.contract import MAX_NEW_TOKENS
+from deltamem_tool.chat.sampling import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     import torch

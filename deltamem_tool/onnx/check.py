@@ -22,7 +22,7 @@ from deltamem_tool.onnx.trace import segment_marks
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import adapter_of
 
-GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS = 8, 16, 32  # of `greedy_agreement`
+GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,44 @@ def largest_difference(
     return _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
 
 
-def half_precision_errors(
-    model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Found:
+    """What a graph gave, which need not be there any more."""
+
+    interface: Interface
+    starts: list[_Start]
+    results: list[_Result]
+
+
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | FixedGraph) -> Found:
+    """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
+    starts = _starts(model, graph.interface, None)
+    return Found(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
+
+
+def half_precision_errors(model: PreTrainedModel, found: Found, options: CallOptions) -> tuple[float, float]:
     """How far ONNX Runtime, and how far PyTorch, is from what a `model` of half precision says with its weights, as
     they are, taken to float32: largest differences as above. Kernels round each in their own way; that is the truth."""
-    interface = graph.interface
-    starts = _starts(model, interface, None)
+    interface, starts = found.interface, found.starts
     in_half = _run(interface, starts, _pytorch(model, interface, options))
     with _in_float32(model):
         truth = _run(interface, starts, _pytorch(model, interface, options))
-    in_onnx = _run(interface, starts, _onnx(graph))
-    return _difference(interface, starts, truth, in_onnx), _difference(interface, starts, truth, in_half)
+    return _difference(interface, starts, truth, found.results), _difference(interface, starts, truth, in_half)
 
 
 def greedy_agreement(model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions) -> float:
     """The share of the greedy tokens of `model`, after random prompts, that `graph` would have chosen too: both go on
-    with those of `model`."""
+    with those of `model`. Where segments are written, they end with the prompt and after every few tokens."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(graph.interface.vocab_size, (GREEDY_ROWS, GREEDY_PROMPT), generator=random)
     start = _Start(GREEDY_ROWS)
     in_pytorch, in_onnx = _pytorch(model, graph.interface, options)(start), _onnx(graph)(start)
     mask, same = torch.zeros(GREEDY_ROWS, 0, dtype=torch.long), 0
-    for _ in range(GREEDY_TOKENS):
+    for number in range(GREEDY_TOKENS):
         every = torch.ones_like(ids, dtype=torch.bool)
-        call, mask = _Call(ids, every, every, ~every), torch.cat([mask, every.long()], dim=1)
+        last = ~every
+        last[:, -1] = number % GREEDY_SEGMENT == 0
+        call, mask = _Call(ids, every, every, last), torch.cat([mask, every.long()], dim=1)
         ids, found = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
         same += int((ids == found).sum())
     return same / (GREEDY_ROWS * GREEDY_TOKENS)
@@ -212,13 +225,14 @@ def _difference(interface: Interface, starts: list[_Start], expected: list[_Resu
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Weights and buffers of half precision as float32 inside the block: exactly the same numbers, there and back."""
+    """Weights and buffers of half precision as float32 inside the block, exactly the same numbers. What they were is
+    kept: it is mapped from the checkpoint, mostly, where a copy of it would take memory."""
     tensors = {id(x): x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()}.values()
-    narrow = [(x, x.dtype) for x in tensors if x.dtype in (torch.float16, torch.bfloat16)]
+    narrow = [(x, x.data) for x in tensors if x.dtype in (torch.float16, torch.bfloat16)]
     try:
-        for x, _ in narrow:
-            x.data = x.data.float()
+        for x, data in narrow:
+            x.data = data.float()
         yield
     finally:
-        for x, dtype in narrow:
-            x.data = x.data.to(dtype)
+        for x, data in narrow:
+            x.data = data

@@ -79,7 +79,6 @@ PRESENT = "present"
 INITIAL = "initial"
 KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
 
-MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
 LOGITS = ("last", "all")  # the last position's alone, or every position's
 

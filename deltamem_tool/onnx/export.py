@@ -5,24 +5,26 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx_ir
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import OnnxExporter
 
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.onnx import contract, genai
-from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, largest_difference
-from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, in_onnx_runtime, largest_difference
+from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.fixed import FixedGraph, open_graph
 from deltamem_tool.onnx.lean import lean_memories
-from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
+from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize, refuse_unknown
 from deltamem_tool.onnx.providers import execution_providers
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.session import Graph
@@ -35,6 +37,8 @@ from deltamem_tool.surgery import adapter_of
 TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch in float32, over logits and states
 HALF_FACTOR = 2.0  # in half precision: ONNX Runtime's error, over PyTorch's own (measured: 0.6 to 0.8 in float16)
 PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")
+
+_Graph = Graph | FixedGraph
 
 
 def export_onnx(
@@ -74,19 +78,16 @@ def export_onnx(
         progress: called with the name of each stage as it begins.
 
     Raises:
-        ExportError: the model cannot be exported, or ONNX Runtime does not compute what PyTorch computes.
+        ExportError: the model cannot be exported, ONNX Runtime does not compute what PyTorch computes, or there is no
+            rewrite of a name in `without`.
         ConfigError: the target takes no `memory`.
         MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
         DeltaMemError: `out` is there already.
     """
     refuse_existing(out, overwrite)
+    refuse_unknown(without)
     for_target = target_of(target, dtype_name(model.dtype), quantize)
-    if not tokenizer.is_fast:
-        raise ExportError(
-            f"{type(tokenizer).__name__} is a slow tokenizer.",
-            "It has no tokenizer.json, which the folder needs.",
-            "Load the fast one, or convert it with transformers.",
-        )
+    _refuse_slow(tokenizer)
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage: None)
@@ -94,55 +95,69 @@ def export_onnx(
     start = None if memory is None else genai.read_start(memory, adapter, for_target)
     with _evaluating(model):
         interface = interface_of(model, adapter, logits, for_target, max_length)
-        genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         options = CallOptions(model, logits, padded_right=for_target.genai)
+        plan = _Plan(model, adapter, interface, options, for_target, quantize, frozenset(without), start, tell)
+        genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         with folder_whole(out, overwrite) as staged:
-            tell("Tracing the model")
-            program = traced(model, adapter, interface, options, for_target, without)
-            if for_target.fusions is not None:
-                optimize(program, without)
-            if genai_config is not None:
-                genai.set_defaults(program, interface, start)
-            tell("Writing the graph")
-            _write_graph(program, staged / contract.MODEL_FILE, for_target, type(model).__name__)
-            model.config.save_pretrained(staged)
-            model.generation_config.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
-            if genai_config is not None:
-                genai.write_config(staged, genai_config)
+            _write_graph(plan, staged / contract.MODEL_FILE)
+            _write_beside(plan, staged, tokenizer, genai_config)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference, agreement = _compared(_runnable(staged, interface, for_target), model, options, start), None
+            difference, agreement = _compared(plan.opening(staged), model, options, start), None
             if quantize != NO_QUANTIZATION:  # of a graph that is known to be right
-                tell("Quantising")
-                weights = memory_weights(adapter, lean_memories(adapter, for_target, without))
-                quantize_graph(staged, quantize, weights, interface.vocab_size)
-                tell("Measuring what the quantisation costs")
-                difference, agreement = _measured(_runnable(staged, interface, for_target), model, options)
-            manifest = Manifest(
-                adapter=adapter.fingerprint,
-                mechanism=adapter.config.to_dict(),
-                base_model=base_model,
-                model_type=model.config.model_type,
-                target=target,
-                quantize=quantize,
-                interface=interface,
-                max_abs_diff=difference,
-                greedy_agreement=agreement,
-                packages={name: version(name) for name in PACKAGES},
-            )
+                difference, agreement = _quantized(plan, staged)
+            manifest = _manifest(plan, base_model, difference, agreement)
             (staged / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             contract.check_folder(staged)
     return manifest
 
 
-def _write_graph(program: onnx_ir.Model, path: Path, target: Target, model: str) -> None:
-    """Write `program`, of which nothing can be used any more afterwards.
+@dataclass(frozen=True)
+class _Plan:
+    """What is exported, and how; `without` is final."""
+
+    model: PreTrainedModel
+    adapter: DeltaMemAdapter
+    interface: Interface
+    options: CallOptions
+    target: Target
+    quantize: str
+    without: frozenset[str]
+    start: MemoryState | None
+    tell: Callable[[str], object]
+
+    def opening(self, folder: Path) -> Callable[[], _Graph | None]:
+        """What opens the graph in `folder`."""
+        return lambda: _runnable(folder, self.interface, self.target)
+
+
+def _refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        ExportError: it has no tokenizer.json.
+    """
+    if not tokenizer.is_fast:
+        raise ExportError(
+            f"{type(tokenizer).__name__} is a slow tokenizer.",
+            "It has no tokenizer.json, which the folder needs.",
+            "Load the fast one, or convert it with transformers.",
+        )
+
+
+def _write_graph(plan: _Plan, path: Path) -> None:
+    """Trace, rewrite and write.
 
     Raises:
-        ExportError: it is not what `target` allows.
+        ExportError: the model cannot be traced, or the graph is not what the target allows.
     """
-    if target.standard:
-        require_standard(program, model)
+    plan.tell("Tracing the model")
+    program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
+    if plan.target.fusions is not None:
+        optimize(program, plan.without)
+    if plan.target.genai:
+        genai.set_defaults(program, plan.interface, plan.start)
+    if plan.target.standard:
+        require_standard(program, type(plan.model).__name__)
+    plan.tell("Writing the graph")
     OnnxExporter.save_program(program, path)
     # Give back what the fusions have packed together, more than half of the weights once more: onnxscript's matchers
     # keep nodes that they have looked at, and with them the graph.
@@ -150,8 +165,47 @@ def _write_graph(program: onnx_ir.Model, path: Path, target: Target, model: str)
         for value in graph.initializers.values():
             value.const_value = None
     gc.collect()
-    if target.standard:
+    if plan.target.standard:
         check_file(path)
+
+
+def _write_beside(
+    plan: _Plan, folder: Path, tokenizer: PreTrainedTokenizerBase, genai_config: dict[str, Any] | None
+) -> None:
+    """Configs and tokenizer."""
+    plan.model.config.save_pretrained(folder)
+    plan.model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if genai_config is not None:
+        genai.write_config(folder, genai_config)
+
+
+def _quantized(plan: _Plan, folder: Path) -> tuple[float | None, float | None]:
+    """Quantise the graph in `folder`; what it costs, as `_measured` says it.
+
+    Raises:
+        ExportError: it cannot be quantised, or computes something that is no number then.
+    """
+    plan.tell("Quantising")
+    weights = memory_weights(plan.adapter, lean_memories(plan.adapter, plan.target, plan.without))
+    quantize_graph(folder, plan.quantize, weights, plan.interface.vocab_size)
+    plan.tell("Measuring what the quantisation costs")
+    return _measured(plan.opening(folder), plan.model, plan.options)
+
+
+def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agreement: float | None) -> Manifest:
+    return Manifest(
+        adapter=plan.adapter.fingerprint,
+        mechanism=plan.adapter.config.to_dict(),
+        base_model=base_model,
+        model_type=plan.model.config.model_type,
+        target=plan.target.name,
+        quantize=plan.quantize,
+        interface=plan.interface,
+        max_abs_diff=difference,
+        greedy_agreement=agreement,
+        packages={name: version(name) for name in PACKAGES},
+    )
 
 
 def _has_cuda() -> bool:
@@ -163,7 +217,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Graph | FixedGraph | None:
+def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | None:
     """The graph on its target's device, or on the CPU where that device is not here; None if the CPU's provider then
     lacks operators for it."""
     on_cuda = target.fusions == "cuda"
@@ -178,20 +232,21 @@ def _runnable(folder: Path, interface: contract.Interface, target: Target) -> Gr
 
 
 def _compared(
-    graph: Graph | FixedGraph | None, model: PreTrainedModel, options: CallOptions, start: MemoryState | None = None
+    open_graph: Callable[[], _Graph | None],
+    model: PreTrainedModel,
+    options: CallOptions,
+    start: MemoryState | None = None,
 ) -> float | None:
-    """The largest difference of `graph` from `model` in float32; None if it cannot run here.
+    """The largest difference of the graph from `model` in float32; None if it cannot run here.
 
     Raises:
         ExportError: it is more than rounding.
     """
-    if graph is None:
+    differences = _differences(open_graph, model, options, start)
+    if differences is None:
         return None
-    if model.dtype == torch.float32:
-        difference, allowed = largest_difference(model, graph, options, start), TOLERANCE
-    else:
-        difference, own = half_precision_errors(model, graph, options)
-        allowed = HALF_FACTOR * own
+    difference, own = differences
+    allowed = TOLERANCE if own is None else HALF_FACTOR * own
     if not difference <= allowed:  # NaN is no agreement either
         raise ExportError(
             "The graph does not compute what PyTorch computes.",
@@ -201,27 +256,45 @@ def _compared(
     return difference
 
 
+def _differences(
+    open_graph: Callable[[], _Graph | None],
+    model: PreTrainedModel,
+    options: CallOptions,
+    start: MemoryState | None = None,
+) -> tuple[float, float | None] | None:
+    """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself; None
+    if it cannot run here."""
+    graph = open_graph()
+    if graph is None:
+        return None
+    if model.dtype == torch.float32:
+        return largest_difference(model, graph, options, start), None
+    found = in_onnx_runtime(model, graph)
+    del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
+    return half_precision_errors(model, found, options)
+
+
 def _measured(
-    graph: Graph | FixedGraph | None, model: PreTrainedModel, options: CallOptions
+    open_graph: Callable[[], _Graph | None], model: PreTrainedModel, options: CallOptions
 ) -> tuple[float | None, float | None]:
-    """The largest difference of a quantised `graph` from `model` in float32, and its share of the same greedy tokens;
+    """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens;
     None if it cannot run here.
 
     Raises:
         ExportError: it computes something that is no number.
     """
-    if graph is None:
+    differences = _differences(open_graph, model, options)
+    if differences is None:
         return None, None
-    in_float32 = model.dtype == torch.float32
-    difference = (
-        largest_difference(model, graph, options) if in_float32 else half_precision_errors(model, graph, options)[0]
-    )
+    difference, _ = differences
     if not np.isfinite(difference):
         raise ExportError(
             "The quantised graph computes infinities or no numbers at all.",
             "Before it was quantised it computed what PyTorch computes. Nothing was written.",
             "Export it without --quantize.",
         )
+    graph = open_graph()
+    assert graph is not None
     return difference, greedy_agreement(model, graph, options)
 
 

@@ -13,15 +13,22 @@ MEANINGS = {
     contract.INPUT_IDS: "tokens of this call",
     contract.ATTENTION_MASK: "1 for text, 0 for padding, past and new",
     contract.WRITE_MASK: "which tokens write, or belong to a segment",
-    contract.PAST_LENGTH: "how many columns of keys and values are taken",
+    contract.PAST_LENGTH: "how many columns of keys and values are taken, 0 at first",
     contract.SEGMENT_END: "which tokens end a segment, which is written then",
-    contract.LOGITS_OUTPUT: "of the last position, or of every one",
     contract.KEY: "attention's keys, empty at first",
     contract.VALUE: "attention's values, empty at first",
     contract.STATE: "the memory, zeros or a memory file's at first",
     contract.SEGMENT: "what the open segment has gathered, zeros at first",
     contract.CONV: "nothing: onnxruntime-genai looks for it",
 }
+AFTERWARDS = {
+    contract.KEY: "attention's keys, this call's too",
+    contract.VALUE: "attention's values, this call's too",
+    contract.STATE: "the memory after this call",
+    contract.SEGMENT: "what the open segment has gathered by then",
+    contract.CONV: MEANINGS[contract.CONV],
+}
+LOGITS = {"last": "of the last position", "all": "of every position"}
 
 
 class Row(NamedTuple):
@@ -35,7 +42,7 @@ class Row(NamedTuple):
 def rows(interface: Interface) -> list[Row]:
     """Every input and output of the graph, layers that follow each other and are alike as one."""
     tables = {"input": interface.inputs(), "default": interface.defaults(), "output": interface.outputs()}
-    return [row for kind, tensors in tables.items() for row in _rows(kind, tensors)]
+    return [row for kind, tensors in tables.items() for row in _rows(kind, tensors, _meanings(kind, interface))]
 
 
 def markdown(interface: Interface) -> str:
@@ -46,11 +53,25 @@ def markdown(interface: Interface) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(kind: str, tensors: dict[str, tuple[str, Shape]]) -> Iterator[Row]:
+def _meanings(kind: str, interface: Interface) -> dict[str, str]:
+    """Of what is `kind` in this graph, by the name of a tensor or of a part."""
+    if kind == "default":
+        return {contract.STATE: "another memory for conversations to begin with"}
+    meanings = MEANINGS if kind == "input" else {**AFTERWARDS, contract.LOGITS_OUTPUT: LOGITS[interface.logits]}
+    if not interface.max_length:
+        return meanings
+    room = f"room for {interface.max_length:,} tokens"
+    buffers = {part: meanings[part].replace("empty", f"{room}, zeros") for part in (contract.KEY, contract.VALUE)}
+    if kind == "output":
+        return {**meanings, **{part: f"{meaning}, {room}" for part, meaning in buffers.items()}}
+    return {**meanings, **buffers, contract.ATTENTION_MASK: "1 for text, 0 for padding or nothing yet"}
+
+
+def _rows(kind: str, tensors: dict[str, tuple[str, Shape]], meanings: dict[str, str]) -> Iterator[Row]:
     carried: dict[str, list[tuple[int, str, str, Shape]]] = {}  # by part: layer, prefix, type, shape
     for name, (dtype, shape) in tensors.items():
-        if name in MEANINGS:
-            yield Row(kind, name, dtype, shape, MEANINGS[name])
+        if name in meanings:
+            yield Row(kind, name, dtype, shape, meanings[name])
         else:
             prefix, layer, part = name.split(".")
             carried.setdefault(part, []).append((int(layer), prefix, dtype, shape))
@@ -60,4 +81,4 @@ def _rows(kind: str, tensors: dict[str, tuple[str, Shape]]) -> Iterator[Row]:
         for (_, (prefix, dtype, shape)), run in alike:
             layers = [layer for _, (layer, *_) in run]
             span = str(layers[0]) if len(layers) == 1 else f"{{{layers[0]}…{layers[-1]}}}"
-            yield Row(kind, f"{prefix}.{span}.{part}", dtype, shape, MEANINGS.get(part, ""))
+            yield Row(kind, f"{prefix}.{span}.{part}", dtype, shape, meanings[part])

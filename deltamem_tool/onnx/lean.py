@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamem_tool.adapter_module import DeltaMemAdapter
-from deltamem_tool.config import BRANCHES
-from deltamem_tool.memory import L2_EPS, DeltaMemory
+from deltamem_tool.config import BRANCHES, L2_EPS
+from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.onnx.optimize import JOINED_PROJECTIONS, LEAN
 from deltamem_tool.onnx.targets import Target
 

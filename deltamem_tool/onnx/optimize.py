@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 
 LEAN = "lean_memory"  # the memory in as few nodes as it takes
@@ -28,15 +29,23 @@ def optimize(program: ir.Model, without: Collection[str] = ()) -> None:
     """Apply every rewrite of the table, in its order, but for those named in `without`.
 
     Raises:
-        ValueError: there is no such rewrite.
+        ExportError: there is no such rewrite.
     """
-    unknown = set(without) - set(REWRITES)
-    if unknown:
-        raise ValueError(f"there are no rewrites {sorted(unknown)}, but {', '.join(REWRITES)}")
+    refuse_unknown(without)
     for name, rewrite in REWRITES.items():
         if rewrite is not None and name not in without:
             rewrite(program.graph)
     common_passes.RemoveUnusedNodesPass()(program)
+
+
+def refuse_unknown(without: Collection[str]) -> None:
+    """
+    Raises:
+        ExportError: one of the names is no rewrite's.
+    """
+    unknown = sorted(set(without) - set(REWRITES))
+    if unknown:
+        raise ExportError(f"There is no rewrite {unknown[0]!r}.", "", f"The rewrites are {', '.join(REWRITES)}.")
 
 
 def join_output(graph: ir.Graph) -> None:

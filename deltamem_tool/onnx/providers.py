@@ -12,6 +12,7 @@ import onnxruntime
 
 from deltamem_tool.errors import ExportError
 
+# By the device that a provider keeps its tensors on, as OrtValue calls it.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Without the first, products of float32, those of the memory among them, would be rounded to TensorFloat-32.
 OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
@@ -36,11 +37,6 @@ def execution_providers(name: str) -> list[str]:
     if name == "cuda":
         _load_cuda()
     return [PROVIDERS[name]] if name == "cpu" else [PROVIDERS[name], PROVIDERS["cpu"]]
-
-
-def device_of(provider: str) -> str:
-    """Where a provider keeps its tensors, as OrtValue calls it."""
-    return provider
 
 
 def refuse_if_missing(name: str, found: Sequence[str]) -> None:

@@ -58,7 +58,6 @@ class OnnxModel:
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
         _check_mechanism(self.mechanism, interface)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
-        self.vocab_size = interface.vocab_size
         self.max_length = interface.max_length or None
         self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
 

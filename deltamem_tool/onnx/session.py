@@ -15,7 +15,7 @@ from onnxruntime import OrtValue
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.providers import OPTIONS, device_of, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.providers import OPTIONS, execution_providers, refuse_if_missing
 from deltamem_tool.onnx.trust import check_graph_file
 from deltamem_tool.onnx.values import ELEMENT_TYPES, on_device, on_host
 
@@ -80,7 +80,7 @@ class LoadedGraph:
             _described(self._session.get_outputs()),
             _described(self._session.get_overridable_initializers()),
         )
-        self.device = device_of(provider)
+        self.device = provider
         self._outputs = list(interface.outputs())
 
     def memory_values(

@@ -44,7 +44,7 @@ def engine():
 @pytest.fixture(scope="module")
 def stopping(engine):
     """Nearly every other token ends an answer, so that hardly one ends by its length."""
-    return make_engine(frozenset(range(2, engine.vocab_size, 2)))
+    return make_engine(frozenset(range(2, len(tiny_tokenizer()), 2)))
 
 
 def say(conversation: Conversation, *contents, tokens: int = 6, **options) -> list[tuple[int, ...]]:
@@ -453,7 +453,7 @@ def test_an_answer_ends_where_the_window_does(engine):
 
 def test_answers_together_are_those_alone(engine):
     """Different prompts, contexts of different lengths, and none of them is disturbed by another's end."""
-    stop = make_engine(frozenset(range(0, engine.vocab_size, 5)))
+    stop = make_engine(frozenset(range(0, len(tiny_tokenizer()), 5)))
     for model in (engine, stop):
         together, alone = ([Conversation(model) for _ in OTHERS] for _ in range(2))
         for conversations in (together, alone):
@@ -504,6 +504,60 @@ def test_ctrl_c_in_a_batch_leaves_every_row_where_it_was(engine):
         assert_same_memory(one.memory, other.memory, TOLERANCE)
 
 
+def failing_callback(engine, conversations, monkeypatch):
+    def show(number, piece):
+        if number == 1:
+            raise OSError("no space left")
+
+    return show
+
+
+def failing_memory(engine, conversations, monkeypatch):
+    """The second conversation's, which is kept for `undo`."""
+    whole = engine.memory
+    second = conversations[1]._place.past
+
+    def memory(past):
+        if past is second:
+            raise OSError("no space left")
+        return whole(past)
+
+    monkeypatch.setattr(engine, "memory", memory)
+
+
+def failing_change(engine, conversations, monkeypatch):
+    """When the first conversation has gone on already."""
+
+    class Interrupted(Conversation):
+        interrupted = False
+
+        def __setattr__(self, name, value):
+            if not self.interrupted:
+                object.__setattr__(self, "interrupted", True)
+                raise KeyboardInterrupt
+            object.__setattr__(self, name, value)
+
+    conversations[1].__class__ = Interrupted
+
+
+@pytest.mark.parametrize("fail", [failing_callback, failing_memory, failing_change])
+def test_a_batch_goes_on_as_a_whole_or_not_at_all(fail, monkeypatch):
+    engine = make_engine()
+    conversations, twins = ([Conversation(engine) for _ in range(3)] for _ in range(2))
+    for group in (conversations, twins):
+        generate_together(group, OTHERS, Sampling(4))
+    before = [seen(conversation) for conversation in conversations]
+    with monkeypatch.context() as patch:
+        show = fail(engine, conversations, patch)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            generate_together(conversations, TURNS, Sampling(4), show)
+    for conversation, was in zip(conversations, before, strict=True):
+        assert_unchanged(conversation, was)
+    answers = [generate_together(group, TURNS, Sampling(4)) for group in (conversations, twins)]
+    assert answers[0] == answers[1]
+    assert [conversation.undo() for conversation in conversations for _ in range(3)] == [True, True, False] * 3
+
+
 def test_a_batch_with_an_empty_prompt_changes_nothing(engine):
     model = plain(engine)
     conversations = [Conversation(model), Conversation(model)]
@@ -535,6 +589,26 @@ def test_plain_text_goes_through_the_window_too(engine):
         say(conversation, "one two three ")
     assert conversation.context.dropped > 0 and conversation.context.tokens <= 30
     assert len(conversation.messages) == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 50.0, "seed": 0}], ids=str)
+def test_logits_that_mean_no_token_are_never_chosen(options):
+    """More logits than tokens, and than the configuration says: likelier than any token's."""
+    engine = make_engine()
+    step, tokens = engine.step, len(tiny_tokenizer())
+
+    def wider(*inputs):
+        logits, past = step(*inputs)
+        return np.pad(logits, ((0, 0), (0, 9)), constant_values=1e3), past
+
+    expected = Conversation(engine).generate(TURNS[0], Sampling(12, **options))
+    engine.step = wider
+    answer = Conversation(engine).generate(TURNS[0], Sampling(12, **options))
+    assert max(answer.tokens) < tokens
+    if "seed" not in options:  # which draws from as many numbers as there are logits
+        assert answer == expected
+    engine.stop_tokens = frozenset({tokens + 4})
+    assert Conversation(engine).generate(TURNS[0], Sampling(12, **options)).tokens == (tokens + 4,)
 
 
 def test_many_threads_answer_as_one(engine):

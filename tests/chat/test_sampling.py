@@ -89,7 +89,7 @@ def test_what_is_drawn_has_these_probabilities():
     draws, scores = 20_000, logits(0)
     sampling = Sampling(temperature=1.5, top_k=6, seed=0)
     chances = probabilities(scores, sampling, CONTEXT)
-    sampler = Sampler(sampling, CONTEXT, VOCABULARY)
+    sampler = Sampler(sampling, CONTEXT, range(VOCABULARY))
     counts = np.bincount([sampler.pick(scores) for _ in range(draws)], minlength=VOCABULARY)
     assert (counts[chances == 0] == 0).all()
     deviation = np.sqrt(draws * chances * (1 - chances))
@@ -99,12 +99,21 @@ def test_what_is_drawn_has_these_probabilities():
 def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
     scores = np.full(VOCABULARY, -5.0, np.float32)
     scores[[10, 20]] = 4.0, 3.0
-    greedy = Sampler(Sampling(), CONTEXT, VOCABULARY)
+    greedy = Sampler(Sampling(), CONTEXT, range(VOCABULARY))
     assert [greedy.pick(scores) for _ in range(3)] == [10, 10, 10]
-    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, VOCABULARY)
+    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, range(VOCABULARY))
     assert [penalised.pick(scores) for _ in range(3)] == [10, 20, 10]  # 4, then 3 against 2, then 2 against 1.5
-    after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), VOCABULARY)
+    after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), range(VOCABULARY))
     assert after.pick(scores) == 20  # 10 is in the context
+
+
+def test_only_tokens_are_chosen_whatever_the_logits_and_the_context():
+    """Logits for less than the context's tokens, and for more than there are tokens."""
+    for length in (90, 600):
+        sampler = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, [3, 50, 400])
+        scores = np.zeros(length, np.float32)
+        scores[[3, 4, 50]] = 9.0, 100.0, 5.0
+        assert [sampler.pick(scores) for _ in range(2)] == [50, 3]
 
 
 @pytest.mark.parametrize(

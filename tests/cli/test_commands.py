@@ -107,7 +107,7 @@ def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint,
 
 
 def test_defaults_are_the_librarys_own():
-    from deltamem_tool.chat.sampling import Sampling
+    from deltamem_tool.chat.sampling import MAX_NEW_TOKENS, Sampling
     from deltamem_tool.onnx import contract
 
     def defaults(name):
@@ -117,7 +117,7 @@ def test_defaults_are_the_librarys_own():
         assert defaults("patch")[name] == (",".join(value) if isinstance(value, list) else value)
     assert (defaults("eval")["task"], defaults("eval")["protocol"]) == (RECALL, MEMORY_ONLY)
     assert defaults("export")["logits"] in contract.LOGITS
-    assert defaults("run")["max_new_tokens"] == contract.MAX_NEW_TOKENS
+    assert defaults("run")["max_new_tokens"] == MAX_NEW_TOKENS
     for name, argument in (("run", ["x", "--prompt", "x"]), ("chat", ["x"])):
         with cli.cli.get_command(None, name).make_context(name, argument) as context:
             assert Sampling(**{field.name: context.params[field.name] for field in fields(Sampling)}) == Sampling()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,17 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _exported("fixed", model, "last", tmp_path_factory, max_length=112)
 
 
+@pytest.fixture(scope="session")
+def exported_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Exports one layer, by a name of its own."""
+
+    def export(name: str, memory: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Exported:
+        model = make_model("qwen3", "all", depth=1, **memory).to(dtype)
+        return _exported(name, model, "last", tmp_path_factory, **options)
+
+    return export
+
+
 def _exported(
     name: str, model: PreTrainedModel, logits: str, tmp_path_factory: pytest.TempPathFactory, **options: Any
 ) -> Exported:
@@ -132,14 +145,19 @@ def _exported(
 
 
 @pytest.fixture
-def no_tracing(monkeypatch, qwen3):
-    """`export_onnx` writes the graph that was exported already: tracing is not what these tests are about."""
-    _write_instead(monkeypatch, qwen3)
+def write_instead(monkeypatch) -> Callable[[Exported], None]:
+    """Has `export_onnx` write a graph that was exported already: tracing is not what these tests are about."""
+    return partial(_write_instead, monkeypatch)
 
 
 @pytest.fixture
-def no_tracing_of_llama(monkeypatch, llama):
-    _write_instead(monkeypatch, llama)
+def no_tracing(write_instead, qwen3):
+    write_instead(qwen3)
+
+
+@pytest.fixture
+def no_tracing_of_llama(write_instead, llama):
+    write_instead(llama)
 
 
 def _write_instead(monkeypatch: pytest.MonkeyPatch, exported: Exported) -> None:

@@ -284,8 +284,8 @@ def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("deltamem_tool.onnx.session.execution_providers", lambda name: names)
     monkeypatch.setattr("deltamem_tool.onnx.session.refuse_if_missing", lambda name, found: None)
-    monkeypatch.setattr("deltamem_tool.onnx.session.device_of", lambda provider: "cpu")
     graph = open_graph(fixed.folder, fixed.manifest.interface, "cuda", cuda_graph=True)
+    graph.device = "cpu"
     assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
     ids = []
     run = session.run_with_iobinding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from deltamem_tool.cli.export import _agreement
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
-from deltamem_tool.onnx import export
+from deltamem_tool.onnx import check, export
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
@@ -61,10 +62,12 @@ def one_layer(*dtypes: torch.dtype) -> PreTrainedModel:
 def float16(qwen3, tmp_path_factory) -> tuple[PreTrainedModel, Path, Manifest]:
     """A model, its folder and its manifest."""
     model, folder = one_layer(torch.float16), tmp_path_factory.mktemp("half") / "exported"
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
     manifest = export.export_onnx(model, qwen3.tokenizer, folder)
     for name, weight in model.state_dict().items():  # the comparison has taken it to float32 and back
-        torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+        address, saved = before[name]
+        torch.testing.assert_close(weight, saved, rtol=0, atol=0)
+        assert weight.data_ptr() == address  # where it was mapped, it still is
     return model, folder, manifest
 
 
@@ -117,6 +120,26 @@ def test_it_can_be_in_4_bits_too(float16, tmp_path):
     np.testing.assert_allclose(quantized.graph.states(found_past)[0], plain.graph.states(past)[0], rtol=0, atol=1e-6)
 
 
+def test_onnx_runtime_has_let_go_when_pytorch_goes_to_float32(float16, monkeypatch):
+    """Both would hold the weights in float32."""
+    model, folder, _ = float16
+    opened = []
+
+    def open_graph():
+        graph = OnnxModel(folder).graph
+        opened.append(weakref.ref(graph))
+        return graph
+
+    own = check._in_float32
+
+    def watched(model):
+        assert [graph() for graph in opened] == [None]
+        return own(model)
+
+    monkeypatch.setattr(check, "_in_float32", watched)
+    assert 0 < export._compared(open_graph, model, export.CallOptions(model, "last")) < ROUNDING
+
+
 def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
     """An error that float32's tolerance would let pass in a large model, and PyTorch's own rounding does not."""
     model, folder, _ = float16
@@ -130,7 +153,7 @@ def test_more_than_rounding_is_refused(float16, qwen3, monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "step", off)
     options = export.CallOptions(model, "last")
     with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
-        export._compared(graph, model, options)
+        export._compared(lambda: graph, model, options)
 
 
 def test_a_graph_that_no_provider_here_can_run_is_not_called_compared(qwen3, tmp_path):
@@ -147,7 +170,7 @@ def test_a_graph_that_no_provider_here_can_run_is_not_called_compared(qwen3, tmp
         assert export._runnable(tmp_path, interface, TARGETS["cuda"]) is None
     with pytest.raises(ExportError, match="NOT_IMPLEMENTED"):
         export._runnable(tmp_path, interface, TARGETS["cpu"])
-    assert export._compared(None, qwen3.model, export.CallOptions(qwen3.model, "last")) is None
+    assert export._compared(lambda: None, qwen3.model, export.CallOptions(qwen3.model, "last")) is None
     manifest = dataclasses.replace(qwen3.manifest, max_abs_diff=None)
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert _agreement(manifest).startswith("not compared: ")

@@ -18,7 +18,9 @@ from transformers import DynamicCache
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.decoder_call import without_memory
+from deltamem_tool.errors import ExportError
 from deltamem_tool.memory import DeltaMemory
+from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.lean import LeanMemory
 from deltamem_tool.onnx.optimize import REWRITES, optimize
 from deltamem_tool.onnx.targets import TARGETS
@@ -238,8 +240,15 @@ def test_reshapes_that_change_something_stay():
 
 
 def test_a_rewrite_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no rewrites \\['faster'\\]"):
+    with pytest.raises(ExportError, match="no rewrite 'faster'.*The rewrites are lean_memory, "):
         optimize(parsed(ATTENTION), without=["faster"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_export_for_any_target_refuses_it(target, qwen3, tmp_path):
+    with pytest.raises(ExportError, match="no rewrite 'faster'"):
+        export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out", target=target, without=["lean_memory", "faster"])
+    assert list(tmp_path.iterdir()) == []
 
 
 MORE_NODES = 12  # at most, a layer

@@ -17,7 +17,8 @@ from deltamem_tool.onnx import export
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.optimize import JOIN_WEIGHTS
-from deltamem_tool.onnx.quantize import BLOCK_SIZE, memory_weights, quantize_graph
+from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
+from deltamem_tool.onnx.quantized_products import BLOCK_SIZE
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.onnx.targets import INT4, INT8, TARGETS, target_of
 from deltamem_tool.surgery import adapter_of
@@ -86,6 +87,24 @@ def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weight
     tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     np.testing.assert_array_equal(numpy_helper.to_array(tensors["memory"]), weights["memory"])
     assert not {"base", "gemm"} & tensors.keys()
+
+
+@pytest.mark.parametrize("rows", [16, 40, 96])
+def test_blocks_that_are_not_full_or_not_even_in_number(rows, tmp_path):
+    """Half a block, one and a quarter, three: in ONNX Runtime's kernel."""
+    weight = np.random.default_rng(rows).normal(size=(rows, 5)).astype(np.float32)
+    weight[:, 0] = 0
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", rows])
+    y = helper.make_tensor_value_info("base_out", TensorProto.FLOAT, ["B", 5])
+    node = helper.make_node("MatMul", ["x", "base"], ["base_out"])
+    graph = helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(weight, "base")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    assert quantize_graph(tmp_path, INT4, [], VOCABULARY) == 1
+    padded = np.zeros((-(-rows // BLOCK_SIZE) * BLOCK_SIZE, 5), np.float32)
+    padded[:rows] = weight
+    found = run(tmp_path, np.eye(rows, dtype=np.float32))["base_out"]
+    assert (np.abs(found - weight) <= half_steps(padded, INT4)[:rows] + ROUNDING).all()
 
 
 def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):

@@ -1,0 +1,90 @@
+"""What a product `x W` with a constant matrix becomes in 8 and in 4 bits: nodes that ONNX Runtime has kernels for.
+
+* `Int8`: `DynamicQuantizeLinear` of x, once for all products that read it, `MatMulInteger`, and both scales. ONNX
+  Runtime puts them into one operator when it loads the graph.
+* `Int4`: `MatMulNBits`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+BLOCK_SIZE = 32  # of int4: the smallest that all of ONNX Runtime's kernels take
+INT8_MOST = 64  # of 127: products of 8 by 8 bits overflow the 16-bit sums of x86 processors without VNNI
+INT4_MOST = 15
+
+
+class Int8:
+    """Weights of 7 bits around zero, a scale for every output."""
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self._graph = graph
+        self._inputs: dict[onnx_ir.Value, onnx_ir.Node] = {}  # by what they quantise
+
+    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray, name: str) -> list[onnx_ir.Node]:
+        """Nodes for x · `weight` `[in, out]`, which come where `before` is; the last one gives the product."""
+        if x not in self._inputs:
+            self._inputs[x] = onnx_ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+            self._graph.insert_before(before, self._inputs[x])
+        quantized, scale, zero = self._inputs[x].outputs
+        numbers, scales = int8_of(weight)
+        matrix = _initializer(self._graph, f"{name}_weight", numbers)
+        zeros = _initializer(self._graph, f"{name}_zeros", np.zeros(len(scales), np.int8))
+        whole = onnx_ir.node("MatMulInteger", [quantized, matrix, zero, zeros])
+        cast = onnx_ir.node("Cast", whole.outputs, attributes={"to": onnx_ir.DataType.FLOAT})
+        both = onnx_ir.node("Mul", [scale, _initializer(self._graph, f"{name}_scales", scales)])
+        return [whole, cast, both, onnx_ir.node("Mul", [cast.outputs[0], both.outputs[0]])]
+
+
+class Int4:
+    """Weights of 4 bits in blocks of the input dimension, each with a scale and a zero point."""
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self._graph = graph
+
+    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray, name: str) -> list[onnx_ir.Node]:
+        """As `Int8.product`."""
+        parts = zip(("weight", "scales", "zeros"), int4_of(weight), strict=True)
+        constants = [_initializer(self._graph, f"{name}_{part}", array) for part, array in parts]
+        sizes = {"K": weight.shape[0], "N": weight.shape[1], "bits": 4, "block_size": BLOCK_SIZE}
+        return [onnx_ir.node("MatMulNBits", [x, *constants], attributes=sizes, domain="com.microsoft")]
+
+
+def int8_of(weight: NDArray) -> tuple[NDArray, NDArray]:
+    """Whole numbers `[in, out]` and scales `[out]`, whose product is `weight` but for rounding."""
+    scales = (np.abs(weight).max(axis=0) / INT8_MOST).astype(np.float32)
+    scales[scales == 0] = 1
+    return np.rint(weight / scales).clip(-INT8_MOST, INT8_MOST).astype(np.int8), scales
+
+
+def int4_of(weight: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """As `MatMulNBits` takes them: numbers `[out, blocks, 16]`, two a byte; scales `[out, blocks]` in the type of
+    `weight`; zero points `[out, ⌈blocks / 2⌉]`, two a byte."""
+    rows, columns = weight.shape
+    blocks = -(-rows // BLOCK_SIZE)
+    padded = np.zeros((columns, blocks * BLOCK_SIZE), np.float32)
+    padded[:, :rows] = weight.T
+    values = padded.reshape(columns, blocks, BLOCK_SIZE)
+    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
+    scales = ((high - low) / INT4_MOST).astype(weight.dtype)
+    steps = np.where(scales == 0, 1, scales).astype(np.float32)
+    zeros = np.rint(-low / steps).clip(0, INT4_MOST)
+    numbers = np.rint(values / steps[..., None] + zeros[..., None]).clip(0, INT4_MOST)
+    return _packed(numbers), scales, _packed(zeros)
+
+
+def _packed(numbers: NDArray) -> NDArray:
+    """Numbers of 4 bits along the last axis, two a byte, the first one low."""
+    numbers = numbers.astype(np.uint8)
+    if numbers.shape[-1] % 2:
+        numbers = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, 1)])
+    return numbers[..., 0::2] | numbers[..., 1::2] << 4
+
+
+def _initializer(graph: onnx_ir.Graph, name: str, array: NDArray) -> onnx_ir.Value:
+    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
+    value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
