@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +65,8 @@ def command(
     from deltamem_tool.evaluation.task import find_task
 
     chosen = EvalProtocol.parse(protocol)
+    if ":" in task:
+        sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
     asked = find_task(task, _task_options(task, seed, **options))
 
     import torch

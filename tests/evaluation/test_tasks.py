@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from evaluation.asked import Asked, item
 
-from deltamem_tool import dialogues
-from deltamem_tool.errors import ConfigError
+from deltamem_tool import DeltaMemConfig, dialogues
+from deltamem_tool.adapter import create_adapter
+from deltamem_tool.cli.evaluate import command
+from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.metrics import best, contains, exact_match, normalise, token_f1
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
@@ -44,6 +49,25 @@ def test_tasks_are_found():
     ):
         with pytest.raises(ConfigError, match=says):
             find_task(name, options)
+
+
+def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
+    """Written to a file beside the data and asked by the command, from there."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (tmp_path / "pets.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
+    options = ["adapter", "--task", "pets:Pets", "--data", "pets.jsonl", "--records", "answers", "--json"]
+    for _ in range(2):  # the second time, nothing is left to be asked
+        result = CliRunner().invoke(command, options)
+        said = json.loads(result.stdout)
+        assert said["task"] == "pets" and said["groups"] == ["dogs"] and said["questions"] == [2]
+    records = [json.loads(line) for line in Path("answers/records.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * len(said["conditions"]) and records[0]["scores"].keys() == {"f1", "em"}
+    assert json.loads(Path("answers/settings.json").read_text())["data"] == "pets.jsonl"
+    other = CliRunner().invoke(command, [*options, "--protocol", "full"])
+    assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
 
 
 @pytest.mark.parametrize(
