@@ -58,8 +58,9 @@ def quickstart_onnx(quickstart_run):
 
 
 def pytest_collection_modifyitems(items):
-    """The fast ones first: a hundred and more models come last."""
-    items.sort(key=lambda item: "architectures" in item.path.parts)
+    """The fast ones first: a hundred and more models come last, and before them, together, those that want the
+    quickstart's run: apart, one process would wait for it while another makes it."""
+    items.sort(key=lambda item: ("architectures" in item.path.parts, "quickstart_run" in item.fixturenames))
 
 
 def pytest_collection_finish():

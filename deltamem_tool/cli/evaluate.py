@@ -26,6 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="What is in view besides the memory: memory (nothing), window:N (the last N tokens of the history) or full.",
 )
 @click.option("--data", help="The task's file, or data set on the Hub.")
+@click.option("--limit", type=click.IntRange(1), help="For hotpotqa: the first so many questions.")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
 @click.option("--facts", help=f"For recall: numbers of facts told.  [default: {','.join(map(str, FACTS))}]")
 @click.option("--episodes", type=click.IntRange(1), help="For recall: conversations for each number.  [default: 200]")

@@ -71,6 +71,31 @@ def read_episodes(
     return Loaded(episodes, count, tuple(skipped))
 
 
+def read_json_list(path: Path) -> list[Any]:
+    """The entries of a JSON file that is one list, or of a .jsonl or .parquet file.
+
+    Raises:
+        DataError: there is no such file, or it is none of these.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if not path.is_file():
+        raise DataError(f"There is no data file {path}.", "", "Correct the path.")
+    if reader is None:
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON.", f"{error}.", "Use the file as its authors publish it.") from error
+    else:
+        entries = []
+        for _, row in reader(path):
+            if isinstance(row, DataError):
+                raise row
+            entries.append(row)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} is no list with entries.", "", "Use the file as its authors publish it.")
+    return entries
+
+
 def _rows(path: str | Path, split: str, revision: str | None) -> Iterator[Row]:
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())

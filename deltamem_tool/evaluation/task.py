@@ -13,7 +13,12 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import RECALL
 
 ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
-TASKS = {RECALL: "deltamem_tool.evaluation.tasks.recall:Recall"}
+_HERE = "deltamem_tool.evaluation.tasks"
+TASKS = {
+    RECALL: f"{_HERE}.recall:Recall",
+    "locomo": f"{_HERE}.locomo:LoCoMo",
+    "hotpotqa": f"{_HERE}.hotpotqa:HotpotQA",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""LoCoMo: questions about months of talk between two people (arXiv 2402.17753; the file `locomo10.json`, CC BY-NC 4.0).
+
+Scores are those of the benchmark's `task_eval/evaluation.py`: F1 of stemmed words; of questions with several answers,
+its mean over them; and whether a question about what was never said is turned down.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.task import Item
+
+GROUPS = {1: "multi-hop", 2: "temporal", 3: "open domain", 4: "single-hop", 5: "adversarial"}
+UNSAID = "not mentioned"  # what an adversarial question is to be answered with
+_TURNED_DOWN = ("no information available", UNSAID)
+_ASK = (
+    "{question}\nAnswer in a few words, with those of the conversation where you can. "
+    f'If it was never talked about, say "{UNSAID}".'
+)
+_DATED = " The conversations have dates: give a date or a time."
+_ARTICLES = re.compile(r"\b(a|an|the|and)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class LoCoMo:
+    """One item a question; all questions about one pair of people share a history, a session a talk.
+
+    The first person is the user, the second the assistant, and both are named in what they say.
+
+    Args:
+        data: `locomo10.json`, or a file of its form.
+    """
+
+    name = "locomo"
+    metrics = ("f1",)
+    max_new_tokens = 32
+
+    def __init__(self, data: str | None = None) -> None:
+        if data is None:
+            raise ConfigError("The task locomo needs its file.", "", "Pass --data locomo10.json.")
+        self._file = Path(data)
+
+    def items(self) -> list[Item]:
+        from deltamem_tool.data.sources import read_json_list
+
+        talks = read_json_list(self._file)
+        return [item for number, talk in enumerate(talks, start=1) for item in self._asked(talk, number)]
+
+    def _asked(self, talk: Any, number: int) -> Iterator[Item]:
+        where = f"{self._file} conversation {number}"
+        try:
+            history = _sessions(talk["conversation"])
+            questions, name = talk["qa"], str(talk.get("sample_id", number))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _no_locomo(where, f"It has no {error}.") from error
+        for place, asked in enumerate(questions, start=1):
+            yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        if item.group == GROUPS[5]:
+            return {"f1": float(any(words in answer.lower() for words in _TURNED_DOWN))}
+        right = item.answers[0]
+        if item.group == GROUPS[1]:  # several answers, of which each is looked for among those given
+            said = [part.strip() for part in answer.split(",")]
+            wanted = [part.strip() for part in right.split(",")]
+            return {"f1": sum(max(stemmed_f1(one, part) for one in said) for part in wanted) / len(wanted)}
+        return {"f1": stemmed_f1(answer, right)}
+
+
+def stemmed_f1(answer: str, right: str) -> float:
+    """Harmonic mean of precision and recall of Porter's stems, without case, punctuation and articles."""
+    said, wanted = _stems(answer), _stems(right)
+    common = sum((Counter(said) & Counter(wanted)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(said), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _stems(text: str) -> list[str]:
+    try:
+        from nltk.stem import PorterStemmer
+    except ImportError as error:
+        raise ConfigError("LoCoMo's F1 needs the package nltk.", "", "pip install 'deltamem-tool[eval]'.") from error
+    stem = PorterStemmer().stem
+    plain = _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION))
+    return [stem(word) for word in plain.split()]
+
+
+def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
+    """Every session with a text in it, in order; its date is the beginning of its first message."""
+    first = conversation["speaker_a"]
+    numbers = sorted(int(match[1]) for key in conversation if (match := re.fullmatch(r"session_(\d+)", key)))
+    sessions = []
+    for number in numbers:
+        turns = conversation[f"session_{number}"]
+        messages: list[Message] = [{"role": "user", "content": f"({conversation[f'session_{number}_date_time']})"}]
+        for turn in turns:
+            role = "user" if turn["speaker"] == first else "assistant"
+            said = f"{turn['speaker']}: {turn['text']}"
+            if turn.get("blip_caption"):
+                said += f" (shows a picture: {turn['blip_caption']})"
+            if messages[-1]["role"] == role:  # templates want roles to take turns
+                messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{said}"}
+            else:
+                messages.append({"role": role, "content": said})
+        if turns:
+            sessions.append(messages)
+    return sessions
+
+
+def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[Message]]) -> Item:
+    try:
+        group = GROUPS[asked["category"]]
+        question = asked["question"]
+        answer = UNSAID if asked["category"] == 5 else str(asked["answer"])
+    except (KeyError, TypeError) as error:
+        raise _no_locomo(where, f"It lacks {error}, or its category is none from 1 to 5.") from error
+    if group == GROUPS[3]:
+        answer = answer.split(";")[0].strip()  # the rest explains
+    content = _ASK.format(question=question) + (_DATED if group == GROUPS[2] else "")
+    return Item(id, history_id, history, [{"role": "user", "content": content}], [answer], group, where)
+
+
+def _no_locomo(where: str, why: str) -> DataError:
+    return DataError(f"{where} is none of LoCoMo.", why, "Use locomo10.json as its authors publish it.")

@@ -1,0 +1,149 @@
+"""LoCoMo and HotpotQA: read as published, scored as published, and refused by file and item otherwise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.tasks.locomo import stemmed_f1
+
+TALK = {
+    "sample_id": "talk-7",
+    "conversation": {
+        "speaker_a": "Ann",
+        "speaker_b": "Ben",
+        "session_1_date_time": "1 pm on 8 May, 2023",
+        "session_1": [
+            {"speaker": "Ann", "dia_id": "D1:1", "text": "I ran a race."},
+            {"speaker": "Ann", "dia_id": "D1:2", "text": "It rained.", "blip_caption": "a wet road"},
+            {"speaker": "Ben", "dia_id": "D1:3", "text": "Well done!"},
+        ],
+        "session_2_date_time": "9 am on 1 June, 2023",
+        "session_2": [{"speaker": "Ben", "dia_id": "D2:1", "text": "I moved to Oslo."}],
+        "session_10_date_time": "9 am on 2 June, 2023",
+        "session_10": [],
+    },
+    "qa": [
+        {"question": "What did Ann do, and where is Ben?", "answer": "ran a race, Oslo", "category": 1, "evidence": []},
+        {"question": "When did Ann run?", "answer": 2023, "category": 2, "evidence": ["D1:1"]},
+        {"question": "Is Ann fit?", "answer": "Likely yes; she runs races", "category": 3, "evidence": ["D1:1"]},
+        {"question": "Where does Ben live?", "answer": "Oslo", "category": 4, "evidence": ["D2:1"]},
+        {"question": "When did Ben run?", "adversarial_answer": "8 May", "category": 5, "evidence": ["D1:1"]},
+    ],
+}
+QUESTION = {
+    "_id": "5a8b",
+    "question": "Were Ann and Ben both runners?",
+    "answer": "yes",
+    "type": "comparison",
+    "level": "hard",
+    "supporting_facts": [["Ann", 0]],
+    "context": [["Ann", ["Ann ran.", " She won."]], ["Ben", ["Ben ran too."]]],
+}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def locomo(tmp_path):
+    return find_task("locomo", {"data": write(tmp_path / "locomo10.json", [TALK])})
+
+
+def test_locomo_is_read(locomo):
+    items = locomo.items()
+    assert [item.group for item in items] == ["multi-hop", "temporal", "open domain", "single-hop", "adversarial"]
+    assert {item.history_id for item in items} == {"talk-7"} and items[3].id == "talk-7/4"
+    first, second = items[0].history  # a session without a turn is none
+    assert first == [
+        {
+            "role": "user",
+            "content": "(1 pm on 8 May, 2023)\nAnn: I ran a race.\nAnn: It rained. (shows a picture: a wet road)",
+        },
+        {"role": "assistant", "content": "Ben: Well done!"},
+    ]
+    assert [message["role"] for message in second] == ["user", "assistant"]
+    assert [list(item.answers) for item in items] == [
+        ["ran a race, Oslo"],
+        ["2023"],
+        ["Likely yes"],
+        ["Oslo"],
+        ["not mentioned"],
+    ]
+    assert "dates" in items[1].question[-1]["content"] and "dates" not in items[3].question[-1]["content"]
+    assert items[4].where.endswith("locomo10.json conversation 1 question 5")
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "score"),
+    [
+        (0, "Oslo, ran the races", 1.0),  # in any order, and in other forms of the words
+        (0, "Oslo", 0.5),
+        (1, "2023", 1.0),
+        (2, "likely yes", 1.0),
+        (3, "He lives in Oslo", 0.4),
+        (3, "", 0.0),
+        (4, "That was Not mentioned.", 1.0),
+        (4, "No information available", 1.0),
+        (4, "8 May", 0.0),
+    ],
+)
+def test_locomo_is_scored_as_published(locomo, number, answer, score):
+    assert locomo.score(locomo.items()[number], answer) == {"f1": pytest.approx(score)}
+
+
+def test_stems_are_porters():
+    assert stemmed_f1("running", "runs") == 1.0 and stemmed_f1("The cat and a dog", "cats, dogs") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"conversation": {"speaker_a": "Ann"}, "qa": [{"question": "?", "category": 4}]}, "question 1"),
+        ({"qa": [{"question": "?", "answer": "a", "category": 9}]}, "question 1"),
+        ({"conversation": None}, "conversation 1"),
+        ({"qa": None}, "conversation 1"),
+    ],
+)
+def test_what_is_no_locomo_is_named(tmp_path, change, says):
+    said = {key: value for key, value in {**TALK, **change}.items() if value is not None}
+    with pytest.raises(DataError, match=f"locomo.json {'conversation 1 ' if 'question' in says else ''}{says}"):
+        find_task("locomo", {"data": write(tmp_path / "locomo.json", [said])}).items()
+
+
+def test_hotpotqa_is_read_and_scored(tmp_path):
+    lists = {"title": ["Ann", "Ben"], "sentences": [["Ann ran.", " She won."], ["Ben ran too."]]}
+    of_hub = {**{key: value for key, value in QUESTION.items() if key != "_id"}, "id": "5a8b", "context": lists}
+    (item,) = find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION])}).items()
+    task = find_task("hotpotqa", {"data": write(tmp_path / "hotpot.jsonl", json.dumps(of_hub) + "\n"), "limit": 3})
+    (same,) = task.items()
+    assert (item.id, item.history, item.answers, item.group) == (same.id, same.history, same.answers, same.group)
+    assert item.history[0][0] == {"role": "user", "content": "Ann\nAnn ran. She won."} and len(item.history[0]) == 4
+    assert task.score(item, "Yes.") == {"f1": 1.0, "em": 1.0} and task.score(item, "yes, both") == {
+        "f1": 0.0,
+        "em": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"answer": ""}, {"context": []}, {"context": {"title": ["a"], "sentences": []}}, {"type": 3}]
+)
+def test_what_is_no_hotpotqa_is_named(tmp_path, change):
+    with pytest.raises(DataError, match="hotpot.json question 2 is none of HotpotQA"):
+        find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION, {**QUESTION, **change}])}).items()
+
+
+@pytest.mark.parametrize("task", ["locomo", "hotpotqa"])
+def test_files_that_cannot_be_read_are_named(tmp_path, task):
+    with pytest.raises(ConfigError, match=f"The task {task} needs its file"):
+        find_task(task, {})
+    for content, says in (("{", "not JSON"), ("{}", "no list"), ("[]", "no list")):
+        with pytest.raises(DataError, match=says):
+            find_task(task, {"data": write(tmp_path / "file.json", content)}).items()
+    with pytest.raises(DataError, match="There is no data file"):
+        find_task(task, {"data": str(tmp_path / "nowhere.json")}).items()
