@@ -37,6 +37,7 @@ from deltamem_tool.training import train
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)
 EPISODES = 200  # for each number of facts
+ARGUMENTS = ("--facts", ",".join(map(str, FACTS)), "--episodes", str(EPISODES))  # of the same `deltamem eval`
 AGREEMENT_EPISODES = 200
 AGREEMENT_FACTS = 4
 TOLD = 4  # facts in the conversation that is remembered
@@ -113,7 +114,7 @@ def quickstart(
         )
         plot_scores(recall, out / RECALL_PLOT)
         if not fast:
-            said = evaluation_json(recall, adapter.fingerprint)
+            said = evaluation_json(recall, adapter.fingerprint, ARGUMENTS)
             write_whole(adapter.path / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
     with _timed("export", seconds):
         tell("export", 0, 2, "graph")
@@ -225,7 +226,7 @@ def remember(
 def report_json(made: Quickstart) -> dict[str, Any]:
     """What `report.json` holds."""
     return {
-        "recall": evaluation_json(made.recall, made.fingerprint),
+        "recall": evaluation_json(made.recall, made.fingerprint, ARGUMENTS),
         "onnx": {"max_abs_diff": made.max_abs_diff, "answer_agreement": made.answer_agreement},
         "seconds": {stage: round(seconds, 1) for stage, seconds in made.seconds.items()},
         "adapter": str(made.adapter),

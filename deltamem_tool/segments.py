@@ -74,7 +74,7 @@ def encode_chat(
     ids = [row.input_ids for row in rows]
     marks = [row.marks for row in rows]
     return ChatTokens(
-        input_ids=padded(ids, _pad_token(tokenizer, ids), padding_side, torch.int64),
+        input_ids=padded(ids, pad_token(tokenizer, ids), padding_side, torch.int64),
         attention_mask=padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
         segments=None if granularity == "token" else padded(marks, OUTSIDE, padding_side, torch.int8),
     )
@@ -136,7 +136,7 @@ def _mark(
     return Marked(text, encoded["input_ids"], marks_of(text, encoded["offset_mapping"], spans))
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and len({len(row) for row in rows}) > 1:
         raise DataError(

@@ -79,7 +79,12 @@ def test_only_what_has_changed_is_sent(as_writer, adapter, onnx):
 
 
 def test_other_files_of_the_repository_are_left_alone(as_writer, adapter, onnx):
-    others = {"notes.md": b"mine", "onnx/model_q4.onnx": b"other", "samples/a.json": b"{}"}
+    others = {
+        "notes.md": b"mine",
+        "onnx/model_q4.onnx": b"other",
+        "samples/a.json": b"{}",
+        "onnx/cuda/config.json": b"{}",
+    }
     as_writer.add_repo(REPO, {**others, "onnx/genai_config.json": b"{}"})
     push(adapter, REPO)
     assert as_writer.files_at(REPO).items() >= {**others, "onnx/genai_config.json": b"{}"}.items()
@@ -98,12 +103,28 @@ def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):
     assert push(adapter, REPO).card == pushed.card
 
 
-def test_a_part_of_another_adapter_is_not_described(as_writer, adapter, onnx, tmp_path):
-    push(adapter, REPO, onnx=onnx, license="mit")
-    pushed = push(other_adapter(tmp_path / "other"), REPO)
-    assert "another adapter" in pushed.notes[0] and "OnnxModel" not in pushed.card
+def test_parts_of_two_adapters_are_refused(as_writer, adapter, onnx, tmp_path):
+    """Whoever fetched them together would refuse them."""
+    first = push(adapter, REPO, onnx=onnx, license="mit").commit
+    as_writer.requests.clear()
+    with pytest.raises(HubError, match="of another adapter. Nothing was sent"):
+        push(other_adapter(tmp_path / "other"), REPO)
+    assert as_writer.head(REPO) == first and not as_writer.asked("GET .*model.onnx")
     with pytest.raises(HubError, match="was not exported from the adapter"):
         push(tmp_path / "other", REPO, onnx=onnx)
+
+
+def test_an_evaluation_goes_with_its_adapter(as_writer, adapter, onnx):
+    """Pushed again without one, the card no longer shows what is no longer there."""
+    push(adapter, REPO, onnx=onnx, license="mit")
+    (adapter / "evaluation.json").unlink()
+    pushed = push(adapter, REPO)
+    assert kinds(pushed)["evaluation.json"] == "deleted" and "None was pushed with it" in pushed.card
+
+
+def test_only_what_an_export_writes_is_sent(as_writer, onnx):
+    (onnx / "transcript.json").write_text("{}")
+    assert "onnx/transcript.json" not in kinds(push(onnx, REPO))
 
 
 def test_a_branch_and_a_pull_request(as_writer, adapter):

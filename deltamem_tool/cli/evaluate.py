@@ -23,10 +23,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--protocol",
     default=MEMORY_ONLY,
     show_default=True,
-    help="What is in view besides the memory: memory (nothing), window:N (the last N tokens of the history) or full.",
+    help="What is in view besides the memory: memory (nothing), window:N (the last messages within N tokens) or full.",
 )
-@click.option("--data", help="The task's file, or data set on the Hub.")
+@click.option("--data", help="For locomo, hotpotqa and tasks of your own: the file.")
 @click.option("--limit", type=click.IntRange(1), help="For hotpotqa: the first so many questions.")
+@click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
 @click.option("--facts", help=f"For recall: numbers of facts told.  [default: {','.join(map(str, FACTS))}]")
 @click.option("--episodes", type=click.IntRange(1), help="For recall: conversations for each number.  [default: 200]")
@@ -45,6 +46,7 @@ def command(
     adapter: str,
     task: str,
     protocol: str,
+    conditions: str | None,
     bm25: bool,
     base: str | None,
     seed: int,
@@ -62,13 +64,16 @@ def command(
     Every question is asked with the right memory, with none, with another history's, with corrections scaled to zero,
     of the base model alone, and of the base model with everything in view.
     """
-    from deltamem_tool.evaluation.conditions import EvalProtocol
+    from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, conditions_of
+    from deltamem_tool.evaluation.conditions import chosen as chosen_conditions
     from deltamem_tool.evaluation.task import find_task
 
     chosen = EvalProtocol.parse(protocol)
     if ":" in task:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
     asked = find_task(task, _task_options(task, seed, **options))
+    only = None if conditions is None else [STATE, *conditions.split(",")]
+    chosen_conditions(conditions_of(chosen, bm25), only)  # a wrong name is said before anything is loaded
 
     import torch
 
@@ -94,6 +99,7 @@ def command(
             tokenizer_of(model),
             asked,
             chosen,
+            only=only,
             retrieved=bm25,
             batch_size=batch_size,
             seed=seed,
@@ -101,7 +107,7 @@ def command(
             settings={"adapter": fingerprint, "seed": seed, **options},
             report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
         )
-    said = evaluation_json(found, fingerprint)
+    said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, options))
     if out is not None:
         write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
     if plot is not None:
@@ -116,6 +122,17 @@ def command(
         click.echo(f"{line[0].upper()}{line[1:]}.")
     if plot is not None:
         click.echo(f"Plot: {plot}")
+
+
+def _arguments(task: str, protocol: str, seed: int, options: dict[str, Any]) -> list[str]:
+    """What asks the same questions; of a path, its last part."""
+    said = {"task": task, "protocol": protocol, "seed": seed, **options}
+    return [
+        part
+        for name, value in said.items()
+        if value is not None
+        for part in (f"--{name}", Path(value).name if name == "data" and Path(value).exists() else str(value))
+    ]
 
 
 def _task_options(task: str, seed: int, **said: Any) -> dict[str, Any]:

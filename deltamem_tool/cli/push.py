@@ -74,7 +74,9 @@ def _show(done: Pushed, dry_run: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    changed = [change for change in done.changes if change.kind != "same"]
+    from deltamem_tool.hub.repository import DELETED, SAME
+
+    changed = [change for change in done.changes if change.kind != SAME]
     if not changed:
         click.echo("The repository holds all of this already. Nothing was sent.")
     elif dry_run:
@@ -88,12 +90,14 @@ def _show(done: Pushed, dry_run: bool) -> None:
         console.print(table)
         console.print(Markdown(_body(done.card)))
     else:
-        sent = sum(change.size for change in changed if change.kind != "deleted")
+        sent = sum(change.size for change in changed if change.kind != DELETED)
         click.echo(f"{len(changed)} of {len(done.changes)} files changed, {decimal(sent)} sent.")
     click.echo(done.url)
 
 
 def _body(card: str) -> str:
-    """The card without its metadata, which is shown as it is."""
-    _, metadata, text = card.split("---\n", 2)
-    return f"```yaml\n{metadata}```\n{text}"
+    """The card with its metadata as it is written."""
+    from huggingface_hub import ModelCard
+
+    text = ModelCard(card).text
+    return f"```yaml\n{card.removesuffix(text).strip()}\n```\n{text}"

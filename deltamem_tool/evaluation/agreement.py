@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from deltamem_tool.chat_template import render
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.segments import pad_token, padded
 
 
 def answer_onnx(
@@ -47,5 +48,6 @@ def answer_onnx(
 
 def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[NDArray, NDArray]:
     """Token ids and mask, int64 `[B, T]`."""
-    batch = tokenizer(texts, add_special_tokens=False, return_tensors="np", padding=True, padding_side="left")
-    return batch["input_ids"].astype(np.int64), batch["attention_mask"].astype(np.int64)
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    mask = [[1] * len(row) for row in ids]
+    return padded(ids, pad_token(tokenizer, ids), "left").numpy(), padded(mask, 0, "left").numpy()

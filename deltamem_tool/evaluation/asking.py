@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.adapter_module import DeltaMemAdapter
-from deltamem_tool.evaluation.conditions import SCALE_ZERO, ZERO, Condition
+from deltamem_tool.evaluation.conditions import SCALE_ZERO, Condition
+from deltamem_tool.segments import pad_token, padded
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import adapter_of, detach, hook
 
@@ -21,7 +22,7 @@ def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    memory: MemoryState,
+    memory: MemoryState | None,
     condition: Condition,
     max_new_tokens: int,
 ) -> list[str]:
@@ -29,27 +30,32 @@ def ask(
 
     Args:
         prompts: as text, with the header of the answer.
-        memory: a row a prompt: its own or its donor's, as the condition has it. The prompt reads it and does not write.
+        memory: a row a prompt: its own or its donor's, as the condition has it; None for zeros. The prompt reads it and
+            does not write.
     """
-    batch = tokenizer(list(prompts), add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    pad = pad_token(tokenizer, ids)
+    inputs = {
+        "input_ids": padded(ids, pad, "left").to(model.device),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0, "left").to(model.device),
+    }
     adapter = adapter_of(model)
     if condition.memory is None:
         with _without_adapter(model):
-            output = _generate(model, tokenizer, inputs, max_new_tokens)
+            output = _generate(model, inputs, max_new_tokens, pad)
     else:
         with _corrections_off(adapter) if condition.memory == SCALE_ZERO else nullcontext():
+            if memory is None:
+                memory = adapter.empty_memory(len(prompts))
             # With Δ = 0 it is another adapter, so the memory is bound anew.
             states = MemoryState(memory.layers, adapter.fingerprint, memory.segments)
-            read = adapter.empty_memory(len(prompts)) if condition.memory == ZERO else states
-            cache = MemoryCache(model, read, write=False)
-            output = _generate(model, tokenizer, inputs, max_new_tokens, past_key_values=cache)
+            cache = MemoryCache(model, states, write=False)
+            output = _generate(model, inputs, max_new_tokens, pad, past_key_values=cache)
     return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def _generate(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Tensor], new: int, **cache: Any) -> Tensor:
+def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], new: int, pad: int, **cache: Any) -> Tensor:
     """Continuation `[B, new at most]`."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = cast(Any, model).generate(**inputs, **cache, max_new_tokens=new, do_sample=False, pad_token_id=pad)
     return output[:, inputs["input_ids"].shape[1] :]
 

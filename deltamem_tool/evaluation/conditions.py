@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from deltamem_tool.errors import ConfigError
@@ -27,7 +28,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """What is in view besides the memory: nothing, the last `window` tokens of the history, or all of it."""
+    """What is in view besides the memory: nothing, the last messages of the history that are within `window` tokens, or
+    all of it."""
 
     name: str
     view: str
@@ -60,7 +62,11 @@ def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condi
         retrieved: also the base model with the passages in view that BM25 finds for the question.
     """
     view = protocol.view
-    seen = {NOTHING: "the question", WINDOW: f"the last {protocol.window} tokens and the question", ALL: "everything"}
+    seen = {
+        NOTHING: "the question",
+        WINDOW: f"the last messages within {protocol.window} tokens, and the question",
+        ALL: "everything",
+    }
     shown = seen[view]
     found = [
         Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),
@@ -75,3 +81,18 @@ def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condi
         budget = f"as many tokens as the window ({protocol.window})" if view == WINDOW else "a few passages"
         found.append(Condition("bm25", None, RETRIEVED, f"the base model without adapter, {budget} that BM25 finds"))
     return found
+
+
+def chosen(conditions: Sequence[Condition], only: Collection[str] | None) -> list[Condition]:
+    """Those that are named, or all.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = {condition.name for condition in conditions}
+    unknown = sorted(set(only or ()) - known)
+    if unknown:
+        raise ConfigError(
+            f"There is no condition {unknown[0]!r}.", f"They are {', '.join(sorted(known))}.", "Name these."
+        )
+    return [condition for condition in conditions if not only or condition.name in only]

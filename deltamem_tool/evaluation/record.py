@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
 _AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
 
 
-def evaluation_json(found: Evaluation, adapter: str) -> dict[str, Any]:
-    """What the file holds; `adapter` is the fingerprint of what was evaluated.
+def evaluation_json(found: Evaluation, adapter: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the file holds; `adapter` is the fingerprint of what was evaluated, and `arguments` are what `deltamem eval`
+    takes for the same questions.
 
     `scores` has `[mean, low, high]` by condition, a group an entry, and `overall` one of all questions.
     """
@@ -34,6 +36,7 @@ def evaluation_json(found: Evaluation, adapter: str) -> dict[str, Any]:
         "adapter": adapter,
         "task": found.task,
         "protocol": found.protocol,
+        "arguments": list(arguments),
         "metric": metric,
         "seed": found.seed,
         "groups": found.groups,
@@ -77,11 +80,11 @@ def _is_whole(said: dict[str, Any]) -> bool:
     groups, conditions, scores = said.get("groups"), said.get("conditions"), said.get("scores")
     if not isinstance(groups, list) or not isinstance(conditions, dict) or not isinstance(scores, dict):
         return False
-    verdict, overall = said.get("verdict"), said.get("overall")
+    verdict, overall, arguments = said.get("verdict"), said.get("overall"), said.get("arguments")
+    if not isinstance(verdict, list) or not isinstance(arguments, list) or type(said.get("seed")) is not int:
+        return False
     return (
-        all(isinstance(text, str) for text in [*texts, *groups, *conditions.values()])
-        and isinstance(verdict, list)
-        and all(isinstance(line, str) for line in verdict)
+        all(isinstance(text, str) for text in [*texts, *groups, *conditions.values(), *verdict, *arguments])
         and _are_numbers(said.get("questions"), len(groups))
         and isinstance(overall, dict)
         and all(_are_numbers(overall.get(name), 3) for name in conditions)

@@ -48,7 +48,10 @@ class RecordFolder:
         place = folder / SETTINGS_FILE
         plain = json.loads(json.dumps(settings))
         if place.is_file():
-            there = read_json(place)
+            try:
+                there = read_json(place)
+            except ValueError as error:
+                raise DataError(f"{place} is damaged.", f"{error}.", "Choose another folder.") from error
             changed = sorted(key for key in {*there, *plain} if there.get(key) != plain.get(key))
             if changed:
                 raise DataError(
@@ -56,6 +59,12 @@ class RecordFolder:
                     f"Its {', '.join(changed)} differ.",
                     "Choose another folder, or pass the settings of that one.",
                 )
+        elif (folder / RECORDS_FILE).exists():
+            raise DataError(
+                f"{folder} holds records of an unknown evaluation.",
+                f"It has no {SETTINGS_FILE}.",
+                "Choose another folder.",
+            )
         else:
             write_whole(place, (json.dumps(plain, indent=1) + "\n").encode())
 

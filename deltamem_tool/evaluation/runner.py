@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.asking import ask
-from deltamem_tool.evaluation.conditions import DONOR, STATE, Condition, EvalProtocol, conditions_of, in_words
+from deltamem_tool.evaluation.conditions import (
+    DONOR,
+    STATE,
+    ZERO,
+    Condition,
+    EvalProtocol,
+    chosen,
+    conditions_of,
+    in_words,
+)
 from deltamem_tool.evaluation.records import Record, RecordFolder
 from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
 from deltamem_tool.evaluation.task import Item, Task
@@ -53,8 +64,9 @@ class Evaluation:
 
     @property
     def others(self) -> list[str]:
-        """The conditions beside the state."""
-        return [condition.name for condition in self.conditions if condition.name != STATE]
+        """The conditions beside the state, which they are compared with; none without it."""
+        names = [condition.name for condition in self.conditions]
+        return [name for name in names if name != STATE] if STATE in names else []
 
 
 def evaluate(
@@ -85,11 +97,12 @@ def evaluate(
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
     """
     items = task.items()
-    conditions = [condition for condition in conditions_of(protocol, retrieved) if not only or condition.name in only]
+    _check(items)
+    conditions = chosen(conditions_of(protocol, retrieved), only)
     donors = _donors(items)
     kept = None
     if folder is not None:
-        said = {"task": task.name, "protocol": protocol.name, "items": len(items), **(settings or {})}
+        said = {"task": task.name, "protocol": protocol.name, "items": _digest(items), **(settings or {})}
         kept = RecordFolder(folder, said)
     done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
     tell = report or (lambda stage, count, of: None)
@@ -97,11 +110,11 @@ def evaluate(
     if left:
         views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens)
         prompts = {(c.view, item.id): views.prompt(item, c.view) for c, item in left}  # what is too long is named now
-        memories = _memories(model, tokenizer, items, batch_size, tell)
+        memories = _memories(model, tokenizer, _to_write(items, left, donors), batch_size, tell)
         for condition, some in _batches(left, prompts, batch_size):
-            whose = [donors[item.history_id] if condition.memory == DONOR else item.history_id for item in some]
             texts = [prompts[condition.view, item.id] for item in some]
-            memory = memories.of(whose)
+            whose = [_history(condition, item, donors) for item in some]
+            memory = None if memories is None else memories.of(whose)
             answers = ask(model, tokenizer, texts, memory, condition, task.max_new_tokens)
             lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
             new = [
@@ -124,16 +137,67 @@ class _Memories:
     rows: dict[str, int]
     memory: MemoryState
 
-    def of(self, histories: Sequence[str]) -> MemoryState:
-        return self.memory.select([self.rows[history] for history in histories])
+    def of(self, histories: Sequence[str | None]) -> MemoryState | None:
+        """None where they are nobody's."""
+        rows = [self.rows[history] for history in histories if history is not None]
+        return self.memory.select(rows) if rows else None
 
 
-def _memories(model: Any, tokenizer: Any, items: Sequence[Item], batch_size: int, tell: Report) -> _Memories:
-    histories = {item.history_id: item.history for item in items}
-    memory = memorise(
-        model, tokenizer, list(histories.values()), batch_size, lambda done, of: tell("histories written", done, of)
-    )
-    return _Memories({history: row for row, history in enumerate(histories)}, memory)
+def _history(condition: Condition, item: Item, donors: Mapping[str, str]) -> str | None:
+    """Whose memory an item is asked with; None where it is nobody's."""
+    if condition.memory in (None, ZERO):
+        return None
+    return donors[item.history_id] if condition.memory == DONOR else item.history_id
+
+
+def _to_write(
+    items: Sequence[Item], left: Sequence[tuple[Condition, Item]], donors: Mapping[str, str]
+) -> dict[str, Item]:
+    """An item of each history that is still asked about, by its name."""
+    wanted = {_history(condition, item, donors) for condition, item in left}
+    return {item.history_id: item for item in items if item.history_id in wanted}
+
+
+def _memories(
+    model: Any, tokenizer: Any, wanted: Mapping[str, Item], batch_size: int, tell: Report
+) -> _Memories | None:
+    if not wanted:
+        return None
+    histories = [item.history for item in wanted.values()]
+    places = [item.where for item in wanted.values()]
+
+    def told(done: int, of: int) -> None:
+        tell("histories written", done, of)
+
+    memory = memorise(model, tokenizer, histories, batch_size, told, places, _positions(model))
+    return _Memories({history: row for row, history in enumerate(wanted)}, memory)
+
+
+def _check(items: Sequence[Item]) -> None:
+    """
+    Raises:
+        DataError: two items have one name, or one history's name is that of two.
+    """
+    seen: dict[str, Item] = {}
+    histories: dict[str, Item] = {}
+    for item in items:
+        first = seen.setdefault(item.id, item)
+        owner = histories.setdefault(item.history_id, item)
+        if first is not item or list(owner.history) != list(item.history):
+            other = first if first is not item else owner
+            what = (
+                f"{item.where} and {other.where} have one name, {item.id if first is not item else item.history_id!r}."
+            )
+            raise DataError(what, "Their answers would be mixed up.", "Give each its own.")
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """SHA-256 over all that is asked."""
+    digest = hashlib.sha256()
+    for item in items:
+        said = [item.id, item.history_id, item.history, item.question, item.answers, item.query]
+        digest.update(json.dumps(said).encode())
+    return digest.hexdigest()
 
 
 def _donors(items: Sequence[Item]) -> dict[str, str]:

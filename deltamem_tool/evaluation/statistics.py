@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 RESAMPLES = 2_000  # of the bootstrap
 FLIPS = 5_000  # sign patterns of the paired test
 LEVEL = 0.95
+FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
 ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
 
 
@@ -30,12 +31,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired means: its interval, and how often chance alone would do as much."""
+    """Of paired means: its interval, how often chance alone would do as much, and of how many histories."""
 
     mean: float
     low: float
     high: float
     p_value: float
+    histories: int
 
     @property
     def is_clear(self) -> bool:
@@ -43,28 +45,39 @@ class Difference:
 
 
 def estimate(scores: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Estimate:
-    """The mean of `scores`, each of the history that `clusters` names, with the percentile bootstrap's interval."""
+    """The mean of `scores` from 0 to 1, each of the history that `clusters` names, with the percentile bootstrap's
+    interval; where all histories score the same, which resampling takes for certainty, the rule of three's, 3 / n."""
     sums, counts = _by_cluster(np.asarray(scores, float), clusters)
-    means = _resampled(sums, counts, seed)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
+    mean, low, high = _interval(sums, counts, seed)
+    return Estimate(mean, max(low, 0.0), min(high, 1.0))
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Difference:
     """`ours - theirs`, question by question, with the interval of `estimate` and a two-sided sign-flip test."""
-    paired = np.asarray(ours, float) - np.asarray(theirs, float)
-    found = estimate(paired.tolist(), clusters, seed)
-    sums, _ = _by_cluster(paired, clusters)
-    return Difference(found.mean, found.low, found.high, _sign_flip(sums, seed))
+    sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters)
+    mean, low, high = _interval(sums, counts, seed)
+    return Difference(mean, max(low, -1.0), min(high, 1.0), _sign_flip(sums, seed), len(sums))
 
 
 def verdict(against: str, found: Difference) -> str:
     """The difference in words."""
     half = (found.high - found.low) / 2
+    if found.histories < FEWEST:
+        return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f})"
     if not found.is_clear:
         return f"over {against}, the difference is not distinguishable from 0 ({found.mean:+.2f} ± {half:.2f})"
     word = "adds" if found.mean > 0 else "costs"
     return f"the state {word} {abs(found.mean):.2f} ± {half:.2f} over {against}"
+
+
+def _interval(sums: NDArray, counts: NDArray, seed: int) -> tuple[float, float, float]:
+    """Mean, and the ends of its interval."""
+    mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
+    if np.ptp(of_clusters) == 0:
+        margin = 3 / len(sums)
+        return mean, mean - margin, mean + margin
+    low, high = np.quantile(_resampled(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return mean, float(low), float(high)
 
 
 def _by_cluster(scores: NDArray, clusters: Sequence[str]) -> tuple[NDArray, NDArray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -33,6 +34,7 @@ class Item:
         answers: each of them is right.
         group: what the report tells apart, such as "4 facts" or "multi-hop".
         where: file and place, for errors.
+        query: what retrieval looks for: the question without instructions; the last message by default.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Item:
     answers: Sequence[str]
     group: str
     where: str
+    query: str = ""
 
 
 class Task(Protocol):
@@ -87,7 +90,7 @@ def find_task(name: str, options: Mapping[str, Any]) -> Task:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
     try:
-        return cast(Task, kind(**options))
+        inspect.signature(kind).bind(**options)
     except TypeError as error:
-        why = str(error).partition(") ")[2] or str(error)
-        raise ConfigError(f"The task {name!r} does not take these options.", f"{why}.", "Leave them out.") from error
+        raise ConfigError(f"The task {name!r} does not take these options.", f"{error}.", "Leave them out.") from error
+    return cast(Task, kind(**options))

@@ -46,7 +46,7 @@ class Views:
             raise DataError(
                 f"{item.where} is too long for the model: {count} tokens in view.",
                 f"It has {self._room + self._new_tokens} positions, {self._new_tokens} of them for the answer.",
-                "Leave this condition out, shorten the history, or use a model with more positions.",
+                "Leave this condition out (--conditions), or use a model with more positions.",
             )
         return text
 
@@ -76,14 +76,14 @@ class Views:
 
     def _retrieved(self, item: Item) -> str:
         """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
-        ranked = _ranked(_passages(item), item.question[-1]["content"])
+        ranked = _ranked(_passages(item), item.query or item.question[-1]["content"])
         chosen: list[int] = []
         room = self._count(self._plain(item)) + self._protocol.window
         for number in ranked:
             if self._protocol.view != WINDOW and len(chosen) == PASSAGES:
                 break
             if self._protocol.view == WINDOW and self._count(self._with(item, [*chosen, number])) > room:
-                break
+                continue  # a shorter one may fit
             chosen.append(number)
         return self._with(item, chosen)
 

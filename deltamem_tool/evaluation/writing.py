@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.chat_template import Message
-from deltamem_tool.segments import encode_chat
+from deltamem_tool.errors import DataError
+from deltamem_tool.segments import ChatTokens, encode_chat
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import adapter_of
 
@@ -22,20 +24,30 @@ def memorise(
     histories: Sequence[Sequence[Sequence[Message]]],
     batch_size: int = 100,
     report: Callable[[int, int], None] | None = None,
+    places: Sequence[str] | None = None,
+    positions: int | None = None,
 ) -> MemoryState:
     """The memory after each history, a row a history.
 
     Args:
         histories: sessions of messages. The memory goes from session to session, the context does not.
         report: called with (histories written, of).
+        places: file and place of each history, for errors.
+        positions: how many the model has; None if it has no limit.
+
+    Raises:
+        DataError: a session has more tokens than that.
     """
+    names = places or [f"history {number}" for number in range(1, len(histories) + 1)]
     memories = [adapter_of(model).empty_memory(1) for _ in histories]
     for start in range(0, len(histories), batch_size):
         rows = range(start, min(start + batch_size, len(histories)))
         for number in range(max(len(histories[row]) for row in rows)):
             some = [row for row in rows if number < len(histories[row])]
             sessions = [histories[row][number] for row in some]
-            after = _written(model, tokenizer, sessions, MemoryState.stack([memories[row] for row in some]))
+            chat = _encoded(model, tokenizer, sessions)
+            _refuse_long(chat, [names[row] for row in some], number, positions)
+            after = _written(model, chat, MemoryState.stack([memories[row] for row in some]))
             for position, row in enumerate(some):
                 memories[row] = after.select([position])
         if report is not None:
@@ -43,15 +55,23 @@ def memorise(
     return MemoryState.stack(memories)
 
 
-def _written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sessions: Sequence[Sequence[Message]],
-    memory: MemoryState,
-) -> MemoryState:
-    """`memory` after one session each, in chunks."""
+def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: Sequence[Any]) -> ChatTokens:
     # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
-    chat = encode_chat(tokenizer, sessions, adapter_of(model).config.granularity, padding_side="right")
+    return encode_chat(tokenizer, sessions, adapter_of(model).config.granularity, padding_side="right")
+
+
+def _refuse_long(chat: ChatTokens, names: Sequence[str], number: int, positions: int | None) -> None:
+    for name, length in zip(names, chat.attention_mask.sum(1).tolist(), strict=True):
+        if positions is not None and length > positions:
+            raise DataError(
+                f"{name}: session {number + 1} of its history is too long for the model: {length} tokens.",
+                f"It has {positions} positions.",
+                "Split the session, or use a model with more positions.",
+            )
+
+
+def _written(model: PreTrainedModel, chat: ChatTokens, memory: MemoryState) -> MemoryState:
+    """`memory` after one session each, in chunks."""
     cache = MemoryCache(model, memory)
     cache.segments = chat.segments
     ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)

@@ -14,13 +14,13 @@ from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
-from deltamem_tool.onnx.folder import ONNX_FILES, ONNX_FOLDER
+from deltamem_tool.onnx.folder import ONNX_FOLDER
 from deltamem_tool.onnx.trust import check_onnx_folder
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
-ONNX_PATHS = tuple(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES)
-REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # patterns; nothing else is sent or fetched
+ONNX_PATHS = tuple(f"{ONNX_FOLDER}/{file}" for file in contract.FILES)
+REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # nothing else is sent or fetched
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Contents:
             adapter=self.adapter or other.adapter,
             onnx=self.onnx or other.onnx,
             training=self.training if self.adapter else other.training,
-            evaluation=self.evaluation or other.evaluation,
+            evaluation=self.evaluation or (None if self.adapter else other.evaluation),
         )
 
 
@@ -103,8 +103,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
     if adapter is not None:
         files |= {name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()}
     if manifest is not None and place is not None:
-        found = sorted({file for pattern in ONNX_FILES for file in place.glob(pattern) if file.is_file()})
-        files |= {f"{ONNX_FOLDER}/{file.relative_to(place).as_posix()}": file for file in found}
+        files |= {f"{ONNX_FOLDER}/{name}": place / name for name in contract.FILES if (place / name).is_file()}
     scores = evaluation or folder / EVALUATION_FILE
     said = read_evaluation(scores) if evaluation is not None or scores.is_file() else None
     card = folder / CARD_FILE

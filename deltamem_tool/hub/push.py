@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deltamem_tool.adapter_config import CONFIG_FILE
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.hub.base import Base, with_public_base
 from deltamem_tool.hub.card import says_license, write_card
-from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, REPO_FILES, Contents, read_contents
+from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Contents, read_contents
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, Repository, There
+from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.folder import ONNX_FOLDER
 from deltamem_tool.resolve import fetch, hub_id, hub_name
 
@@ -101,30 +102,39 @@ def _path(path: str | Path | None) -> Path | None:
 
 
 def _together(contents: Contents, repository: Repository, there: There) -> tuple[Contents, list[str]]:
-    """What the repository will hold, for the card to describe: what is pushed, and the other part that is there."""
-    if contents.adapter and contents.onnx:
-        return contents, []
-    missing = "ONNX folder" if contents.adapter else "adapter"
-    ours = [path for pattern in REPO_FILES for path in fnmatch.filter(there.files, pattern) if path != CARD_FILE]
-    if not any(path.startswith(f"{ONNX_FOLDER}/") == bool(contents.adapter) for path in ours):
+    """What the repository will hold, for the card to describe: what is pushed, and the other part that is there.
+
+    Raises:
+        HubError: that part is of another adapter, and would be refused by whoever fetches both.
+    """
+    manifest = f"{ONNX_FOLDER}/{MANIFEST_FILE}"
+    missing, mark = ("ONNX folder", manifest) if contents.adapter else ("adapter", CONFIG_FILE)
+    if (contents.adapter and contents.onnx) or mark not in there.files:
         return contents, []
     at_head = hub_name(f"hf://{repository.repo_id}", there.commit)
     assert at_head is not None  # with hf:// it is a name on the Hub
-    folder = fetch(at_head, REPO_FILES, "repository")
+    folder = fetch(at_head, [manifest] if contents.adapter else ADAPTER_FILES, "repository")
     try:
-        other = read_contents(folder)
+        if contents.adapter:  # the graph and its weights need not come for this
+            found = Manifest.read(folder / ONNX_FOLDER)
+            other = Contents({}, None, found)
+        else:
+            other = read_contents(folder)
     except DeltaMemError as error:
         return contents, [f"The {missing} that is there cannot be read, so the card does not describe it: {error.what}"]
     if other.fingerprint != contents.fingerprint:
-        told = f"The {missing} that is there is of another adapter, so the card does not describe it."
-        return contents, [f"{told} Push both parts of this one (--onnx)."]
+        raise HubError(
+            f"The {missing} in {repository.repo_id} is of another adapter. Nothing was sent.",
+            "A repository that holds parts of two is refused by whoever fetches it.",
+            f"Push both parts of this one (--onnx), remove the {missing} there, or choose another name.",
+        )
     return contents.beside(other), []
 
 
 def _changes(files: Files, contents: Contents, there: There) -> list[Change]:
     """What becomes of every file of ours, sorted by path."""
-    ours = [*(ADAPTER_FILES if contents.adapter else ()), *(ONNX_PATHS if contents.onnx else ())]
-    gone = {path for pattern in ours for path in fnmatch.filter(there.files, pattern)} - files.keys()
+    ours = {*(ADAPTER_FILES if contents.adapter else ()), *(ONNX_PATHS if contents.onnx else ())}
+    gone = (ours & there.files.keys()) - files.keys()
     changes = [there.change(path, content) for path, content in files.items()]
     changes += [Change(path, there.files[path].size, DELETED) for path in gone]
     return sorted(changes, key=lambda change: change.path)

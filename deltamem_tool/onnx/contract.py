@@ -66,6 +66,19 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
+# All that an export writes, and all that is sent to the Hub or fetched from it.
+FILES = (
+    MODEL_FILE,
+    DATA_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    GENAI_CONFIG_FILE,
+    "config.json",
+)
 REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
 
 INPUT_IDS = "input_ids"

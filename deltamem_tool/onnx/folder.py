@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltamem_tool.adapter_config import CONFIG_FILE
-from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, check_folder
+from deltamem_tool.onnx.contract import FILES, MANIFEST_FILE, check_folder
 from deltamem_tool.resolve import fetch, hub_name
 
 ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
-ONNX_FILES = (MODEL_FILE, DATA_FILE, "*.json", "*.jinja")  # patterns; nothing else is fetched or sent
 
 
 def find_onnx(name: str | Path) -> Path:
@@ -20,7 +19,7 @@ def find_onnx(name: str | Path) -> Path:
         HubError: nothing is there.
     """
     hub = hub_name(str(name))
-    patterns = [*ONNX_FILES, *(f"{ONNX_FOLDER}/{file}" for file in ONNX_FILES)]
+    patterns = [*FILES, *(f"{ONNX_FOLDER}/{file}" for file in FILES)]
     folder = Path(name) if hub is None else fetch(hub, patterns, "ONNX folder")
     inside = folder / ONNX_FOLDER
     is_inside = not (folder / MANIFEST_FILE).is_file() and (inside / MANIFEST_FILE).is_file()

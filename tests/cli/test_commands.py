@@ -71,7 +71,7 @@ def test_what_people_read(here, deltamem, checkpoint):
     assert "mechanism.rank" in said and "qwen3" in said
     said = succeeded(deltamem("eval", "adapter", "--facts", "1", "--episodes", 3))
     conditions = [condition.name.replace("_", " ") for condition in conditions_of(EvalProtocol.parse("memory"))]
-    assert all(condition in said for condition in conditions) and "not distinguishable from 0" in said
+    assert all(condition in said for condition in conditions) and "3 histories are too few for a test" in said
 
 
 def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, checkpoint, monkeypatch):

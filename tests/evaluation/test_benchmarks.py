@@ -63,9 +63,9 @@ def test_locomo_is_read(locomo):
     assert first == [
         {
             "role": "user",
-            "content": "(1 pm on 8 May, 2023)\nAnn: I ran a race.\nAnn: It rained. (shows a picture: a wet road)",
+            "content": "(1 pm on 8 May, 2023) Ann: I ran a race.\nAnn: It rained. (shows a picture: a wet road)",
         },
-        {"role": "assistant", "content": "Ben: Well done!"},
+        {"role": "assistant", "content": "(1 pm on 8 May, 2023) Ben: Well done!"},
     ]
     assert [message["role"] for message in second] == ["user", "assistant"]
     assert [list(item.answers) for item in items] == [

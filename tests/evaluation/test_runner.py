@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.chat_template import render
-from deltamem_tool.errors import DataError
+from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation import asking, runner
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
-from deltamem_tool.evaluation.records import RECORDS_FILE
+from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.surgery import adapter_of
 
@@ -145,6 +147,48 @@ def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
     (tmp_path / RECORDS_FILE).write_text('{"item": "no more"}\n')
     with pytest.raises(DataError, match="line 1 is no record"):
         evaluate(model, tokenizer, task, MEMORY, folder=tmp_path, settings={"adapter": "a"})
+
+
+def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
+    evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
+    first, *rest = task.items()
+    changed = Asked([replace(first, answers=["other"]), *rest])
+    with pytest.raises(DataError, match="items differ"):
+        evaluate(model, tokenizer, changed, MEMORY, only=("state",), folder=tmp_path)
+    (tmp_path / SETTINGS_FILE).write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
+    (tmp_path / SETTINGS_FILE).unlink()
+    with pytest.raises(DataError, match="unknown evaluation"):
+        evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
+
+
+def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
+    first, second, *rest = task.items()
+    for twin, name in (
+        (replace(second, id=first.id), first.id),
+        (replace(rest[0], history_id=first.history_id), "history 0"),
+    ):
+        with pytest.raises(DataError, match=f"one name, {name!r}"):
+            evaluate(model, tokenizer, Asked([first, twin, *rest[1:]]), MEMORY)
+
+
+def test_only_histories_that_are_asked_about_are_written(model, tokenizer, task, monkeypatch):
+    own, written = runner.memorise, []
+    monkeypatch.setattr(runner, "memorise", lambda *said: written.append(len(said[2])) or own(*said))
+    evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter", "full_context"))
+    assert not written
+    evaluate(model, tokenizer, task, MEMORY, only=("donor_state",))
+    assert written == [3]
+    with pytest.raises(ConfigError, match="no condition 'donor'"):
+        evaluate(model, tokenizer, task, MEMORY, only=("donor",))
+
+
+def test_a_tokenizer_without_a_padding_token(model, tokenizer, task):
+    expected = evaluate(model, tokenizer, task, MEMORY).records
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert bare.pad_token_id is None and evaluate(model, bare, task, MEMORY).records == expected
 
 
 def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch):

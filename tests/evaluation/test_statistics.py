@@ -56,7 +56,20 @@ def test_pairs_are_surer_than_their_means():
 
 
 def test_words():
-    assert verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001)) == "the state adds 0.21 ± 0.04 over donor state"
-    assert verdict("full context", Difference(-0.1, -0.2, 0.0, 0.01)).startswith("the state costs 0.10 ± 0.10")
-    unclear = verdict("full context", Difference(0.01, -0.03, 0.05, 0.4))
+    assert (
+        verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001, 40)) == "the state adds 0.21 ± 0.04 over donor state"
+    )
+    assert verdict("full context", Difference(-0.1, -0.2, 0.0, 0.01, 40)).startswith("the state costs 0.10 ± 0.10")
+    unclear = verdict("full context", Difference(0.01, -0.03, 0.05, 0.4, 40))
     assert unclear == "over full context, the difference is not distinguishable from 0 (+0.01 ± 0.04)"
+    few = difference([1.0] * 5, [0.0] * 5, ALONE[:5])
+    assert few.p_value > 0.05 and verdict("zeros", few) == "over zeros, 5 histories are too few for a test (+1.00)"
+
+
+def test_the_same_everywhere_is_no_certainty():
+    """The rule of three: of 30 histories that all fail, up to a tenth may succeed."""
+    never, always = estimate([0.0] * 30, ALONE[:30]), estimate([1.0] * 60, ALONE[:30] * 2)
+    assert (never.mean, never.low, never.high) == (0.0, 0.0, pytest.approx(0.1))
+    assert (always.mean, always.low, always.high) == (1.0, pytest.approx(0.9), 1.0)
+    apart = difference([1.0] * 30, [0.0] * 30, ALONE[:30])
+    assert (apart.low, apart.high) == (pytest.approx(0.9), 1.0) and apart.is_clear

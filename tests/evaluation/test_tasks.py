@@ -46,9 +46,12 @@ def test_tasks_are_found():
         ("nowhere.tasks:Mine", {}, "cannot be imported"),
         ("evaluation.asked:Nothing", {}, "cannot be imported"),
         ("recall", {"data": "talks.jsonl"}, "does not take these options"),
+        ("evaluation.asked:Asked", {"items": 3, "more": 1}, "does not take these options"),
     ):
         with pytest.raises(ConfigError, match=says):
             find_task(name, options)
+    with pytest.raises(TypeError, match="not iterable"):  # a bug of its own is not taken for wrong options
+        find_task("evaluation.asked:Asked", {"items": 3})
 
 
 def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
@@ -104,12 +107,16 @@ def found(seed: int = 0) -> Evaluation:
 
 
 def test_a_record_for_others_is_read_back(tmp_path):
-    said = evaluation_json(found(), "f" * 64)
+    said = evaluation_json(found(), "f" * 64, ["--task", "recall"])
     (tmp_path / "evaluation.json").write_text(json.dumps(said))
     assert read_evaluation(tmp_path / "evaluation.json") == said
-    assert said["scores"]["state"] == [[1.0, 1.0, 1.0]] * 2 and said["questions"] == [4, 4]
+    assert said["scores"]["state"] == [[1.0, 0.25, 1.0]] * 2 and said["questions"] == [4, 4]
     assert said["differences"]["donor_state"]["mean"] == 1.0
-    assert "the state adds 1.00 ± 0.00 over donor state" in said["verdict"]
+    assert "the state adds 1.00 ± 0.19 over donor state" in said["verdict"]
+    for name in said.keys() - {"differences", "deltamem_version", "format_version"}:
+        (tmp_path / "less.json").write_text(json.dumps({key: value for key, value in said.items() if key != name}))
+        with pytest.raises(DataError, match="less.json"):
+            read_evaluation(tmp_path / "less.json")
 
 
 def test_a_table_and_a_picture(tmp_path):

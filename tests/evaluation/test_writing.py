@@ -9,8 +9,10 @@ from tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.chat_template import render
+from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import writing
 from deltamem_tool.evaluation.writing import memorise
+from deltamem_tool.surgery import adapter_of
 
 STATE_TOLERANCE = 5e-5  # float32 against float32: padded in a batch, and alone in pieces
 HISTORIES = [history(number, sessions) for number, sessions in ((1, 3), (22, 1), (333, 2))]
@@ -27,7 +29,7 @@ def model(request, tokenizer):
 def told(model, tokenizer, sessions):
     """Message by message, in a context that begins anew with each session."""
     memory = None
-    by_messages = model.deltamem_config.granularity == "message" if hasattr(model, "deltamem_config") else None
+    by_messages = adapter_of(model).config.granularity == "message"
     for session in sessions:
         cache, seen = MemoryCache(model, memory), 0
         for count in range(1, len(session) + 1):
@@ -35,7 +37,7 @@ def told(model, tokenizer, sessions):
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
             model(ids[:, seen:], past_key_values=cache)
             seen = ids.shape[1]
-            if by_messages or (by_messages is None and cache.memory.segments):
+            if by_messages:
                 cache.end_segment()
         memory = cache.memory
     return memory
@@ -60,3 +62,14 @@ def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
     apart = memorise(model, tokenizer, [two])
     together = memorise(model, tokenizer, [[[message for session in two for message in session]]])
     assert (apart.layers[1] - together.layers[1]).abs().max() > 100 * STATE_TOLERANCE
+
+
+def test_a_session_that_is_too_long_is_named(model, tokenizer):
+    with pytest.raises(DataError, match="talks:3: session 2 of its history is too long for the model: .* tokens"):
+        memorise(
+            model,
+            tokenizer,
+            [HISTORIES[1], [HISTORIES[1][0], HISTORIES[0][0] * 3]],
+            places=["a", "talks:3"],
+            positions=80,
+        )

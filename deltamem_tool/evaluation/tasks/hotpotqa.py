@@ -59,7 +59,7 @@ def _item(row: Any, where: str) -> Item:
     for title, text in paragraphs:
         told += [{"role": "user", "content": f"{title}\n{text}"}, {"role": "assistant", "content": _SEEN}]
     asked = [{"role": "user", "content": _ASK.format(question=question)}]
-    return Item(name, name, [told], asked, [answer], group, where)
+    return Item(name, name, [told], asked, [answer], group, where, question)
 
 
 def _paragraphs(context: Any) -> list[tuple[str, str]]:

@@ -95,22 +95,24 @@ def _stems(text: str) -> list[str]:
 
 
 def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
-    """Every session with a text in it, in order; its date is the beginning of its first message."""
+    """Every session with a text in it, in order. Each message begins with the date: it may be all that is in view."""
     first = conversation["speaker_a"]
     numbers = sorted(int(match[1]) for key in conversation if (match := re.fullmatch(r"session_(\d+)", key)))
     sessions = []
     for number in numbers:
-        turns = conversation[f"session_{number}"]
-        messages: list[Message] = [{"role": "user", "content": f"({conversation[f'session_{number}_date_time']})"}]
+        turns, date = conversation[f"session_{number}"], conversation[f"session_{number}_date_time"]
+        messages: list[Message] = []
         for turn in turns:
             role = "user" if turn["speaker"] == first else "assistant"
+            if not messages and role == "assistant":  # templates want a user first
+                messages.append({"role": "user", "content": f"({date})"})
             said = f"{turn['speaker']}: {turn['text']}"
             if turn.get("blip_caption"):
                 said += f" (shows a picture: {turn['blip_caption']})"
-            if messages[-1]["role"] == role:  # templates want roles to take turns
+            if messages and messages[-1]["role"] == role:  # they want roles to take turns, too
                 messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{said}"}
             else:
-                messages.append({"role": role, "content": said})
+                messages.append({"role": role, "content": f"({date}) {said}"})
         if turns:
             sessions.append(messages)
     return sessions
@@ -126,7 +128,7 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
     if group == GROUPS[3]:
         answer = answer.split(";")[0].strip()  # the rest explains
     content = _ASK.format(question=question) + (_DATED if group == GROUPS[2] else "")
-    return Item(id, history_id, history, [{"role": "user", "content": content}], [answer], group, where)
+    return Item(id, history_id, history, [{"role": "user", "content": content}], [answer], group, where, question)
 
 
 def _no_locomo(where: str, why: str) -> DataError:
