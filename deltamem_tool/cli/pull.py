@@ -25,7 +25,7 @@ def command(repo_id: str, revision: str | None, out: Path | None, overwrite: boo
     from deltamem_tool.cli.console import quiet_libraries
     from deltamem_tool.hub.pull import pull
 
-    quiet_libraries()
+    quiet_libraries(keep_bars=True)
     done = pull(repo_id, revision, out, overwrite)
     if as_json:
         said = {

@@ -46,7 +46,7 @@ def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options)
     from deltamem_tool.cli.console import STDERR, quiet_libraries
     from deltamem_tool.hub.push import push
 
-    quiet_libraries()
+    quiet_libraries(keep_bars=True)
     ask = None if as_json or dry_run or not sys.stdin.isatty() else _ask_license
     done = push(folder, repo_id, dry_run=dry_run, ask_license=ask, **options)
     if as_json:

@@ -123,9 +123,10 @@ def server():
         yield server
 
 
-def test_a_licence_is_asked_for_in_a_terminal(server, adapter, tmp_path):
+def test_a_terminal_is_asked_for_a_licence_and_sees_how_far_it_is(server, adapter, tmp_path):
     """With HF_ENDPOINT, HF_HOME and HF_TOKEN, as in `environment`."""
     variables = environment(server, tmp_path / "home", "hf_of_someone") | {"TERM": "dumb"}
+    del variables["HF_HUB_DISABLE_PROGRESS_BARS"]
     child = pexpect.spawn(
         START[0], [*START[1:], "push", str(adapter), ADAPTER], env=variables, encoding="utf-8", timeout=120
     )
@@ -134,6 +135,7 @@ def test_a_licence_is_asked_for_in_a_terminal(server, adapter, tmp_path):
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 0 and server.endpoint in child.before
+    assert "deltamem.safetensors: 100%" in child.before
     assert "license: cc-by-4.0" in server.files_at(ADAPTER)["README.md"].decode()
     assert {request.headers["Authorization"] for request in server.requests if not request.storage} == {
         "Bearer hf_of_someone"
@@ -146,8 +148,10 @@ def test_the_token_of_hf_auth_login_and_what_is_there_offline(server, adapter, t
     home.mkdir()
     (home / "token").write_text("hf_of_someone")
     variables = environment(server, home)
+    del variables["HF_HUB_DISABLE_PROGRESS_BARS"]
     pushed = in_a_process("push", adapter, ADAPTER, "--private", "--json", cwd=tmp_path, env=variables)
-    assert pushed.code == 0 and "Licence" not in pushed.err, pushed.err  # nobody is there to be asked
+    # Nobody is there to be asked, or to look at bars.
+    assert pushed.code == 0 and "Licence" not in pushed.err and "%" not in pushed.err, pushed.err
     said = json.loads(pushed.out)
     assert said["commit"] == server.head(ADAPTER) and "names no licence" in said["notes"][0]
     assert server.repo(ADAPTER).private
