@@ -26,7 +26,7 @@ from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.lean import LeanMemory
-from deltamem_tool.onnx.quantized_products import Int4, Int8
+from deltamem_tool.onnx.quantized_products import Int4, Int8, initializer
 from deltamem_tool.onnx.targets import INT8
 
 
@@ -51,7 +51,9 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size
         ExportError: the memory's weights are not found in the graph as they are, or there is nothing to quantise.
     """
     model = onnx_ir.load(folder / contract.MODEL_FILE)
-    products = _choose(model.graph, _Columns(memory), vocab_size)
+    columns = _Columns(memory)
+    _take_apart(model.graph, columns)
+    products = _choose(model.graph, columns, vocab_size)
     if not products:
         raise ExportError(
             f"There is nothing to quantise as {how}.",
@@ -100,6 +102,47 @@ class _Columns:
                 f"{missing} columns of them are not in it as they are: other weights were joined to them.",
                 "Export it without --quantize.",
             )
+
+
+def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
+    """Products that fusion has packed into one and that a `Split` takes apart again: those of the memory become one of
+    their own, so that the base's beside them can be quantised."""
+    for node in list(graph):
+        if node.domain or node.op_type != "MatMul":
+            continue
+        users = list(node.outputs[0].uses())
+        split = users[0].node if len(users) == 1 and users[0].node.op_type == "Split" else None
+        constant = node.inputs[1].const_value if node.inputs[1] is not None else None
+        if split is None or constant is None or len(constant.shape) != 2 or len(split.inputs) < 2:
+            continue
+        sizes = split.inputs[1].const_value if split.inputs[1] is not None else None
+        if sizes is None:
+            continue
+        parts = np.split(_matrix(node), np.cumsum(sizes.numpy())[:-1], axis=1)
+        is_memory = [memory.among(part) for part in parts]
+        if any(is_memory) and not all(is_memory):
+            for kind in (False, True):
+                _multiply(graph, node, split, [i for i, own in enumerate(is_memory) if own == kind], parts)
+
+
+def _multiply(
+    graph: onnx_ir.Graph, node: onnx_ir.Node, split: onnx_ir.Node, chosen: Sequence[int], parts: Sequence[NDArray]
+) -> None:
+    """Give `split`'s chosen outputs, each x times its part of the matrix, by one product of their own."""
+    name = f"{node.outputs[0].name}_{chosen[0]}"
+    weight = initializer(graph, f"{name}_weight", np.concatenate([parts[i] for i in chosen], axis=1))
+    product = onnx_ir.node("MatMul", [node.inputs[0], weight])
+    nodes, outputs = [product], list(product.outputs)
+    if len(chosen) > 1:
+        sizes = initializer(graph, f"{name}_sizes", np.array([parts[i].shape[1] for i in chosen], np.int64))
+        nodes.append(
+            onnx_ir.node("Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(chosen))
+        )
+        outputs = list(nodes[-1].outputs)
+    graph.insert_before(node, nodes)
+    for i, output in zip(chosen, outputs, strict=True):
+        output.type, output.shape = split.outputs[i].type, split.outputs[i].shape
+        onnx_ir.convenience.replace_all_uses_with(split.outputs[i], output)
 
 
 def _choose(graph: onnx_ir.Graph, memory: _Columns, vocab_size: int) -> list[onnx_ir.Node]:

@@ -30,11 +30,11 @@ class Int8:
             self._graph.insert_before(before, self._inputs[x])
         quantized, scale, zero = self._inputs[x].outputs
         numbers, scales = int8_of(weight)
-        matrix = _initializer(self._graph, f"{name}_weight", numbers)
-        zeros = _initializer(self._graph, f"{name}_zeros", np.zeros(len(scales), np.int8))
+        matrix = initializer(self._graph, f"{name}_weight", numbers)
+        zeros = initializer(self._graph, f"{name}_zeros", np.zeros(len(scales), np.int8))
         whole = onnx_ir.node("MatMulInteger", [quantized, matrix, zero, zeros])
         cast = onnx_ir.node("Cast", whole.outputs, attributes={"to": onnx_ir.DataType.FLOAT})
-        both = onnx_ir.node("Mul", [scale, _initializer(self._graph, f"{name}_scales", scales)])
+        both = onnx_ir.node("Mul", [scale, initializer(self._graph, f"{name}_scales", scales)])
         return [whole, cast, both, onnx_ir.node("Mul", [cast.outputs[0], both.outputs[0]])]
 
 
@@ -47,7 +47,7 @@ class Int4:
     def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray, name: str) -> list[onnx_ir.Node]:
         """As `Int8.product`."""
         parts = zip(("weight", "scales", "zeros"), int4_of(weight), strict=True)
-        constants = [_initializer(self._graph, f"{name}_{part}", array) for part, array in parts]
+        constants = [initializer(self._graph, f"{name}_{part}", array) for part, array in parts]
         sizes = {"K": weight.shape[0], "N": weight.shape[1], "bits": 4, "block_size": BLOCK_SIZE}
         return [onnx_ir.node("MatMulNBits", [x, *constants], attributes=sizes, domain="com.microsoft")]
 
@@ -83,7 +83,7 @@ def _packed(numbers: NDArray) -> NDArray:
     return numbers[..., 0::2] | numbers[..., 1::2] << 4
 
 
-def _initializer(graph: onnx_ir.Graph, name: str, array: NDArray) -> onnx_ir.Value:
+def initializer(graph: onnx_ir.Graph, name: str, array: NDArray) -> onnx_ir.Value:
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
     value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
     graph.register_initializer(value)

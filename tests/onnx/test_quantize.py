@@ -117,6 +117,30 @@ def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):
     np.testing.assert_array_equal(run(tmp_path, x)["base_out"], before["base_out"])
 
 
+def test_what_fusion_has_packed_beside_the_memory_is_quantised(weights, tmp_path):
+    """Two of the base's matrices, the memory's between them, in one product that is split: the base's leave it."""
+    base, memory = weights["base"], weights["memory"]
+    packed, sizes = np.concatenate([base, memory, base], axis=1), np.array([48, 16, 48], np.int64)
+    outputs = [helper.make_tensor_value_info(f"o{i}", TensorProto.FLOAT, ["B", int(n)]) for i, n in enumerate(sizes)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "packed"], ["all"]),
+        helper.make_node("Split", ["all", "sizes"], ["a", "b", "c"], axis=-1),
+        *(helper.make_node("Identity", [part], [f"o{i}"]) for i, part in enumerate("abc")),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
+    initializers = [numpy_helper.from_array(packed, "packed"), numpy_helper.from_array(sizes, "sizes")]
+    graph = helper.make_graph(nodes, "packed", [x], outputs, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    assert quantize_graph(tmp_path, INT8, [memory], VOCABULARY) == 1
+    given = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
+    first, own, last = run(tmp_path, given).values()
+    np.testing.assert_allclose(own, given @ memory, atol=1e-4)
+    np.testing.assert_array_equal(first, last)
+    exact = given @ base
+    assert 1e-3 < np.abs(first - exact).max() < 0.1 * np.abs(exact).max()
+
+
 def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
     write_graph(tmp_path, {**weights, "memory": weights["memory"] * 3})
     files = [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")]
