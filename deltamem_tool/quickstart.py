@@ -20,7 +20,7 @@ from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adap
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.evaluation import MEMORY_ONLY
+from deltamem_tool.evaluation import EPISODES, MEMORY_ONLY
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
@@ -36,7 +36,6 @@ from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)
-EPISODES = 200  # for each number of facts
 ARGUMENTS = ("--facts", ",".join(map(str, FACTS)), "--episodes", str(EPISODES))  # of the same `deltamem eval`
 AGREEMENT_EPISODES = 200
 AGREEMENT_FACTS = 4

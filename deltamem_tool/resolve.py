@@ -52,16 +52,32 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     return replace(found, revision=found.revision or revision, path_in_repo=found.path_in_repo.strip("/"))
 
 
+def on_hub(name: str, revision: str | None = None) -> HfUri:
+    """As `hub_name`, of what is on the Hub whatever there is here.
+
+    Raises:
+        HubError: it cannot be.
+    """
+    found = hub_name(name if name.startswith(_HUB) else _HUB + name, revision)
+    assert found is not None  # with hf:// it is a name on the Hub
+    return found
+
+
 def hub_id(name: str) -> str:
     """`name`, if it is `OWNER/NAME` and no more.
 
     Raises:
         HubError: it is not.
     """
-    hub = hub_name(name if name.startswith(_HUB) else _HUB + name)
-    if hub is None or hub.revision is not None or hub.path_in_repo:
+    hub = on_hub(name)
+    if hub.revision is not None or hub.path_in_repo:
         raise HubError(f"{name} is no name of a repository.", "", "Write OWNER/NAME.")
     return hub.id
+
+
+def is_hub_path(name: str) -> bool:
+    """Whether it says by itself that it is on the Hub."""
+    return name.startswith(_HUB)
 
 
 def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: str) -> Path:

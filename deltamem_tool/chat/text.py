@@ -108,7 +108,7 @@ class ChatText:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=generation_prompt, **self._special_tokens
             )
-        except Exception as error:  # as it compiles, so it runs
+        except Exception as error:  # a template is a program of others: it raises anything as it runs, too
             raise ExportError(
                 "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
             ) from error

@@ -11,7 +11,7 @@ from typing import Any, cast
 import click
 
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
-from deltamem_tool.evaluation import FACTS, MEMORY_ONLY, RECALL
+from deltamem_tool.evaluation import BATCH_SIZE, EPISODES, FACTS, MEMORY_ONLY, RECALL
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -30,10 +30,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
 @click.option("--facts", help=f"For recall: numbers of facts told.  [default: {','.join(map(str, FACTS))}]")
-@click.option("--episodes", type=click.IntRange(1), help="For recall: conversations for each number.  [default: 200]")
+@click.option("--episodes", type=click.IntRange(1), help=f"For recall: conversations of each.  [default: {EPISODES}]")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
 @click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
-@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Conversations at once.")
+@click.option(
+    "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
+)
 @device
 @trust_remote_code
 @click.option(
@@ -64,16 +66,15 @@ def command(
     Every question is asked with the right memory, with none, with another history's, with corrections scaled to zero,
     of the base model alone, and of the base model with everything in view.
     """
-    from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, conditions_of
-    from deltamem_tool.evaluation.conditions import chosen as chosen_conditions
+    from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, chosen, conditions_of
     from deltamem_tool.evaluation.task import find_task
 
-    chosen = EvalProtocol.parse(protocol)
+    way = EvalProtocol.parse(protocol)
     if ":" in task:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
     asked = find_task(task, _task_options(task, seed, **options))
     only = None if conditions is None else [STATE, *conditions.split(",")]
-    chosen_conditions(conditions_of(chosen, bm25), only)  # a wrong name is said before anything is loaded
+    chosen(conditions_of(way, bm25), only)  # a wrong name is said before anything is loaded
 
     import torch
 
@@ -98,7 +99,7 @@ def command(
             model,
             tokenizer_of(model),
             asked,
-            chosen,
+            way,
             only=only,
             retrieved=bm25,
             batch_size=batch_size,

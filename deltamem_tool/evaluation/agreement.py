@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.chat_template import render
+from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.segments import pad_token, padded
@@ -19,7 +20,7 @@ def answer_onnx(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     max_new_tokens: int,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
     """Greedy answers from the state alone: the history's one session is written, then the question is asked in an empty
     context, where it reads and does not write."""

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.asking import ask
 from deltamem_tool.evaluation.conditions import (
     DONOR,
@@ -77,7 +78,7 @@ def evaluate(
     *,
     only: Collection[str] | None = None,
     retrieved: bool = False,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -109,7 +110,9 @@ def evaluate(
     left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in done]
     if left:
         views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens)
-        prompts = {(c.view, item.id): views.prompt(item, c.view) for c, item in left}  # what is too long is named now
+        # Once for all conditions with this view; what is too long is named now.
+        shown = {(condition.view, item.id): item for condition, item in left}
+        prompts = {(view, name): views.prompt(item, view) for (view, name), item in shown.items()}
         memories = _memories(model, tokenizer, _to_write(items, left, donors), batch_size, tell)
         for condition, some in _batches(left, prompts, batch_size):
             texts = [prompts[condition.view, item.id] for item in some]
@@ -185,18 +188,18 @@ def _check(items: Sequence[Item]) -> None:
         owner = histories.setdefault(item.history_id, item)
         if first is not item or list(owner.history) != list(item.history):
             other = first if first is not item else owner
-            what = (
-                f"{item.where} and {other.where} have one name, {item.id if first is not item else item.history_id!r}."
-            )
+            name = item.id if first is not item else item.history_id
+            what = f"{item.where} and {other.where} have one name, {name!r}."
             raise DataError(what, "Their answers would be mixed up.", "Give each its own.")
 
 
 def _digest(items: Sequence[Item]) -> str:
     """SHA-256 over all that is asked."""
     digest = hashlib.sha256()
+    for name, history in {item.history_id: item.history for item in items}.items():
+        digest.update(json.dumps([name, history]).encode())
     for item in items:
-        said = [item.id, item.history_id, item.history, item.question, item.answers, item.query]
-        digest.update(json.dumps(said).encode())
+        digest.update(json.dumps([item.id, item.history_id, item.question, item.answers, item.query]).encode())
     return digest.hexdigest()
 
 

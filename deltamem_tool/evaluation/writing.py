@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.segments import ChatTokens, encode_chat
 from deltamem_tool.state import MemoryCache, MemoryState
 from deltamem_tool.surgery import adapter_of
@@ -22,7 +23,7 @@ def memorise(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     histories: Sequence[Sequence[Sequence[Message]]],
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     report: Callable[[int, int], None] | None = None,
     places: Sequence[str] | None = None,
     positions: int | None = None,

@@ -15,7 +15,7 @@ from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.folder import ONNX_FOLDER
-from deltamem_tool.resolve import BUILTIN, hub_name, short_name
+from deltamem_tool.resolve import BUILTIN, is_hub_path, on_hub, short_name
 
 _CACHED = "models--"  # how the Hub's cache begins the name of a model's folder
 
@@ -52,8 +52,7 @@ def with_public_base(contents: Contents, said: str | None) -> tuple[Contents, Ba
 def _public_base(contents: Contents, said: str | None) -> Base:
     recorded = _recorded(contents)
     if said is not None:
-        hub = hub_name(said if said.startswith("hf://") else f"hf://{said}")
-        assert hub is not None  # with hf:// it is a name on the Hub
+        hub = on_hub(said)
         name = short_name(hub)
         return Base(name, hub.revision or (recorded.revision if name == recorded.name else None))
     if recorded.name is not None and (recorded.name.startswith(BUILTIN) or recorded.revision or not contents.adapter):
@@ -80,7 +79,7 @@ def _recorded(contents: Contents) -> Base:
         if place.name.startswith(_CACHED) and len(owner_and_name) == 2:
             commits = [part for part in path.relative_to(place).parts if REGEX_COMMIT_OID.fullmatch(part)]
             return Base("/".join(owner_and_name), commits[0] if commits else revision)
-    is_name = name.startswith((BUILTIN, "hf://")) or (name.count("/") == 1 and not path.exists())
+    is_name = name.startswith(BUILTIN) or is_hub_path(name) or (name.count("/") == 1 and not path.exists())
     return Base(name, revision) if is_name else Base(None, None)
 
 

@@ -78,7 +78,7 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         evaluation: what `deltamem eval --out` wrote, if it is not in `folder`.
 
     Raises:
-        HubError: it holds neither, or parts of two
+        HubError: it holds neither, or parts of two adapters; or the evaluation is of another one.
         AdapterError, ExportError, DataError: a part is damaged.
     """
     if not folder.is_dir():

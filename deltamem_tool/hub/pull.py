@@ -11,7 +11,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
-from deltamem_tool.resolve import commit_of, fetch, hub_name
+from deltamem_tool.resolve import commit_of, fetch, on_hub
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def pull(repo_id: str, revision: str | None = None, out: str | Path | None = Non
     """
     if out is not None:
         refuse_existing(out, overwrite)
-    hub = hub_name(repo_id if repo_id.startswith("hf://") else f"hf://{repo_id}", revision)
-    assert hub is not None  # with hf:// it is a name on the Hub
-    folder = fetch(hub, REPO_FILES, "repository")
+    folder = fetch(on_hub(repo_id, revision), REPO_FILES, "repository")
     if not folder.is_dir():  # nothing of it was wanted
         raise HubError(f"{repo_id} holds no adapter and no ONNX folder.", "", "Check the name and the revision.")
     _refuse_damaged(folder, repo_id)

@@ -14,7 +14,7 @@ from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Con
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, Repository, There
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.folder import ONNX_FOLDER
-from deltamem_tool.resolve import fetch, hub_id, hub_name
+from deltamem_tool.resolve import fetch, hub_id, on_hub
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ def _together(contents: Contents, repository: Repository, there: There) -> tuple
     missing, mark = ("ONNX folder", manifest) if contents.adapter else ("adapter", CONFIG_FILE)
     if (contents.adapter and contents.onnx) or mark not in there.files:
         return contents, []
-    at_head = hub_name(f"hf://{repository.repo_id}", there.commit)
-    assert at_head is not None  # with hf:// it is a name on the Hub
+    at_head = on_hub(repository.repo_id, there.commit)
     folder = fetch(at_head, [manifest] if contents.adapter else ADAPTER_FILES, "repository")
     try:
         if contents.adapter:  # the graph and its weights need not come for this

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from deltamem_tool import dialogues
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation import FACTS
+from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.metrics import exact
 from deltamem_tool.evaluation.task import Item
 
@@ -23,7 +23,7 @@ class Recall:
     metrics = ("exact",)
     max_new_tokens = 24
 
-    def __init__(self, facts: Sequence[int] = FACTS, episodes: int = 200, seed: int = 0) -> None:
+    def __init__(self, facts: Sequence[int] = FACTS, episodes: int = EPISODES, seed: int = 0) -> None:
         if not facts or min(facts) < 1 or max(facts) > len(dialogues.KIND_OF):
             raise ConfigError(f"The numbers of facts go from 1 to {len(dialogues.KIND_OF)}.", f"It is {facts}.")
         self._facts, self._episodes, self._seed = facts, episodes, seed
