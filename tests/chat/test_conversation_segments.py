@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from continued import continued
 from tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
@@ -63,15 +64,7 @@ def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
         cache.segments = torch.tensor([pending + marked.marks[-new:]], dtype=torch.int8)
         ids = torch.cat([ids, torch.tensor([marked.input_ids[-new:]])], dim=1)
         prompt = ids.shape[1]
-        ids = engine.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=PAD,
-        )
+        ids = continued(engine.model, ids, cache, NEW, PAD)
         answers.append(tuple(ids[0, prompt:].tolist()))
         messages = [*messages, {"role": "assistant", "content": "x"}]
     return answers, cache

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from continued import continued
 
 from deltamem_tool.chat.conversation import Answer, Conversation, Sampling, generate_together
 from deltamem_tool.chat.text import ChatText, TextStream
@@ -49,15 +50,7 @@ def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
             text = ("\n" if ids[0, -1] == 257 else "<|im_end|>\n") + text
         ids = torch.cat([ids, exported.tokenizer(text, return_tensors="pt").input_ids], dim=1)
         prompt = ids.shape[1]
-        ids = exported.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=stop_tokens,
-            pad_token_id=0,
-        )
+        ids = continued(exported.model, ids, cache, new_tokens, 0, stop_tokens)
         answers.append(ids[0, prompt:].tolist())
     return answers, cache.memory
 

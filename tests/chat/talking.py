@@ -1,0 +1,68 @@
+"""Tiny models to talk to, and what a conversation holds, for the tests of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from continued import continued
+from tiny import PAD, randomise, tiny_model, tiny_tokenizer
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool.chat.conversation import Conversation, Sampling
+from deltamem_tool.chat.torch_runtime import TorchModel
+
+TOLERANCE = 1e-5  # of logits and states
+TURNS = ("my cat is Bella", "what is the name of my cat?", "thank you")
+SYSTEM = {"role": "system", "content": "be brief"}
+OTHERS = ("hello there", "no", "the name of my dog is Max, and that of my cat is Tom")
+
+
+def make_engine(stop_tokens: frozenset[int] = frozenset(), name: str = "qwen3", **changes) -> TorchModel:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(name, vocab_size=len(tokenizer), **changes)
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"))))
+    engine = TorchModel(model, tokenizer)
+    engine.stop_tokens = stop_tokens
+    return engine
+
+
+def say(conversation: Conversation, *contents, tokens: int = 6, **options) -> list[tuple[int, ...]]:
+    return [conversation.generate(content, Sampling(tokens, **options)).tokens for content in contents]
+
+
+def assert_same_memory(found, expected, tolerance: float = 0.0) -> None:
+    assert found.states.keys() == expected.states.keys() and found.adapter == expected.adapter
+    for layer, state in found.states.items():
+        np.testing.assert_allclose(state, expected.states[layer], rtol=0, atol=tolerance)
+
+
+def seen(conversation: Conversation):
+    return conversation.context, conversation.messages, conversation.memory
+
+
+def assert_unchanged(conversation: Conversation, before) -> None:
+    context, messages, memory = before
+    assert conversation.context == context and conversation.messages == messages
+    assert_same_memory(conversation.memory, memory)
+
+
+def in_generate(engine: TorchModel, turns, new_tokens: int):
+    """Tokens of each answer and the memory, by `model.generate` on one cache."""
+    cache, ids, answers = MemoryCache(engine.model), torch.zeros(1, 0, dtype=torch.long), []
+    for turn in turns:
+        text = ("<|end|>" if answers else "") + f"<|user|>{turn}<|end|><|assistant|>"
+        new = torch.tensor([engine.text.encode(text)])
+        ids = torch.cat([ids, new], dim=1)
+        prompt = ids.shape[1]
+        ids = continued(engine.model, ids, cache, new_tokens, PAD)
+        answers.append(tuple(ids[0, prompt:].tolist()))
+    return answers, cache.memory
+
+
+def plain(engine: TorchModel) -> TorchModel:
+    """Without a chat template, so that an empty text has no tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    model = TorchModel(engine.model, tokenizer)
+    model.stop_tokens = frozenset()
+    return model

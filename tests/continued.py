@@ -1,0 +1,29 @@
+"""Text continued by transformers' own `generate`, which conversations are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool import MemoryCache
+
+
+def continued(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: MemoryCache,
+    new_tokens: int,
+    pad: int,
+    stop_tokens: int | list[int] | None = None,
+) -> Tensor:
+    """`ids` `[1, T]`, of which `cache` holds the beginning, and what is generated greedily after them."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=stop_tokens,
+        pad_token_id=pad,
+    )
