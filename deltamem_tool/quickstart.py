@@ -36,7 +36,7 @@ from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)
-ARGUMENTS = ("--facts", ",".join(map(str, FACTS)), "--episodes", str(EPISODES))  # of the same `deltamem eval`
+ARGUMENTS = ("--set", f"facts=[{','.join(map(str, FACTS))}]")  # of the same `deltamem eval`
 AGREEMENT_EPISODES = 200
 AGREEMENT_FACTS = 4
 TOLD = 4  # facts in the conversation that is remembered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,23 @@ def read_yaml(text: str, name: str) -> Document:
         why = " ".join(str(error).split())
         raise ConfigError(f"{name} is not YAML.", f"{why}.", "Correct it.") from error
     return document
+
+
+def read_changes(changes: Iterable[str]) -> dict[str, Any]:
+    """What `KEY=VALUE` says, values as YAML.
+
+    Raises:
+        ConfigError: one is no such pair, or a key is given again.
+    """
+    said: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = (part.strip() for part in change.partition("="))
+        if not key or not equals:
+            raise ConfigError(f"{change!r} is no KEY=VALUE.", "", "Write for example --set episodes=50.")
+        if key in said:
+            raise ConfigError(f"{key} is given more than once.", "", "Leave one.")
+        said[key] = read_yaml(text, f"The value of {key}").value
+    return said
 
 
 def _number(node: yaml.Node, at: Key, document: Document) -> None:

@@ -49,7 +49,7 @@ def evaluated(folder: Path, adapter: str | None = None) -> Path:
         "task": "recall",
         "protocol": "memory",
         "metric": "exact",
-        "arguments": ["--task", "recall", "--facts", "1,4"],
+        "arguments": ["--task", "recall", "--set", "facts=[1,4]"],
         "adapter": adapter or read_adapter(folder).fingerprint,
         "groups": ["1 fact", "4 facts"],
         "questions": [200, 150],

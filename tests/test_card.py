@@ -48,7 +48,7 @@ def test_what_is_known_is_said(known):
         "| donor state | 0.80 (0.70–1.00) | 0.50 (0.40–0.60) |",
         "* *donor state*: another's",
         "* the state adds 0.20 ± 0.04 over donor state",
-        "`deltamem eval someone/memory --task recall --facts 1,4`",
+        "`deltamem eval someone/memory --task recall --set 'facts=[1,4]'`",
         "## Limits",
     ):
         assert said in text, said

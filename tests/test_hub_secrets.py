@@ -156,7 +156,7 @@ def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokeni
     recipe["training"] = {"steps": 2, "batch_size": 1}
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run("train", "recipe.yaml")
-    run("eval", "adapter", "--facts", 1, "--episodes", 2, "--out", "adapter/evaluation.json")
+    run("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=2", "--out", "adapter/evaluation.json")
     run("push", "adapter", REPO, "--base-model", "someone/base")
     run("export", REPO, "--base", home / "bases" / "mine", "--out", home / "adapter" / "onnx")
     run("push", "adapter", REPO, "--base-model", "someone/base")

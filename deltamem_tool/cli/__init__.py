@@ -19,6 +19,7 @@ COMMANDS = (
     "inspect",
     "train",
     "eval",
+    "ablate",
     "export",
     "run",
     "chat",

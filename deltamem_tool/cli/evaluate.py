@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import click
 
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
-from deltamem_tool.evaluation import BATCH_SIZE, EPISODES, FACTS, MEMORY_ONLY, RECALL
+from deltamem_tool.evaluation import BATCH_SIZE, MEMORY_ONLY, RECALL
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -25,12 +26,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="What is in view besides the memory: memory (nothing), window:N (the last messages within N tokens) or full.",
 )
-@click.option("--data", help="For locomo, hotpotqa and tasks of your own: the file.")
-@click.option("--limit", type=click.IntRange(1), help="For hotpotqa: the first so many questions.")
+@click.option("--data", help="The file that the task reads, where it reads one.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the task; repeatable.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions.")
 @click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
-@click.option("--facts", help=f"For recall: numbers of facts told.  [default: {','.join(map(str, FACTS))}]")
-@click.option("--episodes", type=click.IntRange(1), help=f"For recall: conversations of each.  [default: {EPISODES}]")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
 @click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
 @click.option(
@@ -48,6 +48,9 @@ def command(
     adapter: str,
     task: str,
     protocol: str,
+    data: str | None,
+    changes: tuple[str, ...],
+    limit: int | None,
     conditions: str | None,
     bm25: bool,
     base: str | None,
@@ -59,7 +62,6 @@ def command(
     plot: Path | None,
     out: Path | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Measure what ADAPTER's memory is worth on a task, beside its controls.
 
@@ -68,11 +70,13 @@ def command(
     """
     from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, chosen, conditions_of
     from deltamem_tool.evaluation.task import find_task
+    from deltamem_tool.yaml_lines import read_changes
 
     way = EvalProtocol.parse(protocol)
     if ":" in task:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
-    asked = find_task(task, _task_options(task, seed, **options))
+    options = {**read_changes(changes), **({} if data is None else {"data": data})}
+    asked = find_task(task, options, {"seed": seed})
     only = None if conditions is None else [STATE, *conditions.split(",")]
     chosen(conditions_of(way, bm25), only)  # a wrong name is said before anything is loaded
 
@@ -102,13 +106,14 @@ def command(
             way,
             only=only,
             retrieved=bm25,
+            limit=limit,
             batch_size=batch_size,
             seed=seed,
             folder=records,
-            settings={"adapter": fingerprint, "seed": seed, **options},
+            settings={"adapter": fingerprint, "seed": seed, "options": options},
             report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
         )
-    said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, options))
+    said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, data, changes, limit))
     if out is not None:
         write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
     if plot is not None:
@@ -125,23 +130,13 @@ def command(
         click.echo(f"Plot: {plot}")
 
 
-def _arguments(task: str, protocol: str, seed: int, options: dict[str, Any]) -> list[str]:
+def _arguments(
+    task: str, protocol: str, seed: int, data: str | None, changes: Sequence[str], limit: int | None
+) -> list[str]:
     """What asks the same questions; of a path, its last part."""
-    said = {"task": task, "protocol": protocol, "seed": seed, **options}
-    return [
-        part
-        for name, value in said.items()
-        if value is not None
-        for part in (f"--{name}", Path(value).name if name == "data" and Path(value).exists() else str(value))
-    ]
-
-
-def _task_options(task: str, seed: int, **said: Any) -> dict[str, Any]:
-    """What the task is made with: what was said, and the seed where the task draws its questions."""
-    options = {name: value for name, value in said.items() if value is not None}
-    if "facts" in options:
-        try:
-            options["facts"] = [int(part) for part in options["facts"].split(",")]
-        except ValueError:
-            raise click.BadParameter(f"{options['facts']!r} is no list like 1,2,4", param_hint="--facts") from None
-    return {**options, "seed": seed} if task == RECALL else options
+    said = ["--task", task, "--protocol", protocol, "--seed", str(seed)]
+    if data is not None:
+        said += ["--data", Path(data).name if Path(data).exists() else data]
+    for change in changes:
+        said += ["--set", change]
+    return said if limit is None else [*said, "--limit", str(limit)]

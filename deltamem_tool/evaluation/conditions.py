@@ -14,6 +14,7 @@ OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"
 # What is in view before the question.
 NOTHING, WINDOW, ALL, RETRIEVED = "nothing", "window", "all", "retrieved"
 STATE = "state"  # the condition that all others are compared with
+CONTROLS = ("zero_state", "donor_state", "scale_zero")  # the adapter with a wrong memory, or with none to speak of
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condi
     shown = seen[view]
     found = [
         Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),
-        Condition("zero_state", ZERO, view, "the same with the memory set to zeros"),
-        Condition("donor_state", DONOR, view, "the same with the memory of another history"),
-        Condition("scale_zero", SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
+        Condition(CONTROLS[0], ZERO, view, "the same with the memory set to zeros"),
+        Condition(CONTROLS[1], DONOR, view, "the same with the memory of another history"),
+        Condition(CONTROLS[2], SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
         Condition("no_adapter", None, view, f"the base model without adapter, and {shown}"),
     ]
     if view != ALL:

@@ -78,6 +78,7 @@ def evaluate(
     *,
     only: Collection[str] | None = None,
     retrieved: bool = False,
+    limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     folder: Path | None = None,
@@ -89,6 +90,7 @@ def evaluate(
     Args:
         only: names of conditions, where not all are wanted.
         retrieved: BM25 beside the controls.
+        limit: only the first so many questions; donors are of all.
         batch_size: questions, or histories, at once.
         seed: of the intervals.
         folder: keeps records, and what they were made with; a run that stopped goes on from there.
@@ -101,6 +103,7 @@ def evaluate(
     _check(items)
     conditions = chosen(conditions_of(protocol, retrieved), only)
     donors = _donors(items)
+    everyone, items = items, items[:limit]
     kept = None
     if folder is not None:
         said = {"task": task.name, "protocol": protocol.name, "items": _digest(items), **(settings or {})}
@@ -113,7 +116,7 @@ def evaluate(
         # Once for all conditions with this view; what is too long is named now.
         shown = {(condition.view, item.id): item for condition, item in left}
         prompts = {(view, name): views.prompt(item, view) for (view, name), item in shown.items()}
-        memories = _memories(model, tokenizer, _to_write(items, left, donors), batch_size, tell)
+        memories = _memories(model, tokenizer, _to_write(everyone, left, donors), batch_size, tell)
         for condition, some in _batches(left, prompts, batch_size):
             texts = [prompts[condition.view, item.id] for item in some]
             whose = [_history(condition, item, donors) for item in some]

@@ -70,11 +70,12 @@ class Task(Protocol):
         """From 0 to 1, by metric."""
 
 
-def find_task(name: str, options: Mapping[str, Any]) -> Task:
+def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Task:
     """A task by its name here, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
 
     Args:
         options: keyword arguments of the class.
+        offered: those that it is given where it takes them, and `options` has none.
 
     Raises:
         ConfigError: there is none, or it does not take these options.
@@ -89,8 +90,13 @@ def find_task(name: str, options: Mapping[str, Any]) -> Task:
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
+    signature = inspect.signature(kind)
+    given = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(options)
     try:
-        inspect.signature(kind).bind(**options)
+        signature.bind(**given)
     except TypeError as error:
-        raise ConfigError(f"The task {name!r} does not take these options.", f"{error}.", "Leave them out.") from error
-    return cast(Task, kind(**options))
+        takes = f"It takes {', '.join(signature.parameters) or 'none'}"
+        raise ConfigError(
+            f"The task {name!r} does not take these options.", f"{str(error).capitalize()}. {takes}.", "Correct them."
+        ) from error
+    return cast(Task, kind(**given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def _block(known: Contents, repo_id: str, base: Base) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["shell"] = shlex.join
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 

@@ -136,7 +136,7 @@ def test_options_that_do_not_fit(here, deltamem, checkpoint):
     ):
         done = deltamem("patch", checkpoint, "--out", "adapter", *options)
         assert done.code in (1, 2) and says in done.err and "Traceback" not in done.err
-    for arguments in (("patch", checkpoint), ("patch",), ("no-such",), ("eval", "x", "--facts", "a"), ("--no-such",)):
+    for arguments in (("patch", checkpoint), ("patch",), ("no-such",), ("eval", "x", "--limit", "a"), ("--no-such",)):
         done = deltamem(*arguments)
         assert done.code == 2 and "Usage" in done.err and "Traceback" not in done.err
     assert listing(here) == {}
@@ -264,7 +264,7 @@ def test_a_base_without_a_tokenizer(here, deltamem):
     recipe = write_recipe(here, base, out=str(here / "other"))
     before = listing(here)
     deltamem("train", recipe).assert_short_error("tokenizer", code=1)
-    done = deltamem("eval", "adapter", "--facts", "1", "--episodes", "2")
+    done = deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=2")
     assert done.code == 1 and "tokenizer" in done.err and "Traceback" not in done.err
     assert listing(here) == before
 

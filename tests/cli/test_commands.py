@@ -50,7 +50,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
     trained = json.loads(succeeded(deltamem("train", "recipe.yaml", "--set", "training.steps=2", "--json")))
     assert trained["steps"] == 2 and trained["adapter"] == "trained" and len(trained["losses"]) == 2
 
-    options = ("--facts", "1,2", "--episodes", 4, "--plot", "plot.png", "--json")
+    options = ("--set", "facts=[1,2]", "--set", "episodes=4", "--plot", "plot.png", "--json")
     figures = json.loads(succeeded(deltamem("eval", "trained", *options)))
     assert figures["groups"] == ["1 fact", "2 facts"] and figures["questions"] == [4, 4]
     assert set(figures["scores"]) == {condition.name for condition in conditions_of(EvalProtocol.parse("memory"))}
@@ -69,7 +69,7 @@ def test_what_people_read(here, deltamem, checkpoint):
     assert "parameters in adapter" in said and "Next: deltamem inspect adapter" in said
     said = succeeded(deltamem("inspect", "adapter"))
     assert "mechanism.rank" in said and "qwen3" in said
-    said = succeeded(deltamem("eval", "adapter", "--facts", "1", "--episodes", 3))
+    said = succeeded(deltamem("eval", "adapter", "--set", "facts=[1]", "--set", "episodes=3"))
     conditions = [condition.name.replace("_", " ") for condition in conditions_of(EvalProtocol.parse("memory"))]
     assert all(condition in said for condition in conditions) and "3 histories are too few for a test" in said
 
@@ -84,7 +84,7 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
 
     monkeypatch.setattr(runner, "evaluate", stub)
     for options in (("--device", "meta"), ("--device", "cpu"), ()):
-        deltamem("eval", "adapter", "--facts", "1", *options).assert_short_error("Seen.", code=1)
+        deltamem("eval", "adapter", "--set", "facts=[1]", *options).assert_short_error("Seen.", code=1)
     assert seen == ["meta", "cpu", "cuda" if torch.cuda.is_available() else "cpu"]
 
 

@@ -64,7 +64,7 @@ def test_an_adapter_of_the_hub(hub, run, monkeypatch):
     said = json.loads(run("inspect", name, "--json"))
     assert said["base"]["name"] == BASE and said["parameters"] == read_adapter(name).num_parameters()
     assert load(name).config.vocab_size == 767
-    scores = json.loads(run("eval", name, "--facts", 1, "--episodes", 2, "--json"))
+    scores = json.loads(run("eval", name, "--set", "facts=[1]", "--set", "episodes=2", "--json"))
     assert scores["adapter"] == read_adapter(ASSETS / "adapter").fingerprint
     monkeypatch.setattr(sys, "stdin", piped(TOLD))
     run("chat", name, "--memory", "me.safetensors")

@@ -120,7 +120,7 @@ def test_hotpotqa_is_read_and_scored(tmp_path):
     lists = {"title": ["Ann", "Ben"], "sentences": [["Ann ran.", " She won."], ["Ben ran too."]]}
     of_hub = {**{key: value for key, value in QUESTION.items() if key != "_id"}, "id": "5a8b", "context": lists}
     (item,) = find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION])}).items()
-    task = find_task("hotpotqa", {"data": write(tmp_path / "hotpot.jsonl", json.dumps(of_hub) + "\n"), "limit": 3})
+    task = find_task("hotpotqa", {"data": write(tmp_path / "hotpot.jsonl", json.dumps(of_hub) + "\n")})
     (same,) = task.items()
     assert (item.id, item.history, item.answers, item.group) == (same.id, same.history, same.answers, same.group)
     assert item.history[0][0] == {"role": "user", "content": "Ann\nAnn ran. She won."} and len(item.history[0]) == 4

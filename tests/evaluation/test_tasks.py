@@ -68,7 +68,7 @@ def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
         assert said["task"] == "pets" and said["groups"] == ["dogs"] and said["questions"] == [2]
     records = [json.loads(line) for line in Path("answers/records.jsonl").read_text().splitlines()]
     assert len(records) == 2 * len(said["conditions"]) and records[0]["scores"].keys() == {"f1", "em"}
-    assert json.loads(Path("answers/settings.json").read_text())["data"] == "pets.jsonl"
+    assert json.loads(Path("answers/settings.json").read_text())["options"] == {"data": "pets.jsonl"}
     other = CliRunner().invoke(command, [*options, "--protocol", "full"])
     assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
 

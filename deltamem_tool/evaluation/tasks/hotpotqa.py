@@ -24,22 +24,21 @@ class HotpotQA:
     Args:
         data: `hotpot_dev_distractor_v1.json`, or the same rows as JSON lines or parquet; both forms of `context` are
             read, the authors' pairs and the Hub's two lists.
-        limit: the first so many questions; by default all.
     """
 
     name = "hotpotqa"
     metrics = ("f1", "em")
     max_new_tokens = 32
 
-    def __init__(self, data: str | None = None, limit: int | None = None) -> None:
+    def __init__(self, data: str | None = None) -> None:
         if data is None:
             raise ConfigError("The task hotpotqa needs its file.", "", "Pass --data hotpot_dev_distractor_v1.json.")
-        self._file, self._limit = Path(data), limit
+        self._file = Path(data)
 
     def items(self) -> list[Item]:
         from deltamem_tool.data.sources import read_json_list
 
-        rows = read_json_list(self._file)[: self._limit]
+        rows = read_json_list(self._file)
         return [_item(row, f"{self._file} question {number}") for number, row in enumerate(rows, start=1)]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:

@@ -1,0 +1,183 @@
+"""Every variant of some ablations, over seeds: train, ask, keep what came out, draw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltamem_tool.ablation.plan import Ablation, Variant
+from deltamem_tool.ablation.report import draw, markdown
+from deltamem_tool.ablation.runs import Run, keep, read_runs
+from deltamem_tool.adapter import load, tokenizer_of
+from deltamem_tool.evaluation import MEMORY_ONLY
+from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
+from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.tasks.recall import Recall
+from deltamem_tool.files import refuse_unwritable, write_whole
+from deltamem_tool.recipe import Recipe
+from deltamem_tool.surgery import adapter_of
+from deltamem_tool.training import train
+from deltamem_tool.training.run_folder import comparable
+from deltamem_tool.training.summary import versions
+
+ADAPTERS = "adapters"  # the folder of those that are kept
+
+Report = Callable[[str, int, int, str], None]  # which run, done, of, what of it is being done
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every adapter is asked: `episodes` conversations for each number of `facts`."""
+
+    facts: tuple[int, ...]
+    episodes: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that some ablation needs. Ablations share those that are the same, such as the recipe with no change."""
+
+    variant: Variant
+    seed: int
+    recipe: Recipe
+    key: str
+
+
+def wanted(
+    ablations: Sequence[Ablation],
+    seeds: Sequence[int],
+    changes: Sequence[str],
+    questions: Questions,
+    folder: Path,
+) -> dict[tuple[str, str, int], Wanted]:
+    """By ablation, variant and seed; seed by seed, so that whole tables are there early.
+
+    Raises:
+        ConfigError: a recipe does not hold.
+    """
+    found = {}
+    for seed in seeds:
+        for ablation in ablations:
+            for variant in ablation.variants:
+                recipe = variant.load(changes, seed, "adapter")
+                key = _key(recipe, questions)
+                placed = variant.load(changes, seed, str(folder / ADAPTERS / key))
+                found[ablation.name, variant.name, seed] = Wanted(variant, seed, placed, key)
+    return found
+
+
+def _key(recipe: Recipe, questions: Questions) -> str:
+    """Names everything that a run's figures depend on."""
+    said = json.dumps([comparable(recipe), questions.facts, questions.episodes], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def ablate(
+    ablations: Sequence[Ablation],
+    out: Path,
+    seeds: Sequence[int],
+    questions: Questions,
+    changes: Sequence[str] = (),
+    keep_adapters: bool = False,
+    report: Report | None = None,
+    ended: Callable[[int, int], None] | None = None,
+) -> list[Run]:
+    """Make the runs that are missing in `out`, and after each of them write a table and a plot of every ablation there.
+
+    Args:
+        changes: `key=value`, of every recipe.
+        keep_adapters: they stay in `out/adapters`, by their runs' keys.
+        report: follows a run; `ended` their number, (done, of).
+
+    Raises:
+        DeltaMemError: a recipe does not hold, nothing can be written, or a run failed.
+    """
+    refuse_unwritable(out / "table")
+    needed = wanted(ablations, seeds, changes, questions, out)
+    different = {one.key: one for one in needed.values()}
+    runs = read_runs(out)
+    for number, (key, one) in enumerate(different.items(), start=1):
+        if key not in runs:
+            runs[key] = make_run(one, questions, report or (lambda name, done, of, note: None))
+            keep(out, runs[key])
+            if not keep_adapters:
+                shutil.rmtree(one.recipe.out)
+            _write(ablations, out, seeds, needed, runs, changes)
+        if ended is not None:
+            ended(number, len(different))
+    _write(ablations, out, seeds, needed, runs, changes)
+    with suppress(OSError):  # it holds adapters
+        (out / ADAPTERS).rmdir()
+    return [runs[key] for key in different]
+
+
+def _write(
+    ablations: Sequence[Ablation],
+    out: Path,
+    seeds: Sequence[int],
+    needed: Mapping[tuple[str, str, int], Wanted],
+    runs: Mapping[str, Run],
+    changes: Sequence[str],
+) -> None:
+    for ablation in ablations:
+        mine = {}
+        for variant in ablation.variants:
+            keys = [needed[ablation.name, variant.name, seed].key for seed in seeds]
+            some = [runs[key] for key in keys if key in runs]
+            if some:
+                mine[variant.name] = some
+        if mine:
+            plot = f"{ablation.name}.png"
+            draw(ablation, mine, out / plot)
+            write_whole(out / f"{ablation.name}.md", markdown(ablation, mine, changes, plot).encode())
+
+
+def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
+    """Train and ask. The adapter stays in the recipe's `out`."""
+    name = f"{one.variant.name}, seed {one.seed}"
+    started = time.process_time()
+    trained = train(
+        one.recipe,
+        overwrite=True,
+        report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
+    )
+    processor = time.process_time() - started
+    model = load(one.recipe.out)
+    found = evaluate(
+        model,
+        tokenizer_of(model),
+        Recall(questions.facts, questions.episodes),
+        EvalProtocol.parse(MEMORY_ONLY),
+        only=(STATE, *CONTROLS),
+        report=lambda what, done, of: report(name, done, of, what),
+    )
+    metric = found.metrics[0]
+    scores = {
+        condition.name: [found.estimate(metric, condition.name, group).mean for group in found.groups]
+        for condition in found.conditions
+    }
+    return Run(
+        key=one.key,
+        seed=one.seed,
+        facts=list(questions.facts),
+        episodes=questions.episodes,
+        scores=scores,
+        recipe=comparable(one.recipe),
+        steps=trained.steps,
+        parameters=trained.parameters,
+        state_bytes=adapter_of(model).empty_memory(1).nbytes,
+        loss=trained.losses[-1][1],
+        minutes=round(trained.seconds / 60, 2),
+        processor_minutes=round(processor / 60, 2),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        date=time.strftime("%Y-%m-%d"),
+    )

@@ -1,0 +1,128 @@
+"""Runs of an ablation as a table and a picture, beside the paper's figures."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltamem_tool.ablation.plan import Ablation
+from deltamem_tool.ablation.runs import Run
+from deltamem_tool.evaluation.conditions import CONTROLS, STATE, in_words
+from deltamem_tool.files import write_whole
+
+Runs = Mapping[str, Sequence[Run]]  # by variant, a run a seed; at least one
+
+
+def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) -> str:
+    """One table: a row a variant, mean over the seeds with the smallest and the largest below it."""
+    some = next(run for mine in runs.values() for run in mine)
+    dates = sorted({run.date for mine in runs.values() for run in mine})
+    threads = sorted({run.threads for mine in runs.values() for run in mine})
+    paper = [f"paper: {ablation.paper_what}"] if ablation.paper else []
+    facts = [_facts(count) for count in some.facts]
+    columns = ["", "seeds", *facts, "all", "highest control", "parameters", "state", "minutes", *paper]
+    lines = [
+        f"# {ablation.title}, {dates[-1]}",
+        "",
+        f"Exact match of held-out facts from the memory alone, {some.episodes} conversations for each number of facts:",
+        "the mean over the seeds, and below it the smallest and the largest. The highest control is the most that any",
+        f"seed reached, over all questions, with {_any_of(CONTROLS)}. Minutes are",
+        "processor time of training.",
+        "",
+        _row(columns),
+        _row(["---"] * len(columns)),
+        *(_row(_cells(ablation, name, mine)) for name, mine in runs.items()),
+        "",
+        f"![{ablation.title}]({plot})",
+        "",
+        f"`deltamem ablate recipes/ablations/{ablation.name}.yaml --out DIR`"
+        + (f", with {', '.join(f'`--set {change}`' for change in changes)}" if changes else ""),
+        "",
+        ", ".join(f"{name} {number}" for name, number in some.versions.items())
+        + f"; CPU, threads: {', '.join(map(str, threads))}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(ablation: Ablation, name: str, mine: Sequence[Run]) -> list[str]:
+    label = f"**{name}** (reference)" if name == ablation.reference else f"**{name}**"
+    by_facts = [[run.scores[STATE][i] for run in mine] for i in range(len(mine[0].facts))]
+    control = max(statistics.mean(run.scores[name]) for run in mine for name in CONTROLS)
+    cells = [
+        label,
+        ", ".join(str(run.seed) for run in mine),
+        *map(_spread, by_facts),
+        _spread([run.mean for run in mine]),
+        f"{control:.2f}",
+        f"{mine[0].parameters:,}",
+        f"{mine[0].state_bytes:,} B",
+        f"{statistics.mean(run.processor_minutes for run in mine):.1f}",
+    ]
+    if ablation.paper:
+        cells.append(f"{ablation.paper[name]:.2f}" if name in ablation.paper else "")
+    return cells
+
+
+def _facts(count: int) -> str:
+    return f"{count} fact{'s' * (count > 1)}"
+
+
+def _any_of(names: Sequence[str]) -> str:
+    *most, last = (f"“{in_words(name)}”" for name in names)
+    return f"{', '.join(most)} or {last}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{statistics.mean(values):.2f}" + (f"<br>{low}–{high}" if len(values) > 1 else "")
+
+
+def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
+    """A row a variant: our exact match by number of facts, and beside it what the paper found."""
+    names = list(runs)
+    figure = Figure(figsize=(8 if ablation.paper else 6.4, 1.5 + 0.36 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, width_ratios=(3, 1.4), sharey=True) if ablation.paper else [figure.subplots()]
+    _draw_ours(panels[0], runs)
+    if ablation.paper:
+        found = {name: figure for name, figure in ablation.paper.items() if name in runs}
+        panels[1].plot([*found.values()], [names.index(name) for name in found], "D", color="#555555", markersize=5)
+        panels[1].set_title("the paper, other task", fontsize=9)
+        panels[1].set_xlabel("average of its benchmarks", fontsize=8)
+        panels[1].grid(alpha=0.3)
+        panels[1].margins(x=0.2)
+    panels[0].set_yticks(range(len(names)), [f"{name} ●" if name == ablation.reference else name for name in names])
+    panels[0].invert_yaxis()
+    figure.suptitle(ablation.title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    write_whole(path, buffer.getvalue())
+
+
+def _draw_ours(axes: Axes, runs: Runs) -> None:
+    facts = next(run.facts for mine in runs.values() for run in mine)
+    colours = colormaps["viridis"]
+    for number, count in enumerate(facts):
+        colour = colours(0.05 + 0.8 * number / max(1, len(facts) - 1))
+        for place, mine in enumerate(runs.values()):
+            values = [run.scores[STATE][number] for run in mine]
+            label = _facts(count) if place == 0 else None
+            at = place + 0.12 * (number - (len(facts) - 1) / 2)
+            axes.plot([min(values), max(values)], [at, at], color=colour, linewidth=2, alpha=0.6)
+            axes.plot(statistics.mean(values), at, "o", color=colour, markersize=5, label=label)
+    axes.set(xlim=(-0.03, 1.03))
+    axes.set_xlabel("exact match from the memory alone; line: range of the seeds", fontsize=8)
+    axes.set_title("here", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(facts), frameon=False)
