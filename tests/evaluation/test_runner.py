@@ -81,6 +81,14 @@ def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
         evaluate(model, tokenizer, Asked([item(1, 0), item(1, 1)]), MEMORY)
 
 
+def test_a_limit_leaves_out_questions_and_no_donor(model, tokenizer, task):
+    """The two first questions are about one history; its donor is the next, about which nothing is asked."""
+    some = evaluate(model, tokenizer, task, MEMORY, limit=2)
+    whole = evaluate(model, tokenizer, task, MEMORY)
+    assert len(some.records) == 2 * len(some.conditions)
+    assert some.records == [record for record in whole.records if record.history == "history 0"]
+
+
 @pytest.mark.parametrize("protocol", ["memory", "window:20", "full"])
 def test_batches_do_not_matter(model, tokenizer, task, protocol):
     chosen = EvalProtocol.parse(protocol)

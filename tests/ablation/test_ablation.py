@@ -1,0 +1,151 @@
+"""Ablations: what is trained, that it goes on where it stopped, and what the table says."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import statistics
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from deltamem_tool.ablation import ablate as module
+from deltamem_tool.ablation.ablate import ADAPTERS, Questions, ablate, wanted
+from deltamem_tool.ablation.plan import read_ablation
+from deltamem_tool.ablation.report import draw, markdown
+from deltamem_tool.ablation.runs import RUNS_FILE, Run
+from deltamem_tool.cli.ablate import command
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.conditions import CONTROLS, STATE
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
+CENTRE = "centre"
+FEW = Questions((1, 2), 2)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_ablation(file):
+    """It says its command, and no two of its variants are the same run."""
+    header = re.match(r"(?:#.*\n)+", file.read_text(encoding="utf-8"))
+    assert header is not None
+    verb = "train" if file.stem == CENTRE else "ablate"
+    assert f"#   deltamem {verb} recipes/ablations/{file.name}" in header[0]
+    if file.stem == CENTRE:
+        return
+    ablation = read_ablation(file)
+    keys = {name: one.key for (_, name, _), one in wanted([ablation], [42], (), FEW, Path("out")).items()}
+    assert len(set(keys.values())) == len(keys) == len(ablation.variants)
+    (reference,) = [variant for variant in ablation.variants if variant.name == ablation.reference]
+    shared = file.stem != "strategy"  # which compares whole recipes
+    assert not reference.changes and (reference.recipe.stem == CENTRE) == shared
+
+
+def test_the_package_carries_them():
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = said["package-data"]["deltamem_tool.recipes"]
+    assert all(any(fnmatch.fnmatch(f"ablations/{file.name}", pattern) for pattern in patterns) for file in SHIPPED)
+
+
+@pytest.fixture
+def files(tmp_path, checkpoint):
+    """Two ablations of one small recipe."""
+    recipe = {"base": str(checkpoint), "out": "x", "data": {"facts_first": 1, "facts_last": 2}}
+    recipe |= {"memory": {"rank": 2}, "training": {"steps": 1, "batch_size": 2}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    paths = []
+    for name, change in (("rank", {"memory.rank": 4}), ("heads", {"memory.heads": ["q"]})):
+        said = {"title": f"Of {name}", "recipe": "small.yaml", "variants": {"as it is": None, "other": change}}
+        said |= {"reference": "as it is", "paper": {"what": "average", "figures": {"other": 47.5}}}
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(said))
+    return paths
+
+
+def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, monkeypatch):
+    own, made = module.make_run, []
+
+    def stops(one, questions, report):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append((one.variant.name, one.seed))
+        return own(one, questions, report)
+
+    plans, out = [read_ablation(file) for file in files], tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_run", stops)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(plans, out, [1], FEW)
+    assert made == [("as it is", 1), ("other", 1)]
+    assert "as it is" in (out / "heads.md").read_text() and "other" not in (out / "heads.md").read_text()
+    with (out / RUNS_FILE).open("ab") as file:
+        file.write(b'{"key": "cut in the mid')
+    monkeypatch.setattr(module, "make_run", lambda one, *rest: made.append(one.variant.name) or own(one, *rest))
+    runs = ablate(plans, out, [1], FEW, keep_adapters=True)
+    assert made[2:] == ["other"] and len(runs) == 3
+    assert [json.loads(line)["key"] for line in (out / RUNS_FILE).read_text().splitlines()] == [run.key for run in runs]
+    assert [path.name for path in (out / ADAPTERS).iterdir()] == [runs[2].key]
+    assert runs[1].parameters > runs[0].parameters > runs[2].parameters
+    assert runs[0].scores.keys() == {STATE, *CONTROLS} and all(len(row) == 2 for row in runs[0].scores.values())
+    assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run(name, seed, scores, control=0.0, parameters=10):
+    found = {STATE: scores, **dict.fromkeys(CONTROLS, [0.0, 0.0]), "donor_state": [control, control]}
+    return Run(f"{name}{seed}", seed, [1, 4], 50, found, {}, 9, parameters, 256, 0.5, 3.0, 2.0, 1, {"torch": "2"}, "d")
+
+
+def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
+    runs = {
+        "as it is": [run("a", 1, [1.0, 0.5], 0.02), run("a", 2, [0.8, 0.3], 0.06)],
+        "other": [run("b", 1, [0.26, 0.0])],
+    }
+    text = markdown(read_ablation(files[0]), runs, ["training.steps=3"], "rank.png")
+    (ours,) = [line for line in text.splitlines() if "as it is" in line]
+    cells = ["**as it is** (reference)", "1, 2", "0.90<br>0.80–1.00", "0.40<br>0.30–0.50", "0.65<br>0.55–0.75", "0.06"]
+    assert ours == f"| {' | '.join(cells)} | 10 | 256 B | 2.0 |  |"
+    assert "| **other** | 1 | 0.26 | 0.00 | 0.13 | 0.00 | 10 | 256 B | 2.0 | 47.50 |" in text
+    assert "`--set training.steps=3`" in text and "50 conversations" in text
+    assert statistics.mean([run.mean for run in runs["as it is"]]) == pytest.approx(0.65)
+    draw(read_ablation(files[0]), runs, tmp_path / "rank.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"reference": "nobody"}, "reference names 'nobody'"),
+        ({"variants": {"one": {}}}, "variants"),
+        ({"variants": {"as it is": {}, "other": 3}}, "variants.other"),
+        ({"paper": {"what": "average", "figures": {"third": 1.0}}}, "paper.figures names 'third'"),
+        ({"titel": "A"}, "titel"),
+        ({"recipe": None}, "recipe"),
+    ],
+)
+def test_what_is_no_ablation_is_named(files, change, says):
+    files[0].write_text(yaml.safe_dump({**yaml.safe_load(files[0].read_text()), **change}))
+    with pytest.raises(ConfigError, match="rank.yaml is no ablation") as caught:
+        read_ablation(files[0])
+    assert says in caught.value.why
+
+
+def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "make_run", lambda *_: pytest.fail("nothing is to be trained"))
+
+    def fails(*words):
+        result = CliRunner().invoke(command, [*map(str, words), "--out", "out"])
+        assert result.exit_code and not Path("out").exists()
+        return result
+
+    assert "no ablation nowhere.yaml" in str(fails("nowhere.yaml").exception)
+    files[0].write_text(files[0].read_text().replace("memory.rank", "memory.rnak"))
+    assert "did you mean memory.rank" in str(fails(*files).exception.why)
+    assert "is no list like 1,2,4" in fails(files[1], "--seeds", "a").output
+    Path("kept").mkdir()
+    (Path("kept") / RUNS_FILE).write_text('{"key": 1}\n')
+    with pytest.raises(DataError, match="line 1 is no run"):
+        ablate([read_ablation(files[1])], Path("kept"), [1], FEW)
