@@ -3,4 +3,4 @@ What the command takes by default is spelled here, where nothing heavy is import
 
 SEEDS = (42, 43, 44)
 EPISODES = 100  # conversations for each number of facts
-FACTS = (1, 2, 4, 8)
+FACTS = (1, 2, 4, 6, 8)

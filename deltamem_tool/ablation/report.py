@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from deltamem_tool.ablation import EPISODES, FACTS, SEEDS
 from deltamem_tool.ablation.plan import Ablation
 from deltamem_tool.ablation.runs import Run
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, in_words
@@ -42,13 +44,25 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
         "",
         f"![{ablation.title}]({plot})",
         "",
-        f"`deltamem ablate recipes/ablations/{ablation.name}.yaml --out DIR`"
-        + (f", with {', '.join(f'`--set {change}`' for change in changes)}" if changes else ""),
+        f"`{_command(ablation, runs, changes)}`",
         "",
         ", ".join(f"{name} {number}" for name, number in some.versions.items())
         + f"; CPU, threads: {', '.join(map(str, threads))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:
+    """What makes these runs, without what is so anyway."""
+    some = next(run for mine in runs.values() for run in mine)
+    seeds = dict.fromkeys(run.seed for mine in runs.values() for run in mine)
+    words = ["deltamem", "ablate", f"recipes/ablations/{ablation.name}.yaml", "--out", "DIR"]
+    for option, value, default in (("seeds", seeds, SEEDS), ("facts", some.facts, FACTS)):
+        if tuple(value) != default:
+            words += [f"--{option}", ",".join(map(str, value))]
+    if some.episodes != EPISODES:
+        words += ["--episodes", str(some.episodes)]
+    return shlex.join(words + [word for change in changes for word in ("--set", change)])
 
 
 def _cells(ablation: Ablation, name: str, mine: Sequence[Run]) -> list[str]:
@@ -102,7 +116,9 @@ def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
         panels[1].set_xlabel("average of its benchmarks", fontsize=8)
         panels[1].grid(alpha=0.3)
         panels[1].margins(x=0.2)
-    panels[0].set_yticks(range(len(names)), [f"{name} ●" if name == ablation.reference else name for name in names])
+    panels[0].set_yticks(
+        range(len(names)), [f"{name} (reference)" if name == ablation.reference else name for name in names]
+    )
     panels[0].invert_yaxis()
     figure.suptitle(ablation.title, fontsize=11)
     buffer = io.BytesIO()
@@ -123,6 +139,5 @@ def _draw_ours(axes: Axes, runs: Runs) -> None:
             axes.plot(statistics.mean(values), at, "o", color=colour, markersize=5, label=label)
     axes.set(xlim=(-0.03, 1.03))
     axes.set_xlabel("exact match from the memory alone; line: range of the seeds", fontsize=8)
-    axes.set_title("here", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(facts), frameon=False)

@@ -109,7 +109,8 @@ def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
     cells = ["**as it is** (reference)", "1, 2", "0.90<br>0.80–1.00", "0.40<br>0.30–0.50", "0.65<br>0.55–0.75", "0.06"]
     assert ours == f"| {' | '.join(cells)} | 10 | 256 B | 2.0 |  |"
     assert "| **other** | 1 | 0.26 | 0.00 | 0.13 | 0.00 | 10 | 256 B | 2.0 | 47.50 |" in text
-    assert "`--set training.steps=3`" in text and "50 conversations" in text
+    told = "--out DIR --seeds 1,2 --facts 1,4 --episodes 50 --set training.steps=3`"
+    assert f"`deltamem ablate recipes/ablations/rank.yaml {told}" in text and "50 conversations" in text
     assert statistics.mean([run.mean for run in runs["as it is"]]) == pytest.approx(0.65)
     draw(read_ablation(files[0]), runs, tmp_path / "rank.png")
 
