@@ -51,6 +51,13 @@ def test_the_package_carries_them():
     assert all(any(fnmatch.fnmatch(f"ablations/{file.name}", pattern) for pattern in patterns) for file in SHIPPED)
 
 
+def test_the_documented_file_is_one(tmp_path):
+    text = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    (tmp_path / "gate.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    ablation = read_ablation(tmp_path / "gate.yaml")
+    assert ablation.variants[0].changes == ("memory.beta_bias=-4.0",) and ablation.paper == {"-2": 47.97}
+
+
 @pytest.fixture
 def files(tmp_path, checkpoint):
     """Two ablations of one small recipe."""
