@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_segments_model import DIFFERENT, close_memory, run
+from segments.marked import DIFFERENT, close_memory, run
 from tiny import ARCHITECTURES, PAD, patched_model, tokens
 from transformers import GenerationConfig
 from watched import WatchedCache
@@ -21,11 +21,6 @@ MARKS = [torch.tensor([[0, 1, 1, 2, 1, 1]]), torch.tensor([[1, 2, 0, 1]])]
 
 everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
 started = pytest.mark.parametrize("started", [False, True], ids=["empty", "started"])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return patched_model(granularity="message")
 
 
 def settings(**options):

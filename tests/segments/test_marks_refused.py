@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_segments_model import LENGTH, MARKS, run, same_memory
+from segments.marked import LENGTH, MARKS, run, same_memory
 from tiny import patched_model, tokens
 from torch import nn
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory import INSIDE
-
-
-@pytest.fixture(scope="module")
-def model():
-    return patched_model(granularity="message")
 
 
 class _Broken(nn.Module):

@@ -1,0 +1,49 @@
+"""Marked tokens of two conversations, how a model is fed with them, and how memories are compared."""
+
+from __future__ import annotations
+
+import torch
+
+from deltamem_tool import MemoryCache, MemoryState
+
+# Float32 against float32, the same sums in another order; logits, states and sums are of order 1 to 10.
+CUT_TOLERANCE = 2e-5
+# Float32 against the float64 equations.
+EQUATION_TOLERANCE = 5e-5
+DIFFERENT = 1e-3  # what no rounding explains
+
+# Two conversations. A system message, segments of three, two and one tokens, and one that stays open; and another.
+MARKS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
+LENGTH = MARKS.shape[1]
+OPEN = [2, 0]  # tokens that wait for their segment to end
+
+
+def close(actual, expected, tolerance=CUT_TOLERANCE):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
+
+
+def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):
+    """States, and open segments."""
+    assert memory.segments.keys() == other.segments.keys() == memory.layers.keys() == other.layers.keys()
+    for layer in other.layers:
+        close(memory.layers[layer], other.layers[layer], tolerance)
+        close(memory.segments[layer], other.segments[layer], tolerance)
+    assert torch.equal(memory.open_tokens, other.open_tokens)
+
+
+def same_memory(memory: MemoryState, other: MemoryState):
+    close_memory(memory, other, 0.0)
+
+
+@torch.no_grad()
+def run(model, ids, marks, cuts=(), memory=None, write=True, sliced=False):
+    """Logits of `ids` fed in pieces that end at `cuts`, the marks given at once or with each piece; and the cache."""
+    cache = MemoryCache(model, memory=memory, write=write)
+    cache.segments = None if sliced else marks
+    bounds, pieces = [0, *cuts, ids.shape[1]], []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        if sliced:
+            cache.segments = marks[:, a:b]
+        pieces.append(model(ids[:, a:b], past_key_values=cache).logits)
+    assert cache.segments is None, "marks of tokens that have come are used up"
+    return torch.cat(pieces, dim=1), cache

@@ -1,0 +1,59 @@
+"""A batch of chats is its conversations with padding."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from segments.templates import CHATML, SYSTEM, TALK, with_template
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.memory import LAST, OUTSIDE
+from deltamem_tool.segments import encode_chat, mark_chat
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
+def test_a_batch_is_its_conversations_with_padding(special, side, granularity):
+    tokenizer = with_template(special, CHATML)
+    conversations = [TALK, TALK[:1], [SYSTEM, *TALK]]
+    batch = encode_chat(tokenizer, conversations, granularity, add_generation_prompt=True, padding_side=side)
+    rows = [mark_chat(tokenizer, messages, granularity, add_generation_prompt=True) for messages in conversations]
+    width = max(len(row.input_ids) for row in rows)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (3, width)
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+    for n, row in enumerate(rows):
+        length = len(row.input_ids)
+        real = slice(width - length, width) if side == "left" else slice(0, length)
+        assert batch.input_ids[n, real].tolist() == row.input_ids
+        assert batch.attention_mask[n, real].tolist() == [1] * length
+        assert batch.attention_mask[n].sum() == length
+        assert (batch.input_ids[n][batch.attention_mask[n] == 0] == tokenizer.pad_token_id).all()
+        if batch.segments is not None:
+            assert batch.segments[n, real].tolist() == row.marks
+            assert (batch.segments[n][batch.attention_mask[n] == 0] == OUTSIDE).all()
+    if granularity == "token":
+        assert batch.segments is None and all(set(row.marks) == {LAST} for row in rows)
+    else:
+        assert batch.segments.shape == (3, width) and batch.segments.dtype == torch.int8
+
+
+def test_one_conversation_is_a_batch_of_one(special):
+    tokenizer = with_template(special, CHATML)
+    one, same = encode_chat(tokenizer, TALK), encode_chat(tokenizer, [TALK])
+    assert torch.equal(one.input_ids, same.input_ids) and torch.equal(one.segments, same.segments)
+    assert one.segments[0].tolist() == mark_chat(tokenizer, TALK, "message").marks
+    chatted = tokenizer.apply_chat_template(TALK, return_dict=True, return_tensors="pt")
+    assert torch.equal(one.input_ids, chatted["input_ids"])
+
+
+def test_the_end_token_pads_where_there_is_no_other(special):
+    tokenizer = deepcopy(with_template(special, CHATML))  # a copy shares the special tokens
+    tokenizer.pad_token = None
+    batch = encode_chat(tokenizer, [TALK, TALK[:1]])
+    assert batch.input_ids[1, 0] == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"(?s)nothing to pad with.*tokenizer.pad_token"):
+        encode_chat(tokenizer, [TALK, TALK[:1]])
+    assert encode_chat(tokenizer, [TALK, TALK]).attention_mask.all()

@@ -1,0 +1,133 @@
+"""Marks of a chat against pieces that the tests put together themselves, template by template."""
+
+from __future__ import annotations
+
+import pytest
+from segments.templates import (
+    CASES,
+    CHATML,
+    HYBRID,
+    OPEN,
+    SEGMENT,
+    SYSTEM,
+    TALK,
+    chatml,
+    expected,
+    hybrid,
+    with_template,
+)
+from tiny import CHAT_TEMPLATE
+
+from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.memory import LAST
+from deltamem_tool.segments import mark_chat
+
+CONVERSATIONS = {
+    "question": TALK[:1],
+    "turn": TALK[:2],
+    "three": TALK[:3],
+    "talk": TALK,
+    "with a system": [SYSTEM, *TALK],
+    "question with a system": [SYSTEM, *TALK[:1]],
+    "long": [SYSTEM, *TALK, *TALK, user("Ok.")],
+    "empty contents": [user(""), assistant(""), user("And?"), assistant("")],
+    "contents that look like templates": [user("<|im_start|>user\n"), assistant("<|im_end|>\n[INST] <|im_start|>")],
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_every_message_is_a_segment(special, case, conversation, prompt):
+    template, pieces_of, opening = CASES[case]
+    tokenizer, messages = with_template(special, template), CONVERSATIONS[conversation]
+    pieces = pieces_of(messages) + ([(opening, OPEN)] if prompt and opening else [])
+    assert expected(tokenizer, pieces) == mark_chat(tokenizer, messages, "message", add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize("granularity", ["message", "sentence"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "hybrid"])
+def test_marks_of_a_beginning_are_a_beginning_of_the_marks(special, words, case, granularity):
+    tokenizer = with_template(special if granularity == "message" else words, CASES[case][0])
+    for messages in ([SYSTEM, *TALK, TALK[0]], [*TALK, TALK[0]]):
+        whole = mark_chat(tokenizer, messages, granularity)
+        # a system message that is a part of the first user message is nothing by itself
+        for stop in range(1 + (messages[0] == SYSTEM), len(messages)):
+            part = mark_chat(tokenizer, messages[:stop], granularity)
+            prompted = mark_chat(tokenizer, messages[:stop], granularity, add_generation_prompt=True)
+            assert prompted.marks[: len(part.marks)] == part.marks
+            for begun in (part, prompted) if messages[stop]["role"] == "assistant" else (part,):
+                assert begun.input_ids == whole.input_ids[: len(begun.input_ids)]
+                assert begun.marks == whole.marks[: len(begun.marks)]
+        assert whole.marks.count(LAST) == (5 if granularity == "message" else 7)
+
+
+def test_a_template_that_writes_earlier_turns_differently(special):
+    """The last answer has a block for thinking until another question follows."""
+    tokenizer = with_template(special, HYBRID)
+    thought = assistant("<think>\nA dog, then.\n</think>\n\nRex.")
+    last = mark_chat(tokenizer, [*TALK[:3], thought], "message")
+    earlier = mark_chat(tokenizer, [*TALK[:3], thought, user("Ok.")], "message")
+    pieces = hybrid(TALK[:3])
+    answer = "<|im_start|>assistant\n<think>\nA dog, then.\n</think>\n\nRex.<|im_end|>\n"
+    assert last == expected(tokenizer, [*pieces, (answer, SEGMENT)])
+    pieces += [("<|im_start|>assistant\nRex.<|im_end|>\n", SEGMENT), ("<|im_start|>user\nOk.<|im_end|>\n", SEGMENT)]
+    assert earlier == expected(tokenizer, pieces)
+
+
+def test_a_template_that_ends_a_conversation(special):
+    """No rendering is the beginning of another, but every header is known from a message alone."""
+    message = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    tokenizer = with_template(special, "{% for message in messages %}" + message + "{% endfor %}{{ eos_token }}")
+    *pieces, (last, kind) = chatml([SYSTEM, *TALK])
+    assert mark_chat(tokenizer, [SYSTEM, *TALK], "message") == expected(tokenizer, [*pieces, (last + "<|end|>", kind)])
+
+
+def test_what_is_before_the_first_message_and_changes_with_it_is_a_part_of_it(special):
+    tokenizer = with_template(special, "[{{ messages[0].content | length }}]" + CHAT_TEMPLATE)
+    pieces = [("[10]<|user|>One and 10<|end|>", SEGMENT), ("<|assistant|>Two<|end|>", SEGMENT)]
+    messages = [user("One and 10"), assistant("Two")]
+    assert mark_chat(tokenizer, messages, "message") == expected(tokenizer, pieces)
+
+
+def test_messages_in_a_row_and_system_messages_between(special):
+    tokenizer = with_template(special, CHATML)
+    messages = [
+        *TALK[:1],
+        user("And?"),
+        SYSTEM,
+        assistant("Wait."),
+        {"role": "tool", "content": "[1]"},
+        *TALK[1:],
+        SYSTEM,
+    ]
+    marked = mark_chat(tokenizer, messages, "message")
+    assert marked == expected(tokenizer, chatml(messages))
+    assert marked.marks.count(LAST) == len(messages) - 2
+    only = mark_chat(tokenizer, [SYSTEM, SYSTEM], "message", add_generation_prompt=True)
+    assert only == expected(tokenizer, [*chatml([SYSTEM, SYSTEM]), ("<|im_start|>assistant\n", OPEN)])
+
+
+def test_contents_that_are_no_strings(special):
+    parts = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{{ part.text if part.type == 'text' else '[INST]' }}{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A dog. A cat."}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    pieces = [
+        (f"<|im_start|>{text}<|im_end|>\n", SEGMENT) for text in ("user\n[INST]A dog. A cat.", "assistant\nYes.") * 2
+    ]
+    for granularity in ("message", "sentence"):
+        tokenizer = with_template(special, "<|begin|>" + parts)
+        marked = mark_chat(tokenizer, [picture, answer, picture, answer], granularity)
+        assert marked == expected(tokenizer, [("<|begin|>", None), *pieces])
+
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    tokenizer = with_template(special, HYBRID)
+    for granularity in ("message", "sentence"):
+        # the call's block for thinking goes when the next question comes
+        marked = mark_chat(tokenizer, [user("Look."), call, user("And?")], granularity)
+        called = '<|im_start|>assistant\n<tool_call>[{"name": "look"}]</tool_call><|im_end|>\n'
+        ends = [("<|im_start|>user\nLook.<|im_end|>\n", SEGMENT), ("<|im_start|>user\nAnd?<|im_end|>\n", SEGMENT)]
+        assert marked == expected(tokenizer, [ends[0], (called, SEGMENT), ends[1]])
