@@ -145,6 +145,12 @@ def _exported(
 
 
 @pytest.fixture
+def folder(qwen3: Exported, tmp_path: Path) -> Path:
+    """A copy of the Qwen3's to damage."""
+    return shutil.copytree(qwen3.folder, tmp_path / "copy")
+
+
+@pytest.fixture
 def write_instead(monkeypatch) -> Callable[[Exported], None]:
     """Has `export_onnx` write a graph that was exported already: tracing is not what these tests are about."""
     return partial(_write_instead, monkeypatch)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from continued import continued
 
-from deltamem_tool.chat.conversation import Answer, Conversation, Sampling, generate_together
-from deltamem_tool.chat.text import ChatText, TextStream
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.chat.torch_runtime import TorchModel
-from deltamem_tool.cli.run import command
-from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
+from deltamem_tool.errors import ConfigError, MemoryStateError
 from deltamem_tool.memory_file import StoredMemory, read_memory
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.state import MemoryCache, MemoryState
 
 TOLERANCE = 1e-4
-IMPORT_SECONDS = 1.0  # of CPU
 USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
@@ -32,12 +25,6 @@ TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 @pytest.fixture(params=["qwen3", "llama"])
 def exported(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def folder(qwen3, tmp_path):
-    """A copy to damage."""
-    return shutil.copytree(qwen3.folder, tmp_path / "copy")
 
 
 def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
@@ -255,172 +242,8 @@ def test_sampling_follows_its_seed_and_top_p(qwen3):
         say(top_p=0.0)
 
 
-def test_text_streams_in_whole_characters(qwen3):
-    tokenizer = ChatText.from_folder(qwen3.folder).tokenizer
-    text = "a Zoë 🐈!"
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
-    assert [piece for piece in pieces if piece] == list(text)
-    # Bytes that never become a character come out as one replacement, when something else follows or at the end.
-    cat = tokenizer.encode("🐈").ids
-    stream = TextStream(tokenizer)
-    assert [stream.push(token) for token in cat[:2]] == ["", ""]
-    assert stream.flush() == "\ufffd" and stream.flush() == ""
-
-
 def test_streamed_pieces_are_the_answer(qwen3):
     pieces = []
     answer = Conversation(OnnxModel(qwen3.folder)).generate(TURNS[0], Sampling(12), on_text=pieces.append)
     assert "".join(pieces) == answer.text
     assert answer.text == qwen3.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-
-
-def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
-    messages = [{"role": "system", "content": " Be <brief>. "}, {"role": "user", "content": "Hi"}]
-    template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
-        "    {%- generation %}{{ m.role | upper }}: {{ m | tojson }}{% endgeneration %}\n"
-        "    {% if loop.last %}{% break %}{% endif %}\n{% endfor %}\n{{ eos_token }}{{ strftime_now('%Y')[:2] }}"
-    )
-    for source in (qwen3.tokenizer.chat_template, template):
-        (folder / "chat_template.jinja").write_text(source)
-        expected = qwen3.tokenizer.apply_chat_template(
-            messages, chat_template=source, add_generation_prompt=True, tokenize=False
-        )
-        assert ChatText.from_folder(folder).render(messages) == expected
-    with pytest.raises(ExportError, match="no tools"):
-        ChatText.from_folder(folder).render([{"role": "tool", "content": ""}])
-    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
-    with pytest.raises(ExportError, match="unsafe"):
-        ChatText.from_folder(folder).render(messages)
-
-
-def test_a_template_that_rewrites_the_past_is_refused(folder):
-    (folder / "chat_template.jinja").write_text(
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    conversation = Conversation(OnnxModel(folder))
-    conversation.generate("one", Sampling(1))
-    with pytest.raises(ExportError, match="does not continue"):
-        conversation.generate("two", Sampling(1))
-
-
-def test_without_a_template_text_is_text(qwen3, folder):
-    (folder / "chat_template.jinja").unlink()
-    conversation = Conversation(OnnxModel(folder))
-    answer = conversation.generate("abc", Sampling(3))
-    ids = qwen3.tokenizer("abc", return_tensors="pt").input_ids
-    expected = qwen3.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert list(answer.tokens) == expected[0, 3:].tolist()
-    with pytest.raises(ExportError, match="chat template"):
-        conversation.generate([{"role": "user", "content": "Hi"}])
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "deltamem_onnx.json", "tokenizer.json"])
-def test_a_folder_that_lacks_a_file_is_refused(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(ExportError, match=name):
-        OnnxModel(folder)
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
-def test_a_file_that_is_cut_short_is_refused(folder, name):
-    file = folder / name
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ExportError):
-        OnnxModel(folder)
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="lacks"):
-        OnnxModel(tmp_path)
-    with pytest.raises(ExportError, match="no such folder"):
-        OnnxModel(tmp_path / "nowhere")
-
-
-def test_it_runs_without_torch_and_transformers(qwen3, tmp_path):
-    script = """
-import sys
-from deltamem_tool.chat.conversation import Conversation, Sampling
-from deltamem_tool.memory_file import read_memory
-from deltamem_tool.onnx.runtime import OnnxModel
-model = OnnxModel(sys.argv[1])
-conversation = Conversation(model)
-conversation.generate("Hello", Sampling(2))
-conversation.save_memory(sys.argv[2])
-Conversation(model, read_memory(sys.argv[2]))
-assert not {"torch", "transformers"} & sys.modules.keys()
-"""
-    arguments = [sys.executable, "-c", script, str(qwen3.folder), str(tmp_path / "memory.safetensors")]
-    subprocess.run(arguments, check=True, timeout=120)
-
-
-def test_it_is_imported_in_a_moment():
-    code = "import time, deltamem_tool.onnx.runtime, deltamem_tool.chat.conversation; print(time.process_time())"
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(2)
-    ]
-    assert min(seconds) < IMPORT_SECONDS  # Python's own start included
-
-
-def test_the_command(qwen3, tmp_path):
-    file = tmp_path / "memory.safetensors"
-    options = [
-        "--prompt",
-        TURNS[0],
-        "--prompt",
-        TURNS[1],
-        "--max-new-tokens",
-        "4",
-        "--save-memory",
-        str(file),
-        "--json",
-    ]
-    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    assert result.exit_code == 0, result.output
-    conversation = Conversation(OnnxModel(qwen3.folder))
-    answers = [conversation.generate(turn, Sampling(4)).text for turn in TURNS]
-    said = {"answers": answers, "ended_by": ["length", "length"], "tokens": 8, "memory_file": str(file)}
-    assert json.loads(result.stdout) == said
-
-    options = ["--prompt", "Hi", "--system", "Be brief.", "--memory", str(file), "--max-new-tokens", "4"]
-    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    conversation = Conversation(OnnxModel(qwen3.folder), conversation.memory)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"
-
-
-def test_the_command_passes_its_options_on(qwen3, monkeypatch):
-    seen = []
-
-    def generate(self, content, sampling, on_text):
-        seen.append((self.window, self.engine.graph._session.get_session_options().intra_op_num_threads, sampling))
-        return Answer("said", (1, 2), "stop string")
-
-    monkeypatch.setattr(Conversation, "generate", generate)
-    options = "--prompt Hi --max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 4 --json"
-    options += " --repetition-penalty 1.2 --stop END --stop STOP --window 99 --threads 2"
-    result = CliRunner().invoke(command, [str(qwen3.folder), *options.split()])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["ended_by"] == ["stop string"]
-    assert seen == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
-    result = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi"])
-    assert seen[1][::2] == (None, Sampling())  # the command's defaults are the library's
-
-
-def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
-    """And keeps what was said until then, as it does where a later turn is refused; but not in the place of a file that
-    is no memory."""
-    options = ["--prompt", "Hi", "--save-memory", str(tmp_path / "memory")]
-    refused = CliRunner().invoke(command, [str(qwen3.folder), *options, "--prompt", ""])
-    assert isinstance(refused.exception, ExportError) and read_memory(tmp_path / "memory").states
-    (tmp_path / "memory").unlink()
-    monkeypatch.setattr(Conversation, "generate", lambda *inputs: Answer("sa", (1,), "interrupted"))
-    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    assert result.exit_code == 1 and read_memory(tmp_path / "memory").states
-    (tmp_path / "memory").write_text("a diary")
-    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
-    assert isinstance(result.exception, MemoryStateError) and (tmp_path / "memory").read_text() == "a diary"
