@@ -1,8 +1,10 @@
-"""What to type where a file is of a format that only a newer version reads."""
+"""What to type where a file is of a format that only a newer version reads; and with which versions a file was made."""
 
 from __future__ import annotations
 
+import platform
 import re
+from importlib.metadata import version
 from typing import Any
 
 from deltamem_tool import __version__
@@ -20,6 +22,12 @@ def update_line(written_by: Any) -> str:
     if isinstance(written_by, str) and _VERSION.fullmatch(written_by) and _release(written_by) > _release(__version__):
         return f"pip install -U '{_PACKAGE}>={written_by}'"
     return f"pip install -U {_PACKAGE}"
+
+
+def versions() -> dict[str, str]:
+    """What decides figures, and what installs it again."""
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"deltamem": __version__, **packages, "python": platform.python_version()}
 
 
 def is_newer(version: Any, known: int) -> bool:

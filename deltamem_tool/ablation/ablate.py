@@ -26,7 +26,7 @@ from deltamem_tool.recipe import Recipe
 from deltamem_tool.surgery import adapter_of
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import comparable
-from deltamem_tool.training.summary import versions
+from deltamem_tool.versions import versions
 
 ADAPTERS = "adapters"  # the folder of those that are kept
 

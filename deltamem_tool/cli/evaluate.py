@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,7 @@ from typing import cast
 import click
 
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
+from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, MEMORY_ONLY, RECALL
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -41,6 +43,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--records", type=click.Path(file_okay=False, path_type=Path), help="Keep every answer here; go on from it."
 )
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a page, the same in Markdown, and JSON here, beside every answer; go on from there.",
+)
 @click.option("--plot", type=_FILE, help="Draw the result as a PNG file.")
 @click.option("--out", type=_FILE, help="Write the result as JSON, which a push describes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -59,6 +66,7 @@ def command(
     device: str | None,
     trust_remote_code: bool,
     records: Path | None,
+    report: Path | None,
     plot: Path | None,
     out: Path | None,
     as_json: bool,
@@ -72,6 +80,8 @@ def command(
     from deltamem_tool.evaluation.task import find_task
     from deltamem_tool.yaml_lines import read_changes
 
+    if report is not None and records is not None:
+        raise click.UsageError("--report keeps the records too; leave out --records.")
     way = EvalProtocol.parse(protocol)
     if ":" in task:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
@@ -84,9 +94,11 @@ def command(
 
     from deltamem_tool.adapter import load, tokenizer_of
     from deltamem_tool.cli.console import progress
+    from deltamem_tool.evaluation.page import PAGE_FILE, refuse_strangers, write_report
     from deltamem_tool.evaluation.record import evaluation_json
     from deltamem_tool.evaluation.report import plot_scores, score_table
     from deltamem_tool.evaluation.runner import evaluate
+    from deltamem_tool.evaluation.setup import run_json
     from deltamem_tool.files import refuse_unwritable, write_whole
     from deltamem_tool.surgery import adapter_of
 
@@ -94,11 +106,13 @@ def command(
     for file in (out, plot):
         if file is not None:
             refuse_unwritable(file)
+    if report is not None:
+        refuse_strangers(report)
     with progress() as bar:
         task_id = bar.add_task("Evaluation", total=None, note="")
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)
         cast(torch.nn.Module, model).to(where)  # transformers hides the signature
-        fingerprint = adapter_of(model).fingerprint
+        fingerprint, started = adapter_of(model).fingerprint, time.monotonic()
         found = evaluate(
             model,
             tokenizer_of(model),
@@ -109,11 +123,16 @@ def command(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
-            folder=records,
+            folder=report or records,
             settings={"adapter": fingerprint, "seed": seed, "options": options},
             report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
         )
-    said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, data, changes, limit))
+    asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "limit": limit, "batch_size": batch_size}
+    words, seconds = typed(click.get_current_context()), time.monotonic() - started
+    run = run_json(model, found, words, {**asked_with, **options}, seconds)
+    said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, data, changes, limit), run)
+    if report is not None:
+        write_report(report, said, found.records)
     if out is not None:
         write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
     if plot is not None:
@@ -128,6 +147,8 @@ def command(
         click.echo(f"{line[0].upper()}{line[1:]}.")
     if plot is not None:
         click.echo(f"Plot: {plot}")
+    if report is not None:
+        click.echo(f"Report: {report / PAGE_FILE}")
 
 
 def _arguments(

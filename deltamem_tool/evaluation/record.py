@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
 
 EVALUATION_FILE = "evaluation.json"
 FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
+_ENDS = ("mean", "low", "high")  # of a difference
+_PARTS = ("options", "mechanism", "versions")  # of `run`, that a reader shows
 _AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
 
 
-def evaluation_json(found: Evaluation, adapter: str, arguments: Sequence[str]) -> dict[str, Any]:
+def evaluation_json(
+    found: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What the file holds; `adapter` is the fingerprint of what was evaluated, and `arguments` are what `deltamem eval`
     takes for the same questions.
 
-    `scores` has `[mean, low, high]` by condition, a group an entry, and `overall` one of all questions.
+    `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions, and `other_metrics`
+    the same of the metrics that do not decide.
+
+    Args:
+        run: how it was done, as `run_json` says.
     """
-    metric = found.metrics[0]
+    metric, *others = found.metrics
     names = [condition.name for condition in found.conditions]
     return {
         "format": FORMAT,
@@ -44,9 +52,17 @@ def evaluation_json(found: Evaluation, adapter: str, arguments: Sequence[str]) -
         "conditions": {condition.name: condition.meaning for condition in found.conditions},
         "scores": {name: [_row(found, metric, name, group) for group in found.groups] for name in names},
         "overall": {name: _row(found, metric, name, None) for name in names},
-        "differences": {name: asdict(found.difference(metric, name)) for name in found.others},
+        "other_metrics": {other: {name: _row(found, other, name, None) for name in names} for other in others},
+        "differences": _differences(found, None),
+        "group_differences": {group: _differences(found, group) for group in found.groups},
         "verdict": found.verdict(),
+        **({} if run is None else {"run": dict(run)}),
     }
+
+
+def _differences(found: Evaluation, group: str | None) -> dict[str, Any]:
+    """Of the state to each of the others."""
+    return {name: asdict(found.difference(found.metrics[0], name, group)) for name in found.others}
 
 
 def _row(found: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
@@ -83,6 +99,9 @@ def _is_whole(said: dict[str, Any]) -> bool:
     verdict, overall, arguments = said.get("verdict"), said.get("overall"), said.get("arguments")
     if not isinstance(verdict, list) or not isinstance(arguments, list) or type(said.get("seed")) is not int:
         return False
+    differences, run = said.get("differences", {}), said.get("run", {})
+    if not isinstance(differences, dict) or not isinstance(run, dict):
+        return False
     return (
         all(isinstance(text, str) for text in [*texts, *groups, *conditions.values(), *verdict, *arguments])
         and _are_numbers(said.get("questions"), len(groups))
@@ -90,6 +109,9 @@ def _is_whole(said: dict[str, Any]) -> bool:
         and all(_are_numbers(overall.get(name), 3) for name in conditions)
         and all(isinstance(scores.get(name), list) and len(scores[name]) == len(groups) for name in conditions)
         and all(_are_numbers(row, 3) for name in conditions for row in scores[name])
+        and all(isinstance(one, dict) for one in differences.values())
+        and all(_are_numbers([one.get(end) for end in _ENDS], 3) for one in differences.values())
+        and all(isinstance(run.get(part, {}), dict) for part in _PARTS)
     )
 
 

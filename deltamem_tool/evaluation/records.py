@@ -14,6 +14,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.files import write_whole
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
+ITEMS = "items"  # among the settings: a digest of all that is asked
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,23 @@ class RecordFolder:
         whole, _, cut = file.read_bytes().rpartition(b"\n")
         if cut:
             os.truncate(file, len(whole) + 1 if whole else 0)
-        return [_record(line, f"{file} line {number}") for number, line in enumerate(whole.splitlines(), start=1)]
+        return read_records(file)
 
     def add(self, records: Iterable[Record]) -> None:
         with (self.folder / RECORDS_FILE).open("ab") as file:
             file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
+
+
+def read_records(file: Path) -> list[Record]:
+    """A line each.
+
+    Raises:
+        DataError: a line is no record.
+    """
+    lines = file.read_bytes().splitlines()
+    return [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _record(line: bytes, where: str) -> Record:

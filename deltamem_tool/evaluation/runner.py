@@ -24,7 +24,7 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
     in_words,
 )
-from deltamem_tool.evaluation.records import Record, RecordFolder
+from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
 from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
 from deltamem_tool.evaluation.task import Item, Task
 from deltamem_tool.evaluation.views import Views
@@ -45,6 +45,7 @@ class Evaluation:
     groups: list[str]
     records: list[Record]
     seed: int
+    asked: int = 0  # of the records, how many are of this run; the others were there
 
     def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
         """Of a group, or of all: one a question, and the history of each, in the order of the items."""
@@ -106,7 +107,7 @@ def evaluate(
     everyone, items = items, items[:limit]
     kept = None
     if folder is not None:
-        said = {"task": task.name, "protocol": protocol.name, "items": _digest(items), **(settings or {})}
+        said = {"task": task.name, "protocol": protocol.name, ITEMS: _digest(items), **(settings or {})}
         kept = RecordFolder(folder, said)
     done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
     tell = report or (lambda stage, count, of: None)
@@ -133,7 +134,7 @@ def evaluate(
             tell("questions", len(done), len(conditions) * len(items))
     records = [done[c.name, item.id] for c in conditions for item in items]
     groups = list(dict.fromkeys(item.group for item in items))
-    return Evaluation(task.name, protocol.name, list(task.metrics), conditions, groups, records, seed)
+    return Evaluation(task.name, protocol.name, list(task.metrics), conditions, groups, records, seed, len(left))
 
 
 @dataclass(frozen=True)

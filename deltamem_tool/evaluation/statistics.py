@@ -6,6 +6,7 @@ signs of whole histories are flipped in the paired test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ FLIPS = 5_000  # sign patterns of the paired test
 LEVEL = 0.95
 FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
 ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
+
+Interval = Sequence[float]  # mean, low, high
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,24 @@ def estimate(scores: Sequence[float], clusters: Sequence[str], seed: int = 0) ->
     return Estimate(mean, max(low, 0.0), min(high, 1.0))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Difference:
-    """`ours - theirs`, question by question, with the interval of `estimate` and a two-sided sign-flip test."""
+def difference(
+    ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0, most: float = 1.0
+) -> Difference:
+    """`ours - theirs`, question by question, at `most` so large, with the interval of `estimate` and a two-sided
+    sign-flip test."""
     sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters)
     mean, low, high = _interval(sums, counts, seed)
-    return Difference(mean, max(low, -1.0), min(high, 1.0), _sign_flip(sums, seed), len(sums))
+    return Difference(mean, max(low, -most), min(high, most), _sign_flip(sums, seed), len(sums))
+
+
+def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
+    """`ours - theirs` of two independent samples of which only means and intervals are known: the distances of the
+    ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095)."""
+    (mean, low, high), (other, other_low, other_high) = ours, theirs
+    found = mean - other
+    return Estimate(
+        found, found - math.hypot(mean - low, other_high - other), found + math.hypot(high - mean, other - other_low)
+    )
 
 
 def verdict(against: str, found: Difference) -> str:

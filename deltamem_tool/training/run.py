@@ -35,7 +35,8 @@ from deltamem_tool.training.engine import (
 from deltamem_tool.training.lora import LoraStepModel, with_lora
 from deltamem_tool.training.objective import EpisodeModel
 from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
-from deltamem_tool.training.summary import TrainingSummary, named_recipe, versions
+from deltamem_tool.training.summary import TrainingSummary, named_recipe
+from deltamem_tool.versions import versions
 
 
 @dataclass(frozen=True)

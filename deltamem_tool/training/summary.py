@@ -5,18 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool import __version__
 from deltamem_tool.adapter_config import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.recipe import Recipe
 from deltamem_tool.training.run_folder import comparable
@@ -59,15 +55,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions() -> dict[str, str]:
-    return {
-        "deltamem": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def named_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""A command as it was typed, for those who want to repeat it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+
+def typed(context: click.Context) -> list[str]:
+    """The words of the running command, options by their long names; of a path, the last part."""
+    from deltamem_tool.evaluation.setup import without_folders
+
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        given = context.params[name]
+        several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+        for value in several:
+            if isinstance(parameter, click.Option):
+                words.append(parameter.opts[-1])
+                if parameter.is_flag:
+                    continue
+            words.append(without_folders(str(value)))
+    return words

@@ -1,0 +1,190 @@
+"""The folder of a report: a page, the same in Markdown, the figures as JSON, beside the records."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.drawing import differences_figure, scores_figure, svg
+from deltamem_tool.evaluation.record import EVALUATION_FILE
+from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
+from deltamem_tool.evaluation.statistics import ALPHA, FEWEST
+from deltamem_tool.evaluation.templating import rendered
+from deltamem_tool.files import refuse_unwritable, write_whole
+
+PAGE_FILE, MARKDOWN_FILE = "index.html", "report.md"
+FILES = {
+    PAGE_FILE: "this page",
+    MARKDOWN_FILE: "the same in Markdown",
+    EVALUATION_FILE: "all figures",
+    RECORDS_FILE: "every question and answer, a line each",
+    SETTINGS_FILE: "what the records are of",
+}
+SAMPLE_GROUPS = 8  # of which the page shows answers
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise where a report cannot be written into `folder`, or would replace what no report has left there.
+
+    Raises:
+        DeltaMemError: it is so.
+    """
+    refuse_unwritable(folder / PAGE_FILE)
+    if (folder / SETTINGS_FILE).is_file():
+        return  # of a report, or of records; whether of this one is seen when it is opened
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        what = f"{folder} holds {' and '.join(there)} of something else."
+        raise DataError(what, "A report would replace it.", "Choose another folder.")
+
+
+def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """Write all but the records, which are there: the page last, when what it leads to is there.
+
+    Args:
+        said: as `evaluation_json` gives it.
+    """
+    known = _known(said, records)
+    write_whole(folder / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
+    write_whole(folder / MARKDOWN_FILE, rendered("report.md.jinja", **known))
+    write_whole(folder / PAGE_FILE, rendered("report.html.jinja", **known))
+
+
+def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    run = said.get("run")
+    return {
+        "said": said,
+        "run": run,
+        "created": run["created"][:16].replace("T", " ") + " UTC" if run else "",
+        "state": STATE,
+        "total": sum(said["questions"]),
+        "histories": len({record.history for record in records}),
+        "verdict": _verdict(said),
+        "meanings": [(in_words(name), meaning) for name, meaning in said["conditions"].items()],
+        "command": shlex.join(run["command"]) if run else "",
+        "settings": settings(said),
+        "fewest": FEWEST,
+        "files": [(name, what) for name, what in FILES.items() if name != PAGE_FILE],
+        "records_file": RECORDS_FILE,
+        "sample": _sample(said, records),
+        "shown_groups": SAMPLE_GROUPS,
+        "left_out": len(said["groups"]) > SAMPLE_GROUPS,
+        "scores_plot": _scores_plot(said),
+        "differences_plot": _differences_plot(said),
+    }
+
+
+def settings(said: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """All that `evaluation.json` says of how it was done, as readable rows under headings."""
+    asked = {name: said[name] for name in ("task", "protocol", "metric", "seed")}
+    run = said.get("run") or {}
+    parts = {
+        "Evaluation": {**asked, **run.get("options", {})},
+        "Adapter": {"fingerprint": said["adapter"], **run.get("mechanism", {})},
+        "Base model": run.get("base") or {},
+        "Versions": run.get("versions", {}),
+        "Cost": _cost(run.get("cost")),
+    }
+    return [
+        (heading, [(in_words(name), readable(value)) for name, value in rows.items()])
+        for heading, rows in parts.items()
+        if rows
+    ]
+
+
+def _cost(cost: Mapping[str, Any] | None) -> dict[str, Any]:
+    if cost is None:
+        return {}
+    asked, answers = cost["asked"], cost["answers"]
+    earlier = "" if asked == answers else f" (the other {answers - asked:,} were there from an earlier run)"
+    return {
+        "time": f"{cost['seconds']:,.0f} s for {asked:,} answers{earlier}, the model's loading not counted",
+        "prompts": f"{cost['prompt_tokens']:,} tokens in all; histories that were written are not counted",
+    }
+
+
+def readable(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(readable, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {readable(part)}" for name, part in value.items())
+    return str(value)
+
+
+def _verdict(said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Sentences; `clear` where the difference is more than chance makes."""
+    found = list(said["differences"].values())
+    return [
+        {"text": f"{line[0].upper()}{line[1:]}.", "clear": is_clear(one)}
+        for line, one in zip(said["verdict"], found, strict=True)
+    ]
+
+
+def is_clear(one: Mapping[str, Any]) -> bool:
+    return one["histories"] >= FEWEST and one["p_value"] < ALPHA
+
+
+def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of each group, the question that the first condition, the state if it is there, answered best, and worst."""
+    metric, first = said["metric"], next(iter(said["conditions"]))
+    by_item: dict[str, list[Record]] = {}
+    for record in records:
+        by_item.setdefault(record.item, []).append(record)
+    chosen = []
+    for group in said["groups"][:SAMPLE_GROUPS]:
+        own = [record for record in records if record.condition == first and record.group == group]
+        best, worst = max(own, key=lambda one: one.scores[metric]), min(own, key=lambda one: one.scores[metric])
+        kinds = {best.item: "highest", worst.item: "lowest"} if best.item != worst.item else {best.item: "all alike"}
+        for record in {best.item: best, worst.item: worst}.values():
+            chosen.append(
+                {
+                    "group": group,
+                    "item": record.item,
+                    "kind": kinds[record.item],
+                    "score": record.scores[metric],
+                    "question": record.question,
+                    "right": record.right,
+                    "records": by_item[record.item],
+                }
+            )
+    return chosen
+
+
+def _scores_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
+    rows = {name: said["scores"][name] for name in said["conditions"]}
+    means = "; ".join(f"{in_words(name)} {said['overall'][name][0]:.2f}" for name in rows)
+
+    def draw(narrow: bool) -> Figure:
+        return scores_figure(said["metric"], said["groups"], rows, narrow=narrow)
+
+    return both_widths("scores", draw, "Scores by condition and group", f"Of all questions: {means}.")
+
+
+def _differences_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
+    found = {name: {**one, "clear": is_clear(one)} for name, one in said["differences"].items()}
+    if not found:
+        return {}
+
+    def draw(narrow: bool) -> Figure:
+        return differences_figure(said["metric"], found, narrow)
+
+    return both_widths("differences", draw, "What the state adds", "; ".join(said["verdict"]))
+
+
+def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, Markup]:
+    """A figure for a wide page and for a phone, of which the page shows one."""
+    return {
+        kind: Markup(svg(draw(kind == "narrow"), f"{name}-{kind}", title, description)) for kind in ("wide", "narrow")
+    }

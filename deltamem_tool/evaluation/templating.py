@@ -1,0 +1,78 @@
+"""What the pages of an evaluation are written with. Answers and questions are strangers' words: they are escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from deltamem_tool import __version__
+from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.drawing import DARK
+from deltamem_tool.evaluation.statistics import FEWEST
+
+MAX_SHOWN = 700  # characters of a question or an answer on a page
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
+_SMALLEST_P = 0.001
+
+
+def rendered(template: str, **known: Any) -> bytes:
+    """A template of this package in UTF-8; what no encoding can hold, such as half a surrogate pair, is a question
+    mark."""
+    return (
+        _environment().get_template(template).render(version=__version__, dark=DARK, **known).encode(errors="replace")
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("deltamem_tool.evaluation"),
+        autoescape=select_autoescape(["html.jinja"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "words": in_words,
+        "figure": figure,
+        "signed": signed,
+        "p": p_value,
+        "short": short,
+        "cell": cell,
+    }
+    return environment
+
+
+def figure(value: float) -> str:
+    """Two digits after the point, with a true minus."""
+    text = f"{value:.2f}"
+    return ("0.00" if text == "-0.00" else text).replace("-", "−")
+
+
+def signed(value: float) -> str:
+    text = f"{value:+.2f}"
+    return ("0.00" if text in ("-0.00", "+0.00") else text).replace("-", "−")
+
+
+def p_value(found: Mapping[str, Any]) -> str:
+    """Of a difference; where too few histories were tested, or none were paired, a dash."""
+    value = found["p_value"]
+    if value is None or found["histories"] < FEWEST:
+        return "–"
+    return f"< {_SMALLEST_P}" if value < _SMALLEST_P else f"{value:.3f}"
+
+
+def short(text: str) -> str:
+    """As much as a page shows of it."""
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]} … ({len(text) - MAX_SHOWN:,} characters more)"
+
+
+def cell(text: Any) -> str:
+    """In Markdown: in a table a bar would end the cell, and nothing is markup."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
