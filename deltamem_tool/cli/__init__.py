@@ -19,6 +19,7 @@ COMMANDS = (
     "inspect",
     "train",
     "eval",
+    "compare",
     "ablate",
     "export",
     "run",

@@ -12,7 +12,7 @@ from deltamem_tool import __version__
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE, in_words
-from deltamem_tool.evaluation.page import settings
+from deltamem_tool.evaluation.page import COST, settings
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
 from deltamem_tool.evaluation.statistics import ALPHA, FEWEST, Interval, difference, difference_of_means
@@ -46,14 +46,16 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Row:
-    """B minus A, of a condition, or of what the state adds to one.
+    """B minus A.
 
     Args:
+        condition: whose scores, or over which the state adds what `is_gain` says.
         group: None is all questions.
         p_value, histories: None where it is not paired.
     """
 
-    name: str
+    condition: str
+    is_gain: bool
     group: str | None
     a: Interval
     b: Interval
@@ -64,14 +66,19 @@ class Row:
     histories: int | None = None
 
     @property
+    def label(self) -> str:
+        return f"state over {in_words(self.condition)}" if self.is_gain else in_words(self.condition)
+
+    @property
     def in_words(self) -> str:
         half = (self.high - self.low) / 2
+        where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
-            return f"{self.name}: {self.histories} histories are too few for a test ({self.mean:+.2f})"
+            return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f})"
         if not self.is_clear:
-            return f"{self.name}: the difference is not distinguishable from 0 ({self.mean:+.2f} ± {half:.2f})"
+            return f"{where}: the difference is not distinguishable from 0 ({self.mean:+.2f} ± {half:.2f})"
         word = "higher" if self.mean > 0 else "lower"
-        return f"{self.name}: B is {abs(self.mean):.2f} ± {half:.2f} {word} than A"
+        return f"{where}: B is {abs(self.mean):.2f} ± {half:.2f} {word} than A"
 
     @property
     def is_clear(self) -> bool:
@@ -90,7 +97,7 @@ class Comparison:
         groups: those that both have.
         differing: settings, as (heading, name, A's, B's).
         alone: what one has and the other lacks.
-        rows: by condition, all questions first, then group by group.
+        rows: by condition; all questions first, if both have the same groups, then group by group.
         gains: what the state adds to each other condition, B's minus A's, over all questions.
     """
 
@@ -107,9 +114,21 @@ class Comparison:
     def metric(self) -> str:
         return self.a.said["metric"]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the differences."""
+        if self.unpaired:
+            notes = [f"not paired by question, since {self.unpaired}: means are compared, as of independent samples"]
+        else:
+            notes = [f"paired by question, {sum(self.a.said['questions'])} of them"]
+        if not self.overall:
+            notes.append("their groups are not the same, so that nothing is said of all questions")
+        silent = [label for label, one in (("A", self.a), ("B", self.b)) if "run" not in one.said]
+        return [*notes, *(f"{label} does not say how it was done" for label in silent), *self.alone]
+
     def verdict(self) -> list[str]:
-        """In words: of all questions, condition by condition, and what the state adds."""
-        return [row.in_words for row in [*self.overall, *self.gains]]
+        """In words: of all questions, or else group by group; and of what the state adds."""
+        return [row.in_words for row in [*(self.overall or self.rows), *self.gains]]
 
     @property
     def overall(self) -> list[Row]:
@@ -125,13 +144,11 @@ class Comparison:
             "a": {"place": str(self.a.place), "adapter": self.a.said["adapter"], "protocol": self.a.said["protocol"]},
             "b": {"place": str(self.b.place), "adapter": self.b.said["adapter"], "protocol": self.b.said["protocol"]},
             "paired": not self.unpaired,
-            "unpaired_because": self.unpaired,
             "settings_that_differ": [
                 {"part": part, "name": name, "a": a, "b": b} for part, name, a, b in self.differing
             ],
-            "only_in_one": self.alone,
-            "differences": [asdict(row) for row in self.rows],
-            "differences_of_what_the_state_adds": [asdict(row) for row in self.gains],
+            "notes": self.notes,
+            "differences": [asdict(row) for row in [*self.rows, *self.gains]],
             "verdict": self.verdict(),
         }
 
@@ -239,10 +256,10 @@ def _refuse_unlike(a: Evaluated, b: Evaluated, unpaired: str) -> None:
 def _row(a: Evaluated, b: Evaluated, name: str, group: str | None, paired: bool) -> Row:
     of_a, of_b = a.score(name, group), b.score(name, group)
     if not paired:
-        return Row(in_words(name), group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)))
+        return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)))
     ours, theirs, histories = _paired(a, b, name, group)
     found = difference(ours, theirs, histories, a.said["seed"])
-    return Row(in_words(name), group, of_a, of_b, **asdict(found))
+    return Row(name, False, group, of_a, of_b, **asdict(found))
 
 
 def _paired(a: Evaluated, b: Evaluated, name: str, group: str | None) -> tuple[list[float], list[float], list[str]]:
@@ -264,7 +281,6 @@ def _gains(a: Evaluated, b: Evaluated, conditions: Sequence[str], paired: bool) 
         of_a, of_b = (_interval(each.said.get("differences", {}).get(other)) for each in (a, b))
         if of_a is None or of_b is None:
             continue
-        name = f"what the state adds over {in_words(other)}"
         if paired:
             (b_state, a_state, histories), (b_other, a_other, _) = (
                 _paired(a, b, condition, None) for condition in (STATE, other)
@@ -274,7 +290,7 @@ def _gains(a: Evaluated, b: Evaluated, conditions: Sequence[str], paired: bool) 
             over = asdict(difference(b_gain, a_gain, histories, a.said["seed"], _GAIN))
         else:
             over = asdict(difference_of_means(of_b, of_a))
-        found.append(Row(name, None, of_a, of_b, **over))
+        found.append(Row(other, True, None, of_a, of_b, **over))
     return found
 
 
@@ -283,10 +299,12 @@ def _interval(said: Mapping[str, Any] | None) -> Interval | None:
 
 
 def _differing(a: Evaluated, b: Evaluated) -> list[tuple[str, str, str, str]]:
-    """Settings that are not the same, in the order of the page."""
+    """Settings that are not the same, in the order of the page: those that both tell of, and where both tell how they
+    were done, what only one has."""
     sides = [{(part, name): value for part, rows in settings(each.said) for name, value in rows} for each in (a, b)]
-    keys = dict.fromkeys([*sides[0], *sides[1]])
-    rows = [(*key, sides[0].get(key, "–"), sides[1].get(key, "–")) for key in keys if key[0] != "Cost"]
+    told = "run" in a.said and "run" in b.said
+    keys = [key for key in dict.fromkeys([*sides[0], *sides[1]]) if told or (key in sides[0] and key in sides[1])]
+    rows = [(*key, sides[0].get(key, "–"), sides[1].get(key, "–")) for key in keys if key[0] != COST]
     return [row for row in rows if row[2] != row[3]]
 
 

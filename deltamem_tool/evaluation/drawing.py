@@ -91,10 +91,11 @@ def scores_figure(
     return figure
 
 
-def differences_figure(metric: str, found: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
-    """What the state adds to each other condition; a hollow mark is one whose difference chance could have made.
+def differences_figure(what: str, found: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
+    """A difference with its interval by condition; a hollow mark is one that chance could have made.
 
     Args:
+        what: the axis.
         found: `mean`, `low`, `high` and `clear`, by condition.
     """
     with _look():
@@ -108,7 +109,7 @@ def differences_figure(metric: str, found: Mapping[str, Mapping[str, float]], na
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(found)), [in_words(name) for name in found])
         axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.set_xlabel(f"state minus the other, {in_words(metric)}")
+        axes.set_xlabel(what)
         axes.grid(axis="x", alpha=0.6, linewidth=0.6)
     return figure
 

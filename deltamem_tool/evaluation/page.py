@@ -28,6 +28,7 @@ FILES = {
     RECORDS_FILE: "every question and answer, a line each",
     SETTINGS_FILE: "what the records are of",
 }
+COST = "Cost"  # a part of the settings: what a run has taken
 SAMPLE_GROUPS = 8  # of which the page shows answers
 
 
@@ -91,7 +92,7 @@ def settings(said: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         "Adapter": {"fingerprint": said["adapter"], **run.get("mechanism", {})},
         "Base model": run.get("base") or {},
         "Versions": run.get("versions", {}),
-        "Cost": _cost(run.get("cost")),
+        COST: _cost(run.get("cost")),
     }
     return [
         (heading, [(in_words(name), readable(value)) for name, value in rows.items()])
@@ -178,7 +179,7 @@ def _differences_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
         return {}
 
     def draw(narrow: bool) -> Figure:
-        return differences_figure(said["metric"], found, narrow)
+        return differences_figure(f"state minus the other, {in_words(said['metric'])}", found, narrow)
 
     return both_widths("differences", draw, "What the state adds", "; ".join(said["verdict"]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -58,10 +57,9 @@ def signed(value: float) -> str:
     return ("0.00" if text in ("-0.00", "+0.00") else text).replace("-", "−")
 
 
-def p_value(found: Mapping[str, Any]) -> str:
+def p_value(value: float | None, histories: int | None) -> str:
     """Of a difference; where too few histories were tested, or none were paired, a dash."""
-    value = found["p_value"]
-    if value is None or found["histories"] < FEWEST:
+    if value is None or histories is None or histories < FEWEST:
         return "–"
     return f"< {_SMALLEST_P}" if value < _SMALLEST_P else f"{value:.3f}"
 

@@ -1,0 +1,94 @@
+"""`deltamem compare`: two evaluations beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deltamem_tool.evaluation.compare import Comparison, Row
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--html", type=_FILE, help="Write a page.")
+@click.option("--out", type=_FILE, help="Write the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool) -> None:
+    """Say what changed from A to B, two evaluations: folders of `deltamem eval --report`, or evaluation.json files.
+
+    Where both have records of the same questions, they are compared question by question, with intervals and a test;
+    otherwise by their means alone, and the answer says so.
+    """
+    from deltamem_tool.evaluation.compare import compare
+    from deltamem_tool.files import refuse_unwritable, write_whole
+
+    for file in (html, out):
+        if file is not None:
+            refuse_unwritable(file)
+    found = compare(a, b)
+    said = found.to_json()
+    written = {} if out is None else {out: (json.dumps(said, indent=1) + "\n").encode()}
+    if html is not None:
+        from deltamem_tool.evaluation.compare_page import comparison_page
+
+        written[html] = comparison_page(found)
+    for file, content in written.items():
+        write_whole(file, content)
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    from rich.console import Console
+
+    click.echo(f"A: {a}\nB: {b}")
+    Console().print(_table(found))
+    if found.differing:
+        Console().print(_settings(found))
+    for line in [*found.notes, *found.verdict()]:
+        click.echo(f"{line[0].upper()}{line[1:]}.")
+    if html is not None:
+        click.echo(f"Page: {html}")
+
+
+def _table(found: Comparison) -> Table:
+    """A row a condition, in a section for each group."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{escape(found.a.said['task'])}: {escape(found.metric)}, B − A with its 95 % interval")
+    table.add_column("", style="bold")
+    for name in ("A", "B", "B − A", "interval", "p"):
+        table.add_column(name, justify="right")
+    groups = list(dict.fromkeys(row.group for row in found.rows))
+    for group in groups:
+        table.add_section()
+        table.add_row("[dim]all questions[/dim]" if group is None else f"[dim]{escape(group)}[/dim]")
+        for row in [*found.rows, *found.gains]:
+            if row.group == group:
+                table.add_row(*map(escape, _cells(row)))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    from deltamem_tool.evaluation.templating import figure, p_value, signed
+
+    interval, p = f"{signed(row.low)} to {signed(row.high)}", p_value(row.p_value, row.histories)
+    return [row.label, figure(row.a[0]), figure(row.b[0]), signed(row.mean), interval, p]
+
+
+def _settings(found: Comparison) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("setting", "A", "B", title="Settings that differ")
+    for part, name, a, b in found.differing:
+        table.add_row(escape(f"{part.lower()}: {name}"), escape(a), escape(b))
+    return table
