@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -107,7 +108,7 @@ def differences_figure(what: str, found: Mapping[str, Mapping[str, float]], narr
             axes.hlines(place, one["low"], one["high"], color=colour, linewidth=1.5)
             axes.plot(one["mean"], place, marker="o", color=colour, markerfacecolor=inside, zorder=3)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(found)), [in_words(name) for name in found])
+        axes.set_yticks(range(len(found)), [_label(name) for name in found])
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_xlabel(what)
         axes.grid(axis="x", alpha=0.6, linewidth=0.6)
@@ -140,7 +141,8 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
         title, description: what is read out instead of the picture.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -182,10 +184,10 @@ def _curves(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, S
     places = range(len(groups))
     for name, style in styles(list(rows)).items():
         means, lows, highs = zip(*rows[name], strict=True)
-        axes.plot(places, means, label=in_words(name), **style)
+        axes.plot(places, means, label=_label(name), **style)
         axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_ylabel(in_words(metric))
-    axes.set_xticks(places, [fill(group, 12) for group in groups])
+    axes.set_xticks(places, [_label(group, 12) for group in groups])
     if _are_shares(rows):
         axes.set_ylim(-0.03, 1.03)
 
@@ -196,15 +198,20 @@ def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Seq
         means, lows, highs = zip(*rows[name], strict=True)
         places = [group + (at + 1) / (len(rows) + 1) for group in range(len(groups))]
         axes.hlines(places, lows, highs, color=style["color"], linewidth=1.5)
-        axes.plot(means, places, linestyle="none", marker=style["marker"], color=style["color"], label=in_words(name))
+        axes.plot(means, places, linestyle="none", marker=style["marker"], color=style["color"], label=_label(name))
     axes.set_xlabel(in_words(metric))
-    axes.set_yticks([group + 0.5 for group in range(len(groups))], [fill(group, _NARROW) for group in groups])
+    axes.set_yticks([group + 0.5 for group in range(len(groups))], [_label(group, _NARROW) for group in groups])
     axes.set_ylim(len(groups), 0)
     axes.tick_params(axis="y", length=0)
     for group in range(1, len(groups)):
         axes.axhline(group, color=GRID, linewidth=0.8)
     if _are_shares(rows):
         axes.set_xlim(-0.03, 1.03)
+
+
+def _label(name: str, width: int = _NARROW) -> str:
+    """In lines, with question marks for what no font has, such as half a surrogate pair."""
+    return fill("".join(each if each.isprintable() else "?" for each in in_words(name)), width)
 
 
 def _are_shares(rows: Mapping[str, Sequence[Interval]]) -> bool:

@@ -1,0 +1,177 @@
+"""Two evaluations: by question where both asked the same, by their means where not, and refused where neither means
+anything."""
+
+from __future__ import annotations
+
+import json
+from math import sqrt
+
+import numpy as np
+import pytest
+from cli.command import deltamem  # noqa: F401  (a fixture)
+from evaluation.reported import evaluated, kept, share_of
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import compare as module
+from deltamem_tool.evaluation.compare import compare
+from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
+from deltamem_tool.evaluation.records import RECORDS_FILE
+from deltamem_tool.evaluation.statistics import Estimate, difference_of_means
+
+QUESTIONS = 40
+
+
+def better(condition: str, number: int) -> float:
+    """As `share_of`, but every second question that the state missed is right, and full context sees all."""
+    if condition == "full_context" or (condition == "state" and number % 8 == 0):
+        return 1.0
+    return share_of(condition, number)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    run = {"options": {"dtype": "float32", "batch_size": 4}, "mechanism": {"rank": 4}, "versions": {"torch": "2"}}
+    other = {**run, "options": {"dtype": "bfloat16", "batch_size": 4}, "cost": None}
+    kept(root / "a", evaluated(share_of, QUESTIONS), run=run)
+    kept(root / "b", evaluated(better, QUESTIONS), "b" * 64, run=other)
+    kept(root / "others", evaluated(better, QUESTIONS), "b" * 64, items="others")
+    return root
+
+
+def row_of(found, condition, group=None, is_gain=False):
+    rows = found.gains if is_gain else found.rows
+    return next(row for row in rows if (row.condition, row.group) == (condition, group))
+
+
+def test_the_same_questions_are_paired(folders):
+    found = compare(folders / "a", folders / "b" / "evaluation.json")
+    assert not found.unpaired and found.notes == ["paired by question, 40 of them"]
+    state = row_of(found, "state")
+    assert (state.a[0], state.b[0], state.mean) == (0.75, 0.875, 0.125) and state.histories == 20
+    # 5 histories gained one question: of the signs of 5, all are alike in 2 of 32 patterns.
+    assert state.p_value == pytest.approx(2 / 32, abs=0.015) and not state.is_clear
+    rng, gained = np.random.default_rng(5), np.repeat([1.0, 0.0], [5, 15])
+    naive = np.quantile([rng.choice(gained, 20).mean() / 2 for _ in range(4000)], [0.025, 0.975])
+    assert (state.low, state.high) == pytest.approx(tuple(naive), abs=0.026)  # a step of the means is 0.025
+    full = row_of(found, "full_context", "2 facts")
+    assert (full.a[0], full.b[0], full.mean) == (0, 1, 1) and full.is_clear
+    over = row_of(found, "full_context", is_gain=True)
+    assert (over.a[0], over.b[0]) == (0.75, -0.125) and over.mean == pytest.approx(-0.875) and over.is_clear
+    assert "state: the difference is not distinguishable from 0 (+0.12 ± 0.10)" in found.verdict()
+    assert any(line.startswith("state over full context: B is 0.88 ± 0.1") for line in found.verdict())
+    # All histories alike: 3 / 20 to each side, cut at 1.
+    assert any(line == "full context: B is 1.00 ± 0.08 higher than A" for line in found.verdict())
+    assert found.differing == [
+        ("Evaluation", "dtype", "float32", "bfloat16"),
+        ("Adapter", "fingerprint", "a" * 64, "b" * 64),
+    ]
+
+
+def test_gains_may_differ_by_more_than_1(tmp_path):
+    """From 1 below the full context to 1 above it."""
+    below = evaluated(lambda condition, _: float(condition == "full_context"))
+    above = evaluated(lambda condition, _: float(condition == "state"))
+    found = compare(kept(tmp_path / "below", below), kept(tmp_path / "above", above))
+    over = row_of(found, "full_context", is_gain=True)
+    assert over.mean == 2 and over.low < 2 == over.high
+
+
+def test_other_questions_are_not_paired(folders):
+    found = compare(folders / "a", folders / "others")
+    assert found.unpaired == "they asked other questions" and found.to_json()["paired"] is False
+    assert (
+        any("independent samples" in note for note in found.notes) and "B does not say how it was done" in found.notes
+    )
+    state = row_of(found, "state")
+    assert state.p_value is None and state.mean == 0.125
+    apart = sqrt((state.b[0] - state.b[1]) ** 2 + (state.a[2] - state.a[0]) ** 2)
+    assert state.low == pytest.approx(0.125 - apart) and not state.is_clear
+    assert row_of(found, "full_context").is_clear
+
+
+def test_intervals_of_two_means_are_put_together_as_published():
+    """56 of 70 against 48 of 80, Newcombe (1998), method 10: 0.2, and from 0.0524 to 0.3339."""
+
+    def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float, float]:
+        middle, half = 2 * right + z**2, z * sqrt(z**2 + 4 * right * (1 - right / of))
+        return right / of, (middle - half) / (2 * (of + z**2)), (middle + half) / (2 * (of + z**2))
+
+    found = difference_of_means(wilson(56, 70), wilson(48, 80))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert difference_of_means((1, 0.5, 1.5), (0, -1, 1)) == Estimate(1, 1 - sqrt(1.25), 1 + sqrt(1.25))
+
+
+@pytest.mark.parametrize("change", ["missing", "edited", "none", "foreign"])
+def test_records_that_are_not_those_of_the_figures_are_not_used(folders, tmp_path, change):
+    folder = kept(tmp_path / "b", evaluated(better, QUESTIONS))
+    records = folder / RECORDS_FILE
+    lines = records.read_text().splitlines(keepends=True)
+    says = "do not give the figures"
+    if change == "missing":
+        records.write_text("".join(lines[1:]))
+    elif change == "edited":
+        at = next(at for at, line in enumerate(lines) if '"exact": 0.0' in line)
+        records.write_text("".join([*lines[:at], lines[at].replace('"exact": 0.0', '"exact": 1.0'), *lines[at + 1 :]]))
+    elif change == "none":
+        records.unlink()
+        says = "has no records"
+    else:
+        settings = folder / "settings.json"
+        settings.write_text(settings.read_text().replace("a" * 64, "c" * 64))
+        says = "of another evaluation"
+    found = compare(folders / "a", folder)
+    assert says in found.unpaired and row_of(found, "state").p_value is None
+
+
+def test_what_only_one_has_is_said(folders, tmp_path):
+    conditions = conditions_of(EvalProtocol.parse("memory"))
+    fewer = evaluated(share_of, QUESTIONS, conditions=[conditions[0], conditions[2]], groups=("1 fact", "9 facts"))
+    found = compare(folders / "a", kept(tmp_path / "fewer", fewer, items="fewer"))
+    assert {"only A has the condition zero state", "only A has the group 2 facts", "only B has the group 9 facts"} <= {
+        *found.notes
+    }
+    assert {row.condition for row in found.rows} == {"state", "donor_state"} and not found.overall and not found.gains
+    assert {row.group for row in found.rows} == {"1 fact"} and found.verdict()[0].startswith("1 fact, state: ")
+
+
+def test_what_cannot_be_compared_is_refused(folders, tmp_path):
+    def changed(name, **changes):
+        said = json.loads((folders / "a" / "evaluation.json").read_text())
+        (tmp_path / name).write_text(json.dumps({**said, **changes}))
+        return tmp_path / name
+
+    for other, says in (
+        (changed("task.json", task="recall"), "different tasks: places and recall"),
+        (changed("metric.json", metric="f1"), "different metrics"),
+        (changed("protocol.json", protocol="full"), "different protocols.*has no records"),
+        (changed("run.json", run={"options": 3}), "lacks figures"),
+        (changed("differences.json", differences={"donor_state": {"mean": "1"}}), "lacks figures"),
+        (tmp_path, "There is no evaluation.json in it"),
+        (tmp_path / "nowhere", "no such file or folder"),
+    ):
+        with pytest.raises(DataError, match="(?s)" + says):
+            compare(folders / "a", other)
+    full = kept(tmp_path / "full", evaluated(better, QUESTIONS, protocol="full"))
+    found = compare(folders / "a", full)  # the same questions: what the context changes
+    assert not found.unpaired and ("Evaluation", "protocol", "memory", "full") in found.differing
+
+
+def test_the_command(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    done = deltamem("compare", folders / "a", folders / "b", "--html", "page.html", "--out", "said.json")
+    assert done.code == 0, done.err
+    for said in ("Full context: B is 1.00 ± 0.08 higher than A.", "Paired by question", "bfloat16", "Page: page.html"):
+        assert said in done.out
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "state over donor state" in page
+        and "bfloat16" in page
+        and "<script" not in page
+        and "default-src 'none'" in page
+    )
+    printed = json.loads(deltamem("compare", folders / "a", folders / "b", "--json").out)
+    assert printed == json.loads((tmp_path / "said.json").read_text())
+    assert printed["format"] == module.FORMAT and printed["paired"] and printed["verdict"]
+    deltamem("compare", folders / "a", "nowhere").assert_short_error("nowhere is no report", code=1)
+    deltamem("compare", folders / "a").assert_short_error("Missing argument", code=2)

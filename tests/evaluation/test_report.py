@@ -1,0 +1,220 @@
+"""A report shows the figures of its evaluation, asks nobody for anything, and holds whatever was answered as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from evaluation.reported import evaluated, reported, share_of
+
+from deltamem_tool import DeltaMemConfig, __version__
+from deltamem_tool.adapter import create_adapter
+from deltamem_tool.cli.evaluate import command
+from deltamem_tool.cli.typed import typed
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.conditions import Condition
+from deltamem_tool.evaluation.drawing import DARK, scores_figure, styles, svg
+from deltamem_tool.evaluation.page import FILES, refuse_strangers
+from deltamem_tool.evaluation.record import read_evaluation
+from deltamem_tool.evaluation.setup import without_folders
+from deltamem_tool.evaluation.templating import MAX_SHOWN, p_value
+
+EVIL = (
+    "<script>alert(1)</script><img src=//evil.example/x onerror=alert(2)></style></title></table>\"'>"
+    "<a href=javascript:alert(3)>[x](javascript:alert(4)) `x` | {{ 7 * 7 }} {% raw %} &lt; \ud83d $x$"
+)
+EMPTY = {"meta", "link", "img", "br", "hr", "input", "use", "path"}
+
+
+class Page(HTMLParser):
+    """Elements in order, the text of the page, and of its table rows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text, self.open = "", []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in EMPTY:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    def of(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return reported(tmp_path_factory.mktemp("reports") / "usual", evaluated(metrics=("exact", "f1")))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """With markup wherever a task or a model has a word."""
+    groups = (f"<b>{EVIL}", "multi | hop")
+    conditions = [Condition("state", "own", "nothing", EVIL), Condition("<i>lora</i>", None, "nothing", "a | b")]
+    found = evaluated(groups=groups, conditions=conditions, answer=EVIL)
+    run = {"created": "2026-01-02T03:04:05+00:00", "command": ["deltamem", EVIL], "options": {"<u>": EVIL}}
+    return reported(tmp_path_factory.mktemp("reports") / "hostile", found, run=run)
+
+
+def test_the_page_shows_the_figures_of_the_json(folder):
+    said, page = read_evaluation(folder / "evaluation.json"), page_of(folder)
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    scores = {row[0]: row[1:] for row in page.rows if row and "to" in row[-1]}
+    for name in ("state", "donor_state"):
+        (mean, low, high), by_group = said["overall"][name], said["scores"][name]
+        shown = next(row for row in page.rows if row[0] == name.replace("_", " ") and len(row) == 4)
+        assert shown[1:] == [f"{a:.2f}{b:.2f} to {c:.2f}" for a, b, c in ([mean, low, high], *by_group)]
+    assert said["overall"]["state"][0] == 0.75 and scores
+    over = said["differences"]["zero_state"]
+    shown = next(row for row in page.rows if row[0] == "zero state" and row[1].startswith("+"))
+    assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_value(over["p_value"], 10), "10"]
+    assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in said["verdict"])
+    assert said["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
+    assert said["other_metrics"] == {"f1": said["overall"]}
+    markdown = (folder / "report.md").read_text()
+    assert "| state | 0.75 (" in markdown and said["verdict"][0][4:] in markdown
+
+
+@pytest.mark.parametrize("which", ["folder", "hostile"])
+def test_the_page_needs_nobody_and_is_sound(which, request):
+    folder = request.getfixturevalue(which)
+    text, page = (folder / "index.html").read_text(), page_of(folder)
+    assert not page.open, "something was never closed"
+    policy = next(one["content"] for one in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script" not in policy
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "src"], tag
+        assert attributes.get("href", "") in {"", *FILES}
+        assert attributes.get("xlink:href", "#").startswith("#")
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text)) and "@import" not in text
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = [word for _, one in page.elements for word in one.get("aria-labelledby", "").split()]
+    assert references and set(references) <= set(ids)
+    assert all(one.get("scope") in ("row", "col") for one in page.of("th"))
+    assert len(page.of("svg")) == 4 and all(one.get("viewbox") for one in page.of("svg"))
+
+
+def test_answers_are_text(hostile):
+    page, markdown = page_of(hostile), (hostile / "report.md").read_text()
+    shown = EVIL.replace("\ud83d", "?")
+    assert page.text.count(shown) > 8  # answers, what is right, the question, a group, a meaning, the command
+    tables = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "state" in line or "lora" in line} == {5, 6}
+    outside = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<", outside) and "[x](" not in outside
+
+
+def test_long_texts_are_cut_on_the_page_alone(tmp_path):
+    long = "word " * 1000
+    folder = reported(tmp_path / "long", evaluated(answer=long, questions=2))
+    text = (folder / "index.html").read_text()
+    assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} characters more" in text and long not in text
+    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["answer"] == long
+
+
+def test_scores_below_0_and_conditions_of_others(tmp_path):
+    """Axes are those of the scores; who is not known has a style of his own, on light pages and dark ones."""
+    names = ["state", *(f"baseline_{number}" for number in range(7))]
+    drawn = styles(names)
+    assert len({style["marker"] for name, style in list(drawn.items())[:6]}) == 6
+    assert all(style["color"] in DARK for style in styles([*names, "bm25", "full_context", "zero_state"]).values())
+    rows = {name: [(-2.5, -3.0, -2.0), (-1.5, -1.75, -1.25)] for name in names}
+    for groups in (("1 fact", "2 facts"), ("temporal", "costs $2 or $3")):
+        axes = scores_figure("log_probability", groups, rows).axes[0]
+        ends = axes.get_ylim() if groups[0] == "1 fact" else axes.get_xlim()
+        assert min(ends) < -3.0 and -1.25 < max(ends) < 0
+    text = svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b")
+    assert "costs $2 or $3" in text and "a &lt;title&gt;" in text and "<metadata>" not in text
+    assert svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b") == text  # nothing by chance
+    shares = scores_figure("exact", ("1 fact", "2 facts"), {"state": [(0.5, 0.4, 0.6)] * 2}).axes[0]
+    assert shares.get_ylim() == pytest.approx((-0.03, 1.03))
+
+
+def test_too_few_histories_have_no_p(tmp_path):
+    folder = reported(tmp_path / "few", evaluated(share_of, questions=8))
+    row = next(row for row in page_of(folder).rows if row[0] == "zero state" and row[-1] == "4")
+    assert row[2] == "–"
+
+
+def test_what_lies_there_is_not_replaced(tmp_path, folder):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    with pytest.raises(DataError, match="index.html of something else"):
+        refuse_strangers(tmp_path / "site")
+    refuse_strangers(tmp_path / "new")
+    refuse_strangers(folder)
+
+
+def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
+    """The same command again asks nothing, and writes the same figures; nothing tells of this machine."""
+    monkeypatch.chdir(tmp_path)
+    create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
+    options = ["--set", "facts=[1]", "--set", "episodes=3", "--batch-size", "2", "--report"]
+    words = [str(tmp_path / "adapter"), *options]
+    first, again = (CliRunner().invoke(command, [*words, "out", *more]) for more in ([], ["--json"]))
+    assert first.exit_code == 0 and first.stdout.endswith("Report: out/index.html\n"), first.output
+    said, run = json.loads(again.stdout), json.loads(again.stdout)["run"]
+    assert read_evaluation(Path("out/evaluation.json")) == said and {path.name for path in Path("out").iterdir()} == {
+        *FILES
+    }
+    assert run["cost"]["asked"] == 0 and run["cost"]["answers"] == 3 * len(said["conditions"])
+    assert run["command"][1:] == ["adapter", *options, "out", "--json"]
+    assert run["options"]["batch_size"] == 2 and run["options"]["facts"] == [1] and run["options"]["dtype"] == "float32"
+    assert run["mechanism"]["rank"] == 4 and run["versions"]["deltamem"] == __version__
+    assert run["base"]["name"] == checkpoint.name
+    assert not [name for name in FILES if str(tmp_path) in (Path("out") / name).read_text()]
+    both = CliRunner().invoke(command, [*words, "out", "--records", "out"])
+    assert both.exit_code == 2 and "leave out --records" in both.output
+    other = CliRunner().invoke(command, [*words, "out", "--protocol", "full"])
+    assert isinstance(other.exception, DataError) and "protocol" in str(other.exception)
+
+
+def test_a_command_as_it_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks.jsonl").touch()
+    seen = []
+
+    @click.command("eval")
+    @click.argument("adapter")
+    @click.option("-n", "--limit", type=int, default=3)
+    @click.option("--set", "changes", multiple=True)
+    @click.option("--fast", is_flag=True)
+    def stub(**_):
+        seen.extend(typed(click.get_current_context()))
+
+    given = ["owner/name", "-n", "4", "--set", f"data={tmp_path}/talks.jsonl", "--set", "a=b", "--fast"]
+    assert CliRunner().invoke(stub, given).exit_code == 0
+    assert seen == ["eval", "owner/name", "--limit", "4", "--set", "data=talks.jsonl", "--set", "a=b", "--fast"]
+    assert without_folders("window:40") == "window:40" and without_folders("/nowhere/x") == "x"
