@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from evaluation.reported import evaluated, reported, share_of
+from evaluation.reported import evaluated, reported
 
 from deltamem_tool import DeltaMemConfig, __version__
 from deltamem_tool.adapter import create_adapter
@@ -136,12 +136,14 @@ def test_answers_are_text(hostile):
     assert not re.search(r"(?<!\\)<", outside) and "[x](" not in outside
 
 
-def test_long_texts_are_cut_on_the_page_alone(tmp_path):
+def test_long_texts_are_cut_and_few_histories_have_no_p(tmp_path):
     long = "word " * 1000
-    folder = reported(tmp_path / "long", evaluated(answer=long, questions=2))
+    folder = reported(tmp_path / "long", evaluated(answer=long, questions=8))
     text = (folder / "index.html").read_text()
     assert len(text) < 300_000 and f"{len(long) - MAX_SHOWN:,} characters more" in text and long not in text
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["answer"] == long
+    row = next(row for row in page_of(folder).rows if row[0] == "zero state" and row[-1] == "4")
+    assert row[2] == "–"  # of so few histories there is no p
 
 
 def test_scores_below_0_and_conditions_of_others(tmp_path):
@@ -160,12 +162,6 @@ def test_scores_below_0_and_conditions_of_others(tmp_path):
     assert svg(scores_figure("log_probability", groups, rows), "p", "a <title>", "b") == text  # nothing by chance
     shares = scores_figure("exact", ("1 fact", "2 facts"), {"state": [(0.5, 0.4, 0.6)] * 2}).axes[0]
     assert shares.get_ylim() == pytest.approx((-0.03, 1.03))
-
-
-def test_too_few_histories_have_no_p(tmp_path):
-    folder = reported(tmp_path / "few", evaluated(share_of, questions=8))
-    row = next(row for row in page_of(folder).rows if row[0] == "zero state" and row[-1] == "4")
-    assert row[2] == "–"
 
 
 def test_what_lies_there_is_not_replaced(tmp_path, folder):
