@@ -29,6 +29,5 @@ def comparison_page(found: Comparison) -> bytes:
         "compare.html.jinja",
         found=found,
         sections=sections,
-        verdict=[(row.in_words, row.is_clear) for row in [*(found.overall or found.rows), *found.gains]],
         plot=both_widths("differences", draw, "B minus A", "; ".join(found.verdict())) if overall else None,
     )

@@ -68,7 +68,6 @@ def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]
         "state": STATE,
         "total": sum(said["questions"]),
         "histories": len({record.history for record in records}),
-        "verdict": _verdict(said),
         "meanings": [(in_words(name), meaning) for name, meaning in said["conditions"].items()],
         "command": shlex.join(run["command"]) if run else "",
         "settings": settings(said),
@@ -122,15 +121,6 @@ def readable(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {readable(part)}" for name, part in value.items())
     return str(value)
-
-
-def _verdict(said: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Sentences; `clear` where the difference is more than chance makes."""
-    found = list(said["differences"].values())
-    return [
-        {"text": f"{line[0].upper()}{line[1:]}.", "clear": is_clear(one)}
-        for line, one in zip(said["verdict"], found, strict=True)
-    ]
 
 
 def is_clear(one: Mapping[str, Any]) -> bool:
