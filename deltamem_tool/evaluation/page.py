@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from deltamem_tool.errors import DataError
@@ -153,7 +152,7 @@ def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str
     return chosen
 
 
-def _scores_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
+def _scores_plot(said: Mapping[str, Any]) -> dict[str, str]:
     rows = {name: said["scores"][name] for name in said["conditions"]}
     means = "; ".join(f"{in_words(name)} {said['overall'][name][0]:.2f}" for name in rows)
 
@@ -163,7 +162,7 @@ def _scores_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
     return both_widths("scores", draw, "Scores by condition and group", f"Of all questions: {means}.")
 
 
-def _differences_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
+def _differences_plot(said: Mapping[str, Any]) -> dict[str, str]:
     found = {name: {**one, "clear": is_clear(one)} for name, one in said["differences"].items()}
     if not found:
         return {}
@@ -174,8 +173,6 @@ def _differences_plot(said: Mapping[str, Any]) -> dict[str, Markup]:
     return both_widths("differences", draw, "What the state adds", "; ".join(said["verdict"]))
 
 
-def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, Markup]:
+def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, str]:
     """A figure for a wide page and for a phone, of which the page shows one."""
-    return {
-        kind: Markup(svg(draw(kind == "narrow"), f"{name}-{kind}", title, description)) for kind in ("wide", "narrow")
-    }
+    return {kind: svg(draw(kind == "narrow"), f"{name}-{kind}", title, description) for kind in ("wide", "narrow")}
