@@ -36,7 +36,7 @@ from deltamem_tool.resolve import commit_of, hub_name, resolve_folder, short_nam
 from deltamem_tool.weights import WEIGHT_FILES, StoredWeights, files_of_index
 
 SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,7 +66,7 @@ class BaseCheckpoint:
         hub = hub_name(str(name), revision)
         self.name = str(name) if hub is None else short_name(hub)
         self.trust_remote_code = trust_remote_code
-        files = [*_SMALL_FILES, "*.py"] if trust_remote_code else _SMALL_FILES
+        files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
         self._folder = resolve_folder(str(name), revision, files, "checkpoint")
         self._is_here = hub is None
         self.revision = commit_of(self._folder)

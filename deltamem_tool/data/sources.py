@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from deltamem_tool.data.episode import Episode, episodes_of
 from deltamem_tool.errors import DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_AS_PUBLISHED = "Use the file as its authors publish it."
 _SPEECH = ("messages", "prompt", "response", "completion", "history")  # columns that can be lists of messages
 # What `datasets` raises over a dataset, a network or a file that is not as it should be.
 _FAILURES = (DatasetsError, OSError, ValueError, RuntimeError)
@@ -71,29 +72,71 @@ def read_episodes(
     return Loaded(episodes, count, tuple(skipped))
 
 
-def read_json_list(path: Path) -> list[Any]:
-    """The entries of a JSON file that is one list, or of a .jsonl or .parquet file.
+def read_rows(
+    name: str | Path,
+    what: str = "row",
+    config: str | None = None,
+    split: str | None = None,
+    usual: tuple[str | None, Sequence[str]] = (None, ("train",)),
+) -> list[Row]:
+    """Every row of a file here, of a dataset's folder here, or of a dataset of the Hub; each with where it is.
+
+    Args:
+        name: a JSON file that is one list, a .jsonl or a .parquet file; a folder that `datasets` loads; OWNER/NAME or
+            OWNER/NAME@REVISION. What is here comes first.
+        what: what a row is called in errors.
+        config: of a folder or of the Hub, if not the usual one.
+        split: likewise, as `datasets` takes it.
+        usual: config and splits of the dataset where it is published.
 
     Raises:
-        DataError: there is no such file, or it is none of these.
+        DataError: nothing is there, or nothing in it can be read.
     """
+    path = Path(name)
+    if path.is_dir() or (not path.exists() and _is_on_hub(str(name))):
+        rows = _dataset_rows(str(name), config or usual[0], [split] if split else usual[1], what)
+    else:
+        if config or split:
+            raise DataError(f"{name} has no config and no split.", "It is a file.", "Leave them out.")
+        rows = _file_rows(path, what)
+    if not rows:
+        raise DataError(f"{name} is no list with entries.", "It is empty.", _AS_PUBLISHED)
+    return rows
+
+
+def _is_on_hub(name: str) -> bool:
+    repository = name.partition("@")[0]
+    is_file = Path(name).suffix.lower() in (".json", *_READERS)
+    return "/" in repository and not is_file and _HUB_ID.fullmatch(repository) is not None
+
+
+def _file_rows(path: Path, what: str) -> list[Row]:
     reader = _READERS.get(path.suffix.lower())
     if not path.is_file():
-        raise DataError(f"There is no data file {path}.", "", "Correct the path.")
+        raise DataError(f"There is no data file {path}.", "Nor is it a dataset's id, OWNER/NAME.", "Correct the path.")
     if reader is None:
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not JSON.", f"{error}.", "Use the file as its authors publish it.") from error
-    else:
-        entries = []
-        for _, row in reader(path):
-            if isinstance(row, DataError):
-                raise row
-            entries.append(row)
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path} is no list with entries.", "", "Use the file as its authors publish it.")
-    return entries
+            raise DataError(f"{path} is not JSON.", f"{_line(error)}", _AS_PUBLISHED) from error
+        if not isinstance(entries, list):
+            raise DataError(f"{path} is no list with entries.", f"It is a {type(entries).__name__}.", _AS_PUBLISHED)
+        return [(f"{path} {what} {number}", entry) for number, entry in enumerate(entries, start=1)]
+    rows = [row for _, row in (reader(path) if reader is _json_rows else _parquet_rows(path, speech=False))]
+    for row in rows:
+        if isinstance(row, DataError):
+            raise row
+    return [(f"{path} {what} {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _dataset_rows(name: str, config: str | None, splits: Sequence[str], what: str) -> list[Row]:
+    """Of a folder here or of the Hub."""
+    place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    return [
+        (f"{name}[{split}] {what} {number}", row)
+        for split in splits
+        for number, (_, row) in enumerate(_hub_rows(place, split, revision or None, config, speech=False), start=1)
+    ]
 
 
 def _rows(path: str | Path, split: str, revision: str | None) -> Iterator[Row]:
@@ -134,13 +177,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 )
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, speech: bool = True) -> Iterator[Row]:
     try:
         # Streamed, so that nothing is copied to a cache; by `datasets`, which knows JSON columns of its own.
         # The batch size is the first row group's otherwise, and that may be empty.
         options = {"split": "train", "streaming": True, "batch_size": 1000}
         table = datasets.load_dataset("parquet", data_files=_literal(path), **options)
-        yield from _table_rows(table, f"{path} row")
+        yield from _table_rows(table, f"{path} row", speech)
     except _FAILURES as error:
         raise DataError(f"{path} is no parquet file.", _line(error), "Save it again, or use another file.") from error
 
@@ -153,9 +196,11 @@ def _literal(path: Path) -> str:
 _READERS = {".jsonl": _json_rows, ".parquet": _parquet_rows}
 
 
-def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
+def _hub_rows(
+    name: str, split: str, revision: str | None, config: str | None = None, speech: bool = True
+) -> Iterator[Row]:
     try:
-        table = datasets.load_dataset(name, split=split, revision=revision)
+        table = datasets.load_dataset(name, config, split=split, revision=revision)
     except DatasetNotFoundError as error:
         raise DataError(
             f"There is no data file {name}, and no such dataset on the Hub.",
@@ -163,7 +208,7 @@ def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
             "Correct the path, the id or the revision; log in with `hf auth login` if the dataset is private.",
         ) from error
     except _FAILURES as error:
-        splits = _splits(name, revision)
+        splits = _splits(name, config, revision)
         if splits and re.split(r"[\[+]", split)[0] not in splits:
             raise DataError(
                 f"The dataset {name} has no split {split!r}.",
@@ -173,14 +218,14 @@ def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
         raise DataError(
             f"The dataset {name} cannot be loaded.",
             _line(error),
-            "Try again, or save its conversations as a .jsonl or .parquet file and give that.",
+            "Try again, or save it as a .jsonl or .parquet file and give that.",
         ) from error
-    yield from _table_rows(table, f"{name}[{split}] row")
+    yield from _table_rows(table, f"{name}[{split}] row", speech)
 
 
-def _splits(name: str, revision: str | None) -> list[str]:
+def _splits(name: str, config: str | None, revision: str | None) -> list[str]:
     try:
-        return list(datasets.get_dataset_split_names(name, revision=revision))
+        return list(datasets.get_dataset_split_names(name, config, revision=revision))
     except _FAILURES:
         return []  # the error that made us ask says why
 
@@ -192,13 +237,14 @@ def _line(error: BaseException) -> str:
     return f"{said or type(error).__name__}."[:500]
 
 
-def _table_rows(table: datasets.Dataset | datasets.IterableDataset, where: str) -> Iterator[Row]:
-    wanted = [name for name in table.column_names or () if name in _SPEECH]
+def _table_rows(table: datasets.Dataset | datasets.IterableDataset, where: str, speech: bool) -> Iterator[Row]:
+    """Without columns that are null; with `speech`, of conversations alone."""
+    wanted = [name for name in table.column_names or () if speech and name in _SPEECH]
     if wanted:
         table = table.select_columns(wanted)  # others may be pictures, long to decode
     for number, row in enumerate(table, start=1):
         said = {name: value for name, value in row.items() if value is not None}
-        for name in _SPEECH:
+        for name in _SPEECH if speech else ():
             if isinstance(said.get(name), list):
                 said[name] = [_message(message) for message in said[name]]
         yield f"{where} {number}", said

@@ -6,6 +6,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from deltamem_tool.errors import ConfigError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -39,8 +44,37 @@ def token_f1(answer: str, right: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+@dataclass(frozen=True)
+class Rouge:
+    recall: float
+    f1: float
+
+
+def rouge(answer: str, right: str, kind: str = "rougeL") -> Rouge:
+    """ROUGE of Porter's stems, by `rouge-score`.
+
+    Args:
+        kind: what it calls it: "rouge1", "rouge2", "rougeL" or "rougeLsum".
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    found = _rouge_scorer(kind).score(target=right, prediction=answer)[kind]
+    return Rouge(found.recall, found.fmeasure)
+
+
+@lru_cache
+def _rouge_scorer(kind: str) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError("ROUGE needs the package rouge-score.", "", "pip install 'deltamem-tool[eval]'.") from error
+    return RougeScorer([kind], use_stemmer=True)
+
+
 def contains(answer: str, right: str) -> float:
-    """Whether what is right occurs in the answer, once both are normalised."""
+    """Whether what is right occurs in the answer, once both are normalised: MemoryAgentBench's
+    `substring_exact_match_score`."""
     return float(normalise(right) in normalise(answer))
 
 

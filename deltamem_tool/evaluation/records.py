@@ -11,7 +11,7 @@ from typing import Any
 
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
-from deltamem_tool.files import write_whole
+from deltamem_tool.files import refuse_unwritable, write_whole
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 ITEMS = "items"  # among the settings: a digest of all that is asked
@@ -36,18 +36,19 @@ class RecordFolder:
     """`settings.json` and `records.jsonl`, a line a record, written as they come.
 
     Args:
-        folder: made if it is not there.
+        folder: made with the first record, if it is not there: a run that is refused before leaves nothing.
         settings: everything that an answer depends on. A folder of other settings is refused.
 
     Raises:
         DataError: the folder is of another run.
+        DeltaMemError: it cannot be written.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._settings = plain = json.loads(json.dumps(settings))
         place = folder / SETTINGS_FILE
-        plain = json.loads(json.dumps(settings))
+        refuse_unwritable(place)
         if place.is_file():
             try:
                 there = read_json(place)
@@ -66,8 +67,6 @@ class RecordFolder:
                 f"It has no {SETTINGS_FILE}.",
                 "Choose another folder.",
             )
-        else:
-            write_whole(place, (json.dumps(plain, indent=1) + "\n").encode())
 
     def read(self) -> list[Record]:
         """What is there; a last line that was cut short is left out, and its question will be asked again.
@@ -84,6 +83,10 @@ class RecordFolder:
         return read_records(file)
 
     def add(self, records: Iterable[Record]) -> None:
+        place = self.folder / SETTINGS_FILE
+        if not place.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(place, (json.dumps(self._settings, indent=1) + "\n").encode())
         with (self.folder / RECORDS_FILE).open("ab") as file:
             file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
             file.flush()

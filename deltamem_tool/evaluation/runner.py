@@ -118,11 +118,11 @@ def evaluate(
         shown = {(condition.view, item.id): item for condition, item in left}
         prompts = {(view, name): views.prompt(item, view) for (view, name), item in shown.items()}
         memories = _memories(model, tokenizer, _to_write(everyone, left, donors), batch_size, tell)
-        for condition, some in _batches(left, prompts, batch_size):
+        for condition, some in _batches(left, prompts, batch_size, task.max_new_tokens):
             texts = [prompts[condition.view, item.id] for item in some]
             whose = [_history(condition, item, donors) for item in some]
             memory = None if memories is None else memories.of(whose)
-            answers = ask(model, tokenizer, texts, memory, condition, task.max_new_tokens)
+            answers = ask(model, tokenizer, texts, memory, condition, some[0].new_tokens or task.max_new_tokens)
             lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
             new = [
                 _record(task, item, condition, answer, length)
@@ -203,7 +203,9 @@ def _digest(items: Sequence[Item]) -> str:
     for name, history in {item.history_id: item.history for item in items}.items():
         digest.update(json.dumps([name, history]).encode())
     for item in items:
-        digest.update(json.dumps([item.id, item.history_id, item.question, item.answers, item.query]).encode())
+        digest.update(
+            json.dumps([item.id, item.history_id, item.question, item.answers, item.query, item.new_tokens]).encode()
+        )
     return digest.hexdigest()
 
 
@@ -224,14 +226,17 @@ def _donors(items: Sequence[Item]) -> dict[str, str]:
 
 
 def _batches(
-    left: Sequence[tuple[Condition, Item]], prompts: dict[tuple[str, str], str], size: int
+    left: Sequence[tuple[Condition, Item]], prompts: dict[tuple[str, str], str], size: int, new_tokens: int
 ) -> Iterator[tuple[Condition, list[Item]]]:
-    """Condition by condition, prompts of like length together, the longest first: what does not fit fails at once."""
+    """Condition by condition, answers of one limit and prompts of like length together, the longest first: what does
+    not fit fails at once."""
     for condition in dict.fromkeys(condition for condition, _ in left):
         some = [item for one, item in left if one == condition]
-        some.sort(key=lambda item: -len(prompts[condition.view, item.id]))
-        for start in range(0, len(some), size):
-            yield condition, some[start : start + size]
+        for limit in dict.fromkeys(item.new_tokens or new_tokens for item in some):
+            alike = [item for item in some if (item.new_tokens or new_tokens) == limit]
+            alike.sort(key=lambda item: -len(prompts[condition.view, item.id]))
+            for start in range(0, len(alike), size):
+                yield condition, alike[start : start + size]
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -19,6 +19,7 @@ TASKS = {
     RECALL: f"{_HERE}.recall:Recall",
     "locomo": f"{_HERE}.locomo:LoCoMo",
     "hotpotqa": f"{_HERE}.hotpotqa:HotpotQA",
+    "memoryagentbench": f"{_HERE}.memoryagentbench:MemoryAgentBench",
 }
 
 
@@ -35,6 +36,7 @@ class Item:
         group: what the report tells apart, such as "4 facts" or "multi-hop".
         where: file and place, for errors.
         query: what retrieval looks for: the question without instructions; the last message by default.
+        new_tokens: how long the answer may be; the task's `max_new_tokens` by default.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Item:
     group: str
     where: str
     query: str = ""
+    new_tokens: int | None = None
 
 
 class Task(Protocol):
@@ -100,3 +103,14 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
             f"The task {name!r} does not take these options.", f"{str(error).capitalize()}. {takes}.", "Correct them."
         ) from error
     return cast(Task, kind(**given))
+
+
+def needs_data(task: str, data: str | None, example: str) -> str:
+    """`data`, if it is said.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if data is None:
+        raise ConfigError(f"The task {task} needs its data.", "", f"Pass --data {example}, or where it is here.")
+    return data

@@ -24,7 +24,7 @@ class Views:
         tokenizer: with a chat template.
         protocol: says how long a window is.
         positions: how many the model has; None if it has no limit.
-        new_tokens: how many of them the answer needs.
+        new_tokens: how many of them the answer needs, where an item does not say.
     """
 
     def __init__(
@@ -32,8 +32,7 @@ class Views:
     ) -> None:
         self._template = ChatTemplate.of(tokenizer)
         self._tokenizer, self._protocol = tokenizer, protocol
-        self._room = None if positions is None else positions - new_tokens
-        self._new_tokens = new_tokens
+        self._positions, self._new_tokens = positions, new_tokens
 
     def prompt(self, item: Item, view: str) -> str:
         """
@@ -41,11 +40,11 @@ class Views:
             DataError: the model has no positions for so long a prompt; the item is named.
         """
         text = {NOTHING: self._plain, WINDOW: self._window, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
-        count = self._count(text)
-        if self._room is not None and count > self._room:
+        count, new_tokens = self._count(text), item.new_tokens or self._new_tokens
+        if self._positions is not None and count + new_tokens > self._positions:
             raise DataError(
                 f"{item.where} is too long for the model: {count} tokens in view.",
-                f"It has {self._room + self._new_tokens} positions, {self._new_tokens} of them for the answer.",
+                f"It has {self._positions} positions, {new_tokens} of them for the answer.",
                 "Leave this condition out (--conditions), or use a model with more positions.",
             )
         return text

@@ -37,9 +37,11 @@ def memorise(
         positions: how many the model has; None if it has no limit.
 
     Raises:
-        DataError: a session has more tokens than that.
+        DataError: a session has more tokens than that; nothing has been written then.
     """
     names = places or [f"history {number}" for number in range(1, len(histories) + 1)]
+    if positions is not None:
+        _refuse_long(model, tokenizer, histories, names, positions)
     memories = [adapter_of(model).empty_memory(1) for _ in histories]
     for start in range(0, len(histories), batch_size):
         rows = range(start, min(start + batch_size, len(histories)))
@@ -47,7 +49,6 @@ def memorise(
             some = [row for row in rows if number < len(histories[row])]
             sessions = [histories[row][number] for row in some]
             chat = _encoded(model, tokenizer, sessions)
-            _refuse_long(chat, [names[row] for row in some], number, positions)
             after = _written(model, chat, MemoryState.stack([memories[row] for row in some]))
             for position, row in enumerate(some):
                 memories[row] = after.select([position])
@@ -61,14 +62,23 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, session
     return encode_chat(tokenizer, sessions, adapter_of(model).config.granularity, padding_side="right")
 
 
-def _refuse_long(chat: ChatTokens, names: Sequence[str], number: int, positions: int | None) -> None:
-    for name, length in zip(names, chat.attention_mask.sum(1).tolist(), strict=True):
-        if positions is not None and length > positions:
-            raise DataError(
-                f"{name}: session {number + 1} of its history is too long for the model: {length} tokens.",
-                f"It has {positions} positions.",
-                "Split the session, or use a model with more positions.",
-            )
+def _refuse_long(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    histories: Sequence[Sequence[Sequence[Message]]],
+    names: Sequence[str],
+    positions: int,
+) -> None:
+    """Before any is written: the last history may be the long one, hours later."""
+    for name, history in zip(names, histories, strict=True):
+        for number, session in enumerate(history, start=1):
+            length = _encoded(model, tokenizer, [session]).input_ids.shape[1]
+            if length > positions:
+                raise DataError(
+                    f"{name}: session {number} of its history is too long for the model: {length} tokens.",
+                    f"It has {positions} positions.",
+                    "Split the session, or use a model with more positions.",
+                )
 
 
 def _written(model: PreTrainedModel, chat: ChatTokens, memory: MemoryState) -> MemoryState:

@@ -10,12 +10,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.task import Item
+from deltamem_tool.evaluation.task import Item, needs_data
 
 GROUPS = {1: "multi-hop", 2: "temporal", 3: "open domain", 4: "single-hop", 5: "adversarial"}
 UNSAID = "not mentioned"  # what an adversarial question is to be answered with
@@ -35,31 +34,34 @@ class LoCoMo:
     The first person is the user, the second the assistant, and both are named in what they say.
 
     Args:
-        data: `locomo10.json`, or a file of its form.
+        data: `locomo10.json`, or a file or a dataset of its form.
+        config, split: of a dataset; by default "train".
     """
 
     name = "locomo"
     metrics = ("f1",)
     max_new_tokens = 32
 
-    def __init__(self, data: str | None = None) -> None:
-        if data is None:
-            raise ConfigError("The task locomo needs its file.", "", "Pass --data locomo10.json.")
-        self._file = Path(data)
+    def __init__(self, data: str | None = None, config: str | None = None, split: str | None = None) -> None:
+        self._data = needs_data(self.name, data, "locomo10.json")
+        self._config, self._split = config, split
 
     def items(self) -> list[Item]:
-        from deltamem_tool.data.sources import read_json_list
+        from deltamem_tool.data.sources import read_rows
 
-        talks = read_json_list(self._file)
-        return [item for number, talk in enumerate(talks, start=1) for item in self._asked(talk, number)]
+        talks = read_rows(self._data, "conversation", self._config, self._split)
+        return [item for number, (where, talk) in enumerate(talks, 1) for item in self._asked(talk, number, where)]
 
-    def _asked(self, talk: Any, number: int) -> Iterator[Item]:
-        where = f"{self._file} conversation {number}"
+    def _asked(self, talk: Any, number: int, where: str) -> Iterator[Item]:
         try:
             history = _sessions(talk["conversation"])
             questions, name = talk["qa"], str(talk.get("sample_id", number))
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             raise _no_locomo(where, f"It has no {error}.") from error
+        except (TypeError, AttributeError) as error:
+            raise _no_locomo(where, f"{error}.") from error
+        if not history or not isinstance(questions, list) or not questions:
+            raise _no_locomo(where, "It has no session, or no question.")
         for place, asked in enumerate(questions, start=1):
             yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
 
@@ -100,12 +102,17 @@ def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
     numbers = sorted(int(match[1]) for key in conversation if (match := re.fullmatch(r"session_(\d+)", key)))
     sessions = []
     for number in numbers:
-        turns, date = conversation[f"session_{number}"], conversation[f"session_{number}_date_time"]
+        turns = conversation[f"session_{number}"]
+        if not turns:  # in a table every conversation has the sessions of all
+            continue
+        date = conversation[f"session_{number}_date_time"]
         messages: list[Message] = []
         for turn in turns:
             role = "user" if turn["speaker"] == first else "assistant"
             if not messages and role == "assistant":  # templates want a user first
                 messages.append({"role": "user", "content": f"({date})"})
+            if not isinstance(turn["text"], str):
+                raise TypeError(f"A turn of session {number} has no text")
             said = f"{turn['speaker']}: {turn['text']}"
             if turn.get("blip_caption"):
                 said += f" (shows a picture: {turn['blip_caption']})"
@@ -113,20 +120,25 @@ def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
                 messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{said}"}
             else:
                 messages.append({"role": role, "content": f"({date}) {said}"})
-        if turns:
-            sessions.append(messages)
+        sessions.append(messages)
     return sessions
 
 
 def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[Message]]) -> Item:
     try:
-        group = GROUPS[asked["category"]]
-        question = asked["question"]
-        answer = UNSAID if asked["category"] == 5 else str(asked["answer"])
+        category, question, answer = asked["category"], asked["question"], asked.get("answer")
     except (KeyError, TypeError) as error:
-        raise _no_locomo(where, f"It lacks {error}, or its category is none from 1 to 5.") from error
+        raise _no_locomo(where, f"It lacks {error}.") from error
+    if type(category) is not int or category not in GROUPS:
+        raise _no_locomo(where, f"Its category is {category!r}, and none from 1 to 5.")
+    if not isinstance(question, str) or not question.strip():
+        raise _no_locomo(where, "It has no question.")
+    group = GROUPS[category]
+    answer = UNSAID if group == GROUPS[5] else str(answer) if type(answer) in (str, int, float) else ""
     if group == GROUPS[3]:
         answer = answer.split(";")[0].strip()  # the rest explains
+    if not answer.strip():
+        raise _no_locomo(where, "It has no answer.")
     content = _ASK.format(question=question) + (_DATED if group == GROUPS[2] else "")
     return Item(id, history_id, history, [{"role": "user", "content": content}], [answer], group, where, question)
 

@@ -1,0 +1,333 @@
+"""MemoryAgentBench: long texts taken in chunk by chunk, then asked about (arXiv 2507.05257, MIT).
+
+Four competences, each from several sources; what is scored, how a text is cut and how long an answer may be are the
+source's, as the paper and the benchmark's repository have them (HUST-AI-HYZ/MemoryAgentBench).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.chunks import Count, sentence_chunks, token_counter
+from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, answer_scores
+
+SCORE = "score"  # the source's own metric
+WITHOUT_JUDGE = "rougeL_f1"  # of sources that the benchmark has judged, where no judge is wanted
+RETRIEVAL, LEARNING, UNDERSTANDING, CONFLICT = (
+    "accurate retrieval",
+    "test-time learning",
+    "long-range understanding",
+    "conflict resolution",
+)
+SPLITS = ("Accurate_Retrieval", "Test_Time_Learning", "Long_Range_Understanding", "Conflict_Resolution")
+_SHORT, _LONG = 512, 4096  # tokens of a chunk: of texts put together from short ones, and of the others (section 4.1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sources that are cut, asked and scored alike.
+
+    `metric` is a name of `answer_scores` or of `Movies.recalls`; None where GPT-4o judges. `told` says what a chunk is.
+    """
+
+    competence: str
+    metric: str | None
+    chunk: int
+    new_tokens: int
+    told: str
+    ask: str
+
+
+FAMILIES = {  # by what the source's name begins with
+    "ruler_qa": Family(
+        RETRIEVAL,
+        "substring_exact_match",
+        _SHORT,
+        50,
+        "documents",
+        "Answer from the documents that you have read, with the answer alone.\nQuestion: {question}",
+    ),
+    "longmemeval": Family(
+        RETRIEVAL,
+        None,
+        _SHORT,
+        100,
+        "our earlier conversations",
+        "Answer from our earlier conversations, in as few words as you can.{today}\nQuestion: {question}",
+    ),
+    "eventqa": Family(
+        RETRIEVAL,
+        "substring_exact_match",
+        _LONG,
+        40,
+        "a part of a novel",
+        "{question}\nWhich of these events comes next in the novel? Repeat that event, and nothing else.",
+    ),
+    "icl": Family(
+        LEARNING,
+        "exact_match",
+        _LONG,
+        20,
+        "examples with their labels",
+        "{question}\nWhich label do the examples give to this? Answer with its number alone.",
+    ),
+    "recsys": Family(
+        LEARNING,
+        "recsys_recall@5",
+        _LONG,
+        300,
+        "conversations with a recommender of movies",
+        "You recommend movies. This is a new conversation:\n{question}\n"
+        "Recommend 20 movies, one a line, numbered from 1., and say nothing else.",
+    ),
+    "infbench_sum": Family(
+        UNDERSTANDING,
+        None,
+        _LONG,
+        1200,
+        "a part of a novel",
+        "{question}\nSummarise the novel in 1000 to 1200 words: plot and characters, no comment.",
+    ),
+    "detective_qa": Family(
+        UNDERSTANDING,
+        "exact_match",
+        _LONG,
+        500,
+        "a part of a novel",
+        "Answer from the whole novel, in the form that the question wants.\n{question}",
+    ),
+    "factconsolidation": Family(
+        CONFLICT,
+        "substring_exact_match",
+        _SHORT,
+        10,
+        "numbered facts",
+        "Of facts that contradict each other, the one with the larger number holds. Answer from these facts, not from "
+        "what you know of the world, and with the answer alone.\nQuestion: {question}",
+    ),
+}
+_TELL = "These are {told}. Remember them; I will ask about them later.\n\n{chunk}"
+_TOLD = "I have read them and will remember them."
+
+
+class MemoryAgentBench:
+    """One item a question. Questions about the same text share its history, whatever row they are in.
+
+    A session is a chunk: the benchmark hands its chunks over one by one, each in a dialogue of its own, and a whole
+    text (up to 1.4 million tokens) is within few models' positions.
+
+    Args:
+        data: `ai-hyz/MemoryAgentBench`, or rows of it in a file.
+        config, split: of a dataset; by default all four splits.
+        sources: only sources whose names begin so.
+        chunk: tokens of a chunk, if not the source's.
+        tokenizer: folder or Hub id whose tokens are counted; by default gpt-4o-mini's, as in the benchmark.
+        movies: its `entity2id.json`, for `recsys_redial`.
+        without_judge: score sources that the benchmark has judged by GPT-4o (`longmemeval`, `infbench_sum`) with
+            ROUGE-L's F1, which its script computes of them too; otherwise they are refused.
+    """
+
+    name = "memoryagentbench"
+    metrics = (SCORE,)
+    max_new_tokens = max(family.new_tokens for family in FAMILIES.values())
+
+    def __init__(
+        self,
+        data: str | None = None,
+        config: str | None = None,
+        split: str | None = None,
+        sources: Sequence[str] | str | None = None,
+        chunk: int | None = None,
+        tokenizer: str | None = None,
+        movies: str | None = None,
+        without_judge: bool = False,
+    ) -> None:
+        if chunk is not None and (type(chunk) is not int or chunk < 1):
+            raise ConfigError(f"A chunk of {chunk!r} tokens cannot be.", "", "Give a number from 1.")
+        self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench")
+        self._config, self._split = config, split
+        self._sources = (sources,) if isinstance(sources, str) else tuple(sources or ())
+        self._chunk, self._tokenizer, self._without_judge = chunk, tokenizer, without_judge
+        self._movies_file = movies
+        self._movies: Movies | None = None
+
+    def items(self) -> list[Item]:
+        from deltamem_tool.data.sources import read_rows
+
+        rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))
+        chosen = self._chosen([_Row.of(row, where, number) for number, (where, row) in enumerate(rows, start=1)])
+        histories = _Histories(token_counter(self._tokenizer), self._chunk)
+        found = [item for row in chosen for item in row.items(*histories.of(row), self._label(row))]
+        self._movies = _read_movies(self._movies_file, found)
+        return found
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """The source's own metric as `score`, and all that the benchmark's script gives beside it."""
+        source = item.id.partition("/")[0]
+        metric = _family(source, item.where).metric or WITHOUT_JUDGE
+        if source.startswith("recsys"):
+            assert self._movies is not None  # items() has read them
+            scores = self._movies.recalls(answer, item.answers)
+        else:
+            scores = answer_scores(source, answer, item.answers)
+        return {SCORE: scores[metric], **scores}
+
+    def _chosen(self, rows: list[_Row]) -> list[_Row]:
+        chosen = [row for row in rows if not self._sources or row.source.startswith(self._sources)]
+        if not chosen:
+            there = ", ".join(dict.fromkeys(row.source for row in rows))
+            raise DataError(
+                f"{self._data} has no source {' or '.join(map(str, self._sources))}.",
+                f"Its sources are {there}.",
+                "Name these, or their beginnings.",
+            )
+        for row in chosen:
+            if row.family.metric is None and not self._without_judge:
+                raise ConfigError(
+                    f"{row.where}: answers of the source {row.source} are judged by GPT-4o in the benchmark.",
+                    "This task has no judge.",
+                    "Name other sources (--set sources=[factconsolidation,ruler_qa]), or have ROUGE-L's F1 in its "
+                    "place (--set without_judge=true).",
+                )
+        return chosen
+
+    def _label(self, row: _Row) -> str:
+        unjudged = " (ROUGE-L F1, no judge)" if row.family.metric is None else ""
+        return f"{row.family.competence}, {row.source}{unjudged}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text and what is asked about it."""
+
+    source: str
+    family: Family
+    context: str
+    questions: list[str]
+    answers: list[list[str]]
+    dates: list[str]  # of the questions, where the source has them
+    where: str
+    number: int  # among all rows, which names its questions
+
+    @classmethod
+    def of(cls, row: Any, where: str, number: int) -> _Row:
+        try:
+            metadata = row.get("metadata") or {}
+            source = str(metadata.get("source"))
+            context, questions, answers = row["context"], row["questions"], row["answers"]
+            dates = metadata.get("question_dates") or []
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _no_row(where, f"It has no {error}." if isinstance(error, KeyError) else f"{error}.") from error
+        if not isinstance(context, str) or not context.strip():
+            raise _no_row(where, "Its context is no text.")
+        if not isinstance(questions, list) or not questions or not isinstance(answers, list):
+            raise _no_row(where, "Its questions and answers are no lists.")
+        family = _family(source, where)
+        if len(questions) == 1:
+            answers = [_flat(answers)]  # as the benchmark's `_create_query_answer_pairs` has it
+        if len(answers) != len(questions):
+            raise _no_row(where, f"It has {len(questions)} questions and {len(answers)} answers.")
+        answers = [[one] if isinstance(one, str) else one for one in answers]
+        for place, (question, right) in enumerate(zip(questions, answers, strict=True), start=1):
+            if not _is_text(question):
+                raise _no_row(f"{where} question {place}", "The question is no text.")
+            if not isinstance(right, list) or not right or not all(_is_text(one) for one in right):
+                raise _no_row(f"{where} question {place}", "It has no answer.")
+        return cls(source, family, context, questions, answers, dates, where, number)
+
+    def items(self, history_id: str, history: list[list[Message]], group: str) -> Iterator[Item]:
+        for number, (question, right) in enumerate(zip(self.questions, self.answers, strict=True), start=1):
+            today = f" Today is {self.dates[number - 1]}." if number <= len(self.dates) else ""
+            # Not `format`: a question may have braces.
+            asked = self.family.ask.replace("{today}", today).replace("{question}", question)
+            yield Item(
+                f"{self.source}/{self.number}/{number}",
+                history_id,
+                history,
+                [{"role": "user", "content": asked}],
+                right,
+                group,
+                f"{self.where} question {number}",
+                question,
+                self.family.new_tokens,
+            )
+
+
+class _Histories:
+    """The chunks of each text, once.
+
+    Single-hop and multi-hop questions are about the same texts: as two histories, the one's memory would be the
+    donor's of the other, and no control.
+    """
+
+    def __init__(self, count: Count, chunk: int | None) -> None:
+        self._count, self._chunk = count, chunk
+        self._known: dict[tuple[str, Family], tuple[str, list[list[Message]]]] = {}
+
+    def of(self, row: _Row) -> tuple[str, list[list[Message]]]:
+        """Its name and its sessions."""
+        key = (row.context, row.family)
+        if key not in self._known:
+            chunks = sentence_chunks(row.context, self._chunk or row.family.chunk, self._count)
+            sessions: list[list[Message]] = [
+                [
+                    {"role": "user", "content": _TELL.format(told=row.family.told, chunk=chunk)},
+                    {"role": "assistant", "content": _TOLD},
+                ]
+                for chunk in chunks
+            ]
+            self._known[key] = (f"{row.source}, text {len(self._known) + 1}", sessions)
+        return self._known[key]
+
+
+def _family(source: str, where: str) -> Family:
+    for beginning, family in FAMILIES.items():
+        if source.startswith(beginning):
+            return family
+    raise _no_row(where, f"Its metadata name the source {source!r}; known are {', '.join(FAMILIES)}.")
+
+
+def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
+    wanted = [item for item in items if item.id.startswith("recsys")]
+    if not wanted:
+        return None
+    if file is None:
+        raise ConfigError(
+            f"{wanted[0].where} wants recommendations, which are matched to the titles of entity2id.json.",
+            "It is not among the rows.",
+            "Fetch it (hf download ai-hyz/MemoryAgentBench entity2id.json --repo-type dataset) and pass "
+            "--set movies=entity2id.json, or leave recsys out of the sources.",
+        )
+    try:
+        numbers = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
+            raise ValueError("It is no mapping of names to numbers")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is no entity2id.json.", f"{error}.", "Use the benchmark's file.") from error
+    movies = Movies(numbers)
+    for item in wanted:
+        unknown = [number for number in item.answers if number not in movies]
+        if unknown:
+            raise DataError(
+                f"{item.where}: its answer {unknown[0]!r} is no movie of {file}.", "", "Use files of one version."
+            )
+    return movies
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _flat(answers: list[Any]) -> list[Any]:
+    return [one for each in answers for one in (each if isinstance(each, list) else [each])]
+
+
+def _no_row(where: str, why: str) -> DataError:
+    return DataError(f"{where} is none of MemoryAgentBench.", why, "Use ai-hyz/MemoryAgentBench as it is published.")

@@ -1,0 +1,114 @@
+"""MemoryAgentBench's own scores: `post_process` of its `utils/eval_other_utils.py` (MIT, HUST-AI-HYZ/MemoryAgentBench).
+
+One thing differs. The script takes the first line of what was generated, which is nothing where that begins with a line
+feed; an answer comes here without the space around it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.metrics import best, contains, exact_match, rouge, token_f1
+
+CUTOFFS = (1, 5, 10)  # of the recall of recommendations
+_ANSWER = "Answer:"
+_PARENTHESES = re.compile(r"\([^()]*\)")
+_NUMBERING = re.compile(r"^(?:\d+[\.\)、]?\s*[\-\—\–]?\s*)?")
+
+
+def first_answer(text: str) -> str:
+    """What stands behind "Answer:" in its line, or else the first line: the script's `parse_output`."""
+    found = re.search(f"{_ANSWER}(.*)", text, re.IGNORECASE) or re.match("(.*)", text)
+    assert found is not None  # the second pattern fits any text
+    line = found[1].strip()
+    return line[len(_ANSWER) :].strip() if line.lower().startswith(_ANSWER.lower()) else line
+
+
+def text_scores(answer: str, right: Sequence[str]) -> dict[str, float]:
+    """The best over the right answers, by metric: the script's `calculate_metrics`."""
+    scores = {
+        "exact_match": best(exact_match, answer, right),
+        "f1": best(token_f1, answer, right),
+        "substring_exact_match": best(contains, answer, right),
+    }
+    for kind in ("rougeL", "rougeLsum"):
+        found = [rouge(answer, one, kind) for one in right]
+        scores[f"{kind}_f1"] = max(one.f1 for one in found)
+        scores[f"{kind}_recall"] = max(one.recall for one in found)
+    return scores
+
+
+def answer_scores(source: str, answer: str, right: Sequence[str]) -> dict[str, float]:
+    """What the script gives for an answer in words, by the source of its question.
+
+    Of labels (icl) and events (eventqa) the parsed answer counts; elsewhere that or the whole, whichever is better.
+    """
+    parsed = text_scores(first_answer(answer), right)
+    if "icl" in source:
+        return parsed
+    if "eventqa" in source:
+        return {**parsed, "eventqa_recall": float(all(one.lower() in answer.lower() for one in right))}
+    whole = text_scores(answer, right)
+    return {name: max(score, parsed[name]) for name, score in whole.items()}
+
+
+class Movies:
+    """The titles of `entity2id.json`, which recommendations are matched to: the script's `_process_recsys_dataset`.
+
+    The script breaks ties between titles that are equally near by the order of a Python set, another in every run; here
+    the first of the file wins.
+
+    Args:
+        numbers: by entity.
+
+    Raises:
+        ConfigError: rapidfuzz is not installed.
+    """
+
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self._titles = {number: _title(entity) for entity, number in numbers.items()}
+        self._known = list(dict.fromkeys(self._titles.values()))
+        self._lower = [title.lower() for title in self._known]
+        try:
+            from rapidfuzz import process
+            from rapidfuzz.distance import Levenshtein
+        except ImportError as error:
+            raise ConfigError(
+                "Recommendations need the package rapidfuzz.", "", "pip install 'deltamem-tool[eval]'."
+            ) from error
+        self._nearest, self._distance = process.extractOne, Levenshtein.distance
+
+    def __contains__(self, number: str) -> bool:
+        return number.strip().isdigit() and int(number) in self._titles
+
+    def recalls(self, answer: str, right: Sequence[str]) -> dict[str, float]:
+        """The share of the right titles among the first 1, 5 and 10 that are recommended.
+
+        Args:
+            right: their numbers.
+        """
+        said = [self._matched(line) for line in _recommended(answer)[: max(CUTOFFS)]]
+        wanted = [self._titles[int(number)] for number in right]
+        return {
+            f"recsys_recall@{cutoff}": sum(title in said[:cutoff] for title in wanted) / len(wanted)
+            for cutoff in CUTOFFS
+        }
+
+    def _matched(self, name: str) -> str:
+        _, _, place = self._nearest(name.lower(), self._lower, scorer=self._distance)
+        return self._known[place]
+
+
+def _title(entity: str) -> str:
+    """Of a name like `<http://dbpedia.org/resource/Heat_(1995_film)>`."""
+    name = re.sub("[_>-]", " ", entity.split("/")[-1])
+    return " ".join(_PARENTHESES.sub("", name).split())
+
+
+def _recommended(answer: str) -> list[str]:
+    """The lines of a numbered list, or what stands between commas: `extract_recommendation_list`."""
+    before, numbered, listed = answer.partition("1.")
+    lines = (listed if numbered else before.replace(",", "\n")).split("\n")
+    return [" ".join(_NUMBERING.sub("", _PARENTHESES.sub("", line.strip())).split()) for line in lines]
