@@ -5,49 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from evaluation.published import QUESTION, TALK, write
 
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.locomo import stemmed_f1
-
-TALK = {
-    "sample_id": "talk-7",
-    "conversation": {
-        "speaker_a": "Ann",
-        "speaker_b": "Ben",
-        "session_1_date_time": "1 pm on 8 May, 2023",
-        "session_1": [
-            {"speaker": "Ann", "dia_id": "D1:1", "text": "I ran a race."},
-            {"speaker": "Ann", "dia_id": "D1:2", "text": "It rained.", "blip_caption": "a wet road"},
-            {"speaker": "Ben", "dia_id": "D1:3", "text": "Well done!"},
-        ],
-        "session_2_date_time": "9 am on 1 June, 2023",
-        "session_2": [{"speaker": "Ben", "dia_id": "D2:1", "text": "I moved to Oslo."}],
-        "session_10_date_time": "9 am on 2 June, 2023",
-        "session_10": [],
-    },
-    "qa": [
-        {"question": "What did Ann do, and where is Ben?", "answer": "ran a race, Oslo", "category": 1, "evidence": []},
-        {"question": "When did Ann run?", "answer": 2023, "category": 2, "evidence": ["D1:1"]},
-        {"question": "Is Ann fit?", "answer": "Likely yes; she runs races", "category": 3, "evidence": ["D1:1"]},
-        {"question": "Where does Ben live?", "answer": "Oslo", "category": 4, "evidence": ["D2:1"]},
-        {"question": "When did Ben run?", "adversarial_answer": "8 May", "category": 5, "evidence": ["D1:1"]},
-    ],
-}
-QUESTION = {
-    "_id": "5a8b",
-    "question": "Were Ann and Ben both runners?",
-    "answer": "yes",
-    "type": "comparison",
-    "level": "hard",
-    "supporting_facts": [["Ann", 0]],
-    "context": [["Ann", ["Ann ran.", " She won."]], ["Ben", ["Ben ran too."]]],
-}
-
-
-def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
 
 
 @pytest.fixture
@@ -104,8 +66,13 @@ def test_stems_are_porters():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"conversation": {"speaker_a": "Ann"}, "qa": [{"question": "?", "category": 4}]}, "question 1"),
         ({"qa": [{"question": "?", "answer": "a", "category": 9}]}, "question 1"),
+        ({"qa": [{"question": "?", "answer": "a", "category": [1]}]}, "question 1"),
+        ({"qa": [{"question": "", "answer": "a", "category": 4}]}, "question 1"),
+        ({"qa": ["When?"]}, "question 1"),
+        ({"qa": 3}, "conversation 1"),
+        ({"conversation": {"speaker_a": "Ann"}}, "conversation 1"),
+        ({"conversation": {**TALK["conversation"], "session_2": [{"speaker": "Ben", "text": 3}]}}, "conversation 1"),
         ({"conversation": None}, "conversation 1"),
         ({"qa": None}, "conversation 1"),
     ],
@@ -136,14 +103,3 @@ def test_hotpotqa_is_read_and_scored(tmp_path):
 def test_what_is_no_hotpotqa_is_named(tmp_path, change):
     with pytest.raises(DataError, match="hotpot.json question 2 is none of HotpotQA"):
         find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION, {**QUESTION, **change}])}).items()
-
-
-@pytest.mark.parametrize("task", ["locomo", "hotpotqa"])
-def test_files_that_cannot_be_read_are_named(tmp_path, task):
-    with pytest.raises(ConfigError, match=f"The task {task} needs its file"):
-        find_task(task, {})
-    for content, says in (("{", "not JSON"), ("{}", "no list"), ("[]", "no list")):
-        with pytest.raises(DataError, match=says):
-            find_task(task, {"data": write(tmp_path / "file.json", content)}).items()
-    with pytest.raises(DataError, match="There is no data file"):
-        find_task(task, {"data": str(tmp_path / "nowhere.json")}).items()

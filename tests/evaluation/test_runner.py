@@ -199,13 +199,33 @@ def test_a_tokenizer_without_a_padding_token(model, tokenizer, task):
     assert bare.pad_token_id is None and evaluate(model, bare, task, MEMORY).records == expected
 
 
-def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch):
+def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypatch, tmp_path):
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     attach(model, DeltaMemConfig(rank=4))
     long = [item(1), item(2, sessions=9)]
     monkeypatch.setattr(runner, "ask", lambda *_: pytest.fail("asked"))
     with pytest.raises(DataError, match="talks:2 is too long for the model: .* tokens"):
         evaluate(model, tokenizer, Asked(long), MEMORY)
+    first, second = long
+    session = [message for each in second.history for message in each]
+    unwritable = [first, replace(second, history=[session])]
+    with pytest.raises(DataError, match="talks:2: session 1 of its history is too long for the model: .* tokens"):
+        evaluate(model, tokenizer, Asked(unwritable), MEMORY, only=("state",), folder=tmp_path / "records")
+    answer_alone = [first, replace(second, history=first.history, new_tokens=128)]
+    with pytest.raises(DataError, match="(?s)talks:2 is too long for the model: .* 128 of them"):
+        evaluate(model, tokenizer, Asked(answer_alone), MEMORY, only=("state",), folder=tmp_path / "records")
+    assert not (tmp_path / "records").exists()  # a run that asked nothing leaves nothing
+
+
+def test_an_item_says_how_long_its_answer_is(model, tokenizer, task):
+    """As if all answers of the task were so short; the others are as long as they were."""
+    short = Asked(task.items())
+    short.max_new_tokens = 2
+    mixed = Asked([replace(each, new_tokens=2 if number % 2 else None) for number, each in enumerate(task.items())])
+    long, brief = (answers(evaluate(model, tokenizer, one, MEMORY), "state") for one in (task, short))
+    assert long != brief
+    expected = [(brief if number % 2 else long)[number] for number in range(len(long))]
+    assert answers(evaluate(model, tokenizer, mixed, MEMORY), "state") == expected
 
 
 class Counted(Asked):

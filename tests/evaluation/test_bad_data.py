@@ -1,0 +1,129 @@
+"""Data of another format and questions without an answer: the error names the file and the item."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from evaluation.published import QUESTION, SPLITS, TALK, punkt, write  # noqa: F401  (a fixture)
+
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.task import find_task
+
+MISSING = "missing"
+# A row with two questions, of which the second's answer is set: and what its item is called.
+ROW = SPLITS["Conflict_Resolution"][1]
+ITEMS = {
+    "locomo": "conversation 1 question 4",
+    "hotpotqa": "question 1",
+    "memoryagentbench": "row 1 question 2",
+}
+every_task = pytest.mark.parametrize("task", ITEMS)
+
+
+def with_answer(task: str, answer):
+    """A row as it is published, but for one answer."""
+    said = copy.deepcopy({"locomo": TALK, "hotpotqa": QUESTION, "memoryagentbench": ROW}[task])
+    place, key = {"locomo": (said.get("qa", [0] * 4)[3], "answer"), "hotpotqa": (said, "answer")}.get(
+        task, (said.get("answers"), 1)
+    )
+    if answer is MISSING:
+        del place[key]
+    else:
+        place[key] = answer
+    return [said]
+
+
+def refused(task: str, data: str, **options) -> DataError:
+    with pytest.raises(DataError) as error:
+        find_task(task, {"data": data, **options}).items()
+    assert error.value.what and error.value.why and error.value.next
+    assert data in error.value.what
+    return error.value
+
+
+@every_task
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("cut.json", b'[{"question": "Who', "not JSON"),
+        ("object.json", b'{"data": []}', "no list"),
+        ("empty.json", b"", "not JSON"),
+        ("nothing.json", b"[]", "no list"),
+        ("number.json", b"3", "no list"),
+        ("deep.json", b"[" * 100_000, "not JSON"),
+        ("binary.json", b"\x89PNG\r\n\x1a\n\x00\xff", "not JSON"),
+        ("table.csv", b"question,answer\nWho?,Ann\n", "not JSON"),
+        ("words.json", b'["who", "when"]', "1 is none of"),
+        ("other.json", b'[{"messages": []}]', "1 is none of"),
+        ("nulls.json", b"[null]", "1 is none of"),
+        ("lists.json", b"[[1, 2], [3]]", "1 is none of"),
+        ("cut.jsonl", b'{"question": "Who\n', "cut.jsonl:1 is not JSON"),
+        ("latin.jsonl", b'{"question": "\xe9"}\n', "latin.jsonl:1 is not UTF-8"),
+        ("empty.jsonl", b"\n\n", "no list"),
+        ("cut.parquet", b"PAR1 and nothing more", "no parquet file"),
+    ],
+)
+def test_a_file_of_another_format(tmp_path, task, name, content, says):
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert says in refused(task, str(file)).what
+
+
+@every_task
+def test_a_table_of_another_format(tmp_path, task):
+    pq.write_table(pa.table({"question": ["Who?"], "label": [3]}), tmp_path / "other.parquet")
+    assert "1 is none of" in refused(task, str(tmp_path / "other.parquet")).what
+
+
+@every_task
+@pytest.mark.parametrize("answer", [MISSING, None, "", " ", [], {}, [""], [None]], ids=repr)
+def test_a_question_without_an_answer(tmp_path, task, answer):
+    error = refused(task, write(tmp_path / "rows.json", with_answer(task, answer)))
+    assert "answer" in error.why
+    if (task, answer) != ("memoryagentbench", MISSING):  # a list that is too short: of which question, nobody knows
+        assert error.what.startswith(f"{tmp_path}/rows.json {ITEMS[task]} is none of")
+
+
+@every_task
+def test_data_that_are_not_there(tmp_path, task):
+    with pytest.raises(ConfigError, match=f"The task {task} needs its data"):
+        find_task(task, {})
+    assert "There is no data file" in refused(task, str(tmp_path / "nowhere.json")).what
+    assert "There is no data file" in refused(task, "data/nowhere.parquet").what
+    assert "There is no data file" in refused(task, "nowhere").what
+    # A name on the Hub, whose client is told to stay offline here.
+    assert "someone/nothing" in refused(task, "someone/nothing").what
+    file = write(tmp_path / "rows.json", with_answer(task, "x"))
+    assert "no config and no split" in refused(task, file, split="train").what
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"context": None}, "context"),
+        ({"context": " "}, "context"),
+        ({"questions": "Who?"}, "lists"),
+        ({"questions": []}, "lists"),
+        ({"questions": ["Who?", "Where?", "When?"]}, "3 questions and 2 answers"),
+        ({"questions": ["Who?", ""]}, "question 2"),
+        ({"metadata": None}, "source"),
+        ({"metadata": "ruler"}, "str"),
+        ({"metadata": {"source": "squad"}}, "squad"),
+    ],
+)
+def test_what_is_no_memoryagentbench_is_named(tmp_path, change, says):
+    error = refused("memoryagentbench", write(tmp_path / "rows.json", [ROW, {**ROW, **change}]))
+    assert error.what.startswith(f"{tmp_path}/rows.json row 2") and says in f"{error.what} {error.why}"
+
+
+def test_both_forms_of_answers(tmp_path, checkpoint, punkt):  # noqa: F811
+    """One question's answers may stand in the list itself: the script's `_create_query_answer_pairs`."""
+    one = {**ROW, "questions": ["Who?"], "answers": ["Ann", "Ann Lee"]}
+    two = {**ROW, "answers": ["Paris", ["Rome"]]}
+    file = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in (one, two)))
+    items = find_task("memoryagentbench", {"data": file, "tokenizer": str(checkpoint)}).items()
+    assert [list(item.answers) for item in items] == [["Ann", "Ann Lee"], ["Paris"], ["Rome"]]
