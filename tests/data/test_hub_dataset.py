@@ -18,14 +18,26 @@ from tiny import write_jsonl
 _READ = """
 import json, sys
 from deltamem_tool.data import read_episodes
+from deltamem_tool.data.sources import read_rows
 from deltamem_tool.errors import DataError
 
 for options in json.load(sys.stdin):
     try:
+        if "name" in options:
+            print(json.dumps(read_rows(**options)))
+            continue
         loaded = read_episodes(**options)
         print(json.dumps([[each.where, each.history, each.exchanges] for each in loaded.episodes]))
     except DataError as error:
         print(json.dumps([error.what, error.why, error.next]))
+"""
+_CARD = """---
+configs:
+- config_name: distractor
+  data_files:
+  - split: validation
+    path: distractor/validation-*
+---
 """
 
 
@@ -39,6 +51,13 @@ def said(tmp_path_factory):
     for split, talks in (("train", [TALK, TOOLS]), ("test", [TALK[:2], TALK])):
         pq.write_table(pa.Table.from_pylist([{"messages": t} for t in talks]), first / f"{split}-00000.parquet")
     write_jsonl(second / "train.jsonl", [TALK * 2])
+    asked = root / "asked"
+    (asked / "distractor").mkdir(parents=True)
+    (asked / "README.md").write_text(_CARD)
+    # A column that is a message elsewhere is a text here, and others are read too.
+    rows = [{"id": str(number), "prompt": "Who?", "answer": ["Ann", None][number]} for number in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), asked / "distractor" / "validation-00000-of-00001.parquet")
+    usual = ("distractor", ("validation",))
     tries = {
         "train": {"path": "someone/talks"},
         "some of it": {"path": "someone/talks", "split": "train[1:]"},
@@ -48,10 +67,19 @@ def said(tmp_path_factory):
         "no split": {"path": "someone/talks", "split": "validation"},
         "no revision": {"path": "someone/talks", "revision": "v3"},
         "no dataset": {"path": "someone/nothing"},
+        "rows": {"name": "someone/asked", "what": "question", "usual": usual},
+        "rows of a revision": {"name": "someone/asked@v2", "usual": usual},
+        "rows of a split": {"name": "someone/asked", "split": "validation[1:]", "usual": usual},
+        "no config": {"name": "someone/asked", "config": "fullwiki", "usual": usual},
+        "no split of it": {"name": "someone/asked", "split": "test", "usual": usual},
+        "no rows": {"name": "someone/nothing@v1"},
     }
     with HubServer() as server:
         server.add_repo("someone/talks", root / "first", repo_type="dataset")
         server.add_repo("someone/talks", second, repo_type="dataset", branch="v2")
+        server.add_repo("someone/asked", asked, repo_type="dataset")
+        pq.write_table(pa.Table.from_pylist(rows[:1]), asked / "distractor" / "validation-00000-of-00001.parquet")
+        server.add_repo("someone/asked", asked, repo_type="dataset", branch="v2")
         variables = environment(server, root / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])}
         done = subprocess.run(
             [sys.executable, "-c", _READ],
@@ -97,3 +125,20 @@ def test_what_is_not_there_is_named(said):
     for name, missing in (("no revision", "v3"), ("no dataset", "someone/nothing")):
         what, why, after = read[name]
         assert "no such dataset" in what and missing in why and after
+
+
+def test_rows_of_what_is_asked(said):
+    read, _ = said
+    first, second = {"id": "0", "prompt": "Who?", "answer": "Ann"}, {"id": "1", "prompt": "Who?"}
+    assert read["rows"] == [
+        ["someone/asked[validation] question 1", first],
+        ["someone/asked[validation] question 2", second],
+    ]
+    assert read["rows of a revision"] == [["someone/asked@v2[validation] row 1", first]]
+    assert read["rows of a split"] == [["someone/asked[validation[1:]] row 1", second]]
+    for name, words in (
+        ("no config", ("cannot be loaded", "fullwiki", "distractor")),
+        ("no split of it", ("no split 'test'", "validation")),
+        ("no rows", ("no such dataset", "someone/nothing")),
+    ):
+        assert all(word in " ".join(read[name]) for word in words) and all(read[name]), name
