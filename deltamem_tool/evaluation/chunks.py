@@ -38,7 +38,9 @@ def _sentences(text: str) -> list[str]:
     try:
         import nltk
     except ImportError as error:
-        raise ConfigError("Sentences need the package nltk.", "", "pip install 'deltamem-tool[eval]'.") from error
+        raise ConfigError(
+            "Sentences need the package nltk.", f"{error}.", "pip install 'deltamem-tool[eval]'."
+        ) from error
     try:
         return nltk.sent_tokenize(text)
     except LookupError as error:
@@ -66,7 +68,9 @@ def token_counter(tokenizer: str | None = None) -> Count:
         import tiktoken
     except ImportError as error:
         raise ConfigError(
-            "The benchmark's chunks need the package tiktoken.", "", f"pip install 'deltamem-tool[eval]', {other}."
+            "The benchmark's chunks need the package tiktoken.",
+            f"{error}.",
+            f"pip install 'deltamem-tool[eval]', {other}.",
         ) from error
     try:
         encoding = tiktoken.get_encoding(BENCHMARK_ENCODING)

@@ -68,7 +68,9 @@ def _rouge_scorer(kind: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ConfigError("ROUGE needs the package rouge-score.", "", "pip install 'deltamem-tool[eval]'.") from error
+        raise ConfigError(
+            "ROUGE needs the package rouge-score.", f"{error}.", "pip install 'deltamem-tool[eval]'."
+        ) from error
     return RougeScorer([kind], use_stemmer=True)
 
 

@@ -160,9 +160,12 @@ def _history(condition: Condition, item: Item, donors: Mapping[str, str]) -> str
 def _to_write(
     items: Sequence[Item], left: Sequence[tuple[Condition, Item]], donors: Mapping[str, str]
 ) -> dict[str, Item]:
-    """An item of each history that is still asked about, by its name."""
+    """The first item of each history that is still asked about, by its name."""
     wanted = {_history(condition, item, donors) for condition, item in left}
-    return {item.history_id: item for item in items if item.history_id in wanted}
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(item.history_id, item)
+    return {history: item for history, item in first.items() if history in wanted}
 
 
 def _memories(

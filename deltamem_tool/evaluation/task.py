@@ -105,12 +105,22 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
     return cast(Task, kind(**given))
 
 
-def needs_data(task: str, data: str | None, example: str) -> str:
+def needs_data(task: str, data: str | None, example: str, **others: str | None) -> str:
     """`data`, if it is said.
 
+    Args:
+        others: options that are texts too, where they are said; a command's `--set` gives any YAML value.
+
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or one is no text.
     """
     if data is None:
-        raise ConfigError(f"The task {task} needs its data.", "", f"Pass --data {example}, or where it is here.")
+        raise ConfigError(
+            f"The task {task} needs its data.",
+            "The package ships none.",
+            f"Pass --data {example}, or where it is on this machine.",
+        )
+    for name, value in {"data": data, **others}.items():
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"The task {task} takes a text as {name}.", f"It is {value!r}.", "Correct it.")
     return data

@@ -31,7 +31,7 @@ class HotpotQA:
     max_new_tokens = 32
 
     def __init__(self, data: str | None = None, config: str | None = None, split: str | None = None) -> None:
-        self._data = needs_data(self.name, data, "hotpot_dev_distractor_v1.json")
+        self._data = needs_data(self.name, data, "hotpot_dev_distractor_v1.json", config=config, split=split)
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:

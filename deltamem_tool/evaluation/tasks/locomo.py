@@ -43,7 +43,7 @@ class LoCoMo:
     max_new_tokens = 32
 
     def __init__(self, data: str | None = None, config: str | None = None, split: str | None = None) -> None:
-        self._data = needs_data(self.name, data, "locomo10.json")
+        self._data = needs_data(self.name, data, "locomo10.json", config=config, split=split)
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:
@@ -90,7 +90,9 @@ def _stems(text: str) -> list[str]:
     try:
         from nltk.stem import PorterStemmer
     except ImportError as error:
-        raise ConfigError("LoCoMo's F1 needs the package nltk.", "", "pip install 'deltamem-tool[eval]'.") from error
+        raise ConfigError(
+            "LoCoMo's F1 needs the package nltk.", f"{error}.", "pip install 'deltamem-tool[eval]'."
+        ) from error
     stem = PorterStemmer().stem
     plain = _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION))
     return [stem(word) for word in plain.split()]

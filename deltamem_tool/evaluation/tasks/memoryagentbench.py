@@ -149,11 +149,16 @@ class MemoryAgentBench:
         movies: str | None = None,
         without_judge: bool = False,
     ) -> None:
+        texts = {"config": config, "split": split, "tokenizer": tokenizer, "movies": movies}
+        self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench", **texts)
         if chunk is not None and (type(chunk) is not int or chunk < 1):
-            raise ConfigError(f"A chunk of {chunk!r} tokens cannot be.", "", "Give a number from 1.")
-        self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench")
-        self._config, self._split = config, split
-        self._sources = (sources,) if isinstance(sources, str) else tuple(sources or ())
+            raise ConfigError(
+                f"A chunk of {chunk!r} tokens cannot be.", "It holds one or more.", "Give a number from 1."
+            )
+        named = [sources] if isinstance(sources, str) else sources or []
+        if not isinstance(named, Sequence) or not all(isinstance(name, str) for name in named):
+            raise ConfigError("The sources are a list of names.", f"It is {sources!r}.", "Write [eventqa,ruler_qa].")
+        self._config, self._split, self._sources = config, split, tuple(named)
         self._chunk, self._tokenizer, self._without_judge = chunk, tokenizer, without_judge
         self._movies_file = movies
         self._movies: Movies | None = None
@@ -316,7 +321,9 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
         unknown = [number for number in item.answers if number not in movies]
         if unknown:
             raise DataError(
-                f"{item.where}: its answer {unknown[0]!r} is no movie of {file}.", "", "Use files of one version."
+                f"{item.where}: its answer {unknown[0]!r} is no movie of {file}.",
+                f"That numbers {len(numbers)} names.",
+                "Use files of one version.",
             )
     return movies
 

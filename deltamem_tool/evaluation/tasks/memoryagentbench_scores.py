@@ -76,7 +76,7 @@ class Movies:
             from rapidfuzz.distance import Levenshtein
         except ImportError as error:
             raise ConfigError(
-                "Recommendations need the package rapidfuzz.", "", "pip install 'deltamem-tool[eval]'."
+                "Recommendations need the package rapidfuzz.", f"{error}.", "pip install 'deltamem-tool[eval]'."
             ) from error
         self._nearest, self._distance = process.extractOne, Levenshtein.distance
 

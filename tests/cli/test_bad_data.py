@@ -1,0 +1,73 @@
+"""Data that a task cannot use: three lines, exit code 1, and nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluation.published import FACTS, QUESTION, SPLITS, TALK, punkt, row, write  # noqa: F401  (a fixture)
+from tiny import listing, save_checkpoint
+
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.adapter import create_adapter
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def evaluated(here, deltamem, tokenizer):
+    """`deltamem eval` of a model with 512 positions; whatever it may write is asked for."""
+    base = save_checkpoint(here / "base", tokenizer)
+    create_adapter(str(base), DeltaMemConfig(rank=4), "adapter")
+
+    def run(task, data, *options):
+        written = ["--records", "records", "--out", "found.json", "--plot", "found.png", "--json"]
+        return deltamem("eval", "adapter", "--task", task, "--data", data, *options, *written)
+
+    return run
+
+
+def refused(here, done, *words):
+    done.assert_short_error(*words, code=1)
+    assert len(done.err[done.err.index("Error: ") :].splitlines()) == 3  # below what showed the progress
+    assert not {"records/", "found.json", "found.png"} & listing(here).keys()
+
+
+def test_files_and_questions(here, evaluated):
+    write(here / "cut.json", '[{"qa": ')
+    refused(here, evaluated("locomo", "cut.json"), "cut.json is not JSON", "char 8")
+    rows = [QUESTION, {**QUESTION, "_id": "5a8c", "answer": ""}]
+    write(here / "hotpot.json", rows)
+    refused(here, evaluated("hotpotqa", "hotpot.json"), "hotpot.json question 2", "It has no answer.")
+    facts = SPLITS["Conflict_Resolution"][0]
+    write(here / "facts.jsonl", json.dumps({**facts, "answers": [["nobody"], []]}) + "\n")
+    refused(here, evaluated("memoryagentbench", "facts.jsonl"), "facts.jsonl row 1 question 2", "It has no answer.")
+    refused(here, evaluated("memoryagentbench", "facts.jsonl", "--set", "sources=3"), "sources", "It is 3")
+    refused(here, evaluated("hotpotqa", "hotpot.json", "--set", "split=[1]"), "takes a text as split", "[1]")
+
+
+def test_histories_that_are_too_long(here, evaluated, punkt):  # noqa: F811
+    counted = ["--set", "tokenizer=base"]
+    texts = [" ".join(f"{number}. Ann lives in {place}." for number in range(60)) for place in ("Oslo", "Rome")]
+    rows = [row("factconsolidation_sh_6k", text, ("Where does Ann live?", ["Oslo"])) for text in texts]
+    write(here / "facts.json", [{**rows[0], "context": FACTS}, rows[1]])
+    # In chunks of 512 tokens and what is said around them, the second text is beyond 512 positions.
+    done = evaluated("memoryagentbench", "facts.json", *counted, "--conditions", "zero_state")
+    refused(here, done, "facts.json row 2 question 1: session 1 of its history is too long", "512 positions")
+    done = evaluated("memoryagentbench", "facts.json", *counted, "--set", "chunk=100")
+    refused(here, done, "facts.json row 2 question 1 is too long", "10 of them for the answer", "--conditions")
+    options = ["--set", "chunk=100", "--conditions", "zero_state,donor_state"]
+    done = evaluated("memoryagentbench", "facts.json", *counted, *options)
+    assert done.code == 0 and json.loads(done.out)["groups"] == ["conflict resolution, factconsolidation_sh_6k"]
+
+
+def test_a_talk_that_is_too_long(here, evaluated):
+    turns = [{"speaker": "Ben", "text": "I moved to Oslo."}] * 60
+    long = {**TALK, "sample_id": "talk-8", "conversation": {**TALK["conversation"], "session_2": turns}}
+    write(here / "talks.json", [TALK, long])
+    done = evaluated("locomo", "talks.json", "--conditions", "zero_state")
+    refused(here, done, "talks.json conversation 2 question 1: session 2 of its history is too long")
