@@ -82,11 +82,15 @@ def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
         ("red red blue", "red blue blue", 0, 2 / 3),  # each word as often as both have it
         ("yes it is", "yes", 0, 0),  # HotpotQA: yes and no are whole answers
         ("yes", "yes", 1, 1),
+        ("yes", "Yes, Minister", 0, 0),  # of both sides
+        ("no", "noanswer", 0, 0),
+        ("NoAnswer!", "noanswer", 1, 1),
         ("", "Paris", 0, 0),
         ("the", "an", 1, 0),  # nothing is left of either: SQuAD's exact match, and no word in common
     ],
 )
 def test_metrics_are_the_published_ones(answer, right, same, f1):
+    """`exact_match_score` and `f1_score` of HotpotQA's `hotpot_evaluate_v1.py`."""
     assert exact_match(answer, right) == same and token_f1(answer, right) == pytest.approx(f1)
 
 
