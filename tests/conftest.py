@@ -38,6 +38,22 @@ def checkpoint(tmp_path_factory, tokenizer):
     return save_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer)
 
 
+@pytest.fixture
+def punkt(tmp_path, monkeypatch):
+    """NLTK's own reader of a sentence model, on one that knows two abbreviations; nothing is fetched."""
+    import nltk
+
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab"):
+        (folder / name).write_text("")
+    (folder / "abbrev_types.txt").write_text("dr\nmr")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
+    yield
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory):
     """A folder in which `deltamem quickstart --fast --out run` has run, and `stdout`, what it said; read only."""

@@ -28,7 +28,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="What is in view besides the memory: memory (nothing), window:N (the last messages within N tokens) or full.",
 )
-@click.option("--data", help="The file that the task reads, where it reads one.")
+@click.option("--data", help="What the task reads: a file, a folder, or a dataset's id on the Hub.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the task; repeatable.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many questions.")
 @click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from evaluation.published import FACTS, QUESTION, SPLITS, TALK, punkt, row, write  # noqa: F401  (a fixture)
+from evaluation.published import FACTS, QUESTION, SPLITS, TALK, row, write
 from tiny import listing, save_checkpoint
 
 from deltamem_tool import DeltaMemConfig
@@ -50,7 +50,7 @@ def test_files_and_questions(here, evaluated):
     refused(here, evaluated("hotpotqa", "hotpot.json", "--set", "split=[1]"), "takes a text as split", "[1]")
 
 
-def test_histories_that_are_too_long(here, evaluated, punkt):  # noqa: F811
+def test_histories_that_are_too_long(here, evaluated, punkt):
     counted = ["--set", "tokenizer=base"]
     texts = [" ".join(f"{number}. Ann lives in {place}." for number in range(60)) for place in ("Oslo", "Rome")]
     rows = [row("factconsolidation_sh_6k", text, ("Where does Ann live?", ["Oslo"])) for text in texts]

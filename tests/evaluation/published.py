@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import nltk
-import pytest
-
 TALK = {
     "sample_id": "talk-7",
     "conversation": {
@@ -80,17 +77,3 @@ SPLITS = {
 def write(path: Path, content) -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
-
-
-@pytest.fixture
-def punkt(tmp_path, monkeypatch):
-    """NLTK's own reader of a sentence model, on one that knows two abbreviations; nothing is fetched."""
-    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
-    folder.mkdir(parents=True)
-    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab"):
-        (folder / name).write_text("")
-    (folder / "abbrev_types.txt").write_text("dr\nmr")
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
-    nltk.tokenize._get_punkt_tokenizer.cache_clear()
-    yield
-    nltk.tokenize._get_punkt_tokenizer.cache_clear()

@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation.published import QUESTION, SPLITS, TALK, punkt, write  # noqa: F401  (a fixture)
+from evaluation.published import QUESTION, SPLITS, TALK, write
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import find_task
@@ -120,7 +120,7 @@ def test_what_is_no_memoryagentbench_is_named(tmp_path, change, says):
     assert error.what.startswith(f"{tmp_path}/rows.json row 2") and says in f"{error.what} {error.why}"
 
 
-def test_both_forms_of_answers(tmp_path, checkpoint, punkt):  # noqa: F811
+def test_both_forms_of_answers(tmp_path, checkpoint, punkt):
     """One question's answers may stand in the list itself: the script's `_create_query_answer_pairs`."""
     one = {**ROW, "questions": ["Who?"], "answers": ["Ann", "Ann Lee"]}
     two = {**ROW, "answers": ["Paris", ["Rome"]]}

@@ -7,7 +7,7 @@ import nltk
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation.published import FACTS, SPLITS, TITLES, punkt, row, write  # noqa: F401  (a fixture)
+from evaluation.published import FACTS, SPLITS, TITLES, row, write
 from tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
@@ -27,7 +27,7 @@ def words(texts):
 
 
 @pytest.fixture
-def ask(tmp_path, checkpoint, punkt):  # noqa: F811
+def ask(tmp_path, checkpoint, punkt):
     """The task on rows, counting the tiny tokenizer's tokens."""
 
     def made(rows, **options):
@@ -37,7 +37,7 @@ def ask(tmp_path, checkpoint, punkt):  # noqa: F811
     return made
 
 
-def test_a_text_is_cut_at_sentences(punkt):  # noqa: F811
+def test_a_text_is_cut_at_sentences(punkt):
     text = "Dr. Ann ran. She won!\nDid Ben? A sentence of more words than fit. No."
     assert sentence_chunks(text, 5, words) == [
         "Dr. Ann ran. She won!",
@@ -49,7 +49,7 @@ def test_a_text_is_cut_at_sentences(punkt):  # noqa: F811
     assert sentence_chunks("A sentence of more words. No.", 1, words) == ["A sentence of more words.", "No."]
 
 
-def test_what_chunks_need_is_named(checkpoint, tmp_path, monkeypatch, punkt):  # noqa: F811
+def test_what_chunks_need_is_named(checkpoint, tmp_path, monkeypatch, punkt):
     count = token_counter(str(checkpoint))
     assert count(["My dog", ""]) == [len(token_counter(str(checkpoint))(["My dog"])) + 1, 0] and count([]) == []
     with pytest.raises(HubError, match="no tokenizer folder"):
@@ -202,7 +202,7 @@ def test_a_chunk_has_a_size(ask, chunk):
         ask([], chunk=chunk)
 
 
-def test_all_splits_of_a_dataset_are_asked(tmp_path, checkpoint, monkeypatch, punkt):  # noqa: F811
+def test_all_splits_of_a_dataset_are_asked(tmp_path, checkpoint, monkeypatch, punkt):
     """A folder as `hf download` leaves it, read by `datasets`, and asked of a model."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "bench" / "data").mkdir(parents=True)
