@@ -41,7 +41,7 @@ def memorise(
     """
     names = places or [f"history {number}" for number in range(1, len(histories) + 1)]
     if positions is not None:
-        _refuse_long(model, tokenizer, histories, names, positions)
+        _refuse_long(tokenizer, histories, names, positions)
     memories = [adapter_of(model).empty_memory(1) for _ in histories]
     for start in range(0, len(histories), batch_size):
         rows = range(start, min(start + batch_size, len(histories)))
@@ -63,7 +63,6 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, session
 
 
 def _refuse_long(
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     histories: Sequence[Sequence[Sequence[Message]]],
     names: Sequence[str],
@@ -72,7 +71,7 @@ def _refuse_long(
     """Before any is written: the last history may be the long one, hours later."""
     for name, history in zip(names, histories, strict=True):
         for number, session in enumerate(history, start=1):
-            length = _encoded(model, tokenizer, [session]).input_ids.shape[1]
+            length = encode_chat(tokenizer, [session], "token").input_ids.shape[1]
             if length > positions:
                 raise DataError(
                     f"{name}: session {number} of its history is too long for the model: {length} tokens.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import datasets
 import nltk
 import pyarrow as pa
@@ -235,3 +237,19 @@ def test_a_model_is_asked(ask, tokenizer):
     assert len(found.records) == 2 * 5 and len({record.history for record in found.records}) == 2
     for record, item in zip(found.records, task.items() * 2, strict=True):
         assert record.scores == task.score(item, record.answer)
+
+
+@pytest.mark.parametrize(
+    ("package", "needs"),
+    [
+        ("nltk", lambda: sentence_chunks("One.", 5, words)),
+        ("tiktoken", token_counter),
+        ("rouge_score.rouge_scorer", lambda: rouge("a", "a", "rouge2")),
+        ("rapidfuzz", lambda: Movies(TITLES)),
+    ],
+)
+def test_what_is_not_installed_is_named(monkeypatch, package, needs):
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that there is no such module
+    with pytest.raises(ConfigError, match=r"needs? the package") as refused:
+        needs()
+    assert package in refused.value.why and "deltamem-tool[eval]" in refused.value.next
