@@ -227,7 +227,7 @@ class _Row:
             metadata = row.get("metadata") or {}
             source = str(metadata.get("source"))
             context, questions, answers = row["context"], row["questions"], row["answers"]
-            dates = metadata.get("question_dates") or []
+            dates = metadata.get("question_dates")
         except (AttributeError, KeyError, TypeError) as error:
             raise _no_row(where, f"It has no {error}." if isinstance(error, KeyError) else f"{error}.") from error
         if not isinstance(context, str) or not context.strip():
@@ -245,6 +245,7 @@ class _Row:
                 raise _no_row(f"{where} question {place}", "The question is no text.")
             if not isinstance(right, list) or not right or not all(_is_text(one) for one in right):
                 raise _no_row(f"{where} question {place}", "It has no answer.")
+        dates = dates if isinstance(dates, list) else []  # most sources have none
         return cls(source, family, context, questions, answers, dates, where, number)
 
     def items(self, history_id: str, history: list[list[Message]], group: str) -> Iterator[Item]:
