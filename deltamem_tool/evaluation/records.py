@@ -50,10 +50,7 @@ class RecordFolder:
         place = folder / SETTINGS_FILE
         refuse_unwritable(place)
         if place.is_file():
-            try:
-                there = read_json(place)
-            except ValueError as error:
-                raise DataError(f"{place} is damaged.", f"{error}.", "Choose another folder.") from error
+            there = _settings(place)
             changed = sorted(key for key in {*there, *plain} if there.get(key) != plain.get(key))
             if changed:
                 raise DataError(
@@ -101,6 +98,16 @@ def read_records(file: Path) -> list[Record]:
     """
     lines = file.read_bytes().splitlines()
     return [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _settings(place: Path) -> dict[str, Any]:
+    try:
+        there = read_json(place)
+    except ValueError as error:
+        raise DataError(f"{place} is damaged.", f"{error}.", "Choose another folder.") from error
+    if not isinstance(there, dict):
+        raise DataError(f"{place} is damaged.", "It holds no settings.", "Choose another folder.")
+    return there
 
 
 def _record(line: bytes, where: str) -> Record:

@@ -163,9 +163,10 @@ def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
     changed = Asked([replace(first, answers=["other"]), *rest])
     with pytest.raises(DataError, match="items differ"):
         evaluate(model, tokenizer, changed, MEMORY, only=("state",), folder=tmp_path)
-    (tmp_path / SETTINGS_FILE).write_text("{")
-    with pytest.raises(DataError, match="damaged"):
-        evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
+    for damaged in ("{", "[]"):
+        (tmp_path / SETTINGS_FILE).write_text(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
     (tmp_path / SETTINGS_FILE).unlink()
     with pytest.raises(DataError, match="unknown evaluation"):
         evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
