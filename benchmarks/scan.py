@@ -4,15 +4,14 @@ Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 -
 """
 
 import argparse
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltamem_tool.bench.machine import cpu_name
 from deltamem_tool.ops import Implementation, delta_scan
 
 ON_CPU: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
@@ -59,14 +58,6 @@ def compare(inputs: list[Tensor], implementations: tuple[Implementation, ...], r
         forward, backward = (statistics.median(part) for part in zip(*pairs, strict=True))
         ratio = both[implementations[0]] / both[name]
         print(f"| {name} | {forward * 1e3:.2f} | {backward * 1e3:.2f} | {both[name] * 1e3:.2f} | {ratio:.1f} |")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ COMMANDS = (
     "eval",
     "compare",
     "ablate",
+    "bench",
     "export",
     "run",
     "chat",

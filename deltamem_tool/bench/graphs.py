@@ -1,0 +1,103 @@
+"""The same models as graphs for ONNX Runtime: the memory's as `deltamem export` writes it, the others' beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from deltamem_tool.adapter import tokenizer_of
+from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.bench import MEMORY
+from deltamem_tool.bench.models import equip, refuse_longer, twin_of
+from deltamem_tool.bench.setting import Setting
+from deltamem_tool.errors import ExportError
+from deltamem_tool.model_call import CallOptions
+from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.export import export_onnx
+from deltamem_tool.onnx.folder import find_onnx
+from deltamem_tool.onnx.plain import without_memory, write_plain
+from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
+from deltamem_tool.onnx.trace import dtype_name, interface_of
+from deltamem_tool.patched import hf_model
+
+
+@dataclass(frozen=True)
+class GraphFolder:
+    """Where a graph is, and what it takes and gives."""
+
+    folder: Path
+    interface: Interface
+
+
+def read_export(setting: Setting, adapter: str) -> tuple[Path, Manifest] | None:
+    """The export that the setting names, if any; `adapter` is the fingerprint that it must be of.
+
+    Raises:
+        ExportError: it is damaged, of another adapter, of another type than asked for, quantised, or for
+            onnxruntime-genai.
+        ConfigError: it has no room for the prompts.
+    """
+    if setting.onnx is None:
+        return None
+    folder = find_onnx(setting.onnx)
+    manifest = Manifest.read(folder)
+    interface = manifest.interface
+    if manifest.adapter != adapter:
+        raise _refused(setting.onnx, f"is of another adapter: {manifest.adapter[:12]}…, and this is {adapter[:12]}…")
+    if interface.genai:
+        raise _refused(setting.onnx, "is for onnxruntime-genai, which runs it by itself")
+    if manifest.quantize != NO_QUANTIZATION:
+        raise _refused(setting.onnx, f"is quantised ({manifest.quantize}), and the others would not be")
+    if setting.dtype not in (None, interface.dtype):
+        raise _refused(setting.onnx, f"is of {interface.dtype}, and {setting.dtype} is asked for")
+    refuse_longer(setting, interface.max_length, f"{setting.onnx} has room for {interface.max_length}.")
+    return folder, manifest
+
+
+def _refused(name: str, why: str) -> ExportError:
+    next = "Name another export, or none: one is made then."
+    return ExportError(f"{name} cannot be compared with.", f"It {why}.", next)
+
+
+def write_graphs(
+    model: PreTrainedModel,
+    adapter: DeltaMemAdapter,
+    setting: Setting,
+    export: tuple[Path, Manifest] | None,
+    scratch: Path,
+    tell: Callable[[str], object],
+) -> dict[str, GraphFolder]:
+    """A graph for each of the setting's models, in `scratch` where `export` is not it.
+
+    Args:
+        model: the base without its memory, on the CPU.
+        adapter: its memory.
+        export: from `read_export`.
+        scratch: a folder; what is written stays there.
+        tell: called with what begins.
+
+    Raises:
+        ExportError: the model cannot be exported in this type.
+    """
+    target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), NO_QUANTIZATION)
+    patched = equip(MEMORY, twin_of(model), adapter, setting)
+    interface = export[1].interface if export else interface_of(patched, adapter, "last", target)
+    options = CallOptions(patched, interface.logits)
+    graphs = {}
+    for name in setting.models:
+        if name == MEMORY and export:
+            graphs[name] = GraphFolder(export[0], interface)
+            continue
+        tell(f"exporting {name}")
+        folder = scratch / name
+        if name == MEMORY:
+            export_onnx(patched, tokenizer_of(model, for_chat=False), folder, target=target.name)
+            graphs[name] = GraphFolder(folder, interface)
+        else:
+            plain = without_memory(interface)
+            write_plain(hf_model(equip(name, twin_of(model), adapter, setting)), options, plain, target, folder)
+            graphs[name] = GraphFolder(folder, plain)
+    return graphs

@@ -1,0 +1,140 @@
+"""The LoRA that a memory is compared with: one of PEFT's folders, or a fresh one of the memory's size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.architectures import attention_layers
+from deltamem_tool.bounded import read_json
+from deltamem_tool.errors import AdapterError, ConfigError
+from deltamem_tool.layouts import features
+from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.resolve import BUILTIN, hub_name, resolve_folder
+from deltamem_tool.tensor_header import read_header
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+BRANCHES = ("q", "o")  # what a fresh LoRA corrects, as the paper's memory does
+FRESH_STD = 0.02  # of the weights that PEFT begins with at zero: a product with zeros might be left out
+
+
+def fresh_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> Any:
+    """A `PeftModel` with random weights on the layers that the memory is in, of the rank whose number of parameters is
+    next to the memory's.
+
+    Raises:
+        ConfigError: PEFT is not installed, or cannot change these layers.
+    """
+    from deltamem_tool.training.lora import with_lora
+
+    layers = [layer for layer in attention_layers(model) if layer.index in adapter.layer_indices]
+    linears = {
+        layer.projection(branch).name: layer.projection(branch).linear for layer in layers for branch in BRANCHES
+    }
+    of_rank_one = sum(sum(features(linear)) for linear in linears.values())
+    parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    rank = max(1, round(parameters / of_rank_one))
+    generator = torch.Generator().manual_seed(seed)
+    with _quiet():
+        lora = with_lora(model, LoraOptions(rank=rank, targets=tuple(linears)))
+    with torch.no_grad():
+        for parameter in _weights_of(lora):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * FRESH_STD)
+    return _in_type_of_base(lora)
+
+
+def stored_lora(model: PreTrainedModel, name: str, bases: Sequence[str]) -> Any:
+    """The `PeftModel` of a PEFT folder or Hub id; `bases` are the names of the base model.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+        AdapterError: it is no LoRA, is damaged, was made for another base model, or does not fit this one.
+        HubError: it is not there.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+    folder = resolve_folder(name, None, [CONFIG_FILE, WEIGHTS_FILE], "LoRA")
+    _check(folder, name, bases)
+    try:
+        with _quiet():  # what is missing is an error below
+            lora = PeftModel.from_pretrained(model, str(folder))
+        stored = set(read_header(folder / WEIGHTS_FILE).tensors)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _misfit(name, " ".join(lines[:2])) from error
+    expected = set(get_peft_model_state_dict(lora))
+    if expected != stored:
+        different = sorted(expected ^ stored)
+        raise _misfit(name, f"{len(different)} tensors are missing or too many, {different[0]} for one")
+    return _in_type_of_base(lora)
+
+
+def _check(folder: Path, name: str, bases: Sequence[str]) -> None:
+    """
+    Raises:
+        AdapterError: a file is missing, the folder is no LoRA, or names another base model.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise AdapterError(f"{name} is no LoRA.", f"It has no {file}.", "Give a folder that PEFT has saved.")
+    try:
+        said = read_json(folder / CONFIG_FILE)
+    except ValueError as error:
+        raise AdapterError(f"{name} is damaged.", f"{CONFIG_FILE}: {error}.", "Save the LoRA again.") from error
+    kind = said.get("peft_type") if isinstance(said, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{name} is no LoRA.", f"{CONFIG_FILE} says {kind}.", "Give a folder of a LoRA.")
+    made_for = said.get("base_model_name_or_path")
+    # A path says nothing on another machine; of two names that anybody can look up, one is not the other.
+    if isinstance(made_for, str) and _is_public(made_for) and bases and all(map(_is_public, bases)):
+        if made_for not in bases:
+            raise AdapterError(
+                f"{name} was made for another base model.",
+                f"It was made for {made_for}, and this is {bases[0]}.",
+                "Give a LoRA of the same base model.",
+            )
+
+
+def _is_public(name: str) -> bool:
+    """Whether it is no path on this machine."""
+    return name.startswith(BUILTIN) or hub_name(name) is not None
+
+
+def _misfit(name: str, why: str) -> AdapterError:
+    return AdapterError(
+        f"{name} does not fit the base model.", f"{why.rstrip('.')}.", "Give a LoRA of this base model."
+    )
+
+
+def lora_parameters(lora: Any) -> int:
+    return sum(parameter.numel() for parameter in _weights_of(lora))
+
+
+def _weights_of(lora: Any) -> Iterator[Tensor]:
+    return (parameter for name, parameter in lora.named_parameters() if "lora_" in name)
+
+
+def _in_type_of_base(lora: Any) -> Any:
+    """PEFT keeps a LoRA of a half-precision model in float32, for training, and casts at every call."""
+    for parameter in _weights_of(lora):
+        parameter.data = parameter.data.to(lora.get_base_model().dtype)
+    return lora.requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings, such as those of what it uses of transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
