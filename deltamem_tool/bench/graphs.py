@@ -10,15 +10,16 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.adapter import tokenizer_of
 from deltamem_tool.adapter_module import DeltaMemAdapter
-from deltamem_tool.bench import MEMORY
+from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.models import equip, refuse_longer, twin_of
 from deltamem_tool.bench.setting import Setting
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.folder import find_onnx
 from deltamem_tool.onnx.plain import without_memory, write_plain
+from deltamem_tool.onnx.quantize import quantize_graph
 from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
 from deltamem_tool.onnx.trace import dtype_name, interface_of
 from deltamem_tool.patched import hf_model
@@ -32,28 +33,29 @@ class GraphFolder:
     interface: Interface
 
 
-def read_export(setting: Setting, adapter: str) -> tuple[Path, Manifest] | None:
-    """The export that the setting names, if any; `adapter` is the fingerprint that it must be of.
+def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manifest]:
+    """The export called `name`; `adapter` is the fingerprint that it must be of.
 
     Raises:
-        ExportError: it is damaged, of another adapter, of another type than asked for, quantised, or for
-            onnxruntime-genai.
-        ConfigError: it has no room for the prompts.
+        ExportError: it is damaged, of another adapter, of another type than asked for, or for onnxruntime-genai.
+        ConfigError: it has no room for the prompts, or is quantised and shall be compared with a LoRA.
     """
-    if setting.onnx is None:
-        return None
-    folder = find_onnx(setting.onnx)
+    folder = find_onnx(name)
     manifest = Manifest.read(folder)
     interface = manifest.interface
     if manifest.adapter != adapter:
-        raise _refused(setting.onnx, f"is of another adapter: {manifest.adapter[:12]}…, and this is {adapter[:12]}…")
+        raise _refused(name, f"is of another adapter: {manifest.adapter[:12]}…, and this is {adapter[:12]}…")
     if interface.genai:
-        raise _refused(setting.onnx, "is for onnxruntime-genai, which runs it by itself")
-    if manifest.quantize != NO_QUANTIZATION:
-        raise _refused(setting.onnx, f"is quantised ({manifest.quantize}), and the others would not be")
+        raise _refused(name, "is for onnxruntime-genai, which runs it by itself")
+    if manifest.quantize != NO_QUANTIZATION and (LORA in setting.models or PYTORCH in setting.runtimes):
+        raise ConfigError(
+            f"{name} is quantised ({manifest.quantize}).",
+            "The base's graph beside it would be too, but neither a LoRA's nor PyTorch's model.",
+            f"Choose --models {BASE},{MEMORY} --runtimes {ONNX}, or an export that is not quantised.",
+        )
     if setting.dtype not in (None, interface.dtype):
-        raise _refused(setting.onnx, f"is of {interface.dtype}, and {setting.dtype} is asked for")
-    refuse_longer(setting, interface.max_length, f"{setting.onnx} has room for {interface.max_length}.")
+        raise _refused(name, f"is of {interface.dtype}, and {setting.dtype} is asked for")
+    refuse_longer(setting, interface.max_length, f"{name} has room for {interface.max_length}.")
     return folder, manifest
 
 
@@ -82,7 +84,8 @@ def write_graphs(
     Raises:
         ExportError: the model cannot be exported in this type.
     """
-    target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), NO_QUANTIZATION)
+    quantize = export[1].quantize if export else NO_QUANTIZATION
+    target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), quantize)
     patched = equip(MEMORY, twin_of(model), adapter, setting)
     interface = export[1].interface if export else interface_of(patched, adapter, "last", target)
     options = CallOptions(patched, interface.logits)
@@ -99,5 +102,7 @@ def write_graphs(
         else:
             plain = without_memory(interface)
             write_plain(hf_model(equip(name, twin_of(model), adapter, setting)), options, plain, target, folder)
+            if quantize != NO_QUANTIZATION:
+                quantize_graph(folder, quantize, [], interface.vocab_size)
             graphs[name] = GraphFolder(folder, plain)
     return graphs

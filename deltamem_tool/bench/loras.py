@@ -52,39 +52,14 @@ def fresh_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> A
     return _in_type_of_base(lora)
 
 
-def stored_lora(model: PreTrainedModel, name: str, bases: Sequence[str]) -> Any:
-    """The `PeftModel` of a PEFT folder or Hub id; `bases` are the names of the base model.
+def find_lora(name: str, bases: Sequence[str] = ()) -> Path:
+    """The local folder of a PEFT folder or Hub id, looked at without the base model, whose names are `bases`.
 
     Raises:
-        ConfigError: PEFT is not installed.
-        AdapterError: it is no LoRA, is damaged, was made for another base model, or does not fit this one.
+        AdapterError: a file is missing or damaged, it is no LoRA, or it names another base model.
         HubError: it is not there.
     """
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
     folder = resolve_folder(name, None, [CONFIG_FILE, WEIGHTS_FILE], "LoRA")
-    _check(folder, name, bases)
-    try:
-        with _quiet():  # what is missing is an error below
-            lora = PeftModel.from_pretrained(model, str(folder))
-        stored = set(read_header(folder / WEIGHTS_FILE).tensors)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise _misfit(name, " ".join(lines[:2])) from error
-    expected = set(get_peft_model_state_dict(lora))
-    if expected != stored:
-        different = sorted(expected ^ stored)
-        raise _misfit(name, f"{len(different)} tensors are missing or too many, {different[0]} for one")
-    return _in_type_of_base(lora)
-
-
-def _check(folder: Path, name: str, bases: Sequence[str]) -> None:
-    """
-    Raises:
-        AdapterError: a file is missing, the folder is no LoRA, or names another base model.
-    """
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise AdapterError(f"{name} is no LoRA.", f"It has no {file}.", "Give a folder that PEFT has saved.")
@@ -97,13 +72,40 @@ def _check(folder: Path, name: str, bases: Sequence[str]) -> None:
         raise AdapterError(f"{name} is no LoRA.", f"{CONFIG_FILE} says {kind}.", "Give a folder of a LoRA.")
     made_for = said.get("base_model_name_or_path")
     # A path says nothing on another machine; of two names that anybody can look up, one is not the other.
-    if isinstance(made_for, str) and _is_public(made_for) and bases and all(map(_is_public, bases)):
-        if made_for not in bases:
-            raise AdapterError(
-                f"{name} was made for another base model.",
-                f"It was made for {made_for}, and this is {bases[0]}.",
-                "Give a LoRA of the same base model.",
-            )
+    if isinstance(made_for, str) and bases and all(map(_is_public, (made_for, *bases))) and made_for not in bases:
+        raise AdapterError(
+            f"{name} was made for another base model.",
+            f"It was made for {made_for}, and this is {bases[0]}.",
+            "Give a LoRA of the same base model.",
+        )
+    return folder
+
+
+def stored_lora(model: PreTrainedModel, name: str) -> Any:
+    """The `PeftModel` of a PEFT folder or Hub id.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+        AdapterError: as `find_lora`; or it does not fit the model.
+        HubError: it is not there.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+    folder = find_lora(name)
+    try:
+        with _quiet():  # what is missing is an error below
+            lora = PeftModel.from_pretrained(model, str(folder))
+        stored = set(read_header(folder / WEIGHTS_FILE).tensors)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _misfit(name, " ".join(lines[:2])) from error
+    expected = set(get_peft_model_state_dict(lora))
+    if expected != stored:
+        different = sorted(expected ^ stored)
+        raise _misfit(name, f"{len(different)} tensors are missing or too many, {different[0]} for one")
+    return _in_type_of_base(lora)
 
 
 def _is_public(name: str) -> bool:

@@ -69,8 +69,7 @@ def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: 
     if name != LORA:
         return model.eval()
     if setting.lora is not None:
-        names = [known for known in (setting.base, getattr(adapter.made_for, "name", None)) if known]
-        return stored_lora(model, setting.lora, names).eval()
+        return stored_lora(model, setting.lora).eval()
     return fresh_lora(model, adapter, setting.seed).eval()
 
 

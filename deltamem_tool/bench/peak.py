@@ -32,8 +32,8 @@ class Peak:
     """Bytes of a process, or on a GPU of the device's memory.
 
     imports: what the libraries take, before anything is loaded.
-    by_prompt: the most beyond that by the end of each prompt and its decode; the prompts come one after another, the shortest
-        first, so that each is the largest so far.
+    by_prompt: the most beyond that by the end of each prompt and its decode, by its number of tokens. They come one
+        after another, the shortest first, so that each is the largest so far.
     """
 
     imports: int

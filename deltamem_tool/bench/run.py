@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter import describe_adapter, read_adapter
+from deltamem_tool.adapter import read_adapter
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.bench import LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
-from deltamem_tool.bench.loras import lora_parameters
+from deltamem_tool.bench.loras import find_lora, lora_parameters
 from deltamem_tool.bench.machine import cpu_name, versions
 from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of, vocabulary
 from deltamem_tool.bench.peak import Peak, peak_of
@@ -42,10 +42,12 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
     """
     steps = _Steps(setting, peaks, report)
     threads, own = setting.threads, torch.get_num_threads()
-    export = None
-    if setting.onnx is not None:  # before the base is loaded
-        export = read_export(setting, read_adapter(setting.adapter).fingerprint)
-        setting = dataclasses.replace(setting, dtype=export[1].interface.dtype if export else None)
+    described, export = read_adapter(setting.adapter), None
+    if setting.lora is not None:  # what can be refused before the base is loaded is
+        find_lora(setting.lora, [name for name in (setting.base, described.base.name) if name])
+    if setting.onnx is not None:
+        export = read_export(setting, setting.onnx, described.fingerprint)
+        setting = dataclasses.replace(setting, dtype=export[1].interface.dtype)
     steps.tell("loading")
     model, adapter = load_apart(setting, setting.dtype)
     setting = dataclasses.replace(setting, dtype=dtype_name(model.dtype))
@@ -53,10 +55,11 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
         if threads:
             torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory() as scratch:
+            about = _about(setting, model, adapter, described.base.name)
             graphs: dict[str, GraphFolder] = {}
             if ONNX in setting.runtimes:
                 graphs = write_graphs(model, adapter, setting, export, Path(scratch), steps.tell)
-            sizes, about = _sizes(model, adapter, setting, Path(scratch)), _about(setting, model, adapter)
+            sizes = _sizes(model, adapter, setting, Path(scratch))
             timed = _timed(model, adapter, setting, graphs, steps)
             del model, adapter  # the processes that follow need the room
             found = Bench(setting, about, timed, _peaks(setting, graphs, steps) if peaks else {}, sizes)
@@ -129,10 +132,9 @@ def _sizes(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting, s
     return Sizes(file.stat().st_size, cache.memory.nbytes, held)
 
 
-def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter) -> dict[str, Any]:
-    """What was compared, and on what."""
-    described = describe_adapter(setting.adapter)
-    parameters = {MEMORY: described.num_parameters()}
+def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter, base: str | None) -> dict[str, Any]:
+    """What was compared, and on what; `base` is what the adapter calls its base model."""
+    parameters = {MEMORY: sum(parameter.numel() for parameter in adapter.parameters())}
     ranks = {}
     if LORA in setting.models:
         lora = equip(LORA, twin_of(model), adapter, setting)
@@ -140,7 +142,7 @@ def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter) -
         ranks = {"lora_rank": lora.active_peft_config.r}
     machine = {"cpu": cpu_name(), "gpu": torch.cuda.get_device_name(setting.device) if setting.on_cuda else None}
     return {
-        "base_model": setting.base or described.base.name,
+        "base_model": setting.base or base,
         "adapter_fingerprint": adapter.fingerprint,
         "parameters": parameters,
         **ranks,

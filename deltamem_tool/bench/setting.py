@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,9 +89,9 @@ class Setting:
 
     @classmethod
     def from_json(cls, text: str) -> Setting:
-        said = json.loads(text)
-        kept = {field.name: said[field.name] for field in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+        """The inverse of `to_json`."""
+        said: dict[str, Any] = json.loads(text)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
 
 
 _LENGTHS = "Name numbers of tokens, such as 512,2048."

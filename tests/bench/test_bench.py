@@ -1,0 +1,224 @@
+"""`deltamem bench` on tiny models: what is compared is what it is called, sizes are exact, and errors are short."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli.command import deltamem  # noqa: F401  (a fixture)
+from tiny import patched_model, tiny_model, tokens
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, detach, load
+from deltamem_tool.adapter import create_adapter
+from deltamem_tool.bench import BASE, LORA, MEMORY, MODELS, PYTORCH, SEGMENT
+from deltamem_tool.bench.loras import find_lora, fresh_lora, lora_parameters, stored_lora
+from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of
+from deltamem_tool.bench.peak import _model, peak_of
+from deltamem_tool.bench.setting import Setting
+from deltamem_tool.bench.sides import TorchSide
+from deltamem_tool.errors import AdapterError, ConfigError, DeltaMemError
+from deltamem_tool.memory_file import read_memory
+from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.surgery import adapter_of
+from deltamem_tool.training.lora import with_lora
+
+POSITIONS = 512  # of the tiny checkpoint
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "adapter"
+    create_adapter(str(checkpoint), DeltaMemConfig(rank=4), out)
+    return out
+
+
+def save_lora(folder, base, name=None):
+    with_lora(base, LoraOptions(rank=3), name).save_pretrained(folder)
+    return folder
+
+
+def apart(model):
+    """The model, and the memory that was on it."""
+    adapter = adapter_of(model)
+    detach(model)
+    return model, adapter
+
+
+def generated(side, ids, count):
+    logits, past = side.call(ids.numpy())
+    chosen = [side.choose(logits)]
+    for _ in range(count - 1):
+        logits, past = side.call(chosen[-1], past)
+        chosen.append(side.choose(logits))
+    return torch.cat([torch.from_numpy(each) for each in chosen], dim=1), past
+
+
+def test_each_model_is_what_it_is_called():
+    model, memory = apart(patched_model())
+    sides = torch_sides(model, memory, Setting("adapter"))
+    ids, options = tokens(2, 40), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = {BASE: tiny_model(), MEMORY: patched_model(), LORA: fresh_lora(tiny_model(), memory, seed=0).eval()}
+    said = {}
+    for name, other in expected.items():
+        said[name] = generated(sides[name], ids, 5)[0]
+        assert torch.equal(said[name], other.generate(ids, **options)[:, 40:]), name
+    assert not torch.equal(said[BASE], said[MEMORY])
+
+
+def test_twins_share_their_weights_and_nothing_else():
+    model, memory = apart(patched_model())
+    twin = equip(MEMORY, twin_of(model), memory, Setting("adapter"))
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    adapter_of(twin)
+    lora = equip(LORA, twin_of(model), memory, Setting("adapter"))
+    assert lora_parameters(lora) and not any("lora" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(model(tokens(1, 9)).logits, tiny_model()(tokens(1, 9)).logits)
+
+
+def test_messages_are_written_as_they_end():
+    model = patched_model(granularity="message")
+    _, cache = generated(TorchSide(model), tokens(2, SEGMENT + 5), 4)
+    assert cache.memory.open_tokens.tolist() == [5 + 3, 5 + 3]
+    expected = MemoryCache(model)
+    with torch.no_grad():
+        expected.segments = torch.ones((2, SEGMENT), dtype=torch.int8)
+        model(tokens(2, SEGMENT + 5)[:, :SEGMENT], past_key_values=expected)
+    expected.end_segment()
+    for layer, state in expected.memory.layers.items():
+        assert state.abs().max() > 0
+        torch.testing.assert_close(cache.memory.layers[layer], state, atol=1e-5, rtol=0)
+
+
+def test_a_fresh_lora_is_of_the_memorys_size():
+    model, memory = apart(patched_model(rank=8))
+    lora = fresh_lora(model, memory, seed=0)
+    rank, of_memory = lora.active_peft_config.r, sum(weight.numel() for weight in memory.parameters())
+    assert abs(lora_parameters(lora) - of_memory) <= lora_parameters(lora) / rank / 2
+    weights = {name: weight for name, weight in lora.named_parameters() if "lora_" in name}
+    assert {name.split(".")[-4] for name in weights} == {"q_proj", "o_proj"}
+    assert all(weight.std() > 0 and not weight.requires_grad for weight in weights.values())
+
+
+def test_a_lora_is_of_the_bases_type():
+    model, memory = apart(patched_model())
+    lora = fresh_lora(model.to(torch.bfloat16), memory, seed=0)
+    assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
+
+
+def test_figures_counts_and_sizes(adapter, checkpoint, deltamem, tmp_path):  # noqa: F811
+    out, prompts = tmp_path / "bench.json", [40, 8]
+    options = ("--prompt", "40,8", "--decode", 3, "--repeats", 2, "--batch-size", 2, "--threads", 1, "--no-peak")
+    done = deltamem("bench", adapter, *options, "--device", "cpu", "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "Warning" not in done.err
+    said = json.loads(done.out)
+    assert said == json.loads(out.read_text())
+    assert [each["tokens"] for each in said["prompts"]] == prompts
+    names = {f"{PYTORCH} {model}" for model in MODELS}
+    for each in said["prompts"]:
+        assert len(each["order"]) == 2 and all(set(order) == names for order in each["order"])
+        assert each["sides"].keys() == names
+        for side in each["sides"].values():
+            prefill, first, decode = (side["seconds"][name] for name in ("prefill", "first_token", "decode"))
+            assert len(prefill) == len(first) == len(decode) == 2
+            assert all(0 < a < b for a, b in zip(prefill, first, strict=True)) and min(decode) > 0
+
+    model, sizes = load(adapter), said["sizes"]
+    adapter_of(model).empty_memory(1).save(tmp_path / "memory")
+    assert sizes["memory_file"] == (tmp_path / "memory").stat().st_size
+    assert sizes["state"] == sum(state.nbytes for state in read_memory(tmp_path / "memory").states.values()) == 128
+    of_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
+    assert sizes["cache"] == {str(prompt): prompt * of_token for prompt in prompts}
+    assert said["parameters"][MEMORY] == sum(weight.numel() for weight in adapter_of(model).parameters())
+    assert said["setting"]["dtype"] == "float32" and said["machine"]["threads"] == 1 and said["packages"]["torch"]
+
+
+def test_the_process_makes_the_same_models(adapter):
+    """The process itself is in tests/onnx, where it need not import PyTorch."""
+    ids, setting = tokens(1, 9).numpy(), Setting(str(adapter))
+    model, memory = load_apart(setting, None)
+    for name, side in torch_sides(model, memory, setting).items():
+        made, vocab_size = _model(name, setting)
+        assert torch.equal(made.call(ids)[0], side.call(ids)[0]) and vocab_size == model.config.vocab_size
+
+
+def test_a_process_that_fails_is_named(adapter, monkeypatch):
+    monkeypatch.setattr("deltamem_tool.bench.peak.asdict", lambda interface: {"layers": "none"})
+    from deltamem_tool.bench.graphs import GraphFolder
+
+    with pytest.raises(DeltaMemError, match="onnx base was not found") as raised:
+        peak_of(Setting(str(adapter)), "onnx", BASE, GraphFolder(adapter, None))
+    assert "AttributeError" in raised.value.why and "--no-peak" in raised.value.next
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt", "8,x"), ("no list like 512,2048",)),
+        (("--prompt", "8,8"), ("twice", "512,2048")),
+        (("--prompt", "0"), ("prompt length is 0",)),
+        (("--decode", 0), ("0", "--decode")),
+        (("--models", "memory"), ("lack the base",)),
+        (("--models", "base,toaster"), ("'toaster'", "base,memory,lora")),
+        (("--runtimes", "pytorch,abacus"), ("'abacus'", "pytorch,onnx")),
+        (("--models", "base,memory", "--lora", "x"), ("x would not be used",)),
+        (("--runtimes", "pytorch", "--onnx", "x"), ("x would not be used",)),
+        (("--prompt", f"8,{POSITIONS}", "--decode", 1), (f"{POSITIONS} positions", f"at most {POSITIONS - 1}")),
+        (("--prompt", 8, "--decode", POSITIONS), ("Decode fewer tokens",)),
+        (("--lora", "nowhere"), ("no LoRA folder nowhere",)),
+        (("--onnx", "nowhere"), ("nowhere",)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_bad_usage_is_a_short_error(adapter, deltamem, options, words, tmp_path):  # noqa: F811
+    out = tmp_path / "out.json"
+    deltamem("bench", adapter, "--device", "cpu", "--no-peak", *options, "--out", out).assert_short_error(*words)
+    assert not out.exists()
+
+
+def test_a_lora_that_peft_has_saved(tmp_path):
+    base = tiny_model()
+    folder = save_lora(tmp_path / "lora", base, "builtin:backbone")
+    lora = stored_lora(tiny_model(), str(folder))
+    assert lora.active_peft_config.r == 3 and lora_parameters(lora) == 2 * 3 * (32 + 64 + 64 + 32)
+    with pytest.raises(AdapterError, match="made for another base model"):
+        find_lora(str(folder), ["someone/else"])
+    for names in (["builtin:backbone"], ["builtin:backbone", "someone/else"], ["./a/path"], []):
+        assert find_lora(str(folder), names) == folder  # a path says nothing about the name
+
+
+def test_a_lora_of_another_model_is_refused(tmp_path):
+    folder = save_lora(tmp_path / "wide", tiny_model(hidden_size=64))
+    with pytest.raises(AdapterError, match="does not fit"):
+        stored_lora(tiny_model(), str(folder))
+    folder = save_lora(tmp_path / "deep", tiny_model(num_hidden_layers=3))
+    with pytest.raises(AdapterError, match="missing or too many"):
+        stored_lora(tiny_model(), str(folder))
+    folder = save_lora(tmp_path / "shallow", tiny_model(num_hidden_layers=1))
+    with pytest.raises(AdapterError, match="missing or too many"):
+        stored_lora(tiny_model(), str(folder))
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    folder = save_lora(tmp_path / "lora", tiny_model())
+    config = folder / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "peft_type": "IA3"}))
+    with pytest.raises(AdapterError, match="says IA3"):
+        stored_lora(tiny_model(), str(folder))
+    config.write_text("{")
+    with pytest.raises(AdapterError, match="damaged"):
+        stored_lora(tiny_model(), str(folder))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
+        stored_lora(tiny_model(), str(folder))
+
+
+def test_a_setting_goes_to_another_process_and_back():
+    setting = Setting("adapter", prompts=(3, 5), models=(BASE, LORA), dtype="float16", threads=2)
+    assert Setting.from_json(setting.to_json()) == setting
+    with pytest.raises(ConfigError, match="repeats is 0"):
+        Setting("adapter", repeats=0)
+    assert (setting.ids(5, 9) == Setting("other", prompts=(5,)).ids(5, 9)).all()

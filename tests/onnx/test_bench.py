@@ -1,0 +1,112 @@
+"""What `deltamem bench` times in ONNX Runtime computes what PyTorch computes, and the export is the adapter's."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from deltamem_tool import detach
+from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH, SEGMENT
+from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
+from deltamem_tool.bench.loras import fresh_lora
+from deltamem_tool.bench.models import torch_sides, twin_of
+from deltamem_tool.bench.peak import peak_of
+from deltamem_tool.bench.setting import Setting
+from deltamem_tool.bench.sides import OnnxSide, TorchSide
+from deltamem_tool.errors import ConfigError, ExportError
+from deltamem_tool.model_call import CallOptions
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export import TOLERANCE
+from deltamem_tool.onnx.plain import without_memory, write_plain
+from deltamem_tool.onnx.targets import TARGETS
+from deltamem_tool.surgery import adapter_of, hook
+
+PROMPT = SEGMENT + 8  # one message ends in it, one stays open
+
+
+@contextmanager
+def apart(model):
+    """The model without its memory, and the memory."""
+    adapter = adapter_of(model)
+    detach(model)
+    try:
+        yield model, adapter
+    finally:
+        hook(model, adapter)
+
+
+def agree(one, other, vocab_size, steps=3):
+    """Logits of a prompt and of a few tokens after it."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=(2, PROMPT))
+    pasts = [None, None]
+    for _ in range(steps):
+        logits = []
+        for i, side in enumerate((one, other)):
+            found, pasts[i] = side.call(ids, pasts[i])
+            logits.append(np.asarray(found))
+        assert logits[0].shape == (2, vocab_size)
+        assert np.abs(logits[0] - logits[1]).max() < TOLERANCE
+        assert (one.choose(found if one is other else torch.from_numpy(logits[0])) == other.choose(logits[1])).all()
+        ids = other.choose(logits[1])
+    return logits[1]
+
+
+def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
+    setting = Setting("adapter", models=(BASE, MEMORY), runtimes=(PYTORCH, ONNX), prompts=(PROMPT,), decode=3)
+    told = []
+    with apart(by_message.model) as (model, adapter):
+        export = (by_message.folder, by_message.manifest)
+        graphs = write_graphs(model, adapter, setting, export, tmp_path, told.append)
+        assert told == ["exporting base"] and graphs[MEMORY].folder == by_message.folder
+        last = {}
+        for name, side in torch_sides(model, adapter, setting).items():
+            graph = OnnxSide(graphs[name].folder, graphs[name].interface, "cpu", 1)
+            last[name] = agree(side, graph, graphs[name].interface.vocab_size)
+    assert np.abs(last[BASE] - last[MEMORY]).max() > 10 * TOLERANCE
+
+
+def test_a_lora_in_a_graph_of_fixed_length(fixed, tmp_path):
+    options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
+    with apart(fixed.model) as (model, adapter):
+        lora = fresh_lora(twin_of(model), adapter, seed=0).eval()
+        write_plain(lora.get_base_model(), options, interface, TARGETS["cpu"], tmp_path / LORA)
+        graph = OnnxSide(tmp_path / LORA, interface, "cpu", 1)
+        agree(TorchSide(lora), graph, interface.vocab_size)
+
+
+def test_the_peak_grows_by_what_a_prompt_takes(qwen3):
+    """In a process of its own, of which this one's size is no part."""
+    batch, prompts, interface = 16, (8, 408), qwen3.manifest.interface
+    setting = Setting("adapter", prompts=prompts, decode=1, batch_size=batch, threads=1, runtimes=(ONNX,))
+    peak = peak_of(setting, ONNX, MEMORY, GraphFolder(qwen3.folder, interface))
+    of_token = sum(4 * heads * width for layer in interface.layers for heads, width in layer.cache.values())
+    held = batch * (prompts[1] - prompts[0]) * of_token
+    assert held < peak.by_prompt[prompts[1]] - peak.by_prompt[prompts[0]]
+    assert peak.imports < 200e6, "it has imported PyTorch"
+
+
+def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
+    setting = Setting("adapter", runtimes=(ONNX,), prompts=(64,), decode=16)
+    own = qwen3.manifest.adapter
+    assert read_export(setting, str(qwen3.folder), own) == (qwen3.folder, qwen3.manifest)
+    with pytest.raises(ExportError, match="another adapter"):
+        read_export(setting, str(qwen3.folder), "0" * 64)
+    with pytest.raises(ExportError, match="of float32, and float16 is asked for"):
+        read_export(dataclasses.replace(setting, dtype="float16"), str(qwen3.folder), own)
+    longer = dataclasses.replace(setting, prompts=(100,))
+    with pytest.raises(ConfigError, match="has room for 112"):
+        read_export(longer, str(fixed.folder), fixed.manifest.adapter)
+    for change, error in (
+        ({"interface": dataclasses.replace(qwen3.manifest.interface, genai=True)}, "onnxruntime-genai"),
+        ({"quantize": "int8"}, "quantised"),
+    ):
+        changed = dataclasses.replace(qwen3.manifest, **change)
+        monkeypatch.setattr(contract.Manifest, "read", lambda folder, changed=changed: changed)
+        with pytest.raises((ExportError, ConfigError), match=error):
+            read_export(setting, str(qwen3.folder), own)
+    alone = dataclasses.replace(setting, models=(BASE, MEMORY))
+    assert read_export(alone, str(qwen3.folder), own)[1].quantize == "int8"
