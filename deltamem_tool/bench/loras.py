@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter_module import DeltaMemAdapter
@@ -89,19 +89,15 @@ def stored_lora(model: PreTrainedModel, name: str) -> Any:
         AdapterError: as `find_lora`; or it does not fit the model.
         HubError: it is not there.
     """
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
-    folder = find_lora(name)
+    peft, folder = _peft(), find_lora(name)
     try:
         with _quiet():  # what is missing is an error below
-            lora = PeftModel.from_pretrained(model, str(folder))
+            lora = peft.PeftModel.from_pretrained(model, str(folder))
         stored = set(read_header(folder / WEIGHTS_FILE).tensors)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _misfit(name, " ".join(lines[:2])) from error
-    expected = set(get_peft_model_state_dict(lora))
+    expected = set(peft.get_peft_model_state_dict(lora))
     if expected != stored:
         different = sorted(expected ^ stored)
         raise _misfit(name, f"{len(different)} tensors are missing or too many, {different[0]} for one")
@@ -117,6 +113,25 @@ def _misfit(name: str, why: str) -> AdapterError:
     return AdapterError(
         f"{name} does not fit the base model.", f"{why.rstrip('.')}.", "Give a LoRA of this base model."
     )
+
+
+def import_peft() -> None:
+    """Have all of PEFT in the process: it imports libraries for every kind of layer when it makes a first LoRA.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
+    peft = _peft()
+    with _quiet():
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+    return peft
 
 
 def lora_parameters(lora: Any) -> int:

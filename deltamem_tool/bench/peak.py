@@ -97,7 +97,9 @@ def main() -> None:
         import deltamem_tool.bench.models  # noqa: F401
 
         if said["model"] == LORA:
-            import peft  # noqa: F401
+            from deltamem_tool.bench.loras import import_peft
+
+            import_peft()
     now = _on_gpu(setting, onnx) if setting.on_cuda else peak_resident
     imports = now()
     side, vocab_size = _graph(said, setting) if onnx else _model(said["model"], setting)

@@ -91,7 +91,9 @@ class Setting:
     def from_json(cls, text: str) -> Setting:
         """The inverse of `to_json`."""
         said: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+        for name, value in said.items():
+            said[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**said)
 
 
 _LENGTHS = "Name numbers of tokens, such as 512,2048."

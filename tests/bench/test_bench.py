@@ -137,7 +137,7 @@ def test_figures_counts_and_sizes(adapter, checkpoint, deltamem, tmp_path):  # n
 
 def test_the_process_makes_the_same_models(adapter):
     """The process itself is in tests/onnx, where it need not import PyTorch."""
-    ids, setting = tokens(1, 9).numpy(), Setting(str(adapter))
+    ids, setting = tokens(1, 9).numpy(), Setting(str(adapter), prompts=(9,))
     model, memory = load_apart(setting, None)
     for name, side in torch_sides(model, memory, setting).items():
         made, vocab_size = _model(name, setting)
