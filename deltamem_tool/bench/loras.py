@@ -116,12 +116,15 @@ def _misfit(name: str, why: str) -> AdapterError:
 
 
 def import_peft() -> None:
-    """Have all of PEFT in the process: it imports libraries for every kind of layer when it makes a first LoRA.
+    """Have in the process all that making a LoRA imports. PEFT itself does so when it makes a first one, for every kind
+    of layer; and what makes ours is beside the training.
 
     Raises:
         ConfigError: PEFT is not installed.
     """
     peft = _peft()
+    import deltamem_tool.training.lora  # noqa: F401
+
     with _quiet():
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
 
