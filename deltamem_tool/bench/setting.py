@@ -35,7 +35,8 @@ class Setting:
         trust_remote_code: whether Python files of the base model may run.
 
     Raises:
-        ConfigError: a list is empty, names something unknown or twice, or lacks the base; or a number is not positive.
+        ConfigError: a list is empty, names something unknown or twice, or lacks the base; a number is not positive; or
+            not every runtime can use the device.
     """
 
     adapter: str
@@ -62,6 +63,15 @@ class Setting:
         if self.onnx is not None and ONNX not in self.runtimes:
             raise ConfigError(
                 f"{self.onnx} would not be used.", f"The runtimes lack {ONNX}.", f"Add {ONNX} to the runtimes."
+            )
+        kind, _, number = self.device.partition(":")
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"Nothing is measured on {self.device} yet.", "", "Choose cpu, or cuda.")
+        if ONNX in self.runtimes and number not in ("", "0"):
+            raise ConfigError(
+                f"ONNX Runtime would not run on {self.device}.",
+                "It is given the first device.",
+                "Choose cuda:0, or hide the others with CUDA_VISIBLE_DEVICES.",
             )
         if len(set(self.prompts)) < len(self.prompts) or not self.prompts:
             raise ConfigError("The prompt lengths do not hold.", "They are none, or one is there twice.", _LENGTHS)

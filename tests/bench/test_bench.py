@@ -221,4 +221,10 @@ def test_a_setting_goes_to_another_process_and_back():
     assert Setting.from_json(setting.to_json()) == setting
     with pytest.raises(ConfigError, match="repeats is 0"):
         Setting("adapter", repeats=0)
+    for device, runtimes, words in (
+        ("mps", ("pytorch",), "on mps"),
+        ("cuda:1", ("pytorch", "onnx"), "not run on cuda:1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Setting("adapter", device=device, runtimes=runtimes)
     assert (setting.ids(5, 9) == Setting("other", prompts=(5,)).ids(5, 9)).all()
