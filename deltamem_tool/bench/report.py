@@ -9,6 +9,7 @@ from rich.table import Table
 from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.result import DECODE, FIRST, PEAK, PREFILL, Bench, Figure
 from deltamem_tool.bench.setting import name_of
+from deltamem_tool.onnx.targets import NO_QUANTIZATION
 
 _RUNTIMES = {PYTORCH: "PyTorch", ONNX: "ONNX\nRuntime"}
 _MODELS = {BASE: "base", MEMORY: "memory", LORA: "LoRA"}
@@ -84,9 +85,12 @@ def sentences(found: Bench) -> Iterator[str]:
             f"the memory has {about['parameters'][MEMORY]:,}."
         )
     machine, packages = about["machine"], about["packages"]
+    weights = (
+        setting.dtype if about["quantize"] == NO_QUANTIZATION else f"{setting.dtype}, quantised {about['quantize']}"
+    )
     where = ", ".join(part for part in (machine["gpu"], machine["cpu"]) if part)
     yield (
-        f"{setting.adapter} on {about['base_model']}, {setting.dtype}, {setting.device} ({where}), threads: "
+        f"{setting.adapter} on {about['base_model']}, {weights}, {setting.device} ({where}), threads: "
         f"{machine['threads']}, seed {setting.seed}."
     )
     yield f"{', '.join(f'{name} {number}' for name, number in packages.items())}."

@@ -23,6 +23,7 @@ from deltamem_tool.bench.result import Bench, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import OnnxSide, Side, TorchSide
 from deltamem_tool.bench.timing import Timed, interleaved
+from deltamem_tool.onnx.targets import NO_QUANTIZATION
 from deltamem_tool.onnx.trace import dtype_name
 
 Report = Callable[[str, int, int], object]  # what is done now, steps done, of
@@ -56,6 +57,7 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
             torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory() as scratch:
             about = _about(setting, model, adapter, described.base.name)
+            about["quantize"] = export[1].quantize if export else NO_QUANTIZATION  # of the graphs
             graphs: dict[str, GraphFolder] = {}
             if ONNX in setting.runtimes:
                 graphs = write_graphs(model, adapter, setting, export, Path(scratch), steps.tell)

@@ -77,7 +77,12 @@ def found():
     names = [name_of(PYTORCH, model) for model in setting.models]
     peaks = {names[0]: Peak(1000, {100: 10_000_000}), names[1]: Peak(1000, {100: 15_000_000})}
     seconds = Timed(dict(zip(names, (base, memory), strict=True)), [names, names[::-1], names])
-    about = {"base_model": "base", "machine": {"cpu": "cpu", "gpu": None, "threads": 1}, "packages": {"torch": "2"}}
+    about = {
+        "base_model": "base",
+        "quantize": "int8",
+        "machine": {"cpu": "cpu", "gpu": None, "threads": 1},
+        "packages": {"torch": "2"},
+    }
     return Bench(setting, about, {100: seconds}, peaks, Sizes(500, 400, {100: 5000}))
 
 
@@ -103,7 +108,12 @@ def test_a_table_of_80_columns_shows_every_figure(found):
         assert figure in said, said
     assert max(map(len, said.splitlines())) <= 80 and "…" not in said
     text = "\n".join(sentences(found))
-    assert "500 bytes" in text and "5,000 (10.0× the file) of 100" in text and "LoRA" not in text
+    assert (
+        "quantised int8" in text
+        and "500 bytes" in text
+        and "5,000 (10.0× the file) of 100" in text
+        and "LoRA" not in text
+    )
 
 
 def test_without_peaks_there_is_no_column_for_them(found):
