@@ -231,11 +231,51 @@ def telling(
         if rng.random() < small_talk:
             remark, reply = rng.choice(SMALL_TALK)
             messages += [user(remark), assistant(reply)]
-        messages += [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
+        messages += acknowledged(rng, sentence)
         known[fact.attribute] = fact
         if asked and rng.random() < asked:
             messages += asking(rng, rng.choice(list(known.values())))
     return messages
+
+
+def acknowledged(rng: random.Random, sentence: str) -> list[Message]:
+    """A turn in which the user says a sentence."""
+    return [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
+
+
+def small_talk(rng: random.Random, turns: int) -> list[Message]:
+    """Turns in which nothing is told."""
+    pairs = [rng.choice(SMALL_TALK) for _ in range(turns)]
+    return [message for remark, reply in pairs for message in (user(remark), assistant(reply))]
+
+
+def other_facts(rng: random.Random, told: Sequence[Fact], turns: int, held_out: bool) -> list[Message]:
+    """Turns about other attributes than those of `told`: each is stated, and once all have been, changed in turn."""
+    attributes = untold(rng, told)
+    known: dict[str, str] = {}
+    messages = []
+    for turn in range(turns):
+        attribute = attributes[turn % len(attributes)]
+        fact = sample_value(rng, attribute, held_out, other_than=known.get(attribute))
+        messages += acknowledged(rng, fact.change(rng) if attribute in known else fact.statement(rng))
+        known[attribute] = fact.value
+    return messages
+
+
+def untold(rng: random.Random, told: Sequence[Fact]) -> list[str]:
+    """The attributes that none of `told` is about, in random order."""
+    attributes = sorted(KIND_OF.keys() - {fact.attribute for fact in told})
+    rng.shuffle(attributes)
+    return attributes
+
+
+def alike(rng: random.Random, told: Sequence[Fact], count: int, held_out: bool) -> list[Fact]:
+    """`count` facts about other attributes, those of the kind of the first of `told` before those of the others' kinds,
+    and these before all others."""
+    kinds = [KIND_OF[fact.attribute] for fact in told]
+    rank = {attribute: kinds.index(kind) if kind in kinds else len(kinds) for attribute, kind in KIND_OF.items()}
+    nearest = sorted(untold(rng, told), key=lambda attribute: rank[attribute])[:count]
+    return [sample_value(rng, attribute, held_out) for attribute in nearest]
 
 
 def asking(rng: random.Random, fact: Fact) -> list[Message]:

@@ -4,45 +4,143 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from deltamem_tool import dialogues
+from deltamem_tool.chat_template import Message
+from deltamem_tool.dialogues import Fact
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.metrics import exact
 from deltamem_tool.evaluation.task import Item
 
+STATED, CHANGED, CONTRADICTED = "stated", "changed", "contradicted"
+SMALL_TALK, OTHER_FACTS = "small_talk", "facts"
+_MOST = len(dialogues.KIND_OF)  # facts that a conversation can tell
+
+
+@dataclass(frozen=True)
+class ToldTwice(Item):
+    """A question about a fact of which another value, `stale`, was told before; it is the whole answer with it."""
+
+    stale: str = ""
+
 
 class Recall:
-    """`episodes` conversations for each number of `facts`; scored is whether the whole answer is the expected one.
+    """`episodes` conversations for each number of `facts` and each `delay`; scored is whether the whole answer is the
+    expected one, and of what was told twice also, as `old`, whether it is the one with the first value.
+
+    Args:
+        facts: how many are told, one of which is asked for.
+        episodes: conversations of each.
+        kind: what is asked for was `stated`; `changed`: told with another value before, and corrected ("Actually, my
+            dog is Rex."); `contradicted`: the same, but the second time it is stated like the first, without a word of
+            correction. What was said last is right.
+        delay: turns between what was told and the question.
+        between: what these are: `small_talk`, or `facts` about other attributes, each stated once and then changed.
+        distractors: more facts that are told among the others and never asked for, of the asked one's kind as long as
+            there are any (a cat's, a horse's and a parrot's name where the dog's is asked for), then of the others'.
+        session: a history is cut into sessions of so many turns, each of which is written in a context of its own; by
+            default it is one.
+        seed: of all that is drawn.
 
     Raises:
-        ConfigError: a number of facts cannot be.
+        ConfigError: an option is out of range, or there are not so many facts.
     """
 
     name = "recall"
-    metrics = ("exact",)
     max_new_tokens = 24
 
-    def __init__(self, facts: Sequence[int] = FACTS, episodes: int = EPISODES, seed: int = 0) -> None:
-        if not facts or min(facts) < 1 or max(facts) > len(dialogues.KIND_OF):
-            raise ConfigError(f"The numbers of facts go from 1 to {len(dialogues.KIND_OF)}.", f"It is {facts}.")
-        self._facts, self._episodes, self._seed = facts, episodes, seed
+    def __init__(
+        self,
+        facts: Sequence[int] | int = FACTS,
+        episodes: int = EPISODES,
+        seed: int = 0,
+        kind: str = STATED,
+        delay: Sequence[int] | int = (0,),
+        between: str = SMALL_TALK,
+        distractors: int = 0,
+        session: int | None = None,
+    ) -> None:
+        self._facts = _numbers("numbers of facts", facts, 1, _MOST)
+        self._delays = _numbers("delays", delay, 0)
+        (self._episodes,) = _numbers("episodes", episodes, 1)
+        (self._distractors,) = _numbers("distractors", distractors, 0)
+        (self._session,) = (None,) if session is None else _numbers("turns of a session", session, 1)
+        self._kind = _one_of("kind", kind, (STATED, CHANGED, CONTRADICTED))
+        self._between = _one_of("between", between, (SMALL_TALK, OTHER_FACTS))
+        self._seed = seed
+        self.metrics: Sequence[str] = ("exact",) if kind == STATED else ("exact", "old")
+        told, room = max(self._facts) + self._distractors, _MOST - (between == OTHER_FACTS and max(self._delays) > 0)
+        if told > room:
+            raise ConfigError(
+                f"There are {_MOST} facts to tell.",
+                f"{told} of them are told" + (", which leaves none for the delay." if room < _MOST else "."),
+                "Take fewer facts or distractors.",
+            )
 
     def items(self) -> list[Item]:
-        return [item for count in self._facts for item in self._told(count)]
+        return [item for count in self._facts for delay in self._delays for item in self._conversations(count, delay)]
 
-    def _told(self, facts: int) -> list[Item]:
-        rng = random.Random(f"recall/{self._seed}/{facts}")
-        items = []
-        for number in range(self._episodes):
-            chosen = dialogues.sample_facts(rng, facts, held_out=True)
-            asked = rng.choice(chosen)
-            history = dialogues.telling(rng, chosen, held_out=True)
-            group = f"{facts} fact{'s' * (facts > 1)}"
-            name = f"{group}, conversation {number}"
-            question = dialogues.user(asked.question(rng))
-            items.append(Item(name, name, [history], [question], [asked.answer], group, name))
-        return items
+    def _conversations(self, facts: int, delay: int) -> list[Item]:
+        rng = random.Random("/".join(["recall", str(self._seed), str(facts), *self._variant(delay)]))
+        group = f"{facts} fact{'s' * (facts > 1)}"
+        if self._delays != [0]:
+            group += f", {delay} turn{'s' * (delay != 1)} later"
+        return [self._item(rng, group, f"{group}, conversation {n}", facts, delay) for n in range(self._episodes)]
+
+    def _variant(self, delay: int) -> list[str]:
+        """What sets it apart from the task without options, whose conversations stay as they are."""
+        said = [] if self._kind == STATED else [self._kind]
+        said += [f"{delay} {self._between}"] if delay else []
+        return said + ([f"{self._distractors} distractors"] if self._distractors else [])
+
+    def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int) -> Item:
+        chosen = dialogues.sample_facts(rng, facts, held_out=True)
+        asked = rng.choice(chosen)
+        if self._distractors:
+            others = [fact for fact in chosen if fact != asked]
+            chosen += dialogues.alike(rng, [asked, *others], self._distractors, held_out=True)
+            rng.shuffle(chosen)
+        messages, stale = self._told(rng, chosen, asked)
+        if delay and self._between == OTHER_FACTS:
+            messages += dialogues.other_facts(rng, chosen, delay, held_out=True)
+        else:
+            messages += dialogues.small_talk(rng, delay)
+        question = [dialogues.user(asked.question(rng))]
+        item = Item(name, name, _sessions(messages, self._session), question, [asked.answer], group, name)
+        return item if stale is None else ToldTwice(**vars(item), stale=stale.answer)
+
+    def _told(self, rng: random.Random, facts: Sequence[Fact], asked: Fact) -> tuple[list[Message], Fact | None]:
+        """The conversation that tells `facts`; and what was said of the one that is `asked` before it was told anew."""
+        if self._kind == STATED:
+            return dialogues.telling(rng, facts, held_out=True), None
+        stale = dialogues.sample_value(rng, asked.attribute, held_out=True, other_than=asked.value)
+        first = [stale if fact == asked else fact for fact in facts]
+        anew = asked.change(rng) if self._kind == CHANGED else asked.statement(rng)
+        told = dialogues.telling(rng, first, held_out=True, changed=0.0)
+        return told + dialogues.acknowledged(rng, anew), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        return {"exact": exact(answer, item.answers[0])}
+        found = {"exact": exact(answer, item.answers[0])}
+        return {**found, "old": exact(answer, item.stale)} if isinstance(item, ToldTwice) else found
+
+
+def _sessions(messages: Sequence[Message], turns: int | None) -> list[list[Message]]:
+    size = len(messages) if turns is None else 2 * turns
+    return [list(messages[start : start + size]) for start in range(0, len(messages), size)]
+
+
+def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None = None) -> list[int]:
+    """One whole number or several, as a list."""
+    numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not numbers or not all(type(n) is int and least <= n and (most is None or n <= most) for n in numbers):
+        bounds = f"go from {least} to {most}" if most is not None else f"are {least} or more"
+        raise ConfigError(f"The {name} {bounds}.", f"It is {value!r}.", "Correct this option of the task.")
+    return numbers
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Write {', '.join(known)}.")
+    return value

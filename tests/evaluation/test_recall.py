@@ -1,0 +1,144 @@
+"""What is told, asked, right and stale in each variant of the recall task."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from deltamem_tool import dialogues
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.runner import _digest
+from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.tasks.recall import Recall
+
+# Of the 1,200 items of the task without options, on which the figures in the documents rest.
+USUAL = "b67ed5dcf19b49fd919bead0c0ddf18effb2b970c7bc81933e8f48299111ca7b"
+
+
+def told(item):
+    """(attribute, value, whether it is said to be a change) in the order in which the user says so."""
+    messages = [message for session in item.history for message in session]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+    said = [message["content"] for message in messages[::2]]
+    changes = [form.split("{")[0] for form in dialogues.CHANGES]
+    found = []
+    for text in said:
+        match = re.search(r"[Mm]y (\w+) is (\w+)", text)
+        if match is not None:
+            is_change = any(text.startswith(words) for words in changes if words != "My ")
+            found.append((match[1], match[2], is_change))
+    return found
+
+
+def turns(item):
+    return sum(len(session) for session in item.history) // 2
+
+
+def asked(item):
+    """(attribute, value) of the answer."""
+    return re.fullmatch(r"Your (\w+) is (\w+)\.", item.answers[0]).groups()
+
+
+def test_without_options_nothing_has_changed():
+    usual = Recall()
+    assert _digest(usual.items()) == USUAL and usual.metrics == ("exact",)
+    assert Recall((2,), 5, delay=0, kind="stated", between="facts").items() == Recall((2,), 5).items()
+
+
+@pytest.mark.parametrize(("kind", "corrected"), [("changed", True), ("contradicted", False)])
+def test_a_fact_that_is_told_twice(kind, corrected):
+    task = Recall([1, 4], 20, kind=kind)
+    for item in task.items():
+        attribute, value = asked(item)
+        both = [(said, is_change) for name, said, is_change in told(item) if name == attribute]
+        (old, first), (new, second) = both
+        assert (new, first, second) == (value, False, corrected) and old != new
+        assert told(item)[-1][:2] == (attribute, value)  # nothing is told after it
+        assert attribute in item.question[-1]["content"] and value not in str(item.question)
+        stale = dialogues.ANSWER.format(a=attribute, v=old)
+        assert task.score(item, item.answers[0]) == {"exact": 1.0, "old": 0.0}
+        assert task.score(item, stale) == {"exact": 0.0, "old": 1.0}
+        assert task.score(item, "Okay.") == {"exact": 0.0, "old": 0.0}
+        assert len({name for name, *_ in told(item)}) == len(told(item)) - 1 == int(item.group.split()[0])
+    assert task.metrics == ("exact", "old")
+
+
+@pytest.mark.parametrize("between", ["small_talk", "facts"])
+def test_a_delay_comes_after_all_that_is_told(between):
+    items = Recall([2], 12, kind="changed", delay=[0, 3, 50], between=between).items()
+    assert [item.group for item in items[::12]] == [
+        "2 facts, 0 turns later",
+        "2 facts, 3 turns later",
+        "2 facts, 50 turns later",
+    ]
+    for item in items:
+        delay = int(item.group.split(", ")[1].split()[0])
+        attribute, value = asked(item)
+        last = [place for place, (name, *_) in enumerate(told(item)) if name == attribute][-1]
+        since = told(item)[last + 1 :]
+        assert told(item)[last][1] == value
+        assert len(since) == (delay if between == "facts" else 0)
+        assert len({name for name, *_ in since}) == min(len(since), len(dialogues.KIND_OF) - 2)
+        values = {}
+        for name, said, is_change in since:  # what is told again is changed
+            assert is_change == (name in values) and values.get(name) != said
+            values[name] = said
+        in_all = [message["content"] for message in item.history[0][::2]]
+        place = max(i for i, text in enumerate(in_all) if re.search(f"my {attribute} is {value}", text, re.IGNORECASE))
+        assert turns(item) - 1 - place == delay
+
+
+def test_distractors_are_of_the_asked_kind_first():
+    for item in Recall([2], 30, distractors=5).items():
+        attribute, _ = asked(item)
+        names = {name for name, *_ in told(item)}
+        kinds = [dialogues.KIND_OF[name].question for name in names]
+        assert len(names) == 7 and kinds.count(dialogues.KIND_OF[attribute].question) == 4
+    told_first = [dialogues.Fact("door", "navy"), dialogues.Fact("dog", "Rex")]
+    for seed in range(5):
+        names = [fact.attribute for fact in dialogues.alike(random.Random(seed), told_first, 7, held_out=True)]
+        assert set(names[:3]) == {"car", "bike", "boat"} and set(names[3:6]) == {"cat", "horse", "parrot"}
+    assert Recall([2], 3, distractors=5).items() != Recall([2], 3, distractors=4).items()
+
+
+def test_every_value_is_held_out():
+    held_out = {fact for _, facts in dialogues.SPLITS.values() for fact in facts}
+    for item in Recall([3], 10, kind="contradicted", delay=[40], between="facts", distractors=4).items():
+        assert all(dialogues.Fact(name, value) in held_out for name, value, _ in told(item))
+
+
+def test_sessions_cut_a_history_and_change_no_word():
+    whole, cut = (Recall([6], 5, delay=[7], session=session).items() for session in (None, 4))
+    for one, other in zip(whole, cut, strict=True):
+        assert [message for session in other.history for message in session] == one.history[0]
+        assert {len(session) for session in other.history[:-1]} == {8} and len(other.history[-1]) <= 8
+        assert (one.id, one.question, one.answers) == (other.id, other.question, other.answers)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"facts": []}, "numbers of facts go from 1 to 36"),
+        ({"facts": [1, 37]}, "numbers of facts go from 1 to 36"),
+        ({"facts": [True]}, "numbers of facts"),
+        ({"facts": "1,2"}, "It is '1,2'"),
+        ({"delay": [-1]}, "delays are 0 or more"),
+        ({"delay": 1.5}, "delays are 0 or more"),
+        ({"episodes": 0}, "episodes are 1 or more"),
+        ({"distractors": None}, "distractors are 0 or more"),
+        ({"session": 0}, "turns of a session are 1 or more"),
+        ({"kind": "stale"}, "no kind 'stale'"),
+        ({"between": "tokens"}, "no between 'tokens'"),
+        ({"facts": [30], "distractors": 7}, "37 of them are told"),
+        ({"facts": [36], "delay": 1, "between": "facts"}, "none for the delay"),
+    ],
+)
+def test_options_out_of_range(options, says):
+    with pytest.raises(ConfigError, match=says):
+        find_task("recall", options)
+
+
+def test_one_number_will_do():
+    assert find_task("recall", {"facts": 36, "episodes": 2, "delay": 4}).items()[0].group == "36 facts, 4 turns later"
