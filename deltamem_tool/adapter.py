@@ -138,7 +138,7 @@ def save_adapter(
     model: PreTrainedModel, path: str | Path, overwrite: bool = False, files: Mapping[str, bytes] | None = None
 ) -> None:
     """Write the adapter of a patched `model` as a folder, whole or not at all, with `files` beside it."""
-    write_adapter(adapter_of(model), _base_of_model(hf_model(model)), path, overwrite, files=files)
+    write_adapter(adapter_of(model), base_of_model(hf_model(model)), path, overwrite, files=files)
 
 
 def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
@@ -336,7 +336,7 @@ def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
     return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers))
 
 
-def _base_of_model(model: PreTrainedModel) -> BaseModel:
+def base_of_model(model: PreTrainedModel) -> BaseModel:
     """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
     known = adapter_of(model).made_for
     if isinstance(known, BaseModel):

@@ -33,6 +33,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many questions.")
 @click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
+@click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Also the base model with this LoRA (PEFT's folder).")
 @click.option("--base", help="Where the base model is, if not where the adapter says.")
 @click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
 @click.option(
@@ -60,6 +62,8 @@ def command(
     limit: int | None,
     conditions: str | None,
     bm25: bool,
+    truncate: int | None,
+    lora: Path | None,
     base: str | None,
     seed: int,
     batch_size: int,
@@ -77,6 +81,7 @@ def command(
     of the base model alone, and of the base model with everything in view.
     """
     from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, chosen, conditions_of
+    from deltamem_tool.evaluation.lora import Lora
     from deltamem_tool.evaluation.task import find_task
     from deltamem_tool.yaml_lines import read_changes
 
@@ -88,7 +93,8 @@ def command(
     options = {**read_changes(changes), **({} if data is None else {"data": data})}
     asked = find_task(task, options, {"seed": seed})
     only = None if conditions is None else [STATE, *conditions.split(",")]
-    chosen(conditions_of(way, bm25), only)  # a wrong name is said before anything is loaded
+    beside = None if lora is None else Lora.read(lora)
+    chosen(conditions_of(way, bm25, truncate, beside), only)  # a wrong name is said before anything is loaded
 
     import torch
 
@@ -120,6 +126,8 @@ def command(
             way,
             only=only,
             retrieved=bm25,
+            truncate=truncate,
+            lora=beside,
             limit=limit,
             batch_size=batch_size,
             seed=seed,

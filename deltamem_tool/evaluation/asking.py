@@ -41,7 +41,7 @@ def ask(
     }
     adapter = adapter_of(model)
     if condition.memory is None:
-        with _without_adapter(model):
+        with _without_adapter(model), condition.lora.on(model) if condition.lora else nullcontext():
             output = _generate(model, inputs, max_new_tokens, pad)
     else:
         with _corrections_off(adapter) if condition.memory == SCALE_ZERO else nullcontext():

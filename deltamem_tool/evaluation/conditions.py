@@ -5,26 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import MEMORY_ONLY
 
+if TYPE_CHECKING:
+    from deltamem_tool.evaluation.lora import Lora
+
 # Memories.
 OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"
 # What is in view before the question.
-NOTHING, WINDOW, ALL, RETRIEVED = "nothing", "window", "all", "retrieved"
+NOTHING, WINDOW, ALL, RETRIEVED, TRUNCATED = "nothing", "window", "all", "retrieved", "truncated"
 STATE = "state"  # the condition that all others are compared with
 CONTROLS = ("zero_state", "donor_state", "scale_zero")  # the adapter with a wrong memory, or with none to speak of
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to ask. `memory` is None without the adapter; `view` is of the history."""
+    """One way to ask. `memory` is None without the adapter; `view` is of the history; `lora` is on the base model."""
 
     name: str
     memory: str | None
     view: str
     meaning: str
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ def in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condition]:
+def conditions_of(
+    protocol: EvalProtocol, retrieved: bool = False, truncate: int | None = None, lora: Lora | None = None
+) -> list[Condition]:
     """The state and its controls, which see what it sees; what the base does with that alone, and with everything.
 
     Args:
         retrieved: also the base model with the passages in view that BM25 finds for the question.
+        truncate: also the base model with the last messages within so many tokens in view.
+        lora: also the base model with this on it, which sees what the state sees, and everything.
     """
     view = protocol.view
     seen = {
@@ -81,6 +90,14 @@ def conditions_of(protocol: EvalProtocol, retrieved: bool = False) -> list[Condi
     if retrieved:
         budget = f"as many tokens as the window ({protocol.window})" if view == WINDOW else "a few passages"
         found.append(Condition("bm25", None, RETRIEVED, f"the base model without adapter, {budget} that BM25 finds"))
+    if truncate is not None:
+        meaning = f"the base model without adapter, the last messages within {truncate} tokens in view"
+        found.append(Condition("truncated", None, TRUNCATED, meaning))
+    if lora is not None:
+        base = f"the base model with the LoRA {lora.folder.name}"
+        found.append(Condition("lora", None, view, f"{base}, and {shown}", lora))
+        if view != ALL:
+            found.append(Condition("lora_full_context", None, ALL, f"{base}, the whole history in view", lora))
     return found
 
 

@@ -24,6 +24,7 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
     in_words,
 )
+from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
 from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
 from deltamem_tool.evaluation.task import Item, Task
@@ -79,6 +80,8 @@ def evaluate(
     *,
     only: Collection[str] | None = None,
     retrieved: bool = False,
+    truncate: int | None = None,
+    lora: Lora | None = None,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
@@ -91,6 +94,8 @@ def evaluate(
     Args:
         only: names of conditions, where not all are wanted.
         retrieved: BM25 beside the controls.
+        truncate: the base model with the last messages within so many tokens, beside the controls.
+        lora: the base model with this on it, beside the controls.
         limit: only the first so many questions; donors are of all.
         batch_size: questions, or histories, at once.
         seed: of the intervals.
@@ -98,22 +103,27 @@ def evaluate(
         settings: what `folder` shall be of, beside the task and the protocol.
 
     Raises:
+        AdapterError: `lora` is damaged, or of another base model.
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
     """
+    if lora is not None:
+        lora.refuse_other_base(model)
     items = task.items()
     _check(items)
-    conditions = chosen(conditions_of(protocol, retrieved), only)
+    conditions = chosen(conditions_of(protocol, retrieved, truncate, lora), only)
     donors = _donors(items)
     everyone, items = items, items[:limit]
     kept = None
     if folder is not None:
         said = {"task": task.name, "protocol": protocol.name, ITEMS: _digest(items), **(settings or {})}
+        said |= {} if truncate is None else {"truncate": truncate}
+        said |= {} if lora is None else {"lora": lora.fingerprint}
         kept = RecordFolder(folder, said)
     done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
     tell = report or (lambda stage, count, of: None)
     left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in done]
     if left:
-        views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens)
+        views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens, truncate)
         # Once for all conditions with this view; what is too long is named now.
         shown = {(condition.view, item.id): item for condition, item in left}
         prompts = {(view, name): views.prompt(item, view) for (view, name), item in shown.items()}

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.chat_template import ChatTemplate, Message
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, WINDOW, EvalProtocol
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol
 from deltamem_tool.evaluation.task import Item
 
 PASSAGES = 5  # that BM25 puts into the prompt, where no window says how many tokens there may be
@@ -25,21 +25,31 @@ class Views:
         protocol: says how long a window is.
         positions: how many the model has; None if it has no limit.
         new_tokens: how many of them the answer needs, where an item does not say.
+        truncate: how many tokens of the history are left where it is truncated.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol, positions: int | None, new_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: EvalProtocol,
+        positions: int | None,
+        new_tokens: int,
+        truncate: int | None = None,
     ) -> None:
         self._template = ChatTemplate.of(tokenizer)
         self._tokenizer, self._protocol = tokenizer, protocol
         self._positions, self._new_tokens = positions, new_tokens
+        self._within = {WINDOW: protocol.window, TRUNCATED: truncate or 0}
 
     def prompt(self, item: Item, view: str) -> str:
         """
         Raises:
             DataError: the model has no positions for so long a prompt; the item is named.
         """
-        text = {NOTHING: self._plain, WINDOW: self._window, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
+        if view in self._within:
+            text = self._last_within(item, self._within[view])
+        else:
+            text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
         count, new_tokens = self._count(text), item.new_tokens or self._new_tokens
         if self._positions is not None and count + new_tokens > self._positions:
             raise DataError(
@@ -55,10 +65,10 @@ class Views:
     def _all(self, item: Item) -> str:
         return self._render([*_messages(item), *item.question])
 
-    def _window(self, item: Item) -> str:
-        """The last messages whose tokens, with what the template puts around them, are no more than the window."""
+    def _last_within(self, item: Item, tokens: int) -> str:
+        """The last messages whose tokens, with what the template puts around them, are no more than `tokens`."""
         messages = _messages(item)
-        room = self._count(self._plain(item)) + self._protocol.window
+        room = self._count(self._plain(item)) + tokens
         fewest, most = 0, len(messages)
         while fewest < most:  # as many as fit
             middle = (fewest + most + 1) // 2

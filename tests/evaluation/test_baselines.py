@@ -1,0 +1,171 @@
+"""What the memory is compared with in the same run: a truncated history, and a LoRA on the same base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from evaluation.asked import Asked, item
+from safetensors.torch import load_file, save_file
+from tiny import logits, randomise, save_checkpoint
+from transformers import AutoModelForCausalLM
+
+from deltamem_tool import DeltaMemConfig, attach, detach
+from deltamem_tool.chat_template import render
+from deltamem_tool.errors import AdapterError, DataError
+from deltamem_tool.evaluation import asking
+from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
+from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.views import Views
+from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.surgery import adapter_of, hook
+from deltamem_tool.training.lora import with_lora
+
+MEMORY = EvalProtocol.parse("memory")
+TASK = Asked([item(number, sessions=1 + number % 2) for number in range(3)])
+
+
+def make_lora(base, folder, seed=0, name=None):
+    """A LoRA that matters, as `deltamem train` saves it."""
+    torch.manual_seed(seed)
+    tuned = with_lora(AutoModelForCausalLM.from_pretrained(base), LoraOptions(rank=2), str(name or base))
+    for weight in (p for p in tuned.parameters() if p.requires_grad):
+        torch.nn.init.normal_(weight, std=0.5)
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    return make_lora(checkpoint, tmp_path_factory.mktemp("lora") / "lora")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    return model
+
+
+def answers(found, condition):
+    return [record.answer for record in found.records if record.condition == condition]
+
+
+def copied(folder, to, **changes):
+    """The LoRA with another config."""
+    to.mkdir()
+    said = json.loads((folder / CONFIG_FILE).read_text())
+    (to / CONFIG_FILE).write_text(json.dumps({**said, **changes}))
+    (to / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes())
+    return to
+
+
+def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
+    long = item(7, sessions=6)
+    for protocol in ("memory", "window:60", "full"):
+        views = Views(tokenizer, EvalProtocol.parse(protocol), None, 6, truncate=100)
+        window = Views(tokenizer, EvalProtocol.parse("window:100"), None, 6)
+        assert views.prompt(long, TRUNCATED) == window.prompt(long, WINDOW) != views.prompt(long, ALL)
+    *_, truncated = conditions_of(MEMORY, truncate=100)
+    assert (truncated.name, truncated.memory, truncated.view) == ("truncated", None, TRUNCATED)
+    assert "within 100 tokens" in truncated.meaning
+
+
+def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
+    lora = Lora.read(folder)
+    found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
+    alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), str(folder)).eval()
+    for condition, context in (("lora", False), ("lora_full_context", True)):
+        said = []
+        for each in TASK.items():
+            history = [message for session in each.history for message in session] if context else []
+            ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
+            output = alone.generate(input_ids=ids, max_new_tokens=TASK.max_new_tokens, do_sample=False)
+            said.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        assert answers(found, condition) == said != answers(found, "no_adapter")
+    assert "lora_full_context" not in {c.name for c in conditions_of(EvalProtocol.parse("full"), lora=lora)}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lora_leaves_nothing_behind(model, tokenizer, folder, fails, monkeypatch):
+    """Bit for bit, the base and the memory on it; also where an answer fails."""
+    adapter = adapter_of(model)
+    detach(model)
+    base, names = logits(model), list(model.state_dict())
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    hook(model, adapter)
+    remembering, trains = logits(model), [parameter.requires_grad for parameter in model.parameters()]
+    lora = Lora.read(folder)
+    with monkeypatch.context() as patched:
+        if fails:
+            patched.setattr(asking, "_generate", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                evaluate(model, tokenizer, TASK, MEMORY, only=("lora",), lora=lora)
+        else:
+            evaluate(model, tokenizer, TASK, MEMORY, only=("lora",), lora=lora)
+    assert torch.equal(logits(model), remembering) and adapter_of(model) is adapter
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    detach(model)
+    assert torch.equal(logits(model), base) and list(model.state_dict()) == names
+    assert [(name, type(module)) for name, module in model.named_modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with lora.on(model):
+        assert not torch.allclose(logits(model), base)
+    assert torch.equal(logits(model), base)
+    hook(model, adapter)
+
+
+def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
+    other = save_checkpoint(tmp_path / "other", seed=5, vocab_size=model.config.vocab_size)
+    for name, base, says in (
+        ("other", str(other), "was trained on another base model"),
+        ("none", None, "does not say which model"),
+        ("gone", str(tmp_path / "gone"), "cannot be compared"),
+    ):
+        changed = copied(folder, tmp_path / f"lora of {name}", base_model_name_or_path=base)
+        with pytest.raises(AdapterError, match=says):
+            Lora.read(changed).refuse_other_base(model)
+    Lora.read(folder).refuse_other_base(model)
+    (tmp_path / "same").symlink_to(checkpoint)  # by another name
+    moved = copied(folder, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "same"))
+    Lora.read(moved).refuse_other_base(model)
+
+
+def test_what_is_no_lora_is_refused(model, folder, tmp_path):
+    with pytest.raises(AdapterError, match="no folder of a LoRA.*\n.*adapter_config.json"):
+        Lora.read(tmp_path)
+    with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
+        Lora.read(copied(folder, tmp_path / "ia3", peft_type="IA3"))
+    less = copied(folder, tmp_path / "less")
+    weights = load_file(less / WEIGHTS_FILE)
+    gone = sorted(weights)[0]
+    save_file({name: weight for name, weight in weights.items() if name != gone}, less / WEIGHTS_FILE)
+    nowhere = copied(folder, tmp_path / "nowhere", target_modules=["nowhere"])
+    adapter = adapter_of(model)
+    detach(model)
+    before = logits(model)
+    for place, says in ((less, gone.replace(".", r"\.")), (nowhere, "nowhere")):
+        with pytest.raises(AdapterError, match=f"does not fit the model.*\n.*{says}"), Lora.read(place).on(model):
+            pytest.fail("it was put on")
+    (less / WEIGHTS_FILE).write_bytes(b"cut")
+    with pytest.raises(AdapterError, match="is damaged"), Lora.read(less).on(model):
+        pytest.fail("it was put on")
+    assert torch.equal(logits(model), before)
+    hook(model, adapter)
+
+
+def test_records_are_of_one_lora(model, tokenizer, checkpoint, folder, tmp_path):
+    options = {"only": ("lora",), "folder": tmp_path / "records"}
+    first = evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), **options)
+    again = evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), **options)
+    assert again.records == first.records
+    other = Lora.read(make_lora(checkpoint, tmp_path / "other", seed=1))
+    assert replace(other, folder=folder).fingerprint == Lora.read(folder).fingerprint != other.fingerprint
+    with pytest.raises(DataError, match="Its lora differ"):
+        evaluate(model, tokenizer, TASK, MEMORY, lora=other, **options)
+    with pytest.raises(DataError, match="Its truncate differ"):
+        evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), truncate=9, **options)
