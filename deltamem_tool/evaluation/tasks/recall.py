@@ -66,7 +66,7 @@ class Recall:
         self._delays = _numbers("delays", delay, 0)
         (self._episodes,) = _numbers("episodes", episodes, 1)
         (self._distractors,) = _numbers("distractors", distractors, 0)
-        (self._session,) = (None,) if session is None else _numbers("turns of a session", session, 1)
+        self._session = None if session is None else _numbers("turns of a session", session, 1)[0]
         self._kind = _one_of("kind", kind, (STATED, CHANGED, CONTRADICTED))
         self._between = _one_of("between", between, (SMALL_TALK, OTHER_FACTS))
         self._seed = seed

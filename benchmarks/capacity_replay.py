@@ -1,0 +1,227 @@
+"""What the delta rule predicts for conversations of the recall task: their writes are recorded and replayed."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamem_tool import dialogues
+from deltamem_tool.chat_template import render
+from deltamem_tool.config import L2_EPS
+from deltamem_tool.evaluation import BATCH_SIZE
+from deltamem_tool.evaluation.replay import Writes, nearest, read, retained
+from deltamem_tool.evaluation.task import Item
+from deltamem_tool.evaluation.writing import memorise
+from deltamem_tool.segments import encode_chat, padded
+from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.surgery import adapter_of
+
+TELLINGS = 2  # one-fact conversations whose readings make a prototype
+_ANSWER = re.compile(r"(Your (\w+) is) (\w+)\.")
+CLOSE = 1e-3  # how far a replay may be from the model's own states and readings, which it stands for
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A batch of conversations: the writes of each layer, and which tokens do what; `[B, T]`."""
+
+    writes: dict[int, Writes]
+    fact: Tensor  # of the turns that tell what is asked for
+    later: Tensor  # written after the last of these
+    real: Tensor  # no padding
+    memory: MemoryState
+
+
+class Prototypes:
+    """What the layers read at the word before the value, where one fact has been told: the mean for each value."""
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
+        self._model, self._tokenizer, self._seed = model, tokenizer, seed
+        self._known: dict[str, Tensor] = {}
+
+    def of(self, attribute: str) -> Tensor:
+        """`[values, N]`, N = layers · H · R, in the order of the kind's values."""
+        if attribute not in self._known:
+            rng = random.Random(f"prototypes/{self._seed}/{attribute}")
+            values = dialogues.KIND_OF[attribute].values
+            facts = [dialogues.Fact(attribute, value) for value in values for _ in range(TELLINGS)]
+            items = [_one_fact(rng, fact) for fact in facts]
+            memory = memorise(self._model, self._tokenizer, [item.history for item in items])
+            _, readings = read_before_value(self._model, self._tokenizer, items, memory)
+            self._known[attribute] = joined(readings).view(len(values), TELLINGS, -1).mean(1)
+        return self._known[attribute]
+
+
+def _one_fact(rng: random.Random, fact: dialogues.Fact) -> Item:
+    told = dialogues.acknowledged(rng, fact.statement(rng))
+    return Item("", "", [told], [dialogues.user(fact.question(rng))], [fact.answer], "", fact.answer)
+
+
+def predict(model: Any, tokenizer: Any, items: Sequence[Item], prototypes: Prototypes, seed: int) -> dict[str, Any]:
+    """Means over `items`: how often the nearest value is the right one, or the stale one, of what is read and of what
+    would be read with random keys; the share of the fact's reading that is left; and what was written since."""
+    found: list[dict[str, Tensor]] = []
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for some in _alike(items):
+            found.append(_predicted(model, tokenizer, some, prototypes, generator))
+    return {name: torch.cat([one[name].double() for one in found]).mean().item() for name in found[0]}
+
+
+def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Batches of histories with one number of sessions."""
+    for count in sorted({len(item.history) for item in items}):
+        some = [item for item in items if len(item.history) == count]
+        for start in range(0, len(some), BATCH_SIZE):
+            yield some[start : start + BATCH_SIZE]
+
+
+def _predicted(
+    model: Any, tokenizer: Any, items: Sequence[Item], prototypes: Prototypes, generator: torch.Generator
+) -> dict[str, Tensor]:
+    recorded = record(model, tokenizer, items)
+    queries, readings = read_before_value(model, tokenizer, items, recorded.memory)
+    now, first, drawn, expected, gates, overlaps = {}, {}, {}, {}, [], []
+    others = recorded.real & ~recorded.fact
+    for layer, writes in recorded.writes.items():
+        _check(writes.state(), recorded.memory.layers[layer])
+        q, mine = queries[layer], writes.only(recorded.fact)
+        _check(read(recorded.memory.layers[layer], q), readings[layer])
+        now[layer] = read(mine.state(), q)
+        first[layer] = read(mine.until(~recorded.later).state(), q)
+        drawn[layer] = read(writes.with_random_keys(others, generator).state(), q)
+        expected[layer] = writes.expected_share(recorded.later) * first[layer]
+        written = recorded.later[:, :, None, None] & (writes.write > 0)
+        gates.append((writes.erase * written).sum((1, 2, 3)) / written.sum((1, 2, 3)).clamp_min(1))
+        along = torch.einsum("bthj,bhj->bth", writes.k, q).square() * written.any(-1)
+        overlaps.append(along.sum((1, 2)) / written.any(-1).sum((1, 2)).clamp_min(1))
+    matches = [_ANSWER.fullmatch(item.answers[0]) for item in items]
+    of_attribute = [match[2] for match in matches if match]
+    candidates = torch.stack([prototypes.of(attribute) for attribute in of_attribute])
+    said = {"own keys": nearest(joined(readings), candidates), "random keys": nearest(joined(drawn), candidates)}
+    result = {}
+    for name, choice in said.items():
+        words = [dialogues.KIND_OF[a].values[int(c)] for a, c in zip(of_attribute, choice, strict=True)]
+        answers = [dialogues.ANSWER.format(a=a, v=v) for a, v in zip(of_attribute, words, strict=True)]
+        result[f"exact, {name}"] = torch.tensor([a == i.answers[0] for a, i in zip(answers, items, strict=True)])
+        stale = [a == getattr(i, "stale", "") for a, i in zip(answers, items, strict=True)]
+        result[f"old, {name}"] = torch.tensor(stale)
+    return {
+        **result,
+        "left, own keys": retained(joined(now), joined(first)),
+        "left, random keys": retained(joined(expected), joined(first)),
+        "tokens since": recorded.later.sum(1),
+        "gate": torch.stack(gates).mean(0),
+        "overlap": torch.stack(overlaps).mean(0),
+    }
+
+
+def _check(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=CLOSE, rtol=CLOSE)
+
+
+def joined(by_layer: dict[int, Tensor]) -> Tensor:
+    """`[B, H, R]` by layer to `[B, N]`."""
+    return torch.cat([by_layer[layer].flatten(1) for layer in sorted(by_layer)], dim=1)
+
+
+def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
+    """Write the histories, all of one number of sessions, as an evaluation does, and keep what was written."""
+    adapter = adapter_of(model)
+    memory = adapter.empty_memory(len(items))
+    writes: dict[int, Writes] = {}
+    facts, real = [], []
+    for number in range(len(items[0].history)):
+        sessions = [item.history[number] for item in items]
+        chat = encode_chat(tokenizer, sessions, adapter.config.granularity, padding_side="right")
+        cache = MemoryCache(model, memory)
+        cache.segments = chat.segments
+        with _scans() as scanned:
+            model.base_model(input_ids=chat.input_ids, attention_mask=chat.attention_mask, past_key_values=cache)
+        assert cache.memory is not None and len(scanned) == len(adapter.layer_indices)
+        memory = cache.memory
+        for layer, new in zip(adapter.layer_indices, scanned, strict=True):
+            writes[layer] = writes[layer] + new if layer in writes else new
+        real.append(chat.attention_mask.bool())
+        facts.append(torch.stack([_told_at(tokenizer, item, number, chat.input_ids.shape[1]) for item in items]))
+    fact, present = torch.cat(facts, 1), torch.cat(real, 1)
+    seen = fact.flip(1).cumsum(1).flip(1) > 0  # a token of the fact's is still to come
+    return Recorded(writes, fact, present & ~seen, present, memory)
+
+
+@contextmanager
+def _scans() -> Iterator[list[Writes]]:
+    """What every `delta_scan` of the block was given, layer by layer."""
+    from deltamem_tool import memory
+
+    found: list[Writes] = []
+    own = memory.delta_scan
+
+    def scan(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor) -> Any:
+        found.append(Writes(k, v, log_keep, erase, write))
+        return own(q, k, v, log_keep, erase, write, state)
+
+    with patch.object(memory, "delta_scan", scan):
+        yield found
+
+
+def _told_at(tokenizer: Any, item: Item, number: int, length: int) -> Tensor:
+    """Bool `[length]`: the tokens of a session in whose turns the attribute that is asked for gets a value."""
+    match = _ANSWER.fullmatch(item.answers[0])
+    assert match is not None, item.answers
+    session, here = item.history[number], torch.zeros(length, dtype=torch.bool)
+    for place, message in enumerate(session):
+        if message["role"] == "user" and re.search(rf"\bmy {match[2]} is ", message["content"], re.IGNORECASE):
+            start, end = (_count(tokenizer, session[:upto]) for upto in (place, place + 2))
+            here[start:end] = True
+    return here
+
+
+def _count(tokenizer: Any, messages: Sequence[Any]) -> int:
+    return len(tokenizer(render(tokenizer, list(messages)), add_special_tokens=False).input_ids) if messages else 0
+
+
+def read_before_value(
+    model: Any, tokenizer: Any, items: Sequence[Item], memory: MemoryState
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The queries and the readings, `[B, H, R]` by layer, at the word before the value in the right answer."""
+    texts = []
+    for item in items:
+        match = _ANSWER.fullmatch(item.answers[0])
+        assert match is not None, item.answers
+        texts.append(render(tokenizer, item.question, generation_prompt=True) + match[1])
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    mask = padded([[1] * len(row) for row in ids], 0, "left")
+    adapter = adapter_of(model)
+    shape = (len(items), adapter.config.state_heads, adapter.config.rank)
+    queries: dict[int, Tensor] = {}
+    readings: dict[int, Tensor] = {}
+    handles = []
+    for layer in adapter.layer_indices:
+        module = adapter.memory(layer)
+
+        def keep_query(_: Any, __: Any, out: Tensor, layer: int = layer) -> None:
+            raw = torch.tanh(out[:, -1]).view(shape)
+            queries[layer] = raw / torch.linalg.vector_norm(raw, dim=-1, keepdim=True).clamp_min(L2_EPS)
+
+        def keep_reading(_: Any, __: Any, out: Any, layer: int = layer) -> None:
+            readings[layer] = out[0][:, -1].view(shape)
+
+        handles += [module.query.register_forward_hook(keep_query), module.register_forward_hook(keep_reading)]
+    try:
+        with torch.no_grad():
+            cache = MemoryCache(model, memory, write=False)
+            model.base_model(input_ids=padded(ids, 0, "left"), attention_mask=mask, past_key_values=cache)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return queries, readings
