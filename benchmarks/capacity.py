@@ -3,9 +3,9 @@
     python benchmarks/capacity.py --out benchmarks/results/DATE-capacity.md --plots docs
     python benchmarks/capacity.py TSW=tsw-adapter SSW=ssw-adapter MSW=msw-adapter --out OUT.md
 
-Each adapter answers conversations of the recall task: with ever more facts, with ever more written since a fact was told,
-and since one was changed. `docs/capacity.md` says what is predicted and how. Each point is added to OUT's `.jsonl` beside
-it as it is done, and a run that was cut off goes on from there. The tables and the plots are written anew at the end.
+Each adapter answers conversations of the recall task: with ever more facts, with ever more written since a fact was
+told, and since one was changed. `docs/capacity.md` says what is predicted and how. Each point is added to OUT's `.jsonl`
+beside it as it is done, and a run that was cut off goes on from there. Tables and plots are written anew at the end.
 """
 
 from __future__ import annotations
@@ -111,14 +111,15 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
     lines = [
         f"# Capacity and interference, {max(point['date'] for point in points)}",
         "",
-        f"{some['episodes']} conversations a point, seed {some['seed']}, from the memory alone; {packages}; {cpu_name()}.",
+        f"{some['episodes']} conversations a point, seed {some['seed']}, from the memory alone; {packages};",
+        f"{cpu_name()}.",
         "",
         f"`{command}`",
         "",
-        "What is predicted, how, and what to make of it: [docs/capacity.md](../../docs/capacity.md). Intervals at 95 %.",
+        "What is predicted, and how: [docs/capacity.md](../../docs/capacity.md). Intervals at 95 %.",
         "",
-        "* measured: exact matches of the state's answers; beside it the old value's, the donor's and the zeroed state's",
-        "* nearest value: of what the layers read, which value of a conversation with that one fact is nearest",
+        "* measured: exact matches of the answers; beside them the old value's, and those of another's and no state",
+        "* nearest value: to what the layers read, of all that they read where one fact alone has been told",
         "* random keys: the same of a replay in which every other write has a key drawn at random",
         "* left: the share of the fact's reading that is left, and what random keys leave, Π (keep − erase / R)",
         "* gate, overlap: mean erase gate β of what was written since, and mean (k · q)²; 1 / R for random keys",

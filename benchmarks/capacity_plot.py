@@ -1,4 +1,4 @@
-"""The curves of `capacity.py` as pictures: one adapter with what is predicted of it, and all of them beside each other."""
+"""The curves of `capacity.py` as pictures: an adapter with what is predicted of it, and all beside each other."""
 
 from __future__ import annotations
 
