@@ -4,8 +4,8 @@
     python benchmarks/capacity.py TSW=tsw-adapter SSW=ssw-adapter MSW=msw-adapter --out OUT.md
 
 Each adapter answers conversations of the recall task: with ever more facts, with ever more written since a fact was
-told, and since one was changed. `docs/capacity.md` says what is predicted and how. Each point is added to OUT's `.jsonl`
-beside it as it is done, and a run that was cut off goes on from there. Tables and plots are written anew at the end.
+told, and since one was changed. `docs/capacity.md` says what is predicted and how. Each point is added to the `.jsonl`
+beside OUT as it is done, and a run that was cut off goes on from there. Tables and plots are written anew at the end.
 """
 
 from __future__ import annotations

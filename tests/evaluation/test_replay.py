@@ -66,6 +66,12 @@ def test_random_keys_leave_the_expected_share(decays):
     expected = one.expected_share(~fact[:1])[0]
     error = shares.std(0) / DRAWS**0.5
     assert ((shares.mean(0) - expected).abs() < FIVE_SIGMA * error).all()
+    noise = read(drawn.only(~fact).state(), writes.k[:, 0]).square()
+    keep, erase = one.log_keep.exp(), one.erase
+    fades = keep.square() - (2 * keep * erase - erase.square()) / RANK
+    since = torch.stack([fades[:, t + 1 :].prod(1) for t in range(TOKENS)], dim=1)
+    variance = ((one.write * one.v).square() / RANK * since)[0, 1:].sum(0)
+    assert ((noise.mean(0) - variance).abs() < FIVE_SIGMA * noise.std(0) / DRAWS**0.5).all()
     if not decays:  # (1 − β/R)ⁿ where all gates are one β
         same = Writes(one.k, one.v, one.log_keep, torch.full_like(one.v, 0.3), one.write)
         power = (1 - 0.3 / RANK) ** (TOKENS - 1)
