@@ -26,8 +26,10 @@ from scan import cpu_name
 
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.cli.console import progress
+from deltamem_tool.dialogues import UNKNOWN
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
-from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.runner import Evaluation, evaluate
+from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.tasks.recall import CHANGED, OTHER_FACTS, SMALL_TALK, STATED, Recall
 from deltamem_tool.files import write_whole
 from deltamem_tool.surgery import adapter_of
@@ -88,8 +90,21 @@ def measure(model: Any, tokenizer: Any, prototypes: Prototypes, curve: Curve, va
         for condition in (STATE, *CONTROLS):
             one = found.estimate(metric, condition)
             measured[f"{metric}, {condition}"] = [one.mean, one.low, one.high]
+    wrong = wrong_answers(task.items(), found)
     predicted = predict(model, tokenizer, task.items(), prototypes, shared["seed"])
-    return {**shared, "curve": curve.name, "value": value, "measured": measured, "predicted": predicted}
+    return {**shared, "curve": curve.name, "value": value, "measured": measured, "wrong": wrong, "predicted": predicted}
+
+
+def wrong_answers(items: Sequence[Item], found: Evaluation) -> dict[str, float]:
+    """Of all answers with the state: the share that says that nothing was told, and that gives the value of another fact
+    of the conversation (or of the same fact, before)."""
+    histories = {item.id: " ".join(message["content"] for one in item.history for message in one) for item in items}
+    mine = [record for record in found.records if record.condition == STATE and not record.scores["exact"]]
+    unknown = [record for record in mine if record.answer.startswith(UNKNOWN.partition("{")[0])]
+    values = [(record.answer.rstrip(".").split() or [""])[-1] for record in mine]
+    told = [one for one, value in zip(mine, values, strict=True) if value and f" {value}" in histories[one.item]]
+    count = len(items)
+    return {"unknown": len(unknown) / count, "told": len([one for one in told if one not in unknown]) / count}
 
 
 def missing(points: Sequence[Point], shared: Point) -> Iterator[tuple[Curve, int]]:
@@ -121,6 +136,7 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
         "* measured: exact matches of the answers; beside them the old value's, and those of another's and no state",
         "* nearest value: to what the layers read, of all that they read where one fact alone has been told",
         "* random keys: the same of a replay in which every other write has a key drawn at random",
+        "* unknown, told: answers that nothing was told, and with another value that was told",
         "* left: the share of the fact's reading that is left, and what random keys leave, Π (keep − erase / R)",
         "* gate, overlap: mean erase gate β of what was written since, and mean (k · q)²; 1 / R for random keys",
         "",
@@ -145,8 +161,8 @@ def _table(curve: Curve, points: Sequence[Point]) -> Iterator[str]:
     is_changed = curve.options.get("kind") == CHANGED
     heads = ["facts" if curve.along == "facts" else "turns", "tokens since", "measured", "nearest value", "random keys"]
     heads += ["old", "old, nearest", "old, random"] if is_changed else []
-    yield _row([*heads, "donor", "zero", "left", "left, random", "gate", "overlap"])
-    yield _row(["---"] * (len(heads) + 6))
+    yield _row([*heads, "donor", "zero", "unknown", "told", "left", "left, random", "gate", "overlap"])
+    yield _row(["---"] * (len(heads) + 8))
     for point in sorted((p for p in points if p["curve"] == curve.name), key=lambda p: p["value"]):
         measured, predicted = point["measured"], point["predicted"]
         mean, low, high = measured["exact, state"]
@@ -156,9 +172,10 @@ def _table(curve: Curve, points: Sequence[Point]) -> Iterator[str]:
             cells.append(f"{measured['old, state'][0]:.2f}")
             cells += [f"{predicted[f'old, {keys} keys']:.2f}" for keys in ("own", "random")]
         cells += [f"{measured[f'exact, {control}'][0]:.2f}" for control in CONTROLS]
+        cells += [f"{point['wrong'][name]:.2f}" for name in ("unknown", "told")]
         cells += [f"{predicted[f'left, {keys} keys']:.2f}" for keys in ("own", "random")]
-        since = predicted["tokens since"] > 0
-        yield _row([*cells, *(f"{predicted[name]:.3f}" if since else "" for name in ("gate", "overlap"))])
+        since = [predicted[name] for name in ("gate", "overlap")]
+        yield _row([*cells, *("" if mean is None else f"{mean:.3f}" for mean in since)])
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,8 @@ def predict(model: Any, tokenizer: Any, items: Sequence[Item], prototypes: Proto
     with torch.no_grad():
         for some in _alike(items):
             found.append(_predicted(model, tokenizer, some, prototypes, generator))
-    return {name: torch.cat([one[name].double() for one in found]).mean().item() for name in found[0]}
+    means = {name: torch.cat([one[name].double() for one in found]).nanmean().item() for name in found[0]}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}  # nothing was written since
 
 
 def _alike(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -100,9 +102,9 @@ def _predicted(
         drawn[layer] = read(writes.with_random_keys(others, generator).state(), q)
         expected[layer] = writes.expected_share(recorded.later) * first[layer]
         written = recorded.later[:, :, None, None] & (writes.write > 0)
-        gates.append((writes.erase * written).sum((1, 2, 3)) / written.sum((1, 2, 3)).clamp_min(1))
+        gates.append((writes.erase * written).sum((1, 2, 3)) / written.sum((1, 2, 3)))
         along = torch.einsum("bthj,bhj->bth", writes.k, q).square() * written.any(-1)
-        overlaps.append(along.sum((1, 2)) / written.any(-1).sum((1, 2)).clamp_min(1))
+        overlaps.append(along.sum((1, 2)) / written.any(-1).sum((1, 2)))
     matches = [_ANSWER.fullmatch(item.answers[0]) for item in items]
     of_attribute = [match[2] for match in matches if match]
     candidates = torch.stack([prototypes.of(attribute) for attribute in of_attribute])
