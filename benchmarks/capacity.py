@@ -96,8 +96,8 @@ def measure(model: Any, tokenizer: Any, prototypes: Prototypes, curve: Curve, va
 
 
 def wrong_answers(items: Sequence[Item], found: Evaluation) -> dict[str, float]:
-    """Of all answers with the state: the share that says that nothing was told, and that gives the value of another fact
-    of the conversation (or of the same fact, before)."""
+    """Of all answers with the state: the share that says that nothing was told, and that gives another value that was
+    told: another fact's, or the same one's before."""
     histories = {item.id: " ".join(message["content"] for one in item.history for message in one) for item in items}
     mine = [record for record in found.records if record.condition == STATE and not record.scores["exact"]]
     unknown = [record for record in mine if record.answer.startswith(UNKNOWN.partition("{")[0])]

@@ -150,7 +150,8 @@ def command(
         return
     from rich.console import Console
 
-    Console().print(score_table(found))
+    for metric in found.metrics:
+        Console().print(score_table(found, metric))
     for line in found.verdict():
         click.echo(f"{line[0].upper()}{line[1:]}.")
     if plot is not None:

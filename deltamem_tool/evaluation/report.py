@@ -14,9 +14,9 @@ from deltamem_tool.evaluation.runner import Evaluation
 from deltamem_tool.files import write_whole
 
 
-def score_table(found: Evaluation) -> Table:
-    """The first metric, a row a condition and a column a group."""
-    metric = found.metrics[0]
+def score_table(found: Evaluation, metric: str | None = None) -> Table:
+    """One metric, by default the first: a row a condition and a column a group."""
+    metric = metric or found.metrics[0]
     counts = {group: len(found.scores(metric, found.conditions[0].name, group)[0]) for group in found.groups}
     table = Table(title=f"{escape(found.task)}, protocol {found.protocol}: {in_words(metric)}, 95 % interval")
     table.add_column("", style="bold")

@@ -1,0 +1,83 @@
+"""`benchmarks/capacity_replay.py`: what is recorded of a conversation is what the model has written and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import randomise, tiny_model
+
+from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.evaluation.replay import read
+from deltamem_tool.evaluation.tasks.recall import Recall
+from deltamem_tool.evaluation.writing import memorise
+from deltamem_tool.segments import encode_chat
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import capacity_replay
+
+    return capacity_replay
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_rule": "no_lambda"},
+        {"update_rule": "standard", "state_heads": 2},
+        {"granularity": "message"},
+    ],
+    ids=["TSW", "MSW", "SSW"],
+)
+def test_what_is_recorded_is_what_was_written_and_read(replay, tokenizer, options):
+    model = tiny_model(vocab_size=len(tokenizer))
+    adapter = attach(model, DeltaMemConfig(rank=4, **options))
+    randomise(adapter)
+    items = Recall([2], 12, kind="changed", delay=6, between="facts", session=3).items()
+    items = [item for item in items if len(item.history) == 3][:3]  # a batch has one number of sessions
+    assert len(items) == 3
+    recorded = replay.record(model, tokenizer, items)
+    memory = memorise(model, tokenizer, [item.history for item in items])
+    queries, readings = replay.read_before_value(model, tokenizer, items, memory)
+    for layer in adapter.layer_indices:
+        torch.testing.assert_close(recorded.memory.layers[layer], memory.layers[layer], **CLOSE)
+        torch.testing.assert_close(recorded.writes[layer].state(), memory.layers[layer], **CLOSE)
+        torch.testing.assert_close(read(memory.layers[layer], queries[layer]), readings[layer], **CLOSE)
+    starts = [encode_chat(tokenizer, [i.history[n] for i in items], "token").input_ids.shape[1] for n in range(3)]
+    for row, item in enumerate(items):
+        shown = ["".join(tokenizer.decode(ids) for ids in _tokens(tokenizer, item, recorded, row, starts))]
+        attribute, stale, value = item.answers[0].split()[1], item.stale.split()[-1], item.answers[0].split()[-1]
+        assert shown[0].count(f"my {attribute} is") + shown[0].count(f"My {attribute} is") == 2
+        assert shown[0].index(stale.rstrip(".")) < shown[0].index(value.rstrip("."))
+        assert shown[0].count("<|user|>") == shown[0].count("<|assistant|>") == 2
+    assert not (recorded.later & recorded.fact).any() and not (recorded.later & ~recorded.real).any()
+    last = [int(row.nonzero().max()) for row in recorded.fact]
+    assert recorded.later.sum(1).tolist() == [int(recorded.real[n, end + 1 :].sum()) for n, end in enumerate(last)]
+
+
+def _tokens(tokenizer, item, recorded, row, lengths):
+    """The tokens of a row, session by session, that are the fact's."""
+    start = 0
+    for session, length in zip(item.history, lengths, strict=True):
+        ids = encode_chat(tokenizer, [session], "token").input_ids[0]
+        here = recorded.fact[row, start : start + len(ids)]
+        assert recorded.real[row, start : start + length].sum() == len(ids)
+        yield ids[here]
+        start += length
+
+
+def test_random_keys_are_drawn_for_others_alone(replay, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, update_rule="no_lambda")))
+    items = Recall([1], 4, session=2).items()
+    prototypes = replay.Prototypes(model, tokenizer, 0)
+    found = replay.predict(model, tokenizer, items, prototypes, 0)
+    assert found["tokens since"] == 0 and found["gate"] is None and found["overlap"] is None
+    assert found["left, own keys"] == found["left, random keys"] == pytest.approx(1.0)
+    assert found == replay.predict(model, tokenizer, items, prototypes, 0)
