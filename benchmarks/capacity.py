@@ -226,6 +226,7 @@ def main(adapters: tuple[str, ...], out: Path, plots: Path | None, episodes: int
                 bar.advance(whole)
             points += mine
     said = " ".join(f"{name}={place}" for name, place in chosen.items())
+    said += f" --episodes {episodes} --seed {seed}"
     write_whole(out, report(points, list(chosen), f"python benchmarks/capacity.py {said} --out OUT.md").encode())
     for name in chosen:
         draw_adapter([point for point in points if point["name"] == name], CURVES, plots / f"capacity-{name}.png")

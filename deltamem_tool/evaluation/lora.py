@@ -104,6 +104,7 @@ class Lora:
         required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         config = LoraConfig.from_pretrained(str(self.folder))
         config.inference_mode = True
+        config.base_model_name_or_path = None  # or PEFT warns that the base is at another path: it has been compared
         wrapped: Any = None
         try:
             wrapped = get_peft_model(model, cast(Any, config))
