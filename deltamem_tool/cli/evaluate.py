@@ -8,20 +8,26 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
 from deltamem_tool.cli.typed import typed
-from deltamem_tool.evaluation import BATCH_SIZE, MEMORY_ONLY, RECALL
+from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("eval")
 @click.argument("adapter")
-@click.option("--task", default=RECALL, show_default=True, help="A task's name, or package.module:Class of your own.")
+@click.option(
+    "--task",
+    default=RECALL,
+    show_default=True,
+    help="A task's name, package.module:Class of your own, or lm_eval:NAME,NAME of lm-evaluation-harness.",
+)
 @click.option(
     "--protocol",
     default=MEMORY_ONLY,
@@ -81,6 +87,7 @@ def command(
     of the base model alone, and of the base model with everything in view.
     """
     from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, chosen, conditions_of
+    from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
     from deltamem_tool.evaluation.lora import Lora
     from deltamem_tool.evaluation.task import find_task
     from deltamem_tool.yaml_lines import read_changes
@@ -88,18 +95,26 @@ def command(
     if report is not None and records is not None:
         raise click.UsageError("--report keeps the records too; leave out --records.")
     way = EvalProtocol.parse(protocol)
-    if ":" in task:
+    of_harness = task.startswith(HARNESS)
+    if ":" in task and not of_harness:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
     options = {**read_changes(changes), **({} if data is None else {"data": data})}
-    asked = find_task(task, options, {"seed": seed})
     only = None if conditions is None else [STATE, *conditions.split(",")]
     beside = None if lora is None else Lora.read(lora)
-    chosen(conditions_of(way, bm25, truncate, beside), only)  # a wrong name is said before anything is loaded
+    if of_harness:
+        refuse_histories(protocol, bool(bm25 or truncate or lora), only)
+        prepared = prepare(find_harness(task, options), limit)
+        if click.get_current_context().get_parameter_source("batch_size") == ParameterSource.DEFAULT:
+            batch_size = HARNESS_BATCH_SIZE
+    else:
+        asked = find_task(task, options, {"seed": seed})
+        chosen(conditions_of(way, bm25, truncate, beside), only)  # a wrong name is said before anything is loaded
 
     import torch
 
     from deltamem_tool.adapter import load, tokenizer_of
     from deltamem_tool.cli.console import progress
+    from deltamem_tool.evaluation.harness_run import evaluate_harness
     from deltamem_tool.evaluation.page import PAGE_FILE, refuse_strangers, write_report
     from deltamem_tool.evaluation.record import evaluation_json
     from deltamem_tool.evaluation.report import plot_scores, score_table
@@ -119,22 +134,19 @@ def command(
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)
         cast(torch.nn.Module, model).to(where)  # transformers hides the signature
         fingerprint, started = adapter_of(model).fingerprint, time.monotonic()
-        found = evaluate(
-            model,
-            tokenizer_of(model),
-            asked,
-            way,
-            only=only,
-            retrieved=bm25,
-            truncate=truncate,
-            lora=beside,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            folder=report or records,
-            settings={"adapter": fingerprint, "seed": seed, "options": options},
-            report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
-        )
+        shared: dict[str, Any] = {
+            "only": only,
+            "batch_size": batch_size,
+            "seed": seed,
+            "folder": report or records,
+            "settings": {"adapter": fingerprint, "seed": seed, "options": options},
+            "report": lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
+        }
+        if of_harness:
+            found = evaluate_harness(model, tokenizer_of(model), prepared, **shared)
+        else:
+            wanted = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
+            found = evaluate(model, tokenizer_of(model), asked, way, **wanted, **shared)
     asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "limit": limit, "batch_size": batch_size}
     words, seconds = typed(click.get_current_context()), time.monotonic() - started
     run = run_json(model, found, words, {**asked_with, **options}, seconds)

@@ -39,19 +39,34 @@ def ask(
         "input_ids": padded(ids, pad, "left").to(model.device),
         "attention_mask": padded([[1] * len(row) for row in ids], 0, "left").to(model.device),
     }
-    adapter = adapter_of(model)
+    with under(model, condition):
+        cache = cache_of(model, memory, condition, len(prompts))
+        output = _generate(model, inputs, max_new_tokens, pad, **({} if cache is None else {"past_key_values": cache}))
+    return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+@contextmanager
+def under(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
+    """Inside the block the model is as `condition` has it: with its adapter, with Δ = 0, or without, perhaps with a
+    LoRA."""
     if condition.memory is None:
         with _without_adapter(model), condition.lora.on(model) if condition.lora else nullcontext():
-            output = _generate(model, inputs, max_new_tokens, pad)
+            yield
     else:
-        with _corrections_off(adapter) if condition.memory == SCALE_ZERO else nullcontext():
-            if memory is None:
-                memory = adapter.empty_memory(len(prompts))
-            # With Δ = 0 it is another adapter, so the memory is bound anew.
-            states = MemoryState(memory.layers, adapter.fingerprint, memory.segments)
-            cache = MemoryCache(model, states, write=False)
-            output = _generate(model, inputs, max_new_tokens, pad, past_key_values=cache)
-    return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+        with _corrections_off(adapter_of(model)) if condition.memory == SCALE_ZERO else nullcontext():
+            yield
+
+
+def cache_of(model: PreTrainedModel, memory: MemoryState | None, condition: Condition, rows: int) -> MemoryCache | None:
+    """What a question starts from inside `under`: `memory`, or zeros, which it does not write; None for no adapter."""
+    if condition.memory is None:
+        return None
+    adapter = adapter_of(model)
+    if memory is None:
+        memory = adapter.empty_memory(rows)
+    # With Δ = 0 it is another adapter, so the memory is bound anew.
+    states = MemoryState(memory.layers, adapter.fingerprint, memory.segments)
+    return MemoryCache(model, states, write=False)
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], new: int, pad: int, **cache: Any) -> Tensor:
@@ -75,11 +90,13 @@ def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
     """Every Δ is zero inside the block."""
     heads, layers = adapter.config.heads, adapter.layer_indices
     deltas = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in heads]
-    kept = [weight.clone() for weight in deltas]
+    kept = [weight.detach().clone() for weight in deltas]
     try:
-        for weight in deltas:
-            weight.zero_()
+        with torch.no_grad():
+            for weight in deltas:
+                weight.zero_()
         yield
     finally:
-        for weight, value in zip(deltas, kept, strict=True):
-            weight.copy_(value)
+        with torch.no_grad():
+            for weight, value in zip(deltas, kept, strict=True):
+                weight.copy_(value)

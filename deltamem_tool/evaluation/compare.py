@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from deltamem_tool.evaluation.conditions import STATE, in_words
 from deltamem_tool.evaluation.page import COST, settings
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
+from deltamem_tool.evaluation.scales import scale_of
 from deltamem_tool.evaluation.statistics import ALPHA, FEWEST, Interval, difference, difference_of_means
 
 FORMAT, FORMAT_VERSION = "deltamem-comparison", 1
 _ROUNDING = 1e-9  # of a mean that was written as JSON
-_GAIN = 2.0  # the most by which two differences between shares can differ
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Row:
     high: float
     p_value: float | None = None
     histories: int | None = None
+    unit: str = ""
 
     @property
     def label(self) -> str:
@@ -74,11 +76,12 @@ class Row:
         half = (self.high - self.low) / 2
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
-            return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f})"
+            return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
         if not self.is_clear:
-            return f"{where}: the difference is not distinguishable from 0 ({self.mean:+.2f} ± {half:.2f})"
+            said = f"{self.mean:+.2f} ± {half:.2f}{self.unit}"
+            return f"{where}: the difference is not distinguishable from 0 ({said})"
         word = "higher" if self.mean > 0 else "lower"
-        return f"{where}: B is {abs(self.mean):.2f} ± {half:.2f} {word} than A"
+        return f"{where}: B is {abs(self.mean):.2f} ± {half:.2f}{self.unit} {word} than A"
 
     @property
     def is_clear(self) -> bool:
@@ -211,13 +214,15 @@ def _by_condition(records: Sequence[Record], said: Mapping[str, Any]) -> dict[st
 def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> bool:
     """Whether the means are the recorded ones: none is missing, and none has been changed."""
     metric, total = said["metric"], sum(said["questions"])
+    weight = scale_of(metric).weight
     for name, own in records.items():
         scores = [record.scores.get(metric) for record in own]
+        weights = [record.scores.get(weight) if weight else 1.0 for record in own]
         if len({record.item for record in own}) != len(own) or len(own) != total:
             return False
-        if not all(isinstance(score, int | float) for score in scores):
+        if not all(isinstance(number, int | float) for number in [*scores, *weights]):
             return False
-        mean = sum(scores) / total  # type: ignore[arg-type]
+        mean = sum(map(mul, scores, weights)) / sum(weights)  # type: ignore[arg-type]
         if not math.isclose(mean, said["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             return False
     return True
@@ -254,43 +259,47 @@ def _refuse_unlike(a: Evaluated, b: Evaluated, unpaired: str) -> None:
 
 
 def _row(a: Evaluated, b: Evaluated, name: str, group: str | None, paired: bool) -> Row:
-    of_a, of_b = a.score(name, group), b.score(name, group)
+    of_a, of_b, scale = a.score(name, group), b.score(name, group), scale_of(a.said["metric"])
     if not paired:
-        return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)))
-    ours, theirs, histories = _paired(a, b, name, group)
-    found = difference(ours, theirs, histories, a.said["seed"])
-    return Row(name, False, group, of_a, of_b, **asdict(found))
+        return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)), unit=scale.unit)
+    ours, theirs, histories, weights = _paired(a, b, name, group)
+    found = difference(ours, theirs, histories, a.said["seed"], scale, weights)
+    return Row(name, False, group, of_a, of_b, **asdict(found), unit=scale.unit)
 
 
-def _paired(a: Evaluated, b: Evaluated, name: str, group: str | None) -> tuple[list[float], list[float], list[str]]:
-    """B's scores, A's, and the histories, question by question."""
-    metric = a.said["metric"]
+def _paired(
+    a: Evaluated, b: Evaluated, name: str, group: str | None
+) -> tuple[list[float], list[float], list[str], list[float] | None]:
+    """B's scores, A's, the histories, and how much each counts, question by question."""
+    metric, weight = a.said["metric"], scale_of(a.said["metric"]).weight
     pairs = zip(a.records[name], b.records[name], strict=True)
     some = [(first, second) for first, second in pairs if group in (None, first.group)]
     return (
         [second.scores[metric] for _, second in some],
         [first.scores[metric] for first, _ in some],
         [first.history for first, _ in some],
+        [first.scores[weight] for first, _ in some] if weight else None,
     )
 
 
 def _gains(a: Evaluated, b: Evaluated, conditions: Sequence[str], paired: bool) -> list[Row]:
     """Whether one's state adds more than the other's: differences between differences."""
+    scale = scale_of(a.said["metric"])
     found = []
     for other in conditions if STATE in conditions else ():
         of_a, of_b = (_interval(each.said.get("differences", {}).get(other)) for each in (a, b))
         if of_a is None or of_b is None:
             continue
         if paired:
-            (b_state, a_state, histories), (b_other, a_other, _) = (
+            (b_state, a_state, histories, weights), (b_other, a_other, *_) = (
                 _paired(a, b, condition, None) for condition in (STATE, other)
             )
             b_gain = [state - control for state, control in zip(b_state, b_other, strict=True)]
             a_gain = [state - control for state, control in zip(a_state, a_other, strict=True)]
-            over = asdict(difference(b_gain, a_gain, histories, a.said["seed"], _GAIN))
+            over = asdict(difference(b_gain, a_gain, histories, a.said["seed"], scale.of_differences, weights))
         else:
             over = asdict(difference_of_means(of_b, of_a))
-        found.append(Row(other, True, None, of_a, of_b, **over))
+        found.append(Row(other, True, None, of_a, of_b, **over, unit=scale.unit))
     return found
 
 

@@ -11,6 +11,8 @@ from rich.table import Table
 from deltamem_tool.evaluation.conditions import in_words
 from deltamem_tool.evaluation.drawing import losses_figure, png, scores_figure
 from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, interval_text, perplexity
+from deltamem_tool.evaluation.statistics import Estimate
 from deltamem_tool.files import write_whole
 
 
@@ -24,9 +26,16 @@ def score_table(found: Evaluation, metric: str | None = None) -> Table:
         table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right")
     for condition in found.conditions:
         estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
-        cells = [f"{one.mean:.2f}\n[dim]{one.low:.2f}–{one.high:.2f}[/dim]" for one in estimates]
-        table.add_row(in_words(condition.name), *cells)
+        table.add_row(in_words(condition.name), *(_cell(metric, one) for one in estimates))
     return table
+
+
+def _cell(metric: str, found: Estimate) -> str:
+    text = f"{found.mean:z.2f}\n[dim]{interval_text(found.low, found.high)}[/dim]"
+    if metric != LOG_PROB:
+        return text
+    mean, low, high = (perplexity(value) for value in (found.mean, found.high, found.low))
+    return f"{text}\n{PERPLEXITY} {mean:.2f}\n[dim]{interval_text(low, high)}[/dim]"
 
 
 def plot_scores(found: Evaluation, path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,10 +24,12 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
     in_words,
 )
+from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
 from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
+from deltamem_tool.evaluation.scales import LOG_PROB, scale_of
 from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
-from deltamem_tool.evaluation.task import Item, Task
+from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
 from deltamem_tool.evaluation.views import Views
 from deltamem_tool.evaluation.writing import memorise
 from deltamem_tool.state import MemoryState
@@ -53,17 +55,26 @@ class Evaluation:
         some = [r for r in self.records if r.condition == condition and group in (None, r.group)]
         return [record.scores[metric] for record in some], [record.history for record in some]
 
+    def weights(self, metric: str, condition: str, group: str | None = None) -> list[float] | None:
+        """How much each of `scores` counts; None where all count the same."""
+        weight = scale_of(metric).weight
+        return self.scores(weight, condition, group)[0] if weight else None
+
     def estimate(self, metric: str, condition: str, group: str | None = None) -> Estimate:
-        return estimate(*self.scores(metric, condition, group), self.seed)
+        weights = self.weights(metric, condition, group)
+        return estimate(*self.scores(metric, condition, group), self.seed, scale_of(metric), weights)
 
     def difference(self, metric: str, other: str, group: str | None = None) -> Difference:
         """Of the state's scores to another condition's, question by question."""
         ours, histories = self.scores(metric, STATE, group)
-        return difference(ours, self.scores(metric, other, group)[0], histories, self.seed)
+        theirs, weights = self.scores(metric, other, group)[0], self.weights(metric, STATE, group)
+        return difference(ours, theirs, histories, self.seed, scale_of(metric), weights)
 
     def verdict(self) -> list[str]:
         """In words: what the state adds to each of the others."""
-        return [verdict(in_words(name), self.difference(self.metrics[0], name)) for name in self.others]
+        metric = self.metrics[0]
+        unit = scale_of(metric).unit
+        return [verdict(in_words(name), self.difference(metric, name), unit) for name in self.others]
 
     @property
     def others(self) -> list[str]:
@@ -75,7 +86,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: Task | LikelihoodTask,
     protocol: EvalProtocol,
     *,
     only: Collection[str] | None = None,
@@ -123,20 +134,25 @@ def evaluate(
     tell = report or (lambda stage, count, of: None)
     left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in done]
     if left:
-        views = Views(tokenizer, protocol, _positions(model), task.max_new_tokens, truncate)
+        views = Views(tokenizer, protocol, _positions(model), _new_tokens(task), truncate)
         # Once for all conditions with this view; what is too long is named now.
         shown = {(condition.view, item.id): item for condition, item in left}
         prompts = {(view, name): views.prompt(item, view) for (view, name), item in shown.items()}
+        likely = scored_answers(tokenizer, shown, prompts, _positions(model)) if is_by_likelihood(task) else {}
         memories = _memories(model, tokenizer, _to_write(everyone, left, donors), batch_size, tell)
-        for condition, some in _batches(left, prompts, batch_size, task.max_new_tokens):
+        for condition, some in _batches(left, prompts, batch_size, _new_tokens(task)):
             texts = [prompts[condition.view, item.id] for item in some]
             whose = [_history(condition, item, donors) for item in some]
             memory = None if memories is None else memories.of(whose)
-            answers = ask(model, tokenizer, texts, memory, condition, some[0].new_tokens or task.max_new_tokens)
+            if is_by_likelihood(task):
+                rows = [likely[condition.view, item.id] for item in some]
+                found = [("", mean_log_prob(row)) for row in log_probs(model, tokenizer, rows, memory, condition)]
+            else:
+                found = _answers(model, tokenizer, cast(Task, task), some, texts, memory, condition)
             lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
             new = [
-                _record(task, item, condition, answer, length)
-                for item, answer, length in zip(some, answers, lengths, strict=True)
+                _record(item, condition, answer, scores, length)
+                for item, (answer, scores), length in zip(some, found, lengths, strict=True)
             ]
             if kept is not None:
                 kept.add(new)
@@ -144,7 +160,7 @@ def evaluate(
             tell("questions", len(done), len(conditions) * len(items))
     records = [done[c.name, item.id] for c in conditions for item in items]
     groups = list(dict.fromkeys(item.group for item in items))
-    return Evaluation(task.name, protocol.name, list(task.metrics), conditions, groups, records, seed, len(left))
+    return Evaluation(task.name, protocol.name, _metrics(task), conditions, groups, records, seed, len(left))
 
 
 @dataclass(frozen=True)
@@ -256,7 +272,30 @@ def _positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _record(task: Task, item: Item, condition: Condition, answer: str, tokens: int) -> Record:
+def _new_tokens(task: Task | LikelihoodTask) -> int:
+    return 0 if is_by_likelihood(task) else cast(Task, task).max_new_tokens
+
+
+def _metrics(task: Task | LikelihoodTask) -> list[str]:
+    return [LOG_PROB] if is_by_likelihood(task) else list(cast(Task, task).metrics)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    items: Sequence[Item],
+    texts: Sequence[str],
+    memory: MemoryState | None,
+    condition: Condition,
+) -> list[tuple[str, dict[str, float]]]:
+    """What is generated, and its scores."""
+    new_tokens = items[0].new_tokens or task.max_new_tokens  # of a batch, they are the same
+    answers = ask(model, tokenizer, texts, memory, condition, new_tokens)
+    return [(answer, dict(task.score(item, answer))) for item, answer in zip(items, answers, strict=True)]
+
+
+def _record(item: Item, condition: Condition, answer: str, scores: dict[str, float], tokens: int) -> Record:
     return Record(
         item.id,
         item.history_id,
@@ -265,6 +304,6 @@ def _record(task: Task, item: Item, condition: Condition, answer: str, tokens: i
         item.question[-1]["content"],
         answer,
         list(item.answers),
-        dict(task.score(item, answer)),
+        scores,
         tokens,
     )

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_tool.evaluation.scales import SHARE, Scale
+
 RESAMPLES = 2_000  # of the bootstrap
 FLIPS = 5_000  # sign patterns of the paired test
 LEVEL = 0.95
@@ -47,22 +49,39 @@ class Difference:
         return self.p_value < ALPHA
 
 
-def estimate(scores: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Estimate:
-    """The mean of `scores` from 0 to 1, each of the history that `clusters` names, with the percentile bootstrap's
-    interval; where all histories score the same, which resampling takes for certainty, the rule of three's, 3 / n."""
-    sums, counts = _by_cluster(np.asarray(scores, float), clusters)
-    mean, low, high = _interval(sums, counts, seed)
-    return Estimate(mean, max(low, 0.0), min(high, 1.0))
+def estimate(
+    scores: Sequence[float],
+    clusters: Sequence[str],
+    seed: int = 0,
+    scale: Scale = SHARE,
+    weights: Sequence[float] | None = None,
+) -> Estimate:
+    """The mean of `scores`, each of the history that `clusters` names, with the percentile bootstrap's interval; where
+    all histories score the same, which resampling takes for certainty, the rule of three's, 3 / n, if the scale has
+    two ends.
+
+    Args:
+        scale: what the scores can be.
+        weights: how much each counts; all the same by default.
+    """
+    sums, counts = _by_cluster(np.asarray(scores, float), clusters, weights)
+    mean, low, high = _interval(sums, counts, seed, scale)
+    return Estimate(mean, max(low, scale.low), min(high, scale.high))
 
 
 def difference(
-    ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0, most: float = 1.0
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    clusters: Sequence[str],
+    seed: int = 0,
+    scale: Scale = SHARE,
+    weights: Sequence[float] | None = None,
 ) -> Difference:
-    """`ours - theirs`, question by question, at `most` so large, with the interval of `estimate` and a two-sided
-    sign-flip test."""
-    sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters)
-    mean, low, high = _interval(sums, counts, seed)
-    return Difference(mean, max(low, -most), min(high, most), _sign_flip(sums, seed), len(sums))
+    """`ours - theirs`, question by question, with the interval of `estimate` and a two-sided sign-flip test."""
+    sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters, weights)
+    mean, low, high = _interval(sums, counts, seed, scale)
+    low, high = max(low, -scale.span), min(high, scale.span)
+    return Difference(mean, low, high, _sign_flip(sums, seed), len(sums))
 
 
 def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
@@ -75,31 +94,34 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
     )
 
 
-def verdict(against: str, found: Difference) -> str:
-    """The difference in words."""
+def verdict(against: str, found: Difference, unit: str = "") -> str:
+    """The difference in words; `unit` is what it is counted in, with a space before it."""
     half = (found.high - found.low) / 2
     if found.histories < FEWEST:
-        return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f})"
+        return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f}{unit})"
     if not found.is_clear:
-        return f"over {against}, the difference is not distinguishable from 0 ({found.mean:+.2f} ± {half:.2f})"
+        return f"over {against}, the difference is not distinguishable from 0 ({found.mean:+.2f} ± {half:.2f}{unit})"
     word = "adds" if found.mean > 0 else "costs"
-    return f"the state {word} {abs(found.mean):.2f} ± {half:.2f} over {against}"
+    return f"the state {word} {abs(found.mean):.2f} ± {half:.2f}{unit} over {against}"
 
 
-def _interval(sums: NDArray, counts: NDArray, seed: int) -> tuple[float, float, float]:
+def _interval(sums: NDArray, counts: NDArray, seed: int, scale: Scale) -> tuple[float, float, float]:
     """Mean, and the ends of its interval."""
     mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
     if np.ptp(of_clusters) == 0:
-        margin = 3 / len(sums)
+        margin = 3 / len(sums) if scale.bounded else 0.0
         return mean, mean - margin, mean + margin
     low, high = np.quantile(_resampled(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return mean, float(low), float(high)
 
 
-def _by_cluster(scores: NDArray, clusters: Sequence[str]) -> tuple[NDArray, NDArray]:
-    """Sum and number of the scores of each cluster."""
+def _by_cluster(scores: NDArray, clusters: Sequence[str], weights: Sequence[float] | None) -> tuple[NDArray, NDArray]:
+    """Of each cluster, the sum of its scores, and how many they are; both weighted."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(index, scores), np.bincount(index)
+    if weights is None:
+        return np.bincount(index, scores), np.bincount(index)
+    heavy = np.asarray(weights, float)
+    return np.bincount(index, scores * heavy), np.bincount(index, heavy)
 
 
 def _resampled(sums: NDArray, counts: NDArray, seed: int) -> NDArray:

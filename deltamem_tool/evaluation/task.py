@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
@@ -20,6 +20,7 @@ TASKS = {
     "locomo": f"{_HERE}.locomo:LoCoMo",
     "hotpotqa": f"{_HERE}.hotpotqa:HotpotQA",
     "memoryagentbench": f"{_HERE}.memoryagentbench:MemoryAgentBench",
+    "perplexity": f"{_HERE}.perplexity:Perplexity",
 }
 
 
@@ -73,7 +74,26 @@ class Task(Protocol):
         """From 0 to 1, by metric."""
 
 
-def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Task:
+class LikelihoodTask(Protocol):
+    """A task that generates nothing: scored is the log-probability of each item's first answer after its question.
+
+    `by_likelihood` is True, and `items` is as a `Task` has it; metrics and scores are the same for all such tasks.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def by_likelihood(self) -> bool: ...
+
+    def items(self) -> list[Item]: ...
+
+
+def is_by_likelihood(task: Task | LikelihoodTask) -> bool:
+    return bool(getattr(task, "by_likelihood", False))
+
+
+def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Task | LikelihoodTask:
     """A task by its name here, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
 
     Args:
@@ -93,6 +113,15 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
+    return cast(Task | LikelihoodTask, made(kind, name, options, offered))
+
+
+def made(kind: Callable[..., Any], name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None) -> Any:
+    """`kind` of the options; arguments as in `find_task`.
+
+    Raises:
+        ConfigError: it does not take them.
+    """
     signature = inspect.signature(kind)
     given = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(options)
     try:
@@ -102,7 +131,7 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
         raise ConfigError(
             f"The task {name!r} does not take these options.", f"{str(error).capitalize()}. {takes}.", "Correct them."
         ) from error
-    return cast(Task, kind(**given))
+    return kind(**given)
 
 
 def needs_data(task: str, data: str | None, example: str, **others: str | None) -> str:

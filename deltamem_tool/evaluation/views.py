@@ -63,7 +63,7 @@ class Views:
         return self._render(item.question)
 
     def _all(self, item: Item) -> str:
-        return self._render([*_messages(item), *item.question])
+        return self._render(_joined(_messages(item), item.question))
 
     def _last_within(self, item: Item, tokens: int) -> str:
         """The last messages whose tokens, with what the template puts around them, are no more than `tokens`."""
@@ -81,7 +81,7 @@ class Views:
         shown = list(messages[len(messages) - count :])
         while shown and shown[0]["role"] not in ("user", "system"):
             shown = shown[1:]
-        return self._render([*shown, *item.question])
+        return self._render(_joined(shown, item.question))
 
     def _retrieved(self, item: Item) -> str:
         """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
@@ -113,6 +113,13 @@ class Views:
 
 def _messages(item: Item) -> list[Message]:
     return [message for session in item.history for message in session]
+
+
+def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Message]:
+    """A system prompt that the question begins with comes first, and in place of the history's own."""
+    if question[0]["role"] != "system":
+        return [*shown, *question]
+    return [question[0], *(message for message in shown if message["role"] != "system"), *question[1:]]
 
 
 def _passages(item: Item) -> list[str]:

@@ -1,0 +1,178 @@
+"""General ability with the memory on: tasks of lm-evaluation-harness, by its own API.
+
+Its documents have no history. The memory starts from zeros with every request and is written as the request is read,
+so what is compared is the adapter, with its corrections scaled to zero, and the base model alone: document by document,
+with the statistics of the other tasks, a document being a history of its own. Another history's memory, or a full
+context, cannot be.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
+from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition, chosen
+from deltamem_tool.evaluation.task import made
+
+CONDITIONS = (
+    Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
+    Condition("scale_zero", SCALE_ZERO, NOTHING, "the same with the corrections scaled to zero"),
+    Condition("no_adapter", None, NOTHING, "the base model without adapter"),
+)
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Which tasks, and how they are asked.
+
+    Args:
+        names: of tasks, groups or tags.
+        include_path: a folder with tasks of one's own, in place of the harness's.
+        num_fewshot: examples in the prompt; each task's own number by default.
+        chat: render prompts by the chat template.
+        system: a system prompt.
+    """
+
+    names: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    chat: bool = True
+    system: str | None = None
+
+    @property
+    def name(self) -> str:
+        return HARNESS + ",".join(self.names)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks with their documents.
+
+    Args:
+        tasks: as the harness has loaded them, by the names that were asked for.
+        documents: of each of these names, the names and the texts of the documents of its tasks.
+    """
+
+    harness: Harness
+    tasks: dict[str, Any]
+    documents: dict[str, dict[str, str]]
+    limit: int | None
+
+    @property
+    def is_one_task(self) -> bool:
+        return sum(len(loaded["tasks"]) for loaded in self.tasks.values()) == 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all documents."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
+    """What `lm_eval:name,name` and the task's options ask for.
+
+    Raises:
+        ConfigError: there is no name, or an option is none.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in task.removeprefix(HARNESS).split(",") if name.strip()))
+    if not names:
+        raise ConfigError(f"{task!r} names no task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example.")
+    return made(partial(Harness, names), task, options, None)
+
+
+def refuse_histories(protocol: str, baselines: bool, only: Collection[str] | None) -> None:
+    """
+    Args:
+        baselines: whether one that looks at histories is wanted.
+
+    Raises:
+        ConfigError: something is wanted that only a history has.
+    """
+    if protocol != MEMORY_ONLY or baselines:
+        raise ConfigError(
+            "Tasks of lm-evaluation-harness have no history.",
+            "So there is nothing that a protocol could show, BM25 find, or a baseline be given.",
+            "Leave out --protocol, --bm25, --truncate and --lora.",
+        )
+    chosen(CONDITIONS, only)
+
+
+def prepare(harness: Harness, limit: int | None = None) -> Prepared:
+    """Find the tasks, and load the first `limit` documents of each.
+
+    Raises:
+        ConfigError: the harness, or a package that a task needs, is not installed; there is no such task, or it runs
+            code.
+        DataError: a task's documents cannot be loaded.
+    """
+    manager = _manager(harness)
+    tasks = {name: _loaded(manager, name) for name in harness.names}
+    documents = {name: _documents(loaded["tasks"], limit) for name, loaded in tasks.items()}
+    return Prepared(harness, tasks, documents, limit)
+
+
+def _manager(harness: Harness) -> Any:
+    """The harness's index of tasks."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "General ability needs lm-evaluation-harness.", f"{error}.", "pip install 'deltamem-tool[harness]'"
+        ) from error
+    if harness.include_path is not None and not Path(harness.include_path).is_dir():
+        raise ConfigError(f"There is no folder {harness.include_path}.", "", "Correct include_path.")
+    manager = TaskManager(include_path=harness.include_path, include_defaults=harness.include_path is None)
+    unknown = next((name for name in harness.names if name not in manager.task_index), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, manager.all_tasks, n=5, cutoff=0.5)
+        where = "lm-evaluation-harness" if harness.include_path is None else harness.include_path
+        raise ConfigError(
+            f"There is no task {unknown!r} in {where}.",
+            f"Near are {', '.join(near)}." if near else "",
+            "Correct the name; `lm_eval ls tasks` lists them all.",
+        )
+    return manager
+
+
+def _loaded(manager: Any, name: str) -> dict[str, Any]:
+    """The tasks of a name, with their documents."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            len(task.eval_docs)
+    except ImportError as error:
+        raise ConfigError(
+            f"The task {name} needs another package.",
+            f"{error}.",
+            "Install it, or pip install 'deltamem-tool[harness]'",
+        ) from error
+    except (DatasetsError, OSError, ValueError, RuntimeError, LookupError) as error:
+        raise DataError(
+            f"The data of the task {name} cannot be loaded.",
+            f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}."[:500],
+            "Try again with a network; where a dataset is gated, accept its terms on the Hub and run `hf auth login`.",
+        ) from error
+    for own, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            why = "It runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "It shows pictures"
+            raise ConfigError(f"The task {own} cannot be asked here.", f"{why}.", "Use lm_eval itself for it.")
+    return loaded
+
+
+def _documents(tasks: Mapping[str, Any], limit: int | None) -> dict[str, str]:
+    """Of every document that is asked, its name, and its text for a digest."""
+    return {
+        f"{own}/{number}": json.dumps(task.eval_docs[number], default=str)
+        for own, task in tasks.items()
+        for number in range(min(len(task.eval_docs), limit or len(task.eval_docs)))
+    }

@@ -1,0 +1,139 @@
+"""A model with a memory, as lm-evaluation-harness asks it: every request starts from zeros, in any batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.config import INSIDE, OUTSIDE
+from deltamem_tool.errors import DataError
+from deltamem_tool.patched import PATCH, hf_model
+from deltamem_tool.segments import mark_chat
+from deltamem_tool.state import MemoryCache
+
+
+class MemoryLM(HFLM):
+    """Nothing of a request is kept for the next: a call's memory begins with zeros, is written as the tokens come, and
+    is dropped. Requests that are too long are refused, where the harness would cut them from the left.
+
+    Args:
+        model: with or without its adapter, as it is when it is asked.
+        tokenizer: not changed.
+        chat: whether prompts are rendered by the chat template, which writes all special tokens then.
+        tell: called with (requests done, of).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        chat: bool,
+        tell: Callable[[int, int], None],
+    ) -> None:
+        # Not the base tokenizer itself: the harness sets its padding.
+        bos = False if chat else None
+        super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
+        patch = getattr(hf_model(model), PATCH, None)
+        self._granularity = "token" if patch is None else patch.adapter.config.granularity
+        self._marks: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
+        self._tell = tell
+        self._done = self._of = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._begin(requests)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        self._begin(requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        self._begin(requests)
+        return super().generate_until(requests, disable_tqdm)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        if self._granularity != "token":
+            marked = mark_chat(self.tokenizer, chat_history, self._granularity, add_generation_prompt)
+            self._marks[tuple(marked.input_ids)] = marked.marks
+        return text
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is not None:
+            self._refuse_long(ids.shape[1], left_truncate_len)
+        return ids, mask
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        for _, context, continuation in requests:
+            self._refuse_long(len(context) + len(continuation) - 1, self.max_length)  # the last token is not fed
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    def _refuse_long(self, length: int, most: int) -> None:
+        if length > most:
+            raise DataError(
+                f"A prompt is too long for the model: {length} tokens, of {most} that there is room for.",
+                f"It has {self.max_length} positions, some of them for the answer.",
+                "Use a model with more positions, or fewer examples in the prompt (--set num_fewshot=0).",
+            )
+
+    def _begin(self, requests: list[Any]) -> None:
+        self._done, self._of = 0, len(requests)
+
+    def _count(self, rows: int) -> None:
+        self._done += rows
+        self._tell(min(self._done, self._of), self._of)
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]`. Rows are padded on the right, where nothing follows that could see it."""
+        with torch.no_grad():
+            given = self._cache(inps, torch.ones_like(inps))
+            logits = self.model(inps, use_cache=bool(given), **given).logits
+        self._count(len(inps))
+        return logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        given = self._cache(context, options["attention_mask"])
+        output = super()._model_generate(context, max_length, stop, **options, **given)
+        self._count(len(context))
+        return output
+
+    def _cache(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """A memory of zeros that knows the segments; nothing where every token writes, or where there is no memory: a
+        call without a cache starts from zeros by itself."""
+        if self._granularity == "token":
+            return {}
+        cache = MemoryCache(self.model)
+        cache.segments = torch.tensor(
+            [self._segments(row, valid) for row, valid in zip(ids.tolist(), mask.tolist(), strict=True)],
+            dtype=torch.int8,
+            device=ids.device,
+        )
+        return {"past_key_values": cache}
+
+    def _segments(self, row: list[int], valid: list[int]) -> list[int]:
+        """A mark for each token: those of the prompt that it begins with; what follows is the answer's segment."""
+        padding = len(valid) - sum(valid)  # on the left
+        own = tuple(row[padding:])
+        for length in sorted({len(ids) for ids in self._marks}, reverse=True):
+            marks = self._marks.get(own[:length])
+            if marks is not None and len(marks) == length:
+                return [OUTSIDE] * padding + marks + [INSIDE] * (len(own) - length)
+        raise DataError(
+            "A prompt has no messages that the memory could write.",
+            f"The adapter writes {self._granularity} by {self._granularity}, and it is no rendered conversation.",
+            "Use an adapter whose every token writes, or a task without a prefix of the answer.",
+        )

@@ -1,0 +1,176 @@
+"""Documents of lm-evaluation-harness, asked under each condition."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
+from deltamem_tool.evaluation.asking import under
+from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
+from deltamem_tool.evaluation.harness import CONDITIONS, Prepared
+from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
+from deltamem_tool.evaluation.runner import Evaluation, Report
+
+AS_READ = "as it is read"  # in place of a protocol
+SCORE = "score"  # of several tasks: the first metric of each, whatever its name
+
+
+def evaluate_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    *,
+    only: Collection[str] | None = None,
+    batch_size: int = HARNESS_BATCH_SIZE,
+    seed: int = 0,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Evaluation:
+    """Ask every document of the tasks under every condition. A task is a group of the result; its score is its first
+    metric that is a number from 0 to 1 for each document, by its first filter.
+
+    Args:
+        only: names of conditions, where not all are wanted.
+        batch_size: requests at once.
+        seed: of the intervals. The harness's own seeds stay what they are.
+        folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
+        settings: what `folder` shall be of, beside the tasks.
+
+    Raises:
+        ConfigError: a task cannot be scored so, or is to be rendered by a chat template that is not there.
+        DataError: a prompt is too long for the model, or `folder` is of another run.
+    """
+    harness = prepared.harness
+    if harness.chat and tokenizer.chat_template is None:
+        raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
+    conditions = chosen(CONDITIONS, only)
+    kept = None
+    if folder is not None:
+        said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
+        kept = RecordFolder(folder, said)
+    done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
+    count = 0
+    for condition in conditions:
+        for name, documents in prepared.documents.items():
+            if all((condition.name, item) in done for item in documents):
+                continue
+            found = _asked(model, tokenizer, prepared, name, condition, batch_size, report)
+            new = [record for record in found if (record.condition, record.item) not in done]
+            if kept is not None:
+                kept.add(new)
+            done |= {(record.condition, record.item): record for record in new}
+            count += len(new)
+    asked = [item for documents in prepared.documents.values() for item in documents]
+    records = [done[condition.name, item] for condition in conditions for item in asked]
+    metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
+    return Evaluation(harness.name, AS_READ, metrics, conditions, list(harness.names), records, seed, count)
+
+
+def _asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    name: str,
+    condition: Condition,
+    batch_size: int,
+    report: Report | None,
+) -> list[Record]:
+    """A record for each document of the tasks of one name."""
+    import lm_eval
+
+    from deltamem_tool.evaluation.harness_model import MemoryLM
+
+    harness = prepared.harness
+
+    def told(done: int, of: int) -> None:
+        if report is not None:
+            report(f"{name}, {in_words(condition.name)}", done, of)
+
+    with under(model, condition), _quiet():
+        lm = MemoryLM(model, tokenizer, batch_size, harness.chat, told)
+        _begin(prepared.tasks[name]["tasks"], harness.num_fewshot)
+        # Not `simple_evaluate`, which lists all that is installed each time.
+        found = lm_eval.evaluate(
+            lm,
+            prepared.tasks[name],
+            limit=prepared.limit,
+            apply_chat_template=harness.chat,
+            fewshot_as_multiturn=harness.chat,
+            system_instruction=harness.system,
+            bootstrap_iters=0,  # our intervals are of documents in pairs
+        )
+    return [
+        record
+        for own, samples in found["samples"].items()
+        for record in _records(tokenizer, name, own, condition.name, samples, prepared.is_one_task)
+    ]
+
+
+def _begin(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """Every condition gets the same examples and draws: seeds and examples as `simple_evaluate` sets them."""
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _records(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    own: str,
+    condition: str,
+    samples: Sequence[Mapping[str, Any]],
+    alone: bool,
+) -> list[Record]:
+    """Of the samples of one task, those of its first filter; `alone` says that no other is asked."""
+    some = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    metrics = [metric for metric in some[0]["metrics"] if all(_is_share(sample[metric]) for sample in some)]
+    if not metrics:
+        raise ConfigError(
+            f"The task {own} has no score from 0 to 1 for each document.",
+            f"Its metrics are {', '.join(some[0]['metrics'])}.",
+            "Choose another task.",
+        )
+    records = []
+    for sample in some:
+        asked, said = str(sample["arguments"][0][0]), sample["filtered_resps"]
+        answer = said[0] if len(said) == 1 and isinstance(said[0], str) else json.dumps(said, default=str)
+        item = f"{own}/{sample['doc_id']}"
+        scores = {} if alone else {SCORE: float(sample[metrics[0]])}
+        scores |= {metric: float(sample[metric]) for metric in metrics}
+        tokens = len(tokenizer(asked, add_special_tokens=False).input_ids)
+        records.append(Record(item, item, name, condition, asked, answer, [str(sample["target"])], scores, tokens))
+    return records
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and 0 <= value <= 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's remarks on models that it has not loaded itself."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,112 @@
+"""How likely a conversation's last answers are, given what was said before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from deltamem_tool.chat_template import Message
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.task import Item, needs_data
+
+
+class _Talk(NamedTuple):
+    """A conversation: sessions, of which the last one's end is asked about."""
+
+    name: str
+    sessions: Sequence[Sequence[Message]]
+    where: str
+
+
+class Perplexity:
+    """The last answers of each conversation, an item each.
+
+    The history ends where the last `turns` begin, so that all items of a conversation share one memory, and another
+    conversation's is their donor. They are the session that goes on from it: each answer has the turns between the
+    history and itself in view, under every condition.
+
+    Args:
+        data: conversations as `deltamem train` reads them (a .jsonl or .parquet file, or a dataset of the Hub), or a
+            .json file of LoCoMo's form, whose sessions are kept.
+        turns: how many answers.
+        split, revision: of a dataset of the Hub.
+
+    Raises:
+        ConfigError: there is no data, or no turn to score.
+    """
+
+    name = "perplexity"
+    by_likelihood: Literal[True] = True
+
+    def __init__(
+        self, data: str | None = None, turns: int = 1, split: str = "train", revision: str | None = None
+    ) -> None:
+        if type(turns) is not int or turns < 1:
+            raise ConfigError("The turns to score are a number from 1.", f"It is {turns!r}.", "Correct it.")
+        self._data = needs_data(self.name, data, "conversations.jsonl", split=split, revision=revision)
+        self._turns, self._split, self._revision = turns, split, revision
+
+    def items(self) -> list[Item]:
+        return [item for talk in self._talks() for item in self._asked(talk)]
+
+    def _talks(self) -> Iterator[_Talk]:
+        if Path(self._data).suffix.lower() == ".json":
+            return _locomo(self._data)
+        return _conversations(self._data, self._split, self._revision)
+
+    def _asked(self, talk: _Talk) -> Iterator[Item]:
+        *earlier, last = talk.sessions
+        system = [message for message in last[:1] if message["role"] == "system"]
+        answered = _answered(last)[-self._turns :]
+        begin = answered[0][0] if answered else 0
+        history = [*earlier, list(last[:begin])] if begin > len(system) else earlier
+        if len(answered) < self._turns or not history:
+            raise DataError(
+                f"{talk.where} has too few turns.",
+                f"Its last {self._turns} are to be scored, and something must precede them.",
+                "Ask for fewer (--set turns=N), or leave it out.",
+            )
+        for number, (_, answer) in enumerate(answered, start=1):
+            text = last[answer].get("content")
+            where = f"{talk.where}, message {answer + 1}"
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{where} says nothing.", "It is the answer to be scored.", "Correct it.")
+            group = f"turn {number} of {self._turns}" if self._turns > 1 else "last turn"
+            question = [*system, *last[begin:answer]]
+            asked = next(message for message in reversed(question) if message["role"] == "user")
+            yield Item(
+                f"{talk.name}/{number}", talk.name, history, question, [text], group, where, str(asked["content"])
+            )
+
+
+def _answered(messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Of each user's turn that has an answer: where it begins, and where the answer is, the assistant's last message
+    of it."""
+    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    found = []
+    for start, end in pairwise([*starts, len(messages)]):
+        said = [number for number in range(start, end) if messages[number]["role"] == "assistant"]
+        if said:
+            found.append((start, said[-1]))
+    return found
+
+
+def _conversations(data: str, split: str, revision: str | None) -> Iterator[_Talk]:
+    from deltamem_tool.data.sources import read_episodes
+
+    for number, episode in enumerate(read_episodes(data, split, revision).episodes, start=1):
+        (exchange,) = episode.exchanges  # the last turn, after the system prompt where the history has one
+        turn = exchange[1:] if exchange[0]["role"] == "system" else exchange
+        yield _Talk(str(number), [[*episode.history, *turn]], episode.where)
+
+
+def _locomo(data: str) -> Iterator[_Talk]:
+    from deltamem_tool.evaluation.tasks.locomo import LoCoMo
+
+    seen = set()
+    for item in LoCoMo(data).items():
+        if item.history_id not in seen:
+            seen.add(item.history_id)
+            yield _Talk(item.history_id, item.history, item.where.rpartition(" question ")[0])

@@ -1,0 +1,217 @@
+"""Tasks of lm-evaluation-harness with the memory on: each request from zeros, alone or in a batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
+from tiny import randomise, tiny_model
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool.adapter import create_adapter
+from deltamem_tool.chat_template import render
+from deltamem_tool.cli.evaluate import command
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation import harness_run
+from deltamem_tool.evaluation.conditions import STATE
+from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
+from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
+from deltamem_tool.evaluation.records import RECORDS_FILE
+from deltamem_tool.segments import mark_chat
+from deltamem_tool.surgery import adapter_of
+
+TOLERANCE = 1e-4  # of a choice's log-probability, a sum of some tokens' in float32: padded in a batch, and alone
+LIMIT = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("lm_eval") / "tasks")
+
+
+@pytest.fixture(scope="module", params=["token", "message"])
+def model(request, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, granularity=request.param)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def prepared(folder):
+    return prepare(find_harness(f"lm_eval:{CHOICE},{ANSWER}", {"include_path": str(folder)}), LIMIT)
+
+
+@pytest.fixture(scope="module")
+def found(model, tokenizer, prepared):
+    return evaluate_harness(model, tokenizer, prepared, batch_size=3)
+
+
+def asked(folder):
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()][:LIMIT]
+    return [([{"role": "user", "content": f"{row['told']} {row['question']}"}], row) for row in rows]
+
+
+def from_zeros(model, tokenizer, messages):
+    """A prompt's tokens, and a memory that begins with zeros and knows its messages; none of a plain model."""
+    granularity = adapter_of(model).config.granularity if hasattr(model, "_deltamem_patch") else None
+    marked = mark_chat(tokenizer, messages, granularity or "token", add_generation_prompt=True)
+    cache = None if granularity is None else MemoryCache(model)
+    if granularity == "message":
+        cache.segments = torch.tensor([marked.marks], dtype=torch.int8)
+    return torch.tensor([marked.input_ids]), cache
+
+
+@torch.no_grad()
+def choice_alone(model, tokenizer, messages, choice):
+    prompt, cache = from_zeros(model, tokenizer, messages)
+    said = torch.tensor([tokenizer(choice, add_special_tokens=False).input_ids])
+    logits = model(prompt, past_key_values=cache, use_cache=True)
+    past = logits.past_key_values
+    found, last = 0.0, logits.logits[0, -1]
+    for token in said[0]:
+        found += float(last.log_softmax(0)[token])
+        last = model(token[None, None], past_key_values=past, use_cache=True).logits[0, -1]
+    return found
+
+
+def answer_alone(model, tokenizer, messages):
+    prompt, cache = from_zeros(model, tokenizer, messages)
+    given = {} if cache is None else {"past_key_values": cache}
+    output = model.generate(prompt, max_new_tokens=16, do_sample=False, **given)
+    return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("\n")[0]
+
+
+def test_every_request_is_as_if_it_were_alone(model, tokenizer, folder, found):
+    base, lines = tiny_model(vocab_size=len(tokenizer)), {}
+    for record in found.records:
+        lines.setdefault(record.condition, []).append(record)
+    for plain, conditions in ((model, ["state"]), (base, ["scale_zero", "no_adapter"])):
+        for number, (messages, row) in enumerate(asked(folder)):
+            alone = [choice_alone(plain, tokenizer, messages, text) for text in row["choices"]]
+            said = answer_alone(plain, tokenizer, messages)
+            lengths = [len(text) for text in row["choices"]]
+            for condition in conditions:
+                choice, answer = lines[condition][number], lines[condition][LIMIT + number]
+                assert (choice.item, answer.item) == (f"{CHOICE}/{number}", f"{ANSWER}/{number}")
+                assert choice.question == answer.question == render(tokenizer, messages, generation_prompt=True)
+                likely = [float(value) for value, _ in json.loads(choice.answer)]
+                assert likely == pytest.approx(alone, abs=TOLERANCE)
+                assert choice.scores["acc"] == float(likely[1] > likely[0])
+                assert choice.scores["acc_norm"] == float(likely[1] / lengths[1] > likely[0] / lengths[0])
+                assert answer.answer == said and answer.right == [row["choices"][1]]
+    for ours, theirs in zip(lines["state"], lines["no_adapter"], strict=True):
+        assert ours.answer != theirs.answer  # the memory has something to say
+
+
+def test_batches_do_not_matter(model, tokenizer, prepared, found):
+    single = evaluate_harness(model, tokenizer, prepared, only=[STATE], batch_size=1)
+    for one, other in zip(single.records, found.records, strict=False):
+        if one.item.startswith(ANSWER):
+            assert one == other
+        else:
+            numbers = [[value for value, _ in json.loads(record.answer)] for record in (one, other)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=TOLERANCE)
+
+
+def test_order_does_not_matter(model, tokenizer, folder):
+    """Asked backwards, of one model of the harness: nothing of a request is there for the next."""
+    from lm_eval.api.instance import Instance
+
+    from deltamem_tool.evaluation.harness_model import MemoryLM
+
+    told = []
+    lm = MemoryLM(model, tokenizer, 1, True, lambda *done: told.append(done))
+    prompts = [lm.apply_chat_template(messages) for messages, _ in asked(folder)]
+    kinds = {
+        "loglikelihood": [(prompt, row["choices"][0]) for prompt, (_, row) in zip(prompts, asked(folder), strict=True)],
+        "generate_until": [(prompt, {"until": ["\n"], "max_gen_toks": 8}) for prompt in prompts],
+    }
+    for kind, arguments in kinds.items():
+        requests = [Instance(kind, {}, each, 0) for each in arguments]
+        forth, back = getattr(lm, kind)(requests), getattr(lm, kind)(requests[::-1])
+        assert forth == back[::-1] and len(set(forth)) > 1
+        assert told[-1] == (LIMIT, LIMIT)
+
+
+def test_scores_are_paired_by_document(found):
+    assert found.metrics == [SCORE] and found.groups == [CHOICE, ANSWER]  # acc and exact_match
+    assert found.task == f"lm_eval:{CHOICE},{ANSWER}" and found.others == ["scale_zero", "no_adapter"]
+    state, documents = found.scores(SCORE, STATE)
+    base, same = found.scores(SCORE, "no_adapter")
+    assert documents == same and len(set(documents)) == 2 * LIMIT
+    apart = found.difference(SCORE, "no_adapter")
+    assert apart.histories == 2 * LIMIT and apart.mean == pytest.approx((sum(state) - sum(base)) / (2 * LIMIT))
+
+
+def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, found, tmp_path, monkeypatch):
+    options = {"only": [STATE], "batch_size": 3, "folder": tmp_path, "settings": {"adapter": "a"}}
+    first = evaluate_harness(model, tokenizer, prepared, **options)
+    lines = (tmp_path / RECORDS_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / RECORDS_FILE).write_text("".join(lines[:-2]))  # in the middle of the second task
+    own, names = harness_run._asked, []
+    monkeypatch.setattr(harness_run, "_asked", lambda *inputs: names.append(inputs[3]) or own(*inputs))
+    assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records
+    assert names == [ANSWER]
+    assert evaluate_harness(model, tokenizer, prepared, **options).records == first.records
+    assert names == [ANSWER] and len((tmp_path / RECORDS_FILE).read_text().splitlines()) == len(lines)
+    with pytest.raises(DataError, match="adapter differ"):
+        evaluate_harness(model, tokenizer, prepared, **{**options, "settings": {"adapter": "b"}})
+
+
+def test_what_cannot_be_asked_is_refused(folder, tokenizer):
+    path = {"include_path": str(folder)}
+    for task, options, says in (
+        ("lm_eval:told_choise", path, "no task 'told_choise' in .*\nNear are told_choice"),
+        ("lm_eval:", {}, "names no task"),
+        (f"lm_eval:{CHOICE}", {"fewshot": 3}, "does not take these options"),
+        (f"lm_eval:{CHOICE}", {"include_path": str(folder / "nowhere")}, "no folder"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            prepare(find_harness(task, options))
+    with pytest.raises(DataError, match="data of the task told_elsewhere cannot be loaded.\n.*\nTry again with a net"):
+        prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
+    for protocol, retrieved, only, says in (
+        ("full", False, None, "have no history"),
+        ("memory", True, None, "have no history"),
+        ("memory", False, ["donor_state"], "no condition 'donor_state'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            refuse_histories(protocol, retrieved, only)
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
+    attach(model, DeltaMemConfig(rank=4))
+    story = prepare(find_harness(f"lm_eval:{STORY}", path), 1)
+    with pytest.raises(ConfigError, match="told_story has no score from 0 to 1 for each document"):
+        evaluate_harness(model, tokenizer, story, only=[STATE])
+    for task, system in ((CHOICE, "Be kind. " * 20), (ANSWER, "Be kind. " * 20)):
+        long = prepare(find_harness(f"lm_eval:{task}", {**path, "system": system}), 1)
+        with pytest.raises(DataError, match="A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
+            evaluate_harness(model, tokenizer, long, only=[STATE])
+
+
+def test_segments_need_messages(folder, tokenizer):
+    """An adapter that writes by messages cannot read a prompt without any."""
+    model = tiny_model(vocab_size=len(tokenizer))
+    attach(model, DeltaMemConfig(rank=4, granularity="message"))
+    plain = prepare(find_harness(f"lm_eval:{CHOICE}", {"include_path": str(folder), "chat": False}), 1)
+    with pytest.raises(DataError, match="no messages that the memory could write"):
+        evaluate_harness(model, tokenizer, plain, only=[STATE])
+
+
+def test_without_the_harness(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness.\n.*\npip install 'deltamem-tool\[harness\]'"):
+        prepare(find_harness("lm_eval:ifeval", {}))
+
+
+def test_the_command(tmp_path, folder, checkpoint):
+    adapter = tmp_path / "adapter"
+    create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
+    options = [str(adapter), "--task", f"lm_eval:{CHOICE}", "--set", f"include_path={folder}", "--limit", "3", "--json"]
+    said = json.loads(CliRunner().invoke(command, options).stdout)
+    assert said["task"] == f"lm_eval:{CHOICE}" and said["metric"] == "acc" and said["questions"] == [3]
+    assert list(said["conditions"]) == ["state", "scale_zero", "no_adapter"]
+    assert said["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing

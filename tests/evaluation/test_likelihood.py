@@ -1,0 +1,176 @@
+"""Log-probabilities of answers: those of a plain loop over tokens, under every condition, in any batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluation.asked import history
+from tiny import CHAT_TEMPLATE, randomise, tiny_model
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach, dialogues
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import likelihood
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, EvalProtocol
+from deltamem_tool.evaluation.likelihood import scored_answers
+from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS
+from deltamem_tool.evaluation.task import Item
+from deltamem_tool.evaluation.views import Views
+from deltamem_tool.evaluation.writing import memorise
+from deltamem_tool.surgery import adapter_of
+
+TOLERANCE = 2e-5  # nats: float32 in a padded batch with one call, and alone token by token
+MEMORY = EvalProtocol.parse("memory")
+
+
+def item(number: int, question: int = 0) -> Item:
+    """Histories of unlike length, and answers too."""
+    asked = dialogues.user("Good to know." * (1 + question))
+    answer = f"{('Rex', 'Bella', 'Fido')[number % 3]} is my dog." + " Got it." * question
+    name = f"history {number}"
+    return Item(
+        f"{name}/{question}", name, history(number, 1 + number % 2), [asked], [answer], "all", f"talks:{number}"
+    )
+
+
+class Likely:
+    name = "likely"
+    by_likelihood = True
+
+    def __init__(self, items=None):
+        self._items = items or [item(0), item(1, 1), item(2), item(2, 1)]
+
+    def items(self):
+        return self._items
+
+
+@pytest.fixture(scope="module", params=["token", "message"])
+def model(request, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, granularity=request.param)))
+    return model
+
+
+@torch.no_grad()
+def one_by_one(model, tokenizer, prompt, answer, memory=None):
+    """Each token of the answer after all before it, each time from the beginning and in a cache of its own."""
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    found = []
+    for token in tokenizer(answer, add_special_tokens=False).input_ids:
+        given = {} if memory is None else {"past_key_values": MemoryCache(model, memory, write=False)}
+        logits = model(torch.tensor([before]), **given).logits[0, -1]
+        found.append(math.log(logits.double().softmax(0)[token]))
+        before = [*before, token]
+    return found
+
+
+def test_every_condition_is_the_plain_loop(model, tokenizer):
+    task = Likely()
+    found = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
+    base = tiny_model(vocab_size=len(tokenizer))
+    views = Views(tokenizer, MEMORY, None, 0)
+    donors = {"history 0": "history 1", "history 1": "history 2", "history 2": "history 0"}
+    memories = {each.history_id: memorise(model, tokenizer, [each.history]) for each in task.items()}
+    for record in found.records:
+        (asked,) = [each for each in task.items() if each.id == record.item]
+        own = {
+            "state": memories[asked.history_id],
+            "donor_state": memories[donors[asked.history_id]],
+            "zero_state": adapter_of(model).empty_memory(1),
+        }.get(record.condition)
+        view = {"full_context": ALL, "bm25": RETRIEVED}.get(record.condition, NOTHING)
+        prompt = views.prompt(asked, view)
+        values = one_by_one(base if own is None else model, tokenizer, prompt, asked.answers[0], own)
+        assert record.scores[TOKENS] == len(values)
+        assert record.scores[LOG_PROB] == pytest.approx(sum(values) / len(values), abs=TOLERANCE), record.condition
+    means = {c.name: found.estimate(LOG_PROB, c.name).mean for c in found.conditions}
+    assert means["zero_state"] == pytest.approx(means["no_adapter"], abs=TOLERANCE)
+    assert all(abs(means["state"] - means[name]) > 100 * TOLERANCE for name in ("donor_state", "no_adapter"))
+    assert abs(means["full_context"] - means["no_adapter"]) > 100 * TOLERANCE
+
+
+def test_batches_do_not_matter(model, tokenizer, monkeypatch):
+    whole = evaluate(model, tokenizer, Likely(), MEMORY)
+    small = evaluate(model, tokenizer, Likely(), MEMORY, batch_size=2)
+    monkeypatch.setattr(likelihood, "LOGITS", 1)  # a row at a time
+    single = evaluate(model, tokenizer, Likely(), MEMORY)
+    for one, two, three in zip(whole.records, small.records, single.records, strict=True):
+        assert one.scores[LOG_PROB] == pytest.approx(two.scores[LOG_PROB], abs=TOLERANCE)
+        assert one.scores[LOG_PROB] == pytest.approx(three.scores[LOG_PROB], abs=TOLERANCE)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_mean_is_of_tokens(model, tokenizer):
+    """As perplexity is usually reported: long answers count for more."""
+    found = evaluate(model, tokenizer, Likely(), MEMORY)
+    records = [record for record in found.records if record.condition == "state"]
+    assert len({record.scores[TOKENS] for record in records}) > 1
+    total = sum(record.scores[LOG_PROB] * record.scores[TOKENS] for record in records)
+    mean = total / sum(record.scores[TOKENS] for record in records)
+    assert found.estimate(LOG_PROB, "state").mean == pytest.approx(mean)
+    assert all(line.startswith("over") and line.endswith(" nats per token)") for line in found.verdict())
+
+
+def with_template(tokenizer, template):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def scored(tokenizer, asked, view=NOTHING, positions=None):
+    prompt = Views(tokenizer, MEMORY, None, 0).prompt(asked, view)
+    return prompt, scored_answers(tokenizer, {(view, asked.id): asked}, {(view, asked.id): prompt}, positions)[
+        view, asked.id
+    ]
+
+
+THOUGHT = CHAT_TEMPLATE.replace(
+    "<|{{ message.role }}|>", "<|{{ message.role }}|>{% if message.role == 'assistant' %}(no thought){% endif %}"
+)
+SPACED = CHAT_TEMPLATE.replace("{{ message.content }}", " {{ message.content }}")
+STRIPPED = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "own"),
+    [
+        (CHAT_TEMPLATE, "<|assistant|>", "Fido is my dog."),
+        (THOUGHT, "<|assistant|>(no thought)", "Fido is my dog."),
+        (SPACED, "<|assistant|>", " Fido is my dog."),  # one token, which holds the first word
+        (STRIPPED, "<|assistant|>", "Fido is my dog."),
+    ],
+)
+def test_scored_are_the_answers_own_tokens(tokenizer, template, before, own):
+    """Not what the template writes before it, and not the end of the turn."""
+    changed = with_template(tokenizer, template)
+    prompt, found = scored(changed, item(5))
+    said = found.ids[-found.answer :]
+    assert changed.decode(said) == own and changed.decode(found.ids[: -found.answer]).endswith(before)
+    assert changed.decode(found.ids).startswith(prompt)
+    assert changed.eos_token_id not in said
+
+
+def test_what_cannot_be_scored_is_named(tokenizer):
+    asked = item(7)
+    with pytest.raises(DataError, match="talks:7: the chat template renders the prompt differently"):
+        reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
+        scored(with_template(tokenizer, reversing), asked)
+    with pytest.raises(DataError, match="talks:7 has no answer that could be scored"):
+        scored(tokenizer, replace(asked, answers=[""]))
+    length = len(scored(tokenizer, asked, ALL)[1].ids)
+    assert len(scored(tokenizer, asked, ALL, length)[1].ids) == length
+    with pytest.raises(DataError, match=f"talks:7 is too long for the model: {length} tokens in view with the answer"):
+        scored(tokenizer, asked, ALL, length - 1)
+
+
+def test_a_model_that_gives_nothing_finite_is_refused(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    attach(model, DeltaMemConfig(rank=4))
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.inf
+    with pytest.raises(DataError, match="talks:.: the log-probability of the answer is not finite"):
+        evaluate(model, tokenizer, Likely(), MEMORY, only=("no_adapter",))

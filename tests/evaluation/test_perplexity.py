@@ -1,0 +1,180 @@
+"""The task `perplexity`: which turns are scored, after which, and how its figures are shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from evaluation.test_benchmarks import TALK
+from rich.console import Console
+from tiny import write_jsonl
+
+from deltamem_tool import DeltaMemConfig, dialogues
+from deltamem_tool.adapter import create_adapter
+from deltamem_tool.cli.evaluate import command
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
+from deltamem_tool.evaluation.records import Record
+from deltamem_tool.evaluation.report import plot_scores, score_table
+from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, interval_text, scale_of
+from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
+from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.views import Views
+
+USER, ASSISTANT = dialogues.user, dialogues.assistant
+SYSTEM = {"role": "system", "content": "Be kind."}
+TURNS = [[USER(f"Question {n}"), ASSISTANT(f"Answer {n}")] for n in range(4)]
+TALKS = [[message for turn in TURNS for message in turn], [SYSTEM, *TURNS[0], *TURNS[1], *TURNS[2]]]
+
+
+@pytest.fixture
+def talks(tmp_path):
+    return str(write_jsonl(tmp_path / "talks.jsonl", TALKS))
+
+
+def test_the_last_answer_after_all_before(talks):
+    first, second = find_task("perplexity", {"data": talks}).items()
+    assert list(first.history) == [TALKS[0][:-2]] and list(first.question) == TURNS[3][:1]
+    assert list(first.answers) == ["Answer 3"] and first.group == "last turn"
+    assert list(second.history) == [TALKS[1][:-2]] and list(second.question) == [SYSTEM, TURNS[2][0]]
+    assert second.where.endswith("talks.jsonl:2, message 7") and second.query == "Question 2"
+
+
+def test_several_turns_go_on_from_one_history(talks):
+    """They share the memory, and each sees the turns between the history and itself."""
+    items = find_task("perplexity", {"data": talks, "turns": 2}).items()
+    first, second, third, fourth = items
+    assert first.history == second.history == [TALKS[0][:4]] and first.history_id == second.history_id
+    assert list(second.question) == [*TURNS[2], TURNS[3][0]] and list(second.answers) == ["Answer 3"]
+    assert [each.group for each in items] == ["turn 1 of 2", "turn 2 of 2"] * 2
+    assert third.history == fourth.history == [TALKS[1][:3]] and third.history_id != first.history_id
+    assert list(fourth.question) == [SYSTEM, *TURNS[1], TURNS[2][0]]
+    assert len({each.id for each in items}) == 4
+
+
+def test_a_system_prompt_is_in_view_once_and_first(talks, tokenizer):
+    second = find_task("perplexity", {"data": talks}).items()[1]
+    views = Views(tokenizer, EvalProtocol.parse("window:1000"), None, 0)
+    for view in (NOTHING, ALL, "window"):
+        text = views.prompt(second, view)
+        assert text.startswith("<|system|>Be kind.<|end|><|user|>") and text.count("<|system|>") == 1
+        assert ("Question 0" in text) == (view != NOTHING)
+
+
+def test_locomos_sessions_are_kept(tmp_path):
+    last = [{"speaker": "Ann", "text": "Hi!"}, {"speaker": "Ben", "text": "Hello."}, {"speaker": "Ann", "text": "Bye."}]
+    talk = {**TALK, "conversation": {**TALK["conversation"], "session_10": last}}
+    (tmp_path / "locomo.json").write_text(json.dumps([talk]))
+    (item,) = find_task("perplexity", {"data": str(tmp_path / "locomo.json")}).items()
+    assert item.history_id == "talk-7" and len(item.history) == 2  # the third is what is asked
+    assert item.question[-1]["content"].endswith("Ann: Hi!") and item.answers[0].endswith("Ben: Hello.")
+    assert item.where.endswith("locomo.json conversation 1, message 2")
+
+
+@pytest.mark.parametrize(
+    ("options", "talk", "says"),
+    [
+        ({}, TURNS[0], "talks.jsonl:1 has no history"),
+        ({"turns": 2}, [*TURNS[0], *TURNS[1]], "talks.jsonl:1 has too few turns"),
+        ({"turns": 1}, [*TURNS[0], USER("And?"), ASSISTANT(" \n")], "talks.jsonl:1, message 4 says nothing"),
+    ],
+)
+def test_a_conversation_that_cannot_be_asked_is_named(tmp_path, options, talk, says):
+    file = write_jsonl(tmp_path / "talks.jsonl", [talk])
+    with pytest.raises(DataError, match=says):
+        find_task("perplexity", {"data": str(file), **options}).items()
+
+
+def test_options_are_checked():
+    with pytest.raises(ConfigError, match="The task perplexity needs its data"):
+        find_task("perplexity", {})
+    for turns in (0, "2", 1.5):
+        with pytest.raises(ConfigError, match="a number from 1"):
+            find_task("perplexity", {"data": "talks.jsonl", "turns": turns})
+
+
+SCALE = scale_of(LOG_PROB)
+ALONE = [str(number) for number in range(40)]
+
+
+def test_a_scale_without_an_end_clips_nothing():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(-3, 0.5, 40), rng.normal(-6, 0.5, 40)
+    found = estimate(list(ours), ALONE, 0, SCALE)
+    normal = 1.96 * ours.std(ddof=1) / math.sqrt(40)
+    assert found.mean == pytest.approx(ours.mean()) and found.high < -2
+    assert found.low == pytest.approx(found.mean - normal, abs=0.03)
+    apart = difference(list(ours), list(theirs), ALONE, 0, SCALE)
+    assert apart.mean == pytest.approx(3, abs=0.3) and 2 < apart.low < apart.mean < apart.high < 4
+    assert estimate([-1e-9] * 20 + [-0.4] * 20, ALONE, 0, SCALE).high <= 0  # no probability is above 1
+    same = estimate([-0.5] * 40, ALONE, 0, SCALE)  # the rule of three is about shares
+    assert (same.mean, same.low, same.high) == (-0.5, -0.5, -0.5)
+
+
+def test_weights_are_as_if_every_token_were_a_question():
+    rng = np.random.default_rng(1)
+    means, counts = rng.normal(-2, 1, 40).clip(-5, -0.1), rng.integers(1, 9, 40)
+    tokens = [(mean, str(n)) for n, (mean, count) in enumerate(zip(means, counts, strict=True)) for _ in range(count)]
+    apart = estimate([mean for mean, _ in tokens], [cluster for _, cluster in tokens], 0, SCALE)
+    together = estimate(list(means), ALONE, 0, SCALE, list(map(float, counts)))
+    assert together.mean == pytest.approx(apart.mean)
+    assert (together.low, together.high) == pytest.approx((apart.low, apart.high))
+    zeros = [0.0] * 40
+    differs = difference(list(means), zeros, ALONE, 0, SCALE, list(map(float, counts)))
+    assert differs.mean == pytest.approx(apart.mean) and differs.p_value < 0.001
+
+
+def test_words():
+    said = Difference(0.21, 0.17, 0.25, 0.001, 40)
+    assert verdict("donor state", said, SCALE.unit) == "the state adds 0.21 ± 0.04 nats per token over donor state"
+    unclear = Difference(-0.01, -0.03, 0.01, 0.4, 40)
+    assert verdict("zero state", unclear, SCALE.unit).endswith("(-0.01 ± 0.02 nats per token)")
+    assert interval_text(0.1, 0.25) == "0.10–0.25" and interval_text(-0.1, -0.001) == "-0.10 to 0.00"
+
+
+def found() -> Evaluation:
+    conditions = conditions_of(EvalProtocol.parse("memory"))
+    better = {"state": 1.0}
+    records = [
+        Record(
+            f"{n}", f"{n}", f"turn {1 + n % 2} of 2", c.name, "?", "", ["b"],
+            {LOG_PROB: better.get(c.name, 0.0) - 2.0 - 0.01 * n, TOKENS: 1.0 + n}, 5,
+        )
+        for c in conditions
+        for n in range(8)
+    ]  # fmt: skip
+    return Evaluation("perplexity", "memory", [LOG_PROB], conditions, ["turn 1 of 2", "turn 2 of 2"], records, 0)
+
+
+def test_it_is_shown_as_perplexity_too(tmp_path):
+    mean = sum((-1.0 - 0.01 * n) * (1 + n) for n in range(0, 8, 2)) / sum(1 + n for n in range(0, 8, 2))
+    console = Console(width=120, file=io.StringIO())
+    console.print(score_table(found()))
+    text = console.file.getvalue()
+    assert f"{mean:.2f}" in text and f"perplexity {math.exp(-mean):.2f}" in text
+    said = evaluation_json(found(), "f" * 64, ["--task", "perplexity"])
+    (tmp_path / "evaluation.json").write_text(json.dumps(said))
+    assert read_evaluation(tmp_path / "evaluation.json") == said
+    assert said["scores"]["state"][0][0] == pytest.approx(mean)
+    assert said["differences"]["donor_state"]["mean"] == pytest.approx(1.0)
+    assert "the state adds 1.00 ± 0.00 nats per token over donor state" in said["verdict"]
+    plot_scores(found(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command(tmp_path, checkpoint, talks):
+    adapter = tmp_path / "adapter"
+    create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
+    options = [str(adapter), "--task", "perplexity", "--data", talks, "--set", "turns=2", "--json"]
+    for _ in range(2):  # the second time, nothing is left to be asked
+        said = json.loads(CliRunner().invoke(command, [*options, "--records", str(tmp_path / "records")]).stdout)
+    assert said["metric"] == LOG_PROB and said["groups"] == ["turn 1 of 2", "turn 2 of 2"]
+    assert said["questions"] == [2, 2] and all(score < 0 for score, _, _ in said["overall"].values())
+    assert said["differences"]["zero_state"]["mean"] == 0.0  # a fresh adapter corrects nothing
+    assert len((tmp_path / "records" / "records.jsonl").read_text().splitlines()) == 4 * len(said["conditions"])
