@@ -145,7 +145,7 @@ def command(
         if of_harness:
             found = evaluate_harness(model, tokenizer_of(model), prepared, **shared)
         else:
-            wanted = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
+            wanted: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
             found = evaluate(model, tokenizer_of(model), asked, way, **wanted, **shared)
     asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "limit": limit, "batch_size": batch_size}
     words, seconds = typed(click.get_current_context()), time.monotonic() - started

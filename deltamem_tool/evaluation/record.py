@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltamem_tool import __version__
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.versions import is_newer, update_line
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def evaluation_json(
         "conditions": {condition.name: condition.meaning for condition in found.conditions},
         "scores": {name: [_row(found, metric, name, group) for group in found.groups] for name in names},
         "overall": {name: _row(found, metric, name, None) for name in names},
-        "other_metrics": {other: {name: _row(found, other, name, None) for name in names} for other in others},
+        "other_metrics": {other: {name: _row(found, other, name, None) for name in names} for other in others}
+        | ({PERPLEXITY: {name: _perplexities(found, name) for name in names}} if metric == LOG_PROB else {}),
         "differences": _differences(found, None),
         "group_differences": {group: _differences(found, group) for group in found.groups},
         "verdict": found.verdict(),
@@ -68,6 +70,11 @@ def _differences(found: Evaluation, group: str | None) -> dict[str, Any]:
 def _row(found: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
     estimate = found.estimate(metric, condition, group)
     return [estimate.mean, estimate.low, estimate.high]
+
+
+def _perplexities(found: Evaluation, condition: str) -> list[float]:
+    mean, low, high = _row(found, LOG_PROB, condition, None)
+    return [perplexity(mean), perplexity(high), perplexity(low)]
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
