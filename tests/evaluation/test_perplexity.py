@@ -9,7 +9,8 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from evaluation.test_benchmarks import TALK
+from evaluation.published import TALK
+from evaluation.reported import kept
 from rich.console import Console
 from tiny import write_jsonl
 
@@ -17,6 +18,7 @@ from deltamem_tool import DeltaMemConfig, dialogues
 from deltamem_tool.adapter import create_adapter
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.compare import compare
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.records import Record
@@ -163,9 +165,28 @@ def test_it_is_shown_as_perplexity_too(tmp_path):
     assert read_evaluation(tmp_path / "evaluation.json") == said
     assert said["scores"]["state"][0][0] == pytest.approx(mean)
     assert said["differences"]["donor_state"]["mean"] == pytest.approx(1.0)
+    mean, low, high = said["overall"]["state"]
+    assert said["other_metrics"]["perplexity"]["state"] == pytest.approx(
+        [math.exp(-mean), math.exp(-high), math.exp(-low)]
+    )
     assert "the state adds 1.00 ± 0.00 nats per token over donor state" in said["verdict"]
     plot_scores(found(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_of_them_are_compared_token_by_token(tmp_path):
+    worse = found()
+    for record in worse.records:  # the longer the answer, the more
+        record.scores[LOG_PROB] -= 0.1 * record.scores[TOKENS]
+    folders = [kept(tmp_path / name, each) for name, each in (("a", found()), ("b", worse))]
+    compared = compare(*folders)
+    assert not compared.unpaired
+    (row,) = [row for row in compared.overall if row.condition == "state"]
+    lengths = [1.0 + n for n in range(8)]
+    assert row.mean == pytest.approx(-0.1 * sum(n * n for n in lengths) / sum(lengths))
+    assert any(
+        line.startswith("state: B is 0.57") and "nats per token lower than A" in line for line in compared.verdict()
+    )
 
 
 def test_the_command(tmp_path, checkpoint, talks):
