@@ -28,7 +28,8 @@ from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.cli.console import progress
 from deltamem_tool.dialogues import UNKNOWN
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
-from deltamem_tool.evaluation.runner import Evaluation, evaluate
+from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.tasks.recall import CHANGED, OTHER_FACTS, SMALL_TALK, STATED, Recall
 from deltamem_tool.files import write_whole

@@ -25,7 +25,8 @@ from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
 from deltamem_tool.evaluation.report import plot_losses, plot_scores
-from deltamem_tool.evaluation.runner import Evaluation, evaluate
+from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.files import refuse_existing, write_whole
 from deltamem_tool.memory_file import read_memory

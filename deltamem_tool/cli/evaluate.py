@@ -6,9 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,11 @@ from click.core import ParameterSource
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltamem_tool.evaluation.result import Evaluation
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -86,39 +91,26 @@ def command(
     Every question is asked with the right memory, with none, with another history's, with corrections scaled to zero,
     of the base model alone, and of the base model with everything in view.
     """
-    from deltamem_tool.evaluation.conditions import STATE, EvalProtocol, chosen, conditions_of
-    from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
-    from deltamem_tool.evaluation.lora import Lora
-    from deltamem_tool.evaluation.task import find_task
-    from deltamem_tool.yaml_lines import read_changes
+    from deltamem_tool.evaluation.conditions import STATE
 
     if report is not None and records is not None:
         raise click.UsageError("--report keeps the records too; leave out --records.")
-    way = EvalProtocol.parse(protocol)
-    of_harness = task.startswith(HARNESS)
-    if ":" in task and not of_harness:
-        sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
-    options = {**read_changes(changes), **({} if data is None else {"data": data})}
+    options = _task_options(changes, data)
     only = None if conditions is None else [STATE, *conditions.split(",")]
-    beside = None if lora is None else Lora.read(lora)
-    if of_harness:
-        refuse_histories(protocol, bool(bm25 or truncate or lora), only)
-        prepared = prepare(find_harness(task, options), limit)
+    if task.startswith(HARNESS):
+        asking = _of_harness(task, protocol, options, limit, only, bool(bm25 or truncate or lora))
         if click.get_current_context().get_parameter_source("batch_size") == ParameterSource.DEFAULT:
             batch_size = HARNESS_BATCH_SIZE
     else:
-        asked = find_task(task, options, {"seed": seed})
-        chosen(conditions_of(way, bm25, truncate, beside), only)  # a wrong name is said before anything is loaded
+        asking = _of_task(task, protocol, options, seed, limit, only, bm25, truncate, lora)
 
     import torch
 
-    from deltamem_tool.adapter import load, tokenizer_of
+    from deltamem_tool.adapter import load
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.evaluation.harness_run import evaluate_harness
-    from deltamem_tool.evaluation.page import PAGE_FILE, refuse_strangers, write_report
+    from deltamem_tool.evaluation.page import refuse_strangers, write_report
     from deltamem_tool.evaluation.record import evaluation_json
-    from deltamem_tool.evaluation.report import plot_scores, score_table
-    from deltamem_tool.evaluation.runner import evaluate
+    from deltamem_tool.evaluation.report import plot_scores
     from deltamem_tool.evaluation.setup import run_json
     from deltamem_tool.files import refuse_unwritable, write_whole
     from deltamem_tool.surgery import adapter_of
@@ -134,19 +126,15 @@ def command(
         model = load(adapter, base=base, trust_remote_code=trust_remote_code)
         cast(torch.nn.Module, model).to(where)  # transformers hides the signature
         fingerprint, started = adapter_of(model).fingerprint, time.monotonic()
-        shared: dict[str, Any] = {
-            "only": only,
-            "batch_size": batch_size,
-            "seed": seed,
-            "folder": report or records,
-            "settings": {"adapter": fingerprint, "seed": seed, "options": options},
-            "report": lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
-        }
-        if of_harness:
-            found = evaluate_harness(model, tokenizer_of(model), prepared, **shared)
-        else:
-            wanted: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
-            found = evaluate(model, tokenizer_of(model), asked, way, **wanted, **shared)
+        found = asking(
+            model,
+            only=only,
+            batch_size=batch_size,
+            seed=seed,
+            folder=report or records,
+            settings={"adapter": fingerprint, "seed": seed, "options": options},
+            report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
+        )
     asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "limit": limit, "batch_size": batch_size}
     words, seconds = typed(click.get_current_context()), time.monotonic() - started
     run = run_json(model, found, words, {**asked_with, **options}, seconds)
@@ -159,8 +147,72 @@ def command(
         plot_scores(found, plot)
     if as_json:
         click.echo(json.dumps(said))
-        return
+    else:
+        _print(found, plot, report)
+
+
+def _task_options(changes: Sequence[str], data: str | None) -> dict[str, Any]:
+    from deltamem_tool.yaml_lines import read_changes
+
+    return {**read_changes(changes), **({} if data is None else {"data": data})}
+
+
+def _of_harness(
+    task: str, protocol: str, options: dict[str, Any], limit: int | None, only: list[str] | None, baselines: bool
+) -> Callable[..., Evaluation]:
+    """What asks tasks of lm-evaluation-harness; what cannot be asked is said before anything is loaded."""
+    from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
+
+    refuse_histories(protocol, baselines, only)
+    prepared = prepare(find_harness(task, options), limit)
+
+    def asking(model: PreTrainedModel, **shared: Any) -> Evaluation:
+        from deltamem_tool.adapter import tokenizer_of
+        from deltamem_tool.evaluation.harness_run import evaluate_harness
+
+        return evaluate_harness(model, tokenizer_of(model), prepared, **shared)
+
+    return asking
+
+
+def _of_task(
+    task: str,
+    protocol: str,
+    options: dict[str, Any],
+    seed: int,
+    limit: int | None,
+    only: list[str] | None,
+    bm25: bool,
+    truncate: int | None,
+    lora: Path | None,
+) -> Callable[..., Evaluation]:
+    """What asks a task of ours or of one's own; what cannot be asked is said before anything is loaded."""
+    from deltamem_tool.evaluation.conditions import EvalProtocol, chosen, conditions_of
+    from deltamem_tool.evaluation.lora import Lora
+    from deltamem_tool.evaluation.task import find_task
+
+    way = EvalProtocol.parse(protocol)
+    if ":" in task:
+        sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
+    asked = find_task(task, options, {"seed": seed})
+    beside = None if lora is None else Lora.read(lora)
+    chosen(conditions_of(way, bm25, truncate, beside), only)
+    wanted: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
+
+    def asking(model: PreTrainedModel, **shared: Any) -> Evaluation:
+        from deltamem_tool.adapter import tokenizer_of
+        from deltamem_tool.evaluation.runner import evaluate
+
+        return evaluate(model, tokenizer_of(model), asked, way, **wanted, **shared)
+
+    return asking
+
+
+def _print(found: Evaluation, plot: Path | None, report: Path | None) -> None:
     from rich.console import Console
+
+    from deltamem_tool.evaluation.page import PAGE_FILE
+    from deltamem_tool.evaluation.report import score_table
 
     for metric in found.metrics:
         Console().print(score_table(found, metric))

@@ -19,7 +19,8 @@ from deltamem_tool.evaluation.asking import under
 from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
 from deltamem_tool.evaluation.harness import CONDITIONS, Prepared
 from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
-from deltamem_tool.evaluation.runner import Evaluation, Report
+from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.runner import Report
 
 AS_READ = "as it is read"  # in place of a protocol
 SCORE = "score"  # of several tasks: the first metric of each, whatever its name

@@ -15,7 +15,7 @@ from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.versions import is_newer, update_line
 
 if TYPE_CHECKING:
-    from deltamem_tool.evaluation.runner import Evaluation
+    from deltamem_tool.evaluation.result import Evaluation
 
 EVALUATION_FILE = "evaluation.json"
 FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1

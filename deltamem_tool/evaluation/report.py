@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deltamem_tool.evaluation.conditions import in_words
 from deltamem_tool.evaluation.drawing import losses_figure, png, scores_figure
-from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, interval_text, perplexity
 from deltamem_tool.evaluation.statistics import Estimate
 from deltamem_tool.files import write_whole

@@ -16,7 +16,7 @@ from deltamem_tool.surgery import adapter_of
 from deltamem_tool.versions import versions
 
 if TYPE_CHECKING:
-    from deltamem_tool.evaluation.runner import Evaluation
+    from deltamem_tool.evaluation.result import Evaluation
 
 
 def run_json(

@@ -11,7 +11,7 @@ from deltamem_tool.evaluation.conditions import Condition, EvalProtocol, conditi
 from deltamem_tool.evaluation.page import write_report
 from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
 from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
-from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.result import Evaluation
 
 GROUPS = ("1 fact", "2 facts")
 Score = Callable[[str, int], float]  # of a condition and a question's number

@@ -23,7 +23,7 @@ from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, cond
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.report import plot_scores, score_table
-from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, interval_text, scale_of
 from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
 from deltamem_tool.evaluation.task import find_task

@@ -19,7 +19,7 @@ from deltamem_tool.evaluation.metrics import best, contains, exact_match, normal
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.report import plot_scores, score_table
-from deltamem_tool.evaluation.runner import Evaluation
+from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.recall import Recall
 

@@ -1,0 +1,56 @@
+"""A task's items as a whole: that none is mixed up with another, whose memory stands in for whose, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.task import Item
+
+
+def check(items: Sequence[Item]) -> None:
+    """Refuse items that would be mixed up.
+
+    Raises:
+        DataError: two items have one name, or one history's name is that of two.
+    """
+    seen: dict[str, Item] = {}
+    histories: dict[str, Item] = {}
+    for item in items:
+        first = seen.setdefault(item.id, item)
+        owner = histories.setdefault(item.history_id, item)
+        if first is not item or list(owner.history) != list(item.history):
+            other = first if first is not item else owner
+            name = item.id if first is not item else item.history_id
+            what = f"{item.where} and {other.where} have one name, {name!r}."
+            raise DataError(what, "Their answers would be mixed up.", "Give each its own.")
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """SHA-256 over all that is asked."""
+    digest = hashlib.sha256()
+    for name, history in {item.history_id: item.history for item in items}.items():
+        digest.update(json.dumps([name, history]).encode())
+    for item in items:
+        digest.update(
+            json.dumps([item.id, item.history_id, item.question, item.answers, item.query, item.new_tokens]).encode()
+        )
+    return digest.hexdigest()
+
+
+def donors_of(items: Sequence[Item]) -> dict[str, str]:
+    """The history whose memory stands in for each one's: the next one.
+
+    Raises:
+        DataError: there is one alone, or none.
+    """
+    histories = list(dict.fromkeys(item.history_id for item in items))
+    if len(histories) < 2:
+        raise DataError(
+            f"{len(histories)} history is too few for an evaluation." if histories else "There is nothing to ask.",
+            "The control is another history's memory.",
+            "Use two histories or more.",
+        )
+    return dict(zip(histories, [*histories[1:], histories[0]], strict=True))

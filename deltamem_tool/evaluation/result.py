@@ -1,0 +1,56 @@
+"""What an evaluation found: every answer, and what they come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltamem_tool.evaluation.conditions import STATE, Condition, in_words
+from deltamem_tool.evaluation.records import Record
+from deltamem_tool.evaluation.scales import scale_of
+from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every answer, and what they come to."""
+
+    task: str
+    protocol: str
+    metrics: list[str]  # the first decides
+    conditions: list[Condition]
+    groups: list[str]
+    records: list[Record]
+    seed: int
+    asked: int = 0  # of the records, how many are of this run; the others were there
+
+    def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
+        """Of a group, or of all: one a question, and the history of each, in the order of the items."""
+        some = [r for r in self.records if r.condition == condition and group in (None, r.group)]
+        return [record.scores[metric] for record in some], [record.history for record in some]
+
+    def weights(self, metric: str, condition: str, group: str | None = None) -> list[float] | None:
+        """How much each of `scores` counts; None where all count the same."""
+        weight = scale_of(metric).weight
+        return self.scores(weight, condition, group)[0] if weight else None
+
+    def estimate(self, metric: str, condition: str, group: str | None = None) -> Estimate:
+        weights = self.weights(metric, condition, group)
+        return estimate(*self.scores(metric, condition, group), self.seed, scale_of(metric), weights)
+
+    def difference(self, metric: str, other: str, group: str | None = None) -> Difference:
+        """Of the state's scores to another condition's, question by question."""
+        ours, histories = self.scores(metric, STATE, group)
+        theirs, weights = self.scores(metric, other, group)[0], self.weights(metric, STATE, group)
+        return difference(ours, theirs, histories, self.seed, scale_of(metric), weights)
+
+    def verdict(self) -> list[str]:
+        """In words: what the state adds to each of the others."""
+        metric = self.metrics[0]
+        unit = scale_of(metric).unit
+        return [verdict(in_words(name), self.difference(metric, name), unit) for name in self.others]
+
+    @property
+    def others(self) -> list[str]:
+        """The conditions beside the state, which they are compared with; none without it."""
+        names = [condition.name for condition in self.conditions]
+        return [name for name in names if name != STATE] if STATE in names else []
