@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from deltamem_tool.ablation.plan import Ablation, Variant
 from deltamem_tool.ablation.report import draw, markdown
-from deltamem_tool.ablation.runs import Run, keep, read_runs
+from deltamem_tool.ablation.runs import CPU, Run, keep, read_runs
 from deltamem_tool.adapter import load, tokenizer_of
+from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
@@ -25,7 +27,7 @@ from deltamem_tool.files import refuse_unwritable, write_whole
 from deltamem_tool.recipe import Recipe
 from deltamem_tool.surgery import adapter_of
 from deltamem_tool.training import train
-from deltamem_tool.training.run_folder import comparable
+from deltamem_tool.training.run_folder import comparable, data_digest
 from deltamem_tool.versions import versions
 
 ADAPTERS = "adapters"  # the folder of those that are kept
@@ -35,10 +37,24 @@ Report = Callable[[str, int, int, str], None]  # which run, done, of, what of it
 
 @dataclass(frozen=True)
 class Questions:
-    """What every adapter is asked: `episodes` conversations for each number of `facts`."""
+    """What every adapter is asked: `episodes` conversations for each number of `facts`.
+
+    Raises:
+        ConfigError: one of the numbers cannot be.
+    """
 
     facts: tuple[int, ...]
     episodes: int
+
+    def __post_init__(self) -> None:
+        self.task()  # what it refuses is refused before anything is trained
+        if self.episodes < 2:
+            raise ConfigError(
+                f"{self.episodes} conversation is too few.", "A control is another's memory.", "Take 2 or more."
+            )
+
+    def task(self) -> Recall:
+        return Recall(self.facts, self.episodes)
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,33 @@ def wanted(
     """By ablation, variant and seed; seed by seed, so that whole tables are there early.
 
     Raises:
-        ConfigError: a recipe does not hold.
+        ConfigError: a recipe does not hold, or trains no memory; two ablations have one name, or two variants of one
+            are the same run.
     """
+    names = [ablation.name for ablation in ablations]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two ablations are called {name}.", "So would be their tables.", "Rename a file.")
     found = {}
     for seed in seeds:
         for ablation in ablations:
+            by_key: dict[str, str] = {}
             for variant in ablation.variants:
                 recipe = variant.load(changes, seed, "adapter")
+                if recipe.lora is not None:
+                    raise ConfigError(
+                        f"The variant {variant.name} of {ablation.name} trains a LoRA.",
+                        "What is asked is asked of a memory.",
+                        "Take a recipe without `lora:`.",
+                    )
                 key = _key(recipe, questions)
+                same = by_key.setdefault(key, variant.name)
+                if same != variant.name:
+                    raise ConfigError(
+                        f"The variants {same} and {variant.name} of {ablation.name} are the same run.",
+                        "A table would tell them apart.",
+                        "Leave out the --set that overrides what they change, or correct the file.",
+                    )
                 placed = variant.load(changes, seed, str(folder / ADAPTERS / key))
                 found[ablation.name, variant.name, seed] = Wanted(variant, seed, placed, key)
     return found
@@ -76,8 +111,11 @@ def wanted(
 
 def _key(recipe: Recipe, questions: Questions) -> str:
     """Names everything that a run's figures depend on."""
-    said = json.dumps([comparable(recipe), questions.facts, questions.episodes], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    said: list[object] = [comparable(recipe), questions.facts, questions.episodes]
+    digest = data_digest(recipe)
+    if digest is not None:
+        said.append(digest)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ablate(
@@ -150,11 +188,13 @@ def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
         report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
     )
     processor = time.process_time() - started
+    on_gpu = torch.cuda.is_available()  # then the training was there too
     model = load(one.recipe.out)
+    cast(torch.nn.Module, model).to("cuda" if on_gpu else "cpu")  # transformers hides the signature
     found = evaluate(
         model,
         tokenizer_of(model),
-        Recall(questions.facts, questions.episodes),
+        questions.task(),
         EvalProtocol.parse(MEMORY_ONLY),
         only=(STATE, *CONTROLS),
         report=lambda what, done, of: report(name, done, of, what),
@@ -180,4 +220,5 @@ def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
         threads=torch.get_num_threads(),
         versions=versions(),
         date=time.strftime("%Y-%m-%d"),
+        device=torch.cuda.get_device_name() if on_gpu else CPU,
     )

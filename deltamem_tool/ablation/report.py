@@ -26,7 +26,7 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
     """One table: a row a variant, mean over the seeds with the smallest and the largest below it."""
     some = next(run for mine in runs.values() for run in mine)
     dates = sorted({run.date for mine in runs.values() for run in mine})
-    threads = sorted({run.threads for mine in runs.values() for run in mine})
+    made_with = dict.fromkeys(_made_with(run) for mine in runs.values() for run in mine)
     paper = [f"paper: {ablation.paper_what}"] if ablation.paper else []
     facts = [_facts(count) for count in some.facts]
     columns = ["", "seeds", *facts, "all", "highest control", "parameters", "state", "minutes", *paper]
@@ -46,10 +46,14 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
         "",
         f"`{_command(ablation, runs, changes)}`",
         "",
-        ", ".join(f"{name} {number}" for name, number in some.versions.items())
-        + f"; CPU, threads: {', '.join(map(str, threads))}.",
+        *(f"{made}." for made in made_with),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _made_with(run: Run) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+    return f"{packages}; {run.device}, threads: {run.threads}"
 
 
 def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:

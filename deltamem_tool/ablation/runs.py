@@ -12,6 +12,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE
 
 RUNS_FILE = "runs.jsonl"
+CPU = "CPU"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Run:
     threads: int
     versions: dict[str, str]
     date: str
+    device: str = CPU  # or a GPU's name
 
     @property
     def mean(self) -> float:

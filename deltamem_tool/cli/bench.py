@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
-from deltamem_tool.cli.options import device, torch_device, trust_remote_code
+from deltamem_tool.cli.options import device, torch_device, trust_remote_code, whole_numbers
 from deltamem_tool.onnx.targets import DTYPES
 
 
@@ -33,7 +33,12 @@ from deltamem_tool.onnx.targets import DTYPES
     help=f"An export of ADAPTER. The others' graphs are made for the purpose; without it, with --runtimes {ONNX}, all.",
 )
 @click.option(
-    "--prompt", default=",".join(map(str, PROMPTS)), show_default=True, metavar="N,N", help="Tokens of the prompts."
+    "--prompt",
+    callback=whole_numbers,
+    default=",".join(map(str, PROMPTS)),
+    show_default=True,
+    metavar="N,N",
+    help="Tokens of the prompts.",
 )
 @click.option(
     "--decode", default=DECODED, show_default=True, type=click.IntRange(1), help="Tokens after the first one."
@@ -59,7 +64,7 @@ def command(
     lora: str | None,
     runtimes: str | None,
     onnx: str | None,
-    prompt: str,
+    prompt: tuple[int, ...],
     decode: int,
     batch_size: int,
     repeats: int,
@@ -91,7 +96,7 @@ def command(
         onnx=onnx,
         models=tuple(models.split(",")),
         runtimes=tuple(named.split(",")),
-        prompts=_lengths(prompt),
+        prompts=prompt,
         decode=decode,
         batch_size=batch_size,
         repeats=repeats,
@@ -127,10 +132,3 @@ def command(
         Console().print(cost_table(found, length))
     for sentence in sentences(found):
         click.echo(sentence)
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list like 512,2048", param_hint="--prompt") from None

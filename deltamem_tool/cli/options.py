@@ -80,9 +80,12 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def whole_numbers(ctx: click.Context, option: click.Parameter, said: str) -> tuple[int, ...]:
     """A list such as 1,2,4, as an option's `callback`."""
     try:
-        return tuple(int(part) for part in said.split(","))
+        numbers = tuple(int(part) for part in said.split(","))
     except ValueError:
         raise click.BadParameter(f"{said!r} is no list like 1,2,4") from None
+    if len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{said!r} has a number twice")
+    return numbers
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -80,12 +80,16 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
     """All that decides a run: the recipe, the number of processes, and what the data file holds."""
+    return {**comparable(recipe), "processes": processes, "sha256 of data.path": data_digest(recipe)}
+
+
+def data_digest(recipe: Recipe) -> str | None:
+    """SHA-256 of the data file; None where the data come from elsewhere."""
     path = recipe.data.path
-    digest = None
-    if path is not None and Path(path).is_file():
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {**comparable(recipe), "processes": processes, "sha256 of data.path": digest}
+    if path is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def comparable(recipe: Recipe) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import re
@@ -122,6 +123,23 @@ def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
     draw(read_ablation(files[0]), runs, tmp_path / "rank.png")
 
 
+def test_what_the_runs_were_made_with_is_all_told(files):
+    older, newer = run("a", 1, [1.0, 0.5]), run("b", 1, [0.0, 0.5])
+    newer = dataclasses.replace(newer, versions={"torch": "3"}, threads=2, device="H100")
+    text = markdown(read_ablation(files[0]), {"as it is": [older], "other": [newer, newer]}, [], "rank.png")
+    assert text.endswith("torch 2; CPU, threads: 1.\ntorch 3; H100, threads: 2.\n")
+
+
+def test_a_run_is_of_its_data(files, tmp_path):
+    recipe, data = tmp_path / "small.yaml", tmp_path / "talks.jsonl"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"data": {"path": str(data)}}))
+    keys = []
+    for text in ("one", "one", "two"):
+        data.write_text(text)
+        keys.append({one.key for one in wanted([read_ablation(files[0])], [1], (), FEW, tmp_path).values()})
+    assert keys[0] == keys[1] and not keys[0] & keys[2]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -153,6 +171,21 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     files[0].write_text(files[0].read_text().replace("memory.rank", "memory.rnak"))
     assert "did you mean memory.rank" in str(fails(*files).exception.why)
     assert "is no list like 1,2,4" in fails(files[1], "--seeds", "a").output
+    assert "has a number twice" in fails(files[1], "--seeds", "1,2,1").output
+    assert "It is (0,)" in fails(files[1], "--facts", "0").exception.why
+    assert "1 conversation is too few" in str(fails(files[1], "--episodes", "1").exception)
+    other = tmp_path / "other" / files[1].name
+    other.parent.mkdir()
+    other.write_text(files[1].read_text().replace("small.yaml", "../small.yaml"))
+    assert "Two ablations are called heads" in str(fails(files[1], other).exception)
+    same = fails(files[1], "--set", "memory.heads=[q]").exception
+    assert "as it is and other of heads are the same run" in str(same)
+    lora = yaml.safe_load((tmp_path / "small.yaml").read_text()) | {"lora": {"rank": 2}}
+    lora.pop("memory")
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
+    ways = yaml.safe_load(files[1].read_text()) | {"recipe": "lora.yaml"}
+    (tmp_path / "ways.yaml").write_text(yaml.safe_dump(ways))
+    assert "trains a LoRA" in str(fails("ways.yaml").exception)
     Path("kept").mkdir()
     (Path("kept") / RUNS_FILE).write_text('{"key": 1}\n')
     with pytest.raises(DataError, match="line 1 is no run"):
