@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from deltamem_tool import __version__
@@ -24,9 +25,12 @@ def update_line(written_by: Any) -> str:
     return f"pip install -U {_PACKAGE}"
 
 
-def versions() -> dict[str, str]:
-    """What decides figures, and what installs it again."""
+def versions(*others: str) -> dict[str, str]:
+    """What decides figures, and what installs it again; and `others` that are installed."""
     packages = {name: version(name) for name in ("torch", "transformers")}
+    for name in others:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {"deltamem": __version__, **packages, "python": platform.python_version()}
 
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import attention_layers
-from deltamem_tool.bounded import read_json
-from deltamem_tool.errors import AdapterError, ConfigError
+from deltamem_tool.errors import AdapterError
+from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.layouts import features
 from deltamem_tool.recipe import LoraOptions
 from deltamem_tool.resolve import BUILTIN, hub_name, resolve_folder
-from deltamem_tool.tensor_header import read_header
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 BRANCHES = ("q", "o")  # what a fresh LoRA corrects, as the paper's memory does
 FRESH_STD = 0.02  # of the weights that PEFT begins with at zero: a product with zeros might be left out
 
@@ -52,33 +48,22 @@ def fresh_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> A
     return _in_type_of_base(lora)
 
 
-def find_lora(name: str, bases: Sequence[str] = ()) -> Path:
-    """The local folder of a PEFT folder or Hub id, looked at without the base model, whose names are `bases`.
+def find_lora(name: str, bases: Sequence[str] = ()) -> Lora:
+    """The LoRA of a PEFT folder or Hub id, looked at without the base model, whose names are `bases`.
 
     Raises:
         AdapterError: a file is missing or damaged, it is no LoRA, or it names another base model.
         HubError: it is not there.
     """
-    folder = resolve_folder(name, None, [CONFIG_FILE, WEIGHTS_FILE], "LoRA")
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise AdapterError(f"{name} is no LoRA.", f"It has no {file}.", "Give a folder that PEFT has saved.")
-    try:
-        said = read_json(folder / CONFIG_FILE)
-    except ValueError as error:
-        raise AdapterError(f"{name} is damaged.", f"{CONFIG_FILE}: {error}.", "Save the LoRA again.") from error
-    kind = said.get("peft_type") if isinstance(said, dict) else None
-    if kind != "LORA":
-        raise AdapterError(f"{name} is no LoRA.", f"{CONFIG_FILE} says {kind}.", "Give a folder of a LoRA.")
-    made_for = said.get("base_model_name_or_path")
+    lora = Lora.read(resolve_folder(name, None, [CONFIG_FILE, WEIGHTS_FILE], "LoRA"))
     # A path says nothing on another machine; of two names that anybody can look up, one is not the other.
-    if isinstance(made_for, str) and bases and all(map(_is_public, (made_for, *bases))) and made_for not in bases:
+    if isinstance(lora.base, str) and bases and all(map(_is_public, (lora.base, *bases))) and lora.base not in bases:
         raise AdapterError(
             f"{name} was made for another base model.",
-            f"It was made for {made_for}, and this is {bases[0]}.",
+            f"It was made for {lora.base}, and this is {bases[0]}.",
             "Give a LoRA of the same base model.",
         )
-    return folder
+    return lora
 
 
 def stored_lora(model: PreTrainedModel, name: str) -> Any:
@@ -89,19 +74,8 @@ def stored_lora(model: PreTrainedModel, name: str) -> Any:
         AdapterError: as `find_lora`; or it does not fit the model.
         HubError: it is not there.
     """
-    peft, folder = _peft(), find_lora(name)
-    try:
-        with _quiet():  # what is missing is an error below
-            lora = peft.PeftModel.from_pretrained(model, str(folder))
-        stored = set(read_header(folder / WEIGHTS_FILE).tensors)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise _misfit(name, " ".join(lines[:2])) from error
-    expected = set(peft.get_peft_model_state_dict(lora))
-    if expected != stored:
-        different = sorted(expected ^ stored)
-        raise _misfit(name, f"{len(different)} tensors are missing or too many, {different[0]} for one")
-    return _in_type_of_base(lora)
+    with _quiet():
+        return _in_type_of_base(find_lora(name).put_on(model))
 
 
 def _is_public(name: str) -> bool:
@@ -109,32 +83,15 @@ def _is_public(name: str) -> bool:
     return name.startswith(BUILTIN) or hub_name(name) is not None
 
 
-def _misfit(name: str, why: str) -> AdapterError:
-    return AdapterError(
-        f"{name} does not fit the base model.", f"{why.rstrip('.')}.", "Give a LoRA of this base model."
-    )
-
-
 def import_peft() -> None:
     """Have in the process all that making a LoRA imports. PEFT itself does so when it makes a first one, for every kind
-    of layer; and what makes ours is beside the training.
+    of layer; and what makes ours is beside the training."""
+    import peft
 
-    Raises:
-        ConfigError: PEFT is not installed.
-    """
-    peft = _peft()
     import deltamem_tool.training.lora  # noqa: F401
 
     with _quiet():
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
-    return peft
 
 
 def lora_parameters(lora: Any) -> int:

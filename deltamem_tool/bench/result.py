@@ -34,7 +34,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its ratio to the base's in the same runtime, taken in each repeat; the base itself has none."""
+    """A value and its ratio to the base's in the same runtime, taken in each repeat; None of the base itself, or to a
+    zero."""
 
     value: Spread
     ratio: Spread | None
@@ -83,16 +84,19 @@ class Bench:
         }
 
     def figures(self, prompt: int, runtime: str, model: str) -> dict[str, Figure]:
-        """By what is measured; `PEAK`, which is measured once, in bytes beyond what the libraries take."""
+        """By what is measured; `PEAK`, which is measured once, in bytes beyond what the libraries take. A tiny base may
+        take none beyond it, and nothing has a ratio to that."""
         own, base = (self.values(prompt, runtime, name) for name in (model, BASE))
         if self.peaks:
             peaks = [self.peaks[name_of(runtime, name)].by_prompt[prompt] for name in (model, BASE)]
             own[PEAK], base[PEAK] = ([float(peak)] for peak in peaks)
         found = {}
         for what, values in own.items():
-            ratios = [a / b for a, b in zip(values, base[what], strict=True)]
-            all_of_them = Spread(float(np.median(ratios)), min(ratios), max(ratios))
-            found[what] = Figure(quartiles(values), None if model == BASE else all_of_them)
+            ratio = None
+            if model != BASE and all(base[what]):
+                ratios = [a / b for a, b in zip(values, base[what], strict=True)]
+                ratio = Spread(float(np.median(ratios)), min(ratios), max(ratios))
+            found[what] = Figure(quartiles(values), ratio)
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -16,15 +16,19 @@ from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.bench import LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
 from deltamem_tool.bench.loras import find_lora, lora_parameters
-from deltamem_tool.bench.machine import cpu_name, versions
+from deltamem_tool.bench.machine import cpu_name
 from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of, vocabulary
 from deltamem_tool.bench.peak import Peak, peak_of
 from deltamem_tool.bench.result import Bench, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import OnnxSide, Side, TorchSide
 from deltamem_tool.bench.timing import Timed, interleaved
+from deltamem_tool.onnx.session import usable_cores
 from deltamem_tool.onnx.targets import NO_QUANTIZATION
 from deltamem_tool.onnx.trace import dtype_name
+from deltamem_tool.versions import versions
+
+_OPTIONAL = ("peft", "onnxruntime", "onnxruntime-gpu")  # packages that are not always there
 
 Report = Callable[[str, int, int], object]  # what is done now, steps done, of
 
@@ -42,7 +46,8 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
             together; or prompts are longer than the model takes.
     """
     steps = _Steps(setting, peaks, report)
-    threads, own = setting.threads, torch.get_num_threads()
+    own, threads = torch.get_num_threads(), setting.threads or usable_cores()
+    setting = dataclasses.replace(setting, threads=threads)
     described, export = read_adapter(setting.adapter), None
     if setting.lora is not None:  # what can be refused before the base is loaded is
         find_lora(setting.lora, [name for name in (setting.base, described.base.name) if name])
@@ -53,16 +58,15 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
     model, adapter = load_apart(setting, setting.dtype)
     setting = dataclasses.replace(setting, dtype=dtype_name(model.dtype))
     try:
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory() as scratch:
             about = _about(setting, model, adapter, described.base.name)
             about["quantize"] = export[1].quantize if export else NO_QUANTIZATION  # of the graphs
             graphs: dict[str, GraphFolder] = {}
             if ONNX in setting.runtimes:
                 graphs = write_graphs(model, adapter, setting, export, Path(scratch), steps.tell)
-            sizes = _sizes(model, adapter, setting, Path(scratch))
             timed = _timed(model, adapter, setting, graphs, steps)
+            sizes = _sizes(model, adapter, setting, Path(scratch))  # after them: now it is on the device
             del model, adapter  # the processes that follow need the room
             found = Bench(setting, about, timed, _peaks(setting, graphs, steps) if peaks else {}, sizes)
             steps.tell("")
@@ -123,15 +127,14 @@ def _peaks(setting: Setting, graphs: dict[str, GraphFolder], steps: _Steps) -> d
 def _sizes(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting, scratch: Path) -> Sizes:
     """Of one conversation, as it is written and as the base model's cache holds it."""
     one = dataclasses.replace(setting, batch_size=1)
-    remembering, file = TorchSide(equip(MEMORY, twin_of(model), adapter, setting)), scratch / "memory.safetensors"
-    _, cache = remembering.call(one.ids(min(setting.prompts), vocabulary(model)))
-    cache.memory.save(file)
+    memory, file = adapter.empty_memory(1), scratch / "memory.safetensors"
+    memory.save(file)
     plain, held = TorchSide(model), {}
     for prompt in setting.prompts:
         _, past = plain.call(one.ids(prompt, vocabulary(model)))
         tensors = [getattr(layer, part, None) for layer in past.layers for part in ("keys", "values")]
         held[prompt] = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-    return Sizes(file.stat().st_size, cache.memory.nbytes, held)
+    return Sizes(file.stat().st_size, memory.nbytes, held)
 
 
 def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter, base: str | None) -> dict[str, Any]:
@@ -148,6 +151,6 @@ def _about(setting: Setting, model: PreTrainedModel, adapter: DeltaMemAdapter, b
         "adapter_fingerprint": adapter.fingerprint,
         "parameters": parameters,
         **ranks,
-        "machine": {**machine, "threads": setting.threads or torch.get_num_threads()},
-        "packages": versions(),
+        "machine": {**machine, "threads": setting.threads},
+        "packages": versions(*_OPTIONAL),
     }

@@ -94,32 +94,44 @@ class Lora:
         """Inside the block `model`, which has no memory then, computes with the LoRA; afterwards it is what it was.
 
         Raises:
-            AdapterError: the weights do not fit the model; all tensors that are missing or extra are named.
+            AdapterError, ConfigError: as `put_on`.
+        """
+        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            wrapped = self.put_on(model)
+            try:
+                yield
+            finally:
+                wrapped.unload()
+        finally:
+            for parameter, required in required_grad:
+                parameter.requires_grad_(required)
+
+    def put_on(self, model: PreTrainedModel) -> Any:
+        """The `PeftModel` of `model`, whose layers are changed in place, in eval mode.
+
+        Raises:
+            AdapterError: the weights do not fit the model, which is as it was then; all tensors that are missing or
+                extra are named.
             ConfigError: PEFT is not installed.
         """
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
-        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         config = LoraConfig.from_pretrained(str(self.folder))
         config.inference_mode = True
         config.base_model_name_or_path = None  # or PEFT warns that the base is at another path: it has been compared
-        wrapped: Any = None
         try:
-            wrapped = get_peft_model(model, cast(Any, config))
-            self._fill(wrapped)
-            wrapped.eval()
-            yield
+            wrapped: Any = get_peft_model(model, cast(Any, config))
         except ValueError as error:
-            if wrapped is not None:
-                raise
             raise self._misfit(" ".join(str(error).split())) from error
-        finally:
-            if wrapped is not None:
-                wrapped.unload()
-            for parameter, required in required_grad:
-                parameter.requires_grad_(required)
+        try:
+            self._fill(wrapped)
+        except BaseException:
+            wrapped.unload()
+            raise
+        return wrapped.eval()
 
     def _fill(self, wrapped: Any) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

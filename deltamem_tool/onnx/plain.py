@@ -7,7 +7,6 @@ and is called as the graph with one is. It has no manifest, tokenizer or configs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,6 @@ def write_plain(
     interface: Interface,
     target: Target,
     folder: Path,
-    without: Collection[str] = (),
 ) -> None:
     """Write graph and weights into `folder`, which is made.
 
@@ -83,11 +81,10 @@ def write_plain(
         interface: from `without_memory`.
         target: what will run the graph.
         folder: must not be there.
-        without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
     """
     with torch.no_grad():
         program = graph_of(PlainStep(model, options, interface.max_length), interface, target)
     if target.fusions is not None:
-        optimize(program, without)
+        optimize(program)
     folder.mkdir(parents=True)
     OnnxExporter.save_program(program, folder / contract.MODEL_FILE)

@@ -97,6 +97,13 @@ def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(found):
     assert memory[PEAK].value.median == 15_000_000 and memory[PEAK].ratio.median == 1.5
 
 
+def test_nothing_has_a_ratio_to_no_memory(found):
+    found.peaks[name_of(PYTORCH, BASE)] = Peak(1000, {100: 0})
+    figure = found.figures(100, PYTORCH, MEMORY)[PEAK]
+    assert figure.value.median == 15_000_000 and figure.ratio is None
+    assert cost_table(found, 100).row_count == 2
+
+
 def test_a_table_of_80_columns_shows_every_figure(found):
     from rich.console import Console
 
