@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.task import Item
@@ -28,10 +28,13 @@ def check(items: Sequence[Item]) -> None:
             raise DataError(what, "Their answers would be mixed up.", "Give each its own.")
 
 
-def digest_of(items: Sequence[Item]) -> str:
-    """SHA-256 over all that is asked."""
+def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[str, str]) -> str:
+    """SHA-256 over all that is asked, and the histories that it is asked with: a limit may leave out a donor's items,
+    which are still among `everyone`'s."""
+    own = {item.history_id for item in items}
+    written = own | {donors[name] for name in own}
     digest = hashlib.sha256()
-    for name, history in {item.history_id: item.history for item in items}.items():
+    for name, history in {item.history_id: item.history for item in everyone if item.history_id in written}.items():
         digest.update(json.dumps([name, history]).encode())
     for item in items:
         digest.update(

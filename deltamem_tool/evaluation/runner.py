@@ -75,7 +75,12 @@ def evaluate(
     conditions = chosen(conditions_of(protocol, retrieved, truncate, lora), only)
     kept = None
     if folder is not None:
-        said = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items), **(settings or {})}
+        said = {
+            "task": task.name,
+            "protocol": protocol.name,
+            ITEMS: digest_of(items, everyone, donors),
+            **(settings or {}),
+        }
         said |= {} if truncate is None else {"truncate": truncate}
         said |= {} if lora is None else {"lora": lora.fingerprint}
         kept = RecordFolder(folder, said)

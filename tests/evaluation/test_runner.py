@@ -172,6 +172,17 @@ def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
         evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
 
 
+def test_a_changed_donor_is_another_run(model, tokenizer, task, tmp_path):
+    """Nothing is asked about it with this limit, but its memory is the control."""
+    first, second, third, *rest = task.items()
+    assert first.history_id == second.history_id != third.history_id
+    evaluate(model, tokenizer, task, MEMORY, only=("donor_state",), limit=1, folder=tmp_path)
+    changed = [replace(one, history=first.history) for one in (third, *rest) if one.history_id == third.history_id]
+    others = [one for one in rest if one.history_id != third.history_id]
+    with pytest.raises(DataError, match="items differ"):
+        evaluate(model, tokenizer, Asked([first, second, *changed, *others]), MEMORY, limit=1, folder=tmp_path)
+
+
 def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
     first, second, *rest = task.items()
     for twin, name in (
