@@ -73,7 +73,7 @@ class Row:
 
     @property
     def in_words(self) -> str:
-        half = (self.high - self.low) / 2
+        half = max(self.mean - self.low, self.high - self.mean)
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
@@ -218,7 +218,7 @@ def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> 
     for name, own in records.items():
         scores = [record.scores.get(metric) for record in own]
         weights = [record.scores.get(weight) if weight else 1.0 for record in own]
-        if len({record.item for record in own}) != len(own) or len(own) != total:
+        if not own or len({record.item for record in own}) != len(own) or len(own) != total:
             return False
         if not all(isinstance(number, int | float) for number in [*scores, *weights]):
             return False
@@ -232,7 +232,7 @@ def _unpaired(a: Evaluated, b: Evaluated) -> str:
     """Why questions cannot be paired; empty if they can."""
     if a.missing or b.missing:
         return a.missing or b.missing
-    return "" if a.items == b.items else "they asked other questions"
+    return "" if a.items and a.items == b.items else "they asked other questions"
 
 
 def _refuse_unlike(a: Evaluated, b: Evaluated, unpaired: str) -> None:

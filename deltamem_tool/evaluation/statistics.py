@@ -96,7 +96,7 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
 
 def verdict(against: str, found: Difference, unit: str = "") -> str:
     """The difference in words; `unit` is what it is counted in, with a space before it."""
-    half = (found.high - found.low) / 2
+    half = max(found.mean - found.low, found.high - found.mean)  # the longer: one may end where the scale does
     if found.histories < FEWEST:
         return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f}{unit})"
     if not found.is_clear:

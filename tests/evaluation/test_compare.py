@@ -61,7 +61,7 @@ def test_the_same_questions_are_paired(folders):
     assert "state: the difference is not distinguishable from 0 (+0.12 ± 0.10)" in found.verdict()
     assert any(line.startswith("state over full context: B is 0.88 ± 0.1") for line in found.verdict())
     # All histories alike: 3 / 20 to each side, cut at 1.
-    assert any(line == "full context: B is 1.00 ± 0.08 higher than A" for line in found.verdict())
+    assert any(line == "full context: B is 1.00 ± 0.15 higher than A" for line in found.verdict())
     assert found.differing == [
         ("Evaluation", "dtype", "float32", "bfloat16"),
         ("Adapter", "fingerprint", "a" * 64, "b" * 64),
@@ -88,6 +88,11 @@ def test_other_questions_are_not_paired(folders):
     apart = sqrt((state.b[0] - state.b[1]) ** 2 + (state.a[2] - state.a[0]) ** 2)
     assert state.low == pytest.approx(0.125 - apart) and not state.is_clear
     assert row_of(found, "full_context").is_clear
+
+
+def test_reports_that_name_no_questions_are_not_paired(tmp_path):
+    one, other = (kept(tmp_path / name, evaluated(), items="") for name in ("one", "other"))
+    assert compare(one, other).unpaired
 
 
 def test_intervals_of_two_means_are_put_together_as_published():
@@ -161,7 +166,7 @@ def test_the_command(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     done = deltamem("compare", folders / "a", folders / "b", "--html", "page.html", "--out", "said.json")
     assert done.code == 0, done.err
-    for said in ("Full context: B is 1.00 ± 0.08 higher than A.", "Paired by question", "bfloat16", "Page: page.html"):
+    for said in ("Full context: B is 1.00 ± 0.15 higher than A.", "Paired by question", "bfloat16", "Page: page.html"):
         assert said in done.out
     page = (tmp_path / "page.html").read_text()
     assert (

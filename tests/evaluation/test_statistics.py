@@ -59,6 +59,8 @@ def test_words():
     assert (
         verdict("donor state", Difference(0.21, 0.17, 0.25, 0.001, 40)) == "the state adds 0.21 ± 0.04 over donor state"
     )
+    cut = Difference(1.0, 0.5, 1.0, 0.03, 6)  # where the scale ends
+    assert verdict("donor state", cut) == "the state adds 1.00 ± 0.50 over donor state"
     assert verdict("full context", Difference(-0.1, -0.2, 0.0, 0.01, 40)).startswith("the state costs 0.10 ± 0.10")
     unclear = verdict("full context", Difference(0.01, -0.03, 0.05, 0.4, 40))
     assert unclear == "over full context, the difference is not distinguishable from 0 (+0.01 ± 0.04)"
