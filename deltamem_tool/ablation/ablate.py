@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 
-from deltamem_tool.ablation.plan import Ablation, Variant
+from deltamem_tool.ablation.plan import SEED, Ablation, Variant
 from deltamem_tool.ablation.report import draw, markdown
 from deltamem_tool.ablation.runs import CPU, Run, keep, read_runs
 from deltamem_tool.adapter import load, tokenizer_of
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
@@ -78,12 +78,14 @@ def wanted(
 
     Raises:
         ConfigError: a recipe does not hold, or trains no memory; two ablations have one name, or two variants of one
-            are the same run.
+            are the same run; or `changes` set the seed.
     """
     names = [ablation.name for ablation in ablations]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two ablations are called {name}.", "So would be their tables.", "Rename a file.")
+    if any(change.partition("=")[0].strip() == SEED for change in changes):
+        raise ConfigError(f"{SEED} cannot be set.", "Every variant is trained with each of the seeds.", "Pass --seeds.")
     found = {}
     for seed in seeds:
         for ablation in ablations:
@@ -182,11 +184,15 @@ def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
     """Train and ask. The adapter stays in the recipe's `out`."""
     name = f"{one.variant.name}, seed {one.seed}"
     started = time.process_time()
-    trained = train(
-        one.recipe,
-        overwrite=True,
-        report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
-    )
+    try:
+        trained = train(
+            one.recipe,
+            overwrite=True,
+            report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
+        )
+    except DeltaMemError as error:  # its advice is for `deltamem train`
+        next = "Correct the ablation if it is at fault. The same command goes on, and makes this run anew."
+        raise DeltaMemError(f"{name}: {error.what}", error.why, next) from error
     processor = time.process_time() - started
     on_gpu = torch.cuda.is_available()  # then the training was there too
     model = load(one.recipe.out)

@@ -14,6 +14,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe import Recipe, load_recipe
 from deltamem_tool.yaml_lines import read_yaml
 
+SEED = "training.seed"  # set for each run
 RECIPE = "recipe"  # among a variant's changes: a recipe of its own
 
 
@@ -57,7 +58,7 @@ class Variant:
         Raises:
             ConfigError: the recipe does not hold with them.
         """
-        return load_recipe(self.recipe, [*self.changes, *changes, f"training.seed={seed}"], out)
+        return load_recipe(self.recipe, [*self.changes, *changes, f"{SEED}={seed}"], out)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from deltamem_tool.ablation.plan import read_ablation
 from deltamem_tool.ablation.report import draw, markdown
 from deltamem_tool.ablation.runs import RUNS_FILE, Run
 from deltamem_tool.cli.ablate import command
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.errors import ConfigError, DataError, DeltaMemError
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,16 @@ def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, m
     assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise DeltaMemError("Interrupted after step 1 of 2.", "Why.", "Run the same command with --resume to go on.")
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(DeltaMemError, match="as it is, seed 1: Interrupted") as caught:
+        ablate([read_ablation(files[0])], tmp_path / "out", [1], FEW)
+    assert "--resume" not in str(caught.value) and "same command" in caught.value.next
+
+
 def run(name, seed, scores, control=0.0, parameters=10):
     found = {STATE: scores, **dict.fromkeys(CONTROLS, [0.0, 0.0]), "donor_state": [control, control]}
     return Run(f"{name}{seed}", seed, [1, 4], 50, found, {}, 9, parameters, 256, 0.5, 3.0, 2.0, 1, {"torch": "2"}, "d")
@@ -178,6 +188,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     other.parent.mkdir()
     other.write_text(files[1].read_text().replace("small.yaml", "../small.yaml"))
     assert "Two ablations are called heads" in str(fails(files[1], other).exception)
+    assert "training.seed cannot be set" in str(fails(files[1], "--set", "training.seed=7").exception)
     same = fails(files[1], "--set", "memory.heads=[q]").exception
     assert "as it is and other of heads are the same run" in str(same)
     lora = yaml.safe_load((tmp_path / "small.yaml").read_text()) | {"lora": {"rank": 2}}
