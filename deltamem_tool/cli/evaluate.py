@@ -135,7 +135,8 @@ def command(
             settings={"adapter": fingerprint, "seed": seed, "options": options},
             report=lambda what, done, of: bar.update(task_id, completed=done, total=of, note=what),
         )
-    asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "limit": limit, "batch_size": batch_size}
+    asked_with = {"adapter": adapter, "conditions": conditions, "bm25": bm25, "truncate": truncate, "lora": lora}
+    asked_with |= {"limit": limit, "batch_size": batch_size}
     words, seconds = typed(click.get_current_context()), time.monotonic() - started
     run = run_json(model, found, words, {**asked_with, **options}, seconds)
     said = evaluation_json(found, fingerprint, _arguments(task, protocol, seed, data, changes, limit), run)

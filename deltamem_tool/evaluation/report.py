@@ -21,9 +21,10 @@ def score_table(found: Evaluation, metric: str | None = None) -> Table:
     metric = metric or found.metrics[0]
     counts = {group: len(found.scores(metric, found.conditions[0].name, group)[0]) for group in found.groups}
     table = Table(title=f"{escape(found.task)}, protocol {found.protocol}: {in_words(metric)}, 95 % interval")
-    table.add_column("", style="bold")
+    table.add_column("", style="bold", overflow="fold")
     for group in found.groups:
-        table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right")
+        # Folded: many groups on a narrow screen must not cut a figure.
+        table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
     for condition in found.conditions:
         estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
         table.add_row(in_words(condition.name), *(_cell(metric, one) for one in estimates))

@@ -11,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from evaluation.reported import evaluated, reported
+from rich.console import Console
 
 from deltamem_tool import DeltaMemConfig, __version__
 from deltamem_tool.adapter import create_adapter
@@ -21,6 +22,7 @@ from deltamem_tool.evaluation.conditions import Condition
 from deltamem_tool.evaluation.drawing import DARK, scores_figure, styles, svg
 from deltamem_tool.evaluation.page import FILES, refuse_strangers
 from deltamem_tool.evaluation.record import read_evaluation
+from deltamem_tool.evaluation.report import score_table
 from deltamem_tool.evaluation.setup import without_folders
 from deltamem_tool.evaluation.templating import MAX_SHOWN, p_value
 
@@ -164,6 +166,14 @@ def test_scores_below_0_and_conditions_of_others(tmp_path):
     assert shares.get_ylim() == pytest.approx((-0.03, 1.03))
 
 
+def test_a_narrow_screen_cuts_no_figure():
+    groups = [f"long-range understanding, source {number}" for number in range(8)]
+    console = Console(width=80)
+    with console.capture() as said:
+        console.print(score_table(evaluated(groups=groups)))
+    assert "…" not in said.get() and max(map(len, said.get().splitlines())) <= 80
+
+
 def test_what_lies_there_is_not_replaced(tmp_path, folder):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
@@ -177,7 +187,7 @@ def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
     """The same command again asks nothing, and writes the same figures; nothing tells of this machine."""
     monkeypatch.chdir(tmp_path)
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")
-    options = ["--set", "facts=[1]", "--set", "episodes=3", "--batch-size", "2", "--report"]
+    options = ["--set", "facts=[1]", "--set", "episodes=3", "--truncate", "8", "--batch-size", "2", "--report"]
     words = [str(tmp_path / "adapter"), *options]
     first, again = (CliRunner().invoke(command, [*words, "out", *more]) for more in ([], ["--json"]))
     assert first.exit_code == 0 and first.stdout.endswith("Report: out/index.html\n"), first.output
@@ -187,6 +197,7 @@ def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):
     }
     assert run["cost"]["asked"] == 0 and run["cost"]["answers"] == 3 * len(said["conditions"])
     assert run["command"][1:] == ["adapter", *options, "out", "--json"]
+    assert run["options"]["truncate"] == 8
     assert run["options"]["batch_size"] == 2 and run["options"]["facts"] == [1] and run["options"]["dtype"] == "float32"
     assert run["mechanism"]["rank"] == 4 and run["versions"]["deltamem"] == __version__
     assert run["base"]["name"] == checkpoint.name
