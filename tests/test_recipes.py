@@ -17,7 +17,7 @@ from deltamem_tool.recipe import load_recipe, shipped_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
-ON_THE_BACKBONE = ("quickstart", "adapter", "learn-tsw", "learn-ssw", "learn-msw", "learn-lora")
+ON_THE_BACKBONE = ("ablation", "quickstart", "adapter", "learn-tsw", "learn-ssw", "learn-msw", "learn-lora")
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-8b": "Qwen/Qwen3-8B",
