@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tiny import as_bin, save_checkpoint, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-CHECKPOINT_BYTES = 580 * 2**20
-ALLOWED_GROWTH = 100 * 2**20  # a sixth of the checkpoint; what was measured is far less
+CHECKPOINT_BYTES = 290 * 2**20
+ALLOWED_GROWTH = 50 * 2**20  # a sixth of the checkpoint; what was measured is far less
 _MEASURE = """
 import re, sys
 from pathlib import Path
@@ -45,11 +45,11 @@ def growth(small: Path, large: Path, out: Path) -> tuple[int, int]:
 
 def test_patching_needs_little_memory(tmp_path):
     """Peak memory grows by far less than the checkpoint: half of it is attention, whose columns are all over it."""
-    sizes = {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 16, "head_dim": 256}
+    sizes = {"vocab_size": 20_000, "hidden_size": 1024, "intermediate_size": 16, "head_dim": 256}
     config = {**sizes, "num_attention_heads": 16, "num_key_value_heads": 1}
     large = tmp_path / "large"
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(tiny_model().config.__class__(**config, num_hidden_layers=8))
+        skeleton = AutoModelForCausalLM.from_config(tiny_model().config.__class__(**config, num_hidden_layers=4))
     weights = {name: torch.zeros(weight.shape) for name, weight in skeleton.state_dict().items()}
     large.mkdir()
     save_file(weights, large / "model.safetensors", {"format": "pt"})
