@@ -34,17 +34,18 @@ import numpy as np
 import torch
 from onnx_overhead import PACKAGES, make_model, spread
 from scan import cpu_name
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
-from deltamem_tool.model_call import CallOptions, fill, fill_static
+from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export import TOLERANCE
 from deltamem_tool.onnx.fixed import open_graph
 from deltamem_tool.onnx.optimize import optimize
+from deltamem_tool.onnx.plain import PlainStep, without_memory
 from deltamem_tool.onnx.targets import TARGETS
 from deltamem_tool.onnx.trace import graph_of, interface_of, traced
 from deltamem_tool.surgery import hook
@@ -63,43 +64,6 @@ REAL = {
     "prompts": "4096,16384,32768",
     "dtypes": "float16,float32",
 }
-
-
-class PlainInterface(Interface):
-    """Of the graph without a memory, in which nothing writes."""
-
-    def inputs(self) -> dict[str, tuple[str, contract.Shape]]:
-        return {name: what for name, what in super().inputs().items() if name != contract.WRITE_MASK}
-
-
-class PlainStep(nn.Module):
-    """The model without a memory, called as the graph with one is."""
-
-    def __init__(self, model: PreTrainedModel, options: CallOptions, max_length: int) -> None:
-        super().__init__()
-        self.model, self._options, self._max_length = model, options, max_length
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        past_key_values: list[dict[str, Tensor]],
-        past_length: Tensor | None = None,
-    ) -> dict[str, Any]:
-        cache: Any = DynamicCache(config=self.model.config)
-        columns = None
-        if past_length is not None:
-            cache = StaticCache(config=self.model.config, max_cache_len=self._max_length)
-            columns = past_length + torch.arange(input_ids.shape[1])
-        for layer, past in zip(cache.layers, past_key_values, strict=True):
-            keys, values = past[contract.KEY], past[contract.VALUE]
-            if past_length is None:
-                fill(layer, keys, values)
-            else:
-                fill_static(layer, keys.clone(), values.clone(), past_length[0].clone())
-        logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns).float()
-        present = [{contract.KEY: layer.keys, contract.VALUE: layer.values} for layer in cache.layers]
-        return {contract.LOGITS_OUTPUT: logits, contract.PRESENT: present}
 
 
 @dataclasses.dataclass
@@ -124,8 +88,7 @@ def export(args: argparse.Namespace, model: PreTrainedModel, adapter: Any, folde
         optimize(program)
         graphs[name] = _saved(program, interface, folder / name)
     detach(model)
-    layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
-    plain = PlainInterface("last", interface.vocab_size, interface.dtype, 0, layers, max_length=steps)
+    plain = without_memory(interface)  # the last one's: of so many steps
     program = graph_of(PlainStep(model, options, steps), plain, target)
     optimize(program)  # what it does to attention has nothing to do with the memory
     graphs["plain"] = _saved(program, plain, folder / "plain")
