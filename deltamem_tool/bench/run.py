@@ -109,7 +109,10 @@ def _timed(
     timed = {}
     for prompt in setting.prompts:
         ids = setting.ids(prompt, vocabulary(model))
-        begin = lambda name, prompt=prompt: steps.begin(f"{name}, {prompt} tokens")  # noqa: E731
+
+        def begin(name: str, prompt: int = prompt) -> None:
+            steps.begin(f"{name}, {prompt} tokens")
+
         timed[prompt] = interleaved(sides, ids, setting.decode, setting.repeats, setting.seed, begin)
     return timed
 

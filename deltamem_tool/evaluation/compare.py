@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +219,15 @@ def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> 
         weights = [record.scores.get(weight) if weight else 1.0 for record in own]
         if not own or len({record.item for record in own}) != len(own) or len(own) != total:
             return False
-        if not all(isinstance(number, int | float) for number in [*scores, *weights]):
+        numbers = [
+            (score, weight)
+            for score, weight in zip(scores, weights, strict=True)
+            if isinstance(score, int | float) and isinstance(weight, int | float)
+        ]
+        total_weight = sum(weight for _, weight in numbers)
+        if len(numbers) != len(own) or total_weight <= 0:
             return False
-        mean = sum(map(mul, scores, weights)) / sum(weights)  # type: ignore[arg-type]
+        mean = sum(score * weight for score, weight in numbers) / total_weight
         if not math.isclose(mean, said["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             return False
     return True
