@@ -137,8 +137,9 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
         "* measured: exact matches of the answers; beside them the old value's, and those of another's and no state",
         "* nearest value: to what the layers read, of all that they read where one fact alone has been told",
         "* random keys: the same of a replay in which every other write has a key drawn at random",
+        "* rotated keys: of one in which all other keys of a state are turned together, so that repeated ones stay so",
         "* unknown, told: answers that nothing was told, and with another value that was told",
-        "* left: the share of the fact's reading that is left, and what random keys leave, Π (keep − erase / R)",
+        "* left: the share of the fact's reading left; what random keys leave, Π (keep − erase / R), and rotated",
         "* gate, overlap: mean erase gate β of what was written since, and mean (k · q)²; 1 / R for random keys",
         "",
     ]
@@ -160,21 +161,29 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
 
 def _table(curve: Curve, points: Sequence[Point]) -> Iterator[str]:
     is_changed = curve.options.get("kind") == CHANGED
-    heads = ["facts" if curve.along == "facts" else "turns", "tokens since", "measured", "nearest value", "random keys"]
-    heads += ["old", "old, nearest", "old, random"] if is_changed else []
-    yield _row([*heads, "donor", "zero", "unknown", "told", "left", "left, random", "gate", "overlap"])
-    yield _row(["---"] * (len(heads) + 8))
+    every = ("own", "random", "rotated")
+    heads = [
+        "facts" if curve.along == "facts" else "turns",
+        "tokens since",
+        "measured",
+        "nearest value",
+        "random keys",
+        "rotated keys",
+    ]
+    heads += ["old", "old, nearest", "old, random", "old, rotated"] if is_changed else []
+    yield _row([*heads, "donor", "zero", "unknown", "told", "left", "left, random", "left, rotated", "gate", "overlap"])
+    yield _row(["---"] * (len(heads) + 9))
     for point in sorted((p for p in points if p["curve"] == curve.name), key=lambda p: p["value"]):
         measured, predicted = point["measured"], point["predicted"]
         mean, low, high = measured["exact, state"]
         cells = [str(point["value"]), f"{predicted['tokens since']:.0f}", f"**{mean:.2f}** ({low:.2f}–{high:.2f})"]
-        cells += [f"{predicted[f'exact, {keys} keys']:.2f}" for keys in ("own", "random")]
+        cells += [f"{predicted[f'exact, {keys} keys']:.2f}" for keys in every]
         if is_changed:
             cells.append(f"{measured['old, state'][0]:.2f}")
-            cells += [f"{predicted[f'old, {keys} keys']:.2f}" for keys in ("own", "random")]
+            cells += [f"{predicted[f'old, {keys} keys']:.2f}" for keys in every]
         cells += [f"{measured[f'exact, {control}'][0]:.2f}" for control in CONTROLS]
         cells += [f"{point['wrong'][name]:.2f}" for name in ("unknown", "told")]
-        cells += [f"{predicted[f'left, {keys} keys']:.2f}" for keys in ("own", "random")]
+        cells += [f"{predicted[f'left, {keys} keys']:.2f}" for keys in every]
         since = [predicted[name] for name in ("gate", "overlap")]
         yield _row([*cells, *("" if mean is None else f"{mean:.3f}" for mean in since)])
 

@@ -16,7 +16,11 @@ from deltamem_tool.files import write_whole
 
 MEASURED, OLD, LEFT = "#0b6e4f", "#c8553d", "#3d85c6"
 CONTROLS = {"donor_state": ("another's state", "#7b6db5", "^"), "zero_state": ("state zeroed", "#d9a404", "v")}
-KEYS = {"own": ("nearest value of what is read", "--"), "random": ("the same with random keys", ":")}
+KEYS = {
+    "own": ("nearest value of what is read", "--"),
+    "random": ("the same with random keys", ":"),
+    "rotated": ("the same with rotated keys", "-."),
+}
 
 
 def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> None:
@@ -44,6 +48,8 @@ def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> No
         axes.plot(at, _predicted(mine, "left, own keys"), color=LEFT, marker="o", label="own keys")
         expected = _predicted(mine, "left, random keys")
         axes.plot(at, expected, color=LEFT, linestyle=":", marker=".", label="random keys, Π (keep − erase / R)")
+        rotated = _predicted(mine, "left, rotated keys")
+        axes.plot(at, rotated, color=LEFT, linestyle="-.", marker=".", label="rotated keys")
         _finish(axes, curve, "share of the reading left")
         axes.legend(fontsize=8, loc="best")
     handles, labels = grid[1][0].get_legend_handles_labels()

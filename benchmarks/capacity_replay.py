@@ -68,7 +68,7 @@ def _one_fact(rng: random.Random, fact: dialogues.Fact) -> Item:
 
 def predict(model: Any, tokenizer: Any, items: Sequence[Item], prototypes: Prototypes, seed: int) -> dict[str, Any]:
     """Means over `items`: how often the nearest value is the right one, or the stale one, of what is read and of what
-    would be read with random keys; the share of the fact's reading that is left; and what was written since."""
+    would be read with random or rotated keys; the share of the fact's reading that is left; what was written since."""
     found: list[dict[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _predicted(
 ) -> dict[str, Tensor]:
     recorded = record(model, tokenizer, items)
     queries, readings = read_before_value(model, tokenizer, items, recorded.memory)
-    now, first, drawn, expected, gates, overlaps = {}, {}, {}, {}, [], []
+    now, first, drawn, turned, left_turned, expected, gates, overlaps = {}, {}, {}, {}, {}, {}, [], []
     others = recorded.real & ~recorded.fact
     for layer, writes in recorded.writes.items():
         _check(writes.state(), recorded.memory.layers[layer])
@@ -100,6 +100,9 @@ def _predicted(
         now[layer] = read(mine.state(), q)
         first[layer] = read(mine.until(~recorded.later).state(), q)
         drawn[layer] = read(writes.with_random_keys(others, generator).state(), q)
+        rotated = writes.with_rotated_keys(others, generator)
+        turned[layer] = read(rotated.state(), q)
+        left_turned[layer] = read(rotated.only(recorded.fact).state(), q)
         expected[layer] = writes.expected_share(recorded.later) * first[layer]
         written = recorded.later[:, :, None, None] & (writes.write > 0)
         gates.append((writes.erase * written).sum((1, 2, 3)) / written.sum((1, 2, 3)))
@@ -108,7 +111,8 @@ def _predicted(
     matches = [_ANSWER.fullmatch(item.answers[0]) for item in items]
     of_attribute = [match[2] for match in matches if match]
     candidates = torch.stack([prototypes.of(attribute) for attribute in of_attribute])
-    said = {"own keys": nearest(joined(readings), candidates), "random keys": nearest(joined(drawn), candidates)}
+    replayed = {"own keys": readings, "random keys": drawn, "rotated keys": turned}
+    said = {name: nearest(joined(read_then), candidates) for name, read_then in replayed.items()}
     result = {}
     for name, choice in said.items():
         words = [dialogues.KIND_OF[a].values[int(c)] for a, c in zip(of_attribute, choice, strict=True)]
@@ -120,6 +124,7 @@ def _predicted(
         **result,
         "left, own keys": retained(joined(now), joined(first)),
         "left, random keys": retained(joined(expected), joined(first)),
+        "left, rotated keys": retained(joined(left_turned), joined(first)),
         "tokens since": recorded.later.sum(1),
         "gate": torch.stack(gates).mean(0),
         "overlap": torch.stack(overlaps).mean(0),

@@ -53,6 +53,15 @@ class Writes:
         drawn = F.normalize(torch.randn(self.k.shape, generator=generator), dim=-1).to(self.k)
         return replace(self, k=torch.where(_here(tokens, self.k).bool(), drawn, self.k))
 
+    def with_rotated_keys(self, tokens: Tensor, generator: torch.Generator) -> Writes:
+        """At `tokens` `[B, T]` the keys of a state are turned by one random rotation `[R, R]`, each state's by its own:
+        what they are to each other stays, such as that one comes again; what they are to other keys is chance."""
+        batch, _, heads, rank = self.k.shape
+        q, r = torch.linalg.qr(torch.randn(batch, heads, rank, rank, generator=generator))
+        rotations = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # all equally likely (arXiv math-ph/0609050)
+        turned = torch.einsum("bthi,bhij->bthj", self.k, rotations.to(self.k))
+        return replace(self, k=torch.where(_here(tokens, self.k).bool(), turned, self.k))
+
     def expected_share(self, tokens: Tensor) -> Tensor:
         """`[B, H, R]`: the share of each state row that writes at `tokens` `[B, T]` with random keys leave in the mean,
         Π (keep − erase / R), since E[k kᵀ] = I / R."""

@@ -78,6 +78,19 @@ def test_random_keys_leave_the_expected_share(decays):
         torch.testing.assert_close(same.expected_share(~fact[:1]), torch.full((1, HEADS, RANK), power), **CLOSE)
 
 
+def test_rotated_keys_are_to_each_other_what_they_were():
+    """And to the others, over many draws, what random keys are: (k · q)² is 1 / R in the mean."""
+    writes = Writes(*(x.expand(DRAWS, -1, -1, -1) for x in some_writes(1).all))
+    fact = (torch.arange(TOKENS) == 0).expand(DRAWS, -1)
+    rotated = writes.with_rotated_keys(~fact, torch.Generator().manual_seed(3))
+    products, before = (torch.einsum("bthi,bshi->bhts", one.k, one.k) for one in (rotated, writes))
+    torch.testing.assert_close(products[:, :, 1:, 1:], before[:, :, 1:, 1:], **CLOSE)
+    assert torch.equal(rotated.k[:, 0], writes.k[:, 0])
+    overlap = products[:, :, 0, 1:].square()
+    assert ((overlap.mean(0) - 1 / RANK).abs() < FIVE_SIGMA * overlap.std(0) / DRAWS**0.5).all()
+    assert (products[:, :, 0, 1:].mean(0).abs() < FIVE_SIGMA * products[:, :, 0, 1:].std(0) / DRAWS**0.5).all()
+
+
 def test_a_repeated_key_is_overwritten_and_an_orthogonal_one_is_not():
     """The delta rule's promise: R associations with orthogonal keys are kept, and β = 1 replaces one of them."""
     keys = torch.eye(RANK)[[*range(RANK), 1]].view(1, RANK + 1, 1, RANK)
