@@ -78,7 +78,7 @@ def _table(found: Comparison) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    from deltamem_tool.evaluation.templating import figure, p_value, signed
+    from deltamem_tool.evaluation.digits import figure, p_value, signed
 
     interval, p = f"{signed(row.low)} to {signed(row.high)}", p_value(row.p_value, row.histories)
     return [row.label, figure(row.a[0]), figure(row.b[0]), signed(row.mean), interval, p]

@@ -12,10 +12,10 @@ from deltamem_tool import __version__
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE, in_words
-from deltamem_tool.evaluation.page import COST, settings
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
 from deltamem_tool.evaluation.scales import scale_of
+from deltamem_tool.evaluation.shown_settings import COST, settings
 from deltamem_tool.evaluation.statistics import ALPHA, FEWEST, Interval, difference, difference_of_means
 
 FORMAT, FORMAT_VERSION = "deltamem-comparison", 1

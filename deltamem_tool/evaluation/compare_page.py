@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from deltamem_tool.evaluation.compare import Comparison
 from deltamem_tool.evaluation.conditions import in_words
-from deltamem_tool.evaluation.drawing import differences_figure
+from deltamem_tool.evaluation.drawing import DARK, differences_figure
 from deltamem_tool.evaluation.page import both_widths
 from deltamem_tool.evaluation.templating import rendered
 
@@ -27,6 +27,7 @@ def comparison_page(found: Comparison) -> bytes:
     ]
     return rendered(
         "compare.html.jinja",
+        dark=DARK,
         found=found,
         sections=sections,
         plot=both_widths("differences", draw, "B minus A", "; ".join(found.verdict())) if overall else None,

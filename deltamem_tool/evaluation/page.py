@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE, in_words
-from deltamem_tool.evaluation.drawing import differences_figure, scores_figure, svg
+from deltamem_tool.evaluation.drawing import DARK, differences_figure, scores_figure, svg
 from deltamem_tool.evaluation.record import EVALUATION_FILE
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
+from deltamem_tool.evaluation.shown_settings import settings
 from deltamem_tool.evaluation.statistics import ALPHA, FEWEST
 from deltamem_tool.evaluation.templating import rendered
 from deltamem_tool.files import refuse_unwritable, write_whole
@@ -27,7 +28,6 @@ FILES = {
     RECORDS_FILE: "every question and answer, a line each",
     SETTINGS_FILE: "what the records are of",
 }
-COST = "Cost"  # a part of the settings: what a run has taken
 SAMPLE_GROUPS = 8  # of which the page shows answers
 
 
@@ -61,6 +61,7 @@ def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record
 def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     run = said.get("run")
     return {
+        "dark": DARK,
         "said": said,
         "run": run,
         "created": run["created"][:16].replace("T", " ") + " UTC" if run else "",
@@ -79,47 +80,6 @@ def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]
         "scores_plot": _scores_plot(said),
         "differences_plot": _differences_plot(said),
     }
-
-
-def settings(said: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """All that `evaluation.json` says of how it was done, as readable rows under headings."""
-    asked = {name: said[name] for name in ("task", "protocol", "metric", "seed")}
-    run = said.get("run") or {}
-    parts = {
-        "Evaluation": {**asked, **run.get("options", {})},
-        "Adapter": {"fingerprint": said["adapter"], **run.get("mechanism", {})},
-        "Base model": run.get("base") or {},
-        "Versions": run.get("versions", {}),
-        COST: _cost(run.get("cost")),
-    }
-    return [
-        (heading, [(in_words(name), readable(value)) for name, value in rows.items()])
-        for heading, rows in parts.items()
-        if rows
-    ]
-
-
-def _cost(cost: Mapping[str, Any] | None) -> dict[str, Any]:
-    if cost is None:
-        return {}
-    asked, answers = cost["asked"], cost["answers"]
-    earlier = "" if asked == answers else f" (the other {answers - asked:,} were there from an earlier run)"
-    return {
-        "time": f"{cost['seconds']:,.0f} s for {asked:,} answers{earlier}, the model's loading not counted",
-        "prompts": f"{cost['prompt_tokens']:,} tokens in all; histories that were written are not counted",
-    }
-
-
-def readable(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(readable, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {readable(part)}" for name, part in value.items())
-    return str(value)
 
 
 def is_clear(one: Mapping[str, Any]) -> bool:

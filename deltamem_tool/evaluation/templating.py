@@ -10,20 +10,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from deltamem_tool import __version__
 from deltamem_tool.evaluation.conditions import in_words
-from deltamem_tool.evaluation.drawing import DARK
-from deltamem_tool.evaluation.statistics import FEWEST
+from deltamem_tool.evaluation.digits import figure, p_value, signed
 
 MAX_SHOWN = 700  # characters of a question or an answer on a page
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
-_SMALLEST_P = 0.001
 
 
 def rendered(template: str, **known: Any) -> bytes:
     """A template of this package in UTF-8; what no encoding can hold, such as half a surrogate pair, is a question
     mark."""
-    return (
-        _environment().get_template(template).render(version=__version__, dark=DARK, **known).encode(errors="replace")
-    )
+    return _environment().get_template(template).render(version=__version__, **known).encode(errors="replace")
 
 
 @cache
@@ -44,24 +40,6 @@ def _environment() -> Environment:
         "cell": cell,
     }
     return environment
-
-
-def figure(value: float) -> str:
-    """Two digits after the point, with a true minus."""
-    text = f"{value:.2f}"
-    return ("0.00" if text == "-0.00" else text).replace("-", "−")
-
-
-def signed(value: float) -> str:
-    text = f"{value:+.2f}"
-    return ("0.00" if text in ("-0.00", "+0.00") else text).replace("-", "−")
-
-
-def p_value(value: float | None, histories: int | None) -> str:
-    """Of a difference; where too few histories were tested, or none were paired, a dash."""
-    if value is None or histories is None or histories < FEWEST:
-        return "–"
-    return f"< {_SMALLEST_P}" if value < _SMALLEST_P else f"{value:.3f}"
 
 
 def short(text: str) -> str:

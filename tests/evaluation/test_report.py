@@ -19,12 +19,13 @@ from deltamem_tool.cli.evaluate import command
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
+from deltamem_tool.evaluation.digits import p_value
 from deltamem_tool.evaluation.drawing import DARK, scores_figure, styles, svg
 from deltamem_tool.evaluation.page import FILES, refuse_strangers
 from deltamem_tool.evaluation.record import read_evaluation
 from deltamem_tool.evaluation.report import score_table
 from deltamem_tool.evaluation.setup import without_folders
-from deltamem_tool.evaluation.templating import MAX_SHOWN, p_value
+from deltamem_tool.evaluation.templating import MAX_SHOWN
 
 EVIL = (
     "<script>alert(1)</script><img src=//evil.example/x onerror=alert(2)></style></title></table>\"'>"
