@@ -16,7 +16,7 @@ from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
 from deltamem_tool.evaluation.scales import scale_of
 from deltamem_tool.evaluation.shown_settings import COST, settings
-from deltamem_tool.evaluation.statistics import ALPHA, FEWEST, Interval, difference, difference_of_means
+from deltamem_tool.evaluation.statistics import FEWEST, Interval, difference, difference_of_means, is_clear
 
 FORMAT, FORMAT_VERSION = "deltamem-comparison", 1
 _ROUNDING = 1e-9  # of a mean that was written as JSON
@@ -84,10 +84,7 @@ class Row:
 
     @property
     def is_clear(self) -> bool:
-        """The test decides; without one, whether 0 is outside the interval."""
-        if self.p_value is None or self.histories is None:
-            return self.low > 0 or self.high < 0
-        return self.histories >= FEWEST and self.p_value < ALPHA
+        return is_clear(self.low, self.high, self.p_value, self.histories)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from deltamem_tool.evaluation.drawing import DARK, differences_figure, scores_fi
 from deltamem_tool.evaluation.record import EVALUATION_FILE
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
 from deltamem_tool.evaluation.shown_settings import settings
-from deltamem_tool.evaluation.statistics import ALPHA, FEWEST
+from deltamem_tool.evaluation.statistics import FEWEST, is_clear
 from deltamem_tool.evaluation.templating import rendered
 from deltamem_tool.files import refuse_unwritable, write_whole
 
@@ -82,10 +82,6 @@ def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]
     }
 
 
-def is_clear(one: Mapping[str, Any]) -> bool:
-    return one["histories"] >= FEWEST and one["p_value"] < ALPHA
-
-
 def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
     """Of each group, the question that the first condition, the state if it is there, answered best, and worst."""
     metric, first = said["metric"], next(iter(said["conditions"]))
@@ -123,7 +119,10 @@ def _scores_plot(said: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _differences_plot(said: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: {**one, "clear": is_clear(one)} for name, one in said["differences"].items()}
+    found = {
+        name: {**one, "clear": is_clear(one["low"], one["high"], one["p_value"], one["histories"])}
+        for name, one in said["differences"].items()
+    }
     if not found:
         return {}
 

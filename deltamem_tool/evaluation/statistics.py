@@ -46,7 +46,14 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        return self.p_value < ALPHA
+        return is_clear(self.low, self.high, self.p_value, self.histories)
+
+
+def is_clear(low: float, high: float, p_value: float | None, histories: int | None) -> bool:
+    """Whether a difference is told from 0: the test decides; without one (None), whether 0 is outside the interval."""
+    if p_value is None or histories is None:
+        return low > 0 or high < 0
+    return histories >= FEWEST and p_value < ALPHA
 
 
 def estimate(

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
+from deltamem_tool.evaluation.statistics import FEWEST, Difference, difference, estimate, is_clear, verdict
 
 ALONE = [str(number) for number in range(400)]
 
@@ -66,6 +66,13 @@ def test_words():
     assert unclear == "over full context, the difference is not distinguishable from 0 (+0.01 ± 0.04)"
     few = difference([1.0] * 5, [0.0] * 5, ALONE[:5])
     assert few.p_value > 0.05 and verdict("zeros", few) == "over zeros, 5 histories are too few for a test (+1.00)"
+
+
+def test_what_is_clear():
+    """The test decides where there was one, and enough histories for it; else the interval."""
+    assert is_clear(-0.1, 0.3, 0.04, FEWEST) and not is_clear(0.1, 0.3, 0.06, FEWEST)
+    assert not is_clear(0.1, 0.3, 0.04, FEWEST - 1) and not Difference(0.2, 0.1, 0.3, 0.04, FEWEST - 1).is_clear
+    assert is_clear(0.1, 0.3, None, None) and is_clear(-0.3, -0.1, None, 9) and not is_clear(0.0, 0.3, None, None)
 
 
 def test_the_same_everywhere_is_no_certainty():
