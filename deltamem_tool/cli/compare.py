@@ -78,10 +78,13 @@ def _table(found: Comparison) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    from deltamem_tool.evaluation.digits import figure, p_value, signed
+    from deltamem_tool.evaluation.digits import digits, figure, signed
+    from deltamem_tool.evaluation.statistics import p_text
 
-    interval, p = f"{signed(row.low)} to {signed(row.high)}", p_value(row.p_value, row.histories)
-    return [row.label, figure(row.a[0]), figure(row.b[0]), signed(row.mean), interval, p]
+    after = digits(row.mean, row.low, row.high)
+    interval = f"{signed(row.low, after)} to {signed(row.high, after)}"
+    means = [figure(row.a[0], after), figure(row.b[0], after), signed(row.mean, after)]
+    return [row.label, *means, interval, p_text(row.p_value, row.histories)]
 
 
 def _settings(found: Comparison) -> Table:

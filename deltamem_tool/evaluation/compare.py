@@ -12,6 +12,7 @@ from deltamem_tool import __version__
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.digits import plus_minus
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
 from deltamem_tool.evaluation.records import ITEMS, RECORDS_FILE, SETTINGS_FILE, Record, read_records
 from deltamem_tool.evaluation.scales import scale_of
@@ -72,15 +73,14 @@ class Row:
 
     @property
     def in_words(self) -> str:
-        half = max(self.mean - self.low, self.high - self.mean)
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
+        said = plus_minus(self.mean, self.low, self.high, is_signed=not self.is_clear)
         if not self.is_clear:
-            said = f"{self.mean:+.2f} ± {half:.2f}{self.unit}"
-            return f"{where}: the difference is not distinguishable from 0 ({said})"
+            return f"{where}: the difference is not distinguishable from 0 ({said}{self.unit})"
         word = "higher" if self.mean > 0 else "lower"
-        return f"{where}: B is {abs(self.mean):.2f} ± {half:.2f}{self.unit} {word} than A"
+        return f"{where}: B is {said}{self.unit} {word} than A"
 
     @property
     def is_clear(self) -> bool:

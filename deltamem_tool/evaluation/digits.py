@@ -1,25 +1,44 @@
-"""Numbers as texts."""
+"""Numbers as texts: two digits after the point, or as many as an interval is worth."""
 
 from __future__ import annotations
 
-from deltamem_tool.evaluation.statistics import FEWEST
+from math import floor, log10
 
-_SMALLEST_P = 0.001
-
-
-def figure(value: float) -> str:
-    """Two digits after the point, with a true minus."""
-    text = f"{value:.2f}"
-    return ("0.00" if text == "-0.00" else text).replace("-", "−")
+DIGITS = 2  # after the point
+_ROUNDING = 1e-6  # less than this between a mean and its ends is rounding, or nothing
 
 
-def signed(value: float) -> str:
-    text = f"{value:+.2f}"
-    return ("0.00" if text in ("-0.00", "+0.00") else text).replace("-", "−")
+def half_width(mean: float, low: float, high: float) -> float:
+    """The longer side of an interval: the other may end where the scale does."""
+    return max(mean - low, high - mean)
 
 
-def p_value(value: float | None, histories: int | None) -> str:
-    """Of a difference; where too few histories were tested, or none were paired, a dash."""
-    if value is None or histories is None or histories < FEWEST:
-        return "–"
-    return f"< {_SMALLEST_P}" if value < _SMALLEST_P else f"{value:.3f}"
+def digits(mean: float, low: float, high: float) -> int:
+    """After the point: the usual, unless the half width is below the last of them; then two digits of it are shown."""
+    half = half_width(mean, low, high)
+    return DIGITS if half >= 10**-DIGITS or half < _ROUNDING else 1 - floor(log10(half))
+
+
+def plus_minus(mean: float, low: float, high: float, is_signed: bool = True) -> str:
+    """`mean ± half width`; the mean with its sign, or its size alone."""
+    after = digits(mean, low, high)
+    said = f"{mean:+.{after}f}" if is_signed else f"{abs(mean):.{after}f}"
+    return f"{said} ± {half_width(mean, low, high):.{after}f}"
+
+
+def figure(value: float, after: int = DIGITS) -> str:
+    """With a true minus, and none before zero."""
+    return f"{value:z.{after}f}".replace("-", "−")
+
+
+def signed(value: float, after: int = DIGITS) -> str:
+    """The same with a plus; zero has no sign."""
+    text = f"{value:+z.{after}f}"
+    return (text if float(text) else text[1:]).replace("-", "−")
+
+
+def mean_and_interval(mean: float, low: float, high: float) -> tuple[str, str]:
+    """As tables in a terminal and in the model card have them: a dash in the interval, but not beside a minus."""
+    after = digits(mean, low, high)
+    ends = f"{low:.{after}f}–{high:.{after}f}" if low >= 0 else f"{low:z.{after}f} to {high:z.{after}f}"
+    return f"{mean:z.{after}f}", ends

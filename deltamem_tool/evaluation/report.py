@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.digits import mean_and_interval
 from deltamem_tool.evaluation.drawing import losses_figure, png, scores_figure
 from deltamem_tool.evaluation.result import Evaluation
-from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, interval_text, perplexity
+from deltamem_tool.evaluation.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.evaluation.statistics import Estimate
 from deltamem_tool.files import write_whole
 
@@ -32,11 +33,12 @@ def score_table(found: Evaluation, metric: str | None = None) -> Table:
 
 
 def _cell(metric: str, found: Estimate) -> str:
-    text = f"{found.mean:z.2f}\n[dim]{interval_text(found.low, found.high)}[/dim]"
+    mean, interval = mean_and_interval(found.mean, found.low, found.high)
+    text = f"{mean}\n[dim]{interval}[/dim]"
     if metric != LOG_PROB:
         return text
-    mean, low, high = (perplexity(value) for value in (found.mean, found.high, found.low))
-    return f"{text}\n{PERPLEXITY} {mean:.2f}\n[dim]{interval_text(low, high)}[/dim]"
+    mean, interval = mean_and_interval(*map(perplexity, (found.mean, found.high, found.low)))
+    return f"{text}\n{PERPLEXITY} {mean}\n[dim]{interval}[/dim]"
 
 
 def plot_scores(found: Evaluation, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a metric's values can be: where intervals end, what a difference is counted in, and how to show it otherwise."""
+"""What a metric's values can be: where intervals end, what a difference is counted in, and its perplexity."""
 
 from __future__ import annotations
 
@@ -50,8 +50,3 @@ def scale_of(metric: str) -> Scale:
 def perplexity(log_prob: float) -> float:
     """exp of the mean negative log-probability of a token."""
     return math.exp(-log_prob)
-
-
-def interval_text(low: float, high: float) -> str:
-    """As tables have it: a dash, but not beside a minus."""
-    return f"{low:.2f}–{high:.2f}" if low >= 0 else f"{low:z.2f} to {high:z.2f}"

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_tool.evaluation.digits import plus_minus
 from deltamem_tool.evaluation.scales import SHARE, Scale
 
 RESAMPLES = 2_000  # of the bootstrap
@@ -21,6 +22,7 @@ FLIPS = 5_000  # sign patterns of the paired test
 LEVEL = 0.95
 FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
 ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
+SMALLEST_P = 0.001  # that is shown as a number
 
 Interval = Sequence[float]  # mean, low, high
 
@@ -103,13 +105,20 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
 
 def verdict(against: str, found: Difference, unit: str = "") -> str:
     """The difference in words; `unit` is what it is counted in, with a space before it."""
-    half = max(found.mean - found.low, found.high - found.mean)  # the longer: one may end where the scale does
     if found.histories < FEWEST:
         return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f}{unit})"
+    said = plus_minus(found.mean, found.low, found.high, is_signed=not found.is_clear)
     if not found.is_clear:
-        return f"over {against}, the difference is not distinguishable from 0 ({found.mean:+.2f} ± {half:.2f}{unit})"
+        return f"over {against}, the difference is not distinguishable from 0 ({said}{unit})"
     word = "adds" if found.mean > 0 else "costs"
-    return f"the state {word} {abs(found.mean):.2f} ± {half:.2f}{unit} over {against}"
+    return f"the state {word} {said}{unit} over {against}"
+
+
+def p_text(value: float | None, histories: int | None) -> str:
+    """Of a difference; where too few histories were tested, or none were paired, a dash."""
+    if value is None or histories is None or histories < FEWEST:
+        return "–"
+    return f"< {SMALLEST_P}" if value < SMALLEST_P else f"{value:.3f}"
 
 
 def _interval(sums: NDArray, counts: NDArray, seed: int, scale: Scale) -> tuple[float, float, float]:

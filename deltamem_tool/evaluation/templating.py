@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from deltamem_tool import __version__
 from deltamem_tool.evaluation.conditions import in_words
-from deltamem_tool.evaluation.digits import figure, p_value, signed
+from deltamem_tool.evaluation.digits import digits, figure, signed
+from deltamem_tool.evaluation.statistics import p_text
 
 MAX_SHOWN = 700  # characters of a question or an answer on a page
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
@@ -35,10 +36,11 @@ def _environment() -> Environment:
         "words": in_words,
         "figure": figure,
         "signed": signed,
-        "p": p_value,
+        "p": p_text,
         "short": short,
         "cell": cell,
     }
+    environment.globals["digits"] = digits
     return environment
 
 

@@ -15,7 +15,7 @@ from deltamem_tool import __version__
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import HubError
 from deltamem_tool.evaluation.conditions import STATE, in_words
-from deltamem_tool.evaluation.scales import interval_text
+from deltamem_tool.evaluation.digits import mean_and_interval
 from deltamem_tool.hub.base import Base
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.repository import LIBRARY
@@ -204,7 +204,7 @@ def _scores(said: Any) -> list[tuple[str, list[str]]]:
         return []
     rows = []
     for name in said["conditions"]:
-        cells = [f"{mean:.2f} ({interval_text(low, high)})" for mean, low, high in said["scores"][name]]
+        cells = ["{} ({})".format(*mean_and_interval(*row)) for row in said["scores"][name]]
         title = _cell(in_words(name))
         rows.append((f"**{title}**" if name == STATE else title, cells))
     return rows

@@ -20,11 +20,12 @@ from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.compare import compare
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.digits import digits, figure, mean_and_interval, plus_minus, signed
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.report import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
-from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, interval_text, scale_of
+from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, scale_of
 from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.views import Views
@@ -137,7 +138,20 @@ def test_words():
     assert verdict("donor state", said, SCALE.unit) == "the state adds 0.21 ± 0.04 nats per token over donor state"
     unclear = Difference(-0.01, -0.03, 0.01, 0.4, 40)
     assert verdict("zero state", unclear, SCALE.unit).endswith("(-0.01 ± 0.02 nats per token)")
-    assert interval_text(0.1, 0.25) == "0.10–0.25" and interval_text(-0.1, -0.001) == "-0.10 to 0.00"
+    sure = Difference(0.1234, 0.1192, 0.1271, 0.001, 40)
+    assert verdict("donor state", sure, SCALE.unit) == "the state adds 0.1234 ± 0.0042 nats per token over donor state"
+    assert mean_and_interval(0.2, 0.1, 0.25) == ("0.20", "0.10–0.25")
+    assert mean_and_interval(-0.0001, -0.1, -0.0001) == ("0.00", "-0.10 to 0.00")
+
+
+def test_as_many_digits_as_the_half_width_is_worth():
+    """Two, unless it is below the last of them; of what is no more than rounding, none."""
+    for half, after in ((0.5, 2), (0.01, 2), (0.0099, 4), (0.001, 4), (0.0009, 5), (2e-6, 7), (1e-9, 2), (0.0, 2)):
+        assert digits(1.0, 1.0 - half, 1.0) == after, half
+    assert plus_minus(-1.5, -1.5021, -1.4999) == "-1.5000 ± 0.0021"
+    assert (signed(0.00312, 4), signed(-0.00001, 4), signed(-0.2), figure(-0.00312, 4)) == (
+        "+0.0031", "0.0000", "−0.20", "−0.0031",
+    )  # fmt: skip
 
 
 def found() -> Evaluation:

@@ -19,12 +19,12 @@ from deltamem_tool.cli.evaluate import command
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
-from deltamem_tool.evaluation.digits import p_value
 from deltamem_tool.evaluation.drawing import DARK, scores_figure, styles, svg
 from deltamem_tool.evaluation.page import FILES, refuse_strangers
 from deltamem_tool.evaluation.record import read_evaluation
 from deltamem_tool.evaluation.report import score_table
 from deltamem_tool.evaluation.setup import without_folders
+from deltamem_tool.evaluation.statistics import p_text
 from deltamem_tool.evaluation.templating import MAX_SHOWN
 
 EVIL = (
@@ -100,7 +100,7 @@ def test_the_page_shows_the_figures_of_the_json(folder):
     assert said["overall"]["state"][0] == 0.75 and scores
     over = said["differences"]["zero_state"]
     shown = next(row for row in page.rows if row[0] == "zero state" and row[1].startswith("+"))
-    assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_value(over["p_value"], 10), "10"]
+    assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_text(over["p_value"], 10), "10"]
     assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in said["verdict"])
     assert said["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
     assert said["other_metrics"] == {"f1": said["overall"]}
