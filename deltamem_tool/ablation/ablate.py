@@ -78,12 +78,14 @@ def wanted(
 
     Raises:
         ConfigError: a recipe does not hold, or trains no memory; two ablations have one name, or two variants of one
-            are the same run; or `changes` set the seed.
+            are the same run; a seed is there twice; or `changes` set the seed.
     """
     names = [ablation.name for ablation in ablations]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two ablations are called {name}.", "So would be their tables.", "Rename a file.")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"The seeds {', '.join(map(str, seeds))} do not hold.", "One is there twice.", "Leave it out.")
     if any(change.partition("=")[0].strip() == SEED for change in changes):
         raise ConfigError(f"{SEED} cannot be set.", "Every variant is trained with each of the seeds.", "Pass --seeds.")
     found = {}

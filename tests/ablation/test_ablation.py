@@ -194,6 +194,9 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     ways = yaml.safe_load(files[1].read_text()) | {"recipe": "lora.yaml"}
     (tmp_path / "ways.yaml").write_text(yaml.safe_dump(ways))
     assert "trains a LoRA" in str(fails("ways.yaml").exception)
+    with pytest.raises(ConfigError, match="The seeds 1, 2, 1 do not hold.\nOne is there twice"):
+        ablate([read_ablation(files[1])], Path("out"), [1, 2, 1], FEW)
+    assert not Path("out").exists()
     Path("kept").mkdir()
     (Path("kept") / RUNS_FILE).write_text('{"key": 1}\n')
     with pytest.raises(DataError, match="line 1 is no run"):
