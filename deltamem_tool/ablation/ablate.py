@@ -66,6 +66,22 @@ class Wanted:
     recipe: Recipe
     key: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What `ablate` has made or found.
+
+    Args:
+        unkept: runs whose adapters are wanted and not there: they were made before, and the adapters not kept.
+    """
+
+    runs: list[Run]
+    unkept: list[Wanted]
+
 
 def wanted(
     ablations: Sequence[Ablation],
@@ -85,7 +101,9 @@ def wanted(
         if names.count(name) > 1:
             raise ConfigError(f"Two ablations are called {name}.", "So would be their tables.", "Rename a file.")
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"The seeds {', '.join(map(str, seeds))} do not hold.", "One is there twice.", "Leave it out.")
+        raise ConfigError(
+            f"The seeds {', '.join(map(str, seeds))} do not hold.", "One is there twice.", "Leave it out."
+        )
     if any(change.partition("=")[0].strip() == SEED for change in changes):
         raise ConfigError(f"{SEED} cannot be set.", "Every variant is trained with each of the seeds.", "Pass --seeds.")
     found = {}
@@ -131,12 +149,12 @@ def ablate(
     keep_adapters: bool = False,
     report: Report | None = None,
     ended: Callable[[int, int], None] | None = None,
-) -> list[Run]:
+) -> Ablated:
     """Make the runs that are missing in `out`, and after each of them write a table and a plot of every ablation there.
 
     Args:
         changes: `key=value`, of every recipe.
-        keep_adapters: they stay in `out/adapters`, by their runs' keys.
+        keep_adapters: they stay in `out/adapters`, by their runs' keys. Runs that are there are not made again for it.
         report: follows a run; `ended` their number, (done, of).
 
     Raises:
@@ -158,7 +176,8 @@ def ablate(
     _write(ablations, out, seeds, needed, runs, changes)
     with suppress(OSError):  # it holds adapters
         (out / ADAPTERS).rmdir()
-    return [runs[key] for key in different]
+    unkept = [one for one in different.values() if keep_adapters and not Path(one.recipe.out).exists()]
+    return Ablated([runs[key] for key in different], unkept)
 
 
 def _write(
@@ -184,7 +203,7 @@ def _write(
 
 def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
     """Train and ask. The adapter stays in the recipe's `out`."""
-    name = f"{one.variant.name}, seed {one.seed}"
+    name = one.name
     started = time.process_time()
     try:
         trained = train(

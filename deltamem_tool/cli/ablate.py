@@ -46,12 +46,13 @@ def command(
     plans = [read_ablation(file) for file in ablations]
 
     from deltamem_tool.ablation.ablate import Questions, ablate
+    from deltamem_tool.ablation.runs import RUNS_FILE
     from deltamem_tool.cli.console import progress
 
     with progress() as bar:
         whole = bar.add_task("Runs", total=None, note="")
         part = bar.add_task("", total=None, note="")
-        runs = ablate(
+        done = ablate(
             plans,
             out,
             seeds,
@@ -61,8 +62,13 @@ def command(
             lambda name, done, of, what: bar.update(part, description=name, completed=done, total=of, note=what),
             lambda done, of: bar.update(whole, completed=done, total=of),
         )
+    for one in done.unkept:
+        click.echo(f"No adapter of {one.name}: it was made before, and its adapter was not kept.", err=True)
+    if done.unkept:
+        keys = ", ".join(one.key for one in done.unkept)
+        click.echo(f"To make them again, take the lines with {keys} out of {out / RUNS_FILE}.", err=True)
     if as_json:
-        click.echo(json.dumps([asdict(run) for run in runs]))
+        click.echo(json.dumps([asdict(run) for run in done.runs]))
         return
     for plan in plans:
         click.echo(f"{plan.title}: {out / plan.name}.md")

@@ -90,13 +90,21 @@ def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, m
     with (out / RUNS_FILE).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
     monkeypatch.setattr(module, "make_run", lambda one, *rest: made.append(one.variant.name) or own(one, *rest))
-    runs = ablate(plans, out, [1], FEW, keep_adapters=True)
+    done = ablate(plans, out, [1], FEW, keep_adapters=True)
+    runs = done.runs
     assert made[2:] == ["other"] and len(runs) == 3
+    assert [one.key for one in done.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
     assert [json.loads(line)["key"] for line in (out / RUNS_FILE).read_text().splitlines()] == [run.key for run in runs]
     assert [path.name for path in (out / ADAPTERS).iterdir()] == [runs[2].key]
     assert runs[1].parameters > runs[0].parameters > runs[2].parameters
     assert runs[0].scores.keys() == {STATE, *CONTROLS} and all(len(row) == 1 for row in runs[0].scores.values())
     assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
+    options = ["--out", str(out), "--seeds", "1", "--facts", "1", "--episodes", "2"]
+    for more, says in (["--keep-adapters"], True), ([], False):
+        said = CliRunner().invoke(command, [*map(str, files), *options, *more]).stderr
+        assert ("No adapter of as it is, seed 1: it was made before" in said) == says
+        assert (f"the lines with {runs[0].key}, {runs[1].key} out of {out / RUNS_FILE}" in said) == says
+    assert len(made) == 3
 
 
 def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):

@@ -130,6 +130,7 @@ def test_sessions_cut_a_history_and_change_no_word():
         ({"facts": [1, 37]}, "numbers of facts go from 1 to 36"),
         ({"facts": [True]}, "numbers of facts"),
         ({"facts": "1,2"}, "It is '1,2'"),
+        ({"facts": [4, 1, 4]}, "Of the numbers of facts, one is there twice"),
         ({"delay": [-1]}, "delays are 0 or more"),
         ({"delay": 1.5}, "delays are 0 or more"),
         ({"episodes": 0}, "episodes are 1 or more"),

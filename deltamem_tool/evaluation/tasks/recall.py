@@ -137,6 +137,8 @@ def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None
     if not numbers or not all(type(n) is int and least <= n and (most is None or n <= most) for n in numbers):
         bounds = f"go from {least} to {most}" if most is not None else f"are {least} or more"
         raise ConfigError(f"The {name} {bounds}.", f"It is {value!r}.", "Correct this option of the task.")
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"Of the {name}, one is there twice.", f"It is {value!r}.", "Leave it out.")
     return numbers
 
 
