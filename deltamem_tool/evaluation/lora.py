@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
+from deltamem_tool.with_peft import peft_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,14 +117,14 @@ class Lora:
             ConfigError: PEFT is not installed.
         """
         try:
-            from peft import LoraConfig, get_peft_model
+            from peft import LoraConfig
         except ImportError as error:
             raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
         config = LoraConfig.from_pretrained(str(self.folder))
         config.inference_mode = True
         config.base_model_name_or_path = None  # or PEFT warns that the base is at another path: it has been compared
         try:
-            wrapped: Any = get_peft_model(model, cast(Any, config))
+            wrapped = peft_model(model, config)
         except ValueError as error:
             raise self._misfit(" ".join(str(error).split())) from error
         try:

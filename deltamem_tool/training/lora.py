@@ -17,6 +17,7 @@ from deltamem_tool.files import folder_whole
 from deltamem_tool.recipe import LoraOptions
 from deltamem_tool.training.objective import scored_logits
 from deltamem_tool.training.recompute import recomputing
+from deltamem_tool.with_peft import peft_model
 
 
 def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = None, revision: str | None = None) -> Any:
@@ -27,7 +28,7 @@ def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = No
         ConfigError: PEFT is not installed, or the model has none of the modules.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
     config = LoraConfig(
@@ -38,7 +39,7 @@ def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = No
         task_type="CAUSAL_LM",
     )
     try:
-        model = get_peft_model(base, config)
+        model = peft_model(base, config)
     except ValueError as error:
         why = " ".join(str(error).split())
         raise ConfigError("The LoRA does not fit the model.", why, "Correct lora.targets.") from error

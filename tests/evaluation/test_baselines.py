@@ -75,6 +75,7 @@ def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
     assert "within 100 tokens" in truncated.meaning
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's, called here
 def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
     lora = Lora.read(folder)
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
@@ -158,6 +159,7 @@ def test_what_is_no_lora_is_refused(model, folder, tmp_path):
     hook(model, adapter)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_records_are_of_one_lora(model, tokenizer, checkpoint, folder, tmp_path):
     options = {"only": ("lora",), "folder": tmp_path / "records"}
     first = evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), **options)
