@@ -4,14 +4,13 @@ Command: python benchmarks/onnx_overhead.py [--layers 8 --vocabulary 1024] [--pa
     [--presets tsw,msw,ssw] [--without REWRITE …] [--repeats 15 --threads 2] [--profile] [--out FILE.md]
 
 The shape is Qwen3-0.6B's (28 layers and 151,936 words are `--layers 28 --vocabulary 151936`) with random weights. Both
-graphs come from one model, through the same exporter and fusions; the one without a memory is the model with a
-DynamicCache, which deltamem has no part in: "plain" as the exporter writes it, and "tidied" by those rewrites of
-`onnx/optimize.py` that are not about the memory. Two graphs run in turn in one process. `--profile` shows what costs.
+graphs come from one model, through the same exporter and fusions; the one without a memory is the model alone: "plain"
+as the exporter writes it, "tidied" by those rewrites of `onnx/optimize.py` that are not about the memory. Two graphs
+run in turn in one process. `--profile` shows what costs.
 """
 
 import argparse
 import collections
-import dataclasses
 import gc
 import json
 import os
@@ -31,14 +30,14 @@ import onnx_ir
 import onnxruntime
 import torch
 from scan import cpu_name
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool.config import PRESETS
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.optimize import REWRITES, optimize
+from deltamem_tool.onnx.plain import PlainStep, without_memory
 from deltamem_tool.onnx.targets import TARGETS
 from deltamem_tool.onnx.trace import CallOptions, graph_of, interface_of, traced
 
@@ -47,26 +46,6 @@ TIDIED = "tidied"  # the same with the rewrites that are not about the memory
 DECODED = 8  # calls of one timed decode
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
-
-
-class PlainStep(nn.Module):
-    """The model without a memory, called as the graph with one is."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, write_mask: Tensor, past_key_values: list[dict[str, Tensor]]
-    ) -> dict[str, Any]:
-        past = [(layer[contract.KEY], layer[contract.VALUE]) for layer in past_key_values]
-        cache = DynamicCache(past, config=self.model.config)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        logits = self.model(
-            input_ids, attention_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits
-        present = [{contract.KEY: layer.keys, contract.VALUE: layer.values} for layer in cache.layers]
-        return {contract.LOGITS_OUTPUT: logits, contract.PRESENT: present}
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
@@ -98,8 +77,7 @@ def export(args: argparse.Namespace, folder: Path) -> None:
         optimize(program, args.without)
         save(program, folder / preset)
         detach(model)
-    layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
-    program = graph_of(PlainStep(model), dataclasses.replace(interface, segment=0, layers=layers), target)
+    program = graph_of(PlainStep(model, options), without_memory(interface), target)
     save(program, folder / PLAIN)
     optimize(program, args.without)
     save(program, folder / TIDIED)
