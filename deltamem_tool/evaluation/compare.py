@@ -219,12 +219,11 @@ def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> 
         numbers = [
             (score, weight)
             for score, weight in zip(scores, weights, strict=True)
-            if isinstance(score, int | float) and isinstance(weight, int | float)
+            if isinstance(score, int | float) and isinstance(weight, int | float) and weight > 0
         ]
-        total_weight = sum(weight for _, weight in numbers)
-        if len(numbers) != len(own) or total_weight <= 0:
+        if len(numbers) != len(own):
             return False
-        mean = sum(score * weight for score, weight in numbers) / total_weight
+        mean = sum(score * weight for score, weight in numbers) / sum(weight for _, weight in numbers)
         if not math.isclose(mean, said["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from deltamem_tool.evaluation.compare import compare
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.digits import digits, figure, mean_and_interval, plus_minus, signed
 from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
-from deltamem_tool.evaluation.records import Record
+from deltamem_tool.evaluation.records import RECORDS_FILE, Record
 from deltamem_tool.evaluation.report import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, scale_of
@@ -201,6 +202,18 @@ def test_two_of_them_are_compared_token_by_token(tmp_path):
     assert any(
         line.startswith("state: B is 0.57") and "nats per token lower than A" in line for line in compared.verdict()
     )
+
+
+def test_records_whose_answers_have_no_tokens_are_not_used(tmp_path):
+    """None has, or one of them has not: a mean over tokens is of the others."""
+    whole, lines = kept(tmp_path / "a", found()), found().records
+    for name, empty in (("all", range(8)), ("one", [3])):
+        folder = kept(tmp_path / name, found())
+        for n, record in enumerate(lines):
+            record.scores[TOKENS] = 0.0 if n % 8 in empty else 1.0 + n % 8
+        (folder / RECORDS_FILE).write_text("".join(json.dumps(asdict(record)) + "\n" for record in lines))
+        compared = compare(whole, folder)
+        assert "do not give the figures" in compared.unpaired and compared.overall[0].p_value is None
 
 
 def test_the_command(tmp_path, checkpoint, talks):
