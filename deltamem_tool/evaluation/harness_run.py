@@ -18,7 +18,7 @@ from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.asking import under
 from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
 from deltamem_tool.evaluation.harness import CONDITIONS, Prepared
-from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
+from deltamem_tool.evaluation.records import ITEMS, Answered, Record
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
 
@@ -56,24 +56,15 @@ def evaluate_harness(
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
     conditions = chosen(CONDITIONS, only)
-    kept = None
-    if folder is not None:
-        said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
-        kept = RecordFolder(folder, said)
-    done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
-    count = 0
+    said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
+    answered, count = Answered(folder, said), 0
     for condition in conditions:
         for name, documents in prepared.documents.items():
-            if all((condition.name, item) in done for item in documents):
+            if all((condition.name, item) in answered for item in documents):
                 continue
-            found = _asked(model, tokenizer, prepared, name, condition, batch_size, report)
-            new = [record for record in found if (record.condition, record.item) not in done]
-            if kept is not None:
-                kept.add(new)
-            done |= {(record.condition, record.item): record for record in new}
-            count += len(new)
+            count += answered.add(_asked(model, tokenizer, prepared, name, condition, batch_size, report))
     asked = [item for documents in prepared.documents.values() for item in documents]
-    records = [done[condition.name, item] for condition in conditions for item in asked]
+    records = answered.of([condition.name for condition in conditions], asked)
     metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
     return Evaluation(harness.name, AS_READ, metrics, conditions, list(harness.names), records, seed, count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,42 @@ class RecordFolder:
             file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
+
+
+class Answered:
+    """Records by condition and item: those that a folder has from before, and those that come.
+
+    Args:
+        folder: keeps them; None where nothing is kept.
+        settings: as in `RecordFolder`.
+
+    Raises:
+        DataError, DeltaMemError: as `RecordFolder`, or a record there is damaged.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self._kept = None if folder is None else RecordFolder(folder, settings)
+        self._records: dict[tuple[str, str], Record] = {}
+        if self._kept is not None:
+            self._remember(self._kept.read())
+
+    def __contains__(self, condition_and_item: tuple[str, str]) -> bool:
+        return condition_and_item in self._records
+
+    def add(self, records: Iterable[Record]) -> int:
+        """Those that are new; how many they are."""
+        new = [record for record in records if (record.condition, record.item) not in self]
+        if self._kept is not None:
+            self._kept.add(new)
+        self._remember(new)
+        return len(new)
+
+    def of(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
+        """In this order; all are there."""
+        return [self._records[condition, item] for condition in conditions for item in items]
+
+    def _remember(self, records: Iterable[Record]) -> None:
+        self._records |= {(record.condition, record.item): record for record in records}
 
 
 def read_records(file: Path) -> list[Record]:

@@ -22,7 +22,7 @@ from deltamem_tool.evaluation.conditions import (
 from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
 from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.questions import check, digest_of, donors_of
-from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
+from deltamem_tool.evaluation.records import ITEMS, Answered, Record
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scales import LOG_PROB
 from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
@@ -73,27 +73,19 @@ def evaluate(
     check(everyone)
     items, donors = everyone[:limit], donors_of(everyone)
     conditions = chosen(conditions_of(protocol, retrieved, truncate, lora), only)
-    kept = None
-    if folder is not None:
-        said = {
-            "task": task.name,
-            "protocol": protocol.name,
-            ITEMS: digest_of(items, everyone, donors),
-            **(settings or {}),
-        }
-        said |= {} if truncate is None else {"truncate": truncate}
-        said |= {} if lora is None else {"lora": lora.fingerprint}
-        kept = RecordFolder(folder, said)
-    done = {(record.condition, record.item): record for record in (kept.read() if kept else [])}
-    left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in done]
+    said = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, donors), **(settings or {})}
+    said |= {} if truncate is None else {"truncate": truncate}
+    said |= {} if lora is None else {"lora": lora.fingerprint}
+    answered = Answered(folder, said)
+    left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in answered]
+    count = len(conditions) * len(items)
+    done = count - len(left)
     tell = report or (lambda stage, count, of: None)
     views = Views(tokenizer, protocol, _positions(model), _new_tokens(task), truncate)
     for new in _asked(model, tokenizer, task, views, left, everyone, donors, batch_size, tell):
-        if kept is not None:
-            kept.add(new)
-        done |= {(record.condition, record.item): record for record in new}
-        tell("questions", len(done), len(conditions) * len(items))
-    records = [done[c.name, item.id] for c in conditions for item in items]
+        done += answered.add(new)
+        tell("questions", done, count)
+    records = answered.of([c.name for c in conditions], [item.id for item in items])
     groups = list(dict.fromkeys(item.group for item in items))
     return Evaluation(task.name, protocol.name, _metrics(task), conditions, groups, records, seed, len(left))
 
