@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
 
 AS_READ = "as it is read"  # in place of a protocol
+# The harness's remarks on a model that is loaded already, which ours always is.
+_KNOWN = ("`pretrained` model kwarg is not of type `str`", "Passed an already-initialized model")
 SCORE = "score"  # of several tasks: the first metric of each, whatever its name
 
 
@@ -158,11 +161,19 @@ def _is_share(value: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's remarks on models that it has not loaded itself."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the harness's bar over the prompts that it writes, which would be beside the caller's own, and without
+    its remarks on models that it has not loaded itself; its other warnings are shown."""
+    from lm_eval.api import task
+
+    bar, logger = task.tqdm, logging.getLogger("lm_eval.models.huggingface")
+    task.tqdm = partial(bar, disable=True)  # no option of the harness reaches it
+    logger.addFilter(_is_news)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        task.tqdm = bar
+        logger.removeFilter(_is_news)
+
+
+def _is_news(said: logging.LogRecord) -> bool:
+    return not said.getMessage().startswith(_KNOWN)

@@ -147,9 +147,10 @@ def test_scores_are_paired_by_document(found):
     assert apart.histories == 2 * LIMIT and apart.mean == pytest.approx((sum(state) - sum(base)) / (2 * LIMIT))
 
 
-def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, found, tmp_path, monkeypatch):
+def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
     options = {"only": [STATE], "batch_size": 3, "folder": tmp_path, "settings": {"adapter": "a"}}
     first = evaluate_harness(model, tokenizer, prepared, **options)
+    assert capfd.readouterr().err == "" and not caplog.messages  # of the harness, no bar and no remark
     lines = (tmp_path / RECORDS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / RECORDS_FILE).write_text("".join(lines[:-2]))  # in the middle of the second task
     own, names = harness_run._asked, []
