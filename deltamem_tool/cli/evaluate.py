@@ -98,7 +98,7 @@ def command(
     options = _task_options(changes, data)
     only = None if conditions is None else [STATE, *conditions.split(",")]
     if task.startswith(HARNESS):
-        asking = _of_harness(task, protocol, options, limit, only, bool(bm25 or truncate or lora))
+        asking = _of_harness(task, protocol, options, limit, only, bool(bm25 or truncate), lora)
         if click.get_current_context().get_parameter_source("batch_size") == ParameterSource.DEFAULT:
             batch_size = HARNESS_BATCH_SIZE
     else:
@@ -159,19 +159,29 @@ def _task_options(changes: Sequence[str], data: str | None) -> dict[str, Any]:
 
 
 def _of_harness(
-    task: str, protocol: str, options: dict[str, Any], limit: int | None, only: list[str] | None, baselines: bool
+    task: str,
+    protocol: str,
+    options: dict[str, Any],
+    limit: int | None,
+    only: list[str] | None,
+    baselines: bool,
+    lora: Path | None,
 ) -> Callable[..., Evaluation]:
     """What asks tasks of lm-evaluation-harness; what cannot be asked is said before anything is loaded."""
-    from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
+    from deltamem_tool.evaluation.conditions import chosen
+    from deltamem_tool.evaluation.harness import conditions_of, find_harness, prepare, refuse_histories
+    from deltamem_tool.evaluation.lora import Lora
 
-    refuse_histories(protocol, baselines, only)
+    refuse_histories(protocol, baselines)
+    beside = None if lora is None else Lora.read(lora)
+    chosen(conditions_of(beside), only)
     prepared = prepare(find_harness(task, options), limit)
 
     def asking(model: PreTrainedModel, **shared: Any) -> Evaluation:
         from deltamem_tool.adapter import tokenizer_of
         from deltamem_tool.evaluation.harness_run import evaluate_harness
 
-        return evaluate_harness(model, tokenizer_of(model), prepared, **shared)
+        return evaluate_harness(model, tokenizer_of(model), prepared, lora=beside, **shared)
 
     return asking
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,25 @@ from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
-from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition, chosen
+from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition
+from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.task import made
 
-CONDITIONS = (
-    Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
-    Condition("scale_zero", SCALE_ZERO, NOTHING, "the same with the corrections scaled to zero"),
-    Condition("no_adapter", None, NOTHING, "the base model without adapter"),
-)
+
+def conditions_of(lora: Lora | None = None) -> list[Condition]:
+    """The state and its controls, as far as requests without a history have any.
+
+    Args:
+        lora: also the base model with this on it.
+    """
+    found = [
+        Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
+        Condition("scale_zero", SCALE_ZERO, NOTHING, "the same with the corrections scaled to zero"),
+        Condition("no_adapter", None, NOTHING, "the base model without adapter"),
+    ]
+    if lora is not None:
+        found.append(Condition("lora", None, NOTHING, f"the base model with the LoRA {lora.folder.name}", lora))
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,10 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     return made(partial(Harness, names), task, options, None)
 
 
-def refuse_histories(protocol: str, baselines: bool, only: Collection[str] | None) -> None:
+def refuse_histories(protocol: str, baselines: bool) -> None:
     """
     Args:
-        baselines: whether one that looks at histories is wanted.
+        baselines: whether one that shows a part of the history is wanted.
 
     Raises:
         ConfigError: something is wanted that only a history has.
@@ -99,10 +110,9 @@ def refuse_histories(protocol: str, baselines: bool, only: Collection[str] | Non
     if protocol != MEMORY_ONLY or baselines:
         raise ConfigError(
             "Tasks of lm-evaluation-harness have no history.",
-            "So there is nothing that a protocol could show, BM25 find, or a baseline be given.",
-            "Leave out --protocol, --bm25, --truncate and --lora.",
+            "So there is nothing that a protocol could show, BM25 find, or be truncated.",
+            "Leave out --protocol, --bm25 and --truncate.",
         )
-    chosen(CONDITIONS, only)
 
 
 def prepare(harness: Harness, limit: int | None = None) -> Prepared:

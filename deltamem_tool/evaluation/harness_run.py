@@ -18,7 +18,8 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.asking import under
 from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
-from deltamem_tool.evaluation.harness import CONDITIONS, Prepared
+from deltamem_tool.evaluation.harness import Prepared, conditions_of
+from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import ITEMS, Answered, Record
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
@@ -35,6 +36,7 @@ def evaluate_harness(
     prepared: Prepared,
     *,
     only: Collection[str] | None = None,
+    lora: Lora | None = None,
     batch_size: int = HARNESS_BATCH_SIZE,
     seed: int = 0,
     folder: Path | None = None,
@@ -46,20 +48,25 @@ def evaluate_harness(
 
     Args:
         only: names of conditions, where not all are wanted.
+        lora: the base model with this on it, beside the controls.
         batch_size: requests at once.
         seed: of the intervals. The harness's own seeds stay what they are.
         folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
         settings: what `folder` shall be of, beside the tasks.
 
     Raises:
+        AdapterError: `lora` is damaged, or of another base model.
         ConfigError: a task cannot be scored so, or is to be rendered by a chat template that is not there.
         DataError: a prompt is too long for the model, or `folder` is of another run.
     """
+    if lora is not None:
+        lora.refuse_other_base(model)
     harness = prepared.harness
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
-    conditions = chosen(CONDITIONS, only)
+    conditions = chosen(conditions_of(lora), only)
     said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
+    said |= {} if lora is None else {"lora": lora.fingerprint}
     answered, count = Answered(folder, said), 0
     for condition in conditions:
         for name, documents in prepared.documents.items():

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from evaluation.asked import Asked, item
+from evaluation.loras import make_lora
 from safetensors.torch import load_file, save_file
 from tiny import logits, randomise, save_checkpoint
 from transformers import AutoModelForCausalLM
@@ -21,22 +22,10 @@ from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProt
 from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.views import Views
-from deltamem_tool.recipe import LoraOptions
 from deltamem_tool.surgery import adapter_of, hook
-from deltamem_tool.training.lora import with_lora
 
 MEMORY = EvalProtocol.parse("memory")
 TASK = Asked([item(number, sessions=1 + number % 2) for number in range(3)])
-
-
-def make_lora(base, folder, seed=0, name=None):
-    """A LoRA that matters, as `deltamem train` saves it."""
-    torch.manual_seed(seed)
-    tuned = with_lora(AutoModelForCausalLM.from_pretrained(base), LoraOptions(rank=2), str(name or base))
-    for weight in (p for p in tuned.parameters() if p.requires_grad):
-        torch.nn.init.normal_(weight, std=0.5)
-    tuned.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
+from evaluation.loras import make_lora
 from tiny import randomise, tiny_model
+from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.adapter import create_adapter
 from deltamem_tool.chat_template import render
 from deltamem_tool.cli.evaluate import command
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.errors import AdapterError, ConfigError, DataError
 from deltamem_tool.evaluation import harness_run
 from deltamem_tool.evaluation.conditions import STATE
 from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
+from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.segments import mark_chat
 from deltamem_tool.surgery import adapter_of
@@ -175,22 +179,39 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
             prepare(find_harness(task, options))
     with pytest.raises(DataError, match="data of the task told_elsewhere cannot be loaded.\n.*\nTry again with a net"):
         prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
-    for protocol, retrieved, only, says in (
-        ("full", False, None, "have no history"),
-        ("memory", True, None, "have no history"),
-        ("memory", False, ["donor_state"], "no condition 'donor_state'"),
-    ):
-        with pytest.raises(ConfigError, match=says):
-            refuse_histories(protocol, retrieved, only)
+    for protocol, retrieved in (("full", False), ("memory", True)):
+        with pytest.raises(ConfigError, match="have no history"):
+            refuse_histories(protocol, retrieved)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
     attach(model, DeltaMemConfig(rank=4))
     story = prepare(find_harness(f"lm_eval:{STORY}", path), 1)
+    with pytest.raises(ConfigError, match="no condition 'donor_state'"):
+        evaluate_harness(model, tokenizer, story, only=["donor_state"])
     with pytest.raises(ConfigError, match="told_story has no score from 0 to 1 for each document"):
         evaluate_harness(model, tokenizer, story, only=[STATE])
     for task, system in ((CHOICE, "Be kind. " * 20), (ANSWER, "Be kind. " * 20)):
         long = prepare(find_harness(f"lm_eval:{task}", {**path, "system": system}), 1)
         with pytest.raises(DataError, match="A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
             evaluate_harness(model, tokenizer, long, only=[STATE])
+
+
+def test_a_lora_is_asked_beside_the_memory(tokenizer, checkpoint, prepared, folder, tmp_path):
+    """As it answers alone."""
+    lora = Lora.read(make_lora(checkpoint, tmp_path / "lora"))
+    model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    options = {"batch_size": 3, "lora": lora, "folder": tmp_path / "records"}
+    found = evaluate_harness(model, tokenizer, prepared, only=["lora"], **options)
+    with lora.on(base):
+        for record, (messages, row) in zip(found.records[:LIMIT], asked(folder), strict=True):
+            alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
+            assert [float(value) for value, _ in json.loads(record.answer)] == pytest.approx(alone, abs=TOLERANCE)
+        assert found.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
+    other = replace(lora, base=str(tmp_path / "gone"))
+    with pytest.raises(AdapterError, match="cannot be compared"):
+        evaluate_harness(model, tokenizer, prepared, lora=other)
+    with pytest.raises(DataError, match="Its lora differ"):
+        evaluate_harness(model, tokenizer, prepared, **{**options, "lora": None})
 
 
 def test_segments_need_messages(folder, tokenizer):
@@ -212,7 +233,8 @@ def test_the_command(tmp_path, folder, checkpoint):
     adapter = tmp_path / "adapter"
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), adapter)
     options = [str(adapter), "--task", f"lm_eval:{CHOICE}", "--set", f"include_path={folder}", "--limit", "3", "--json"]
+    options += ["--lora", str(make_lora(checkpoint, tmp_path / "lora")), "--conditions", "scale_zero,no_adapter,lora"]
     said = json.loads(CliRunner().invoke(command, options).stdout)
     assert said["task"] == f"lm_eval:{CHOICE}" and said["metric"] == "acc" and said["questions"] == [3]
-    assert list(said["conditions"]) == ["state", "scale_zero", "no_adapter"]
+    assert list(said["conditions"]) == ["state", "scale_zero", "no_adapter", "lora"]
     assert said["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
