@@ -23,7 +23,7 @@ from deltamem_tool.evaluation.conditions import Condition
 from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments import pad_token, padded
-from deltamem_tool.state import MemoryState
+from deltamem_tool.state import MemoryCache, MemoryState
 
 LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are scored in parts of the batch
 
@@ -136,7 +136,8 @@ def log_probs(
     with under(model, condition):
         for some in _parts(model, rows):
             part = None if memory is None else memory.select(list(some))
-            found += _log_probs(model, tokenizer, [rows[row] for row in some], part, condition)
+            cache = cache_of(model, part, condition, len(some))
+            found += _log_probs(model, tokenizer, [rows[row] for row in some], cache)
     for row, values in zip(rows, found, strict=True):
         if not all(map(torch.isfinite, torch.tensor(values))):
             raise DataError(
@@ -159,25 +160,19 @@ def _parts(model: PreTrainedModel, rows: Sequence[Scored]) -> Iterator[range]:
 
 
 def _log_probs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Scored],
-    memory: MemoryState | None,
-    condition: Condition,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Scored], cache: MemoryCache | None
 ) -> list[list[float]]:
     ids = [row.ids for row in rows]
     tokens = padded(ids, pad_token(tokenizer, ids)).to(model.device)  # [B, T], padded on the right: positions from 0
     mask = padded([[1] * len(row) for row in ids], 0).to(model.device)
     first = min(len(row.ids) - row.answer for row in rows) - 1  # the first column whose logits are wanted
-    logits = _logits(model, tokens, mask, first, cache_of(model, memory, condition, len(rows)))
-    values = (
-        logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, first + 1 :, None])[..., 0]
-    )  # [B, T - first - 1]
+    likely = _logits(model, tokens, mask, first, cache)[:, :-1].float().log_softmax(-1)
+    values = likely.gather(2, tokens[:, first + 1 :, None])[..., 0]  # [B, T - first - 1]
     ends = [len(row.ids) - first - 1 for row in rows]
     return [values[n, end - row.answer : end].tolist() for n, (row, end) in enumerate(zip(rows, ends, strict=True))]
 
 
-def _logits(model: Any, tokens: Tensor, mask: Tensor, first: int, cache: Any) -> Tensor:
+def _logits(model: Any, tokens: Tensor, mask: Tensor, first: int, cache: MemoryCache | None) -> Tensor:
     """From column `first` on, `[B, T - first, V]`; where the model can, no others are computed."""
     given: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     length = tokens.shape[1]
