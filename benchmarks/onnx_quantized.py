@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from overhead import make_model
 from scan import cpu_name
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, attach
@@ -108,6 +107,21 @@ def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
                 found[kind].append(pair)
     spans = {k: f"{statistics.median(x):.2f} ({min(x):.2f}–{max(x):.2f})" for k, x in found.items()}
     return {"float32": "1", **spans}
+
+
+def make_model(layers: int) -> PreTrainedModel:
+    """Qwen3-0.6B's layer: width 1,024, 16 query and 8 key heads of 128, 3,072 in the MLP."""
+    config = Qwen3Config(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
