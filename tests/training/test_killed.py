@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forked import forked
 from safetensors.torch import load_file
+from training.slow_writes import train_slowly
 from training.talks import write_talks
 
 from deltamem_tool.adapter import WEIGHTS_FILE
@@ -22,20 +20,6 @@ from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
 
 KILLS = 2
-ROOT = Path(__file__).parents[2]
-# Trains with checkpoints that take long to write, so that kills find them half-way.
-SLOW_WRITES = """
-import sys, time, torch
-save = torch.save
-def slow(content, path, *args, **options):
-    save(content, path, *args, **options)
-    with open(path, "r+b") as file:
-        whole = file.read(); file.seek(0); file.truncate(); file.write(whole[: len(whole) // 2]); file.flush()
-        time.sleep(0.05); file.write(whole[len(whole) // 2 :])
-torch.save = slow
-from deltamem_tool.cli import main
-main()
-"""
 
 
 def recipe(folder: Path, base: Path) -> Path:
@@ -54,7 +38,7 @@ def recipe(folder: Path, base: Path) -> Path:
         },
         "objective": {"context_dropout": 0.5},
         "training": {
-            "epochs": 5,
+            "epochs": 2,
             "batch_size": 3,
             "learning_rate": 1e-2,
             "save_every": 3,
@@ -67,35 +51,25 @@ def recipe(folder: Path, base: Path) -> Path:
     return path
 
 
-def started(folder: Path, *options: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SLOW_WRITES, "train", str(folder / "recipe.yaml"), *options]
-    with (folder / "said.txt").open("wb") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
-
-
 def test_killed_at_any_moment(checkpoint, tmp_path):
     train(load_recipe(recipe(tmp_path / "whole", checkpoint)))
-    recipe(tmp_path / "killed", checkpoint)
-    rng, kills, finished = random.Random(0), [], False
+    killed = recipe(tmp_path / "killed", checkpoint)
+    rng, left = random.Random(0), []
     run = tmp_path / "killed" / "adapter.run"
-    while not finished:
+    for kill in range(KILLS):
         before = set(run.glob("checkpoint-*"))
-        process = started(
-            tmp_path / "killed", *(["--resume"] if any(run.glob("checkpoint-*/trainer_state.json")) else [])
-        )
+        process = forked(train_slowly, killed, bool(checkpoints(run)))
+        process.start()
         # A new folder says that a checkpoint is being written: the first kill comes right then, others later.
-        while process.poll() is None and not (set(run.glob("checkpoint-*")) - before):
+        while process.is_alive() and not (set(run.glob("checkpoint-*")) - before):
             time.sleep(0.005)
-        if len(kills) < KILLS:
-            time.sleep(rng.uniform(0, 0.3) if kills else 0.03)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills.append(len(list(run.glob("checkpoint-*"))) - len(checkpoints(run)))
-        else:
-            finished = process.wait(timeout=120) == 0
-            assert finished, (tmp_path / "killed" / "said.txt").read_text()
-    assert any(kills), "no kill came while a checkpoint was written"
+        time.sleep(rng.uniform(0, 0.3) if kill else 0.03)
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        left.append(len(list(run.glob("checkpoint-*"))) - len(checkpoints(run)))
+    assert any(left), "no kill came while a checkpoint was written"
+    train(load_recipe(killed), resume=bool(checkpoints(run)))
     expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("whole", "killed"))
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), f"{name} differs by {(found[name] - weight).abs().max()}"
