@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import datasets
 import pytest
+from data.made_once import encode
 from data.talks import TALK
+from forked import forked
 from tiny import tiny_tokenizer
 
 from deltamem_tool.data import Encoder, Episode, cache, encode_cached
@@ -184,40 +183,24 @@ def test_a_failure_leaves_nothing(tokenizer, folder):
     assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS))
 
 
-_MAKE = """
-import json, sys, time
-from tiny import tiny_tokenizer
-from deltamem_tool.data import DialogueEpisodes, Encoder, encode_cached
-
-print("ready", flush=True)
-sys.stdin.readline()
-said = []
-kept = encode_cached(
-    list(DialogueEpisodes(300, 8, 0, 1, 3, 0.5)),
-    Encoder(tiny_tokenizer(), 100, 100),
-    report=lambda *parts: (said.append(parts), time.sleep(0.5)),
-)
-print(json.dumps([said, kept.lengths]))
-"""
-
-
 def test_two_processes_make_it_once(tmp_path):
     """And in the directory that HF_DATASETS_CACHE names."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "HF_DATASETS_CACHE": str(tmp_path / "named"),
-    }
-    command = [sys.executable, "-c", _MAKE]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], **pipes) for _ in range(2)]
-    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    pipes, both = [], []
+    for _ in range(2):
+        ours, theirs = Pipe()
+        process = forked(encode, theirs, str(tmp_path / "named"))
+        process.start()
+        theirs.close()  # one that dies is one that says nothing more
+        pipes.append(ours)
+        both.append(process)
+    assert [pipe.recv() for pipe in pipes] == ["ready"] * 2
+    for pipe in pipes:
+        pipe.send("go")
+    said = [pipe.recv() for pipe in pipes]
     for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    said = [json.loads(process.communicate(timeout=120)[0]) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted(reports for reports, _ in said) == [[], [[256, 300], [300, 300]]]
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(reports for reports, _ in said) == [[], [(256, 300), (300, 300)]]
     assert said[0][1] == said[1][1] and len(said[0][1]) == 300
     kept = [path for path in (tmp_path / "named" / "deltamem").iterdir() if path.suffix != ".lock"]
     assert len(kept) == 1

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -23,8 +22,7 @@ from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
-STEPS = 24
-RESUMED_TOLERANCE = 1e-3  # of losses about 4: Adam makes much of the last bits; other conversations differ by 0.1
+STEPS = 10
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,7 +34,7 @@ def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
         "memory": {"rank": 4, "state_heads": 2},
         "data": {"path": talks, "eval_path": talks, "max_write_tokens": 200, "max_read_tokens": 60},
         "objective": {"write_sparsity": 0.5, "write_target": 0.1, "full_context_kl": 0.2},
-        "training": {"steps": 5, "batch_size": batch, "gradient_accumulation": 2, "learning_rate": 1e-2, **training},
+        "training": {"batch_size": batch, "gradient_accumulation": 2, "learning_rate": 1e-2, **training},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(said))
@@ -51,7 +49,7 @@ def surroundings(**more: str) -> dict[str, str]:
 def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     command = (sys.executable, "-m", *command)
     environment = surroundings(**environment)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -70,60 +68,47 @@ num_processes: 2
 machine_rank: 0
 main_training_function: main
 """
-
-
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}  # as its launcher sets it
-EVALUATED = {"eval_every": 2, "eval_episodes": 4}
+OPTIONS = {"steps": STEPS, "save_every": 2, "eval_every": 2, "eval_episodes": 4}
 
 
-@pytest.fixture(scope="module")
-def alone(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    train(load_recipe(write_recipe(folder, checkpoint, batch=4, **EVALUATED)))
-    return folder / "adapter"
-
-
-def test_two_processes_go_on_where_they_were(checkpoint, tmp_path):
-    """Killed in the middle of a later epoch: conversations are taken in the order in which one process takes them. What
-    a launcher says of splitting is noted and left aside."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    options = {"steps": STEPS, "gradient_accumulation": 1, "save_every": 4, "scheduler": "constant"}
-    one = write_recipe(tmp_path / "one", checkpoint, batch=4, **options)
-    two = write_recipe(tmp_path / "two", checkpoint, batch=2, **options)
-    train(load_recipe(one))
-    run = tmp_path / "two" / "adapter.run"
-    command = [sys.executable, "-m", *TORCHRUN, str(two)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=surroundings(), stderr=subprocess.DEVNULL)
-    while len(checkpoints(run)) < 2 or checkpoints(run)[-1].name == "checkpoint-4":
-        assert process.poll() is None
+def killed(*command: str, folder: Path, run: Path, said: Path, **environment: str) -> None:
+    """Start what `launched` would run to its end, and kill it when its second checkpoint is there."""
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=folder, env=surroundings(**environment), stderr=file
+        )
+    while len(checkpoints(run)) < 2:
+        assert process.poll() is None, said.read_text()
         time.sleep(0.01)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
-    done = launched(*TORCHRUN, str(two), "--resume", "--json", folder=tmp_path, **DEEPSPEED)
-    assert "DeepSpeed splits what is trained" in done.stderr and "FSDP" not in done.stderr
-    assert json.loads(done.stdout)["steps"] == STEPS
-    logs = [json.loads((tmp_path / name / "adapter" / SUMMARY_FILE).read_text())["log"] for name in ("one", "two")]
-    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
-    assert len(losses[0]) == STEPS
-    for step, (expected, found) in enumerate(zip(*losses, strict=True), start=1):
-        assert abs(expected - found) < RESUMED_TOLERANCE, f"step {step}"
 
 
-def test_two_processes_equal_one(alone, checkpoint, tmp_path):
-    """The same steps over the same conversations: with other token counts on each, and with evaluation. Both wishes for
-    splitting are noted and left aside."""
-    (tmp_path / "fsdp.yaml").write_text(FSDP)
-    recipe = write_recipe(tmp_path, checkpoint, batch=2, **EVALUATED)
-    done = launched(*ACCELERATE, str(recipe), folder=tmp_path, **DEEPSPEED)
+def test_two_processes_equal_one(checkpoint, tmp_path):
+    """The same steps over the same conversations: with other token counts on each, with evaluation, and killed in the
+    middle of a later epoch. What the launchers say of splitting is noted and left aside."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train(load_recipe(write_recipe(tmp_path / "one", checkpoint, batch=4, **OPTIONS)))
+    folder, run, said = tmp_path / "two", tmp_path / "two" / "adapter.run", tmp_path / "said"
+    recipe = str(write_recipe(folder, checkpoint, batch=2, **OPTIONS))
+    (folder / "fsdp.yaml").write_text(FSDP)
+    killed(*TORCHRUN, recipe, folder=folder, run=run, said=said, **DEEPSPEED)
+    assert not (folder / "adapter").exists()
+    assert "DeepSpeed splits what is trained" in said.read_text() and "FSDP" not in said.read_text()
+    done = launched(*ACCELERATE, recipe, "--resume", "--json", folder=folder, **DEEPSPEED)
     assert "FSDP and DeepSpeed splits what is trained" in done.stderr
-    expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in (alone, tmp_path / "adapter"))
+    assert json.loads(done.stdout)["steps"] == STEPS
+    adapters = [tmp_path / name / "adapter" for name in ("one", "two")]
+    expected, found = (load_file(adapter / WEIGHTS_FILE) for adapter in adapters)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
-    logs = [json.loads((adapter / SUMMARY_FILE).read_text())["log"] for adapter in (alone, tmp_path / "adapter")]
+    logs = [json.loads((adapter / SUMMARY_FILE).read_text())["log"] for adapter in adapters]
+    assert len([row for row in logs[0] if "loss" in row]) == STEPS
     for one, two in zip(*logs, strict=True):
         for key in one.keys() & {"loss", "answer", "sparsity", "kl", "gates", "eval_loss", "eval_loss_zero"}:
-            assert abs(one[key] - two[key]) < 10 * SAME_TOLERANCE, key
+            assert abs(one[key] - two[key]) < 10 * SAME_TOLERANCE, f"{key} of step {one['step']}"
     assert any("eval_loss" in row for row in logs[0]) and any("kl" in row for row in logs[0])
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "fsdp.yaml", "recipe.yaml", "talks.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"adapter", "fsdp.yaml", "recipe.yaml", "talks.jsonl"}

@@ -1,0 +1,32 @@
+"""Encoding in a process of its own, for tests that have several."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from multiprocessing.connection import Connection
+
+import datasets
+from tiny import tiny_tokenizer
+
+from deltamem_tool.data import DialogueEpisodes, Encoder, encode_cached
+
+EPISODES = 300
+
+
+def encode(pipe: Connection, cache: str) -> None:
+    """Begin when `pipe` says so; send what was reported, and the lengths of the episodes."""
+    os.environ["HF_DATASETS_CACHE"] = cache
+    importlib.reload(datasets.config)  # which looks at the environment when it is imported
+    encoder = Encoder(tiny_tokenizer(), 100, 100)
+    pipe.send("ready")
+    pipe.recv()
+    said: list[tuple[int, int]] = []
+
+    def report(*parts: int) -> None:
+        said.append(parts)
+        time.sleep(0.2)  # so that the other one comes while this one is at it
+
+    kept = encode_cached(list(DialogueEpisodes(EPISODES, 8, 0, 1, 3, 0.5)), encoder, report=report)
+    pipe.send((said, kept.lengths))
