@@ -128,7 +128,7 @@ def create_adapter(
     """
     refuse_existing(out, overwrite)
     checkpoint = BaseCheckpoint(base, revision, trust_remote_code)
-    layers = select_layers(attention_layers(checkpoint.skeleton()), config)
+    layers = select_layers(checkpoint.layers, config)
     adapter = fresh_adapter(config, layers, checkpoint.first_columns)
     write_adapter(adapter, base_of(checkpoint), out, overwrite)
     return read_adapter(out)
@@ -212,9 +212,7 @@ def load(
     described = describe_adapter(path, revision)
     checkpoint, found = find_base(path, described.base, base, base_revision, trust_remote_code)
     with torch.device("meta"):
-        expected = DeltaMemAdapter(
-            described.config, select_layers(attention_layers(checkpoint.skeleton()), described.config)
-        )
+        expected = DeltaMemAdapter(described.config, select_layers(checkpoint.layers, described.config))
     _refuse_misfit(expected, described)
     folder = _with_tensors(described)
     model = checkpoint.load(**kwargs)
@@ -332,8 +330,8 @@ def write_adapter(
 
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
-    layers = attention_layers(checkpoint.skeleton())  # all of them, whichever have a memory
-    return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, checkpoint.fingerprint(layers))
+    mark = checkpoint.fingerprint(checkpoint.layers)  # all of them, whichever have a memory
+    return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, mark)
 
 
 def base_of_model(model: PreTrainedModel) -> BaseModel:

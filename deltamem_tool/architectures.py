@@ -64,9 +64,10 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     if not isinstance(decoder, PreTrainedModel):  # some call their output layer so
         decoder = model.base_model
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
+    layouts = [layout for layout in LAYOUTS if layout.is_of(types)]
     found = []
     for name, module in decoder.named_modules():
-        layout = next((layout for layout in LAYOUTS if layout.fits(module, types)), None)
+        layout = next((layout for layout in layouts if layout.fits(module)), None)
         index = _index(name, module)
         other = _OTHER.search(name) or _OTHER_CLASS.search(type(module).__name__)
         if layout is not None and index is not None and not other:

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from deltamem_tool.architectures import AttentionLayer
+from deltamem_tool.architectures import AttentionLayer, attention_layers
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.layouts import Projection, features
@@ -103,6 +103,16 @@ class BaseCheckpoint:
         """The model without weights (on torch's meta device): its module tree and shapes."""
         with torch.device("meta"):
             return self.from_config(self.config)
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """One that stays as it is: of a large model it takes a second to make."""
+        return self.skeleton()
+
+    @cached_property
+    def layers(self) -> list[AttentionLayer]:
+        """The attention layers of the model without weights, as `attention_layers` finds them."""
+        return attention_layers(self._skeleton)
 
     def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """A model of this kind with random weights, of another config than the checkpoint's own perhaps."""
@@ -201,7 +211,7 @@ class BaseCheckpoint:
     @cached_property
     def _stored_as(self) -> dict[str, str]:
         """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
-        model = self.skeleton()
+        model = self._skeleton
         own = model.state_dict()
         changes = get_model_conversion_mapping(model)
         renamings = [change for change in changes if isinstance(change, WeightRenaming)]

@@ -41,11 +41,12 @@ class Layout:
     only_decoders: bool = False  # the same module attends in both directions unless its config says `is_decoder`
     note: str = ""  # why branches are missing
 
-    def fits(self, module: nn.Module, model_types: frozenset[str]) -> bool:
-        return (
-            (not self.types or bool(self.types & model_types))
-            and all(is_linear(find(module, name)) for name in self.linears)
-            and not any(find(module, name) is not None for name in self.lacks)
+    def is_of(self, model_types: frozenset[str]) -> bool:
+        return not self.types or bool(self.types & model_types)
+
+    def fits(self, module: nn.Module) -> bool:
+        return all(is_linear(find(module, name)) for name in self.linears) and not any(
+            find(module, name) is not None for name in self.lacks
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
 from deltamem_tool.adapter_module import DeltaMemAdapter
-from deltamem_tool.architectures import AttentionLayer, attention_layers, select_layers
+from deltamem_tool.architectures import AttentionLayer, select_layers
 from deltamem_tool.bounded import read_json
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
@@ -209,7 +209,7 @@ def _entries(
 
 def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[AttentionLayer]:
     """The layers with a memory, as modules without weights, called as the reference's files call them."""
-    layers = select_layers(attention_layers(checkpoint.skeleton()), config)
+    layers = select_layers(checkpoint.layers, config)
     other = [layer.name for layer in layers if layer.name != f"model.layers.{layer.index}.self_attn"]
     if other:
         raise ArchitectureError(

@@ -69,7 +69,9 @@ def named_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def plot(log: Sequence[dict[str, float]]) -> bytes:
     """Loss, evaluations and mean gate over the steps, as a PNG."""
-    figure = Figure(figsize=(7.0, 6.0), layout="constrained")
+    figure = Figure(figsize=(7.0, 6.0))
+    # Said here: matplotlib's own layouts draw everything once more to find it.
+    figure.subplots_adjust(left=0.11, bottom=0.08, right=0.98, top=0.98, hspace=0.06)
     FigureCanvasAgg(figure)
     evaluated = [row for row in log if "eval_loss" in row]
     trained = [row for row in log if "loss" in row]

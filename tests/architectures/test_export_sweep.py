@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 import deltamem_tool as deltamem
 from architectures.exported import EXPORTED
 from architectures.test_sweep import VISION
-from architectures.tiny_configs import LAYERS, PAD, TEXT_IDS, tiny_config
+from architectures.tiny_configs import PAD, TEXT_IDS, tiny_config, with_depth
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export import export_onnx
@@ -59,15 +59,7 @@ class Difference:
 
 def patched(model_type: str, depth: int = DEPTH) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = tiny_config(model_type)
-    text = config.get_text_config(decoder=True)
-    if not getattr(text, "num_kv_shared_layers", 0):  # the last layers' keys are those of earlier ones
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == LAYERS:
-                setattr(text, name, value[:depth])
-        for name in ("num_hidden_layers", "decoder_layers", "num_decoder_layers"):
-            if hasattr(text, name):
-                setattr(text, name, depth)
+    config = with_depth(tiny_config(model_type), depth)
     kind = AutoModelForImageTextToText if model_type in VISION else AutoModelForCausalLM
     model = kind.from_config(config).eval()
     with torch.no_grad():

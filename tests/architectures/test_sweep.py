@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import deltamem_tool as deltamem
-from architectures.tiny_configs import TEXT_IDS, UNBUILT, tiny_config
+from architectures.tiny_configs import TEXT_IDS, UNBUILT, layers_are_alike, tiny_config, with_depth
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.architectures import attention_layers
 from deltamem_tool.config import BRANCHES
@@ -25,6 +25,7 @@ from deltamem_tool.surgery import adapter_of
 
 CUT_TOLERANCE = 1e-4  # float32 against float32, the same sums in another order
 LENGTH, CUT = 12, 7
+DEPTH = 2  # layers, where all are alike: a first and a last one
 
 # Where the model itself, without a memory, does not give the same answer for every way to cut a text.
 CUTS_APART = {
@@ -46,8 +47,11 @@ VISION = (
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    config = tiny_config(model_type)
+    if layers_are_alike(config):
+        config = with_depth(config, DEPTH)
     kind = AutoModelForImageTextToText if model_type in VISION else AutoModelForCausalLM
-    return kind.from_config(tiny_config(model_type), attn_implementation="eager").eval()
+    return kind.from_config(config, attn_implementation="eager").eval()
 
 
 def text(batch: int) -> Tensor:

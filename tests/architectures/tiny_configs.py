@@ -202,6 +202,39 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return _shrunk(CONFIG_MAPPING[model_type]())
 
 
+# Of these, fields of other names say which layers have attention, or more than one, or see pictures.
+UNLIKE = {"bamba", "jamba", "longcat_flash", "mllama"}
+_DEPTHS = "num_hidden_layers decoder_layers num_decoder_layers encoder_layers num_encoder_layers".split()
+
+
+def with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """The same with only the first so many of its decoder's layers, unless the last ones read the keys of others."""
+    text = _decoder(config)
+    if not getattr(text, "num_kv_shared_layers", 0):
+        for name in _by_layer(text):
+            setattr(text, name, getattr(text, name)[:depth])
+        for name in _DEPTHS:
+            if hasattr(text, name):
+                setattr(text, name, depth)
+    return config
+
+
+def layers_are_alike(config: PretrainedConfig) -> bool:
+    """Whether nothing in it tells one layer of the decoder from another."""
+    alike = all(value == value[:1] * LAYERS for value in _by_layer(_decoder(config)).values())
+    return alike and config.model_type not in UNLIKE
+
+
+def _decoder(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of it that says what the decoder is like; of an encoder with a decoder transformers gives a copy."""
+    text = config.get_text_config(decoder=True)
+    return text if any(text is part for part in vars(config).values()) else config
+
+
+def _by_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
+    return {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == LAYERS}
+
+
 def _shrunk(config: PretrainedConfig, own: dict[str, Any] | None = None) -> PretrainedConfig:
     """A new config of the same class, so that whatever it derives from its fields it derives from the small ones."""
     own = {**OWN.get(config.model_type, {}), **(own or {})}
