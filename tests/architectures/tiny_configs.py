@@ -136,6 +136,12 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},  # all but equal logits otherwise
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    # two towers of a hundred million weights otherwise
+    "janus_vision_model": {"projection_dim": HIDDEN},
+    "janus_vqgan": {
+        **_each("base_channels latent_channels projection_dim image_token_embed_dim", HIDDEN),
+        "num_embeddings": VOCABULARY,
+    },
     "laguna": {"layer_types": SLIDING, "num_attention_heads_per_layer": [2, HEADS] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -155,6 +161,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5,
     },
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
+    "qwen2_vl_vision": {"embed_dim": HIDDEN},  # its width, 1280; the hidden size is that of what it gives
     "qwen2_vl_text": {"rope_parameters": MROPE},
     "qwen4_exp_text": {
         "ple_layer_ids": [1],
