@@ -49,7 +49,7 @@ def surroundings(**more: str) -> dict[str, str]:
 def launched(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     command = (sys.executable, "-m", *command)
     environment = surroundings(**environment)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
