@@ -190,7 +190,7 @@ def test_the_other_format_is_told_apart(reference, tmp_path):
 
 def test_attention_of_another_name(tmp_path, monkeypatch):
     """The reference's tensors are called after its modules: another model's would be nobody's."""
-    from deltamem_tool import reference as room
+    from deltamem_tool import checkpoint as room
 
     found = room.attention_layers
 
