@@ -38,6 +38,8 @@ from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
 
+NO_STACK_TRACES = "do_not_emit_stack_traces"  # of torch.fx
+
 
 class _Step(nn.Module):
     """One call as a function of tensors: what is traced. Its nested names become the graph's."""
@@ -318,10 +320,13 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
     """Tracing takes a tenth less time where it does not note each operation's place in the source, which is of no use
-    in a graph that leaves this machine. torch 2.11 does not know the option and notes them."""
-    own = getattr(fx_config, "do_not_emit_stack_traces", False)
-    fx_config.do_not_emit_stack_traces = True
+    in a graph that leaves this machine. A torch without the option notes them."""
+    if not hasattr(fx_config, NO_STACK_TRACES):
+        yield
+        return
+    own = getattr(fx_config, NO_STACK_TRACES)
+    setattr(fx_config, NO_STACK_TRACES, True)
     try:
         yield
     finally:
-        fx_config.do_not_emit_stack_traces = own
+        setattr(fx_config, NO_STACK_TRACES, own)
