@@ -1,112 +1,28 @@
-"""The adapter folder: `deltamem_config.json` and `deltamem.safetensors`, written whole, read strictly."""
+"""Adapters and their base models: the folder is written whole, and loaded onto the model it was made for."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import save
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
-from deltamem_tool.adapter_config import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel, read_config
-from deltamem_tool.adapter_module import DeltaMemAdapter, fingerprint_of
+from deltamem_tool.adapter_config import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
+from deltamem_tool.adapter_folder import AdapterFolder, describe_adapter, read_adapter, with_tensors
+from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint, fingerprint
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
 from deltamem_tool.files import folder_whole, refuse_existing
-from deltamem_tool.memory import DeltaMemory
 from deltamem_tool.patched import hf_model
-from deltamem_tool.resolve import resolve_folder
 from deltamem_tool.surgery import adapter_of, fresh_adapter, hook
-from deltamem_tool.tensor_header import read_header
-
-_ANY = 2**31 - 1  # stands for a size that only the base model knows
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """What an adapter folder says."""
-
-    path: Path
-    config: DeltaMemConfig
-    base: BaseModel
-    tensors: Mapping[str, Tensor]
-    reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """What memories of this adapter are bound to."""
-        return fingerprint_of(self.config, self.tensors)
-
-    def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-    @property
-    def layer_indices(self) -> list[int]:
-        """The decoder layers that have a memory."""
-        if isinstance(self.config.layers, str):
-            return sorted({layer for name in self.tensors if (layer := DeltaMemAdapter.layer_of(name)) is not None})
-        return sorted(self.config.layers)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Of one conversation."""
-        of_layer = math.prod(self.config.state_shape) + self.config.segment_width
-        return len(self.layer_indices) * of_layer * torch.float32.itemsize
-
-    def check(self) -> None:
-        """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
-
-        Raises:
-            AdapterError: tensors are missing, extra, misshapen or not finite; all of them are named.
-        """
-        with torch.device("meta"):
-            layer = DeltaMemory(self.config, _ANY, {branch: _ANY for branch in self.config.heads})
-        wanted = {
-            DeltaMemAdapter.name_in(index, name): [None if size == _ANY else size for size in tensor.shape]
-            for index in self.layer_indices
-            for name, tensor in layer.state_dict().items()
-        }
-        differences = [] if wanted else ["it has no layer"]
-        for name, tensor in self.tensors.items():
-            if tensor.dtype != torch.float32:
-                differences.append(f"{name} is {tensor.dtype}, not float32")
-            elif not tensor.is_meta and not tensor.isfinite().all():
-                differences.append(f"{name} holds NaN or infinity")
-        self.refuse(differences + self.differences(wanted))
-
-    def differences(self, wanted: Mapping[str, Sequence[int | None]]) -> list[str]:
-        """How the tensors differ from `wanted`, shapes by name, where None is any size."""
-        found = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-        differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
-        differences += [f"extra {name}" for name in found.keys() - wanted.keys()]
-        for name in wanted.keys() & found.keys():
-            shape = wanted[name]
-            fits = len(found[name]) == len(shape) and all(
-                b in (None, a) for a, b in zip(found[name], shape, strict=True)
-            )
-            if not fits:
-                said = ", ".join("any" if size is None else str(size) for size in shape)
-                differences.append(f"{name} is {found[name]}, not [{said}]")
-        return differences
-
-    def refuse(self, differences: Sequence[str]) -> None:
-        if differences:
-            raise AdapterError(
-                f"{self.path / WEIGHTS_FILE} does not fit its config and base model.",
-                "; ".join(sorted(differences)) + ".",
-                "Fetch the adapter again, or pass the base model it was made for.",
-            )
 
 
 def create_adapter(
@@ -141,52 +57,6 @@ def save_adapter(
     write_adapter(adapter_of(model), base_of_model(hf_model(model)), path, overwrite, files=files)
 
 
-def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
-    """Read and check an adapter folder or Hub repository, without its base model.
-
-    Raises:
-        AdapterError: a file is missing, damaged, of a newer format, or does not fit the other one.
-        HubError: there is no such folder or repository.
-    """
-    return _with_tensors(describe_adapter(path, revision))
-
-
-def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
-    """The same from its config and the header of its weights alone, in which everything but the numbers is checked.
-    The tensors are on torch's meta device: names and shapes.
-
-    Raises:
-        AdapterError: as `read_adapter`.
-    """
-    folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{path} is no adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`.")
-    said = read_config(folder, path)
-    try:
-        entries = read_header(folder / WEIGHTS_FILE).tensors
-    except ValueError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    tensors = {
-        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
-        for name, entry in entries.items()
-    }
-    found = AdapterFolder(folder, said.mechanism, said.base, tensors, said.reference)
-    found.check()
-    return found
-
-
-def _with_tensors(described: AdapterFolder) -> AdapterFolder:
-    file = described.path / WEIGHTS_FILE
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    found = replace(described, tensors=tensors)
-    found.check()
-    return found
-
-
 def load(
     path: str | Path,
     base: str | None = None,
@@ -214,7 +84,7 @@ def load(
     with torch.device("meta"):
         expected = DeltaMemAdapter(described.config, select_layers(checkpoint.layers, described.config))
     _refuse_misfit(expected, described)
-    folder = _with_tensors(described)
+    folder = with_tensors(described)
     model = checkpoint.load(**kwargs)
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
     fill(adapter, folder)

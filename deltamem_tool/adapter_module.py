@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import local
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deltamem_tool.adapter_folder import fingerprint_of
 from deltamem_tool.architectures import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError
@@ -22,18 +20,6 @@ from deltamem_tool.state import MemoryState
 
 IN_TRAINING = "in training"  # stands for a fingerprint
 _THREAD = local()  # the adapter that each thread trains, as `trained`
-
-
-def fingerprint_of(config: DeltaMemConfig, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the mechanism and every weight of an adapter, by name."""
-    # Options at their default stay out, so that an option to come does not make memories foreign.
-    usual, own = DeltaMemConfig().to_dict(), config.to_dict()
-    changed = {name: value for name, value in own.items() if value != usual[name]}
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
-    for name, weight in sorted(tensors.items()):
-        digest.update(f"{name} {list(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class DeltaMemAdapter(nn.Module):
@@ -64,17 +50,6 @@ class DeltaMemAdapter(nn.Module):
     @property
     def layer_indices(self) -> list[int]:
         return [int(index) for index in self.layers]
-
-    @staticmethod
-    def name_in(layer: int, name: str) -> str:
-        """What the parameter `name` of a layer's memory is called in the state dict."""
-        return f"layers.{layer}.{name}"
-
-    @staticmethod
-    def layer_of(name: str) -> int | None:
-        """The layer of a parameter in the state dict; None where `name` is no such parameter."""
-        match = re.match(r"layers\.(\d+)\.", name)
-        return int(match[1]) if match else None
 
     def memory(self, layer: int) -> DeltaMemory:
         return cast(DeltaMemory, self.layers[str(layer)])

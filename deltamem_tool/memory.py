@@ -87,8 +87,10 @@ class DeltaMemory(nn.Module):
         """Let the weights that read the hidden states lie side by side in `_joined`, of which each is then a part: one
         product serves them all, and nothing has to be copied for it."""
         weights = [linear.weight for linear in self._inputs()]
-        self._joined = torch.cat([weight.detach() for weight in weights])
+        # Not by `torch.cat`, which on the meta device, where folders are checked, takes seconds to be imported.
+        self._joined = weights[0].detach().new_empty(sum(map(len, weights)), weights[0].shape[1])
         for weight, rows in zip(weights, self._joined.split([len(weight) for weight in weights]), strict=True):
+            rows.copy_(weight.detach())
             weight.data = rows
 
     def _apply(self, fn, recurse=True):  # what `to()` and its kin go through: it moves every weight by itself

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deltamem_tool.adapter import CONFIG_FILE, BaseModel, base_of, find_base, read_adapter, write_adapter
+from deltamem_tool.adapter_folder import name_in
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, select_layers
 from deltamem_tool.bounded import read_json
@@ -200,7 +201,7 @@ def _entries(
         for theirs, ours in NAMES.items():
             name = f"{layer.name}.{theirs}"
             if ours in shapes:
-                yield name, DeltaMemAdapter.name_in(layer.index, ours), shapes[ours]
+                yield name, name_in(layer.index, ours), shapes[ours]
             elif ours.startswith("delta."):
                 branch = ours.split(".")[1]
                 width = adapter.config.state_heads * adapter.config.rank

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
-from hub.isolation import environment
-from hub.server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
 from deltamem_tool.adapter import create_adapter, read_adapter
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import ArchitectureError, DeltaMemError
 from deltamem_tool.surgery import adapter_of
 
 CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
@@ -165,31 +160,8 @@ def test_code_beside_a_known_architecture_is_not_needed(with_code, tmp_path):
 
 # The Hub
 
-_FETCH = """
-import sys
-import torch
-from tiny import as_bin, logits, listing, randomise, save_checkpoint, tiny_config, tiny_model, tokens
-from deltamem_tool import DeltaMemConfig, load
-from deltamem_tool.adapter import create_adapter, read_adapter
-from deltamem_tool.errors import DeltaMemError
 
-for revision, seed, commit in (("main", 0, sys.argv[2]), ("v2", 1, sys.argv[3])):
-    out = f"{sys.argv[1]}/{revision}"
-    create_adapter("someone/tiny", DeltaMemConfig(rank=4), out, revision=revision)
-    base = read_adapter(out).base
-    assert (base.name, base.revision) == ("someone/tiny", commit), base
-    with torch.no_grad():
-        assert torch.equal(load(out)(tokens(1, 5)).logits, tiny_model(seed=seed)(tokens(1, 5)).logits)
-for name, revision in (("someone/tiny", "v3"), ("someone/nothing", None), ("someone/diffusion", None)):
-    try:
-        create_adapter(name, DeltaMemConfig(rank=4), f"{sys.argv[1]}/none", revision=revision)
-        raise AssertionError(f"{name} {revision}")
-    except DeltaMemError as error:
-        assert name in error.what and error.next, error
-"""
-
-
-def test_a_hub_id_and_its_revisions(tmp_path):
+def test_a_hub_id_and_its_revisions(hub, tmp_path):
     """Over HTTP, with the Hub's own client."""
     first = save_checkpoint(tmp_path / "first")
     save_file({"again": torch.zeros(1)}, first / "consolidated.safetensors")  # the same weights in another format
@@ -198,16 +170,20 @@ def test_a_hub_id_and_its_revisions(tmp_path):
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "model_index.json").write_text("{}")
     save_file({"unet": torch.zeros(1)}, tmp_path / "diffusion" / "model.safetensors")
+    commits = [hub.add_repo("someone/tiny", first), hub.add_repo("someone/tiny", second, branch="v2")]
+    hub.add_repo("someone/diffusion", tmp_path / "diffusion")
     (tmp_path / "out").mkdir()
-    with HubServer() as server:
-        commits = [server.add_repo("someone/tiny", first), server.add_repo("someone/tiny", second, branch="v2")]
-        server.add_repo("someone/diffusion", tmp_path / "diffusion")
-        command = [sys.executable, "-c", _FETCH, str(tmp_path / "out"), *commits]
-        paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
-        variables = environment(server, tmp_path / "home") | paths
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    for revision, seed, commit in (("main", 0, commits[0]), ("v2", 1, commits[1])):
+        out = tmp_path / "out" / revision
+        create_adapter("someone/tiny", DeltaMemConfig(rank=4), out, revision=revision)
+        base = read_adapter(out).base
+        assert (base.name, base.revision) == ("someone/tiny", commit)
+        assert torch.equal(logits(load(out)), logits(tiny_model(seed=seed)))
+    for name, revision in (("someone/tiny", "v3"), ("someone/nothing", None), ("someone/diffusion", None)):
+        with pytest.raises(DeltaMemError) as caught:
+            create_adapter(name, DeltaMemConfig(rank=4), tmp_path / "out" / "none", revision=revision)
+        assert name in caught.value.what and caught.value.next
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"main", "v2"}
-    assert server.fetched().count("someone/tiny/model.safetensors") == 1
+    assert hub.fetched().count("someone/tiny/model.safetensors") == 1
     for file in ("tiny/consolidated.safetensors", "tiny/pytorch_model.bin", "diffusion/model.safetensors"):
-        assert f"someone/{file}" not in server.fetched()
+        assert f"someone/{file}" not in hub.fetched()

@@ -51,6 +51,11 @@ CASES = [
     ("deltamem_tool.memory_file", HEAVY, {"files", "memory_file", "tensor_header", *READING}),
     ("deltamem_tool.memory_picture", HEAVY - {"matplotlib"}, {"errors", "files", "memory_picture"}),
     ("deltamem_tool.ops", HEAVY - {"torch"}, {"errors", "ops"}),
+    (
+        "deltamem_tool.adapter_folder",
+        HEAVY - {"torch"},
+        {"adapter_config", "adapter_folder", "config", "fake", "memory", "ops", "resolve", "tensor_header", *READING},
+    ),
     ("deltamem_tool.memory", {"transformers", "onnxruntime"}, {"config", "errors", "fake", "memory", "ops"}),
     (
         "deltamem_tool.state",
@@ -67,7 +72,7 @@ CASES = [
     ("deltamem_tool.chat.session, deltamem_tool.memory_text", HEAVY, None),
     ("deltamem_tool.chat.torch_runtime", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}, None),
     ("deltamem_tool.evaluation", HEAVY, {"evaluation"}),
-    ("deltamem_tool.hub.push", {"onnxruntime", "onnx", "onnxscript", "matplotlib", "peft"}, None),
+    ("deltamem_tool.hub.push", (HEAVY | {"peft"}) - {"torch", "huggingface_hub"}, None),
     ("deltamem_tool.onnx.contract", HEAVY, {"config", "onnx", *READING}),
     ("deltamem_tool.onnx.runtime", {"torch", "transformers"}, None),
 ]

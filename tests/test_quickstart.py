@@ -65,12 +65,13 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
 
 
 def test_the_training_path(tmp_path, monkeypatch):
-    """Without --fast, two steps instead of all, and fewer episodes."""
+    """Without --fast, two small steps instead of all, fewer episodes, and one layer of memory to trace."""
     from deltamem_tool import quickstart as module
     from deltamem_tool.adapter import read_adapter
 
     whole_recipe = module.load_recipe
-    monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, ["training.steps=2"], out))
+    small = ["training.steps=2", "training.batch_size=2", "memory.layers=[3]"]
+    monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, small, out))
     monkeypatch.setattr(module, "FACTS", (1,))
     monkeypatch.setattr(module, "EPISODES", 10)
     monkeypatch.setattr(module, "AGREEMENT_EPISODES", 10)

@@ -29,12 +29,11 @@ def progress() -> Iterator[Progress]:
         yield bar
 
 
-def quiet_libraries(keep_bars: bool = False) -> None:
-    """No warnings of libraries' own, and unless `keep_bars`, no bars: transformers' switch is also the Hub's."""
+def quiet_libraries() -> None:
+    """No warnings of libraries' own, and no bars: transformers' switch is also the Hub's."""
     from transformers.utils import logging as transformers_logging
 
-    if not keep_bars:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -147,7 +147,7 @@ def _short(path: str) -> str:
 
 def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
     """What JSON says of an adapter, and the same as tables."""
-    from deltamem_tool.adapter import read_adapter
+    from deltamem_tool.adapter_folder import read_adapter
 
     folder = read_adapter(path)
     said = {

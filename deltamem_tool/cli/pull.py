@@ -22,10 +22,8 @@ def command(repo_id: str, revision: str | None, out: Path | None, overwrite: boo
     Every other command takes REPO_ID by itself: this is for looking at the files, or for working without a network
     later. Nothing but adapter, ONNX folder and card is fetched.
     """
-    from deltamem_tool.cli.console import quiet_libraries
     from deltamem_tool.hub.pull import pull
 
-    quiet_libraries(keep_bars=True)
     done = pull(repo_id, revision, out, overwrite)
     if as_json:
         said = {

@@ -43,10 +43,9 @@ def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options)
     deltamem eval adapter --out adapter/evaluation.json
     deltamem push adapter you/your-adapter --onnx onnx --license apache-2.0
     """
-    from deltamem_tool.cli.console import STDERR, quiet_libraries
+    from deltamem_tool.cli.console import STDERR
     from deltamem_tool.hub.push import push
 
-    quiet_libraries(keep_bars=True)
     ask = None if as_json or dry_run or not sys.stdin.isatty() else _ask_license
     done = push(folder, repo_id, dry_run=dry_run, ask_license=ask, **options)
     if as_json:

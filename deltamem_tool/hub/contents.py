@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.adapter import AdapterFolder, read_adapter
 from deltamem_tool.adapter_config import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.adapter_folder import AdapterFolder, read_adapter
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation

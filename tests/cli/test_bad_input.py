@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli.command import START, in_a_process
+from cli.command import START
 from tiny import listing, save_checkpoint, write_jsonl
 from transformers import BertConfig, T5Config
 
@@ -280,8 +280,7 @@ def test_a_damaged_memory_file(here, deltamem):
 
 @contextmanager
 def small_files(limit: int):
-    """Inside, no file may grow beyond `limit` bytes, of new processes either. A full disk, for a user that need not be
-    root."""
+    """Inside, no file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -290,11 +289,11 @@ def small_files(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_for_the_adapter(here, checkpoint):
+def test_no_room_for_the_adapter(here, deltamem, checkpoint):
     (here / "adapter").mkdir()
     before = listing(here)
     with small_files(2000):
-        done = in_a_process("patch", checkpoint, "--out", "adapter", cwd=here)
+        done = deltamem("patch", checkpoint, "--out", "adapter")
     done.assert_short_error("disk is full", "half-written", "Free some space", code=1)
     assert listing(here) == before
 
