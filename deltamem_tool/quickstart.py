@@ -33,7 +33,6 @@ from deltamem_tool.memory_file import read_memory
 from deltamem_tool.onnx.export import export_onnx
 from deltamem_tool.onnx.runtime import OnnxModel
 from deltamem_tool.recipe import load_recipe, shipped_recipe
-from deltamem_tool.training import train
 
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)
@@ -172,6 +171,8 @@ def _shipped(seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, li
 
 def _trained(out: Path, seconds: dict[str, float], tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
     """A fresh adapter for the shipped backbone, trained; and the losses on the way."""
+    from deltamem_tool.training import train  # its libraries take seconds, which `fast` need not wait for
+
     recipe = load_recipe(shipped_recipe(RECIPE), out=str(out / ADAPTER))
     with _timed("patch", seconds):
         tell("patch", 0, 1, "")

@@ -92,7 +92,7 @@ def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
     def interrupted(recipe, report):
         raise DeltaMemError("Interrupted after step 1 of 2.", "Why.", "Run the same command with --resume to go on.")
 
-    monkeypatch.setattr(module, "train", interrupted)
+    monkeypatch.setattr("deltamem_tool.training.train", interrupted)
     with pytest.raises(DeltaMemError, match="--overwrite") as caught:
         module.quickstart(tmp_path / "run")
     assert "--resume" not in str(caught.value)
