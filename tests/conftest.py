@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
 gc.disable()  # until all is imported
+# What a shell starts in the background ignores Ctrl-C, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(
     OMP_WAIT_POLICY="passive",
     OMP_NUM_THREADS="1",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamem_tool import MemoryState, adapter, bounded, load, memory_file, tensor_header
+from deltamem_tool import MemoryState, adapter_folder, bounded, load, memory_file, tensor_header
 from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.errors import (
@@ -42,7 +42,7 @@ def memory(tmp_path):
 def loaded(monkeypatch):
     """What has been loaded: weights of adapters and memories, and base models."""
     seen = []
-    for owner, name in ((adapter, "load_file"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
+    for owner, name in ((adapter_folder, "load_file"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, real=real, **kw: (seen.append(args), real(*args, **kw))[1])
     return seen

@@ -360,7 +360,7 @@ def test_a_step_takes_no_fingerprint(monkeypatch):
     model = patched_model(rank=4)
     adapter, batch = adapter_of(model), episode_batch()
     with monkeypatch.context() as patch:
-        patch.setattr("deltamem_tool.adapter_module.hashlib", None)
+        patch.setattr("deltamem_tool.adapter_folder.hashlib", None)
         EpisodeModel(model)(**batch)["loss"].backward()
     memory, _ = EpisodeModel(model).write(batch["write_ids"], batch["write_mask"])
     assert memory.adapter == adapter.fingerprint and len(memory.adapter) == 64
