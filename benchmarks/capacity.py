@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from capacity_plot import draw_adapter, draw_comparison
+from capacity_plot import KEYS, draw_adapter, draw_comparison
 from capacity_replay import Prototypes, predict
 from scan import cpu_name
 
@@ -161,7 +161,6 @@ def report(points: Sequence[Point], names: Sequence[str], command: str) -> str:
 
 def _table(curve: Curve, points: Sequence[Point]) -> Iterator[str]:
     is_changed = curve.options.get("kind") == CHANGED
-    every = ("own", "random", "rotated")
     heads = [
         "facts" if curve.along == "facts" else "turns",
         "tokens since",
@@ -177,13 +176,13 @@ def _table(curve: Curve, points: Sequence[Point]) -> Iterator[str]:
         measured, predicted = point["measured"], point["predicted"]
         mean, low, high = measured["exact, state"]
         cells = [str(point["value"]), f"{predicted['tokens since']:.0f}", f"**{mean:.2f}** ({low:.2f}–{high:.2f})"]
-        cells += [f"{predicted[f'exact, {keys} keys']:.2f}" for keys in every]
+        cells += [f"{predicted[f'exact, {keys} keys']:.2f}" for keys in KEYS]
         if is_changed:
             cells.append(f"{measured['old, state'][0]:.2f}")
-            cells += [f"{predicted[f'old, {keys} keys']:.2f}" for keys in every]
+            cells += [f"{predicted[f'old, {keys} keys']:.2f}" for keys in KEYS]
         cells += [f"{measured[f'exact, {control}'][0]:.2f}" for control in CONTROLS]
         cells += [f"{point['wrong'][name]:.2f}" for name in ("unknown", "told")]
-        cells += [f"{predicted[f'left, {keys} keys']:.2f}" for keys in every]
+        cells += [f"{predicted[f'left, {keys} keys']:.2f}" for keys in KEYS]
         since = [predicted[name] for name in ("gate", "overlap")]
         yield _row([*cells, *("" if mean is None else f"{mean:.3f}" for mean in since)])
 

@@ -51,7 +51,7 @@ def command(
 
     with progress() as bar:
         whole = bar.add_task("Runs", total=None, note="")
-        part = bar.add_task("", total=None, note="")
+        part = bar.add_task("", total=None, note="", visible=False)  # until there is a run to make
         done = ablate(
             plans,
             out,
@@ -59,7 +59,9 @@ def command(
             Questions(facts, episodes),
             changes,
             keep_adapters,
-            lambda name, done, of, what: bar.update(part, description=name, completed=done, total=of, note=what),
+            lambda name, done, of, what: bar.update(
+                part, description=name, completed=done, total=of, note=what, visible=True
+            ),
             lambda done, of: bar.update(whole, completed=done, total=of),
         )
     for one in done.unkept:
