@@ -152,7 +152,7 @@ def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
         cache = MemoryCache(model, memory)
         cache.segments = chat.segments
         with _scans() as scanned:
-            model.base_model(input_ids=chat.input_ids, attention_mask=chat.attention_mask, past_key_values=cache)
+            model.base_model(input_ids=chat.input_ids, attention_mask=chat.attention_mask, cache=cache)
         assert cache.memory is not None and len(scanned) == len(adapter.layer_indices)
         memory = cache.memory
         for layer, new in zip(adapter.layer_indices, scanned, strict=True):
@@ -226,7 +226,7 @@ def read_before_value(
     try:
         with torch.no_grad():
             cache = MemoryCache(model, memory, write=False)
-            model.base_model(input_ids=padded(ids, 0, "left"), attention_mask=mask, past_key_values=cache)
+            model.base_model(input_ids=padded(ids, 0, "left"), attention_mask=mask, cache=cache)
     finally:
         for handle in handles:
             handle.remove()

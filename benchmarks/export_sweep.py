@@ -104,8 +104,9 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     import torch
-    import transformers.exporters  # noqa: F401  imported before the processes fork
     from architectures.test_sweep import TEXT, VISION
+
+    from deltamem_tool._compat import OnnxExporter  # noqa: F401  imported before the processes fork
 
     torch.set_num_threads(1)
     attempt("llama")  # once here, so that no process does again what is done once

@@ -36,9 +36,9 @@ from onnx_overhead import PACKAGES, make_model, spread
 from scan import cpu_name
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
+from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.model_call import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
@@ -113,10 +113,7 @@ def conversation(vocabulary: int) -> list[Tensor]:
 def in_pytorch(model: PreTrainedModel, calls: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Logits of each call `[1, V]`, and the states after the last."""
     cache = MemoryCache(model)
-    logits = [
-        model(ids.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1].float().cpu()
-        for ids in calls
-    ]
+    logits = [model(ids.to(model.device), cache=cache, logits_to_keep=1).logits[:, -1].float().cpu() for ids in calls]
     assert cache.memory is not None
     return logits, {layer: state.float().cpu() for layer, state in cache.memory.layers.items()}
 

@@ -31,9 +31,9 @@ import onnxruntime
 import torch
 from scan import cpu_name
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
-from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, attach, detach
+from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.config import PRESETS
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.optimize import REWRITES, optimize

@@ -21,9 +21,9 @@ import onnxruntime
 import torch
 from scan import cpu_name
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
-from transformers.exporters import OnnxExporter
 
 from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.adapter import load, tokenizer_of
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.statistics import estimate

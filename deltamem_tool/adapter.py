@@ -13,6 +13,7 @@ from safetensors.torch import save
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import __version__
+from deltamem_tool._compat import commit_of_config
 from deltamem_tool.adapter_config import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
 from deltamem_tool.adapter_folder import AdapterFolder, describe_adapter, read_adapter, with_tensors
 from deltamem_tool.adapter_module import DeltaMemAdapter
@@ -214,7 +215,7 @@ def base_of_model(model: PreTrainedModel) -> BaseModel:
         try:
             # A model of remote code is here, so its code has been trusted.
             trusted = model.is_custom_code()
-            return base_of(BaseCheckpoint(name, getattr(model.config, "_commit_hash", None), trusted))
+            return base_of(BaseCheckpoint(name, commit_of_config(model.config), trusted))
         except (ArchitectureError, HubError):
             pass  # the checkpoint is gone
     mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])

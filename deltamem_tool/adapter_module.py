@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from deltamem_tool._compat import changes_of
 from deltamem_tool.adapter_folder import fingerprint_of
 from deltamem_tool.architectures import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
@@ -74,7 +75,7 @@ class DeltaMemAdapter(nn.Module):
         """What a memory is bound to: see `fingerprint_of`. Computed anew after a change."""
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
-        versions = tuple(weight._version for weight in self._weights)
+        versions = tuple(changes_of(weight) for weight in self._weights)
         if self._fingerprint is None or self._fingerprint[0] != versions:
             self._fingerprint = (versions, fingerprint_of(self.config, self.state_dict()))
         return self._fingerprint[1]

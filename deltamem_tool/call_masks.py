@@ -98,5 +98,5 @@ def refuse_without_segments(config: DeltaMemConfig) -> None:
         raise MemoryStateError(
             f"This memory writes by {config.granularity}, and nothing says where one ends.",
             "Without a MemoryCache there is no place to say it.",
-            "Pass past_key_values=cache and set cache.segments: see deltamem.encode_chat.",
+            "Pass cache=cache and set cache.segments: see deltamem.encode_chat.",
         )

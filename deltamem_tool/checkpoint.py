@@ -21,13 +21,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto.modeling_auto import (
+
+from deltamem_tool._compat import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
 )
-
 from deltamem_tool.architectures import AttentionLayer, attention_layers
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import ArchitectureError, ConfigError

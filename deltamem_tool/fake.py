@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from deltamem_tool._compat import FakeTensor
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from httpx2 import HTTPError, TimeoutException
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -16,6 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from deltamem_tool._compat import HTTPError, TimeoutException
 from deltamem_tool.errors import HubError
 
 # What the client raises: its own; OSError, into which it turns some answers; RuntimeError, in which it wraps what its

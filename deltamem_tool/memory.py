@@ -83,33 +83,32 @@ class DeltaMemory(nn.Module):
         """What reads the hidden states, in the order of `_project`."""
         return [self.query, self.key, self.value, self.gate, *([] if self.decay is None else [self.decay])]
 
-    def _join(self) -> None:
+    def _join(self) -> Tensor:
         """Let the weights that read the hidden states lie side by side in `_joined`, of which each is then a part: one
         product serves them all, and nothing has to be copied for it."""
         weights = [linear.weight for linear in self._inputs()]
         # Not by `torch.cat`, which on the meta device, where folders are checked, takes seconds to be imported.
-        self._joined = weights[0].detach().new_empty(sum(map(len, weights)), weights[0].shape[1])
-        for weight, rows in zip(weights, self._joined.split([len(weight) for weight in weights]), strict=True):
+        joined = weights[0].detach().new_empty(sum(map(len, weights)), weights[0].shape[1])
+        for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
             rows.copy_(weight.detach())
             weight.data = rows
-
-    def _apply(self, fn, recurse=True):  # what `to()` and its kin go through: it moves every weight by itself
-        super()._apply(fn, recurse)
-        self._join()
-        return self
+        self._joined = joined
+        return joined
 
     def _input_weight(self) -> Tensor:
-        """Of all `_inputs`, `[·, D]`: the joined one, unless it must be differentiated or somebody has taken the
-        weights apart."""
+        """Of all `_inputs`, `[·, D]`: the joined one, unless it must be differentiated. Weights that have been moved or
+        replaced are joined anew."""
         weights = [linear.weight for linear in self._inputs()]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_fake(self._joined):
+        joined = self._joined
+        fake = is_fake(joined) or is_fake(weights[0])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or fake:
             return torch.cat(weights)
-        address = self._joined.data_ptr()
-        for weight in weights:
-            if weight.data_ptr() != address:
-                return torch.cat(weights)
-            address += weight.nbytes
-        return self._joined
+        if _lie_side_by_side(weights, joined):
+            return joined
+        alike = len({(weight.dtype, weight.device) for weight in weights}) == 1
+        if torch.is_inference_mode_enabled() or not alike:  # weights made in inference mode could not train again
+            return torch.cat(weights)
+        return self._join()
 
     def delta_of(self, branch: str) -> nn.Linear:
         """Δ of one branch, `[out, H·R]`."""
@@ -354,3 +353,13 @@ def _normalised(x: Tensor) -> Tensor:
     """l2norm(tanh(x)) over the R entries."""
     x = torch.tanh(x)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)
+
+
+def _lie_side_by_side(weights: Sequence[Tensor], joined: Tensor) -> bool:
+    """Whether `weights` are the parts of `joined`, in order."""
+    address = joined.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != address:
+            return False
+        address += weight.nbytes
+    return True

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
 from deltamem_tool.errors import ExportError
 from deltamem_tool.state import MemoryCache
 
@@ -31,6 +31,7 @@ class CallOptions:
     def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
         self._last = logits == "last" and not padded_right
         parameters = inspect.signature(model.forward).parameters
+        self._cache = cache_argument(model.forward)  # also of a model that has no memory
         self._cuts = "logits_to_keep" in parameters
         self._head = model.get_output_embeddings() if logits == "last" and padded_right else None
         if self._head is None and logits == "last" and padded_right:
@@ -51,7 +52,7 @@ class CallOptions:
     ) -> Tensor:
         """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`. `columns`, int64 `[T]`, says where in the mask the
         tokens are; by default they are its last."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {self._cache: cache}
         if self._first_position is not None:
             given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
         if self._cuts:
@@ -59,9 +60,7 @@ class CallOptions:
         mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
         position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
         with _cut(self._head, position):
-            logits = model(
-                input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given
-            ).logits
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **given).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
 
 
@@ -93,13 +92,11 @@ def _first_position(model: PreTrainedModel) -> int | None:
     """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
     neither: then it counts by itself."""
     ids = torch.tensor([[3, 4, 5]], device=model.device)
-    own = model(input_ids=ids, past_key_values=MemoryCache(model)).logits
+    own = model(input_ids=ids, cache=MemoryCache(model)).logits
     padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     for first in (0, (padding or 0) + 1):
         positions = first + torch.arange(3, device=model.device)[None]
-        if torch.allclose(
-            model(ids, position_ids=positions, past_key_values=MemoryCache(model)).logits, own, atol=1e-5
-        ):
+        if torch.allclose(model(ids, position_ids=positions, cache=MemoryCache(model)).logits, own, atol=1e-5):
             return first
     return None
 
@@ -115,7 +112,7 @@ def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> 
     What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay."""
     causal = torch.arange(attention_mask.shape[1], device=columns.device) <= columns[:, None]
     seen = attention_mask.bool()[:, None, None, :] & causal
-    if model.config._attn_implementation == "sdpa":
+    if attention_implementation(model.config) == "sdpa":
         return seen
     return torch.where(seen, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
 

@@ -37,13 +37,13 @@ def _schedulers() -> list[str]:
 
 
 def _optimizers() -> list[str]:
-    from transformers.training_args import OptimizerNames
+    from deltamem_tool._compat import OptimizerNames
 
     return [optimizer.value for optimizer in OptimizerNames]
 
 
 def _reporters() -> list[str]:
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    from deltamem_tool._compat import INTEGRATION_TO_CALLBACK
 
     return [*INTEGRATION_TO_CALLBACK]
 

@@ -164,7 +164,7 @@ def _no_memory(what: str, tensor: Tensor, wanted: str) -> MemoryStateError:
 
 
 class MemoryCache(DynamicCache):
-    """The KV cache of a patched model together with its memory: pass it as `past_key_values`.
+    """The KV cache of a patched model together with its memory: pass it as `cache`.
 
     After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
 

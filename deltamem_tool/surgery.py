@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from deltamem_tool._compat import PREPARE_CACHE, cache_argument, generation_cache_argument, stop_tokens, take_cache
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.architectures import AttentionLayer, attention_layers, layers_at, select_layers
 from deltamem_tool.call_masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
@@ -31,8 +32,6 @@ from deltamem_tool.memory_file import check_memory
 from deltamem_tool.patched import PATCH, hf_model, patch_of
 from deltamem_tool.state import MemoryCache, MemoryState
 
-_OVERRIDDEN = ("_prepare_cache_for_generation", "prepare_inputs_for_generation")  # methods of `generate`
-
 
 @dataclass
 class Patch:
@@ -41,6 +40,7 @@ class Patch:
     adapter: DeltaMemAdapter
     handles: list[RemovableHandle]
     required_grad: list[tuple[nn.Parameter, bool]]
+    replaced: dict[str, Any]  # methods that were set on the model itself, by name: accelerate's `forward`, say
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
@@ -101,8 +101,9 @@ def detach(model: PreTrainedModel) -> None:
         handle.remove()
     for parameter, required_grad in patch.required_grad:
         parameter.requires_grad_(required_grad)
-    for name in (*_OVERRIDDEN, PATCH):
-        delattr(model, name)
+    for name in (*_OVERRIDES, PATCH):
+        vars(model).pop(name, None)
+    vars(model).update(patch.replaced)
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
@@ -131,9 +132,21 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
             projection = layer.projection(branch)
             correct = _correct(layer.index, memory, branch, projection)
             handles.append(projection.linear.register_forward_hook(correct))
-    setattr(model, PATCH, Patch(adapter, handles, required_grad))
-    for name, override in zip(_OVERRIDDEN, (_with_memory_cache, _with_announced_step), strict=True):
-        setattr(model, name, MethodType(override(getattr(type(model), name)), model))
+    replaced = {name: vars(model)[name] for name in _OVERRIDES if name in vars(model)}
+    setattr(model, PATCH, Patch(adapter, handles, required_grad, replaced))
+    for name, override in _OVERRIDES.items():
+        own = _as_method(replaced[name]) if name in replaced else getattr(type(model), name)
+        setattr(model, name, MethodType(override(own), model))
+
+
+def _as_method(function: Callable) -> Callable:
+    """A function that was set on a model, and does not take it, in the form of a method."""
+
+    @functools.wraps(function)
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return method
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -146,24 +159,27 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def _before_decoder(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter):
     parameters = list(inspect.signature(decoder.forward).parameters)
+    argument = cache_argument(decoder.forward)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if is_off():
             return None
         kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = take_cache(kwargs)
         if cache is None:
             refuse_without_segments(adapter.config)
             cache = MemoryCache(model)
             use_cache = kwargs.get("use_cache")
             usual = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
             if usual if use_cache is None else use_cache:
-                kwargs["past_key_values"] = cache
-        elif not isinstance(cache, MemoryCache):
+                kwargs[argument] = cache
+        elif isinstance(cache, MemoryCache):
+            kwargs[argument] = cache
+        else:
             raise MemoryStateError(
                 f"A {type(cache).__name__} has no place for the memory.",
                 "The model would forget at every call.",
-                "Pass past_key_values=deltamem.MemoryCache(model), or none.",
+                "Pass cache=deltamem.MemoryCache(model), or none.",
             )
         if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
             raise ConfigError(
@@ -265,12 +281,13 @@ def _correct(index: int, memory: DeltaMemory, branch: str, projection: Projectio
 
 def _with_memory_cache(own: Callable):
     """`generate` without a cache gets one with a memory; one that was given is repeated for beams."""
+    argument = generation_cache_argument()
 
     @functools.wraps(own)
     def prepare(
         self: PreTrainedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(argument)
         own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if given is None and generation_config.use_cache:
             refuse_without_segments(adapter_of(self).config)
@@ -282,8 +299,8 @@ def _with_memory_cache(own: Callable):
                 )
             cache = MemoryCache(self)
             if generation_config.cache_implementation == "static":
-                cache.layers = model_kwargs["past_key_values"].layers  # `generate` has chosen their length
-            model_kwargs["past_key_values"] = cache
+                cache.layers = model_kwargs[argument].layers  # `generate` has chosen their length
+            model_kwargs[argument] = cache
         elif isinstance(given, MemoryCache):
             if not generation_config.use_cache:
                 raise MemoryStateError(
@@ -295,9 +312,9 @@ def _with_memory_cache(own: Callable):
             if (marked if given.memory is None else given.memory.batch_size) == batch_size:
                 copies = max(generation_config.num_beams, generation_config.num_return_sequences)
                 given.batch_repeat_interleave(copies)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(argument)
         if isinstance(cache, MemoryCache):
-            cache.begin_generation(getattr(generation_config, "_eos_token_tensor", None))
+            cache.begin_generation(stop_tokens(generation_config))
 
     return prepare
 
@@ -305,24 +322,46 @@ def _with_memory_cache(own: Callable):
 def _with_announced_step(own: Callable):
     """Before every call, `generate` tells the cache whether it feeds the prompt or what it has produced, and which of
     these tokens are padding: the model gets the mask over a static cache in a form that does not say."""
+    argument = cache_argument(own)
 
     @functools.wraps(own)  # `generate` looks at the signature
-    def prepare(
-        self: PreTrainedModel,
-        *args,
-        past_key_values=None,
-        attention_mask=None,
-        is_first_iteration: bool = False,
-        **kwargs,
-    ):
-        given = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+    def prepare(self: PreTrainedModel, *args, attention_mask=None, is_first_iteration: bool = False, **kwargs):
+        cache = take_cache(kwargs)
+        given = {argument: cache, "attention_mask": attention_mask}
         inputs = own(self, *args, **given, is_first_iteration=is_first_iteration, **kwargs)
-        if isinstance(past_key_values, MemoryCache):
+        if isinstance(cache, MemoryCache):
             tokens = inputs.get("input_ids")
             content = tokens if tokens is not None else inputs["inputs_embeds"]
-            valid = valid_tokens(attention_mask, len(content), content.shape[1], past_key_values.get_seq_length())
+            valid = valid_tokens(attention_mask, len(content), content.shape[1], cache.get_seq_length())
             valid = None if valid is None else valid.to(content.device)
-            past_key_values.begin_step(None if is_first_iteration else tokens, valid)
+            cache.begin_step(None if is_first_iteration else tokens, valid)
         return inputs
 
     return prepare
+
+
+def _with_one_cache(own: Callable):
+    """`forward` and `generate` take the cache under any of its names. Here and not in a hook: PEFT and torch.compile
+    call `forward` itself."""
+    argument = cache_argument(own)
+    names = [name for name in inspect.signature(own).parameters if name != "self"]
+
+    @functools.wraps(own)
+    def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if argument in names[: len(args)]:  # the cache comes by its place
+            kwargs.update(zip(names, args, strict=False))
+            args = ()
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[argument] = cache
+        return own(self, *args, **kwargs)
+
+    return call
+
+
+_OVERRIDES: dict[str, Callable[[Callable], Callable]] = {
+    "forward": _with_one_cache,
+    "generate": _with_one_cache,
+    "prepare_inputs_for_generation": _with_announced_step,
+    PREPARE_CACHE: _with_memory_cache,
+}

@@ -21,7 +21,7 @@ def continued(
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=stop_tokens,

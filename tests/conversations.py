@@ -228,7 +228,7 @@ def feed(
             cache.segments = batch.marks
         some = writes[valid]
         cache.write = writes if bool(some.any()) != bool(some.all()) else bool(some.all())
-        inputs = {"past_key_values": cache}
+        inputs = {"cache": cache}
         if mask is not None:
             inputs["attention_mask"] = mask[:, :b].long()
         if positions:

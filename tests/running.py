@@ -28,12 +28,17 @@ def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANC
         close(memory.layers[layer], state, tolerance)
 
 
+def cache_of(output):
+    """The cache that a model's output gives back, which transformers 5.24 has renamed."""
+    return output.get("cache") or output.get("past_key_values")
+
+
 @torch.no_grad()
 def run(model, ids, cuts=(), memory=None, write=True):
     """Logits of `ids` fed in pieces that end at `cuts`, and the cache."""
     cache = MemoryCache(model, memory=memory, write=write)
     bounds = [0, *cuts, ids.shape[1]]
-    pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [model(ids[:, a:b], cache=cache).logits for a, b in zip(bounds, bounds[1:], strict=False)]
     return torch.cat(pieces, dim=1), cache
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from running import close, close_memory
+from running import cache_of, close, close_memory
 from test_generate import continue_alone, left_padded, memory_of, settings
 from tiny import randomise, tiny_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -41,9 +41,7 @@ def compiled(model, backend="eager", **options):
 def step(run, model, caches, column, **inputs):
     """One token to both models: the graph, and the model as it is."""
     ids = tokens(2, ROOM)[:, column : column + 1]
-    logits = [
-        each(ids, past_key_values=cache, **inputs).logits for each, cache in zip((run, model), caches, strict=True)
-    ]
+    logits = [each(ids, cache=cache, **inputs).logits for each, cache in zip((run, model), caches, strict=True)]
     close(*logits, TOLERANCE)
     close_memory(caches[0].memory, caches[1].memory, TOLERANCE)
 
@@ -53,7 +51,7 @@ def filled(model, room):
     caches = [MemoryCache(model, max_length=room) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
-            model(tokens(2, 4), past_key_values=cache)
+            model(tokens(2, 4), cache=cache)
     return caches
 
 
@@ -97,7 +95,7 @@ def test_a_whole_conversation_in_graphs():
     caches = [MemoryCache(model, max_length=ROOM) for _ in range(2)]
     with torch.no_grad():
         for each, cache in zip((run, model), caches, strict=True):
-            each(**inputs, past_key_values=cache)
+            each(**inputs, cache=cache)
     close_memory(caches[0].memory, caches[1].memory, TOLERANCE)
     mask = inputs["attention_mask"]
     for column in range(6, 9):
@@ -140,6 +138,6 @@ def test_generate_compiles_its_steps_once():
             **left_padded(ids), cache_implementation="static", max_cache_len=ROOM, compile_config=config, **options
         )
         assert torch.equal(output.sequences, expected.sequences)
-        close_memory(output.past_key_values.memory, expected.past_key_values.memory, TOLERANCE)
+        close_memory(cache_of(output).memory, cache_of(expected).memory, TOLERANCE)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [1, 1, 1, 2], "compiled anew for the adapter's new fingerprint alone"

@@ -85,7 +85,7 @@ def test_an_option_adds_its_parameters_and_no_others(options, changed, state, se
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in adapter.parameters())
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(2, 5), past_key_values=cache)
+        model(tokens(2, 5), cache=cache)
     assert {layer: value.shape for layer, value in cache.memory.layers.items()} == {
         layer: (2, state_heads, *state[1:]) for layer in (0, 1)
     }

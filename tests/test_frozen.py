@@ -48,7 +48,7 @@ def test_an_adapter_of_format_1_computes_what_it_did(untouched, expected):
     cache = MemoryCache(model)
     cache.segments = torch.tensor(expected["segments"], dtype=torch.int8)
     with torch.no_grad():
-        logits = model(torch.tensor(expected["ids"]), past_key_values=cache).logits
+        logits = model(torch.tensor(expected["ids"]), cache=cache).logits
     assert_close(logits[:, -1], expected["last_logits"])
     for layer, state in cache.memory.layers.items():
         assert_close(state, expected["states"][str(layer)])
@@ -63,5 +63,5 @@ def test_a_memory_of_format_1_goes_on(untouched, expected):
         assert_close(state, expected["states"][str(layer)])
     with torch.no_grad():
         cache = MemoryCache(model, memory=memory, write=False)
-        logits = model(torch.tensor(expected["next_ids"]), past_key_values=cache).logits
+        logits = model(torch.tensor(expected["next_ids"]), cache=cache).logits
     assert_close(logits[:, -1], expected["next_logits_from_memory"])

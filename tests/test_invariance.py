@@ -199,7 +199,7 @@ def _generate(model, cache, setup, batch, said, beams):
     return model.generate(
         batch.ids,
         attention_mask=batch.valid.long(),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=len(said[0]),
         num_beams=beams,
         do_sample=False,
@@ -232,7 +232,7 @@ def test_compiled_steps(granularity, data):
         if setup.segmented:
             cache.segments = torch.tensor([text.marks[token : token + 1]], dtype=torch.int8)
         with torch.no_grad():
-            logits.append(run(torch.tensor([text.tokens[token : token + 1]]), past_key_values=cache).logits[0])
+            logits.append(run(torch.tensor([text.tokens[token : token + 1]]), cache=cache).logits[0])
     assert counter.frame_count == 1
     expected, memory = alone(model, prompt + text)
     same(torch.cat(logits), expected, "logits")

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from naive_model import naive_run
+from running import cache_of
 from tiny import ARCHITECTURES, patched_model, randomise, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
+from deltamem_tool._compat import cache_argument
 from deltamem_tool.config import BRANCHES, DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, UPDATE_RULES
 from deltamem_tool.surgery import adapter_of
 
@@ -87,7 +89,7 @@ def marks_of(model):
 @torch.no_grad()
 def run(model, ids, memory=None):
     cache = marked(model, memory=memory, batch=len(ids))
-    return model(ids, past_key_values=cache).logits, cache
+    return model(ids, cache=cache).logits, cache
 
 
 def equals_the_equations(model, memory=None):
@@ -186,14 +188,14 @@ def test_the_largest_rank(state_heads, granularity):
 def test_a_fresh_memory_changes_no_bit(seed):
     model, ids = tiny_model(ARCHITECTURES[seed % 3], seed), tokens(2, LENGTH)
     whole, first = model(ids).logits, model(ids[:, :5], use_cache=True)
-    rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+    rest = model(ids[:, 5:], **{cache_argument(model.forward): cache_of(first)}).logits
     attach(model, DeltaMemConfig(**{**random_options(seed), "delta_init": "zero"}))
     logits, cache = run(model, ids)
     assert torch.equal(logits, whole)
     assert any(state.any() for state in cache.memory.layers.values()), "nothing was written"
     cache = marked(model, batch=2)
-    assert torch.equal(model(ids[:, :5], past_key_values=cache).logits, first.logits)
-    assert torch.equal(model(ids[:, 5:], past_key_values=cache).logits, rest)
+    assert torch.equal(model(ids[:, :5], cache=cache).logits, first.logits)
+    assert torch.equal(model(ids[:, 5:], cache=cache).logits, rest)
 
 
 @pytest.mark.parametrize("seed", COMBINATIONS)
@@ -201,7 +203,7 @@ def test_every_parameter_gets_a_gradient(seed):
     """But the raw scales of branches that are off."""
     options = {**random_options(seed), "o_norm_eps": 1e-3}
     model = patched_model(ARCHITECTURES[seed % 3], seed, **options)
-    logits = model(tokens(1, LENGTH), past_key_values=marked(model)).logits
+    logits = model(tokens(1, LENGTH), cache=marked(model)).logits
     torch.manual_seed(0)
     (logits * torch.randn_like(logits)).sum().backward()
     for name, parameter in adapter_of(model).named_parameters():

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
+from running import cache_of
 from safetensors.torch import load_file, save_file
 from tiny import logits, randomise, save_checkpoint, tiny_model, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -133,9 +134,9 @@ def test_a_lora_that_is_there_already(wrapped, tmp_path):
     assert not torch.allclose(changed, tuned)
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(2, 4), past_key_values=cache)
-        later = model(tokens(2, 9)[:, 4:], past_key_values=cache)
-    assert later.past_key_values.memory is not None
+        model(tokens(2, 4), cache=cache)
+        later = model(tokens(2, 9)[:, 4:], cache=cache)
+    assert cache_of(later).memory is not None
     asked = {"input_ids": tokens(1, 4), "max_new_tokens": 3, "do_sample": False}
     said = model.generate(**asked)
     assert said.shape == (1, 7)

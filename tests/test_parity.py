@@ -29,7 +29,7 @@ def run(model, calls, cut=None):
                     input_ids=call.input_ids[:, start:end],
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=cache,
+                    cache=cache,
                 )
             logits.append(output.logits)
         if call.one_message:

@@ -21,7 +21,7 @@ def model():
 def memory(model):
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(3, 8), past_key_values=cache)
+        model(tokens(3, 8), cache=cache)
     return cache.memory
 
 
@@ -39,7 +39,7 @@ def half_said(by_message):
     cache.segments[0, 2] = LAST
     cache.segments[2, :2] = OUTSIDE
     with torch.no_grad():
-        by_message(tokens(3, 8), past_key_values=cache)
+        by_message(tokens(3, 8), cache=cache)
     return cache.memory
 
 
@@ -58,8 +58,8 @@ def test_saved_and_loaded_to_the_bit(memory, model, tmp_path):
     assert loaded.shape.layers == {0: (2, 4, 4), 1: (2, 4, 4)}
     # and it reads the same: the file says as much as the object
     with torch.no_grad():
-        a = model(tokens(3, 4), past_key_values=MemoryCache(model, memory=memory)).logits
-        b = model(tokens(3, 4), past_key_values=MemoryCache(model, memory=loaded)).logits
+        a = model(tokens(3, 4), cache=MemoryCache(model, memory=memory)).logits
+        b = model(tokens(3, 4), cache=MemoryCache(model, memory=loaded)).logits
     assert torch.equal(a, b)
 
 
@@ -112,7 +112,7 @@ def test_an_open_segment_goes_on_from_a_file(half_said, by_message, tmp_path):
     caches = [MemoryCache(by_message, memory=memory) for memory in (half_said, loaded)]
     with torch.no_grad():
         for cache in caches:
-            by_message(tokens(3, 2, seed=1), past_key_values=cache)
+            by_message(tokens(3, 2, seed=1), cache=cache)
             cache.end_segment()
     same(caches[0].memory, caches[1].memory)
     assert not torch.equal(caches[0].memory.layers[0], half_said.layers[0])
@@ -224,23 +224,23 @@ def test_a_conversation_goes_on_after_a_refusal(model, change, says):
     cache, expected, more = MemoryCache(model), MemoryCache(model), tokens(3, 4, seed=1)
     with torch.no_grad():
         for some in (cache, expected):
-            model(tokens(3, 8), past_key_values=some)
+            model(tokens(3, 8), cache=some)
         kept, copy = cache.memory, cache.memory.clone()
         cache.memory = foreign = change(kept)
         with pytest.raises(MemoryStateError, match=f"(?s){says}"):
-            model(more, past_key_values=cache)
+            model(more, cache=cache)
         assert cache.memory is foreign and cache.get_seq_length() == 8
         cache.memory = kept
         same(kept, copy)
-        logits = model(more, past_key_values=cache).logits
-        assert torch.equal(logits, model(more, past_key_values=expected).logits)
+        logits = model(more, cache=cache).logits
+        assert torch.equal(logits, model(more, cache=expected).logits)
     same(cache.memory, expected.memory)
 
 
 def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
     cache, copy = MemoryCache(model, memory=memory), memory.clone()
     with torch.no_grad(), pytest.raises(MemoryStateError, match=r"(?s)holds 3 conversations, the batch 2.*fork\(n\)"):
-        model(tokens(2, 4), past_key_values=cache)
+        model(tokens(2, 4), cache=cache)
     assert cache.memory is memory and cache.get_seq_length() == 0
     same(memory, copy)
 
@@ -248,14 +248,14 @@ def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
 def test_reordering_moves_memory_and_keys_together(model, memory):
     cache, ids = MemoryCache(model), tokens(3, 8)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         cache.reorder_cache(torch.tensor([2, 2, 0]))
         same(cache.memory, memory.select([2, 2, 0]))
         more = tokens(3, 2, seed=1)
-        logits = model(more, past_key_values=cache).logits
+        logits = model(more, cache=cache).logits
         expected = MemoryCache(model)
-        model(ids[[2, 2, 0]], past_key_values=expected)
-        assert torch.equal(logits, model(more, past_key_values=expected).logits)
+        model(ids[[2, 2, 0]], cache=expected)
+        assert torch.equal(logits, model(more, cache=expected).logits)
 
 
 def test_what_has_ended_moves_with_its_row(model):
@@ -272,7 +272,7 @@ def test_what_has_ended_moves_with_its_row(model):
 def test_repeating_and_selecting_move_both(model, memory):
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(3, 8), past_key_values=cache)
+        model(tokens(3, 8), cache=cache)
     cache.batch_repeat_interleave(2)
     same(cache.memory, memory.fork(2))
     assert cache.layers[0].keys.shape[0] == 6
@@ -287,7 +287,7 @@ def test_repeating_and_selecting_move_both(model, memory):
 def test_a_cache_cannot_take_tokens_back(model):
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(1, 8), past_key_values=cache)
+        model(tokens(1, 8), cache=cache)
     assert not cache.is_croppable
     with pytest.raises(MemoryStateError, match="cannot forget"):
         cache.crop(-1)
@@ -297,10 +297,10 @@ def test_a_cache_cannot_take_tokens_back(model):
 def test_a_reset_cache_starts_from_zeros(model):
     cache, fresh, ids = MemoryCache(model), MemoryCache(model), tokens(2, 5)
     with torch.no_grad():
-        model(tokens(2, 8, seed=1), past_key_values=cache)
+        model(tokens(2, 8, seed=1), cache=cache)
         cache.reset()
         assert cache.memory is None
-        model(ids, past_key_values=fresh)
+        model(ids, cache=fresh)
         memory = MemoryCache(model, memory=None)
-        model(ids, past_key_values=memory)
+        model(ids, cache=memory)
     same(memory.memory, fresh.memory)

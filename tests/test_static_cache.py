@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from running import close, close_memory
+from running import cache_of, close, close_memory
 from test_generate import NEVER, UNSAID, continue_alone, left_padded, memory_of, settings
 from tiny import ARCHITECTURES, END, patched_model, randomise, tiny_model, tokens
 from transformers import GenerationConfig, StaticCache
@@ -41,7 +41,7 @@ def fed(model, cache, ids, cuts, mask=None):
     """Logits of `ids` in pieces that end at `cuts`, with the 2-D mask up to there."""
     pieces, bounds = [], [0, *cuts, ids.shape[1]]
     for a, b in zip(bounds, bounds[1:], strict=False):
-        pieces.append(model(ids[:, a:b], None if mask is None else mask[:, :b], past_key_values=cache).logits)
+        pieces.append(model(ids[:, a:b], None if mask is None else mask[:, :b], cache=cache).logits)
     return torch.cat(pieces, dim=1)
 
 
@@ -115,12 +115,12 @@ def test_generate_says_the_same_to_a_batch(name, given):
     model = model_of(name)
     rows = [tokens(1, length, seed=length) for length in (7, 3, 5)]
     static, growing = both(model, memory=memory_of(model, tokens(3, 9)) if given else None)
-    how = {"past_key_values": static} if given else {"cache_implementation": "static"}
+    how = {"cache": static} if given else {"cache_implementation": "static"}
     output = model.generate(**left_padded(rows), return_dict_in_generate=True, **how, **settings())
-    expected = model.generate(**left_padded(rows), past_key_values=growing, **settings())
-    assert isinstance(output.past_key_values, MemoryCache) and output.past_key_values.is_compileable
+    expected = model.generate(**left_padded(rows), cache=growing, **settings())
+    assert isinstance(cache_of(output), MemoryCache) and cache_of(output).is_compileable
     assert torch.equal(output.sequences, expected)
-    close_memory(output.past_key_values.memory, growing.memory)
+    close_memory(cache_of(output).memory, growing.memory)
 
 
 @kinds
@@ -134,7 +134,7 @@ def test_a_row_that_ends_early_remembers_what_it_remembers_alone(name):
     output = model.generate(**left_padded(rows), **options)
     for n, (words, cache) in enumerate(alone):
         assert output.sequences[n, 7 : 7 + len(words)].tolist() == words
-        close_memory(output.past_key_values.memory.select([n]), cache.memory)
+        close_memory(cache_of(output).memory.select([n]), cache.memory)
 
 
 @kinds
@@ -148,13 +148,13 @@ def test_beams_and_several_sequences(name, options, given):
     options = settings(return_dict_in_generate=True, do_sample="num_beams" not in options, **options)
     outputs = []
     for how in (
-        {"past_key_values": static} if given else {"cache_implementation": "static"},
-        {"past_key_values": growing},
+        {"cache": static} if given else {"cache_implementation": "static"},
+        {"cache": growing},
     ):
         torch.manual_seed(0)
         outputs.append(model.generate(**inputs, **how, **options))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    close_memory(outputs[0].past_key_values.memory, growing.memory)
+    close_memory(cache_of(outputs[0]).memory, growing.memory)
 
 
 @kinds
@@ -166,14 +166,14 @@ def test_a_second_generation_goes_on(name, beams):
     outputs = []
     for cache in both(model):
         options = settings(max_new_tokens=4, eos_token_id=NEVER, suppress_tokens=[END, *UNSAID])
-        first = model.generate(ids, past_key_values=cache, **options)
+        first = model.generate(ids, cache=cache, **options)
         text = torch.cat([first, more], dim=1)
-        outputs.append(model.generate(text, past_key_values=cache, num_beams=beams, **options))
+        outputs.append(model.generate(text, cache=cache, num_beams=beams, **options))
         memory = cache.memory
         if beams == 1:
             text = torch.cat([outputs[-1], more], dim=1)
             unfed = text[:, int(cache.get_seq_length()) :]
-            again = model.generate(unfed, attention_mask=torch.ones_like(text), past_key_values=cache, **options)
+            again = model.generate(unfed, attention_mask=torch.ones_like(text), cache=cache, **options)
             outputs[-1], memory = again, cache.memory
         outputs.append(memory)
     assert torch.equal(outputs[0], outputs[2])
@@ -188,10 +188,10 @@ def test_a_prompt_in_pieces():
     config.prefill_chunk_size = 3
     pieces = model.generate(**inputs, generation_config=config)
     assert torch.equal(pieces.sequences, whole.sequences)
-    close_memory(pieces.past_key_values.memory, whole.past_key_values.memory)
+    close_memory(cache_of(pieces).memory, cache_of(whole).memory)
 
 
 def test_a_static_cache_without_a_memory_is_refused():
     model = patched_model()
     with pytest.raises(MemoryStateError, match="no place for the memory"):
-        model.generate(tokens(1, 4), past_key_values=StaticCache(config=model.config, max_cache_len=ROOM), **settings())
+        model.generate(tokens(1, 4), cache=StaticCache(config=model.config, max_cache_len=ROOM), **settings())

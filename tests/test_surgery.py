@@ -10,6 +10,7 @@ from running import (
     EQUATION_TOLERANCE,
     HEADS,
     RULES,
+    cache_of,
     close,
     close_memory,
     everywhere,
@@ -169,10 +170,10 @@ def test_padding_does_not_matter(name, attention, side):
             for a, b in ((0, cut), (cut, 9)):
                 if a < b:
                     options = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b]}
-                    pieces.append(model(ids[:, a:b], past_key_values=cache, **options).logits)
+                    pieces.append(model(ids[:, a:b], cache=cache, **options).logits)
             after = mask.sum(1, keepdim=True) + torch.arange(3)
             full = torch.cat([mask, ones], dim=1)
-            pieces.append(model(more, past_key_values=cache, attention_mask=full, position_ids=after).logits)
+            pieces.append(model(more, cache=cache, attention_mask=full, position_ids=after).logits)
             logits = torch.cat(pieces, dim=1)
             for row, text in enumerate(rows):
                 alone, solo = run(model, torch.cat([text, more[row : row + 1]], dim=1))
@@ -187,8 +188,8 @@ def test_padding_is_the_padding_of_this_call():
     cache = MemoryCache(model)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache, attention_mask=mask[:, :4], position_ids=positions[:, :4])
-        model(ids[:, 4:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 4:])
+        model(ids[:, :4], cache=cache, attention_mask=mask[:, :4], position_ids=positions[:, :4])
+        model(ids[:, 4:], cache=cache, attention_mask=mask, position_ids=positions[:, 4:])
     _, alone = run(model, ids[:, 3:])
     close_memory(cache.memory, alone.memory)
 
@@ -230,7 +231,7 @@ def test_a_row_of_padding_alone_keeps_its_memory():
     _, first = run(model, tokens(2, 5))
     cache = MemoryCache(model, memory=first.memory)
     with torch.no_grad():
-        model(tokens(2, 4), past_key_values=cache, attention_mask=torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]))
+        model(tokens(2, 4), cache=cache, attention_mask=torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]))
     for layer, state in first.memory.layers.items():
         assert torch.equal(cache.memory.layers[layer][0], state[0])
         assert not torch.equal(cache.memory.layers[layer][1], state[1])
@@ -274,7 +275,7 @@ def test_hidden_states_instead_of_tokens():
     logits, cache = run(model, ids)
     other = MemoryCache(model)
     with torch.no_grad():
-        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=other).logits
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), cache=other).logits
     close(embedded, logits, CUT_TOLERANCE)
     close_memory(other.memory, cache.memory)
 
@@ -287,8 +288,8 @@ def test_without_a_cache_the_memory_still_reads_within_the_call():
         close(model(ids).logits, logits, CUT_TOLERANCE)
         close(model(ids, use_cache=False).logits, logits, CUT_TOLERANCE)
         output = model(ids, use_cache=True)
-        assert isinstance(output.past_key_values, MemoryCache)
-        assert model(ids, use_cache=False).past_key_values is None
+        assert isinstance(cache_of(output), MemoryCache)
+        assert cache_of(model(ids, use_cache=False)) is None
         assert model(ids, return_dict=False)[0].shape == logits.shape
 
 

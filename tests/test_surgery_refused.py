@@ -48,7 +48,7 @@ def test_another_cache_is_refused(kind):
         "tuple": lambda: ((torch.zeros(1, 2, 3, 16),) * 2,) * 2,
     }[kind]()
     with pytest.raises(MemoryStateError, match="MemoryCache") as refusal:
-        model(tokens(1, 4), past_key_values=cache)
+        model(tokens(1, 4), cache=cache)
     assert "forget" in str(refusal.value)
     logits, _ = run(model, tokens(1, 4))  # and the model still works
     assert logits.shape[1] == 4
@@ -128,7 +128,7 @@ def test_a_memory_of_another_size_raises():
     model = patched_model()
     _, cache = run(model, tokens(2, 5))
     with pytest.raises(MemoryStateError, match="holds 2 conversations, the batch 3"):
-        model(tokens(3, 1), past_key_values=cache)
+        model(tokens(3, 1), cache=cache)
     fingerprint = adapter_of(model).fingerprint
     for layers, shape in (((0,), (1, 4, 4)), ((0, 1), (1, 3, 3)), ((0, 1), (2, 4, 4)), ((0, 1, 2), (1, 4, 4))):
         wrong = MemoryState({layer: torch.zeros(2, *shape) for layer in layers}, fingerprint)
@@ -137,7 +137,7 @@ def test_a_memory_of_another_size_raises():
         cache = MemoryCache(model)
         cache.memory = wrong  # past the constructor
         with pytest.raises(MemoryStateError, match="does not fit"):
-            model(tokens(2, 1), past_key_values=cache)
+            model(tokens(2, 1), cache=cache)
 
 
 def test_a_memory_of_another_adapter_raises():
@@ -146,7 +146,7 @@ def test_a_memory_of_another_adapter_raises():
     with pytest.raises(MemoryStateError, match="another adapter"):
         MemoryCache(model, memory=cache.memory)
     with pytest.raises(MemoryStateError, match="another adapter"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), cache=cache)
 
 
 def test_a_mask_that_hides_the_padding_raises():
@@ -154,7 +154,7 @@ def test_a_mask_that_hides_the_padding_raises():
     with pytest.raises(MemoryStateError, match="2-D mask"):
         model(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     with pytest.raises(MemoryStateError, match="write mask"):
-        model(tokens(1, 3), past_key_values=MemoryCache(model, write=torch.ones(1, 2, dtype=torch.bool)))
+        model(tokens(1, 3), cache=MemoryCache(model, write=torch.ones(1, 2, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("sliding", [False, True])
@@ -167,12 +167,12 @@ def test_a_mask_of_another_length_raises(sliding, length):
     _, cache = run(model, tokens(2, 7))
     memory = cache.memory
     with pytest.raises(MemoryStateError, match=rf"\[2, {length}\], not \[2, 10\]"):
-        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(2, length, dtype=torch.long))
+        model(tokens(2, 3), cache=cache, attention_mask=torch.ones(2, length, dtype=torch.long))
     with pytest.raises(MemoryStateError, match=r"\[1, 10\], not \[2, 10\]"):
-        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(1, 10, dtype=torch.long))
+        model(tokens(2, 3), cache=cache, attention_mask=torch.ones(1, 10, dtype=torch.long))
     assert cache.memory is memory
     with torch.no_grad():
-        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(2, 10, dtype=torch.long))
+        model(tokens(2, 3), cache=cache, attention_mask=torch.ones(2, 10, dtype=torch.long))
     assert cache.get_seq_length() == 10
 
 
@@ -220,7 +220,7 @@ def test_conversations_in_many_threads_are_conversations_alone():
         for token in range(10):
             steps.wait(timeout=30)  # every conversation is at the same token, in the model at the same time
             with torch.no_grad():
-                pieces.append(model(texts[n][:, token : token + 1], past_key_values=cache).logits)
+                pieces.append(model(texts[n][:, token : token + 1], cache=cache).logits)
         found[n] = torch.cat(pieces, dim=1), cache
 
     threads = [threading.Thread(target=converse, args=(n,)) for n in range(len(texts))]
@@ -241,7 +241,7 @@ def test_conversations_taking_turns_do_not_meet():
     with torch.no_grad():
         for token in range(8):
             for ids, cache in zip(texts, caches, strict=True):
-                model(ids[:, token : token + 1], past_key_values=cache)
+                model(ids[:, token : token + 1], cache=cache)
     for ids, cache in zip(texts, caches, strict=True):
         close_memory(cache.memory, run(model, ids)[1].memory)
 
@@ -273,7 +273,7 @@ def test_an_exception_in_the_decoder_leaves_the_memory():
     whole = model.model.layers[1].mlp
     model.model.layers[1].mlp = _Broken()
     with pytest.raises(RuntimeError, match="on purpose"):
-        model(ids[:, 5:], past_key_values=cache)
+        model(ids[:, 5:], cache=cache)
     model.model.layers[1].mlp = whole
     assert cache.memory is before
     assert all(torch.equal(before.layers[layer], state) for layer, state in copies.items())

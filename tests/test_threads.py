@@ -43,7 +43,7 @@ class Conversation:
         output = model.generate(
             torch.tensor([[self.last]]),
             attention_mask=torch.ones(1, seen + 1, dtype=torch.long),
-            past_key_values=self.cache,
+            cache=self.cache,
             max_new_tokens=what,
             do_sample=False,
             eos_token_id=NEVER,

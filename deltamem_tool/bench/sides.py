@@ -34,10 +34,12 @@ class TorchSide:
     """A model in PyTorch, eager, with the cache that it has by itself: a memory's, where it has a memory."""
 
     def __init__(self, model: Any) -> None:
+        from deltamem_tool._compat import cache_argument
         from deltamem_tool.patched import PATCH, hf_model
 
         self._model = model
         base = hf_model(model)
+        self._argument = cache_argument(base.forward)
         self._cuts = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._patched = hasattr(base, PATCH)
         self._config = base.config
@@ -61,7 +63,7 @@ class TorchSide:
                 past.segments = torch.from_numpy(_marks(ids)).to(device)
         kept = {"logits_to_keep": 1} if self._cuts else {}
         with torch.no_grad():
-            logits = self._model(input_ids=tokens, past_key_values=past, use_cache=True, **kept).logits[:, -1]
+            logits = self._model(input_ids=tokens, use_cache=True, **{self._argument: past}, **kept).logits[:, -1]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return logits, past

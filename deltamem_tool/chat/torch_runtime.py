@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory import INSIDE, LAST, OUTSIDE

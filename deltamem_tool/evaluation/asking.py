@@ -41,7 +41,7 @@ def ask(
     }
     with under(model, condition):
         cache = cache_of(model, memory, condition, len(prompts))
-        output = _generate(model, inputs, max_new_tokens, pad, **({} if cache is None else {"past_key_values": cache}))
+        output = _generate(model, inputs, max_new_tokens, pad, **({} if cache is None else {"cache": cache}))
     return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 

@@ -122,7 +122,7 @@ class MemoryLM(HFLM):
             dtype=torch.int8,
             device=ids.device,
         )
-        return {"past_key_values": cache}
+        return {"cache": cache}
 
     def _segments(self, row: list[int], valid: list[int]) -> list[int]:
         """A mark for each token: those of the prompt that it begins with; what follows is the answer's segment."""

@@ -174,7 +174,7 @@ def _log_probs(
 
 def _logits(model: Any, tokens: Tensor, mask: Tensor, first: int, cache: MemoryCache | None) -> Tensor:
     """From column `first` on, `[B, T - first, V]`; where the model can, no others are computed."""
-    given: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+    given: dict[str, Any] = {"use_cache": False} if cache is None else {"cache": cache, "use_cache": True}
     length = tokens.shape[1]
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = length - first

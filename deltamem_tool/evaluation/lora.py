@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltamem_tool._compat import peft_model
 from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
-from deltamem_tool.with_peft import peft_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

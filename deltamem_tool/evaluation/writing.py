@@ -87,8 +87,6 @@ def _written(model: PreTrainedModel, chat: ChatTokens, memory: MemoryState) -> M
     ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)
     for start in range(0, ids.shape[1], CHUNK):
         end = start + CHUNK
-        model.base_model(
-            input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
-        )
+        model.base_model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
     assert cache.memory is not None  # it began with one
     return cache.memory

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.constants import REGEX_COMMIT_OID
-
+from deltamem_tool._compat import REGEX_COMMIT_OID
 from deltamem_tool.adapter_config import CONFIG_FILE
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents

@@ -6,8 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
-
+from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents

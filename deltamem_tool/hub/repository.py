@@ -9,11 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import SoftTemporaryDirectory
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from deltamem_tool import __version__
+from deltamem_tool._compat import RepoFile, SoftTemporaryDirectory, git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub_errors import CLIENT_ERRORS, explained, may_have_landed, of_this_machine
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.exporters import OnnxExporter
 
+from deltamem_tool._compat import NotImplemented as NotImplementedByRuntime
+from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.files import folder_whole, refuse_existing

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.exporters import OnnxExporter
 
+from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.model_call import CallOptions, fill, fill_static
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import io
-import logging
-import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import config as fx_config
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
+
+from deltamem_tool._compat import (
     DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    OnnxConfig,
+    OnnxExporter,
     StaticLayer,
+    quiet_exporters,
+    without_stack_traces,
 )
-from transformers.exporters import OnnxConfig, OnnxExporter
-from transformers.utils import logging as transformers_logging
-
 from deltamem_tool.adapter_module import DeltaMemAdapter
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
@@ -37,8 +35,6 @@ from deltamem_tool.onnx.lean import lean_memories
 from deltamem_tool.onnx.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.state import MemoryCache, MemoryState
-
-NO_STACK_TRACES = "do_not_emit_stack_traces"  # of torch.fx
 
 
 class _Step(nn.Module):
@@ -128,7 +124,7 @@ def interface_of(
     cache = MemoryCache(model)
     tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        vocab_size = model(input_ids=tokens, past_key_values=cache).logits.shape[-1]
+        vocab_size = model(input_ids=tokens, cache=cache).logits.shape[-1]
     _refuse_other_caches(model, cache)
     if max_length:
         _refuse_fixed(model, target, max_length)
@@ -236,7 +232,7 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
         ort_fusions=target.fusions,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with _quiet(), _without_stack_traces():
+    with quiet_exporters(), without_stack_traces():
         # Any module will do.
         program = OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program
     _name_axes(program.graph, interface)
@@ -299,34 +295,3 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     said = str(error).partition("For more information")[0].strip().partition("\n")[0]
     return f"{type(error).__name__}: {said[:200].rstrip('.!')}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' progress lines (on stdout) and their notes on versions: the check that follows decides."""
-    torch_logger = logging.getLogger("torch.onnx")
-    level, verbosity = torch_logger.level, transformers_logging.get_verbosity()
-    torch_logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch_logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Tracing takes a tenth less time where it does not note each operation's place in the source, which is of no use
-    in a graph that leaves this machine. A torch without the option notes them."""
-    if not hasattr(fx_config, NO_STACK_TRACES):
-        yield
-        return
-    own = getattr(fx_config, NO_STACK_TRACES)
-    setattr(fx_config, NO_STACK_TRACES, True)
-    try:
-        yield
-    finally:
-        setattr(fx_config, NO_STACK_TRACES, own)

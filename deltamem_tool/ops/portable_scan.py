@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
+
+from deltamem_tool._compat import scan
 
 
 def portable_scan(

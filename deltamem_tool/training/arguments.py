@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from deltamem_tool._compat import use_one_gpu
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe import TrainingOptions
 
@@ -76,9 +77,7 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path) -> Train
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )
-    if arguments.n_gpu > 1:
-        # The first GPU alone: DataParallel would copy the adapter, but not the base with its hooks.
-        arguments._n_gpu = 1
+    use_one_gpu(arguments)
     return arguments
 
 

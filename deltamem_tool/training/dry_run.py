@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
+from deltamem_tool._compat import Conv1D
 from deltamem_tool.adapter import read_adapter, read_tokenizer
 from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint

@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.utils import SAFE_WEIGHTS_NAME
 
+from deltamem_tool._compat import (
+    SAFE_WEIGHTS_NAME,
+    TRAIN_SAMPLER,
+    TRAINER_STATE_NAME,
+    PrinterCallback,
+    get_length_grouped_indices,
+)
 from deltamem_tool.data import EncodedEpisodes, EpisodeCollator
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.files import write_whole
@@ -93,6 +96,7 @@ class EpisodeTrainer(Trainer):
         evaluates = self.args.eval_strategy != "no"
         self.validation = batches_of(validation, self.args.per_device_train_batch_size) if evaluates else []
         self.remove_callback(PrinterCallback)
+        setattr(self, TRAIN_SAMPLER, self.train_sampler)
         self.order, self.run = order, run
         self.sampler: EpisodeSampler | None = None
         self.add_callback(_TellEpoch(self))
@@ -134,21 +138,22 @@ class EpisodeTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
         mine = self.validation[self.args.process_index :: self.args.world_size]
-        tensors = (self._prepare_inputs(_tensors(self.data_collator(group))) for group in mine)
+        tensors = (_tensors(self.data_collator(group), self.args.device) for group in mine)
         total = outcomes(self.model, tensors)
         if self.args.world_size > 1:  # a process that has had no batch adds zeros
             total = {name: self.accelerator.reduce(sums.to(self.args.device)) for name, sums in total.items()}
         found = metrics(total)
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self._keep_if_best(found[str(self.args.metric_for_best_model)])
         return found
 
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.args.should_save:
+    def _keep_if_best(self, loss: float) -> None:
+        """Write the weights, if the Trainer is about to note this evaluation as the best one so far."""
+        best = math.inf if self.state.best_metric is None else self.state.best_metric
+        if loss < best and self.args.should_save:
             weights = {name: weight.cpu().contiguous() for name, weight in self.model.state_dict().items()}
             write_whole(self.run / BEST_FILE, save(weights))
-        return is_best
 
     def take_best(self) -> None:
         """The weights of the best evaluation, if there was one.
@@ -179,15 +184,15 @@ class EpisodeTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+    def train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.sampler = EpisodeSampler(dataset, self.order, self.args.seed, batch)
         return self.sampler
 
 
-def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: part for name, part in batch.items() if isinstance(part, Tensor)}
+def _tensors(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in batch.items() if isinstance(part, Tensor)}
 
 
 def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | None) -> DeltaMemError:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.adapter import save_adapter
 from deltamem_tool.decoder_call import without_memory
 from deltamem_tool.patched import hf_model
@@ -132,7 +132,7 @@ class EpisodeModel(nn.Module):
                 self.base.base_model(
                     input_ids=ids[:, start:end],
                     attention_mask=None if mask is None else mask[:, :end],
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                     **{name: value[:, start:end] for name, value in positions.items()},
                 )
@@ -186,9 +186,8 @@ def scored_logits(
 
     handle = decoder_of(hf_model(model)).register_forward_hook(select)
     try:
-        output = cast(nn.Module, model)(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        )
+        given = {} if cache is None else {"cache": cache}
+        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **given)
     finally:
         handle.remove()
     return output.logits.squeeze(0)

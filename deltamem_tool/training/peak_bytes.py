@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, masking_utils
+from transformers import PretrainedConfig
 
+from deltamem_tool._compat import FakeTensorMode, TorchDispatchMode, tree_leaves, without_packing_search
 from deltamem_tool.architectures import attention_layers, select_layers
 from deltamem_tool.checkpoint import BaseCheckpoint
 from deltamem_tool.config import DeltaMemConfig
@@ -206,7 +204,7 @@ def _fake_peaks(
     with torch.device("meta"):
         base = checkpoint.from_config(config, **options).eval()
     lora = None if recipe.lora is None else with_lora(base, recipe.lora)
-    with FakeTensorMode(allow_non_fake_inputs=True), use_implementation("chunked"), _nothing_packed():
+    with FakeTensorMode(allow_non_fake_inputs=True), use_implementation("chunked"), without_packing_search():
         if lora is not None:
             lora.to_empty(device="cpu")
             return step_peaks(LoraStepModel(lora, training.gradient_checkpointing), base, shape)
@@ -215,17 +213,6 @@ def _fake_peaks(
         hook(base, fresh_adapter(everywhere, select_layers(attention_layers(base), everywhere), no_columns))
         chunks = (training.write_chunk, training.bptt, training.gradient_checkpointing)
         return step_peaks(EpisodeModel(base, recipe.objective, *chunks), base, shape)
-
-
-@contextmanager
-def _nothing_packed() -> Iterator[None]:
-    """Without a mask and a cache transformers looks in the positions for several texts in one row, and where positions
-    have no values it makes masks for them. Training has masks, and they are seen to be whole."""
-    own, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda *_: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = own
 
 
 def no_columns(projection: Projection, count: int) -> Tensor:

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, PreTrainedModel
 
+from deltamem_tool._compat import GradientCheckpointingLayer, tree_map_only
 from deltamem_tool.decoder_call import again, running
 from deltamem_tool.errors import ConfigError
 

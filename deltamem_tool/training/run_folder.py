@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
+from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.files import write_whole
 from deltamem_tool.recipe import Recipe

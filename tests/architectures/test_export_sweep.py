@@ -104,7 +104,7 @@ def exported_difference(
     for row, padding in ((0, 0), (1, PADDING)):
         cache = MemoryCache(model)
         with torch.no_grad():
-            expected = model(input_ids=ids[row : row + 1, padding:], past_key_values=cache).logits[0]
+            expected = model(input_ids=ids[row : row + 1, padding:], cache=cache).logits[0]
         differences = [logits[row, padding:] - expected]
         differences += [torch.from_numpy(state[row]) - cache.memory.layers[i][0] for i, state in states.items()]
         found.append(max(difference.abs().max().item() for difference in differences))

@@ -194,7 +194,7 @@ def seen(model: PreTrainedModel, layer: AttentionLayer) -> SimpleNamespace:
     inner, outer = [], []
     handles = [record(getattr(layer.module, "self", layer.module), inner), record(layer.module, outer)]  # BERT has two
     cache = MemoryCache(model)
-    logits = model(text(), past_key_values=cache).logits
+    logits = model(text(), cache=cache).logits
     for handle in handles:
         handle.remove()
     attends, gives = inner[0][1], outer[0] if isinstance(outer[0], Tensor) else outer[0][0]
@@ -239,7 +239,7 @@ def test_a_part_of_a_fused_layer_moves_by_delta_r(case: Case):
         handles = [record(linear, put_out)]
         memory = randomise(deltamem.attach(model, config)).memory(layer.index)  # its hook comes between these two
         handles += [record(linear, put_out), record(memory, readings)]
-        model(text(), past_key_values=MemoryCache(model))
+        model(text(), cache=MemoryCache(model))
         for handle in handles:
             handle.remove()
         reading = readings[0][0]  # and the state, which nothing is made of here

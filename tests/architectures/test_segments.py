@@ -33,7 +33,7 @@ def test_messages(model_type: str):
     def run(pieces: list[int], marks: Tensor) -> tuple[Tensor, MemoryCache]:
         cache = MemoryCache(model)
         cache.segments = marks
-        logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+        logits = [model(piece, cache=cache).logits for piece in ids.split(pieces, dim=1)]
         return torch.cat(logits, dim=1), cache
 
     whole, cache = run([LENGTH], MARKS)

@@ -66,7 +66,7 @@ def run(model: PreTrainedModel, ids: Tensor, pieces: list[int]) -> tuple[Tensor,
     for length in pieces:
         positions = torch.arange(start, start + length).expand(len(ids), length)
         given = {"position_ids": positions} if model.config.model_type in NEEDS_POSITIONS else {}
-        logits.append(model(input_ids=ids[:, start : start + length], past_key_values=cache, **given).logits)
+        logits.append(model(input_ids=ids[:, start : start + length], cache=cache, **given).logits)
         start += length
     return torch.cat(logits, dim=1), cache
 

@@ -84,7 +84,7 @@ def test_messages_are_written_as_they_end():
     expected = MemoryCache(model)
     with torch.no_grad():
         expected.segments = torch.ones((2, SEGMENT), dtype=torch.int8)
-        model(tokens(2, SEGMENT + 5)[:, :SEGMENT], past_key_values=expected)
+        model(tokens(2, SEGMENT + 5)[:, :SEGMENT], cache=expected)
     expected.end_segment()
     for layer, state in expected.memory.layers.items():
         assert state.abs().max() > 0

@@ -172,7 +172,7 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
     cache = MemoryCache(engine.model)
     cache.segments = torch.tensor([marks], dtype=torch.int8)
     with torch.no_grad():
-        engine.model(torch.tensor([ids]), past_key_values=cache)
+        engine.model(torch.tensor([ids]), cache=cache)
     assert_close(conversation.memory, cache.memory)
 
 
@@ -206,12 +206,12 @@ def test_what_leaves_the_window_has_been_written(by_message, stays):
     marks = [1] * (len(new) - 2) + [2] + [1] * NEW
     with torch.no_grad():
         if stays:
-            by_message.model(torch.tensor([[*new, *last]]), past_key_values=cache)
+            by_message.model(torch.tensor([[*new, *last]]), cache=cache)
             new, marks = [*encode("<|end|>"), *new], [2, *marks]
         else:
             cache.end_segment()
         cache.write, cache.segments = True, torch.tensor([marks], dtype=torch.int8)
-        by_message.model(torch.tensor([[*new, *answer[:-1]]]), past_key_values=cache)
+        by_message.model(torch.tensor([[*new, *answer[:-1]]]), cache=cache)
     assert_close(conversation.memory, cache.memory)
 
 

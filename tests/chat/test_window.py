@@ -54,11 +54,11 @@ def test_when_the_window_is_full_the_oldest_turns_leave(stopping):
         ids += stopping.text.encode(f"{end}<|user|>{user}<|end|><|assistant|>") + list(tokens[number])
     assert len(ids) <= window / 2
     with torch.no_grad():
-        stopping.model(torch.tensor([ids]), past_key_values=cache)
+        stopping.model(torch.tensor([ids]), cache=cache)
         assert_same_memory(before, stored(cache.memory))  # reading does not write
         cache.write = True
         new = stopping.text.encode(f"<|end|><|user|>{OTHERS[0]}<|end|><|assistant|>")
-        expected = stopping.model(torch.tensor([new]), past_key_values=cache).logits[0, -1]
+        expected = stopping.model(torch.tensor([new]), cache=cache).logits[0, -1]
     (_, again), (logits, _), *_ = calls
     assert_same_memory(stopping.memory(again), before)
     torch.testing.assert_close(torch.from_numpy(logits[0]), expected, rtol=0, atol=TOLERANCE)

@@ -58,7 +58,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
 
     cache = MemoryCache(model := load("trained"))
     with torch.no_grad():
-        model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        model(torch.tensor([[5, 6, 7]]), cache=cache)
     cache.memory.save("memory")
     said = json.loads(succeeded(deltamem("inspect", "memory", "--json")))
     assert said["kind"] == "memory" and said["bytes"] == cache.memory.nbytes and said["adapter"] == cache.memory.adapter

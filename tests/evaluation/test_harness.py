@@ -11,10 +11,12 @@ import torch
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
 from evaluation.loras import make_lora
+from running import cache_of
 from tiny import randomise, tiny_model
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool._compat import cache_argument
 from deltamem_tool.adapter import create_adapter
 from deltamem_tool.chat_template import render
 from deltamem_tool.cli.evaluate import command
@@ -73,18 +75,19 @@ def from_zeros(model, tokenizer, messages):
 def choice_alone(model, tokenizer, messages, choice):
     prompt, cache = from_zeros(model, tokenizer, messages)
     said = torch.tensor([tokenizer(choice, add_special_tokens=False).input_ids])
-    logits = model(prompt, past_key_values=cache, use_cache=True)
-    past = logits.past_key_values
+    name = cache_argument(model.forward)  # of a model without a memory, too
+    logits = model(prompt, use_cache=True, **{name: cache})
+    past = cache_of(logits)
     found, last = 0.0, logits.logits[0, -1]
     for token in said[0]:
         found += float(last.log_softmax(0)[token])
-        last = model(token[None, None], past_key_values=past, use_cache=True).logits[0, -1]
+        last = model(token[None, None], use_cache=True, **{name: past}).logits[0, -1]
     return found
 
 
 def answer_alone(model, tokenizer, messages):
     prompt, cache = from_zeros(model, tokenizer, messages)
-    given = {} if cache is None else {"past_key_values": cache}
+    given = {} if cache is None else {"cache": cache}
     output = model.generate(prompt, max_new_tokens=16, do_sample=False, **given)
     return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split("\n")[0]
 

@@ -61,7 +61,7 @@ def one_by_one(model, tokenizer, prompt, answer, memory=None):
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     found = []
     for token in tokenizer(answer, add_special_tokens=False).input_ids:
-        given = {} if memory is None else {"past_key_values": MemoryCache(model, memory, write=False)}
+        given = {} if memory is None else {"cache": MemoryCache(model, memory, write=False)}
         logits = model(torch.tensor([before]), **given).logits[0, -1]
         found.append(math.log(logits.double().softmax(0)[token]))
         before = [*before, token]

@@ -35,7 +35,7 @@ def told(model, tokenizer, sessions):
         for count in range(1, len(session) + 1):
             text = render(tokenizer, session[:count])
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-            model(ids[:, seen:], past_key_values=cache)
+            model(ids[:, seen:], cache=cache)
             seen = ids.shape[1]
             if by_messages:
                 cache.end_segment()

@@ -141,7 +141,7 @@ def test_a_padded_batch_over_many_calls(exported):
             cache.write = write
             alone = torch.from_numpy(ids[row : row + 1, valid[row]])
             with torch.no_grad():
-                expected = exported.model(alone, past_key_values=cache).logits[0]
+                expected = exported.model(alone, cache=cache).logits[0]
             found = torch.from_numpy(logits[row])
             if exported.manifest.interface.logits == "all":
                 torch.testing.assert_close(found[valid[row]], expected, rtol=0, atol=TOLERANCE)
@@ -159,7 +159,7 @@ def test_the_write_mask_is_token_by_token(qwen3):
     _, past = runtime.graph.step(ids, mask, write, runtime.graph.empty_past(1))
     cache = MemoryCache(qwen3.model, write=torch.from_numpy(write))
     with torch.no_grad():
-        qwen3.model(torch.from_numpy(ids), past_key_values=cache)
+        qwen3.model(torch.from_numpy(ids), cache=cache)
     for layer, state in runtime.graph.states(past).items():
         torch.testing.assert_close(torch.from_numpy(state), cache.memory.layers[layer], rtol=0, atol=TOLERANCE)
     _, unwritten = runtime.graph.step(ids, mask, np.zeros((1, 6), bool), runtime.graph.empty_past(1))

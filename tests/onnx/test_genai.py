@@ -121,7 +121,7 @@ def in_pytorch(model, ids: list[int], new_tokens: int, memory: MemoryState | Non
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=stop if isinstance(stop, list) else None,  # a list: the fixture has chosen it

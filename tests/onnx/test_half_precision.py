@@ -101,7 +101,7 @@ def test_it_computes_what_float32_computes_with_the_same_weights(float16):
     cache, past = MemoryCache(truth), runtime.graph.empty_past(1)
     for start, end in ((0, 20), (20, 29), (29, 30)):
         with torch.no_grad():
-            expected = truth(torch.from_numpy(ids[:, start:end]), past_key_values=cache).logits[0, -1]
+            expected = truth(torch.from_numpy(ids[:, start:end]), cache=cache).logits[0, -1]
         mask, write = np.ones((1, end), np.int64), np.ones((1, end - start), bool)
         logits, past = runtime.graph.step(ids[:, start:end], mask, write, past)
         np.testing.assert_allclose(logits[0, -1], expected.numpy(), rtol=0, atol=ROUNDING)

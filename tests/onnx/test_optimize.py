@@ -265,9 +265,7 @@ class Plain(nn.Module):
         past = [(layer["key"], layer["value"]) for layer in past_key_values]
         cache = DynamicCache(past, config=self.model.config)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        logits = self.model(
-            input_ids, attention_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits
+        logits = self.model(input_ids, attention_mask, position_ids=positions, cache=cache, logits_to_keep=1).logits
         return {"logits": logits, "present": [{"key": x.keys, "value": x.values} for x in cache.layers]}
 
 

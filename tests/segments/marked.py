@@ -44,6 +44,6 @@ def run(model, ids, marks, cuts=(), memory=None, write=True, sliced=False):
     for a, b in zip(bounds, bounds[1:], strict=False):
         if sliced:
             cache.segments = marks[:, a:b]
-        pieces.append(model(ids[:, a:b], past_key_values=cache).logits)
+        pieces.append(model(ids[:, a:b], cache=cache).logits)
     assert cache.segments is None, "marks of tokens that have come are used up"
     return torch.cat(pieces, dim=1), cache

@@ -62,7 +62,7 @@ def test_the_answer_joins_the_segment_that_its_prompt_opened(name, started):
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
     cache.segments = MARKS[0]
-    output = model.generate(ROWS[0], past_key_values=cache, **settings())
+    output = model.generate(ROWS[0], cache=cache, **settings())
     assert output.shape == (1, 6 + NEW) and cache.segments is None
     assert cache.memory.open_tokens.tolist() == [2 + NEW - 1]
     close_memory(cache.memory, fed(model, output[0], 0, start))
@@ -76,7 +76,7 @@ def test_the_marks_decide_what_is_said(model, started):
     for marks in (MARKS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):
         cache = MemoryCache(model, memory=start)
         cache.segments = marks
-        said.append(model.generate(ROWS[0], past_key_values=cache, **settings(max_new_tokens=12)).tolist())
+        said.append(model.generate(ROWS[0], cache=cache, **settings(max_new_tokens=12)).tolist())
     assert said[0] != said[1] and said[0] != said[2]
 
 
@@ -86,11 +86,11 @@ def test_a_batch_is_its_rows(model, started):
     prompts, marks = batch()
     cache = MemoryCache(model, memory=start)
     cache.segments = marks
-    output = model.generate(**prompts, past_key_values=cache, **settings())
+    output = model.generate(**prompts, cache=cache, **settings())
     for row, ids in enumerate(ROWS):
         alone = MemoryCache(model, memory=start.select([row]) if started else None)
         alone.segments = MARKS[row]
-        expected = model.generate(ids, past_key_values=alone, **settings())
+        expected = model.generate(ids, cache=alone, **settings())
         assert torch.equal(output[row, 6:], expected[0, ids.shape[1] :])
         close_memory(cache.memory.select([row]), alone.memory)
 
@@ -100,9 +100,9 @@ def test_a_prompt_in_pieces(model):
     prompts, marks = batch()
     whole, pieces = MemoryCache(model), MemoryCache(model)
     whole.segments = pieces.segments = marks
-    expected = model.generate(**prompts, generation_config=config, past_key_values=whole)
+    expected = model.generate(**prompts, generation_config=config, cache=whole)
     config.prefill_chunk_size = 4
-    assert torch.equal(model.generate(**prompts, generation_config=config, past_key_values=pieces), expected)
+    assert torch.equal(model.generate(**prompts, generation_config=config, cache=pieces), expected)
     close_memory(pieces.memory, whole.memory)
 
 
@@ -110,12 +110,12 @@ def test_a_row_that_ends_early_writes_no_padding(model):
     prompts, marks = batch()
     plain = MemoryCache(model)
     plain.segments = marks
-    said = model.generate(**prompts, past_key_values=plain, **settings())[:, 6:].tolist()
+    said = model.generate(**prompts, cache=plain, **settings())[:, 6:].tolist()
     end = next(token for token in said[0][1:3] if token not in said[1])
     count = said[0].index(end)
     cache = MemoryCache(model)
     cache.segments = marks
-    output = model.generate(**prompts, past_key_values=cache, **settings(eos_token_id=end))
+    output = model.generate(**prompts, cache=cache, **settings(eos_token_id=end))
     assert output[0, 6 : 6 + count + 2].tolist() == [*said[0][:count], end, PAD]
     assert cache.memory.open_tokens.tolist() == [2 + count, 1 + NEW - 1]
     close_memory(cache.memory.select([0]), fed(model, output[0, : 6 + count + 1], 0))
@@ -128,10 +128,10 @@ def test_a_second_turn(model, started):
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
     cache.segments = MARKS[0]
-    first = model.generate(ROWS[0], past_key_values=cache, **settings())
+    first = model.generate(ROWS[0], cache=cache, **settings())
     text = torch.cat([first, tokens(1, 4, seed=3)], dim=1)
     cache.segments = torch.tensor([[2, 1, 1, 2, 1]])
-    second = model.generate(text, past_key_values=cache, **settings())
+    second = model.generate(text, cache=cache, **settings())
     answers = torch.full((1, NEW - 1), INSIDE)
     marks = torch.cat([MARKS[0], answers, torch.tensor([[2, 1, 1, 2, 1]]), answers], dim=1)
     _, expected = run(model, second[:, :-1], marks, memory=start)
@@ -145,7 +145,7 @@ def test_a_generation_without_writing_keeps_memory_and_open_segment(model):
     prompts, marks = batch()
     cache = MemoryCache(model, memory=start, write=False)
     cache.segments = marks
-    model.generate(**prompts, past_key_values=cache, **settings())
+    model.generate(**prompts, cache=cache, **settings())
     close_memory(cache.memory, start, 0.0)
     assert cache.segments is None
 
@@ -162,7 +162,7 @@ def test_beams_carry_their_own_open_segment(model, started, returned):
     cache = WatchedCache(model, memory=start)
     cache.segments = marks
     options = settings(num_beams=2, num_return_sequences=returned, output_scores=True, return_dict_in_generate=True)
-    output = model.generate(**prompts, past_key_values=cache, **options)
+    output = model.generate(**prompts, cache=cache, **options)
     assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
     assert output.sequences.shape == (2 * returned, 6 + NEW)
     for n, said in enumerate(output.sequences):
@@ -182,7 +182,7 @@ def test_every_returned_sequence_has_its_own_open_segment(model, started):
     cache.segments = marks
     torch.manual_seed(0)
     options = settings(do_sample=True, temperature=2.0, num_return_sequences=3)
-    output = model.generate(**prompts, past_key_values=cache, **options)
+    output = model.generate(**prompts, cache=cache, **options)
     assert cache.memory.batch_size == 6 and len({tuple(row) for row in output.tolist()}) == 6
     for n, said in enumerate(output):
         expected = fed(model, said, n // 3, start.select([n // 3]) if started else None)
@@ -204,5 +204,5 @@ def test_marks_of_another_prompt_are_refused(model, beams):
     cache = MemoryCache(model, memory=start)
     cache.segments = MARKS[1]
     with pytest.raises(MemoryStateError, match=rf"cache.segments is \[{beams}, 4\], the tokens are \[{beams}, 6\]"):
-        model.generate(ROWS[0], past_key_values=cache, **settings(num_beams=beams))
+        model.generate(ROWS[0], cache=cache, **settings(num_beams=beams))
     close_memory(cache.memory, start.fork(beams), 0.0)

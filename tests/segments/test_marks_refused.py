@@ -27,7 +27,7 @@ def test_an_exception_in_the_decoder_leaves_memory_and_marks(model):
     model.model.layers[1].mlp = _Broken()
     try:
         with pytest.raises(RuntimeError, match="on purpose"):
-            model(ids[:, 5:], past_key_values=cache)
+            model(ids[:, 5:], cache=cache)
     finally:
         model.model.layers[1].mlp = whole
     assert cache.memory is before and cache.segments is marks and torch.equal(marks, MARKS[:, 5:])
@@ -62,7 +62,7 @@ def test_marks_that_do_not_fit_are_refused(model, marks, says):
     for write in (True, False):
         cache.write = write
         with pytest.raises(MemoryStateError, match=says):
-            model(tokens(2, 3), past_key_values=cache, attention_mask=mask)
+            model(tokens(2, 3), cache=cache, attention_mask=mask)
         assert cache.memory is before and cache.segments is given and given.tolist() == marks
         same_memory(before, copy)
 
@@ -71,7 +71,7 @@ def test_marks_that_are_no_tensor_are_refused(model):
     cache = MemoryCache(model)
     cache.segments = [[1, 1, 2]]
     with pytest.raises(MemoryStateError, match="cache.segments is a list"):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), cache=cache)
     assert cache.memory is None
 
 
@@ -79,11 +79,11 @@ def test_marks_are_refused_where_every_token_writes():
     model = patched_model()
     cache = MemoryCache(model)
     with torch.no_grad():
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), cache=cache)
     before = cache.memory
     cache.segments = given = torch.full((1, 3), INSIDE)
     with pytest.raises(MemoryStateError, match="(?s)has no segments.*Leave cache.segments out"):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), cache=cache)
     with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave end_segment\(\) out"):
         cache.end_segment()
     assert cache.memory is before and cache.segments is given
@@ -110,4 +110,4 @@ def test_a_memory_without_open_segments_is_refused(model):
         MemoryCache(model, memory=bare)
     cache.memory = bare
     with pytest.raises(MemoryStateError, match="keeps 0 numbers"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), cache=cache)

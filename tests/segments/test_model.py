@@ -49,11 +49,11 @@ def test_marks_are_used_up_with_their_tokens(model):
     ids, cache = tokens(2, LENGTH), MemoryCache(model)
     cache.segments = MARKS
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], cache=cache)
         assert torch.equal(cache.segments, MARKS[:, 4:])
-        model(ids[:, 4:10], past_key_values=cache)
+        model(ids[:, 4:10], cache=cache)
         assert torch.equal(cache.segments, MARKS[:, 10:])
-        model(ids[:, 10:], past_key_values=cache)
+        model(ids[:, 10:], cache=cache)
     assert cache.segments is None
 
 
@@ -117,7 +117,7 @@ def test_a_segment_of_one_token_is_a_token_that_writes():
     ids = tokens(2, 7)
     logits, cache = run(segments, ids, torch.full((2, 7), LAST))
     other = MemoryCache(single)
-    close(single(ids, past_key_values=other).logits, logits)
+    close(single(ids, cache=other).logits, logits)
     for layer, state in other.memory.layers.items():
         close(cache.memory.layers[layer], state)
 
@@ -130,8 +130,8 @@ def test_unmarked_tokens_join_the_open_segment(model):
     cache = MemoryCache(model)
     cache.segments = marks[:, :4]
     with torch.no_grad():
-        pieces = [model(ids[:, :4], past_key_values=cache).logits]
-        pieces += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 8)]
+        pieces = [model(ids[:, :4], cache=cache).logits]
+        pieces += [model(ids[:, t : t + 1], cache=cache).logits for t in range(4, 8)]
     close(torch.cat(pieces, dim=1), logits)
     close_memory(cache.memory, expected.memory)
     assert cache.memory.open_tokens.tolist() == [6]
@@ -207,7 +207,7 @@ def test_padding_does_not_matter(name, options, side):
         for a, b in zip((0, *cuts), (*cuts, 12), strict=True):
             where = {"attention_mask": full[:, :b], "position_ids": positions[:, a:b]}
             with torch.no_grad():
-                pieces.append(model(ids[:, a:b], past_key_values=cache, **where).logits)
+                pieces.append(model(ids[:, a:b], cache=cache, **where).logits)
         logits = torch.cat(pieces, dim=1)
         for row, text in enumerate(rows):
             alone_marks = torch.cat([said[row], more_marks[row : row + 1]], dim=1)
@@ -285,13 +285,13 @@ def test_rows_of_a_cache_take_their_marks_and_open_segments_along(model):
         cache.segments = MARKS[:, 4:]
         getattr(cache, change)(picked)
         with torch.no_grad():
-            model(ids[picked, 4:], past_key_values=cache)
+            model(ids[picked, 4:], cache=cache)
         close_memory(cache.memory, expected.memory)
     _, cache = run(model, ids[:, :4], MARKS[:, :4])
     cache.segments = MARKS[:, 4:]
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
-        model(ids[:, 4:].repeat_interleave(2, dim=0), past_key_values=cache)
+        model(ids[:, 4:].repeat_interleave(2, dim=0), cache=cache)
     close_memory(cache.memory, run(model, ids, MARKS)[1].memory.fork(2))
     cache.segments = MARKS
     cache.reset()

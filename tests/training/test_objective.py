@@ -154,7 +154,7 @@ def test_logits_are_the_models_own(name):
     from deltamem_tool import MemoryCache
 
     cache = MemoryCache(model, memory.select(batch["rows"]), write=False)
-    whole = model(batch["read_ids"], attention_mask=batch["read_mask"], past_key_values=cache).logits
+    whole = model(batch["read_ids"], attention_mask=batch["read_mask"], cache=cache).logits
     torch.testing.assert_close(logits, whole.flatten(0, 1)[batch["scored"]], atol=1e-5, rtol=0)
     assert logits.shape == (len(batch["targets"]), VOCABULARY)
 
@@ -194,12 +194,12 @@ def test_gradients_flow_through_the_last_chunks():
 
         ids, cache = batch["write_ids"][row : row + 1, :length], MemoryCache(model)
         with torch.no_grad():
-            model(ids[:, : length - 6], past_key_values=cache)
-        model(ids[:, length - 6 :], past_key_values=cache)
+            model(ids[:, : length - 6], cache=cache)
+        model(ids[:, length - 6 :], cache=cache)
         mine = batch["rows"] == row
         reading = MemoryCache(model, cache.memory.fork(int(mine.sum())), write=False)
         mask = batch["read_mask"][mine]
-        logits = model(batch["read_ids"][mine], attention_mask=mask, past_key_values=reading).logits
+        logits = model(batch["read_ids"][mine], attention_mask=mask, cache=reading).logits
         chosen = positions(batch["labels"][mine])
         flat = logits.flatten(0, 1)[chosen["scored"]]
         losses.append(nn.functional.cross_entropy(flat, chosen["targets"], reduction="sum"))

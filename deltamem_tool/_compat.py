@@ -1,0 +1,250 @@
+"""Every name of another library that may move without notice: private ones, and those that differ between versions.
+
+The rest of the package imports them from here, so that a release which renames something changes this file alone.
+Nothing heavy is imported before a name is asked for.
+
+* `BORROWED` is a table of names that are used as they are: `from deltamem_tool._compat import FakeTensor`.
+* The functions below it are for what has to be asked, set or renamed.
+
+Supported: transformers 5.23 and 5.24, torch 2.11 to 2.13, ONNX Runtime 1.31, huggingface_hub 2.4 (the bounds in
+`pyproject.toml`). `tests/test_compat.py` has a test for every entry, and fails if one of these names is used elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from deltamem_tool.errors import MemoryStateError
+
+# Names used as they are
+
+
+class Name(NamedTuple):
+    """Where a borrowed name lives, why it is needed, and when it can go."""
+
+    module: str
+    why: str
+    until: str
+
+
+_NO_PUBLIC = "its library offers the same under a public name"
+_EXPORTERS = "transformers.exporters is no longer marked as experimental"
+_PYTREE = "torch.utils.pytree, which is documented, is in the lowest torch that we support"
+_LAYER = "transformers documents the layers of a cache; the classes have been renamed in minor versions"
+_LOADING = "transformers tells how a checkpoint's weights are named without loading them"
+
+BORROWED: dict[str, Name] = {
+    # torch
+    "scan": Name("torch._higher_order_ops.scan", "the loop that torch's exporter turns into an ONNX Scan", _NO_PUBLIC),
+    "FakeTensor": Name("torch._subclasses.fake_tensor", "tells tensors without numbers from others", _NO_PUBLIC),
+    "FakeTensorMode": Name("torch._subclasses.fake_tensor", "runs a training step without numbers", _NO_PUBLIC),
+    "TorchDispatchMode": Name("torch.utils._python_dispatch", "counts what every operation allocates", _NO_PUBLIC),
+    "tree_leaves": Name("torch.utils._pytree", "the tensors in an operation's result", _PYTREE),
+    "tree_map_only": Name("torch.utils._pytree", "copies the tensors of a cache layer", _PYTREE),
+    # transformers: layers of a cache
+    "DummyLayer": Name("transformers.cache_utils", "a layer that keeps nothing", _LAYER),
+    "DynamicIndexedLayer": Name("transformers.cache_utils", "a layer that keeps an indexer's keys too", _LAYER),
+    "DynamicLayer": Name("transformers.cache_utils", "a layer whose keys and values grow", _LAYER),
+    "DynamicSlidingWindowLayer": Name("transformers.cache_utils", "one that keeps a window of them", _LAYER),
+    "LinearAttentionCacheLayerMixin": Name("transformers.cache_utils", "recurrent or convolutional states", _LAYER),
+    "StaticLayer": Name("transformers.cache_utils", "a layer of a fixed length", _LAYER),
+    "GradientCheckpointingLayer": Name("transformers.modeling_layers", "what a decoder layer is", _LAYER),
+    # transformers: checkpoints that are read without loading them
+    "get_model_conversion_mapping": Name("transformers.conversion_mapping", "older names of weights", _LOADING),
+    "WeightConverter": Name("transformers.core_model_loading", "weights that are put together on loading", _LOADING),
+    "WeightRenaming": Name("transformers.core_model_loading", "weights that are only renamed", _LOADING),
+    "rename_source_key": Name("transformers.core_model_loading", "applies both to a name on disk", _LOADING),
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": Name(
+        "transformers.models.auto.modeling_auto", "the model types that are language models", _NO_PUBLIC
+    ),
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": Name(
+        "transformers.models.auto.modeling_auto", "the model types that see pictures", _NO_PUBLIC
+    ),
+    "Conv1D": Name("transformers.pytorch_utils", "GPT-2's linear layer, whose weight is transposed", _NO_PUBLIC),
+    # transformers: the Trainer
+    "TRAINER_STATE_NAME": Name("transformers.trainer", "a file of a checkpoint", _NO_PUBLIC),
+    "PREFIX_CHECKPOINT_DIR": Name("transformers.trainer_utils", "how a checkpoint's folder begins", _NO_PUBLIC),
+    "SAFE_WEIGHTS_NAME": Name("transformers.utils", "a file of a checkpoint", _NO_PUBLIC),
+    "PrinterCallback": Name("transformers.trainer_callback", "prints every log; it is removed", _NO_PUBLIC),
+    "get_length_grouped_indices": Name("transformers.trainer_pt_utils", "batches of like length", _NO_PUBLIC),
+    "OptimizerNames": Name("transformers.training_args", "the optimizers that a recipe can name", _NO_PUBLIC),
+    "INTEGRATION_TO_CALLBACK": Name("transformers.integrations", "the loggers that a recipe can name", _NO_PUBLIC),
+    # transformers: export
+    "OnnxConfig": Name("transformers.exporters", "options of the exporter", _EXPORTERS),
+    "OnnxExporter": Name("transformers.exporters", "traces a model, fuses, and writes it", _EXPORTERS),
+    # onnxruntime
+    "NotImplemented": Name(
+        "onnxruntime.capi.onnxruntime_pybind11_state", "raised where a provider lacks an operator", _NO_PUBLIC
+    ),
+    # huggingface_hub, and the HTTP client whose errors it raises (httpx before 2.0)
+    "RepoFile": Name("huggingface_hub.hf_api", "a file in the listing of a repository", _NO_PUBLIC),
+    "SoftTemporaryDirectory": Name("huggingface_hub.utils", "the scratch folder of an upload", _NO_PUBLIC),
+    "git_hash": Name("huggingface_hub.utils.sha", "the Hub's digest of a small file", _NO_PUBLIC),
+    "sha_fileobj": Name("huggingface_hub.utils.sha", "the Hub's digest of a large file", _NO_PUBLIC),
+    "REGEX_COMMIT_OID": Name("huggingface_hub.constants", "what a commit's id looks like", _NO_PUBLIC),
+    "HTTPError": Name("httpx2", "what the Hub's client raises for a connection", "huggingface_hub has one of its own"),
+    "TimeoutException": Name("httpx2", "likewise, for one that took too long", "huggingface_hub has one of its own"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in BORROWED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(BORROWED[name].module), name)
+
+
+# The cache argument: `past_key_values` until transformers 5.23, `cache` from 5.24 on. Which of them a function takes is
+# read off its signature, since code that comes with a checkpoint may have kept the old name. Where both are given,
+# transformers drops the old one with a warning: a memory would be ignored. Can go with transformers 5.23.
+
+CACHE = "cache"
+CACHE_ARGUMENTS = (CACHE, "past_key_values", "cache_params")
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What `function` calls the cache: what its signature says, else what this transformers' `generate` does."""
+    parameters = inspect.signature(function).parameters
+    named = next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    return named or generation_cache_argument()
+
+
+def generation_cache_argument() -> str:
+    """What `generate` calls the cache among the arguments of a model."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Take the cache out of `kwargs`, under whichever name it was given; None if there is none.
+
+    Raises:
+        MemoryStateError: caches were given under two names.
+    """
+    given = {name: kwargs.pop(name) for name in CACHE_ARGUMENTS if name in kwargs}
+    caches = {name: cache for name, cache in given.items() if cache is not None}
+    if len(caches) > 1:
+        raise MemoryStateError(
+            f"Two caches were given: {' and '.join(f'{name}=' for name in caches)}.",
+            "They are two names of one argument, and only one of the two memories could be used.",
+            f"Pass {CACHE}= alone.",
+        )
+    return next(iter(caches.values()), None)
+
+
+# Private attributes
+
+
+def attention_implementation(config: Any) -> str:
+    """Which attention a model of `config` runs: "sdpa", "eager", … Can go when transformers has a public getter."""
+    return config._attn_implementation
+
+
+def commit_of_config(config: Any) -> str | None:
+    """The commit on the Hub that `config` was loaded from. Can go when transformers has a public name for it."""
+    return getattr(config, "_commit_hash", None)
+
+
+def stop_tokens(generation_config: Any) -> Any:
+    """The ids that end a row in the running `generate`, a tensor or None: what was given as an argument included. Can
+    go when `generate` tells a cache which rows have ended."""
+    return getattr(generation_config, "_eos_token_tensor", None)
+
+
+def changes_of(tensor: Any) -> int:
+    """How often a tensor has been written to in place. Can go when torch has a public counter."""
+    return tensor._version
+
+
+# The method of the Trainer that makes the sampler of a training set. Can go when the Trainer takes a sampler.
+TRAIN_SAMPLER = "_get_train_sampler"
+
+# The method in which `generate` makes the cache or takes the one it was given: (self, generation_config, model_kwargs,
+# generation_mode, batch_size, max_cache_length). Can go when transformers lets a model choose its cache's class.
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+def use_one_gpu(arguments: Any) -> None:
+    """Have the Trainer use the first GPU alone: DataParallel would copy an adapter, but not the base with its hooks.
+    Can go when transformers has an option for it."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+# Switches
+
+
+@contextmanager
+def _set(module: Any, name: str, value: Any) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+@contextmanager
+def without_packing_search() -> Iterator[None]:
+    """Without a mask and a cache transformers looks in the positions for several texts in one row, and where positions
+    have no values (on fake tensors) it makes masks for them. Can go when an option turns it off."""
+    from transformers import masking_utils
+
+    with _set(masking_utils, "find_packed_sequence_indices", lambda *_: None):
+        yield
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Tracing takes a tenth less time where it does not note each operation's place in the source, which is of no use
+    in a graph that leaves this machine. From torch 2.12 on; 2.11 notes them. Can go when torch does not by default."""
+    from torch.fx import config
+
+    option = "do_not_emit_stack_traces"
+    if not hasattr(config, option):
+        yield
+        return
+    with _set(config, option, True):
+        yield
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Without the exporters' progress lines (on stdout) and their notes on versions: the comparison that follows
+    decides. Can go when transformers' exporter has an option for it."""
+    from transformers.utils import logging as transformers_logging
+
+    torch_logger = logging.getLogger("torch.onnx")
+    level, verbosity = torch_logger.level, transformers_logging.get_verbosity()
+    torch_logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def peft_model(model: Any, config: Any) -> Any:
+    """`peft.get_peft_model`, which changes `model` in place. PEFT 0.21 asks a model of transformers 5 for a property by
+    its old name; can go with it.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the config does not fit the model.
+    """
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)

@@ -1,0 +1,408 @@
+"""What is borrowed from other libraries: it is there, it does what we need it for, and nothing else borrows."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import io
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator
+from inspect import isfunction
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import deltamem_tool
+from deltamem_tool import _compat
+from deltamem_tool._compat import BORROWED
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path for folder in ("deltamem_tool", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py")
+)
+LIBRARIES = ("transformers", "torch", "onnxscript", "onnxruntime", "huggingface_hub", "httpx2")
+# Documented, and there in every version that the bounds admit.
+PUBLIC = {
+    "huggingface_hub",
+    "huggingface_hub.errors",
+    "huggingface_hub.utils",
+    "onnxruntime",
+    "torch",
+    "torch.autograd.function",
+    "torch.export",
+    "torch.nn",
+    "torch.nn.functional",
+    "torch.profiler",
+    "torch.utils.checkpoint",
+    "torch.utils.data",
+    "torch.utils.hooks",
+    "torch.utils.tensorboard",
+    "transformers",
+    "transformers.integrations",
+    "transformers.utils",
+}
+# Methods that lm-evaluation-harness documents as those which a model class overrides.
+HARNESS_METHODS = {"_loglikelihood_tokens", "_model_generate"}
+NEED_EXTRAS = {"deltamem_tool.evaluation.harness_model"}
+HAS_EXTRAS = importlib.util.find_spec("lm_eval") is not None
+PRIVATE = re.compile(r"_[a-z]\w*")
+
+
+# What each name is for
+
+
+def _counts_as_a_loop() -> bool:
+    total, sums = _compat.scan(lambda carry, x: (carry + x, carry + x), torch.zeros(2), torch.ones(3, 2))
+    return torch.equal(total, torch.full((2,), 3.0)) and torch.equal(sums[:, 0], torch.tensor([1.0, 2.0, 3.0]))
+
+
+def _has_no_numbers() -> bool:
+    with _compat.FakeTensorMode():
+        tensor = torch.zeros(2, 3) @ torch.zeros(3, 4)
+    return isinstance(tensor, _compat.FakeTensor) and tensor.shape == (2, 4)
+
+
+def _sees_operations() -> bool:
+    seen = []
+
+    class Mode(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.zeros(2).add(1)
+    return len(seen) >= 2
+
+
+def _grows(layer) -> bool:
+    for _ in range(2):
+        keys, values = layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    return keys.shape == values.shape == layer.keys.shape == (1, 2, 6, 4)
+
+
+def _is_a_layer_class(name: str) -> bool:
+    from transformers import DynamicCache
+
+    return isinstance(getattr(_compat, name), type) and getattr(_compat, name).__module__ == DynamicCache.__module__
+
+
+def _renames() -> bool:
+    renamed, converted = _compat.rename_source_key("model.norm.weight", [], [], "model", {"model.norm.weight": None})
+    return renamed == "model.norm.weight" and converted is None
+
+
+def _blob_digest() -> bool:  # of an empty blob, as git has it
+    return _compat.git_hash(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+def _file_digest() -> bool:
+    return _compat.sha_fileobj(io.BytesIO(b"")).hex().startswith("e3b0c44298fc1c14")
+
+
+def _by_length() -> bool:
+    return sorted(_compat.get_length_grouped_indices([5, 1, 4, 2], 2)) == [0, 1, 2, 3]
+
+
+def _scratch() -> bool:
+    with _compat.SoftTemporaryDirectory() as folder:
+        here = Path(folder).is_dir()
+    return here and not Path(folder).exists()
+
+
+def _qwen3_is_listed(name: str, model_type: str) -> bool:
+    return model_type in getattr(_compat, name)
+
+
+def _exports() -> bool:
+    return callable(_compat.OnnxExporter().export) and callable(_compat.OnnxExporter.save_program)
+
+
+FACTS: dict[str, Callable[[], bool]] = {
+    "scan": _counts_as_a_loop,
+    "FakeTensor": _has_no_numbers,
+    "FakeTensorMode": _has_no_numbers,
+    "TorchDispatchMode": _sees_operations,
+    "tree_leaves": lambda: _compat.tree_leaves({"a": [1, (2,)]}) == [1, 2],
+    "tree_map_only": lambda: _compat.tree_map_only(int, lambda n: n + 1, {"a": [1, "b"]}) == {"a": [2, "b"]},
+    "DummyLayer": lambda: _is_a_layer_class("DummyLayer"),
+    "DynamicIndexedLayer": lambda: issubclass(_compat.DynamicIndexedLayer, _compat.DynamicLayer),
+    "DynamicLayer": lambda: _grows(_compat.DynamicLayer()),
+    "DynamicSlidingWindowLayer": lambda: issubclass(_compat.DynamicSlidingWindowLayer, _compat.DynamicLayer),
+    "LinearAttentionCacheLayerMixin": lambda: _is_a_layer_class("LinearAttentionCacheLayerMixin"),
+    "StaticLayer": lambda: _compat.StaticLayer(max_cache_len=5).max_cache_len == 5,
+    "GradientCheckpointingLayer": lambda: issubclass(_compat.GradientCheckpointingLayer, nn.Module),
+    "get_model_conversion_mapping": lambda: callable(_compat.get_model_conversion_mapping),
+    "WeightConverter": lambda: not issubclass(_compat.WeightConverter, _compat.WeightRenaming),
+    "WeightRenaming": lambda: not issubclass(_compat.WeightRenaming, _compat.WeightConverter),
+    "rename_source_key": _renames,
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": lambda: _qwen3_is_listed("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "qwen3"),
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": lambda: _qwen3_is_listed(
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "qwen2_vl"
+    ),
+    "Conv1D": lambda: _compat.Conv1D(6, 2).weight.shape == (2, 6),  # [in, out]
+    "TRAINER_STATE_NAME": lambda: _compat.TRAINER_STATE_NAME == "trainer_state.json",
+    "PREFIX_CHECKPOINT_DIR": lambda: _compat.PREFIX_CHECKPOINT_DIR == "checkpoint",
+    "SAFE_WEIGHTS_NAME": lambda: _compat.SAFE_WEIGHTS_NAME == "model.safetensors",
+    "PrinterCallback": lambda: hasattr(_compat.PrinterCallback, "on_log"),
+    "get_length_grouped_indices": _by_length,
+    "OptimizerNames": lambda: "adamw_torch" in [name.value for name in _compat.OptimizerNames],
+    "INTEGRATION_TO_CALLBACK": lambda: "tensorboard" in _compat.INTEGRATION_TO_CALLBACK,
+    "OnnxConfig": lambda: _compat.OnnxConfig(opset_version=20).opset_version == 20,
+    "OnnxExporter": _exports,
+    "NotImplemented": lambda: issubclass(_compat.NotImplemented, Exception),
+    "RepoFile": lambda: isinstance(_compat.RepoFile, type),
+    "SoftTemporaryDirectory": _scratch,
+    "git_hash": _blob_digest,
+    "sha_fileobj": _file_digest,
+    "REGEX_COMMIT_OID": lambda: bool(_compat.REGEX_COMMIT_OID.fullmatch("0" * 40)),
+    "HTTPError": lambda: issubclass(_compat.TimeoutException, _compat.HTTPError),
+    "TimeoutException": lambda: issubclass(_compat.TimeoutException, Exception),
+}
+
+
+def test_every_borrowed_name_has_a_fact():
+    assert FACTS.keys() == BORROWED.keys()
+
+
+@pytest.mark.parametrize("name", BORROWED)
+def test_a_borrowed_name_does_what_it_is_for(name):
+    assert FACTS[name]()
+    assert BORROWED[name].why and BORROWED[name].until
+
+
+@pytest.mark.parametrize("name", BORROWED)
+def test_a_borrowed_name_is_used(name):
+    word = re.compile(rf"\b{name}\b")
+    assert any(word.search(path.read_text()) for path in SOURCES if path.name != "_compat.py")
+
+
+def test_other_names_are_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'Cache'"):
+        _compat.Cache  # noqa: B018
+
+
+# The functions
+
+
+def test_attention_implementation():
+    from tiny import tiny_model
+
+    assert _compat.attention_implementation(tiny_model(attention="eager").config) == "eager"
+
+
+def test_commit_of_config():
+    from tiny import tiny_config
+
+    config = tiny_config()
+    assert _compat.commit_of_config(config) is None
+    config._commit_hash = "0" * 40  # as `from_pretrained` sets it
+    assert _compat.commit_of_config(config) == "0" * 40
+
+
+def test_stop_tokens_are_those_that_generate_was_given():
+    from tiny import tiny_model
+
+    model, seen = tiny_model(), []
+    own = getattr(model, _compat.PREPARE_CACHE)
+
+    def prepare(config, *args):
+        seen.append(_compat.stop_tokens(config).tolist())
+        return own(config, *args)
+
+    setattr(model, _compat.PREPARE_CACHE, prepare)
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=1, eos_token_id=[7, 8])
+    assert seen == [[7, 8]]
+
+
+def test_one_gpu(tmp_path):
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 3  # as on a machine with three
+    assert arguments.n_gpu == 3
+    _compat.use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+
+
+def test_changes_of():
+    tensor = torch.zeros(2)
+    before = _compat.changes_of(tensor)
+    tensor.add_(1)
+    assert _compat.changes_of(tensor) > before
+
+
+def test_without_packing_search():
+    from transformers import masking_utils
+
+    own = masking_utils.find_packed_sequence_indices
+    with _compat.without_packing_search():
+        assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0]])) is None
+    assert masking_utils.find_packed_sequence_indices is own
+    assert own(torch.tensor([[0, 1, 0]])) is not None
+
+
+def test_without_stack_traces():
+    from torch.fx import config
+
+    with _compat.without_stack_traces():
+        assert getattr(config, "do_not_emit_stack_traces", True)
+    assert not getattr(config, "do_not_emit_stack_traces", False)
+
+
+def test_quiet_exporters(capsys, caplog):
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    with _compat.quiet_exporters():
+        print("[torch.onnx] Run decompositions")
+        warnings.warn("experimental", UserWarning, stacklevel=1)
+        logging.getLogger("torch.onnx").warning("untested version")
+    assert capsys.readouterr().out == "" and not caplog.records
+    assert transformers_logging.get_verbosity() == before
+
+
+def test_peft_model(recwarn):
+    peft = pytest.importorskip("peft")
+    from tiny import tiny_model
+
+    model = _compat.peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert isinstance(model, peft.PeftModel)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_nothing_heavy_is_imported():
+    import subprocess
+
+    code = "import sys, deltamem_tool._compat; print(*{'torch', 'transformers', 'onnxruntime'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+# Nobody else borrows
+
+
+def borrowed_in(source: str) -> list[str]:
+    """What a file takes from `LIBRARIES` that is private or can move, as `line: name`."""
+    tree = ast.parse(source)
+    return sorted({f"{line}: {name}" for line, name in (*_imports(tree), *_arguments(tree), *_attributes(tree))})
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in names:
+            if module.partition(".")[0] in LIBRARIES and (
+                module not in PUBLIC or name in BORROWED or (name or "").startswith("_")
+            ):
+                yield node.lineno, f"{module}.{name}" if name else module
+
+
+def _arguments(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Calls that name the cache as only some versions do."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg in ("past_key_values", "cache_params"):
+                    yield node.lineno, keyword.arg
+
+
+def _attributes(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Private attributes, also by `getattr` and its kin, that the package has not defined itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+            inherited = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        ):
+            constant = node.args[1] if len(node.args) > 1 else None
+            name, inherited = getattr(constant, "value", None), False
+        else:
+            continue
+        if not isinstance(name, str) or not PRIVATE.fullmatch(name):
+            continue
+        if name in HARNESS_METHODS or (name in OWN and not inherited):
+            continue
+        yield node.lineno, name
+
+
+def _defined() -> set[str]:
+    """Private names that the package's own classes and modules define."""
+    names = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    names.add(node.attr)
+    return {name for name in names if PRIVATE.fullmatch(name)} | {"_exit", "_replace"}  # of os, of named tuples
+
+
+OWN = _defined()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.name != "_compat.py"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_nothing_is_borrowed_elsewhere(path):
+    assert borrowed_in(path.read_text()) == []
+
+
+def test_no_private_method_is_overridden():
+    found = []
+    for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
+        if module.name.endswith("__main__") or (module.name in NEED_EXTRAS and not HAS_EXTRAS):
+            continue
+        for kind in vars(importlib.import_module(module.name)).values():
+            if not isinstance(kind, type) or kind.__module__ != module.name:
+                continue
+            foreign = [base for base in kind.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
+            private = [name for name, value in vars(kind).items() if PRIVATE.fullmatch(name) and isfunction(value)]
+            found += [f"{kind.__qualname__}.{name}" for name in private if any(name in vars(base) for base in foreign)]
+    assert found == []
+
+
+def test_the_names_of_methods_are_right():
+    from transformers import GenerationMixin, Trainer
+
+    assert callable(getattr(GenerationMixin, _compat.PREPARE_CACHE))
+    assert callable(getattr(Trainer, _compat.TRAIN_SAMPLER))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._higher_order_ops.scan import scan",
+        "import torch._dynamo",
+        "from transformers.cache_utils import DynamicLayer",
+        "from transformers import _LazyModule",
+        "from onnxruntime.capi.onnxruntime_pybind11_state import Fail",
+        "from huggingface_hub.utils import SoftTemporaryDirectory",
+        "model(ids, past_key_values=cache)",
+        "config._attn_implementation",
+        "getattr(config, '_commit_hash', None)",
+        "super()._apply(fn)",
+    ],
+)
+def test_the_test_sees_what_is_borrowed(line):
+    assert borrowed_in(line)
