@@ -238,6 +238,7 @@ LAYOUTS = (
     _own("q_proj", "k_proj", "v_proj", "dense"),  # Phi
     _own("q_proj", "k_proj", "v_proj", "Wo"),  # ModernBERT's decoder
     _own("Wq", "Wk", "Wv", "dense"),  # CTRL
+    _own("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),  # Inkling 2
     _own("self.query", "self.key", "self.value", "output.dense", types=frozenset({"git"})),
     _own("self.query", "self.key", "self.value", "output.dense", only_decoders=True),  # BERT and its kin
     # Keys and values that are not a layer's own.
@@ -260,15 +261,18 @@ _SCAN = "no part of it is softmax attention: it keeps a recurrent state of its o
 _NO_CACHE = "it takes no cache, so that nothing carries a memory from call to call"
 _OWN_CACHE = "it keeps its past in a cache of its own kind, which has no place for a memory"
 _BOTH_WAYS = "its tokens see later ones"
+_LOOPS = "it runs attention layers several times for a token"
 
 # Models of AutoModelForCausalLM that take no memory, and why.
 UNSUPPORTED = {
     "blt": "it attends to patches of bytes, cut anew in every call",
     "cpmant": _BOTH_WAYS,
+    "dory": _LOOPS,
     "falcon_mamba": _SCAN,
     "gemma4_assistant": "it reads the keys of another model",
     "gemma4_unified_assistant": "it reads the keys of another model",
-    "hrm_text": "it runs every attention layer several times for a token",
+    "hrm_text": _LOOPS,
+    "inkling2_loop_text": _LOOPS,
     "jetmoe": "it routes queries to experts, and has no projection of its own for them",
     "mamba": _SCAN,
     "mamba2": _SCAN,

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from architectures.exported import EXPORTED
 from architectures.tiny_configs import UNBUILT, tiny_config
+from deltamem_tool._compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from deltamem_tool.architectures import AttentionLayer, attention_layers
 from deltamem_tool.config import BRANCHES
 from deltamem_tool.errors import ArchitectureError

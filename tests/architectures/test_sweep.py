@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from tiny import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import deltamem_tool as deltamem
 from architectures.tiny_configs import TEXT_IDS, UNBUILT, layers_are_alike, tiny_config, with_depth
 from deltamem_tool import DeltaMemConfig, MemoryCache
+from deltamem_tool._compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from deltamem_tool.architectures import attention_layers
 from deltamem_tool.config import BRANCHES
 from deltamem_tool.layouts import UNSUPPORTED

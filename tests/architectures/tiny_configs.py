@@ -45,7 +45,9 @@ SMALL: dict[str, Any] = {
     **_each("decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size d_ff d_inner dff dim_ff feed_forward_size", 48),
     **_each("intermediate_size_mlp shared_experts_intermediate_size moe_shared_expert_intermediate_size", 48),
     **_each("dense_intermediate_size expert_ffn_hidden_size mlp_dim", 48),
-    **_each("vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size", VOCABULARY),
+    **_each(
+        "vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size", VOCABULARY
+    ),
     **_each("max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length", POSITIONS),
     **_each("max_target_positions max_source_positions", POSITIONS),
     **_each("num_experts num_local_experts n_routed_experts moe_num_experts", 4),

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from architectures import support_table
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from packaging.version import Version
 
-from deltamem_tool.support import supported_types, types_named
+from deltamem_tool._compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from deltamem_tool.support import supported_types, transformers_version, types_named
 
 KEYS = ["model_type", "supported", "branches", "export", "reason"]
 
@@ -22,9 +24,18 @@ def printed(deltamem, *arguments) -> list[dict]:
     return json.loads(done.out)
 
 
+def is_older() -> bool:
+    """Whether the installed transformers is an older one than the one whose types the table lists."""
+    return Version(transformers.__version__) < Version(transformers_version())
+
+
 def test_every_type_is_listed(deltamem):
     rows = printed(deltamem)
-    assert [row["model_type"] for row in rows] == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = [row["model_type"] for row in rows]
+    assert names == sorted(names)
+    missing = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(names)
+    newer = set(names) - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert not missing and (not newer or is_older()), f"stale: run {support_table.COMMAND}"
     for row in rows:
         assert list(row) == KEYS
         assert set(row["branches"]) <= set("qkvo") and bool(row["branches"]) == row["supported"]
@@ -33,7 +44,10 @@ def test_every_type_is_listed(deltamem):
 
 
 def test_the_table_is_what_the_models_show():
-    assert supported_types() == support_table.generate(), f"stale: run {support_table.COMMAND}"
+    """Of the types that the installed transformers knows, where it is an older one than the table's."""
+    known = [row for row in supported_types() if row.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    assert known == support_table.generate(), f"stale: run {support_table.COMMAND}"
+    assert known == supported_types() or is_older()
 
 
 def test_the_docs_have_the_same_table():
