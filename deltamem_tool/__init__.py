@@ -18,6 +18,7 @@ _HOME = {
     "load": "adapter",
     "save_adapter": "adapter",
 }
+_LIGHT = ("config", "errors")  # modules that need nothing which could be of a wrong version
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def __getattr__(name: str):
     from importlib import import_module
 
     if name in _HOME:
+        if _HOME[name] not in _LIGHT:
+            from deltamem_tool.installation import check_installation
+
+            check_installation("torch", "transformers")
         return getattr(import_module(f"deltamem_tool.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

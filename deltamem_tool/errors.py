@@ -7,7 +7,8 @@
     ├── MemoryStateError    a memory that is damaged, or does not fit the adapter, the batch or the layers
     ├── DataError           training or evaluation data that cannot be read
     ├── ExportError         an ONNX folder that is damaged, or a graph that does not compute what PyTorch computes
-    └── HubError            a repository of the Hub that cannot be read or written
+    ├── HubError            a repository of the Hub that cannot be read or written
+    └── InstallationError   a package that is missing, broken, or of a version that deltamem does not work with
 
 Each carries what failed, why, and what to do next; the command line prints those three and nothing else.
 """
@@ -54,6 +55,10 @@ class ExportError(DeltaMemError):
 
 
 class HubError(DeltaMemError):
+    pass
+
+
+class InstallationError(DeltaMemError, ImportError):
     pass
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -29,6 +31,16 @@ COMMANDS = (
     "pull",
 )
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
+# What each command needs of the installation; those that are not named need all of it. `chat` finds out for itself.
+_NEEDS: dict[str, tuple[str, ...] | None] = {
+    "architectures": None,
+    "chat": None,
+    "compare": None,
+    "inspect": None,
+    "pull": ("huggingface-hub",),
+    "push": ("huggingface-hub",),
+    "run": ("onnxruntime",),
+}
 
 
 class _Commands(click.Group):
@@ -40,7 +52,26 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
+        return _command(name)
+
+
+@functools.cache
+def _command(name: str) -> click.Command:
+    """The command, which looks at the installation before it does anything; `--help` does not."""
+    command = importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
+    needs, run = _NEEDS.get(name, ()), command.callback
+    if needs is None:
+        return command
+
+    @functools.wraps(run)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        from deltamem_tool.installation import check_installation
+
+        check_installation(*needs)
+        return run(*args, **kwargs)
+
+    command.callback = checked
+    return command
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

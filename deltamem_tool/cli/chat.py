@@ -12,6 +12,7 @@ import click
 from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.errors import DataError
 from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.installation import check_installation
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.folder import is_onnx
 
@@ -97,12 +98,14 @@ def _refuse_options(
 
 
 def _onnx_engine(folder: str, provider: str | None) -> Engine:
+    check_installation("onnxruntime")
     from deltamem_tool.onnx.runtime import OnnxModel
 
     return OnnxModel(folder, provider or "cpu")
 
 
 def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
+    check_installation()
     import torch
 
     from deltamem_tool.adapter import load, tokenizer_of

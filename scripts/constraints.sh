@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Write the sets of versions that are tested: the newest that the bounds of pyproject.toml admit, and the lowest.
+# For every Python and system at once; uv is fetched into an environment of its own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+python3 -m venv "$environment"
+"$environment/bin/pip" install --quiet uv
+
+write() { # FILE RESOLUTION
+    "$environment/bin/uv" pip compile pyproject.toml --output-file "$1" --resolution "$2" --all-extras --upgrade --quiet \
+        --universal --python-version 3.11 --no-annotate --custom-compile-command "make constraints"
+}
+write constraints.txt highest
+write constraints-lowest.txt lowest-direct
