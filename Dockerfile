@@ -18,12 +18,13 @@ FROM base AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv $VIRTUAL_ENV
 COPY --from=requirements /requirements.txt /
+COPY constraints.txt /
 # Where to take PyTorch from, and PyTorch alone. Its default build has CUDA, its libraries come as packages.
 ARG TORCH_INDEX=
 RUN if [ -n "$TORCH_INDEX" ]; then \
-      pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch[<>=]' /requirements.txt)"; \
+      pip install --no-deps --constraint /constraints.txt --index-url "$TORCH_INDEX" "$(grep '^torch[<>=]' /requirements.txt)"; \
     fi
-RUN pip install --requirement /requirements.txt
+RUN pip install --constraint /constraints.txt --requirement /requirements.txt
 
 FROM dependencies AS package
 WORKDIR /src

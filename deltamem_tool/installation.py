@@ -38,7 +38,7 @@ def check_installation(*names: str) -> None:
         InstallationError: a package is missing, its version is outside the bounds, PyTorch cannot be imported, or
             several distributions of ONNX Runtime are installed over each other.
     """
-    required = {canonicalize_name(requirement.name): requirement for requirement in _required()}
+    required: dict[str, Requirement] = {canonicalize_name(requirement.name): requirement for requirement in _required()}
     used = {
         name: requirement
         for name, requirement in required.items()

@@ -29,6 +29,14 @@ def progress() -> Iterator[Progress]:
         yield bar
 
 
+def in_words(seconds: float) -> str:
+    """`about 4 minutes`"""
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.{int(seconds < 10 * size and size == 3600)}f} {unit}"
+    return f"about {max(2.0, seconds):.0f} seconds"
+
+
 def quiet_libraries() -> None:
     """No warnings of libraries' own, and no bars: transformers' switch is also the Hub's."""
     from transformers.utils import logging as transformers_logging

@@ -15,8 +15,12 @@ def command(out, fast, overwrite, as_json) -> None:
 
     About 5 minutes on 2 CPU cores; with --fast about one.
     """
-    from deltamem_tool.cli.console import progress
+    from deltamem_tool.cli.console import STDERR, progress
+    from deltamem_tool.files import refuse_existing
 
+    refuse_existing(out, overwrite)
+    how_long = "about one minute" if fast else "about 5 minutes, most of them training"
+    STDERR.print(f"On 2 CPU cores this takes {how_long}.", highlight=False)
     with progress() as bar:
         bar_of: dict = {}
 

@@ -41,7 +41,7 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
         _dry_run(recipe, chosen, as_json)
         return
 
-    from deltamem_tool.cli.console import progress
+    from deltamem_tool.cli.console import in_words, progress
     from deltamem_tool.training import train
 
     with progress() as bar:
@@ -53,7 +53,10 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
         def encoding(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of, note="episodes encoded")
 
-        result = train(chosen, resume, overwrite, report, encoding)
+        def expecting(steps: int, seconds: float) -> None:
+            bar.console.print(f"{steps:,} steps of {chosen.training.batch_size} episodes: {in_words(seconds)}.")
+
+        result = train(chosen, resume, overwrite, report, encoding, expecting)
     if not result.is_main:
         return
     if as_json:

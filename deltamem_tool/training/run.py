@@ -32,9 +32,10 @@ from deltamem_tool.training.engine import (
     SourcedCollator,
     steps_of,
 )
+from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.lora import LoraStepModel, with_lora
 from deltamem_tool.training.objective import EpisodeModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.versions import versions
 
@@ -72,6 +73,7 @@ def train(
     overwrite: bool = False,
     report: Report | None = None,
     encoding: Callable[[int, int], None] | None = None,
+    expecting: Callable[[int, float], None] | None = None,
 ) -> TrainingResult:
     """Run a recipe and write its adapter folder.
 
@@ -81,6 +83,8 @@ def train(
 
     Args:
         report: follows the steps; `encoding` the episodes that are encoded before, (done, of how many).
+        expecting: called before the first step with the number of steps to come and about how many seconds they will
+            take, which costs two steps.
 
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
@@ -104,6 +108,11 @@ def train(
     trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
         cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
+    to_come = data.steps - (0 if checkpoint is None else step_of(checkpoint))
+    if expecting is not None and state.is_main_process and to_come > 0:
+        options = recipe.training
+        seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
+        expecting(to_come, to_come * options.gradient_accumulation * seconds)
     state.wait_for_everyone()
     with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
         state.wait_for_everyone()

@@ -48,10 +48,15 @@ def checkpoints(run: Path) -> list[Path]:
     found = []
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            found.append((json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"], folder))
+            found.append((step_of(folder), folder))
         except (OSError, ValueError, KeyError):
             continue
     return [folder for _, folder in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many steps it was written."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
 
 
 def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:

@@ -1,0 +1,35 @@
+# What people do in this repository. `make` lists it.
+PYTHON ?= python
+
+.PHONY: help
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+.PHONY: setup
+setup: ## install the tested versions and this tree into the environment that is active
+	$(PYTHON) -m pip install -c constraints.txt -e '.[test]'
+
+.PHONY: lint
+lint: ## style and format
+	ruff check
+	ruff format --check
+
+.PHONY: types
+types: ## mypy
+	mypy
+
+.PHONY: test
+test: ## all tests
+	$(PYTHON) -m pytest -n 2
+
+.PHONY: smoke
+smoke: ## the way of every user, once: what has to work with any versions that the bounds admit
+	scripts/smoke.sh
+
+.PHONY: constraints
+constraints: ## write the sets of versions that are tested, within the bounds of pyproject.toml
+	scripts/constraints.sh
+
+.PHONY: compat
+compat: ## try the newest releases beyond the bounds, and print what passes
+	$(PYTHON) scripts/compat.py

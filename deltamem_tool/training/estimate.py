@@ -1,0 +1,48 @@
+"""How long a run will take, from a step that is thrown away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltamem_tool.data import EpisodeCollator
+
+ENOUGH = 2.0  # seconds: a step that takes less is measured again, without what is done once
+
+
+def step_seconds(
+    step: nn.Module, episodes: Sequence[Any], collator: EpisodeCollator, batch_size: int, device: torch.device
+) -> float:
+    """Seconds that forward and backward take for a batch from the middle of `episodes`. Weights, gradients and random
+    numbers stay as they are.
+
+    Args:
+        step: as the Trainer trains it, on `device`.
+        batch_size: episodes.
+    """
+    start = max(0, len(episodes) // 2 - batch_size // 2)
+    batch = collator([episodes[i] for i in range(start, min(start + batch_size, len(episodes)))])
+    batch = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seconds = _measured(step, batch, device)
+        if seconds < ENOUGH:
+            seconds = _measured(step, batch, device)
+    return seconds
+
+
+def _measured(step: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> float:
+    training = step.training
+    step.train()
+    began = time.monotonic()
+    step(**batch)["loss"].backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.monotonic() - began
+    step.train(training)
+    for weight in step.parameters():
+        weight.grad = None
+    return seconds

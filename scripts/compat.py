@@ -1,0 +1,121 @@
+"""Try the newest releases of what deltamem requires, whatever its upper bounds say; print what passes the smoke tests.
+
+    make compat
+
+Every package whose newest release is not the tested one (constraints.txt) goes alone into the tested set, and last all
+of them together. Each set is an environment in a temporary folder; nothing here is changed. It takes a few minutes and
+gigabytes, and a failure says nothing about this repository: the world has moved. Exit code 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "deltamem-tool"
+EXTRA = "train"  # PEFT and bitsandbytes are what a user of the library has beside it
+TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
+TOGETHER = "all of them"
+LINES = 12  # of a failure's output that are shown
+
+
+class Environment:
+    """A virtual environment with the tested set and the package in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.python = folder / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        self.install("-c", str(ROOT / "constraints.txt"), f"{ROOT}[{EXTRA}]", *TESTS)
+        self.tested = self.frozen()
+
+    def install(self, *arguments: str) -> str:
+        """What pip said, if it could not; "" if it could."""
+        command = [str(self.python), "-m", "pip", "install", "--quiet", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return "" if done.returncode == 0 else done.stderr
+
+    def frozen(self) -> dict[str, str]:
+        """Versions by name."""
+        command = [str(self.python), "-m", "pip", "list", "--format", "json"]
+        rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return {canonical(row["name"]): row["version"] for row in rows}
+
+    def restore(self) -> None:
+        """The tested set again."""
+        extra = self.frozen().keys() - self.tested.keys()
+        if extra:
+            subprocess.run([str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *extra], check=True)
+        pins = [f"{name}=={version}" for name, version in self.tested.items() if name != PACKAGE]
+        self.install("--no-deps", *pins)
+
+    def smoke(self) -> str:
+        """The last lines of the smoke tests, if they failed; "" if they passed."""
+        path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "DELTAMEM_IGNORE_BOUNDS": "1"}
+        done = subprocess.run([ROOT / "scripts" / "smoke.sh"], env=env, capture_output=True, text=True)
+        return "" if done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-LINES:])
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required() -> list[str]:
+    """What the package requires on this machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"][EXTRA]]
+    requirements = map(Requirement, lines)
+    return [canonical(each.name) for each in requirements if each.marker is None or each.marker.evaluate()]
+
+
+def newest(environment: Environment, names: Sequence[str]) -> dict[str, str]:
+    """The newest release of each that pip finds for this machine."""
+    command = [str(environment.python), "-m", "pip", "list", "--outdated", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {canonical(row["name"]): row["latest_version"] for row in json.loads(done.stdout)}
+    return {name: found.get(name, environment.tested[name]) for name in names}
+
+
+def main() -> None:
+    console, failures = Console(), {}
+    table = Table("package", "tested", "newest", "passed", title="deltamem with the newest releases")
+    with tempfile.TemporaryDirectory() as folder, console.status("Installing the tested set") as status:
+        environment = Environment(Path(folder) / "environment")
+        names = required()
+        latest = newest(environment, names)
+        changed = [name for name in names if latest[name] != environment.tested[name]]
+        passed = {}
+        together = [TOGETHER] if len(changed) > 1 else []
+        for name in [*changed, *together]:
+            picked = changed if name == TOGETHER else [name]
+            status.update(f"Trying {name}")
+            failures[name] = environment.install(*(f"{each}=={latest[each]}" for each in picked)) or environment.smoke()
+            passed[name] = "no" if failures[name] else "yes"
+            environment.restore()
+    for name in names:
+        table.add_row(name, environment.tested[name], latest[name], passed.get(name, "is the tested one"))
+    if TOGETHER in passed:
+        table.add_section()
+        table.add_row(TOGETHER, "", "", passed[TOGETHER])
+    console.print(table)
+    for name, why in failures.items():
+        if why:
+            console.print(f"\n{name}:", style="bold")
+            console.print(why, markup=False, highlight=False)
+    sys.exit(any(failures.values()))
+
+
+if __name__ == "__main__":
+    main()
