@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from tiny import randomise
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -165,6 +167,7 @@ CASES = [
     Case("ctrl"),
     Case("git"),
     Case("bert"),
+    Case("inkling2_text"),
     # keys and values that no correction could reach by itself
     Case("deepseek_v2", branches="qo"),
     Case("deepseek_v3", branches="qo"),
@@ -288,7 +291,10 @@ def test_every_row_has_a_case():
         module = case.layer(model).module
         used.add(next(i for i, layout in enumerate(LAYOUTS) if layout.is_of(names) and layout.fits(module)))
         types |= {case.model_type}
-    assert used == set(range(len(LAYOUTS)))
+    unused = {LAYOUTS[i].linears for i in set(range(len(LAYOUTS))) - used}
+    # transformers 5.23 has Inkling 2 with four linear layers like the others.
+    newer = {("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear")}
+    assert unused == (newer if Version(transformers.__version__) < Version("5.24") else set())
     assert {name for layout in LAYOUTS for name in layout.types} <= types
 
 
