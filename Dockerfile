@@ -1,4 +1,4 @@
-# How to build and use it: docs/docker.md. tests/test_dockerfile.py runs these very steps in a clean root.
+# How to build and use it: docs/docker.md. tests/docs/test_dockerfile.py runs these very steps in a clean root.
 
 # The minor version that PyTorch has wheels for and Debian bookworm itself has, so that a test needs no registry.
 FROM python:3.11-slim-bookworm AS base

@@ -10,9 +10,10 @@ setup: ## install the tested versions and this tree into the environment that is
 	$(PYTHON) -m pip install -c constraints.txt -e '.[test]'
 
 .PHONY: lint
-lint: ## style and format
+lint: ## style, format, and the order of the rooms
 	ruff check
 	ruff format --check
+	lint-imports
 
 .PHONY: types
 types: ## mypy
@@ -23,7 +24,7 @@ test: ## all tests
 	$(PYTHON) -m pytest -n 2
 
 .PHONY: smoke
-smoke: ## the way of every user, once: what has to work with any versions that the bounds admit
+smoke: ## what every user does, once: it has to work with any versions that the bounds admit
 	scripts/smoke.sh
 
 .PHONY: constraints

@@ -24,16 +24,17 @@ from capacity_plot import KEYS, draw_adapter, draw_comparison
 from capacity_replay import Prototypes, predict
 from scan import cpu_name
 
-from deltamem_tool.adapter import load, tokenizer_of
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.cli.console import progress
-from deltamem_tool.dialogues import UNKNOWN
+from deltamem_tool.data.dialogues import UNKNOWN
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.tasks.recall import CHANGED, OTHER_FACTS, SMALL_TALK, STATED, Recall
-from deltamem_tool.files import write_whole
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.memory.attach import adapter_of
 
 PROTOCOL = EvalProtocol.parse("memory")
 CONTROLS = ("donor_state", "zero_state")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.files import write_whole
+from deltamem_tool.io.atomic import write_whole
 
 MEASURED, OLD, LEFT = "#0b6e4f", "#c8553d", "#3d85c6"
 CONTROLS = {"donor_state": ("another's state", "#7b6db5", "^"), "zero_state": ("state zeroed", "#d9a404", "v")}

@@ -14,16 +14,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from deltamem_tool import dialogues
-from deltamem_tool.chat_template import render
 from deltamem_tool.config import L2_EPS
+from deltamem_tool.data import dialogues
 from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.replay import Writes, nearest, read, retained
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.evaluation.writing import memorise
-from deltamem_tool.segments import encode_chat, padded
-from deltamem_tool.state import MemoryCache, MemoryState
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.evaluation.write_pass import memorise
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.segments.encode import encode_chat, padded
+from deltamem_tool.segments.template import render
 
 TELLINGS = 2  # one-fact conversations whose readings make a prototype
 _ANSWER = re.compile(r"(Your (\w+) is) (\w+)\.")
@@ -167,7 +168,7 @@ def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
 @contextmanager
 def _scans() -> Iterator[list[Writes]]:
     """What every `delta_scan` of the block was given, layer by layer."""
-    from deltamem_tool import memory
+    from deltamem_tool.memory import layer as memory
 
     found: list[Writes] = []
     own = memory.delta_scan

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscri
 
 
 def attempt(model_type: str) -> dict:
-    from architectures.test_export_sweep import TOLERANCE, exported_difference
+    from base_model.test_export_sweep import TOLERANCE, exported_difference
 
     from deltamem_tool.errors import DeltaMemError
 
@@ -64,7 +64,7 @@ def in_a_process(model_type: str) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    from architectures.test_export_sweep import TOLERANCE
+    from base_model.test_export_sweep import TOLERANCE
 
     installed = [time.strftime("%Y-%m-%d")]
     for name in PACKAGES:
@@ -104,7 +104,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     import torch
-    from architectures.test_sweep import TEXT, VISION
+    from base_model.test_sweep import TEXT, VISION
 
     from deltamem_tool._compat import OnnxExporter  # noqa: F401  imported before the processes fork
 

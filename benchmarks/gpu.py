@@ -39,16 +39,16 @@ from transformers import PreTrainedModel
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
 from deltamem_tool._compat import OnnxExporter
-from deltamem_tool.model_call import CallOptions
+from deltamem_tool.memory.attach import hook
+from deltamem_tool.memory.forward import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export import TOLERANCE
-from deltamem_tool.onnx.fixed import open_graph
-from deltamem_tool.onnx.optimize import optimize
-from deltamem_tool.onnx.plain import PlainStep, without_memory
-from deltamem_tool.onnx.targets import TARGETS
-from deltamem_tool.onnx.trace import graph_of, interface_of, traced
-from deltamem_tool.surgery import hook
+from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
+from deltamem_tool.onnx.export.export import TOLERANCE
+from deltamem_tool.onnx.export.rewrites import optimize
+from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.export.trace import graph_of, interface_of, traced
+from deltamem_tool.onnx.runtime.static_graph import open_graph
 
 DECODED = 32  # tokens of one timed decode
 ROOM = 256  # tokens that go into the longest prompt's graph after it

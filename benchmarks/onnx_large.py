@@ -44,7 +44,7 @@ LOAD = """
 import json, sys, time
 import numpy as np
 from deltamem_tool.chat.conversation import Conversation
-from deltamem_tool.onnx.runtime import OnnxModel
+from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.chat.sampling import Sampling
 start = time.perf_counter()
 model = OnnxModel(sys.argv[1], map_weights=sys.argv[2] == "mapped")

@@ -36,10 +36,10 @@ from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.config import PRESETS
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.optimize import REWRITES, optimize
-from deltamem_tool.onnx.plain import PlainStep, without_memory
-from deltamem_tool.onnx.targets import TARGETS
-from deltamem_tool.onnx.trace import CallOptions, graph_of, interface_of, traced
+from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
+from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
+from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.export.trace import CallOptions, graph_of, interface_of, traced
 
 PLAIN = "plain"  # as transformers exports it
 TIDIED = "tidied"  # the same with the rewrites that are not about the memory

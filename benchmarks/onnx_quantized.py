@@ -24,23 +24,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool._compat import OnnxExporter
-from deltamem_tool.adapter import load, tokenizer_of
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.evaluation.agreement import answer_onnx
-from deltamem_tool.evaluation.statistics import estimate
+from deltamem_tool.evaluation.scoring.statistics import estimate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.model_call import CallOptions
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.forward import CallOptions
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.check import greedy_agreement, half_precision_errors, in_onnx_runtime, largest_difference
-from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.lean import lean_memories
-from deltamem_tool.onnx.optimize import JOIN_WEIGHTS, optimize
-from deltamem_tool.onnx.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.onnx.session import Graph
-from deltamem_tool.onnx.targets import INT4, INT8, TARGETS
-from deltamem_tool.onnx.trace import interface_of, traced
+from deltamem_tool.onnx.export.compare import (
+    greedy_agreement,
+    half_precision_errors,
+    in_onnx_runtime,
+    largest_difference,
+)
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize
+from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS
+from deltamem_tool.onnx.export.trace import interface_of, traced
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER
-from deltamem_tool.surgery import adapter_of
 
 PREFILL, PAST, DECODED = 512, 256, 32  # tokens
 KINDS = ("float32", "float16", INT8, INT4)

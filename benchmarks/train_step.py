@@ -38,10 +38,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.config import PRESETS
-from deltamem_tool.memory import INSIDE, LAST
-from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.recipe.load import LoraOptions
+from deltamem_tool.segments.tags import INSIDE, LAST
 from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.objective import EpisodeModel
+from deltamem_tool.training.step import EpisodeModel
 
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from deltamem_tool._version import __version__ as __version__
 
 _HOME = {
+    "Conversation": "chat.conversation",
     "DeltaMemConfig": "config",
     "DeltaMemError": "errors",
-    "MemoryCache": "state",
-    "MemoryState": "state",
-    "attach": "surgery",
-    "convert": "reference",
-    "detach": "surgery",
-    "encode_chat": "segments",
-    "load": "adapter",
-    "save_adapter": "adapter",
+    "MemoryCache": "memory.cache",
+    "MemoryState": "memory.state",
+    "OnnxModel": "onnx.runtime.engine",
+    "TorchModel": "chat.torch_engine",
+    "attach": "memory.attach",
+    "convert": "adapter.reference.convert",
+    "detach": "memory.attach",
+    "encode_chat": "segments.encode",
+    "evaluate": "evaluation.runner",
+    "export_onnx": "onnx.export.export",
+    "load": "adapter.load",
+    "pull": "hub.pull",
+    "push": "hub.push",
+    "save_adapter": "adapter.save",
+    "train": "training.run",
 }
-_LIGHT = ("config", "errors")  # modules that need nothing which could be of a wrong version
+# Modules that do without transformers.
+_LIGHT = ("chat.conversation", "config", "errors", "hub.pull", "hub.push", "onnx.runtime.engine")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from deltamem_tool.adapter import load as load
-    from deltamem_tool.adapter import save_adapter as save_adapter
+    from deltamem_tool.adapter.load import load as load
+    from deltamem_tool.adapter.reference.convert import convert as convert
+    from deltamem_tool.adapter.save import save_adapter as save_adapter
+    from deltamem_tool.chat.conversation import Conversation as Conversation
+    from deltamem_tool.chat.torch_engine import TorchModel as TorchModel
     from deltamem_tool.config import DeltaMemConfig as DeltaMemConfig
     from deltamem_tool.errors import DeltaMemError as DeltaMemError
-    from deltamem_tool.reference import convert as convert
-    from deltamem_tool.segments import encode_chat as encode_chat
-    from deltamem_tool.state import MemoryCache as MemoryCache
-    from deltamem_tool.state import MemoryState as MemoryState
-    from deltamem_tool.surgery import attach as attach
-    from deltamem_tool.surgery import detach as detach
+    from deltamem_tool.evaluation.runner import evaluate as evaluate
+    from deltamem_tool.hub.pull import pull as pull
+    from deltamem_tool.hub.push import push as push
+    from deltamem_tool.memory.attach import attach as attach
+    from deltamem_tool.memory.attach import detach as detach
+    from deltamem_tool.memory.cache import MemoryCache as MemoryCache
+    from deltamem_tool.memory.state import MemoryState as MemoryState
+    from deltamem_tool.onnx.export.export import export_onnx as export_onnx
+    from deltamem_tool.onnx.runtime.engine import OnnxModel as OnnxModel
+    from deltamem_tool.segments.encode import encode_chat as encode_chat
+    from deltamem_tool.training.run import train as train
 
 
 def __getattr__(name: str):
@@ -40,10 +57,11 @@ def __getattr__(name: str):
 
     if name in _HOME:
         if _HOME[name] not in _LIGHT:
-            from deltamem_tool.installation import check_installation
+            from deltamem_tool.io.installation import check_installation
 
             check_installation("torch", "transformers")
-        return getattr(import_module(f"deltamem_tool.{_HOME[name]}"), name)
+        globals()[name] = getattr(import_module(f"deltamem_tool.{_HOME[name]}"), name)  # the next time it is there
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

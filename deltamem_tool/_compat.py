@@ -6,8 +6,8 @@ Nothing heavy is imported before a name is asked for.
 * `BORROWED` is a table of names that are used as they are: `from deltamem_tool._compat import FakeTensor`.
 * The functions below it are for what has to be asked, set or renamed.
 
-Supported: transformers 5.23 and 5.24, torch 2.11 to 2.13, ONNX Runtime 1.31, huggingface_hub 2.4 (the bounds in
-`pyproject.toml`). `tests/test_compat.py` has a test for every entry, and fails if one of these names is used elsewhere.
+The versions that it is written for are the bounds of `pyproject.toml`. `tests/test_compat.py` has a test for every
+entry, and fails if one of these names is used elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Name(NamedTuple):
 _NO_PUBLIC = "its library offers the same under a public name"
 _EXPORTERS = "transformers.exporters is no longer marked as experimental"
 _PYTREE = "torch.utils.pytree, which is documented, is in the lowest torch that we support"
-_LAYER = "transformers documents the layers of a cache; the classes have been renamed in minor versions"
+_LAYER = "transformers documents the layers of a cache"
 _LOADING = "transformers tells how a checkpoint's weights are named without loading them"
 
 BORROWED: dict[str, Name] = {
@@ -83,7 +83,7 @@ BORROWED: dict[str, Name] = {
     "NotImplemented": Name(
         "onnxruntime.capi.onnxruntime_pybind11_state", "raised where a provider lacks an operator", _NO_PUBLIC
     ),
-    # huggingface_hub, and the HTTP client whose errors it raises (httpx before 2.0)
+    # huggingface_hub, and the HTTP client whose errors it raises (huggingface_hub 1 raised those of httpx)
     "RepoFile": Name("huggingface_hub.hf_api", "a file in the listing of a repository", _NO_PUBLIC),
     "SoftTemporaryDirectory": Name("huggingface_hub.utils", "the scratch folder of an upload", _NO_PUBLIC),
     "git_hash": Name("huggingface_hub.utils.sha", "the Hub's digest of a small file", _NO_PUBLIC),
@@ -123,21 +123,36 @@ def generation_cache_argument() -> str:
     return next(name for name in CACHE_ARGUMENTS if name in parameters)
 
 
-def take_cache(kwargs: dict[str, Any]) -> Any:
-    """Take the cache out of `kwargs`, under whichever name it was given; None if there is none.
+def with_one_cache(
+    parameters: Sequence[str], argument: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with the cache under the name that is understood there.
+
+    Args:
+        parameters: what a function takes, in order.
+        argument: what it calls the cache, see `cache_argument`.
+        args, kwargs: of the call; the cache may come by its place, or under any of its names.
 
     Raises:
-        MemoryStateError: caches were given under two names.
+        MemoryStateError: there are two caches.
     """
-    given = {name: kwargs.pop(name) for name in CACHE_ARGUMENTS if name in kwargs}
-    caches = {name: cache for name, cache in given.items() if cache is not None}
+    renamed = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+    caches = {f"{name}=": kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None}
+    place = parameters.index(argument) if argument in parameters else len(args)
+    if place < len(args) and args[place] is not None:
+        caches["one by its place"] = args[place]
     if len(caches) > 1:
         raise MemoryStateError(
-            f"Two caches were given: {' and '.join(f'{name}=' for name in caches)}.",
-            "They are two names of one argument, and only one of the two memories could be used.",
+            f"Two caches were given: {' and '.join(caches)}.",
+            "They are one argument of the model, and only one of the two memories could be used.",
             f"Pass {CACHE}= alone.",
         )
-    return next(iter(caches.values()), None)
+    for cache in caches.values():
+        if place < len(args):
+            args = (*args[:place], cache, *args[place + 1 :])
+        else:
+            renamed[argument] = cache
+    return args, renamed
 
 
 # Private attributes

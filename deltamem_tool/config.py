@@ -21,8 +21,6 @@ MAX_RANK = 64
 L2_EPS = 1e-6  # the least length that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
 MAX_LAYERS = 10_000  # the deepest models have 126
-# What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
-OUTSIDE, INSIDE, LAST = 0, 1, 2
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 
 # The paper's three ways to write, with the initial Δ of its runs; everything else is the default.

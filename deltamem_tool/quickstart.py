@@ -15,24 +15,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool import dialogues
-from deltamem_tool.adapter import AdapterFolder, create_adapter, load, read_adapter, tokenizer_of
+from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.data import dialogues
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation import EPISODES, MEMORY_ONLY
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
-from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
-from deltamem_tool.evaluation.report import plot_losses, plot_scores
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, evaluation_json
+from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.files import refuse_existing, write_whole
-from deltamem_tool.memory_file import read_memory
-from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.recipe import load_recipe, shipped_recipe
+from deltamem_tool.io.atomic import refuse_existing, write_whole
+from deltamem_tool.memory.file import read_memory
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.recipe.load import load_recipe, shipped_recipe
 
 SHIPPED_ADAPTER = "builtin:adapter"
 FACTS = (1, 2, 4, 6, 8)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from deltamem_tool import dialogues
-from deltamem_tool.files import write_whole
+from deltamem_tool.data import dialogues
+from deltamem_tool.io.atomic import write_whole
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,10 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         self.python = folder / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        self.install("-c", str(ROOT / "constraints.txt"), f"{ROOT}[{EXTRA}]", *TESTS)
+        with tempfile.TemporaryDirectory() as copy:  # building leaves folders behind
+            tree = Path(copy) / "tree"
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+            self.must("-c", str(ROOT / "constraints.txt"), f"{tree}[{EXTRA}]", *TESTS)
         self.tested = self.frozen()
 
     def install(self, *arguments: str) -> str:
@@ -46,11 +50,17 @@ class Environment:
         done = subprocess.run(command, capture_output=True, text=True)
         return "" if done.returncode == 0 else done.stderr
 
+    def must(self, *arguments: str) -> None:
+        """Install what has to be there."""
+        why = self.install(*arguments)
+        if why:
+            sys.exit(f"pip cannot install the tested set:\n{why}")
+
     def frozen(self) -> dict[str, str]:
         """Versions by name."""
         command = [str(self.python), "-m", "pip", "list", "--format", "json"]
         rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        return {canonical(row["name"]): row["version"] for row in rows}
+        return {canonicalize_name(row["name"]): row["version"] for row in rows}
 
     def restore(self) -> None:
         """The tested set again."""
@@ -58,7 +68,7 @@ class Environment:
         if extra:
             subprocess.run([str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *extra], check=True)
         pins = [f"{name}=={version}" for name, version in self.tested.items() if name != PACKAGE]
-        self.install("--no-deps", *pins)
+        self.must("--no-deps", *pins)
 
     def smoke(self) -> str:
         """The last lines of the smoke tests, if they failed; "" if they passed."""
@@ -68,23 +78,19 @@ class Environment:
         return "" if done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-LINES:])
 
 
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def required() -> list[str]:
     """What the package requires on this machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"][EXTRA]]
     requirements = map(Requirement, lines)
-    return [canonical(each.name) for each in requirements if each.marker is None or each.marker.evaluate()]
+    return [canonicalize_name(each.name) for each in requirements if each.marker is None or each.marker.evaluate()]
 
 
 def newest(environment: Environment, names: Sequence[str]) -> dict[str, str]:
     """The newest release of each that pip finds for this machine."""
     command = [str(environment.python), "-m", "pip", "list", "--outdated", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = {canonical(row["name"]): row["latest_version"] for row in json.loads(done.stdout)}
+    found = {canonicalize_name(row["name"]): row["latest_version"] for row in json.loads(done.stdout)}
     return {name: found.get(name, environment.tested[name]) for name in names}
 
 

@@ -20,15 +20,15 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
-from hub.isolation import hub  # noqa: E402, F401  (a fixture)
-from once import folder_once  # noqa: E402
+from fake_hub.isolation import hub  # noqa: E402, F401  (a fixture)
+from helpers.once import folder_once  # noqa: E402
 
 # Nothing heavy here: pytest-xdist's first process imports this file, waits, and runs no test.
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tiny import tiny_tokenizer
+    from helpers.tiny import tiny_tokenizer
 
     return tiny_tokenizer()
 
@@ -36,7 +36,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer):
     """A base model with a tokenizer on disk; read only."""
-    from tiny import save_checkpoint
+    from helpers.tiny import save_checkpoint
 
     return save_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer)
 

@@ -178,8 +178,7 @@ def test_a_borrowed_name_does_what_it_is_for(name):
 
 @pytest.mark.parametrize("name", BORROWED)
 def test_a_borrowed_name_is_used(name):
-    word = re.compile(rf"\b{name}\b")
-    assert any(word.search(path.read_text()) for path in SOURCES if path.name != "_compat.py")
+    assert name in IMPORTED
 
 
 def test_other_names_are_not_there():
@@ -191,13 +190,13 @@ def test_other_names_are_not_there():
 
 
 def test_attention_implementation():
-    from tiny import tiny_model
+    from helpers.tiny import tiny_model
 
     assert _compat.attention_implementation(tiny_model(attention="eager").config) == "eager"
 
 
 def test_commit_of_config():
-    from tiny import tiny_config
+    from helpers.tiny import tiny_config
 
     config = tiny_config()
     assert _compat.commit_of_config(config) is None
@@ -206,7 +205,7 @@ def test_commit_of_config():
 
 
 def test_stop_tokens_are_those_that_generate_was_given():
-    from tiny import tiny_model
+    from helpers.tiny import tiny_model
 
     model, seen = tiny_model(), []
     own = getattr(model, _compat.PREPARE_CACHE)
@@ -272,7 +271,7 @@ def test_quiet_exporters(capsys, caplog):
 
 def test_peft_model(recwarn):
     peft = pytest.importorskip("peft")
-    from tiny import tiny_model
+    from helpers.tiny import tiny_model
 
     model = _compat.peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
     assert isinstance(model, peft.PeftModel)
@@ -312,12 +311,14 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _arguments(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Calls that name the cache as only some versions do."""
+    """Calls, and arguments for one in a dictionary, that name the cache as only some versions do."""
+    old = ("past_key_values", "cache_params")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            for keyword in node.keywords:
-                if keyword.arg in ("past_key_values", "cache_params"):
-                    yield node.lineno, keyword.arg
+            yield from ((node.lineno, keyword.arg) for keyword in node.keywords if keyword.arg in old)
+        elif isinstance(node, ast.Dict):
+            names = [getattr(key, "value", None) for key in node.keys]
+            yield from ((node.lineno, name) for name in names if name in old)
 
 
 def _attributes(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -361,6 +362,16 @@ def _defined() -> set[str]:
 OWN = _defined()
 
 
+def _imported() -> set[str]:
+    """What is imported from `_compat`."""
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == _compat.__name__]
+    return {alias.name for node in imports for alias in node.names}
+
+
+IMPORTED = _imported()
+
+
 @pytest.mark.parametrize(
     "path", [path for path in SOURCES if path.name != "_compat.py"], ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -399,6 +410,7 @@ def test_the_names_of_methods_are_right():
         "from onnxruntime.capi.onnxruntime_pybind11_state import Fail",
         "from huggingface_hub.utils import SoftTemporaryDirectory",
         "model(ids, past_key_values=cache)",
+        "model(ids, **{'past_key_values': cache})",
         "config._attn_implementation",
         "getattr(config, '_commit_hash', None)",
         "super()._apply(fn)",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model, tokens
+from helpers.tiny import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool import load
-from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE, read_tokenizer
+from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
+from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.chat.text import ChatText
-from deltamem_tool.chat_template import ChatTemplate
 from deltamem_tool.errors import AdapterError, ArchitectureError, DataError, ExportError
+from deltamem_tool.segments.template import ChatTemplate
 
 FIXTURE = Path(__file__).parent / "fixtures" / "adapter-format-1"
 ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

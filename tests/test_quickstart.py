@@ -9,9 +9,9 @@ import sys
 
 import pytest
 from cli.command import deltamem  # noqa: F401
-from tiny import listing
+from helpers.tiny import listing
 
-from deltamem_tool.memory_file import read_memory
+from deltamem_tool.memory.file import read_memory
 
 MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
 MAX_CONTROL = 0.05
@@ -67,7 +67,7 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
 def test_the_training_path(tmp_path, monkeypatch):
     """Without --fast, two small steps instead of all, fewer episodes, and one layer of memory to trace."""
     from deltamem_tool import quickstart as module
-    from deltamem_tool.adapter import read_adapter
+    from deltamem_tool.adapter.folder import read_adapter
 
     whole_recipe = module.load_recipe
     small = ["training.steps=2", "training.batch_size=2", "memory.layers=[3]"]

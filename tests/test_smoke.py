@@ -1,4 +1,4 @@
-"""The way of every user, once, by the commands: what has to work with any versions that the bounds admit.
+"""What every user does, once, by the commands: it has to work with any versions that the bounds admit.
 
 `scripts/smoke.sh` runs it with `test_compat.py` and `test_cache_argument.py`: in CI in the lowest set of versions, and
 for a release that has just come out by `make compat`.
@@ -7,11 +7,12 @@ for a release that has just come out by `make compat`.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 
 import pytest
 import torch
-from cli.command import deltamem  # noqa: F401  (a fixture)
+from cli.command import deltamem, in_a_process  # noqa: F401  (the first is a fixture)
 
 import deltamem_tool
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach
@@ -28,11 +29,26 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_deprecation():
-    """Nothing that a library says it will take away."""
+    """Nothing that a library says it will take away, by a warning or in its log."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.filterwarnings("error", category=DeprecationWarning, module="deltamem_tool")
         yield
+    logging.getLogger("transformers").removeHandler(handler)
+    assert not [message for message in said if "deprecated" in message]
+
+
+@pytest.fixture(scope="module")
+def trained(made):
+    """An adapter after a few steps."""
+    recipe = made / "recipe.yaml"
+    recipe.write_text(f"base: builtin:backbone\nout: {made / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n")
+    done = in_a_process("train", recipe, "--json", cwd=made)
+    return json.loads(right(done).out)
 
 
 def right(done):
@@ -44,7 +60,7 @@ def right(done):
 def test_attach_generate_save_load(made):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamem_tool.resolve import ASSETS
+    from deltamem_tool.io.names import ASSETS
 
     base = str(ASSETS / "backbone")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
@@ -68,13 +84,10 @@ def test_attach_generate_save_load(made):
     assert torch.equal(model(**ids).logits, plain)
 
 
-def test_train(deltamem, made):  # noqa: F811
+def test_train(deltamem, made, trained):  # noqa: F811
     right(deltamem("patch", "builtin:backbone", "--out", made / "fresh", "--state-heads", 4))
-    recipe = made / "recipe.yaml"
-    recipe.write_text(f"base: builtin:backbone\nout: {made / 'adapter'}\ntraining: {{steps: {STEPS}, batch_size: 4}}\n")
-    result = json.loads(right(deltamem("train", recipe, "--json")).out)
-    assert result["steps"] == STEPS and (made / "adapter" / "deltamem.safetensors").is_file()
-    said = json.loads(right(deltamem("inspect", made / "adapter", "--json")).out)
+    assert trained["steps"] == STEPS
+    said = json.loads(right(deltamem("inspect", trained["adapter"], "--json")).out)
     assert said["kind"] == "adapter"
 
 
@@ -93,9 +106,9 @@ def test_export_and_run(deltamem, made):  # noqa: F811
     assert "Bella" in answer
 
 
-def test_push_and_pull(deltamem, made, hub, monkeypatch):  # noqa: F811
+def test_push_and_pull(deltamem, made, trained, hub, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_write")
-    pushed = right(deltamem("push", made / "adapter", "someone/memory", "--license", "apache-2.0", "--json"))
+    pushed = right(deltamem("push", trained["adapter"], "someone/memory", "--license", "apache-2.0", "--json"))
     assert json.loads(pushed.out)["commit"] == hub.head("someone/memory")
     pulled = json.loads(right(deltamem("pull", "someone/memory", "--out", made / "pulled", "--json")).out)
     assert pulled["adapter"] and (made / "pulled" / "deltamem.safetensors").is_file()

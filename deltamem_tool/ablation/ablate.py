@@ -17,18 +17,19 @@ import torch
 from deltamem_tool.ablation.plan import SEED, Ablation, Variant
 from deltamem_tool.ablation.report import draw, markdown
 from deltamem_tool.ablation.runs import CPU, Run, keep, read_runs
-from deltamem_tool.adapter import load, tokenizer_of
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.files import refuse_unwritable, write_whole
-from deltamem_tool.recipe import Recipe
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+from deltamem_tool.io.formats import versions
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import comparable, data_digest
-from deltamem_tool.versions import versions
 
 ADAPTERS = "adapters"  # the folder of those that are kept
 

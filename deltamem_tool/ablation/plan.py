@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.recipe import Recipe, load_recipe
-from deltamem_tool.yaml_lines import read_yaml
+from deltamem_tool.recipe.load import Recipe, load_recipe
+from deltamem_tool.recipe.yaml_lines import read_yaml
 
 SEED = "training.seed"  # set for each run
 RECIPE = "recipe"  # among a variant's changes: a recipe of its own

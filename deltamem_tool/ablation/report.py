@@ -17,7 +17,7 @@ from deltamem_tool.ablation import EPISODES, FACTS, SEEDS
 from deltamem_tool.ablation.plan import Ablation
 from deltamem_tool.ablation.runs import Run
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, in_words
-from deltamem_tool.files import write_whole
+from deltamem_tool.io.atomic import write_whole
 
 Runs = Mapping[str, Sequence[Run]]  # by variant, a run a seed; at least one
 

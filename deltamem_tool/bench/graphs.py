@@ -8,21 +8,21 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter import tokenizer_of
-from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.models import equip, refuse_longer, twin_of
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.errors import ConfigError, ExportError
-from deltamem_tool.model_call import CallOptions
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.forward import CallOptions
+from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.onnx.contract import Interface, Manifest
-from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.folder import find_onnx
-from deltamem_tool.onnx.plain import without_memory, write_plain
-from deltamem_tool.onnx.quantize import quantize_graph
-from deltamem_tool.onnx.targets import NO_QUANTIZATION, target_of
-from deltamem_tool.onnx.trace import dtype_name, interface_of
-from deltamem_tool.patched import hf_model
+from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.quantize import quantize_graph
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, target_of
+from deltamem_tool.onnx.export.trace import dtype_name, interface_of
+from deltamem_tool.onnx.locate import find_onnx
 
 
 @dataclass(frozen=True)

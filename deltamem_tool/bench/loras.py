@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter_module import DeltaMemAdapter
-from deltamem_tool.architectures import attention_layers
+from deltamem_tool.base_model.attention import attention_layers
+from deltamem_tool.base_model.layouts import features
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
-from deltamem_tool.layouts import features
-from deltamem_tool.recipe import LoraOptions
-from deltamem_tool.resolve import BUILTIN, hub_name, resolve_folder
+from deltamem_tool.io.names import BUILTIN, hub_name, resolve_folder
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.recipe.load import LoraOptions
 
 BRANCHES = ("q", "o")  # what a fresh LoRA corrects, as the paper's memory does
 FRESH_STD = 0.02  # of the weights that PEFT begins with at zero: a product with zeros might be left out

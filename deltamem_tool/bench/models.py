@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter import load
-from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.adapter.load import load
 from deltamem_tool.bench import LORA, MEMORY
 from deltamem_tool.bench.loras import fresh_lora, stored_lora
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import TorchSide
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.surgery import adapter_of, detach, hook
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attach import adapter_of, detach, hook
 
 
 def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, DeltaMemAdapter]:

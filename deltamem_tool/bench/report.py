@@ -9,7 +9,7 @@ from rich.table import Table
 from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.result import DECODE, FIRST, PEAK, PREFILL, Bench, Figure
 from deltamem_tool.bench.setting import name_of
-from deltamem_tool.onnx.targets import NO_QUANTIZATION
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
 
 _RUNTIMES = {PYTORCH: "PyTorch", ONNX: "ONNX\nRuntime"}
 _MODELS = {BASE: "base", MEMORY: "memory", LORA: "LoRA"}

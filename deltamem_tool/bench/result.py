@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deltamem_tool import __version__
+from deltamem_tool._version import __version__
 from deltamem_tool.bench import BASE
 from deltamem_tool.bench.peak import Peak
 from deltamem_tool.bench.setting import Setting, name_of

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter import read_adapter
-from deltamem_tool.adapter_module import DeltaMemAdapter
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.bench import LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
 from deltamem_tool.bench.loras import find_lora, lora_parameters
@@ -23,10 +22,11 @@ from deltamem_tool.bench.result import Bench, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import OnnxSide, Side, TorchSide
 from deltamem_tool.bench.timing import Timed, interleaved
-from deltamem_tool.onnx.session import usable_cores
-from deltamem_tool.onnx.targets import NO_QUANTIZATION
-from deltamem_tool.onnx.trace import dtype_name
-from deltamem_tool.versions import versions
+from deltamem_tool.io.formats import versions
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
+from deltamem_tool.onnx.export.trace import dtype_name
+from deltamem_tool.onnx.runtime.graph import usable_cores
 
 _OPTIONAL = ("peft", "onnxruntime", "onnxruntime-gpu")  # packages that are not always there
 

@@ -35,7 +35,7 @@ class TorchSide:
 
     def __init__(self, model: Any) -> None:
         from deltamem_tool._compat import cache_argument
-        from deltamem_tool.patched import PATCH, hf_model
+        from deltamem_tool.memory.patch import PATCH, hf_model
 
         self._model = model
         base = hf_model(model)
@@ -48,7 +48,7 @@ class TorchSide:
         """Of a conversation that begins."""
         from transformers import DynamicCache
 
-        from deltamem_tool.state import MemoryCache
+        from deltamem_tool.memory.cache import MemoryCache
 
         return MemoryCache(self._model) if self._patched else DynamicCache(config=self._config)
 
@@ -73,14 +73,14 @@ class TorchSide:
 
     @property
     def _segmented(self) -> bool:
-        from deltamem_tool.surgery import adapter_of
+        from deltamem_tool.memory.attach import adapter_of
 
         return adapter_of(self._model).config.granularity != "token"
 
 
 def _marks(ids: NDArray) -> NDArray:
     """Which segment each token of a prompt belongs to, as `MemoryCache.segments` takes it, int8 `[B, T]`."""
-    from deltamem_tool.memory import INSIDE, LAST
+    from deltamem_tool.segments.tags import INSIDE, LAST
 
     return np.where(_ends(ids), LAST, INSIDE).astype(np.int8)
 
@@ -95,7 +95,7 @@ class OnnxSide:
     """A graph in ONNX Runtime. It does not need PyTorch."""
 
     def __init__(self, folder: Path, interface: Interface, provider: str, threads: int | None) -> None:
-        from deltamem_tool.onnx.fixed import open_graph
+        from deltamem_tool.onnx.runtime.static_graph import open_graph
 
         self._graph: Any = open_graph(folder, interface, provider, threads)
         self._segmented = interface.segment > 0

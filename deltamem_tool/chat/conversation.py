@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltamem_tool.chat.context_window import Place, closed, with_room
 from deltamem_tool.chat.engine import Engine, Past, empty_memory
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
 from deltamem_tool.chat.sampling import Sampler, Sampling
-from deltamem_tool.chat.window import Place, closed, with_room
-from deltamem_tool.chat_template import Message
-from deltamem_tool.config import LAST, OUTSIDE
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
-from deltamem_tool.memory_file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.template import Message
 
 __all__ = [
     "INTERRUPTED",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.memory_file import MemoryShape, StoredMemory
+from deltamem_tool.memory.file import MemoryShape, StoredMemory
 
 Past = Any  # KV cache and memory of a batch, as the engine keeps it; never changed
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.config import L2_EPS, DeltaMemConfig
-from deltamem_tool.memory_file import StoredMemory
+from deltamem_tool.memory.file import StoredMemory
 
 
 def end_segment(config: DeltaMemConfig, memory: StoredMemory) -> StoredMemory:

@@ -15,11 +15,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from deltamem_tool.bounded import read_bytes, read_text
-from deltamem_tool.bounded import read_json as read_any
-from deltamem_tool.chat_template import ChatTemplate, Message
 from deltamem_tool.errors import DataError, ExportError
-from deltamem_tool.onnx import contract
+from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from deltamem_tool.io.safe_json import read_bytes, read_text
+from deltamem_tool.io.safe_json import read_json as read_any
+from deltamem_tool.segments.template import ChatTemplate, Message
 
 MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest that we know, of 260,000 tokens, is of 33 MB
 
@@ -52,11 +52,11 @@ class ChatText:
             ExportError: a file cannot be read.
         """
         try:
-            tokenizer = Tokenizer.from_buffer(read_bytes(folder / contract.TOKENIZER_FILE, MAX_TOKENIZER_BYTES))
+            tokenizer = Tokenizer.from_buffer(read_bytes(folder / TOKENIZER_FILE, MAX_TOKENIZER_BYTES))
         except Exception as error:  # the tokenizers package raises nothing narrower
-            raise _damaged(contract.TOKENIZER_FILE, error) from error
-        options = read_json(folder / contract.TOKENIZER_CONFIG_FILE)
-        file = folder / contract.CHAT_TEMPLATE_FILE
+            raise _damaged(TOKENIZER_FILE, error) from error
+        options = read_json(folder / TOKENIZER_CONFIG_FILE)
+        file = folder / CHAT_TEMPLATE_FILE
         try:
             source = read_text(file) if file.is_file() else _default(options.get("chat_template"))
         except ValueError as error:

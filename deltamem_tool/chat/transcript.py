@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deltamem_tool.chat.text import ChatText
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ExportError
-from deltamem_tool.marks import english, marks_of, spans_of
+from deltamem_tool.segments.boundaries import english, marks_of, spans_of
+from deltamem_tool.segments.template import Message
 
 _MARK = "\ue000"
 _ANSWER = f"{_MARK}{{}}{_MARK}"  # private-use characters, so no template trims them

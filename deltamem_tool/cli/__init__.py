@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from deltamem_tool import __version__
+from deltamem_tool._version import __version__
 from deltamem_tool.errors import DeltaMemError, domain_error
 
 COMMANDS = (
@@ -31,16 +31,14 @@ COMMANDS = (
     "pull",
 )
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
-# What each command needs of the installation; those that are not named need all of it. `chat` finds out for itself.
-_NEEDS: dict[str, tuple[str, ...] | None] = {
-    "architectures": None,
-    "chat": None,
-    "compare": None,
-    "inspect": None,
-    "pull": ("huggingface-hub",),
-    "push": ("huggingface-hub",),
+# What of the installation is looked at before a command runs; all of it for a command that is not named.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "pull": ("huggingface-hub", "httpx2"),
+    "push": ("huggingface-hub", "httpx2"),
     "run": ("onnxruntime",),
 }
+_NEED_NOTHING = ("architectures", "chat", "compare", "inspect")  # `chat` finds out for itself
+_NEED_NO_ONNX = ("ablate", "convert", "eval", "patch", "train")
 
 
 class _Commands(click.Group):
@@ -59,15 +57,15 @@ class _Commands(click.Group):
 def _command(name: str) -> click.Command:
     """The command, which looks at the installation before it does anything; `--help` does not."""
     command = importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
-    needs, run = _NEEDS.get(name, ()), command.callback
-    if needs is None:
+    if name in _NEED_NOTHING:
         return command
+    run = command.callback
 
     @functools.wraps(run)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        from deltamem_tool.installation import check_installation
+        from deltamem_tool.io.installation import ONNX, check_installation
 
-        check_installation(*needs)
+        check_installation(*_NEEDS.get(name, ()), without=ONNX if name in _NEED_NO_ONNX else ())
         return run(*args, **kwargs)
 
     command.callback = checked

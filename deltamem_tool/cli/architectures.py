@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltamem_tool.support import Support, summary, supported_types, transformers_version, types_named
+from deltamem_tool.base_model.support import Support, summary, supported_types, transformers_version, types_named
 
 if TYPE_CHECKING:
     from rich.table import Table

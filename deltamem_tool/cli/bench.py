@@ -9,7 +9,7 @@ import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code, whole_numbers
-from deltamem_tool.onnx.targets import DTYPES
+from deltamem_tool.onnx.export.targets import DTYPES
 
 
 @click.command("bench")
@@ -109,7 +109,7 @@ def command(
     from deltamem_tool.bench.report import cost_table, sentences
     from deltamem_tool.bench.run import bench
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.files import refuse_unwritable, write_whole
+    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
 
     if out is not None:
         refuse_unwritable(out)

@@ -11,14 +11,14 @@ import click
 
 from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.errors import DataError
-from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.installation import check_installation
+from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.io.installation import ONNX, check_installation
 from deltamem_tool.onnx.contract import MANIFEST_FILE
-from deltamem_tool.onnx.folder import is_onnx
+from deltamem_tool.onnx.locate import is_onnx
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.engine import Engine
-    from deltamem_tool.chat.session import Chat
+    from deltamem_tool.chat.repl import Chat
     from deltamem_tool.cli.terminal import Reader
 
 
@@ -63,9 +63,9 @@ def command(
         refuse_unwritable(memory_file)
 
     from deltamem_tool.chat.conversation import Conversation, Sampling
-    from deltamem_tool.chat.session import Chat
+    from deltamem_tool.chat.repl import Chat
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.memory_file import read_memory
+    from deltamem_tool.memory.file import read_memory
 
     chosen = Sampling(**sampling)
     was_there = memory_file is not None and memory_file.exists()
@@ -99,17 +99,18 @@ def _refuse_options(
 
 def _onnx_engine(folder: str, provider: str | None) -> Engine:
     check_installation("onnxruntime")
-    from deltamem_tool.onnx.runtime import OnnxModel
+    from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     return OnnxModel(folder, provider or "cpu")
 
 
 def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
-    check_installation()
+    check_installation(without=ONNX)
     import torch
 
-    from deltamem_tool.adapter import load, tokenizer_of
-    from deltamem_tool.chat.torch_runtime import TorchModel
+    from deltamem_tool.adapter.load import load
+    from deltamem_tool.base_model.tokenizer import tokenizer_of
+    from deltamem_tool.chat.torch_engine import TorchModel
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()
@@ -120,7 +121,7 @@ def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, devic
 
 
 def _reader(chat: Chat, no_history: bool) -> Reader:
-    from deltamem_tool.chat.session import COMMANDS
+    from deltamem_tool.chat.repl import COMMANDS
     from deltamem_tool.cli.terminal import Reader, history_file
 
     if no_history:

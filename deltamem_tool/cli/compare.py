@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from deltamem_tool.evaluation.compare import Comparison, Row
+    from deltamem_tool.evaluation.report.compare import Comparison, Row
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -28,8 +28,8 @@ def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool
     Where both have records of the same questions, they are compared question by question, with intervals and a test;
     otherwise by their means alone, and the answer says so.
     """
-    from deltamem_tool.evaluation.compare import compare
-    from deltamem_tool.files import refuse_unwritable, write_whole
+    from deltamem_tool.evaluation.report.compare import compare
+    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
 
     for file in (html, out):
         if file is not None:
@@ -38,7 +38,7 @@ def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool
     said = found.to_json()
     written = {} if out is None else {out: (json.dumps(said, indent=1) + "\n").encode()}
     if html is not None:
-        from deltamem_tool.evaluation.compare_page import comparison_page
+        from deltamem_tool.evaluation.report.compare_page import comparison_page
 
         written[html] = comparison_page(found)
     for file, content in written.items():
@@ -78,8 +78,8 @@ def _table(found: Comparison) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    from deltamem_tool.evaluation.digits import digits, figure, signed
-    from deltamem_tool.evaluation.statistics import p_text
+    from deltamem_tool.evaluation.scoring.digits import digits, figure, signed
+    from deltamem_tool.evaluation.scoring.statistics import p_text
 
     after = digits(row.mean, row.low, row.high)
     interval = f"{signed(row.low, after)} to {signed(row.high, after)}"

@@ -27,8 +27,8 @@ def command(src, out, base, to, revision, base_revision, overwrite, as_json) -> 
     SRC is a folder or a Hub id. Both ways keep every bit. The reference does not record which model an adapter was
     trained on: say it with --base.
     """
+    from deltamem_tool.adapter.reference.convert import convert
     from deltamem_tool.cli.console import quiet_libraries
-    from deltamem_tool.reference import convert
 
     quiet_libraries()
     done = convert(src, out, base, to, revision, base_revision, overwrite)

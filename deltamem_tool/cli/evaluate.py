@@ -106,14 +106,14 @@ def command(
 
     import torch
 
-    from deltamem_tool.adapter import load
+    from deltamem_tool.adapter.load import load
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.evaluation.page import refuse_strangers, write_report
-    from deltamem_tool.evaluation.record import evaluation_json
-    from deltamem_tool.evaluation.report import plot_scores
+    from deltamem_tool.evaluation.report.evaluation_file import evaluation_json
+    from deltamem_tool.evaluation.report.page import refuse_strangers, write_report
+    from deltamem_tool.evaluation.report.tables import plot_scores
     from deltamem_tool.evaluation.setup import run_json
-    from deltamem_tool.files import refuse_unwritable, write_whole
-    from deltamem_tool.surgery import adapter_of
+    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+    from deltamem_tool.memory.attach import adapter_of
 
     where = torch_device(device)
     for file in (out, plot):
@@ -153,7 +153,7 @@ def command(
 
 
 def _task_options(changes: Sequence[str], data: str | None) -> dict[str, Any]:
-    from deltamem_tool.yaml_lines import read_changes
+    from deltamem_tool.recipe.yaml_lines import read_changes
 
     return {**read_changes(changes), **({} if data is None else {"data": data})}
 
@@ -178,7 +178,7 @@ def _of_harness(
     prepared = prepare(find_harness(task, options), limit)
 
     def asking(model: PreTrainedModel, **shared: Any) -> Evaluation:
-        from deltamem_tool.adapter import tokenizer_of
+        from deltamem_tool.base_model.tokenizer import tokenizer_of
         from deltamem_tool.evaluation.harness_run import evaluate_harness
 
         return evaluate_harness(model, tokenizer_of(model), prepared, lora=beside, **shared)
@@ -211,7 +211,7 @@ def _of_task(
     wanted: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, "lora": beside, "limit": limit}
 
     def asking(model: PreTrainedModel, **shared: Any) -> Evaluation:
-        from deltamem_tool.adapter import tokenizer_of
+        from deltamem_tool.base_model.tokenizer import tokenizer_of
         from deltamem_tool.evaluation.runner import evaluate
 
         return evaluate(model, tokenizer_of(model), asked, way, **wanted, **shared)
@@ -222,8 +222,8 @@ def _of_task(
 def _print(found: Evaluation, plot: Path | None, report: Path | None) -> None:
     from rich.console import Console
 
-    from deltamem_tool.evaluation.page import PAGE_FILE
-    from deltamem_tool.evaluation.report import score_table
+    from deltamem_tool.evaluation.report.page import PAGE_FILE
+    from deltamem_tool.evaluation.report.tables import score_table
 
     for metric in found.metrics:
         Console().print(score_table(found, metric))

@@ -8,7 +8,7 @@ import click
 
 from deltamem_tool.cli.options import trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
-from deltamem_tool.onnx.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
+from deltamem_tool.onnx.export.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
 
 
 @click.command("export")
@@ -75,20 +75,22 @@ def command(
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import STDERR, quiet_libraries
-    from deltamem_tool.files import refuse_existing
+    from deltamem_tool.io.atomic import refuse_existing
 
     if memory is not None and not TARGETS[target].genai:
         raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
     refuse_existing(out, overwrite)
     if memory is not None:
-        from deltamem_tool.memory_file import read_memory
+        from deltamem_tool.memory.file import read_memory
 
         read_memory(memory)  # before anything is loaded
     with STDERR.status("Loading the model") as status:
         import torch
 
-        from deltamem_tool.adapter import load, read_adapter, tokenizer_of
-        from deltamem_tool.onnx.export import export_onnx
+        from deltamem_tool.adapter.folder import read_adapter
+        from deltamem_tool.adapter.load import load
+        from deltamem_tool.base_model.tokenizer import tokenizer_of
+        from deltamem_tool.onnx.export.export import export_onnx
 
         quiet_libraries()
         name = base or read_adapter(adapter).base.name

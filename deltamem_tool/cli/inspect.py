@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.files import refuse_unwritable
-from deltamem_tool.onnx.folder import is_onnx
+from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.onnx.locate import is_onnx
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,8 +54,8 @@ def command(path, other, plot, row, as_json) -> None:
 
 def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[dict[str, Any], list[Table]]:
     """What JSON says of one memory file, or of two, and the same as tables; the picture is drawn."""
-    from deltamem_tool.memory_file import read_memory
-    from deltamem_tool.memory_summary import difference, refuse_unlike, summary
+    from deltamem_tool.memory.file import read_memory
+    from deltamem_tool.memory.inspect import difference, refuse_unlike, summary
 
     if plot is not None:
         refuse_unwritable(plot)
@@ -73,12 +73,12 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
     title += f"layers: {len(picked)}, state heads: {said['state_heads']}, rank: {said['rank']}"
     if other is None or after is None:
         if plot is not None:
-            from deltamem_tool.memory_picture import plot_memory
+            from deltamem_tool.memory.plot import plot_memory
 
             plot_memory(picked, plot, f"Memory: {_short(path)}\n{title}")
         return said, [_facts(path, _readable(said)), _norm_table(said, row)]
     if plot is not None:
-        from deltamem_tool.memory_picture import plot_difference
+        from deltamem_tool.memory.plot import plot_difference
 
         changed = {layer: state[row] for layer, state in after.states.items()}
         plot_difference(picked, changed, plot, f"Difference: from {_short(path)} to {_short(other)}\n{title}")
@@ -147,7 +147,7 @@ def _short(path: str) -> str:
 
 def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
     """What JSON says of an adapter, and the same as tables."""
-    from deltamem_tool.adapter_folder import read_adapter
+    from deltamem_tool.adapter.folder import read_adapter
 
     folder = read_adapter(path)
     said = {
@@ -167,8 +167,8 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     from rich.text import Text
 
     from deltamem_tool.onnx.contract import Manifest
-    from deltamem_tool.onnx.folder import find_onnx
-    from deltamem_tool.onnx.interface_table import rows
+    from deltamem_tool.onnx.locate import find_onnx
+    from deltamem_tool.onnx.signature_table import rows
 
     manifest = Manifest.read(find_onnx(path))
     said = {"kind": "onnx", **asdict(manifest)}

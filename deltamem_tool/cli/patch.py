@@ -59,7 +59,7 @@ def command(context, base, out, revision, preset, seed, trust_remote_code, overw
 
     import torch
 
-    from deltamem_tool.adapter import create_adapter
+    from deltamem_tool.adapter.create import create_adapter
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()

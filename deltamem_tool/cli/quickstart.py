@@ -13,10 +13,10 @@ import click
 def command(out, fast, overwrite, as_json) -> None:
     """Patch, train, evaluate, export and remember, on a small model that the package ships. No network.
 
-    About 5 minutes on 2 CPU cores; with --fast about one.
+    It says how long that takes; with --fast it is less.
     """
     from deltamem_tool.cli.console import STDERR, progress
-    from deltamem_tool.files import refuse_existing
+    from deltamem_tool.io.atomic import refuse_existing
 
     refuse_existing(out, overwrite)
     how_long = "about one minute" if fast else "about 5 minutes, most of them training"
@@ -43,7 +43,7 @@ def _show(made) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from deltamem_tool.evaluation.report import score_table
+    from deltamem_tool.evaluation.report.tables import score_table
     from deltamem_tool.quickstart import AGREEMENT_EPISODES
 
     console = Console()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from deltamem_tool.cli.options import sampling_options, window
-from deltamem_tool.files import refuse_unwritable
+from deltamem_tool.io.atomic import refuse_unwritable
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -43,7 +43,7 @@ def command(
     **sampling: Any,
 ) -> None:
     """Answer with the model in ONNX_DIR, an ONNX folder or a Hub id, in ONNX Runtime and without PyTorch."""
-    from deltamem_tool.memory_file import read_memory, refuse_no_memory
+    from deltamem_tool.memory.file import read_memory, refuse_no_memory
 
     if save_memory is not None:
         refuse_no_memory(save_memory)
@@ -51,7 +51,7 @@ def command(
 
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.cli.console import STDERR
-    from deltamem_tool.onnx.runtime import OnnxModel
+    from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     options = Sampling(**sampling)
     with STDERR.status("Loading the model"):

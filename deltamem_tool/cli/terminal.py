@@ -16,7 +16,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from deltamem_tool.chat.session import Command
+from deltamem_tool.chat.repl import Command
 
 HISTORY_FILE = "chat_history"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from deltamem_tool.recipe import Recipe
+    from deltamem_tool.recipe.load import Recipe
     from deltamem_tool.training import DryRun
 
 
@@ -31,7 +31,7 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
 
     With --dry-run the base's config is enough to compute parameters and memory, and its tokenizer for the rest.
     """
-    from deltamem_tool.recipe import load_recipe
+    from deltamem_tool.recipe.load import load_recipe
 
     if dry_run and (resume or overwrite):
         raise click.UsageError("--dry-run writes nothing: leave out --resume and --overwrite.")
@@ -54,7 +54,8 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
             bar.update(task, completed=done, total=of, note="episodes encoded")
 
         def expecting(steps: int, seconds: float) -> None:
-            bar.console.print(f"{steps:,} steps of {chosen.training.batch_size} episodes: {in_words(seconds)}.")
+            beside = "" if chosen.training.eval_every is None else ", without the evaluations"
+            bar.console.print(f"{steps:,} steps: {in_words(seconds)}{beside}.", highlight=False)
 
         result = train(chosen, resume, overwrite, report, encoding, expecting)
     if not result.is_main:

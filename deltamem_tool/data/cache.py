@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.episode import Episode
-from deltamem_tool.files import folder_whole
+from deltamem_tool.io.atomic import folder_whole
 
 ENCODING_VERSION = 1  # goes up when `Encoder` gives other tokens for the same input, or what is stored changes
 MANIFEST_FILE = "manifest.json"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
-from deltamem_tool.memory import OUTSIDE
-from deltamem_tool.segments import padded
+from deltamem_tool.segments.encode import padded
+from deltamem_tool.segments.tags import OUTSIDE
 
 
 def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_tool.chat_template import ChatTemplate, Message
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.memory import LAST
-from deltamem_tool.segments import mark_chat
+from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.template import ChatTemplate, Message
 
 IGNORED = -100  # label of a token that is not scored
 _AT_ONCE = 64  # episodes that go through the tokenizer together,

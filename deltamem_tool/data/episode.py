@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.segments.template import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 SUPERVISE = ("last", "all")  # which user turns of a conversation are asked

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_tool.chat_template import render
 from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.onnx.runtime import OnnxModel
-from deltamem_tool.segments import pad_token, padded
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.segments.encode import pad_token, padded
+from deltamem_tool.segments.template import render
 
 
 def answer_onnx(

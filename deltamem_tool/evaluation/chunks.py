@@ -84,9 +84,9 @@ def token_counter(tokenizer: str | None = None) -> Count:
 
 
 def _of_model(name: str) -> Count:
-    from deltamem_tool.adapter import read_tokenizer
-    from deltamem_tool.checkpoint import SMALL_FILES
-    from deltamem_tool.resolve import resolve_folder
+    from deltamem_tool.base_model.checkpoint import SMALL_FILES
+    from deltamem_tool.base_model.tokenizer import read_tokenizer
+    from deltamem_tool.io.names import resolve_folder
 
     found = read_tokenizer(resolve_folder(name, None, SMALL_FILES, "tokenizer"), for_chat=False)
     # An empty batch is refused by some tokenizers.

@@ -11,11 +11,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool.config import INSIDE, OUTSIDE
 from deltamem_tool.errors import DataError
-from deltamem_tool.patched import PATCH, hf_model
-from deltamem_tool.segments import mark_chat
-from deltamem_tool.state import MemoryCache
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.patch import PATCH, hf_model
+from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.tags import INSIDE, OUTSIDE
 
 
 class MemoryLM(HFLM):

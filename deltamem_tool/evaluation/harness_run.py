@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
-from deltamem_tool.evaluation.asking import under
+from deltamem_tool.evaluation.answer import under
 from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
 from deltamem_tool.evaluation.harness import Prepared, conditions_of
 from deltamem_tool.evaluation.lora import Lora

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool.chat_template import ChatTemplate
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.asking import cache_of, under
+from deltamem_tool.evaluation.answer import cache_of, under
 from deltamem_tool.evaluation.conditions import Condition
-from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.segments import pad_token, padded
-from deltamem_tool.state import MemoryCache, MemoryState
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.segments.encode import pad_token, padded
+from deltamem_tool.segments.template import ChatTemplate
 
 LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are scored in parts of the batch
 

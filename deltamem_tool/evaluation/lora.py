@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamem_tool._compat import peft_model
-from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
+from deltamem_tool.io.safe_json import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +62,8 @@ class Lora:
         Raises:
             AdapterError: it was trained on another model than the base of `model`, or it cannot be seen on which.
         """
-        from deltamem_tool.adapter import base_of, base_of_model
-        from deltamem_tool.checkpoint import BaseCheckpoint
+        from deltamem_tool.adapter.base import base_of, base_of_model
+        from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 
         base = base_of_model(model)
         if not self.base:

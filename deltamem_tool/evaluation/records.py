@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.bounded import read_json
 from deltamem_tool.errors import DataError
-from deltamem_tool.files import refuse_unwritable, write_whole
+from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+from deltamem_tool.io.safe_json import read_json
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 ITEMS = "items"  # among the settings: a digest of all that is asked

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from deltamem_tool.evaluation.conditions import STATE, Condition, in_words
 from deltamem_tool.evaluation.records import Record
-from deltamem_tool.evaluation.scales import scale_of
-from deltamem_tool.evaluation.statistics import Difference, Estimate, difference, estimate, verdict
+from deltamem_tool.evaluation.scoring.scales import scale_of
+from deltamem_tool.evaluation.scoring.statistics import Difference, Estimate, difference, estimate, verdict
 
 
 @dataclass(frozen=True)

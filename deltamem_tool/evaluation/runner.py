@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.evaluation import BATCH_SIZE
-from deltamem_tool.evaluation.asking import ask
+from deltamem_tool.evaluation.answer import ask
 from deltamem_tool.evaluation.conditions import (
     DONOR,
     ZERO,
@@ -21,14 +21,14 @@ from deltamem_tool.evaluation.conditions import (
 )
 from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
 from deltamem_tool.evaluation.lora import Lora
+from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.questions import check, digest_of, donors_of
 from deltamem_tool.evaluation.records import ITEMS, Answered, Record
 from deltamem_tool.evaluation.result import Evaluation
-from deltamem_tool.evaluation.scales import LOG_PROB
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB
 from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
-from deltamem_tool.evaluation.views import Views
-from deltamem_tool.evaluation.writing import memorise
-from deltamem_tool.state import MemoryState
+from deltamem_tool.evaluation.write_pass import memorise
+from deltamem_tool.memory.state import MemoryState
 
 Report = Callable[[str, int, int], None]  # what is done, done, of
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter_config import BaseModel
-from deltamem_tool.surgery import adapter_of
-from deltamem_tool.versions import versions
+from deltamem_tool.adapter.config_file import BaseModel
+from deltamem_tool.io.formats import versions
+from deltamem_tool.memory.attach import adapter_of
 
 if TYPE_CHECKING:
     from deltamem_tool.evaluation.result import Evaluation

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
 
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import RECALL
+from deltamem_tool.segments.template import Message
 
 ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
 _HERE = "deltamem_tool.evaluation.tasks"

@@ -11,15 +11,15 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment, StrictUndefined, Template
 
-from deltamem_tool import __version__
+from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import HubError
 from deltamem_tool.evaluation.conditions import STATE, in_words
-from deltamem_tool.evaluation.digits import mean_and_interval
-from deltamem_tool.hub.base import Base
+from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
+from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
-from deltamem_tool.resolve import BUILTIN
+from deltamem_tool.io.names import BUILTIN
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
 END = "<!-- /deltamem -->"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.adapter_config import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
-from deltamem_tool.adapter_folder import AdapterFolder, read_adapter
-from deltamem_tool.bounded import read_json
+from deltamem_tool.adapter.config_file import CONFIG_FILE, PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.errors import DeltaMemError, HubError
-from deltamem_tool.evaluation.record import EVALUATION_FILE, read_evaluation
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, read_evaluation
+from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Manifest
-from deltamem_tool.onnx.folder import ONNX_FOLDER
-from deltamem_tool.onnx.trust import check_onnx_folder
+from deltamem_tool.onnx.locate import ONNX_FOLDER
+from deltamem_tool.onnx.runtime.validate import check_onnx_folder
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
-from deltamem_tool.files import folder_whole, refuse_existing
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
-from deltamem_tool.resolve import commit_of, fetch, on_hub
+from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.io.names import commit_of, fetch, on_hub
 
 
 @dataclass(frozen=True)

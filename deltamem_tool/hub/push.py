@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deltamem_tool.adapter_config import CONFIG_FILE
+from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.errors import DeltaMemError, HubError
-from deltamem_tool.hub.base import Base, with_public_base
 from deltamem_tool.hub.card import says_license, write_card
 from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Contents, read_contents
+from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, Repository, There
+from deltamem_tool.io.names import fetch, hub_id, on_hub
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
-from deltamem_tool.onnx.folder import ONNX_FOLDER
-from deltamem_tool.resolve import fetch, hub_id, on_hub
+from deltamem_tool.onnx.locate import ONNX_FOLDER
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from deltamem_tool import __version__
 from deltamem_tool._compat import RepoFile, SoftTemporaryDirectory, git_hash, sha_fileobj
+from deltamem_tool._version import __version__
 from deltamem_tool.errors import HubError
-from deltamem_tool.hub_errors import CLIENT_ERRORS, explained, may_have_landed, of_this_machine
+from deltamem_tool.io.hub_errors import CLIENT_ERRORS, explained, may_have_landed, of_this_machine
 
 LIBRARY = "deltamem-tool"
 MAIN = "main"

@@ -50,10 +50,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.bounded import parse_json, read_text
 from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
-from deltamem_tool.versions import is_newer, update_line
+from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, is_newer, update_line
+from deltamem_tool.io.safe_json import parse_json, read_text
 
 FORMAT = "deltamem-onnx"
 FORMAT_VERSION = 3
@@ -61,9 +61,6 @@ FORMAT_VERSION = 3
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MANIFEST_FILE = "deltamem_onnx.json"
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 # All that an export writes, and all that is sent to the Hub or fetched from it.

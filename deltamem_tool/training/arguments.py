@@ -13,7 +13,7 @@ from transformers.integrations import TensorBoardCallback
 
 from deltamem_tool._compat import use_one_gpu
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.recipe import TrainingOptions
+from deltamem_tool.recipe.load import TrainingOptions
 
 _LOGGER = logging.getLogger(__name__)
 _SPLITTING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # set by `accelerate launch`

@@ -11,27 +11,22 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import Conv1D
-from deltamem_tool.adapter import read_adapter, read_tokenizer
-from deltamem_tool.architectures import attention_layers, select_layers
-from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.base_model.attention import attention_layers, select_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.data import (
-    IGNORED,
-    EncodedEpisode,
-    EncodedExchange,
-    Encoder,
-    Episode,
-    EpisodeStatistics,
-    TokenCounts,
-    read_episodes,
-)
+from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.sources import read_episodes
+from deltamem_tool.data.store import EpisodeStatistics, TokenCounts
 from deltamem_tool.errors import DataError, DeltaMemError
-from deltamem_tool.recipe import Recipe
-from deltamem_tool.surgery import fresh_adapter
-from deltamem_tool.training.engine import steps_of
+from deltamem_tool.memory.attach import fresh_adapter
+from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.lora import with_lora
 from deltamem_tool.training.peak_bytes import Report, StepShape, activation_bytes, base_dtype, no_columns
 from deltamem_tool.training.run import dialogues_of, encoder_of
+from deltamem_tool.training.trainer import steps_of
 
 SAMPLED = 64  # generated dialogues that are looked at, from the whole run
 _TOKENIZER_FILES = (

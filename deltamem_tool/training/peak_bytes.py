@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from deltamem_tool._compat import FakeTensorMode, TorchDispatchMode, tree_leaves, without_packing_search
-from deltamem_tool.architectures import attention_layers, select_layers
-from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.attention import attention_layers, select_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.layouts import Projection
-from deltamem_tool.memory import LAST
+from deltamem_tool.memory.attach import fresh_adapter, hook
+from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.ops import use_implementation
-from deltamem_tool.recipe import Recipe
-from deltamem_tool.state import MemoryState
-from deltamem_tool.surgery import fresh_adapter, hook
+from deltamem_tool.recipe.load import Recipe
+from deltamem_tool.segments.tags import LAST
 from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.objective import EpisodeModel
+from deltamem_tool.training.step import EpisodeModel
 
 Report = Callable[[int, int], None]  # fake steps done, of how many
 

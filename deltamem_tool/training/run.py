@@ -15,16 +15,28 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from deltamem_tool.adapter import base_of, load, read_tokenizer, tokenizer_of
-from deltamem_tool.architectures import attention_layers, select_layers
-from deltamem_tool.checkpoint import BaseCheckpoint
-from deltamem_tool.data import DialogueEpisodes, EncodedEpisodes, Encoder, EpisodeCollator, encode_cached, read_episodes
+from deltamem_tool.adapter.base import base_of
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.attention import attention_layers, select_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
+from deltamem_tool.data.collate import EpisodeCollator
+from deltamem_tool.data.encode import Encoder
+from deltamem_tool.data.sources import read_episodes
+from deltamem_tool.data.store import EncodedEpisodes, encode_cached
+from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
-from deltamem_tool.files import refuse_existing
-from deltamem_tool.recipe import Recipe
-from deltamem_tool.surgery import adapter_of, attach, fresh_adapter, hook
+from deltamem_tool.io.atomic import refuse_existing
+from deltamem_tool.io.formats import versions
+from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
+from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
-from deltamem_tool.training.engine import (
+from deltamem_tool.training.estimate import step_seconds
+from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
+from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.summary import TrainingSummary, named_recipe
+from deltamem_tool.training.trainer import (
     EarlyStop,
     EpisodeTrainer,
     Progress,
@@ -32,12 +44,6 @@ from deltamem_tool.training.engine import (
     SourcedCollator,
     steps_of,
 )
-from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.objective import EpisodeModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
-from deltamem_tool.training.summary import TrainingSummary, named_recipe
-from deltamem_tool.versions import versions
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def train(
     Args:
         report: follows the steps; `encoding` the episodes that are encoded before, (done, of how many).
         expecting: called before the first step with the number of steps to come and about how many seconds they will
-            take, which costs two steps.
+            take, evaluations not counted; to find out costs up to two steps.
 
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
@@ -108,15 +114,15 @@ def train(
     trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
         cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
-    to_come = data.steps - (0 if checkpoint is None else step_of(checkpoint))
-    if expecting is not None and state.is_main_process and to_come > 0:
-        options = recipe.training
+    at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
+    if expecting is not None and state.is_main_process and not at_end:
+        options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
         seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
         expecting(to_come, to_come * options.gradient_accumulation * seconds)
     state.wait_for_everyone()
     with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
         state.wait_for_everyone()
-        if checkpoint is not None and trainer.is_at_end(checkpoint):
+        if checkpoint is not None and at_end:
             trainer.load_end(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.files import write_whole
-from deltamem_tool.recipe import Recipe
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.recipe.load import Recipe
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
 BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far

@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.adapter_config import PLOT_FILE, SUMMARY_FILE
-from deltamem_tool.recipe import Recipe
+from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE
+from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.run_folder import comparable
 
 _CONDITIONS = {"": "the state", "_zero": "zeros", "_donor": "another's state"}

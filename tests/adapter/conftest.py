@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import randomise, save_checkpoint
+from helpers.tiny import randomise, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, attach, save_adapter

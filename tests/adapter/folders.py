@@ -7,7 +7,7 @@ import json
 from safetensors.torch import load_file, save_file
 
 from deltamem_tool import DeltaMemConfig
-from deltamem_tool.adapter import CONFIG_FILE, WEIGHTS_FILE
+from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
 
 CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
 

@@ -8,15 +8,17 @@ import shutil
 import pytest
 import torch
 from adapter.folders import CONFIG, change_config
+from helpers.tiny import randomise, save_checkpoint
 from safetensors.torch import load_file
-from tiny import randomise, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach, load, save_adapter
-from deltamem_tool.adapter import CONFIG_FILE, create_adapter, read_adapter
-from deltamem_tool.checkpoint import BaseCheckpoint
+from deltamem_tool.adapter.config_file import CONFIG_FILE
+from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError, HubError
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
 
 
 def test_another_base_is_refused(adapter, base, tmp_path):
@@ -79,7 +81,7 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
             seen.append(revision)
             super().__init__(name, revision, trust_remote_code)
 
-    monkeypatch.setattr("deltamem_tool.adapter.BaseCheckpoint", Watched)
+    monkeypatch.setattr("deltamem_tool.adapter.base.BaseCheckpoint", Watched)
     moved = shutil.copytree(base, tmp_path / "moved")
     places = {"HERE": str(base), "THERE": str(moved)}
     load(adapter, **{name: places.get(value, value) for name, value in options.items()})

@@ -9,7 +9,8 @@ import torch
 from adapter.folders import change_config, change_weights
 
 from deltamem_tool import DeltaMemConfig, load
-from deltamem_tool.adapter import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, read_adapter
+from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.errors import AdapterError
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from adapter.folders import CONFIG
-from running import cache_of
-from tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens
+from helpers.running import cache_of
+from helpers.tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, load, save_adapter
-from deltamem_tool.adapter import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, create_adapter
+from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError
-from deltamem_tool.files import folder_whole
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.memory.attach import adapter_of
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "smollm3"])

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401  (a fixture)
-from tiny import patched_model, tiny_model, tokens
+from helpers.tiny import patched_model, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, detach, load
-from deltamem_tool.adapter import create_adapter
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.bench import BASE, LORA, MEMORY, MODELS, PYTORCH, SEGMENT
 from deltamem_tool.bench.loras import find_lora, fresh_lora, lora_parameters, stored_lora
 from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of
@@ -18,9 +18,9 @@ from deltamem_tool.bench.peak import _model, peak_of
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import TorchSide
 from deltamem_tool.errors import AdapterError, ConfigError, DeltaMemError
-from deltamem_tool.memory_file import read_memory
-from deltamem_tool.recipe import LoraOptions
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.file import read_memory
+from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.training.lora import with_lora
 
 POSITIONS = 512  # of the tiny checkpoint

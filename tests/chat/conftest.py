@@ -6,7 +6,7 @@ import pytest
 from chat.talking import (
     make_engine,
 )
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from continued import continued
-from tiny import PAD, randomise, tiny_model, tiny_tokenizer
+from helpers.continued import continued
+from helpers.tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.chat.conversation import Conversation, Sampling
-from deltamem_tool.chat.torch_runtime import TorchModel
+from deltamem_tool.chat.torch_engine import TorchModel
 
 TOLERANCE = 1e-5  # of logits and states
 TURNS = ("my cat is Bella", "what is the name of my cat?", "thank you")

@@ -1,6 +1,6 @@
 """Conversations over PyTorch: turns as `generate` makes them, and everything that can happen between and within them.
 
-The same code runs over ONNX Runtime: tests/onnx/test_runtime.py compares the two.
+The same code runs over ONNX Runtime: tests/onnx/runtime/test_engine.py compares the two.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from chat.talking import (
     say,
     seen,
 )
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool import MemoryState
 from deltamem_tool.chat.conversation import Context, Conversation, Sampling
 from deltamem_tool.chat.generation import Said
-from deltamem_tool.chat.torch_runtime import TorchModel
+from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import DataError, ExportError, MemoryStateError
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from continued import continued
-from tiny import PAD, randomise, tiny_model, tiny_tokenizer
+from helpers.continued import continued
+from helpers.tiny import PAD, randomise, tiny_model, tiny_tokenizer
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
-from deltamem_tool.chat.torch_runtime import TorchModel
+from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.segments import mark_chat
+from deltamem_tool.segments.encode import mark_chat
 
 TOLERANCE = 1e-5
 NEW = 5  # tokens of an answer

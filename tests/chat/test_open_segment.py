@@ -8,8 +8,8 @@ import torch
 
 from deltamem_tool.chat.open_segment import end_segment
 from deltamem_tool.config import UPDATE_RULES, DeltaMemConfig
-from deltamem_tool.memory import end_segment as in_pytorch
-from deltamem_tool.memory_file import StoredMemory
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.memory.layer import end_segment as in_pytorch
 
 TOLERANCE = 1e-6
 OPTIONS = [

@@ -68,7 +68,7 @@ def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(optio
 
 def test_the_order_is_that_of_generate():
     """A model's `generate` builds the same list of processors from the same options."""
-    from tiny import tiny_model
+    from helpers.tiny import tiny_model
     from transformers import GenerationConfig
 
     config = GenerationConfig(

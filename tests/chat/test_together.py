@@ -16,7 +16,7 @@ from chat.talking import (
     say,
     seen,
 )
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.errors import ConfigError, ExportError

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import transformers
-from architectures import support_table
+from base_model import support_table
 from packaging.version import Version
 
 from deltamem_tool._compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from deltamem_tool.support import supported_types, transformers_version, types_named
+from deltamem_tool.base_model.support import supported_types, transformers_version, types_named
 
 KEYS = ["model_type", "supported", "branches", "export", "reason"]
 

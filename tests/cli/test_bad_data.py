@@ -6,10 +6,10 @@ import json
 
 import pytest
 from evaluation.published import FACTS, QUESTION, SPLITS, TALK, row, write
-from tiny import listing, save_checkpoint
+from helpers.tiny import listing, save_checkpoint
 
 from deltamem_tool import DeltaMemConfig
-from deltamem_tool.adapter import create_adapter
+from deltamem_tool.adapter.create import create_adapter
 
 
 @pytest.fixture

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 from cli.command import START
-from tiny import listing, save_checkpoint, write_jsonl
+from helpers.tiny import listing, save_checkpoint, write_jsonl
 from transformers import BertConfig, T5Config
 
-from deltamem_tool import adapter, cli, dialogues, load
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool import cli, load
+from deltamem_tool.adapter import save as save_module
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.dialogues import assistant, user
 
 TALK = [user("My dog is called Rex."), assistant("Noted."), user("What is my dog called?"), assistant("Rex.")]
 
@@ -178,7 +180,7 @@ def test_what_the_system_refuses_is_said_in_words(here, deltamem, checkpoint, mo
     def refused(*_):
         raise error
 
-    monkeypatch.setattr(adapter, "save", refused)
+    monkeypatch.setattr(save_module, "save", refused)
     done = deltamem("patch", checkpoint, "--out", "adapter")
     done.assert_short_error("/there cannot be read or written", error.strerror, "permissions", code=1)
     assert listing(here) == {}
@@ -315,10 +317,10 @@ def test_a_full_disk_is_told_from_other_errors(here, deltamem, checkpoint, monke
     def full(*_):
         raise OSError(number, "no room")
 
-    monkeypatch.setattr(adapter, "save", full)
+    monkeypatch.setattr(save_module, "save", full)
     deltamem("patch", checkpoint, "--out", "adapter").assert_short_error("disk is full", "no room", code=1)
     assert listing(here) == {}
-    monkeypatch.setattr(adapter, "save", lambda *_: 1 / 0)
+    monkeypatch.setattr(save_module, "save", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["deltamem", "patch", str(checkpoint), "--out", "adapter"])
     with pytest.raises(ZeroDivisionError):  # what nobody expected keeps its traceback
         cli.main()

@@ -16,13 +16,13 @@ import numpy as np
 import pexpect
 import pytest
 from cli.command import START
+from helpers.tiny import listing
 from rich.console import Console
-from tiny import listing
 
 from deltamem_tool.chat.conversation import Conversation, Sampling
 from deltamem_tool.chat.engine import empty_memory
-from deltamem_tool.chat.session import COMMANDS, Chat
-from deltamem_tool.memory_file import StoredMemory, read_memory, write_memory
+from deltamem_tool.chat.repl import COMMANDS, Chat
+from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
 
 TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."
 # At this temperature every token is as likely as any other: an answer is long, and goes on for some seconds.
@@ -31,8 +31,9 @@ ENDLESS = {"temperature": 1e6, "max_new_tokens": 100_000, "seed": 7}
 
 @pytest.fixture(scope="module")
 def engine():
-    from deltamem_tool.adapter import load, tokenizer_of
-    from deltamem_tool.chat.torch_runtime import TorchModel
+    from deltamem_tool.adapter.load import load
+    from deltamem_tool.base_model.tokenizer import tokenizer_of
+    from deltamem_tool.chat.torch_engine import TorchModel
 
     model = load("builtin:adapter")
     return TorchModel(model, tokenizer_of(model))

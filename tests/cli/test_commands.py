@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from cli.command import Done
-from tiny import listing
+from helpers.tiny import listing
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, __version__, cli, load
-from deltamem_tool.adapter import read_adapter
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.evaluation import MEMORY_ONLY, RECALL, runner
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
@@ -89,7 +89,7 @@ def test_the_model_is_evaluated_on_the_device_that_is_asked_for(here, deltamem, 
 
 
 def test_export_is_for_the_target_that_was_asked_for(here, deltamem, checkpoint, monkeypatch):
-    from deltamem_tool.onnx import export
+    from deltamem_tool.onnx.export import export
 
     def stub(*args, target, max_length, **options):
         raise ExportError(f"for {target}, {max_length} tokens")
@@ -148,7 +148,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "import resource; used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(used.ru_utime + used.ru_stime)\n"
         "print(*sys.modules)\n"
-        "import deltamem_tool.evaluation.compare, deltamem_tool.evaluation.digits\n"  # what `compare` needs for no page
+        "import deltamem_tool.evaluation.report.compare, deltamem_tool.evaluation.scoring.digits\n"  # no page
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -9,11 +9,12 @@ import resource
 import click
 import pytest
 import torch
-from parity_cases import FOLDER
-from tiny import listing
+from helpers.parity_cases import FOLDER
+from helpers.tiny import listing
 
-from deltamem_tool import cli, reference
-from deltamem_tool.adapter import read_adapter
+from deltamem_tool import cli
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.adapter.reference import convert as reference
 
 CASE = FOLDER / "tsw_qo_qwen3"
 ADAPTER, BASE = CASE / "adapter", CASE / "base"

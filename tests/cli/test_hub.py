@@ -14,15 +14,15 @@ import pexpect
 import pytest
 import yaml
 from cli.command import START, in_a_process
-from hub.isolation import environment
-from hub.routes import Account
-from hub.server import HubServer
-from parity_cases import FOLDER
-from publishing import adapter_folder, onnx_folder
+from fake_hub.isolation import environment
+from fake_hub.routes import Account
+from fake_hub.server import HubServer
+from helpers.parity_cases import FOLDER
+from helpers.publishing import adapter_folder, onnx_folder
 
 from deltamem_tool import load
-from deltamem_tool.adapter import read_adapter
-from deltamem_tool.resolve import ASSETS
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.io.names import ASSETS
 
 BASE, ADAPTER = "someone/base", "someone/adapter"
 TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."

@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import listing
+from helpers.tiny import listing
 
-from deltamem_tool import memory_picture
-from deltamem_tool.memory_file import StoredMemory, write_memory
+from deltamem_tool.memory import plot as memory_picture
+from deltamem_tool.memory.file import StoredMemory, write_memory
 
 ADAPTER = "0123456789abcdef" * 4
 

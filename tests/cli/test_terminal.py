@@ -9,7 +9,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from deltamem_tool.chat.session import COMMANDS
+from deltamem_tool.chat.repl import COMMANDS
 from deltamem_tool.cli import terminal
 from deltamem_tool.cli.terminal import CommandCompleter, Reader, history_file
 

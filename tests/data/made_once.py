@@ -8,9 +8,11 @@ import time
 from multiprocessing.connection import Connection
 
 import datasets
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 
-from deltamem_tool.data import DialogueEpisodes, Encoder, encode_cached
+from deltamem_tool.data.encode import Encoder
+from deltamem_tool.data.store import encode_cached
+from deltamem_tool.data.synthetic import DialogueEpisodes
 
 EPISODES = 300
 

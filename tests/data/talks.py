@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [user("My dog is called Rex."), assistant("Noted."), user("What is my dog called?"), assistant("Rex.")]

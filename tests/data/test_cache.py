@@ -11,12 +11,15 @@ import datasets
 import pytest
 from data.made_once import encode
 from data.talks import TALK
-from forked import forked
-from tiny import tiny_tokenizer
+from helpers.forked import forked
+from helpers.tiny import tiny_tokenizer
 
-from deltamem_tool.data import Encoder, Episode, cache, encode_cached
+from deltamem_tool.data import cache
 from deltamem_tool.data.cache import MANIFEST_FILE, cache_key
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.data.encode import Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.store import encode_cached
 
 EPISODES = [Episode(TALK[:2], [TALK[2:]], "a:1"), Episode(TALK, [TALK[2:]], "a:2")]
 OPTIONS = {"max_write_tokens": 30, "max_read_tokens": 60}

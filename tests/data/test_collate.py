@@ -9,8 +9,11 @@ import torch
 from data.talks import SYSTEM, TALK
 from data.test_encode import EPISODES
 
-from deltamem_tool.data import IGNORED, DialogueEpisodes, Encoder, Episode, EpisodeCollator, collate
-from deltamem_tool.memory import OUTSIDE
+from deltamem_tool.data.collate import EpisodeCollator, collate
+from deltamem_tool.data.encode import IGNORED, Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.synthetic import DialogueEpisodes
+from deltamem_tool.segments.tags import OUTSIDE
 
 KEYS = {"write_ids", "write_mask", "read_ids", "read_mask", "labels", "rows", "scored", "targets"}
 

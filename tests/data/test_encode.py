@@ -6,14 +6,17 @@ from copy import copy
 
 import pytest
 from data.talks import SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
-from tiny import write_jsonl
+from helpers.tiny import write_jsonl
 
-from deltamem_tool.chat_template import render
-from deltamem_tool.data import IGNORED, DialogueEpisodes, Encoder, Episode, read_episodes
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.data.encode import IGNORED, Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.sources import read_episodes
+from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.memory import LAST
-from deltamem_tool.segments import encode_chat
+from deltamem_tool.segments.encode import encode_chat
+from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.template import render
 
 EPISODES = [
     Episode(TALK, [[SYSTEM, user("My dog?"), assistant("It is called Rex, a fine dog.")], [*TALK[2:]]], "a:1"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from data.talks import CALL, CALLING, FOUND, SYSTEM, TALK, TOOLS
 
-from deltamem_tool.data import Episode, episodes_of
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.data.episode import Episode, episodes_of
 from deltamem_tool.errors import ConfigError, DataError
 
 

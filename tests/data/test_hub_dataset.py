@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data.talks import TALK, TOOLS
-from hub.isolation import environment
-from hub.server import HubServer
-from tiny import write_jsonl
+from fake_hub.isolation import environment
+from fake_hub.server import HubServer
+from helpers.tiny import write_jsonl
 
 _READ = """
 import json, sys
-from deltamem_tool.data import read_episodes
+from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.sources import read_rows
 from deltamem_tool.errors import DataError
 

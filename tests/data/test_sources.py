@@ -10,10 +10,11 @@ import pytest
 from data.talks import CALL, CALLING, FOUND, SYSTEM, TALK, TOOLS
 from data.test_episode import BAD
 from datasets import Dataset, Features, Json, List, Value
-from tiny import write_jsonl
+from helpers.tiny import write_jsonl
 
-from deltamem_tool.data import Episode, read_episodes
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.errors import DataError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from deltamem_tool import dialogues
-from deltamem_tool.evaluation.metrics import exact, token_f1
+from deltamem_tool.data import dialogues
+from deltamem_tool.evaluation.scoring.metrics import exact, token_f1
 from deltamem_tool.evaluation.task import Item
 
 

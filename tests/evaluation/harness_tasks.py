@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from deltamem_tool import dialogues
+from deltamem_tool.data import dialogues
 
 CHOICE, ANSWER, STORY = "told_choice", "told_answer", "told_story"
 ELSEWHERE = "told_elsewhere"  # its data are on the Hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltamem_tool.recipe import LoraOptions
+from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.training.lora import with_lora
 
 

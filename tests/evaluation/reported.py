@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_tool.evaluation.conditions import Condition, EvalProtocol, conditions_of
-from deltamem_tool.evaluation.page import write_report
-from deltamem_tool.evaluation.record import EVALUATION_FILE, evaluation_json
 from deltamem_tool.evaluation.records import ITEMS, Record, RecordFolder
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, evaluation_json
+from deltamem_tool.evaluation.report.page import write_report
 from deltamem_tool.evaluation.result import Evaluation
 
 GROUPS = ("1 fact", "2 facts")

@@ -10,19 +10,19 @@ import pytest
 import torch
 from evaluation.asked import Asked, item
 from evaluation.loras import make_lora
+from helpers.tiny import logits, randomise, save_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny import logits, randomise, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, attach, detach
-from deltamem_tool.chat_template import render
 from deltamem_tool.errors import AdapterError, DataError
-from deltamem_tool.evaluation import asking
+from deltamem_tool.evaluation import answer as asking
 from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
+from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.runner import evaluate
-from deltamem_tool.evaluation.views import Views
-from deltamem_tool.surgery import adapter_of, hook
+from deltamem_tool.memory.attach import adapter_of, hook
+from deltamem_tool.segments.template import render
 
 MEMORY = EvalProtocol.parse("memory")
 TASK = Asked([item(number, sessions=1 + number % 2) for number in range(3)])

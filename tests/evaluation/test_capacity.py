@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import randomise, tiny_model
+from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.evaluation.replay import read
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.evaluation.writing import memorise
-from deltamem_tool.segments import encode_chat
+from deltamem_tool.evaluation.write_pass import memorise
+from deltamem_tool.segments.encode import encode_chat
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

@@ -12,11 +12,11 @@ from cli.command import deltamem  # noqa: F401  (a fixture)
 from evaluation.reported import evaluated, kept, share_of
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation import compare as module
-from deltamem_tool.evaluation.compare import compare
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.records import RECORDS_FILE
-from deltamem_tool.evaluation.statistics import Estimate, difference_of_means
+from deltamem_tool.evaluation.report import compare as module
+from deltamem_tool.evaluation.report.compare import compare
+from deltamem_tool.evaluation.scoring.statistics import Estimate, difference_of_means
 
 QUESTIONS = 40
 

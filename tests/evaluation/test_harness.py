@@ -11,14 +11,13 @@ import torch
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
 from evaluation.loras import make_lora
-from running import cache_of
-from tiny import randomise, tiny_model
+from helpers.running import cache_of
+from helpers.tiny import randomise, tiny_model
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool._compat import cache_argument
-from deltamem_tool.adapter import create_adapter
-from deltamem_tool.chat_template import render
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import AdapterError, ConfigError, DataError
 from deltamem_tool.evaluation import harness_run
@@ -27,8 +26,9 @@ from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histo
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
 from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import RECORDS_FILE
-from deltamem_tool.segments import mark_chat
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.template import render
 
 TOLERANCE = 1e-4  # of a choice's log-probability, a sum of some tokens' in float32: padded in a batch, and alone
 LIMIT = 3

@@ -9,19 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluation.asked import history
-from tiny import CHAT_TEMPLATE, randomise, tiny_model
+from helpers.tiny import CHAT_TEMPLATE, randomise, tiny_model
 
-from deltamem_tool import DeltaMemConfig, MemoryCache, attach, dialogues
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool.data import dialogues
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import likelihood
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, EvalProtocol
 from deltamem_tool.evaluation.likelihood import scored_answers
+from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.runner import evaluate
-from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.evaluation.views import Views
-from deltamem_tool.evaluation.writing import memorise
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.evaluation.write_pass import memorise
+from deltamem_tool.memory.attach import adapter_of
 
 TOLERANCE = 2e-5  # nats: float32 in a padded batch with one call, and alone token by token
 MEMORY = EvalProtocol.parse("memory")

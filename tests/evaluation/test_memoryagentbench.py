@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from evaluation.published import FACTS, SPLITS, TITLES, row, write
-from tiny import randomise, tiny_model
+from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.errors import ConfigError, DataError, HubError
 from deltamem_tool.evaluation.chunks import sentence_chunks, token_counter
 from deltamem_tool.evaluation.conditions import EvalProtocol
-from deltamem_tool.evaluation.metrics import rouge
 from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.scoring.metrics import rouge
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, first_answer
 

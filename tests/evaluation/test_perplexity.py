@@ -12,24 +12,25 @@ import pytest
 from click.testing import CliRunner
 from evaluation.published import TALK
 from evaluation.reported import kept
+from helpers.tiny import write_jsonl
 from rich.console import Console
-from tiny import write_jsonl
 
-from deltamem_tool import DeltaMemConfig, dialogues
-from deltamem_tool.adapter import create_adapter
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
+from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.compare import compare
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, EvalProtocol, conditions_of
-from deltamem_tool.evaluation.digits import digits, figure, mean_and_interval, plus_minus, signed
-from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
+from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.records import RECORDS_FILE, Record
-from deltamem_tool.evaluation.report import plot_scores, score_table
+from deltamem_tool.evaluation.report.compare import compare
+from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, read_evaluation
+from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
-from deltamem_tool.evaluation.scales import LOG_PROB, TOKENS, scale_of
-from deltamem_tool.evaluation.statistics import Difference, difference, estimate, verdict
+from deltamem_tool.evaluation.scoring.digits import digits, figure, mean_and_interval, plus_minus, signed
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS, scale_of
+from deltamem_tool.evaluation.scoring.statistics import Difference, difference, estimate, verdict
 from deltamem_tool.evaluation.task import find_task
-from deltamem_tool.evaluation.views import Views
 
 USER, ASSISTANT = dialogues.user, dialogues.assistant
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from deltamem_tool import dialogues
+from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.recall import Recall

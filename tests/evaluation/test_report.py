@@ -14,18 +14,18 @@ from evaluation.reported import evaluated, reported
 from rich.console import Console
 
 from deltamem_tool import DeltaMemConfig, __version__
-from deltamem_tool.adapter import create_adapter
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
-from deltamem_tool.evaluation.drawing import DARK, scores_figure, styles, svg
-from deltamem_tool.evaluation.page import FILES, refuse_strangers
-from deltamem_tool.evaluation.record import read_evaluation
-from deltamem_tool.evaluation.report import score_table
+from deltamem_tool.evaluation.report.drawing import DARK, scores_figure, styles, svg
+from deltamem_tool.evaluation.report.evaluation_file import read_evaluation
+from deltamem_tool.evaluation.report.page import FILES, refuse_strangers
+from deltamem_tool.evaluation.report.tables import score_table
+from deltamem_tool.evaluation.report.templating import MAX_SHOWN
+from deltamem_tool.evaluation.scoring.statistics import p_text
 from deltamem_tool.evaluation.setup import without_folders
-from deltamem_tool.evaluation.statistics import p_text
-from deltamem_tool.evaluation.templating import MAX_SHOWN
 
 EVIL = (
     "<script>alert(1)</script><img src=//evil.example/x onerror=alert(2)></style></title></table>\"'>"

@@ -9,16 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluation.asked import Asked, item
-from tiny import randomise, tiny_model
+from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.chat_template import render
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation import asking, runner
+from deltamem_tool.evaluation import answer as asking
+from deltamem_tool.evaluation import runner
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE
 from deltamem_tool.evaluation.runner import evaluate
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.segments.template import render
 
 MEMORY = EvalProtocol.parse("memory")
 

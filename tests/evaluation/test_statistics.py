@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deltamem_tool.evaluation.statistics import FEWEST, Difference, difference, estimate, is_clear, verdict
+from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, difference, estimate, is_clear, verdict
 
 ALONE = [str(number) for number in range(400)]
 

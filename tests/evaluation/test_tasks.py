@@ -10,16 +10,17 @@ import pytest
 from click.testing import CliRunner
 from evaluation.asked import Asked, item
 
-from deltamem_tool import DeltaMemConfig, dialogues
-from deltamem_tool.adapter import create_adapter
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
+from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
-from deltamem_tool.evaluation.metrics import best, contains, exact_match, normalise, token_f1
-from deltamem_tool.evaluation.record import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.records import Record
-from deltamem_tool.evaluation.report import plot_scores, score_table
+from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, read_evaluation
+from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.scoring.metrics import best, contains, exact_match, normalise, token_f1
 from deltamem_tool.evaluation.task import find_task
 from deltamem_tool.evaluation.tasks.recall import Recall
 

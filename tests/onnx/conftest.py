@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
-from once import folder_once
+from helpers.once import folder_once
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.onnx import export
+from deltamem_tool.memory.attach import attach
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
-from deltamem_tool.onnx.export import export_onnx
-from deltamem_tool.onnx.optimize import JOIN_WEIGHTS
-from deltamem_tool.surgery import attach
+from deltamem_tool.onnx.export import export
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = """{% for message in messages %}

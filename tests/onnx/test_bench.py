@@ -18,11 +18,11 @@ from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import OnnxSide
 from deltamem_tool.errors import ConfigError, ExportError
-from deltamem_tool.model_call import CallOptions
+from deltamem_tool.memory.attach import adapter_of, hook
+from deltamem_tool.memory.forward import CallOptions
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.export import TOLERANCE
-from deltamem_tool.onnx.plain import PlainStep, without_memory
-from deltamem_tool.surgery import adapter_of, hook
+from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
+from deltamem_tool.onnx.export.export import TOLERANCE
 
 PROMPT = SEGMENT + 8  # one message ends in it, one stays open
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scan_inputs import NAMES, RULES, make_inputs
+from helpers.scan_inputs import NAMES, RULES, make_inputs
 from torch import Tensor
 
 from deltamem_tool.ops import chunked, delta_scan

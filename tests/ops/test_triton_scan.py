@@ -7,9 +7,9 @@ from functools import partial
 from multiprocessing import get_context
 
 import pytest
-import scan_inputs
 import torch
-from scan_inputs import NAMES
+from helpers import scan_inputs
+from helpers.scan_inputs import NAMES
 from torch.autograd.functional import vjp
 
 from deltamem_tool.errors import ConfigError

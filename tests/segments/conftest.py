@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny import patched_model, tiny_tokenizer
 from segments.merges import trained
 from segments.templates import TOKENS
-from tiny import patched_model, tiny_tokenizer
 from tokenizers import AddedToken, pre_tokenizers
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from copy import copy
 
-from tiny import CHAT_TEMPLATE
+from helpers.tiny import CHAT_TEMPLATE
 
-from deltamem_tool.dialogues import assistant, user
-from deltamem_tool.memory import INSIDE, LAST, OUTSIDE
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
 
 CHATML = (  # Qwen2.5: a system prompt of its own where there is none
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"

@@ -9,8 +9,8 @@ import torch
 from segments.templates import CHATML, SYSTEM, TALK, with_template
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.memory import LAST, OUTSIDE
-from deltamem_tool.segments import encode_chat, mark_chat
+from deltamem_tool.segments.encode import encode_chat, mark_chat
+from deltamem_tool.segments.tags import LAST, OUTSIDE
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny import CHAT_TEMPLATE
 from segments.templates import CHATML, COUNTING, MISTRAL, PLAIN, SYSTEM, TALK, with_template
-from tiny import CHAT_TEMPLATE
 from transformers import ByT5Tokenizer
 
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.memory import LAST
-from deltamem_tool.segments import encode_chat, mark_chat
+from deltamem_tool.segments.encode import encode_chat, mark_chat
+from deltamem_tool.segments.tags import LAST
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])

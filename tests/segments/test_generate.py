@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
+from helpers.watched import WatchedCache
 from segments.marked import DIFFERENT, close_memory, run
-from tiny import ARCHITECTURES, PAD, patched_model, tokens
 from transformers import GenerationConfig
-from watched import WatchedCache
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory import INSIDE, OUTSIDE
+from deltamem_tool.segments.tags import INSIDE, OUTSIDE
 
 NEW = 6
 NEVER = 95  # a stop token that `settings` forbids

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tiny import patched_model, tokens
 from segments.marked import LENGTH, MARKS, run, same_memory
-from tiny import patched_model, tokens
 from torch import nn
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory import INSIDE
+from deltamem_tool.segments.tags import INSIDE
 
 
 class _Broken(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny import CHAT_TEMPLATE
 from segments.templates import (
     CASES,
     CHATML,
@@ -16,11 +17,10 @@ from segments.templates import (
     hybrid,
     with_template,
 )
-from tiny import CHAT_TEMPLATE
 
-from deltamem_tool.dialogues import assistant, user
-from deltamem_tool.memory import LAST
-from deltamem_tool.segments import mark_chat
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.tags import LAST
 
 CONVERSATIONS = {
     "question": TALK[:1],

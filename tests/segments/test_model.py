@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive_model import naive_run
+from helpers.naive_model import naive_run
+from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
 from segments.marked import DIFFERENT, EQUATION_TOLERANCE, LENGTH, MARKS, OPEN, close, close_memory, run, same_memory
-from tiny import ARCHITECTURES, PAD, patched_model, tokens
 
 from deltamem_tool import MemoryCache, MemoryState
-from deltamem_tool.memory import LAST, OUTSIDE
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.segments.tags import LAST, OUTSIDE
 
 everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
 variously = pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from segments.templates import (
     with_template,
 )
 
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import DataError
-from deltamem_tool.segments import mark_chat
+from deltamem_tool.segments.encode import mark_chat
 
 
 def test_sentences_of_a_message(words):

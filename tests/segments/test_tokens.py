@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from helpers.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from segments.merges import trained
 from segments.templates import PLAIN, TALK
-from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import DataError
-from deltamem_tool.memory import INSIDE, LAST
-from deltamem_tool.segments import mark_chat
+from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.tags import INSIDE, LAST
 
 
 def test_a_token_belongs_where_its_first_character_is():

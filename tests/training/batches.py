@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from tiny import tokens
+from helpers.tiny import tokens
 from torch import Tensor
 
-from deltamem_tool.data import IGNORED
-from deltamem_tool.memory import INSIDE, LAST
+from deltamem_tool.data.encode import IGNORED
+from deltamem_tool.segments.tags import INSIDE, LAST
 
 
 def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = False) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from deltamem_tool.recipe import load_recipe
+from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 
 _save = torch.save

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny import write_jsonl
+from helpers.tiny import write_jsonl
 
-from deltamem_tool import dialogues
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.dialogues import assistant, user
 
 PAIRS = (("dog", "Rex"), ("house", "Oslo"), ("car", "blue"), ("sister", "Anna"), ("exam", "noon"), ("dinner", "soup"))
 

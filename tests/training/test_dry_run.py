@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import END, PAD, listing, save_checkpoint, tiny_config, write_jsonl
+from helpers.tiny import END, PAD, listing, save_checkpoint, tiny_config, write_jsonl
 
 from deltamem_tool import DeltaMemConfig
-from deltamem_tool.checkpoint import BaseCheckpoint
-from deltamem_tool.data import DialogueEpisodes
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
 from deltamem_tool.ops import use_implementation
-from deltamem_tool.recipe import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
 from deltamem_tool.training import DryRun, dry_run, peak_bytes, train
 from deltamem_tool.training.peak_bytes import (
     LiveBytes,

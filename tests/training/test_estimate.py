@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from training.talks import write_talks
 
 from deltamem_tool import DeltaMemConfig
-from deltamem_tool.adapter import WEIGHTS_FILE
+from deltamem_tool.adapter.config_file import WEIGHTS_FILE
 from deltamem_tool.cli.console import in_words
-from deltamem_tool.recipe import DataOptions, LoraOptions, Recipe, TrainingOptions
+from deltamem_tool.recipe.load import DataOptions, LoraOptions, Recipe, TrainingOptions
 from deltamem_tool.training import train
 
 

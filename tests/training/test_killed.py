@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import forked
+from helpers.forked import forked
 from safetensors.torch import load_file
 from training.slow_writes import train_slowly
 from training.talks import write_talks
 
-from deltamem_tool.adapter import WEIGHTS_FILE
-from deltamem_tool.recipe import load_recipe
+from deltamem_tool.adapter.config_file import WEIGHTS_FILE
+from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
 

@@ -15,9 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from training.talks import write_talks
 
-from deltamem_tool.adapter import WEIGHTS_FILE
-from deltamem_tool.adapter_config import SUMMARY_FILE
-from deltamem_tool.recipe import load_recipe
+from deltamem_tool.adapter.config_file import SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
 

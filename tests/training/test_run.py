@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import listing, save_checkpoint, write_jsonl
 from safetensors.torch import load_file
-from tiny import listing, save_checkpoint, write_jsonl
 
-from deltamem_tool import DeltaMemConfig, DeltaMemError, dialogues, load
-from deltamem_tool.adapter import WEIGHTS_FILE, read_adapter
-from deltamem_tool.dialogues import assistant, user
+from deltamem_tool import DeltaMemConfig, DeltaMemError, load
+from deltamem_tool.adapter.config_file import WEIGHTS_FILE
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import ArchitectureError, DataError
-from deltamem_tool.recipe import DataOptions, Recipe, TrainingOptions
-from deltamem_tool.surgery import adapter_of
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.recipe.load import DataOptions, Recipe, TrainingOptions
 from deltamem_tool.training import EpisodeModel, arguments, run, train
 from deltamem_tool.training.arguments import training_arguments
 

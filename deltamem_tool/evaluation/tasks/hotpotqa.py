@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.metrics import exact_match, token_f1
+from deltamem_tool.evaluation.scoring.metrics import exact_match, token_f1
 from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.segments.template import Message
 
 _ASK = "{question}\nAnswer with the name, the few words, or yes or no alone."
 _SEEN = "Read."  # templates want roles to take turns

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.chunks import Count, sentence_chunks, token_counter
 from deltamem_tool.evaluation.task import Item, needs_data
 from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, answer_scores
+from deltamem_tool.segments.template import Message
 
 SCORE = "score"  # the source's own metric
 WITHOUT_JUDGE = "rougeL_f1"  # of sources that the benchmark has judged, where no judge is wanted

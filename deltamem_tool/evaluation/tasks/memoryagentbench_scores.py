@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation.metrics import best, contains, exact_match, rouge, token_f1
+from deltamem_tool.evaluation.scoring.metrics import best, contains, exact_match, rouge, token_f1
 
 CUTOFFS = (1, 5, 10)  # of the recall of recommendations
 _ANSWER = "Answer:"

@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from deltamem_tool.chat_template import Message
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.segments.template import Message
 
 
 class _Talk(NamedTuple):

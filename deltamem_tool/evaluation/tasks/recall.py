@@ -6,13 +6,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deltamem_tool import dialogues
-from deltamem_tool.chat_template import Message
-from deltamem_tool.dialogues import Fact
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.dialogues import Fact
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
-from deltamem_tool.evaluation.metrics import exact
+from deltamem_tool.evaluation.scoring.metrics import exact
 from deltamem_tool.evaluation.task import Item
+from deltamem_tool.segments.template import Message
 
 STATED, CHANGED, CONTRADICTED = "stated", "changed", "contradicted"
 SMALL_TALK, OTHER_FACTS = "small_talk", "facts"

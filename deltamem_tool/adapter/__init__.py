@@ -1,0 +1,1 @@
+"""Adapter folders: written, read, loaded onto their base model, converted from and to the reference's."""

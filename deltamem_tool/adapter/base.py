@@ -1,0 +1,69 @@
+"""Which base model an adapter is for: recorded with its fingerprint, and found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import commit_of_config
+from deltamem_tool.adapter.config_file import BaseModel
+from deltamem_tool.base_model.attention import attention_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint, fingerprint
+from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
+from deltamem_tool.memory.attach import adapter_of
+
+
+def find_base(
+    adapter: str | Path,
+    recorded: BaseModel,
+    base: str | None = None,
+    base_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[BaseCheckpoint, BaseModel]:
+    """The base model that `adapter` was made for, at `base` or where it has been recorded.
+
+    Raises:
+        AdapterError: it is not said where, or another model is there.
+        HubError: no model is there.
+    """
+    if not (base or recorded.name):
+        raise AdapterError(
+            f"{adapter} does not say where its base model is.",
+            "That model had not been saved when the adapter was.",
+            "Pass base=, or --base on the command line.",
+        )
+    if base_revision is None and base in (None, recorded.name):
+        base_revision = recorded.revision
+    checkpoint = BaseCheckpoint(base or recorded.name, base_revision, trust_remote_code)
+    found = base_of(checkpoint)
+    if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
+        raise AdapterError(
+            f"{adapter} was made for another base model.",
+            f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
+            f"{checkpoint.name} is {found.model_type}, weights {found.fingerprint[:12]}….",
+            "Pass the base model it was made for.",
+        )
+    return checkpoint, found
+
+
+def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
+    mark = checkpoint.fingerprint(checkpoint.layers)  # all of them, whichever have a memory
+    return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, mark)
+
+
+def base_of_model(model: PreTrainedModel) -> BaseModel:
+    """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
+    known = adapter_of(model).made_for
+    if isinstance(known, BaseModel):
+        return known
+    name = model.name_or_path or ""
+    if name:
+        try:
+            # A model of remote code is here, so its code has been trusted.
+            trusted = model.is_custom_code()
+            return base_of(BaseCheckpoint(name, commit_of_config(model.config), trusted))
+        except (ArchitectureError, HubError):
+            pass  # the checkpoint is gone
+    mark = fingerprint(attention_layers(model), lambda layer: layer.projection("q").weight.detach()[:1])
+    return BaseModel(name, None, model.config.model_type, mark)

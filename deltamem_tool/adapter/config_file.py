@@ -1,0 +1,93 @@
+"""`deltamem_config.json`: what an adapter is and which base model it was made for. No torch."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ConfigError
+from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.safe_json import read_json
+
+CONFIG_FILE, WEIGHTS_FILE = "deltamem_config.json", "deltamem.safetensors"
+SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"  # how it was trained
+FORMAT = "deltamem-adapter"
+FORMAT_VERSION = 1
+MAX_TEXT = 4096  # characters of a name: the longest path that Linux takes
+_REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,254}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model an adapter was made for."""
+
+    name: str  # folder or Hub id
+    revision: str | None  # commit on the Hub
+    model_type: str
+    fingerprint: str  # of some weights, see `checkpoint.fingerprint`
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in (self.name, self.model_type, self.fingerprint)):
+            raise TypeError("name, model_type and fingerprint of the base model must be text")
+        if not isinstance(self.revision, str | None):
+            raise TypeError("the revision of the base model must be text or null")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What the file says."""
+
+    mechanism: DeltaMemConfig
+    base: BaseModel
+    reference: dict[str, Any] | None  # what `reference.convert` has kept of the adapter that it read
+
+
+def read_config(folder: Path, name: str | Path) -> AdapterConfig:
+    """The config in `folder`, which the user knows as `name`.
+
+    Raises:
+        AdapterError: it is damaged, of a newer format, or none of an adapter.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        said = read_json(file)
+    except ValueError as error:
+        raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
+    if not isinstance(said, dict):
+        said = {}
+    version = said.get("format_version")
+    if said.get("format") != FORMAT or type(version) is not int or version < 1:
+        raise AdapterError(f"{name} is no adapter folder.", f"{CONFIG_FILE} does not say so.", "Use another folder.")
+    if is_newer(version, FORMAT_VERSION):
+        raise AdapterError(
+            f"{name} is of adapter format {version}.",
+            f"This version of deltamem reads up to {FORMAT_VERSION}.",
+            f"Update deltamem-tool: {update_line(said.get('deltamem_version'))}",
+        )
+    try:
+        config = DeltaMemConfig.from_dict(dict(said["mechanism"]))
+        base = BaseModel(**said["base"])
+        _check_texts(base)
+        reference = said.get("reference")
+        if not isinstance(reference, dict | None):
+            raise TypeError('"reference" must be an object')
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        why = str(error).replace("\n", " ")
+        raise AdapterError(f"{file} is damaged.", why, "Fetch the adapter again.") from error
+    return AdapterConfig(config, base, reference)
+
+
+def _check_texts(base: BaseModel) -> None:
+    """
+    Raises:
+        ValueError: a text is far too long, or holds characters that steer a terminal; or the revision is none.
+    """
+    for text in (base.name, base.model_type, base.fingerprint):
+        if len(text) > MAX_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+            raise ValueError("a text about the base model is too long, or holds control characters")
+    if base.revision is not None and not _REVISION.fullmatch(base.revision):
+        raise ValueError("the revision of the base model cannot be")

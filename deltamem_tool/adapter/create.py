@@ -1,0 +1,39 @@
+"""Fresh adapters, made without loading the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamem_tool.adapter.base import base_of
+from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
+from deltamem_tool.adapter.save import write_adapter
+from deltamem_tool.base_model.attention import select_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.io.atomic import refuse_existing
+from deltamem_tool.memory.attach import fresh_adapter
+
+
+def create_adapter(
+    base: str,
+    config: DeltaMemConfig,
+    out: str | Path,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> AdapterFolder:
+    """Write a fresh adapter for the checkpoint `base`, without loading it: a few columns of its weights are read.
+
+    Python files of `base` run only where `trust_remote_code` says so.
+
+    Raises:
+        ArchitectureError: `base` cannot take a memory.
+        ConfigError: the options do not fit it.
+        DeltaMemError: `out` is there already, or cannot be written.
+    """
+    refuse_existing(out, overwrite)
+    checkpoint = BaseCheckpoint(base, revision, trust_remote_code)
+    layers = select_layers(checkpoint.layers, config)
+    adapter = fresh_adapter(config, layers, checkpoint.first_columns)
+    write_adapter(adapter, base_of(checkpoint), out, overwrite)
+    return read_adapter(out)

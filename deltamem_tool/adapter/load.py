@@ -1,0 +1,65 @@
+"""An adapter folder, loaded onto the base model that it was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from deltamem_tool.adapter.base import find_base
+from deltamem_tool.adapter.folder import AdapterFolder, describe_adapter, with_tensors
+from deltamem_tool.base_model.attention import attention_layers, select_layers
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attach import hook
+
+
+def load(
+    path: str | Path,
+    base: str | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The base model with the adapter on it, in eval mode.
+
+    Args:
+        path: adapter folder or Hub id; `revision` is its revision.
+        base: where the base model is, if not where the adapter says.
+        base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
+        trust_remote_code: whether Python files of the base model may run.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        AdapterError: the adapter is damaged or was made for another base model.
+        ArchitectureError: the base model cannot be loaded.
+        HubError: it is not there.
+    """
+    described = describe_adapter(path, revision)
+    checkpoint, found = find_base(path, described.base, base, base_revision, trust_remote_code)
+    with torch.device("meta"):
+        expected = DeltaMemAdapter(described.config, select_layers(checkpoint.layers, described.config))
+    _refuse_misfit(expected, described)
+    folder = with_tensors(described)
+    model = checkpoint.load(**kwargs)
+    adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
+    fill(adapter, folder)
+    adapter.made_for = found
+    hook(model, adapter)
+    return model.eval()
+
+
+def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
+    """Load the folder's weights into `adapter`.
+
+    Raises:
+        AdapterError: tensors are missing, extra or misshapen for this base model; all of them are named.
+    """
+    _refuse_misfit(adapter, folder)
+    adapter.load_state_dict(dict(folder.tensors))
+
+
+def _refuse_misfit(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
+    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))

@@ -1,0 +1,300 @@
+"""Adapters of the reference implementation (declare-lab/delta-Mem), to ours and back, bit for bit.
+
+It saves `delta_mem_config.json`, 49 fields, and `delta_mem_adapter.pt`, a pickled dictionary of tensors. Ours remembers
+of them what the mechanism does not need (fields, their order, the weights' dtype) under "reference" in its config file.
+The pickle is read with torch's reader that builds tensors and runs nothing; `reference_config` translates the fields.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamem_tool.adapter.base import base_of, find_base
+from deltamem_tool.adapter.config_file import CONFIG_FILE, BaseModel
+from deltamem_tool.adapter.folder import name_in, read_adapter
+from deltamem_tool.adapter.reference.config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
+from deltamem_tool.adapter.save import write_adapter
+from deltamem_tool.base_model.attention import AttentionLayer, select_layers
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.config import BRANCHES, DeltaMemConfig
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
+from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.io.names import resolve_folder
+from deltamem_tool.io.safe_json import read_json
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+
+REFERENCE_WEIGHTS = "delta_mem_adapter.pt"
+FORMATS = ("deltamem", "reference")
+
+# The reference's name of each parameter of a layer, in the order in which it saves them.
+NAMES = {
+    "delta_scale_raw": "scale_raw",
+    "memory_q_proj": "query.weight",
+    "memory_k_proj": "key.weight",
+    "memory_v_proj": "value.weight",
+    **{f"delta_{branch}_proj": f"delta.{branch}.weight" for branch in BRANCHES},
+    "delta_o_rmsnorm_weight": "o_norm.weight",
+    "beta_proj": "gate.weight",
+    "beta_bias": "gate.bias",
+    "lambda_proj": "decay.weight",
+    "lambda_bias": "decay.bias",
+}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has written."""
+
+    path: Path
+    format: str  # one of FORMATS
+    base: BaseModel
+    parameters: int  # in the folder: the reference also saves zeros for branches that are off
+    dtypes: tuple[str, ...]  # of the reference's tensors, the most frequent first
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    base: str | None = None,
+    to: str = "deltamem",
+    revision: str | None = None,
+    base_revision: str | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write the adapter `src` to the folder `dst` in the other format: from the reference implementation's, or `to` it.
+
+    Both ways keep every bit: what was converted and comes back has the same tensors (values, dtypes, order) and the
+    same config.
+
+    Args:
+        src: folder or Hub id of the adapter; `revision` is its revision.
+        dst: folder to write, whole or not at all.
+        base: folder or Hub id of the base model. The reference does not record it, so it must be given; to convert back
+            it need not be, as long as it is where the adapter says.
+        to: "deltamem" or "reference".
+        base_revision: of the base model on the Hub.
+        overwrite: replace `dst`.
+
+    Raises:
+        AdapterError: `src` is damaged, no adapter of the other format, or has what would be lost; or does not fit
+            `base`. Differences are named.
+        ArchitectureError: `base` is not there, or the reference cannot take it.
+        DeltaMemError: `dst` is there already, or cannot be written.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
+    for source in (src, base):
+        if source and Path(source).is_dir() and Path(source).resolve().is_relative_to(Path(dst).resolve()):
+            raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
+    refuse_existing(dst, overwrite)
+    direction = _from_reference if to == "deltamem" else _to_reference
+    return direction(str(src), Path(dst), base, revision, base_revision, overwrite)
+
+
+def _from_reference(
+    src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
+) -> Converted:
+    folder = resolve_folder(src, revision, [REFERENCE_CONFIG, REFERENCE_WEIGHTS], "adapter")
+    for name in (REFERENCE_CONFIG, REFERENCE_WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{src} is no adapter of the reference implementation.",
+                f"It has no {name}.",
+                "Pass --to reference (to=) if it is one of deltamem's." if _is_ours(folder) else "Use another folder.",
+            )
+    said = _read_config(folder / REFERENCE_CONFIG)
+    config = mechanism_of(said, folder / REFERENCE_CONFIG)
+    if base is None:
+        raise AdapterError(
+            f"{src} does not say what its base model is.",
+            "Adapters of the reference implementation do not record it.",
+            "Pass the model that it was trained on: base=, or --base on the command line.",
+        )
+    checkpoint = BaseCheckpoint(base, base_revision)
+    layers = _layers(checkpoint, config)
+    adapter = _on_meta(config, layers)
+    tensors = _read_pickle(folder / REFERENCE_WEIGHTS)
+    _check_tensors(tensors, adapter, layers, folder / REFERENCE_WEIGHTS)
+    ours = {
+        name: tensors[theirs].detach().to(torch.float32, copy=True).contiguous()
+        for theirs, name, _ in _entries(adapter, layers)
+        if name is not None
+    }
+    adapter.load_state_dict(ours, assign=True)
+    found = base_of(checkpoint)
+    dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name, _, _ in _entries(adapter, layers)}
+    by_count = tuple(name for name, _ in Counter(dtypes.values()).most_common())
+    origin: dict[str, Any] = {"config": said, "dtype": by_count[0]}
+    if len(by_count) > 1:
+        origin["other_dtypes"] = {name: dtype for name, dtype in dtypes.items() if dtype != by_count[0]}
+    write_adapter(adapter, found, dst, overwrite, origin)
+    return Converted(dst, "deltamem", found, adapter.num_parameters(), by_count)
+
+
+def _to_reference(
+    src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
+) -> Converted:
+    if Path(src).is_dir() and not _is_ours(Path(src)) and (Path(src) / REFERENCE_CONFIG).is_file():
+        raise AdapterError(f"{src} is an adapter of the reference implementation already.", "", "Leave --to (to=) out.")
+    folder = read_adapter(src, revision)
+    checkpoint, found = find_base(src, folder.base, base, base_revision)
+    layers = _layers(checkpoint, folder.config)
+    adapter = _on_meta(folder.config, layers)
+    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+    original, dtype, other_dtypes = _origin(folder.reference, folder.path)
+    config = config_of(folder.config, [layer.index for layer in layers], original)
+    exact = {
+        theirs: torch.zeros(shape) if name is None else folder.tensors[name].clone()
+        for theirs, name, shape in _entries(adapter, layers)
+    }
+    tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}
+    if not all(torch.equal(tensor.float(), exact[name]) for name, tensor in tensors.items()):
+        tensors = exact  # the weights have been trained since: the dtype that they came in would round them
+    with folder_whole(dst, overwrite) as staged:
+        (staged / REFERENCE_CONFIG).write_text(json.dumps(config, indent=2))
+        torch.save(tensors, staged / REFERENCE_WEIGHTS)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return Converted(dst, "reference", found, count, tuple(name for name, _ in dtypes.most_common()))
+
+
+def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:
+    """Config, dtype and dtypes by name that an adapter of ours has kept from the reference's, or the usual ones.
+
+    Raises:
+        AdapterError: what was kept is damaged.
+    """
+    if kept is None:
+        return DEFAULTS, "float32", {}
+    config, dtype, others = kept.get("config"), kept.get("dtype"), kept.get("other_dtypes", {})
+    known = isinstance(others, dict) and all(name in list(_DTYPES) for name in (dtype, *others.values()))
+    if not isinstance(config, dict) or not isinstance(dtype, str) or not known:
+        raise AdapterError(
+            f"What {folder} has kept of the reference's adapter is damaged.",
+            'The entry "reference" of its config is not what deltamem writes.',
+            "Fetch the adapter again, or take that entry out.",
+        )
+    mechanism_of(config, folder)
+    return config, dtype, others
+
+
+def _entries(
+    adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer]
+) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
+    """Every tensor of the reference's file, in its order: its name there; its name in our state dict, or None for the Δ
+    of a branch that is off; its shape."""
+    for layer in layers:
+        memory = adapter.memory(layer.index)
+        shapes = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
+        for theirs, ours in NAMES.items():
+            name = f"{layer.name}.{theirs}"
+            if ours in shapes:
+                yield name, name_in(layer.index, ours), shapes[ours]
+            elif ours.startswith("delta."):
+                branch = ours.split(".")[1]
+                width = adapter.config.state_heads * adapter.config.rank
+                yield name, None, (layer.projection(branch).out_features, width)
+
+
+def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[AttentionLayer]:
+    """The layers with a memory, as modules without weights, called as the reference's files call them."""
+    layers = select_layers(checkpoint.layers, config)
+    other = [layer.name for layer in layers if layer.name != f"model.layers.{layer.index}.self_attn"]
+    if other:
+        raise ArchitectureError(
+            f"The reference implementation does not know attention such as that of {checkpoint.name}.",
+            f"It is called {other[0]}, not model.layers.N.self_attn.",
+            "Use a base model such as Qwen3 or SmolLM3.",
+        )
+    return layers
+
+
+def _on_meta(config: DeltaMemConfig, layers: Sequence[AttentionLayer]) -> DeltaMemAdapter:
+    """An adapter without values, which draws no random numbers."""
+    with torch.device("meta"):
+        return DeltaMemAdapter(config, layers)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        said = read_json(file, finite=False)  # what is no number is named below
+    except ValueError as error:
+        raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
+    if not isinstance(said, dict):
+        raise AdapterError(f"{file} is no config of an adapter.", "It is no JSON object.", "Fetch the adapter again.")
+    return said
+
+
+def _read_pickle(file: Path) -> dict[Any, Any]:
+    """The dictionary that torch.save has written. Nothing in `file` is run, and nothing is believed yet.
+
+    Raises:
+        AdapterError: it is damaged, no dictionary, or names something that torch does not build without running code.
+    """
+    content = io.BytesIO(file.read_bytes())  # so that what the disk refuses is told from what the reader does
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles in another protocol, which are read or refused all the same
+            found = torch.load(content, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"It names {named[1]}, which is no tensor" if named else "It holds something else than tensors"
+        raise AdapterError(
+            f"{file} is refused.", f"{why}; nothing of it was run.", "Do not use this file: it may be made to do harm."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything at all
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise AdapterError(f"{file} is damaged.", f"{why}.", "Fetch the adapter again.") from error
+    if not isinstance(found, dict):
+        raise AdapterError(
+            f"{file} is no adapter.", f"It holds a {type(found).__name__}, not a dictionary.", "Use another file."
+        )
+    return found
+
+
+def _check_tensors(
+    found: Mapping[Any, Any], adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer], file: Path
+) -> None:
+    """Refuse what does not fit `adapter` on `layers`, and what would be lost; all of it is named."""
+    wanted = {theirs: (ours, shape) for theirs, ours, shape in _entries(adapter, layers)}
+    differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"extra {name!r}" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        tensor, (ours, shape) = found[name], wanted[name]
+        # Shapes before values: a file of a few bytes can claim a tensor that fills the memory.
+        if not isinstance(tensor, Tensor):
+            differences.append(f"{name} is a {type(tensor).__name__}, not a tensor")
+        elif tensor.layout != torch.strided or tensor.device.type != "cpu":
+            differences.append(f"{name} has no plain values")
+        elif tensor.dtype not in _DTYPES.values():
+            differences.append(f"{name} is {tensor.dtype}, not one of {', '.join(_DTYPES)}")
+        elif tuple(tensor.shape) != shape:
+            differences.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+        elif not tensor.isfinite().all():
+            differences.append(f"{name} holds NaN or infinity")
+        elif ours is None and tensor.any():
+            differences.append(f"{name} is not zero, but its branch is not in delta_heads: it would be lost")
+    if differences:
+        raise AdapterError(
+            f"{file} does not fit its config and base model.",
+            "; ".join(sorted(differences)) + ".",
+            "Fetch the adapter again, or pass the base model that it was trained on.",
+        )

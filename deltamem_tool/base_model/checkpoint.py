@@ -1,0 +1,318 @@
+"""A base checkpoint on disk, looked at without loading it: its config, its module tree, a few columns of weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from deltamem_tool._compat import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
+from deltamem_tool.base_model.layouts import Projection, features
+from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
+from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.io.names import commit_of, hub_name, resolve_folder, short_name
+from deltamem_tool.io.safe_json import read_json
+
+SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[AttentionLayer], Tensor]) -> str:
+    """SHA-256 over a few numbers of every attention layer's query projection, as float32: another model, or the same
+    one after fine-tuning, has another. `first_row` gives `[1, n]` numbers of a layer's query weight."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(first_row(layer)[:, :SAMPLED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class BaseCheckpoint:
+    """A folder of `save_pretrained`, or a Hub id. Its weights are fetched and opened when they are asked for.
+
+    Args:
+        name: folder or Hub id: see `resolve`.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether Python files of the checkpoint may run.
+
+    Raises:
+        ArchitectureError: it is no causal language model, or it needs code that is not trusted.
+        HubError: nothing is there.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        hub = hub_name(str(name), revision)
+        self.name = str(name) if hub is None else short_name(hub)
+        self.trust_remote_code = trust_remote_code
+        files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
+        self._folder = resolve_folder(str(name), revision, files, "checkpoint")
+        self._is_here = hub is None
+        self.revision = commit_of(self._folder)
+        self.config = _read_config(self._folder, self.name, trust_remote_code)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the whole checkpoint is."""
+        if not self._is_here:
+            for file in WEIGHT_FILES:
+                index = self._folder / file
+                wanted = [file]
+                if file.endswith(".json"):  # a small file: it has come already, if there is one
+                    wanted = sorted(set(files_of_index(index).values())) if index.is_file() else []
+                if wanted:
+                    resolve_folder(self.name, self.revision, wanted, "checkpoint")
+                    if (self._folder / wanted[0]).is_file():
+                        break
+        return self._folder
+
+    @property
+    def small_files(self) -> Path:
+        """Where at least the config and the tokenizer are: no weights are fetched for it."""
+        return self._folder
+
+    @property
+    def _kind(self) -> Any:
+        """The class that makes it: the text decoder alone where transformers has one, else with the towers that see."""
+        causal = self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return AutoModelForCausalLM if causal or known else AutoModelForImageTextToText
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights (on torch's meta device): its module tree and shapes."""
+        with torch.device("meta"):
+            return self.from_config(self.config)
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """One that stays as it is: of a large model it takes a second to make."""
+        return self.skeleton()
+
+    @cached_property
+    def layers(self) -> list[AttentionLayer]:
+        """The attention layers of the model without weights, as `attention_layers` finds them."""
+        return attention_layers(self._skeleton)
+
+    def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """A model of this kind with random weights, of another config than the checkpoint's own perhaps."""
+        return self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.
+
+        Raises:
+            ArchitectureError: transformers cannot load it, or would fill weights that are missing with random numbers.
+        """
+        _ = self._weights  # damaged files are named here, which transformers does not do
+        options = {"dtype": "auto", **options, "trust_remote_code": self.trust_remote_code}
+        try:
+            loaded: Any = self._kind.from_pretrained(self.folder, **options, output_loading_info=True)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
+                raise
+            raise ArchitectureError(
+                f"transformers cannot load {self.name}.", _first_line(error), "Correct it, or use another checkpoint."
+            ) from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ArchitectureError(
+                f"{self.name} lacks {len(missing)} of its model's weights.",
+                f"The first is {missing[0]}; they would be random numbers.",
+                "Fetch the checkpoint again, or use another one.",
+            )
+        return model
+
+    def read(self, weight: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """A part of one weight matrix, as stored; only that part is read from disk. `weight` is named as in the model.
+
+        Raises:
+            ArchitectureError: it is not there, or cannot be read.
+        """
+        if weight in self._stored_as:
+            return self._weights.read(self._stored_as[weight], rows, columns)
+        if weight not in self._converted:
+            raise ArchitectureError(
+                f"{self.name} has no weight {weight!r}.", "The checkpoint is not complete.", "Use another checkpoint."
+            )
+        return self._converted[weight][rows, columns]
+
+    def first_columns(self, projection: Projection, count: int) -> Tensor:
+        """Of a projection's weight as a matrix `[out, in]`: `[out, count]`.
+
+        Raises:
+            ConfigError: the weight is quantised.
+        """
+        if not self._is_plain(projection):
+            raise ConfigError(
+                f"The weights of {self.name} are quantised.",
+                "delta_init=base_slice starts from plain ones.",
+                "Use delta_init zero or random, or the checkpoint that was quantised.",
+            )
+        some = slice(0, count)
+        if projection.is_transposed:
+            return projection.take(self.read(projection.weight_name, rows=some)).T
+        return projection.take(self.read(projection.weight_name, columns=some).T).T
+
+    def fingerprint(self, layers: Iterable[AttentionLayer]) -> str:
+        return fingerprint(layers, lambda layer: self._first_row(layer.projection("q")))
+
+    def _first_row(self, projection: Projection) -> Tensor:
+        some = slice(0, SAMPLED)
+        if self._is_plain(projection):
+            return self.read(projection.weight_name, slice(0, 1), some)
+        # Several tensors, and packed integers that do not fit into a float32: the bytes of a hash stand for them.
+        digest = hashlib.sha256()
+        for part in self._parts(projection):
+            numbers = self._weights.read(part, some, some).flatten()[:SAMPLED]
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())
+        return torch.tensor([list(digest.digest())])
+
+    def _is_plain(self, projection: Projection) -> bool:
+        """Whether its weight is stored as the numbers that it stands for."""
+        if not getattr(self.config, "quantization_config", None):
+            return True
+        stored = self._stored_as.get(projection.weight_name)
+        if stored is None:
+            return not self._parts(projection)  # nothing of it is there: whoever reads it is told
+        shape = list(features(projection.linear))
+        shape = shape if projection.is_transposed else shape[::-1]
+        return self._weights.shape(stored) == shape and self._weights.read(stored, slice(0, 1)).dtype in _FLOATS
+
+    def _parts(self, projection: Projection) -> list[str]:
+        """All that is stored of a linear layer: of a quantised one several tensors, such as `qweight` and `scales`."""
+        return sorted(name for own, name in self._stored_as.items() if own.startswith(f"{projection.name}."))
+
+    @cached_property
+    def _weights(self) -> StoredWeights:
+        return StoredWeights(self.folder, self.name)
+
+    @cached_property
+    def _stored_as(self) -> dict[str, str]:
+        """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
+        model = self._skeleton
+        own = model.state_dict()
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in changes if isinstance(change, WeightConverter)]
+        found: dict[str, str] = {}
+        for name in self._weights.names:
+            renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+            if converted is None:
+                found[renamed] = name
+            elif name in own:
+                found[name] = name
+        return found
+
+    @cached_property
+    def _converted(self) -> dict[str, Tensor]:
+        """The weights as transformers makes them of others that are stored in another arrangement. For that it has to
+        load the whole model."""
+        return self.load(dtype="auto").state_dict()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    said = _config_on_disk(folder, name)
+    model_type = said.get("model_type")
+    own_code = isinstance(said.get("auto_map"), dict)
+    if not isinstance(model_type, str):
+        raise ArchitectureError(
+            f"{name} is no checkpoint.", f"{folder / 'config.json'} names no model_type.", "Use another folder."
+        )
+    if model_type not in CONFIG_MAPPING and not own_code:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+        raise ArchitectureError(
+            f"The architecture {model_type!r} of {name} is not known.",
+            f"Near it are: {', '.join(near)}." if near else "Nothing in transformers is called like it.",
+            "Use a checkpoint that transformers loads by itself, or update transformers.",
+        )
+    if own_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"The architecture {model_type!r} of {name} is Python code in the checkpoint.",
+            "That code could do anything on this machine; nothing of it has run.",
+            f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
+        )
+    causal = "AutoModelForCausalLM" in said["auto_map"] if own_code else False
+    decoders = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if model_type not in decoders and not causal:
+        raise ArchitectureError(
+            f"{name} ({model_type}) is no causal language model.",
+            "A memory is attached to decoder-only language models.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise ArchitectureError(
+            f"transformers cannot read {folder / 'config.json'}.", _first_line(error), "Fetch the checkpoint again."
+        ) from error
+    # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
+    head = (getattr(config, "architectures", None) or [""])[0]
+    usual = (decoders.get(model_type), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if head and not causal and not head.endswith(tuple(filter(None, usual))):
+        raise ArchitectureError(
+            f"{name} ({model_type}) is no causal language model.",
+            f"Its checkpoint was made for {head}.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    return config
+
+
+def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
+    """`config.json`.
+
+    Raises:
+        ArchitectureError: there is none, or it is damaged; where something else is there, that is named.
+    """
+    file = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise ArchitectureError(
+            f"{name} is a diffusion pipeline, no causal language model.",
+            f"There is a model_index.json in {folder}.",
+            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
+        )
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise ArchitectureError(
+            f"{name} is a PEFT adapter, no checkpoint.",
+            f"There is an adapter_config.json in {folder}, and no config.json.",
+            "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
+        )
+    if not file.is_file():
+        raise ArchitectureError(
+            f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
+        )
+    try:
+        said = read_json(file, finite=False)  # transformers writes Infinity
+    except ValueError as error:
+        raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
+    if not isinstance(said, dict):
+        raise ArchitectureError(f"{name} is no checkpoint.", f"{file} names no model_type.", "Use another folder.")
+    return said

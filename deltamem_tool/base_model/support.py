@@ -1,0 +1,71 @@
+"""Which model types take a memory: a table of what tiny models of every type have shown.
+
+A layout is recognised in a model's modules, so this cannot be known without building one, and the table ships instead.
+`tests/base_model/support_table.py` writes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltamem_tool.errors import ArchitectureError
+
+TABLE = Path(__file__).parents[1] / "assets" / "architectures.json"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a model type takes."""
+
+    model_type: str
+    supported: bool
+    branches: list[str]  # that can be corrected in every attention layer
+    export: bool  # whether its ONNX graph is tested
+    reason: str | None  # why it takes no memory, or not in every checkpoint, or not on every branch
+
+
+def supported_types() -> list[Support]:
+    """Every type that AutoModelForCausalLM of `transformers_version()` knows, by name."""
+    return [Support(**row) for row in json.loads(TABLE.read_text(encoding="utf-8"))["types"]]
+
+
+def transformers_version() -> str:
+    """Whose types the table lists."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))["transformers"]
+
+
+def types_named(part: str) -> list[Support]:
+    """The types that have `part` in their name; case and the kind of dash do not matter.
+
+    Raises:
+        ArchitectureError: none has it.
+    """
+    types = supported_types()
+    found = [row for row in types if _plain(part) in _plain(row.model_type)]
+    if not found:
+        near = difflib.get_close_matches(_plain(part), [row.model_type for row in types], n=3, cutoff=0.5)
+        raise ArchitectureError(
+            f"No model type of transformers {transformers_version()} has {part!r} in its name.",
+            f"Similar ones are {', '.join(near)}." if near else "",
+            "`deltamem architectures` lists them all. Of a newer or a custom one, `deltamem patch` tells.",
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def summary(types: Sequence[Support]) -> list[str]:
+    """Counts, in words."""
+    taken = Counter(", ".join(row.branches) for row in types if row.supported)
+    by_branches = "; ".join(f"{count} on {branches}" for branches, count in taken.most_common())
+    return [
+        f"With a memory: {taken.total()} of {len(types)}" + (f" ({by_branches})." if taken else "."),
+        f"With a tested ONNX export: {sum(row.export for row in types)}.",
+    ]

@@ -1,0 +1,32 @@
+"""The tokenizer of a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.errors import ArchitectureError
+
+
+def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a loaded model's base, as `read_tokenizer` has it."""
+    return read_tokenizer(model.name_or_path or "", for_chat=for_chat)
+
+
+def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer in a base model's folder; `for_chat`, it must have a chat template. Python files there do not run.
+
+    Raises:
+        ArchitectureError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks on the terminal
+    except (OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArchitectureError(f"{folder} has no tokenizer.", why, "Save the model's tokenizer beside it.") from error
+    if for_chat and tokenizer.chat_template is None:
+        raise ArchitectureError(
+            f"The tokenizer of {folder} has no chat template.", "", "Use the base model's chat or instruct version."
+        )
+    return tokenizer

@@ -1,0 +1,133 @@
+"""The weights of a checkpoint as they are stored: whole or in pieces, as safetensors or as torch's own files. Parts of
+them are read without the rest."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.io.safe_json import parse_json, read_text
+
+# In transformers' order: a file with all weights, or the index of several.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+MAX_INDEX_BYTES = 128 * 2**20  # the largest that we know, of 90,000 weights, is of 9 MB
+_AGAIN = "The file may be cut short: fetch the checkpoint again."
+
+
+def files_of_index(index: Path) -> dict[str, str]:
+    """The file of each weight, from an `….index.json`.
+
+    Raises:
+        ArchitectureError: it is no such index, or names files outside of its folder.
+    """
+    try:
+        said = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
+        if not said or not all(isinstance(file, str) and Path(file).name == file for file in said.values()):
+            raise ValueError("weight_map must name files beside it")
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}."
+        raise ArchitectureError(f"{index} is no index of weights.", why, "Fetch the checkpoint again.") from error
+    return said
+
+
+class StoredWeights:
+    """The weights in `folder`, of which nothing but the names is looked at before they are asked for.
+
+    Raises:
+        ArchitectureError: there are none, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str) -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+        self._old: dict[str, Mapping[str, Tensor]] = {}  # files of torch before 1.6, which cannot be read in part
+        self._file_of = self._index()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """A part of one weight; all of it where it is no matrix."""
+        file = self.folder / self._file_of[name]
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt") as tensors:
+                    part = tensors.get_slice(name)
+                    return part[rows, columns] if len(part.get_shape()) == 2 else tensors.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise ArchitectureError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
+        weight = self._torch_file(file)[name]
+        # A copy, so that the file is not kept in memory.
+        return (weight[rows, columns] if weight.ndim == 2 else weight).clone()
+
+    def shape(self, name: str) -> list[int]:
+        file = self.folder / self._file_of[name]
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return list(tensors.get_slice(name).get_shape())
+        return list(self._torch_file(file)[name].shape)
+
+    def _index(self) -> dict[str, str]:
+        """File of each weight. Every file is opened, which shows whether it is there and whole."""
+        found = next((file for file in WEIGHT_FILES if (self.folder / file).is_file()), None)
+        if found is None:
+            raise ArchitectureError(
+                f"{self.checkpoint} has no safetensors weights.",
+                f"There is neither a model.safetensors nor a pytorch_model.bin in {self.folder}.",
+                "Save the model with save_pretrained, or use another checkpoint.",
+            )
+        if not found.endswith(".json"):
+            return dict.fromkeys(self._names_in(found), found)
+        said = files_of_index(self.folder / found)
+        there = {file: self._names_in(file) for file in sorted(set(said.values()))}
+        lacking = [name for name, file in said.items() if name not in there[file]]
+        if lacking:
+            raise ArchitectureError(
+                f"{self.folder / said[lacking[0]]} is not what the index says.",
+                f"It lacks {lacking[0]}.",
+                "Fetch the checkpoint again.",
+            )
+        return said
+
+    def _names_in(self, file: str) -> set[str]:
+        path = self.folder / file
+        if path.suffix != ".safetensors":
+            return set(self._torch_file(path))
+        try:
+            with safe_open(path, "pt") as tensors:
+                return set(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ArchitectureError(f"{path} cannot be read.", f"{error}.", _AGAIN) from error
+
+    def _torch_file(self, path: Path) -> Mapping[str, Tensor]:
+        """A `.bin`, which is a pickle: torch's reader that runs no code reads it, as transformers does. What is read
+        of the file is let go with the result; a reader that stayed open would end up with all of it in memory."""
+        if path.name in self._old:
+            return self._old[path.name]
+        try:
+            in_parts = zipfile.is_zipfile(path)
+            said = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
+            if not isinstance(said, Mapping) or not all(isinstance(value, Tensor) for value in said.values()):
+                raise ValueError("it is no mapping from names to weights")
+        except pickle.UnpicklingError as error:
+            raise ArchitectureError(
+                f"{path} cannot be read.", "It is cut short, or holds more than weights.", "Fetch the checkpoint again."
+            ) from error
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ArchitectureError(f"{path} cannot be read.", f"{why}.", _AGAIN) from error
+        if not in_parts:
+            self._old[path.name] = said
+        return said

@@ -1,0 +1,107 @@
+"""Where a conversation is, and how it goes on when its window is full: the oldest turns leave the context, and what
+they wrote stays in the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltamem_tool.chat.engine import Engine, Past
+from deltamem_tool.chat.generation import Token
+from deltamem_tool.chat.open_segment import end_segment
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.chat.transcript import Transcript
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.segments.template import Message
+
+KEPT_AFTER_EVICTION = 0.5  # of the window, at most: so that turns have to leave only once in a while
+ROOM_FOR_ANSWER = 0.25  # of the window, at most: an answer may be longer, and then ends where the window does
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a conversation is. Never changed, so that going back to one undoes a turn.
+
+    Args:
+        past: None where it can be had again, by cutting the next place's.
+        memory: of `past`, where that is None.
+        tokens: those in the past.
+        pending: those still to be fed: the last one generated, where none was asked for after it.
+        foreign: whether the open segment in the memory is another conversation's.
+    """
+
+    past: Past | None
+    memory: StoredMemory | None
+    transcript: Transcript = Transcript()
+    tokens: tuple[int, ...] = ()
+    pending: tuple[Token, ...] = ()
+    foreign: bool = True
+
+
+def with_room(
+    engine: Engine,
+    place: Place,
+    window: int | None,
+    write: bool,
+    content: str | Sequence[Message],
+    sampling: Sampling,
+) -> Place:
+    """Where the conversation goes on: where it is, or, if the window is too small for the prompt and an answer, where
+    it is without its oldest turns: read again, without writing, from the memory as it is.
+
+    Raises:
+        ConfigError: the prompt does not fit, even alone with the system messages.
+    """
+    if window is None:
+        return place
+    text = engine.text
+    room = max(1, min(sampling.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
+    new = len(place.transcript.begin(text, content)[1])
+    if len(place.tokens) + len(place.pending) + new + room <= window:
+        return place
+    for count in reversed(range(len(place.transcript.turns))):
+        kept = place.transcript.keep(text, count)
+        tokens = kept.tokens(text)
+        new = len(kept.begin(text, content)[1])
+        if len(tokens) <= window * KEPT_AFTER_EVICTION and len(tokens) + new + room <= window:
+            return _evicted(engine, place, write, kept, tokens)
+    kept = place.transcript.keep(text, 0)
+    tokens, new = kept.tokens(text), len(kept.begin(text, content)[1])
+    if len(tokens) + new >= window:
+        raise ConfigError(
+            f"The prompt is longer than the window of {window} tokens.",
+            f"With the system message it has {len(tokens) + new}, and the answer needs one at least.",
+            "Shorten it, or take a larger window.",
+        )
+    return _evicted(engine, place, write, kept, tokens) if place.tokens or place.pending else place
+
+
+def _evicted(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: list[int]) -> Place:
+    """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
+    past = place.past
+    if place.foreign and write and engine.memory_shape.segment:
+        past = closed(engine, past)
+    if place.pending:  # or it would leave without a trace
+        past = _fed(engine, past, len(place.tokens), place.pending)
+    past = engine.start(engine.memory(past))
+    if tokens:
+        past = _fed(engine, past, 0, [Token(token, writes=False) for token in tokens])
+    # Where no turn stays, nothing that is fed can end the last one's segment.
+    return Place(past, None, kept, tuple(tokens), (), foreign=not kept.turns)
+
+
+def closed(engine: Engine, past: Past) -> Past:
+    """`past`, the open segment of whose memory is written."""
+    return engine.with_memory(past, end_segment(engine.mechanism, engine.memory(past)))
+
+
+def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
+    """`past`, which holds `context` tokens, with `tokens` after them."""
+    ids = np.array([[token.id for token in tokens]], np.int64)
+    writes = np.array([[token.writes for token in tokens]])
+    ends = np.array([[token.ends for token in tokens]])
+    mask = np.ones((1, context + len(tokens)), np.int64)
+    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]

@@ -1,0 +1,256 @@
+"""A chat over a conversation with a memory: what each line that is typed does. Where lines come from is not its matter.
+
+A line that begins with `/` is a command; any other is a turn. With a memory file, the file always holds what the
+conversation remembers: it is written after every line that changes the memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
+from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
+from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.memory.file import refuse_no_memory
+
+if TYPE_CHECKING:
+    from deltamem_tool.chat.conversation import Conversation
+    from deltamem_tool.chat.sampling import Sampling
+
+# What a model says must not steer the terminal: control characters but newline and tab, and C1.
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+
+class Chat:
+    """Turns and commands of one chat.
+
+    Args:
+        conversation: what answers.
+        sampling: how.
+        system: a system message before the first turn.
+        memory_file: written after every line that changes the memory.
+        out: where answers go, and what commands are asked to show.
+        notices: where all else goes: what was saved, what failed.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        system: str | None = None,
+        memory_file: Path | None = None,
+        out: Console | None = None,
+        notices: Console | None = None,
+    ) -> None:
+        self.conversation = conversation
+        self.over = False
+        self.failures = 0  # lines that did not do what they asked for
+        self.interrupted = False  # whether the last answer was stopped by hand
+        self._sampling = sampling
+        self._system = system
+        self._memory_file = memory_file
+        self._out = out or Console()
+        self._notices = notices or Console(stderr=True)
+
+    def handle(self, line: str) -> None:
+        """Do what `line` says. What goes wrong is said and counted; the chat goes on."""
+        self.interrupted = False
+        text = line.strip()
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                self._command(text)
+            elif text:
+                self._turn(text[1:] if text.startswith("//") else text)
+        except Exception as error:
+            said = domain_error(error)
+            if said is None:
+                raise
+            self._fail(said)
+
+    def notice(self, text: str) -> None:
+        """A line beside the conversation."""
+        self._notices.print(Text(text, style="dim"), soft_wrap=True)
+
+    def _keep(self) -> None:
+        """Write the memory file, where there is one.
+
+        Raises:
+            MemoryStateError: it cannot be written.
+        """
+        if self._memory_file is None:
+            return
+        try:
+            try:
+                self.conversation.save_memory(self._memory_file)
+            except KeyboardInterrupt:  # stops an answer, not the save that follows it
+                self.conversation.save_memory(self._memory_file)
+        except Exception as error:
+            said = domain_error(error)
+            if said is None:
+                raise
+            raise MemoryStateError(
+                f"{self._memory_file} was not written; it is as it was before.",
+                f"{said.what} {said.why}".strip(),
+                "The next turn tries again; /save FILE writes to another place.",
+            ) from error
+
+    def _turn(self, text: str) -> None:
+        content: str | list[dict[str, str]] = text
+        if self._system is not None and self.conversation.context.messages == 0:
+            content = [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
+        dropped = self.conversation.context.dropped
+        try:
+            answer = self.conversation.generate(content, self._sampling, on_text=self._write)
+        except KeyboardInterrupt:  # before the message was read, or a second one: one in the answer is taken inside
+            self.interrupted = True
+            self.notice("\nStopped. This turn is not part of the conversation.")
+            return
+        self._write("\n")
+        self.interrupted = answer.why == INTERRUPTED
+        if self.interrupted:
+            self.notice("Stopped. What was said is part of the conversation.")
+        elif answer.why == LENGTH:
+            self.notice(f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens, or the window is full.")
+        left = self.conversation.context.dropped - dropped
+        if left > 0:
+            self.notice(f"{_count(left, 'message')} left the window; the memory keeps their trace.")
+        self._keep()
+
+    def _write(self, piece: str) -> None:
+        self._out.file.write(piece.translate(_CONTROL) if self._out.is_terminal else piece)
+        self._out.file.flush()
+
+    def _show(self, *parts: RenderableType) -> None:
+        self._out.print(*parts)
+
+    def _fail(self, error: DeltaMemError) -> None:
+        self.failures += 1
+        self._notices.print(Text(error.what, style="red"), soft_wrap=True)
+        for line in (error.why, error.next):
+            if line:
+                self._notices.print(Text(line), soft_wrap=True)
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.7)
+            raise ConfigError(
+                f"There is no command {name}.",
+                f"Near it is {near[0]}." if near else "",
+                "/help lists them; a message that begins with / is typed with //.",
+            )
+        argument = argument.strip()
+        if argument and not command.argument:
+            raise ConfigError(f"{name} takes nothing after it.", "", f"Type {name} alone.")
+        if not argument and command.argument and not command.argument.startswith("["):
+            raise ConfigError(f"{name} needs a file.", "", f"Type {name} {command.argument}.")
+        command.run(self, argument)
+
+    def _save(self, argument: str) -> None:
+        path = _path(argument)
+        refuse_no_memory(path)
+        refuse_unwritable(path)
+        self.conversation.save_memory(path)
+        self.notice(f"Saved to {path}.")
+
+    def _load(self, argument: str) -> None:
+        path = _path(argument)
+        self.conversation.load_memory(path)
+        self._keep()
+        self.notice(f"The memory is now that of {path}; the context is as it was.")
+
+    def _forget(self, _: str) -> None:
+        self.conversation.forget()
+        self._keep()
+        self.notice("The memory is empty, and so is the context.")
+
+    def _undo(self, _: str) -> None:
+        if not self.conversation.undo():
+            raise ConfigError("There is nothing to undo.", "No turn is left.", "/forget empties the memory.")
+        self._keep()
+        self.notice("The last turn is undone, in the context and in the memory.")
+
+    def _memory(self, argument: str) -> None:
+        from deltamem_tool.memory.heatmap import heat_maps, norm_bars, strongest_layer
+
+        memory = self.conversation.memory
+        states = {layer: state[0] for layer, state in memory.states.items()}
+        if argument and argument not in map(str, states):
+            raise ConfigError(
+                f"No layer {argument} has a memory.", f"There are {', '.join(map(str, states))}.", "Name one of these."
+            )
+        layer = int(argument) if argument else strongest_layer(states)
+        self._show(norm_bars(states))
+        if not any(state.any() for state in states.values()):
+            self.notice("The memory is empty.")
+        else:
+            self._show(heat_maps(layer, states[layer]))
+        if memory.segments:
+            waiting = int(next(iter(memory.segments.values()))[0, -1])  # a segment's last number counts its tokens
+            segment = self.conversation.engine.mechanism.granularity
+            self.notice(f"{_count(waiting, 'token')} to be written when the {segment} ends.")
+
+    def _context(self, _: str) -> None:
+        context = self.conversation.context
+        table = Table(box=None, show_header=False, pad_edge=False)
+        window = f"{context.tokens:,} of {context.window:,}" if context.window else f"{context.tokens:,}; no limit"
+        table.add_row("tokens in the window", window)
+        table.add_row("messages in view", str(context.messages))
+        table.add_row("messages dropped", str(context.dropped))
+        self._show(table)
+
+    def _help(self, _: str) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, command in COMMANDS.items():
+            table.add_row(Text(f"{name} {command.argument}".strip()), Text(command.help))
+        self._show(table)
+
+    def _quit(self, _: str) -> None:
+        self.over = True
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with `/`.
+
+    Args:
+        help: what it does.
+        run: called with the chat and what follows the name.
+        argument: what follows the name, in brackets if it may be left out; empty if nothing may follow.
+    """
+
+    help: str
+    run: Callable[[Chat, str], None]
+    argument: str = ""
+
+
+COMMANDS = {
+    "/save": Command("Write the memory to a file.", Chat._save, "FILE"),
+    "/load": Command("Go on with the memory of a file.", Chat._load, "FILE"),
+    "/forget": Command("Empty the memory and the context; this cannot be undone.", Chat._forget),
+    "/undo": Command("Take back the last turn, from the context and from the memory.", Chat._undo),
+    "/memory": Command("Norms by layer, and a picture of one: the strongest, or LAYER.", Chat._memory, "[LAYER]"),
+    "/context": Command("How much of the conversation is in view.", Chat._context),
+    "/help": Command("This list.", Chat._help),
+    "/quit": Command("Leave; so does Ctrl-D.", Chat._quit),
+}  # fmt: skip
+
+
+def _path(argument: str) -> Path:
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{argument} is no path.", f"{error}", "Write the folder out.") from error
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,135 @@
+"""Run a patched model in PyTorch: the engine for conversations that `onnx.runtime` is in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
+from deltamem_tool.chat.text import ChatText
+from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.memory.forward import CallOptions, fill
+from deltamem_tool.memory.patch import hf_model, patch_of
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+
+
+@dataclass(frozen=True)
+class TorchPast:
+    """Keys and values `[B, heads, P, width]` by decoder layer, and the memory."""
+
+    layers: Mapping[int, tuple[Tensor, Tensor]]
+    memory: MemoryState
+
+
+class TorchModel:
+    """A model with a memory, ready to talk: pass it to `Conversation`. One serves many conversations and threads.
+
+    Args:
+        model: as `deltamem.load` gives it, in eval mode.
+        tokenizer: its tokenizer, a fast one.
+
+    Raises:
+        ArchitectureError: the model has no memory, or its layers keep something other than keys and values.
+        DataError: the tokenizer is a slow one.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        adapter = patch_of(model).adapter
+        self.model = model
+        self.text = ChatText.from_tokenizer(tokenizer)
+        ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.stop_tokens = frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+        self.adapter: str = adapter.fingerprint
+        self.mechanism = adapter.config
+        self.memory_shape = adapter.memory_shape
+        self.max_length: int | None = None
+        self._options = CallOptions(model, "last")
+        for layer in MemoryCache(model).layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ArchitectureError(
+                    f"{type(hf_model(model)).__name__} cannot hold a conversation yet.",
+                    f"Its layers keep more than keys and values ({type(layer).__name__}), which cannot be taken back.",
+                    "Use `generate` with a MemoryCache.",
+                )
+
+    def start(self, memory: StoredMemory) -> TorchPast:
+        return TorchPast({}, self._on_device(memory))
+
+    @torch.no_grad()
+    def step(
+        self,
+        past: TorchPast,
+        input_ids: NDArray,
+        attention_mask: NDArray,
+        write_mask: NDArray,
+        segment_end: NDArray | None = None,
+    ) -> tuple[NDArray, TorchPast]:
+        device = self.model.device
+        ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
+        cache = MemoryCache(self.model, past.memory, write)
+        # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again.
+        cache.layers = [DynamicLayer() for _ in cache.layers]
+        for index, (keys, values) in past.layers.items():
+            fill(cast(DynamicLayer, cache.layers[index]), keys, values)
+        if segment_end is not None:
+            marks = np.where(write_mask, np.where(segment_end, LAST, INSIDE), OUTSIDE)
+            cache.segments = torch.from_numpy(marks).to(device, torch.int8)
+        logits = self._options.logits(self.model, ids, mask, cache)
+        layers = {
+            index: (layer.keys, layer.values)
+            for index, layer in enumerate(cast(list[DynamicLayer], cache.layers))
+            if layer.keys is not None and layer.values is not None
+        }
+        assert cache.memory is not None
+        return logits[:, -1].float().cpu().numpy(), TorchPast(layers, cache.memory)
+
+    def memory(self, past: TorchPast) -> StoredMemory:
+        states, segments = (
+            {layer: tensor.detach().cpu().numpy().copy() for layer, tensor in part.items()}
+            for part in (past.memory.layers, past.memory.segments)
+        )
+        return StoredMemory(states, segments, self.adapter)
+
+    def with_memory(self, past: TorchPast, memory: StoredMemory) -> TorchPast:
+        return replace(past, memory=self._on_device(memory))
+
+    def take(self, past: TorchPast, row: int, columns: NDArray) -> TorchPast:
+        kept = torch.from_numpy(columns).to(self.model.device)
+        layers = {
+            index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
+            for index, (keys, values) in past.layers.items()
+        }
+        return TorchPast(layers if len(columns) else {}, past.memory.select([row]))
+
+    def join(self, pasts: Sequence[TorchPast]) -> TorchPast:
+        if len(pasts) == 1:
+            return pasts[0]
+        shapes = next((past.layers for past in pasts if past.layers), {})
+        layers = {}
+        for index, examples in shapes.items():
+            empty = tuple(example[:1, :, :0] for example in examples)
+            parts = [past.layers.get(index, empty) for past in pasts]
+            length = max(keys.shape[2] for keys, _ in parts)
+            padded = (
+                torch.cat([torch.nn.functional.pad(p[i], (0, 0, length - p[i].shape[2], 0)) for p in parts])
+                for i in range(2)
+            )
+            layers[index] = cast(tuple[Tensor, Tensor], tuple(padded))
+        return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]))
+
+    def _on_device(self, memory: StoredMemory) -> MemoryState:
+        states, segments = (
+            {layer: torch.tensor(array, device=self.model.device) for layer, array in part.items()}
+            for part in (memory.states, memory.segments)
+        )
+        return MemoryState(states, memory.adapter, segments)

@@ -1,0 +1,157 @@
+"""What of a history is shown before the question: nothing, its last tokens, all of it, or what BM25 finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol
+from deltamem_tool.evaluation.task import Item
+from deltamem_tool.segments.template import ChatTemplate, Message
+
+PASSAGES = 5  # that BM25 puts into the prompt, where no window says how many tokens there may be
+_INTRODUCTION = "From earlier conversations:\n\n"
+
+
+class Views:
+    """Prompts as text, with the header of the answer.
+
+    Args:
+        tokenizer: with a chat template.
+        protocol: says how long a window is.
+        positions: how many the model has; None if it has no limit.
+        new_tokens: how many of them the answer needs, where an item does not say.
+        truncate: how many tokens of the history are left where it is truncated.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: EvalProtocol,
+        positions: int | None,
+        new_tokens: int,
+        truncate: int | None = None,
+    ) -> None:
+        self._template = ChatTemplate.of(tokenizer)
+        self._tokenizer, self._protocol = tokenizer, protocol
+        self._positions, self._new_tokens = positions, new_tokens
+        self._within = {WINDOW: protocol.window, TRUNCATED: truncate or 0}
+
+    def prompt(self, item: Item, view: str) -> str:
+        """
+        Raises:
+            DataError: the model has no positions for so long a prompt; the item is named.
+        """
+        if view in self._within:
+            text = self._last_within(item, self._within[view])
+        else:
+            text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
+        count, new_tokens = self._count(text), item.new_tokens or self._new_tokens
+        if self._positions is not None and count + new_tokens > self._positions:
+            raise DataError(
+                f"{item.where} is too long for the model: {count} tokens in view.",
+                f"It has {self._positions} positions, {new_tokens} of them for the answer.",
+                "Leave this condition out (--conditions), or use a model with more positions.",
+            )
+        return text
+
+    def _plain(self, item: Item) -> str:
+        return self._render(item.question)
+
+    def _all(self, item: Item) -> str:
+        return self._render(_joined(_messages(item), item.question))
+
+    def _last_within(self, item: Item, tokens: int) -> str:
+        """The last messages whose tokens, with what the template puts around them, are no more than `tokens`."""
+        messages = _messages(item)
+        room = self._count(self._plain(item)) + tokens
+        fewest, most = 0, len(messages)
+        while fewest < most:  # as many as fit
+            middle = (fewest + most + 1) // 2
+            fits = self._count(self._last(item, messages, middle)) <= room
+            fewest, most = (middle, most) if fits else (fewest, middle - 1)
+        return self._last(item, messages, fewest)
+
+    def _last(self, item: Item, messages: Sequence[Message], count: int) -> str:
+        """With the last `count` messages, without those at their beginning that the template does not begin with."""
+        shown = list(messages[len(messages) - count :])
+        while shown and shown[0]["role"] not in ("user", "system"):
+            shown = shown[1:]
+        return self._render(_joined(shown, item.question))
+
+    def _retrieved(self, item: Item) -> str:
+        """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
+        ranked = _ranked(_passages(item), item.query or item.question[-1]["content"])
+        chosen: list[int] = []
+        room = self._count(self._plain(item)) + self._protocol.window
+        for number in ranked:
+            if self._protocol.view != WINDOW and len(chosen) == PASSAGES:
+                break
+            if self._protocol.view == WINDOW and self._count(self._with(item, [*chosen, number])) > room:
+                continue  # a shorter one may fit
+            chosen.append(number)
+        return self._with(item, chosen)
+
+    def _with(self, item: Item, chosen: Sequence[int]) -> str:
+        if not chosen:
+            return self._plain(item)
+        passages = _passages(item)
+        said = "\n".join(passages[number] for number in sorted(chosen))
+        *before, last = item.question
+        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{said}\n\n{last['content']}"}])
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return self._template.render(messages, generation_prompt=True)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _messages(item: Item) -> list[Message]:
+    return [message for session in item.history for message in session]
+
+
+def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Message]:
+    """A system prompt that the question begins with comes first, and in place of the history's own."""
+    if question[0]["role"] != "system":
+        return [*shown, *question]
+    return [question[0], *(message for message in shown if message["role"] != "system"), *question[1:]]
+
+
+def _passages(item: Item) -> list[str]:
+    """One a message, with who says it."""
+    return [f"{message['role']}: {message['content']}" for message in _messages(item)]
+
+
+def _ranked(passages: Sequence[str], question: str) -> list[int]:
+    """The passages' numbers, best first; those that share no word with the question are left out."""
+    index, tokens = _index(tuple(passages))
+    asked = _words(question)
+    if not tokens or not asked:
+        return []
+    scores = index.get_scores(asked)
+    return [int(number) for number in sorted(range(len(passages)), key=lambda n: -scores[n]) if scores[number] > 0]
+
+
+@lru_cache(maxsize=32)  # many questions are about one history
+def _index(passages: tuple[str, ...]) -> tuple[Any, bool]:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ConfigError("BM25 needs the package bm25s.", "", "pip install 'deltamem-tool[eval]'.") from error
+    words = [_words(passage) for passage in passages]
+    if not any(words):
+        return None, False
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    return index, True
+
+
+def _words(text: str) -> list[str]:
+    import bm25s
+
+    return bm25s.tokenize([text], return_ids=False, show_progress=False)[0]

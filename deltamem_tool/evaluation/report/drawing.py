@@ -1,0 +1,219 @@
+"""Scores and differences as figures: one drawing, as PNG for a file and as SVG for a page."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.scoring.statistics import Interval
+
+INK, GRID, PAPER = "#222222", "#cccccc", "#ffffff"
+# State and ceiling stand out; the controls share the bottom of the plot, so their marks differ.
+_STYLE: dict[str, dict[str, Any]] = {
+    STATE: {"color": "#0b6e4f", "marker": "o", "linewidth": 2.5},
+    "full_context": {"color": "#555555", "marker": "s", "linestyle": "--"},
+    "donor_state": {"color": "#c8553d", "marker": "^"},
+    "zero_state": {"color": "#d9a404", "marker": "v"},
+    "scale_zero": {"color": "#7b6db5", "marker": "x"},
+    "no_adapter": {"color": "#3d85c6", "marker": "+"},
+    "bm25": {"color": "#8c6d46", "marker": "D", "linestyle": ":"},
+}
+# Conditions that are not named above take these in turn.
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"color": "#b0307c", "marker": "P"},
+    {"color": "#2a8c9e", "marker": "*"},
+    {"color": "#6b8e23", "marker": "<"},
+    {"color": "#9c5a2b", "marker": ">"},
+    {"color": "#5a5fcf", "marker": "h"},
+)
+# A colour on a dark page, by the one on a light page: the same hue, lighter.
+DARK = {
+    "#0b6e4f": "#3fd09b",
+    "#555555": "#b4bac2",
+    "#c8553d": "#f08a72",
+    "#d9a404": "#f0c440",
+    "#7b6db5": "#b0a3ea",
+    "#3d85c6": "#78b7f0",
+    "#8c6d46": "#cba878",
+    "#b0307c": "#ef86c2",
+    "#2a8c9e": "#62cadc",
+    "#6b8e23": "#a9cf55",
+    "#9c5a2b": "#de9a66",
+    "#5a5fcf": "#989df5",
+}
+_ROW_INCHES = 0.17  # of one condition in a group, where groups have no order
+_NARROW = 26  # characters of a group's name in a line
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each condition is drawn: the same in every picture where it has a style of its own."""
+    strangers = [name for name in names if name not in _STYLE]
+    return {name: _STYLE.get(name) or _OTHERS[strangers.index(name) % len(_OTHERS)] for name in names}
+
+
+def scores_figure(
+    metric: str, groups: Sequence[str], rows: Mapping[str, Sequence[Interval]], title: str = "", narrow: bool = False
+) -> Figure:
+    """The mean of each condition by group, with its interval.
+
+    Groups that begin with rising numbers, such as "4 facts", are an axis; others are listed, since a line from one to
+    the next would mean nothing.
+
+    Args:
+        rows: an interval a group, by condition.
+        narrow: for a phone.
+    """
+    with _look():
+        if _rising(groups):
+            figure = _figure(4.9 if narrow else 8, 4.6 if narrow else 4.2)
+            axes = figure.subplots()
+            _curves(axes, metric, groups, rows)
+        else:
+            height = 1.2 + _ROW_INCHES * len(groups) * (len(rows) + 1) + (0.25 * len(rows) if narrow else 0)
+            figure = _figure(4.9 if narrow else 8, max(height, 2.6))
+            axes = figure.subplots()
+            _dots(axes, metric, groups, rows)
+        axes.set_title(title, fontsize=11)
+        axes.grid(alpha=0.6, linewidth=0.6)
+        place: Any = "outside lower center" if narrow else "outside right center"  # beside the curves, not on them
+        figure.legend(loc=place, fontsize=9, ncols=2 if narrow else 1, frameon=False)
+    return figure
+
+
+def differences_figure(what: str, found: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
+    """A difference with its interval by condition; a hollow mark is one that chance could have made.
+
+    Args:
+        what: the axis.
+        found: `mean`, `low`, `high` and `clear`, by condition.
+    """
+    with _look():
+        figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(found))
+        axes = figure.subplots()
+        for place, (name, style) in enumerate(styles(list(found)).items()):
+            one, colour = found[name], style["color"]
+            inside = colour if one["clear"] else PAPER
+            axes.hlines(place, one["low"], one["high"], color=colour, linewidth=1.5)
+            axes.plot(one["mean"], place, marker="o", color=colour, markerfacecolor=inside, zorder=3)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(found)), [_label(name) for name in found])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlabel(what)
+        axes.grid(axis="x", alpha=0.6, linewidth=0.6)
+    return figure
+
+
+def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
+    """(step, loss) pairs as a curve."""
+    with _look():
+        figure = _figure(7, 4.2)
+        axes = figure.subplots()
+        axes.plot([step for step, _ in losses], [loss for _, loss in losses], color=_STYLE[STATE]["color"])
+        axes.set(xlabel="step", ylabel="cross-entropy of the answers", ylim=(0, None))
+        axes.set_title("Training: answers from the memory alone", fontsize=11)
+        axes.grid(alpha=0.6, linewidth=0.6)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """To stand inside a page, whose ink and dark colours it takes; its text is text.
+
+    Args:
+        name: begins all its ids, of which a page must not have one twice.
+        title, description: what is read out instead of the picture.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has other fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' id="', f' id="{name}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # as wide as the page lets it
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)").replace(PAPER, "var(--paper)")
+    for colour in DARK:
+        text = text.replace(colour, f"var(--plot-{colour[1:]})")
+    said = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
+    return re.sub(r"<svg([^>]*)>", lambda found: f"{opening}{found[1]}>{said}", text, count=1)
+
+
+@contextmanager
+def _look() -> Iterator[None]:
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    look: dict[Any, Any] = {name: INK for name in inked}
+    look |= {"grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
+    look["text.parse_math"] = False  # a $ in a group's name is a dollar
+    with matplotlib.rc_context(look):
+        yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _rising(groups: Sequence[str]) -> bool:
+    """Whether the names begin with numbers, each larger than the one before."""
+    found = [re.match(r"\d+", group) for group in groups]
+    numbers = [int(one[0]) for one in found if one]
+    return len(numbers) == len(groups) > 1 and numbers == sorted(set(numbers))
+
+
+def _curves(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Sequence[Interval]]) -> None:
+    places = range(len(groups))
+    for name, style in styles(list(rows)).items():
+        means, lows, highs = zip(*rows[name], strict=True)
+        axes.plot(places, means, label=_label(name), **style)
+        axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_ylabel(in_words(metric))
+    axes.set_xticks(places, [_label(group, 12) for group in groups])
+    if _are_shares(rows):
+        axes.set_ylim(-0.03, 1.03)
+
+
+def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Sequence[Interval]]) -> None:
+    """Conditions below each other within their group."""
+    for at, (name, style) in enumerate(styles(list(rows)).items()):
+        means, lows, highs = zip(*rows[name], strict=True)
+        places = [group + (at + 1) / (len(rows) + 1) for group in range(len(groups))]
+        axes.hlines(places, lows, highs, color=style["color"], linewidth=1.5)
+        axes.plot(means, places, linestyle="none", marker=style["marker"], color=style["color"], label=_label(name))
+    axes.set_xlabel(in_words(metric))
+    axes.set_yticks([group + 0.5 for group in range(len(groups))], [_label(group, _NARROW) for group in groups])
+    axes.set_ylim(len(groups), 0)
+    axes.tick_params(axis="y", length=0)
+    for group in range(1, len(groups)):
+        axes.axhline(group, color=GRID, linewidth=0.8)
+    if _are_shares(rows):
+        axes.set_xlim(-0.03, 1.03)
+
+
+def _label(name: str, width: int = _NARROW) -> str:
+    """In lines, with question marks for what no font has, such as half a surrogate pair."""
+    return fill("".join(each if each.isprintable() else "?" for each in in_words(name)), width)
+
+
+def _are_shares(rows: Mapping[str, Sequence[Interval]]) -> bool:
+    """Whether all of it lies between 0 and 1, as right answers in a hundred do and log-probabilities do not."""
+    return all(0 <= figure <= 1 for row in rows.values() for one in row for figure in one)

@@ -1,0 +1,130 @@
+"""`evaluation.json`: what an evaluation found, of which adapter, so that others can read and compare it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltamem_tool._version import __version__
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
+from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.safe_json import read_json
+
+if TYPE_CHECKING:
+    from deltamem_tool.evaluation.result import Evaluation
+
+EVALUATION_FILE = "evaluation.json"
+FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
+_ENDS = ("mean", "low", "high")  # of a difference
+_PARTS = ("options", "mechanism", "versions")  # of `run`, that a reader shows
+_AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
+
+
+def evaluation_json(
+    found: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the file holds; `adapter` is the fingerprint of what was evaluated, and `arguments` are what `deltamem eval`
+    takes for the same questions.
+
+    `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions, and `other_metrics`
+    the same of the metrics that do not decide.
+
+    Args:
+        run: how it was done, as `run_json` says.
+    """
+    metric, *others = found.metrics
+    names = [condition.name for condition in found.conditions]
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "deltamem_version": __version__,
+        "adapter": adapter,
+        "task": found.task,
+        "protocol": found.protocol,
+        "arguments": list(arguments),
+        "metric": metric,
+        "seed": found.seed,
+        "groups": found.groups,
+        "questions": [len(found.scores(metric, names[0], group)[0]) for group in found.groups],
+        "conditions": {condition.name: condition.meaning for condition in found.conditions},
+        "scores": {name: [_row(found, metric, name, group) for group in found.groups] for name in names},
+        "overall": {name: _row(found, metric, name, None) for name in names},
+        "other_metrics": {other: {name: _row(found, other, name, None) for name in names} for other in others}
+        | ({PERPLEXITY: {name: _perplexities(found, name) for name in names}} if metric == LOG_PROB else {}),
+        "differences": _differences(found, None),
+        "group_differences": {group: _differences(found, group) for group in found.groups},
+        "verdict": found.verdict(),
+        **({} if run is None else {"run": dict(run)}),
+    }
+
+
+def _differences(found: Evaluation, group: str | None) -> dict[str, Any]:
+    """Of the state to each of the others."""
+    return {name: asdict(found.difference(found.metrics[0], name, group)) for name in found.others}
+
+
+def _row(found: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
+    estimate = found.estimate(metric, condition, group)
+    return [estimate.mean, estimate.low, estimate.high]
+
+
+def _perplexities(found: Evaluation, condition: str) -> list[float]:
+    mean, low, high = _row(found, LOG_PROB, condition, None)
+    return [perplexity(mean), perplexity(high), perplexity(low)]
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """What `evaluation_json` gave.
+
+    Raises:
+        DataError: the file is something else, of a newer format, or a figure is missing.
+    """
+    try:
+        said = read_json(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        raise DataError(f"{file} is no evaluation of an adapter.", "", _AGAIN)
+    if is_newer(said.get("format_version"), FORMAT_VERSION):
+        update = update_line(said.get("deltamem_version"))
+        raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")
+    if not _is_whole(said):
+        raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)
+    return said
+
+
+def _is_whole(said: dict[str, Any]) -> bool:
+    """Whether a reader, such as the model card, finds all that it shows."""
+    texts = [said.get(name) for name in ("adapter", "task", "protocol", "metric")]
+    groups, conditions, scores = said.get("groups"), said.get("conditions"), said.get("scores")
+    if not isinstance(groups, list) or not isinstance(conditions, dict) or not isinstance(scores, dict):
+        return False
+    verdict, overall, arguments = said.get("verdict"), said.get("overall"), said.get("arguments")
+    if not isinstance(verdict, list) or not isinstance(arguments, list) or type(said.get("seed")) is not int:
+        return False
+    differences, run = said.get("differences", {}), said.get("run", {})
+    if not isinstance(differences, dict) or not isinstance(run, dict):
+        return False
+    return (
+        all(isinstance(text, str) for text in [*texts, *groups, *conditions.values(), *verdict, *arguments])
+        and _are_numbers(said.get("questions"), len(groups))
+        and isinstance(overall, dict)
+        and all(_are_numbers(overall.get(name), 3) for name in conditions)
+        and all(isinstance(scores.get(name), list) and len(scores[name]) == len(groups) for name in conditions)
+        and all(_are_numbers(row, 3) for name in conditions for row in scores[name])
+        and all(isinstance(one, dict) for one in differences.values())
+        and all(_are_numbers([one.get(end) for end in _ENDS], 3) for one in differences.values())
+        and all(isinstance(run.get(part, {}), dict) for part in _PARTS)
+    )
+
+
+def _are_numbers(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )

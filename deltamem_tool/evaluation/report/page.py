@@ -1,0 +1,137 @@
+"""The folder of a report: a page, the same in Markdown, the figures as JSON, beside the records."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.conditions import STATE, in_words
+from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
+from deltamem_tool.evaluation.report.drawing import DARK, differences_figure, scores_figure, svg
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE
+from deltamem_tool.evaluation.report.settings import settings
+from deltamem_tool.evaluation.report.templating import rendered
+from deltamem_tool.evaluation.scoring.statistics import FEWEST, is_clear
+from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+
+PAGE_FILE, MARKDOWN_FILE = "index.html", "report.md"
+FILES = {
+    PAGE_FILE: "this page",
+    MARKDOWN_FILE: "the same in Markdown",
+    EVALUATION_FILE: "all figures",
+    RECORDS_FILE: "every question and answer, a line each",
+    SETTINGS_FILE: "what the records are of",
+}
+SAMPLE_GROUPS = 8  # of which the page shows answers
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise where a report cannot be written into `folder`, or would replace what no report has left there.
+
+    Raises:
+        DeltaMemError: it is so.
+    """
+    refuse_unwritable(folder / PAGE_FILE)
+    if (folder / SETTINGS_FILE).is_file():
+        return  # of a report, or of records; whether of this one is seen when it is opened
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        what = f"{folder} holds {' and '.join(there)} of something else."
+        raise DataError(what, "A report would replace it.", "Choose another folder.")
+
+
+def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """Write all but the records, which are there: the page last, when what it leads to is there.
+
+    Args:
+        said: as `evaluation_json` gives it.
+    """
+    known = _known(said, records)
+    write_whole(folder / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
+    write_whole(folder / MARKDOWN_FILE, rendered("report.md.jinja", **known))
+    write_whole(folder / PAGE_FILE, rendered("report.html.jinja", **known))
+
+
+def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    run = said.get("run")
+    return {
+        "dark": DARK,
+        "said": said,
+        "run": run,
+        "created": run["created"][:16].replace("T", " ") + " UTC" if run else "",
+        "state": STATE,
+        "total": sum(said["questions"]),
+        "histories": len({record.history for record in records}),
+        "meanings": [(in_words(name), meaning) for name, meaning in said["conditions"].items()],
+        "command": shlex.join(run["command"]) if run else "",
+        "settings": settings(said),
+        "fewest": FEWEST,
+        "files": [(name, what) for name, what in FILES.items() if name != PAGE_FILE],
+        "records_file": RECORDS_FILE,
+        "sample": _sample(said, records),
+        "shown_groups": SAMPLE_GROUPS,
+        "left_out": len(said["groups"]) > SAMPLE_GROUPS,
+        "scores_plot": _scores_plot(said),
+        "differences_plot": _differences_plot(said),
+    }
+
+
+def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of each group, the question that the first condition, the state if it is there, answered best, and worst."""
+    metric, first = said["metric"], next(iter(said["conditions"]))
+    by_item: dict[str, list[Record]] = {}
+    for record in records:
+        by_item.setdefault(record.item, []).append(record)
+    chosen = []
+    for group in said["groups"][:SAMPLE_GROUPS]:
+        own = [record for record in records if record.condition == first and record.group == group]
+        best, worst = max(own, key=lambda one: one.scores[metric]), min(own, key=lambda one: one.scores[metric])
+        kinds = {best.item: "highest", worst.item: "lowest"} if best.item != worst.item else {best.item: "all alike"}
+        for record in {best.item: best, worst.item: worst}.values():
+            chosen.append(
+                {
+                    "group": group,
+                    "item": record.item,
+                    "kind": kinds[record.item],
+                    "score": record.scores[metric],
+                    "question": record.question,
+                    "right": record.right,
+                    "records": by_item[record.item],
+                }
+            )
+    return chosen
+
+
+def _scores_plot(said: Mapping[str, Any]) -> dict[str, str]:
+    rows = {name: said["scores"][name] for name in said["conditions"]}
+    means = "; ".join(f"{in_words(name)} {said['overall'][name][0]:.2f}" for name in rows)
+
+    def draw(narrow: bool) -> Figure:
+        return scores_figure(said["metric"], said["groups"], rows, narrow=narrow)
+
+    return both_widths("scores", draw, "Scores by condition and group", f"Of all questions: {means}.")
+
+
+def _differences_plot(said: Mapping[str, Any]) -> dict[str, str]:
+    found = {
+        name: {**one, "clear": is_clear(one["low"], one["high"], one["p_value"], one["histories"])}
+        for name, one in said["differences"].items()
+    }
+    if not found:
+        return {}
+
+    def draw(narrow: bool) -> Figure:
+        return differences_figure(f"state minus the other, {in_words(said['metric'])}", found, narrow)
+
+    return both_widths("differences", draw, "What the state adds", "; ".join(said["verdict"]))
+
+
+def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, str]:
+    """A figure for a wide page and for a phone, of which the page shows one."""
+    return {kind: svg(draw(kind == "narrow"), f"{name}-{kind}", title, description) for kind in ("wide", "narrow")}

@@ -1,0 +1,56 @@
+"""An evaluation as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.report.drawing import losses_figure, png, scores_figure
+from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.scoring.digits import mean_and_interval
+from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
+from deltamem_tool.evaluation.scoring.statistics import Estimate
+from deltamem_tool.io.atomic import write_whole
+
+
+def score_table(found: Evaluation, metric: str | None = None) -> Table:
+    """One metric, by default the first: a row a condition and a column a group."""
+    metric = metric or found.metrics[0]
+    counts = {group: len(found.scores(metric, found.conditions[0].name, group)[0]) for group in found.groups}
+    table = Table(title=f"{escape(found.task)}, protocol {found.protocol}: {in_words(metric)}, 95 % interval")
+    table.add_column("", style="bold", overflow="fold")
+    for group in found.groups:
+        # Folded: many groups on a narrow screen must not cut a figure.
+        table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
+    for condition in found.conditions:
+        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+        table.add_row(in_words(condition.name), *(_cell(metric, one) for one in estimates))
+    return table
+
+
+def _cell(metric: str, found: Estimate) -> str:
+    mean, interval = mean_and_interval(found.mean, found.low, found.high)
+    text = f"{mean}\n[dim]{interval}[/dim]"
+    if metric != LOG_PROB:
+        return text
+    mean, interval = mean_and_interval(*map(perplexity, (found.mean, found.high, found.low)))
+    return f"{text}\n{PERPLEXITY} {mean}\n[dim]{interval}[/dim]"
+
+
+def plot_scores(found: Evaluation, path: Path) -> None:
+    """Draw the first metric by group as a PNG."""
+    metric, rows = found.metrics[0], {}
+    for condition in found.conditions:
+        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+        rows[condition.name] = [(one.mean, one.low, one.high) for one in estimates]
+    title = f"{found.task}, protocol {found.protocol}"
+    write_whole(path, png(scores_figure(metric, found.groups, rows, title)))
+
+
+def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw (step, loss) pairs as a PNG."""
+    write_whole(path, png(losses_figure(losses)))

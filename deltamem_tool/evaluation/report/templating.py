@@ -1,0 +1,56 @@
+"""What the pages of an evaluation are written with. Answers and questions are strangers' words: they are escaped."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from deltamem_tool._version import __version__
+from deltamem_tool.evaluation.conditions import in_words
+from deltamem_tool.evaluation.scoring.digits import digits, figure, signed
+from deltamem_tool.evaluation.scoring.statistics import p_text
+
+MAX_SHOWN = 700  # characters of a question or an answer on a page
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
+
+
+def rendered(template: str, **known: Any) -> bytes:
+    """A template of this package in UTF-8; what no encoding can hold, such as half a surrogate pair, is a question
+    mark."""
+    return _environment().get_template(template).render(version=__version__, **known).encode(errors="replace")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("deltamem_tool.evaluation.report"),
+        autoescape=select_autoescape(["html.jinja"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "words": in_words,
+        "figure": figure,
+        "signed": signed,
+        "p": p_text,
+        "short": short,
+        "cell": cell,
+    }
+    environment.globals["digits"] = digits
+    return environment
+
+
+def short(text: str) -> str:
+    """As much as a page shows of it."""
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]} … ({len(text) - MAX_SHOWN:,} characters more)"
+
+
+def cell(text: Any) -> str:
+    """In Markdown: in a table a bar would end the cell, and nothing is markup."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))

@@ -1,0 +1,165 @@
+"""How sure a figure is: intervals and tests that keep the questions of one history together.
+
+Questions about one history share its luck, so histories are resampled, not questions (the cluster bootstrap), and the
+signs of whole histories are flipped in the paired test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.evaluation.scoring.digits import plus_minus
+from deltamem_tool.evaluation.scoring.scales import SHARE, Scale
+
+RESAMPLES = 2_000  # of the bootstrap
+FLIPS = 5_000  # sign patterns of the paired test
+LEVEL = 0.95
+FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
+ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
+SMALLEST_P = 0.001  # that is shown as a number
+
+Interval = Sequence[float]  # mean, low, high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its interval at `LEVEL`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of paired means: its interval, how often chance alone would do as much, and of how many histories."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    histories: int
+
+    @property
+    def is_clear(self) -> bool:
+        return is_clear(self.low, self.high, self.p_value, self.histories)
+
+
+def is_clear(low: float, high: float, p_value: float | None, histories: int | None) -> bool:
+    """Whether a difference is told from 0: the test decides; without one (None), whether 0 is outside the interval."""
+    if p_value is None or histories is None:
+        return low > 0 or high < 0
+    return histories >= FEWEST and p_value < ALPHA
+
+
+def estimate(
+    scores: Sequence[float],
+    clusters: Sequence[str],
+    seed: int = 0,
+    scale: Scale = SHARE,
+    weights: Sequence[float] | None = None,
+) -> Estimate:
+    """The mean of `scores`, each of the history that `clusters` names, with the percentile bootstrap's interval; where
+    all histories score the same, which resampling takes for certainty, the rule of three's, 3 / n, if the scale has
+    two ends.
+
+    Args:
+        scale: what the scores can be.
+        weights: how much each counts; all the same by default.
+    """
+    sums, counts = _by_cluster(np.asarray(scores, float), clusters, weights)
+    mean, low, high = _interval(sums, counts, seed, scale)
+    return Estimate(mean, max(low, scale.low), min(high, scale.high))
+
+
+def difference(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    clusters: Sequence[str],
+    seed: int = 0,
+    scale: Scale = SHARE,
+    weights: Sequence[float] | None = None,
+) -> Difference:
+    """`ours - theirs`, question by question, with the interval of `estimate` and a two-sided sign-flip test."""
+    sums, counts = _by_cluster(np.asarray(ours, float) - np.asarray(theirs, float), clusters, weights)
+    mean, low, high = _interval(sums, counts, seed, scale)
+    low, high = max(low, -scale.span), min(high, scale.span)
+    return Difference(mean, low, high, _sign_flip(sums, seed), len(sums))
+
+
+def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
+    """`ours - theirs` of two independent samples of which only means and intervals are known: the distances of the
+    ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095)."""
+    (mean, low, high), (other, other_low, other_high) = ours, theirs
+    found = mean - other
+    return Estimate(
+        found, found - math.hypot(mean - low, other_high - other), found + math.hypot(high - mean, other - other_low)
+    )
+
+
+def verdict(against: str, found: Difference, unit: str = "") -> str:
+    """The difference in words; `unit` is what it is counted in, with a space before it."""
+    if found.histories < FEWEST:
+        return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f}{unit})"
+    said = plus_minus(found.mean, found.low, found.high, is_signed=not found.is_clear)
+    if not found.is_clear:
+        return f"over {against}, the difference is not distinguishable from 0 ({said}{unit})"
+    word = "adds" if found.mean > 0 else "costs"
+    return f"the state {word} {said}{unit} over {against}"
+
+
+def p_text(value: float | None, histories: int | None) -> str:
+    """Of a difference; where too few histories were tested, or none were paired, a dash."""
+    if value is None or histories is None or histories < FEWEST:
+        return "–"
+    return f"< {SMALLEST_P}" if value < SMALLEST_P else f"{value:.3f}"
+
+
+def _interval(sums: NDArray, counts: NDArray, seed: int, scale: Scale) -> tuple[float, float, float]:
+    """Mean, and the ends of its interval."""
+    mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
+    if np.ptp(of_clusters) == 0:
+        margin = 3 / len(sums) if scale.bounded else 0.0
+        return mean, mean - margin, mean + margin
+    low, high = np.quantile(_resampled(sums, counts, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return mean, float(low), float(high)
+
+
+def _by_cluster(scores: NDArray, clusters: Sequence[str], weights: Sequence[float] | None) -> tuple[NDArray, NDArray]:
+    """Of each cluster, the sum of its scores, and how many they are; both weighted."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if weights is None:
+        return np.bincount(index, scores), np.bincount(index)
+    heavy = np.asarray(weights, float)
+    return np.bincount(index, scores * heavy), np.bincount(index, heavy)
+
+
+def _resampled(sums: NDArray, counts: NDArray, seed: int) -> NDArray:
+    """Means `[RESAMPLES]` over clusters drawn with replacement: a mean of questions, so a ratio of sums."""
+    draws = _draws(len(sums), seed)
+    return (draws @ sums) / (draws @ counts)
+
+
+@lru_cache(maxsize=4)  # the same for every condition, which makes their intervals comparable too
+def _draws(clusters: int, seed: int) -> NDArray:
+    """How often each cluster is drawn, `[RESAMPLES, clusters]`."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES).astype(np.float32)
+
+
+def _sign_flip(sums: NDArray, seed: int) -> float:
+    """The share of sign patterns whose sum is at least as far from 0; the pattern that was found is one of them."""
+    as_far = np.abs(_signs(len(sums), seed) @ sums) >= abs(sums.sum()) - 1e-9
+    return float((as_far.sum() + 1) / (FLIPS + 1))
+
+
+@lru_cache(maxsize=4)
+def _signs(clusters: int, seed: int) -> NDArray:
+    """-1 and 1, `[FLIPS, clusters]`."""
+    return (np.random.default_rng(seed).integers(0, 2, (FLIPS, clusters)) * 2 - 1).astype(np.float32)

@@ -1,0 +1,89 @@
+"""Which base model others are told of: a name on the Hub, never a path of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltamem_tool._compat import REGEX_COMMIT_OID
+from deltamem_tool.adapter.config_file import CONFIG_FILE
+from deltamem_tool.errors import HubError
+from deltamem_tool.hub.contents import Contents
+from deltamem_tool.io.names import BUILTIN, is_hub_path, on_hub, short_name
+from deltamem_tool.onnx.contract import MANIFEST_FILE
+from deltamem_tool.onnx.locate import ONNX_FOLDER
+
+_CACHED = "models--"  # how the Hub's cache begins the name of a model's folder
+
+
+class Base(NamedTuple):
+    name: str | None  # Hub id, or what the package calls it; None if nobody has said
+    revision: str | None  # commit on the Hub
+
+
+def with_public_base(contents: Contents, said: str | None) -> tuple[Contents, Base]:
+    """`contents` whose files name the base model as others find it, and that name.
+
+    Args:
+        contents: of a folder here.
+        said: `OWNER/NAME` or `OWNER/NAME@REVISION`; by default what the adapter records.
+
+    Raises:
+        HubError: nobody has said where on the Hub the base model of an adapter is.
+    """
+    base = _public_base(contents, said)
+    files, adapter, manifest = dict(contents.files), contents.adapter, contents.onnx
+    if adapter is not None and base != (adapter.base.name, adapter.base.revision):
+        assert base.name is not None  # an adapter without one is refused
+        renamed = {"name": base.name, "revision": base.revision}
+        files[CONFIG_FILE] = _changed(files[CONFIG_FILE], lambda content: content["base"].update(renamed))
+        adapter = replace(adapter, base=replace(adapter.base, name=base.name, revision=base.revision))
+    if manifest is not None and manifest.base_model != base.name:
+        path = f"{ONNX_FOLDER}/{MANIFEST_FILE}"
+        files[path] = _changed(files[path], lambda content: content.update(base_model=base.name))
+        manifest = replace(manifest, base_model=base.name)
+    return replace(contents, files=files, adapter=adapter, onnx=manifest), base
+
+
+def _public_base(contents: Contents, said: str | None) -> Base:
+    recorded = _recorded(contents)
+    if said is not None:
+        hub = on_hub(said)
+        name = short_name(hub)
+        return Base(name, hub.revision or (recorded.revision if name == recorded.name else None))
+    if recorded.name is not None and (recorded.name.startswith(BUILTIN) or recorded.revision or not contents.adapter):
+        return recorded
+    if contents.adapter is None:
+        return Base(None, None)
+    raise HubError(
+        "Others could not find the base model of this adapter.",
+        "It was made for a folder on this machine, or for a model that has not been saved.",
+        "Say where on the Hub that model is: --base-model OWNER/NAME, or OWNER/NAME@REVISION.",
+    )
+
+
+def _recorded(contents: Contents) -> Base:
+    """What the files say; a folder of the Hub's cache as the name that it stands for, any other folder as nothing."""
+    if contents.adapter is not None:
+        name, revision = contents.adapter.base.name, contents.adapter.base.revision
+    else:
+        assert contents.onnx is not None  # there is one of the two
+        name, revision = contents.onnx.base_model or "", None
+    path = Path(name)
+    for place in (path, *path.parents) if path.is_absolute() else ():
+        owner_and_name = place.name.removeprefix(_CACHED).split("--")
+        if place.name.startswith(_CACHED) and len(owner_and_name) == 2:
+            commits = [part for part in path.relative_to(place).parts if REGEX_COMMIT_OID.fullmatch(part)]
+            return Base("/".join(owner_and_name), commits[0] if commits else revision)
+    is_name = name.startswith(BUILTIN) or is_hub_path(name) or (name.count("/") == 1 and not path.exists())
+    return Base(name, revision) if is_name else Base(None, None)
+
+
+def _changed(file: Path | bytes, change: Callable[[Any], Any]) -> bytes:
+    """A file of JSON after `change` of its content."""
+    content = json.loads(file if isinstance(file, bytes) else file.read_text(encoding="utf-8"))
+    change(content)
+    return (json.dumps(content, indent=2) + "\n").encode()

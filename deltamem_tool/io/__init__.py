@@ -1,0 +1,1 @@
+"""Files, names and versions: what every room reads and writes with."""

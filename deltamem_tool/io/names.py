@@ -1,0 +1,135 @@
+"""Where a name leads: a folder here, a repository of the Hub, or something that the package ships.
+
+path/to/folder
+owner/name, owner/name@revision, owner/name@revision/folder, hf://owner/name/folder
+builtin:name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltamem_tool.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils import HfUri
+
+BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
+ASSETS = Path(__file__).parents[1] / "assets"
+_HUB = "hf://"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOTS = "snapshots"  # of the Hub's cache: below it is a folder for each commit
+
+
+def hub_name(name: str, revision: str | None = None) -> HfUri | None:
+    """`name` taken apart, with `revision` if it names none; None if it is no name on the Hub, or a folder here.
+
+    Raises:
+        HubError: it is one and cannot be, or names another revision than `revision`.
+    """
+    if not name.startswith(_HUB):
+        # Without hf:// or a revision, a folder in a repository could be a path here that was mistyped.
+        is_path = name.startswith((".", "/", "~")) or "\\" in name or name.partition("@")[0].count("/") != 1
+        if is_path or name.startswith(BUILTIN) or Path(name).exists():
+            return None
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    try:
+        found = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
+    except HfUriError as error:
+        raise HubError(
+            f"{name} is no name on the Hub.", error.msg, "Write OWNER/NAME or OWNER/NAME@REVISION."
+        ) from error
+    if found.type != "model":
+        raise HubError(f"{name} is a {found.type} on the Hub.", "", "Give a model's repository, OWNER/NAME.")
+    if revision is not None and found.revision not in (None, revision):
+        raise HubError(f"{name} names another revision than {revision}.", "", "Say it once.")
+    return replace(found, revision=found.revision or revision, path_in_repo=found.path_in_repo.strip("/"))
+
+
+def on_hub(name: str, revision: str | None = None) -> HfUri:
+    """As `hub_name`, of what is on the Hub whatever there is here.
+
+    Raises:
+        HubError: it cannot be.
+    """
+    found = hub_name(name if name.startswith(_HUB) else _HUB + name, revision)
+    assert found is not None  # with hf:// it is a name on the Hub
+    return found
+
+
+def hub_id(name: str) -> str:
+    """`name`, if it is `OWNER/NAME` and no more.
+
+    Raises:
+        HubError: it is not.
+    """
+    hub = on_hub(name)
+    if hub.revision is not None or hub.path_in_repo:
+        raise HubError(f"{name} is no name of a repository.", "", "Write OWNER/NAME.")
+    return hub.id
+
+
+def is_hub_path(name: str) -> bool:
+    """Whether it says by itself that it is on the Hub."""
+    return name.startswith(_HUB)
+
+
+def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: str) -> Path:
+    """The local folder of a name; from the Hub, only files that match `files` come, into the Hub's cache.
+
+    Args:
+        name: see the module.
+        revision: branch, tag or commit on the Hub, if `name` does not say it.
+        files: patterns of what is needed.
+        what: what it should be, such as "adapter".
+
+    Raises:
+        HubError: nothing is there, or the Hub does not give it.
+    """
+    if name.startswith(BUILTIN):
+        shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}
+        if name not in shipped:
+            raise HubError(f"The package ships no {name}.", "", f"It ships: {', '.join(shipped)}.")
+        return shipped[name]
+    hub = hub_name(name, revision)
+    if hub is not None:
+        return fetch(hub, files, what)
+    if Path(name).is_dir():
+        return Path(name)
+    raise HubError(f"There is no {what} folder {name}.", "", f"Give the folder of a {what}, or a Hub id.")
+
+
+def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:
+    """As `resolve_folder`, of a name that is the Hub's."""
+    from huggingface_hub import snapshot_download
+
+    from deltamem_tool.io.hub_errors import CLIENT_ERRORS, explained, of_this_machine
+
+    below = f"{hub.path_in_repo}/" if hub.path_in_repo else ""
+    try:
+        root = Path(snapshot_download(hub.id, revision=hub.revision, allow_patterns=[below + file for file in files]))
+    except CLIENT_ERRORS as error:
+        if refused := of_this_machine(error):  # a full disk, or no permission
+            raise refused from error
+        what = f"{short_name(hub)} is neither a folder here nor a {what} that the Hub gives."
+        raise explained(error, hub.id, what) from error
+    return root / below
+
+
+def short_name(hub: HfUri) -> str:
+    """The name without its revision, as short as it can be: it leads to the same place again."""
+    return f"{_HUB}{hub.id}/{hub.path_in_repo}" if hub.path_in_repo else hub.id
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache is of; None for any other folder."""
+    for place in (folder, *folder.parents):
+        if place.parent.name == _SNAPSHOTS and _COMMIT.fullmatch(place.name):
+            return place.name
+    return None

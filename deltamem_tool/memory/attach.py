@@ -1,0 +1,129 @@
+"""Attach a memory to a causal language model with hooks, and take it off again.
+
+The base keeps its modules, names and weights. While the decoder runs, one `DecoderCall` (of this thread, so that
+threads do not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the
+cache takes the new states when the decoder has finished. Nothing about a conversation is kept on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool.base_model.attention import AttentionLayer, attention_layers, layers_at, select_layers
+from deltamem_tool.base_model.layouts import Projection
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.generate import override, restore
+from deltamem_tool.memory.hooks import attention_pre_hook, decoder_hook, decoder_pre_hook, projection_hook
+from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
+from deltamem_tool.memory.patch import PATCH, Patch, hf_model, patch_of
+
+
+def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
+    """Give `model` a fresh memory and freeze its own weights.
+
+    Args:
+        model: a decoder-only causal language model.
+        config: the mechanism; the paper's token-state write by default.
+
+    Returns:
+        The adapter, whose parameters are the only ones that train.
+
+    Raises:
+        ArchitectureError: the model cannot take a memory, or has one.
+        ConfigError: the options do not fit the model.
+    """
+    config, model = config or DeltaMemConfig(), hf_model(model)
+    layers = select_layers(attention_layers(model), config)
+    adapter = fresh_adapter(config, layers, _first_columns)
+    hook(model, adapter)
+    return adapter
+
+
+def fresh_adapter(
+    config: DeltaMemConfig,
+    layers: Sequence[AttentionLayer],
+    first_columns: Callable[[Projection, int], Tensor],
+) -> DeltaMemAdapter:
+    """A new adapter for `layers`, whose modules only have to know their shapes.
+
+    `first_columns` gives the first n columns `[out, n]` of a projection's weight; it is asked only where
+    `config.delta_init` starts from them.
+    """
+    adapter = DeltaMemAdapter(config, layers)
+    if config.delta_init == "base_slice":
+        for layer in layers:
+            columns = {head: first_columns(layer.projection(head), BASE_SLICE_WIDTH) for head in config.heads}
+            adapter.memory(layer.index).start_from_base(columns)
+    return adapter
+
+
+def _first_columns(projection: Projection, count: int) -> Tensor:
+    weight = projection.weight
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise ConfigError(
+            f"The weight of {projection.name} is quantised.",
+            "delta_init=base_slice starts from plain ones.",
+            "Use delta_init zero or random, or attach before quantising.",
+        )
+    return projection.take(weight[:count] if projection.is_transposed else weight[:, :count].T).T
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the memory off: hooks gone, the base trainable where it was before."""
+    patch: Patch = patch_of(model)
+    model = hf_model(model)
+    for handle in patch.handles:
+        handle.remove()
+    for parameter, required_grad in patch.required_grad:
+        parameter.requires_grad_(required_grad)
+    delattr(model, PATCH)
+    for module, ours in patch.overrides:
+        restore(module, ours)
+
+
+def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
+    """The adapter of a patched model."""
+    patch: Patch = patch_of(model)
+    return patch.adapter
+
+
+def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
+    """Put `adapter` on `model` and freeze the model's own weights."""
+    if hasattr(model, PATCH):
+        raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
+    layers = layers_at(attention_layers(model), adapter.layer_indices)
+    # Parameters and not their names, which change where a LoRA comes later.
+    required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    decoder = decoder_of(model)
+    handles = [
+        decoder.register_forward_pre_hook(decoder_pre_hook(model, decoder, adapter), with_kwargs=True),
+        decoder.register_forward_hook(decoder_hook, always_call=True),
+    ]
+    for layer in layers:
+        memory = adapter.memory(layer.index)
+        handles.append(
+            layer.module.register_forward_pre_hook(attention_pre_hook(layer.index, memory), with_kwargs=True)
+        )
+        for branch in adapter.config.heads:
+            projection = layer.projection(branch)
+            corrects = projection_hook(layer.index, memory, branch, projection)
+            handles.append(projection.linear.register_forward_hook(corrects))
+    overrides = [(cast(nn.Module, model), override(model))]
+    if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
+        overrides.append((model.base_model, override(model.base_model, ["forward"])))
+    setattr(model, PATCH, Patch(adapter, handles, required_grad, overrides))
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What the model calls with its tokens: its base model; but OPT and BART's decoder-only form call the decoder that
+    is all there is in theirs."""
+    base = model.base_model
+    inner = dict(base.named_children())
+    return inner["decoder"] if list(inner) == ["decoder"] else base

@@ -1,0 +1,201 @@
+"""The memory file: states of all layers as safetensors, bound to the adapter that wrote them. No torch.
+
+For each layer a tensor `layers.{i}.state`, float32 `[B, H, R, R]`, and where the adapter writes by segments
+`layers.{i}.segment`, float32 `[B, W]`: what the open segment has gathered, its number of tokens last. The metadata
+holds the format version, the adapter's fingerprint, and the version of deltamem that wrote it. PyTorch and ONNX Runtime
+read and write the same files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from deltamem_tool._version import __version__
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.tensor_header import Header, read_header
+
+FORMAT = "deltamem-memory"
+FORMAT_VERSION = 1
+_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(state|segment)")
+_AXES = {"state": 4, "segment": 2}
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """What a memory's arrays measure for one conversation.
+
+    Args:
+        layers: `(H, R, R)` by layer index.
+        segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+    """
+
+    layers: dict[int, tuple[int, ...]]
+    segment: int = 0
+
+
+@dataclass(frozen=True)
+class StoredMemory:
+    """A memory file's content.
+
+    Args:
+        states: float32 `[B, H, R, R]` by layer index.
+        segments: float32 `[B, W]` by layer index; empty where every token writes.
+        adapter: fingerprint of the adapter that wrote it.
+    """
+
+    states: dict[int, np.ndarray]
+    segments: dict[int, np.ndarray]
+    adapter: str
+
+    @property
+    def shape(self) -> MemoryShape:
+        segment = next((segment.shape[1] for segment in self.segments.values()), 0)
+        return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The arrays by their names in the file."""
+        states = {f"layers.{layer}.state": state for layer, state in self.states.items()}
+        return states | {f"layers.{layer}.segment": segment for layer, segment in self.segments.items()}
+
+
+def write_memory(path: str | Path, memory: StoredMemory) -> None:
+    """Write a memory file, whole or not at all.
+
+    Raises:
+        MemoryStateError: it holds NaN or infinity, so that the file could not be read again.
+    """
+    tensors = memory.tensors()
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise MemoryStateError(
+                f"The memory holds NaN or infinity: {name}.", "It was not saved.", "Start from an earlier one."
+            )
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "adapter": memory.adapter,
+        "deltamem_version": __version__,
+    }
+    write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
+
+
+def refuse_no_memory(path: Path) -> None:
+    """
+    Raises:
+        MemoryStateError: something is at `path` that is no memory, and would be lost.
+    """
+    if not path.exists():
+        return
+    try:
+        read_memory(path)
+    except MemoryStateError as error:
+        raise MemoryStateError(
+            f"{path} is there, and is no memory.", "It would be lost.", "Choose another file."
+        ) from error
+
+
+def read_memory(path: str | Path) -> StoredMemory:
+    """Read a memory file.
+
+    Raises:
+        MemoryStateError: the file is missing, is no memory, is newer than this version, or holds NaN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MemoryStateError(f"There is no memory file {path}.", "", "Save one first, or correct the path.")
+    try:
+        header = read_header(path)
+        _check_header(path, header)
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, MemoryStateError):
+            raise
+        raise MemoryStateError(
+            f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file."
+        ) from error
+    parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        assert match is not None  # or the header had been refused
+        if not np.isfinite(tensor).all():
+            raise _damaged(path, f"The state {name!r} holds NaN or infinity")
+        parts[match[2]][int(match[1])] = tensor
+    states, segments = (dict(sorted(part.items())) for part in parts.values())
+    if len({state.shape[1:] for state in states.values()}) > 1 or any(
+        s.shape[2] != s.shape[3] for s in states.values()
+    ):
+        raise _damaged(path, "Its states are not square, or not of one size")
+    if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
+        raise _damaged(path, "Its layers disagree on their open segments")
+    if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
+        raise _damaged(path, "Its layers disagree on the number of conversations")
+    return StoredMemory(states, segments, header.metadata["adapter"])
+
+
+def _check_header(path: Path, header: Header) -> None:
+    """
+    Raises:
+        MemoryStateError: the header is of no memory, of a newer format, or names something other than states.
+    """
+    metadata = header.metadata
+    if metadata.get("format") != FORMAT:
+        raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        newer = version is not None and _NUMBER.fullmatch(version) and is_newer(int(version), FORMAT_VERSION)
+        raise MemoryStateError(
+            f"{path} is of memory format {version}.",
+            f"This version of deltamem reads format {FORMAT_VERSION}.",
+            f"Update deltamem-tool: {update_line(metadata.get('deltamem_version'))}" if newer else "Use another file.",
+        )
+    for name, entry in header.tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or len(entry.shape) != _AXES[match[2]] or entry.dtype != "float32":
+            raise _damaged(path, f"Its tensor {name!r} is no float32 state")
+    if not any(name.endswith(".state") for name in header.tensors) or "adapter" not in metadata:
+        raise _damaged(path, "It holds no states or no fingerprint")
+
+
+def _damaged(path: Path, why: str) -> MemoryStateError:
+    return MemoryStateError(f"{path} is damaged.", f"{why}.", "Use another file.")
+
+
+def check_memory(found: MemoryShape, written_by: str, expected: MemoryShape, adapter: str) -> None:
+    """Refuse a memory of the shape `found` that `adapter`, whose memories have the shape `expected`, did not write.
+
+    Raises:
+        MemoryStateError: it belongs to another adapter, or has other layers, heads, rank or segments.
+    """
+    if found != expected:
+        raise MemoryStateError("This memory does not fit the adapter.", _difference(found, expected), _USE_ANOTHER)
+    if written_by != adapter:
+        raise MemoryStateError(
+            "This memory belongs to another adapter.",
+            f"It was written by {written_by[:16]}…, this is {adapter[:16]}….",
+            _USE_ANOTHER,
+        )
+
+
+_USE_ANOTHER = "Use the adapter that wrote it, or start with an empty memory."
+
+
+def _difference(found: MemoryShape, expected: MemoryShape) -> str:
+    """The first thing that differs, by name."""
+    if found.layers.keys() != expected.layers.keys():
+        return f"Its layers are {sorted(found.layers)}, the adapter's {sorted(expected.layers)}."
+    for layer, shape in found.layers.items():
+        wanted = expected.layers[layer]
+        if shape != wanted:
+            name = "state heads" if shape[0] != wanted[0] else "rank"
+            axis = 0 if shape[0] != wanted[0] else 1
+            return f"Its layer {layer} has {name} {shape[axis]}, the adapter's {wanted[axis]}."
+    return f"It keeps {found.segment} numbers of an open segment, the adapter {expected.segment}."

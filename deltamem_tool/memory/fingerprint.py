@@ -1,0 +1,23 @@
+"""What a memory is bound to: the mechanism and the weights of the adapter that wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from deltamem_tool.config import DeltaMemConfig
+
+
+def fingerprint_of(config: DeltaMemConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the mechanism and every weight of an adapter, by name."""
+    # Options at their default stay out, so that an option to come does not make memories foreign.
+    usual, own = DeltaMemConfig().to_dict(), config.to_dict()
+    changed = {name: value for name, value in own.items() if value != usual[name]}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
+    for name, weight in sorted(tensors.items()):
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

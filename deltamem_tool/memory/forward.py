@@ -1,0 +1,132 @@
+"""One call of a model on a cache that holds given keys and values: in PyTorch and where a graph is traced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.cache import MemoryCache
+
+
+class CallOptions:
+    """How `model` is called, in the graph and beside it.
+
+    Args:
+        model: a model with a memory.
+        logits: "last" or "all".
+        padded_right: whether "last" is each row's last token that is no padding, not the last column.
+
+    Raises:
+        ExportError: the model does not say which layer makes its logits, where padding is on the right.
+    """
+
+    def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
+        self._last = logits == "last" and not padded_right
+        parameters = inspect.signature(model.forward).parameters
+        self._cache = cache_argument(model.forward)  # also of a model that has no memory
+        self._cuts = "logits_to_keep" in parameters
+        self._head = model.get_output_embeddings() if logits == "last" and padded_right else None
+        if self._head is None and logits == "last" and padded_right:
+            raise ExportError(
+                f"{type(model).__name__} does not say which layer makes its logits.",
+                "They cannot be cut to each row's last token.",
+                "Export the logits of all positions.",
+            )
+        self._first_position = _first_position(model) if "position_ids" in parameters else None
+
+    def logits(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: MemoryCache,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`. `columns`, int64 `[T]`, says where in the mask the
+        tokens are; by default they are its last."""
+        given: dict[str, Any] = {self._cache: cache}
+        if self._first_position is not None:
+            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
+        if self._cuts:
+            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
+        mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
+        position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
+        with _cut(self._head, position):
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **given).logits
+        return logits if self._cuts or not self._last else logits[:, -1:]
+
+
+def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Which of the last tokens is each row's last that is no padding, int64 `[B]`; 0 where all are."""
+    return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
+
+
+@contextmanager
+def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
+    """While it holds, `head` sees one position of each row, int64 `[B]`; all of them where it is None."""
+    if head is None or position is None:
+        yield
+        return
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        index = position[:, None, None].expand(-1, 1, args[0].shape[-1])
+        return (args[0].gather(1, index), *args[1:])
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _first_position(model: PreTrainedModel) -> int | None:
+    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
+    neither: then it counts by itself."""
+    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    own = model(input_ids=ids, cache=MemoryCache(model)).logits
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    for first in (0, (padding or 0) + 1):
+        positions = first + torch.arange(3, device=model.device)[None]
+        if torch.allclose(model(ids, position_ids=positions, cache=MemoryCache(model)).logits, own, atol=1e-5):
+            return first
+    return None
+
+
+def _positions(attention_mask: Tensor, tokens: int, columns: Tensor | None) -> Tensor:
+    """Positions `[B, T]` of the tokens, counted without padding, as `generate` counts them."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return positions[:, -tokens:] if columns is None else positions.index_select(1, columns)
+
+
+def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
+    """Which columns the tokens in `columns` attend to, `[B, 1, T, N]`, in the form that attention takes as it is.
+    What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay."""
+    causal = torch.arange(attention_mask.shape[1], device=columns.device) <= columns[:, None]
+    seen = attention_mask.bool()[:, None, None, :] & causal
+    if attention_implementation(model.config) == "sdpa":
+        return seen
+    return torch.where(seen, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+
+
+def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
+    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device
+
+
+def fill_static(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) -> None:
+    """What `fill` does, for a layer with room for so many tokens, of which `length`, an int64 scalar, are there. The
+    layer changes the tensors that it is given."""
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    layer.dtype, layer.device = key.dtype, key.device
+    layer.batch_size, layer.num_heads, layer.k_head_dim = key.shape[0], key.shape[1], key.shape[3]
+    layer.v_head_dim, layer.cumulative_length = value.shape[3], length

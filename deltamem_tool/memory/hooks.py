@@ -1,0 +1,149 @@
+"""What runs while a decoder with a memory runs.
+
+One `DecoderCall` (of this thread, so that threads do not meet) holds the states that a call started from and the states
+that it has made; the hooks read and fill it, and the cache takes the new states when the decoder has finished.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import cache_argument, with_one_cache
+from deltamem_tool.base_model.layouts import Projection
+from deltamem_tool.errors import ConfigError, MemoryStateError
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.context import DecoderCall, is_off, run, running
+from deltamem_tool.memory.file import check_memory
+from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
+from deltamem_tool.memory.state import MemoryState
+
+
+def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter):
+    parameters = list(inspect.signature(decoder.forward).parameters)
+    argument = cache_argument(decoder.forward)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        args, kwargs = with_one_cache(parameters, argument, args, kwargs)
+        if is_off():
+            return args, kwargs
+        for name in parameters[: len(args)]:
+            if name in kwargs:
+                raise TypeError(f"{type(module).__name__}.forward() got multiple values for argument {name!r}")
+        kwargs |= dict(zip(parameters, args, strict=False))
+        cache = kwargs.get(argument)
+        if cache is None:
+            refuse_without_segments(adapter.config)
+            cache = MemoryCache(model)
+            use_cache = kwargs.get("use_cache")
+            usual = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+            if usual if use_cache is None else use_cache:
+                kwargs[argument] = cache
+        elif not isinstance(cache, MemoryCache):
+            raise MemoryStateError(
+                f"A {type(cache).__name__} has no place for the memory.",
+                "The model would forget at every call.",
+                "Pass cache=deltamem.MemoryCache(model), or none.",
+            )
+        if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
+            raise ConfigError(
+                "transformers' gradient checkpointing does not work with a memory.",
+                "It takes the cache from the layers.",
+                "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
+            )
+        tokens = kwargs.get("input_ids")
+        content = tokens if tokens is not None else kwargs["inputs_embeds"]
+        batch, length = content.shape[:2]
+        if adapter.device != content.device:
+            adapter.to(content.device)  # the adapter follows the model, which does not know of it
+        memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
+        _check_fit(memory, adapter, batch)
+        step = cache.take_step()
+        reads = (
+            valid_tokens(kwargs.get("attention_mask"), batch, length, cache.get_seq_length())
+            if step is None
+            else step[0]
+        )
+        if reads is not None and reads.device.type == "cpu" and not torch.compiler.is_compiling() and reads.all():
+            reads = None  # cheap to see on a CPU, and it saves every layer its masks
+        writes, last = segment_tokens(
+            adapter.config, cache.segments, content, reads, writing_tokens(cache.write, reads, content)
+        )
+        run(DecoderCall(cache, memory.to(content.device), reads, writes, last, length, outer=running()))
+        return (), kwargs
+
+    return hook
+
+
+def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:
+    """Refuse a memory that is not `adapter`'s, or not of this batch: `cache.memory` can be set to anything."""
+    if not torch.compiler.is_compiling():  # while a graph is traced, weights have no values to take a fingerprint of
+        check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
+    if memory.batch_size != batch:
+        raise MemoryStateError(
+            f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
+            "",
+            "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
+        )
+
+
+def decoder_hook(module: nn.Module, args: tuple, output: Any) -> None:
+    call = None if is_off() else running()
+    if call is None:
+        return  # or the hook before the decoder refused the call
+    run(call.outer)
+    if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
+        before = call.memory
+        segments = {**before.segments, **call.segments}
+        call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
+        if call.cache.openings is not None:
+            for layer, opening in call.openings.items():
+                call.cache.openings[layer] = call.cache.openings.get(layer, 0.0) + opening
+        if call.cache.segments is not None:  # what was said of tokens that have come is used up
+            rest = call.cache.segments[:, call.tokens :]
+            call.cache.segments = rest if rest.shape[1] else None
+
+
+def attention_pre_hook(index: int, memory: DeltaMemory):
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if is_off():
+            return
+        call = running()
+        if call is None:
+            raise MemoryStateError(
+                "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
+            )
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        segment = call.memory.segments.get(index)
+        openings: list[Tensor] | None = None if call.cache.openings is None else []
+        readings, state, segment = memory(
+            hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last, openings
+        )
+        call.readings[index], call.states[index] = memory.scaled(readings), state
+        if openings:
+            call.openings[index] = openings[0]
+        if segment is not None:
+            call.segments[index] = segment
+
+    return hook
+
+
+def projection_hook(index: int, memory: DeltaMemory, branch: str, projection: Projection):
+    whole = projection.is_whole
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if is_off():
+            return None
+        call = running()
+        assert call is not None  # the attention's own hook has seen to it
+        if whole:
+            return memory.correct(branch, call.readings[index], output)
+        return output + projection.place(memory.correction(branch, call.readings[index])).to(output.dtype)
+
+    return hook

@@ -1,0 +1,159 @@
+"""What a conversation remembers, as a value; and the cache that carries it through `generate()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.file import MemoryShape, StoredMemory, check_memory, read_memory, write_memory
+
+
+class MemoryState:
+    """The states of all layers of one batch of conversations. Never changed in place: every method returns a new one.
+
+    Args:
+        layers: float32 `[B, H, R, R]` by decoder layer index, indexed [value row, key column].
+        adapter: fingerprint of the adapter that the states belong to.
+        segments: where the adapter writes by segments, float32 `[B, W]` by layer: what the open segment has gathered,
+            its number of tokens last (W is `DeltaMemConfig.segment_width`). Empty where every token writes.
+
+    Raises:
+        MemoryStateError: a tensor is not float32 of that shape, or the layers disagree on B.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, Tensor], adapter: str, segments: Mapping[int, Tensor] | None = None
+    ) -> None:
+        self.layers = dict(layers)
+        self.segments = dict(segments or {})
+        self.adapter = adapter
+        for layer, state in self.layers.items():
+            if state.ndim != 4 or state.shape[2] != state.shape[3] or state.dtype != torch.float32:
+                raise _no_memory(f"state of layer {layer}", state, "[B, H, R, R]")
+        for layer, segment in self.segments.items():
+            if segment.ndim != 2 or segment.dtype != torch.float32:
+                raise _no_memory(f"open segment of layer {layer}", segment, "[B, W]")
+        tensors = [*self.layers.values(), *self.segments.values()]
+        fits = all(tensor.shape[0] == tensors[0].shape[0] for tensor in tensors)
+        if not self.layers or not fits or (self.segments and self.segments.keys() != self.layers.keys()):
+            raise MemoryStateError(
+                "The layers of this memory disagree.", "Each needs its state, of one batch.", "Pass one batch."
+            )
+
+    def __repr__(self) -> str:
+        _, heads, rank, _ = next(iter(self.layers.values())).shape
+        return f"MemoryState(batch={self.batch_size}, layers={len(self.layers)}, heads={heads}, rank={rank})"
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.layers.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.layers.values(), *self.segments.values()))
+
+    @property
+    def shape(self) -> MemoryShape:
+        """`(H, R, R)` by layer, and W."""
+        segment = next((segment.shape[1] for segment in self.segments.values()), 0)
+        return MemoryShape({layer: tuple(state.shape[1:]) for layer, state in self.layers.items()}, segment)
+
+    @property
+    def open_tokens(self) -> Tensor:
+        """int64 `[B]`: how many tokens of each conversation wait for their segment to end."""
+        if not self.segments:
+            return torch.zeros(self.batch_size, dtype=torch.int64)
+        return next(iter(self.segments.values()))[:, -1].long()
+
+    def norms(self) -> dict[int, Tensor]:
+        """The Frobenius norm of every state, `[B, H]` by layer."""
+        return {layer: state.flatten(2).norm(dim=2) for layer, state in self.layers.items()}
+
+    def clone(self) -> MemoryState:
+        """An independent copy, cut off from autograd."""
+        return self._map(lambda tensor: tensor.detach().clone())
+
+    def fork(self, copies: int) -> MemoryState:
+        """Every row `copies` times, the copies of a row side by side: `[B·copies, H, R, R]`."""
+        return self._map(lambda tensor: tensor.repeat_interleave(copies, dim=0))
+
+    def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
+        """The given rows, in the given order, repeats allowed."""
+        return self._map(lambda tensor: tensor.index_select(0, torch.as_tensor(rows, device=tensor.device)))
+
+    @classmethod
+    def stack(cls, memories: Sequence[MemoryState]) -> MemoryState:
+        """All rows of all `memories` as one batch, in order.
+
+        Raises:
+            MemoryStateError: there are none, or they are not of one adapter.
+        """
+        if not memories:
+            raise MemoryStateError("There are no memories to stack.", "", "Pass one or more.")
+        first = memories[0]
+        for memory in memories[1:]:
+            check_memory(memory.shape, memory.adapter, first.shape, first.adapter)
+        layers = {layer: torch.cat([memory.layers[layer] for memory in memories]) for layer in first.layers}
+        segments = {layer: torch.cat([memory.segments[layer] for memory in memories]) for layer in first.segments}
+        return cls(layers, first.adapter, segments)
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        if next(iter(self.layers.values())).device == torch.device(device):
+            return self
+        return self._map(lambda tensor: tensor.to(device))
+
+    def check_finite(self) -> None:
+        """
+        Raises:
+            MemoryStateError: a state holds NaN or infinity.
+        """
+        for layer in self.layers:
+            tensors = [part[layer] for part in (self.layers, self.segments) if part]
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                raise MemoryStateError(
+                    f"The memory of layer {layer} holds NaN or infinity.", "", "Start from an earlier one."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all; `load` gives the same bits back.
+
+        Raises:
+            MemoryStateError: it holds NaN or infinity.
+        """
+        states, segments = (
+            {layer: tensor.detach().cpu().numpy() for layer, tensor in part.items()}
+            for part in (self.layers, self.segments)
+        )
+        write_memory(path, StoredMemory(states, segments, self.adapter))
+
+    @classmethod
+    def load(cls, path: str | Path) -> MemoryState:
+        """Read a memory file.
+
+        Raises:
+            MemoryStateError: the file is missing, damaged, or newer than this version.
+        """
+        stored = read_memory(path)
+        states, segments = (
+            {layer: torch.from_numpy(array) for layer, array in part.items()}
+            for part in (stored.states, stored.segments)
+        )
+        return cls(states, stored.adapter, segments)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
+        layers, segments = (
+            {layer: change(tensor) for layer, tensor in part.items()} for part in (self.layers, self.segments)
+        )
+        return MemoryState(layers, self.adapter, segments)
+
+
+def _no_memory(what: str, tensor: Tensor, wanted: str) -> MemoryStateError:
+    return MemoryStateError(
+        f"The {what} is no memory.",
+        f"It is {tensor.dtype} {list(tensor.shape)}, not float32 {wanted}.",
+        "Pass states as a MemoryCache returns them.",
+    )

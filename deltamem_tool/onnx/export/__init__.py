@@ -1,0 +1,1 @@
+"""Write a model with a memory as an ONNX folder."""

@@ -1,0 +1,239 @@
+"""An exported graph against PyTorch: whole conversations through both, before anyone sees the folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.forward import CallOptions, last_valid
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.export.trace import segment_marks
+from deltamem_tool.onnx.runtime.graph import Graph
+from deltamem_tool.onnx.runtime.static_graph import FixedGraph
+
+GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Inputs of one call of a conversation; masks are over this call's tokens alone."""
+
+    input_ids: Tensor  # [B, T]
+    valid: Tensor  # bool [B, T]
+    write: Tensor  # bool [B, T]
+    last: Tensor  # bool [B, T], tokens that end a segment
+
+
+@dataclass(frozen=True)
+class _Start:
+    """How a conversation begins."""
+
+    batch: int
+    memory: MemoryState | None = None  # one row; None for zeros
+    given: bool = False  # to the graph; otherwise the memory is what the graph begins with by itself
+
+
+# What a call gives, float32: logits [B, 1, V] or [B, T, V], and the states and open segments by layer.
+_Result = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
+_Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up to its end
+
+
+def largest_difference(
+    model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions, start: MemoryState | None = None
+) -> float:
+    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
+
+    Args:
+        start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
+    """
+    starts = _starts(model, graph.interface, start)
+    in_pytorch = _run(graph.interface, starts, _pytorch(model, graph.interface, options))
+    return _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a graph gave, which need not be there any more."""
+
+    interface: Interface
+    starts: list[_Start]
+    results: list[_Result]
+
+
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | FixedGraph) -> Found:
+    """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
+    starts = _starts(model, graph.interface, None)
+    return Found(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
+
+
+def half_precision_errors(model: PreTrainedModel, found: Found, options: CallOptions) -> tuple[float, float]:
+    """How far ONNX Runtime, and how far PyTorch, is from what a `model` of half precision says with its weights, as
+    they are, taken to float32: largest differences as above. Kernels round each in their own way; that is the truth."""
+    interface, starts = found.interface, found.starts
+    in_half = _run(interface, starts, _pytorch(model, interface, options))
+    with _in_float32(model):
+        truth = _run(interface, starts, _pytorch(model, interface, options))
+    return _difference(interface, starts, truth, found.results), _difference(interface, starts, truth, in_half)
+
+
+def greedy_agreement(model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions) -> float:
+    """The share of the greedy tokens of `model`, after random prompts, that `graph` would have chosen too: both go on
+    with those of `model`. Where segments are written, they end with the prompt and after every few tokens."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(graph.interface.vocab_size, (GREEDY_ROWS, GREEDY_PROMPT), generator=random)
+    start = _Start(GREEDY_ROWS)
+    in_pytorch, in_onnx = _pytorch(model, graph.interface, options)(start), _onnx(graph)(start)
+    mask, same = torch.zeros(GREEDY_ROWS, 0, dtype=torch.long), 0
+    for number in range(GREEDY_TOKENS):
+        every = torch.ones_like(ids, dtype=torch.bool)
+        last = ~every
+        last[:, -1] = number % GREEDY_SEGMENT == 0
+        call, mask = _Call(ids, every, every, last), torch.cat([mask, every.long()], dim=1)
+        ids, found = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
+        same += int((ids == found).sum())
+    return same / (GREEDY_ROWS * GREEDY_TOKENS)
+
+
+def _conversation(batch: int, interface: Interface) -> list[_Call]:
+    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed. A graph of
+    fixed length is spared the calls that it has no room for."""
+    random = torch.Generator().manual_seed(batch)
+    calls: list[_Call] = []
+    room = interface.max_length or math.inf
+    for tokens, write in (
+        (11, "on"),
+        (6, "mixed"),
+        (1, "on"),
+        (1, "off"),
+        (1, "on"),
+        (70, "off"),
+        (9, "mixed"),
+        (1, "on"),
+    ):
+        valid = torch.ones(batch, tokens, dtype=torch.bool)
+        for row in range(1, batch if tokens > 1 else 0):
+            padding = slice(0, 2 * row) if tokens == 11 else slice(tokens - row, tokens)
+            valid[row, padding] = False
+        mixed = torch.rand(batch, tokens, generator=random) < 0.5
+        writes = {"on": torch.ones_like(valid), "off": torch.zeros_like(valid), "mixed": mixed}[write]
+        last = torch.rand(batch, tokens, generator=random) < 0.2
+        ids = torch.randint(interface.vocab_size, (batch, tokens), generator=random)
+        if tokens <= room:
+            calls.append(_Call(ids, valid, writes & valid, last))
+            room -= tokens
+    return calls
+
+
+def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | None) -> list[_Start]:
+    """One row and three; and where a graph has initial states, other ones are set once."""
+    found = [_Start(1, start), _Start(3, start)]
+    if interface.defaults():
+        random = torch.Generator().manual_seed(0)
+        states = {i: torch.randn(1, *shape, generator=random) for i, shape in interface.state_shapes.items()}
+        found.append(_Start(1, MemoryState(states, adapter_of(model).fingerprint), given=True))
+    return found
+
+
+def _run(interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step]) -> list[_Result]:
+    """The results of every call of the conversations."""
+    results = []
+    for start in starts:
+        step, mask = begin(start), torch.zeros(start.batch, 0, dtype=torch.long)
+        for call in _conversation(start.batch, interface):
+            mask = torch.cat([mask, call.valid.long()], dim=1)
+            results.append(step(call, mask))
+    return results
+
+
+def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions) -> Callable[[_Start], _Step]:
+    if _of_rows(interface):  # what the graph cuts while it computes is cut here from the whole
+        options = CallOptions(model, "all")
+
+    def begin(start: _Start) -> _Step:
+        memory = None if start.memory is None else start.memory.fork(start.batch).to(model.device)
+        cache = MemoryCache(model, memory)
+
+        @torch.no_grad()
+        def step(call: _Call, mask: Tensor) -> _Result:
+            cache.write = _writes(interface, call).to(model.device)
+            if interface.segment:
+                cache.segments = segment_marks(call.write, call.last).to(model.device)
+            logits = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache)
+            if _of_rows(interface):
+                logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]
+            memory = cast(MemoryState, cache.memory)
+            states, segments = ({i: x.cpu() for i, x in of.items()} for of in (memory.layers, memory.segments))
+            return logits.cpu().float(), states, segments
+
+        return step
+
+    return begin
+
+
+def _onnx(graph: Graph | FixedGraph) -> Callable[[_Start], _Step]:
+    def begin(start: _Start) -> _Step:
+        given = start.memory.layers if start.given and start.memory is not None else None
+        past: Any = graph.empty_past(start.batch, None if given is None else {i: x.numpy() for i, x in given.items()})
+
+        def step(call: _Call, mask: Tensor) -> _Result:
+            nonlocal past
+            last = call.last.numpy() if graph.interface.segment else None
+            write = _writes(graph.interface, call).numpy()
+            logits, past = graph.step(call.input_ids.numpy(), mask.numpy(), write, past, last)
+            carried = (graph.states(past), graph.segments(past))
+            states, segments = ({i: torch.from_numpy(x) for i, x in of.items()} for of in carried)
+            return torch.from_numpy(logits), states, segments
+
+        return step
+
+    return begin
+
+
+def _writes(interface: Interface, call: _Call) -> Tensor:
+    return call.valid if interface.genai else call.write  # there, every token writes
+
+
+def _of_rows(interface: Interface) -> bool:
+    """Whether the last logits are those of each row's last token that is no padding."""
+    return interface.genai and interface.logits == "last"
+
+
+def _difference(interface: Interface, starts: list[_Start], expected: list[_Result], found: list[_Result]) -> float:
+    calls = chain.from_iterable(_conversation(start.batch, interface) for start in starts)
+    differences = []
+    for call, (logits, *carried), (found_logits, *found_carried) in zip(calls, expected, found, strict=True):
+        valid = call.valid[:, -1:] if interface.logits == "last" else call.valid
+        if _of_rows(interface):
+            valid = call.valid.any(dim=1, keepdim=True)
+        differences.append((found_logits - logits)[valid])
+        for of, found_of in zip(carried, found_carried, strict=True):
+            differences += [found_of[layer] - of[layer] for layer in of]
+    # numpy's maximum, unlike Python's, does not lose a NaN.
+    return float(np.max([float(difference.abs().max()) for difference in differences if difference.numel()]))
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Weights and buffers of half precision as float32 inside the block, exactly the same numbers. What they were is
+    kept: it is mapped from the checkpoint, mostly, where a copy of it would take memory."""
+    tensors = {id(x): x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()}.values()
+    narrow = [(x, x.data) for x in tensors if x.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for x, data in narrow:
+            x.data = data.float()
+        yield
+    finally:
+        for x, data in narrow:
+            x.data = data

@@ -1,0 +1,315 @@
+"""Write a patched model as an ONNX folder, and compare it with PyTorch before anyone sees it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool._compat import NotImplemented as NotImplementedByRuntime
+from deltamem_tool._compat import OnnxExporter
+from deltamem_tool.errors import ExportError
+from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.export import genai
+from deltamem_tool.onnx.export.compare import (
+    greedy_agreement,
+    half_precision_errors,
+    in_onnx_runtime,
+    largest_difference,
+)
+from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.portable import check_file, require_standard
+from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize, refuse_unknown
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, Target, target_of
+from deltamem_tool.onnx.export.trace import CallOptions, dtype_name, interface_of, traced
+from deltamem_tool.onnx.runtime.graph import Graph
+from deltamem_tool.onnx.runtime.providers import execution_providers
+from deltamem_tool.onnx.runtime.static_graph import FixedGraph, open_graph
+
+TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch in float32, over logits and states
+HALF_FACTOR = 2.0  # in half precision: ONNX Runtime's error, over PyTorch's own (measured: 0.6 to 0.8 in float16)
+PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")
+
+_Graph = Graph | FixedGraph
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    quantize: str = NO_QUANTIZATION,
+    logits: str = "last",
+    max_length: int = 0,
+    memory: str | Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    without: Collection[str] = (),
+    progress: Callable[[str], object] | None = None,
+) -> Manifest:
+    """Write `out`, whole or not at all: graph, weights, manifest, tokenizer, configs. See `contract` for its interface.
+
+    The graph runs conversations through ONNX Runtime and through `model` before the folder takes its name. It is
+    quantised after that, and what this costs is measured. Where no runtime here has the operators of the target, the
+    manifest has no `max_abs_diff`: nothing was compared.
+
+    Args:
+        model: a model with a memory, in the type that the graph shall have.
+        tokenizer: its tokenizer; the folder needs a tokenizer.json.
+        out: the folder.
+        target: a name in `targets.TARGETS`: what will run the graph.
+        quantize: how to quantise the base's weights; the memory stays float32.
+        logits: "last" for the last position's alone, "all" for every position's.
+        max_length: room for so many tokens in keys and values that keep their place; 0 for those that grow.
+        memory: a memory file that conversations of a graph for onnxruntime-genai start from; other graphs take the
+            state as an input.
+        base_model: where the base came from, for the manifest; say nothing that only this machine knows.
+        overwrite: replace a folder that is there.
+        without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        ExportError: the model cannot be exported, ONNX Runtime does not compute what PyTorch computes, or there is no
+            rewrite of a name in `without`.
+        ConfigError: the target takes no `memory`.
+        MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
+        DeltaMemError: `out` is there already.
+    """
+    refuse_existing(out, overwrite)
+    refuse_unknown(without)
+    for_target = target_of(target, dtype_name(model.dtype), quantize)
+    _refuse_slow(tokenizer)
+    if quantize != NO_QUANTIZATION:
+        without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
+    tell = progress or (lambda stage: None)
+    adapter = adapter_of(model)
+    start = None if memory is None else genai.read_start(memory, adapter, for_target)
+    with _evaluating(model):
+        interface = interface_of(model, adapter, logits, for_target, max_length)
+        options = CallOptions(model, logits, padded_right=for_target.genai)
+        plan = _Plan(model, adapter, interface, options, for_target, quantize, frozenset(without), start, tell)
+        genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
+        with folder_whole(out, overwrite) as staged:
+            _write_graph(plan, staged / contract.MODEL_FILE)
+            _write_beside(plan, staged, tokenizer, genai_config)
+            tell("Comparing ONNX Runtime with PyTorch")
+            difference, agreement = _compared(plan.opening(staged), model, options, start), None
+            if quantize != NO_QUANTIZATION:  # of a graph that is known to be right
+                difference, agreement = _quantized(plan, staged)
+            manifest = _manifest(plan, base_model, difference, agreement)
+            (staged / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            contract.check_folder(staged)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is exported, and how; `without` is final."""
+
+    model: PreTrainedModel
+    adapter: DeltaMemAdapter
+    interface: Interface
+    options: CallOptions
+    target: Target
+    quantize: str
+    without: frozenset[str]
+    start: MemoryState | None
+    tell: Callable[[str], object]
+
+    def opening(self, folder: Path) -> Callable[[], _Graph | None]:
+        """What opens the graph in `folder`."""
+        return lambda: _runnable(folder, self.interface, self.target)
+
+
+def _refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        ExportError: it has no tokenizer.json.
+    """
+    if not tokenizer.is_fast:
+        raise ExportError(
+            f"{type(tokenizer).__name__} is a slow tokenizer.",
+            "It has no tokenizer.json, which the folder needs.",
+            "Load the fast one, or convert it with transformers.",
+        )
+
+
+def _write_graph(plan: _Plan, path: Path) -> None:
+    """Trace, rewrite and write.
+
+    Raises:
+        ExportError: the model cannot be traced, or the graph is not what the target allows.
+    """
+    plan.tell("Tracing the model")
+    program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
+    if plan.target.fusions is not None:
+        optimize(program, plan.without)
+    if plan.target.genai:
+        genai.set_defaults(program, plan.interface, plan.start)
+    if plan.target.standard:
+        require_standard(program, type(plan.model).__name__)
+    plan.tell("Writing the graph")
+    OnnxExporter.save_program(program, path)
+    # Give back what the fusions have packed together, more than half of the weights once more: onnxscript's matchers
+    # keep nodes that they have looked at, and with them the graph.
+    for graph in program.graphs():
+        for value in graph.initializers.values():
+            value.const_value = None
+    gc.collect()
+    if plan.target.standard:
+        check_file(path)
+
+
+def _write_beside(
+    plan: _Plan, folder: Path, tokenizer: PreTrainedTokenizerBase, genai_config: dict[str, Any] | None
+) -> None:
+    """Configs and tokenizer."""
+    plan.model.config.save_pretrained(folder)
+    plan.model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if genai_config is not None:
+        genai.write_config(folder, genai_config)
+
+
+def _quantized(plan: _Plan, folder: Path) -> tuple[float | None, float | None]:
+    """Quantise the graph in `folder`; what it costs, as `_measured` says it.
+
+    Raises:
+        ExportError: it cannot be quantised, or computes something that is no number then.
+    """
+    plan.tell("Quantising")
+    weights = memory_weights(plan.adapter, lean_memories(plan.adapter, plan.target, plan.without))
+    quantize_graph(folder, plan.quantize, weights, plan.interface.vocab_size)
+    plan.tell("Measuring what the quantisation costs")
+    return _measured(plan.opening(folder), plan.model, plan.options)
+
+
+def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agreement: float | None) -> Manifest:
+    return Manifest(
+        adapter=plan.adapter.fingerprint,
+        mechanism=plan.adapter.config.to_dict(),
+        base_model=base_model,
+        model_type=plan.model.config.model_type,
+        target=plan.target.name,
+        quantize=plan.quantize,
+        interface=plan.interface,
+        max_abs_diff=difference,
+        greedy_agreement=agreement,
+        packages={name: version(name) for name in PACKAGES},
+    )
+
+
+def _has_cuda() -> bool:
+    """Whether ONNX Runtime can use a GPU here: torch may see one that it lacks libraries for."""
+    try:
+        execution_providers("cuda")
+    except ExportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | None:
+    """The graph on its target's device, or on the CPU where that device is not here; None if the CPU's provider then
+    lacks operators for it."""
+    on_cuda = target.fusions == "cuda"
+    if on_cuda and _has_cuda():
+        return open_graph(folder, interface, "cuda")
+    try:
+        return open_graph(folder, interface, map_weights=True)
+    except ExportError as error:
+        if on_cuda and isinstance(error.__cause__, NotImplementedByRuntime):
+            return None
+        raise
+
+
+def _compared(
+    open_graph: Callable[[], _Graph | None],
+    model: PreTrainedModel,
+    options: CallOptions,
+    start: MemoryState | None = None,
+) -> float | None:
+    """The largest difference of the graph from `model` in float32; None if it cannot run here.
+
+    Raises:
+        ExportError: it is more than rounding.
+    """
+    differences = _differences(open_graph, model, options, start)
+    if differences is None:
+        return None
+    difference, own = differences
+    allowed = TOLERANCE if own is None else HALF_FACTOR * own
+    if not difference <= allowed:  # NaN is no agreement either
+        raise ExportError(
+            "The graph does not compute what PyTorch computes.",
+            f"Logits or states differ by {difference:.2g}; {allowed:.2g} is allowed. Nothing was written.",
+            "Please report it, with the base model's name.",
+        )
+    return difference
+
+
+def _differences(
+    open_graph: Callable[[], _Graph | None],
+    model: PreTrainedModel,
+    options: CallOptions,
+    start: MemoryState | None = None,
+) -> tuple[float, float | None] | None:
+    """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself; None
+    if it cannot run here."""
+    graph = open_graph()
+    if graph is None:
+        return None
+    if model.dtype == torch.float32:
+        return largest_difference(model, graph, options, start), None
+    found = in_onnx_runtime(model, graph)
+    del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
+    return half_precision_errors(model, found, options)
+
+
+def _measured(
+    open_graph: Callable[[], _Graph | None], model: PreTrainedModel, options: CallOptions
+) -> tuple[float | None, float | None]:
+    """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens;
+    None if it cannot run here.
+
+    Raises:
+        ExportError: it computes something that is no number.
+    """
+    differences = _differences(open_graph, model, options)
+    if differences is None:
+        return None, None
+    difference, _ = differences
+    if not np.isfinite(difference):
+        raise ExportError(
+            "The quantised graph computes infinities or no numbers at all.",
+            "Before it was quantised it computed what PyTorch computes. Nothing was written.",
+            "Export it without --quantize.",
+        )
+    graph = open_graph()
+    assert graph is not None
+    return difference, greedy_agreement(model, graph, options)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off, and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,179 @@
+"""One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemory` where every token
+writes. At decode a node costs more than the arithmetic in it.
+
+ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
+every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
+
+    write  S₁ = S + b k (u − S k)ᵀ      b = erase / keep,  u = v · write / erase
+    decay  S' = keep S₁
+
+One product of the hidden states gives the slots' inputs side by side, so that a reshape makes steps of them. What a
+slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
+
+    | slot  | query and key | value | z (of β) | y (of λ = sigmoid(−y)), where it is not z |
+    | read  | query         | 0     | shut     | shut                                      |
+    | write | key           | value | z        | y                                         |
+    | decay | 0             | 0     | z        | y                                         |
+
+A zero key writes nothing, and the readings of the second and third slot meet zero weights in Δ. α/R and the learned
+scales are in Δ too. The hidden states of padding are taken as they come, and it reads what is there, which nobody sees:
+a NaN would reach every other token through attention's values, with or without a memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltamem_tool.config import BRANCHES, L2_EPS
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN
+from deltamem_tool.onnx.export.targets import Target
+
+# A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum
+# of z and log keep, which should cancel, is exact to 1e-6.
+OPEN = 20.0
+SHUT = -1e4  # its sigmoid, its exponential and its softplus are 0
+UNBOUNDED = 3e38  # no ceiling
+READ, WRITE, DECAY = 0, 1, 2
+
+
+def lean_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, LeanMemory]:
+    """What stands in for the memories of `adapter` in a graph for `target`, by layer; none where it cannot, or where
+    `without` names it among the rewrites to leave out."""
+    if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
+        return {}
+    apart = JOINED_PROJECTIONS in without
+    return {layer: LeanMemory(adapter.memory(layer), apart) for layer in adapter.layer_indices}
+
+
+class LeanMemory(nn.Module):
+    """Stands in for a `memory` whose tokens all write by themselves; its weights are copies, rearranged.
+
+    Args:
+        memory: the layer's.
+        apart: keep the product with the hidden states from being joined with the base's own, for weights that shall
+            not be quantised with them.
+    """
+
+    projection: Tensor
+    bias: Tensor
+    ceiling: Tensor
+    shut: Tensor
+    decaying: Tensor
+    length: Tensor
+
+    @torch.no_grad()
+    def __init__(self, memory: DeltaMemory, apart: bool = False) -> None:
+        super().__init__()
+        config = memory.config
+        self.rule, self.coupled, self.apart = config.update_rule, config.couple_lambda, apart
+        self.heads, self.rank = config.state_heads, config.rank
+        self.rows = self.heads * self.rank
+        self.slots = 2 if self.rule == "no_lambda" else 3
+        gates = [self._by_row(memory.gate.weight, memory.gate.bias)]
+        if self.slots == 3 and memory.decay is not None:
+            weight, bias = self._by_row(memory.decay.weight, memory.decay.bias)
+            gates.append((-weight, -bias))
+        weights = torch.zeros(self.slots, 2 + len(gates), self.rows, memory.query.weight.shape[1])
+        biases, ceiling = torch.zeros(weights.shape[1:3]), torch.full(weights.shape[:3], UNBOUNDED)
+        weights[READ, 0], weights[WRITE, 0] = memory.query.weight, memory.key.weight
+        weights[WRITE, 1] = memory.value.weight
+        for group, (weight, biases[group]) in enumerate(gates, start=2):
+            weights[WRITE:, group] = weight
+            ceiling[WRITE:, group] = OPEN
+        ceiling[READ, 2:] = SHUT
+        shut = ceiling.clone()
+        shut[:, 2:] = SHUT
+        self.register_buffer("projection", weights.flatten(0, 2))  # [slots·C, D], with C = groups · H·R
+        self.register_buffer("bias", biases.flatten())  # [C]
+        self.register_buffer("ceiling", ceiling.flatten(1))  # [slots, C] of a token that writes
+        self.register_buffer("shut", shut.flatten(1))  # and of one that does not
+        self.register_buffer("decaying", torch.tensor([[0.0], [0.0], [-1.0]])[: self.slots])
+        self.register_buffer("length", torch.full((self.rank,), self.rank**-0.5))
+        self.o_norm = memory.o_norm
+        self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.heads})
+
+    def _by_row(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """A gate for every row of a state `[H·R, D]`, `[H·R]`, where there may be one a head."""
+        copies = self.rows // len(weight)
+        return weight.repeat_interleave(copies, 0), bias.repeat_interleave(copies, 0)
+
+    def _delta(self, memory: DeltaMemory, branch: str) -> nn.Parameter:
+        """Δ by all that scales it, for the readings of every slot, `[out, slots·H·R]`."""
+        scale = torch.tensor(memory.config.scale)
+        if memory.scale_raw is not None:
+            which = BRANCHES.index(branch) if memory.config.delta_scale == "branch" else 0
+            scale = scale * torch.sigmoid(memory.scale_raw[which]) * memory.config.delta_scale_max
+        weight = memory.delta_of(branch).weight * scale
+        return nn.Parameter(F.pad(weight, (0, (self.slots - 1) * self.rows)), requires_grad=False)
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Every matrix that the graph gets, `[out, in]`."""
+        yield self.projection
+        yield from self.delta.values()
+
+    def forward(self, hidden: Tensor, state: Tensor, writes: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            hidden: `[B, T, D]`.
+            state: `[B, H, R, R]` before the first token.
+            writes: bool `[B, T]`.
+
+        Returns:
+            Readings of all slots `[B, T, slots·H·R]`; the state after the last token.
+        """
+        batch, tokens = hidden.shape[:2]
+        steps = tokens * self.slots
+        x = hidden.float()
+        if self.apart:
+            x = _node("Identity", [x], x.shape)
+        raw = F.linear(x, self.projection).view(batch, steps, -1)
+        ceiling = torch.where(writes[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
+        query_key, value, z, *own = torch.minimum(raw + self.bias, ceiling).split(self.rows, dim=-1)
+        query_key = torch.tanh(query_key)
+        if self.heads > 1:
+            query_key = query_key.view(batch, steps, self.heads, self.rank)
+        attributes = {"axis": -1, "epsilon": L2_EPS**2 / self.rank, "stash_type": 1}
+        query_key = _node("SimplifiedLayerNormalization", [query_key, self.length], query_key.shape, attributes)
+        value, beta, decay = self._gates(value, z, own[0] if own else z)
+        if self.heads > 1:
+            query_key = query_key.view(batch, steps, self.rows)
+        reads, state = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::LinearAttention",
+            [query_key, query_key, value, state.view(batch, self.rows, self.rank, 1), decay, beta],
+            attrs={
+                "q_num_heads": self.heads,
+                "kv_num_heads": self.rows,
+                "update_rule": "delta" if decay is None else "gated_delta",
+                "scale": 1.0,
+            },
+            dtypes=[torch.float32, torch.float32],
+            shapes=[[batch, steps, self.rows], [batch, self.rows, self.rank, 1]],
+            version=1,
+        )
+        return reads.view(batch, tokens, -1), state.view(batch, self.heads, self.rank, self.rank)
+
+    def _gates(self, value: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """u, b and log keep, each `[B, slots·T, H·R]`; None where everything is kept. `y` is z where λ is 1 − β."""
+        if self.rule == "no_lambda":
+            return value, torch.sigmoid(z), None
+        decaying = self.decaying.repeat(z.shape[1] // self.slots, 1)  # [slots·T, 1]
+        decay = _node("Softplus", [y], y.shape) * decaying
+        if self.rule == "lambda_outside":
+            return value * (1 + torch.exp(y)), torch.sigmoid(z), decay
+        return value, torch.exp(z) if self.coupled else torch.sigmoid(z) * (1 + torch.exp(y)), decay
+
+    def correction(self, branch: str, readings: Tensor) -> Tensor:
+        """What `readings` add to one branch, float32 `[B, T, out]`."""
+        steer = F.linear(readings, self.delta[branch])
+        return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
+
+
+def _node(name: str, inputs: list[Tensor], shape: torch.Size, attributes: dict | None = None) -> Tensor:
+    """One operator of ONNX, where PyTorch's exporter would write several."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes or {}, dtype=torch.float32, shape=list(shape))

@@ -1,0 +1,226 @@
+"""The folder that onnxruntime-genai loads: what that package asks of a graph, and its configuration beside it.
+
+It feeds zeros as the first state. A memory that was saved starts a conversation all the same, in two ways: as the
+default of the graph's `initial` inputs, when the folder is written; or later, in an adapter file of ONNX Runtime
+(`.onnx_adapter`), which sets inputs that have a default and which the package takes for a LoRA's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import onnx_ir
+import onnxruntime
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.file import MemoryShape, check_memory
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.export.targets import Target
+
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def read_start(path: str | Path, adapter: DeltaMemAdapter, target: Target) -> MemoryState:
+    """The memory file that a graph of `adapter` for `target` shall start from.
+
+    Raises:
+        ConfigError: the graph takes the state as an input.
+        MemoryStateError: it is missing or damaged, belongs to another adapter, or holds several conversations.
+    """
+    if not target.genai:
+        raise ConfigError(
+            f"A graph for {target.name} has no memory of its own.",
+            "It takes the state as an input.",
+            "Leave the memory out, and give it to the runtime.",
+        )
+    memory = MemoryState.load(path)
+    _check_start(memory, adapter.memory_shape, adapter.fingerprint)
+    return memory
+
+
+def write_adapter_file(folder: str | Path, memory: str | Path, out: str | Path) -> None:
+    """Write a memory file as an adapter file that starts conversations of a folder for onnxruntime-genai.
+
+    Args:
+        folder: what `deltamem export … --target genai` wrote.
+        memory: a memory file of the same adapter, with one conversation.
+        out: the `.onnx_adapter` file, written whole or not at all.
+
+    Raises:
+        ExportError: `folder` is damaged, or is for another runtime.
+        MemoryStateError: the memory is missing or damaged, or does not fit.
+    """
+    manifest = Manifest.read(contract.check_folder(folder))
+    if not manifest.interface.genai:
+        raise ExportError(
+            f"{folder} needs no adapter file.", "Its graph takes the state as an input.", "Feed the memory's states."
+        )
+    start = MemoryState.load(memory)
+    _check_start(start, MemoryShape(dict(manifest.interface.state_shapes)), manifest.adapter)
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(state) for name, state in _defaults(start).items()}
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "memory"
+        file.export_adapter(str(whole))
+        write_whole(out, whole.read_bytes())
+
+
+def _check_start(memory: MemoryState, shape: MemoryShape, adapter: str) -> None:
+    check_memory(memory.shape, memory.adapter, shape, adapter)
+    if memory.batch_size != 1:
+        raise MemoryStateError(
+            "A conversation starts from one memory.", f"This one holds {memory.batch_size} rows.", "Pick one row."
+        )
+
+
+def _defaults(start: MemoryState) -> dict[str, NDArray]:
+    """Its states `[1, H, R, R]` by the names of the graph's inputs."""
+    return {
+        contract.carried_name(contract.INITIAL, i, contract.STATE): state.numpy() for i, state in start.layers.items()
+    }
+
+
+def _refuse_others(interface: Interface) -> None:
+    """
+    Raises:
+        ExportError: onnxruntime-genai cannot run a graph of this interface.
+    """
+    if interface.segment:
+        raise ExportError(
+            "onnxruntime-genai cannot run a memory that writes by messages or sentences.",
+            "It does not tell the graph where one ends.",
+            "Export for another target, or use an adapter that writes every token.",
+        )
+    sizes = {size for layer in interface.layers for size in (layer.key, layer.value)}
+    if len(sizes) > 1 or None in sizes:
+        raise ExportError(
+            "onnxruntime-genai cannot run this model.",
+            "It has one shape for the keys and values of all layers, and here they differ.",
+            "Export for another target.",
+        )
+
+
+def set_defaults(program: onnx_ir.Model, interface: Interface, start: MemoryState | None) -> None:
+    """Give the graph's `initial` inputs the states of `start`, or zeros."""
+    states = _defaults(start) if start is not None else {}
+    inputs = {value.name: value for value in program.graph.inputs}
+    for i, shape in interface.state_shapes.items():
+        name = contract.carried_name(contract.INITIAL, i, contract.STATE)
+        inputs[name].const_value = onnx_ir.tensor(states.get(name, np.zeros((1, *shape), np.float32)), name=name)
+        program.graph.register_initializer(inputs[name])
+
+
+def configuration(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface: Interface
+) -> dict[str, dict[str, Any]]:
+    """What `genai_config.json` says.
+
+    Raises:
+        ExportError: onnxruntime-genai cannot run the graph, or the model does not say how long its context is or what
+            ends an answer.
+    """
+    _refuse_others(interface)
+    described = _model(model, tokenizer, interface)
+    return {"model": described, "search": _search(model) | {"max_length": described["context_length"]}}
+
+
+def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
+    """Write `genai_config.json`, and the chat template so that onnxruntime-genai renders what transformers renders."""
+    template = folder / contract.CHAT_TEMPLATE_FILE
+    if template.is_file():
+        template.write_text(spelled_out(template.read_text(encoding="utf-8")), encoding="utf-8")
+    (folder / contract.GENAI_CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def spelled_out(template: str) -> str:
+    """`template` with its text as strings, so that no engine can read its white space otherwise: transformers takes
+    off line ends after blocks and indentation before them, which onnxruntime-genai does not."""
+    lexer = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    # The lexer has dropped what blocks strip before them; what they strip behind them is in their own token.
+    pieces = []
+    for _, kind, value in lexer.lex(template):
+        if kind == "data":
+            pieces.append(f"{{{{ {json.dumps(value, ensure_ascii=False)} }}}}")
+        elif not kind.startswith(("comment", "raw")):
+            pieces.append(value.rstrip() if kind in ("block_end", "variable_end") else value)
+    return "".join(pieces)
+
+
+def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface: Interface) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    heads, width = interface.layers[0].cache[contract.KEY]
+    past, present = (
+        {f"{side}_{part}_names": f"{prefix}.%d.{part}" for part in (contract.KEY, contract.VALUE)}
+        for side, prefix in (("past", contract.PAST), ("present", contract.PRESENT))
+    )
+    return {
+        "type": "decoder",
+        "vocab_size": interface.vocab_size,
+        "context_length": _context_length(config),
+        **_special_tokens(model, tokenizer),
+        "decoder": {
+            "filename": contract.MODEL_FILE,
+            # Or every session says of every initial state that it has a default.
+            "session_options": {"log_severity_level": 3, "provider_options": []},
+            "num_hidden_layers": len(interface.layers),
+            "num_attention_heads": getattr(config, "num_attention_heads", heads),
+            "num_key_value_heads": heads,
+            "head_size": width,
+            "hidden_size": config.hidden_size,
+            "inputs": {name: name for name in (contract.INPUT_IDS, contract.ATTENTION_MASK)} | past,
+            "outputs": {contract.LOGITS_OUTPUT: contract.LOGITS_OUTPUT} | present,
+        },
+    }
+
+
+def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Ids by their names in the configuration; onnxruntime-genai takes 0 for one that is missing."""
+    found: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        sources = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
+        ids = (getattr(source, name, None) for source in sources)
+        found[name] = next((value for value in ids if value is not None), None)
+    end = found["eos_token_id"]
+    if end is None:
+        raise ExportError(
+            "The model does not say which token ends an answer.",
+            "onnxruntime-genai would take the token 0 for it.",
+            "Set eos_token_id in the base model's generation_config.json.",
+        )
+    found["eos_token_id"] = end if isinstance(end, list) else [end]
+    if found["pad_token_id"] is None:
+        found["pad_token_id"] = found["eos_token_id"][0]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _context_length(config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise ExportError(
+            "The model does not say how long its context is.",
+            "onnxruntime-genai has to know.",
+            "Set max_position_embeddings in the base model's config.json.",
+        )
+    return length
+
+
+def _search(model: PreTrainedModel) -> dict[str, Any]:
+    """Sampling as the model wants it. Beams are not reordered with their states, and states are no shared buffers."""
+    wanted = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return {"do_sample": False, **given, "num_beams": 1, "past_present_share_buffer": False}

@@ -1,0 +1,1 @@
+"""Run an ONNX folder in ONNX Runtime. Nothing here imports PyTorch."""

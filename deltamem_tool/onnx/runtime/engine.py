@@ -1,0 +1,116 @@
+"""Run an ONNX folder: an engine for conversations in ONNX Runtime, without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from deltamem_tool.chat.engine import Past
+from deltamem_tool.chat.text import ChatText, read_json
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.file import MemoryShape, StoredMemory
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.locate import find_onnx
+from deltamem_tool.onnx.runtime.static_graph import open_graph
+
+
+class OnnxModel:
+    """An ONNX folder, ready to talk: pass it to `Conversation`. One model serves many conversations and threads.
+
+    Args:
+        folder: what `deltamem export` wrote, a folder that has it under `onnx/`, or a Hub id: see `resolve`.
+        provider: what runs the graph, "cpu" or "cuda".
+        threads: of one call; by default the cores that this process may use.
+        map_weights: leave the weights in their file: see `Graph`.
+        cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
+            `FixedGraph`.
+
+    Raises:
+        ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
+        HubError: the Hub does not give it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        map_weights: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.folder = find_onnx(folder)
+        self.manifest = Manifest.read(self.folder)
+        interface = self.manifest.interface
+        if interface.genai:
+            raise ExportError(
+                f"{folder} is for onnxruntime-genai.",
+                "Its graph lets no token be read without being written, and starts conversations by itself.",
+                "Run it there (docs/export.md), or export for the target cpu.",
+            )
+        self.text = ChatText.from_folder(self.folder)
+        self.stop_tokens = _stop_tokens(self.folder)
+        self.adapter = self.manifest.adapter
+        self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
+        _check_mechanism(self.mechanism, interface)
+        self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
+        self.max_length = interface.max_length or None
+        self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
+
+    def start(self, memory: StoredMemory) -> Past:
+        batch = len(next(iter(memory.states.values())))
+        return self.graph.empty_past(batch, memory.states, memory.segments)
+
+    def step(
+        self,
+        past: Past,
+        input_ids: NDArray,
+        attention_mask: NDArray,
+        write_mask: NDArray,
+        segment_end: NDArray | None = None,
+    ) -> tuple[NDArray, Past]:
+        logits, past = self.graph.step(input_ids, attention_mask, write_mask, past, segment_end)
+        return logits[:, -1], past
+
+    def memory(self, past: Past) -> StoredMemory:
+        return StoredMemory(self.graph.states(past), self.graph.segments(past), self.adapter)
+
+    def with_memory(self, past: Past, memory: StoredMemory) -> Past:
+        return self.graph.with_memory(past, memory.states, memory.segments)
+
+    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+        return self.graph.take(past, row, columns)
+
+    def join(self, pasts: Sequence[Past]) -> Past:
+        return self.graph.join(pasts)
+
+
+def _stop_tokens(folder: Path) -> frozenset[int]:
+    """Every id that ends an answer: generation_config.json gives one, a list, or none."""
+    ids = read_json(folder / contract.GENERATION_CONFIG_FILE).get("eos_token_id")
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int for token in listed):
+        raise ExportError(
+            f"{contract.GENERATION_CONFIG_FILE} of this ONNX folder cannot be read.",
+            "Its eos_token_id is neither a token's number nor a list of them.",
+            "Export the model again.",
+        )
+    return frozenset(listed)
+
+
+def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:
+    """
+    Raises:
+        ExportError: the graph's memory is not that of the mechanism.
+    """
+    shapes = set(interface.state_shapes.values())
+    if shapes != {mechanism.state_shape} or interface.segment != mechanism.segment_width:
+        raise ExportError(
+            f"{contract.MANIFEST_FILE} disagrees with itself.",
+            "The memory that it describes is not what the graph takes.",
+            "Export the model again.",
+        )

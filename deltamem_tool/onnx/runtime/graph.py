@@ -1,0 +1,221 @@
+"""One graph in ONNX Runtime: loaded, checked, and run so that what it carries from call to call stays on its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime import OrtValue
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+from deltamem_tool.onnx.runtime.providers import OPTIONS, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.runtime.validate import check_graph_file
+
+Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
+_TYPES = {
+    "tensor(int64)": contract.INT64,
+    "tensor(bool)": contract.BOOL,
+    "tensor(float)": contract.FLOAT32,
+    "tensor(float16)": contract.FLOAT16,
+    "tensor(bfloat16)": contract.BFLOAT16,
+}
+
+
+class LoadedGraph:
+    """`model.onnx` in a session, checked against its interface. What it is called with is the children's: see `Graph`
+    and `fixed.FixedGraph`.
+
+    Args:
+        folder: where the graph and its weights are.
+        interface: what the graph must take and give.
+        provider: "cpu" or "cuda".
+        threads: for one call; by default the cores that this process may use.
+        map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
+            a fraction of a second and takes no memory of its own; a prompt took 1.6 times as long, an answer as long as
+            before. By default ONNX Runtime packs them anew for the processor.
+        provider_options: ONNX Runtime's own for the provider, beside `providers.OPTIONS`.
+
+    Raises:
+        ExportError: the graph cannot be loaded, is not what `interface` says, or the provider is not to be had.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        interface: Interface,
+        provider: str = "cpu",
+        threads: int | None = None,
+        map_weights: bool = False,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.interface = interface
+        check_graph_file(Path(folder))
+        first, *others = execution_providers(provider)
+        providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        if interface.defaults():
+            options.log_severity_level = 3  # or it says of every initial state that it has a default
+        if map_weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(Path(folder) / contract.MODEL_FILE), options, providers=providers
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base class of their own
+            why = str(error).splitlines()[0]
+            raise ExportError("ONNX Runtime cannot load this graph.", f"{why}.", "Export the model again.") from error
+        refuse_if_missing(provider, self._session.get_providers())
+        self._session.disable_fallback()
+        interface.check_graph(
+            _described(self._session.get_inputs()),
+            _described(self._session.get_outputs()),
+            _described(self._session.get_overridable_initializers()),
+        )
+        self.device = provider
+        self._outputs = list(interface.outputs())
+
+    def memory_values(
+        self, batch: int, states: Mapping[int, NDArray] | None, segments: Mapping[int, NDArray] | None
+    ) -> Past:
+        """The given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros, by input name."""
+        shapes, width = self.interface.state_shapes, self.interface.segment
+        states = states or {i: np.zeros((batch, *shape), np.float32) for i, shape in shapes.items()}
+        segments = segments or {i: np.zeros((batch, width), np.float32) for i in shapes}
+        parts = {contract.STATE: states, **({contract.SEGMENT: segments} if width else {})}
+        return {
+            contract.carried_name(contract.PAST, i, part): on_device(array, contract.FLOAT32, self.device)
+            for part, arrays in parts.items()
+            for i, array in arrays.items()
+        }
+
+    def memory_of(self, values: Past, part: str) -> dict[int, NDArray]:
+        """One part of the memory in `values`, float32, by layer, copied."""
+        names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
+        return {i: on_host(values[name]).copy() for i, name in names.items()}
+
+
+class Graph(LoadedGraph):
+    """A graph whose keys and values grow: every call gives new ones, and leaves the old ones as they are."""
+
+    def empty_past(
+        self,
+        batch: int,
+        states: Mapping[int, NDArray] | None = None,
+        segments: Mapping[int, NDArray] | None = None,
+    ) -> Past:
+        """No tokens yet; the given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros."""
+        past: Past = {}
+        for i, layer in enumerate(self.interface.layers):
+            for part, (heads, width) in layer.cache.items():
+                name = contract.carried_name(contract.PAST, i, part)
+                element = ELEMENT_TYPES[self.interface.dtype]
+                past[name] = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], element, self.device)
+        if self.interface.genai:
+            for i in self.interface.state_shapes:
+                name = contract.carried_name(contract.PAST, i, contract.CONV)
+                past[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
+                if states is not None:  # one row for all of the batch; without, it is what the graph has
+                    name = contract.carried_name(contract.INITIAL, i, contract.STATE)
+                    past[name] = on_device(states[i], contract.FLOAT32, self.device)
+            states = None
+        return {**past, **self.memory_values(batch, states, segments)}
+
+    def with_memory(self, past: Past, states: Mapping[int, NDArray], segments: Mapping[int, NDArray]) -> Past:
+        """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
+        return {**past, **self.memory_values(len(next(iter(states.values()))), states, segments)}
+
+    def states(self, past: Past) -> dict[int, NDArray]:
+        """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
+        return self.memory_of(past, contract.STATE)
+
+    def segments(self, past: Past) -> dict[int, NDArray]:
+        """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
+        return self.memory_of(past, contract.SEGMENT) if self.interface.segment else {}
+
+    def step(
+        self,
+        input_ids: NDArray,
+        attention_mask: NDArray,
+        write_mask: NDArray,
+        past: Past,
+        segment_end: NDArray | None = None,
+    ) -> tuple[NDArray, Past]:
+        """One call of the graph. What it carries stays on its device: only tokens, masks and logits cross.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            attention_mask: int64 `[B, P + T]`, 0 at padding.
+            write_mask: bool `[B, T]`, which tokens write; padding never does.
+            past: from `empty_past` or the call before. It is not changed.
+            segment_end: bool `[B, T]`, which tokens end a segment, where the graph has segments.
+
+        Returns:
+            Logits `[B, 1, V]` (`[B, T, V]` in a graph for all positions) and the next past.
+        """
+        binding = self._session.io_binding()
+        crossing = {
+            contract.INPUT_IDS: input_ids,
+            contract.ATTENTION_MASK: attention_mask,
+            **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),  # there, every token writes
+            **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
+        }
+        for name, array in crossing.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == contract.LOGITS_OUTPUT else self.device)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        names = map(contract.past_name, self._outputs[1:])
+        return logits.numpy(), dict(zip(names, present, strict=True))
+
+    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+        """One row `[1, ...]` of `past`, with those of its tokens alone that `columns`, indices, names."""
+        taken: Past = {}
+        for name, value in past.items():
+            array = on_host(value)[row : row + 1]
+            if is_cache(name):
+                array = array[:, :, columns]
+            taken[name] = on_device(array, self._dtype(name), self.device)
+        return taken
+
+    def join(self, pasts: Sequence[Past]) -> Past:
+        """The rows of all `pasts` as one batch; shorter ones get zeros on the left, which the caller masks."""
+        if len(pasts) == 1:
+            return pasts[0]
+        joined: Past = {}
+        for name in pasts[0]:
+            arrays = [on_host(past[name]) for past in pasts]
+            if is_cache(name):
+                length = max(array.shape[2] for array in arrays)
+                arrays = [np.pad(a, ((0, 0), (0, 0), (length - a.shape[2], 0), (0, 0))) for a in arrays]
+            joined[name] = on_device(np.concatenate(arrays), self._dtype(name), self.device)
+        return joined
+
+    def _dtype(self, name: str) -> str:
+        return self.interface.dtype if is_cache(name) else contract.FLOAT32
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, which a container or `taskset` makes fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_cache(name: str) -> bool:
+    return name.endswith((f".{contract.KEY}", f".{contract.VALUE}"))
+
+
+def _described(values: Sequence[Any]) -> dict[str, tuple[str, list]]:
+    return {value.name: (_TYPES.get(value.type, value.type), list(value.shape)) for value in values}

@@ -1,0 +1,214 @@
+"""An ONNX folder looked at before any runtime sees it: what a stranger's graph may hold, and where its weights may be.
+
+A graph is a program, of operators that compute. Here is refused what could do more than that: operators of other
+packages, functions, weights in other files, and numbers that are not there. How much a graph computes cannot be seen;
+a graph that takes all memory is stopped by the system, as any program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.io.safe_json import read_bytes, read_json
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import DATA_FILE, GENAI_CONFIG_FILE, MODEL_FILE, Manifest
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+# Without its weights, which are in a file of their own, a graph of 28 layers is of 0.5 MB.
+MAX_GRAPH_BYTES = 256 * 2**20
+MAX_SIZE = 2**31 - 1  # of one axis: the largest vocabularies are of 2**18
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX's own, under two names, and ONNX Runtime's own
+# Of those, what runs code of others, or reads it from a file that the graph names.
+CALLING_OUT = ("ATen", "EPContext", "PyOp", "PythonOp", "PythonOpGrad", "TritonOp")
+STORED_OPTIONS = "ort_config"  # metadata in which ONNX Runtime can be told to look for options of the session
+# Bits of one number by ONNX's code for its type, and where it is if it is neither in the file nor in `raw_data`.
+_TYPES = {
+    1: (32, "float_data"),  # float32
+    2: (8, "int32_data"),  # uint8
+    3: (8, "int32_data"),  # int8
+    4: (16, "int32_data"),  # uint16
+    5: (16, "int32_data"),  # int16
+    6: (32, "int32_data"),  # int32
+    7: (64, "int64_data"),  # int64
+    9: (8, "int32_data"),  # bool
+    10: (16, "int32_data"),  # float16
+    11: (64, "double_data"),  # float64
+    12: (32, "uint64_data"),  # uint32
+    13: (64, "uint64_data"),  # uint64
+    16: (16, "int32_data"),  # bfloat16
+    21: (4, "int32_data"),  # uint4
+    22: (4, "int32_data"),  # int4
+}
+_EXTERNAL = 1
+_PLACE = ("location", "offset", "length")
+_LONGEST_NUMBER = 18  # digits of an offset: an exabyte
+# What `genai.configuration` writes, by the place in the file.
+_GENAI_KEYS: dict[tuple[str, ...], set[str]] = {
+    (): {"model", "search"},
+    ("model",): {
+        *("type", "vocab_size", "context_length", "decoder"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    },
+    ("model", "decoder"): {
+        *("filename", "session_options", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("head_size", "hidden_size", "inputs", "outputs"),
+    },
+    ("model", "decoder", "session_options"): {"log_severity_level", "provider_options"},
+}
+
+
+def check_onnx_folder(folder: str | Path) -> Manifest:
+    """Everything that can be said of an ONNX folder without a runtime; what its manifest says.
+
+    Raises:
+        ExportError: a file is missing or damaged, or is not what an export writes.
+    """
+    folder = contract.check_folder(folder)
+    manifest = Manifest.read(folder)
+    check_graph_file(folder)
+    if (folder / GENAI_CONFIG_FILE).is_file():
+        check_genai_config(folder / GENAI_CONFIG_FILE)
+    return manifest
+
+
+def check_graph_file(folder: Path) -> None:
+    """Look through `model.onnx`, but not through the weights beside it.
+
+    Raises:
+        ExportError: it is no graph, or holds what no export writes.
+    """
+    model = _read(folder / MODEL_FILE)
+    data = folder / DATA_FILE
+    # The Hub's cache links every file into one folder; a link to anywhere else can only be to a file of the user's.
+    if data.resolve().parent not in (folder.resolve(), (folder / MODEL_FILE).resolve().parent):
+        raise _refused(f"{DATA_FILE} is a link to a file elsewhere")
+    if model.functions or model.training_info:
+        raise _refused("It holds functions or training steps of its own")
+    if any(entry.key == STORED_OPTIONS for entry in model.metadata_props):
+        raise _refused("It brings options for ONNX Runtime")
+    data_bytes = data.stat().st_size if data.is_file() else 0
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        if graph.sparse_initializer:
+            raise _refused("It holds sparse weights")
+        for tensor in graph.initializer:
+            _check_tensor(tensor, data_bytes)
+        graphs += _check_nodes(graph.node, data_bytes)
+
+
+def check_genai_config(file: Path) -> None:
+    """Refuse a `genai_config.json` that names other files, or options of the session that load a library: this package
+    does not read it, onnxruntime-genai does.
+
+    Raises:
+        ExportError: it says something that the export does not write.
+    """
+    try:
+        said = read_json(file)
+        if not isinstance(said, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise ExportError(f"{file} is not JSON.", f"{error}.", "Fetch the folder again.") from error
+    for place, known in _GENAI_KEYS.items():
+        part: Any = said
+        for name in place:
+            part = part.get(name)
+            if not isinstance(part, dict):
+                raise _refused(f"{GENAI_CONFIG_FILE} has no object {'.'.join(place)}")
+        if part.keys() - known:
+            raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has")
+    decoder = said["model"]["decoder"]
+    if decoder.get("filename") != MODEL_FILE:
+        raise _refused(f"{GENAI_CONFIG_FILE} names another graph than {MODEL_FILE}")
+    # The options of a provider can name libraries; who wants another provider than the CPU's writes it there himself.
+    if decoder["session_options"].get("provider_options", []) != []:
+        raise _refused(f"{GENAI_CONFIG_FILE} chooses a provider")
+
+
+def _read(file: Path) -> ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.ModelProto.FromString(read_bytes(file, MAX_GRAPH_BYTES))
+    except (DecodeError, ValueError, FileNotFoundError) as error:
+        why = str(error).strip().partition("\n")[0].rstrip(".") or "It is no ONNX"
+        raise ExportError(f"{MODEL_FILE} cannot be read.", f"{why}.", "Fetch the folder or export it again.") from error
+    known = model.ByteSize()
+    model.DiscardUnknownFields()
+    if model.ByteSize() != known:  # ONNX Runtime may know what this package of onnx does not
+        raise _refused("It has fields that the installed onnx does not know")
+    return model
+
+
+def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphProto]:
+    """Check each one by itself; the graphs inside of them."""
+    for node in nodes:
+        if node.domain not in DOMAINS:
+            raise _refused(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
+        if node.op_type in CALLING_OUT:
+            raise _refused(f"It has the operator {node.op_type}, which can run code of others")
+        for attribute in node.attribute:
+            if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
+                raise _refused("It holds sparse weights")
+            if attribute.HasField("t"):
+                _check_tensor(attribute.t, data_bytes)
+            for tensor in attribute.tensors:
+                _check_tensor(tensor, data_bytes)
+            if attribute.HasField("g"):
+                yield attribute.g
+            yield from attribute.graphs
+
+
+def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
+    """
+    Raises:
+        ExportError: its numbers are not as many as its type and shape say, or not where they may be.
+    """
+    if tensor.data_type not in _TYPES:
+        raise _refused(f"{tensor.name or 'A constant'} is of a type that no export has")
+    bits, field = _TYPES[tensor.data_type]
+    if not all(0 <= size <= MAX_SIZE for size in tensor.dims) or tensor.HasField("segment"):
+        raise _refused(f"The shape of {tensor.name or 'a constant'} cannot be")
+    numbers = math.prod(tensor.dims)
+    wanted = (numbers * bits + 7) // 8
+    if tensor.data_location == _EXTERNAL:
+        fits = _fits_in_file(tensor, wanted, data_bytes)
+    elif tensor.HasField("raw_data"):
+        fits = len(tensor.raw_data) == wanted
+    else:  # two numbers of 4 bits share an entry
+        fits = len(getattr(tensor, field)) == (wanted if bits < 8 else numbers)
+    if not fits:
+        raise _refused(f"The shape of {tensor.name or 'a constant'} does not fit its size in bytes")
+
+
+def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
+    """
+    Raises:
+        ExportError: its numbers are in another file, or it is not said where.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if len(place) != len(tensor.external_data) or place.keys() - set(_PLACE):
+        raise _refused(f"The place of {tensor.name} cannot be")
+    # Literally: ONNX Runtime takes a location of its own making for an address in memory.
+    if place.get("location") != DATA_FILE:
+        raise _refused(f"The numbers of {tensor.name} are in another file than {DATA_FILE}")
+    said = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
+    if not all(text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER for text in said.values()):
+        raise _refused(f"The place of {tensor.name} cannot be")
+    return int(said["length"]) == wanted and int(said["offset"]) + wanted <= data_bytes
+
+
+def _refused(why: Any) -> ExportError:
+    return ExportError(
+        "This ONNX folder is not one that deltamem exports, or it was changed.",
+        f"{why}.",
+        "Nothing of it was loaded. Use another folder, or export the adapter yourself.",
+    )

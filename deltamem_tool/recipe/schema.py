@@ -1,0 +1,351 @@
+"""What a recipe can say. pydantic checks each option by itself; RULES, what options must keep to together."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    Strict,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.data.dialogues import KIND_OF
+from deltamem_tool.recipe.messages import Known, Problem, config_error, in_words, shown
+
+# Values
+
+
+def _schedulers() -> list[str]:
+    from transformers import SchedulerType  # here, since it takes seconds to import
+
+    return [scheduler.value for scheduler in SchedulerType]
+
+
+def _optimizers() -> list[str]:
+    from deltamem_tool._compat import OptimizerNames
+
+    return [optimizer.value for optimizer in OptimizerNames]
+
+
+def _reporters() -> list[str]:
+    from deltamem_tool._compat import INTEGRATION_TO_CALLBACK
+
+    return [*INTEGRATION_TO_CALLBACK]
+
+
+def _of_transformers(names: Callable[[], list[str]], usual: str | None = None) -> AfterValidator:
+    """One of the names that transformers has. It is not imported for the `usual` one."""
+
+    def check(value: str) -> str:
+        if value == usual or value in (known := names()):
+            return value
+        near = [name for name in known if name.startswith(value)] or difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        raise ValueError(f"must be a name that transformers knows, not {value!r}: {hint}")
+
+    return AfterValidator(check)
+
+
+def _as_pairs(value: Any) -> Any:
+    """A mapping of names to plain values as sorted pairs, which compare, hash and cannot change."""
+    if isinstance(value, tuple):
+        value = dict(value)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError("must have keys inside")
+    for name, given in value.items():
+        plain = (
+            given is None or isinstance(given, (bool, int, str)) or (isinstance(given, float) and math.isfinite(given))
+        )
+        if not plain:
+            raise ValueError(f"has {name!r}, which must be a number, text, true, false or null, not {shown(given)}")
+    return tuple(sorted(value.items()))
+
+
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+Whole = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Facts = Annotated[int, Strict(), Field(ge=1, le=len(KIND_OF))]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # what numpy takes
+Weight = Annotated[float, Strict(), Field(ge=0)]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Scheduler = Annotated[Text, _of_transformers(_schedulers, usual="cosine")]
+Optimizer = Annotated[Text, _of_transformers(_optimizers, usual="adamw_torch")]
+Reporter = Annotated[Text, _of_transformers(_reporters)]
+Pairs = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs)]
+
+# What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
+# the first of the keys that the recipe gives.
+RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
+    (
+        ("lora", "memory"),
+        lambda lora, memory: lora is None or memory == DeltaMemConfig(),
+        "a recipe trains a memory or a LoRA: leave out lora or memory",
+    ),
+    (
+        ("lora", "adapter"),
+        lambda lora, adapter: lora is None or adapter is None,
+        "a recipe trains a memory or a LoRA: leave out lora or adapter",
+    ),
+    *(
+        (
+            (key, "lora"),
+            lambda value, lora: lora is None or value == 0,
+            f"{key} is about a memory, and lora trains none: leave out one of them",
+        )
+        for key in ("objective.write_sparsity", "objective.full_context_kl", "data.recent_turns")
+    ),
+    (
+        ("objective.context_dropout", "data.recent_turns"),
+        lambda dropout, turns: dropout == 0 or turns >= 1,
+        "objective.context_dropout hides recent turns: data.recent_turns must be 1 or more",
+    ),
+    (
+        ("data.facts_first", "data.facts_last"),
+        lambda first, last: first <= last,
+        "data.facts_first must not be above data.facts_last",
+    ),
+    (
+        ("training.steps", "training.epochs"),
+        lambda steps, epochs: steps is None or epochs is None,
+        "training.steps and training.epochs exclude each other: leave out one of them",
+    ),
+    (
+        ("training.epochs", "training.steps", "data.path"),
+        lambda epochs, steps, path: path is not None or steps is not None,
+        "without data.path the dialogues are generated and have no end: give training.steps, or data.path",
+    ),
+    (
+        ("training.bptt", "training.write_chunk"),
+        lambda bptt, chunk: bptt is None or chunk is not None,
+        "training.bptt counts chunks: give training.write_chunk",
+    ),
+    *(
+        (
+            (key, "lora"),
+            lambda value, lora: lora is None or value is None,
+            f"{key} is about writing a memory, and lora trains none: leave out one of them",
+        )
+        for key in ("training.write_chunk", "training.bptt")
+    ),
+    *(
+        (
+            (key, "data.path"),
+            lambda value, path: path is not None or value in (None, False, 0, "last"),
+            f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
+        )
+        for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
+    ),
+    (
+        ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
+        lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
+        "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
+    ),
+    (
+        ("training.early_stop", "training.eval_every"),
+        lambda stop, every: stop is None or every is not None,
+        "training.early_stop counts evaluations: give training.eval_every",
+    ),
+)
+
+
+def broken(said: Mapping[str, Any]) -> Iterator[Problem]:
+    """The rules that do not hold, of those whose options are all in `said`."""
+    for keys, holds, why in RULES:
+        if all(key in said for key in keys) and not holds(*(said[key] for key in keys)):
+            yield Problem(tuple(tuple(key.split(".")) for key in keys), why)
+
+
+# Options
+
+Kind = TypeVar("Kind", bound=type)
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class _Options:
+    SECTION: ClassVar[str] = ""  # of a recipe, with a dot
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _note(cls, value: Any, info: ValidationInfo) -> Any:
+        """For `load_recipe`: which options are right by themselves, though others are not."""
+        if info.context is not None:
+            info.context[f"{cls.SECTION}{info.field_name}"] = value
+        return value
+
+
+def values(options: _Options) -> dict[str, Any]:
+    """Options by dotted key."""
+    found: dict[str, Any] = {}
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        found[f"{options.SECTION}{entry.name}"] = value
+        if isinstance(value, _Options):
+            found |= values(value)
+    return found
+
+
+def _checked(kind: Kind) -> Kind:
+    """Options made in Python: what is wrong with them is a ConfigError, as in a file."""
+    init: Callable[..., None] = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            names = [entry.name for entry in fields(kind)]
+            section = tuple(self.SECTION.split(".")[:-1])
+            problems = [in_words(detail, {section: names}, section) for detail in error.errors(include_url=False)]
+        else:
+            problems = [*broken(values(self))]
+        if problems:
+            raise config_error("The recipe does not hold.", [problem.why for problem in problems])
+
+    kind.__init__ = checked  # type: ignore[misc]
+    return kind
+
+
+@_checked
+@dataclass(frozen=True, config=_CONFIG)
+class LoraOptions(_Options):
+    """A LoRA of PEFT in place of a memory, to compare with."""
+
+    SECTION = "lora."
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: ShareBelowOne = 0.0
+    targets: Texts = ("q_proj", "o_proj")
+
+
+@_checked
+@dataclass(frozen=True, config=_CONFIG)
+class DataOptions(_Options):
+    """Where episodes come from: `path`, or else generated dialogues."""
+
+    SECTION = "data."
+
+    path: Text | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
+    split: Text = "train"
+    revision: Text | None = None  # of a dataset on the Hub
+    eval_path: Text | None = None
+    eval_split: Text | None = None
+    supervise: Literal["last", "all"] = "last"  # which of the assistant's turns are answers to learn
+    recent_turns: Whole = 0  # turns before the question that the read pass may see too
+    skip_bad_rows: StrictBool = False
+    group_by_length: StrictBool = False
+    max_write_tokens: Count = 8192
+    max_read_tokens: Count = 512
+    facts_first: Facts = 2  # generated: the most facts in an episode at the start of training
+    facts_last: Facts = 6  # and once grown
+    growth: Share = 0.5  # share of training over which it grows
+    fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
+    replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
+
+
+@_checked
+@dataclass(frozen=True, config=_CONFIG)
+class ObjectiveOptions(_Options):
+    """What is learned beside the answers."""
+
+    SECTION = "objective."
+
+    write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of what is written from write_target
+    write_target: Share = 0.05
+    context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
+    full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
+
+
+@_checked
+@dataclass(frozen=True, config=_CONFIG)
+class TrainingOptions(_Options):
+    """How long, how fast and on what. `steps` or `epochs`; conversations with neither are gone through once."""
+
+    SECTION = "training."
+
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 32  # of one process
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 2e-4
+    scheduler: Scheduler = "cosine"
+    scheduler_options: Pairs = ()  # a mapping in the file; dict(scheduler_options) gives it back
+    optimizer: Optimizer = "adamw_torch"
+    optimizer_options: Text | None = None
+    warmup: ShareBelowOne = 0.1  # share of the steps
+    weight_decay: Weight = 0.0
+    max_grad_norm: Weight = 1.0
+    seed: Seed = 42
+    save_every: Count | None = None  # steps between checkpoints; None: twenty checkpoints a run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as it is stored
+    quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen base
+    attention: Text | None = None  # attn_implementation of the base
+    gradient_checkpointing: StrictBool = False
+    write_chunk: Count | None = None  # tokens of the write pass in one call; None: all
+    bptt: Count | None = None  # chunks at the end through which gradients flow; None: all
+    eval_every: Count | None = None  # steps
+    eval_episodes: Count = 64
+    early_stop: Count | None = None  # evaluations without improvement
+    report_to: tuple[Reporter, ...] = ()
+
+
+@_checked
+@dataclass(frozen=True, config=_CONFIG)
+class Recipe(_Options):
+    """Everything that decides a training run.
+
+    Args:
+        base: folder or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
+        out: the adapter folder to write.
+        revision: of the base on the Hub.
+        adapter: an adapter folder to start from; `memory` is then its own.
+        trust_remote_code: the base may run Python code of its own.
+        memory: the mechanism.
+        lora: trained in place of a memory.
+
+    Raises:
+        ConfigError: an option is out of range, or does not go with another one; it says so of all.
+    """
+
+    base: Text
+    out: Text
+    revision: Text | None = None
+    adapter: Text | None = None
+    trust_remote_code: StrictBool = False
+    memory: InstanceOf[DeltaMemConfig] = DeltaMemConfig()
+    lora: LoraOptions | None = None
+    data: DataOptions = DataOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    training: TrainingOptions = TrainingOptions()
+
+
+SECTIONS: dict[str, type] = {
+    "memory": DeltaMemConfig,
+    "lora": LoraOptions,
+    "data": DataOptions,
+    "objective": ObjectiveOptions,
+    "training": TrainingOptions,
+}
+KNOWN: Known = {(): [entry.name for entry in fields(Recipe)]} | {
+    (name,): [entry.name for entry in fields(kind)] for name, kind in SECTIONS.items()
+}
+KNOWN[("memory",)].append("preset")

@@ -1,0 +1,198 @@
+"""Which tokens of a chat belong to which segment: the marks that sequence-state write needs.
+
+A segment is a chat message with its role header and template tail, or a sentence of it. Boundaries are character
+positions in the rendered text, for any chat template: message i ends where the rendering of messages 0 to i ends. Where
+the template writes a turn differently once others follow it, or cannot render a conversation that stops there, the next
+message starts one literal role header before its content; where that cannot be told either, the conversation is
+refused. Nothing is searched for among tokens.
+
+* System messages belong to no segment, nor does what the template writes before the first message (a begin token, a
+  system prompt of its own) where it can be told from that message's header. Where the template puts the system text
+  into a user message (Gemma, Mistral), it is that message's text.
+* The generation prompt opens a segment that does not end yet: the tokens generated after it join it.
+* A token belongs to the segment of its first character that is no whitespace: " It" starts a sentence rather than
+  ending the one before. A token of whitespace alone belongs to the segment of its first character.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import sentencex
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.template import ChatTemplate, Message
+
+Split = Callable[[str], Sequence[str]]
+
+NO_MARKS = 'Or use granularity "token", which needs no boundaries.'
+
+
+class Span(NamedTuple):
+    """Characters from the end of the span before this one up to `end`."""
+
+    end: int
+    belongs: bool  # to a segment
+    segment: str = ""  # what that is called, if it ends here
+
+
+def spans_of(
+    template: ChatTemplate, messages: Sequence[Message], text: str, generation_prompt: bool, split: Split | None
+) -> list[Span]:
+    """`text`, the rendering of `messages`, in order and without gaps.
+
+    Args:
+        split: into sentences, as `segments.mark_chat` has it; None leaves messages whole.
+
+    Raises:
+        DataError: as in `segments.mark_chat`.
+    """
+    body = template.render(messages) if generation_prompt else text
+    if not text.startswith(body):
+        raise DataError(
+            f"The chat template of {template.name} renders the messages differently before a generation prompt.",
+            f"Without: {body[-80:]!r}; with: {text[-80:]!r}.",
+            f"Leave the generation prompt out. {NO_MARKS}",
+        )
+    bounds = _bounds(template, messages, body)
+    spans = [Span(bounds[0], belongs=False)]
+    for index, message in enumerate(messages):
+        start, end = bounds[index : index + 2]
+        name = _name(messages, index)
+        content = message.get("content")
+        if message["role"] == "system":
+            spans.append(Span(end, belongs=False))
+        elif split is None or not isinstance(content, str) or not content.strip():
+            spans.append(Span(end, True, name))
+        else:
+            begin, said = _said(template, messages, index, body, start, end)
+            starts = [begin + at for at in _sentence_starts(said, split, name)] if said.strip() else [begin]
+            for first, following in zip(starts, [*starts[1:], end], strict=True):
+                spans.append(Span(following, True, f"Sentence {body[first:following].strip()[:60]!r} of {name}"))
+    spans.append(Span(len(text), belongs=True))  # the generation prompt, if any: a segment that stays open
+    return spans
+
+
+def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> list[int]:
+    """Where each message starts in `body`, and where the last one ends: one more than there are messages."""
+    first = None if messages[0]["role"] == "system" else template.preamble(messages[0], body)
+    bounds = [first or 0]
+    for index in range(1, len(messages)):
+        bound = _bound(template, messages, index, body)
+        if bound is None or bound < bounds[-1]:
+            raise DataError(
+                f"Where {_name(messages, index - 1)} ends and {_name(messages, index)} starts cannot be told in what "
+                f"the chat template of {template.name} renders.",
+                "It renders earlier messages differently once later ones follow, or not at all without them, and no "
+                f"header known for the role {messages[index]['role']} stands before the later message's content.",
+                f"Use a tokenizer whose template only appends. {NO_MARKS}",
+            )
+        bounds.append(bound)
+    return [*bounds, len(body)]
+
+
+def _bound(template: ChatTemplate, messages: Sequence[Message], index: int, body: str) -> int | None:
+    """Where message `index` starts and the one before it ends, if that can be told."""
+    earlier = template.attempt(messages[:index])
+    if earlier is not None and body.startswith(earlier):
+        return len(earlier)
+    message = messages[index]
+    found = template.content(messages, index, body)
+    header = None if found is None else template.header(message, found.before)
+    if found is not None and header is not None:
+        return len(found.before) - len(header)
+    if all(other["role"] == "system" for other in messages[:index]):
+        return template.preamble(message, body)  # their text is within this message
+    return None
+
+
+def _said(
+    template: ChatTemplate, messages: Sequence[Message], index: int, body: str, start: int, end: int
+) -> tuple[int, str]:
+    """Where the content of the message in `body[start:end]` begins, and what of it the template writes."""
+    found = template.content(messages, index, body)
+    if found is not None and body.endswith(found.after):
+        begin, stop = len(found.before), len(body) - len(found.after)
+        if start <= begin <= stop <= end and body[begin:stop] in messages[index]["content"]:
+            return begin, body[begin:stop]
+    raise DataError(
+        f"Where the chat template of {template.name} writes the content of {_name(messages, index)} cannot be told.",
+        "The template changes the content, or writes something else around it than around another content.",
+        'Use granularity "message".',
+    )
+
+
+def english(text: str) -> list[str]:
+    return sentencex.segment("en", text)
+
+
+def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
+    """Where in `said`, which is not blank, its sentences start. `name` is the message's."""
+    starts, position = [], 0
+    pieces = split(said)
+    if isinstance(pieces, str):
+        raise DataError(f"The split of {name} is one string.", f"It is {pieces[:60]!r}.", "Return a list of sentences.")
+    for piece in pieces:
+        at = said.find(piece, position) if isinstance(piece, str) and piece else -1
+        if at < 0:
+            raise DataError(
+                f"The split of {name} has the piece {piece!r}, which is not in what is left of the content.",
+                f"Left is {said[position : position + 60]!r}.",
+                "Return pieces of the text in their order, none of them empty.",
+            )
+        if not piece.isspace():
+            starts.append(at)
+        position = at + len(piece)
+    if not starts:
+        raise DataError(
+            f"The split of {name} finds no sentence.", f"The content is {said[:60]!r}.", "Return at least one piece."
+        )
+    return starts
+
+
+def marks_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
+    """The marks of tokens whose characters are `offsets`; byte-level tokens can share a character."""
+    ends = [span.end for span in spans]
+    owners = [bisect_right(ends, _place(text, start, end)) for start, end in offsets]
+    if owners != sorted(owners):
+        raise DataError(
+            "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps it. {NO_MARKS}"
+        )
+    marks = [INSIDE if spans[owner].belongs else OUTSIDE for owner in owners]
+    for index, span in enumerate(spans):
+        if not span.segment:
+            continue
+        last = bisect_right(owners, index) - 1
+        if last < 0 or owners[last] != index:
+            raise DataError(
+                f"{span.segment[0].upper()}{span.segment[1:]} has no token of its own.",
+                "The template writes nothing for it, or its characters are in tokens of the text before or after it.",
+                "Leave it out, or join it with another.",
+            )
+        marks[last] = LAST
+    return marks
+
+
+def _place(text: str, start: int, end: int) -> int:
+    """The character by which the token at `text[start:end]` belongs to a segment."""
+    characters = text[start:end]
+    if characters.strip():
+        return end - len(characters.lstrip())
+    if start == end and start > 0 and text[start - 1].isspace():
+        return start - 1  # a token of spaces, from a tokenizer that leaves them out of its offsets
+    return min(start, len(text) - 1)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    if isinstance(messages, str | Mapping) or not messages:
+        raise DataError("The conversation holds no message.", "", 'Give it a list of {"role": …, "content": …}.')
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"Message {number} has no role.", f"It is {str(message)[:60]!r}.", "Add it to the message.")
+
+
+def _name(messages: Sequence[Message], index: int) -> str:
+    return f"message {index + 1} ({messages[index]['role']})"

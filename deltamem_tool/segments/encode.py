@@ -1,0 +1,157 @@
+"""Chats as the tensors of one call: token ids, masks, and the marks of `marks` where a memory writes by segments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from deltamem_tool.config import GRANULARITIES
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.segments.boundaries import NO_MARKS, Split, check_messages, english, marks_of, spans_of
+from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.template import ChatTemplate, Message
+
+PADDING_SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """Conversations as the tensors of one call. Padding has mask 0 and mark OUTSIDE."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor  # int64 [B, T]
+    segments: Tensor | None  # int8 [B, T]; None at granularity "token", where every token writes
+
+
+class Marked(NamedTuple):
+    """One conversation: its rendering, and token ids and marks of one length T."""
+
+    text: str
+    input_ids: list[int]
+    marks: list[int]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Message] | Sequence[Sequence[Message]],
+    granularity: str = "message",
+    add_generation_prompt: bool = False,
+    padding_side: str = "left",
+    split: Split | None = None,
+) -> ChatTokens:
+    """One conversation (B = 1) or several become tokens and marks `[B, T]`.
+
+    Args:
+        tokenizer: with a chat template; a fast one, unless granularity is "token".
+        conversations: messages, or lists of messages.
+        granularity: "token", "message" or "sentence".
+        add_generation_prompt: end with the header of the assistant's next message.
+        padding_side: "left" or "right"; padded with the padding token, or else with the end token.
+        split: how "sentence" splits a message's content, as `mark_chat` has it.
+
+    Raises:
+        ConfigError: an option has no such value.
+        DataError: as in `mark_chat`, or there is nothing to encode, or no token to pad with.
+    """
+    if padding_side not in PADDING_SIDES:
+        raise ConfigError(f"There is no padding side {padding_side!r}.", f"The sides are {', '.join(PADDING_SIDES)}.")
+    if not conversations:
+        raise DataError("There is no conversation to encode.", "The list is empty.", "Give it at least one message.")
+    single = isinstance(conversations[0], Mapping)
+    batch = cast(Sequence[Sequence[Message]], [conversations] if single else conversations)
+    template = ChatTemplate.of(tokenizer)
+    rows = []
+    for number, messages in enumerate(batch, start=1):
+        try:
+            rows.append(_mark(tokenizer, template, messages, granularity, add_generation_prompt, split))
+        except DataError as error:
+            where = "" if single else f"Conversation {number}: "
+            raise DataError(where + error.what, error.why, error.next) from error
+    ids = [row.input_ids for row in rows]
+    marks = [row.marks for row in rows]
+    return ChatTokens(
+        input_ids=padded(ids, pad_token(tokenizer, ids), padding_side, torch.int64),
+        attention_mask=padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
+        segments=None if granularity == "token" else padded(marks, OUTSIDE, padding_side, torch.int8),
+    )
+
+
+def mark_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    granularity: str,
+    add_generation_prompt: bool = False,
+    split: Split | None = None,
+) -> Marked:
+    """One conversation as text, token ids and marks. At granularity "token" every token is marked LAST.
+
+    Args:
+        split: gets the content as it is rendered (templates may strip it) and returns its sentences in order; what lies
+            between two of them joins the first, and so does one of whitespace alone. English rules by default. Content
+            that is no string (None, a list of parts) or that is blank is one sentence.
+
+    Raises:
+        ConfigError: `granularity` is unknown, or `split` is given where nothing is split.
+        DataError: there is no message or no chat template; the tokenizer has no character offsets; the template refuses
+            the conversation, or does not let the end of a message be told; a message or a sentence has no token of its
+            own; `split` returns what is not in the content.
+    """
+    return _mark(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
+
+
+def _mark(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    granularity: str,
+    generation_prompt: bool,
+    split: Split | None,
+) -> Marked:
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
+    if split is not None and granularity != "sentence":
+        raise ConfigError(
+            f'A split has no use at granularity "{granularity}".', "", 'Leave it out, or use granularity "sentence".'
+        )
+    check_messages(messages)
+    text = template.render(messages, generation_prompt)
+    # The template has written every special token that belongs here.
+    if granularity == "token":
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Marked(text, ids, [LAST] * len(ids))
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"The tokenizer {template.name} cannot tell where in a text its tokens are.",
+            f"{type(tokenizer).__name__} is a slow tokenizer.",
+            f"Use a fast tokenizer. {NO_MARKS}",
+        )
+    if granularity == "sentence" and split is None:
+        split = english
+    spans = spans_of(template, messages, text, generation_prompt, split)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return Marked(text, encoded["input_ids"], marks_of(text, encoded["offset_mapping"], spans))
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None and len({len(row) for row in rows}) > 1:
+        raise DataError(
+            "The tokenizer has nothing to pad with.",
+            "It has neither a padding token nor an end token.",
+            "Set tokenizer.pad_token, or encode the conversations one by one.",
+        )
+    return pad if pad is not None else 0
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right", dtype: torch.dtype = torch.int64) -> Tensor:
+    """Rows of any lengths as one tensor `[B, T]`, filled up with `fill` on one side."""
+    width = max(len(row) for row in rows)
+    blanks = [[fill] * (width - len(row)) for row in rows]
+    if side == "left":
+        return torch.tensor([[*blank, *row] for blank, row in zip(blanks, rows, strict=True)], dtype=dtype)
+    return torch.tensor([[*row, *blank] for blank, row in zip(blanks, rows, strict=True)], dtype=dtype)

@@ -1,0 +1,98 @@
+"""Gradient checkpointing that keeps the caches: a decoder layer keeps its input alone, and runs again when the backward
+pass comes to it.
+
+transformers' own takes the cache from the layers, because a layer that runs twice would append to it twice. Here the
+second run gets the cache as it was before the first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+
+from deltamem_tool._compat import GradientCheckpointingLayer, tree_map_only
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.memory.context import again, running
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the layers of `model` keep no activations; the backward pass may come after.
+
+    Raises:
+        ConfigError: the model's code does not say what its layers are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its layers.",
+            "None of them is one of transformers' GradientCheckpointingLayer.",
+            "Set training.gradient_checkpointing to false.",
+        )
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward, _indices(layer))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own shows again
+
+
+def _indices(layer: nn.Module) -> list[int]:
+    """The layers of the cache that a decoder layer writes to."""
+    named = {getattr(module, "layer_idx", None) for module in layer.modules()}
+    return sorted(index for index in named if isinstance(index, int))
+
+
+def _recomputed(forward: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        call, first = running(), True
+        kept = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        before = {id(cache): _kept(cache, indices) for cache in kept}
+
+        def restored(value: Any) -> Any:
+            return before[id(value)]() if isinstance(value, Cache) else value
+
+        def run(*args: Any) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return forward(*args, **kwargs)
+            with again(call):
+                return forward(*map(restored, args), **{name: restored(value) for name, value in kwargs.items()})
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    return recomputed
+
+
+def _kept(cache: Cache, indices: list[int]) -> Callable[[], Cache]:
+    """Copies of the cache as it is now, of which the given layers can be written to."""
+    kept = {index: _copied(cache.layers[index]) for index in indices if index < len(cache.layers)}
+
+    def restore() -> Cache:
+        restored = copy.copy(cache)
+        restored.layers = list(cache.layers)
+        for index, layer in kept.items():
+            restored.layers[index] = _copied(layer)
+        return restored
+
+    return restore
+
+
+def _copied(layer: Any) -> Any:
+    """Keys and values are replaced when they grow, but recurrent states are written into, which copies must not see."""
+    made = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if name not in ("keys", "values"):
+            setattr(made, name, tree_map_only(Tensor, Tensor.clone, value))
+    return made

@@ -1,0 +1,228 @@
+"""One training step: write the histories, answer from the memory alone, and say how far off that was."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
+from deltamem_tool.adapter.save import save_adapter
+from deltamem_tool.memory.attach import adapter_of, decoder_of
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.context import without_memory
+from deltamem_tool.memory.patch import hf_model
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.recipe.load import ObjectiveOptions
+from deltamem_tool.training.gradient_checkpointing import recomputing
+
+# What an answer is told from: the memory of its conversation, zeros, another conversation's memory.
+CONDITIONS = ("", "_zero", "_donor")
+
+
+class EpisodeModel(nn.Module):
+    """One training step as a module. Only the adapter is registered: what the Trainer trains, moves and saves.
+
+    Args:
+        base: the patched model.
+        objective: what is added to the answers' cross-entropy.
+        write_chunk: the write pass is cut into calls of so many tokens, from the end; None is one call.
+        bptt: gradients flow through so many of the last chunks; None is all.
+        recompute: keep the layers' inputs alone, and run each layer again in the backward pass.
+    """
+
+    conditions = CONDITIONS
+    accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        objective: ObjectiveOptions | None = None,
+        write_chunk: int | None = None,
+        bptt: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter_of(base)
+        self.objective = objective or ObjectiveOptions()
+        self.write_chunk, self.bptt, self.recompute = write_chunk, bptt, recompute
+        self._base = (base,)  # in a tuple, so that it is no submodule
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self._base[0]
+
+    def forward(
+        self,
+        write_ids: Tensor,
+        write_mask: Tensor | None,
+        read_ids: Tensor,
+        read_mask: Tensor | None,
+        labels: Tensor,
+        scored: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        write_segments: Tensor | None = None,
+        full_ids: Tensor | None = None,
+        full_mask: Tensor | None = None,
+        full_scored: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        conversations: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch; shapes as `data.collate` gives them.
+
+        Args:
+            num_items_in_batch: scored tokens that the loss is the mean over: of all micro-batches and processes that
+                make one step. By default those of this batch.
+            conversations: the same for what is a mean over conversations.
+
+        Returns:
+            `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
+            `sparsity` and `kl` where they have a weight.
+        """
+        with self._layers(), self.adapter.in_training():
+            memory, gates = self.write(write_ids, write_mask, write_segments)
+            logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
+        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
+        loss = answer = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+        parts = {"gates": gates.mean(0)}
+        if self.objective.write_sparsity:
+            of_conversation = (gates - self.objective.write_target).square().mean(1)
+            count = len(of_conversation) if conversations is None else conversations
+            parts["sparsity"] = of_conversation.sum() / count
+            loss = loss + self.objective.write_sparsity * parts["sparsity"]
+        if self.objective.full_context_kl:
+            assert full_ids is not None and full_scored is not None
+            teacher = self.full_context(full_ids, full_mask, full_scored)
+            parts["kl"] = _divergence(teacher, logits) / tokens
+            loss = loss + self.objective.full_context_kl * parts["kl"]
+        return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> tuple[MemoryState, Tensor]:
+        """The write pass over histories `[B, W]`: the memory after them, and the mean β of each conversation's writes
+        `[B, L]`.
+
+        In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
+        """
+        cache = MemoryCache(self.base)
+        cache.openings = {}
+        length = ids.shape[1]
+        chunk = self.write_chunk or length
+        first = length - (length - 1) // chunk * chunk  # the last chunk is a whole one, so that gradients get their due
+        bounds = [0, *range(first, length + 1, chunk)]
+        chunks = list(zip(bounds, bounds[1:], strict=False))
+        positions = {}
+        if len(chunks) == 1:
+            cache.layers = [_passing(layer) for layer in cache.layers]
+        elif self.bptt is not None and mask is not None and all(map(_holds_keys_alone, cache.layers)):
+            # Recurrent layers read padding that comes first; theirs stays last, and short rows learn from fewer tokens.
+            ids, mask, segments = _to_the_right(ids, mask, segments)
+            if "position_ids" in inspect.signature(self.base.base_model.forward).parameters:
+                positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        for number, (start, end) in enumerate(chunks):
+            learns = self.bptt is None or number >= len(chunks) - self.bptt
+            cache.segments = None if segments is None else segments[:, start:end]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                self.base.base_model(
+                    input_ids=ids[:, start:end],
+                    attention_mask=None if mask is None else mask[:, :end],
+                    cache=cache,
+                    use_cache=True,
+                    **{name: value[:, start:end] for name, value in positions.items()},
+                )
+        assert cache.memory is not None  # the call has made one
+        # A layer without an entry has not written: in no conversation a segment ended.
+        nothing = ids.new_zeros(len(ids), 2, dtype=torch.float32)
+        openings = torch.stack([cache.openings.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
+        return cache.memory, openings[..., 0] / openings[..., 1].clamp_min(1.0)
+
+    def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
+        """The read pass over exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions
+        `scored` alone. It has a KV cache of its own, starts at position 0 and does not write."""
+        cache = MemoryCache(self.base, write=False)
+        cache.memory = memory  # not checked for NaN: the Trainer tells a run that diverged by its loss
+        cache.layers = [_passing(layer) for layer in cache.layers]
+        return scored_logits(self.base, ids, mask, scored, cache)
+
+    @torch.no_grad()
+    def full_context(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
+        """What the base model says, without a memory, with the whole history in view: logits `[N, V]`."""
+        with without_memory():
+            return scored_logits(self.base, ids, mask, scored)
+
+    @torch.no_grad()
+    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
+        memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segments"))
+        rows, empty = batch["rows"], self.adapter.empty_memory(memory.batch_size)
+        memories = (memory.select(rows), empty.select(rows), memory.select((rows + 1) % memory.batch_size))
+        read = (batch["read_ids"], batch["read_mask"], batch["scored"])
+        for name, of in zip(CONDITIONS, memories, strict=True):
+            yield name, self.answer(of, *read)
+
+    def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
+        """The adapter folder, whole or not at all, with `files` beside."""
+        save_adapter(self.base, out, overwrite, files)
+
+    def _layers(self) -> contextlib.AbstractContextManager[None]:
+        return recomputing(self.base) if self.recompute else contextlib.nullcontext()
+
+
+def scored_logits(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, scored: Tensor, cache: MemoryCache | None = None
+) -> Tensor:
+    """Logits `[N, V]` at the flat positions `scored` `[N]` of texts `[B, T]`: of the model's own head, with whatever it
+    does to its logits, which gets to see these positions alone."""
+
+    def select(module: nn.Module, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored].unsqueeze(0)
+        return output
+
+    handle = decoder_of(hf_model(model)).register_forward_hook(select)
+    try:
+        given = {} if cache is None else {"cache": cache}
+        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **given)
+    finally:
+        handle.remove()
+    return output.logits.squeeze(0)
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student), summed over tokens; logits `[N, V]`."""
+    wanted, said = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
+    return F.kl_div(said, wanted, reduction="sum", log_target=True)
+
+
+def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Move padding `[B, W]` from the right to the left: the last tokens of all rows are then side by side."""
+    length = ids.shape[1]
+    columns = torch.arange(length, device=ids.device)
+    source = (columns + mask.sum(1, keepdim=True)) % length  # [B, W]
+    return ids.gather(1, source), mask.gather(1, source), None if segments is None else segments.gather(1, source)
+
+
+class _Passing(DynamicLayer):
+    """A cache layer for a call that no other follows: keys and values go through, and nothing keeps them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def _holds_keys_alone(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _passing(layer: Any) -> Any:
+    """Layers that hold more than keys and values stay what they are."""
+    if not _holds_keys_alone(layer):
+        return layer
+    passing = _Passing()
+    passing.is_sliding = layer.is_sliding  # transformers looks at it when it makes masks
+    return passing

@@ -1,0 +1,283 @@
+"""transformers' Trainer for episodes: what it samples, logs, evaluates and refuses to go on with."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+
+from deltamem_tool._compat import (
+    SAFE_WEIGHTS_NAME,
+    TRAIN_SAMPLER,
+    TRAINER_STATE_NAME,
+    PrinterCallback,
+    get_length_grouped_indices,
+)
+from deltamem_tool.data.collate import EpisodeCollator
+from deltamem_tool.data.store import EncodedEpisodes
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.training.lora import LoraStepModel
+from deltamem_tool.training.run_folder import BEST_FILE
+from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.validation import batches_of, metrics, outcomes
+
+ORDERS = ("as they come", "shuffled", "by length")
+SHOWN_ROWS = 8  # source rows that an error names
+Report = Callable[[int, int, float | None], None]  # step, of how many, loss
+
+
+class EpisodeSampler(Sampler[int]):
+    """The order of episodes. It depends on seed and epoch alone, so that a resumed run goes on in it.
+
+    Args:
+        episodes: the dataset, which is told the epoch too.
+        order: one of ORDERS; generated episodes grow harder as they come.
+        seed: of the shuffling.
+        batch_size: of a step, on all processes together: "by length", its episodes are of like length, so that little
+            is wasted on padding.
+    """
+
+    def __init__(self, episodes: Any, order: str, seed: int, batch_size: int = 1) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+        self.episodes, self.order, self.seed, self.batch_size, self.epoch = episodes, order, seed, batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if isinstance(self.episodes, EncodedEpisodes):
+            self.episodes.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.order == "as they come":
+            return iter(range(len(self)))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.order == "by length":
+            return iter(get_length_grouped_indices(self.episodes.lengths, self.batch_size, generator=generator))
+        return iter(torch.randperm(len(self), generator=generator).tolist())
+
+
+class SourcedCollator:
+    """What `collator` makes, and `sources`: where each episode was read."""
+
+    def __init__(self, collator: EpisodeCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, episodes: Sequence[Any]) -> dict[str, Any]:
+        return {**self.collator(episodes), "sources": [episode.where for episode in episodes]}
+
+
+class EpisodeTrainer(Trainer):
+    """
+    Args:
+        order: as `EpisodeSampler` takes it.
+        validation: episodes to evaluate with; each as the collator takes it.
+        run: the folder of the run.
+    """
+
+    model: EpisodeModel | LoraStepModel
+
+    data_collator: Any  # a SourcedCollator
+
+    def __init__(self, *, order: str, validation: Sequence[Any] = (), run: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs, eval_dataset=cast(Any, validation or None))
+        evaluates = self.args.eval_strategy != "no"
+        self.validation = batches_of(validation, self.args.per_device_train_batch_size) if evaluates else []
+        self.remove_callback(PrinterCallback)
+        setattr(self, TRAIN_SAMPLER, self.train_sampler)
+        self.order, self.run = order, run
+        self.sampler: EpisodeSampler | None = None
+        self.add_callback(_TellEpoch(self))
+        self._parts: list[dict[str, Tensor]] = []  # of the loss, since it was last logged
+        self._steps = 0  # since then
+        self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        count = torch.tensor(sum(len(batch["write_ids"]) for batch in batches), device=self.args.device)
+        self._conversations = self.accelerator.gather(count).sum()
+        self._steps += 1
+        return batches, tokens
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        sources = inputs.pop("sources")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            raise _diverged(self.state.global_step + 1, loss, sources, self._parts[-1].get("gates"))
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = {**inputs, "conversations": self._conversations}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self._parts.append({name: part for name, part in outputs.items() if name != "loss"})
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._parts:
+            for name in self._parts[0]:
+                total = self.accelerator.reduce(torch.stack([part[name].mean() for part in self._parts]).sum())
+                # Gates are means over conversations, and the rest are shares of a step's loss.
+                of = len(self._parts) * self.args.world_size if name == "gates" else self._steps
+                logs[name] = total.item() / of
+            self._parts.clear()
+            self._steps = 0
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
+        mine = self.validation[self.args.process_index :: self.args.world_size]
+        tensors = (_tensors(self.data_collator(group), self.args.device) for group in mine)
+        total = outcomes(self.model, tensors)
+        if self.args.world_size > 1:  # a process that has had no batch adds zeros
+            total = {name: self.accelerator.reduce(sums.to(self.args.device)) for name, sums in total.items()}
+        found = metrics(total)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self._keep_if_best(found[str(self.args.metric_for_best_model)])
+        return found
+
+    def _keep_if_best(self, loss: float) -> None:
+        """Write the weights, if the Trainer is about to note this evaluation as the best one so far."""
+        best = math.inf if self.state.best_metric is None else self.state.best_metric
+        if loss < best and self.args.should_save:
+            weights = {name: weight.cpu().contiguous() for name, weight in self.model.state_dict().items()}
+            write_whole(self.run / BEST_FILE, save(weights))
+
+    def take_best(self) -> None:
+        """The weights of the best evaluation, if there was one.
+
+        Raises:
+            DeltaMemError: they are gone.
+        """
+        if self.state.best_global_step is None:  # no evaluation, or none with a finite loss
+            return
+        file = self.run / BEST_FILE
+        if not file.is_file():
+            raise DeltaMemError(
+                f"{file} is gone.",
+                f"It held the weights of step {self.state.best_global_step}, the best evaluation.",
+                "Start anew with --overwrite.",
+            )
+        self.model.load_state_dict(load_file(file))
+
+    def is_at_end(self, checkpoint: Path) -> bool:
+        """Whether nothing was left to do when `checkpoint` was written: the Trainer would do a step too many."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStop)]
+        has_waited = any(EarlyStop.waited(state) >= stop.early_stopping_patience for stop in stops)
+        return state.global_step >= self.args.max_steps or has_waited
+
+    def load_end(self, checkpoint: Path) -> None:
+        """Be where the run was at `checkpoint`, without a step."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
+
+    def train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.sampler = EpisodeSampler(dataset, self.order, self.args.seed, batch)
+        return self.sampler
+
+
+def _tensors(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in batch.items() if isinstance(part, Tensor)}
+
+
+def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | None) -> DeltaMemError:
+    rows = [source for source in sources if source]
+    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    of = "" if gates is None else ", ".join(f"{gate:.3g}" for gate in gates.tolist())
+    opened = f"; the mean gate β by layer was {of}" if of else ""
+    return DeltaMemError(
+        f"Training diverged: the loss of step {step} is {loss.item()}.",
+        f"The batch was {', '.join(rows[:SHOWN_ROWS])}{more}{opened}. No adapter was written.",
+        "Look at these rows; then start anew with a lower training.learning_rate.",
+    )
+
+
+class Progress(TrainerCallback):
+    """Tells how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.report, self.interrupted = report, False
+        self._loss: float | None = None
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # else the last weights would never be the best
+        if _anywhere(self.interrupted, args):
+            self.interrupted = control.should_save = control.should_training_stop = True
+        if self.report is not None and state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, self._loss)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    @contextmanager
+    def stopping_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the current step; a second one interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+            yield
+            return
+
+        def stop(*_) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _anywhere(said: bool, args: Any) -> bool:
+    """Whether any process says so: all of them have to stop at the same step."""
+    if args.world_size == 1:
+        return said
+    flag = torch.tensor(int(said), device=args.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' own, which on a resumed run goes on counting where it was."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = self.waited(state)
+
+    @classmethod
+    def waited(cls, state: TrainerState) -> int:
+        """Evaluations without improvement, as the state of a checkpoint says."""
+        callbacks = cast(dict[str, Any], state.stateful_callbacks or {})
+        return callbacks.get(cls.__name__, {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
+class _TellEpoch(TrainerCallback):
+    """Where several processes resume, accelerate's wrappers hide the sampler from the Trainer."""
+
+    def __init__(self, trainer: EpisodeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+def steps_of(epochs: float, episodes: int, batch: int) -> int:
+    """Optimizer steps of `epochs` over `episodes`; the last batch of an epoch may be short."""
+    return max(1, math.ceil(epochs * math.ceil(episodes / batch)))

@@ -1,0 +1,93 @@
+"""Hostile and damaged pickles are refused, and nothing of them is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from adapter.reference.adapters import BASE, QUERY, assert_refused, read_tensors
+
+from deltamem_tool import convert
+from deltamem_tool.adapter.config_file import WEIGHTS_FILE
+from deltamem_tool.adapter.reference.config import REFERENCE_CONFIG
+from deltamem_tool.adapter.reference.convert import REFERENCE_WEIGHTS
+from deltamem_tool.errors import AdapterError
+
+
+class Hostile:
+    """Makes a file where it is unpickled by a reader that runs what it reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def plain_pickle(what, file):
+    file.write_bytes(pickle.dumps(what))
+
+
+def old_torch(what, file):
+    torch.save(what, file, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [plain_pickle, torch.save, old_torch])
+@pytest.mark.parametrize("place", ["whole", "beside", "key", "deep"])
+def test_a_hostile_pickle_runs_nothing(write, place, reference, tmp_path):
+    trap = tmp_path / "trap"
+    hostile, tensors = Hostile(trap), read_tensors(reference)
+    what = {
+        "whole": hostile,
+        "beside": {**tensors, "more": hostile},
+        "key": {**tensors, hostile: tensors[QUERY]},
+        "deep": {**tensors, QUERY: [[{"x": (hostile,)}]]},
+    }[place]
+    write(what, reference / REFERENCE_WEIGHTS)
+    assert_refused(reference, tmp_path, "is refused", "nothing of it was run")
+    assert not trap.exists()
+    file = reference / REFERENCE_WEIGHTS  # the trap is one
+    _ = pickle.loads(file.read_bytes()) if write is plain_pickle else torch.load(file, weights_only=False)
+    assert trap.is_dir()
+
+
+def test_a_refusal_does_not_tell_how_to_run_it(reference, tmp_path):
+    torch.save({"a": Hostile(tmp_path / "trap")}, reference / REFERENCE_WEIGHTS)
+    with pytest.raises(AdapterError) as caught:
+        convert(reference, tmp_path / "out", base=BASE)
+    assert "mkdir" in str(caught.value) and "weights_only" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_pickle_that_a_variable_would_open(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"a": Hostile(tmp_path / "trap")}, reference / REFERENCE_WEIGHTS)
+    assert_refused(reference, tmp_path, "is refused")
+
+
+def test_damaged_files(reference, tmp_path):
+    weights, config = reference / REFERENCE_WEIGHTS, reference / REFERENCE_CONFIG
+    whole = weights.read_bytes()
+    for damaged in (
+        b"",
+        b"hello world, this is no pickle",
+        pickle.dumps({"a": 1})[:-3],
+        whole[: len(whole) // 2],
+        whole[:-1],
+    ):
+        weights.write_bytes(damaged)
+        assert_refused(reference, tmp_path, str(weights))
+    weights.write_bytes(whole)
+    for damaged in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
+        config.write_bytes(damaged)
+        assert_refused(reference, tmp_path, str(config))
+
+
+def test_weights_in_torchs_older_format_are_read(reference, tmp_path):
+    convert(reference, tmp_path / "a", base=BASE)
+    old_torch(read_tensors(reference), reference / REFERENCE_WEIGHTS)
+    convert(reference, tmp_path / "b", base=BASE)
+    assert (tmp_path / "a" / WEIGHTS_FILE).read_bytes() == (tmp_path / "b" / WEIGHTS_FILE).read_bytes()

@@ -1,0 +1,200 @@
+"""Checkpoints that take no memory, or are damaged: three lines, exit code 1, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli.command import deltamem  # noqa: F401
+from helpers.tiny import listing, patched_model, save_checkpoint, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel, MambaConfig, MambaForCausalLM
+
+from deltamem_tool import load, save_adapter
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def refused(tmp_path, deltamem):  # noqa: F811
+    """`refused(base, *words)`: patching `base` is refused in these words."""
+
+    def check(base: Path, *words: str) -> None:
+        before = listing(tmp_path)
+        done = deltamem("patch", base, "--out", tmp_path / "adapter", "--delta-init", "base_slice")
+        done.assert_short_error(*words, code=1)
+        assert len(done.err.strip().splitlines()) == 3, done.err
+        assert listing(tmp_path) == before
+
+    return check
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_checkpoint(tmp_path / "base")
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
+    return tmp_path / "pieces"
+
+
+@pytest.fixture
+def as_bin(base):
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(weights, base / "pytorch_model.bin")
+    return base
+
+
+def change(folder: Path, **changes) -> Path:
+    said = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in said.items() if value is not ...}))
+    return folder
+
+
+# Other kinds of models
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+def test_an_encoder(kind, refused, tmp_path):
+    config = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    kind(config).save_pretrained(tmp_path / "base")
+    refused(tmp_path / "base", "bert", kind.__name__)
+
+
+def test_a_state_space_model(refused, tmp_path):
+    config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=32)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    refused(tmp_path / "base", "mamba", "ttention")
+
+
+def test_a_diffusion_pipeline(refused, tmp_path):
+    (tmp_path / "base" / "unet").mkdir(parents=True)
+    (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    refused(tmp_path / "base", "diffusion", "model_index.json", "such as Qwen3")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "near"),
+    [("qwen33", "qwen3"), ("lama", "llama"), ("bertt", "bert"), ("xyzzy-9", "Nothing in transformers")],
+)
+def test_a_model_type_that_is_not_known(refused, base, model_type, near):
+    refused(change(base, model_type=model_type), repr(model_type), "not known", near, "update transformers")
+
+
+@pytest.mark.parametrize("value", [..., None, 3, ["qwen3"]])
+def test_no_model_type(refused, base, value):
+    refused(change(base, model_type=value), "base", "model_type", "another folder")
+
+
+def test_an_empty_folder(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no checkpoint", "config.json")
+
+
+def test_a_config_that_cannot_be(refused, base):
+    refused(change(base, hidden_size="wide"), "config.json", "hidden_size")
+
+
+# Weights that are cut short
+
+
+@pytest.mark.parametrize("keeps", [0, 5, 300, -1])
+def test_a_file_that_is_cut_short(refused, base, keeps):
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keeps])
+    refused(base, "model.safetensors", "cut short", "again")
+
+
+@pytest.mark.parametrize("keeps", [None, 100, -1])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_piece_that_is_cut_short_or_missing(refused, pieces, keeps, which):
+    """Whichever it is, and whether or not the patch has to look into it."""
+    piece = sorted(pieces.glob("model-*.safetensors"))[which]
+    content = piece.read_bytes()
+    piece.unlink()
+    if keeps is not None:
+        piece.write_bytes(content[:keeps])
+    refused(pieces, piece.name, "again")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"lm_head.weight": 3}}',
+        '{"weight_map": {"lm_head.weight": "../base/model.safetensors"}}',
+    ],
+)
+def test_a_damaged_index(refused, pieces, base, content):
+    (pieces / INDEX).write_text(content)
+    refused(pieces, INDEX, "no index", "again")
+
+
+def test_an_index_of_other_files(refused, pieces):
+    said = json.loads((pieces / INDEX).read_text())
+    files = sorted(set(said["weight_map"].values()))
+    said["weight_map"]["lm_head.weight"] = next(file for file in files if file != said["weight_map"]["lm_head.weight"])
+    (pieces / INDEX).write_text(json.dumps(said))
+    refused(pieces, "lm_head.weight", "again")
+
+
+@pytest.mark.parametrize("keeps", [0, 5, 3000, -1])
+def test_a_torch_file_that_is_cut_short(refused, as_bin, keeps):
+    file = as_bin / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:keeps])
+    refused(as_bin, "pytorch_model.bin", "cut short", "again")
+
+
+def test_a_torch_file_that_would_run_code(refused, as_bin, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    for write in (lambda file: torch.save({"weight": Runs()}, file), lambda f: f.write_bytes(pickle.dumps(Runs()))):
+        write(as_bin / "pytorch_model.bin")
+        refused(as_bin, "pytorch_model.bin", "more than weights")
+    torch.save(["no", "names"], as_bin / "pytorch_model.bin")
+    refused(as_bin, "pytorch_model.bin", "no mapping")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_weights_at_all(refused, base):
+    (base / "model.safetensors").unlink()
+    refused(base, "no safetensors weights", "pytorch_model.bin", "save_pretrained")
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_weights_that_were_left_out_are_not_made_up(refused, base, tmp_path, lost):
+    """transformers would fill them with random numbers, and say so in a warning."""
+    model = patched_model()
+    save_adapter(model, tmp_path / "patched")
+    weights = load_file(base / "model.safetensors")
+    del weights[lost]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    if "q_proj" in lost:
+        refused(base, lost, "lacks")
+    with pytest.raises(Exception, match="lacks 1 of its model's weights") as refusal:
+        load(tmp_path / "patched", base=str(base))
+    assert lost in str(refusal.value)
+
+
+def test_what_is_damaged_after_the_patch_is_named_by_load(base, tmp_path, deltamem):  # noqa: F811
+    assert deltamem("patch", base, "--out", tmp_path / "adapter").code == 0
+    kept = shutil.copy(base / "model.safetensors", tmp_path / "kept")
+    (base / "model.safetensors").write_bytes(Path(kept).read_bytes()[:-8])
+    before = listing(tmp_path)
+    deltamem("export", tmp_path / "adapter", "--out", tmp_path / "onnx").assert_short_error("cut short", code=1)
+    assert listing(tmp_path) == before

@@ -1,0 +1,94 @@
+"""Generated episodes: of seed and number alone, growing, and never with a pair that is held out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.dialogues import CHANGES, KIND_OF, SPLITS, Fact
+from deltamem_tool.data.synthetic import DialogueEpisodes
+
+
+def generated(episodes=400, seed=0, **options):
+    usual = {"batch_size": 8, "facts_first": 2, "facts_last": 6, "growth": 0.5}
+    return DialogueEpisodes(episodes, seed=seed, **usual | options)
+
+
+def test_an_episode_depends_on_seed_and_number_alone():
+    first, again, other = generated(), generated(), generated(seed=1)
+    backwards = [again[index] for index in reversed(range(50))][::-1]
+    random.seed(3)
+    assert [first[index] for index in range(50)] == backwards
+    assert sum(first[index] == other[index] for index in range(50)) == 0
+    assert len(list(generated(episodes=3))) == 3
+    with pytest.raises(IndexError):
+        first[400]
+
+
+def test_the_number_of_facts_grows():
+    counts = [len(episode.exchanges) for episode in generated(2000)]
+    assert all(len(set(counts[start : start + 8])) == 1 for start in range(0, 2000, 8)), "a batch has one number"
+    assert set(counts[:64]) == {1, 2} and set(counts[1000:]) == {1, 2, 3, 4, 5, 6}
+    assert max(counts[:500]) <= 4 and min(counts) == 1
+    steady = [len(episode.exchanges) for episode in generated(500, growth=0.0)]
+    assert set(steady) == {1, 2, 3, 4, 5, 6}
+
+
+STATED = {
+    fact._say(form): fact
+    for training, held_out in SPLITS.values()
+    for fact in (*training, *held_out)
+    for form in (*dialogues.STATEMENTS, *CHANGES)
+}
+
+
+def stated_in(messages):
+    """The facts that `messages` state, in order, found by their words."""
+    return [STATED[message["content"]] for message in messages if message["content"] in STATED]
+
+
+@pytest.fixture(scope="module")
+def said_in_training():
+    """What 1,500 episodes say: (facts stated in order, facts asked for)."""
+    answers = {Fact(a, v).answer: Fact(a, v) for a, kind in KIND_OF.items() for v in kind.values}
+    said = []
+    for episode in generated(1500):
+        said.append((stated_in(episode.history), [answers[exchange[-1]["content"]] for exchange in episode.exchanges]))
+    return said
+
+
+def test_held_out_pairs_are_never_seen_in_training(said_in_training):
+    held_out = {fact for _, facts in SPLITS.values() for fact in facts}
+    seen = {fact for stated, asked in said_in_training for fact in (*stated, *asked)}
+    assert not seen & held_out
+    assert len(seen) > 0.8 * sum(len(facts) for facts, _ in SPLITS.values())  # and it is no small corner of the rest
+    rng = random.Random(0)
+    evaluated = [fact for _ in range(200) for fact in dialogues.sample_facts(rng, 4, held_out=True)]
+    assert set(evaluated) <= held_out
+    for attribute, (training, kept) in SPLITS.items():
+        assert len(kept) == len(KIND_OF[attribute].values) // 5
+        assert {fact.value for fact in (*training, *kept)} == set(KIND_OF[attribute].values)
+
+
+def test_what_is_asked_is_what_is_true_at_the_end(said_in_training):
+    changed = 0
+    for stated, asked in said_in_training:
+        at_the_end = {fact.attribute: fact for fact in stated}
+        assert sorted(at_the_end.values(), key=str) == sorted(asked, key=str)
+        changed += len(stated) > len(asked)
+    assert 0.05 < changed / len(said_in_training) < 0.15
+
+
+def test_a_change_follows_what_it_changes():
+    rng = random.Random(1)
+    for held_out in (False, True):
+        for _ in range(200):
+            facts = dialogues.sample_facts(rng, 3, held_out)
+            messages = dialogues.telling(rng, facts, held_out, changed=1.0)
+            stated = stated_in(messages)
+            assert len(stated) == 4
+            (twice,) = {fact.attribute for fact in stated if [f.attribute for f in stated].count(fact.attribute) == 2}
+            stale, true = [fact for fact in stated if fact.attribute == twice]
+            assert true in facts and stale not in facts and stale in SPLITS[twice][held_out]

@@ -1,0 +1,98 @@
+"""docs/deploy.md: its table is the contract's, its program is the example, and the examples run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.signature_table import markdown, rows
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "deploy.md").read_text(encoding="utf-8")
+EXAMPLE = DOCS / "examples" / "remember.py"
+MAX_LINES = 40
+FACT, QUESTION = "By the way, my dog is Bella.", "What is the name of my dog?"
+ANSWER = "Your dog is Bella."
+# Qwen3-4B's sizes, with a state of 8 × 8 that writes by messages.
+QWEN = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
+
+
+def test_the_table_is_the_contract():
+    found = re.search(r"<!-- interface -->\n(.*)<!-- /interface -->", TEXT, re.DOTALL)
+    assert found is not None and found[1] == markdown(QWEN)
+
+
+def test_layers_that_differ_have_rows_of_their_own():
+    cached, bare = Layer((8, 128), (8, 128), (1, 8, 8)), Layer(None, None, (1, 8, 8))
+    named = [row.name for row in rows(Interface("last", 100, "float16", 0, (cached, bare, cached, cached)))]
+    assert named[3:6] == [
+        "past_key_values.0.key",
+        "past_key_values.{2…3}.key",
+        "past_key_values.0.value",
+    ]
+    assert "past_key_values.{0…3}.recurrent_state" in named
+
+
+def test_meanings_are_those_of_the_graph():
+    """Of what grows, of what has a fixed length, and of what onnxruntime-genai feeds."""
+
+    def meanings(**changes):
+        return {row.name: row.meaning for row in rows(dataclasses.replace(QWEN, **changes))}
+
+    grows, fixed, genai = meanings(logits="all"), meanings(max_length=8192), meanings(genai=True, segment=0)
+    key, present = "past_key_values.{0…35}.key", "present.{0…35}.key"
+    assert grows["logits"] == "of every position" and fixed["logits"] == "of the last position"
+    assert grows[key] == "attention's keys, empty at first"
+    assert fixed[key] == "attention's keys, room for 8,192 tokens, zeros at first"
+    assert fixed[present] == "attention's keys, this call's too, room for 8,192 tokens"
+    assert "nothing yet" in fixed["attention_mask"] and "nothing yet" not in grows["attention_mask"]
+    assert fixed["past_length"] == "how many columns of keys and values are taken, 0 at first"
+    assert genai["initial.{0…35}.recurrent_state"] == "another memory for conversations to begin with"
+    for said in (grows, fixed, genai):
+        assert all(said.values())
+        assert not [name for name, meaning in said.items() if name.startswith("present") and "at first" in meaning]
+
+
+def test_the_program_is_the_example_and_short():
+    program = EXAMPLE.read_text(encoding="utf-8")
+    assert f"```python\n{program}```\n" in TEXT
+    assert len(program.splitlines()) <= MAX_LINES
+    assert "deltamem_tool" not in program
+
+
+def test_the_python_example_remembers(quickstart_onnx):
+    command = [sys.executable, EXAMPLE, quickstart_onnx, FACT, QUESTION]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[1] == ANSWER
+
+
+HEADERS = os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime")
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not (Path(HEADERS) / "onnxruntime_cxx_api.h").is_file(),
+    reason="needs g++ and ONNX Runtime's headers (ONNXRUNTIME_INCLUDE)",
+)
+def test_the_cpp_example_remembers(quickstart_onnx, tmp_path):
+    import onnxruntime
+
+    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    soname = tmp_path / "libonnxruntime.so.1"
+    soname.symlink_to(library)
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}", DOCS / "examples" / "remember.cpp"]
+    subprocess.run([*command, soname, f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "remember"], check=True)
+    tokenizer = Tokenizer.from_file(str(quickstart_onnx / "tokenizer.json"))
+    prompts = [f"<|user|>{words}<|end|><|assistant|>" for words in (FACT, QUESTION)]
+    ids = [" ".join(map(str, tokenizer.encode(prompt, add_special_tokens=False).ids)) for prompt in prompts]
+    command = [tmp_path / "remember", quickstart_onnx, "1", *ids]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert tokenizer.decode([int(token) for token in lines[1].split()]) == ANSWER

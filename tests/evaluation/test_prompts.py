@@ -1,0 +1,64 @@
+"""What is in view before a question."""
+
+from __future__ import annotations
+
+import pytest
+from evaluation.asked import item
+
+from deltamem_tool.data import dialogues
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, WINDOW, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.prompts import Views
+from deltamem_tool.evaluation.task import Item
+from deltamem_tool.segments.template import render
+
+LONG = item(7, sessions=6)
+MESSAGES = [message for session in LONG.history for message in session]
+
+
+def views(tokenizer, protocol="memory"):
+    return Views(tokenizer, EvalProtocol.parse(protocol), None, 6)
+
+
+def count(tokenizer, text):
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_nothing_and_everything(tokenizer):
+    assert views(tokenizer).prompt(LONG, NOTHING) == render(tokenizer, LONG.question, True)
+    assert views(tokenizer).prompt(LONG, ALL) == render(tokenizer, [*MESSAGES, *LONG.question], True)
+
+
+@pytest.mark.parametrize("window", [1, 60, 100, 200, 10_000])
+def test_a_window_has_the_last_messages_that_fit(tokenizer, window):
+    prompt = views(tokenizer, f"window:{window}").prompt(LONG, WINDOW)
+    room = count(tokenizer, render(tokenizer, LONG.question, True)) + window
+    fitting = [
+        messages
+        for start in range(0, len(MESSAGES) + 1, 2)  # a conversation begins with a user
+        if count(tokenizer, render(tokenizer, messages := [*MESSAGES[start:], *LONG.question], True)) <= room
+    ]
+    assert prompt == render(tokenizer, fitting[0], True) and count(tokenizer, prompt) <= room
+
+
+def test_bm25_finds_what_the_question_is_about(tokenizer):
+    said = [
+        [dialogues.user(f"My {thing} is {thing}-coloured."), dialogues.assistant("Yes.")] for thing in ("ring", "car")
+    ]
+    about = Item("a", "a", said, [dialogues.user("What about the ring?")], ["x"], "all", "here")
+    prompt = views(tokenizer).prompt(about, RETRIEVED)
+    assert "ring-coloured" in prompt and "car-coloured" not in prompt and prompt.count("<|im_start|>user") <= 1
+    nothing = Item("a", "a", said, [dialogues.user("Zebra?")], ["x"], "all", "here")
+    assert views(tokenizer).prompt(nothing, RETRIEVED) == render(tokenizer, nothing.question, True)
+    short = views(tokenizer, "window:1").prompt(about, RETRIEVED)
+    assert short == render(tokenizer, about.question, True)
+
+
+def test_protocols_are_named():
+    assert EvalProtocol.parse("window:512").window == 512
+    for wrong in ("window", "window:0", "window:-3", "window:1k", "none", ""):
+        with pytest.raises(ConfigError, match="no protocol"):
+            EvalProtocol.parse(wrong)
+    assert [c.name for c in conditions_of(EvalProtocol.parse("full"))][
+        -1
+    ] == "no_adapter"  # which has everything in view

@@ -1,0 +1,75 @@
+"""Histories become memories: session by session, in chunks, in any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluation.asked import history
+from helpers.tiny import randomise, tiny_model
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation import write_pass as writing
+from deltamem_tool.evaluation.write_pass import memorise
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.segments.template import render
+
+STATE_TOLERANCE = 5e-5  # float32 against float32: padded in a batch, and alone in pieces
+HISTORIES = [history(number, sessions) for number, sessions in ((1, 3), (22, 1), (333, 2))]
+
+
+@pytest.fixture(scope="module", params=["token", "message"])
+def model(request, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, granularity=request.param)))
+    return model
+
+
+@torch.no_grad()
+def told(model, tokenizer, sessions):
+    """Message by message, in a context that begins anew with each session."""
+    memory = None
+    by_messages = adapter_of(model).config.granularity == "message"
+    for session in sessions:
+        cache, seen = MemoryCache(model, memory), 0
+        for count in range(1, len(session) + 1):
+            text = render(tokenizer, session[:count])
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            model(ids[:, seen:], cache=cache)
+            seen = ids.shape[1]
+            if by_messages:
+                cache.end_segment()
+        memory = cache.memory
+    return memory
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(100, 4096), (2, 4096), (100, 7)])
+def test_memories_are_of_their_own_histories(model, tokenizer, batch_size, chunk, monkeypatch):
+    monkeypatch.setattr(writing, "CHUNK", chunk)
+    reports = []
+    memory = memorise(model, tokenizer, HISTORIES, batch_size, lambda *done: reports.append(done))
+    assert reports[-1] == (3, 3) and memory.batch_size == 3
+    for row, sessions in enumerate(HISTORIES):
+        alone = told(model, tokenizer, sessions)
+        for layer, state in alone.layers.items():
+            torch.testing.assert_close(memory.layers[layer][row : row + 1], state, atol=STATE_TOLERANCE, rtol=0)
+    assert not torch.equal(memory.layers[0][0], memory.layers[0][1])
+
+
+def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
+    """In one session the second half sees the first, so it writes something else."""
+    two = HISTORIES[2]
+    apart = memorise(model, tokenizer, [two])
+    together = memorise(model, tokenizer, [[[message for session in two for message in session]]])
+    assert (apart.layers[1] - together.layers[1]).abs().max() > 100 * STATE_TOLERANCE
+
+
+def test_a_session_that_is_too_long_is_named(model, tokenizer):
+    with pytest.raises(DataError, match="talks:3: session 2 of its history is too long for the model: .* tokens"):
+        memorise(
+            model,
+            tokenizer,
+            [HISTORIES[1], [HISTORIES[1][0], HISTORIES[0][0] * 3]],
+            places=["a", "talks:3"],
+            positions=80,
+        )

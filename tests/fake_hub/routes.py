@@ -1,0 +1,111 @@
+"""Which function answers what, and who may do what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from fake_hub.messages import Reply, Request
+from fake_hub.store import HubError, Repository
+
+if TYPE_CHECKING:
+    from fake_hub.server import HubServer
+
+_PARTS = {
+    "repo": r"(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)",
+    "web": r"(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)",
+    "path": r"(?P<path>.+)",
+}
+_Route = Callable[..., Reply]
+_routes: list[tuple[str, re.Pattern[str], _Route]] = []
+STORAGE = ("/upload/", "/download/")  # what the storage answers, the Hub does not
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whose a token is and what it may do."""
+
+    name: str
+    role: str = "write"  # or read
+    orgs: tuple[str, ...] = ()
+
+
+def route(method: str, template: str) -> Callable[[_Route], _Route]:
+    """Have a function answer `method` at the paths of `template`, given their parts unquoted."""
+    pattern = re.sub(r"\{(\w+)\}", lambda part: _PARTS.get(part[1], rf"(?P<{part[1]}>[^/]+)"), template)
+
+    def register(answer: _Route) -> _Route:
+        _routes.append((method, re.compile(pattern), answer))
+        return answer
+
+    return register
+
+
+def dispatch(hub: HubServer, request: Request) -> Reply:
+    """What is answered to a request; what is not modelled is 501, which no client tries again."""
+    asked = "GET" if request.method == "HEAD" else request.method
+    if request.storage == request.raw_path.startswith(STORAGE):
+        for method, pattern, answer in _routes:
+            if method == asked and (found := pattern.fullmatch(request.raw_path)):
+                parts: dict[str, Any] = {name: value and unquote(value) for name, value in found.groupdict().items()}
+                return answer(hub, request, **parts)
+    raise HubError(501, f"This server has no {request.method} {request.raw_path}")
+
+
+def account(hub: HubServer, request: Request) -> Account | None:
+    """Who asks; None without a token."""
+    token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if token and token not in hub.tokens:
+        raise HubError(401, "Invalid credentials in Authorization header")
+    return hub.tokens.get(token)
+
+
+def _belongs_to(repo: Repository, who: Account | None) -> bool:
+    return who is not None and repo.owner in (who.name, *who.orgs)
+
+
+def readable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
+    """The repository, if the one who asks may know that it is there."""
+    who = account(hub, request)
+    repo = hub.repositories.get((kind or "models", name))
+    if repo is None or (repo.private and not _belongs_to(repo, who)):
+        # Nobody learns whether a private repository exists. The client tells this 401 by its address, but only under
+        # https; the code has it do the same here.
+        status, message = (404, "Repository not found") if who else (401, "Invalid username or password.")
+        raise HubError(status, message, "RepoNotFound")
+    return repo
+
+
+def downloadable(hub: HubServer, request: Request, kind: str | None, name: str) -> Repository:
+    """The repository, if the one who asks may have its files."""
+    repo, who = readable(hub, request, kind, name), account(hub, request)
+    if repo.gated and not _belongs_to(repo, who) and (who is None or who.name not in repo.granted):
+        message = f"Access to {'model' if repo.kind == 'models' else 'dataset'} {repo.id} is restricted"
+        raise HubError(403 if who else 401, message, "GatedRepo")
+    return repo
+
+
+def writer(hub: HubServer, request: Request) -> Account:
+    """Who asks, if it is someone who may write at all."""
+    who = account(hub, request)
+    if who is None:
+        raise HubError(401, "Invalid username or password.")
+    if who.role != "write":
+        raise HubError(403, "Forbidden: this token may only read")
+    return who
+
+
+def writable(
+    hub: HubServer, request: Request, kind: str | None, name: str, pull_request: bool = False
+) -> tuple[Repository, Account]:
+    """The repository and who asks, if they may write to it; a pull request may come from anyone who can read it."""
+    repo = readable(hub, request, kind, name)
+    if account(hub, request) is None:
+        raise HubError(401, "Invalid username or password.", "RepoNotFound")  # as in `readable`
+    who = writer(hub, request)
+    if not (pull_request or _belongs_to(repo, who)):
+        raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+    return repo, who

@@ -1,0 +1,318 @@
+"""Random memories and random conversations for property tests, and the one way in which all of them are fed.
+
+Run as a program, this file answers what `Elsewhere` asks: it continues conversations in a process of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from helpers.tiny import ARCHITECTURES, PAD, SPECIAL, VOCABULARY, randomise, tiny_model
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
+from deltamem_tool.config import BRANCHES, GATES, GRANULARITIES, MAX_RANK, UPDATE_RULES
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+
+# Float32 against float32: the same sums in another order, among other columns, at other positions. A share of the
+# largest number compared, or absolute where that is below 1. 28,000 comparisons of random examples were off by 7e-6 at
+# most; one write that is left out changed the state by more than 4e-4 in 98 of 100.
+TOLERANCE = 5e-5
+WIDTH = 32
+NEVER = VOCABULARY - 1  # a stop token that no text says
+
+
+def examples(count: int) -> settings:
+    """The same examples every time, and however slow the machine."""
+    slow = [HealthCheck.too_slow]
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A patched model in words: equal setups are equal to the bit, in any process."""
+
+    architecture: str
+    attention: str
+    seed: int
+    options: dict
+
+    def model(self) -> PreTrainedModel:
+        """Every weight is random; the gates' biases lie around what `beta_bias` says."""
+        config = DeltaMemConfig(**self.options)
+        model = tiny_model(self.architecture, self.seed, self.attention, hidden_size=max(WIDTH, config.rank))
+        adapter = randomise(attach(model, config), self.seed)
+        with torch.no_grad():
+            for name, bias in adapter.named_parameters():
+                if name.endswith(("gate.bias", "decay.bias")):
+                    bias.add_(config.beta_bias if name.endswith("gate.bias") else -config.beta_bias)
+        return model
+
+    @property
+    def segmented(self) -> bool:
+        return self.options["granularity"] != "token"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of one conversation; what each is to the segments (where there are any); and which of them write."""
+
+    tokens: tuple[int, ...]
+    marks: tuple[int, ...]
+    writes: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __add__(self, other: Text) -> Text:
+        return Text(self.tokens + other.tokens, self.marks + other.marks, self.writes + other.writes)
+
+    def part(self, start: int, end: int | None = None) -> Text:
+        return Text(self.tokens[start:end], self.marks[start:end], self.writes[start:end])
+
+
+NOTHING = Text((), (), ())
+
+
+@st.composite
+def setups(draw: st.DrawFn, **fixed) -> Setup:
+    """Any options that go together, of which `fixed` are given."""
+    heads = draw(st.lists(st.sampled_from(BRANCHES), min_size=1, unique=True).map(tuple))
+    rule = draw(st.sampled_from(UPDATE_RULES))
+    options = {
+        "rank": draw(st.sampled_from((*range(1, 9), *range(1, 9), *range(1, 9), 16, 24, MAX_RANK))),
+        "state_heads": draw(st.integers(1, 4)),
+        "heads": heads,
+        "alpha": draw(st.sampled_from((1.0, 4.0, 16.0))),
+        "layers": draw(st.sampled_from(("all", (0,), (1,), (1, 0), "front:1", "middle:1", "back:1", "front:2"))),
+        "granularity": draw(st.sampled_from(GRANULARITIES)),
+        "update_rule": rule,
+        "couple_lambda": rule == "no_lambda" or draw(st.booleans()),
+        "gates": draw(st.sampled_from(GATES)),
+        "beta_bias": draw(st.sampled_from((-6.0, -1.5, 0.0, 2.0))),
+        "delta_scale": draw(st.sampled_from(("fixed", "layer", "branch"))),
+        "delta_scale_max": draw(st.sampled_from((1.5, 2.0))),
+        "o_norm": "o" in heads and draw(st.booleans()),
+        "o_norm_eps": draw(st.sampled_from((1e-6, 1e-3))),
+    }
+    architecture, attention = draw(st.sampled_from(ARCHITECTURES)), draw(st.sampled_from(("eager", "sdpa")))
+    return Setup(architecture, attention, draw(st.integers(0, 3)), options | fixed)
+
+
+def segmented_setups() -> st.SearchStrategy[Setup]:
+    return st.sampled_from(GRANULARITIES[1:]).flatmap(lambda granularity: setups(granularity=granularity))
+
+
+@st.composite
+def texts(draw: st.DrawFn, least: int = 1, most: int = 16) -> Text:
+    """`least` to `most` tokens, or that several times over: the scan has other ways for long texts than for short."""
+    token = st.tuples(
+        st.integers(len(SPECIAL), NEVER - 1),
+        st.sampled_from((INSIDE, OUTSIDE, LAST)),
+        st.sampled_from((True, True, True, False)),
+    )
+    drawn = draw(st.lists(token, min_size=least, max_size=most))
+    return Text(*zip(*drawn, strict=True)) if drawn else NOTHING
+
+
+@st.composite
+def long_texts(draw: st.DrawFn) -> Text:
+    """A text several times over: the scan has another way for long texts, and a chunk of it holds 32 tokens."""
+    text, whole = draw(texts(4, 20)), NOTHING
+    for _ in range(draw(st.integers(1, 3))):
+        whole += text
+    return whole
+
+
+def rooms(tokens: int) -> st.SearchStrategy[int | None]:
+    """A cache that grows, or one with room for so many tokens or a few more."""
+    return st.none() | st.integers(tokens, tokens + 4)
+
+
+def new_cache(model: PreTrainedModel, memory: MemoryState | None = None, room: int | None = None) -> MemoryCache:
+    return MemoryCache(model, memory=memory, max_length=room)
+
+
+def cuts(text: int) -> st.SearchStrategy[list[int]]:
+    """Where to cut so many tokens into pieces."""
+    return st.lists(st.integers(1, text - 1), unique=True, max_size=6).map(sorted) if text > 1 else st.just([])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts as the tensors of one call, `[B, T]` each; `valid` is None where no row is padded."""
+
+    ids: Tensor
+    marks: Tensor
+    writes: Tensor
+    valid: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Text]) -> Batch:
+        """Texts of one length."""
+        return cls(
+            torch.tensor([row.tokens for row in rows]),
+            torch.tensor([row.marks for row in rows], dtype=torch.int8),
+            torch.tensor([row.writes for row in rows]),
+        )
+
+    @classmethod
+    def padded(cls, rows: Sequence[Text], places: Sequence[Sequence[int]], fill: int = PAD) -> Batch:
+        """Texts at the given columns, of any length. Padding says that it writes: the mask must know better."""
+        width = max(row[-1] for row in places) + 1
+        ids = torch.full((len(rows), width), fill)
+        marks = torch.full((len(rows), width), OUTSIDE, dtype=torch.int8)
+        writes, valid = (torch.full((len(rows), width), value) for value in (True, False))
+        for n, (row, columns) in enumerate(zip(rows, places, strict=True)):
+            ids[n, columns] = torch.tensor(row.tokens)
+            marks[n, columns] = torch.tensor(row.marks, dtype=torch.int8)
+            writes[n, columns] = torch.tensor(row.writes)
+            valid[n, columns] = True
+        return cls(ids, marks, writes, valid)
+
+    @property
+    def positions(self) -> Tensor:
+        """As `generate` makes them: each token's number among its row's own, 0 for padding before them."""
+        assert self.valid is not None
+        return (self.valid.long().cumsum(1) - 1).clamp_min(0)
+
+
+def places_of(lengths: Sequence[int], side: str) -> list[list[int]]:
+    width = max(lengths)
+    return [list(range(width)[width - n :]) if side == "left" else list(range(n)) for n in lengths]
+
+
+@torch.no_grad()
+def feed(
+    model: PreTrainedModel,
+    cache: MemoryCache,
+    batch: Batch,
+    bounds: Sequence[int] = (),
+    positions: bool = False,
+    ahead: bool = False,
+    by_hand: bool = False,
+    run: PreTrainedModel | None = None,
+) -> Tensor:
+    """Logits `[B, T, vocabulary]` of `batch` in pieces that end at `bounds`.
+
+    Args:
+        positions: the model is told every token's position; or else it counts columns.
+        ahead: the marks of all pieces are given before the first.
+        by_hand: of one row, a segment that ends with its piece is ended by `end_segment()`.
+        run: what is called in the model's stead, such as the model compiled.
+    """
+    segmented = adapter_of(model).config.granularity != "token"
+    logits, mask = [], batch.valid
+    for a, b in pairwise([0, *bounds, batch.ids.shape[1]]):
+        marks, writes = batch.marks[:, a:b], batch.writes[:, a:b]
+        valid = torch.ones_like(writes) if mask is None else mask[:, a:b]
+        ends = by_hand and segmented and bool(marks[0, -1] == LAST) and bool(writes[0, -1])
+        if ends:
+            marks = torch.cat([marks[:, :-1], torch.full_like(marks[:, -1:], INSIDE)], dim=1)
+        if segmented and not ahead:  # tokens of which nothing is said are inside
+            cache.segments = None if bool((marks == INSIDE)[valid].all()) else marks
+        elif segmented and a == 0:
+            cache.segments = batch.marks
+        some = writes[valid]
+        cache.write = writes if bool(some.any()) != bool(some.all()) else bool(some.all())
+        inputs = {"cache": cache}
+        if mask is not None:
+            inputs["attention_mask"] = mask[:, :b].long()
+        if positions:
+            inputs["position_ids"] = batch.positions[:, a:b] if mask is not None else torch.arange(a, b)[None]
+        logits.append((run or model)(batch.ids[:, a:b], **inputs).logits)
+        if ends:
+            cache.end_segment()
+    return torch.cat(logits, dim=1)
+
+
+def alone(model: PreTrainedModel, text: Text, memory: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+    """What every other way is held against: one conversation, one call. Logits `[T, vocabulary]`, and the memory."""
+    cache = MemoryCache(model, memory=memory)
+    return feed(model, cache, Batch.of([text]))[0], cache.memory
+
+
+def memory_of(model: PreTrainedModel, text: Text) -> MemoryState | None:
+    return alone(model, text)[1] if len(text) else None
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    error, size = (actual - expected).abs().max(), expected.abs().max().clamp_min(1.0)
+    ratio = float(error / size)
+    assert ratio <= TOLERANCE, f"{what}: off by {ratio:.1e} of {float(size):.3g}"
+
+
+def same_memory(memory: MemoryState, expected: MemoryState, row: int = 0) -> None:
+    """`row` of `memory` is `expected`, which has one: states, open segments and the number of their tokens."""
+    assert sorted(memory.layers) == sorted(expected.layers) and memory.adapter == expected.adapter
+    assert int(memory.open_tokens[row]) == int(expected.open_tokens[0]), "tokens of the open segment"
+    for layer, state in expected.layers.items():
+        same(memory.layers[layer][row], state[0], f"state of layer {layer}")
+    for layer, segment in expected.segments.items():
+        same(memory.segments[layer][row], segment[0], f"open segment of layer {layer}")
+
+
+def equal(memory: MemoryState, expected: MemoryState) -> bool:
+    """To the bit."""
+    return memory.adapter == expected.adapter and all(
+        mine.keys() == other.keys() and all(torch.equal(mine[layer], other[layer]) for layer in other)
+        for mine, other in ((memory.layers, expected.layers), (memory.segments, expected.segments))
+    )
+
+
+class Elsewhere:
+    """A process that has seen nothing but what it is told: a setup, a memory file and how the text goes on."""
+
+    def __init__(self) -> None:
+        paths = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+        path = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def resume(self, setup: Setup, memory: Path, text: Text, bounds: list[int]) -> tuple[Tensor, MemoryState]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"setup": asdict(setup), "memory": str(memory), "text": asdict(text), "bounds": bounds}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline().strip()
+        assert answer == "done", f"the other process said {answer!r}; its error is above"
+        return load_file(f"{memory}.logits")["logits"], MemoryState.load(f"{memory}.after")
+
+    def close(self) -> None:
+        self._process.communicate()  # the end of its input is the end of its work
+
+
+def _serve() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        setup, memory = Setup(**request["setup"]), request["memory"]
+        text = Text(*(tuple(request["text"][name]) for name in ("tokens", "marks", "writes")))
+        model = setup.model()
+        cache = MemoryCache(model, memory=MemoryState.load(memory))
+        logits = feed(model, cache, Batch.of([text]), request["bounds"])
+        save_file({"logits": logits}, f"{memory}.logits")
+        cache.memory.save(f"{memory}.after")
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,153 @@
+"""Models, tokenizers and checkpoints that are small enough to be made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.data import dialogues
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+
+SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+PAD, END = 0, 1
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+VOCABULARY = 96  # of models that need no tokenizer
+ARCHITECTURES = ("qwen3", "llama", "smollm3")
+_CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig, "smollm3": SmolLM3Config}
+# What makes each kind of attention its own: heads wider than the hidden size, grouped keys, a layer without positions.
+_OWN = {
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 1},
+    "smollm3": {"num_key_value_heads": 4, "no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},
+}
+
+
+def tiny_config(name: str = "qwen3", **changes) -> PretrainedConfig:
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,  # at 0.02 the logits of so small a model are all but equal
+        "tie_word_embeddings": False,
+        "pad_token_id": PAD,
+        "eos_token_id": END,
+        "bos_token_id": None,
+    }
+    return _CONFIGS[name](**{**options, **_OWN[name], **changes})
+
+
+def tiny_model(name: str = "qwen3", seed: int = 0, attention: str = "sdpa", **changes) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tiny_config(name, **changes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def patched_model(name: str = "qwen3", seed: int = 0, attention: str = "sdpa", **options) -> PreTrainedModel:
+    """A tiny model with a memory that matters: no weight of its adapter is at its initial value."""
+    model = tiny_model(name, seed, attention)
+    randomise(attach(model, DeltaMemConfig(**{"rank": 4, **options})), seed)
+    return model
+
+
+@torch.no_grad()
+def randomise(adapter: DeltaMemAdapter, seed: int = 0) -> DeltaMemAdapter:
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, weight in adapter.named_parameters():
+        random = torch.randn(weight.shape, generator=generator)
+        if name.endswith(("bias", "scale_raw")):
+            weight.copy_(random)
+        elif name.endswith("o_norm.weight"):
+            weight.copy_(1 + random * 0.3)
+        else:
+            weight.copy_(random * 0.3)
+    return adapter
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Random text `[batch, length]` without special tokens."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    return torch.randint(len(SPECIAL), VOCABULARY, (batch, length), generator=generator)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with the words of the dialogues as tokens."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = sorted(
+        {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
+    )
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[PAD],
+        eos_token=SPECIAL[END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options) -> Path:
+    """A base model on disk, with `tokenizer` if there is one."""
+    if tokenizer is not None:
+        options["vocab_size"] = len(tokenizer)
+        tokenizer.save_pretrained(folder)
+    tiny_model(**options).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Every path below `folder` with its size: what a command that fails must leave as it was."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+    } | {f"{path.relative_to(folder)}/": 0 for path in folder.rglob("*") if path.is_dir()}
+
+
+def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
+    """What people saved before safetensors."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    weights = dict(model.state_dict())
+    if pieces == 1:
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        return folder
+    names = {f"pytorch_model-{i + 1:05d}-of-{pieces:05d}.bin": list(weights)[i::pieces] for i in range(pieces)}
+    for file, own in names.items():
+        torch.save({name: weights[name] for name in own}, folder / file, _use_new_zipfile_serialization=zipped)
+    index = {"metadata": {}, "weight_map": {name: file for file, own in names.items() for name in own}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 9)).logits

@@ -1,0 +1,176 @@
+"""The model card: what is known is there and is right, and words of the user's stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.publishing import BASE, COMMIT, adapter_folder, evaluated, onnx_folder, trained
+from huggingface_hub import ModelCard, metadata_load
+
+from deltamem_tool.errors import DataError, HubError
+from deltamem_tool.hub.card import BEGIN, END, write_card
+from deltamem_tool.hub.contents import Contents, read_contents
+from deltamem_tool.hub.public_base import Base
+
+REPO = "someone/memory"
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> Contents:
+    root = tmp_path_factory.mktemp("known")
+    folder = evaluated(trained(adapter_folder(root / "adapter"), data="someone/talks"))
+    return read_contents(folder, onnx_folder(root / "graph"))
+
+
+def card(known: Contents, old: str | None = None, license: str | None = None, base: Base | None = None) -> str:
+    return write_card(known, REPO, base or Base(BASE, COMMIT), old and old.encode(), license).decode()
+
+
+def test_what_is_known_is_said(known):
+    text = card(known, license="mit")
+    for said in (
+        "98,432 parameters",
+        f"[{BASE}](https://huggingface.co/{BASE}) (revision `{COMMIT}`)",
+        "**4,096 bytes**",
+        "4 layers",
+        "| update rule | no_lambda |",
+        'deltamem.load("someone/memory")',
+        'OnnxModel("someone/memory")',
+        "differs from PyTorch by 1e-05 at most",
+        "| steps | 40 |",
+        "| data | someone/talks |",
+        "| | 1 fact | 4 facts |",
+        "| questions | 200 | 150 |",
+        "| **state** | 1.00 (0.90–1.00) | 0.50 (0.40–0.60) |",
+        "| donor state | 0.80 (0.70–1.00) | 0.50 (0.40–0.60) |",
+        "* *donor state*: another's",
+        "* the state adds 0.20 ± 0.04 over donor state",
+        "`deltamem eval someone/memory --task recall --set 'facts=[1,4]'`",
+        "## Limits",
+    ):
+        assert said in text, said
+
+
+def test_metadata_is_the_hubs(known, tmp_path):
+    """As `huggingface_hub` reads it back, the results of every number of facts apart from each other."""
+    (tmp_path / "README.md").write_text(card(known, license="mit"))
+    said = metadata_load(tmp_path / "README.md")
+    assert said["base_model"] == BASE and said["base_model_relation"] == "adapter"
+    assert said["library_name"] == "deltamem-tool" and said["pipeline_tag"] == "text-generation"
+    assert said["license"] == "mit" and said["datasets"] == "someone/talks"
+    assert {"delta-mem", "arxiv:2605.12357", "onnx"} <= set(said["tags"])
+    data = ModelCard.load(tmp_path / "README.md").data
+    found = {(result.dataset_config, result.metric_name): result.metric_value for result in data.eval_results}
+    assert found["1 fact", "exact, state"] == 1.0
+    assert found["4 facts", "exact, donor state"] == 0.5 and len(found) == 6
+    assert len(said["model-index"][0]["results"]) == 2
+
+
+def test_what_is_not_known_is_not_said(tmp_path):
+    alone = read_contents(adapter_folder(tmp_path / "adapter"))
+    text = card(alone)
+    assert "How it was trained" not in text and "OnnxModel" not in text and "None was pushed with it" in text
+    assert metadata_load(_written(tmp_path, text)).keys().isdisjoint({"license", "datasets", "model-index"})
+    builtin = card(alone, base=Base("builtin:backbone", None))
+    assert "base_model" not in metadata_load(_written(tmp_path, builtin)) and "767 words" in builtin
+    graph = read_contents(onnx_folder(tmp_path / "graph"))
+    of_graph = card(graph, base=Base(None, None))
+    assert "deltamem.load" not in of_graph and "nobody has named" in of_graph and "**4,096 bytes**" in of_graph
+    assert "base_model" not in metadata_load(_written(tmp_path, of_graph))
+
+
+def test_words_of_the_users_stay(known):
+    own = "---\nlanguage: de\nlicense: cc-by-4.0\ntags:\n- mine\n---\n\n# Ours\n\nWhy we made it.\n"
+    first = card(known, own)
+    assert first.endswith(f"{END}\n") and "# Ours\n\nWhy we made it.\n" in first
+    edited = first.replace("Why we made it.", "Because.") + "\nThanks to all.\n"
+    second = card(known, edited.replace("98,432 parameters", "1 parameter"))
+    assert second == edited and second.count(BEGIN) == 1
+    said = yaml.safe_load(second.split("---\n")[1])
+    assert said["language"] == "de" and said["license"] == "cc-by-4.0" and said["tags"][0] == "mine"
+    assert len(said["tags"]) == len(set(said["tags"]))
+    assert "license: mit" in card(known, second, license="mit")
+
+
+def test_results_of_others_stay(known):
+    others = [
+        {
+            "name": "Ours",
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"type": "locomo", "name": "LoCoMo"},
+                    "metrics": [{"type": "f1", "value": 0.3}],
+                }
+            ],
+        }
+    ]
+    text = card(known, f"---\nmodel-index: {json.dumps(others)}\n---\n# Ours\n")
+    index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]
+    assert index["name"] == "Ours" and len(index["results"]) == 3
+    assert index["results"][0]["dataset"]["type"] == "locomo"
+    assert card(known, text) == text
+
+
+def test_lines_that_end_as_on_windows(known):
+    own = "---\r\nlicense: mit\r\n---\r\n\r\n# Ours\r\n\r\nWhy.\r\n"
+    text = card(known, own)
+    assert "# Ours\r\n\r\nWhy.\r\n" in text and "license: mit" in text
+    assert card(known, text) == text
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        f"# Ours\n{BEGIN}\n",
+        f"# Ours\n{END}\n{BEGIN}\n",
+        f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n",
+        "---\nlicense: [\n---\n# Ours\n",
+        "---\n- a\n---\n# Ours\n",
+    ],
+    ids=["no end", "end first", "twice", "no YAML", "a list"],
+)
+def test_a_card_that_is_broken_is_refused(known, old):
+    with pytest.raises(HubError, match="README.md"):
+        card(known, old)
+
+
+def test_a_card_in_another_encoding_is_refused(known):
+    with pytest.raises(HubError, match="README.md"):
+        write_card(known, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
+
+
+def test_bars_in_values_do_not_break_tables(known):
+    training = {"recipe": {"data.path": "a|b\nc"}, "steps": 3}
+    text = card(Contents(known.files, known.adapter, None, training))
+    assert "| data | a\\|b c |" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"adapter": None},
+        {"groups": ["1 fact", "4 facts", "8 facts"]},
+        {"scores": {"state": [[1.0, 0.9, 1.0]]}},
+        {"overall": {"state": [1.0, float("nan"), 1.0]}},
+        {"questions": [200]},
+        {"verdict": "good"},
+        {"format_version": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_evaluation_that_lacks_figures_is_refused(tmp_path, change):
+    folder = evaluated(adapter_folder(tmp_path / "adapter"))
+    file = folder / "evaluation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(DataError, match="evaluation.json"):
+        read_contents(folder)
+
+
+def _written(folder: Path, text: str) -> Path:
+    (folder / "README.md").write_text(text)
+    return folder / "README.md"

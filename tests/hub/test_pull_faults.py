@@ -1,0 +1,122 @@
+"""What goes wrong on the way from the Hub: what is fetched is whole, or nothing is there; a second pull is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_hub.faults import Fault, answer, cut_answer, delay, garble_answer, lose_answer
+from fake_hub.messages import Reply
+from fake_hub.server import HubServer
+from helpers.publishing import adapter_folder, onnx_folder, trained
+
+from deltamem_tool.errors import HubError
+from deltamem_tool.hub.pull import pull
+
+REPO = "someone/memory"
+STAGES = {"look": "GET /api/models/", "small": "(HEAD|GET) .*/resolve/.*config.json", "large": "GET /download/"}
+FAULTS = {  # and what the message says
+    "401": (answer(401, "bad token"), ("token", "hf auth login")),
+    "403": (answer(403, "not yours"), ("token", "read access")),
+    "429": (answer(429, "slow down", Retry_After="17"), ("too many requests", "Try again in 17 s")),
+    "500": (answer(500, "oops"), ("error of its own (500)", "Try again")),
+    "cut answer": (cut_answer(), ("connection failed", "Check the network")),
+    "lost answer": (lose_answer(), ("connection failed", "Check the network")),
+    "garbled answer": (garble_answer(), ("Hub", "network")),
+}
+AT_STORAGE = {name: ("storage refuses", "Try again") for name in ("401", "403")}
+
+
+@pytest.fixture
+def at_hub(hub: HubServer, tmp_path) -> HubServer:
+    folder = trained(adapter_folder(tmp_path / "adapter"))
+    onnx_folder(folder / "onnx")
+    hub.add_repo(REPO, folder)
+    return hub
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def refused(out: Path | None) -> HubError:
+    """What a pull says that goes wrong; nothing is left where it should have gone."""
+    with pytest.raises(HubError) as caught:
+        pull(REPO, out=out)
+    error = caught.value
+    assert error.what and error.why and error.next and "\n" not in error.what + error.why + error.next
+    assert out is None or list(out.parent.iterdir()) == []
+    return error
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault(at_hub, tmp_path, monkeypatch, stage):
+    for name, (fault, words) in FAULTS.items():
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / f"cache of {name}"))
+        at_hub.fail(STAGES[stage], fault, times=None)
+        error = refused(tmp_path / name / "out")
+        words = AT_STORAGE.get(name, words) if stage == "large" else words
+        assert all(word in str(error) for word in words), f"{name}: {error}"
+        at_hub.faults.clear()
+        assert read(pull(REPO, out=tmp_path / name / "out").path) == at_hub.files_at(REPO), name
+
+
+def test_what_goes_away_by_itself(at_hub):
+    for match in ("GET .*/resolve/.*config.json", STAGES["large"]):
+        at_hub.fail(match, cut_answer())
+        at_hub.fail(match, lose_answer())
+    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+
+
+@pytest.mark.parametrize("path", ["deltamem.safetensors", "onnx/model.onnx.data", "training.json"])
+def test_other_bytes_than_the_hub_has(at_hub, tmp_path, path):
+    """Of the right size, which is all that the client looks at."""
+    right = at_hub.files_at(REPO)[path]
+    wrong = right[:-9] + bytes(byte ^ 1 for byte in right[-9:])
+    at_hub.fail(lambda r: r.method == "GET" and r.raw_path.endswith(path), Fault(reply=Reply(200, {}, wrong)))
+    (tmp_path / "here").mkdir()
+    error = refused(tmp_path / "here" / "out")
+    assert Path(path).name in error.what and "not what the Hub has" in error.what and "Pull again" in error.next
+    assert read(pull(REPO, out=tmp_path / "here" / "out").path) == at_hub.files_at(REPO)
+
+
+def test_another_size_than_the_hub_says(at_hub):
+    at_hub.fail(STAGES["large"], Fault(reply=Reply(200, {}, b"short")), times=None)
+    assert "size" in refused(None).why
+    at_hub.faults.clear()
+    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+
+
+def test_half_of_it_in_the_cache_is_not_taken_for_all(at_hub, monkeypatch):
+    at_hub.fail(lambda r: r.method in ("HEAD", "GET") and "/onnx/" in r.raw_path, answer(500), times=None)
+    refused(None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        pull(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    at_hub.faults.clear()
+    pulled = pull(REPO)
+    assert pulled.contents.parts == ["adapter", "ONNX folder"] and read(pulled.path) == at_hub.files_at(REPO)
+
+
+def test_a_slow_hub(at_hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    at_hub.fail(STAGES["large"], delay(60), times=None)
+    assert "did not answer in time" in refused(None).why
+    at_hub.faults.clear()
+    assert read(pull(REPO).path) == at_hub.files_at(REPO)
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(at_hub, tmp_path):
+    out = tmp_path / "here" / "out"
+    out.mkdir(parents=True)
+    (out / "mine").write_text("1")
+    at_hub.fail(STAGES["large"], cut_answer(), times=None)
+    with pytest.raises(HubError):
+        pull(REPO, out=out, overwrite=True)
+    assert read(out) == {"mine": b"1"} and list(out.parent.iterdir()) == [out]
+    at_hub.faults.clear()
+    pull(REPO, out=out, overwrite=True)
+    assert read(out) == at_hub.files_at(REPO)

@@ -1,0 +1,244 @@
+"""`push` and `pull` over HTTP, with the Hub's own client: what lands, what is sent, what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_hub.server import HubServer
+from helpers.publishing import BASE, COMMIT, adapter_folder, evaluated, onnx_folder, other_adapter, trained
+
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.errors import HubError
+from deltamem_tool.hub.pull import pull
+from deltamem_tool.hub.push import push
+from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.locate import find_onnx, is_onnx
+
+REPO = "someone/memory"
+
+
+@pytest.fixture
+def as_writer(hub: HubServer, monkeypatch) -> HubServer:
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    return hub
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    return evaluated(trained(adapter_folder(tmp_path / "adapter")))
+
+
+@pytest.fixture
+def onnx(tmp_path) -> Path:
+    return onnx_folder(tmp_path / "graph")
+
+
+def kinds(pushed) -> dict[str, str]:
+    return {change.path: change.kind for change in pushed.changes}
+
+
+def sent(hub: HubServer) -> set[str]:
+    """The files that commits carried."""
+    lines = [json.loads(line) for each in hub.asked("POST .*/commit/") for line in each.body.splitlines()]
+    return {line["value"]["path"] for line in lines if line["key"] != "header"}
+
+
+def test_both_parts_land_in_one_commit(as_writer, adapter, onnx):
+    pushed = push(adapter, REPO, onnx=onnx, license="mit", message="First")
+    assert pushed.url == f"{as_writer.endpoint}/{REPO}" and pushed.commit == as_writer.head(REPO)
+    assert len(as_writer.asked("POST .*/commit/")) == 1 and not pushed.notes
+    files = as_writer.files_at(REPO)
+    assert files.pop(".gitattributes")
+    assert set(files) == {change.path for change in pushed.changes} and set(kinds(pushed).values()) == {"new"}
+    card = files.pop("README.md").decode()
+    assert card == pushed.card and "license: mit" in card and f"base_model: {BASE}" in card
+    for path, content in files.items():
+        folder = onnx if path.startswith("onnx/") else adapter
+        assert content == (folder / path.removeprefix("onnx/")).read_bytes()
+    assert set(files) >= {"deltamem.safetensors", "training.png", "evaluation.json", "onnx/model.onnx.data"}
+    assert as_writer.repo(REPO).resolve("main").message == "First"
+
+
+def test_only_what_has_changed_is_sent(as_writer, adapter, onnx):
+    first = push(adapter, REPO, onnx=onnx, license="mit")
+    as_writer.requests.clear()
+    again = push(adapter, REPO, onnx=onnx)
+    assert again.commit == first.commit and set(kinds(again).values()) == {"same"}
+    assert not as_writer.asked("POST .*/(commit|preupload)/") and not as_writer.asked("^PUT ")
+    (onnx / "config.json").write_text("{}")
+    (adapter / "training.png").unlink()
+    third = push(adapter, REPO, onnx=onnx)
+    assert {path: kind for path, kind in kinds(third).items() if kind != "same"} == {
+        "onnx/config.json": "new",
+        "training.png": "deleted",
+    }
+    assert sent(as_writer) == {"onnx/config.json", "training.png"} and not as_writer.asked("^PUT ")
+    assert "training.png" not in as_writer.files_at(REPO) and "onnx/config.json" in as_writer.files_at(REPO)
+
+
+def test_other_files_of_the_repository_are_left_alone(as_writer, adapter, onnx):
+    others = {
+        "notes.md": b"mine",
+        "onnx/model_q4.onnx": b"other",
+        "samples/a.json": b"{}",
+        "onnx/cuda/config.json": b"{}",
+    }
+    as_writer.add_repo(REPO, {**others, "onnx/genai_config.json": b"{}"})
+    push(adapter, REPO)
+    assert as_writer.files_at(REPO).items() >= {**others, "onnx/genai_config.json": b"{}"}.items()
+    push(onnx, REPO)
+    files = as_writer.files_at(REPO)
+    assert files.items() >= others.items() and "deltamem.safetensors" in files
+    assert "onnx/genai_config.json" not in files  # of an export that was there before
+
+
+def test_one_part_after_the_other_is_one_card(as_writer, adapter, onnx):
+    push(adapter, REPO, license="mit")
+    pushed = push(onnx, REPO)
+    assert not pushed.notes and "ONNX Runtime" in pushed.card and "deltamem.load" in pushed.card
+    assert "| questions | 200 | 150 |" in pushed.card and "| learning rate | 0.001 |" in pushed.card
+    assert "license: mit" in pushed.card
+    assert push(adapter, REPO).card == pushed.card
+
+
+def test_parts_of_two_adapters_are_refused(as_writer, adapter, onnx, tmp_path):
+    """Whoever fetched them together would refuse them."""
+    first = push(adapter, REPO, onnx=onnx, license="mit").commit
+    as_writer.requests.clear()
+    with pytest.raises(HubError, match="of another adapter. Nothing was sent"):
+        push(other_adapter(tmp_path / "other"), REPO)
+    assert as_writer.head(REPO) == first and not as_writer.asked("GET .*model.onnx")
+    with pytest.raises(HubError, match="was not exported from the adapter"):
+        push(tmp_path / "other", REPO, onnx=onnx)
+
+
+def test_an_evaluation_goes_with_its_adapter(as_writer, adapter, onnx):
+    """Pushed again without one, the card no longer shows what is no longer there."""
+    push(adapter, REPO, onnx=onnx, license="mit")
+    (adapter / "evaluation.json").unlink()
+    pushed = push(adapter, REPO)
+    assert kinds(pushed)["evaluation.json"] == "deleted" and "None was pushed with it" in pushed.card
+
+
+def test_only_what_an_export_writes_is_sent(as_writer, onnx):
+    (onnx / "transcript.json").write_text("{}")
+    assert "onnx/transcript.json" not in kinds(push(onnx, REPO))
+
+
+def test_a_branch_and_a_pull_request(as_writer, adapter):
+    main = as_writer.add_repo(REPO, {"README.md": b"# Mine\n"})
+    pushed = push(adapter, REPO, branch="v2", license="mit")
+    assert pushed.url.endswith(f"{REPO}/tree/v2") and as_writer.head(REPO) == main
+    assert as_writer.head(REPO, "v2") == pushed.commit and b"# Mine" in as_writer.files_at(REPO, "v2")["README.md"]
+    proposed = push(adapter, REPO, create_pr=True)
+    assert "/discussions/1" in proposed.url and as_writer.head(REPO) == main
+    assert "deltamem.safetensors" in as_writer.files_at(REPO, "refs/pr/1")
+    assert push(adapter, "someone/new", branch="v1").commit == as_writer.head("someone/new", "v1")
+
+
+def test_a_dry_run_sends_nothing(as_writer, adapter):
+    pushed = push(adapter, REPO, dry_run=True)
+    assert pushed.commit is None and "deltamem.load" in pushed.card and set(kinds(pushed).values()) == {"new"}
+    assert not as_writer.asked("^(POST|PUT) ") and not as_writer.repositories
+
+
+def test_private_is_never_public(as_writer, adapter):
+    push(adapter, REPO, private=True)
+    assert as_writer.repo(REPO).private
+    assert push(adapter, REPO, private=True).commit == as_writer.head(REPO)
+    as_writer.add_repo("someone/open", {"README.md": b"# Mine\n"})
+    with pytest.raises(HubError, match="public"):
+        push(adapter, "someone/open", private=True)
+    assert set(as_writer.files_at("someone/open")) == {"README.md"}
+
+
+def test_a_path_of_this_machine_is_never_the_base(as_writer, tmp_path, monkeypatch):
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    folder = adapter_folder(tmp_path / "adapter", str(tmp_path / "bases" / "mine"), None)
+    with pytest.raises(HubError, match="--base-model"):
+        push(folder, REPO)
+    monkeypatch.chdir(tmp_path)
+    relative = adapter_folder(tmp_path / "relative", "bases/mine", None)
+    with pytest.raises(HubError, match="--base-model"):
+        push(relative, REPO)
+    assert not as_writer.repositories
+    graph = onnx_folder(tmp_path / "graph", base_model=str(tmp_path / "bases" / "mine"))
+    push(folder, REPO, onnx=graph, base_model=f"{BASE}@{COMMIT}")
+    at_hub = read_adapter(pull(REPO).path)
+    assert (at_hub.base.name, at_hub.base.revision) == (BASE, COMMIT)
+    assert Manifest.read(find_onnx(REPO)).base_model == BASE
+    assert str(tmp_path) in (folder / "deltamem_config.json").read_text()  # what is here stays as it was
+    push(graph, "someone/graph")
+    assert Manifest.read(find_onnx("someone/graph")).base_model is None
+    for repo_id in (REPO, "someone/graph"):
+        for path, content in as_writer.files_at(repo_id).items():
+            assert str(tmp_path).encode() not in content and b"bases/mine" not in content, path
+
+
+def test_a_base_in_the_hubs_cache_is_named_as_on_the_hub(as_writer, tmp_path):
+    cached = tmp_path / "hub" / "models--someone--base" / "snapshots" / COMMIT
+    push(adapter_folder(tmp_path / "adapter", str(cached), None), REPO)
+    base = read_adapter(pull(REPO).path).base
+    assert (base.name, base.revision) == (BASE, COMMIT)
+
+
+def test_an_evaluation_of_another_adapter_is_refused(as_writer, tmp_path):
+    folder = evaluated(adapter_folder(tmp_path / "adapter"), "0" * 64)
+    with pytest.raises(HubError, match="another adapter"):
+        push(folder, REPO)
+    assert not as_writer.repositories
+
+
+def test_nothing_to_push_is_named(as_writer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HubError, match="no adapter and no ONNX folder"):
+        push(tmp_path / "empty", REPO)
+    with pytest.raises(HubError, match="There is no folder"):
+        push(tmp_path / "nowhere", REPO)
+    for name in ("memory", "someone/memory@v1", "hf://someone/memory/onnx", "a b/c"):
+        with pytest.raises(HubError, match="no name"):
+            push(adapter_folder(tmp_path / name.replace("/", "-")), name)
+
+
+def test_a_pull_is_whole_and_holds_nothing_else(as_writer, adapter, onnx, tmp_path):
+    push(adapter, REPO, onnx=onnx, license="mit")
+    files = {**as_writer.files_at(REPO), "setup.py": b"print()", "weights.pt": b"pickle", "onnx/op.so": b"ELF"}
+    commit = as_writer.add_repo(REPO, files)
+    as_writer.requests.clear()
+    pulled = pull(REPO, out=tmp_path / "out")
+    assert pulled.commit == commit and pulled.path == tmp_path / "out"
+    here = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert here == files.keys() - {".gitattributes", "setup.py", "weights.pt", "onnx/op.so"}
+    assert all(files[path] == (tmp_path / "out" / path).read_bytes() for path in here)
+    assert not [path for path in as_writer.fetched() if path.endswith((".py", ".pt", ".so"))]
+    assert push(tmp_path / "out", REPO).commit == commit  # what was pulled is what is there
+    with pytest.raises(HubError, match="no adapter"):
+        as_writer.add_repo("someone/else", {"model.bin": b"1"})
+        pull("someone/else")
+
+
+def test_names_with_revisions(as_writer, adapter, onnx):
+    first = push(adapter, REPO, license="mit").commit
+    second = push(onnx, REPO).commit
+    assert read_adapter(f"{REPO}@{first}").path.name == first
+    assert read_adapter(f"hf://{REPO}").path.name == second
+    assert is_onnx(f"hf://{REPO}/onnx") and not is_onnx(REPO) and not is_onnx(f"{REPO}@{first}")
+    assert find_onnx(REPO) == find_onnx(f"{REPO}@main/onnx")
+    assert pull(f"{REPO}@{first}").contents.onnx is None and pull(REPO, revision=second[:40]).contents.onnx is not None
+    with pytest.raises(HubError, match="another revision"):
+        read_adapter(f"{REPO}@{first}", revision=second)
+    with pytest.raises(HubError, match="no such branch"):
+        read_adapter(f"{REPO}@v9")
+
+
+def test_offline_what_was_fetched_is_there(as_writer, adapter, monkeypatch):
+    push(adapter, REPO, license="mit")
+    pull(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert read_adapter(REPO).base.name == BASE
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        read_adapter("someone/unseen")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        push(adapter, REPO)

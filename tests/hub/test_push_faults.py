@@ -1,0 +1,361 @@
+"""What goes wrong on the way to the Hub: the repository holds the old files or the new, the message says what happened,
+and a second push finishes."""
+
+from __future__ import annotations
+
+import _thread
+import random
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_hub.faults import SOMEWHERE, Fault, Faults, answer, cut_answer, cut_request, delay, garble_answer, lose_answer
+from fake_hub.server import HubServer
+from helpers.publishing import adapter_folder, onnx_folder, other_adapter, trained
+from httpx2 import Client
+from huggingface_hub.utils import _http
+
+from deltamem_tool.errors import HubError
+from deltamem_tool.hub.push import Pushed, push
+
+REPO = "someone/memory"
+OLD = {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "deltamem.safetensors": b"old" * 9, "notes.md": b"mine"}
+LOOK = "GET /api/models/[^/]+/[^/]+/revision/"
+STAGES = {  # the requests of a push, in their order
+    "look": LOOK,
+    "tree": "GET .*/tree/",
+    "card": "(HEAD|GET) .*/resolve/.*README",
+    "create": "POST /api/repos/create",
+    "branch": "POST .*/branch/",
+    "validate": "POST /api/validate-yaml",
+    "preupload": "POST .*/preupload/",
+    "batch": "POST .*/objects/batch",
+    "put": "^PUT",
+    "complete": "POST .*/complete_multipart/",
+    "verify": "POST .*/objects/verify",
+    "commit": "POST .*/commit/",
+}
+READING = ("look", "tree", "card")
+FAULTS = {  # and what the message says
+    "401": (answer(401, "bad token"), ("token", "hf auth login")),
+    "403": (answer(403, "not yours"), ("token", "access")),
+    "404": (answer(404, "gone"), ("does not find it", "Check the name")),
+    "409": (answer(409, "busy"), ("changed meanwhile", "push again")),
+    "412": (answer(412, "moved"), ("changed meanwhile", "push again")),
+    "413": (answer(413, "big"), ("too large", "smaller")),
+    "429": (answer(429, "slow down", Retry_After="17"), ("too many requests", "Try again in 17 s")),
+    "500": (answer(500, "oops"), ("error of its own (500)", "Try again")),
+    "cut request": (cut_request(), ("connection failed", "Check the network")),
+    "cut answer": (cut_answer(), ("connection failed", "Check the network")),
+    "lost answer": (lose_answer(), ("connection failed", "Check the network")),
+    "garbled answer": (garble_answer(), ("HF_ENDPOINT",)),
+}
+AT_STORAGE = {name: ("storage refuses", "Try again") for name in ("401", "403")}
+LANDS = {  # the Hub has done it, or the answer had nothing that is needed
+    *(("commit", fault) for fault in ("cut answer", "lost answer", "garbled answer")),
+    ("put", "cut answer"),
+    *((stage, "garbled answer") for stage in ("branch", "complete", "verify")),
+}
+
+
+@pytest.fixture
+def at_hub(hub: HubServer, monkeypatch) -> HubServer:
+    """Where `REPO` holds `OLD`, and the larger files are sent in parts."""
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    hub.multipart_size = hub.part_size = 200_000
+    hub.add_repo(REPO, OLD)
+    return hub
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    return trained(adapter_folder(tmp_path / "adapter"))
+
+
+def start_anew(hub: HubServer, files: dict[str, bytes] | None) -> None:
+    """`REPO` with these files and no history; not there for None."""
+    hub.faults.clear()
+    hub.repositories.clear()
+    if files is not None:
+        hub.add_repo(REPO, files)
+    hub.requests.clear()
+
+
+def files(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
+    """What the branch holds; what it would begin with, if it is not there."""
+    if not hub.repositories:
+        return {}
+    ref = branch if hub.repo(REPO).ref(branch) else "main"
+    return {path: content for path, content in hub.files_at(REPO, ref).items() if path != ".gitattributes"}
+
+
+def finished(hub: HubServer, folder: Path, old: dict[str, bytes] | None = OLD, **options) -> dict[str, bytes]:
+    """The files after a push with which nothing goes wrong; everything is again as it was."""
+    push(folder, REPO, **options)
+    new = files(hub, options.get("branch", "main"))
+    start_anew(hub, old)
+    return new
+
+
+def refused(folder: Path, **options) -> HubError:
+    """What a push says that goes wrong: three sentences, each whole."""
+    with pytest.raises(HubError) as caught:
+        push(folder, REPO, **options)
+    error = caught.value
+    for line in (error.what, error.why, error.next):
+        assert re.fullmatch(r"[^\n]*[^.\n]\.", line), line
+    assert REPO in error.what
+    return error
+
+
+def when(hub: HubServer, monkeypatch, match, act) -> None:
+    """Have `act` happen once, just before a request that matches is answered."""
+    answer, left = hub.answer, [act]
+
+    def answer_after(request):
+        if left and request.matches(match):
+            left.pop()()
+        return answer(request)
+
+    monkeypatch.setattr(hub, "answer", answer_after)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault(at_hub, adapter, stage):
+    old = None if stage == "create" else OLD
+    options = {"branch": "v2"} if stage == "branch" else {}
+    start_anew(at_hub, old)
+    new = finished(at_hub, adapter, old, **options)
+    assert new.keys() >= {"deltamem_config.json", "training.png", "README.md"} and new != old
+    for name, (fault, words) in FAULTS.items():
+        at_hub.fail(STAGES[stage], fault, times=None)
+        if (stage, name) in LANDS:
+            assert push(adapter, REPO, **options).commit == at_hub.head(REPO, options.get("branch", "main")), name
+            assert files(at_hub, **options) == new
+        else:
+            error = refused(adapter, **options)
+            words = AT_STORAGE.get(name, words) if stage == "put" else words
+            assert all(word in str(error) for word in words), f"{name}: {error}"
+            assert files(at_hub, **options) == (old or {}), name
+        at_hub.faults.clear()
+        push(adapter, REPO, **options)
+        assert files(at_hub, **options) == new, name
+        assert not options or files(at_hub) == OLD
+        start_anew(at_hub, old)
+
+
+def test_who_may_do_what(at_hub, adapter):
+    for stage in ("look", "commit"):
+        at_hub.fail(STAGES[stage], answer(403))
+        assert ("write access" in refused(adapter).next) == (stage == "commit")
+    start_anew(at_hub, OLD)
+    at_hub.fail("^PUT", answer(403, "Request has expired"), times=None)
+    error = refused(adapter)
+    assert "storage refuses" in error.why and "has expired" in error.why and "clock" in error.next
+
+
+def test_what_goes_away_by_itself(at_hub, adapter):
+    new = finished(at_hub, adapter)
+    for stage in ("tree", "preupload", "batch", "put", "complete", "verify"):
+        at_hub.fail(STAGES[stage], answer(429, Retry_After="3"))
+        at_hub.fail(STAGES[stage], lose_answer())
+    push(adapter, REPO)
+    assert files(at_hub) == new and at_hub.waits.count(4) == 6  # the client adds a second
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 10) for start in (0, 10, 20, 30)], ids=lambda seeds: seeds[0])
+def test_a_connection_cut_at_any_byte(at_hub, adapter, seeds):
+    new = finished(at_hub, adapter)
+    for seed in seeds:
+        chance = random.Random(seed)
+        at, how = chance.randrange(17), chance.choice([Fault(cut_request=SOMEWHERE), Fault(cut_answer=SOMEWHERE)])
+        at_hub.faults = Faults(seed)
+        at_hub.fail(lambda _, at=at: len(at_hub.requests) > at, how, chance.choice([1, None]))
+        try:
+            push(adapter, REPO)
+            assert files(at_hub) == new, seed
+        except HubError:
+            assert files(at_hub) in (OLD, new), seed
+        at_hub.faults.clear()
+        push(adapter, REPO)
+        assert files(at_hub) == new, seed
+        start_anew(at_hub, OLD)
+
+
+def test_a_commit_whose_answer_is_lost_has_landed(at_hub, adapter):
+    new = finished(at_hub, adapter)
+    at_hub.fail("/commit/", lose_answer())
+    pushed = push(adapter, REPO)
+    assert pushed.commit == at_hub.head(REPO) and files(at_hub) == new
+    assert len(at_hub.asked("/commit/")) == 1
+
+
+def test_a_commit_whose_answer_is_lost_and_nobody_to_ask(at_hub, adapter):
+    new = finished(at_hub, adapter)
+    at_hub.fail("/commit/", lose_answer())
+    at_hub.fail(lambda request: request.matches(LOOK) and bool(at_hub.asked("/commit/")), answer(503), times=None)
+    error = refused(adapter)
+    assert "answer was lost" in error.what and "as a whole, or nothing" in error.what and "Push again" in error.next
+    at_hub.faults.clear()
+    at_hub.requests.clear()
+    assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
+    assert not at_hub.asked("^(POST|PUT)")
+
+
+def test_a_commit_that_is_lost_itself(at_hub, adapter):
+    at_hub.fail("/commit/", cut_request(after=99))
+    error = refused(adapter)
+    assert "answer was lost" in error.what and "nothing of this push" in error.what and files(at_hub) == OLD
+
+
+def test_a_lost_answer_and_somebody_elses_commit(at_hub, adapter, monkeypatch):
+    new = finished(at_hub, adapter)
+    theirs = {**new, "deltamem.safetensors": b"theirs"}
+    at_hub.fail("/commit/", lose_answer())
+    looks = (request for request in [False, True])  # the second look is after the commit
+    when(at_hub, monkeypatch, lambda r: r.matches(LOOK) and next(looks), lambda: at_hub.add_repo(REPO, theirs))
+    error = refused(adapter)
+    assert "somebody else" in error.what and "push again" in error.next and files(at_hub) == theirs
+
+
+def test_a_lost_pull_request(at_hub, adapter):
+    at_hub.fail("^PUT", answer(500), times=None)
+    assert "pull request" not in str(refused(adapter, create_pr=True))  # none has been asked for
+    at_hub.faults.clear()
+    new = finished(at_hub, adapter)
+    at_hub.fail("/commit/", lose_answer())
+    error = refused(adapter, create_pr=True)
+    assert "may be there, or not" in error.what and "/discussions" in error.next
+    assert files(at_hub) == OLD and at_hub.files_at(REPO, "refs/pr/1") == new
+
+
+@pytest.mark.parametrize("old", [OLD, None], ids=["there", "new"])
+def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
+    start_anew(at_hub, old)
+    folders = (adapter, other_adapter(tmp_path / "other"))
+    new = [finished(at_hub, folder, old) for folder in folders]
+    both = threading.Barrier(2, timeout=30)
+    answer, stage = at_hub.answer, STAGES["commit" if old else "create"]
+
+    def answer_both(request):
+        if request.matches(stage):
+            both.wait()
+        return answer(request)
+
+    monkeypatch.setattr(at_hub, "answer", answer_both)
+    ended: dict[int, Pushed | HubError] = {}
+
+    def run(which: int) -> None:
+        try:
+            ended[which] = push(folders[which], REPO)
+        except HubError as error:
+            ended[which] = error
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [which for which, end in ended.items() if isinstance(end, Pushed)]
+    told = ended[1 - winner]
+    assert files(at_hub) == new[winner] and isinstance(told, HubError)
+    assert "changed meanwhile" in told.why and "push again" in told.next
+
+
+@pytest.mark.parametrize("stage", ["card", "validate", "put", "commit"])
+def test_somebody_elses_commit_is_not_lost(at_hub, adapter, monkeypatch, stage):
+    theirs = OLD | {"README.md": b"---\nlicense: mit\n---\n# Mine\nTheir words\n", "theirs.md": b"1"}
+    when(at_hub, monkeypatch, STAGES[stage], lambda: at_hub.add_repo(REPO, theirs))
+    error = refused(adapter)
+    assert "changed meanwhile" in error.why and files(at_hub) == theirs
+    push(adapter, REPO)
+    now = files(at_hub)
+    assert now["theirs.md"] == b"1" and b"Their words" in now["README.md"] and b"deltamem.load" in now["README.md"]
+
+
+def test_a_repository_that_others_make_meanwhile(at_hub, adapter, monkeypatch):
+    start_anew(at_hub, None)
+    theirs = {"README.md": b"# Theirs\n"}
+    when(at_hub, monkeypatch, STAGES["create"], lambda: at_hub.add_repo(REPO, theirs))
+    assert "changed meanwhile" in refused(adapter, private=True).why  # theirs is public
+    assert files(at_hub) == theirs
+    start_anew(at_hub, None)
+    looks = iter([False, True])
+    when(at_hub, monkeypatch, lambda r: r.matches(LOOK) and next(looks), lambda: at_hub.add_repo(REPO, theirs))
+    assert "made meanwhile" in refused(adapter).what and files(at_hub) == theirs
+
+
+def test_the_other_part_that_cannot_be_fetched(at_hub, adapter, tmp_path):
+    push(onnx_folder(tmp_path / "graph"), REPO)
+    old = files(at_hub)
+    at_hub.fail("GET .*onnx/deltamem_onnx.json", answer(500), times=None)
+    refused(adapter)  # and not a card that leaves it out
+    assert files(at_hub) == old
+    at_hub.faults.clear()
+    assert "OnnxModel" in push(adapter, REPO).card
+
+
+def test_a_slow_hub(at_hub, adapter, monkeypatch):
+    new = finished(at_hub, adapter)
+    at_hub.fail(LOOK, delay(60))
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.3)
+        error = refused(adapter)
+    assert "did not answer in time" in error.why and "Check the network" in error.next
+    push(adapter, REPO)
+    assert files(at_hub) == new
+
+
+def test_a_commit_that_lands_late(at_hub, adapter, monkeypatch):
+    """The client has long gone, and has looked too."""
+    new = finished(at_hub, adapter)
+    at_hub.fail("/commit/", delay(1.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", lambda: Client(timeout=0.5))
+        _http.close_session()
+        error = refused(adapter)
+    _http.close_session()
+    assert "answer was lost" in error.what and "so far" in error.what and "in time" in error.why
+    assert files(at_hub) == OLD
+    deadline = time.monotonic() + 20
+    while files(at_hub) == OLD and time.monotonic() < deadline:
+        time.sleep(0.05)
+    at_hub.requests.clear()
+    assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
+    assert not at_hub.asked("^(POST|PUT)")
+
+
+def test_no_hub_at_all(at_hub, adapter, monkeypatch):
+    with HubServer() as gone:
+        nowhere = gone.endpoint
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+    error = refused(adapter)
+    assert "connection failed" in error.why and files(at_hub) == OLD
+
+
+def test_an_interruption_in_the_middle_of_the_upload(at_hub, adapter, monkeypatch):
+    new = finished(at_hub, adapter)
+    when(at_hub, monkeypatch, "^PUT", _thread.interrupt_main)
+    with pytest.raises(KeyboardInterrupt):
+        push(adapter, REPO)
+    assert at_hub.asked("^PUT") and not at_hub.asked("/commit/") and files(at_hub) == OLD
+    push(adapter, REPO)
+    assert files(at_hub) == new
+
+
+def test_a_file_that_cannot_be_read(at_hub, adapter, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "deltamem.safetensors")
+
+    monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", refuse)
+    with pytest.raises(PermissionError, match="deltamem.safetensors"):  # the system's words, not the Hub's
+        push(adapter, REPO)
+    assert files(at_hub) == OLD
+
+
+def test_a_card_that_is_no_text(at_hub, adapter):
+    start_anew(at_hub, {"README.md": b"# caf\xe9\n"})
+    assert "UTF-8" in str(pytest.raises(HubError, push, adapter, REPO).value)
+    assert files(at_hub) == {"README.md": b"# caf\xe9\n"}

@@ -1,0 +1,204 @@
+"""What is wrong with the installed packages is said before anything runs, and stops only what needs them.
+
+Other versions are files in front of the real ones on the path of a process: what pip would have left.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli.command import Done, in_a_process
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from deltamem_tool.errors import InstallationError
+from deltamem_tool.io import installation
+from deltamem_tool.io.installation import IGNORE, PACKAGE, check_installation
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Leave what says that a package of this version is installed."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`process(*arguments)` runs `deltamem` where `tmp_path` is in front of the installed packages."""
+
+    def run(*arguments: object, **variables: str) -> Done:
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
+        return in_a_process(*arguments, cwd=tmp_path, env=env)
+
+    return run
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def declared() -> list[Requirement]:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != PACKAGE]
+
+
+BOUNDS = {each.name: installation._bounds(each) for each in declared()}
+NEEDS_EVERYTHING = [
+    "train recipe.yaml",
+    "patch base --out fresh",
+    "eval builtin:adapter",
+    "export builtin:adapter --out x",
+]
+
+
+@pytest.mark.parametrize("version", ["5.22.0", "5.25.0", "6.0.0.dev0"])
+@pytest.mark.parametrize("words", NEEDS_EVERYTHING[:2])
+def test_transformers_of_another_version(process, tmp_path, words, version):
+    installed(tmp_path, "transformers", version)
+    bounds = BOUNDS["transformers"]
+    process(*words.split()).assert_short_error(
+        f"transformers {version} is installed", f"pip install 'transformers{bounds}'", IGNORE, code=1
+    )
+
+
+@pytest.mark.parametrize("words", NEEDS_EVERYTHING)
+def test_a_package_of_another_version(process, tmp_path, words):
+    installed(tmp_path, "numpy", "1.26.0")
+    bounds = BOUNDS["numpy"]
+    process(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)
+
+
+def test_what_does_not_need_it_works(process, tmp_path):
+    installed(tmp_path, "transformers", "5.22.0")
+    for words in ("--help", "train --help", "inspect builtin:adapter", "architectures qwen3"):
+        done = process(*words.split())
+        assert done.code == 0 and done.out and "5.22.0" not in done.err, words
+    # An ONNX folder needs ONNX Runtime alone: here the folder is what is missing.
+    process("run", tmp_path, "--prompt", "Hello").assert_short_error("ONNX", code=1)
+    process("chat", "builtin:adapter").assert_short_error("transformers 5.22.0 is installed", code=1)
+
+
+def test_the_bounds_can_be_ignored(process, tmp_path):
+    installed(tmp_path, "numpy", "1.26.0")
+    done = process("train", "recipe.yaml", **{IGNORE: "1"})
+    done.assert_short_error("recipe.yaml", code=1)
+    assert "numpy" not in done.err
+
+
+def test_two_runtimes_over_each_other(process, tmp_path):
+    runtimes = [name for name in ("onnxruntime", "onnxruntime-gpu") if installation._installed(name)]
+    assert len(runtimes) == 1, "these tests run where one is installed"
+    other = ({"onnxruntime", "onnxruntime-gpu"} - set(runtimes)).pop()
+    installed(tmp_path, other, "1.31.0")
+    for words in ("run folder --prompt Hello", "export builtin:adapter --out x"):
+        process(*words.split()).assert_short_error(
+            "onnxruntime and onnxruntime-gpu are installed over each other",
+            "pip uninstall -y onnxruntime onnxruntime-gpu",
+            code=1,
+        )
+    # Training uses neither.
+    process("train", "recipe.yaml").assert_short_error("recipe.yaml", code=1)
+    done = process("run", "folder", "--prompt", "Hello", **{IGNORE: "1"})
+    assert "over each other" not in done.err
+
+
+def test_a_torch_that_does_not_import(process, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file: No such file or directory')"
+    )
+    process("train", "recipe.yaml").assert_short_error(
+        "PyTorch is installed, but it cannot be imported", "libcudart.so.13", "--force-reinstall 'torch>=2.11", code=1
+    )
+    done = process("inspect", "builtin:adapter", "--help")
+    assert done.code == 0
+
+
+def test_the_library_says_so_too(tmp_path):
+    installed(tmp_path, "transformers", "5.22.0")
+    code = "import deltamem_tool\ntry: deltamem_tool.attach\nexcept ImportError as error: print(error)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("transformers 5.22.0 is installed")
+    code = "from deltamem_tool import DeltaMemConfig, DeltaMemError; print(DeltaMemConfig().rank)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "8\n"
+
+
+def test_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(installation, "_installed", lambda name: None)
+    with pytest.raises(InstallationError, match=r"(?s)click is not installed.*pip install 'click>="):
+        check_installation("click")
+    with pytest.raises(InstallationError, match="onnxruntime(-gpu)? is not installed"):
+        check_installation("onnxruntime")
+
+
+@pytest.mark.parametrize("runtime", installation.RUNTIMES)
+def test_any_one_runtime_will_do(monkeypatch, runtime):
+    monkeypatch.setattr(installation, "_installed", lambda name: "1.31.1" if name == runtime else None)
+    check_installation("onnxruntime")
+    monkeypatch.setattr(installation, "_installed", lambda name: "1.99.0" if name == runtime else None)
+    with pytest.raises(InstallationError, match=f"{runtime} 1.99.0 is installed"):
+        check_installation("onnxruntime")
+
+
+def test_this_installation_is_right():
+    check_installation()
+
+
+def test_a_tree_that_is_not_installed_has_no_bounds(monkeypatch):
+    def missing(name):
+        raise installation.PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "requires", missing)
+    monkeypatch.setattr(installation, "_installed", lambda name: None)
+    check_installation()
+
+
+# The sets that are tested
+
+
+def pins(file: str) -> dict[str, list[Requirement]]:
+    """By name; one name may have pins for several versions of Python, or several systems."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
+def test_every_requirement_is_pinned_within_its_bounds(file):
+    pinned = pins(file)
+    for requirement in declared():
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"stale: make constraints ({name})"
+        for pin in pinned[name]:
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==" and requirement.specifier.contains(specifier.version), f"{pin} in {file}"
+
+
+def test_every_requirement_has_an_upper_bound():
+    assert all(any(bound.operator == "<" for bound in each.specifier) for each in declared())
+
+
+def test_what_is_reached_into_is_bounded_at_the_next_minor_version():
+    reached = {"transformers", "torch", "onnxscript", "onnxruntime", "onnxruntime-gpu", "huggingface-hub"}
+    newest = {
+        name: max(Version(pin.version) for each in found for pin in each.specifier)
+        for name, found in pins("constraints.txt").items()
+    }
+    for requirement in declared():
+        if requirement.name in reached:
+            (upper,) = (Version(bound.version) for bound in requirement.specifier if bound.operator == "<")
+            tested = newest[requirement.name]
+            assert upper == Version(f"{tested.major}.{tested.minor + 1}"), requirement

@@ -1,0 +1,255 @@
+"""A cache is taken under its new name and its old one, on every version of transformers: used, or an error."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+
+import pytest
+import torch
+from helpers.running import close_memory
+from helpers.tiny import patched_model, randomise, tiny_model, tokens
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
+from deltamem_tool._compat import CACHE_ARGUMENTS, cache_argument, generation_cache_argument, with_one_cache
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.context import without_memory
+
+
+@pytest.fixture(autouse=True)
+def no_deprecation():
+    """Nobody is told of a name that we have renamed for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        yield
+
+
+def _plain(model):
+    return model
+
+
+def _peft(model):
+    peft = pytest.importorskip("peft")
+    from deltamem_tool._compat import peft_model
+
+    return peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))
+
+
+def _compiled(model):
+    torch.compiler.reset()
+    return torch.compile(model, backend="eager")
+
+
+def _compiled_forward(model):
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+WRAPPED = {"plain": _plain, "peft": _peft, "compiled": _compiled, "compiled forward": _compiled_forward}
+CALLS = {
+    "call": lambda model, ids, **cache: model(ids, **cache),
+    "forward": lambda model, ids, **cache: model.forward(ids, **cache),
+    "generate": lambda model, ids, **cache: model.generate(input_ids=ids, max_new_tokens=1, do_sample=False, **cache),
+}
+
+
+def _started(model):
+    """A memory that is not zero."""
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(2, 6, seed=3), cache=cache)
+    return cache.memory
+
+
+@pytest.fixture
+def model():
+    return patched_model()
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@torch.no_grad()
+def test_a_cache_is_used_under_each_name(model, wrapped, call, name):
+    ids, start = tokens(2, 5), _started(model)
+    expected = MemoryCache(model, memory=start)
+    model(ids, cache=expected)
+    cache = MemoryCache(model, memory=start)
+    CALLS[call](WRAPPED[wrapped](model), ids, **{name: cache})
+    assert cache.get_seq_length() == 5
+    close_memory(cache.memory, expected.memory)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@torch.no_grad()
+def test_two_names_are_an_error_and_neither_cache_has_changed(model, wrapped, call):
+    first, second = MemoryCache(model, memory=_started(model)), MemoryCache(model)
+    before = first.memory
+    with pytest.raises(MemoryStateError, match="Two caches were given: cache= and past_key_values="):
+        CALLS[call](WRAPPED[wrapped](model), tokens(2, 5), cache=first, past_key_values=second)
+    assert first.memory is before and second.memory is None
+    assert first.get_seq_length() == second.get_seq_length() == 0
+
+
+def _by_place(module, cache, /, **others):
+    return module(tokens(2, 5), None, None, cache, **others)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@torch.no_grad()
+def test_a_cache_can_come_by_its_place(model, part):
+    module = model if part == "model" else model.base_model
+    cache = MemoryCache(model)
+    _by_place(module, cache)
+    assert cache.get_seq_length() == 5 and cache.memory is not None
+    _by_place(module, None, cache=cache)
+    _by_place(module, cache, past_key_values=None)
+    assert cache.get_seq_length() == 15
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@torch.no_grad()
+def test_one_by_its_place_and_one_by_a_name_are_two(model, part, name):
+    module, caches = model if part == "model" else model.base_model, (MemoryCache(model), MemoryCache(model))
+    with pytest.raises(MemoryStateError, match=f"Two caches were given: {name}= and one by its place"):
+        _by_place(module, caches[0], **{name: caches[1]})
+    assert all(cache.memory is None for cache in caches)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_another_argument_given_twice_is_an_error(model, part):
+    module = model if part == "model" else model.base_model
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        _by_place(module, MemoryCache(model), input_ids=tokens(2, 5))
+
+
+@torch.no_grad()
+def test_a_base_model_around_its_decoder():
+    """OPT's own `forward` calls the decoder that has the hooks."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(vocab_size=99, word_embed_proj_dim=16, max_position_embeddings=32, **sizes)).eval()
+    attach(opt, DeltaMemConfig(rank=4))
+    for name in CACHE_ARGUMENTS:
+        cache = MemoryCache(opt)
+        opt.base_model(tokens(2, 5), **{name: cache})
+        assert cache.get_seq_length() == 5 and cache.memory is not None
+    with pytest.raises(MemoryStateError, match="Two caches"):
+        opt.base_model(tokens(2, 5), cache=MemoryCache(opt), past_key_values=MemoryCache(opt))
+    detach(opt)
+    assert "forward" not in vars(opt.base_model)
+
+
+@torch.no_grad()
+def test_without_the_memory_a_cache_is_used_too(model):
+    for name in CACHE_ARGUMENTS:
+        for module in (model, model.base_model):
+            cache = MemoryCache(model)
+            with without_memory():
+                module(tokens(2, 5), **{name: cache})
+            assert cache.get_seq_length() == 5 and cache.memory is None
+
+
+@torch.no_grad()
+def test_the_decoder_takes_every_name(model):
+    for name in CACHE_ARGUMENTS:
+        cache = MemoryCache(model)
+        model.base_model(tokens(2, 5), **{name: cache})
+        assert cache.memory is not None and cache.get_seq_length() == 5
+    with pytest.raises(MemoryStateError, match="Two caches"):
+        model.base_model(tokens(2, 5), cache=MemoryCache(model), past_key_values=MemoryCache(model))
+
+
+@torch.no_grad()
+def test_a_name_without_a_cache_is_no_second_one(model):
+    cache = MemoryCache(model)
+    model(tokens(2, 5), cache=cache, past_key_values=None)
+    model(tokens(2, 1), cache=None, past_key_values=cache)
+    assert cache.get_seq_length() == 6
+
+
+class Counted:
+    """A `forward` that somebody has put on a model, as accelerate does: it does not take the model."""
+
+    def __init__(self, model) -> None:
+        self.own, self.calls = model.forward, 0
+        functools.update_wrapper(self, self.own)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.own(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_forward_that_was_there_before():
+    model = tiny_model()
+    model.forward = before = Counted(model)
+    randomise(attach(model, DeltaMemConfig()))
+    names = list(inspect.signature(model.forward).parameters)
+    assert names == list(inspect.signature(before).parameters) and names[0] == "input_ids"
+    cache = MemoryCache(model)
+    model(tokens(2, 5), cache=cache)
+    assert cache.memory is not None and before.calls == 1
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.zero_()
+    with without_memory():
+        assert not copied(tokens(2, 5)).logits.any(), "the copy computes with the weights of the original"
+    detach(model)
+    assert model.forward is before
+    del model.forward
+    assert not {"forward", "generate", "prepare_inputs_for_generation"} & vars(model).keys()
+
+
+@torch.no_grad()
+def test_a_forward_that_comes_later_stays():
+    model = tiny_model()
+    plain = model(tokens(2, 5)).logits
+    attach(model, DeltaMemConfig(delta_init="random"))
+    model.forward = after = Counted(model)
+    cache = MemoryCache(model)
+    model(tokens(2, 5), cache=cache)
+    assert cache.memory is not None and after.calls == 1
+    detach(model)
+    assert model.forward is after and torch.equal(model(tokens(2, 5)).logits, plain)
+
+
+def test_accelerates_hooks_come_and_go():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = tiny_model()
+    expected = model(tokens(2, 5)).logits
+    add_hook_to_module(model, ModelHook())
+    attach(model, DeltaMemConfig())
+    remove_hook_from_module(model)
+    detach(model)
+    assert torch.equal(model(tokens(2, 5)).logits, expected)
+    attach(model, DeltaMemConfig())
+    add_hook_to_module(model, ModelHook())
+    detach(model)
+    remove_hook_from_module(model)
+    assert torch.equal(model(tokens(2, 5)).logits, expected)
+
+
+def test_what_a_function_calls_its_cache():
+    assert cache_argument(lambda input_ids, cache=None: None) == "cache"
+    assert cache_argument(lambda input_ids, past_key_values=None: None) == "past_key_values"
+    assert cache_argument(lambda **kwargs: None) == generation_cache_argument() == cache_argument(tiny_model().forward)
+
+
+def test_with_one_cache():
+    names = ["input_ids", "cache"]
+    assert with_one_cache(names, "cache", (1,), {"past_key_values": 2, "use_cache": True}) == (
+        (1,),
+        {"use_cache": True, "cache": 2},
+    )
+    assert with_one_cache(names, "cache", (1, None), {"cache_params": 2}) == ((1, 2), {})
+    assert with_one_cache(names, "cache", (1, 2), {"cache": None}) == ((1, 2), {})
+    assert with_one_cache(["kwargs"], "cache", (1,), {"cache": 2}) == ((1,), {"cache": 2})
+    with pytest.raises(MemoryStateError, match="cache= and cache_params="):
+        with_one_cache(names, "cache", (1,), {"cache": 1, "cache_params": 1})

@@ -1,0 +1,298 @@
+"""One conversation, one answer, however it is run: with any options, in any pieces, padded, in beams, in another
+process, from any copy of its memory. `conversations.py` draws the models and what is said to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.conversations import (
+    NEVER,
+    Batch,
+    Elsewhere,
+    alone,
+    cuts,
+    equal,
+    examples,
+    feed,
+    long_texts,
+    memory_of,
+    new_cache,
+    places_of,
+    rooms,
+    same,
+    same_memory,
+    segmented_setups,
+    setups,
+    texts,
+)
+from helpers.tiny import PAD
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LogitsProcessor
+
+from deltamem_tool import MemoryCache, MemoryState
+from deltamem_tool.config import GRANULARITIES
+from deltamem_tool.segments.tags import INSIDE, LAST
+
+OTHER = {"eager": "sdpa", "sdpa": "eager"}
+
+
+# In pieces.
+
+
+@examples(100)
+@given(setups(), long_texts(), st.data())
+def test_in_pieces(setup, text, data):
+    """In one call, in a few, token by token; the other way to compute attention; positions given or counted."""
+    model = setup.model()
+    start = memory_of(model, data.draw(texts(0, 6), "before"))
+    logits, memory = alone(model, text, start)
+    bounds = data.draw(cuts(len(text)), "bounds")
+    told, ahead, by_hand = (data.draw(st.booleans(), name) for name in ("positions", "ahead", "by_hand"))
+    others = [
+        ("in pieces", model, bounds, {"positions": told, "ahead": ahead, "by_hand": by_hand and not ahead}),
+        ("token by token", model, list(range(1, len(text))), {}),
+        ("other attention", replace(setup, attention=OTHER[setup.attention]).model(), bounds, {"positions": told}),
+    ]
+    for what, other, ends, how in others:
+        cache = new_cache(other, start, data.draw(rooms(len(text)), "room"))
+        same(feed(other, cache, Batch.of([text]), ends, **how)[0], logits, f"logits {what}")
+        same_memory(cache.memory, memory)
+
+
+@examples(40)
+@given(segmented_setups(), st.lists(st.tuples(texts(), st.booleans()), min_size=1, max_size=3), st.data())
+def test_a_segment_ended_by_hand(setup, drawn, data):
+    """The same state by the mark of the last token or by `end_segment()` after it, which leaves alone whose segment has
+    ended already."""
+    rows = [replace(row, marks=(*row.marks[:-1], LAST), writes=(*row.writes[:-1], True)) for row, _ in drawn]
+    open_ = [
+        replace(row, marks=(*row.marks[:-1], INSIDE)) if late else row
+        for row, (_, late) in zip(rows, drawn, strict=True)
+    ]
+    model = setup.model()
+    batch = Batch.padded(open_, places_of([len(row) for row in rows], "right"))
+    cache = MemoryCache(model)
+    feed(model, cache, batch, data.draw(cuts(batch.ids.shape[1]), "bounds"))
+    assert (cache.memory.open_tokens > 0).tolist() == [late for _, late in drawn]
+    if any(late for _, late in drawn):
+        cache.end_segment()
+    for n, row in enumerate(rows):
+        same_memory(cache.memory, alone(model, row)[1], n)
+
+
+# In a batch with others, padded.
+
+
+@st.composite
+def places(draw, lengths):
+    """Columns of every row's tokens: padding before them, after them, or anywhere between."""
+    side = draw(st.sampled_from(("left", "right", "anywhere")))
+    if side != "anywhere":
+        return places_of(lengths, side)
+    rows = []
+    for length in lengths:
+        holes = draw(st.lists(st.integers(0, length), max_size=4))  # before which token, or after all of them
+        rows.append([token + sum(hole <= token for hole in holes) for token in range(length)])
+    return rows
+
+
+@examples(100)
+@given(setups(), st.lists(texts(), min_size=1, max_size=4), st.data())
+def test_padded_in_a_batch(setup, rows, data):
+    model = setup.model()
+    columns = data.draw(places([len(row) for row in rows]), "columns")
+    batch = Batch.padded(rows, columns, fill=data.draw(st.sampled_from((PAD, 50)), "fill"))
+    width = batch.ids.shape[1]
+    bounds = data.draw(cuts(width), "bounds")
+    # Without positions the model counts columns: the same distances between tokens, unless padding is among them.
+    apart = any(row[-1] - row[0] >= len(row) for row in columns)
+    told = apart or data.draw(st.booleans(), "positions")
+    starts = [memory_of(model, data.draw(texts(1, 4), "before")) for _ in rows] if data.draw(st.booleans()) else None
+    room = data.draw(rooms(width), "room")
+    cache = new_cache(model, None if starts is None else MemoryState.stack(starts), room)
+    logits = feed(model, cache, batch, bounds, positions=told, ahead=data.draw(st.booleans(), "ahead"))
+    for n, row in enumerate(rows):
+        expected, memory = alone(model, row, None if starts is None else starts[n])
+        same(logits[n, columns[n]], expected, f"logits of row {n}")
+        same_memory(cache.memory, memory, n)
+
+
+# In beams.
+
+
+@examples(60)
+@given(setups(), st.data())
+def test_beams_carry_what_they_have_said(setup, data):
+    """A random tree of beams: at every step each row goes on with any row's past, its keys, states and open segment."""
+    model = setup.model()
+    beams, steps, ahead = (data.draw(st.integers(*range_), name) for name, range_ in _TREE.items())
+    prompt = data.draw(texts(1, 6), "prompt")
+    cache = new_cache(model, room=data.draw(rooms(len(prompt) + 3 * steps), "room"))
+    feed(model, cache, Batch.of([prompt]))
+    cache.batch_repeat_interleave(beams)
+    pasts = [prompt] * beams
+    for step in range(steps):
+        length = data.draw(st.integers(1, 3), "length")
+        said = [data.draw(texts(length, length), f"step {step}") for _ in range(beams)]
+        taken = torch.tensor(data.draw(st.lists(st.integers(0, beams - 1), min_size=beams, max_size=beams), "taken"))
+        if ahead and setup.segmented:  # marks of tokens to come are the past's, and move with it
+            cache.segments = Batch.of(said).marks
+        (cache.batch_select_indices if data.draw(st.booleans(), "select") else cache.reorder_cache)(taken)
+        if ahead and setup.segmented:
+            said = [replace(row, marks=said[past].marks) for row, past in zip(said, taken.tolist(), strict=True)]
+            assert torch.equal(cache.segments, Batch.of(said).marks)
+        pasts = [pasts[past] + row for row, past in zip(said, taken.tolist(), strict=True)]
+        logits = feed(model, cache, Batch.of(said))
+    for n, past in enumerate(pasts):
+        expected, memory = alone(model, past)
+        same(logits[n], expected[-length:], f"logits of beam {n}")
+        same_memory(cache.memory, memory, n)
+
+
+_TREE = {"beams": (1, 4), "steps": (1, 4), "ahead": (0, 1)}
+
+
+class Forced(LogitsProcessor):
+    """Every beam of a conversation says what it is told to."""
+
+    def __init__(self, said, prompt, beams):
+        self.said, self.prompt, self.beams = torch.tensor(said), prompt, beams
+
+    def __call__(self, input_ids, scores):
+        wanted = self.said[:, input_ids.shape[1] - self.prompt].repeat_interleave(self.beams)
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+
+@examples(50)
+@given(setups(), st.lists(texts(1, 8), min_size=1, max_size=3), st.integers(1, 4), st.data())
+def test_generate(setup, prompts, beams, data):
+    """Prompts of any lengths, of which every beam says the same: its token loop is the whole text in one call. What is
+    generated belongs to the open segment, and the last token that is said is not fed."""
+    new = data.draw(st.integers(1, 5), "new")
+    said = [replace(data.draw(texts(new, new), "said"), marks=(INSIDE,) * new, writes=(True,) * new) for _ in prompts]
+    prompts = [replace(prompt, writes=(True,) * len(prompt)) for prompt in prompts]
+    model = setup.model()
+    starts = [memory_of(model, data.draw(texts(1, 4), "before")) for _ in prompts] if data.draw(st.booleans()) else None
+    columns = places_of([len(prompt) for prompt in prompts], "left")
+    batch = Batch.padded(prompts, columns)
+    room = data.draw(rooms(batch.ids.shape[1] + new), "room")
+    cache = new_cache(model, None if starts is None else MemoryState.stack(starts), room)
+    output = _generate(model, cache, setup, batch, said, beams)
+    tokens = torch.tensor([row.tokens for row in said])
+    assert torch.equal(output.sequences[:, batch.ids.shape[1] :], tokens)
+    found = torch.stack(output.logits, dim=1)  # [B·beams, new, vocabulary]
+    for n, prompt in enumerate(prompts):
+        whole = prompt + said[n].part(0, -1)
+        expected, memory = alone(model, whole, None if starts is None else starts[n])
+        for beam in range(n * beams, (n + 1) * beams):
+            same(found[beam], expected[len(prompt) - 1 :], f"logits of conversation {n}, beam {beam % beams}")
+            same_memory(cache.memory, memory, beam)
+
+
+def _generate(model, cache, setup, batch, said, beams):
+    if setup.segmented:
+        cache.segments = batch.marks
+    return model.generate(
+        batch.ids,
+        attention_mask=batch.valid.long(),
+        cache=cache,
+        max_new_tokens=len(said[0]),
+        num_beams=beams,
+        do_sample=False,
+        eos_token_id=NEVER,
+        pad_token_id=PAD,
+        logits_processor=[Forced([row.tokens for row in said], batch.ids.shape[1], beams)],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+# Compiled.
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES[:2])
+@examples(2)
+@given(st.data())
+def test_compiled_steps(granularity, data):
+    """A prompt as it comes, then one graph for every token after it, over a cache that does not grow."""
+    setup = data.draw(setups(granularity=granularity), "setup")
+    prompt, text = data.draw(texts(), "prompt"), data.draw(texts(6, 8), "text")
+    model = setup.model()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    cache = new_cache(model, room=len(prompt) + len(text))
+    logits = [feed(model, cache, Batch.of([prompt]))[0]]
+    for token in range(len(text)):
+        cache.write = torch.tensor([text.writes[token : token + 1]])
+        if setup.segmented:
+            cache.segments = torch.tensor([text.marks[token : token + 1]], dtype=torch.int8)
+        with torch.no_grad():
+            logits.append(run(torch.tensor([text.tokens[token : token + 1]]), cache=cache).logits[0])
+    assert counter.frame_count == 1
+    expected, memory = alone(model, prompt + text)
+    same(torch.cat(logits), expected, "logits")
+    same_memory(cache.memory, memory)
+
+
+# From a memory.
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    process = Elsewhere()
+    yield process
+    process.close()
+
+
+@examples(60)
+@given(setups(), texts(), texts(), st.data())
+def test_resumed_in_a_new_process(elsewhere, tmp_path_factory, setup, before, after, data):
+    """From a memory file, to the bit what the process that made it goes on with."""
+    model = setup.model()
+    first = MemoryCache(model)
+    feed(model, first, Batch.of([before]), data.draw(cuts(len(before)), "bounds before"))
+    path = tmp_path_factory.mktemp("memory") / "memory"
+    first.memory.save(path)
+    bounds = data.draw(cuts(len(after)), "bounds after")
+    second = MemoryCache(model, memory=first.memory)
+    logits = feed(model, second, Batch.of([after]), bounds)
+    there, memory = elsewhere.resume(setup, path, after, bounds)
+    assert torch.equal(there, logits)
+    assert equal(memory, second.memory)
+
+
+@examples(60)
+@given(setups(), st.lists(texts(1, 8), min_size=2, max_size=3), st.data())
+def test_copies_go_on_like_the_first(setup, befores, data):
+    """fork, select, stack and clone in the middle of conversations, open segments included."""
+    model = setup.model()
+    memories = [memory_of(model, before) for before in befores]
+    kept = [memory.clone() for memory in memories]
+    memory, rows = MemoryState.stack(memories), list(range(len(befores)))
+    for change in data.draw(
+        st.lists(st.sampled_from(("fork", "select", "stack", "clone")), min_size=1, max_size=3), "changes"
+    ):
+        if change == "fork":
+            copies = data.draw(st.integers(1, 3), "copies")
+            memory, rows = memory.fork(copies), [row for row in rows for _ in range(copies)]
+        elif change == "select":
+            chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=4), "rows")
+            memory, rows = memory.select(chosen), [rows[row] for row in chosen]
+        elif change == "stack":
+            memory, rows = MemoryState.stack([memory, memories[0]]), [*rows, 0]
+        else:
+            memory = memory.clone()
+    length = data.draw(st.integers(1, 8), "length")
+    afters = [data.draw(texts(length, length), "after") for _ in rows]
+    cache = MemoryCache(model, memory=memory)
+    logits = feed(model, cache, Batch.of(afters), data.draw(cuts(length), "bounds"))
+    for n, (row, after) in enumerate(zip(rows, afters, strict=True)):
+        expected, then = alone(model, after, kept[row])
+        same(logits[n], expected, f"logits of copy {n}")
+        same_memory(cache.memory, then, n)
+    assert all(equal(memory, before) for memory, before in zip(memories, kept, strict=True)), "a memory was changed"

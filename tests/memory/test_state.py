@@ -1,0 +1,306 @@
+"""A memory is a value: it is saved to the bit, forked, selected, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import patched_model, tokens
+
+from deltamem_tool import MemoryCache, MemoryState
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+
+
+@pytest.fixture(scope="module")
+def model():
+    return patched_model(state_heads=2)
+
+
+@pytest.fixture
+def memory(model):
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(3, 8), cache=cache)
+    return cache.memory
+
+
+@pytest.fixture(scope="module")
+def by_message():
+    return patched_model(state_heads=2, granularity="message")
+
+
+@pytest.fixture
+def half_said(by_message):
+    """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
+    belong to no segment."""
+    cache = MemoryCache(by_message)
+    cache.segments = torch.full((3, 8), INSIDE, dtype=torch.int8)
+    cache.segments[0, 2] = LAST
+    cache.segments[2, :2] = OUTSIDE
+    with torch.no_grad():
+        by_message(tokens(3, 8), cache=cache)
+    return cache.memory
+
+
+def same(memory, other):
+    assert memory.adapter == other.adapter and list(memory.layers) == list(other.layers)
+    assert list(memory.segments) == list(other.segments)
+    for mine, others in ((memory.layers, other.layers), (memory.segments, other.segments)):
+        assert all(torch.equal(mine[layer], tensor) for layer, tensor in others.items())
+
+
+def test_saved_and_loaded_to_the_bit(memory, model, tmp_path):
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = MemoryState.load(tmp_path / "memory.safetensors")
+    same(loaded, memory)
+    assert loaded.nbytes == memory.nbytes == 3 * 2 * 2 * 4 * 4 * 4
+    assert loaded.shape.layers == {0: (2, 4, 4), 1: (2, 4, 4)}
+    # and it reads the same: the file says as much as the object
+    with torch.no_grad():
+        a = model(tokens(3, 4), cache=MemoryCache(model, memory=memory)).logits
+        b = model(tokens(3, 4), cache=MemoryCache(model, memory=loaded)).logits
+    assert torch.equal(a, b)
+
+
+def test_fork_repeats_rows_and_select_picks_them(memory):
+    forked = memory.fork(2)
+    assert forked.batch_size == 6
+    for layer, state in memory.layers.items():
+        assert torch.equal(forked.layers[layer][::2], state) and torch.equal(forked.layers[layer][1::2], state)
+    picked = memory.select([2, 0, 2])
+    same(picked, memory.select(torch.tensor([2, 0, 2])))
+    for layer, state in memory.layers.items():
+        assert torch.equal(picked.layers[layer], state[[2, 0, 2]])
+    with pytest.raises(IndexError):
+        memory.select([3])
+
+
+def test_stacked_memories_are_rows_of_one_batch(memory, half_said):
+    for whole in (memory, half_said):
+        parts = [whole.select([0]), whole.select([1, 2]), whole.select([0])]
+        same(MemoryState.stack(parts), whole.select([0, 1, 2, 0]))
+        assert all(torch.equal(part.layers[1], whole.select([0]).layers[1]) for part in parts[::2])
+        same(MemoryState.stack([whole]), whole)
+    with pytest.raises(MemoryStateError, match="no memories to stack"):
+        MemoryState.stack([])
+    other = MemoryState(memory.layers, "another")
+    with pytest.raises(MemoryStateError, match="belongs to another adapter"):
+        MemoryState.stack([memory, other])
+    with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*layers are \[0\]"):
+        MemoryState.stack([memory, MemoryState({0: memory.layers[0]}, memory.adapter)])
+    with pytest.raises(MemoryStateError, match="(?s)does not fit.*numbers of an open segment"):
+        MemoryState.stack([half_said, MemoryState(half_said.layers, half_said.adapter)])
+
+
+def test_norms_are_of_every_state(memory):
+    norms = memory.norms()
+    assert list(norms) == list(memory.layers)
+    for layer, state in memory.layers.items():
+        assert norms[layer].shape == (3, 2)
+        for row in range(3):
+            for head in range(2):
+                wanted = state[row, head].double().pow(2).sum().sqrt().item()
+                assert norms[layer][row, head].item() == pytest.approx(wanted, rel=1e-6)
+    assert not MemoryState({4: torch.zeros(1, 1, 2, 2)}, "mark").norms()[4].any()
+
+
+def test_an_open_segment_goes_on_from_a_file(half_said, by_message, tmp_path):
+    half_said.save(tmp_path / "m")
+    loaded = MemoryState.load(tmp_path / "m")
+    same(loaded, half_said)
+    caches = [MemoryCache(by_message, memory=memory) for memory in (half_said, loaded)]
+    with torch.no_grad():
+        for cache in caches:
+            by_message(tokens(3, 2, seed=1), cache=cache)
+            cache.end_segment()
+    same(caches[0].memory, caches[1].memory)
+    assert not torch.equal(caches[0].memory.layers[0], half_said.layers[0])
+
+
+def test_open_tokens_are_those_that_wait(memory, half_said, by_message):
+    assert half_said.open_tokens.tolist() == [5, 8, 6] and half_said.open_tokens.dtype == torch.int64
+    assert half_said.select([1, 0]).open_tokens.tolist() == [8, 5]
+    assert memory.open_tokens.tolist() == [0, 0, 0]
+    cache = MemoryCache(by_message, memory=half_said)
+    cache.end_segment()
+    assert cache.memory.open_tokens.tolist() == [0, 0, 0] and half_said.open_tokens.tolist() == [5, 8, 6]
+
+
+def test_copies_are_independent(memory):
+    for copy in (memory.clone(), memory.fork(1), memory.select([0, 1, 2])):
+        same(copy, memory)
+        before = memory.layers[0].clone()
+        copy.layers[0].add_(1)
+        assert torch.equal(memory.layers[0], before)
+
+
+def test_clone_is_cut_off_from_autograd(memory):
+    tracked = MemoryState({layer: state.clone().requires_grad_() * 2 for layer, state in memory.layers.items()}, "mark")
+    assert tracked.layers[0].requires_grad and not tracked.clone().layers[0].requires_grad
+    assert tracked.fork(2).layers[0].requires_grad  # training goes through the others
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ({}, "disagree"),
+        ({0: torch.zeros(2, 1, 4, 4), 1: torch.zeros(3, 1, 4, 4)}, "disagree"),
+        ({0: torch.zeros(1, 4, 4)}, r"not float32 \[B, H, R, R\]"),
+        ({0: torch.zeros(1, 1, 4, 5)}, r"not float32 \[B, H, R, R\]"),
+        ({0: torch.zeros(1, 1, 4, 4).half()}, "float16"),
+    ],
+)
+def test_what_is_no_memory_is_refused(layers, says):
+    with pytest.raises(MemoryStateError, match=says):
+        MemoryState(layers, "mark")
+
+
+def test_another_adapters_memory_is_refused(memory, tmp_path):
+    other = patched_model(state_heads=2, seed=1)
+    memory.save(tmp_path / "m")
+    with pytest.raises(MemoryStateError, match="another adapter"):
+        MemoryCache(other, memory=MemoryState.load(tmp_path / "m"))
+    narrow = patched_model(state_heads=1)
+    with pytest.raises(MemoryStateError, match="does not fit"):
+        MemoryCache(narrow, memory=MemoryState.load(tmp_path / "m"))
+
+
+def test_numbers_that_are_none_are_named(memory, half_said):
+    memory.check_finite()
+    half_said.check_finite()
+    for whole, part in ((memory, "layers"), (half_said, "layers"), (half_said, "segments")):
+        for value in (np.nan, -np.inf):
+            broken = whole.clone()
+            getattr(broken, part)[1].view(-1)[-1] = value
+            with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN or infinity"):
+                broken.check_finite()
+
+
+# The cache
+
+
+def changed(memory, **change):
+    return MemoryState(**{"layers": memory.layers, "adapter": memory.adapter, "segments": memory.segments} | change)
+
+
+MISFITS = [
+    (lambda m: changed(m, adapter="f" * 64), "belongs to another adapter.*ffffffffffffffff…"),
+    (lambda m: changed(m, layers={i: torch.zeros(3, 2, 5, 5) for i in (0, 1)}), "layer 0 has rank 5, the adapter's 4"),
+    (
+        lambda m: changed(m, layers={i: torch.zeros(3, 1, 4, 4) for i in (0, 1)}),
+        "layer 0 has state heads 1, the adapter's 2",
+    ),
+    (lambda m: changed(m, layers={0: m.layers[0]}), r"layers are \[0\], the adapter's \[0, 1\]"),
+    (
+        lambda m: changed(m, layers={i: m.layers[0] for i in range(3)}),
+        r"layers are \[0, 1, 2\], the adapter's \[0, 1\]",
+    ),
+    (
+        lambda m: changed(m, segments={i: torch.zeros(3, 9) for i in (0, 1)}),
+        "keeps 9 numbers of an open segment, the adapter 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), MISFITS)
+def test_what_does_not_fit_is_named(model, memory, change, says):
+    with pytest.raises(MemoryStateError, match=f"(?s){says}"):
+        MemoryCache(model, memory=change(memory))
+
+
+def test_a_memory_with_nan_starts_no_conversation(model, memory):
+    broken = memory.clone()
+    broken.layers[1][2, 0, 0, 0] = torch.nan
+    with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN"):
+        MemoryCache(model, memory=broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "holds 2 conversations, the batch 3")]
+)
+def test_a_conversation_goes_on_after_a_refusal(model, change, says):
+    """A foreign memory set in the middle of a conversation is refused before anything has changed."""
+    cache, expected, more = MemoryCache(model), MemoryCache(model), tokens(3, 4, seed=1)
+    with torch.no_grad():
+        for some in (cache, expected):
+            model(tokens(3, 8), cache=some)
+        kept, copy = cache.memory, cache.memory.clone()
+        cache.memory = foreign = change(kept)
+        with pytest.raises(MemoryStateError, match=f"(?s){says}"):
+            model(more, cache=cache)
+        assert cache.memory is foreign and cache.get_seq_length() == 8
+        cache.memory = kept
+        same(kept, copy)
+        logits = model(more, cache=cache).logits
+        assert torch.equal(logits, model(more, cache=expected).logits)
+    same(cache.memory, expected.memory)
+
+
+def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
+    cache, copy = MemoryCache(model, memory=memory), memory.clone()
+    with torch.no_grad(), pytest.raises(MemoryStateError, match=r"(?s)holds 3 conversations, the batch 2.*fork\(n\)"):
+        model(tokens(2, 4), cache=cache)
+    assert cache.memory is memory and cache.get_seq_length() == 0
+    same(memory, copy)
+
+
+def test_reordering_moves_memory_and_keys_together(model, memory):
+    cache, ids = MemoryCache(model), tokens(3, 8)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+        same(cache.memory, memory.select([2, 2, 0]))
+        more = tokens(3, 2, seed=1)
+        logits = model(more, cache=cache).logits
+        expected = MemoryCache(model)
+        model(ids[[2, 2, 0]], cache=expected)
+        assert torch.equal(logits, model(more, cache=expected).logits)
+
+
+def test_what_has_ended_moves_with_its_row(model):
+    cache = MemoryCache(model)
+    cache.begin_generation(torch.tensor([7]))
+    for fed, expected in (([7, 1, 2], [False, True, True]), ([1, 1, 1], [True, False, False])):
+        cache.begin_step(torch.tensor(fed)[:, None], valid=None)
+        (reads,) = cache.take_step()
+        assert reads[:, 0].tolist() == expected
+        cache.reorder_cache(torch.tensor([1, 0, 0]))
+    assert cache.take_step() is None  # no step of `generate`
+
+
+def test_repeating_and_selecting_move_both(model, memory):
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(3, 8), cache=cache)
+    cache.batch_repeat_interleave(2)
+    same(cache.memory, memory.fork(2))
+    assert cache.layers[0].keys.shape[0] == 6
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    same(cache.memory, memory.select([0, 2]))
+    assert cache.layers[0].keys.shape[0] == 2
+    loaded = MemoryCache(model, memory=memory)  # no keys yet
+    loaded.batch_repeat_interleave(3)
+    same(loaded.memory, memory.fork(3))
+
+
+def test_a_cache_cannot_take_tokens_back(model):
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(1, 8), cache=cache)
+    assert not cache.is_croppable
+    with pytest.raises(MemoryStateError, match="cannot forget"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == 8
+
+
+def test_a_reset_cache_starts_from_zeros(model):
+    cache, fresh, ids = MemoryCache(model), MemoryCache(model), tokens(2, 5)
+    with torch.no_grad():
+        model(tokens(2, 8, seed=1), cache=cache)
+        cache.reset()
+        assert cache.memory is None
+        model(ids, cache=fresh)
+        memory = MemoryCache(model, memory=None)
+        model(ids, cache=memory)
+    same(memory.memory, fresh.memory)

@@ -1,0 +1,108 @@
+"""Options of an export together: a memory that writes by messages, fixed lengths, quantisation, half precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.onnx.export.compare import greedy_agreement
+from deltamem_tool.onnx.export.export import TOLERANCE, export_onnx
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
+from deltamem_tool.onnx.export.targets import INT4, INT8
+from deltamem_tool.onnx.export.trace import CallOptions
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+BY_MESSAGE = {"granularity": "message", "couple_lambda": False}
+LENGTH = 112
+# Of logits that are up to 8: random weights in 8 and 4 bits.
+LARGEST = {INT8: 2.0, INT4: 8.0}
+SAID = ("My dog is Bella.", "What is the name of my dog?")
+
+
+@pytest.fixture(scope="module")
+def fixed_by_message(exported_with):
+    """A fixed length, and the memory's weights apart from the base's, as quantisation wants them."""
+    return exported_with("fixed-by-message", BY_MESSAGE, max_length=LENGTH, without=JOIN_WEIGHTS)
+
+
+@pytest.fixture(params=[INT8, INT4])
+def quantised(request, fixed_by_message, write_instead, tmp_path):
+    """The same through the whole export, but for the tracing."""
+    write_instead(fixed_by_message)
+    model, tokenizer = fixed_by_message.model, fixed_by_message.tokenizer
+    manifest = export_onnx(model, tokenizer, tmp_path / "out", max_length=LENGTH, quantize=request.param)
+    return dataclasses.replace(fixed_by_message, folder=tmp_path / "out", manifest=manifest)
+
+
+def columns_of(folder: Path) -> set[bytes]:
+    """Of every float32 matrix in the graph."""
+    tensors = [numpy_helper.to_array(tensor) for tensor in onnx.load(folder / "model.onnx").graph.initializer]
+    return {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
+
+
+def states(conversation: Conversation) -> list[NDArray]:
+    return list(conversation.memory.states.values())
+
+
+def test_a_quantised_graph_says_what_it_cost_and_keeps_the_memorys_weights(quantised, fixed_by_message):
+    manifest, plain = quantised.manifest, fixed_by_message.manifest
+    assert manifest.interface == plain.interface and manifest.interface.max_length == LENGTH
+    assert plain.max_abs_diff < TOLERANCE < manifest.max_abs_diff < LARGEST[manifest.quantize]
+    assert 0.5 < manifest.greedy_agreement <= 1
+    columns = columns_of(quantised.folder)
+    matrices = [weight.detach() for weight in adapter_of(quantised.model).parameters() if weight.dim() == 2]
+    assert all(row.numpy().tobytes() in columns for matrix in matrices for row in matrix)
+
+
+def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):
+    model, short = OnnxModel(quantised.folder), Sampling(max_new_tokens=4)
+    conversation, other = Conversation(model), Conversation(model)
+    conversation.generate(SAID[0], short)
+    once = states(conversation)
+    conversation.save_memory(tmp_path / "memory.safetensors")
+    other.load_memory(tmp_path / "memory.safetensors")
+    for x, y in zip(once, states(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+    conversation.generate(SAID[1], short)
+    for x, y in zip(once, states(conversation), strict=True):
+        assert np.abs(x).max() > 0.01 and np.abs(x - y).max() > 0.01
+
+
+def test_greedy_tokens_come_out_of_segments_that_were_written(by_message):
+    """A graph that loses its states does not choose the same tokens."""
+    graph, options = OnnxModel(by_message.folder).graph, CallOptions(by_message.model, "last")
+    assert greedy_agreement(by_message.model, graph, options) == 1
+    step = graph.step
+
+    def forgetting(*inputs):
+        logits, past = step(*inputs)
+        empty = {layer: np.zeros_like(state) for layer, state in graph.states(past).items()}
+        return logits, graph.with_memory(past, empty, graph.segments(past))
+
+    graph.step = forgetting
+    assert greedy_agreement(by_message.model, graph, options) < 0.95
+
+
+def test_half_precision_for_cuda_by_message(exported_with):
+    """What ONNX Runtime's CPU provider runs of it is compared there; its types are what the contract says."""
+    exported = exported_with("cuda-float16-by-message", BY_MESSAGE, torch.float16, target="cuda")
+    manifest, graph = exported.manifest, onnx.load(exported.folder / "model.onnx").graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    named = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    named["bool"] = TensorProto.BOOL
+    expected = {**manifest.interface.inputs(), **manifest.interface.outputs()}
+    assert types == {name: named[dtype] for name, (dtype, _) in expected.items()}
+    assert manifest.interface.segment and manifest.interface.dtype == "float16"
+    weights = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
+    assert weights == {TensorProto.FLOAT16, TensorProto.FLOAT}  # the base's, and the memory's
+    assert 0 < manifest.max_abs_diff < 0.02

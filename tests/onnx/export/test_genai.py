@@ -1,0 +1,352 @@
+"""Folders for onnxruntime-genai, run by that package, against PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import onnxruntime_genai
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.tiny import randomise, tiny_model, tiny_tokenizer
+
+from deltamem_tool.chat.text import ChatText
+from deltamem_tool.cli.export import command
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, MemoryStateError
+from deltamem_tool.memory.attach import adapter_of, attach
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx.contract import Layer, Manifest
+from deltamem_tool.onnx.export import export, genai
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+TOLERANCE = 1e-4
+CONTEXT = 120
+NEW_TOKENS = 25
+QUESTIONS = ("My cat is called Zoë 🐈.", "What is she called?")
+# Line ends and indentation that transformers strips and other engines keep.
+TEMPLATE = """{# Written
+ to be read. #}
+{% for message in messages %}
+    {% if message.role == 'user' %}
+<|user|>{{ message.content | trim }}
+    {%- else %}
+<|assistant|>{{ message.content }}
+    {%- endif %}
+<|end|>
+
+{% endfor %}
+{%- if add_generation_prompt %}
+<|assistant|>
+{%- endif %}
+"""
+DOCS = Path(__file__).parents[3] / "docs" / "export.md"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Two layers, a memory in the second alone; answers to the first question end after some tokens."""
+    model = tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), layers=(1,))))
+    answer, _ = in_pytorch(model, chat_ids(tokenizer, QUESTIONS[0]), NEW_TOKENS)
+    stop = next(token for token in answer[4:] if token not in answer[:4])
+    model.generation_config.eos_token_id = [stop]
+    return model
+
+
+@pytest.fixture(scope="module")
+def start(model, tokenizer, tmp_path_factory):
+    """A memory file, and the memory in it."""
+    _, memory = in_pytorch(model, tokenizer("What was said the day before.").input_ids, 1)
+    path = tmp_path_factory.mktemp("memory") / "before.safetensors"
+    memory.save(path)
+    return path, memory
+
+
+@pytest.fixture(scope="module")
+def export_again(model, tokenizer, start, tmp_path_factory):
+    """`export_onnx`, with one trace for all: what follows the trace is done each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        trace, traced = export.traced, tmp_path_factory.mktemp("traced") / "model.onnx"
+
+        def once(*args):
+            if not traced.is_file():
+                onnx_ir.save(trace(*args), traced)
+            return onnx_ir.load(traced)
+
+        patch.setattr(export, "traced", once)
+        yield lambda out, **options: export.export_onnx(model, tokenizer, out, target="genai", **options)
+
+
+@pytest.fixture(scope="module")
+def folder(export_again, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("genai") / "exported"
+    export_again(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder_with_memory(export_again, start, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("genai") / "with_memory"
+    export_again(out, memory=start[0])
+    return out
+
+
+def chat_ids(tokenizer, question: str) -> list[int]:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def in_pytorch(model, ids: list[int], new_tokens: int, memory: MemoryState | None = None):
+    """Greedy tokens of `generate`, up to a stop token or so many, and the memory after them."""
+    cache = MemoryCache(model, memory)
+    stop = model.generation_config.eos_token_id
+    prompt = torch.tensor([ids])
+    tokens = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        cache=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=stop if isinstance(stop, list) else None,  # a list: the fixture has chosen it
+    )
+    return tokens[0, len(ids) :].tolist(), cache.memory
+
+
+def in_genai(folder: Path, ids, new_tokens: int, adapter: Path | None = None, **search):
+    """Sequences after the prompt, by row, and a function that reads a layer's state."""
+    model = onnxruntime_genai.Model(str(folder))
+    ids = np.atleast_2d(np.array(ids, np.int32))
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=ids.shape[1] + new_tokens, batch_size=len(ids), **search)
+    generator = onnxruntime_genai.Generator(model, params)
+    if adapter is not None:
+        adapters = onnxruntime_genai.Adapters(model)
+        adapters.load(str(adapter), "memory")
+        generator.set_active_adapter(adapters, "memory")
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    answers = [generator.get_sequence(row)[ids.shape[1] :].tolist() for row in range(len(ids))]
+    return answers, generator.get_output("present.1.recurrent_state")
+
+
+def without_stop(model, tokens: list[int]) -> list[int]:
+    """onnxruntime-genai leaves the stop token out."""
+    return [token for token in tokens if token not in model.generation_config.eos_token_id]
+
+
+def assert_state(found: np.ndarray, memory: MemoryState) -> None:
+    torch.testing.assert_close(torch.from_numpy(found), memory.layers[1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def long_prompt(model, tokenizer) -> list[int]:
+    """One whose answer does not stop."""
+    for text in ("Remember the blue door.", "My dog is Bella.", "A long day it was.", "Tell me more about it, please."):
+        ids = tokenizer(text).input_ids
+        if len(in_pytorch(model, ids, NEW_TOKENS)[0]) == NEW_TOKENS:
+            return ids
+    raise AssertionError("every answer stops")
+
+
+def test_greedy_tokens_and_states_are_those_of_pytorch(model, folder, long_prompt):
+    (found,), state = in_genai(folder, long_prompt, NEW_TOKENS)
+    expected, memory = in_pytorch(model, long_prompt, NEW_TOKENS)
+    assert found == expected and len(found) == NEW_TOKENS
+    assert_state(state, memory)
+
+
+def test_our_runtime_leaves_the_folder_to_the_package(folder):
+    with pytest.raises(ExportError, match="for onnxruntime-genai"):
+        OnnxModel(folder)
+
+
+@pytest.mark.parametrize("way", ["default", "adapter file"])
+def test_it_starts_from_a_memory_file(model, folder, folder_with_memory, start, long_prompt, tmp_path, way):
+    path, memory = start
+    adapter = None
+    if way == "adapter file":
+        adapter = tmp_path / "before.onnx_adapter"
+        genai.write_adapter_file(folder, path, adapter)
+    (found,), state = in_genai(folder if adapter else folder_with_memory, long_prompt, NEW_TOKENS, adapter)
+    expected, after = in_pytorch(model, long_prompt, NEW_TOKENS, memory)
+    assert found == without_stop(model, expected)
+    assert_state(state, after)
+    assert found != in_genai(folder, long_prompt, NEW_TOKENS)[0][0]  # the memory matters
+
+
+def test_a_batch_of_different_prompts(model, tokenizer, folder_with_memory, start):
+    """Padded by onnxruntime-genai; every row starts from the memory, and gets what it gets alone."""
+    texts = ["Remember the blue door, it is old.", "My dog is Bella."]
+    ids = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder_with_memory))).encode_batch(texts).as_numpy()
+    assert ids.shape[0] == 2 and (ids == tokenizer.pad_token_id).any()
+    found, states = in_genai(folder_with_memory, ids, 3)
+    for row, text in enumerate(texts):
+        expected, memory = in_pytorch(model, tokenizer(text).input_ids, 3, start[1])
+        assert len(expected) == 3, "a row that ends earlier is fed padding"
+        assert found[row] == expected
+        assert_state(states[row : row + 1], memory)
+
+
+def chat(folder: Path, memory: Path, questions) -> str:
+    """The program of the docs, fed `questions`; what it prints."""
+    program = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[-1]
+    assert len(program.splitlines()) < 30 and "deltamem_tool" not in program
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(memory)],
+        input="\n".join(questions) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_of_the_docs_chats_and_remembers(model, tokenizer, folder, tmp_path):
+    file = tmp_path / "memory.onnx_adapter"
+    memory = None
+    theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))  # ends a text at a zero byte
+    for questions in (QUESTIONS, QUESTIONS[:1]):  # the second time with the memory of the first, and an empty context
+        found = chat(folder, file, questions)
+        ids, messages, printed, before = [], [], "", memory
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids += tokenizer(text.rpartition("(answer)")[2]).input_ids
+            answer, memory = in_pytorch(model, ids, CONTEXT - len(ids), before)
+            messages.append({"role": "assistant", "content": "(answer)"})
+            ids += without_stop(model, answer)
+            printed += theirs.decode(np.array(without_stop(model, answer), np.int32)) + "\n"
+        assert found == printed
+        saved = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+        assert list(saved) == ["initial.1.recurrent_state"]
+        assert_state(saved["initial.1.recurrent_state"].numpy(), memory)
+
+
+def test_the_chat_template_renders_as_in_transformers(tokenizer, folder):
+    messages = [
+        {"role": "user", "content": " Hi\n there  "},
+        {"role": "assistant", "content": 'A "quoted" \\ line\n'},
+        {"role": "user", "content": "2"},
+    ]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+    assert theirs.apply_chat_template(json.dumps(messages), add_generation_prompt=True) == expected
+    as_it_was = theirs.apply_chat_template(json.dumps(messages), template_str=TEMPLATE, add_generation_prompt=True)
+    assert as_it_was != expected  # or there would be nothing to spell out
+    assert ChatText.from_folder(folder).render(messages) == expected
+
+
+def test_raw_text_and_comments_of_a_template():
+    assert genai.spelled_out("{# no #}\n{% raw %}{{ x }}{% endraw %}\n\n{{ y -}}  \n z") == (
+        '{{ "{{ x }}" }}{{ "\\n" }}{{ y -}}{{ "z" }}'
+    )
+
+
+def test_the_folder(model, tokenizer, folder):
+    content = json.loads((folder / "genai_config.json").read_text())
+    assert content["model"]["context_length"] == content["search"]["max_length"] == CONTEXT
+    assert content["model"]["eos_token_id"] == model.generation_config.eos_token_id
+    assert content["model"]["pad_token_id"] == tokenizer.pad_token_id
+    assert content["search"]["past_present_share_buffer"] is False
+    assert Manifest.from_json((folder / "deltamem_onnx.json").read_text()).interface.genai
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    assert {value.name: value.shape for value in session.get_inputs()}.items() >= {
+        "past_key_values.1.recurrent_state": ["batch", 2, 4, 4],
+        "past_key_values.1.conv_state": ["batch", 1, 1],
+    }.items()
+    assert "write_mask" not in {value.name for value in session.get_inputs()}
+    assert [value.name for value in session.get_overridable_initializers()] == ["initial.1.recurrent_state"]
+
+
+def test_a_start_that_is_not_in_the_graph_leaves_nothing(export_again, start, monkeypatch, tmp_path):
+    set_defaults = genai.set_defaults
+    monkeypatch.setattr(genai, "set_defaults", lambda program, interface, start: set_defaults(program, interface, None))
+    with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
+        export_again(tmp_path / "out", memory=start[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    def traced(*args):
+        raise AssertionError("it was traced")
+
+    monkeypatch.setattr(export, "traced", traced)
+
+
+def other_memories(start: MemoryState, adapter: str) -> dict[str, MemoryState]:
+    state = start.layers[1]
+    return {
+        "another adapter": MemoryState({1: state}, "0" * 64),
+        "layers are": MemoryState({0: state}, adapter),
+        "state heads 1": MemoryState({1: state[:, :1]}, adapter),
+        "2 rows": start.fork(2),
+    }
+
+
+@pytest.mark.parametrize("why", ["another adapter", "layers are", "state heads 1", "2 rows"])
+def test_another_memory_is_refused_before_tracing(model, tokenizer, folder, start, untraced, tmp_path, why):
+    path = tmp_path / "memory.safetensors"
+    other_memories(start[1], adapter_of(model).fingerprint)[why].save(path)
+    with pytest.raises(MemoryStateError, match=why):
+        export.export_onnx(model, tokenizer, tmp_path / "out", target="genai", memory=path)
+    with pytest.raises(MemoryStateError, match=why):
+        genai.write_adapter_file(folder, path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_targets_take_the_memory_when_they_run(model, tokenizer, start, untraced, tmp_path):
+    with pytest.raises(ConfigError, match="takes the state as an input"):
+        export.export_onnx(model, tokenizer, tmp_path / "out", memory=start[0])
+    result = CliRunner().invoke(command, ["adapter", "--out", str(tmp_path / "out"), "--memory", str(start[0])])
+    assert result.exit_code == 2 and "--memory is for the target genai" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(model, tokenizer, out: Path, match: str) -> None:
+    with pytest.raises(DeltaMemError, match=match):
+        export.export_onnx(model, tokenizer, out, target="genai")
+    assert not out.exists()
+
+
+def test_what_onnxruntime_genai_cannot_run_is_refused_before_tracing(model, tokenizer, untraced, tmp_path, monkeypatch):
+    by_messages = tiny_model("qwen3", vocab_size=len(tokenizer))
+    attach(by_messages, DeltaMemConfig(granularity="message"))
+    refused(by_messages, tokenizer, tmp_path / "out", "writes by messages")
+    interface_of = export.interface_of
+
+    def uneven(*args):
+        interface = interface_of(*args)
+        return dataclasses.replace(interface, layers=(Layer((2, 16), (2, 8), None), *interface.layers[1:]))
+
+    monkeypatch.setattr(export, "interface_of", uneven)
+    refused(model, tokenizer, tmp_path / "out", "one shape")
+    monkeypatch.setattr(export, "interface_of", interface_of)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "max_position_embeddings", 0)
+        refused(model, tokenizer, tmp_path / "out", "how long its context is")
+    with monkeypatch.context() as patch:
+        for holder in (model.config, model.generation_config):
+            patch.setattr(holder, "eos_token_id", None)
+        patch.setattr(type(tokenizer), "eos_token_id", None, raising=False)
+        refused(model, tokenizer, tmp_path / "out", "which token ends an answer")

@@ -1,0 +1,285 @@
+"""Every rewrite by its numbers: a graph before and after, and the lean memory beside PyTorch's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from onnx_ir.passes import common as common_passes
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import DynamicCache
+
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.context import without_memory
+from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.fused_memory import LeanMemory
+from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
+from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.export.trace import graph_of
+
+TOLERANCE = 1e-5  # of the lean memory, whose gates and norm are other formulas for the same numbers
+SAME = 1e-6  # of a rewrite that only moves things
+WIDTH, OUT = 16, {"q": 12, "k": 8, "v": 8, "o": 16}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "lambda_outside": {"update_rule": "lambda_outside"},
+    "no_lambda": {"update_rule": "no_lambda"},
+    "own_decay": {"couple_lambda": False},
+    "own_decay_outside": {"couple_lambda": False, "update_rule": "lambda_outside"},
+    "gates_by_head": {"gates": "head", "state_heads": 2},
+    "heads_qkvo": {"heads": ("q", "k", "v", "o"), "state_heads": 3, "delta_scale": "branch"},
+    "normed_o": {"o_norm": True, "delta_scale": "layer", "heads": ("o",)},
+    "rank_1": {"rank": 1},
+}
+
+
+class Memories(nn.Module):
+    """One memory of each config, as the hooks use it: all in one graph, to trace but once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.memories = nn.ModuleDict()
+        for name, options in CONFIGS.items():
+            config = DeltaMemConfig(**{"rank": 4, **options})
+            memory = DeltaMemory(config, WIDTH, {branch: OUT[branch] for branch in config.heads})
+            for parameter in memory.parameters():
+                nn.init.normal_(parameter, std=0.4)
+            with torch.no_grad():  # a gate that is 1 and one that is 0, in float32
+                memory.gate.bias[0] = 200.0
+                memory.gate.bias[-1] = -200.0 if len(memory.gate.bias) > 1 else 0.5
+            self.memories[name] = memory
+
+    def forward(self, hidden: Tensor, writes: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """Of each memory: the state after the last token, and the correction of every branch."""
+        results = []
+        for memory, given in zip(self.memories.values(), states, strict=True):
+            readings, state, _ = memory(hidden, given, torch.ones_like(writes), writes)
+            scaled = memory.scaled(readings)
+            results += [state, *(memory.correction(branch, scaled) for branch in memory.config.heads)]
+        return results
+
+    def arguments(self, batch: int, tokens: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        random = torch.Generator().manual_seed(tokens)
+        writes = torch.rand(batch, tokens, generator=random) < 0.7
+        shapes = [(batch, *memory.config.state_shape) for memory in self.memories.values()]
+        states = [torch.randn(shape, generator=random) for shape in shapes]
+        return torch.randn(batch, tokens, WIDTH, generator=random), writes, states
+
+
+@pytest.fixture(scope="module")
+def memories() -> Memories:
+    return Memories().eval()
+
+
+@pytest.fixture(scope="module")
+def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
+    batch, tokens = Dim("batch"), Dim("tokens")
+    axes = ({0: batch, 1: tokens}, {0: batch, 1: tokens}, [{0: batch} for _ in CONFIGS])
+    for memory in memories.memories.values():
+        memory.stand_in = LeanMemory(memory)
+    try:
+        program = torch.onnx.export(memories, memories.arguments(2, 3), dynamo=True, dynamic_shapes=axes, verbose=False)
+    finally:
+        for memory in memories.memories.values():
+            memory.stand_in = None
+    file = tmp_path_factory.mktemp("lean") / "lean.onnx"
+    program.save(file)
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 5), (2, 130)])
+@torch.no_grad()
+def test_the_lean_memory_computes_what_pytorch_computes(memories, lean, batch, tokens):
+    hidden, writes, states = memories.arguments(batch, tokens)
+    expected = memories(hidden, writes, states)
+    given = [hidden, writes, *states]
+    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), given, strict=True)}
+    for found, right in zip(lean.run(None, feed), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), right, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_lean_memory_keeps_a_state_bit_for_bit_where_nothing_is_written(memories, lean):
+    hidden, writes, states = memories.arguments(2, 7)
+    for state in states:
+        state[0, 0, 0] = 0.0
+    given = [hidden, torch.zeros_like(writes), *states]
+    feed = {value.name: x.numpy() for value, x in zip(lean.get_inputs(), given, strict=True)}
+    found = iter(lean.run(None, feed))
+    for (name, memory), state in zip(memories.memories.items(), states, strict=True):
+        assert np.array_equal(next(found), state.numpy()), name
+        for _ in memory.config.heads:
+            next(found)
+
+
+# A memory of two layers with states of 2 x 2, whose readings correct two branches: joined with the first product is
+# what its own is added to, `y`; the other branch's is added to something that is no product.
+JOINED = """
+<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>
+agraph (float[B,T,2] a, float[B,T,3] p, float[B,1,2,2] s0, float[B,1,2,2] s1)
+    => (float[B,T,4] y, float[B,T,3] z, float[B,1,2,2] "present.0.recurrent_state",
+        float[B,1,2,2] "present.1.recurrent_state")
+<int64[4] into = {-1,2,2,1}, int64[4] back = {-1,1,2,2}, int64[3] flat = {0,-1,2}, int64[2] sizes = {3,4}>
+{
+    w = Constant<value = float[2,4] {1,2,3,4,5,6,7,8}>()
+    d = Constant<value = float[2,7] {1,0,2,-1,3,1,-2,2,1,0,1,1,-3,1}>()
+    s0i = Reshape(s0, into)
+    o0, s0o = com.microsoft.LinearAttention <q_num_heads=1, kv_num_heads=2, update_rule="linear", scale=1.0>
+        (a, a, a, s0i)
+    "present.0.recurrent_state" = Reshape(s0o, back)
+    s1i = Reshape(s1, into)
+    o1, s1o = com.microsoft.LinearAttention <q_num_heads=1, kv_num_heads=2, update_rule="linear", scale=1.0>
+        (o0, a, a, s1i)
+    "present.1.recurrent_state" = Reshape(s1o, back)
+    r = Reshape(o1, flat)
+    both = MatMul(r, d)
+    rz, ry = Split <axis=-1> (both, sizes)
+    z = Add(p, rz)
+    aw = MatMul(a, w)
+    y = Add(ry, aw)
+}
+"""
+# Keys, queries and values to the other order of their axes and back, as transformers leaves them.
+ATTENTION = """
+<ir_version: 10, opset_import: ["": 20]>
+agraph (float[B,T,2,3] q, float[B,2,S,3] k, float[B,2,S,3] v) => (float[B,T,6] y)
+<int64[3] merged = {0,0,-1}, int64[4] apart = {0,0,2,-1}>
+{
+    q1 = Reshape(q, merged)
+    q2 = Reshape(q1, apart)
+    q3 = Transpose <perm=[0,2,1,3]> (q2)
+    k1 = Transpose <perm=[0,2,1,3]> (k)
+    k2 = Reshape(k1, merged)
+    k3 = Reshape(k2, apart)
+    k4 = Transpose <perm=[0,2,3,1]> (k3)
+    v1 = Transpose <perm=[0,2,1,3]> (v)
+    v2 = Reshape(v1, merged)
+    v3 = Reshape(v2, apart)
+    v4 = Transpose <perm=[0,2,1,3]> (v3)
+    scores = MatMul(q3, k4)
+    weights = Softmax <axis=-1> (scores)
+    x = MatMul(weights, v4)
+    x1 = Transpose <perm=[0,2,1,3]> (x)
+    x2 = Reshape(x1, merged)
+    x3 = Reshape(x2, apart)
+    x4 = Tanh(x3)
+    y = Reshape(x4, merged)
+}
+"""
+GRAPHS = {"joined_output": JOINED, "gathered_states": JOINED, "plain_attention": ATTENTION}
+FEWER = {
+    "joined_output": 1,
+    "gathered_states": -2,
+    "plain_attention": 11,
+}  # nodes; of two states six take over for four
+
+
+def parsed(text: str) -> onnx_ir.Model:
+    """With shapes of intermediate values, which transformers leaves, and constants as initializers."""
+    model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def run(model: onnx_ir.Model) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    sizes = {"B": 2, "T": 5, "S": 7}
+    feed = {
+        value.name: random.standard_normal([sizes.get(size, size) for size in value.shape]).astype(np.float32)
+        for value in session.get_inputs()
+    }
+    return dict(zip([value.name for value in session.get_outputs()], session.run(None, feed), strict=True))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_rewrite_computes_what_it_replaces(name):
+    before, after = parsed(GRAPHS[name]), parsed(GRAPHS[name])
+    optimize(after, without=set(REWRITES) - {name})
+    assert len(before.graph) - len(after.graph) == FEWER[name]  # it was done
+    expected = run(before)
+    found = run(after)
+    assert list(found) == list(expected)
+    for output, array in expected.items():
+        np.testing.assert_allclose(found[output], array, rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("text", [JOINED, ATTENTION])
+def test_all_together_compute_what_they_replace(text):
+    before, after = parsed(text), parsed(text)
+    optimize(after)
+    for output, array in run(before).items():
+        np.testing.assert_allclose(run(after)[output], array, rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("text", [JOINED, ATTENTION])
+def test_without_any_rewrite_the_graph_stays(text):
+    before, after = parsed(text), parsed(text)
+    optimize(after, without=REWRITES)
+    assert [node.op_type for node in after.graph] == [node.op_type for node in before.graph]
+
+
+def test_reshapes_that_change_something_stay():
+    """Queries, keys and values of two heads come to have three; what comes of them has three before and after."""
+    text = ATTENTION.replace("int64[4] apart = {0,0,2,-1}", "int64[4] apart = {0,0,3,-1}")
+    before, after = parsed(text), parsed(text)
+    optimize(after)
+    assert len(before.graph) - len(after.graph) == 2
+    np.testing.assert_allclose(run(after)["y"], run(before)["y"], rtol=SAME, atol=SAME)
+
+
+def test_a_rewrite_that_there_is_not_is_refused():
+    with pytest.raises(ExportError, match="(?s)no rewrite 'faster'.*The rewrites are lean_memory, "):
+        optimize(parsed(ATTENTION), without=["faster"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_export_for_any_target_refuses_it(target, qwen3, tmp_path):
+    with pytest.raises(ExportError, match="no rewrite 'faster'"):
+        export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "out", target=target, without=["lean_memory", "faster"])
+    assert list(tmp_path.iterdir()) == []
+
+
+MORE_NODES = 12  # at most, a layer
+
+
+class Plain(nn.Module):
+    """A model without a memory, with the inputs of a graph that has one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, write_mask, past_key_values):
+        past = [(layer["key"], layer["value"]) for layer in past_key_values]
+        cache = DynamicCache(past, config=self.model.config)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        logits = self.model(input_ids, attention_mask, position_ids=positions, cache=cache, logits_to_keep=1).logits
+        return {"logits": logits, "present": [{"key": x.keys, "value": x.values} for x in cache.layers]}
+
+
+def nodes_of_a_layer(operators: list[str]) -> int:
+    """From one layer's attention to the next one's."""
+    first, second = (i for i, operator in enumerate(operators) if operator == "Softmax")
+    return second - first
+
+
+def test_a_layer_with_a_memory_has_few_nodes_more_than_the_plain_one(qwen3):
+    """Of two states and three branches, which is more than the default has."""
+    layers = tuple(dataclasses.replace(layer, state=None) for layer in qwen3.manifest.interface.layers)
+    interface = dataclasses.replace(qwen3.manifest.interface, layers=layers)
+    with without_memory():
+        plain = graph_of(Plain(qwen3.model), interface, TARGETS["cpu"])
+    found = [node.op_type for node in onnx.load(qwen3.folder / "model.onnx").graph.node]
+    assert nodes_of_a_layer(found) - nodes_of_a_layer([node.op_type for node in plain.graph]) <= MORE_NODES

@@ -1,0 +1,250 @@
+"""Conversations in ONNX Runtime: the tokens and memories that PyTorch gives, and files that both read."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers.continued import continued
+
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.errors import ConfigError, MemoryStateError
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.file import StoredMemory, read_memory
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+TOLERANCE = 1e-4
+USER = {"role": "user", "content": "Hello"}
+TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def exported(request):
+    return request.getfixturevalue(request.param)
+
+
+def in_pytorch(exported, turns, new_tokens, stop_tokens=None, memory=None):
+    """Generated tokens of each turn, and the memory after them, by `model.generate` on one cache."""
+    cache = MemoryCache(exported.model, memory)
+    ids, answers = torch.zeros(1, 0, dtype=torch.long), []
+    for turn in turns:
+        text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+        if answers:
+            text = ("\n" if ids[0, -1] == 257 else "<|im_end|>\n") + text
+        ids = torch.cat([ids, exported.tokenizer(text, return_tensors="pt").input_ids], dim=1)
+        prompt = ids.shape[1]
+        ids = continued(exported.model, ids, cache, new_tokens, 0, stop_tokens)
+        answers.append(ids[0, prompt:].tolist())
+    return answers, cache.memory
+
+
+def assert_close(memory: StoredMemory, expected: MemoryState) -> None:
+    assert memory.states.keys() == expected.layers.keys()
+    for layer, state in memory.states.items():
+        torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
+    for layer, segment in memory.segments.items():
+        torch.testing.assert_close(torch.from_numpy(segment), expected.segments[layer], rtol=0, atol=TOLERANCE)
+
+
+def stopping_at(folder, tokens) -> OnnxModel:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": tokens}))
+    return OnnxModel(folder)
+
+
+def test_greedy_turns_are_those_of_generate(exported):
+    conversation = Conversation(OnnxModel(exported.folder))
+    answers = [conversation.generate(turn, Sampling(8)) for turn in TURNS]
+    expected, memory = in_pytorch(exported, TURNS, 8)
+    assert [list(answer.tokens) for answer in answers] == expected
+    assert not any(answer.stopped for answer in answers)
+    assert_close(conversation.memory, memory)
+
+
+def test_every_stop_token_stops(qwen3, folder):
+    free = Conversation(OnnxModel(folder)).generate(TURNS[0], Sampling(8)).tokens
+    late, early = free[5], free[2]
+    assert free.index(late) > free.index(early)
+    for stop_tokens, at in (([late, early], early), ([early, late], early), (late, late), ([257], None)):
+        answer = Conversation(stopping_at(folder, stop_tokens)).generate(TURNS[0], Sampling(8))
+        assert answer.stopped == (at is not None)
+        assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
+
+
+def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
+    """With the end-of-turn token as the one that stops: it is fed once, by the template, as in PyTorch."""
+    weight = qwen3.model.lm_head.weight
+    saved = weight.detach().clone()
+    model = stopping_at(folder, [257])
+    free = Conversation(model).generate(TURNS[0], Sampling(5)).tokens
+    # The fifth token becomes the end of the turn: a step that swaps their logits, on both sides.
+    swap = free[4]
+    assert swap not in free[:4]
+    step = model.step
+
+    def swapped(*inputs):
+        logits, past = step(*inputs)
+        logits[..., [swap, 257]] = logits[..., [257, swap]]
+        return logits, past
+
+    model.step = swapped
+    conversation = Conversation(model)
+    answers = [conversation.generate(turn, Sampling(8)) for turn in TURNS]
+    with torch.no_grad():
+        weight[[swap, 257]] = saved[[257, swap]]
+    try:
+        expected, memory = in_pytorch(qwen3, TURNS, 8, stop_tokens=[257])
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    assert answers[0].stopped and answers[0].tokens[-1] == 257
+    assert [list(answer.tokens) for answer in answers] == expected
+    assert_close(conversation.memory, memory)
+
+
+def test_memories_go_from_onnx_runtime_to_pytorch_and_back(exported, tmp_path):
+    model = OnnxModel(exported.folder)
+    conversation = Conversation(model)
+    conversation.generate(TURNS[0], Sampling(4))
+    conversation.save_memory(tmp_path / "memory.safetensors")
+    memory = MemoryState.load(tmp_path / "memory.safetensors")
+    assert memory.adapter == exported.manifest.adapter
+    for layer, state in conversation.memory.states.items():
+        assert state.any() and np.array_equal(memory.layers[layer].numpy(), state)
+
+    expected, after = in_pytorch(exported, TURNS[1:], 6, memory=memory)
+    resumed = Conversation(model, read_memory(tmp_path / "memory.safetensors"))
+    assert list(resumed.generate(TURNS[1], Sampling(6)).tokens) == expected[0]
+    assert_close(resumed.memory, after)
+
+    after.save(tmp_path / "after.safetensors")
+    for layer, state in read_memory(tmp_path / "after.safetensors").states.items():
+        assert np.array_equal(after.layers[layer].numpy(), state)
+
+
+def test_a_memory_of_another_adapter_is_refused(qwen3, llama, tmp_path):
+    file = tmp_path / "memory.safetensors"
+    MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(file)
+    with pytest.raises(MemoryStateError, match="another adapter"):
+        Conversation(OnnxModel(qwen3.folder), read_memory(file))
+    Conversation(OnnxModel(llama.folder)).save_memory(file)
+    with pytest.raises(MemoryStateError):
+        Conversation(OnnxModel(qwen3.folder), read_memory(file))
+
+
+def test_a_memory_that_does_not_fit_is_refused(qwen3):
+    model = OnnxModel(qwen3.folder)
+    with pytest.raises(MemoryStateError, match="does not fit"):
+        Conversation(model, StoredMemory({0: np.zeros((1, 2, 4, 4), np.float32)}, {}, model.adapter))
+    with pytest.raises(MemoryStateError, match="one memory"):
+        Conversation(model, StoredMemory({i: np.zeros((2, 2, 4, 4), np.float32) for i in (0, 1)}, {}, model.adapter))
+
+
+def test_a_conversation_that_does_not_write_remembers_what_it_had(qwen3):
+    model = OnnxModel(qwen3.folder)
+    first = Conversation(model)
+    first.generate(TURNS[0], Sampling(2))
+    second = Conversation(model, first.memory, write=False)
+    second.generate(TURNS[1], Sampling(2))
+    for layer, state in first.memory.states.items():
+        assert np.array_equal(second.memory.states[layer], state)
+
+
+def test_conversations_of_one_model_do_not_meet(qwen3):
+    """Not in turn, and not from several threads at once."""
+    model = OnnxModel(qwen3.folder)
+
+    def talk(number):
+        conversation = Conversation(model)
+        turns = (TURNS[number % 2], TURNS[(number + 1) % 2], "ok" * (1 + number % 3))
+        return [conversation.generate(turn, Sampling(6)) for turn in turns], conversation.memory.tensors()
+
+    alone = [talk(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        for (answers, memory), (expected, expected_memory) in zip(threads.map(talk, range(6)), alone, strict=True):
+            assert answers == expected
+            for name, tensor in memory.items():
+                assert np.array_equal(tensor, expected_memory[name])
+
+
+def both(exported, stop_tokens=frozenset()) -> tuple[OnnxModel, TorchModel]:
+    engines = OnnxModel(exported.folder), TorchModel(exported.model, exported.tokenizer)
+    for engine in engines:
+        engine.stop_tokens = stop_tokens
+    return engines
+
+
+@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
+    """Turns, undo, a full window, a batch, and memories that go from one to the other with their open segments."""
+    stop_tokens = frozenset(range(0, 256, 9))
+    conversations = [Conversation(engine, window=170) for engine in both(exported, stop_tokens)]
+    said = []
+    for conversation in conversations:
+        answers = [conversation.generate([{"role": "system", "content": "Hi."}, USER], Sampling(6))]
+        answers += [conversation.generate(turn, Sampling(6)) for turn in (*TURNS, *TURNS)]
+        assert conversation.context.dropped > 0
+        assert conversation.undo() and conversation.undo()
+        answers.append(conversation.generate("Go on", Sampling(6, stop=("z",), repetition_penalty=1.5)))
+        said.append((answers, conversation.messages, conversation.context))
+    assert said[0] == said[1]
+    in_onnx, in_torch = (conversation.memory for conversation in conversations)
+    assert_close(in_onnx, memory_of(in_torch))
+
+    for source, other in (conversations, conversations[::-1]):
+        source.save_memory(tmp_path / "memory")
+        after = []
+        for conversation in (source, other):
+            fresh = Conversation(conversation.engine, read_memory(tmp_path / "memory"))
+            after.append((fresh.generate(TURNS[0], Sampling(6)), fresh.memory))
+        assert after[0][0] == after[1][0]
+        assert_close(after[0][1], memory_of(after[1][1]))
+
+
+def memory_of(memory: StoredMemory) -> MemoryState:
+    states, segments = (
+        {i: torch.from_numpy(array) for i, array in part.items()} for part in (memory.states, memory.segments)
+    )
+    return MemoryState(states, memory.adapter, segments)
+
+
+@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+def test_answers_together_are_those_alone(exported):
+    model, _ = both(exported, frozenset(range(0, 256, 9)))
+    contents = ("Hello", TURNS[0], "a much longer text than the others are")
+    together, alone = ([Conversation(model) for _ in contents] for _ in range(2))
+    for number in range(3):
+        found = generate_together(together, contents[number:] + contents[:number], Sampling(8))
+        expected = [
+            one.generate(content, Sampling(8))
+            for one, content in zip(alone, contents[number:] + contents[:number], strict=True)
+        ]
+        assert found == expected
+        for one, other in zip(together, alone, strict=True):
+            assert one.context == other.context
+            assert_close(one.memory, memory_of(other.memory))
+
+
+def test_sampling_follows_its_seed_and_top_p(qwen3):
+    model = OnnxModel(qwen3.folder)
+
+    def say(**options):
+        return Conversation(model).generate(TURNS[0], Sampling(8, **options)).tokens
+
+    assert say(temperature=2.0, seed=1) == say(temperature=2.0, seed=1)
+    assert say(temperature=2.0, seed=1) != say(temperature=2.0, seed=2)
+    assert say(temperature=2.0, top_p=1e-9, seed=1) == say()
+    with pytest.raises(ConfigError):
+        say(top_p=0.0)
+
+
+def test_streamed_pieces_are_the_answer(qwen3):
+    pieces = []
+    answer = Conversation(OnnxModel(qwen3.folder)).generate(TURNS[0], Sampling(12), on_text=pieces.append)
+    assert "".join(pieces) == answer.text
+    assert answer.text == qwen3.tokenizer.decode(answer.tokens, skip_special_tokens=True)

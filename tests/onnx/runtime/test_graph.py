@@ -1,0 +1,169 @@
+"""A graph in ONNX Runtime: what it carries stays where it is, and a provider that is not to be had is an error."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnxruntime import OrtValue
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.runtime import providers
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.onnx.runtime.graph import usable_cores
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+
+
+def called(graph, tokens, past):
+    """One call over `tokens`, int `[B, T]`, none of it padding."""
+    ids = np.array(tokens, np.int64)
+    length = ids.shape[1] + next(value.shape()[2] for name, value in past.items() if name.endswith(".key"))
+    return graph.step(ids, np.ones((len(ids), length), np.int64), np.ones(ids.shape, bool), past)
+
+
+def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(qwen3, monkeypatch):
+    """The same tensors, at the same addresses: nothing is copied and nothing becomes numpy but the logits."""
+    graph = OnnxModel(qwen3.folder).graph
+    bound: dict[str, int] = {}
+    bind = onnxruntime.IOBinding.bind_ortvalue_input
+    monkeypatch.setattr(
+        onnxruntime.IOBinding,
+        "bind_ortvalue_input",
+        lambda self, name, value: (bound.update({name: value.data_ptr()}), bind(self, name, value))[1],
+    )
+    read = []
+    numpy = OrtValue.numpy
+    monkeypatch.setattr(OrtValue, "numpy", lambda self: (read.append(self.shape()), numpy(self))[1])
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    addresses = {name: value.data_ptr() for name, value in past.items()}
+    assert all(isinstance(value, OrtValue) for value in past.values())
+    assert past.keys() == {name for name in graph.interface.inputs() if name.startswith(contract.PAST)}
+    bound.clear(), read.clear()
+    called(graph, [[68]], past)
+    assert bound == addresses
+    assert read == [[1, 1, graph.interface.vocab_size]]
+
+
+def test_a_past_is_not_changed_by_the_call_that_it_goes_into(qwen3):
+    graph = OnnxModel(qwen3.folder).graph
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    before = {name: on_host(value).copy() for name, value in past.items()}
+    first, _ = called(graph, [[68, 69]], past)
+    again, _ = called(graph, [[68, 69]], past)
+    assert np.array_equal(first, again)
+    for name, value in past.items():
+        assert np.array_equal(on_host(value), before[name])
+
+
+def test_states_are_copies(qwen3):
+    graph = OnnxModel(qwen3.folder).graph
+    given = {i: np.ones((1, 2, 4, 4), np.float32) for i in (0, 1)}
+    past = graph.empty_past(1, given)
+    given[0][:] = 7
+    graph.states(past)[1][:] = 7
+    assert all((state == 1).all() for state in graph.states(past).values())
+
+
+def test_rows_are_joined_and_taken(qwen3):
+    """Shorter rows get zeros on the left; one row with its own columns is what it was."""
+    graph = OnnxModel(qwen3.folder).graph
+    _, short = called(graph, [[65, 66]], graph.empty_past(1))
+    _, long = called(graph, [[70, 71, 72, 73]], graph.empty_past(1))
+    joined = graph.join([short, long])
+    for row, (past, columns) in enumerate([(short, np.arange(2, 4)), (long, np.arange(4))]):
+        taken = graph.take(joined, row, columns)
+        for name, value in past.items():
+            assert np.array_equal(on_host(taken[name]), on_host(value)), name
+    keys = on_host(joined[contract.carried_name(contract.PAST, 0, contract.KEY)])
+    assert keys.shape[2] == 4 and not keys[0, :, :2].any() and keys[0, :, 2:].all()
+    assert graph.join([long]) is long
+
+
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_tensors_of_every_type_come_back(dtype):
+    """bfloat16, which numpy has not, as its bits."""
+    stored = {contract.FLOAT32: np.float32, contract.FLOAT16: np.float16, contract.BFLOAT16: np.uint16}[dtype]
+    for shape in ((2, 3, 4), (2, 0, 4)):
+        array = np.arange(np.prod(shape)).reshape(shape).astype(stored)
+        value = on_device(array[:, ::-1], dtype, "cpu")
+        assert value.element_type() == ELEMENT_TYPES[dtype] and value.shape() == list(shape)
+        assert on_host(value).dtype == stored and np.array_equal(on_host(value), array[:, ::-1])
+    own = np.zeros(3, stored)
+    value = on_device(own, dtype, "cpu")
+    own[:] = 5
+    assert not on_host(value).any()
+
+
+def test_a_call_uses_the_cores_that_the_process_may_use(qwen3):
+    def threads(model):
+        return model.graph._session.get_session_options().intra_op_num_threads
+
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    assert threads(OnnxModel(qwen3.folder)) == usable_cores()
+    assert threads(OnnxModel(qwen3.folder, threads=3)) == 3
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from deltamem_tool.onnx.runtime.graph import usable_cores; print(usable_cores())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "1"
+
+
+def test_a_provider_that_there_is_not_is_refused(qwen3, monkeypatch):
+    with pytest.raises(ExportError, match="no provider 'tpu'"):
+        OnnxModel(qwen3.folder, "tpu")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [providers.PROVIDERS["cpu"]])
+    with pytest.raises(ExportError, match="onnxruntime-gpu"):
+        OnnxModel(qwen3.folder, "cuda")
+
+
+def test_a_session_that_has_gone_on_without_its_provider_is_refused(qwen3, monkeypatch):
+    """ONNX Runtime falls back to the CPU with no more than a line on stderr, as it does where there is no GPU."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(providers.PROVIDERS.values()))
+    monkeypatch.setattr(providers, "_load_cuda", lambda: None)
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, providers: session(path, options, providers=providers[-1:]),
+    )
+    with pytest.raises(ExportError, match="no device that it can use"):
+        OnnxModel(qwen3.folder, "cuda")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA build")
+def test_a_missing_library_of_cuda_is_named(qwen3, capfd):
+    """The real error, where this build of ONNX Runtime finds no CUDA."""
+    try:
+        ctypes.CDLL("libcublasLt.so." + onnxruntime.cuda_version.partition(".")[0])
+    except OSError:
+        with pytest.raises(ExportError, match=r"libcublasLt\.so\.\d+, which cannot be loaded") as caught:
+            OnnxModel(qwen3.folder, "cuda")
+        assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.next
+        assert capfd.readouterr() == ("", "")  # nothing of what ONNX Runtime's loader prints
+    else:
+        pytest.skip("CUDA's libraries are here")
+
+
+def test_a_library_is_named_out_of_the_loaders_message(monkeypatch):
+    """Whichever is missing first; what is no missing library is left to ONNX Runtime."""
+    monkeypatch.setattr(providers, "_CUDA_LIBRARY", providers.Path(__file__))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(providers.PROVIDERS.values()))
+
+    def fails(message):
+        def load(path):
+            raise OSError(message)
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+
+    for library in ("libcudart.so.13", "libcudnn.so.9"):
+        fails(f"{library}: cannot open shared object file: No such file or directory")
+        with pytest.raises(ExportError, match=library.replace(".", r"\.")):
+            providers.execution_providers("cuda")
+    fails("/x/libonnxruntime_providers_cuda.so: undefined symbol: Provider_GetHost")
+    assert providers.execution_providers("cuda") == [providers.PROVIDERS["cuda"], providers.PROVIDERS["cpu"]]

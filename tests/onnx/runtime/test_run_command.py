@@ -1,0 +1,75 @@
+"""`deltamem run`: what it says, passes on and keeps is what the library does."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+
+from deltamem_tool.chat.conversation import Answer, Conversation, Sampling
+from deltamem_tool.cli.run import command
+from deltamem_tool.errors import ExportError, MemoryStateError
+from deltamem_tool.memory.file import read_memory
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
+
+
+def test_the_command(qwen3, tmp_path):
+    file = tmp_path / "memory.safetensors"
+    options = [
+        "--prompt",
+        TURNS[0],
+        "--prompt",
+        TURNS[1],
+        "--max-new-tokens",
+        "4",
+        "--save-memory",
+        str(file),
+        "--json",
+    ]
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert result.exit_code == 0, result.output
+    conversation = Conversation(OnnxModel(qwen3.folder))
+    answers = [conversation.generate(turn, Sampling(4)).text for turn in TURNS]
+    said = {"answers": answers, "ended_by": ["length", "length"], "tokens": 8, "memory_file": str(file)}
+    assert json.loads(result.stdout) == said
+
+    options = ["--prompt", "Hi", "--system", "Be brief.", "--memory", str(file), "--max-new-tokens", "4"]
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    conversation = Conversation(OnnxModel(qwen3.folder), conversation.memory)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"
+
+
+def test_the_command_passes_its_options_on(qwen3, monkeypatch):
+    seen = []
+
+    def generate(self, content, sampling, on_text):
+        seen.append((self.window, self.engine.graph._session.get_session_options().intra_op_num_threads, sampling))
+        return Answer("said", (1, 2), "stop string")
+
+    monkeypatch.setattr(Conversation, "generate", generate)
+    options = "--prompt Hi --max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 4 --json"
+    options += " --repetition-penalty 1.2 --stop END --stop STOP --window 99 --threads 2"
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options.split()])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["ended_by"] == ["stop string"]
+    assert seen == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
+    result = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi"])
+    assert seen[1][::2] == (None, Sampling())  # the command's defaults are the library's
+
+
+def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
+    """And keeps what was said until then, as it does where a later turn is refused; but not in the place of a file that
+    is no memory."""
+    options = ["--prompt", "Hi", "--save-memory", str(tmp_path / "memory")]
+    refused = CliRunner().invoke(command, [str(qwen3.folder), *options, "--prompt", ""])
+    assert isinstance(refused.exception, ExportError) and read_memory(tmp_path / "memory").states
+    (tmp_path / "memory").unlink()
+    monkeypatch.setattr(Conversation, "generate", lambda *inputs: Answer("sa", (1,), "interrupted"))
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert result.exit_code == 1 and read_memory(tmp_path / "memory").states
+    (tmp_path / "memory").write_text("a diary")
+    result = CliRunner().invoke(command, [str(qwen3.folder), *options])
+    assert isinstance(result.exception, MemoryStateError) and (tmp_path / "memory").read_text() == "a diary"

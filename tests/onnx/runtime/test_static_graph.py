@@ -1,0 +1,327 @@
+"""Keys and values of a fixed length, written in place: the same conversations as with growing ones."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+from memory.test_static_cache import model_of
+
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.errors import ConfigError, ExportError
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export.export import TOLERANCE
+from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.export.trace import interface_of
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.onnx.runtime.ortvalue import on_host
+from deltamem_tool.onnx.runtime.static_graph import open_graph
+
+SHORT = Sampling(max_new_tokens=6)
+# The same sums in another order, of logits and states of order 10.
+CLOSE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def model(fixed):
+    return OnnxModel(fixed.folder)
+
+
+@pytest.fixture
+def graph(model):
+    return model.graph
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """Addresses of the keys that each call of ONNX Runtime reads and writes, and whether it was a new binding."""
+    seen = []
+    of_binding: dict[int, dict[str, int]] = {}
+
+    def watch(method):
+        own = getattr(onnxruntime.IOBinding, method)
+
+        def bind(self, name, value):
+            of_binding.setdefault(id(self), {})[name] = value.data_ptr()
+            own(self, name, value)
+
+        monkeypatch.setattr(onnxruntime.IOBinding, method, bind)
+
+    watch("bind_ortvalue_input"), watch("bind_ortvalue_output")
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def run_and_note(self, binding, options=None):
+        seen.append(of_binding.get(id(binding)))
+        run(self, binding, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run_and_note)
+    return seen
+
+
+def called(graph, tokens, past, writes=True):
+    """One call over `tokens`, int `[B, T]`, none of it padding."""
+    ids = np.array(tokens, np.int64)
+    mask = np.ones((len(ids), past.length + ids.shape[1]), np.int64)
+    return graph.step(ids, mask, np.full(ids.shape, writes), past)
+
+
+def fed(graph, tokens, past):
+    """Logits of the last of `tokens`, which are fed one by one; and the past."""
+    for token in tokens:
+        logits, past = called(graph, [[token]], past)
+    return logits, past
+
+
+def content(graph, past):
+    """All that a past holds: keys and values of its columns, and its memory."""
+    cache = {name: on_host(value)[:, :, : past.length].copy() for name, value in past.tenancy.room.cache.items()}
+    return cache | {("state", i): state for i, state in graph.states(past).items()}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), name
+
+
+def test_the_graph_says_how_long_it_is(fixed, model):
+    interface = fixed.manifest.interface
+    assert interface.max_length == fixed.manifest.interface.max_length == model.max_length
+    assert fixed.manifest.max_abs_diff <= TOLERANCE
+    key = contract.carried_name(contract.PAST, 0, contract.KEY)
+    assert interface.inputs()[key] == interface.outputs()["present.0.key"]
+    assert interface.inputs()[key][1] == (contract.BATCH, 2, fixed.manifest.interface.max_length, 16)
+    assert interface.inputs()[contract.PAST_LENGTH] == (contract.INT64, (1,))
+
+
+def test_a_conversation_is_what_it_is_in_pytorch(fixed, model):
+    """Turns, an undone one, and one that goes another way from there."""
+    talks = [
+        Conversation(model),
+        Conversation(TorchModel(fixed.model, fixed.tokenizer), window=fixed.manifest.interface.max_length),
+    ]
+    for content_, undone in (("hi", False), ("a b", True), ("xyz", False), ("so", False)):
+        answers = [talk.generate(content_, SHORT) for talk in talks]
+        assert answers[0].tokens == answers[1].tokens
+        if undone:
+            assert all(talk.undo() for talk in talks)
+        for layer, state in talks[1].memory.states.items():
+            np.testing.assert_allclose(talks[0].memory.states[layer], state, atol=CLOSE)
+    assert talks[0].context == talks[1].context
+
+
+def test_conversations_of_different_lengths_answer_together(model):
+    first = [Conversation(model) for _ in range(3)]
+    alone = [Conversation(model) for _ in range(3)]
+    for contents in (["hi", "abcdef", "k"], ["ab", "c", "defg"]):
+        together = generate_together(first, contents, SHORT)
+        assert [answer.tokens for answer in together] == [
+            talk.generate(text, SHORT).tokens for talk, text in zip(alone, contents, strict=True)
+        ]
+    for one, other in zip(first, alone, strict=True):
+        np.testing.assert_allclose(one.memory.states[0], other.memory.states[0], atol=CLOSE)
+
+
+def test_keys_and_values_stay_where_they_are(fixed, bound):
+    """Every call reads and writes the same buffers; single tokens go through two bindings, there and back."""
+    graph = open_graph(fixed.folder, fixed.manifest.interface)
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    fed(graph, range(68, 74), past)
+    key, out = contract.carried_name(contract.PAST, 0, contract.KEY), "present.0.key"
+    buffer = past.tenancy.room.cache[key].data_ptr()
+    assert {call[name] for call in bound for name in (key, out)} == {buffer}
+    steps = bound[1:]
+    assert steps[0] is not steps[1] and all(call is steps[n % 2] for n, call in enumerate(steps))
+    state = contract.carried_name(contract.PAST, 0, contract.STATE)
+    assert steps[0][state] == steps[1]["present.0.recurrent_state"] != steps[1][state]
+
+
+def test_a_step_that_runs_again_gives_the_same(graph):
+    """As it does when a CUDA graph is recorded: nothing that a step reads has been changed by it."""
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    _, past = fed(graph, [68, 69], past)
+    room, source = past.tenancy.room, next(n for n, t in enumerate(past.tenancy.room.tenants) if t() is past)
+    _, after = called(graph, [[70]], past)
+    before = content(graph, after)
+    graph._session.run_with_iobinding(room.bindings[source])
+    same(content(graph, after), before)
+
+
+def test_a_past_is_not_changed_by_what_goes_on_from_it(graph):
+    """Though its buffers are: another call from it works on a copy."""
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    _, past = fed(graph, [68, 69], past)
+    before = content(graph, past)
+    first, one = fed(graph, [70, 71, 72, 73], past)
+    kept = content(graph, one)
+    second, other = fed(graph, [80, 81], past)
+    again, twin = fed(graph, [70, 71, 72, 73], past)
+    same(content(graph, past), before)
+    same(content(graph, one), kept)
+    same(content(graph, twin), kept)
+    assert np.array_equal(first, again) and not np.array_equal(first, second)
+    assert one.tenancy is past.tenancy and other.tenancy is not past.tenancy
+
+
+def test_every_step_can_be_kept(graph):
+    """Memories that wait in the two slots are copied before they are written over."""
+    _, past = called(graph, [[65, 66]], graph.empty_past(1))
+    kept = [past]
+    contents = [content(graph, past)]
+    for token in range(70, 76):
+        kept.append(called(graph, [[token]], kept[-1])[1])
+        contents.append(content(graph, kept[-1]))
+    for past, expected in zip(kept, contents, strict=True):
+        same(content(graph, past), expected)
+
+
+def test_the_beginning_is_cut_off_without_a_copy(graph):
+    _, past = called(graph, [[65, 66, 67, 68]], graph.empty_past(1))
+    cut = graph.take(past, 0, np.arange(3))
+    assert cut.tenancy is past.tenancy and cut.length == 3
+    _, expected = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    expected = graph.with_memory(expected, graph.states(past), {})
+    found, _ = called(graph, [[90]], cut)
+    wanted, _ = called(graph, [[90]], expected)
+    np.testing.assert_allclose(found, wanted, atol=CLOSE)
+    assert on_host(past.tenancy.room.cache["past_key_values.0.key"])[:, :, 3].any()
+    moved = graph.take(past, 0, np.array([1, 3]))
+    assert moved.tenancy is not past.tenancy
+    key = "past_key_values.0.key"
+    whole = content(graph, past)[key]
+    assert np.array_equal(content(graph, moved)[key], whole[:, :, [1, 3]])
+
+
+def test_rooms_are_used_again(graph):
+    gc.collect()
+    _, past = called(graph, [[65, 66]], graph.empty_past(1))
+    _, past = fed(graph, [67, 68], past)
+    logits, room = fed(graph, [69], past)[0], past.tenancy.room
+    del past
+    past = graph.empty_past(1)
+    assert past.tenancy.room is room
+    _, past = called(graph, [[65, 66]], past)  # with what the last conversation has left behind these columns
+    assert np.array_equal(fed(graph, [67, 68, 69], past)[0], logits)
+
+
+def test_a_room_with_what_is_no_number_is_not_used_again(graph):
+    nan = {0: np.full((1, 2, 4, 4), np.nan, np.float32)}
+    _, past = called(graph, [[65, 66]], graph.empty_past(1, nan))
+    room = past.tenancy.room
+    del past
+    assert graph.empty_past(1).tenancy.room is not room
+
+
+def test_a_long_prompt_goes_in_by_pieces(graph, monkeypatch, bound):
+    tokens = [list(range(65, 76))]
+    whole, past = called(graph, tokens, graph.empty_past(1))
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.static_graph.LONGEST_CALL", 4)
+    bound.clear()
+    pieces, other = called(graph, tokens, graph.empty_past(1))
+    assert len(bound) == 3
+    np.testing.assert_allclose(pieces, whole, atol=CLOSE)
+    np.testing.assert_allclose(graph.states(other)[0], graph.states(past)[0], atol=CLOSE)
+
+
+def test_threads_that_go_on_from_one_past(graph):
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    expected = {start: fed(graph, range(start, start + 8), past)[0] for start in (70, 90, 110)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda start=start: found.update({start: fed(graph, range(start, start + 8), past)[0]}))
+        for start in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    same(found, expected)
+
+
+def test_a_conversation_that_outgrows_the_buffers_is_refused(fixed, model, bound):
+    graph, room = model.graph, fixed.manifest.interface.max_length
+    _, past = called(graph, [[65] * (room - 1)], graph.empty_past(1))
+    _, past = called(graph, [[66]], past)
+    before = content(graph, past)
+    bound.clear()
+    with pytest.raises(ExportError, match=f"room for {room} tokens, and {room + 1} are needed"):
+        called(graph, [[67]], past)
+    assert not bound
+    same(content(graph, past), before)
+    with pytest.raises(ConfigError, match=f"window of {room + 1} tokens is too large"):
+        Conversation(model, window=room + 1)
+    talk = Conversation(model)
+    assert talk.window == room
+    with pytest.raises(ConfigError, match="longer than the window"):
+        talk.generate("x" * room, SHORT)
+
+
+def test_a_cuda_graph_needs_cuda_and_a_fixed_length(fixed):
+    with pytest.raises(ExportError, match="CUDA graph") as caught:
+        OnnxModel(fixed.folder, cuda_graph=True)
+    assert "provider is cpu" in caught.value.why
+    with pytest.raises(ExportError, match="CUDA graph") as caught:
+        open_graph(fixed.folder, replace(fixed.manifest.interface, max_length=0), "cuda", cuda_graph=True)
+    assert "--max-length" in caught.value.next
+
+
+def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
+    """Steps are recorded under an id of their binding's own, other calls never; and one thread makes them all. The
+    session itself is on the CPU here."""
+    session, asked = onnxruntime.InferenceSession, []
+
+    def on_cpu(path, options, providers):
+        asked.extend(providers)
+        return session(path, options, providers=[providers[-1]])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.execution_providers", lambda name: names)
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.refuse_if_missing", lambda name, found: None)
+    graph = open_graph(fixed.folder, fixed.manifest.interface, "cuda", cuda_graph=True)
+    graph.device = "cpu"
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
+    ids = []
+    run = session.run_with_iobinding
+
+    def noted(self, binding, options=None):
+        ids.append((options.get_run_config_entry("gpu_graph_id"), id(binding)))
+        run(self, binding, options)
+
+    monkeypatch.setattr(session, "run_with_iobinding", noted)
+    _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    _, other = called(graph, [[65, 66, 67]], graph.empty_past(1))
+    fed(graph, [68, 69, 70], past), fed(graph, [68, 69, 70], other)
+    assert [name for name, _ in ids[:2]] == ["-1", "-1"]
+    steps = ids[2:]
+    assert [name for name, _ in steps] == ["1", "2", "1", "3", "4", "3"]
+    assert len(set(steps)) == 4
+    caught = []
+
+    def elsewhere():
+        try:
+            called(graph, [[71]], past)
+        except ExportError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start(), thread.join()
+    assert "one thread" in caught[0].why
+
+
+def test_a_window_in_the_model_is_refused():
+    model = model_of("sliding")
+    with pytest.raises(ExportError, match="fixed length") as caught:
+        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 64)
+    assert "StaticSlidingWindowLayer" in caught.value.why
+    model = model_of("qwen3")
+    with pytest.raises(ExportError, match="length 63 hold too little"):
+        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 63)
+    with pytest.raises(ExportError, match="genai takes no --max-length"):
+        interface_of(model, adapter_of(model), "last", TARGETS["genai"], 64)

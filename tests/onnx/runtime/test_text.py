@@ -1,0 +1,67 @@
+"""Text of an exported folder: its chat template and its tokens without transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltamem_tool.chat.conversation import Conversation, Sampling
+from deltamem_tool.chat.text import ChatText, TextStream
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+
+def test_text_streams_in_whole_characters(qwen3):
+    tokenizer = ChatText.from_folder(qwen3.folder).tokenizer
+    text = "a Zoë 🐈!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
+    assert [piece for piece in pieces if piece] == list(text)
+    # Bytes that never become a character come out as one replacement, when something else follows or at the end.
+    cat = tokenizer.encode("🐈").ids
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in cat[:2]] == ["", ""]
+    assert stream.flush() == "\ufffd" and stream.flush() == ""
+
+
+def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
+    messages = [{"role": "system", "content": " Be <brief>. "}, {"role": "user", "content": "Hi"}]
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
+        "    {%- generation %}{{ m.role | upper }}: {{ m | tojson }}{% endgeneration %}\n"
+        "    {% if loop.last %}{% break %}{% endif %}\n{% endfor %}\n{{ eos_token }}{{ strftime_now('%Y')[:2] }}"
+    )
+    for source in (qwen3.tokenizer.chat_template, template):
+        (folder / "chat_template.jinja").write_text(source)
+        expected = qwen3.tokenizer.apply_chat_template(
+            messages, chat_template=source, add_generation_prompt=True, tokenize=False
+        )
+        assert ChatText.from_folder(folder).render(messages) == expected
+    with pytest.raises(ExportError, match="no tools"):
+        ChatText.from_folder(folder).render([{"role": "tool", "content": ""}])
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ExportError, match="unsafe"):
+        ChatText.from_folder(folder).render(messages)
+
+
+def test_a_template_that_rewrites_the_past_is_refused(folder):
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    conversation = Conversation(OnnxModel(folder))
+    conversation.generate("one", Sampling(1))
+    with pytest.raises(ExportError, match="does not continue"):
+        conversation.generate("two", Sampling(1))
+
+
+def test_without_a_template_text_is_text(qwen3, folder):
+    (folder / "chat_template.jinja").unlink()
+    conversation = Conversation(OnnxModel(folder))
+    answer = conversation.generate("abc", Sampling(3))
+    ids = qwen3.tokenizer("abc", return_tensors="pt").input_ids
+    expected = qwen3.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert list(answer.tokens) == expected[0, 3:].tolist()
+    with pytest.raises(ExportError, match="chat template"):
+        conversation.generate([{"role": "user", "content": "Hi"}])

@@ -1,0 +1,369 @@
+"""A recipe is read strictly: what it says is what runs, and what it cannot mean is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.data import dialogues
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions, load_recipe
+
+WHOLE = """
+base: some/model
+out: adapter
+memory:
+  rank: 4
+  heads: [q, k]
+  layers: [0, 2]
+  alpha: 8
+data:
+  path: chats.jsonl
+  max_write_tokens: 100
+training:
+  steps: 7
+  learning_rate: 2e-4
+  warmup: 0
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(WHOLE)
+    return path
+
+
+def test_what_it_says_is_what_it_means(recipe):
+    read = load_recipe(recipe)
+    assert read == Recipe(
+        base="some/model",
+        out="adapter",
+        memory=DeltaMemConfig(rank=4, heads=("q", "k"), layers=(0, 2), alpha=8),
+        data=DataOptions(path="chats.jsonl", max_write_tokens=100),
+        training=TrainingOptions(steps=7, learning_rate=2e-4, warmup=0.0),
+    )
+    assert isinstance(read.training.warmup, float)
+
+
+def test_set_changes_keys(recipe):
+    changes = ["training.steps=3", "memory.layers=all", "data.path=null", "revision='7'"]
+    read = load_recipe(recipe, [*changes, "training.learning_rate=1e-3", "memory.heads=[o]"], out="other")
+    assert (read.training.steps, read.training.learning_rate) == (3, 1e-3)
+    assert (read.memory.layers, read.memory.heads, read.memory.rank) == ("all", ("o",), 4)
+    assert (read.data.path, read.data.max_write_tokens, read.revision, read.out) == (None, 100, "7", "other")
+    assert load_recipe(recipe, ["training.steps=3", "training.steps=5"]).training.steps == 5
+
+
+def test_set_makes_what_was_not_there(tmp_path):
+    (tmp_path / "short.yaml").write_text("base: a\n")
+    read = load_recipe(tmp_path / "short.yaml", ["out=b", "memory.rank=2", "data.growth=1", "training.steps=9"])
+    assert (read.memory.rank, read.data.growth, read.training) == (2, 1.0, TrainingOptions(steps=9))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("trainig.steps=3", r"trainig is not known.*mean training\?"),
+        ("training.step=3", r"training.step is not known.*mean training.steps\?"),
+        ("data.max_write=3", r"data.max_write is not known.*data.max_write_tokens"),
+        ("memory.rnk=3", r"memory.rnk is not known.*memory.rank\?"),
+        ("xyzzy=3", "xyzzy is not known.*known here are base, out"),
+        ("steps=3", r"steps is not known.*training.steps"),
+        ("training.steps=many", "training.steps must be a whole number, not 'many'"),
+        ("training.steps=1.5", "training.steps must be a whole number, not 1.5"),
+        ("training.steps=true", "training.steps must be a whole number, not true"),
+        ("training.learning_rate=fast", "training.learning_rate must be a number"),
+        ("training.learning_rate=.inf", "training.learning_rate must be a finite number"),
+        ("base=7", "base must be text, not 7"),
+        ("data.path=[a]", "data.path must be"),
+        ("training=fast", "training must have keys inside"),
+        ("memory=null", "memory must have keys inside"),
+        ("base.name=a", "base has no keys inside"),
+        ("training.steps", "no key=value"),
+        ("training.steps=[", "not YAML|no YAML"),
+        ("memory.rank=0", "rank must be 1 to 64"),
+        ("memory.rank=four", "rank must be 1 to 64, not 'four'"),
+        ("memory.heads=5", "heads must be a list"),
+        ("memory.heads=q,o", "heads must be a list|heads has"),
+        ("memory.heads=[q, q]", "names 'q' twice"),
+        ("memory.heads=[x]", "heads has 'x'"),
+        ("memory.heads=[[q]]", "heads has"),
+        ("memory.layers=3", "layers must be 'all'"),
+        ("memory.layers=[]", "layers is an empty list"),
+        ("memory.layers=[-1]", "indices from 0"),
+        ("memory.alpha=.nan", "alpha must be a positive number"),
+        ("memory.alpha=.inf", "alpha must be a positive number"),
+        ("memory.update_rule=strange", "update_rule must be one of standard"),
+        ("training.steps=0", "training.steps must be 1 or more"),
+        ("training.warmup=1.0", "training.warmup"),
+        ("training.scheduler=cosinus", "training.scheduler.*cosine"),
+        ("data.facts_first=9", "data.facts_first"),
+        ("data.facts_last=41", "data.facts_last"),
+        ("data.max_write_tokens=0", "data.max_write_tokens"),
+        ("data.max_read_tokens=-1", "data.max_read_tokens"),
+        ("data.growth=2", "data.growth must be 1 or less, not 2"),
+        ("training.steps='3'", "training.steps must be a whole number, not '3'"),
+        ("training.steps=3.0", "training.steps must be a whole number, not 3.0"),
+        ("training.learning_rate='2e-4'", "training.learning_rate must be a number"),
+        ("training.learning_rate=true", "training.learning_rate must be a number, not true"),
+        ("training.learning_rate=.nan", "training.learning_rate must be a finite number"),
+        ("training.learning_rate=0", "training.learning_rate must be above 0"),
+        ("training.step=3", r"training.step is not known: did you mean training.steps\?"),
+        ("batchsize=3", r"batchsize is not known: did you mean training.batch_size\?"),
+        ("data.batch_size=3", r"data.batch_size is not known: did you mean training.batch_size\?"),
+        ("training.epochs=1", "exclude each other"),
+        ("training.epochs=0", "training.epochs must be above 0"),
+        ("training.bptt=2", "give training.write_chunk"),
+        ("training.early_stop=2", "give training.eval_every"),
+        ("training.quantize=int4", "training.quantize must be 'none', 'int8' or 'nf4', not 'int4'"),
+        ("training.dtype=null", "training.dtype must be"),
+        ("training.optimizer=adam", "training.optimizer must be a name that transformers knows, not 'adam'"),
+        ("training.report_to=[tensorbord]", r"entry 1 of training.report_to.*tensorboard\?"),
+        ("training.report_to=wandb", "training.report_to must be a list"),
+        ("training.scheduler_options=3", "training.scheduler_options must have keys inside"),
+        ("training.scheduler_options={a: [1]}", "training.scheduler_options has 'a'"),
+        ("training.gradient_checkpointing=1", "training.gradient_checkpointing must be true or false, not 1"),
+        ("training.seed=-1", "training.seed must be 0 or more"),
+        ("training.write_chunk=0", "training.write_chunk must be 1 or more"),
+        ("data.supervise=first", "data.supervise must be 'last' or 'all'"),
+        ("data.split=", "data.split must be text, not null"),
+        ("data.recent_turns=-1", "data.recent_turns must be 0 or more"),
+        ("data.skip_bad_rows='yes'", "data.skip_bad_rows must be true or false"),
+        ("data={path: null, path: x}", "path is given more than once"),
+        ("objective.write_target=1.5", "objective.write_target must be 1 or less"),
+        ("objective.write_sparsity=-1", "objective.write_sparsity must be 0 or more"),
+        ("objective.context_dropout=0.2", "data.recent_turns must be 1 or more"),
+        ("lora={}", "a memory or a LoRA"),
+        ("lora.targets=[]", "lora.targets must not be empty"),
+        ("lora.targets=[q_proj, 5]", "entry 2 of lora.targets must be text, not 5"),
+        ("lora.dropout=1", "lora.dropout must be below 1"),
+        ("out=''", "out must not be empty"),
+    ],
+)
+def test_what_it_cannot_mean_is_named(recipe, change, says):
+    with pytest.raises(ConfigError, match=f"(?s){says}"):
+        load_recipe(recipe, [change])
+
+
+def test_the_most_facts_are_the_attributes_there_are(recipe):
+    most = len(dialogues.KIND_OF)
+    assert load_recipe(recipe, [f"data.facts_last={most}"]).data.facts_last == most
+    with pytest.raises(ConfigError, match=f"must be {most} or less"):
+        load_recipe(recipe, [f"data.facts_last={most + 1}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"base: [", "not YAML"),
+        (b"- a\n- b\n", "no recipe"),
+        (b"text", "no recipe"),
+        (b"", "(?s)base is missing.*out is missing"),
+        (b"base: a\n", "out is missing"),
+        (b"base: caf\xe9\nout: b\n", "not UTF-8"),
+        (b"1: 2\nbase: a\nout: b\n", "line 1: 1 is not known"),
+        (b"base: a\nout: b\nrevision: 2026-13-01\n", "not YAML"),
+        (b"base: a\n? [x, y]\n: 3\n", "not YAML|not known"),
+        (b"base: !!python/object/apply:os.getcwd []\nout: b\n", "not YAML"),
+    ],
+)
+def test_files_that_are_no_recipe_are_named(tmp_path, content, says):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="There is no recipe"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="There is no recipe"):
+        load_recipe(tmp_path)
+
+
+MANY = """base: 7
+memory:
+  rank: 0
+  rnk: 3
+  heads: [q]
+  o_norm: true
+steps: 4
+data:
+  facts_first: 1.5
+  facts_last: 90
+  max_write: 4
+  max_write: 5
+objective: {context_dropout: 0.5}
+training:
+  steps: 4
+  epochs: 2
+  learning_rate: fast
+  early_stop: 3
+"""
+
+
+def test_all_errors_come_at_once_with_their_lines(tmp_path):
+    path = tmp_path / "many.yaml"
+    path.write_text(MANY)
+    changes = ["training.bptt=0", "training.sead=3", "nothing", "out.name=[", "memory.alpha=-1", "data.growth=[1"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, changes)
+    assert caught.value.what == f"The recipe {path} does not hold."
+    assert caught.value.why.splitlines() == [
+        "line 1: base must be text, not 7.",
+        "line 3: memory.rank must be 1 to 64, not 0.",
+        "line 4: memory.rnk is not known: did you mean memory.rank?",
+        "line 6: memory.o_norm has nothing to act on: heads has no o.",
+        "line 7: steps is not known: did you mean training.steps?",
+        "line 9: data.facts_first must be a whole number, not 1.5.",
+        "line 10: data.facts_last must be 36 or less, not 90.",
+        "line 12: data.max_write is given more than once, first in line 11.",
+        "line 12: data.max_write is not known: did you mean data.max_write_tokens?",
+        "line 13: objective.context_dropout hides recent turns: data.recent_turns must be 1 or more.",
+        "line 15: training.steps and training.epochs exclude each other: leave out one of them.",
+        "line 17: training.learning_rate must be a number, not 'fast'.",
+        "line 18: training.early_stop counts evaluations: give training.eval_every.",
+        "--set training.bptt=0: training.bptt must be 1 or more, not 0.",
+        "--set training.sead=3: training.sead is not known: did you mean training.seed?",
+        "--set nothing: it is no key=value: write for example --set training.steps=100.",
+        "--set out.name=[: its value is not YAML.",
+        "--set memory.alpha=-1: memory.alpha must be a positive number, not -1.",
+        "--set data.growth=[1: its value is not YAML.",
+        "out is missing: add it, or pass --out.",
+    ]
+    assert caught.value.next == "Correct them and try again."
+
+
+def test_what_is_wrong_by_itself_breaks_no_rule(recipe):
+    """Not an error more for the default that would stand in its place."""
+    for change in ("data.path=[a]", "training.steps=many"):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(recipe, ["training.epochs=null", change])
+        assert len(caught.value.why.splitlines()) == 1, caught.value.why
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, ["memory.delta_scale_max=x", "memory.delta_scale_init=5", "memory.beta_bias=y"])
+    said = caught.value.why
+    assert len(said.splitlines()) == 2 and "delta_scale_max must be" in said and "beta_bias must be" in said
+
+
+def test_a_change_takes_the_place_of_the_line(recipe):
+    said = "--set training={steps: 0}: training.steps must be 1 or more, not 0."
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, ["training={steps: 0}"])
+    assert caught.value.why == said
+    with pytest.raises(ConfigError, match="--out: out must not be empty"):
+        load_recipe(recipe, out="")
+    recipe.write_text(WHOLE.replace("steps: 7", "steps: 0"))
+    assert load_recipe(recipe, ["training.steps=7"]).training.steps == 7
+
+
+def test_keys_that_are_merged_in(recipe):
+    recipe.write_text(WHOLE.replace("  path: chats.jsonl\n", "  <<: {path: chats.jsonl, growth: 2}\n"))
+    with pytest.raises(ConfigError, match="line 9: data.growth must be 1 or less"):
+        load_recipe(recipe)
+    assert load_recipe(recipe, ["data.growth=1"]).data.path == "chats.jsonl"
+
+
+@pytest.mark.parametrize("written", ["2e-4", "2E-4", "+2.0e-04", "2.e-4", ".2e-3", "0.0002"])
+def test_numbers_as_people_write_them(recipe, written):
+    assert load_recipe(recipe, [f"training.learning_rate={written}"]).training.learning_rate == 2e-4
+
+
+def test_every_default_is_one_that_a_file_may_give(recipe):
+    """Options survive the way out through asdict and JSON, and back in."""
+    read = load_recipe(
+        recipe, ["training.scheduler_options={num_cycles: 2, min_lr: 1e-6}", "training.report_to=[wandb]"]
+    )
+    assert dict(read.training.scheduler_options) == {"num_cycles": 2, "min_lr": 1e-6}
+    said = json.loads(json.dumps(dataclasses.asdict(read)))
+    said["training"]["scheduler_options"] = dict(said["training"]["scheduler_options"])
+    del said["lora"]
+    recipe.write_text(json.dumps(said))
+    assert load_recipe(recipe) == read and hash(load_recipe(recipe)) == hash(read)
+    assert dataclasses.replace(read, out="other") == load_recipe(recipe, out="other") != read
+
+
+def test_a_lora_in_place_of_a_memory(recipe):
+    recipe.write_text("base: a\nout: b\nlora: {rank: 4}\ntraining: {steps: 3}\n")
+    assert load_recipe(recipe).lora == LoraOptions(rank=4, alpha=16.0, dropout=0.0, targets=("q_proj", "o_proj"))
+    for change, says in [
+        ("memory.rank=8", "a memory or a LoRA: leave out lora or memory"),  # though it is the default
+        ("adapter=c", "a memory or a LoRA: leave out lora or adapter"),
+        ("objective.write_sparsity=0.1", "objective.write_sparsity is about a memory"),
+        ("objective.full_context_kl=0.1", "objective.full_context_kl is about a memory"),
+        ("data.recent_turns=1", "data.recent_turns is about a memory"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            load_recipe(recipe, [change])
+    with pytest.raises(ConfigError, match="leave out lora or memory"):
+        Recipe("a", "b", memory=DeltaMemConfig(rank=4), lora=LoraOptions(), training=TrainingOptions(steps=1))
+
+
+def test_how_long_a_run_goes_on(recipe):
+    recipe.write_text("base: a\nout: b\n")
+    for changes in [[], ["training.epochs=2"]]:
+        with pytest.raises(ConfigError, match="without data.path .* give training.steps, or data.path"):
+            load_recipe(recipe, changes)
+    for changes, expected in [
+        ([], (None, None)),
+        (["training.epochs=2"], (None, 2.0)),
+        (["training.steps=2"], (2, None)),
+    ]:
+        training = load_recipe(recipe, ["data.path=chats.jsonl", *changes]).training
+        assert (training.steps, training.epochs) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TrainingOptions(steps=0), "training.steps must be 1 or more, not 0"),
+        (lambda: TrainingOptions(0), "training.steps must be 1 or more, not 0"),
+        (lambda: TrainingOptions(steps=1, epochs=1), "exclude each other"),
+        (lambda: TrainingOptions(stesp=1), "training.stesp is not known: did you mean training.steps"),
+        (lambda: DataOptions(facts_first=5, facts_last=4), "must not be above data.facts_last"),
+        (lambda: ObjectiveOptions(write_target=2), "objective.write_target must be 1 or less"),
+        (lambda: LoraOptions(rank=True), "lora.rank must be a whole number, not true"),
+        (lambda: Recipe("a"), "out is missing"),
+        (lambda: Recipe("a", "b"), "give training.steps"),
+        (lambda: Recipe("a", "b", memory={"rank": 4}), "memory must be a DeltaMemConfig"),
+        (
+            lambda: Recipe("a", "b", data=DataOptions("c"), objective=ObjectiveOptions(context_dropout=0.1)),
+            "data.recent_turns must be 1 or more",
+        ),
+    ],
+)
+def test_options_made_in_python_are_checked_too(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+def test_options_do_not_change():
+    options = TrainingOptions(steps=3, scheduler_options={"b": 1, "a": 2})
+    assert options == TrainingOptions(steps=3, scheduler_options={"a": 2, "b": 1})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.steps = 4
+
+
+def test_an_error_needs_no_transformers(recipe):
+    """It takes seconds to import; only a name that is not the usual one is looked up in it."""
+    code = (
+        "import sys\nfrom deltamem_tool.recipe.load import load_recipe\n"
+        f"try: load_recipe({str(recipe)!r}, ['training.steps=0', 'training.optimizer=adamw_torch'])\n"
+        "except ValueError as error: print(error, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "must be 1 or more" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_a_preset_and_what_changes_it(recipe):
+    recipe.write_text(WHOLE.replace("  rank: 4\n", "  preset: ssw\n  rank: 4\n"))
+    memory = load_recipe(recipe).memory
+    assert memory == DeltaMemConfig.preset("ssw", rank=4, heads=("q", "k"), layers=(0, 2), alpha=8)
+    assert memory.granularity == "message" and memory.delta_init == "base_slice"
+    with pytest.raises(ConfigError, match="memory.preset must be one of tsw, ssw, msw, not 'fast'"):
+        load_recipe(recipe, ["memory.preset=fast"])

@@ -1,0 +1,60 @@
+"""The recipes of this repository: each is read, says how it is run, and is in the installed package."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.config import PRESETS
+from deltamem_tool.recipe.load import load_recipe, shipped_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+ON_THE_BACKBONE = ("ablation", "quickstart", "adapter", "learn-tsw", "learn-ssw", "learn-msw", "learn-lora")
+BASES = {
+    "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_this_repository(path):
+    read = load_recipe(path)
+    header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    assert header is not None
+    commands = re.findall(r"^#   (deltamem .*)$", header[0], flags=re.MULTILINE)
+    command, verb, *words = shlex.split(commands[-1 if path.stem == "adapter" else 0])  # adapter.yaml goes on from one
+    assert (command, verb, words[0]) == ("deltamem", "train", f"recipes/{path.name}")
+    load_recipe(path, words[2::2])
+    assert set(words[1::2]) <= {"--set"}
+    assert re.search(r"^# Planned for .*(cores|GPU)", header[0], flags=re.MULTILINE) and "emory" in header[0]
+    if path.stem in ON_THE_BACKBONE:
+        assert read.base == "builtin:backbone" and read.training.steps
+        return
+    model, _, way = path.stem.rpartition("-")
+    assert (read.base, read.out) == (BASES[model], path.stem)
+    assert read.training.batch_size * read.training.gradient_accumulation == 32
+    assert (read.training.dtype, read.training.learning_rate, read.training.warmup) == ("bfloat16", 2e-4, 0.1)
+    assert (read.lora is not None) == (way == "lora")
+    if way != "lora":
+        assert read.memory == DeltaMemConfig.preset(way, alpha=16)
+        assert (read.objective.write_sparsity, read.objective.write_target) == (0.01, 0.05)
+
+
+def test_the_recipes_there_are():
+    names = {f"{model}-{way}" for model in BASES for way in PRESETS}
+    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", *ON_THE_BACKBONE}
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = said["package-data"]["deltamem_tool.recipes"]
+    assert "deltamem_tool.recipes" in said["packages"]
+    for path in RECIPES:
+        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+        assert shipped_recipe(path.name).is_file()

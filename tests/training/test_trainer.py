@@ -1,0 +1,405 @@
+"""What a run does beside learning: it evaluates, keeps the best, logs, and says what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers.tiny import listing, patched_model, save_checkpoint, write_jsonl
+from safetensors.torch import load_file
+from training.batches import episode_batch
+from training.talks import write_talks
+
+from deltamem_tool import DeltaMemConfig, DeltaMemError
+from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.data import dialogues
+from deltamem_tool.data.store import EncodedEpisodes
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.training import EpisodeModel, train
+from deltamem_tool.training import trainer as engine
+from deltamem_tool.training.run import run_data
+from deltamem_tool.training.trainer import EpisodeSampler, steps_of
+from deltamem_tool.training.validation import batches_of, metrics, outcomes
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LOSS_TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    """On a file, which is what it evaluates with too."""
+    talks = str(write_talks(tmp_path / "talks.jsonl"))
+    return Recipe(
+        base=str(checkpoint),
+        out=str(tmp_path / "adapter"),
+        memory=DeltaMemConfig(rank=4),
+        data=DataOptions(path=talks, eval_path=talks, max_write_tokens=200, max_read_tokens=90),
+        training=TrainingOptions(steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, eval_episodes=6),
+    )
+
+
+def changed(recipe, **training):
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **training))
+
+
+def summary(recipe):
+    return json.loads((read_adapter(recipe.out).path / SUMMARY_FILE).read_text())
+
+
+# Evaluation
+
+
+def test_outcomes_are_those_of_each_conversation_by_itself():
+    """With its own memory, with none, and with the next one's; an answer counts if all its tokens are the likeliest."""
+    model, batch = patched_model(), episode_batch()
+    step = EpisodeModel(model).eval()
+    rows, found = batch["rows"].tolist(), metrics(outcomes(step, [batch]))
+    expected = {}
+    for suffix, source in (("", lambda row: row), ("_zero", lambda row: None), ("_donor", lambda row: 1 - row)):
+        losses, right = [], []
+        for exchange, row in enumerate(rows):
+            of = source(row)
+            with torch.no_grad():
+                memory = adapter_of(model).empty_memory(1)
+                if of is not None:
+                    length = int(batch["write_mask"][of].sum())
+                    memory, _ = step.write(batch["write_ids"][of : of + 1, :length], None)
+                ids = batch["read_ids"][exchange : exchange + 1, : int(batch["read_mask"][exchange].sum())]
+                logits = step.answer(memory, ids, None, torch.arange(ids.shape[1])).log_softmax(-1)
+            scored = [t for t, label in enumerate(batch["labels"][exchange].tolist()) if label >= 0]
+            losses += [-logits[t - 1, ids[0, t]].item() for t in scored]
+            right.append(all(logits[t - 1].argmax() == ids[0, t] for t in scored))
+        expected[f"eval_loss{suffix}"] = sum(losses) / len(losses)
+        expected[f"eval_recall{suffix}"] = sum(right) / len(right)
+    assert found.keys() == expected.keys()
+    assert all(abs(found[name] - value) < LOSS_TOLERANCE for name, value in expected.items())
+    assert len({round(value, 4) for name, value in expected.items() if "loss" in name}) == 3
+
+
+def test_an_answer_that_is_the_likeliest_is_recalled():
+    model, batch = patched_model(), episode_batch()
+    step = EpisodeModel(model).eval()
+    batch["targets"] = dict(step.views(batch))[""].argmax(-1)
+    assert metrics(outcomes(step, [batch]))["eval_recall"] == 1.0
+    batch["targets"][-1] = (batch["targets"][-1] + 1) % 96  # the one exchange of the second conversation
+    assert abs(metrics(outcomes(step, [batch]))["eval_recall"] - 2 / 3) < 1e-9
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(7, 3, [3, 4]), (6, 3, [3, 3]), (3, 1, [3]), (4, 1, [2, 2])])
+def test_every_conversation_has_a_donor(count, size, sizes):
+    groups = batches_of(range(count), size)
+    assert [len(group) for group in groups] == sizes and [i for group in groups for i in group] == list(range(count))
+
+
+def test_one_conversation_has_none(recipe):
+    with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
+        batches_of(range(1), 4)
+    steps = []
+    with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
+        train(changed(recipe, eval_episodes=1), report=lambda *said: steps.append(said))
+    assert steps == []
+
+
+def test_a_run_evaluates_and_keeps_its_best(recipe, monkeypatch):
+    """The third evaluation is made to be the worst: the weights are those of the second."""
+    real, calls, weights = engine.outcomes, [], []
+
+    def worse(model, batches):
+        calls.append(1)
+        weights.append({name: weight.clone() for name, weight in model.adapter.state_dict().items()})
+        factors = torch.tensor([10.0 if len(calls) == 3 else 1.0, 1.0, 1.0, 1.0])
+        return {name: sums * factors for name, sums in real(model, batches).items()}
+
+    monkeypatch.setattr(engine, "outcomes", worse)
+    train(recipe)
+    said, kept = summary(recipe), load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    evaluations = [row for row in said["log"] if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [2, 4, 6] and said["best_step"] == 4
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"] and evaluations[1].keys() >= {"eval_recall_donor"}
+    assert all(torch.equal(kept[name], weight) for name, weight in weights[1].items())
+    assert not all(torch.equal(kept[name], weight) for name, weight in weights[2].items())
+
+
+def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):
+    real = engine.outcomes
+    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
+    assert train(changed(recipe, steps=20, early_stop=2)).steps == 6
+
+
+def test_there_must_be_something_to_evaluate_with(recipe):
+    with pytest.raises(ConfigError, match="eval_every needs other conversations.*data.eval_path"):
+        dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
+
+
+def test_generated_dialogues_are_evaluated_on_facts_that_no_training_sees(recipe, tokenizer):
+    generated = dataclasses.replace(recipe, data=DataOptions(facts_first=1, facts_last=2))
+    data = run_data(changed(generated, steps=2), tokenizer, "token", 1)
+    held_out = {fact.answer for split in dialogues.SPLITS.values() for fact in split[True]}
+
+    def answers(episodes):
+        return {exchange[-1]["content"] for episode in episodes for exchange in episode.exchanges}
+
+    assert len(data.validation) == 6 and answers(data.validation) <= held_out
+    assert not answers(data.training[i] for i in range(len(data.training))) & held_out
+
+
+# What is left of a run
+
+
+def test_the_summary_says_how_it_was_trained(recipe, tmp_path):
+    result = train(recipe)
+    said = summary(recipe)
+    assert said["steps"] == result.steps == 6 and said["parameters"] == result.parameters
+    assert said["episodes"]["episodes"] == 24 and said["recipe"]["training.learning_rate"] == 1e-2
+    assert {row["step"] for row in said["log"] if "loss" in row} == set(range(1, 7))
+    assert all(0 < row["gates"] < 1 for row in said["log"] if "loss" in row)
+    assert (tmp_path / "adapter" / PLOT_FILE).read_bytes().startswith(PNG)
+    assert str(tmp_path) not in (tmp_path / "adapter" / SUMMARY_FILE).read_text(), "a path of this machine"
+    assert set(said["versions"]) == {"deltamem", "torch", "transformers", "python"}
+
+
+def test_logs_are_written_where_they_stay(recipe, tmp_path):
+    train(changed(recipe, report_to=("tensorboard",)))
+    assert any(path.name.startswith("events.") for path in (tmp_path / "adapter.logs").rglob("*"))
+
+
+# What options do
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd", "learning_rate": 1.0},
+        {"optimizer": "adafactor"},
+        {"scheduler": "cosine_with_min_lr", "scheduler_options": {"min_lr_rate": 0.1}},
+        {"gradient_checkpointing": True},
+        {"write_chunk": 16, "bptt": 1},
+        {"gradient_accumulation": 2},
+        {"dtype": "bfloat16"},
+        {"attention": "eager"},
+    ],
+    ids=lambda options: next(iter(options)) + "-" + str(next(iter(options.values()))),
+)
+def test_options_of_a_run(options, recipe):
+    losses = [loss for _, loss in train(changed(recipe, **{"steps": 16, "eval_every": None, **options})).losses]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_a_run_that_recomputes_is_the_same_run(recipe):
+    train(recipe)
+    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    train(changed(recipe, gradient_checkpointing=True), overwrite=True)
+    found = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base(kind, recipe, tokenizer, tmp_path):
+    # Of whole blocks of 64: bitsandbytes 0.50 computes no others on a processor with AVX512-BF16.
+    base = save_checkpoint(tmp_path / "wide", tokenizer, hidden_size=64, intermediate_size=128)
+    memory = DeltaMemConfig(rank=4, delta_init="base_slice")
+    quantised = dataclasses.replace(recipe, base=str(base), memory=memory)
+    losses = [loss for _, loss in train(changed(quantised, quantize=kind, steps=16, eval_every=None)).losses]
+    assert losses[-1] < 0.95 * losses[0]
+    assert {tensor.dtype for tensor in read_adapter(recipe.out).tensors.values()} == {torch.float32}
+
+
+def test_epochs_are_counted_in_steps(recipe):
+    """24 conversations in batches of 4 by 2: 3 steps an epoch."""
+    result = train(changed(recipe, steps=None, epochs=2.0, gradient_accumulation=2, eval_every=None))
+    assert result.steps == steps_of(2.0, 24, 8) == 6
+    assert train(changed(recipe, steps=None, eval_every=None), overwrite=True).steps == 6  # one, in batches of 4
+    assert steps_of(0.5, 9, 4) == 2
+
+
+def test_bad_rows_can_be_left_out(recipe, tmp_path):
+    rows = (tmp_path / "talks.jsonl").read_text().splitlines()
+    (tmp_path / "talks.jsonl").write_text("\n".join([*rows[:3], "{}", *rows[3:], "no json"]) + "\n")
+    before = listing(tmp_path)
+    with pytest.raises(DeltaMemError, match=r"talks.jsonl:4"):
+        train(recipe)
+    assert listing(tmp_path) == before
+    data = dataclasses.replace(recipe.data, skip_bad_rows=True)
+    result = train(changed(dataclasses.replace(recipe, data=data), eval_every=None))
+    assert result.skipped_rows == 2 and summary(recipe)["skipped_rows"] == 2
+
+
+def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.1))
+    result = train(changed(lora, steps=16, eval_every=8))
+    losses = [loss for _, loss in result.losses]
+    assert losses[-1] < 0.95 * losses[0]
+    said = json.loads((tmp_path / "adapter" / SUMMARY_FILE).read_text())
+    assert any("eval_recall" in row and "eval_recall_zero" not in row for row in said["log"])
+    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.r, set(config.target_modules)) == (4, {"q_proj", "o_proj"})
+    assert config.base_model_name_or_path == recipe.base
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(weight.numel() for weight in weights.values()) == result.parameters
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_a_lora_that_fits_nothing(recipe):
+    lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(targets=("nowhere",)))
+    with pytest.raises(ConfigError, match="(?s)does not fit.*nowhere.*lora.targets"):
+        train(lora)
+
+
+def test_context_dropout_hides_recent_turns(recipe):
+    """With the recent turn in view the answer is told from it: that is another loss than from the memory alone."""
+    losses = {}
+    for dropout in (0.0, 1.0):
+        data = dataclasses.replace(recipe.data, recent_turns=1)
+        objective = ObjectiveOptions(context_dropout=dropout)
+        run = dataclasses.replace(recipe, data=data, objective=objective)
+        losses[dropout] = train(changed(run, steps=1, eval_every=None), overwrite=True).losses[0][1]
+    plain = train(changed(recipe, steps=1, eval_every=None), overwrite=True).losses[0][1]
+    assert losses[1.0] == plain and abs(losses[0.0] - plain) > 1e-3
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("early_stop", [None, 2])
+def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
+    """Nothing is left to do: no step is done twice, and the best weights are still the best."""
+    # 5 steps are no whole epoch, and a constant rate would move the weights with a sixth.
+    options = {"steps": 5, "scheduler": "constant", "save_every": 1, "eval_every": 1, "early_stop": early_stop}
+    real, calls = engine.outcomes, []
+
+    def no_better(*args):
+        calls.append(1)
+        factors = torch.tensor([100.0 if len(calls) > 2 else 1.0, 1.0, 1.0, 1.0])
+        return {name: sums * factors for name, sums in real(*args).items()}
+
+    if early_stop:  # after the second evaluation nothing is better: the fourth ends the run
+        monkeypatch.setattr(engine, "outcomes", no_better)
+    whole = train(changed(recipe, **options))
+    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    calls.clear()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    again = dataclasses.replace(changed(recipe, **options), out=f"{recipe.out}-again")
+    monkeypatch.setattr(EpisodeModel, "save", full)
+    with pytest.raises(OSError):
+        train(again)
+    monkeypatch.undo()
+    resumed = train(again, resume=True)
+    assert (resumed.steps, resumed.losses) == (whole.steps, whole.losses)
+    assert whole.steps == (4 if early_stop else 5)
+    found = load_file(f"{again.out}/{WEIGHTS_FILE}")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_patience_goes_on_where_it_was(recipe, monkeypatch):
+    """No evaluation is better than the first; one of three is waited for before Ctrl-C, and two after it."""
+    real = engine.outcomes
+    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
+    run = changed(recipe, steps=40, early_stop=3)
+
+    def interrupt(step, *_):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
+        train(run, report=interrupt)
+    assert train(run, resume=True).steps == 8
+
+
+@pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
+def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
+    def interrupt(step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted"):
+        train(recipe, report=interrupt)
+    if what == "processes":
+        said = tmp_path / "adapter.run" / "recipe.json"
+        said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
+    else:
+        write_talks(tmp_path / "talks.jsonl", count=25)
+    with pytest.raises(DeltaMemError, match=f"(?s)started otherwise.*{what}"):
+        train(recipe, resume=True)
+
+
+# The order of episodes
+
+
+def test_like_lengths_share_a_step(recipe):
+    class Episodes:
+        lengths = [length for length in range(1, 41) for _ in range(5)]
+
+        def __len__(self):
+            return len(self.lengths)
+
+    def spread(order):
+        chosen = list(EpisodeSampler(Episodes(), order, seed=0, batch_size=10))
+        assert sorted(chosen) == list(range(200))
+        batches = [[Episodes.lengths[i] for i in chosen[start : start + 10]] for start in range(0, 200, 10)]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches)
+
+    assert spread("by length") < 0.25 * spread("shuffled")
+    assert list(EpisodeSampler(Episodes(), "as they come", seed=0)) == list(range(200))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = EpisodeSampler(range(50), "shuffled", seed)
+        sampler.set_epoch(epoch)
+        torch.rand(3)  # what else was drawn does not matter
+        return list(sampler)
+
+    assert order(1, 0) == order(1, 0) and len({tuple(order(s, e)) for s, e in ((1, 0), (1, 1), (7, 0))}) == 3
+
+
+def test_the_dataset_is_told_the_epoch(recipe, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(EncodedEpisodes, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    train(changed(recipe, steps=None, epochs=2.0, eval_every=None))
+    assert sorted(set(epochs)) == [0, 1]
+
+
+# What goes wrong
+
+
+def test_a_diverged_run_says_where(recipe, monkeypatch, tmp_path):
+    """The step, the rows of its batch, and the gates."""
+    forward, calls = EpisodeModel.forward, []
+
+    @functools.wraps(forward)  # the Trainer looks at the signature
+    def diverging(self, **batch):
+        calls.append(batch)
+        made = forward(self, **batch)
+        return {**made, "loss": made["loss"] * (float("nan") if len(calls) == 3 else 1)}
+
+    monkeypatch.setattr(EpisodeModel, "forward", diverging)
+    with pytest.raises(DeltaMemError) as told:
+        train(changed(recipe, eval_every=None))
+    assert "the loss of step 3 is nan" in told.value.what
+    lines = [int(part.split(":")[1]) for part in told.value.why.split(";")[0].split(", ") if ".jsonl:" in part]
+    assert len(lines) == 4 and set(lines) <= set(range(1, 25)) and "mean gate β by layer was 0." in told.value.why
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_conversations_that_are_too_long_are_cut_from_the_left(recipe, tmp_path):
+    from deltamem_tool.data.dialogues import assistant, user
+
+    long = [[user("a " * 60), assistant("b"), user("c"), assistant("d")]] * 4
+    write_jsonl(tmp_path / "talks.jsonl", long)
+    data = dataclasses.replace(recipe.data, max_write_tokens=20)
+    train(changed(dataclasses.replace(recipe, data=data), steps=1))
+    said = summary(recipe)["episodes"]
+    assert said["cut"] == 4 and said["write_tokens"]["max"] == 20
