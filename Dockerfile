@@ -7,12 +7,13 @@ ENV PATH=$VIRTUAL_ENV/bin:$PATH
 
 # A stage of its own: only a change of the requirements, not any of pyproject.toml, installs them again.
 FROM base AS requirements
-# For instance "train": quantised bases, LoRA, TensorBoard.
-ARG EXTRAS=
+# For instance "cpu": what runs and chats in ONNX Runtime, without PyTorch.
+ARG EXTRAS=all
 COPY pyproject.toml /
-RUN python3 -c "import tomllib; p = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
-extras = [r for e in '$EXTRAS'.split() for r in p['optional-dependencies'][e]]; \
-print(*p['dependencies'], *extras, sep='\n')" > /requirements.txt
+RUN python3 -c "import re, tomllib; p = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
+own = lambda extra: [r for line in p['optional-dependencies'][extra] for r in \
+(sum(map(own, re.findall(r'\w+', line.partition('[')[2])), []) if line.startswith(p['name']) else [line])]; \
+print(*dict.fromkeys(p['dependencies'] + sum(map(own, '$EXTRAS'.split()), [])), sep='\n')" > /requirements.txt
 
 FROM base AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -21,8 +22,9 @@ COPY --from=requirements /requirements.txt /
 COPY constraints.txt /
 # Where to take PyTorch from, and PyTorch alone. Its default build has CUDA, its libraries come as packages.
 ARG TORCH_INDEX=
-RUN if [ -n "$TORCH_INDEX" ]; then \
-      pip install --no-deps --constraint /constraints.txt --index-url "$TORCH_INDEX" "$(grep '^torch[<>=]' /requirements.txt)"; \
+RUN torch=$(grep '^torch[<>=]' /requirements.txt || true); \
+    if [ -n "$TORCH_INDEX" ] && [ -n "$torch" ]; then \
+      pip install --no-deps --constraint /constraints.txt --index-url "$TORCH_INDEX" "$torch"; \
     fi
 RUN pip install --constraint /constraints.txt --requirement /requirements.txt
 

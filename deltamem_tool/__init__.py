@@ -6,28 +6,27 @@ from typing import TYPE_CHECKING
 
 from deltamem_tool._version import __version__ as __version__
 
-_HOME = {
-    "Conversation": "chat.conversation",
-    "DeltaMemConfig": "config",
-    "DeltaMemError": "errors",
-    "MemoryCache": "memory.cache",
-    "MemoryState": "memory.state",
-    "OnnxModel": "onnx.runtime.engine",
-    "TorchModel": "chat.torch_engine",
-    "attach": "memory.attach",
-    "convert": "adapter.reference.convert",
-    "detach": "memory.attach",
-    "encode_chat": "segments.encode",
-    "evaluate": "evaluation.runner",
-    "export_onnx": "onnx.export.export",
-    "load": "adapter.load",
-    "pull": "hub.pull",
-    "push": "hub.push",
-    "save_adapter": "adapter.save",
-    "train": "training.run",
+# Where each name is, and which extras of the installation it needs.
+_HOME: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Conversation": ("chat.conversation", ()),
+    "DeltaMemConfig": ("config", ()),
+    "DeltaMemError": ("errors", ()),
+    "MemoryCache": ("memory.cache", ("torch",)),
+    "MemoryState": ("memory.state", ("torch",)),
+    "OnnxModel": ("onnx.runtime.engine", ("cpu",)),
+    "TorchModel": ("chat.torch_engine", ("torch",)),
+    "attach": ("memory.attach", ("torch",)),
+    "convert": ("adapter.reference.convert", ("torch",)),
+    "detach": ("memory.attach", ("torch",)),
+    "encode_chat": ("segments.encode", ("torch",)),
+    "evaluate": ("evaluation.runner", ("eval",)),
+    "export_onnx": ("onnx.export.export", ("export", "cpu")),
+    "load": ("adapter.load", ("torch",)),
+    "pull": ("hub.pull", ()),
+    "push": ("hub.push", ()),
+    "save_adapter": ("adapter.save", ("torch",)),
+    "train": ("training.run", ("train",)),
 }
-# Modules that do without transformers.
-_LIGHT = ("chat.conversation", "config", "errors", "hub.pull", "hub.push", "onnx.runtime.engine")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -56,11 +55,12 @@ def __getattr__(name: str):
     from importlib import import_module
 
     if name in _HOME:
-        if _HOME[name] not in _LIGHT:
+        module, extras = _HOME[name]
+        if extras:
             from deltamem_tool.io.installation import check_installation
 
-            check_installation("torch", "transformers")
-        globals()[name] = getattr(import_module(f"deltamem_tool.{_HOME[name]}"), name)  # the next time it is there
+            check_installation(*extras)
+        globals()[name] = getattr(import_module(f"deltamem_tool.{module}"), name)  # the next time it is there
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "deltamem-tool"
-EXTRA = "train"  # PEFT and bitsandbytes are what a user of the library has beside it
+EXTRA = "all"
 TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
 TOGETHER = "all of them"
 LINES = 12  # of a failure's output that are shown
@@ -81,9 +81,18 @@ class Environment:
 def required() -> list[str]:
     """What the package requires on this machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"][EXTRA]]
-    requirements = map(Requirement, lines)
-    return [canonicalize_name(each.name) for each in requirements if each.marker is None or each.marker.evaluate()]
+    found: dict[str, None] = {}
+
+    def add(lines: Sequence[str]) -> None:
+        for each in map(Requirement, lines):
+            if each.name == PACKAGE:
+                for extra in each.extras:
+                    add(project["optional-dependencies"][extra])
+            elif each.marker is None or each.marker.evaluate():
+                found[canonicalize_name(each.name)] = None
+
+    add([*project["dependencies"], f"{PACKAGE}[{EXTRA}]"])
+    return sorted(found)
 
 
 def newest(environment: Environment, names: Sequence[str]) -> dict[str, str]:

@@ -57,7 +57,7 @@ CASES = [
     ("deltamem_tool.memory.file", HEAVY),
     ("deltamem_tool.memory.plot", HEAVY - {"matplotlib"}),
     ("deltamem_tool.ops", HEAVY - {"torch"}),
-    ("deltamem_tool.adapter.folder", HEAVY - {"torch"}),
+    ("deltamem_tool.adapter.folder", HEAVY),
     ("deltamem_tool.memory.layer", {"transformers", "onnxruntime"}),
     ("deltamem_tool.memory.state", {"transformers", "onnxruntime", "matplotlib"}),
     ("deltamem_tool.data.store, deltamem_tool.data.collate", {"onnxruntime", "onnx", "matplotlib"}),
@@ -66,7 +66,7 @@ CASES = [
     ("deltamem_tool.chat.repl, deltamem_tool.memory.heatmap", HEAVY),
     ("deltamem_tool.chat.torch_engine", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}),
     ("deltamem_tool.evaluation", HEAVY),
-    ("deltamem_tool.hub.push", (HEAVY | {"peft"}) - {"torch", "huggingface_hub"}),
+    ("deltamem_tool.hub.push, deltamem_tool.hub.pull", (HEAVY | {"peft"}) - {"huggingface_hub"}),
     ("deltamem_tool.onnx.contract", HEAVY),
     ("deltamem_tool.onnx.runtime.engine", {"torch", "transformers"}),
 ]

@@ -1,4 +1,4 @@
-"""An adapter folder as it lies there: read strictly and checked, without its base model and without transformers."""
+"""An adapter folder as it lies there: read strictly and checked, without its base model. No torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.numpy import load_file
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE, BaseModel, read_config
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.names import resolve_folder
-from deltamem_tool.io.tensor_header import read_header
+from deltamem_tool.io.tensor_header import TensorEntry, read_header
 from deltamem_tool.memory.fingerprint import fingerprint_of
-from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.weight_shapes import weight_shapes
 
-_ANY = 2**31 - 1  # stands for a size that only the base model knows
+FLOAT32 = "float32"  # of every weight
 
 
 def name_in(layer: int, name: str) -> str:
@@ -44,16 +44,20 @@ class AdapterFolder:
     path: Path
     config: DeltaMemConfig
     base: BaseModel
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, NDArray | TensorEntry]  # numbers, or what the header says of them
     reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
 
     @cached_property
     def fingerprint(self) -> str:
         """What memories of this adapter are bound to."""
-        return fingerprint_of(self.config, self.tensors)
+        return fingerprint_of(self.config, self.numbers())
+
+    def numbers(self) -> dict[str, NDArray]:
+        """The weights, float32, where they have been read."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, np.ndarray)}
 
     def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def layer_indices(self) -> list[int]:
@@ -66,7 +70,7 @@ class AdapterFolder:
     def memory_bytes(self) -> int:
         """Of one conversation."""
         of_layer = math.prod(self.config.state_shape) + self.config.segment_width
-        return len(self.layer_indices) * of_layer * torch.float32.itemsize
+        return len(self.layer_indices) * of_layer * np.dtype(FLOAT32).itemsize
 
     def check(self) -> None:
         """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
@@ -74,18 +78,13 @@ class AdapterFolder:
         Raises:
             AdapterError: tensors are missing, extra, misshapen or not finite; all of them are named.
         """
-        with torch.device("meta"):
-            layer = DeltaMemory(self.config, _ANY, {branch: _ANY for branch in self.config.heads})
-        wanted = {
-            name_in(index, name): [None if size == _ANY else size for size in tensor.shape]
-            for index in self.layer_indices
-            for name, tensor in layer.state_dict().items()
-        }
+        of_layer = weight_shapes(self.config)
+        wanted = {name_in(index, name): shape for index in self.layer_indices for name, shape in of_layer.items()}
         differences = [] if wanted else ["it has no layer"]
         for name, tensor in self.tensors.items():
-            if tensor.dtype != torch.float32:
-                differences.append(f"{name} is {tensor.dtype}, not float32")
-            elif not tensor.is_meta and not tensor.isfinite().all():
+            if str(tensor.dtype) != FLOAT32:
+                differences.append(f"{name} is {tensor.dtype}, not {FLOAT32}")
+            elif isinstance(tensor, np.ndarray) and not np.isfinite(tensor).all():
                 differences.append(f"{name} holds NaN or infinity")
         self.refuse(differences + self.differences(wanted))
 
@@ -125,7 +124,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
 
 def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
     """The same from its config and the header of its weights alone, in which everything but the numbers is checked.
-    The tensors are on torch's meta device: names and shapes.
+    Its tensors have types and shapes, and no numbers.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -139,11 +138,7 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
         entries = read_header(folder / WEIGHTS_FILE).tensors
     except ValueError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    tensors = {
-        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
-        for name, entry in entries.items()
-    }
-    found = AdapterFolder(folder, said.mechanism, said.base, tensors, said.reference)
+    found = AdapterFolder(folder, said.mechanism, said.base, entries, said.reference)
     found.check()
     return found
 

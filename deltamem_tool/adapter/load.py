@@ -58,7 +58,7 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
         AdapterError: tensors are missing, extra or misshapen for this base model; all of them are named.
     """
     _refuse_misfit(adapter, folder)
-    adapter.load_state_dict(dict(folder.tensors))
+    adapter.load_state_dict({name: torch.tensor(weight) for name, weight in folder.numbers().items()})
 
 
 def _refuse_misfit(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:

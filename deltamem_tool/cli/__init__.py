@@ -31,14 +31,18 @@ COMMANDS = (
     "pull",
 )
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
-# What of the installation is looked at before a command runs; all of it for a command that is not named.
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "pull": ("huggingface-hub", "httpx2"),
-    "push": ("huggingface-hub", "httpx2"),
-    "run": ("onnxruntime",),
+# The extras of the installation that each command needs; those that are not named need none.
+_EXTRAS: dict[str, tuple[str, ...]] = {
+    "ablate": ("train", "eval"),
+    "bench": ("train", "eval", "export", "cpu"),
+    "convert": ("torch",),
+    "eval": ("eval",),
+    "export": ("export", "cpu"),
+    "patch": ("torch",),
+    "quickstart": ("train", "eval", "export", "cpu"),
+    "run": ("cpu",),
+    "train": ("train",),
 }
-_NEED_NOTHING = ("architectures", "chat", "compare", "inspect")  # `chat` finds out for itself
-_NEED_NO_ONNX = ("ablate", "convert", "eval", "patch", "train")
 
 
 class _Commands(click.Group):
@@ -57,15 +61,13 @@ class _Commands(click.Group):
 def _command(name: str) -> click.Command:
     """The command, which looks at the installation before it does anything; `--help` does not."""
     command = importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
-    if name in _NEED_NOTHING:
-        return command
     run = command.callback
 
     @functools.wraps(run)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        from deltamem_tool.io.installation import ONNX, check_installation
+        from deltamem_tool.io.installation import check_installation
 
-        check_installation(*_NEEDS.get(name, ()), without=ONNX if name in _NEED_NO_ONNX else ())
+        check_installation(*_EXTRAS.get(name, ()))
         return run(*args, **kwargs)
 
     command.callback = checked

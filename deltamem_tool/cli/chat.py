@@ -12,7 +12,7 @@ import click
 from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import refuse_unwritable
-from deltamem_tool.io.installation import ONNX, check_installation
+from deltamem_tool.io.installation import RUNTIME, check_installation
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import is_onnx
 
@@ -98,14 +98,14 @@ def _refuse_options(
 
 
 def _onnx_engine(folder: str, provider: str | None) -> Engine:
-    check_installation("onnxruntime")
+    check_installation(RUNTIME)
     from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     return OnnxModel(folder, provider or "cpu")
 
 
 def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
-    check_installation(without=ONNX)
+    check_installation("torch")
     import torch
 
     from deltamem_tool.adapter.load import load

@@ -11,6 +11,7 @@ import click
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.io.installation import check_installation
 from deltamem_tool.onnx.locate import is_onnx
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
     from deltamem_tool.memory.inspect import difference, refuse_unlike, summary
 
     if plot is not None:
+        check_installation("plot")
         refuse_unwritable(plot)
         if any(plot.resolve() == Path(name).resolve() for name in (path, other) if name):
             raise DeltaMemError(f"{plot} is the memory itself.", "It would be lost.", "Choose another file to draw to.")

@@ -119,7 +119,7 @@ class Lora:
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+            raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
         config = LoraConfig.from_pretrained(str(self.folder))
         config.inference_mode = True
         config.base_model_name_or_path = None  # or PEFT warns that the base is at another path: it has been compared

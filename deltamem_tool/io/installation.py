@@ -1,12 +1,12 @@
 """What is wrong with the installed packages, in three lines, before anything runs.
 
-The bounds are those of the package's own metadata (`pyproject.toml`): there is no second list of them.
+The requirements and their bounds are those of the package's own metadata (`pyproject.toml`): there is no second list.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 from deltamem_tool.errors import InstallationError
 
 PACKAGE = "deltamem-tool"
-IGNORE = "DELTAMEM_IGNORE_BOUNDS"  # set to 1 to run with other versions
-ONNX = ("onnx", "onnx-ir", "onnxruntime", "onnxscript")  # what only graphs need
+IGNORE = "DELTAMEM_IGNORE_BOUNDS"  # set to 1 to run with whatever is installed
+RUNTIME = "cpu"  # the extra whose ONNX Runtime any other distribution of it can stand in for
 # Distributions that all bring the one package `onnxruntime`.
 RUNTIMES = (
     "onnxruntime",
@@ -27,45 +27,51 @@ RUNTIMES = (
     "onnxruntime-qnn",
     "onnxruntime-rocm",
 )
+# What an extra brings for some of its options: whoever has left it out is told when asking for one of them.
+OPTIONAL = {"bitsandbytes", "bm25s", "nltk", "peft", "psutil", "rapidfuzz", "rouge-score", "tensorboard", "tiktoken"}
 
 
-def check_installation(*names: str, without: Collection[str] = ()) -> None:
-    """Check what is about to be used. With DELTAMEM_IGNORE_BOUNDS=1 nothing is checked.
+def check_installation(*extras: str) -> None:
+    """Check what every part of the package needs, and what `extras` bring. With DELTAMEM_IGNORE_BOUNDS=1, nothing.
 
     Args:
-        names: required packages, as pip calls them; all of them if none is named. "onnxruntime" is any distribution of
-            ONNX Runtime.
-        without: packages that are not used, although none is named.
+        extras: of `pyproject.toml`; `RUNTIME` is any distribution of ONNX Runtime.
 
     Raises:
-        InstallationError: a package is missing, its version is outside the bounds, PyTorch cannot be imported, or
-            several distributions of ONNX Runtime are installed over each other.
+        InstallationError: packages are missing, a version is outside the bounds, PyTorch cannot be imported, or several
+            distributions of ONNX Runtime are installed over each other.
     """
     if os.environ.get(IGNORE) == "1":
         return
-    required: dict[str, Requirement] = {}
-    for requirement in _required():
-        name = str(canonicalize_name(requirement.name))
-        required["onnxruntime" if name in RUNTIMES else name] = requirement
-    used = {name: required[name] for name in (names or required) if name in required and name not in without}
-    for name, requirement in used.items():
-        if name == "onnxruntime":
-            _check_runtime(requirement)
-        else:
+    for extra in ("", *extras):
+        required = {str(canonicalize_name(each.name)): each for each in _required(extra)}
+        runtime = next((required.pop(name) for name in RUNTIMES if name in required), None)
+        missing = [name for name in required if _installed(name) is None and name not in OPTIONAL]
+        if missing:
+            raise _missing(missing, extra)
+        for name, requirement in required.items():
             _check_version(requirement, name)
-    if "torch" in used:
-        _check_torch(used["torch"])  # last: it takes seconds
+        if runtime is not None:
+            _check_runtime(runtime)
+        if "torch" in required:
+            _check_torch(required["torch"])  # last: it takes seconds
 
 
-def _required() -> Iterator[Requirement]:
-    """What the package requires on this machine, without extras; nothing where it runs without being installed."""
+def _required(extra: str) -> Iterator[Requirement]:
+    """What `extra` brings on this machine beside what every installation has, or for "" that; nothing where the package
+    runs without being installed."""
     try:
         lines = requires(PACKAGE) or []
     except PackageNotFoundError:
         return
-    for line in lines:
-        requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+    for requirement in map(Requirement, lines):
+        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if always != (extra == "") or not (always or requirement.marker.evaluate({"extra": extra})):  # type: ignore[union-attr]
+            continue
+        if canonicalize_name(requirement.name) == PACKAGE:
+            for other in requirement.extras:
+                yield from _required(other)
+        else:
             yield requirement
 
 
@@ -76,13 +82,19 @@ def _installed(name: str) -> str | None:
         return None
 
 
+def _missing(names: list[str], extra: str) -> InstallationError:
+    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return InstallationError(
+        f"This needs {shown}, which {'are' if len(names) > 1 else 'is'} not installed.",
+        f"{'They come' if len(names) > 1 else 'It comes'} with "
+        + (f"the extra {extra!r} of {PACKAGE}." if extra else f"{PACKAGE}."),
+        f"pip install '{PACKAGE}{f'[{extra}]' if extra else ''}'",
+    )
+
+
 def _check_version(requirement: Requirement, name: str) -> None:
     found = _installed(name)
-    if found is None:
-        raise InstallationError(
-            f"{name} is not installed.", "deltamem needs it.", f"pip install '{name}{_bounds(requirement)}'"
-        )
-    if requirement.specifier.contains(found, prereleases=True):
+    if found is None or requirement.specifier.contains(found, prereleases=True):
         return
     raise InstallationError(
         f"{name} {found} is installed, and this version of deltamem works with {_bounds(requirement)}.",
@@ -98,15 +110,19 @@ def _bounds(requirement: Requirement) -> str:
 
 def _check_runtime(requirement: Requirement) -> None:
     found = [name for name in RUNTIMES if _installed(name)]
+    if not found:
+        raise InstallationError(
+            "This needs ONNX Runtime, which is not installed.",
+            f"It comes with the extra 'cpu' of {PACKAGE}, or with 'gpu' for NVIDIA's GPUs.",
+            f"pip install '{PACKAGE}[cpu]', or '{PACKAGE}[gpu]'",
+        )
     if len(found) > 1:
-        names = " ".join(found)
         raise InstallationError(
             f"{' and '.join(found)} are installed over each other.",
             "They bring the same package, onnxruntime: its files are a mixture of both.",
-            f"pip uninstall -y {names} && pip install '{requirement.name}{_bounds(requirement)}'",
+            f"pip uninstall -y {' '.join(found)} && pip install '{found[0]}{_bounds(requirement)}'",
         )
-    # Any one of them will do.
-    _check_version(requirement, found[0] if found else requirement.name)
+    _check_version(requirement, found[0])
 
 
 def _check_torch(requirement: Requirement) -> None:

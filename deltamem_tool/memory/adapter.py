@@ -84,7 +84,8 @@ class DeltaMemAdapter(nn.Module):
             return IN_TRAINING
         versions = tuple(changes_of(weight) for weight in self._weights)
         if self._fingerprint is None or self._fingerprint[0] != versions:
-            self._fingerprint = (versions, fingerprint_of(self.config, self.state_dict()))
+            weights = {name: weight.cpu().float().numpy() for name, weight in self.state_dict().items()}
+            self._fingerprint = (versions, fingerprint_of(self.config, weights))
         return self._fingerprint[1]
 
     @contextmanager

@@ -92,5 +92,5 @@ def tensorboard(options: TrainingOptions, logs: Path, is_main: bool) -> list[Tra
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("TensorBoard is not installed.", f"{error}.", "pip install tensorboard") from error
+        raise ConfigError("TensorBoard is not installed.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
     return [TensorBoardCallback(SummaryWriter(logs))]

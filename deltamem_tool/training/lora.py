@@ -30,7 +30,7 @@ def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = No
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install peft") from error
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
     config = LoraConfig(
         r=options.rank,
         lora_alpha=cast(int, options.alpha),  # which may be a float, whatever its type says

@@ -25,7 +25,7 @@ from deltamem_tool.errors import AdapterError
         (lambda t: t | {"layers.0.gate.bias": torch.zeros(5)}, ["layers.0.gate.bias is [5], not [4]"]),
         (
             lambda t: t | {"layers.0.gate.bias": torch.zeros(4).half(), "more": torch.zeros(1)},
-            ["layers.0.gate.bias is torch.float16, not float32", "extra more"],
+            ["layers.0.gate.bias is float16, not float32", "extra more"],
         ),
     ],
     ids=["missing", "extra", "misshapen", "dtype"],

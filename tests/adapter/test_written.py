@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter.folders import CONFIG
 from helpers.running import cache_of
-from helpers.tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens
+from helpers.tiny import listing, patched_model, randomise, save_checkpoint, tiny_model, tokens, weights_of
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, load, save_adapter
@@ -35,7 +35,7 @@ def test_patching_a_folder_is_attaching_to_its_model(name, delta_init, tmp_path)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         assert (tmp_path / "patched" / file).read_bytes() == (tmp_path / "attached" / file).read_bytes()
     assert folder.num_parameters() == adapter_of(model).num_parameters()
-    deltas = [tensor for key, tensor in folder.tensors.items() if ".delta." in key]
+    deltas = [tensor for key, tensor in weights_of(folder).items() if ".delta." in key]
     if delta_init == "zero":
         assert all(not delta.any() for delta in deltas)
     else:
@@ -43,7 +43,7 @@ def test_patching_a_folder_is_attaching_to_its_model(name, delta_init, tmp_path)
             torch.testing.assert_close(delta.norm(dim=0), torch.full((4,), 0.05))
         key = "layers.1.delta.o.weight"
         column = model.model.layers[1].self_attn.o_proj.weight[:, 2]
-        torch.testing.assert_close(folder.tensors[key][:, 2], column / column.norm() * 0.05)
+        torch.testing.assert_close(weights_of(folder)[key][:, 2], column / column.norm() * 0.05)
 
 
 def test_the_folder_says_what_it_is_for(adapter, base):
@@ -87,7 +87,7 @@ def test_a_base_in_pieces(tmp_path):
         adapters.append(create_adapter(str(tmp_path / name), CONFIG, tmp_path / f"{name}-adapter"))
     pieces, whole = adapters
     assert pieces.base.fingerprint == whole.base.fingerprint
-    assert all(torch.equal(pieces.tensors[key], tensor) for key, tensor in whole.tensors.items())
+    assert all(torch.equal(weights_of(pieces)[key], tensor) for key, tensor in weights_of(whole).items())
     assert load(tmp_path / "base-adapter", base=str(tmp_path / "whole")) is not None
     shard = next((tmp_path / "base").glob("model-*.safetensors"))
     shard.unlink()

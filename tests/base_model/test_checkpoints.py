@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
-from helpers.tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model
+from helpers.tiny import as_bin, listing, logits, randomise, save_checkpoint, tiny_config, tiny_model, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -47,7 +47,7 @@ def assert_patched_is_attached(model, base: Path, out: Path, **options) -> None:
     folder = create_adapter(str(base), CONFIG, out, **options)
     torch.manual_seed(7)
     attach(model, CONFIG)
-    assert all(torch.equal(folder.tensors[name], own) for name, own in adapter_of(model).state_dict().items())
+    assert all(torch.equal(weights_of(folder)[name], own) for name, own in adapter_of(model).state_dict().items())
     loaded = load(out, **options)
     assert loaded.dtype == model.dtype
     plain = logits(model)

@@ -115,13 +115,12 @@ def test_documented_commands_are_commands(docker):
 def build(folder: Path) -> Image:
     """The image; roots of other stages than its own do not outlast it."""
     args = [docker.build_args for docker in documented() if docker.words[0] == "build"]
+    cpu = next(known for known in args if "TORCH_INDEX" in known)
     if WHOLE:
         env, files = pip_settings()
-        cpu = next(known for known in args if "TORCH_INDEX" in known)
         builder = Builder(ROOT, folder, debian, cpu, env, files)
     else:
-        every = {name: value for known in args for name, value in known.items()}
-        builder = Builder(ROOT, folder, borrowed, every, NO_INDEX, after_run=lend_packages)
+        builder = Builder(ROOT, folder, borrowed, cpu, NO_INDEX, after_run=lend_packages)
     image = builder.build(STAGES)
     for other in builder.made.values():
         if other is not image:

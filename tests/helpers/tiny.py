@@ -151,3 +151,8 @@ def as_bin(model, folder: Path, pieces: int = 1, zipped: bool = True) -> Path:
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens(2, 9)).logits
+
+
+def weights_of(folder) -> dict[str, Tensor]:
+    """The weights of an adapter folder that has been read."""
+    return {name: torch.tensor(weight) for name, weight in folder.numbers().items()}

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from deltamem_tool.errors import InstallationError
 from deltamem_tool.io import installation
-from deltamem_tool.io.installation import IGNORE, PACKAGE, check_installation
+from deltamem_tool.io.installation import IGNORE, OPTIONAL, PACKAGE, check_installation
 
 
 def installed(folder: Path, name: str, version: str) -> None:
@@ -82,7 +82,7 @@ def test_what_does_not_need_it_works(process, tmp_path):
         done = process(*words.split())
         assert done.code == 0 and done.out and "5.22.0" not in done.err, words
     # An ONNX folder needs ONNX Runtime alone: here the folder is what is missing.
-    process("run", tmp_path, "--prompt", "Hello").assert_short_error("ONNX", code=1)
+    process("run", tmp_path, "--prompt", "Hello").assert_short_error("ONNX folder", code=1)
     process("chat", "builtin:adapter").assert_short_error("transformers 5.22.0 is installed", code=1)
 
 
@@ -133,25 +133,53 @@ def test_the_library_says_so_too(tmp_path):
     assert done.stdout == "8\n"
 
 
-def test_a_package_that_is_missing(monkeypatch):
-    monkeypatch.setattr(installation, "_installed", lambda name: None)
-    with pytest.raises(InstallationError, match=r"(?s)click is not installed.*pip install 'click>="):
-        check_installation("click")
-    with pytest.raises(InstallationError, match="onnxruntime(-gpu)? is not installed"):
-        check_installation("onnxruntime")
+def without(monkeypatch, *names: str) -> None:
+    """As if these were not installed."""
+    own = installation._installed
+    monkeypatch.setattr(installation, "_installed", lambda name: None if name in names else own(name))
+
+
+def test_an_extra_that_is_missing(monkeypatch):
+    without(monkeypatch, "torch", "transformers", "accelerate", "datasets")
+    with pytest.raises(InstallationError) as raised:
+        check_installation("train")
+    assert raised.value.what == "This needs torch, transformers, accelerate and 1 more, which are not installed."
+    assert raised.value.why == "They come with the extra 'train' of deltamem-tool."
+    assert raised.value.next == "pip install 'deltamem-tool[train]'"
+    check_installation()
+    check_installation("cpu")
+    without(monkeypatch, "click")
+    with pytest.raises(InstallationError, match="(?s)This needs click, which is not.*comes with deltamem-tool"):
+        check_installation("cpu")
+
+
+def test_what_only_some_options_need_may_be_missing(monkeypatch):
+    without(monkeypatch, *OPTIONAL)
+    check_installation("train", "eval")
+    assert {each.name for each in declared()} >= OPTIONAL
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_no_runtime(monkeypatch, extra):
+    without(monkeypatch, *installation.RUNTIMES)
+    with pytest.raises(InstallationError, match=r"(?s)ONNX Runtime, which is not.*deltamem-tool\[cpu\]"):
+        check_installation(extra)
 
 
 @pytest.mark.parametrize("runtime", installation.RUNTIMES)
 def test_any_one_runtime_will_do(monkeypatch, runtime):
-    monkeypatch.setattr(installation, "_installed", lambda name: "1.31.1" if name == runtime else None)
-    check_installation("onnxruntime")
-    monkeypatch.setattr(installation, "_installed", lambda name: "1.99.0" if name == runtime else None)
+    own, found = installation._installed, {runtime: "1.31.1"}
+    monkeypatch.setattr(
+        installation, "_installed", lambda name: found.get(name) if name in installation.RUNTIMES else own(name)
+    )
+    check_installation("cpu")
+    found[runtime] = "1.99.0"
     with pytest.raises(InstallationError, match=f"{runtime} 1.99.0 is installed"):
-        check_installation("onnxruntime")
+        check_installation("cpu")
 
 
-def test_this_installation_is_right():
-    check_installation()
+def test_every_extra_is_here():
+    check_installation("cpu", "torch", "export", "train", "eval")
 
 
 def test_a_tree_that_is_not_installed_has_no_bounds(monkeypatch):
@@ -160,7 +188,7 @@ def test_a_tree_that_is_not_installed_has_no_bounds(monkeypatch):
 
     monkeypatch.setattr(installation, "requires", missing)
     monkeypatch.setattr(installation, "_installed", lambda name: None)
-    check_installation()
+    check_installation("train", "cpu")
 
 
 # The sets that are tested

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import listing, save_checkpoint, write_jsonl
+from helpers.tiny import listing, save_checkpoint, weights_of, write_jsonl
 from safetensors.torch import load_file
 
 from deltamem_tool import DeltaMemConfig, DeltaMemError, load
@@ -78,7 +78,7 @@ def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch,
         assert not torch.equal(weight, before[name]), f"{name} did not learn"
     # What is written is what was trained, and nothing else is left.
     folder = read_adapter(recipe.out)
-    assert all(torch.equal(folder.tensors[name], weight) for name, weight in trained.items())
+    assert all(torch.equal(weights_of(folder)[name], weight) for name, weight in trained.items())
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     assert folder.base.name == str(checkpoint) and result.parameters == folder.num_parameters()
 

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from helpers.tiny import listing, patched_model, save_checkpoint, write_jsonl
+from helpers.tiny import listing, patched_model, save_checkpoint, weights_of, write_jsonl
 from safetensors.torch import load_file
 from training.batches import episode_batch
 from training.talks import write_talks
@@ -210,7 +210,7 @@ def test_a_quantised_base(kind, recipe, tokenizer, tmp_path):
     quantised = dataclasses.replace(recipe, base=str(base), memory=memory)
     losses = [loss for _, loss in train(changed(quantised, quantize=kind, steps=16, eval_every=None)).losses]
     assert losses[-1] < 0.95 * losses[0]
-    assert {tensor.dtype for tensor in read_adapter(recipe.out).tensors.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights_of(read_adapter(recipe.out)).values()} == {torch.float32}
 
 
 def test_epochs_are_counted_in_steps(recipe):

@@ -157,8 +157,9 @@ def _to_reference(
     folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
     original, dtype, other_dtypes = _origin(folder.reference, folder.path)
     config = config_of(folder.config, [layer.index for layer in layers], original)
+    numbers = folder.numbers()
     exact = {
-        theirs: torch.zeros(shape) if name is None else folder.tensors[name].clone()
+        theirs: torch.zeros(shape) if name is None else torch.tensor(numbers[name])
         for theirs, name, shape in _entries(adapter, layers)
     }
     tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}

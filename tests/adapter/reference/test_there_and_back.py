@@ -18,7 +18,7 @@ from adapter.reference.adapters import (
     writable,
 )
 from helpers.parity_cases import CASES, FOLDER
-from helpers.tiny import randomise, tokens
+from helpers.tiny import randomise, tokens, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def test_every_reference_adapter_comes_back(case, dtype, tmp_path):
     ours = read_adapter(tmp_path / "ours")
     assert done.parameters == ours.num_parameters()
     theirs = read_tensors(source)
-    for name, tensor in ours.tensors.items():
+    for name, tensor in weights_of(ours).items():
         _, layer, own = name.split(".", 2)
         original = next(key for key, value in NAMES.items() if value == own)
         assert torch.equal(tensor, theirs[f"model.layers.{layer}.self_attn.{original}"].float())
@@ -126,7 +126,7 @@ def test_every_adapter_of_ours_comes_back(name, options, bases, tmp_path):
 
     convert(tmp_path / "reference", tmp_path / "back", base=str(base))
     ours, back = read_adapter(tmp_path / "ours"), read_adapter(tmp_path / "back")
-    assert_same_tensors(dict(back.tensors), dict(ours.tensors))
+    assert_same_tensors(weights_of(back), weights_of(ours))
     assert back.base == ours.base
     # a part of the layers comes back as the layers that it is
     layers = config.layers if config.layer_part is None else tuple(ours.layer_indices)
