@@ -27,6 +27,10 @@ test: ## all tests
 smoke: ## what every user does, once: it has to work with any versions that the bounds admit
 	scripts/smoke.sh
 
+.PHONY: docs
+docs: ## write docs/cli.md and docs/api.md from the code
+	$(PYTHON) scripts/reference.py
+
 .PHONY: constraints
 constraints: ## write the sets of versions that are tested, within the bounds of pyproject.toml
 	scripts/constraints.sh

@@ -53,7 +53,7 @@ def trained(made):
 
 def right(done):
     assert done.code == 0, done.err
-    assert "Traceback" not in done.err and "Warning" not in done.err, done.err
+    assert not any(word in done.err for word in ("Traceback", "Warning", "Failed", "deprecated")), done.err
     return done
 
 

@@ -1,0 +1,101 @@
+"""Write docs/cli.md from the commands' help, and docs/api.md from the public names' docstrings.
+
+    make docs
+
+`tests/docs/test_reference.py` fails where they are stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+import deltamem_tool
+from deltamem_tool.cli import COMMANDS, cli
+
+DOCS = Path(__file__).parents[1] / "docs"
+WIDTH = 100
+WRITTEN_BY = "<!-- Written by `make docs`: change the code, not this page. -->"
+
+
+def cli_page() -> str:
+    """`--help` of every command."""
+    lines = ["# Commands", "", WRITTEN_BY, "", *_code(_help(cli, "deltamem"))]
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        lines += ["", f"## deltamem {name}", "", *_code(_help(command, f"deltamem {name}"))]
+    return "\n".join(lines) + "\n"
+
+
+def api_page() -> str:
+    """Signature and docstring of every public name, and of the public methods of classes."""
+    lines = ["# Python", "", WRITTEN_BY, "", "The names of `import deltamem_tool as deltamem`; nothing heavy is imported"]
+    lines += ["before one of them is used."]
+    for name in sorted(set(deltamem_tool.__all__) - {"__version__"}, key=str.lower):
+        thing = getattr(deltamem_tool, name)
+        lines += ["", f"## deltamem.{name}", "", *_entry(name, thing)]
+        if inspect.isclass(thing):
+            for method, value in vars(thing).items():
+                if not method.startswith("_") and _is_documented(value):
+                    lines += ["", f"### {name}.{method}", "", *_entry(method, value)]
+    return "\n".join(lines) + "\n"
+
+
+def _help(command: click.Command, name: str) -> str:
+    return command.get_help(click.Context(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH))
+
+
+def _is_documented(value: Any) -> bool:
+    return inspect.isfunction(_function(value)) and bool(_function(value).__doc__)
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, classmethod | staticmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
+
+
+def _entry(name: str, value: Any) -> list[str]:
+    function = _function(value)
+    if isinstance(value, property):
+        signature = name
+    else:
+        signature = f"{name}{inspect.signature(function)}".replace("'", "")
+    return _code("\n".join([_wrapped(signature), "", textwrap.indent(inspect.getdoc(function) or "", "    ")]))
+
+
+def _wrapped(signature: str) -> str:
+    if len(signature) <= WIDTH:
+        return signature
+    name, _, rest = signature.partition("(")
+    inner, arrow, returned = rest.rpartition(")")
+    parts = [part.strip() for part in _split(inner)]
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returned}" if arrow else ")"])
+
+
+def _split(parameters: str) -> list[str]:
+    """At commas that are in no brackets."""
+    parts, depth = [""], 0
+    for character in parameters:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _code(text: str) -> list[str]:
+    return ["```text", *(line.rstrip() for line in text.splitlines()), "```"]
+
+
+PAGES = {DOCS / "cli.md": cli_page, DOCS / "api.md": api_page}
+
+if __name__ == "__main__":
+    for path, page in PAGES.items():
+        path.write_text(page(), encoding="utf-8")
