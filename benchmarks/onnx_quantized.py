@@ -39,7 +39,7 @@ from deltamem_tool.onnx.export.compare import (
     largest_difference,
 )
 from deltamem_tool.onnx.export.export import export_onnx
-from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize
 from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS
@@ -58,7 +58,7 @@ def quantized_copy(folder: Path, how: str, model: PreTrainedModel, vocab_size: i
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     adapter = adapter_of(model)
-    weights = memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
+    weights = memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
     quantize_graph(copy, how, weights, vocab_size)
     return copy
 

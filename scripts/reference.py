@@ -34,7 +34,13 @@ def cli_page() -> str:
 
 def api_page() -> str:
     """Signature and docstring of every public name, and of the public methods of classes."""
-    lines = ["# Python", "", WRITTEN_BY, "", "The names of `import deltamem_tool as deltamem`; nothing heavy is imported"]
+    lines = [
+        "# Python",
+        "",
+        WRITTEN_BY,
+        "",
+        "The names of `import deltamem_tool as deltamem`; nothing heavy is imported",
+    ]
     lines += ["before one of them is used."]
     for name in sorted(set(deltamem_tool.__all__) - {"__version__"}, key=str.lower):
         thing = getattr(deltamem_tool, name)

@@ -19,7 +19,7 @@ def command(out, fast, overwrite, as_json) -> None:
     from deltamem_tool.io.atomic import refuse_existing
 
     refuse_existing(out, overwrite)
-    how_long = "about one minute" if fast else "about 5 minutes, most of them training"
+    how_long = "less than a minute" if fast else "2 to 5 minutes, most of them training"
     STDERR.print(f"On 2 CPU cores this takes {how_long}.", highlight=False)
     with progress() as bar:
         bar_of: dict = {}

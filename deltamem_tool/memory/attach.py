@@ -107,13 +107,11 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         decoder.register_forward_hook(decoder_hook, always_call=True),
     ]
     for layer in layers:
-        memory = adapter.memory(layer.index)
-        handles.append(
-            layer.module.register_forward_pre_hook(attention_pre_hook(layer.index, memory), with_kwargs=True)
-        )
+        pre_hook = attention_pre_hook(layer.index, adapter)
+        handles.append(layer.module.register_forward_pre_hook(pre_hook, with_kwargs=True))
         for branch in adapter.config.heads:
             projection = layer.projection(branch)
-            corrects = projection_hook(layer.index, memory, branch, projection)
+            corrects = projection_hook(layer.index, adapter, branch, projection)
             handles.append(projection.linear.register_forward_hook(corrects))
     overrides = [(cast(nn.Module, model), override(model))]
     if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook

@@ -48,7 +48,7 @@ class MemoryCache(DynamicCache):
         self.write = write
         self.memory = memory
         # Set it to {} to have, `[B, 2]` by layer: the mean β of each write summed, and how many writes there were.
-        self.openings: dict[int, Tensor] | None = None
+        self.write_gates: dict[int, Tensor] | None = None
         self.segments: Tensor | None = None  # int8 [B, tokens to come]: memory.OUTSIDE, INSIDE or LAST
         self._config: DeltaMemConfig = adapter.config
         self._device_type = model.device.type

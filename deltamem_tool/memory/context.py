@@ -27,7 +27,7 @@ class DecoderCall:
     readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
     segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
-    openings: dict[int, Tensor] = field(default_factory=dict)  # [B, 2] by layer: see `MemoryCache.openings`
+    write_gates: dict[int, Tensor] = field(default_factory=dict)  # [B, 2] by layer, as `MemoryCache` has them
 
 
 # What each thread runs, as `call`, and whether its models go without their memories, as `off`. Not a context variable:
@@ -63,7 +63,7 @@ def again(call: DecoderCall | None) -> Iterator[None]:
     """For a layer that runs a second time, perhaps in another thread: it finds what it found in `call`, and what it
     leaves there is dropped."""
     before = running()
-    run(None if call is None else replace(call, readings={}, states={}, segments={}, openings={}))
+    run(None if call is None else replace(call, readings={}, states={}, segments={}, write_gates={}))
     try:
         yield
     finally:

@@ -20,7 +20,6 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.context import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
-from deltamem_tool.memory.layer import DeltaMemory
 from deltamem_tool.memory.masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.memory.state import MemoryState
 
@@ -102,15 +101,15 @@ def decoder_hook(module: nn.Module, args: tuple, output: Any) -> None:
         before = call.memory
         segments = {**before.segments, **call.segments}
         call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
-        if call.cache.openings is not None:
-            for layer, opening in call.openings.items():
-                call.cache.openings[layer] = call.cache.openings.get(layer, 0.0) + opening
+        if call.cache.write_gates is not None:
+            for layer, gates in call.write_gates.items():
+                call.cache.write_gates[layer] = call.cache.write_gates.get(layer, 0.0) + gates
         if call.cache.segments is not None:  # what was said of tokens that have come is used up
             rest = call.cache.segments[:, call.tokens :]
             call.cache.segments = rest if rest.shape[1] else None
 
 
-def attention_pre_hook(index: int, memory: DeltaMemory):
+def attention_pre_hook(index: int, adapter: DeltaMemAdapter):
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if is_off():
             return
@@ -120,21 +119,25 @@ def attention_pre_hook(index: int, memory: DeltaMemory):
                 "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        segment = call.memory.segments.get(index)
-        openings: list[Tensor] | None = None if call.cache.openings is None else []
-        readings, state, segment = memory(
-            hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last, openings
-        )
-        call.readings[index], call.states[index] = memory.scaled(readings), state
-        if openings:
-            call.openings[index] = openings[0]
-        if segment is not None:
-            call.segments[index] = segment
+        layer, segment = adapter.memory(index), call.memory.segments.get(index)
+        output = layer(hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last)
+        call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
+        if output.segment is not None:
+            call.segments[index] = output.segment
+        if call.cache.write_gates is not None and output.write_gates is not None:
+            written = call.writes if segment is None else call.last
+            call.write_gates[index] = _summed(output.write_gates, written)
 
     return hook
 
 
-def projection_hook(index: int, memory: DeltaMemory, branch: str, projection: Projection):
+def _summed(gates: Tensor, written: Tensor | bool | None) -> Tensor:
+    """β `[B, T, H, R]` of what is `written`, to `[B, 2]`: the sum of its means, and the number of writes."""
+    count = written.sum(1) if isinstance(written, Tensor) else gates.new_tensor(gates.shape[1]).expand(len(gates))
+    return torch.stack([gates.mean((2, 3)).sum(1), count.to(gates.dtype)], dim=1)
+
+
+def projection_hook(index: int, adapter: DeltaMemAdapter, branch: str, projection: Projection):
     whole = projection.is_whole
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -142,8 +145,9 @@ def projection_hook(index: int, memory: DeltaMemory, branch: str, projection: Pr
             return None
         call = running()
         assert call is not None  # the attention's own hook has seen to it
+        layer = adapter.memory(index)
         if whole:
-            return memory.correct(branch, call.readings[index], output)
-        return output + projection.place(memory.correction(branch, call.readings[index])).to(output.dtype)
+            return layer.correct(branch, call.readings[index], output)
+        return output + projection.place(layer.correction(branch, call.readings[index])).to(output.dtype)
 
     return hook

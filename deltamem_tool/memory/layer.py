@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,15 @@ BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
 # CPU's matrix products take many times as long; the base's backward pass is made of them. Adam squares gradients:
 # below 1e-19 they are zeros to it.
 GRADIENT_FLOOR = 1e-25
+
+
+class LayerOutput(NamedTuple):
+    """What a layer's memory makes of a call."""
+
+    readings: Tensor  # [B, T, H·R]
+    state: Tensor  # [B, H, R, R] after the last token
+    segment: Tensor | None  # [B, W], open after the last token; None where every token writes
+    write_gates: Tensor | None  # β [B, T, H, R] (or 1 for R), zero where nothing is written; None if nothing is at all
 
 
 class DeltaMemory(nn.Module):
@@ -52,7 +61,6 @@ class DeltaMemory(nn.Module):
         scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
         self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
         self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
-        self.stand_in: Any = None  # what computes in its place while it is exported, an `onnx.lean.LeanMemory`
         self.reset_parameters()
         self.join()
 
@@ -124,8 +132,7 @@ class DeltaMemory(nn.Module):
         writes: Tensor | bool,
         segment: Tensor | None = None,
         last: Tensor | None = None,
-        openings: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> LayerOutput:
         """Read for every token from the state before it, then write.
 
         Args:
@@ -136,19 +143,14 @@ class DeltaMemory(nn.Module):
                 leaves state and segment as they are.
             segment: `[B, W]`, the open segment before the first token; None where every token writes.
             last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None for none.
-            openings: gets, if anything is written, `[B, 2]`: the mean β of each write summed, and how many there were.
-
-        Returns:
-            Readings `[B, T, H·R]`; the state `[B, H, R, R]` and the open segment `[B, W]` after the last token.
         """
-        if self.stand_in is not None:
-            return *self.stand_in(hidden, state, writes), segment
         x = hidden.to(self.query.weight.dtype)
-        if x.shape[1] == 1 and reads is None and writes is True and last is None and openings is None:
+        if x.shape[1] == 1 and reads is None and writes is True and last is None:
             return self._decode(x, state, segment)
         if reads is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
             x = x.masked_fill(~(reads | writes)[:, :, None], 0.0)
+        write = None
         with full_precision(x.device):
             if writes is False:
                 readings = _read(state, _normalised(_per_head(self.query(x), self.config)))
@@ -168,14 +170,12 @@ class DeltaMemory(nn.Module):
                     if isinstance(writes, Tensor):
                         here = writes[:, :, None, None].to(x.dtype)
                         log_keep, erase, write = log_keep * here, erase * here, write * here
-                    if openings is not None:
-                        openings.append(_opening(write, writes))
                     readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
         if reads is not None:
             readings = readings * reads[:, :, None, None].to(x.dtype)
-        return readings.flatten(2), state, segment
+        return LayerOutput(readings.flatten(2), state, segment, write)
 
-    def _decode(self, x: Tensor, state: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _decode(self, x: Tensor, state: Tensor, segment: Tensor | None) -> LayerOutput:
         """`forward` of one token `[B, 1, D]` that reads, and writes or joins the open segment, in as few operations as
         there can be: they cost more than the arithmetic."""
         with full_precision(x.device):
@@ -183,14 +183,15 @@ class DeltaMemory(nn.Module):
             if segment is not None:  # nothing is written yet
                 query, key = query_key.chunk(2, dim=-1)
                 readings = _read(state, _normalised(_per_head(query, self.config)))
-                return readings.flatten(2), state, segment + _counted((key, *raw))[:, 0]
+                return LayerOutput(readings.flatten(2), state, segment + _counted((key, *raw))[:, 0], None)
             q_k = _normalised(query_key.view(-1, 2, *state.shape[1:3])).permute(0, 2, 3, 1)  # [B, H, R, 2]
             heads = state.shape[1]
             value, *raw = (part.view(-1, heads, part.shape[-1] // heads, 1) for part in raw)
             keep, erase, write = gates(self.config, *raw)
             reading, predicted = torch.matmul(state, q_k).split(1, dim=-1)  # [B, H, R, 1]
             change = torch.addcmul(write * value, erase, predicted, value=-1)
-            return reading.reshape(len(x), 1, -1), torch.addcmul(state * keep, change, q_k[..., 1:].mT), None
+            state = torch.addcmul(state * keep, change, q_k[..., 1:].mT)
+            return LayerOutput(reading.reshape(len(x), 1, -1), state, None, write.mT)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Pre-activations: query and key side by side `[B, T, 2·H·R]`, value `[B, T, H·R]`, gates `[B, T, ·]`. One
@@ -206,23 +207,19 @@ class DeltaMemory(nn.Module):
     def scaled(self, readings: Tensor) -> Tensor:
         """(α/R) · r, by the layer's learned scale if there is one: the readings are scaled once, and not Δ r, which is
         far longer and once for every branch."""
-        if self.stand_in is not None:
-            return readings  # its Δ is scaled
         scale = self.config.scale
         return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
 
     def correction(self, branch: str, scaled: Tensor) -> Tensor:
         """What `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: Δ r, by the branch's learned
         scale if there is one, and normalised if that is the o branch's way."""
-        if self.stand_in is not None:
-            return self.stand_in.correction(branch, scaled)
         with full_precision(scaled.device):
             steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight)
             return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
         """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
-        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm) or self.stand_in is not None:
+        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
             return output + self.correction(branch, scaled).to(output.dtype)
         with full_precision(scaled.device):
             readings = self._for_branch(branch, scaled)
@@ -319,12 +316,6 @@ def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _part_widths(config: DeltaMemConfig) -> list[int]:
     rows = config.state_heads * config.rank
     return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
-
-
-def _opening(write: Tensor, writes: Tensor | bool) -> Tensor:
-    """β `[B, T, H, R]`, zero where nothing is written, to `[B, 2]`: the sum of its means, and the number of writes."""
-    written = writes.sum(1) if isinstance(writes, Tensor) else write.new_tensor(write.shape[1]).expand(len(write))
-    return torch.stack([write.mean((2, 3)).sum(1), written.to(write.dtype)], dim=1)
 
 
 def _read(state: Tensor, q: Tensor) -> Tensor:

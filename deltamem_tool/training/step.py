@@ -112,7 +112,7 @@ class EpisodeModel(nn.Module):
         In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
         """
         cache = MemoryCache(self.base)
-        cache.openings = {}
+        cache.write_gates = {}
         length = ids.shape[1]
         chunk = self.write_chunk or length
         first = length - (length - 1) // chunk * chunk  # the last chunk is a whole one, so that gradients get their due
@@ -140,8 +140,8 @@ class EpisodeModel(nn.Module):
         assert cache.memory is not None  # the call has made one
         # A layer without an entry has not written: in no conversation a segment ended.
         nothing = ids.new_zeros(len(ids), 2, dtype=torch.float32)
-        openings = torch.stack([cache.openings.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
-        return cache.memory, openings[..., 0] / openings[..., 1].clamp_min(1.0)
+        gates = torch.stack([cache.write_gates.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
+        return cache.memory, gates[..., 0] / gates[..., 1].clamp_min(1.0)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
         """The read pass over exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions

@@ -209,7 +209,7 @@ def test_padding_cannot_poison_the_state(value):
 def test_autocast_does_not_round_the_memory():
     layer = adapter_of(patched_model()).layers["0"]
     hidden, state, here = torch.randn(2, 40, 32), torch.randn(2, 1, 4, 4), torch.ones(2, 40).bool()
-    readings, after, _ = layer(hidden, state, None, here)
+    readings, after, *_ = layer(hidden, state, None, here)
     correction = layer.correction("q", readings)
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(hidden, state, None, here)
@@ -222,7 +222,7 @@ def test_padding_reads_zero():
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
     for writes in (valid, False):
-        readings, _, _ = layer(hidden, state, valid, writes)
+        readings, *_ = layer(hidden, state, valid, writes)
         assert torch.equal(readings.abs().sum(-1) > 0, valid)
 
 
@@ -265,7 +265,7 @@ def test_the_memory_of_a_bfloat16_model_is_computed_in_float32():
     )
     _, cache = run(rounded, tokens(1, 30))
     memory, writes = adapter_of(exact).layers["0"], torch.ones(1, 30).bool()
-    _, state, _ = memory(seen[0].float(), torch.zeros(1, 1, 4, 4), None, writes)
+    _, state, *_ = memory(seen[0].float(), torch.zeros(1, 1, 4, 4), None, writes)
     assert torch.equal(cache.memory.layers[0], state)
 
 

@@ -21,7 +21,7 @@ def _readings(memory: DeltaMemory) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, memory.query.in_features)
     state = torch.randn(2, 2, memory.config.rank, memory.config.rank)
-    readings, state, _ = memory(hidden, state, None, True)
+    readings, state, *_ = memory(hidden, state, None, True)
     return readings.detach(), state.detach()
 
 
@@ -50,7 +50,7 @@ def _cast_and_changed(memory: DeltaMemory) -> None:
 
 def _steps(memory: DeltaMemory) -> None:
     optimizer = torch.optim.AdamW(memory.parameters(), lr=0.1)
-    readings, state, _ = memory(torch.randn(1, 5, memory.query.in_features), torch.randn(1, 2, 8, 8), None, True)
+    readings, state, *_ = memory(torch.randn(1, 5, memory.query.in_features), torch.randn(1, 2, 8, 8), None, True)
     (readings.sum() + state.sum()).backward()
     optimizer.step()
 

@@ -71,7 +71,7 @@ def test_a_token_reads_the_state_from_before_its_segment():
     readings, *_ = memory(hidden, state, None, writes, empty, last)
     states = []
     for a, b in ((0, 3), (3, 7), (7, 8), (8, 9)):
-        _, before, _ = memory(hidden[:, :a], state, None, writes[:, :a], empty, last[:, :a])
+        _, before, *_ = memory(hidden[:, :a], state, None, writes[:, :a], empty, last[:, :a])
         outside = torch.zeros(1, b - a, dtype=torch.bool)
         alone, *_ = memory(hidden[:, a:b], before, None, outside, empty, outside)
         close(readings[:, a:b], alone)
@@ -103,7 +103,7 @@ def test_an_outside_token_amid_a_segment_is_no_part_of_it():
     torch.manual_seed(0)
     hidden, state, empty = torch.randn(1, 5, 32), torch.randn(1, 1, 4, 4), torch.zeros(1, memory.config.segment_width)
     marks = torch.tensor([[1, 0, 1, 2, 1]])
-    _, after, rest = memory(hidden, state, None, marks != OUTSIDE, empty, marks == LAST)
+    _, after, rest, _ = memory(hidden, state, None, marks != OUTSIDE, empty, marks == LAST)
     inside = [0, 2, 3, 4]
     expected = memory(hidden[:, inside], state, None, marks[:, inside] != OUTSIDE, empty, marks[:, inside] == LAST)
     close(after, expected[1])

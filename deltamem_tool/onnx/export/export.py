@@ -30,7 +30,7 @@ from deltamem_tool.onnx.export.compare import (
     in_onnx_runtime,
     largest_difference,
 )
-from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize, refuse_unknown
@@ -193,7 +193,7 @@ def _quantized(plan: _Plan, folder: Path) -> tuple[float | None, float | None]:
         ExportError: it cannot be quantised, or computes something that is no number then.
     """
     plan.tell("Quantising")
-    weights = memory_weights(plan.adapter, lean_memories(plan.adapter, plan.target, plan.without))
+    weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
     quantize_graph(folder, plan.quantize, weights, plan.interface.vocab_size)
     plan.tell("Measuring what the quantisation costs")
     return _measured(plan.opening(folder), plan.model, plan.options)

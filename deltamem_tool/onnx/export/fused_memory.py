@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, L2_EPS
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.layer import DeltaMemory, LayerOutput
 from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN
 from deltamem_tool.onnx.export.targets import Target
 
@@ -42,17 +42,18 @@ UNBOUNDED = 3e38  # no ceiling
 READ, WRITE, DECAY = 0, 1, 2
 
 
-def lean_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, LeanMemory]:
-    """What stands in for the memories of `adapter` in a graph for `target`, by layer; none where it cannot, or where
-    `without` names it among the rewrites to leave out."""
+def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, FusedMemory]:
+    """What takes the place of the memories of `adapter` in a graph for `target`, by layer; none where it cannot, or
+    where `without` names it among the rewrites to leave out."""
     if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
         return {}
     apart = JOINED_PROJECTIONS in without
-    return {layer: LeanMemory(adapter.memory(layer), apart) for layer in adapter.layer_indices}
+    return {layer: FusedMemory(adapter.memory(layer), apart) for layer in adapter.layer_indices}
 
 
-class LeanMemory(nn.Module):
-    """Stands in for a `memory` whose tokens all write by themselves; its weights are copies, rearranged.
+class FusedMemory(nn.Module):
+    """In the place of a `memory` whose tokens all write by themselves, with the same methods; its weights are copies,
+    rearranged.
 
     Args:
         memory: the layer's.
@@ -70,11 +71,11 @@ class LeanMemory(nn.Module):
     @torch.no_grad()
     def __init__(self, memory: DeltaMemory, apart: bool = False) -> None:
         super().__init__()
+        self.config, self.apart = memory.config, apart
         config = memory.config
-        self.rule, self.coupled, self.apart = config.update_rule, config.couple_lambda, apart
         self.heads, self.rank = config.state_heads, config.rank
         self.rows = self.heads * self.rank
-        self.slots = 2 if self.rule == "no_lambda" else 3
+        self.slots = 2 if self.config.update_rule == "no_lambda" else 3
         gates = [self._by_row(memory.gate.weight, memory.gate.bias)]
         if self.slots == 3 and memory.decay is not None:
             weight, bias = self._by_row(memory.decay.weight, memory.decay.bias)
@@ -117,16 +118,11 @@ class LeanMemory(nn.Module):
         yield self.projection
         yield from self.delta.values()
 
-    def forward(self, hidden: Tensor, state: Tensor, writes: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            hidden: `[B, T, D]`.
-            state: `[B, H, R, R]` before the first token.
-            writes: bool `[B, T]`.
-
-        Returns:
-            Readings of all slots `[B, T, slots·H·R]`; the state after the last token.
-        """
+    def forward(
+        self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor, *segments: Tensor | None
+    ) -> LayerOutput:
+        """As `DeltaMemory.forward`, but readings are those of all slots, `[B, T, slots·H·R]`, and padding reads what is
+        there. There are no `segments`."""
         batch, tokens = hidden.shape[:2]
         steps = tokens * self.slots
         x = hidden.float()
@@ -143,7 +139,7 @@ class LeanMemory(nn.Module):
         value, beta, decay = self._gates(value, z, own[0] if own else z)
         if self.heads > 1:
             query_key = query_key.view(batch, steps, self.rows)
-        reads, state = torch.onnx.ops.symbolic_multi_out(
+        readings, state = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::LinearAttention",
             [query_key, query_key, value, state.view(batch, self.rows, self.rank, 1), decay, beta],
             attrs={
@@ -156,17 +152,26 @@ class LeanMemory(nn.Module):
             shapes=[[batch, steps, self.rows], [batch, self.rows, self.rank, 1]],
             version=1,
         )
-        return reads.view(batch, tokens, -1), state.view(batch, self.heads, self.rank, self.rank)
+        state = state.view(batch, self.heads, self.rank, self.rank)
+        return LayerOutput(readings.view(batch, tokens, -1), state, None, None)
 
     def _gates(self, value: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """u, b and log keep, each `[B, slots·T, H·R]`; None where everything is kept. `y` is z where λ is 1 − β."""
-        if self.rule == "no_lambda":
+        if self.config.update_rule == "no_lambda":
             return value, torch.sigmoid(z), None
         decaying = self.decaying.repeat(z.shape[1] // self.slots, 1)  # [slots·T, 1]
         decay = _node("Softplus", [y], y.shape) * decaying
-        if self.rule == "lambda_outside":
+        if self.config.update_rule == "lambda_outside":
             return value * (1 + torch.exp(y)), torch.sigmoid(z), decay
-        return value, torch.exp(z) if self.coupled else torch.sigmoid(z) * (1 + torch.exp(y)), decay
+        return value, torch.exp(z) if self.config.couple_lambda else torch.sigmoid(z) * (1 + torch.exp(y)), decay
+
+    def scaled(self, readings: Tensor) -> Tensor:
+        """As they are: Δ is scaled."""
+        return readings
+
+    def correct(self, branch: str, readings: Tensor, output: Tensor) -> Tensor:
+        """`output` `[B, T, out]` of a branch's projection with its correction."""
+        return output + self.correction(branch, readings).to(output.dtype)
 
     def correction(self, branch: str, readings: Tensor) -> Tensor:
         """What `readings` add to one branch, float32 `[B, T, out]`."""

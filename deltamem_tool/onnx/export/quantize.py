@@ -25,12 +25,12 @@ from onnx_ir.passes import common
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.export.fused_memory import LeanMemory
+from deltamem_tool.onnx.export.fused_memory import FusedMemory
 from deltamem_tool.onnx.export.quantized_products import Int4, Int8, initializer
 from deltamem_tool.onnx.export.targets import INT8
 
 
-def memory_weights(adapter: DeltaMemAdapter, lean: Mapping[int, LeanMemory]) -> list[NDArray]:
+def memory_weights(adapter: DeltaMemAdapter, lean: Mapping[int, FusedMemory]) -> list[NDArray]:
     """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `lean`: what was traced in its place."""
     weights = chain.from_iterable(memory.matrices() for memory in lean.values()) if lean else adapter.parameters()
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]

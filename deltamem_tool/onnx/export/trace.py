@@ -32,7 +32,7 @@ from deltamem_tool.memory.forward import CallOptions, fill, fill_static
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
-from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
@@ -212,7 +212,7 @@ def traced(
         ExportError: PyTorch's exporter has no graph for the model.
     """
     step = _Step(model, adapter, options, interface.max_length)
-    with torch.no_grad(), use_implementation(target.scan), _lean(adapter, target, without):
+    with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
         try:
             return graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
@@ -244,16 +244,15 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
 
 
 @contextmanager
-def _lean(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
-    """Inside, the memories are traced as `lean` has them, where that can be."""
-    memories = lean_memories(adapter, target, without)
-    for layer, memory in memories.items():
-        adapter.memory(layer).stand_in = memory
+def _fused(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
+    """Inside, `adapter` has fused memories in the place of its own, where that can be."""
+    fused = {str(layer): memory for layer, memory in fused_memories(adapter, target, without).items()}
+    own = {layer: adapter.layers[layer] for layer in fused}
+    adapter.layers.update(fused)
     try:
         yield
     finally:
-        for layer in memories:
-            adapter.memory(layer).stand_in = None
+        adapter.layers.update(own)
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import compare as check
 from deltamem_tool.onnx.export import export
-from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.targets import INT4, TARGETS
 from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -75,7 +75,7 @@ def float16(qwen3, tmp_path_factory) -> tuple[PreTrainedModel, Path, Manifest]:
 def memory_in(model: PreTrainedModel) -> list[np.ndarray]:
     """The memory's matrices in the graph."""
     adapter = adapter_of(model)
-    return memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], ()))
+    return memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], ()))
 
 
 def test_keys_and_values_are_float16_and_the_memory_float32(float16):

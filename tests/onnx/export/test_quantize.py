@@ -16,7 +16,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import export
-from deltamem_tool.onnx.export.fused_memory import lean_memories
+from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.quantized_products import BLOCK_SIZE
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
@@ -163,7 +163,7 @@ LARGEST = {INT8: 0.25, INT4: 0.8}
 def memory_of(exported) -> list[np.ndarray]:
     """The memory's matrices in the exported graph."""
     adapter = adapter_of(exported.model)
-    return memory_weights(adapter, lean_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
+    return memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
 
 
 @pytest.mark.parametrize("how", [INT8, INT4])

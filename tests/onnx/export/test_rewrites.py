@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -21,7 +22,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.context import without_memory
 from deltamem_tool.memory.layer import DeltaMemory
 from deltamem_tool.onnx.export.export import export_onnx
-from deltamem_tool.onnx.export.fused_memory import LeanMemory
+from deltamem_tool.onnx.export.fused_memory import FusedMemory
 from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
 from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.export.trace import graph_of
@@ -64,7 +65,7 @@ class Memories(nn.Module):
         """Of each memory: the state after the last token, and the correction of every branch."""
         results = []
         for memory, given in zip(self.memories.values(), states, strict=True):
-            readings, state, _ = memory(hidden, given, torch.ones_like(writes), writes)
+            readings, state, *_ = memory(hidden, given, torch.ones_like(writes), writes)
             scaled = memory.scaled(readings)
             results += [state, *(memory.correction(branch, scaled) for branch in memory.config.heads)]
         return results
@@ -86,13 +87,10 @@ def memories() -> Memories:
 def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
     batch, tokens = Dim("batch"), Dim("tokens")
     axes = ({0: batch, 1: tokens}, {0: batch, 1: tokens}, [{0: batch} for _ in CONFIGS])
-    for memory in memories.memories.values():
-        memory.stand_in = LeanMemory(memory)
-    try:
-        program = torch.onnx.export(memories, memories.arguments(2, 3), dynamo=True, dynamic_shapes=axes, verbose=False)
-    finally:
-        for memory in memories.memories.values():
-            memory.stand_in = None
+    fused = copy.deepcopy(memories)
+    for name, memory in memories.memories.items():
+        fused.memories[name] = FusedMemory(memory)
+    program = torch.onnx.export(fused, memories.arguments(2, 3), dynamo=True, dynamic_shapes=axes, verbose=False)
     file = tmp_path_factory.mktemp("lean") / "lean.onnx"
     program.save(file)
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
