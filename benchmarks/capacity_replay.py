@@ -12,12 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from replay import Writes, nearest, read, retained
 from torch import Tensor
 
 from deltamem_tool.config import L2_EPS
 from deltamem_tool.data import dialogues
 from deltamem_tool.evaluation import BATCH_SIZE
-from deltamem_tool.evaluation.replay import Writes, nearest, read, retained
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.attach import adapter_of

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
-from deltamem_tool.evaluation.replay import Writes, nearest, read, retained
+from replay import Writes, nearest, read, retained
 
 BATCH, TOKENS, HEADS, RANK = 2, 8, 2, 3
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import capacity_replay
 import pytest
 import torch
 from helpers.tiny import randomise, tiny_model
+from replay import read
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.evaluation.replay import read
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.segments.encode import encode_chat
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-
-
-@pytest.fixture
-def replay(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import capacity_replay
-
-    return capacity_replay
 
 
 @pytest.mark.parametrize(
@@ -35,16 +25,16 @@ def replay(monkeypatch):
     ],
     ids=["TSW", "MSW", "SSW"],
 )
-def test_what_is_recorded_is_what_was_written_and_read(replay, tokenizer, options):
+def test_what_is_recorded_is_what_was_written_and_read(tokenizer, options):
     model = tiny_model(vocab_size=len(tokenizer))
     adapter = attach(model, DeltaMemConfig(rank=4, **options))
     randomise(adapter)
     items = Recall([2], 12, kind="changed", delay=6, between="facts", session=3).items()
     items = [item for item in items if len(item.history) == 3][:3]  # a batch has one number of sessions
     assert len(items) == 3
-    recorded = replay.record(model, tokenizer, items)
+    recorded = capacity_replay.record(model, tokenizer, items)
     memory = memorise(model, tokenizer, [item.history for item in items])
-    queries, readings = replay.read_before_value(model, tokenizer, items, memory)
+    queries, readings = capacity_replay.read_before_value(model, tokenizer, items, memory)
     for layer in adapter.layer_indices:
         torch.testing.assert_close(recorded.memory.layers[layer], memory.layers[layer], **CLOSE)
         torch.testing.assert_close(recorded.writes[layer].state(), memory.layers[layer], **CLOSE)
@@ -72,12 +62,12 @@ def _tokens(tokenizer, item, recorded, row, lengths):
         start += length
 
 
-def test_random_keys_are_drawn_for_others_alone(replay, tokenizer):
+def test_random_keys_are_drawn_for_others_alone(tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4, update_rule="no_lambda")))
     items = Recall([1], 4, session=2).items()
-    prototypes = replay.Prototypes(model, tokenizer, 0)
-    found = replay.predict(model, tokenizer, items, prototypes, 0)
+    prototypes = capacity_replay.Prototypes(model, tokenizer, 0)
+    found = capacity_replay.predict(model, tokenizer, items, prototypes, 0)
     assert found["tokens since"] == 0 and found["gate"] is None and found["overlap"] is None
     assert found["left, own keys"] == found["left, random keys"] == pytest.approx(1.0)
-    assert found == replay.predict(model, tokenizer, items, prototypes, 0)
+    assert found == capacity_replay.predict(model, tokenizer, items, prototypes, 0)
