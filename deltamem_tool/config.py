@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -23,6 +25,9 @@ MAX_STATE_HEADS = 256  # the paper has 4
 MAX_LAYERS = 10_000  # the deepest models have 126
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 
+# Options that files have under another name, which they have had since the first format.
+NAMES_IN_FILES = {"branches": "heads"}
+
 # The paper's three ways to write, with the initial Δ of its runs; everything else is the default.
 PRESETS: dict[str, dict[str, Any]] = {
     "tsw": {"granularity": "token", "state_heads": 1, "delta_init": "base_slice"},
@@ -38,7 +43,7 @@ class DeltaMemConfig:
     Args:
         rank: R, rows and columns of a state.
         state_heads: H, states side by side in every layer; 1 is the paper's TSW, 4 its MSW.
-        heads: which projections of attention the reading corrects, out of q, k, v, o.
+        branches: which projections of attention the reading corrects, out of q, k, v, o. Files have it as "heads".
         alpha: corrections are scaled by alpha / rank.
         layers: indices of the decoder layers that get a memory; or "all" attention layers; or so many of them at the
             "front:12", in the "middle:12", at the "back:12".
@@ -62,7 +67,7 @@ class DeltaMemConfig:
 
     rank: int = 8
     state_heads: int = 1
-    heads: tuple[str, ...] = ("q", "o")
+    branches: tuple[str, ...] = ("q", "o")
     alpha: float = 16.0
     layers: str | tuple[int, ...] = "all"
     granularity: str = "token"
@@ -78,7 +83,7 @@ class DeltaMemConfig:
     o_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("heads", "layers"):
+        for name in ("branches", "layers"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -97,7 +102,7 @@ class DeltaMemConfig:
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, f"{name} must be a positive number, not {value!r}")
         _require(_is_number(self.beta_bias), f"beta_bias must be a number, not {self.beta_bias!r}")
-        self._check_heads()
+        self._check_branches()
         self._check_layers()
         _require(
             self.couple_lambda or self.update_rule != "no_lambda",
@@ -107,14 +112,14 @@ class DeltaMemConfig:
             self.delta_scale_init < self.delta_scale_max,
             f"delta_scale_init, {self.delta_scale_init}, must be less than delta_scale_max, {self.delta_scale_max}",
         )
-        _require(not self.o_norm or "o" in self.heads, "o_norm has nothing to act on: heads has no o")
+        _require(not self.o_norm or "o" in self.branches, "o_norm has nothing to act on: branches has no o")
 
-    def _check_heads(self) -> None:
-        _require(isinstance(self.heads, tuple), f"heads must be a list out of q, k, v, o, not {self.heads!r}")
-        _require(len(self.heads) > 0, "heads names no projection: give at least one of q, k, v, o")
-        for head in self.heads:
-            _require(head in BRANCHES, f"heads has {head!r}: the projections are q, k, v, o")
-            _require(self.heads.count(head) == 1, f"heads names {head!r} twice")
+    def _check_branches(self) -> None:
+        _require(isinstance(self.branches, tuple), f"branches must be a list out of q, k, v, o, not {self.branches!r}")
+        _require(len(self.branches) > 0, "branches names no projection: give at least one of q, k, v, o")
+        for branch in self.branches:
+            _require(branch in BRANCHES, f"branches has {branch!r}: the projections are q, k, v, o")
+            _require(self.branches.count(branch) == 1, f"branches names {branch!r} twice")
 
     def _check_layers(self) -> None:
         forms = "'all', 'front:N', 'middle:N', 'back:N' or a list of indices"
@@ -171,12 +176,24 @@ class DeltaMemConfig:
         return 2 * self.state_heads * self.rank + (1 if self.couple_lambda else 2) * self.gate_width + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary, the inverse of `from_dict`."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """A JSON-ready dictionary with the names that files have, the inverse of `from_dict`."""
+        return {
+            NAMES_IN_FILES.get(name, name): list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DeltaMemConfig:
+        """The options of a file, or of keyword arguments.
+
+        Raises:
+            ConfigError: an option is unknown, given under two names, or out of range.
+        """
         known = [field.name for field in fields(cls)]
+        for name, in_files in NAMES_IN_FILES.items():
+            if in_files in options:
+                _require(name not in options, f"{name} and {in_files} are two names of one option")
+                options = {name if key == in_files else key: value for key, value in options.items()}
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -187,6 +204,22 @@ class DeltaMemConfig:
                 )
         return cls(**options)
 
+
+_init = DeltaMemConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_with_older_names(self: DeltaMemConfig, *args: Any, **kwargs: Any) -> None:
+    """Options are still taken by the names that files have for them."""
+    for name, in_files in NAMES_IN_FILES.items():
+        if in_files in kwargs:
+            warnings.warn(f"The option {in_files} is called {name} now.", FutureWarning, stacklevel=2)
+            _require(name not in kwargs, f"{name} and {in_files} are two names of one option")
+            kwargs[name] = kwargs.pop(in_files)
+    _init(self, *args, **kwargs)
+
+
+DeltaMemConfig.__init__ = _init_with_older_names  # type: ignore[method-assign]
 
 _CHOICES = {
     "granularity": GRANULARITIES,

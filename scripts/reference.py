@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ WRITTEN_BY = "<!-- Written by `make docs`: change the code, not this page. -->"
 
 def cli_page() -> str:
     """`--help` of every command."""
-    lines = ["# Commands", "", WRITTEN_BY, "", *_code(_help(cli, "deltamem"))]
+    group = _context(cli, "deltamem")
+    lines = ["# Commands", "", WRITTEN_BY, "", *_code(cli.get_help(group))]
     for name in COMMANDS:
-        command = cli.get_command(click.Context(cli), name)
+        command = cli.get_command(group, name)
         assert command is not None
-        lines += ["", f"## deltamem {name}", "", *_code(_help(command, f"deltamem {name}"))]
+        lines += ["", f"## deltamem {name}", "", *_code(command.get_help(_context(command, name, group)))]
     return "\n".join(lines) + "\n"
 
 
@@ -52,8 +54,9 @@ def api_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _help(command: click.Command, name: str) -> str:
-    return command.get_help(click.Context(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH))
+def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    return click.Context(command, info_name=name, parent=parent, **settings)
 
 
 def _is_documented(value: Any) -> bool:
@@ -103,5 +106,9 @@ def _code(text: str) -> list[str]:
 PAGES = {DOCS / "cli.md": cli_page, DOCS / "api.md": api_page}
 
 if __name__ == "__main__":
-    for path, page in PAGES.items():
-        path.write_text(page(), encoding="utf-8")
+    pages = {path: page() for path, page in PAGES.items()}
+    if "--check" in sys.argv:
+        stale = [path.name for path, page in pages.items() if path.read_text(encoding="utf-8") != page]
+        sys.exit(f"stale: {', '.join(stale)}; run make docs" if stale else 0)
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")

@@ -47,8 +47,8 @@ USUAL = {
         ({"delta_scale": "layer"}, {"scale_raw": [1]}, (1, 4, 4), 0),
         ({"delta_scale": "branch"}, {"scale_raw": [4]}, (1, 4, 4), 0),
         ({"o_norm": True}, {"o_norm.weight": [32]}, (1, 4, 4), 0),
-        ({"heads": ["k", "o"]}, {"delta.q.weight": None, "delta.k.weight": [32, 4]}, (1, 4, 4), 0),
-        ({"heads": BRANCHES}, {"delta.k.weight": [32, 4], "delta.v.weight": [32, 4]}, (1, 4, 4), 0),
+        ({"branches": ["k", "o"]}, {"delta.q.weight": None, "delta.k.weight": [32, 4]}, (1, 4, 4), 0),
+        ({"branches": BRANCHES}, {"delta.k.weight": [32, 4], "delta.v.weight": [32, 4]}, (1, 4, 4), 0),
         (
             {"granularity": "message", "couple_lambda": False},
             {"decay.weight": [4, HIDDEN], "decay.bias": [4]},
@@ -122,13 +122,13 @@ def test_projections_begin_uniform():
 
 
 def test_a_delta_of_zeros():
-    for delta in attach(tiny_model(), DeltaMemConfig(heads=BRANCHES)).memory(1).delta.values():
+    for delta in attach(tiny_model(), DeltaMemConfig(branches=BRANCHES)).memory(1).delta.values():
         assert not delta.weight.any()
 
 
 @pytest.mark.parametrize("state_heads", [1, 4])
 def test_a_random_delta(state_heads):
-    options = DeltaMemConfig(rank=8, state_heads=state_heads, heads=BRANCHES, delta_init="random")
+    options = DeltaMemConfig(rank=8, state_heads=state_heads, branches=BRANCHES, delta_init="random")
     memories = []
     for seed in (0, 0, 1):
         model = tiny_model()
@@ -148,7 +148,7 @@ def test_a_random_delta(state_heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_delta_from_the_base(rank, state_heads, filled, dtype):
     model = tiny_model().to(dtype)
-    options = DeltaMemConfig(rank=rank, state_heads=state_heads, heads=BRANCHES, delta_init="base_slice")
+    options = DeltaMemConfig(rank=rank, state_heads=state_heads, branches=BRANCHES, delta_init="base_slice")
     adapter = attach(model, options)
     for layer in (0, 1):
         for branch in BRANCHES:
@@ -248,8 +248,8 @@ def test_a_preset_is_the_papers(preset, granularity, state_heads):
 
 
 def test_a_preset_can_be_changed():
-    changed = DeltaMemConfig.preset("msw", rank=4, state_heads=2, heads=["o"])
-    assert (changed.rank, changed.state_heads, changed.heads) == (4, 2, ("o",))
+    changed = DeltaMemConfig.preset("msw", rank=4, state_heads=2, branches=["o"])
+    assert (changed.rank, changed.state_heads, changed.branches) == (4, 2, ("o",))
     assert changed.delta_init == "base_slice"
     assert DeltaMemConfig.from_dict(changed.to_dict()) == changed
     with pytest.raises(ConfigError, match=r"(?s)no preset 'xsw'.*tsw, ssw, msw"):
@@ -266,7 +266,7 @@ def test_a_preset_can_be_changed():
     [
         ("rank", [0, -1, MAX_RANK + 1, 2.0, "8", True, None]),
         ("state_heads", [0, -2, 1.0, True, None]),
-        ("heads", [(), "qo", ("q", "x"), ("q", "q"), (1,), None]),
+        ("branches", [(), "qo", ("q", "x"), ("q", "q"), (1,), None]),
         ("alpha", [0.0, -1.0, math.inf, math.nan, "16", True, None]),
         ("layers", [(), "some", "front", "front:0", "front:-1", "front:1.5", "front:03", "back:2 ", (0, 0), (-1,)]),
         ("layers", [(True,), (1.0,), 3, None]),
@@ -296,7 +296,7 @@ def test_a_bad_value_is_refused_by_name(option, values):
             {"couple_lambda": False, "update_rule": "no_lambda"},
             "no_lambda has no λ, so that couple_lambda must be true",
         ),
-        ({"o_norm": True, "heads": ("q", "v")}, "o_norm has nothing to act on: heads has no o"),
+        ({"o_norm": True, "branches": ("q", "v")}, "o_norm has nothing to act on: branches has no o"),
         ({"delta_scale_init": 0.5, "delta_scale_max": 0.5}, "delta_scale_init, 0.5, must be less than delta_scale_max"),
     ],
 )
@@ -308,3 +308,18 @@ def test_options_that_do_not_go_together(options, says):
 def test_an_unknown_option_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"(?s)'state_head' is not known.*Did you mean 'state_heads'"):
         DeltaMemConfig.from_dict({"state_head": 4})
+
+
+def test_files_have_branches_as_heads():
+    config = DeltaMemConfig(branches=("k", "o"))
+    assert config.to_dict()["heads"] == ["k", "o"] and "branches" not in config.to_dict()
+    assert DeltaMemConfig.from_dict(config.to_dict()) == DeltaMemConfig.from_dict({"branches": ["k", "o"]}) == config
+    with pytest.raises(ConfigError, match="two names of one option"):
+        DeltaMemConfig.from_dict({"heads": ["k"], "branches": ["k"]})
+
+
+def test_the_older_name_of_branches():
+    with pytest.warns(FutureWarning, match="heads is called branches now"):
+        assert DeltaMemConfig(heads=("k", "o")) == DeltaMemConfig(branches=("k", "o"))
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="two names of one option"):
+        DeltaMemConfig(heads=("k",), branches=("k",))

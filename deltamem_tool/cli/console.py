@@ -44,6 +44,4 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    # bitsandbytes tells whoever imports it, on some processors, of a package that nothing here needs.
-    for name in ("torch.onnx", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -26,7 +26,8 @@ def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="The paper's settings; other options change them.")
 @_option("--rank", "Rows and columns of a state, 1 to 64.")
 @_option("--state-heads", "States a layer: 1 is the paper's TSW, 4 its MSW.")
-@_option("--heads", "Corrected projections, out of q,k,v,o.")
+@_option("--branches", "Corrected projections, out of q,k,v,o.")
+@click.option("--heads", hidden=True, help="What --branches was called.")
 @_option("--layers", "Decoder layers with a memory: all, front:12, middle:12, back:12, or 0,1,2 …")
 @_option("--alpha", "Corrections are scaled by alpha / rank.")
 @_option("--granularity", "What is written at once; message is the paper's SSW.", GRANULARITIES)
@@ -51,10 +52,17 @@ def command(context, base, out, revision, preset, seed, trust_remote_code, overw
     Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
     does, until the adapter is trained.
     """
-    options["heads"] = tuple(options["heads"].split(","))
+    heads = options.pop("heads")
+    if heads is not None:
+        click.echo("--heads is called --branches now.", err=True)
+    options["branches"] = tuple((heads or options["branches"]).split(","))
     options["layers"] = _layers(options["layers"])
     usual = click.core.ParameterSource.DEFAULT
-    given = {name: value for name, value in options.items() if context.get_parameter_source(name) != usual}
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) != usual or (name == "branches" and heads is not None)
+    }
     config = DeltaMemConfig.preset(preset, **given) if preset else DeltaMemConfig(**options)
 
     import torch

@@ -89,8 +89,8 @@ def _without_adapter(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
     """Every Δ is zero inside the block."""
-    heads, layers = adapter.config.heads, adapter.layer_indices
-    deltas = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in heads]
+    branches, layers = adapter.config.branches, adapter.layer_indices
+    deltas = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in branches]
     kept = [weight.detach().clone() for weight in deltas]
     try:
         with torch.no_grad():

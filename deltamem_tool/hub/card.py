@@ -151,7 +151,7 @@ def _block(known: Contents, repo_id: str, base: Base) -> str:
         is_builtin=is_builtin,
         layers="one layer" if count == 1 else f"{count} layers",
         written=_WRITTEN[config.granularity],
-        heads=", ".join(config.heads),
+        branches=", ".join(config.branches),
         memory_bytes=memory_bytes,
         mechanism=_mechanism(config),
         training=_training(known.training),

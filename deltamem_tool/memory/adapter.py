@@ -40,7 +40,7 @@ class DeltaMemAdapter(nn.Module):
                     f"It exceeds the model's hidden size, {layer.hidden_size}.",
                     "Choose a smaller rank; 8 is the paper's.",
                 )
-            widths = {branch: layer.projection(branch).out_features for branch in config.heads}
+            widths = {branch: layer.projection(branch).out_features for branch in config.branches}
             self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
         # What one conversation's memory measures.
         self.memory_shape = MemoryShape({i: config.state_shape for i in self.layer_indices}, config.segment_width)

@@ -58,7 +58,7 @@ def fresh_adapter(
     adapter = DeltaMemAdapter(config, layers)
     if config.delta_init == "base_slice":
         for layer in layers:
-            columns = {head: first_columns(layer.projection(head), BASE_SLICE_WIDTH) for head in config.heads}
+            columns = {branch: first_columns(layer.projection(branch), BASE_SLICE_WIDTH) for branch in config.branches}
             adapter.memory(layer.index).start_from_base(columns)
     return adapter
 
@@ -109,7 +109,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     for layer in layers:
         pre_hook = attention_pre_hook(layer.index, adapter)
         handles.append(layer.module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-        for branch in adapter.config.heads:
+        for branch in adapter.config.branches:
             projection = layer.projection(branch)
             corrects = projection_hook(layer.index, adapter, branch, projection)
             handles.append(projection.linear.register_forward_hook(corrects))

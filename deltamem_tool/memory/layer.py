@@ -56,7 +56,7 @@ class DeltaMemory(nn.Module):
         self.value = linear(hidden_size, width)
         self.gate = linear(hidden_size, config.gate_width, bias=True)  # β's pre-activation
         self.decay = None if config.couple_lambda else linear(hidden_size, config.gate_width, bias=True)  # λ's
-        self.delta = nn.ModuleDict({branch: linear(width, out_features[branch]) for branch in config.heads})
+        self.delta = nn.ModuleDict({branch: linear(width, out_features[branch]) for branch in config.branches})
         # One raw scale, or one a branch in the order of BRANCHES; those of branches that are off stay unused.
         scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
         self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
@@ -72,7 +72,7 @@ class DeltaMemory(nn.Module):
         if self.decay is not None:
             nn.init.zeros_(self.decay.weight)
             nn.init.constant_(self.decay.bias, -self.config.beta_bias)
-        for branch in self.config.heads:
+        for branch in self.config.branches:
             delta = self.delta_of(branch).weight
             if self.config.delta_init == "random":
                 nn.init.kaiming_uniform_(delta, a=math.sqrt(5))

@@ -23,7 +23,7 @@ def weight_shapes(
     shapes: dict[str, Shape] = {f"{name}.weight": (width, hidden_size) for name in ("query", "key", "value")}
     for name in ("gate",) if config.couple_lambda else ("gate", "decay"):
         shapes |= {f"{name}.weight": (config.gate_width, hidden_size), f"{name}.bias": (config.gate_width,)}
-    shapes |= {f"delta.{branch}.weight": (out.get(branch), width) for branch in config.heads}
+    shapes |= {f"delta.{branch}.weight": (out.get(branch), width) for branch in config.branches}
     scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
     if scales:
         shapes["scale_raw"] = (scales,)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from deltamem_tool.config import PRESETS, DeltaMemConfig
+from deltamem_tool.config import NAMES_IN_FILES, PRESETS, DeltaMemConfig
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.messages import Problem, config_error, in_words, shown, unknown
 from deltamem_tool.recipe.schema import (
@@ -80,6 +81,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
     if out is not None:
         said["out"] = out
         places[("out",)] = _Place(math.inf, "--out")
+    placed += [(places[key], why) for key, why in _renamed(said, places)]
     recipe, problems = _build(said)
     placed += [(_place(problem.keys, places), problem.why) for problem in problems]
     if recipe is None or placed:
@@ -112,6 +114,23 @@ def _twice(document: Document) -> list[tuple[Key, str]]:
         for key, lines in document.lines.items()
         if len(lines) > 1
     ]
+
+
+def _renamed(said: dict[str, Any], places: dict[Key, _Place]) -> list[tuple[Key, str]]:
+    """Give options of the memory that have their older names, which files of adapters have, those that they have now;
+    and say of which that cannot be."""
+    memory: Any = said.get("memory")
+    problems: list[tuple[Key, str]] = []
+    for name, old in NAMES_IN_FILES.items() if isinstance(memory, dict) else ():
+        if old not in memory:
+            continue
+        warnings.warn(f"memory.{old} is called memory.{name} now", FutureWarning, stacklevel=4)
+        if name in memory:
+            problems.append((("memory", old), f"memory.{old} is the old name of memory.{name}: leave out one of them"))
+        said["memory"] = memory = {name if key == old else key: value for key, value in memory.items()}
+        if ("memory", old) in places:
+            places["memory", name] = places["memory", old]
+    return problems
 
 
 def _apply(said: dict[str, Any], change: str, place: _Place, places: dict[Key, _Place]) -> list[str]:

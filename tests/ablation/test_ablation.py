@@ -63,7 +63,7 @@ def files(tmp_path, checkpoint):
     recipe |= {"memory": {"rank": 2}, "training": {"steps": 1, "batch_size": 2}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     paths = []
-    for name, change in (("rank", {"memory.rank": 4}), ("heads", {"memory.heads": ["q"]})):
+    for name, change in (("rank", {"memory.rank": 4}), ("heads", {"memory.branches": ["q"]})):
         said = {"title": f"Of {name}", "recipe": "small.yaml", "variants": {"as it is": None, "other": change}}
         said |= {"reference": "as it is", "paper": {"what": "average", "figures": {"other": 47.5}}}
         paths.append(tmp_path / f"{name}.yaml")
@@ -194,7 +194,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     other.write_text(files[1].read_text().replace("small.yaml", "../small.yaml"))
     assert "Two ablations are called heads" in str(fails(files[1], other).exception)
     assert "training.seed cannot be set" in str(fails(files[1], "--set", "training.seed=7").exception)
-    same = fails(files[1], "--set", "memory.heads=[q]").exception
+    same = fails(files[1], "--set", "memory.branches=[q]").exception
     assert "as it is and other of heads are the same run" in str(same)
     lora = yaml.safe_load((tmp_path / "small.yaml").read_text()) | {"lora": {"rank": 2}}
     lora.pop("memory")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
 
-CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
+CONFIG = DeltaMemConfig(rank=4, branches=("q", "o"), delta_init="base_slice")
 
 
 def change_config(folder, **changes):

@@ -25,7 +25,7 @@ from deltamem_tool.memory.attach import adapter_of
 @pytest.mark.parametrize("delta_init", ["zero", "base_slice"])
 def test_patching_a_folder_is_attaching_to_its_model(name, delta_init, tmp_path):
     base = save_checkpoint(tmp_path / "base", name=name)
-    config = DeltaMemConfig(rank=4, heads=("q", "k", "v", "o"), delta_init=delta_init)
+    config = DeltaMemConfig(rank=4, branches=("q", "k", "v", "o"), delta_init=delta_init)
     torch.manual_seed(7)
     folder = create_adapter(str(base), config, tmp_path / "patched")
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -18,7 +18,7 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.errors import ArchitectureError, DeltaMemError
 from deltamem_tool.memory.attach import adapter_of
 
-CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
+CONFIG = DeltaMemConfig(rank=4, branches=("q", "o"), delta_init="base_slice")
 
 
 def in_pieces(model, folder: Path) -> Path:

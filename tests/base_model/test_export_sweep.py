@@ -67,7 +67,7 @@ def patched(model_type: str, depth: int = DEPTH, layers: str | list[int] = "all"
         for weight in model.parameters():
             if weight.ndim > 1 and not weight.any():  # a router's: which of its equal experts are best is undefined
                 weight.normal_(std=0.2)
-    randomise(deltamem.attach(model, DeltaMemConfig(rank=4, heads=("q", "o"), layers=layers)))
+    randomise(deltamem.attach(model, DeltaMemConfig(rank=4, branches=("q", "o"), layers=layers)))
     return model
 
 

@@ -215,11 +215,11 @@ MOVES = {"q": {"attends"}, "k": {"attends", "keys"}, "v": {"values"}, "o": set()
 def test_a_correction_moves_its_own_branch(case: Case):
     model = case.model()
     layer = case.layer(model)
-    deltamem.attach(model, DeltaMemConfig(rank=4, heads=tuple(case.branches), layers=(layer.index,)))
+    deltamem.attach(model, DeltaMemConfig(rank=4, branches=tuple(case.branches), layers=(layer.index,)))
     fresh = seen(model, layer)
     deltamem.detach(model)
     for branch in case.branches:
-        randomise(deltamem.attach(model, DeltaMemConfig(rank=4, heads=(branch,), layers=(layer.index,))))
+        randomise(deltamem.attach(model, DeltaMemConfig(rank=4, branches=(branch,), layers=(layer.index,))))
         corrected = seen(model, layer)
         deltamem.detach(model)
         for name in ("keys", "values", "attends", "gives", "logits"):
@@ -237,7 +237,7 @@ def test_a_part_of_a_fused_layer_moves_by_delta_r(case: Case):
     layer = case.layer(model)
     linear, moved = layer.module.get_submodule(case.fused), set()
     for branch in layer.projections:
-        config = DeltaMemConfig(rank=4, heads=(branch,), layers=(layer.index,))
+        config = DeltaMemConfig(rank=4, branches=(branch,), layers=(layer.index,))
         put_out, readings = [], []
         handles = [record(linear, put_out)]
         memory = randomise(deltamem.attach(model, config)).memory(layer.index)  # its hook comes between these two

@@ -79,7 +79,7 @@ def test_a_memory(model_type: str, tmp_path: Path):
         plain = model(input_ids=ids).logits
     branches = [branch for branch in BRANCHES if all(branch in layer.projections for layer in attention_layers(model))]
 
-    adapter = deltamem.attach(model, DeltaMemConfig(rank=4, heads=tuple(branches)))
+    adapter = deltamem.attach(model, DeltaMemConfig(rank=4, branches=tuple(branches)))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain), "a fresh adapter changes the logits"
     randomise(adapter)

@@ -20,7 +20,7 @@ OTHERS = ("hello there", "no", "the name of my dog is Max, and that of my cat is
 def make_engine(stop_tokens: frozenset[int] = frozenset(), name: str = "qwen3", **changes) -> TorchModel:
     tokenizer = tiny_tokenizer()
     model = tiny_model(name, vocab_size=len(tokenizer), **changes)
-    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"))))
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o"))))
     engine = TorchModel(model, tokenizer)
     engine.stop_tokens = stop_tokens
     return engine

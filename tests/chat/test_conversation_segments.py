@@ -26,7 +26,7 @@ def make_engine(granularity: str = "message", template: str | None = None) -> To
         tokenizer.chat_template = template
     model = tiny_model(vocab_size=len(tokenizer))
     options = {"granularity": granularity, "couple_lambda": False}
-    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), **options)))
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o"), **options)))
     engine = TorchModel(model, tokenizer)
     engine.stop_tokens = frozenset()
     return engine

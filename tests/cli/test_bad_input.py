@@ -131,7 +131,7 @@ def test_a_rank_larger_than_the_hidden_size(here, deltamem, checkpoint):
 def test_options_that_do_not_fit(here, deltamem, checkpoint):
     for options, says in (
         (("--layers", "0,9"), "no attention in layers [9]"),
-        (("--heads", "q,x"), "'x'"),
+        (("--branches", "q,x"), "'x'"),
         (("--layers", "first"), "'first'"),
         (("--update-rule", "other"), "standard"),
         (("--rank", "four"), "four"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import click
 import pytest
@@ -65,7 +65,7 @@ def test_patch_inspect_train_eval(here, deltamem, checkpoint):
 
 
 def test_what_people_read(here, deltamem, checkpoint):
-    said = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--heads", "q,k,v,o", "--layers", "1"))
+    said = succeeded(deltamem("patch", checkpoint, "--out", "adapter", "--branches", "q,k,v,o", "--layers", "1"))
     assert "parameters in adapter" in said and "Next: deltamem inspect adapter" in said
     said = succeeded(deltamem("inspect", "adapter"))
     assert "mechanism.rank" in said and "qwen3" in said
@@ -113,8 +113,8 @@ def test_defaults_are_the_librarys_own():
     def defaults(name):
         return {option.name: option.default for option in cli.cli.get_command(None, name).params}
 
-    for name, value in DeltaMemConfig().to_dict().items():
-        assert defaults("patch")[name] == (",".join(value) if isinstance(value, list) else value)
+    for name, value in asdict(DeltaMemConfig()).items():
+        assert defaults("patch")[name] == (",".join(value) if isinstance(value, tuple) else value)
     assert (defaults("eval")["task"], defaults("eval")["protocol"]) == (RECALL, MEMORY_ONLY)
     assert defaults("export")["logits"] in contract.LOGITS
     assert defaults("run")["max_new_tokens"] == MAX_NEW_TOKENS

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
+import deltamem_tool
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reference.py"
 
 
-@pytest.fixture(scope="module")
-def reference():
-    spec = importlib.util.spec_from_file_location("reference", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_pages_are_what_the_code_says():
+    """In a process of its own: click keeps a command's `--help` as it was first asked for."""
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["cli.md", "api.md"])
-def test_a_page_is_what_the_code_says(reference, name):
-    path = reference.DOCS / name
-    assert path.read_text(encoding="utf-8") == reference.PAGES[path](), "stale: make docs"
-
-
-def test_every_public_name_has_a_summary_line(reference):
-    import deltamem_tool
-
+def test_every_public_name_has_a_summary_line():
     for name in deltamem_tool.__all__:
         if name != "__version__":
             first, _, rest = (getattr(deltamem_tool, name).__doc__ or "").strip().partition("\n")

@@ -95,7 +95,7 @@ def setups(draw: st.DrawFn, **fixed) -> Setup:
     options = {
         "rank": draw(st.sampled_from((*range(1, 9), *range(1, 9), *range(1, 9), 16, 24, MAX_RANK))),
         "state_heads": draw(st.integers(1, 4)),
-        "heads": heads,
+        "branches": heads,
         "alpha": draw(st.sampled_from((1.0, 4.0, 16.0))),
         "layers": draw(st.sampled_from(("all", (0,), (1,), (1, 0), "front:1", "middle:1", "back:1", "front:2"))),
         "granularity": draw(st.sampled_from(GRANULARITIES)),

@@ -61,7 +61,7 @@ def naive_run(
             if end and segment:
                 state = _write(sum(segment) / len(segment), state, memory, options)
             states[layer] = state
-            for branch in options.heads:
+            for branch in options.branches:
                 steer[branch] = torch.stack([_correction(branch, reading, memory, options) for reading in readings])
         x = x + _attention(hidden, own, config, layer, steer)
         hidden = _rms_norm(x, own["post_attention_layernorm.weight"], config.rms_norm_eps)

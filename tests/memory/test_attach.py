@@ -36,7 +36,7 @@ def test_a_fresh_memory_changes_no_bit(name, heads, dtype):
     modules = [key for key, _ in model.named_modules()]
     with torch.no_grad():
         before = model(ids).logits
-        attach(model, DeltaMemConfig(rank=4, heads=heads))
+        attach(model, DeltaMemConfig(rank=4, branches=heads))
         after = model(ids).logits
     assert torch.equal(before, after)
     assert [key for key, _ in model.named_modules()] == modules
@@ -69,7 +69,7 @@ def test_detach_gives_the_base_back(name):
 @everywhere
 @pytest.mark.parametrize("heads", [*HEADS, ("q",), ("k",), ("v",)])
 def test_every_corrected_projection_matters(name, heads):
-    model = patched_model(name, heads=heads)
+    model = patched_model(name, branches=heads)
     ids = tokens(1, 9)
     logits, _ = run(model, ids)
     for branch in heads:
@@ -97,7 +97,7 @@ def test_only_the_chosen_layers_have_a_memory():
 @everywhere
 @pytest.mark.parametrize("heads", HEADS)
 def test_equals_the_equations(name, heads):
-    model = patched_model(name, heads=heads)
+    model = patched_model(name, branches=heads)
     ids = tokens(1, 12)
     logits, cache = run(model, ids)
     expected, states = naive_run(model, ids[0].tolist())

@@ -35,7 +35,7 @@ ALONE = [
     {"gates": "head", "state_heads": 3},
     {"gates": "head", "couple_lambda": False, "state_heads": 2},
     {"delta_scale": "layer"},
-    {"delta_scale": "branch", "heads": BRANCHES, "delta_scale_max": 3.0},
+    {"delta_scale": "branch", "branches": BRANCHES, "delta_scale_max": 3.0},
     {"o_norm": True, "o_norm_eps": 1e-3},
     {"layers": "front:1"},
     {"layers": "back:1"},
@@ -53,7 +53,7 @@ def random_options(seed: int) -> dict:
     return {
         "rank": choose.choice((2, 3, 4, 8)),
         "state_heads": choose.choice((1, 2, 3, 4)),
-        "heads": heads,
+        "branches": heads,
         "alpha": choose.choice((1.0, 6.0, 16.0)),
         "layers": choose.choice(("all", "front:1", "middle:2", "back:1", (1,))),
         "granularity": choose.choice(GRANULARITIES),
@@ -210,7 +210,7 @@ def test_every_parameter_gets_a_gradient(seed):
         gradient = parameter.grad
         assert gradient is not None and gradient.isfinite().all(), name
         if name.endswith("scale_raw") and options["delta_scale"] == "branch":
-            assert [bool(part) for part in gradient] == [branch in options["heads"] for branch in BRANCHES], name
+            assert [bool(part) for part in gradient] == [branch in options["branches"] for branch in BRANCHES], name
         else:
             assert gradient.any(), name
 
@@ -268,12 +268,12 @@ def test_heads_of_states_do_not_meet():
 def corrections(memory, seed=0):
     torch.manual_seed(seed)
     readings = torch.randn(2, 5, memory.config.state_heads * memory.config.rank)
-    return {branch: memory.correction(branch, memory.scaled(readings)) for branch in memory.config.heads}
+    return {branch: memory.correction(branch, memory.scaled(readings)) for branch in memory.config.branches}
 
 
 @pytest.mark.parametrize(("delta_scale", "count"), [("layer", 1), ("branch", 4)])
 def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, count):
-    options = {"rank": 4, "heads": ("q", "v", "o"), "delta_init": "random"}
+    options = {"rank": 4, "branches": ("q", "v", "o"), "delta_init": "random"}
     torch.manual_seed(0)
     fixed = attach(tiny_model(), DeltaMemConfig(**options)).memory(1)
     learned = DeltaMemConfig(delta_scale=delta_scale, delta_scale_init=0.3, delta_scale_max=1.7, **options)
@@ -297,7 +297,7 @@ def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, c
 
 
 def test_the_norm_acts_on_o_alone():
-    options = {"rank": 4, "heads": BRANCHES, "delta_init": "random"}
+    options = {"rank": 4, "branches": BRANCHES, "delta_init": "random"}
     plain, normed = (attach(tiny_model(), DeltaMemConfig(o_norm=on, **options)).memory(0) for on in (False, True))
     normed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():

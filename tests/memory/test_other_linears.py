@@ -20,7 +20,7 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.memory.attach import adapter_of
 
-CONFIG = DeltaMemConfig(rank=4, heads=("q", "o"), delta_init="base_slice")
+CONFIG = DeltaMemConfig(rank=4, branches=("q", "o"), delta_init="base_slice")
 
 
 def gptq_like(base: Path) -> Path:

@@ -17,7 +17,7 @@ from deltamem_tool.memory.weight_shapes import weight_shapes
 @pytest.mark.parametrize("heads", [("q", "o"), ("q", "k", "v", "o"), ("o",)])
 def test_shapes(heads, couple_lambda, gates, delta_scale, o_norm):
     options = {"couple_lambda": couple_lambda, "gates": gates, "delta_scale": delta_scale, "o_norm": o_norm}
-    config = DeltaMemConfig(rank=4, state_heads=3, heads=heads, **options)
+    config = DeltaMemConfig(rank=4, state_heads=3, branches=heads, **options)
     widths = {branch: 100 + number for number, branch in enumerate(heads)}
     with torch.device("meta"):
         layer = DeltaMemory(config, 40, widths)

@@ -19,7 +19,7 @@ base: some/model
 out: adapter
 memory:
   rank: 4
-  heads: [q, k]
+  branches: [q, k]
   layers: [0, 2]
   alpha: 8
 data:
@@ -44,7 +44,7 @@ def test_what_it_says_is_what_it_means(recipe):
     assert read == Recipe(
         base="some/model",
         out="adapter",
-        memory=DeltaMemConfig(rank=4, heads=("q", "k"), layers=(0, 2), alpha=8),
+        memory=DeltaMemConfig(rank=4, branches=("q", "k"), layers=(0, 2), alpha=8),
         data=DataOptions(path="chats.jsonl", max_write_tokens=100),
         training=TrainingOptions(steps=7, learning_rate=2e-4, warmup=0.0),
     )
@@ -53,9 +53,9 @@ def test_what_it_says_is_what_it_means(recipe):
 
 def test_set_changes_keys(recipe):
     changes = ["training.steps=3", "memory.layers=all", "data.path=null", "revision='7'"]
-    read = load_recipe(recipe, [*changes, "training.learning_rate=1e-3", "memory.heads=[o]"], out="other")
+    read = load_recipe(recipe, [*changes, "training.learning_rate=1e-3", "memory.branches=[o]"], out="other")
     assert (read.training.steps, read.training.learning_rate) == (3, 1e-3)
-    assert (read.memory.layers, read.memory.heads, read.memory.rank) == ("all", ("o",), 4)
+    assert (read.memory.layers, read.memory.branches, read.memory.rank) == ("all", ("o",), 4)
     assert (read.data.path, read.data.max_write_tokens, read.revision, read.out) == (None, 100, "7", "other")
     assert load_recipe(recipe, ["training.steps=3", "training.steps=5"]).training.steps == 5
 
@@ -89,11 +89,11 @@ def test_set_makes_what_was_not_there(tmp_path):
         ("training.steps=[", "not YAML|no YAML"),
         ("memory.rank=0", "rank must be 1 to 64"),
         ("memory.rank=four", "rank must be 1 to 64, not 'four'"),
-        ("memory.heads=5", "heads must be a list"),
-        ("memory.heads=q,o", "heads must be a list|heads has"),
-        ("memory.heads=[q, q]", "names 'q' twice"),
-        ("memory.heads=[x]", "heads has 'x'"),
-        ("memory.heads=[[q]]", "heads has"),
+        ("memory.branches=5", "branches must be a list"),
+        ("memory.branches=q,o", "branches must be a list|branches has"),
+        ("memory.branches=[q, q]", "names 'q' twice"),
+        ("memory.branches=[x]", "branches has 'x'"),
+        ("memory.branches=[[q]]", "branches has"),
         ("memory.layers=3", "layers must be 'all'"),
         ("memory.layers=[]", "layers is an empty list"),
         ("memory.layers=[-1]", "indices from 0"),
@@ -190,7 +190,7 @@ MANY = """base: 7
 memory:
   rank: 0
   rnk: 3
-  heads: [q]
+  branches: [q]
   o_norm: true
 steps: 4
 data:
@@ -218,7 +218,7 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path):
         "line 1: base must be text, not 7.",
         "line 3: memory.rank must be 1 to 64, not 0.",
         "line 4: memory.rnk is not known: did you mean memory.rank?",
-        "line 6: memory.o_norm has nothing to act on: heads has no o.",
+        "line 6: memory.o_norm has nothing to act on: branches has no o.",
         "line 7: steps is not known: did you mean training.steps?",
         "line 9: data.facts_first must be a whole number, not 1.5.",
         "line 10: data.facts_last must be 36 or less, not 90.",
@@ -363,7 +363,20 @@ def test_an_error_needs_no_transformers(recipe):
 def test_a_preset_and_what_changes_it(recipe):
     recipe.write_text(WHOLE.replace("  rank: 4\n", "  preset: ssw\n  rank: 4\n"))
     memory = load_recipe(recipe).memory
-    assert memory == DeltaMemConfig.preset("ssw", rank=4, heads=("q", "k"), layers=(0, 2), alpha=8)
+    assert memory == DeltaMemConfig.preset("ssw", rank=4, branches=("q", "k"), layers=(0, 2), alpha=8)
     assert memory.granularity == "message" and memory.delta_init == "base_slice"
     with pytest.raises(ConfigError, match="memory.preset must be one of tsw, ssw, msw, not 'fast'"):
         load_recipe(recipe, ["memory.preset=fast"])
+
+
+def test_an_option_by_its_older_name(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: b\nout: o\nmemory:\n  heads: [k]\ntraining: {steps: 1}\n")
+    with pytest.warns(FutureWarning, match=r"memory\.heads is called memory\.branches now"):
+        assert load_recipe(recipe).memory.branches == ("k",)
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match=r"line 4: memory\.branches has 'x'"):
+        recipe.write_text("base: b\nout: o\nmemory:\n  heads: [x]\ntraining: {steps: 1}\n")
+        load_recipe(recipe)
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match=r"memory\.heads is the old name"):
+        recipe.write_text("base: b\nout: o\nmemory:\n  heads: [k]\n  branches: [q]\ntraining: {steps: 1}\n")
+        load_recipe(recipe)

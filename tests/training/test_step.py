@@ -76,7 +76,7 @@ def test_the_loss_is_what_the_equations_say(name):
 
 def test_gradients_are_the_slopes_of_the_equations():
     """Every tensor of the adapter, and its derivative: keys, values and gates act through the state alone."""
-    model = patched_model(heads=("q", "k", "v", "o"))
+    model = patched_model(branches=("q", "k", "v", "o"))
     batch = episode_batch()
     adapter = adapter_of(model)
     EpisodeModel(model)(**batch)["loss"].backward()

@@ -73,7 +73,7 @@ _REQUIRED = ("rank", "delta_heads")
 _FIELDS = {
     "rank": "rank",
     "state_heads": "num_state_heads",
-    "heads": "delta_heads",
+    "branches": "delta_heads",
     "alpha": "alpha",
     "layers": "target_layers",
     "granularity": "memory_write_granularity",

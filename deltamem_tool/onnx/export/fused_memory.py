@@ -97,7 +97,7 @@ class FusedMemory(nn.Module):
         self.register_buffer("decaying", torch.tensor([[0.0], [0.0], [-1.0]])[: self.slots])
         self.register_buffer("length", torch.full((self.rank,), self.rank**-0.5))
         self.o_norm = memory.o_norm
-        self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.heads})
+        self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.branches})
 
     def _by_row(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A gate for every row of a state `[H·R, D]`, `[H·R]`, where there may be one a head."""

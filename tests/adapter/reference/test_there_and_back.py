@@ -84,8 +84,8 @@ def test_fields_that_we_do_not_use_come_back(reference, tmp_path):
 
 def test_an_older_config_has_the_references_defaults(tmp_path):
     least = {"rank": 4, "delta_heads": ["o"]}
-    assert mechanism_of(least, tmp_path) == DeltaMemConfig(rank=4, heads=("o",))
-    assert mechanism_of(DEFAULTS, tmp_path) == DeltaMemConfig(heads=("q", "k", "v", "o"))
+    assert mechanism_of(least, tmp_path) == DeltaMemConfig(rank=4, branches=("o",))
+    assert mechanism_of(DEFAULTS, tmp_path) == DeltaMemConfig(branches=("q", "k", "v", "o"))
     published = json.loads((CASE / "adapter" / REFERENCE_CONFIG).read_text())
     assert list(published) == list(DEFAULTS)
     for name in ("rank", "delta_heads"):
@@ -95,9 +95,9 @@ def test_an_older_config_has_the_references_defaults(tmp_path):
 
 OURS = [
     {},
-    {"heads": ("o",)},
-    {"heads": ("k", "v"), "alpha": 3},
-    {"heads": ("o", "q", "v", "k"), "rank": 3, "delta_init": "random"},
+    {"branches": ("o",)},
+    {"branches": ("k", "v"), "alpha": 3},
+    {"branches": ("o", "q", "v", "k"), "rank": 3, "delta_init": "random"},
     {**PRESETS["msw"], "layers": (1,)},
     {**PRESETS["ssw"], "layers": "front:1", "delta_init": "zero"},
     {"granularity": "sentence", "update_rule": "lambda_outside", "couple_lambda": False, "beta_bias": -3.0},
@@ -138,7 +138,7 @@ def test_every_adapter_of_ours_comes_back(name, options, bases, tmp_path):
 
 
 def off(config: DeltaMemConfig) -> set[str]:
-    return {f"delta_{branch}_proj" for branch in "qkvo" if branch not in config.heads}
+    return {f"delta_{branch}_proj" for branch in "qkvo" if branch not in config.branches}
 
 
 def test_fresh_adapters_are_the_same_in_both_formats(bases, tmp_path):

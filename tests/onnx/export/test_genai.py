@@ -63,7 +63,7 @@ def tokenizer():
 def model(tokenizer):
     """Two layers, a memory in the second alone; answers to the first question end after some tokens."""
     model = tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
-    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o"), layers=(1,))))
+    randomise(attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o"), layers=(1,))))
     answer, _ = in_pytorch(model, chat_ids(tokenizer, QUESTIONS[0]), NEW_TOKENS)
     stop = next(token for token in answer[4:] if token not in answer[:4])
     model.generation_config.eos_token_id = [stop]

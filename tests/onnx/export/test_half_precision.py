@@ -51,7 +51,7 @@ def one_layer(*dtypes: torch.dtype) -> PreTrainedModel:
     model = Qwen3ForCausalLM(config).eval()
     for dtype in dtypes:
         model = model.to(dtype)
-    adapter = attach(model, DeltaMemConfig(rank=4, state_heads=2, heads=("q", "v", "o")))
+    adapter = attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o")))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.parameters():

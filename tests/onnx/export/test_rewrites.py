@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "own_decay_outside": {"couple_lambda": False, "update_rule": "lambda_outside"},
     "gates_by_head": {"gates": "head", "state_heads": 2},
     "heads_qkvo": {"heads": ("q", "k", "v", "o"), "state_heads": 3, "delta_scale": "branch"},
-    "normed_o": {"o_norm": True, "delta_scale": "layer", "heads": ("o",)},
+    "normed_o": {"o_norm": True, "delta_scale": "layer", "branches": ("o",)},
     "rank_1": {"rank": 1},
 }
 
@@ -53,7 +53,7 @@ class Memories(nn.Module):
         self.memories = nn.ModuleDict()
         for name, options in CONFIGS.items():
             config = DeltaMemConfig(**{"rank": 4, **options})
-            memory = DeltaMemory(config, WIDTH, {branch: OUT[branch] for branch in config.heads})
+            memory = DeltaMemory(config, WIDTH, {branch: OUT[branch] for branch in config.branches})
             for parameter in memory.parameters():
                 nn.init.normal_(parameter, std=0.4)
             with torch.no_grad():  # a gate that is 1 and one that is 0, in float32
@@ -67,7 +67,7 @@ class Memories(nn.Module):
         for memory, given in zip(self.memories.values(), states, strict=True):
             readings, state, *_ = memory(hidden, given, torch.ones_like(writes), writes)
             scaled = memory.scaled(readings)
-            results += [state, *(memory.correction(branch, scaled) for branch in memory.config.heads)]
+            results += [state, *(memory.correction(branch, scaled) for branch in memory.config.branches)]
         return results
 
     def arguments(self, batch: int, tokens: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -117,7 +117,7 @@ def test_the_lean_memory_keeps_a_state_bit_for_bit_where_nothing_is_written(memo
     found = iter(lean.run(None, feed))
     for (name, memory), state in zip(memories.memories.items(), states, strict=True):
         assert np.array_equal(next(found), state.numpy()), name
-        for _ in memory.config.heads:
+        for _ in memory.config.branches:
             next(found)
 
 
