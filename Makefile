@@ -31,6 +31,10 @@ smoke: ## what every user does, once: it has to work with any versions that the 
 docs: ## write docs/cli.md and docs/api.md from the code
 	$(PYTHON) scripts/reference.py
 
+.PHONY: architectures
+architectures: ## write the table of supported model types, of the transformers that is installed
+	PYTHONPATH=tests $(PYTHON) -m base_model.support_table
+
 .PHONY: constraints
 constraints: ## write the sets of versions that are tested, within the bounds of pyproject.toml
 	scripts/constraints.sh

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
 from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.memory.attach import hook
-from deltamem_tool.memory.forward import CallOptions
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory

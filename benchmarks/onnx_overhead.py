@@ -5,8 +5,8 @@ Command: python benchmarks/onnx_overhead.py [--layers 8 --vocabulary 1024] [--pa
 
 The shape is Qwen3-0.6B's (28 layers and 151,936 words are `--layers 28 --vocabulary 151936`) with random weights. Both
 graphs come from one model, through the same exporter and fusions; the one without a memory is the model alone: "plain"
-as the exporter writes it, "tidied" by those rewrites of `onnx/optimize.py` that are not about the memory. Two graphs
-run in turn in one process. `--profile` shows what costs.
+as the exporter writes it, "tidied" by those rewrites of `onnx/export/rewrites.py` that are not about the memory. Two
+graphs run in turn in one process. `--profile` shows what costs.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.scoring.statistics import estimate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.forward import CallOptions
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.compare import (
     greedy_agreement,

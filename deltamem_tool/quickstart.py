@@ -26,7 +26,7 @@ from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation import EPISODES, MEMORY_ONLY
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
-from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, evaluation_json
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, evaluation_json, write_evaluation
 from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
@@ -117,7 +117,7 @@ def quickstart(
         plot_scores(recall, out / RECALL_PLOT)
         if not fast:
             said = evaluation_json(recall, adapter.fingerprint, ARGUMENTS)
-            write_whole(adapter.path / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
+            write_evaluation(adapter.path / EVALUATION_FILE, said)
     with _timed("export", seconds):
         tell("export", 0, 2, "graph")
         manifest = export_onnx(model, tokenizer, out / ONNX, base_model=adapter.base.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltamem_tool.adapter.base import base_of
+from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.adapter.save import write_adapter
 from deltamem_tool.base_model.attention import select_layers

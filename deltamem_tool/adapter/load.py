@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deltamem_tool.adapter.base import find_base
+from deltamem_tool.adapter.find_base import find_base
 from deltamem_tool.adapter.folder import AdapterFolder, describe_adapter, with_tensors
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.memory.adapter import DeltaMemAdapter

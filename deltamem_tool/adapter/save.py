@@ -12,13 +12,13 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from deltamem_tool._version import __version__
-from deltamem_tool.adapter.base import base_of_model
 from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
+from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.patch import hf_model
+from deltamem_tool.memory.attached import hf_model
 
 
 def save_adapter(

@@ -1,6 +1,7 @@
-"""Which model types take a memory: a table of what tiny models of every type have shown.
+"""The table of supported model types, for `deltamem architectures`: what tiny models of every type have shown.
 
-A layout is recognised in a model's modules, so this cannot be known without building one, and the table ships instead.
+What decides for a model is `attention.attention_layers`: a layout is recognised in the model's modules. That cannot be
+known without building one, so the table ships.
 `tests/base_model/support_table.py` writes it.
 """
 

@@ -14,8 +14,8 @@ from deltamem_tool.bench.models import equip, refuse_longer, twin_of
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.forward import CallOptions
-from deltamem_tool.memory.patch import hf_model
+from deltamem_tool.memory.attached import hf_model
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import export_onnx

@@ -1,4 +1,7 @@
-"""The LoRA that a memory is compared with: one of PEFT's folders, or a fresh one of the memory's size."""
+"""The LoRA baseline, measured: one of PEFT's folders, or a fresh one of the memory's size.
+
+`training.lora` trains it, `evaluation.lora` asks it.
+"""
 
 from __future__ import annotations
 

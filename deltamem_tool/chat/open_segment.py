@@ -20,7 +20,7 @@ def end_segment(config: DeltaMemConfig, memory: StoredMemory) -> StoredMemory:
 
 
 def _written(config: DeltaMemConfig, state: NDArray, segment: NDArray) -> NDArray:
-    """State `[B, H, R, R]` after one write of the means in the segment `[B, W]`, with the gates of `memory.gates`:
+    """State `[B, H, R, R]` after one write of the means in the segment `[B, W]`, with `memory.layer.gates`:
     S ← keep S − erase (S k) kᵀ + write v kᵀ."""
     tokens = segment[:, -1:]
     means = segment[:, :-1] / np.maximum(tokens, 1)

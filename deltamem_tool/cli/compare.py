@@ -30,7 +30,10 @@ def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool
     """
     from deltamem_tool.evaluation.report.compare import compare
     from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+    from deltamem_tool.io.installation import check_installation
 
+    if html is not None:
+        check_installation("plot")
     for file in (html, out):
         if file is not None:
             refuse_unwritable(file)

@@ -108,11 +108,11 @@ def command(
 
     from deltamem_tool.adapter.load import load
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.evaluation.report.evaluation_file import evaluation_json
+    from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, write_evaluation
     from deltamem_tool.evaluation.report.page import refuse_strangers, write_report
     from deltamem_tool.evaluation.report.tables import plot_scores
-    from deltamem_tool.evaluation.setup import run_json
-    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+    from deltamem_tool.evaluation.run_info import run_json
+    from deltamem_tool.io.atomic import refuse_unwritable
     from deltamem_tool.memory.attach import adapter_of
 
     where = torch_device(device)
@@ -143,7 +143,7 @@ def command(
     if report is not None:
         write_report(report, said, found.records)
     if out is not None:
-        write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
+        write_evaluation(out, said)
     if plot is not None:
         plot_scores(found, plot)
     if as_json:

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 def typed(context: click.Context) -> list[str]:
     """The words of the running command, options by their long names; of a path, the last part."""
-    from deltamem_tool.evaluation.setup import without_folders
+    from deltamem_tool.evaluation.run_info import without_folders
 
     words = context.command_path.split()
     for parameter in context.command.params:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
+from deltamem_tool.memory.attached import PATCH, hf_model
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.patch import PATCH, hf_model
 from deltamem_tool.segments.encode import mark_chat
 from deltamem_tool.segments.tags import INSIDE, OUTSIDE
 

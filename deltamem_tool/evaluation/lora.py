@@ -1,4 +1,7 @@
-"""The baseline that learns in weights: a LoRA of PEFT on the base model, put on for a question and taken off again."""
+"""The LoRA baseline, evaluated: one of PEFT on the base model, put on for a question and taken off again.
+
+`training.lora` trains it, `bench.loras` measures what it costs.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Lora:
         Raises:
             AdapterError: it was trained on another model than the base of `model`, or it cannot be seen on which.
         """
-        from deltamem_tool.adapter.base import base_of, base_of_model
+        from deltamem_tool.adapter.find_base import base_of, base_of_model
         from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 
         base = base_of_model(model)

@@ -18,10 +18,10 @@ from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.generate import override, restore
+from deltamem_tool.memory.attached import PATCH, Patch, hf_model, patch_of
 from deltamem_tool.memory.hooks import attention_pre_hook, decoder_hook, decoder_pre_hook, projection_hook
 from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
-from deltamem_tool.memory.patch import PATCH, Patch, hf_model, patch_of
+from deltamem_tool.memory.overrides import override, restore
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:

@@ -8,9 +8,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.attached import patch_of
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.layer import end_segment
-from deltamem_tool.memory.patch import patch_of
 from deltamem_tool.memory.state import MemoryState
 
 
@@ -49,7 +49,7 @@ class MemoryCache(DynamicCache):
         self.memory = memory
         # Set it to {} to have, `[B, 2]` by layer: the mean β of each write summed, and how many writes there were.
         self.write_gates: dict[int, Tensor] | None = None
-        self.segments: Tensor | None = None  # int8 [B, tokens to come]: memory.OUTSIDE, INSIDE or LAST
+        self.segments: Tensor | None = None  # int8 [B, tokens to come]: `segments.tags.OUTSIDE`, INSIDE or LAST
         self._config: DeltaMemConfig = adapter.config
         self._device_type = model.device.type
         self._stop_tokens: Tensor | None = None

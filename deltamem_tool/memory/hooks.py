@@ -18,7 +18,7 @@ from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.errors import ConfigError, MemoryStateError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.context import DecoderCall, is_off, run, running
+from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.memory.state import MemoryState

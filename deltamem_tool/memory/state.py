@@ -1,4 +1,4 @@
-"""What a conversation remembers, as a value; and the cache that carries it through `generate()`."""
+"""What a conversation remembers, as a value."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def spans_of(
     """`text`, the rendering of `messages`, in order and without gaps.
 
     Args:
-        split: into sentences, as `segments.mark_chat` has it; None leaves messages whole.
+        split: into sentences, as `segments.encode.mark_chat` has it; None leaves messages whole.
 
     Raises:
-        DataError: as in `segments.mark_chat`.
+        DataError: as in `segments.encode.mark_chat`.
     """
     body = template.render(messages) if generation_prompt else text
     if not text.startswith(body):

@@ -1,4 +1,4 @@
-"""Chats as the tensors of one call: token ids, masks, and the marks of `marks` where a memory writes by segments."""
+"""Chats as the tensors of one call: token ids, masks, and the segment tags where a memory writes by segments."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from deltamem_tool._compat import GradientCheckpointingLayer, tree_map_only
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.memory.context import again, running
+from deltamem_tool.memory.decoder_call import again, running
 
 
 @contextmanager

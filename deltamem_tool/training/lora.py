@@ -1,4 +1,7 @@
-"""The comparison: a LoRA (PEFT) that learns from the same episodes, with the whole conversation in view."""
+"""The LoRA baseline, trained: one of PEFT that learns from the same episodes, with the whole conversation in view.
+
+`evaluation.lora` asks it, `bench.loras` measures what it costs.
+"""
 
 from __future__ import annotations
 

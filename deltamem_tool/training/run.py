@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from deltamem_tool.adapter.base import base_of
+from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint

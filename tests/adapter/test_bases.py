@@ -81,7 +81,7 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
             seen.append(revision)
             super().__init__(name, revision, trust_remote_code)
 
-    monkeypatch.setattr("deltamem_tool.adapter.base.BaseCheckpoint", Watched)
+    monkeypatch.setattr("deltamem_tool.adapter.find_base.BaseCheckpoint", Watched)
     moved = shutil.copytree(base, tmp_path / "moved")
     places = {"HERE": str(base), "THERE": str(moved)}
     load(adapter, **{name: places.get(value, value) for name, value in options.items()})

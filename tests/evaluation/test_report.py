@@ -24,8 +24,8 @@ from deltamem_tool.evaluation.report.evaluation_file import read_evaluation
 from deltamem_tool.evaluation.report.page import FILES, refuse_strangers
 from deltamem_tool.evaluation.report.tables import score_table
 from deltamem_tool.evaluation.report.templating import MAX_SHOWN
+from deltamem_tool.evaluation.run_info import without_folders
 from deltamem_tool.evaluation.scoring.statistics import p_text
-from deltamem_tool.evaluation.setup import without_folders
 
 EVIL = (
     "<script>alert(1)</script><img src=//evil.example/x onerror=alert(2)></style></title></table>\"'>"

@@ -15,7 +15,7 @@ from helpers.tiny import patched_model, randomise, tiny_model, tokens
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
 from deltamem_tool._compat import CACHE_ARGUMENTS, cache_argument, generation_cache_argument, with_one_cache
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory.context import without_memory
+from deltamem_tool.memory.decoder_call import without_memory
 
 
 @pytest.fixture(autouse=True)

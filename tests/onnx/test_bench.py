@@ -19,7 +19,7 @@ from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import OnnxSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of, hook
-from deltamem_tool.memory.forward import CallOptions
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
 from deltamem_tool.onnx.export.export import TOLERANCE

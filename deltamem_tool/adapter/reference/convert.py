@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamem_tool.adapter.base import base_of, find_base
 from deltamem_tool.adapter.config_file import CONFIG_FILE, BaseModel
+from deltamem_tool.adapter.find_base import base_of, find_base
 from deltamem_tool.adapter.folder import name_in, read_adapter
 from deltamem_tool.adapter.reference.config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
 from deltamem_tool.adapter.save import write_adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
+from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_line
 from deltamem_tool.io.safe_json import read_json
 
@@ -22,6 +24,11 @@ FORMAT, FORMAT_VERSION = "deltamem-evaluation", 1
 _ENDS = ("mean", "low", "high")  # of a difference
 _PARTS = ("options", "mechanism", "versions")  # of `run`, that a reader shows
 _AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
+
+
+def write_evaluation(path: str | Path, said: Mapping[str, Any]) -> None:
+    """Write what `evaluation_json` gave, whole or not at all."""
+    write_whole(path, (json.dumps(said, indent=1) + "\n").encode())
 
 
 def evaluation_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE, in_words
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE, Record
 from deltamem_tool.evaluation.report.drawing import DARK, differences_figure, scores_figure, svg
-from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE
+from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, write_evaluation
 from deltamem_tool.evaluation.report.settings import settings
 from deltamem_tool.evaluation.report.templating import rendered
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, is_clear
@@ -53,7 +52,7 @@ def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record
         said: as `evaluation_json` gives it.
     """
     known = _known(said, records)
-    write_whole(folder / EVALUATION_FILE, (json.dumps(said, indent=1) + "\n").encode())
+    write_evaluation(folder / EVALUATION_FILE, said)
     write_whole(folder / MARKDOWN_FILE, rendered("report.md.jinja", **known))
     write_whole(folder / PAGE_FILE, rendered("report.html.jinja", **known))
 

@@ -1,4 +1,4 @@
-"""How an evaluation was done, in words: what a page lists, and what two evaluations differ in."""
+"""The settings of an evaluation as rows of words: what a page lists, and what two evaluations differ in."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool._compat import OnnxExporter
-from deltamem_tool.memory.forward import CallOptions, fill, fill_static
+from deltamem_tool.memory.call_options import CallOptions, fill, fill_static
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.rewrites import optimize

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.forward import CallOptions, last_valid
+from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.trace import segment_marks

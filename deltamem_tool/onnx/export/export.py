@@ -80,7 +80,7 @@ def export_onnx(
             state as an input.
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
         overwrite: replace a folder that is there.
-        without: rewrites of the graph to leave out, names in `optimize.REWRITES`.
+        without: rewrites of the graph to leave out, names in `rewrites.REWRITES`.
         progress: called with the name of each stage as it begins.
 
     Raises:

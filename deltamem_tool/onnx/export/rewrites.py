@@ -1,7 +1,7 @@
 """Rewrites of a traced graph, after transformers' fusions, each by a name with which it can be left out.
 
 They compute what they replace, and leave a graph alone where they do not apply. Two of the names are not rewrites of
-the finished graph but of what is traced: see `lean`.
+the finished graph but of what is traced: see `fused_memory`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from deltamem_tool._compat import (
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.forward import CallOptions, fill, fill_static
+from deltamem_tool.memory.call_options import CallOptions, fill, fill_static
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer

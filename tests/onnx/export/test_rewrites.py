@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
-from deltamem_tool.memory.context import without_memory
+from deltamem_tool.memory.decoder_call import without_memory
 from deltamem_tool.memory.layer import DeltaMemory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import FusedMemory

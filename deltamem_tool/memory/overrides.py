@@ -1,4 +1,4 @@
-"""What `generate` and `forward` of a model with a memory do beside the model's own."""
+"""The methods of a model that a memory overrides: what `generate` and `forward` do beside the model's own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from deltamem_tool._compat import PREPARE_CACHE, cache_argument, generation_cache_argument, stop_tokens, with_one_cache
 from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.attached import patch_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.masks import refuse_without_segments, valid_tokens
-from deltamem_tool.memory.patch import patch_of
 
 
 def _with_memory_cache(own: Callable):

@@ -1,4 +1,4 @@
-"""How an evaluation was done: what somebody needs who wants to do it again."""
+"""The part `run` of evaluation.json: what somebody needs who wants to do the evaluation again."""
 
 from __future__ import annotations
 

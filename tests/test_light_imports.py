@@ -1,0 +1,81 @@
+"""What needs no torch, transformers or ONNX Runtime does not import them: they may be missing, and take seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.once import folder_once
+
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnxscript", "matplotlib", "huggingface_hub"}
+
+# Imports, and what must not come with them. The order of the rooms is import-linter's (pyproject.toml).
+CASES = [
+    ("deltamem_tool", HEAVY),
+    ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.io.atomic, deltamem_tool.data.dialogues", HEAVY),
+    ("deltamem_tool.recipe.load", HEAVY),
+    ("deltamem_tool.base_model.support", HEAVY),
+    ("deltamem_tool.io.names", HEAVY),
+    ("deltamem_tool.adapter.config_file", HEAVY),
+    ("deltamem_tool.memory.file", HEAVY),
+    ("deltamem_tool.memory.plot", HEAVY - {"matplotlib"}),
+    ("deltamem_tool.ops", HEAVY - {"torch"}),
+    ("deltamem_tool.adapter.folder", HEAVY),
+    ("deltamem_tool.memory.layer", {"transformers", "onnxruntime"}),
+    ("deltamem_tool.memory.state", {"transformers", "onnxruntime", "matplotlib"}),
+    ("deltamem_tool.data.store, deltamem_tool.data.collate", {"onnxruntime", "onnx", "matplotlib"}),
+    ("deltamem_tool.segments.boundaries", HEAVY),
+    ("deltamem_tool.chat.conversation", HEAVY),
+    ("deltamem_tool.chat.repl, deltamem_tool.memory.heatmap", HEAVY),
+    ("deltamem_tool.chat.torch_engine", {"onnxruntime", "onnx", "onnxscript", "matplotlib"}),
+    ("deltamem_tool.evaluation", HEAVY),
+    ("deltamem_tool.hub.push, deltamem_tool.hub.pull", (HEAVY | {"peft"}) - {"huggingface_hub"}),
+    ("deltamem_tool.onnx.contract", HEAVY),
+    ("deltamem_tool.onnx.runtime.engine", {"torch", "transformers"}),
+]
+LIBRARIES = ("torch", "transformers.modeling_utils")  # what takes seconds
+# Each import is a fork's, of a process that has the libraries by then which the import may bring.
+FORKS = """
+import importlib, json, os, sys
+
+for library, modules in json.loads(sys.argv[1]):
+    if library:
+        importlib.import_module(library)
+    for module in modules:
+        child = os.fork()
+        if not child:
+            exec(f"import {module}")
+            print(json.dumps([module, list(sys.modules)]), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"import {module}")
+"""
+
+
+def stage(without: set[str]) -> int:
+    """How many of `LIBRARIES` may be there before."""
+    forbidden = [library.partition(".")[0] in without for library in LIBRARIES]
+    return (*forbidden, True).index(True)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict[str, set[str]]:
+    """What is imported after each import, for all of pytest-xdist's workers."""
+    stages = [[module for module, without in CASES if stage(without) == n] for n in range(len(LIBRARIES) + 1)]
+
+    def make(folder):
+        plan = json.dumps(list(zip(("", *LIBRARIES), stages, strict=True)))
+        command = [sys.executable, "-c", FORKS, plan]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        (folder / "modules").write_text(done.stdout)
+
+    lines = (folder_once(tmp_path_factory, "imports", make) / "modules").read_text().splitlines()
+    return {module: set(modules) for module, modules in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(("module", "without"), CASES)
+def test_what_a_room_does_not_import(imported, module, without):
+    assert not without & imported[module]
