@@ -71,10 +71,8 @@ def _function(value: Any) -> Any:
 
 def _entry(name: str, value: Any) -> list[str]:
     function = _function(value)
-    if isinstance(value, property):
-        signature = name
-    else:
-        signature = f"{name}{inspect.signature(function)}".replace("'", "")
+    arguments = "" if isinstance(value, property) else str(inspect.signature(function)).replace("'", "")
+    signature = name + arguments
     return _code("\n".join([_wrapped(signature), "", textwrap.indent(inspect.getdoc(function) or "", "    ")]))
 
 

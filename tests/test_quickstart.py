@@ -105,7 +105,7 @@ def test_overwrite_spares_what_is_not_ours(tmp_path):
     from deltamem_tool.quickstart import quickstart
 
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DeltaMemError, match="thesis.tex"):
+    with pytest.raises(DeltaMemError, match=r"thesis.tex"):
         quickstart(tmp_path, fast=True, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -92,7 +92,7 @@ def main() -> None:
     if onnx:
         import onnxruntime  # noqa: F401  (counts as imports)
 
-        import deltamem_tool.onnx.runtime.static_graph  # noqa: F401
+        import deltamem_tool.onnx.runtime.static_graph  # counts too
     else:
         import deltamem_tool.bench.models  # noqa: F401
 

@@ -35,7 +35,7 @@ class Place:
 
     past: Past | None
     memory: StoredMemory | None
-    transcript: Transcript = Transcript()
+    transcript: Transcript = Transcript()  # noqa: RUF009  (frozen)
     tokens: tuple[int, ...] = ()
     pending: tuple[Token, ...] = ()
     foreign: bool = True

@@ -170,7 +170,7 @@ def read_json(file: Path) -> dict[str, Any]:
 class _GenerationBlock(Extension):
     """`{% generation %}` marks the assistant's words for training; here its body is rendered as it stands."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -204,7 +203,7 @@ def _of_task(
 
     way = EvalProtocol.parse(protocol)
     if ":" in task:
-        sys.path.insert(0, os.getcwd())  # as for `python -m`: a module beside the data
+        sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a module beside the data
     asked = find_task(task, options, {"seed": seed})
     beside = None if lora is None else Lora.read(lora)
     chosen(conditions_of(way, bm25, truncate, beside), only)

@@ -66,7 +66,7 @@ def history_file() -> Path:
 def _private_history(file: Path) -> History:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    os.chmod(file, 0o600)
+    file.chmod(0o600)
     return FileHistory(str(file))
 
 

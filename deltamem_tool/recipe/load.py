@@ -169,7 +169,7 @@ def _build(said: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
             wrong = ".".join(problem.keys[0])
             values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
     values |= {key: said[key] for key in ("lora", "memory") if key in said}  # given is what counts, right or not
-    return recipe, problems + [*broken(values)]
+    return recipe, [*problems, *broken(values)]
 
 
 def _memory(said: Any) -> tuple[DeltaMemConfig, list[Problem]]:

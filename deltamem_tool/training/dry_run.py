@@ -266,7 +266,7 @@ def _activations(
         found = activation_bytes(recipe, checkpoint, memory, _shape(recipe, lengths), report)
     except DeltaMemError:
         raise  # training would say the same
-    except Exception as error:  # noqa: BLE001  whatever a model's code does without numbers
+    except Exception as error:  # whatever a model's code does without numbers
         why = (str(error).strip().splitlines() or [""])[0]
         notes.append(f"Activations: not computed ({type(error).__name__}: {why})")
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -118,7 +119,7 @@ class EpisodeModel(nn.Module):
         chunk = self.write_chunk or length
         first = length - (length - 1) // chunk * chunk  # the last chunk is a whole one, so that gradients get their due
         bounds = [0, *range(first, length + 1, chunk)]
-        chunks = list(zip(bounds, bounds[1:], strict=False))
+        chunks = list(itertools.pairwise(bounds))
         positions = {}
         if len(chunks) == 1:
             cache.layers = [_passing(layer) for layer in cache.layers]

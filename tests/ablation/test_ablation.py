@@ -118,7 +118,7 @@ def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):
 
 
 def run(name, seed, scores, control=0.0, parameters=10):
-    found = {STATE: scores, **dict.fromkeys(CONTROLS, [0.0, 0.0]), "donor_state": [control, control]}
+    found = {STATE: scores, **{key: [0.0, 0.0] for key in CONTROLS}, "donor_state": [control, control]}
     return Run(f"{name}{seed}", seed, [1, 4], 50, found, {}, 9, parameters, 256, 0.5, 3.0, 2.0, 1, {"torch": "2"}, "d")
 
 
@@ -168,7 +168,7 @@ def test_a_run_is_of_its_data(files, tmp_path):
 )
 def test_what_is_no_ablation_is_named(files, change, says):
     files[0].write_text(yaml.safe_dump({**yaml.safe_load(files[0].read_text()), **change}))
-    with pytest.raises(ConfigError, match="rank.yaml is no ablation") as caught:
+    with pytest.raises(ConfigError, match=r"rank.yaml is no ablation") as caught:
         read_ablation(files[0])
     assert says in caught.value.why
 
@@ -202,7 +202,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     ways = yaml.safe_load(files[1].read_text()) | {"recipe": "lora.yaml"}
     (tmp_path / "ways.yaml").write_text(yaml.safe_dump(ways))
     assert "trains a LoRA" in str(fails("ways.yaml").exception)
-    with pytest.raises(ConfigError, match="The seeds 1, 2, 1 do not hold.\nOne is there twice"):
+    with pytest.raises(ConfigError, match=r"The seeds 1, 2, 1 do not hold.\nOne is there twice"):
         ablate([read_ablation(files[1])], Path("out"), [1, 2, 1], FEW)
     assert not Path("out").exists()
     Path("kept").mkdir()

@@ -62,13 +62,13 @@ def test_an_adapter_is_read_strictly_without_its_base(adapter, change, says):
 
 def test_layers_that_the_config_does_not_name_are_refused(adapter):
     change_config(adapter, mechanism=DeltaMemConfig(rank=4, layers=(1,)).to_dict())
-    with pytest.raises(AdapterError, match="extra layers.0.key.weight"):
+    with pytest.raises(AdapterError, match=r"extra layers.0.key.weight"):
         read_adapter(adapter)
 
 
 def test_numbers_that_are_none_are_refused(adapter):
     change_weights(adapter, lambda t: t | {"layers.0.gate.bias": torch.full((4,), torch.nan)})
-    with pytest.raises(AdapterError, match="layers.0.gate.bias.*NaN"):
+    with pytest.raises(AdapterError, match=r"layers.0.gate.bias.*NaN"):
         load(adapter)
 
 

@@ -91,8 +91,8 @@ def test_a_base_in_pieces(tmp_path):
     assert load(tmp_path / "base-adapter", base=str(tmp_path / "whole")) is not None
     shard = next((tmp_path / "base").glob("model-*.safetensors"))
     shard.unlink()
-    with pytest.raises(ArchitectureError, match="fetch the checkpoint again"):
-        for _ in range(2):
+    for _ in range(2):
+        with pytest.raises(ArchitectureError, match="fetch the checkpoint again"):
             create_adapter(str(tmp_path / "base"), CONFIG, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -223,6 +223,6 @@ def test_an_adapter_that_could_not_be_loaded_is_not_saved(adapter, tmp_path, val
     with torch.no_grad():
         adapter_of(model).memory(1).gate.bias[0] = value
     before, content = listing(tmp_path), (adapter / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(AdapterError, match="(?s)NaN or infinity.*layers.1.gate.bias.*learning rate"):
+    with pytest.raises(AdapterError, match=r"(?s)NaN or infinity.*layers.1.gate.bias.*learning rate"):
         save_adapter(model, adapter, overwrite=True)
     assert listing(tmp_path) == before and (adapter / WEIGHTS_FILE).read_bytes() == content

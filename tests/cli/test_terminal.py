@@ -82,5 +82,5 @@ def test_where_the_history_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert history_file() == tmp_path / "deltamem" / "chat_history"
     (tmp_path / "deltamem").write_text("in the way")
-    with pytest.raises(OSError):
+    with pytest.raises(FileExistsError):
         Reader(COMMANDS, history_file())

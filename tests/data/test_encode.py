@@ -170,7 +170,7 @@ def test_a_view_that_cannot_be_rendered_is_named(tokenizer):
     episode = Episode(TALK[:2], [TALK[2:]], "a:7")
     assert len(Encoder(other, 100, 100)([episode])) == 1
     for options in ({"recent_turns": 1}, {"full_context": True}):
-        with pytest.raises(DataError, match="(?s)a:7: The chat template.*too many"):
+        with pytest.raises(DataError, match=r"(?s)a:7: The chat template.*too many"):
             Encoder(other, 100, 100, **options)([episode])
 
 
@@ -186,7 +186,7 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
     ending = "<|assistant|>{{ message.content }}{{ '!' if loop.index > 2 and message.role == 'assistant' }}<|end|>"
     growing = tokenizer.chat_template.replace("<|{{ message.role }}|>{{ message.content }}<|end|>", ending)
     for options in ({"recent_turns": 1}, {"full_context": True}):
-        with pytest.raises(DataError, match="(?s)a:1: The answer has other tokens with the history in view"):
+        with pytest.raises(DataError, match=r"(?s)a:1: The answer has other tokens with the history in view"):
             Encoder(with_template(tokenizer, growing), 100, 100, **options)([episode])
     # one that writes nothing for the answer
     silent = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"

@@ -120,5 +120,5 @@ def test_what_cannot_be_asked_at_any_turn(messages, says):
 
 
 def test_an_unknown_choice_is_named():
-    with pytest.raises(ConfigError, match="some.*\n.*last, all"):
+    with pytest.raises(ConfigError, match=r"some.*\n.*last, all"):
         of(TALK, "some")

@@ -120,7 +120,7 @@ def test_a_bad_row_of_parquet_is_named(tmp_path):
     assert (len(loaded.episodes), loaded.rows) == (1, 3)
     assert [error.what.split(" row ")[1][0] for error in loaded.skipped] == ["2", "3"]
     (tmp_path / "other.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="(?s)other.parquet is no parquet file"):
+    with pytest.raises(DataError, match=r"(?s)other.parquet is no parquet file"):
         read_episodes(tmp_path / "other.parquet")
 
 
@@ -132,10 +132,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     for kind in ("empty.jsonl", "empty.parquet"):
         path = tmp_path / kind
         path.write_text("\n\n") if kind.endswith("jsonl") else write_parquet(path, [{"messages": TALK}][:0])
-        with pytest.raises(DataError, match="(?s)holds no conversation.*is empty"):
+        with pytest.raises(DataError, match=r"(?s)holds no conversation.*is empty"):
             read_episodes(path)
     (tmp_path / "bad.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(DataError, match="(?s)All of its 2 rows are bad.*bad.jsonl:1"):
+    with pytest.raises(DataError, match=r"(?s)All of its 2 rows are bad.*bad.jsonl:1"):
         read_episodes(tmp_path / "bad.jsonl", skip_bad_rows=True)
     (tmp_path / "chats.csv").write_text("a,b")
     (tmp_path / "folder.jsonl").mkdir()
@@ -153,7 +153,7 @@ def test_a_file_has_no_split_and_no_revision(tmp_path):
 
 def test_without_a_network_a_dataset_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="(?s)someone/talks cannot be loaded.*Hub.*jsonl"):
+    with pytest.raises(DataError, match=r"(?s)someone/talks cannot be loaded.*Hub.*jsonl"):
         read_episodes("someone/talks")
 
 

@@ -85,7 +85,7 @@ def test_recent_turns_are_hidden_with_a_probability(tokenizer):
 def test_episodes_that_cannot_be_encoded_are_named_or_skipped(tokenizer, cache):
     encoder = Encoder(tokenizer, 100, 60)
     episodes = [EPISODES[0], LONG, *EPISODES[1:]]
-    with pytest.raises(DataError, match="a:9: An exchange has .*max_read_tokens = 60"):
+    with pytest.raises(DataError, match=r"a:9: An exchange has .*max_read_tokens = 60"):
         encode_cached(episodes, encoder)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
     for _ in ("made", "found"):
@@ -93,7 +93,7 @@ def test_episodes_that_cannot_be_encoded_are_named_or_skipped(tokenizer, cache):
         assert list(kept) == encoder(EPISODES)
         (error,) = kept.skipped
         assert error.what.startswith("a:9: ") and error.next.startswith("Raise max_read_tokens")
-    with pytest.raises(DataError, match="a:9: An exchange has .*max_read_tokens = 60"):
+    with pytest.raises(DataError, match=r"a:9: An exchange has .*max_read_tokens = 60"):
         encode_cached(episodes, encoder)  # though it is there, without that one
     for nothing, why in (([LONG] * 2, "first of 2: a:9"), ([], "There is none")):
         with pytest.raises(DataError, match=f"(?s)No episode can be encoded.*{why}"):

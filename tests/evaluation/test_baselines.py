@@ -126,7 +126,7 @@ def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
 
 
 def test_what_is_no_lora_is_refused(model, folder, tmp_path):
-    with pytest.raises(AdapterError, match="no folder of a LoRA.*\n.*adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"no folder of a LoRA.*\n.*adapter_config.json"):
         Lora.read(tmp_path)
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
         Lora.read(copied(folder, tmp_path / "ia3", peft_type="IA3"))

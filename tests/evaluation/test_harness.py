@@ -180,7 +180,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
     ):
         with pytest.raises(ConfigError, match=says):
             prepare(find_harness(task, options))
-    with pytest.raises(DataError, match="data of the task told_elsewhere cannot be loaded.\n.*\nTry again with a net"):
+    with pytest.raises(DataError, match=r"data of the task told_elsewhere cannot be loaded.\n.*\nTry again with a net"):
         prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
     for protocol, retrieved in (("full", False), ("memory", True)):
         with pytest.raises(ConfigError, match="have no history"):
@@ -194,7 +194,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
         evaluate_harness(model, tokenizer, story, only=[STATE])
     for task, system in ((CHOICE, "Be kind. " * 20), (ANSWER, "Be kind. " * 20)):
         long = prepare(find_harness(f"lm_eval:{task}", {**path, "system": system}), 1)
-        with pytest.raises(DataError, match="A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
+        with pytest.raises(DataError, match=r"A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
             evaluate_harness(model, tokenizer, long, only=[STATE])
 
 

@@ -157,8 +157,8 @@ def test_scored_are_the_answers_own_tokens(tokenizer, template, before, own):
 
 def test_what_cannot_be_scored_is_named(tokenizer):
     asked = item(7)
+    reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
     with pytest.raises(DataError, match="talks:7: the chat template renders the prompt differently"):
-        reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
         scored(with_template(tokenizer, reversing), asked)
     with pytest.raises(DataError, match="talks:7 has no answer that could be scored"):
         scored(tokenizer, replace(asked, answers=[""]))
@@ -173,5 +173,5 @@ def test_a_model_that_gives_nothing_finite_is_refused(tokenizer):
     attach(model, DeltaMemConfig(rank=4))
     with torch.no_grad():
         model.lm_head.weight[0] = math.inf
-    with pytest.raises(DataError, match="talks:.: the log-probability of the answer is not finite"):
+    with pytest.raises(DataError, match=r"talks:.: the log-probability of the answer is not finite"):
         evaluate(model, tokenizer, Likely(), MEMORY, only=("no_adapter",))

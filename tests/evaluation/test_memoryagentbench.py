@@ -59,7 +59,7 @@ def test_what_chunks_need_is_named(checkpoint, tmp_path, monkeypatch, punkt):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     for variable in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens: as without a network
-    with pytest.raises(ConfigError, match="o200k_base.* cannot be fetched") as refused:
+    with pytest.raises(ConfigError, match=r"o200k_base.* cannot be fetched") as refused:
         token_counter()
     assert "--set tokenizer=" in refused.value.next
     monkeypatch.setattr(nltk.data, "path", [])
@@ -181,13 +181,13 @@ def test_recommendations_need_the_titles(ask, tmp_path):
     for content, says in (("[", "no entity2id.json"), ([3], "no mapping"), ({"Heat": 3}, "row 2 question 1.*'5'")):
         with pytest.raises(DataError, match=says):
             ask(rows, movies=write(tmp_path / "entity2id.json", content)).items()
-    with pytest.raises(DataError, match="nowhere.json"):
+    with pytest.raises(DataError, match=r"nowhere.json"):
         ask(rows, movies=str(tmp_path / "nowhere.json")).items()
 
 
 def test_judged_sources_are_refused_or_said_to_be_unjudged(ask):
     rows = SPLITS["Accurate_Retrieval"] + SPLITS["Long_Range_Understanding"]
-    with pytest.raises(ConfigError, match="rows.json row 3: answers of the source longmemeval.* are judged by GPT-4o"):
+    with pytest.raises(ConfigError, match=r"rows.json row 3: answers of the source longmemeval.* are judged by GPT-4o"):
         ask(rows).items()
     assert len(ask(rows, sources=UNJUDGED).items()) == 3
     items = ask(rows, without_judge=True).items()

@@ -217,15 +217,15 @@ def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypat
     attach(model, DeltaMemConfig(rank=4))
     long = [item(1), item(2, sessions=9)]
     monkeypatch.setattr(runner, "ask", lambda *_: pytest.fail("asked"))
-    with pytest.raises(DataError, match="talks:2 is too long for the model: .* tokens"):
+    with pytest.raises(DataError, match=r"talks:2 is too long for the model: .* tokens"):
         evaluate(model, tokenizer, Asked(long), MEMORY)
     first, second = long
     session = [message for each in second.history for message in each]
     unwritable = [first, replace(second, history=[session])]
-    with pytest.raises(DataError, match="talks:2: session 1 of its history is too long for the model: .* tokens"):
+    with pytest.raises(DataError, match=r"talks:2: session 1 of its history is too long for the model: .* tokens"):
         evaluate(model, tokenizer, Asked(unwritable), MEMORY, only=("state",), folder=tmp_path / "records")
     answer_alone = [first, replace(second, history=first.history, new_tokens=128)]
-    with pytest.raises(DataError, match="(?s)talks:2 is too long for the model: .* 128 of them"):
+    with pytest.raises(DataError, match=r"(?s)talks:2 is too long for the model: .* 128 of them"):
         evaluate(model, tokenizer, Asked(answer_alone), MEMORY, only=("state",), folder=tmp_path / "records")
     assert not (tmp_path / "records").exists()  # a run that asked nothing leaves nothing
 

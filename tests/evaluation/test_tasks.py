@@ -121,7 +121,7 @@ def test_a_record_for_others_is_read_back(tmp_path):
     optional = {"differences", "group_differences", "other_metrics", "deltamem_version", "format_version"}
     for name in said.keys() - optional:
         (tmp_path / "less.json").write_text(json.dumps({key: value for key, value in said.items() if key != name}))
-        with pytest.raises(DataError, match="less.json"):
+        with pytest.raises(DataError, match=r"less.json"):
             read_evaluation(tmp_path / "less.json")
 
 

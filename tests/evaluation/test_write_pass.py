@@ -65,7 +65,7 @@ def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
 
 
 def test_a_session_that_is_too_long_is_named(model, tokenizer):
-    with pytest.raises(DataError, match="talks:3: session 2 of its history is too long for the model: .* tokens"):
+    with pytest.raises(DataError, match=r"talks:3: session 2 of its history is too long for the model: .* tokens"):
         memorise(
             model,
             tokenizer,

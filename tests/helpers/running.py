@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.tiny import ARCHITECTURES
@@ -38,7 +40,7 @@ def run(model, ids, cuts=(), memory=None, write=True):
     """Logits of `ids` fed in pieces that end at `cuts`, and the cache."""
     cache = MemoryCache(model, memory=memory, write=write)
     bounds = [0, *cuts, ids.shape[1]]
-    pieces = [model(ids[:, a:b], cache=cache).logits for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [model(ids[:, a:b], cache=cache).logits for a, b in itertools.pairwise(bounds)]
     return torch.cat(pieces, dim=1), cache
 
 

@@ -134,12 +134,12 @@ def test_lines_that_end_as_on_windows(known):
     ids=["no end", "end first", "twice", "no YAML", "a list"],
 )
 def test_a_card_that_is_broken_is_refused(known, old):
-    with pytest.raises(HubError, match="README.md"):
+    with pytest.raises(HubError, match=r"README.md"):
         card(known, old)
 
 
 def test_a_card_in_another_encoding_is_refused(known):
-    with pytest.raises(HubError, match="README.md"):
+    with pytest.raises(HubError, match=r"README.md"):
         write_card(known, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
 
 
@@ -167,7 +167,7 @@ def test_an_evaluation_that_lacks_figures_is_refused(tmp_path, change):
     folder = evaluated(adapter_folder(tmp_path / "adapter"))
     file = folder / "evaluation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(DataError, match="evaluation.json"):
+    with pytest.raises(DataError, match=r"evaluation.json"):
         read_contents(folder)
 
 

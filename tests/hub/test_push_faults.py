@@ -350,12 +350,13 @@ def test_a_file_that_cannot_be_read(at_hub, adapter, monkeypatch):
         raise PermissionError(13, "Permission denied", "deltamem.safetensors")
 
     monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", refuse)
-    with pytest.raises(PermissionError, match="deltamem.safetensors"):  # the system's words, not the Hub's
+    with pytest.raises(PermissionError, match=r"deltamem.safetensors"):  # the system's words, not the Hub's
         push(adapter, REPO)
     assert files(at_hub) == OLD
 
 
 def test_a_card_that_is_no_text(at_hub, adapter):
     start_anew(at_hub, {"README.md": b"# caf\xe9\n"})
-    assert "UTF-8" in str(pytest.raises(HubError, push, adapter, REPO).value)
+    with pytest.raises(HubError, match="UTF-8"):
+        push(adapter, REPO)
     assert files(at_hub) == {"README.md": b"# caf\xe9\n"}

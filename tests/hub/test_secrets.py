@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import socket
 import sys
@@ -163,7 +162,7 @@ def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokeni
     files = hub.files_at(REPO)
     assert files.keys() >= {"training.json", "training.png", "evaluation.json", "onnx/model.onnx", "onnx/config.json"}
     telling = [USER, HOST, str(home), str(Path(__file__).parents[2]), "bases/mine", "recipe.yaml"]
-    telling += [sysconfig.get_paths()["purelib"], "site-packages", sys.prefix, os.getcwd()]
+    telling += [sysconfig.get_paths()["purelib"], "site-packages", sys.prefix, str(Path.cwd())]
     for word in telling:
         assert not [path for path, content in files.items() if word.encode() in content], word
         for request in hub.requests:

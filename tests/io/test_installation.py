@@ -5,6 +5,7 @@ Other versions are files in front of the real ones on the path of a process: wha
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def declared() -> list[Requirement]:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     return [requirement for requirement in map(Requirement, lines) if requirement.name != PACKAGE]
 
 
@@ -149,7 +150,7 @@ def test_an_extra_that_is_missing(monkeypatch):
     check_installation()
     check_installation("cpu")
     without(monkeypatch, "click")
-    with pytest.raises(InstallationError, match="(?s)This needs click, which is not.*comes with deltamem-tool"):
+    with pytest.raises(InstallationError, match=r"(?s)This needs click, which is not.*comes with deltamem-tool"):
         check_installation("cpu")
 
 

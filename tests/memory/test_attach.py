@@ -243,7 +243,7 @@ def test_the_state_of_a_bfloat16_model_is_float32(autocast):
     ids = tokens(1, 40)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits, cache = run(model, ids)
-        decoded, other = run(model, ids, range(30, 40))
+        _decoded, other = run(model, ids, range(30, 40))
     assert logits.dtype == torch.bfloat16
     assert all(parameter.dtype == torch.float32 for parameter in adapter_of(model).parameters())
     for layer, state in cache.memory.layers.items():

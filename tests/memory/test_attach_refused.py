@@ -278,8 +278,8 @@ def test_an_exception_in_the_decoder_leaves_the_memory():
     assert cache.memory is before
     assert all(torch.equal(before.layers[layer], state) for layer, state in copies.items())
     # The model works on, and the memory goes on from where it was.
-    again, other = run(model, ids[:, 5:], memory=cache.memory)
-    expected, states = naive_run(model, ids[0, 5:].tolist(), {i: s[0] for i, s in copies.items()})
+    again, _other = run(model, ids[:, 5:], memory=cache.memory)
+    expected, _states = naive_run(model, ids[0, 5:].tolist(), {i: s[0] for i, s in copies.items()})
     close(again[0], expected, EQUATION_TOLERANCE)
 
 

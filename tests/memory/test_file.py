@@ -173,7 +173,7 @@ def test_files_that_are_none_are_refused(memory, tmp_path):
 def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value):
     memory = memory.clone()
     memory.layers[1][0, 0, 0, 0] = value
-    with pytest.raises(MemoryStateError, match="NaN.*layers.1.state"):
+    with pytest.raises(MemoryStateError, match=r"NaN.*layers.1.state"):
         memory.save(tmp_path / "m")
     assert listing(tmp_path) == {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.parity_cases import CASES, load_calls, load_model
@@ -21,7 +23,7 @@ def run(model, calls, cut=None):
         tokens, past = call.input_ids.shape[1], call.attention_mask.shape[1] - call.input_ids.shape[1]
         bounds = [0, cut[1], tokens] if cut is not None and cut[0] == index else [0, tokens]
         logits = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             mask = call.attention_mask[:, : past + end]
             positions = (call.attention_mask.cumsum(1) - 1).clamp_min(0)[:, past + start : past + end]
             with torch.no_grad():

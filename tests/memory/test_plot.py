@@ -95,7 +95,7 @@ def test_panels_stand_where_their_names_are():
     assert_shows(axes, given)
     names = {text.get_text(): text.get_position() for text in axes.texts}
     for image in axes.images:
-        left, right, bottom, top = image.get_extent()
+        left, right, _bottom, top = image.get_extent()
         x, y = names[image.get_label().split(",")[0]]
         assert left < x < right and top - 20 < y <= top
     assert sorted(names, key=lambda name: names[name][::-1]) == ["layer 2", "layer 11", "layer 30"]

@@ -89,7 +89,7 @@ def test_stacked_memories_are_rows_of_one_batch(memory, half_said):
         MemoryState.stack([memory, other])
     with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*layers are \[0\]"):
         MemoryState.stack([memory, MemoryState({0: memory.layers[0]}, memory.adapter)])
-    with pytest.raises(MemoryStateError, match="(?s)does not fit.*numbers of an open segment"):
+    with pytest.raises(MemoryStateError, match=r"(?s)does not fit.*numbers of an open segment"):
         MemoryState.stack([half_said, MemoryState(half_said.layers, half_said.adapter)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.running import cache_of, close, close_memory
@@ -40,7 +42,7 @@ def both(model, **options):
 def fed(model, cache, ids, cuts, mask=None):
     """Logits of `ids` in pieces that end at `cuts`, with the 2-D mask up to there."""
     pieces, bounds = [], [0, *cuts, ids.shape[1]]
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         pieces.append(model(ids[:, a:b], None if mask is None else mask[:, :b], cache=cache).logits)
     return torch.cat(pieces, dim=1)
 

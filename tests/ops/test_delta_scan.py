@@ -191,7 +191,7 @@ def test_wrong_dimensions_and_names_raise():
     inputs = make_inputs(5)
     with pytest.raises(ValueError, match=r"q must be \[B, T, H, R\]"):
         delta_scan(*(x[0] for x in inputs))
-    with pytest.raises(ValueError, match="implementation must be one of .*'fast'"):
+    with pytest.raises(ValueError, match=r"implementation must be one of .*'fast'"):
         delta_scan(*inputs, implementation="fast")
 
 

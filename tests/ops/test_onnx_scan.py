@@ -25,7 +25,7 @@ def graph(tmp_path_factory):
     """The scan alone, for any batch and length; H = 2, R = 4."""
     file = tmp_path_factory.mktemp("scan") / "scan.onnx"
     batch, tokens = Dim("batch"), Dim("tokens")
-    axes = tuple({0: batch, 1: tokens} for _ in range(6)) + ({0: batch},)
+    axes = (*tuple({0: batch, 1: tokens} for _ in range(6)), {0: batch})
     with use_implementation("onnx"):
         program = torch.onnx.export(
             Scan().eval(), arguments("standard", 2, 3), dynamo=True, dynamic_shapes=axes, verbose=False

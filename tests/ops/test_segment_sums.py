@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -39,7 +41,7 @@ def two_loops(x, last, carried):
 
 def in_pieces(x, last, carried, bounds):
     pieces = []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         sums, carried = segment_sums(x[:, a:b], last[:, a:b], carried)
         pieces.append(sums)
     return torch.cat(pieces, dim=1), carried

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from deltamem_tool import MemoryCache, MemoryState
@@ -41,7 +43,7 @@ def run(model, ids, marks, cuts=(), memory=None, write=True, sliced=False):
     cache = MemoryCache(model, memory=memory, write=write)
     cache.segments = None if sliced else marks
     bounds, pieces = [0, *cuts, ids.shape[1]], []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         if sliced:
             cache.segments = marks[:, a:b]
         pieces.append(model(ids[:, a:b], cache=cache).logits)

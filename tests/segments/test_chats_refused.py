@@ -83,21 +83,21 @@ def test_what_the_template_refuses_is_said(special):
     with pytest.raises(DataError, match=r"(?s)of its/name refuses the conversation.*Roles must alternate"):
         mark_chat(tokenizer, [*TALK, *TALK[1:]], "message")
     tokenizer.chat_template = "{{ messages[0].content + [] }}"
-    with pytest.raises(DataError, match="(?s)refuses the conversation.*can only concatenate"):
+    with pytest.raises(DataError, match=r"(?s)refuses the conversation.*can only concatenate"):
         mark_chat(tokenizer, TALK, "message")
 
 
 def test_options_and_conversations_that_cannot_be(special):
     tokenizer = with_template(special, CHATML)
-    with pytest.raises(ConfigError, match="(?s)no granularity 'word'.*token, message, sentence"):
+    with pytest.raises(ConfigError, match=r"(?s)no granularity 'word'.*token, message, sentence"):
         encode_chat(tokenizer, TALK, "word")
-    with pytest.raises(ConfigError, match="(?s)no padding side 'top'.*left, right"):
+    with pytest.raises(ConfigError, match=r"(?s)no padding side 'top'.*left, right"):
         encode_chat(tokenizer, TALK, padding_side="top")
     with pytest.raises(ConfigError, match='no use at granularity "message"'):
         encode_chat(tokenizer, TALK, "message", split=str.split)
     with pytest.raises(DataError, match="no conversation to encode"):
         encode_chat(tokenizer, [])
-    with pytest.raises(DataError, match="Conversation 2: .*holds no message"):
+    with pytest.raises(DataError, match=r"Conversation 2: .*holds no message"):
         encode_chat(tokenizer, [TALK, []])
     with pytest.raises(DataError, match="holds no message"):
         mark_chat(tokenizer, [], "message")
@@ -112,6 +112,6 @@ def test_options_and_conversations_that_cannot_be(special):
 def test_a_slow_tokenizer_is_refused_where_marks_are_needed():
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template, tokenizer.name_or_path = PLAIN, "google/byt5"
-    with pytest.raises(DataError, match="(?s)google/byt5 cannot tell.*ByT5Tokenizer is a slow.*Use a fast"):
+    with pytest.raises(DataError, match=r"(?s)google/byt5 cannot tell.*ByT5Tokenizer is a slow.*Use a fast"):
         encode_chat(tokenizer, TALK)
     assert encode_chat(tokenizer, [user("abc")], "token").input_ids.tolist() == [[100, 101, 102]]

@@ -35,7 +35,7 @@ def test_an_exception_in_the_decoder_leaves_memory_and_marks(model):
 
 
 def test_without_a_cache_nothing_says_where_a_segment_ends(model):
-    with pytest.raises(MemoryStateError, match="(?s)writes by message.*MemoryCache"):
+    with pytest.raises(MemoryStateError, match=r"(?s)writes by message.*MemoryCache"):
         model(tokens(1, 3))
     with pytest.raises(MemoryStateError, match="writes by message"):
         model(tokens(1, 3), use_cache=False)
@@ -70,7 +70,7 @@ def test_marks_that_do_not_fit_are_refused(model, marks, says):
 def test_marks_that_are_no_tensor_are_refused(model):
     cache = MemoryCache(model)
     cache.segments = [[1, 1, 2]]
-    with pytest.raises(MemoryStateError, match="cache.segments is a list"):
+    with pytest.raises(MemoryStateError, match=r"cache.segments is a list"):
         model(tokens(1, 3), cache=cache)
     assert cache.memory is None
 
@@ -82,7 +82,7 @@ def test_marks_are_refused_where_every_token_writes():
         model(tokens(1, 3), cache=cache)
     before = cache.memory
     cache.segments = given = torch.full((1, 3), INSIDE)
-    with pytest.raises(MemoryStateError, match="(?s)has no segments.*Leave cache.segments out"):
+    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave cache.segments out"):
         model(tokens(1, 3), cache=cache)
     with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave end_segment\(\) out"):
         cache.end_segment()

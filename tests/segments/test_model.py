@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.naive_model import naive_run
@@ -76,7 +78,7 @@ def test_a_token_reads_the_state_from_before_its_segment():
         alone, *_ = memory(hidden[:, a:b], before, None, outside, empty, outside)
         close(readings[:, a:b], alone)
         states.append(before)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert (before - after).abs().max() > DIFFERENT
 
 

@@ -15,7 +15,7 @@ _save = torch.save
 
 def _slow(content, path, *args, **options):
     _save(content, path, *args, **options)
-    with open(path, "r+b") as file:
+    with Path(path).open("r+b") as file:
         whole = file.read()
         file.seek(0)
         file.truncate()

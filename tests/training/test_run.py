@@ -165,7 +165,7 @@ def test_a_failure_before_the_first_step_leaves_nothing(recipe, checkpoint, toke
     (tmp_path / "bad.jsonl").write_text("{}\n")
     wrong = make_recipe(checkpoint, tmp_path / "adapter", path=str(tmp_path / "bad.jsonl"))
     before = listing(tmp_path)
-    with pytest.raises(DataError, match="bad.jsonl:1"):
+    with pytest.raises(DataError, match=r"bad.jsonl:1"):
         train(wrong)
     assert listing(tmp_path) == before
     bare = save_checkpoint(tmp_path / "bare")  # a model without a tokenizer
@@ -184,7 +184,7 @@ def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
         train(recipe, report=interrupt)
     other = Recipe(**{**vars(recipe), "memory": DeltaMemConfig(rank=8)})
     before = (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(DeltaMemError, match="(?s)started otherwise.*rank"):
+    with pytest.raises(DeltaMemError, match=r"(?s)started otherwise.*rank"):
         train(other, resume=True)
     assert (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == before
     said = json.loads((tmp_path / "adapter" / "deltamem_config.json").read_text())

@@ -100,10 +100,10 @@ def test_every_conversation_has_a_donor(count, size, sizes):
 
 
 def test_one_conversation_has_none(recipe):
-    with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
+    with pytest.raises(ConfigError, match=r"(?s)too few.*eval_episodes"):
         batches_of(range(1), 4)
     steps = []
-    with pytest.raises(ConfigError, match="(?s)too few.*eval_episodes"):
+    with pytest.raises(ConfigError, match=r"(?s)too few.*eval_episodes"):
         train(changed(recipe, eval_episodes=1), report=lambda *said: steps.append(said))
     assert steps == []
 
@@ -135,7 +135,7 @@ def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):
 
 
 def test_there_must_be_something_to_evaluate_with(recipe):
-    with pytest.raises(ConfigError, match="eval_every needs other conversations.*data.eval_path"):
+    with pytest.raises(ConfigError, match=r"eval_every needs other conversations.*data.eval_path"):
         dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
 
 
@@ -251,7 +251,7 @@ def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
 
 def test_a_lora_that_fits_nothing(recipe):
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(targets=("nowhere",)))
-    with pytest.raises(ConfigError, match="(?s)does not fit.*nowhere.*lora.targets"):
+    with pytest.raises(ConfigError, match=r"(?s)does not fit.*nowhere.*lora.targets"):
         train(lora)
 
 
@@ -293,7 +293,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, mo
 
     again = dataclasses.replace(changed(recipe, **options), out=f"{recipe.out}-again")
     monkeypatch.setattr(EpisodeModel, "save", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         train(again)
     monkeypatch.undo()
     resumed = train(again, resume=True)
@@ -340,7 +340,7 @@ def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
 
 def test_like_lengths_share_a_step(recipe):
     class Episodes:
-        lengths = [length for length in range(1, 41) for _ in range(5)]
+        lengths = tuple(length for length in range(1, 41) for _ in range(5))
 
         def __len__(self):
             return len(self.lengths)

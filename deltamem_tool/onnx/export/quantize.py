@@ -11,7 +11,6 @@ What a product becomes is in `quantized_products`.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -68,7 +67,7 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         onnx_ir.save(model, Path(scratch) / contract.MODEL_FILE, external_data=contract.DATA_FILE)
         for name in (contract.MODEL_FILE, contract.DATA_FILE):
-            os.replace(Path(scratch) / name, folder / name)
+            (Path(scratch) / name).replace(folder / name)
     return len(products)
 
 

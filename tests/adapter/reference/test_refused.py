@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
@@ -144,7 +143,7 @@ def test_the_base_must_fit(reference, bases, tmp_path):
 def test_back_needs_the_base_that_was_recorded(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
-    os.chmod(base, 0o755)
+    base.chmod(0o755)
     convert(CASE / "adapter", tmp_path / "ours", base=str(base))
     base.rename(tmp_path / "moved")
     assert_refused(tmp_path / "ours", tmp_path, str(base), base=None, to="reference", error=HubError)

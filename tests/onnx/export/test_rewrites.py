@@ -238,7 +238,7 @@ def test_reshapes_that_change_something_stay():
 
 
 def test_a_rewrite_that_there_is_not_is_refused():
-    with pytest.raises(ExportError, match="(?s)no rewrite 'faster'.*The rewrites are lean_memory, "):
+    with pytest.raises(ExportError, match=r"(?s)no rewrite 'faster'.*The rewrites are lean_memory, "):
         optimize(parsed(ATTENTION), without=["faster"])
 
 
