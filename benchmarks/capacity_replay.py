@@ -151,7 +151,7 @@ def record(model: Any, tokenizer: Any, items: Sequence[Item]) -> Recorded:
         sessions = [item.history[number] for item in items]
         chat = encode_chat(tokenizer, sessions, adapter.config.granularity, padding_side="right")
         cache = MemoryCache(model, memory)
-        cache.segments = chat.segments
+        cache.segment_tags = chat.segment_tags
         with _scans() as scanned:
             model.base_model(input_ids=chat.input_ids, attention_mask=chat.attention_mask, cache=cache)
         assert cache.memory is not None and len(scanned) == len(adapter.layer_indices)

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
-from deltamem_tool.segments.tags import INSIDE, LAST
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.lora import LoraStepModel, with_lora
 from deltamem_tool.training.step import EpisodeModel
 
@@ -69,9 +69,9 @@ class Side:
             attach(twin, DeltaMemConfig.preset(name)).to(base.device)
             self.model = EpisodeModel(twin, recompute=args.gradient_checkpointing)
             if PRESETS[name]["granularity"] != "token":
-                marks = torch.full(batch["write_ids"].shape, INSIDE, dtype=torch.int8, device=base.device)
-                marks[:, SEGMENT - 1 :: SEGMENT] = LAST
-                self.batch = batch | {"write_segments": marks}
+                tags = torch.full(batch["write_ids"].shape, SegmentTag.INSIDE, dtype=torch.int8, device=base.device)
+                tags[:, SEGMENT - 1 :: SEGMENT] = SegmentTag.LAST
+                self.batch = batch | {"write_segments": tags}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self) -> None:

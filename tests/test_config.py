@@ -91,13 +91,13 @@ def test_an_option_adds_its_parameters_and_no_others(options, changed, state, se
     }
     if segment:
         segment = (segment - 1) * state_heads + 1
-        assert {layer: value.shape for layer, value in cache.memory.segments.items()} == {
+        assert {layer: value.shape for layer, value in cache.memory.open_segments.items()} == {
             0: (2, segment),
             1: (2, segment),
         }
         assert cache.memory.open_tokens.tolist() == [5, 5]
     else:
-        assert cache.memory.segments == {} and cache.memory.open_tokens.tolist() == [0, 0]
+        assert cache.memory.open_segments == {} and cache.memory.open_tokens.tolist() == [0, 0]
     assert adapter.config.segment_width == segment
 
 

@@ -60,7 +60,7 @@ class TorchSide:
         if past is None:
             past = self.cache()
             if self._patched and self._segmented:
-                past.segments = torch.from_numpy(_marks(ids)).to(device)
+                past.segment_tags = torch.from_numpy(_tags(ids)).to(device)
         kept = {"logits_to_keep": 1} if self._cuts else {}
         with torch.no_grad():
             logits = self._model(input_ids=tokens, use_cache=True, **{self._argument: past}, **kept).logits[:, -1]
@@ -78,11 +78,11 @@ class TorchSide:
         return adapter_of(self._model).config.granularity != "token"
 
 
-def _marks(ids: NDArray) -> NDArray:
-    """Which segment each token of a prompt belongs to, as `MemoryCache.segments` takes it, int8 `[B, T]`."""
-    from deltamem_tool.segments.tags import INSIDE, LAST
+def _tags(ids: NDArray) -> NDArray:
+    """Which segment each token of a prompt belongs to, as `MemoryCache.segment_tags` takes it, int8 `[B, T]`."""
+    from deltamem_tool.segments.tags import SegmentTag
 
-    return np.where(_ends(ids), LAST, INSIDE).astype(np.int8)
+    return np.where(_ends(ids), SegmentTag.LAST, SegmentTag.INSIDE).astype(np.int8)
 
 
 def _ends(ids: NDArray) -> NDArray:

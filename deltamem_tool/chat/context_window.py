@@ -82,7 +82,7 @@ def with_room(
 def _evicted(engine: Engine, place: Place, write: bool, kept: Transcript, tokens: list[int]) -> Place:
     """An empty context that has read `tokens`, and not written them, from the memory after all that was said."""
     past = place.past
-    if place.foreign and write and engine.memory_shape.segment:
+    if place.foreign and write and engine.memory_shape.segment_width:
         past = closed(engine, past)
     if place.pending:  # or it would leave without a trace
         past = _fed(engine, past, len(place.tokens), place.pending)
@@ -104,4 +104,4 @@ def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> P
     writes = np.array([[token.writes for token in tokens]])
     ends = np.array([[token.ends for token in tokens]])
     mask = np.ones((1, context + len(tokens)), np.int64)
-    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment else None)[1]
+    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment_width else None)[1]

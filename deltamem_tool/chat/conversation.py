@@ -19,7 +19,7 @@ from deltamem_tool.chat.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP
 from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
 from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory, write_memory
-from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import Message
 
 __all__ = [
@@ -102,7 +102,7 @@ class Conversation:
                 f"This model has room for {engine.max_length}.",
                 "Choose a smaller one, or export the model with a larger --max-length.",
             )
-        if engine.memory_shape.segment and not engine.text.has_template:
+        if engine.memory_shape.segment_width and not engine.text.has_template:
             raise ConfigError(
                 f"This memory writes by {engine.mechanism.granularity}, and nothing says where one ends.",
                 "The model has no chat template.",
@@ -285,16 +285,19 @@ class _Turn:
         template writes it; one that is another conversation's ends before anything is fed."""
         start, engine, write = self._start, self.conversation.engine, self.conversation.write
         past, pending = start.past, list(start.pending)
-        if not (write and engine.memory_shape.segment):
+        if not (write and engine.memory_shape.segment_width):
             return past, [*pending, *(Token(token, write) for token in tokens)]
         begin = len(start.transcript.head)
-        marks, ended = self._transcript.marks(engine.text, engine.mechanism.granularity, begin)
+        tags, ended = self._transcript.tags(engine.text, engine.mechanism.granularity, begin)
         if start.foreign or (ended and not pending):
             past = closed(engine, past)
         if ended and pending:
             pending[-1] = pending[-1]._replace(ends=True)
-        marked = zip(tokens, marks, strict=True)
-        return past, [*pending, *(Token(token, mark != OUTSIDE, mark == LAST) for token, mark in marked)]
+        tagged = zip(tokens, tags, strict=True)
+        return past, [
+            *pending,
+            *(Token(token, tag != SegmentTag.OUTSIDE, tag == SegmentTag.LAST) for token, tag in tagged),
+        ]
 
     def outcome(self) -> _Outcome:
         """How the conversation goes on from here."""

@@ -75,5 +75,5 @@ def empty_memory(engine: Engine) -> StoredMemory:
     """Zeros, of one conversation."""
     shape = engine.memory_shape
     states = {layer: np.zeros((1, *sizes), np.float32) for layer, sizes in shape.layers.items()}
-    segments = {layer: np.zeros((1, shape.segment), np.float32) for layer in shape.layers if shape.segment}
+    segments = {layer: np.zeros((1, shape.segment_width), np.float32) for layer in shape.layers if shape.segment_width}
     return StoredMemory(states, segments, engine.adapter)

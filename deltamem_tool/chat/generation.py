@@ -135,7 +135,7 @@ class _Batch:
 
     def __init__(self, engine: Engine, rows: Sequence[Row], past: Any, mask: NDArray) -> None:
         self._engine = engine
-        self._segments = engine.memory_shape.segment > 0
+        self._segments = engine.memory_shape.segment_width > 0
         self._state = rows, past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
 
     @classmethod

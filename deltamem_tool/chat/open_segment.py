@@ -12,10 +12,10 @@ from deltamem_tool.memory.file import StoredMemory
 def end_segment(config: DeltaMemConfig, memory: StoredMemory) -> StoredMemory:
     """Write what open segments have gathered, and begin anew. A row whose segment is empty stays as it is."""
     states = {
-        layer: _written(config, state, memory.segments[layer]) if memory.segments else state
+        layer: _written(config, state, memory.open_segments[layer]) if memory.open_segments else state
         for layer, state in memory.states.items()
     }
-    empty = {layer: np.zeros_like(segment) for layer, segment in memory.segments.items()}
+    empty = {layer: np.zeros_like(segment) for layer, segment in memory.open_segments.items()}
     return StoredMemory(states, empty, memory.adapter)
 
 

@@ -194,8 +194,8 @@ class Chat:
             self.notice("The memory is empty.")
         else:
             self._show(heat_maps(layer, states[layer]))
-        if memory.segments:
-            waiting = int(next(iter(memory.segments.values()))[0, -1])  # a segment's last number counts its tokens
+        if memory.open_segments:
+            waiting = int(next(iter(memory.open_segments.values()))[0, -1])  # a segment's last number counts its tokens
             segment = self.conversation.engine.mechanism.granularity
             self.notice(f"{_count(waiting, 'token')} to be written when the {segment} ends.")
 

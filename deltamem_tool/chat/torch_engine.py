@@ -20,7 +20,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, fill
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TorchModel:
         for index, (keys, values) in past.layers.items():
             fill(cast(DynamicLayer, cache.layers[index]), keys, values)
         if segment_end is not None:
-            marks = np.where(write_mask, np.where(segment_end, LAST, INSIDE), OUTSIDE)
-            cache.segments = torch.from_numpy(marks).to(device, torch.int8)
+            tags = np.where(write_mask, np.where(segment_end, SegmentTag.LAST, SegmentTag.INSIDE), SegmentTag.OUTSIDE)
+            cache.segment_tags = torch.from_numpy(tags).to(device, torch.int8)
         logits = self._options.logits(self.model, ids, mask, cache)
         layers = {
             index: (layer.keys, layer.values)
@@ -96,7 +96,7 @@ class TorchModel:
     def memory(self, past: TorchPast) -> StoredMemory:
         states, segments = (
             {layer: tensor.detach().cpu().numpy().copy() for layer, tensor in part.items()}
-            for part in (past.memory.layers, past.memory.segments)
+            for part in (past.memory.layers, past.memory.open_segments)
         )
         return StoredMemory(states, segments, self.adapter)
 
@@ -130,6 +130,6 @@ class TorchModel:
     def _on_device(self, memory: StoredMemory) -> MemoryState:
         states, segments = (
             {layer: torch.tensor(array, device=self.model.device) for layer, array in part.items()}
-            for part in (memory.states, memory.segments)
+            for part in (memory.states, memory.open_segments)
         )
         return MemoryState(states, memory.adapter, segments)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ExportError
-from deltamem_tool.segments.boundaries import english, marks_of, spans_of
+from deltamem_tool.segments.boundaries import english, spans_of, tags_of
 from deltamem_tool.segments.template import Message
 
 _MARK = "\ue000"
@@ -33,11 +33,11 @@ class Turn:
     tokens: tuple[int, ...] = ()
 
 
-class Marks(NamedTuple):
+class Tags(NamedTuple):
     """Of each new token, OUTSIDE, INSIDE or LAST (see `config`); and whether the segment before ends where they begin,
     so that none of them ends it."""
 
-    marks: list[int]
+    tags: list[int]
     ended: bool
 
 
@@ -107,7 +107,7 @@ class Transcript:
         turns = (*self.turns, Turn(tuple(new)))
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
 
-    def marks(self, text: ChatText, granularity: str, start: int) -> Marks:
+    def tags(self, text: ChatText, granularity: str, start: int) -> Tags:
         """Which tokens of `rendered` from the character `start` on, where a turn begins, belong to segments: the rest
         of the last answer's message, the new messages, and the header of the answer to come.
 
@@ -120,8 +120,8 @@ class Transcript:
         spans = spans_of(text.template, messages, self.rendered, True, split)
         encoding = text.tokenizer.encode(self.rendered[start:], add_special_tokens=False)
         offsets = [(start + first, start + last) for first, last in encoding.offsets]
-        marks = marks_of(self.rendered, offsets, [span for span in spans if span.end > start])
-        return Marks(marks, any(span.end == start and span.segment for span in spans))
+        tags = tags_of(self.rendered, offsets, [span for span in spans if span.end > start])
+        return Tags(tags, any(span.end == start and span.segment for span in spans))
 
     def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
         """With the answer to the last turn."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.segments.encode import padded
-from deltamem_tool.segments.tags import OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
         "targets": labels.flatten()[scored + 1],  # the next place in the row: the last of a row is never among them
     }
     if segments:
-        batch["write_segments"] = padded([episode.marks for episode in episodes], OUTSIDE, dtype=torch.int8)
+        batch["write_segments"] = padded([episode.tags for episode in episodes], SegmentTag.OUTSIDE, dtype=torch.int8)
     if all(episode.full for episode in episodes):
         full = [exchange for episode in episodes for exchange in episode.full]
         batch["full_ids"] = padded([exchange.ids for exchange in full], pad)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.encode import mark_chat
-from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.encode import tag_chat
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 IGNORED = -100  # label of a token that is not scored
@@ -38,7 +38,7 @@ class EncodedEpisode:
 
     Args:
         write_ids: the history, cut from the left; W tokens.
-        marks: of each of them, as `mark_chat` has it.
+        tags: of each of them, as `tag_chat` has it.
         exchanges: what is read with nothing but the memory.
         recent: the same exchanges after the last turns of the history; empty unless asked for.
         full: the same exchanges after the whole history, cut from the left; empty unless asked for.
@@ -47,7 +47,7 @@ class EncodedEpisode:
     """
 
     write_ids: list[int]
-    marks: list[int]
+    tags: list[int]
     exchanges: list[EncodedExchange]
     recent: list[EncodedExchange]
     full: list[EncodedExchange]
@@ -158,9 +158,9 @@ class Encoder:
         if self.granularity == "token":
             (history,) = yield [self._template.render(episode.history)]
             ids = history.ids
-            marks = [LAST] * len(ids)
+            tags: list[int] = [SegmentTag.LAST] * len(ids)
         else:
-            _, ids, marks = mark_chat(self.tokenizer, episode.history, self.granularity)
+            _, ids, tags = tag_chat(self.tokenizer, episode.history, self.granularity)
         kept = slice(max(0, len(ids) - self.max_write_tokens), None)
         exchanges = yield from self._scored([self._asked(exchange) for exchange in episode.exchanges])
         for exchange, said in zip(exchanges, episode.exchanges, strict=True):
@@ -170,7 +170,7 @@ class Encoder:
         for view in filter(None, (recent, full)):
             for alone, shown in zip(exchanges, view, strict=True):
                 _check_same(alone, shown)
-        return EncodedEpisode(ids[kept], marks[kept], exchanges, recent, full, episode.where, kept.start)
+        return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
 
     def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]

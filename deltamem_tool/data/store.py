@@ -27,7 +27,7 @@ _EXCHANGES = pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("labels", pa.li
 _SCHEMA = pa.schema(
     [
         ("write_ids", pa.list_(pa.int32())),
-        ("marks", pa.list_(pa.int8())),
+        ("tags", pa.list_(pa.int8())),
         ("exchanges", _EXCHANGES),
         ("recent", _EXCHANGES),
         ("full", _EXCHANGES),

@@ -66,7 +66,7 @@ def cache_of(model: PreTrainedModel, memory: MemoryState | None, condition: Cond
     if memory is None:
         memory = adapter.empty_memory(rows)
     # With Δ = 0 it is another adapter, so the memory is bound anew.
-    states = MemoryState(memory.layers, adapter.fingerprint, memory.segments)
+    states = MemoryState(memory.layers, adapter.fingerprint, memory.open_segments)
     return MemoryCache(model, states, write=False)
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.attached import PATCH, hf_model
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.segments.encode import mark_chat
-from deltamem_tool.segments.tags import INSIDE, OUTSIDE
+from deltamem_tool.segments.encode import tag_chat
+from deltamem_tool.segments.tags import SegmentTag
 
 
 class MemoryLM(HFLM):
@@ -42,7 +42,7 @@ class MemoryLM(HFLM):
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
         patch = getattr(hf_model(model), PATCH, None)
         self._granularity = "token" if patch is None else patch.adapter.config.granularity
-        self._marks: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
+        self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
         self._tell = tell
         self._done = self._of = 0
 
@@ -61,8 +61,8 @@ class MemoryLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text = super().apply_chat_template(chat_history, add_generation_prompt)
         if self._granularity != "token":
-            marked = mark_chat(self.tokenizer, chat_history, self._granularity, add_generation_prompt)
-            self._marks[tuple(marked.input_ids)] = marked.marks
+            tagged = tag_chat(self.tokenizer, chat_history, self._granularity, add_generation_prompt)
+            self._tags[tuple(tagged.input_ids)] = tagged.tags
         return text
 
     def tok_batch_encode(
@@ -117,7 +117,7 @@ class MemoryLM(HFLM):
         if self._granularity == "token":
             return {}
         cache = MemoryCache(self.model)
-        cache.segments = torch.tensor(
+        cache.segment_tags = torch.tensor(
             [self._segments(row, valid) for row, valid in zip(ids.tolist(), mask.tolist(), strict=True)],
             dtype=torch.int8,
             device=ids.device,
@@ -125,13 +125,13 @@ class MemoryLM(HFLM):
         return {"cache": cache}
 
     def _segments(self, row: list[int], valid: list[int]) -> list[int]:
-        """A mark for each token: those of the prompt that it begins with; what follows is the answer's segment."""
+        """A tag for each token: those of the prompt that it begins with; what follows is the answer's segment."""
         padding = len(valid) - sum(valid)  # on the left
         own = tuple(row[padding:])
-        for length in sorted({len(ids) for ids in self._marks}, reverse=True):
-            marks = self._marks.get(own[:length])
-            if marks is not None and len(marks) == length:
-                return [OUTSIDE] * padding + marks + [INSIDE] * (len(own) - length)
+        for length in sorted({len(ids) for ids in self._tags}, reverse=True):
+            tags = self._tags.get(own[:length])
+            if tags is not None and len(tags) == length:
+                return [SegmentTag.OUTSIDE] * padding + tags + [SegmentTag.INSIDE] * (len(own) - length)
         raise DataError(
             "A prompt has no messages that the memory could write.",
             f"The adapter writes {self._granularity} by {self._granularity}, and it is no rendered conversation.",

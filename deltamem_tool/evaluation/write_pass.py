@@ -84,7 +84,7 @@ def _refuse_long(
 def _written(model: PreTrainedModel, chat: ChatTokens, memory: MemoryState) -> MemoryState:
     """`memory` after one session each, in chunks."""
     cache = MemoryCache(model, memory)
-    cache.segments = chat.segments
+    cache.segment_tags = chat.segment_tags
     ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)
     for start in range(0, ids.shape[1], CHUNK):
         end = start + CHUNK

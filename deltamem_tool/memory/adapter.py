@@ -60,7 +60,9 @@ class DeltaMemAdapter(nn.Module):
         """Zeros for `batch_size` conversations, on the adapter's device."""
         shape = self.memory_shape
         states = {i: torch.zeros(batch_size, *of_layer, device=self.device) for i, of_layer in shape.layers.items()}
-        segments = {i: torch.zeros(batch_size, shape.segment, device=self.device) for i in states if shape.segment}
+        segments = {
+            i: torch.zeros(batch_size, shape.segment_width, device=self.device) for i in states if shape.segment_width
+        }
         return MemoryState(states, self.fingerprint, segments)
 
     def to(self, *args: Any, **kwargs: Any) -> DeltaMemAdapter:

@@ -26,7 +26,7 @@ class MemoryCache(DynamicCache):
         max_length: room for so many tokens, taken at once and never moved, as torch.compile likes it (transformers'
             static cache); None grows with the text.
 
-    Where the adapter writes by segments (a message, a sentence), set `segments` before a call, as
+    Where the adapter writes by segments (a message, a sentence), set `segment_tags` before a call, as
     `deltamem.encode_chat` gives it: it says of the next tokens which segment they belong to. Tokens of which nothing is
     said join the open segment, as generated ones do. `end_segment()` writes what is open.
 
@@ -49,7 +49,7 @@ class MemoryCache(DynamicCache):
         self.memory = memory
         # Set it to {} to have, `[B, 2]` by layer: the mean β of each write summed, and how many writes there were.
         self.write_gates: dict[int, Tensor] | None = None
-        self.segments: Tensor | None = None  # int8 [B, tokens to come]: `segments.tags.OUTSIDE`, INSIDE or LAST
+        self.segment_tags: Tensor | None = None  # int8 [B, tokens to come]: see `SegmentTag`
         self._config: DeltaMemConfig = adapter.config
         self._device_type = model.device.type
         self._stop_tokens: Tensor | None = None
@@ -58,6 +58,15 @@ class MemoryCache(DynamicCache):
         if memory is not None:
             check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
             memory.check_finite()
+
+    @property
+    def segments(self) -> Tensor | None:
+        """What `segment_tags` was called in 0.1."""
+        return self.segment_tags
+
+    @segments.setter
+    def segments(self, segment_tags: Tensor | None) -> None:
+        self.segment_tags = segment_tags
 
     def end_segment(self) -> None:
         """Write the open segment of every conversation that has one.
@@ -75,7 +84,7 @@ class MemoryCache(DynamicCache):
             )
         layers, segments = {}, {}
         for layer, state in self.memory.layers.items():
-            layers[layer], segments[layer] = end_segment(self._config, state, self.memory.segments[layer])
+            layers[layer], segments[layer] = end_segment(self._config, state, self.memory.open_segments[layer])
         self.memory = MemoryState(layers, self.memory.adapter, segments)
 
     def begin_generation(self, stop_tokens: Tensor | None) -> None:
@@ -113,12 +122,12 @@ class MemoryCache(DynamicCache):
             self._take_keys(torch.arange(len(keys)).repeat_interleave(repeats))
         if self.memory is not None:
             self.memory = self.memory.fork(repeats)
-        if self.segments is not None:
-            self.segments = self.segments.repeat_interleave(repeats, dim=0)
+        if self.segment_tags is not None:
+            self.segment_tags = self.segment_tags.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
         super().reset()
-        self.memory, self.segments, self._finished, self._step = None, None, None, None
+        self.memory, self.segment_tags, self._finished, self._step = None, None, None, None
 
     @property
     def is_compileable(self) -> bool:
@@ -143,7 +152,7 @@ class MemoryCache(DynamicCache):
     def _take(self, rows: Tensor) -> None:
         if self.memory is not None:
             self.memory = self.memory.select(rows)
-        if self.segments is not None:
-            self.segments = self.segments.index_select(0, rows.to(self.segments.device))
+        if self.segment_tags is not None:
+            self.segment_tags = self.segment_tags.index_select(0, rows.to(self.segment_tags.device))
         if self._finished is not None:
             self._finished = self._finished.index_select(0, rows.to(self._finished.device))

@@ -26,7 +26,7 @@ class DecoderCall:
     outer: DecoderCall | None  # the run of another decoder that this one is part of
     readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
-    segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
+    open_segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
     write_gates: dict[int, Tensor] = field(default_factory=dict)  # [B, 2] by layer, as `MemoryCache` has them
 
 
@@ -63,7 +63,7 @@ def again(call: DecoderCall | None) -> Iterator[None]:
     """For a layer that runs a second time, perhaps in another thread: it finds what it found in `call`, and what it
     leaves there is dropped."""
     before = running()
-    run(None if call is None else replace(call, readings={}, states={}, segments={}, write_gates={}))
+    run(None if call is None else replace(call, readings={}, states={}, open_segments={}, write_gates={}))
     try:
         yield
     finally:

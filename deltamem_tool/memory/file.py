@@ -35,11 +35,11 @@ class MemoryShape:
 
     Args:
         layers: `(H, R, R)` by layer index.
-        segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+        segment_width: W, numbers that a layer keeps of an open segment; 0 where every token writes.
     """
 
     layers: dict[int, tuple[int, ...]]
-    segment: int = 0
+    segment_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class StoredMemory:
 
     Args:
         states: float32 `[B, H, R, R]` by layer index.
-        segments: float32 `[B, W]` by layer index; empty where every token writes.
+        open_segments: float32 `[B, W]` by layer index; empty where every token writes.
         adapter: fingerprint of the adapter that wrote it.
     """
 
     states: dict[int, np.ndarray]
-    segments: dict[int, np.ndarray]
+    open_segments: dict[int, np.ndarray]
     adapter: str
 
     @property
     def shape(self) -> MemoryShape:
-        segment = next((segment.shape[1] for segment in self.segments.values()), 0)
+        segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays by their names in the file."""
         states = {f"layers.{layer}.state": state for layer, state in self.states.items()}
-        return states | {f"layers.{layer}.segment": segment for layer, segment in self.segments.items()}
+        return states | {f"layers.{layer}.segment": segment for layer, segment in self.open_segments.items()}
 
 
 def write_memory(path: str | Path, memory: StoredMemory) -> None:
@@ -198,4 +198,4 @@ def _difference(found: MemoryShape, expected: MemoryShape) -> str:
             name = "state heads" if shape[0] != wanted[0] else "rank"
             axis = 0 if shape[0] != wanted[0] else 1
             return f"Its layer {layer} has {name} {shape[axis]}, the adapter's {wanted[axis]}."
-    return f"It keeps {found.segment} numbers of an open segment, the adapter {expected.segment}."
+    return f"It keeps {found.segment_width} numbers of an open segment, the adapter {expected.segment_width}."

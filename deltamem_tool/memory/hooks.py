@@ -72,7 +72,7 @@ def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaM
         if reads is not None and reads.device.type == "cpu" and not torch.compiler.is_compiling() and reads.all():
             reads = None  # cheap to see on a CPU, and it saves every layer its masks
         writes, last = segment_tokens(
-            adapter.config, cache.segments, content, reads, writing_tokens(cache.write, reads, content)
+            adapter.config, cache.segment_tags, content, reads, writing_tokens(cache.write, reads, content)
         )
         run(DecoderCall(cache, memory.to(content.device), reads, writes, last, length, outer=running()))
         return (), kwargs
@@ -99,14 +99,14 @@ def decoder_hook(module: nn.Module, args: tuple, output: Any) -> None:
     run(call.outer)
     if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
         before = call.memory
-        segments = {**before.segments, **call.segments}
+        segments = {**before.open_segments, **call.open_segments}
         call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
         if call.cache.write_gates is not None:
             for layer, gates in call.write_gates.items():
                 call.cache.write_gates[layer] = call.cache.write_gates.get(layer, 0.0) + gates
-        if call.cache.segments is not None:  # what was said of tokens that have come is used up
-            rest = call.cache.segments[:, call.tokens :]
-            call.cache.segments = rest if rest.shape[1] else None
+        if call.cache.segment_tags is not None:  # what was said of tokens that have come is used up
+            rest = call.cache.segment_tags[:, call.tokens :]
+            call.cache.segment_tags = rest if rest.shape[1] else None
 
 
 def attention_pre_hook(index: int, adapter: DeltaMemAdapter):
@@ -119,11 +119,11 @@ def attention_pre_hook(index: int, adapter: DeltaMemAdapter):
                 "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        layer, segment = adapter.memory(index), call.memory.segments.get(index)
+        layer, segment = adapter.memory(index), call.memory.open_segments.get(index)
         output = layer(hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last)
         call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
         if output.segment is not None:
-            call.segments[index] = output.segment
+            call.open_segments[index] = output.segment
         if call.cache.write_gates is not None and output.write_gates is not None:
             written = call.writes if segment is None else call.last
             call.write_gates[index] = _summed(output.write_gates, written)

@@ -51,7 +51,7 @@ def _norms(states: np.ndarray) -> np.ndarray:
 
 def _open_tokens(memory: StoredMemory) -> list[int] | None:
     """Of each conversation; None where every token writes."""
-    segment = next(iter(memory.segments.values()), None)
+    segment = next(iter(memory.open_segments.values()), None)
     return None if segment is None else [int(count) for count in segment[:, -1]]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.ops.fake import is_fake
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
@@ -50,46 +50,50 @@ def writing_tokens(write: bool | Tensor, reads: Tensor | None, content: Tensor) 
 
 
 def segment_tokens(
-    config: DeltaMemConfig, marks: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | bool
+    config: DeltaMemConfig, tags: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | bool
 ) -> tuple[Tensor | bool, Tensor | None]:
-    """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the marks of the
+    """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the tags of the
     tokens to come; where every token writes, `writes` and None."""
     if config.granularity == "token":
-        if marks is not None:
+        if tags is not None:
             raise MemoryStateError(
-                "This memory has no segments.", "Its adapter writes every token by itself.", "Leave cache.segments out."
+                "This memory has no segments.",
+                "Its adapter writes every token by itself.",
+                "Leave cache.segment_tags out.",
             )
         return writes, None
     batch, length = content.shape[:2]
-    if marks is None:  # the open segment goes on
+    if tags is None:  # the open segment goes on
         return writes, None
-    if not isinstance(marks, Tensor):
+    if not isinstance(tags, Tensor):
         raise MemoryStateError(
-            f"cache.segments is a {type(marks).__name__}.", "It must be an int8 tensor.", "Pass what encode_chat gave."
+            f"cache.segment_tags is a {type(tags).__name__}.",
+            "It must be an int8 tensor.",
+            "Pass what encode_chat gave.",
         )
-    if marks.ndim != 2 or marks.shape[0] != batch or marks.shape[1] < length:
+    if tags.ndim != 2 or tags.shape[0] != batch or tags.shape[1] < length:
         raise MemoryStateError(
-            f"cache.segments is {list(marks.shape)}, the tokens are {[batch, length]}.",
+            f"cache.segment_tags is {list(tags.shape)}, the tokens are {[batch, length]}.",
             "It must say of every token of the call to which segment it belongs.",
             "Pass what encode_chat gave for these tokens, and not less.",
         )
-    marks = marks[:, :length].to(content.device)
-    if not torch.compiler.is_compiling() and not is_fake(marks):
-        if bool(((marks < OUTSIDE) | (marks > LAST)).any()):
+    tags = tags[:, :length].to(content.device)
+    if not torch.compiler.is_compiling() and not is_fake(tags):
+        if bool(((tags < SegmentTag.OUTSIDE) | (tags > SegmentTag.LAST)).any()):
             raise MemoryStateError(
-                "cache.segments holds marks that there are not.",
-                f"A token is {OUTSIDE} (outside), {INSIDE} (inside) or {LAST} (the last of its segment).",
+                "cache.segment_tags holds tags that there are not.",
+                "A token is 0 (outside of any segment), 1 (inside) or 2 (the last of its segment).",
                 "Pass what encode_chat gave for these tokens.",
             )
-        if reads is not None and bool(((marks != OUTSIDE) & ~reads).any()):
+        if reads is not None and bool(((tags != SegmentTag.OUTSIDE) & ~reads).any()):
             raise MemoryStateError(
-                "cache.segments puts padding into a segment.",
+                "cache.segment_tags puts padding into a segment.",
                 "It and the attention mask are not of the same tokens.",
                 "Pass both as encode_chat gave them.",
             )
     if writes is False:
         return False, None
-    return writes & (marks != OUTSIDE), writes & (marks == LAST)
+    return writes & (tags != SegmentTag.OUTSIDE), writes & (tags == SegmentTag.LAST)
 
 
 def refuse_without_segments(config: DeltaMemConfig) -> None:
@@ -98,5 +102,5 @@ def refuse_without_segments(config: DeltaMemConfig) -> None:
         raise MemoryStateError(
             f"This memory writes by {config.granularity}, and nothing says where one ends.",
             "Without a MemoryCache there is no place to say it.",
-            "Pass cache=cache and set cache.segments: see deltamem.encode_chat.",
+            "Pass cache=cache and set cache.segment_tags: see deltamem.encode_chat.",
         )

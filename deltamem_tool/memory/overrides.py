@@ -47,8 +47,8 @@ def _with_memory_cache(own: Callable):
                     "Every step would feed the whole text into it again.",
                     "Leave one of the two out.",
                 )
-            marked = None if given.segments is None else given.segments.shape[0]
-            if (marked if given.memory is None else given.memory.batch_size) == batch_size:
+            tagged = None if given.segment_tags is None else given.segment_tags.shape[0]
+            if (tagged if given.memory is None else given.memory.batch_size) == batch_size:
                 copies = max(generation_config.num_beams, generation_config.num_return_sequences)
                 given.batch_repeat_interleave(copies)
         cache = model_kwargs.get(argument)

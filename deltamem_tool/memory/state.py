@@ -18,28 +18,28 @@ class MemoryState:
     Args:
         layers: float32 `[B, H, R, R]` by decoder layer index, indexed [value row, key column].
         adapter: fingerprint of the adapter that the states belong to.
-        segments: where the adapter writes by segments, float32 `[B, W]` by layer: what the open segment has gathered,
-            its number of tokens last (W is `DeltaMemConfig.segment_width`). Empty where every token writes.
+        open_segments: where the adapter writes by segments, float32 `[B, W]` by layer: the sums over the tokens of the
+            open segment, their number last (W is `DeltaMemConfig.segment_width`). Empty where every token writes.
 
     Raises:
         MemoryStateError: a tensor is not float32 of that shape, or the layers disagree on B.
     """
 
     def __init__(
-        self, layers: Mapping[int, Tensor], adapter: str, segments: Mapping[int, Tensor] | None = None
+        self, layers: Mapping[int, Tensor], adapter: str, open_segments: Mapping[int, Tensor] | None = None
     ) -> None:
         self.layers = dict(layers)
-        self.segments = dict(segments or {})
+        self.open_segments = dict(open_segments or {})
         self.adapter = adapter
         for layer, state in self.layers.items():
             if state.ndim != 4 or state.shape[2] != state.shape[3] or state.dtype != torch.float32:
                 raise _no_memory(f"state of layer {layer}", state, "[B, H, R, R]")
-        for layer, segment in self.segments.items():
+        for layer, segment in self.open_segments.items():
             if segment.ndim != 2 or segment.dtype != torch.float32:
                 raise _no_memory(f"open segment of layer {layer}", segment, "[B, W]")
-        tensors = [*self.layers.values(), *self.segments.values()]
+        tensors = [*self.layers.values(), *self.open_segments.values()]
         fits = all(tensor.shape[0] == tensors[0].shape[0] for tensor in tensors)
-        if not self.layers or not fits or (self.segments and self.segments.keys() != self.layers.keys()):
+        if not self.layers or not fits or (self.open_segments and self.open_segments.keys() != self.layers.keys()):
             raise MemoryStateError(
                 "The layers of this memory disagree.", "Each needs its state, of one batch.", "Pass one batch."
             )
@@ -54,20 +54,20 @@ class MemoryState:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.layers.values(), *self.segments.values()))
+        return sum(tensor.nbytes for tensor in (*self.layers.values(), *self.open_segments.values()))
 
     @property
     def shape(self) -> MemoryShape:
         """`(H, R, R)` by layer, and W."""
-        segment = next((segment.shape[1] for segment in self.segments.values()), 0)
+        segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: tuple(state.shape[1:]) for layer, state in self.layers.items()}, segment)
 
     @property
     def open_tokens(self) -> Tensor:
         """int64 `[B]`: how many tokens of each conversation wait for their segment to end."""
-        if not self.segments:
+        if not self.open_segments:
             return torch.zeros(self.batch_size, dtype=torch.int64)
-        return next(iter(self.segments.values()))[:, -1].long()
+        return next(iter(self.open_segments.values()))[:, -1].long()
 
     def norms(self) -> dict[int, Tensor]:
         """The Frobenius norm of every state, `[B, H]` by layer."""
@@ -98,7 +98,9 @@ class MemoryState:
         for memory in memories[1:]:
             check_memory(memory.shape, memory.adapter, first.shape, first.adapter)
         layers = {layer: torch.cat([memory.layers[layer] for memory in memories]) for layer in first.layers}
-        segments = {layer: torch.cat([memory.segments[layer] for memory in memories]) for layer in first.segments}
+        segments = {
+            layer: torch.cat([memory.open_segments[layer] for memory in memories]) for layer in first.open_segments
+        }
         return cls(layers, first.adapter, segments)
 
     def to(self, device: torch.device | str) -> MemoryState:
@@ -112,7 +114,7 @@ class MemoryState:
             MemoryStateError: a state holds NaN or infinity.
         """
         for layer in self.layers:
-            tensors = [part[layer] for part in (self.layers, self.segments) if part]
+            tensors = [part[layer] for part in (self.layers, self.open_segments) if part]
             if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 raise MemoryStateError(
                     f"The memory of layer {layer} holds NaN or infinity.", "", "Start from an earlier one."
@@ -126,7 +128,7 @@ class MemoryState:
         """
         states, segments = (
             {layer: tensor.detach().cpu().numpy() for layer, tensor in part.items()}
-            for part in (self.layers, self.segments)
+            for part in (self.layers, self.open_segments)
         )
         write_memory(path, StoredMemory(states, segments, self.adapter))
 
@@ -140,13 +142,13 @@ class MemoryState:
         stored = read_memory(path)
         states, segments = (
             {layer: torch.from_numpy(array) for layer, array in part.items()}
-            for part in (stored.states, stored.segments)
+            for part in (stored.states, stored.open_segments)
         )
         return cls(states, stored.adapter, segments)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
         layers, segments = (
-            {layer: change(tensor) for layer, tensor in part.items()} for part in (self.layers, self.segments)
+            {layer: change(tensor) for layer, tensor in part.items()} for part in (self.layers, self.open_segments)
         )
         return MemoryState(layers, self.adapter, segments)
 

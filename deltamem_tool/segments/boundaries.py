@@ -1,4 +1,4 @@
-"""Which tokens of a chat belong to which segment: the marks that sequence-state write needs.
+"""Which tokens of a chat belong to which segment: the tags that sequence-state write needs.
 
 A segment is a chat message with its role header and template tail, or a sentence of it. Boundaries are character
 positions in the rendered text, for any chat template: message i ends where the rendering of messages 0 to i ends. Where
@@ -23,12 +23,12 @@ from typing import NamedTuple
 import sentencex
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 Split = Callable[[str], Sequence[str]]
 
-NO_MARKS = 'Or use granularity "token", which needs no boundaries.'
+WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.'
 
 
 class Span(NamedTuple):
@@ -45,17 +45,17 @@ def spans_of(
     """`text`, the rendering of `messages`, in order and without gaps.
 
     Args:
-        split: into sentences, as `segments.encode.mark_chat` has it; None leaves messages whole.
+        split: into sentences, as `segments.encode.tag_chat` has it; None leaves messages whole.
 
     Raises:
-        DataError: as in `segments.encode.mark_chat`.
+        DataError: as in `segments.encode.tag_chat`.
     """
     body = template.render(messages) if generation_prompt else text
     if not text.startswith(body):
         raise DataError(
             f"The chat template of {template.name} renders the messages differently before a generation prompt.",
             f"Without: {body[-80:]!r}; with: {text[-80:]!r}.",
-            f"Leave the generation prompt out. {NO_MARKS}",
+            f"Leave the generation prompt out. {WITHOUT_TAGS}",
         )
     bounds = _bounds(template, messages, body)
     spans = [Span(bounds[0], belongs=False)]
@@ -88,7 +88,7 @@ def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> l
                 f"the chat template of {template.name} renders.",
                 "It renders earlier messages differently once later ones follow, or not at all without them, and no "
                 f"header known for the role {messages[index]['role']} stands before the later message's content.",
-                f"Use a tokenizer whose template only appends. {NO_MARKS}",
+                f"Use a tokenizer whose template only appends. {WITHOUT_TAGS}",
             )
         bounds.append(bound)
     return [*bounds, len(body)]
@@ -153,15 +153,15 @@ def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
     return starts
 
 
-def marks_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
-    """The marks of tokens whose characters are `offsets`; byte-level tokens can share a character."""
+def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
+    """The tags of tokens whose characters are `offsets`; byte-level tokens can share a character."""
     ends = [span.end for span in spans]
     owners = [bisect_right(ends, _place(text, start, end)) for start, end in offsets]
     if owners != sorted(owners):
         raise DataError(
-            "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps it. {NO_MARKS}"
+            "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps it. {WITHOUT_TAGS}"
         )
-    marks = [INSIDE if spans[owner].belongs else OUTSIDE for owner in owners]
+    tags: list[int] = [SegmentTag.INSIDE if spans[owner].belongs else SegmentTag.OUTSIDE for owner in owners]
     for index, span in enumerate(spans):
         if not span.segment:
             continue
@@ -172,8 +172,8 @@ def marks_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span
                 "The template writes nothing for it, or its characters are in tokens of the text before or after it.",
                 "Leave it out, or join it with another.",
             )
-        marks[last] = LAST
-    return marks
+        tags[last] = SegmentTag.LAST
+    return tags
 
 
 def _place(text: str, start: int, end: int) -> int:

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.boundaries import NO_MARKS, Split, check_messages, english, marks_of, spans_of
-from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.boundaries import WITHOUT_TAGS, Split, check_messages, english, spans_of, tags_of
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 PADDING_SIDES = ("left", "right")
@@ -21,19 +21,19 @@ PADDING_SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """Conversations as the tensors of one call. Padding has mask 0 and mark OUTSIDE."""
+    """Conversations as the tensors of one call. Padding has mask 0 and tag SegmentTag.OUTSIDE."""
 
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # int64 [B, T]
-    segments: Tensor | None  # int8 [B, T]; None at granularity "token", where every token writes
+    segment_tags: Tensor | None  # int8 [B, T]; None at granularity "token", where every token writes
 
 
-class Marked(NamedTuple):
-    """One conversation: its rendering, and token ids and marks of one length T."""
+class TaggedChat(NamedTuple):
+    """One conversation: its rendering, and token ids and tags of one length T."""
 
     text: str
     input_ids: list[int]
-    marks: list[int]
+    tags: list[int]
 
 
 def encode_chat(
@@ -44,7 +44,7 @@ def encode_chat(
     padding_side: str = "left",
     split: Split | None = None,
 ) -> ChatTokens:
-    """One conversation (B = 1) or several become tokens and marks `[B, T]`.
+    """One conversation (B = 1) or several become tokens and tags `[B, T]`.
 
     Args:
         tokenizer: with a chat template; a fast one, unless granularity is "token".
@@ -52,11 +52,11 @@ def encode_chat(
         granularity: "token", "message" or "sentence".
         add_generation_prompt: end with the header of the assistant's next message.
         padding_side: "left" or "right"; padded with the padding token, or else with the end token.
-        split: how "sentence" splits a message's content, as `mark_chat` has it.
+        split: how "sentence" splits a message's content, as `tag_chat` has it.
 
     Raises:
         ConfigError: an option has no such value.
-        DataError: as in `mark_chat`, or there is nothing to encode, or no token to pad with.
+        DataError: as in `tag_chat`, or there is nothing to encode, or no token to pad with.
     """
     if padding_side not in PADDING_SIDES:
         raise ConfigError(f"There is no padding side {padding_side!r}.", f"The sides are {', '.join(PADDING_SIDES)}.")
@@ -68,27 +68,27 @@ def encode_chat(
     rows = []
     for number, messages in enumerate(batch, start=1):
         try:
-            rows.append(_mark(tokenizer, template, messages, granularity, add_generation_prompt, split))
+            rows.append(_tag(tokenizer, template, messages, granularity, add_generation_prompt, split))
         except DataError as error:
             where = "" if single else f"Conversation {number}: "
             raise DataError(where + error.what, error.why, error.next) from error
     ids = [row.input_ids for row in rows]
-    marks = [row.marks for row in rows]
+    tags = [row.tags for row in rows]
     return ChatTokens(
         input_ids=padded(ids, pad_token(tokenizer, ids), padding_side, torch.int64),
         attention_mask=padded([[1] * len(row) for row in ids], 0, padding_side, torch.int64),
-        segments=None if granularity == "token" else padded(marks, OUTSIDE, padding_side, torch.int8),
+        segment_tags=None if granularity == "token" else padded(tags, SegmentTag.OUTSIDE, padding_side, torch.int8),
     )
 
 
-def mark_chat(
+def tag_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     granularity: str,
     add_generation_prompt: bool = False,
     split: Split | None = None,
-) -> Marked:
-    """One conversation as text, token ids and marks. At granularity "token" every token is marked LAST.
+) -> TaggedChat:
+    """One conversation as text, token ids and tags. At granularity "token" every token is tagged SegmentTag.LAST.
 
     Args:
         split: gets the content as it is rendered (templates may strip it) and returns its sentences in order; what lies
@@ -101,17 +101,17 @@ def mark_chat(
             the conversation, or does not let the end of a message be told; a message or a sentence has no token of its
             own; `split` returns what is not in the content.
     """
-    return _mark(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
+    return _tag(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
 
 
-def _mark(
+def _tag(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     messages: Sequence[Message],
     granularity: str,
     generation_prompt: bool,
     split: Split | None,
-) -> Marked:
+) -> TaggedChat:
     if granularity not in GRANULARITIES:
         raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
     if split is not None and granularity != "sentence":
@@ -123,18 +123,18 @@ def _mark(
     # The template has written every special token that belongs here.
     if granularity == "token":
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Marked(text, ids, [LAST] * len(ids))
+        return TaggedChat(text, ids, [SegmentTag.LAST] * len(ids))
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer {template.name} cannot tell where in a text its tokens are.",
             f"{type(tokenizer).__name__} is a slow tokenizer.",
-            f"Use a fast tokenizer. {NO_MARKS}",
+            f"Use a fast tokenizer. {WITHOUT_TAGS}",
         )
     if granularity == "sentence" and split is None:
         split = english
     spans = spans_of(template, messages, text, generation_prompt, split)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Marked(text, encoded["input_ids"], marks_of(text, encoded["offset_mapping"], spans))
+    return TaggedChat(text, encoded["input_ids"], tags_of(text, encoded["offset_mapping"], spans))
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:

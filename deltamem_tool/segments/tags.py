@@ -1,4 +1,11 @@
-"""What is said of each token where a memory writes by segments (a message, a sentence)."""
+"""What a token is to the segments (messages, sentences) of a conversation."""
 
-# What a token is to the segments of a conversation: it only reads, it belongs to one, or it is its last.
-OUTSIDE, INSIDE, LAST = 0, 1, 2
+from enum import IntEnum
+
+
+class SegmentTag(IntEnum):
+    """One token's tag; a tensor of them is int8."""
+
+    OUTSIDE = 0  # it reads, and is never written
+    INSIDE = 1  # it belongs to a segment
+    LAST = 2  # it is the last of its segment, which is written here

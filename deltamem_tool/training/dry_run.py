@@ -101,7 +101,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
             folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
         trained, granularity = adapter.num_parameters(), memory.granularity
         memory_bytes = sum(_state_bytes(shape) for shape in adapter.memory_shape.layers.values())
-        memory_bytes += len(adapter.layer_indices) * adapter.memory_shape.segment * torch.float32.itemsize
+        memory_bytes += len(adapter.layer_indices) * adapter.memory_shape.segment_width * torch.float32.itemsize
         if len(adapter.layer_indices) < len(attention_layers(skeleton)):
             notes.append("Activations are counted as if every layer had a memory.")
     lengths = _lengths(recipe, checkpoint, granularity, processes, notes)

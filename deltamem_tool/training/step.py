@@ -130,7 +130,7 @@ class EpisodeModel(nn.Module):
                 positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         for number, (start, end) in enumerate(chunks):
             learns = self.bptt is None or number >= len(chunks) - self.bptt
-            cache.segments = None if segments is None else segments[:, start:end]
+            cache.segment_tags = None if segments is None else segments[:, start:end]
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 self.base.base_model(
                     input_ids=ids[:, start:end],

@@ -46,13 +46,13 @@ def test_an_adapter_of_format_1_computes_what_it_did(untouched, expected):
     model = load(FIXTURE / "adapter", base=str(FIXTURE / "base"))
     assert adapter_of(model).fingerprint == expected["fingerprint"]
     cache = MemoryCache(model)
-    cache.segments = torch.tensor(expected["segments"], dtype=torch.int8)
+    cache.segment_tags = torch.tensor(expected["segments"], dtype=torch.int8)
     with torch.no_grad():
         logits = model(torch.tensor(expected["ids"]), cache=cache).logits
     assert_close(logits[:, -1], expected["last_logits"])
     for layer, state in cache.memory.layers.items():
         assert_close(state, expected["states"][str(layer)])
-        assert_close(cache.memory.segments[layer], expected["open_segments"][str(layer)])
+        assert_close(cache.memory.open_segments[layer], expected["open_segments"][str(layer)])
 
 
 def test_a_memory_of_format_1_goes_on(untouched, expected):

@@ -14,8 +14,8 @@ from deltamem_tool import DeltaMemConfig, MemoryCache
 
 CUT_TOLERANCE = 1e-4  # float32 against float32, the same sums in another order
 # 0 only reads, 1 is inside of a message, 2 is its last token. The last message of the first row stays open.
-MARKS = torch.tensor([[0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
-LENGTH = MARKS.shape[1]
+TAGS = torch.tensor([[0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
+LENGTH = TAGS.shape[1]
 OPEN = [2, 0]
 
 
@@ -30,21 +30,21 @@ def test_messages(model_type: str):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(TEXT_IDS.start, TEXT_IDS.stop, (2, LENGTH), generator=generator)
 
-    def run(pieces: list[int], marks: Tensor) -> tuple[Tensor, MemoryCache]:
+    def run(pieces: list[int], tags: Tensor) -> tuple[Tensor, MemoryCache]:
         cache = MemoryCache(model)
-        cache.segments = marks
+        cache.segment_tags = tags
         logits = [model(piece, cache=cache).logits for piece in ids.split(pieces, dim=1)]
         return torch.cat(logits, dim=1), cache
 
-    whole, cache = run([LENGTH], MARKS)
+    whole, cache = run([LENGTH], TAGS)
     assert cache.memory.open_tokens.tolist() == OPEN
     for pieces in ([1] * LENGTH, [5, LENGTH - 5]):
-        logits, other = run(pieces, MARKS)
+        logits, other = run(pieces, TAGS)
         close(logits, whole)
         for layer, state in cache.memory.layers.items():
             close(other.memory.layers[layer], state)
-            close(other.memory.segments[layer], cache.memory.segments[layer])
-    unmarked, _ = run([LENGTH], torch.where(MARKS == 2, 1, MARKS))
+            close(other.memory.open_segments[layer], cache.memory.open_segments[layer])
+    unmarked, _ = run([LENGTH], torch.where(TAGS == 2, 1, TAGS))
     assert not torch.allclose(unmarked, whole, atol=CUT_TOLERANCE), "where messages end does not matter"
 
 

@@ -83,7 +83,7 @@ def test_messages_are_written_as_they_end():
     assert cache.memory.open_tokens.tolist() == [5 + 3, 5 + 3]
     expected = MemoryCache(model)
     with torch.no_grad():
-        expected.segments = torch.ones((2, SEGMENT), dtype=torch.int8)
+        expected.open_segments = torch.ones((2, SEGMENT), dtype=torch.int8)
         model(tokens(2, SEGMENT + 5)[:, :SEGMENT], cache=expected)
     expected.end_segment()
     for layer, state in expected.memory.layers.items():

@@ -1,4 +1,4 @@
-"""Conversations whose memory writes by segments have the states that PyTorch has for the same marked messages."""
+"""Conversations whose memory writes by segments have the states that PyTorch has for the same tagged messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.encode import tag_chat
 
 TOLERANCE = 1e-5
 NEW = 5  # tokens of an answer
@@ -47,7 +47,7 @@ def user(content: str) -> dict[str, str]:
 
 
 def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
-    """Each turn's tokens, by `model.generate` with the marks of the whole conversation; and the cache. An answer's own
+    """Each turn's tokens, by `model.generate` with the tags of the whole conversation; and the cache. An answer's own
     text is beside the point: what is new at a turn are the last tokens of the rendering."""
     tokenizer, granularity = tiny_tokenizer(), engine.mechanism.granularity
     cache = MemoryCache(engine.model, memory)
@@ -57,12 +57,12 @@ def in_generate(engine: TorchModel, turns, memory: MemoryState | None = None):
     for number, turn in enumerate(turns):
         before = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
         messages = [*messages, *turn]
-        marked = mark_chat(tokenizer, messages, granularity, add_generation_prompt=True)
+        tagged = tag_chat(tokenizer, messages, granularity, add_generation_prompt=True)
         tail = "<|end|>" if number else ""
-        new = len(tokenizer(tail + marked.text[len(before) :])["input_ids"])
+        new = len(tokenizer(tail + tagged.text[len(before) :])["input_ids"])
         pending = [1] if number else []  # the last token generated: it belongs to the segment that is open
-        cache.segments = torch.tensor([pending + marked.marks[-new:]], dtype=torch.int8)
-        ids = torch.cat([ids, torch.tensor([marked.input_ids[-new:]])], dim=1)
+        cache.segment_tags = torch.tensor([pending + tagged.tags[-new:]], dtype=torch.int8)
+        ids = torch.cat([ids, torch.tensor([tagged.input_ids[-new:]])], dim=1)
         prompt = ids.shape[1]
         ids = continued(engine.model, ids, cache, NEW, PAD)
         answers.append(tuple(ids[0, prompt:].tolist()))
@@ -78,7 +78,7 @@ def assert_close(memory, expected: MemoryState) -> None:
     for layer, state in memory.states.items():
         torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(
-            torch.from_numpy(memory.segments[layer]), expected.segments[layer], rtol=0, atol=TOLERANCE
+            torch.from_numpy(memory.open_segments[layer]), expected.open_segments[layer], rtol=0, atol=TOLERANCE
         )
 
 
@@ -90,7 +90,7 @@ def test_messages_are_marked_as_in_pytorch(engine):
     assert_close(conversation.memory, cache.memory)
     assert any(state.any() for state in conversation.memory.states.values())
     # The answer's segment is open: its header and all of it that was fed.
-    assert {segment[0, -1] for segment in conversation.memory.segments.values()} == {1 + NEW - 1}
+    assert {segment[0, -1] for segment in conversation.memory.open_segments.values()} == {1 + NEW - 1}
 
 
 def test_a_system_message_writes_nothing(engine):
@@ -98,8 +98,8 @@ def test_a_system_message_writes_nothing(engine):
     conversation.generate([SYSTEM, user("a")], Sampling(1))
     other = Conversation(engine)
     other.generate([user("a")], Sampling(1))
-    assert {int(segment[0, -1]) for segment in conversation.memory.segments.values()} == {1}  # the prompt's header
-    assert {int(segment[0, -1]) for segment in other.memory.segments.values()} == {1}
+    assert {int(segment[0, -1]) for segment in conversation.memory.open_segments.values()} == {1}  # the prompt's header
+    assert {int(segment[0, -1]) for segment in other.memory.open_segments.values()} == {1}
 
 
 def test_a_segment_that_another_conversation_left_open_is_written_first(by_message, tmp_path):
@@ -150,8 +150,8 @@ def test_undo_opens_the_segment_again(by_message):
     before = conversation.memory
     said = talk(conversation, [[user(TURNS[1])]])
     assert conversation.undo()
-    for layer, segment in conversation.memory.segments.items():
-        assert np.array_equal(segment, before.segments[layer]) and segment[0, -1] == NEW
+    for layer, segment in conversation.memory.open_segments.items():
+        assert np.array_equal(segment, before.open_segments[layer]) and segment[0, -1] == NEW
     assert talk(conversation, [[user(TURNS[1])]]) == said
 
 
@@ -168,9 +168,9 @@ def test_a_template_without_a_tail_ends_a_message_with_its_last_token():
     ids = [*encode("<|user|>one<|assistant|>"), *said, *encode("<|user|>two<|assistant|>")]
     ids += conversation._place.transcript.turns[-1].tokens[:-1]
     one, two = len(encode("<|user|>one")), len(encode("<|user|>two"))
-    marks = [1] * (one - 1) + [2] + [1] * NEW + [2] + [1] * (two - 1) + [2] + [1] * NEW
+    tags = [1] * (one - 1) + [2] + [1] * NEW + [2] + [1] * (two - 1) + [2] + [1] * NEW
     cache = MemoryCache(engine.model)
-    cache.segments = torch.tensor([marks], dtype=torch.int8)
+    cache.segment_tags = torch.tensor([tags], dtype=torch.int8)
     with torch.no_grad():
         engine.model(torch.tensor([ids]), cache=cache)
     assert_close(conversation.memory, cache.memory)
@@ -203,14 +203,14 @@ def test_what_leaves_the_window_has_been_written(by_message, stays):
     cache = MemoryCache(by_message.model, past.memory, write=False)
     new = encode(f"<|user|>{TURNS[2]}<|end|><|assistant|>")
     answer = conversation._place.transcript.turns[-1].tokens
-    marks = [1] * (len(new) - 2) + [2] + [1] * NEW
+    tags = [1] * (len(new) - 2) + [2] + [1] * NEW
     with torch.no_grad():
         if stays:
             by_message.model(torch.tensor([[*new, *last]]), cache=cache)
-            new, marks = [*encode("<|end|>"), *new], [2, *marks]
+            new, tags = [*encode("<|end|>"), *new], [2, *tags]
         else:
             cache.end_segment()
-        cache.write, cache.segments = True, torch.tensor([marks], dtype=torch.int8)
+        cache.write, cache.segment_tags = True, torch.tensor([tags], dtype=torch.int8)
         by_message.model(torch.tensor([[*new, *answer[:-1]]]), cache=cache)
     assert_close(conversation.memory, cache.memory)
 

@@ -36,10 +36,10 @@ def test_the_write_is_that_of_pytorch(options):
         np.testing.assert_allclose(ended.states[layer], expected, rtol=0, atol=TOLERANCE)
         assert ended.states[layer].dtype == np.float32 and np.abs(ended.states[layer] - state)[[0, 2]].max() > 0.1
         assert np.array_equal(ended.states[layer][1], state[1])
-        assert np.array_equal(ended.segments[layer], empty)
+        assert np.array_equal(ended.open_segments[layer], empty)
 
 
 def test_without_segments_nothing_ends():
     memory = StoredMemory({0: np.ones((1, 1, 4, 4), np.float32)}, {}, "adapter")
     ended = end_segment(DeltaMemConfig(rank=4), memory)
-    assert np.array_equal(ended.states[0], memory.states[0]) and ended.segments == {}
+    assert np.array_equal(ended.states[0], memory.states[0]) and ended.open_segments == {}

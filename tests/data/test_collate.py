@@ -13,7 +13,7 @@ from deltamem_tool.data.collate import EpisodeCollator, collate
 from deltamem_tool.data.encode import IGNORED, Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.synthetic import DialogueEpisodes
-from deltamem_tool.segments.tags import OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 KEYS = {"write_ids", "write_mask", "read_ids", "read_mask", "labels", "rows", "scored", "targets"}
 
@@ -35,7 +35,7 @@ def test_rows_are_padded_on_the_right(tokenizer, granularity):
     assert_rows([each.write_ids for each in encoded], batch["write_ids"], tokenizer.pad_token_id)
     assert_rows([[1] * len(each.write_ids) for each in encoded], batch["write_mask"], 0)
     if segments:
-        assert_rows([each.marks for each in encoded], batch["write_segments"], OUTSIDE)
+        assert_rows([each.tags for each in encoded], batch["write_segments"], SegmentTag.OUTSIDE)
         assert batch["write_segments"].dtype == torch.int8
     for name, view in (("read", "exchanges"), ("full", "full")):
         exchanges = [exchange for each in encoded for exchange in getattr(each, view)]

@@ -15,7 +15,7 @@ from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.segments.encode import encode_chat
-from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import render
 
 EPISODES = [
@@ -56,8 +56,8 @@ def test_what_is_written_is_the_history_cut_from_the_left(tokenizer):
     cut = Encoder(tokenizer, 20, 1000)(EPISODES)
     for episode, each, short in zip(EPISODES, whole, cut, strict=True):
         assert tokenizer.decode(each.write_ids) == render(tokenizer, episode.history)
-        assert each.marks == [LAST] * len(each.write_ids) and each.cut == 0
-        assert short.write_ids == each.write_ids[-20:] and len(short.marks) == 20
+        assert each.tags == [SegmentTag.LAST] * len(each.write_ids) and each.cut == 0
+        assert short.write_ids == each.write_ids[-20:] and len(short.tags) == 20
         assert short.cut == len(each.write_ids) - 20 > 0
         assert short.exchanges == each.exchanges
 
@@ -69,7 +69,7 @@ def test_segments_are_those_of_the_chat(tokenizer, granularity):
     for history, each in zip(histories, encoder([Episode(h, [TALK[2:]]) for h in histories]), strict=True):
         chat = encode_chat(tokenizer, history, granularity)
         assert each.write_ids == chat.input_ids[0, -20:].tolist()
-        assert each.marks == chat.segments[0, -20:].tolist() and LAST in each.marks
+        assert each.tags == chat.segment_tags[0, -20:].tolist() and SegmentTag.LAST in each.tags
 
 
 @pytest.mark.parametrize("granularity", ["token", "message"])

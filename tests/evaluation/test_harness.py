@@ -27,7 +27,7 @@ from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
 from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.template import render
 
 TOLERANCE = 1e-4  # of a choice's log-probability, a sum of some tokens' in float32: padded in a batch, and alone
@@ -64,11 +64,11 @@ def asked(folder):
 def from_zeros(model, tokenizer, messages):
     """A prompt's tokens, and a memory that begins with zeros and knows its messages; none of a plain model."""
     granularity = adapter_of(model).config.granularity if hasattr(model, "_deltamem_patch") else None
-    marked = mark_chat(tokenizer, messages, granularity or "token", add_generation_prompt=True)
+    tagged = tag_chat(tokenizer, messages, granularity or "token", add_generation_prompt=True)
     cache = None if granularity is None else MemoryCache(model)
     if granularity == "message":
-        cache.segments = torch.tensor([marked.marks], dtype=torch.int8)
-    return torch.tensor([marked.input_ids]), cache
+        cache.segment_tags = torch.tensor([tagged.tags], dtype=torch.int8)
+    return torch.tensor([tagged.input_ids]), cache
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
 from deltamem_tool.config import BRANCHES, GATES, GRANULARITIES, MAX_RANK, UPDATE_RULES
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 # Float32 against float32: the same sums in another order, among other columns, at other positions. A share of the
 # largest number compared, or absolute where that is below 1. 28,000 comparisons of random examples were off by 7e-6 at
@@ -71,17 +71,17 @@ class Text:
     """Tokens of one conversation; what each is to the segments (where there are any); and which of them write."""
 
     tokens: tuple[int, ...]
-    marks: tuple[int, ...]
+    tags: tuple[int, ...]
     writes: tuple[bool, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __add__(self, other: Text) -> Text:
-        return Text(self.tokens + other.tokens, self.marks + other.marks, self.writes + other.writes)
+        return Text(self.tokens + other.tokens, self.tags + other.tags, self.writes + other.writes)
 
     def part(self, start: int, end: int | None = None) -> Text:
-        return Text(self.tokens[start:end], self.marks[start:end], self.writes[start:end])
+        return Text(self.tokens[start:end], self.tags[start:end], self.writes[start:end])
 
 
 NOTHING = Text((), (), ())
@@ -121,7 +121,7 @@ def texts(draw: st.DrawFn, least: int = 1, most: int = 16) -> Text:
     """`least` to `most` tokens, or that several times over: the scan has other ways for long texts than for short."""
     token = st.tuples(
         st.integers(len(SPECIAL), NEVER - 1),
-        st.sampled_from((INSIDE, OUTSIDE, LAST)),
+        st.sampled_from((SegmentTag.INSIDE, SegmentTag.OUTSIDE, SegmentTag.LAST)),
         st.sampled_from((True, True, True, False)),
     )
     drawn = draw(st.lists(token, min_size=least, max_size=most))
@@ -156,7 +156,7 @@ class Batch:
     """Texts as the tensors of one call, `[B, T]` each; `valid` is None where no row is padded."""
 
     ids: Tensor
-    marks: Tensor
+    tags: Tensor
     writes: Tensor
     valid: Tensor | None = None
 
@@ -165,7 +165,7 @@ class Batch:
         """Texts of one length."""
         return cls(
             torch.tensor([row.tokens for row in rows]),
-            torch.tensor([row.marks for row in rows], dtype=torch.int8),
+            torch.tensor([row.tags for row in rows], dtype=torch.int8),
             torch.tensor([row.writes for row in rows]),
         )
 
@@ -174,14 +174,14 @@ class Batch:
         """Texts at the given columns, of any length. Padding says that it writes: the mask must know better."""
         width = max(row[-1] for row in places) + 1
         ids = torch.full((len(rows), width), fill)
-        marks = torch.full((len(rows), width), OUTSIDE, dtype=torch.int8)
+        tags = torch.full((len(rows), width), SegmentTag.OUTSIDE, dtype=torch.int8)
         writes, valid = (torch.full((len(rows), width), value) for value in (True, False))
         for n, (row, columns) in enumerate(zip(rows, places, strict=True)):
             ids[n, columns] = torch.tensor(row.tokens)
-            marks[n, columns] = torch.tensor(row.marks, dtype=torch.int8)
+            tags[n, columns] = torch.tensor(row.tags, dtype=torch.int8)
             writes[n, columns] = torch.tensor(row.writes)
             valid[n, columns] = True
-        return cls(ids, marks, writes, valid)
+        return cls(ids, tags, writes, valid)
 
     @property
     def positions(self) -> Tensor:
@@ -210,22 +210,22 @@ def feed(
 
     Args:
         positions: the model is told every token's position; or else it counts columns.
-        ahead: the marks of all pieces are given before the first.
+        ahead: the tags of all pieces are given before the first.
         by_hand: of one row, a segment that ends with its piece is ended by `end_segment()`.
         run: what is called in the model's stead, such as the model compiled.
     """
     segmented = adapter_of(model).config.granularity != "token"
     logits, mask = [], batch.valid
     for a, b in pairwise([0, *bounds, batch.ids.shape[1]]):
-        marks, writes = batch.marks[:, a:b], batch.writes[:, a:b]
+        tags, writes = batch.tags[:, a:b], batch.writes[:, a:b]
         valid = torch.ones_like(writes) if mask is None else mask[:, a:b]
-        ends = by_hand and segmented and bool(marks[0, -1] == LAST) and bool(writes[0, -1])
+        ends = by_hand and segmented and bool(tags[0, -1] == SegmentTag.LAST) and bool(writes[0, -1])
         if ends:
-            marks = torch.cat([marks[:, :-1], torch.full_like(marks[:, -1:], INSIDE)], dim=1)
+            tags = torch.cat([tags[:, :-1], torch.full_like(tags[:, -1:], SegmentTag.INSIDE)], dim=1)
         if segmented and not ahead:  # tokens of which nothing is said are inside
-            cache.segments = None if bool((marks == INSIDE)[valid].all()) else marks
+            cache.segment_tags = None if bool((tags == SegmentTag.INSIDE)[valid].all()) else tags
         elif segmented and a == 0:
-            cache.segments = batch.marks
+            cache.segment_tags = batch.tags
         some = writes[valid]
         cache.write = writes if bool(some.any()) != bool(some.all()) else bool(some.all())
         inputs = {"cache": cache}
@@ -262,15 +262,15 @@ def same_memory(memory: MemoryState, expected: MemoryState, row: int = 0) -> Non
     assert int(memory.open_tokens[row]) == int(expected.open_tokens[0]), "tokens of the open segment"
     for layer, state in expected.layers.items():
         same(memory.layers[layer][row], state[0], f"state of layer {layer}")
-    for layer, segment in expected.segments.items():
-        same(memory.segments[layer][row], segment[0], f"open segment of layer {layer}")
+    for layer, segment in expected.open_segments.items():
+        same(memory.open_segments[layer][row], segment[0], f"open segment of layer {layer}")
 
 
 def equal(memory: MemoryState, expected: MemoryState) -> bool:
     """To the bit."""
     return memory.adapter == expected.adapter and all(
         mine.keys() == other.keys() and all(torch.equal(mine[layer], other[layer]) for layer in other)
-        for mine, other in ((memory.layers, expected.layers), (memory.segments, expected.segments))
+        for mine, other in ((memory.layers, expected.layers), (memory.open_segments, expected.open_segments))
     )
 
 
@@ -305,7 +305,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         setup, memory = Setup(**request["setup"]), request["memory"]
-        text = Text(*(tuple(request["text"][name]) for name in ("tokens", "marks", "writes")))
+        text = Text(*(tuple(request["text"][name]) for name in ("tokens", "tags", "writes")))
         model = setup.model()
         cache = MemoryCache(model, memory=MemoryState.load(memory))
         logits = feed(model, cache, Batch.of([text]), request["bounds"])

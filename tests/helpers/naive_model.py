@@ -22,7 +22,7 @@ def naive_run(
     ids: list[int],
     states: dict[int, Tensor] | None = None,
     writes: list[bool] | None = None,
-    marks: list[int] | None = None,
+    tags: list[int] | None = None,
     end: bool = False,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits `[T, V]` and states `[H, R, R]` by layer after one conversation.
@@ -30,7 +30,7 @@ def naive_run(
     Args:
         states: where it starts, with no segment open.
         writes: which tokens write; the others only read.
-        marks: OUTSIDE, INSIDE or LAST of every token. Without them, a token is a segment of its own where the adapter
+        tags: OUTSIDE, INSIDE or LAST of every token. Without them, a token is a segment of its own where the adapter
             writes token by token, and belongs to one that does not end where it writes by segments.
         end: the segment that is open after the last token ends there.
     """
@@ -40,7 +40,7 @@ def naive_run(
     options = adapter.config
     states = {layer: state.double().clone() for layer, state in (states or {}).items()}
     writes = writes or [True] * len(ids)
-    marks = marks or [LAST if options.granularity == "token" else INSIDE] * len(ids)
+    tags = tags or [LAST if options.granularity == "token" else INSIDE] * len(ids)
     x = weights["model.embed_tokens.weight"][ids]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -52,11 +52,11 @@ def naive_run(
         if memory:
             state = states.get(layer, torch.zeros(options.state_heads, options.rank, options.rank, dtype=torch.float64))
             readings, segment = [], []
-            for token, write, mark in zip(hidden, writes, marks, strict=True):
+            for token, write, tag in zip(hidden, writes, tags, strict=True):
                 readings.append(_read(token, state, memory, options))
-                if write and mark != OUTSIDE:
+                if write and tag != OUTSIDE:
                     segment.append(token)
-                    if mark == LAST:
+                    if tag == LAST:
                         state, segment = _write(sum(segment) / len(segment), state, memory, options), []
             if end and segment:
                 state = _write(sum(segment) / len(segment), state, memory, options)

@@ -42,15 +42,15 @@ def rewrite(path, change, metadata=()):
 
 
 def test_open_segments_are_saved_to_the_bit(segmented, tmp_path):
-    segmented.segments[1][0, :3] = torch.tensor([1e-45, -0.0, torch.finfo().max])
+    segmented.open_segments[1][0, :3] = torch.tensor([1e-45, -0.0, torch.finfo().max])
     segmented.save(tmp_path / "m")
     loaded = MemoryState.load(tmp_path / "m")
-    for mine, others in ((loaded.layers, segmented.layers), (loaded.segments, segmented.segments)):
+    for mine, others in ((loaded.layers, segmented.layers), (loaded.open_segments, segmented.open_segments)):
         assert list(mine) == list(others) == [0, 1]
         for layer, tensor in others.items():
             assert torch.equal(mine[layer].view(torch.int32), tensor.view(torch.int32))
     assert loaded.shape == segmented.shape and loaded.nbytes == segmented.nbytes
-    assert loaded.nbytes == 3 * 2 * (2 * 4 * 4 + loaded.shape.segment) * 4
+    assert loaded.nbytes == 3 * 2 * (2 * 4 * 4 + loaded.shape.segment_width) * 4
 
 
 def test_odd_numbers_survive(tmp_path):

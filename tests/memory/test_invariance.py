@@ -35,7 +35,7 @@ from transformers import LogitsProcessor
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.config import GRANULARITIES
-from deltamem_tool.segments.tags import INSIDE, LAST
+from deltamem_tool.segments.tags import SegmentTag
 
 OTHER = {"eager": "sdpa", "sdpa": "eager"}
 
@@ -66,11 +66,11 @@ def test_in_pieces(setup, text, data):
 @examples(40)
 @given(segmented_setups(), st.lists(st.tuples(texts(), st.booleans()), min_size=1, max_size=3), st.data())
 def test_a_segment_ended_by_hand(setup, drawn, data):
-    """The same state by the mark of the last token or by `end_segment()` after it, which leaves alone whose segment has
+    """The same state by the tag of the last token or by `end_segment()` after it, which leaves alone whose segment has
     ended already."""
-    rows = [replace(row, marks=(*row.marks[:-1], LAST), writes=(*row.writes[:-1], True)) for row, _ in drawn]
+    rows = [replace(row, tags=(*row.tags[:-1], SegmentTag.LAST), writes=(*row.writes[:-1], True)) for row, _ in drawn]
     open_ = [
-        replace(row, marks=(*row.marks[:-1], INSIDE)) if late else row
+        replace(row, tags=(*row.tags[:-1], SegmentTag.INSIDE)) if late else row
         for row, (_, late) in zip(rows, drawn, strict=True)
     ]
     model = setup.model()
@@ -139,12 +139,12 @@ def test_beams_carry_what_they_have_said(setup, data):
         length = data.draw(st.integers(1, 3), "length")
         said = [data.draw(texts(length, length), f"step {step}") for _ in range(beams)]
         taken = torch.tensor(data.draw(st.lists(st.integers(0, beams - 1), min_size=beams, max_size=beams), "taken"))
-        if ahead and setup.segmented:  # marks of tokens to come are the past's, and move with it
-            cache.segments = Batch.of(said).marks
+        if ahead and setup.segmented:  # tags of tokens to come are the past's, and move with it
+            cache.segment_tags = Batch.of(said).tags
         (cache.batch_select_indices if data.draw(st.booleans(), "select") else cache.reorder_cache)(taken)
         if ahead and setup.segmented:
-            said = [replace(row, marks=said[past].marks) for row, past in zip(said, taken.tolist(), strict=True)]
-            assert torch.equal(cache.segments, Batch.of(said).marks)
+            said = [replace(row, tags=said[past].tags) for row, past in zip(said, taken.tolist(), strict=True)]
+            assert torch.equal(cache.segment_tags, Batch.of(said).tags)
         pasts = [pasts[past] + row for row, past in zip(said, taken.tolist(), strict=True)]
         logits = feed(model, cache, Batch.of(said))
     for n, past in enumerate(pasts):
@@ -173,7 +173,10 @@ def test_generate(setup, prompts, beams, data):
     """Prompts of any lengths, of which every beam says the same: its token loop is the whole text in one call. What is
     generated belongs to the open segment, and the last token that is said is not fed."""
     new = data.draw(st.integers(1, 5), "new")
-    said = [replace(data.draw(texts(new, new), "said"), marks=(INSIDE,) * new, writes=(True,) * new) for _ in prompts]
+    said = [
+        replace(data.draw(texts(new, new), "said"), tags=(SegmentTag.INSIDE,) * new, writes=(True,) * new)
+        for _ in prompts
+    ]
     prompts = [replace(prompt, writes=(True,) * len(prompt)) for prompt in prompts]
     model = setup.model()
     starts = [memory_of(model, data.draw(texts(1, 4), "before")) for _ in prompts] if data.draw(st.booleans()) else None
@@ -195,7 +198,7 @@ def test_generate(setup, prompts, beams, data):
 
 def _generate(model, cache, setup, batch, said, beams):
     if setup.segmented:
-        cache.segments = batch.marks
+        cache.segment_tags = batch.tags
     return model.generate(
         batch.ids,
         attention_mask=batch.valid.long(),
@@ -230,7 +233,7 @@ def test_compiled_steps(granularity, data):
     for token in range(len(text)):
         cache.write = torch.tensor([text.writes[token : token + 1]])
         if setup.segmented:
-            cache.segments = torch.tensor([text.marks[token : token + 1]], dtype=torch.int8)
+            cache.segment_tags = torch.tensor([text.tags[token : token + 1]], dtype=torch.int8)
         with torch.no_grad():
             logits.append(run(torch.tensor([text.tokens[token : token + 1]]), cache=cache).logits[0])
     assert counter.frame_count == 1

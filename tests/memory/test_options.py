@@ -21,8 +21,8 @@ EQUATION_TOLERANCE = 5e-5
 # Float32 against float32, the same sums in another order.
 SUM_TOLERANCE = 2e-5
 
-MARKS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens, and one that stays open
-LENGTH = len(MARKS)
+TAGS = [0, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]  # segments of 3, 2, 1 and 3 tokens, and one that stays open
+LENGTH = len(TAGS)
 COMBINATIONS = range(30)
 
 everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -74,21 +74,21 @@ def close(actual, expected, tolerance=EQUATION_TOLERANCE):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_dtype=False)
 
 
-def marked(model, marks=MARKS, memory=None, batch=1):
-    """A cache that knows the marks of the tokens to come, where its adapter has use for them."""
+def tagged(model, tags=TAGS, memory=None, batch=1):
+    """A cache that knows the tags of the tokens to come, where its adapter has use for them."""
     cache = MemoryCache(model, memory=memory)
     if adapter_of(model).config.granularity != "token":
-        cache.segments = torch.tensor([marks] * batch, dtype=torch.int8)
+        cache.segment_tags = torch.tensor([tags] * batch, dtype=torch.int8)
     return cache
 
 
-def marks_of(model):
-    return None if adapter_of(model).config.granularity == "token" else MARKS
+def tags_of(model):
+    return None if adapter_of(model).config.granularity == "token" else TAGS
 
 
 @torch.no_grad()
 def run(model, ids, memory=None):
-    cache = marked(model, memory=memory, batch=len(ids))
+    cache = tagged(model, memory=memory, batch=len(ids))
     return model(ids, cache=cache).logits, cache
 
 
@@ -98,12 +98,12 @@ def equals_the_equations(model, memory=None):
     logits, cache = run(model, ids, memory)
     states = {layer: state[0] for layer, state in memory.layers.items()} if memory else None
     for end in (False, True):
-        expected, after = naive_run(model, ids[0].tolist(), states, marks=marks_of(model), end=end)
+        expected, after = naive_run(model, ids[0].tolist(), states, tags=tags_of(model), end=end)
         close(logits[0], expected)
         assert sorted(cache.memory.layers) == sorted(after) == adapter_of(model).layer_indices
         for layer, state in after.items():
             close(cache.memory.layers[layer][0], state)
-        if marks_of(model) and not end:
+        if tags_of(model) and not end:
             cache.end_segment()
 
 
@@ -119,7 +119,7 @@ def test_options_together_equal_the_equations(seed):
     start = adapter_of(model).empty_memory(1)
     generator = torch.Generator().manual_seed(seed)
     states = {layer: torch.randn(state.shape, generator=generator) for layer, state in start.layers.items()}
-    equals_the_equations(model, MemoryState(states, start.adapter, start.segments))
+    equals_the_equations(model, MemoryState(states, start.adapter, start.open_segments))
 
 
 def test_the_combinations_hold_every_value():
@@ -168,8 +168,8 @@ def test_the_equations_can_tell_options_apart(options, taken_for):
 def test_the_equations_can_tell_segments_apart():
     model, ids = patched_model(granularity="message"), tokens(1, LENGTH)
     logits, cache = run(model, ids)
-    for marks in ([2] * LENGTH, [0, 1, 1, 1, 1, 2, 0, 2, 1, 1, 2, 1], [1, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]):
-        expected, states = naive_run(model, ids[0].tolist(), marks=marks)
+    for tags in ([2] * LENGTH, [0, 1, 1, 1, 1, 2, 0, 2, 1, 1, 2, 1], [1, 1, 1, 2, 1, 2, 0, 2, 1, 1, 2, 1]):
+        expected, states = naive_run(model, ids[0].tolist(), tags=tags)
         assert (logits[0] - expected).abs().max() > 20 * EQUATION_TOLERANCE
         assert (cache.memory.layers[1][0] - states[1]).abs().max() > 20 * EQUATION_TOLERANCE
 
@@ -193,7 +193,7 @@ def test_a_fresh_memory_changes_no_bit(seed):
     logits, cache = run(model, ids)
     assert torch.equal(logits, whole)
     assert any(state.any() for state in cache.memory.layers.values()), "nothing was written"
-    cache = marked(model, batch=2)
+    cache = tagged(model, batch=2)
     assert torch.equal(model(ids[:, :5], cache=cache).logits, first.logits)
     assert torch.equal(model(ids[:, 5:], cache=cache).logits, rest)
 
@@ -203,7 +203,7 @@ def test_every_parameter_gets_a_gradient(seed):
     """But the raw scales of branches that are off."""
     options = {**random_options(seed), "o_norm_eps": 1e-3}
     model = patched_model(ARCHITECTURES[seed % 3], seed, **options)
-    logits = model(tokens(1, LENGTH), cache=marked(model)).logits
+    logits = model(tokens(1, LENGTH), cache=tagged(model)).logits
     torch.manual_seed(0)
     (logits * torch.randn_like(logits)).sum().backward()
     for name, parameter in adapter_of(model).named_parameters():

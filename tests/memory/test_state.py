@@ -9,7 +9,7 @@ from helpers.tiny import patched_model, tokens
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def half_said(by_message):
     """5 tokens of the first conversation are open, after a segment of 3; 8 of the second; 6 of the third, after 2 that
     belong to no segment."""
     cache = MemoryCache(by_message)
-    cache.segments = torch.full((3, 8), INSIDE, dtype=torch.int8)
-    cache.segments[0, 2] = LAST
-    cache.segments[2, :2] = OUTSIDE
+    cache.segment_tags = torch.full((3, 8), SegmentTag.INSIDE, dtype=torch.int8)
+    cache.segment_tags[0, 2] = SegmentTag.LAST
+    cache.segment_tags[2, :2] = SegmentTag.OUTSIDE
     with torch.no_grad():
         by_message(tokens(3, 8), cache=cache)
     return cache.memory
@@ -45,8 +45,8 @@ def half_said(by_message):
 
 def same(memory, other):
     assert memory.adapter == other.adapter and list(memory.layers) == list(other.layers)
-    assert list(memory.segments) == list(other.segments)
-    for mine, others in ((memory.layers, other.layers), (memory.segments, other.segments)):
+    assert list(memory.open_segments) == list(other.open_segments)
+    for mine, others in ((memory.layers, other.layers), (memory.open_segments, other.open_segments)):
         assert all(torch.equal(mine[layer], tensor) for layer, tensor in others.items())
 
 
@@ -169,7 +169,7 @@ def test_another_adapters_memory_is_refused(memory, tmp_path):
 def test_numbers_that_are_none_are_named(memory, half_said):
     memory.check_finite()
     half_said.check_finite()
-    for whole, part in ((memory, "layers"), (half_said, "layers"), (half_said, "segments")):
+    for whole, part in ((memory, "layers"), (half_said, "layers"), (half_said, "open_segments")):
         for value in (np.nan, -np.inf):
             broken = whole.clone()
             getattr(broken, part)[1].view(-1)[-1] = value
@@ -181,7 +181,9 @@ def test_numbers_that_are_none_are_named(memory, half_said):
 
 
 def changed(memory, **change):
-    return MemoryState(**{"layers": memory.layers, "adapter": memory.adapter, "segments": memory.segments} | change)
+    return MemoryState(
+        **{"layers": memory.layers, "adapter": memory.adapter, "open_segments": memory.open_segments} | change
+    )
 
 
 MISFITS = [
@@ -197,7 +199,7 @@ MISFITS = [
         r"layers are \[0, 1, 2\], the adapter's \[0, 1\]",
     ),
     (
-        lambda m: changed(m, segments={i: torch.zeros(3, 9) for i in (0, 1)}),
+        lambda m: changed(m, open_segments={i: torch.zeros(3, 9) for i in (0, 1)}),
         "keeps 9 numbers of an open segment, the adapter 0",
     ),
 ]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from deltamem_tool import MemoryCache
 from deltamem_tool.config import GRANULARITIES
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 CONVERSATIONS = 16
 WORKERS = 8
@@ -39,7 +39,7 @@ class Conversation:
             self.heard.append(feed(model, self.cache, Batch.of([what])))
             return
         seen = self.cache.get_seq_length()
-        self.cache.write, self.cache.segments = True, None
+        self.cache.write, self.cache.segment_tags = True, None
         output = model.generate(
             torch.tensor([[self.last]]),
             attention_mask=torch.ones(1, seen + 1, dtype=torch.long),
@@ -61,7 +61,10 @@ def conversations(model, seed: int) -> list[Conversation]:
         length = choose.randint(1, 6)
         return Text(
             tuple(choose.randrange(len(SPECIAL), NEVER) for _ in range(length)),
-            tuple(choose.choice((INSIDE, INSIDE, OUTSIDE, LAST)) for _ in range(length)),
+            tuple(
+                choose.choice((SegmentTag.INSIDE, SegmentTag.INSIDE, SegmentTag.OUTSIDE, SegmentTag.LAST))
+                for _ in range(length)
+            ),
             tuple(choose.random() < 0.8 for _ in range(length)),
         )
 

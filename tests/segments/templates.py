@@ -7,7 +7,7 @@ from copy import copy
 from helpers.tiny import CHAT_TEMPLATE
 
 from deltamem_tool.data.dialogues import assistant, user
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 CHATML = (  # Qwen2.5: a system prompt of its own where there is none
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -75,14 +75,14 @@ def with_template(tokenizer, template, name="its/name"):
 
 
 def expected(tokenizer, pieces):
-    """Text, ids and marks of (text, kind) pieces; a piece's tokens are what it is tokenised to by itself."""
-    text, ids, marks = "", [], []
+    """Text, ids and tags of (text, kind) pieces; a piece's tokens are what it is tokenised to by itself."""
+    text, ids, tags = "", [], []
     for piece, kind in pieces:
         own = tokenizer(piece, add_special_tokens=False)["input_ids"]
-        inside = OUTSIDE if kind is None else INSIDE
+        inside = SegmentTag.OUTSIDE if kind is None else SegmentTag.INSIDE
         text, ids = text + piece, ids + own
-        marks += [*[inside] * (len(own) - 1), LAST if kind == SEGMENT else inside]
-    return text, ids, marks
+        tags += [*[inside] * (len(own) - 1), SegmentTag.LAST if kind == SEGMENT else inside]
+    return text, ids, tags
 
 
 # What each template writes for a conversation, as pieces; the test knows it, the code has to find it out.

@@ -9,8 +9,8 @@ import torch
 from segments.templates import CHATML, SYSTEM, TALK, with_template
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.segments.encode import encode_chat, mark_chat
-from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.encode import encode_chat, tag_chat
+from deltamem_tool.segments.tags import SegmentTag
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -19,7 +19,7 @@ def test_a_batch_is_its_conversations_with_padding(special, side, granularity):
     tokenizer = with_template(special, CHATML)
     conversations = [TALK, TALK[:1], [SYSTEM, *TALK]]
     batch = encode_chat(tokenizer, conversations, granularity, add_generation_prompt=True, padding_side=side)
-    rows = [mark_chat(tokenizer, messages, granularity, add_generation_prompt=True) for messages in conversations]
+    rows = [tag_chat(tokenizer, messages, granularity, add_generation_prompt=True) for messages in conversations]
     width = max(len(row.input_ids) for row in rows)
     assert batch.input_ids.shape == batch.attention_mask.shape == (3, width)
     assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
@@ -30,20 +30,20 @@ def test_a_batch_is_its_conversations_with_padding(special, side, granularity):
         assert batch.attention_mask[n, real].tolist() == [1] * length
         assert batch.attention_mask[n].sum() == length
         assert (batch.input_ids[n][batch.attention_mask[n] == 0] == tokenizer.pad_token_id).all()
-        if batch.segments is not None:
-            assert batch.segments[n, real].tolist() == row.marks
-            assert (batch.segments[n][batch.attention_mask[n] == 0] == OUTSIDE).all()
+        if batch.segment_tags is not None:
+            assert batch.segment_tags[n, real].tolist() == row.tags
+            assert (batch.segment_tags[n][batch.attention_mask[n] == 0] == SegmentTag.OUTSIDE).all()
     if granularity == "token":
-        assert batch.segments is None and all(set(row.marks) == {LAST} for row in rows)
+        assert batch.segment_tags is None and all(set(row.tags) == {SegmentTag.LAST} for row in rows)
     else:
-        assert batch.segments.shape == (3, width) and batch.segments.dtype == torch.int8
+        assert batch.segment_tags.shape == (3, width) and batch.segment_tags.dtype == torch.int8
 
 
 def test_one_conversation_is_a_batch_of_one(special):
     tokenizer = with_template(special, CHATML)
     one, same = encode_chat(tokenizer, TALK), encode_chat(tokenizer, [TALK])
-    assert torch.equal(one.input_ids, same.input_ids) and torch.equal(one.segments, same.segments)
-    assert one.segments[0].tolist() == mark_chat(tokenizer, TALK, "message").marks
+    assert torch.equal(one.input_ids, same.input_ids) and torch.equal(one.segment_tags, same.segment_tags)
+    assert one.segment_tags[0].tolist() == tag_chat(tokenizer, TALK, "message").tags
     chatted = tokenizer.apply_chat_template(TALK, return_dict=True, return_tensors="pt")
     assert torch.equal(one.input_ids, chatted["input_ids"])
 

@@ -1,4 +1,4 @@
-"""Chats that cannot be marked are refused: templates whose boundaries cannot be told, messages without a token."""
+"""Chats that cannot be tagged are refused: templates whose boundaries cannot be told, messages without a token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from transformers import ByT5Tokenizer
 
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.encode import encode_chat, mark_chat
-from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.encode import encode_chat, tag_chat
+from deltamem_tool.segments.tags import SegmentTag
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
 def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granularity):
     tokenizer = with_template(special, COUNTING, "some/model")
-    assert mark_chat(tokenizer, TALK[:1], granularity).marks.count(LAST) == (1 if granularity == "message" else 2)
+    assert tag_chat(tokenizer, TALK[:1], granularity).tags.count(SegmentTag.LAST) == (
+        1 if granularity == "message" else 2
+    )
     says = r"(?s)message 1 \(user\) ends and message 2 \(assistant\) starts.*some/model.*role assistant.*only appends"
     with pytest.raises(DataError, match=says):
-        mark_chat(tokenizer, TALK, granularity)
+        tag_chat(tokenizer, TALK, granularity)
     with pytest.raises(DataError, match=r"^Conversation 2: Where message 1 \(user\)"):
         encode_chat(tokenizer, [TALK[:1], TALK], granularity)
     assert encode_chat(tokenizer, [TALK], "token").attention_mask.all()
@@ -45,7 +47,7 @@ def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granular
 )
 def test_other_templates_that_are_refused(special, template):
     with pytest.raises(DataError, match=r"cannot be told in what the chat template of its/name renders"):
-        mark_chat(with_template(special, template), TALK, "message")
+        tag_chat(with_template(special, template), TALK, "message")
 
 
 def test_a_template_that_writes_other_sentences_than_were_said(special):
@@ -55,36 +57,36 @@ def test_a_template_that_writes_other_sentences_than_were_said(special):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content }}{% endfor %}",
     ):
         tokenizer = with_template(special, template)
-        assert mark_chat(tokenizer, TALK, "message").marks.count(LAST) == 4
+        assert tag_chat(tokenizer, TALK, "message").tags.count(SegmentTag.LAST) == 4
         for messages in (TALK, [user("Hi."), assistant("Ho.")]):
             with pytest.raises(DataError, match=r"its/name writes the content of message 1 \(user\).*cannot be told"):
-                mark_chat(tokenizer, messages, "sentence")
+                tag_chat(tokenizer, messages, "sentence")
 
 
 def test_a_message_without_a_token_is_named(special):
     tokenizer = with_template(special, PLAIN)
     with pytest.raises(DataError, match=r"(?s)Message 3 \(assistant\) has no token of its own.*writes nothing"):
-        mark_chat(tokenizer, [SYSTEM, user("a"), assistant(""), user("b")], "message")
+        tag_chat(tokenizer, [SYSTEM, user("a"), assistant(""), user("b")], "message")
     with pytest.raises(DataError, match=r"Message 2 \(assistant\) has no token"):
-        mark_chat(tokenizer, [user("a"), assistant("")], "sentence")
+        tag_chat(tokenizer, [user("a"), assistant("")], "sentence")
     silent = {"role": "system", "content": ""}
-    assert mark_chat(tokenizer, [silent, user("a"), silent], "message").marks == [LAST]
+    assert tag_chat(tokenizer, [silent, user("a"), silent], "message").tags == [SegmentTag.LAST]
 
 
 def test_a_generation_prompt_that_changes_what_is_before_it(special):
     tokenizer = with_template(special, "{% if add_generation_prompt %}<think>{% endif %}" + CHAT_TEMPLATE, "a/b")
-    assert mark_chat(tokenizer, TALK, "message")
+    assert tag_chat(tokenizer, TALK, "message")
     with pytest.raises(DataError, match="a/b renders the messages differently before a generation prompt"):
-        mark_chat(tokenizer, TALK, "message", add_generation_prompt=True)
+        tag_chat(tokenizer, TALK, "message", add_generation_prompt=True)
 
 
 def test_what_the_template_refuses_is_said(special):
     tokenizer = with_template(special, MISTRAL)
     with pytest.raises(DataError, match=r"(?s)of its/name refuses the conversation.*Roles must alternate"):
-        mark_chat(tokenizer, [*TALK, *TALK[1:]], "message")
+        tag_chat(tokenizer, [*TALK, *TALK[1:]], "message")
     tokenizer.chat_template = "{{ messages[0].content + [] }}"
     with pytest.raises(DataError, match=r"(?s)refuses the conversation.*can only concatenate"):
-        mark_chat(tokenizer, TALK, "message")
+        tag_chat(tokenizer, TALK, "message")
 
 
 def test_options_and_conversations_that_cannot_be(special):
@@ -100,7 +102,7 @@ def test_options_and_conversations_that_cannot_be(special):
     with pytest.raises(DataError, match=r"Conversation 2: .*holds no message"):
         encode_chat(tokenizer, [TALK, []])
     with pytest.raises(DataError, match="holds no message"):
-        mark_chat(tokenizer, [], "message")
+        tag_chat(tokenizer, [], "message")
     with pytest.raises(DataError, match="Message 2 has no role"):
         encode_chat(tokenizer, [TALK[0], {"content": "a"}])
     with pytest.raises(DataError, match="holds no message"):
@@ -109,7 +111,7 @@ def test_options_and_conversations_that_cannot_be(special):
         encode_chat(with_template(special, None), TALK)
 
 
-def test_a_slow_tokenizer_is_refused_where_marks_are_needed():
+def test_a_slow_tokenizer_is_refused_where_tags_are_needed():
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template, tokenizer.name_or_path = PLAIN, "google/byt5"
     with pytest.raises(DataError, match=r"(?s)google/byt5 cannot tell.*ByT5Tokenizer is a slow.*Use a fast"):

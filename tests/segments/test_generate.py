@@ -1,4 +1,4 @@
-"""`model.generate()` where the adapter writes by segments: the prompt's marks, and the open segment that grows."""
+"""`model.generate()` where the adapter writes by segments: the prompt's tags, and the open segment that grows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
 from helpers.watched import WatchedCache
-from segments.marked import DIFFERENT, close_memory, run
+from segments.tagged import DIFFERENT, close_memory, run
 from transformers import GenerationConfig
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.segments.tags import INSIDE, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 NEW = 6
 NEVER = 95  # a stop token that `settings` forbids
 # Prompts of six and of four tokens; each ends with the beginning of an answer, whose segment is open.
 ROWS = [tokens(1, 6), tokens(1, 4, seed=1)]
-MARKS = [torch.tensor([[0, 1, 1, 2, 1, 1]]), torch.tensor([[1, 2, 0, 1]])]
+TAGS = [torch.tensor([[0, 1, 1, 2, 1, 1]]), torch.tensor([[1, 2, 0, 1]])]
 
 everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
 started = pytest.mark.parametrize("started", [False, True], ids=["empty", "started"])
@@ -35,24 +35,26 @@ def settings(**options):
 
 def start_of(model) -> MemoryState:
     """A memory of two conversations that have a segment open each."""
-    ids, marks = tokens(2, 8, seed=7), torch.tensor([[1, 1, 2, 1, 2, 1, 1, 1], [1, 2, 1, 1, 2, 2, 1, 1]])
-    return run(model, ids, marks)[1].memory
+    ids, tags = tokens(2, 8, seed=7), torch.tensor([[1, 1, 2, 1, 2, 1, 1, 1], [1, 2, 1, 1, 2, 2, 1, 1]])
+    return run(model, ids, tags)[1].memory
 
 
 def batch():
-    """Both prompts, padded on the left, and their marks."""
+    """Both prompts, padded on the left, and their tags."""
     pad = torch.nn.functional.pad
     ids = torch.cat([ROWS[0], pad(ROWS[1], (2, 0), value=PAD)])
     mask = torch.cat([torch.ones(1, 6, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1, 1]])])
-    return {"input_ids": ids, "attention_mask": mask}, torch.cat([MARKS[0], pad(MARKS[1], (2, 0), value=OUTSIDE)])
+    return {"input_ids": ids, "attention_mask": mask}, torch.cat(
+        [TAGS[0], pad(TAGS[1], (2, 0), value=SegmentTag.OUTSIDE)]
+    )
 
 
 def fed(model, said, row, memory=None):
     """The memory after one call over the prompt of `row` and all that was said but its last token, which is never fed.
     `said` holds the padding too."""
     ids = said[None, 6 - ROWS[row].shape[1] : -1]
-    joined = torch.full((1, ids.shape[1] - MARKS[row].shape[1]), INSIDE)
-    return run(model, ids, torch.cat([MARKS[row], joined], dim=1), memory=memory)[1].memory
+    joined = torch.full((1, ids.shape[1] - TAGS[row].shape[1]), SegmentTag.INSIDE)
+    return run(model, ids, torch.cat([TAGS[row], joined], dim=1), memory=memory)[1].memory
 
 
 @everywhere
@@ -61,21 +63,21 @@ def test_the_answer_joins_the_segment_that_its_prompt_opened(name, started):
     model = patched_model(name, granularity="message", couple_lambda=False)
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
-    cache.segments = MARKS[0]
+    cache.segment_tags = TAGS[0]
     output = model.generate(ROWS[0], cache=cache, **settings())
-    assert output.shape == (1, 6 + NEW) and cache.segments is None
+    assert output.shape == (1, 6 + NEW) and cache.segment_tags is None
     assert cache.memory.open_tokens.tolist() == [2 + NEW - 1]
     close_memory(cache.memory, fed(model, output[0], 0, start))
 
 
 @started
-def test_the_marks_decide_what_is_said(model, started):
+def test_the_tags_decide_what_is_said(model, started):
     """Otherwise the tests here would pass without them."""
     start = start_of(model).select([0]) if started else None
     said = []
-    for marks in (MARKS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):
+    for tags in (TAGS[0], torch.tensor([[2, 2, 2, 2, 2, 2]]), None):
         cache = MemoryCache(model, memory=start)
-        cache.segments = marks
+        cache.segment_tags = tags
         said.append(model.generate(ROWS[0], cache=cache, **settings(max_new_tokens=12)).tolist())
     assert said[0] != said[1] and said[0] != said[2]
 
@@ -83,13 +85,13 @@ def test_the_marks_decide_what_is_said(model, started):
 @started
 def test_a_batch_is_its_rows(model, started):
     start = start_of(model) if started else None
-    prompts, marks = batch()
+    prompts, tags = batch()
     cache = MemoryCache(model, memory=start)
-    cache.segments = marks
+    cache.segment_tags = tags
     output = model.generate(**prompts, cache=cache, **settings())
     for row, ids in enumerate(ROWS):
         alone = MemoryCache(model, memory=start.select([row]) if started else None)
-        alone.segments = MARKS[row]
+        alone.segment_tags = TAGS[row]
         expected = model.generate(ids, cache=alone, **settings())
         assert torch.equal(output[row, 6:], expected[0, ids.shape[1] :])
         close_memory(cache.memory.select([row]), alone.memory)
@@ -97,9 +99,9 @@ def test_a_batch_is_its_rows(model, started):
 
 def test_a_prompt_in_pieces(model):
     config = GenerationConfig(**settings())
-    prompts, marks = batch()
+    prompts, tags = batch()
     whole, pieces = MemoryCache(model), MemoryCache(model)
-    whole.segments = pieces.segments = marks
+    whole.segment_tags = pieces.segment_tags = tags
     expected = model.generate(**prompts, generation_config=config, cache=whole)
     config.prefill_chunk_size = 4
     assert torch.equal(model.generate(**prompts, generation_config=config, cache=pieces), expected)
@@ -107,14 +109,14 @@ def test_a_prompt_in_pieces(model):
 
 
 def test_a_row_that_ends_early_writes_no_padding(model):
-    prompts, marks = batch()
+    prompts, tags = batch()
     plain = MemoryCache(model)
-    plain.segments = marks
+    plain.segment_tags = tags
     said = model.generate(**prompts, cache=plain, **settings())[:, 6:].tolist()
     end = next(token for token in said[0][1:3] if token not in said[1])
     count = said[0].index(end)
     cache = MemoryCache(model)
-    cache.segments = marks
+    cache.segment_tags = tags
     output = model.generate(**prompts, cache=cache, **settings(eos_token_id=end))
     assert output[0, 6 : 6 + count + 2].tolist() == [*said[0][:count], end, PAD]
     assert cache.memory.open_tokens.tolist() == [2 + count, 1 + NEW - 1]
@@ -127,14 +129,14 @@ def test_a_second_turn(model, started):
     """The answer's segment ends with its last token, which the second turn feeds; then a question, then an answer."""
     start = start_of(model).select([0]) if started else None
     cache = MemoryCache(model, memory=start)
-    cache.segments = MARKS[0]
+    cache.segment_tags = TAGS[0]
     first = model.generate(ROWS[0], cache=cache, **settings())
     text = torch.cat([first, tokens(1, 4, seed=3)], dim=1)
-    cache.segments = torch.tensor([[2, 1, 1, 2, 1]])
+    cache.segment_tags = torch.tensor([[2, 1, 1, 2, 1]])
     second = model.generate(text, cache=cache, **settings())
-    answers = torch.full((1, NEW - 1), INSIDE)
-    marks = torch.cat([MARKS[0], answers, torch.tensor([[2, 1, 1, 2, 1]]), answers], dim=1)
-    _, expected = run(model, second[:, :-1], marks, memory=start)
+    answers = torch.full((1, NEW - 1), SegmentTag.INSIDE)
+    tags = torch.cat([TAGS[0], answers, torch.tensor([[2, 1, 1, 2, 1]]), answers], dim=1)
+    _, expected = run(model, second[:, :-1], tags, memory=start)
     close_memory(cache.memory, expected.memory)
     cache.end_segment()
     assert (cache.memory.layers[1] - expected.memory.layers[1]).abs().max() > DIFFERENT
@@ -142,12 +144,12 @@ def test_a_second_turn(model, started):
 
 def test_a_generation_without_writing_keeps_memory_and_open_segment(model):
     start = start_of(model)
-    prompts, marks = batch()
+    prompts, tags = batch()
     cache = MemoryCache(model, memory=start, write=False)
-    cache.segments = marks
+    cache.segment_tags = tags
     model.generate(**prompts, cache=cache, **settings())
     close_memory(cache.memory, start, 0.0)
-    assert cache.segments is None
+    assert cache.segment_tags is None
 
 
 # Beams, and several sequences of one prompt.
@@ -158,9 +160,9 @@ def test_a_generation_without_writing_keeps_memory_and_open_segment(model):
 def test_beams_carry_their_own_open_segment(model, started, returned):
     start = start_of(model) if started else None
 
-    prompts, marks = batch()
+    prompts, tags = batch()
     cache = WatchedCache(model, memory=start)
-    cache.segments = marks
+    cache.segment_tags = tags
     options = settings(num_beams=2, num_return_sequences=returned, output_scores=True, return_dict_in_generate=True)
     output = model.generate(**prompts, cache=cache, **options)
     assert any(beams != sorted(set(beams)) for beams in cache.taken), "no beam ever replaced another"
@@ -169,7 +171,7 @@ def test_beams_carry_their_own_open_segment(model, started, returned):
         row, beam = n // returned, int(output.beam_indices[n, -1])
         expected = fed(model, said, row, start.select([row]) if started else None)
         close_memory(cache.memories[-1].select([beam]), expected)
-    assert not torch.equal(cache.memories[-1].segments[1][0], cache.memories[-1].segments[1][1]), (
+    assert not torch.equal(cache.memories[-1].open_segments[1][0], cache.memories[-1].open_segments[1][1]), (
         "both beams say the same"
     )
 
@@ -177,9 +179,9 @@ def test_beams_carry_their_own_open_segment(model, started, returned):
 @started
 def test_every_returned_sequence_has_its_own_open_segment(model, started):
     start = start_of(model) if started else None
-    prompts, marks = batch()
+    prompts, tags = batch()
     cache = MemoryCache(model, memory=start)
-    cache.segments = marks
+    cache.segment_tags = tags
     torch.manual_seed(0)
     options = settings(do_sample=True, temperature=2.0, num_return_sequences=3)
     output = model.generate(**prompts, cache=cache, **options)
@@ -199,10 +201,10 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_marks_of_another_prompt_are_refused(model, beams):
+def test_tags_of_another_prompt_are_refused(model, beams):
     start = start_of(model).select([0])
     cache = MemoryCache(model, memory=start)
-    cache.segments = MARKS[1]
-    with pytest.raises(MemoryStateError, match=rf"cache.segments is \[{beams}, 4\], the tokens are \[{beams}, 6\]"):
+    cache.segment_tags = TAGS[1]
+    with pytest.raises(MemoryStateError, match=rf"cache.segment_tags is \[{beams}, 4\], the tokens are \[{beams}, 6\]"):
         model.generate(ROWS[0], cache=cache, **settings(num_beams=beams))
     close_memory(cache.memory, start.fork(beams), 0.0)

@@ -1,4 +1,4 @@
-"""Marks of a chat against pieces that the tests put together themselves, template by template."""
+"""Tags of a chat against pieces that the tests put together themselves, template by template."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from segments.templates import (
 )
 
 from deltamem_tool.data.dialogues import assistant, user
-from deltamem_tool.segments.encode import mark_chat
-from deltamem_tool.segments.tags import LAST
+from deltamem_tool.segments.encode import tag_chat
+from deltamem_tool.segments.tags import SegmentTag
 
 CONVERSATIONS = {
     "question": TALK[:1],
@@ -42,32 +42,32 @@ def test_every_message_is_a_segment(special, case, conversation, prompt):
     template, pieces_of, opening = CASES[case]
     tokenizer, messages = with_template(special, template), CONVERSATIONS[conversation]
     pieces = pieces_of(messages) + ([(opening, OPEN)] if prompt and opening else [])
-    assert expected(tokenizer, pieces) == mark_chat(tokenizer, messages, "message", add_generation_prompt=prompt)
+    assert expected(tokenizer, pieces) == tag_chat(tokenizer, messages, "message", add_generation_prompt=prompt)
 
 
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "hybrid"])
-def test_marks_of_a_beginning_are_a_beginning_of_the_marks(special, words, case, granularity):
+def test_marks_of_a_beginning_are_a_beginning_of_the_tags(special, words, case, granularity):
     tokenizer = with_template(special if granularity == "message" else words, CASES[case][0])
     for messages in ([SYSTEM, *TALK, TALK[0]], [*TALK, TALK[0]]):
-        whole = mark_chat(tokenizer, messages, granularity)
+        whole = tag_chat(tokenizer, messages, granularity)
         # a system message that is a part of the first user message is nothing by itself
         for stop in range(1 + (messages[0] == SYSTEM), len(messages)):
-            part = mark_chat(tokenizer, messages[:stop], granularity)
-            prompted = mark_chat(tokenizer, messages[:stop], granularity, add_generation_prompt=True)
-            assert prompted.marks[: len(part.marks)] == part.marks
+            part = tag_chat(tokenizer, messages[:stop], granularity)
+            prompted = tag_chat(tokenizer, messages[:stop], granularity, add_generation_prompt=True)
+            assert prompted.tags[: len(part.tags)] == part.tags
             for begun in (part, prompted) if messages[stop]["role"] == "assistant" else (part,):
                 assert begun.input_ids == whole.input_ids[: len(begun.input_ids)]
-                assert begun.marks == whole.marks[: len(begun.marks)]
-        assert whole.marks.count(LAST) == (5 if granularity == "message" else 7)
+                assert begun.tags == whole.tags[: len(begun.tags)]
+        assert whole.tags.count(SegmentTag.LAST) == (5 if granularity == "message" else 7)
 
 
 def test_a_template_that_writes_earlier_turns_differently(special):
     """The last answer has a block for thinking until another question follows."""
     tokenizer = with_template(special, HYBRID)
     thought = assistant("<think>\nA dog, then.\n</think>\n\nRex.")
-    last = mark_chat(tokenizer, [*TALK[:3], thought], "message")
-    earlier = mark_chat(tokenizer, [*TALK[:3], thought, user("Ok.")], "message")
+    last = tag_chat(tokenizer, [*TALK[:3], thought], "message")
+    earlier = tag_chat(tokenizer, [*TALK[:3], thought, user("Ok.")], "message")
     pieces = hybrid(TALK[:3])
     answer = "<|im_start|>assistant\n<think>\nA dog, then.\n</think>\n\nRex.<|im_end|>\n"
     assert last == expected(tokenizer, [*pieces, (answer, SEGMENT)])
@@ -80,14 +80,14 @@ def test_a_template_that_ends_a_conversation(special):
     message = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     tokenizer = with_template(special, "{% for message in messages %}" + message + "{% endfor %}{{ eos_token }}")
     *pieces, (last, kind) = chatml([SYSTEM, *TALK])
-    assert mark_chat(tokenizer, [SYSTEM, *TALK], "message") == expected(tokenizer, [*pieces, (last + "<|end|>", kind)])
+    assert tag_chat(tokenizer, [SYSTEM, *TALK], "message") == expected(tokenizer, [*pieces, (last + "<|end|>", kind)])
 
 
 def test_what_is_before_the_first_message_and_changes_with_it_is_a_part_of_it(special):
     tokenizer = with_template(special, "[{{ messages[0].content | length }}]" + CHAT_TEMPLATE)
     pieces = [("[10]<|user|>One and 10<|end|>", SEGMENT), ("<|assistant|>Two<|end|>", SEGMENT)]
     messages = [user("One and 10"), assistant("Two")]
-    assert mark_chat(tokenizer, messages, "message") == expected(tokenizer, pieces)
+    assert tag_chat(tokenizer, messages, "message") == expected(tokenizer, pieces)
 
 
 def test_messages_in_a_row_and_system_messages_between(special):
@@ -101,10 +101,10 @@ def test_messages_in_a_row_and_system_messages_between(special):
         *TALK[1:],
         SYSTEM,
     ]
-    marked = mark_chat(tokenizer, messages, "message")
-    assert marked == expected(tokenizer, chatml(messages))
-    assert marked.marks.count(LAST) == len(messages) - 2
-    only = mark_chat(tokenizer, [SYSTEM, SYSTEM], "message", add_generation_prompt=True)
+    tagged = tag_chat(tokenizer, messages, "message")
+    assert tagged == expected(tokenizer, chatml(messages))
+    assert tagged.tags.count(SegmentTag.LAST) == len(messages) - 2
+    only = tag_chat(tokenizer, [SYSTEM, SYSTEM], "message", add_generation_prompt=True)
     assert only == expected(tokenizer, [*chatml([SYSTEM, SYSTEM]), ("<|im_start|>assistant\n", OPEN)])
 
 
@@ -120,14 +120,14 @@ def test_contents_that_are_no_strings(special):
     ]
     for granularity in ("message", "sentence"):
         tokenizer = with_template(special, "<|begin|>" + parts)
-        marked = mark_chat(tokenizer, [picture, answer, picture, answer], granularity)
-        assert marked == expected(tokenizer, [("<|begin|>", None), *pieces])
+        tagged = tag_chat(tokenizer, [picture, answer, picture, answer], granularity)
+        assert tagged == expected(tokenizer, [("<|begin|>", None), *pieces])
 
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
     tokenizer = with_template(special, HYBRID)
     for granularity in ("message", "sentence"):
         # the call's block for thinking goes when the next question comes
-        marked = mark_chat(tokenizer, [user("Look."), call, user("And?")], granularity)
+        tagged = tag_chat(tokenizer, [user("Look."), call, user("And?")], granularity)
         called = '<|im_start|>assistant\n<tool_call>[{"name": "look"}]</tool_call><|im_end|>\n'
         ends = [("<|im_start|>user\nLook.<|im_end|>\n", SEGMENT), ("<|im_start|>user\nAnd?<|im_end|>\n", SEGMENT)]
-        assert marked == expected(tokenizer, [ends[0], (called, SEGMENT), ends[1]])
+        assert tagged == expected(tokenizer, [ends[0], (called, SEGMENT), ends[1]])

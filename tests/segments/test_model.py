@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers.naive_model import naive_run
 from helpers.tiny import ARCHITECTURES, PAD, patched_model, tokens
-from segments.marked import DIFFERENT, EQUATION_TOLERANCE, LENGTH, MARKS, OPEN, close, close_memory, run, same_memory
+from segments.tagged import DIFFERENT, EQUATION_TOLERANCE, LENGTH, OPEN, TAGS, close, close_memory, run, same_memory
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.segments.tags import LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 everywhere = pytest.mark.parametrize("name", ARCHITECTURES)
 variously = pytest.mark.parametrize(
@@ -29,34 +29,34 @@ variously = pytest.mark.parametrize(
 @variously
 def test_one_call_is_many_calls(name, options):
     model, ids = patched_model(name, **options), tokens(2, LENGTH)
-    whole, cache = run(model, ids, MARKS)
+    whole, cache = run(model, ids, TAGS)
     assert cache.memory.open_tokens.tolist() == OPEN
     for cuts in ((1,), (5,), (10,), (3, 4, 9), range(1, LENGTH)):
-        pieces, other = run(model, ids, MARKS, cuts, sliced=cuts[0] == 3)
+        pieces, other = run(model, ids, TAGS, cuts, sliced=cuts[0] == 3)
         close(pieces, whole)
         close_memory(other.memory, cache.memory)
 
 
 def test_every_row_equals_the_equations():
     model, ids = patched_model(granularity="message", state_heads=2), tokens(2, LENGTH)
-    logits, cache = run(model, ids, MARKS)
+    logits, cache = run(model, ids, TAGS)
     for row in range(2):
-        expected, states = naive_run(model, ids[row].tolist(), marks=MARKS[row].tolist())
+        expected, states = naive_run(model, ids[row].tolist(), tags=TAGS[row].tolist())
         close(logits[row], expected, EQUATION_TOLERANCE)
         for layer, state in states.items():
             close(cache.memory.layers[layer][row], state, EQUATION_TOLERANCE)
 
 
-def test_marks_are_used_up_with_their_tokens(model):
+def test_tags_are_used_up_with_their_tokens(model):
     ids, cache = tokens(2, LENGTH), MemoryCache(model)
-    cache.segments = MARKS
+    cache.segment_tags = TAGS
     with torch.no_grad():
         model(ids[:, :4], cache=cache)
-        assert torch.equal(cache.segments, MARKS[:, 4:])
+        assert torch.equal(cache.segment_tags, TAGS[:, 4:])
         model(ids[:, 4:10], cache=cache)
-        assert torch.equal(cache.segments, MARKS[:, 10:])
+        assert torch.equal(cache.segment_tags, TAGS[:, 10:])
         model(ids[:, 10:], cache=cache)
-    assert cache.segments is None
+    assert cache.segment_tags is None
 
 
 # Who reads and writes what.
@@ -67,8 +67,8 @@ def test_a_token_reads_the_state_from_before_its_segment():
     memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).memory(0)
     torch.manual_seed(0)
     hidden, state = torch.randn(1, 9, 32), torch.randn(1, 1, 4, 4)
-    marks = torch.tensor([[1, 1, 2, 1, 1, 1, 2, 2, 1]])
-    writes, last = marks != OUTSIDE, marks == LAST
+    tags = torch.tensor([[1, 1, 2, 1, 1, 1, 2, 2, 1]])
+    writes, last = tags != SegmentTag.OUTSIDE, tags == SegmentTag.LAST
     empty = torch.zeros(1, memory.config.segment_width)
     readings, *_ = memory(hidden, state, None, writes, empty, last)
     states = []
@@ -91,8 +91,8 @@ def test_a_segment_changes_what_is_said_only_after_its_end(model):
 
 
 def test_outside_tokens_read_and_do_not_write(model):
-    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
-    ids, outside = tokens(2, 6), torch.full((2, 6), OUTSIDE)
+    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
+    ids, outside = tokens(2, 6), torch.full((2, 6), SegmentTag.OUTSIDE)
     logits, cache = run(model, ids, outside, memory=told.memory)
     same_memory(cache.memory, told.memory)
     empty, _ = run(model, ids, outside)
@@ -104,10 +104,12 @@ def test_an_outside_token_amid_a_segment_is_no_part_of_it():
     memory = adapter_of(patched_model(granularity="message")).memory(0)
     torch.manual_seed(0)
     hidden, state, empty = torch.randn(1, 5, 32), torch.randn(1, 1, 4, 4), torch.zeros(1, memory.config.segment_width)
-    marks = torch.tensor([[1, 0, 1, 2, 1]])
-    _, after, rest, _ = memory(hidden, state, None, marks != OUTSIDE, empty, marks == LAST)
+    tags = torch.tensor([[1, 0, 1, 2, 1]])
+    _, after, rest, _ = memory(hidden, state, None, tags != SegmentTag.OUTSIDE, empty, tags == SegmentTag.LAST)
     inside = [0, 2, 3, 4]
-    expected = memory(hidden[:, inside], state, None, marks[:, inside] != OUTSIDE, empty, marks[:, inside] == LAST)
+    expected = memory(
+        hidden[:, inside], state, None, tags[:, inside] != SegmentTag.OUTSIDE, empty, tags[:, inside] == SegmentTag.LAST
+    )
     close(after, expected[1])
     close(rest, expected[2])
 
@@ -117,7 +119,7 @@ def test_a_segment_of_one_token_is_a_token_that_writes():
     segments, single = patched_model(granularity="message"), patched_model()
     adapter_of(single).load_state_dict(adapter_of(segments).state_dict())
     ids = tokens(2, 7)
-    logits, cache = run(segments, ids, torch.full((2, 7), LAST))
+    logits, cache = run(segments, ids, torch.full((2, 7), SegmentTag.LAST))
     other = MemoryCache(single)
     close(single(ids, cache=other).logits, logits)
     for layer, state in other.memory.layers.items():
@@ -127,10 +129,10 @@ def test_a_segment_of_one_token_is_a_token_that_writes():
 def test_unmarked_tokens_join_the_open_segment(model):
     """The prompt of an answer opens one, and what is generated is unmarked."""
     ids = tokens(1, 8)
-    marks = torch.tensor([[1, 2, 1, 1, 1, 1, 1, 1]])
-    logits, expected = run(model, ids, marks)
+    tags = torch.tensor([[1, 2, 1, 1, 1, 1, 1, 1]])
+    logits, expected = run(model, ids, tags)
     cache = MemoryCache(model)
-    cache.segments = marks[:, :4]
+    cache.segment_tags = tags[:, :4]
     with torch.no_grad():
         pieces = [model(ids[:, :4], cache=cache).logits]
         pieces += [model(ids[:, t : t + 1], cache=cache).logits for t in range(4, 8)]
@@ -142,17 +144,17 @@ def test_unmarked_tokens_join_the_open_segment(model):
 @variously
 def test_ending_a_segment_is_a_last_token(options):
     model, ids = patched_model(**options), tokens(2, LENGTH)
-    ended = MARKS.clone()
-    ended[0, -1] = LAST
+    ended = TAGS.clone()
+    ended[0, -1] = SegmentTag.LAST
     _, expected = run(model, ids, ended)
-    _, cache = run(model, ids, MARKS)
+    _, cache = run(model, ids, TAGS)
     before = cache.memory
     copy = before.clone()
     cache.end_segment()
     close_memory(cache.memory, expected.memory)
     same_memory(before, copy)  # a memory is a value
     assert cache.memory.open_tokens.tolist() == [0, 0]
-    assert not any(segment.any() for segment in cache.memory.segments.values())
+    assert not any(segment.any() for segment in cache.memory.open_segments.values())
     for layer, state in before.layers.items():  # row 1 had nothing open
         assert torch.equal(cache.memory.layers[layer][1], state[1])
         assert (cache.memory.layers[layer][0] - state[0]).abs().max() > DIFFERENT
@@ -163,13 +165,13 @@ def test_ending_a_segment_is_a_last_token(options):
 # Writing switched off.
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_without_writing_states_and_open_segments_stay(model, marked):
-    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
+@pytest.mark.parametrize("tagged", [False, True])
+def test_without_writing_states_and_open_segments_stay(model, tagged):
+    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
     ids = tokens(2, LENGTH)
-    logits, cache = run(model, ids, MARKS if marked else None, memory=told.memory, write=False)
+    logits, cache = run(model, ids, TAGS if tagged else None, memory=told.memory, write=False)
     same_memory(cache.memory, told.memory)
-    outside, _ = run(model, ids, torch.zeros_like(MARKS), memory=told.memory)
+    outside, _ = run(model, ids, torch.zeros_like(TAGS), memory=told.memory)
     close(logits, outside)
 
 
@@ -177,11 +179,11 @@ def test_a_token_that_does_not_write_is_not_in_the_mean(model):
     ids, write = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool)
     write[0, [0, 3, 5, 10]] = False
     write[1, [2, 3]] = False
-    logits, cache = run(model, ids, MARKS, write=write)
-    expected, other = run(model, ids, MARKS.masked_fill(~write, OUTSIDE))
+    logits, cache = run(model, ids, TAGS, write=write)
+    expected, other = run(model, ids, TAGS.masked_fill(~write, SegmentTag.OUTSIDE))
     close(logits, expected)
     close_memory(cache.memory, other.memory)
-    _, whole = run(model, ids, MARKS)
+    _, whole = run(model, ids, TAGS)
     assert all((whole.memory.layers[0] - cache.memory.layers[0]).abs().amax((1, 2, 3)) > DIFFERENT)
 
 
@@ -195,24 +197,24 @@ def test_padding_does_not_matter(name, options, side):
     model = patched_model(name, **options)
     rows = [tokens(1, length, seed=length) for length in (9, 4, 6)]
     said = [torch.tensor([row]) for row in ([0, 1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 0, 2], [1, 1, 1, 1, 1, 1])]
-    ids, mask, marks = torch.full((3, 9), PAD), torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    ids, mask, tags = torch.full((3, 9), PAD), torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
     for row, text in enumerate(rows):
         at = slice(9 - text.shape[1], 9) if side == "left" else slice(0, text.shape[1])
-        ids[row, at], mask[row, at], marks[row, at] = text[0], 1, said[row][0]
-    more, more_marks = tokens(3, 3, seed=5), torch.tensor([[2, 0, 1], [1, 1, 1], [1, 2, 0]])
+        ids[row, at], mask[row, at], tags[row, at] = text[0], 1, said[row][0]
+    more, more_tags = tokens(3, 3, seed=5), torch.tensor([[2, 0, 1], [1, 1, 1], [1, 2, 0]])
     full = torch.cat([mask, torch.ones_like(more)], dim=1)
     positions = (full.cumsum(1) - 1).clamp_min(0)
-    ids, marks = torch.cat([ids, more], dim=1), torch.cat([marks, more_marks], dim=1)
+    ids, tags = torch.cat([ids, more], dim=1), torch.cat([tags, more_tags], dim=1)
     for cuts in ((9,), (1, 5, 9)):  # within the padding too
         cache, pieces = MemoryCache(model), []
-        cache.segments = marks
+        cache.segment_tags = tags
         for a, b in zip((0, *cuts), (*cuts, 12), strict=True):
             where = {"attention_mask": full[:, :b], "position_ids": positions[:, a:b]}
             with torch.no_grad():
                 pieces.append(model(ids[:, a:b], cache=cache, **where).logits)
         logits = torch.cat(pieces, dim=1)
         for row, text in enumerate(rows):
-            alone_marks = torch.cat([said[row], more_marks[row : row + 1]], dim=1)
+            alone_marks = torch.cat([said[row], more_tags[row : row + 1]], dim=1)
             alone, solo = run(model, torch.cat([text, more[row : row + 1]], dim=1), alone_marks)
             close(logits[row][full[row].bool()], alone[0])
             close_memory(cache.memory.select([row]), solo.memory)
@@ -234,8 +236,8 @@ def test_padding_cannot_poison_a_segment(value):
 
 def test_open_segments_of_a_bfloat16_model_are_float32():
     model = patched_model(granularity="message").to(torch.bfloat16)
-    _, cache = run(model, tokens(2, LENGTH), MARKS)
-    for segment in cache.memory.segments.values():
+    _, cache = run(model, tokens(2, LENGTH), TAGS)
+    for segment in cache.memory.open_segments.values():
         assert segment.dtype == torch.float32 and not torch.equal(segment, segment.bfloat16().float())
 
 
@@ -243,7 +245,7 @@ def test_open_segments_of_a_bfloat16_model_are_float32():
 
 
 def test_an_open_segment_goes_where_its_memory_goes(model, tmp_path):
-    _, told = run(model, tokens(2, LENGTH, seed=1), MARKS)
+    _, told = run(model, tokens(2, LENGTH, seed=1), TAGS)
     memory = told.memory
     memory.save(tmp_path / "memory")
     halves = [memory.select([0]), memory.select([1])]
@@ -259,42 +261,42 @@ def test_an_open_segment_goes_where_its_memory_goes(model, tmp_path):
     ):
         same_memory(other, memory)
         assert other.open_tokens.tolist() == OPEN
-    ids, marks = tokens(2, 4), torch.tensor([[1, 2, 1, 0], [1, 1, 2, 0]])
-    logits, cache = run(model, ids, marks, memory=MemoryState.load(tmp_path / "memory"))
-    expected, other = run(model, ids, marks, memory=memory)
+    ids, tags = tokens(2, 4), torch.tensor([[1, 2, 1, 0], [1, 1, 2, 0]])
+    logits, cache = run(model, ids, tags, memory=MemoryState.load(tmp_path / "memory"))
+    expected, other = run(model, ids, tags, memory=memory)
     assert torch.equal(logits, expected)
     same_memory(cache.memory, other.memory)
     closed = MemoryCache(model, memory=memory)
     closed.end_segment()
-    changed, _ = run(model, ids, marks, memory=closed.memory)
+    changed, _ = run(model, ids, tags, memory=closed.memory)
     assert (logits[0] - changed[0]).abs().max() > DIFFERENT, "the open segment made no difference"
 
 
 def test_copies_of_an_open_segment_are_independent(model):
-    _, told = run(model, tokens(2, LENGTH), MARKS)
-    before = told.memory.segments[0].clone()
+    _, told = run(model, tokens(2, LENGTH), TAGS)
+    before = told.memory.open_segments[0].clone()
     for copy in (told.memory.clone(), told.memory.fork(1), told.memory.select([0, 1])):
-        copy.segments[0].add_(1)
-        assert torch.equal(told.memory.segments[0], before)
+        copy.open_segments[0].add_(1)
+        assert torch.equal(told.memory.open_segments[0], before)
 
 
-def test_rows_of_a_cache_take_their_marks_and_open_segments_along(model):
+def test_rows_of_a_cache_take_their_tags_and_open_segments_along(model):
     ids = tokens(2, LENGTH)
     picked = torch.tensor([1, 0, 1])
-    _, expected = run(model, ids[picked], MARKS[picked])
+    _, expected = run(model, ids[picked], TAGS[picked])
     for change in ("batch_select_indices", "reorder_cache"):
-        _, cache = run(model, ids[:, :4], MARKS[:, :4])
-        cache.segments = MARKS[:, 4:]
+        _, cache = run(model, ids[:, :4], TAGS[:, :4])
+        cache.segment_tags = TAGS[:, 4:]
         getattr(cache, change)(picked)
         with torch.no_grad():
             model(ids[picked, 4:], cache=cache)
         close_memory(cache.memory, expected.memory)
-    _, cache = run(model, ids[:, :4], MARKS[:, :4])
-    cache.segments = MARKS[:, 4:]
+    _, cache = run(model, ids[:, :4], TAGS[:, :4])
+    cache.segment_tags = TAGS[:, 4:]
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
         model(ids[:, 4:].repeat_interleave(2, dim=0), cache=cache)
-    close_memory(cache.memory, run(model, ids, MARKS)[1].memory.fork(2))
-    cache.segments = MARKS
+    close_memory(cache.memory, run(model, ids, TAGS)[1].memory.fork(2))
+    cache.segment_tags = TAGS
     cache.reset()
-    assert cache.memory is None and cache.segments is None
+    assert cache.memory is None and cache.segment_tags is None

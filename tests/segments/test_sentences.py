@@ -21,7 +21,7 @@ from segments.templates import (
 
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.errors import DataError
-from deltamem_tool.segments.encode import mark_chat
+from deltamem_tool.segments.encode import tag_chat
 
 
 def test_sentences_of_a_message(words):
@@ -40,8 +40,8 @@ def test_sentences_of_a_message(words):
         ("<|im_start|>user\n<|im_end|>\n", SEGMENT),
         ("<|im_start|>assistant\n \n<|im_end|>\n", SEGMENT),
     ]
-    assert mark_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
-    prompted = mark_chat(tokenizer, messages, "sentence", add_generation_prompt=True)
+    assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
+    prompted = tag_chat(tokenizer, messages, "sentence", add_generation_prompt=True)
     assert prompted == expected(tokenizer, [*pieces, ("<|im_start|>assistant\n", OPEN)])
 
 
@@ -54,7 +54,7 @@ def test_sentences_in_every_template(words, case):
         first, space, second = piece.partition(" Dr.")
         pieces += [(first, kind), (space + second, kind)] if space else [(piece, kind)]
     assert sum(kind == SEGMENT for _, kind in pieces) == 10
-    assert mark_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
+    assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
 def test_a_template_that_strips_contents(words):
@@ -63,19 +63,19 @@ def test_a_template_that_strips_contents(words):
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     pieces = [("<|begin|>", None), (header.format("user") + "One.", SEGMENT), (" Two.<|eot_id|>", SEGMENT)]
     pieces += [(header.format("assistant") + "Three.<|eot_id|>", SEGMENT)]
-    assert mark_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
+    assert tag_chat(tokenizer, messages, "sentence") == expected(tokenizer, pieces)
 
 
 def test_thinking_that_the_template_takes_out_is_no_sentence(words):
     tokenizer = with_template(words, HYBRID)
     thought = assistant("<think>\nHm. Hm.\n</think>\n\nRex. No.")
-    marked = mark_chat(tokenizer, [TALK[2], thought, user("Ok.")], "sentence")
+    tagged = tag_chat(tokenizer, [TALK[2], thought, user("Ok.")], "sentence")
     pieces = hybrid([TALK[2], user("Ok.")])
     answer = [("<|im_start|>assistant\nRex.", SEGMENT), (" No.<|im_end|>\n", SEGMENT)]
-    assert marked == expected(tokenizer, [pieces[0], *answer, pieces[1]])
+    assert tagged == expected(tokenizer, [pieces[0], *answer, pieces[1]])
     # The last answer's is written elsewhere than its content.
     with pytest.raises(DataError, match=r"(?s)its/name writes the content of message 2 \(assistant\).*cannot be told"):
-        mark_chat(tokenizer, [TALK[2], thought], "sentence")
+        tag_chat(tokenizer, [TALK[2], thought], "sentence")
 
 
 def test_a_split_of_ones_own(words):
@@ -86,16 +86,16 @@ def test_a_split_of_ones_own(words):
         asked.append(text)
         return ["One", "It; It", "\n", "is"] if "\n" in text else text.replace(".  ", ". ").split(". ")
 
-    marked = mark_chat(tokenizer, messages, "sentence", split=split)
+    tagged = tag_chat(tokenizer, messages, "sentence", split=split)
     assert asked == ["One. It; It was.  is", "a"]
     pieces = [("<|im_start|>user\nOne.", SEGMENT), (" It; It was. ", SEGMENT), (" is<|im_end|>\n", SEGMENT)]
-    assert marked == expected(tokenizer, [chatml(messages)[0], *pieces, chatml(messages)[2]])
+    assert tagged == expected(tokenizer, [chatml(messages)[0], *pieces, chatml(messages)[2]])
     # what lies between two pieces joins the first, and so does a piece of whitespace
-    marked = mark_chat(tokenizer, [SYSTEM, user("\n\n- One: It; It\n\n\nis!")], "sentence", split=split)
+    tagged = tag_chat(tokenizer, [SYSTEM, user("\n\n- One: It; It\n\n\nis!")], "sentence", split=split)
     pieces = [("<|im_start|>user\n\n\n- One:", SEGMENT), (" It; It\n\n\n", SEGMENT), ("is!<|im_end|>\n", SEGMENT)]
-    assert marked == expected(tokenizer, [chatml(messages)[0], *pieces])
-    whole = mark_chat(tokenizer, messages, "sentence", split=lambda text: [text])
-    assert whole == mark_chat(tokenizer, messages, "message")
+    assert tagged == expected(tokenizer, [chatml(messages)[0], *pieces])
+    whole = tag_chat(tokenizer, messages, "sentence", split=lambda text: [text])
+    assert whole == tag_chat(tokenizer, messages, "message")
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_a_split_of_ones_own(words):
 )
 def test_a_split_that_does_not_fit_is_named(words, pieces, says):
     with pytest.raises(DataError, match=f"(?s)message 2 .user.*{says}"):
-        mark_chat(with_template(words, CHATML), [SYSTEM, user("One. Two.")], "sentence", split=lambda text: pieces)
+        tag_chat(with_template(words, CHATML), [SYSTEM, user("One. Two.")], "sentence", split=lambda text: pieces)
 
 
 def test_a_sentence_without_a_token_is_named(words):
     tokenizer = with_template(words, PLAIN)
     assert len(tokenizer("Remember")["input_ids"]) == 1
     with pytest.raises(DataError, match=r"(?s)Sentence 'ber' of message 2 \(user\) has no token of its own.*join it"):
-        mark_chat(tokenizer, [SYSTEM, user("Remember")], "sentence", split=lambda text: ["Remem", "ber"])
+        tag_chat(tokenizer, [SYSTEM, user("Remember")], "sentence", split=lambda text: ["Remem", "ber"])

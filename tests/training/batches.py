@@ -7,7 +7,7 @@ from helpers.tiny import tokens
 from torch import Tensor
 
 from deltamem_tool.data.encode import IGNORED
-from deltamem_tool.segments.tags import INSIDE, LAST
+from deltamem_tool.segments.tags import SegmentTag
 
 
 def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = False) -> dict[str, Tensor]:
@@ -24,9 +24,9 @@ def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = 
     batch = {"write_ids": write_ids, "write_mask": write_mask, "read_ids": read_ids, "read_mask": read_mask}
     batch |= {"labels": labels, "rows": torch.tensor([0, 0, 1])}
     if segments:
-        marks = torch.full((2, width), INSIDE, dtype=torch.int8)
-        marks[:, 2::3] = LAST
-        batch["write_segments"] = marks * write_mask.to(torch.int8)
+        tags = torch.full((2, width), SegmentTag.INSIDE, dtype=torch.int8)
+        tags[:, 2::3] = SegmentTag.LAST
+        batch["write_segments"] = tags * write_mask.to(torch.int8)
     return batch | positions(labels)
 
 

@@ -19,7 +19,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export.trace import segment_marks
+from deltamem_tool.onnx.export.trace import segment_tags
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.static_graph import FixedGraph
 
@@ -169,12 +169,12 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
         def step(call: _Call, mask: Tensor) -> _Result:
             cache.write = _writes(interface, call).to(model.device)
             if interface.segment:
-                cache.segments = segment_marks(call.write, call.last).to(model.device)
+                cache.segment_tags = segment_tags(call.write, call.last).to(model.device)
             logits = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache)
             if _of_rows(interface):
                 logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]
             memory = cast(MemoryState, cache.memory)
-            states, segments = ({i: x.cpu() for i, x in of.items()} for of in (memory.layers, memory.segments))
+            states, segments = ({i: x.cpu() for i, x in of.items()} for of in (memory.layers, memory.open_segments))
             return logits.cpu().float(), states, segments
 
         return step

@@ -35,7 +35,7 @@ from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops import use_implementation
-from deltamem_tool.segments.tags import INSIDE, LAST, OUTSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 class _Step(nn.Module):
@@ -67,7 +67,7 @@ class _Step(nn.Module):
         write = True if write_mask is None else write_mask
         cache = MemoryCache(self.model, write=write, max_length=self._max_length or None)
         if segment_end is not None and write_mask is not None:
-            cache.segments = segment_marks(write_mask, segment_end)
+            cache.segment_tags = segment_tags(write_mask, segment_end)
         columns = None  # of the mask, where the tokens are: its last, or
         if past_length is not None:
             columns = past_length + torch.arange(input_ids.shape[1])
@@ -94,16 +94,16 @@ class _Step(nn.Module):
             if i in states:
                 present[i][contract.STATE] = cache.memory.layers[i]
             if i in segments:
-                present[i][contract.SEGMENT] = cache.memory.segments[i]
+                present[i][contract.SEGMENT] = cache.memory.open_segments[i]
             if contract.CONV in past:
                 present[i][contract.CONV] = past[contract.CONV].clone()
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
 
 
-def segment_marks(write: Tensor, end: Tensor) -> Tensor:
-    """What `MemoryCache.segments` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
-    inside = torch.where(end, LAST, INSIDE).to(torch.int8)
-    return torch.where(write, inside, torch.full_like(inside, OUTSIDE))
+def segment_tags(write: Tensor, end: Tensor) -> Tensor:
+    """What `MemoryCache.segment_tags` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
+    inside = torch.where(end, SegmentTag.LAST, SegmentTag.INSIDE).to(torch.int8)
+    return torch.where(write, inside, torch.full_like(inside, SegmentTag.OUTSIDE))
 
 
 def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
@@ -129,7 +129,7 @@ def interface_of(
     _refuse_other_caches(model, cache)
     if max_length:
         _refuse_fixed(model, target, max_length)
-    states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment
+    states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment_width
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
         # A layer that reads the keys of another one keeps none, and may have no place in the cache.

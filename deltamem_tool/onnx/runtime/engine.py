@@ -63,7 +63,7 @@ class OnnxModel:
 
     def start(self, memory: StoredMemory) -> Past:
         batch = len(next(iter(memory.states.values())))
-        return self.graph.empty_past(batch, memory.states, memory.segments)
+        return self.graph.empty_past(batch, memory.states, memory.open_segments)
 
     def step(
         self,
@@ -80,7 +80,7 @@ class OnnxModel:
         return StoredMemory(self.graph.states(past), self.graph.segments(past), self.adapter)
 
     def with_memory(self, past: Past, memory: StoredMemory) -> Past:
-        return self.graph.with_memory(past, memory.states, memory.segments)
+        return self.graph.with_memory(past, memory.states, memory.open_segments)
 
     def take(self, past: Past, row: int, columns: NDArray) -> Past:
         return self.graph.take(past, row, columns)

@@ -47,8 +47,8 @@ def assert_close(memory: StoredMemory, expected: MemoryState) -> None:
     assert memory.states.keys() == expected.layers.keys()
     for layer, state in memory.states.items():
         torch.testing.assert_close(torch.from_numpy(state), expected.layers[layer], rtol=0, atol=TOLERANCE)
-    for layer, segment in memory.segments.items():
-        torch.testing.assert_close(torch.from_numpy(segment), expected.segments[layer], rtol=0, atol=TOLERANCE)
+    for layer, segment in memory.open_segments.items():
+        torch.testing.assert_close(torch.from_numpy(segment), expected.open_segments[layer], rtol=0, atol=TOLERANCE)
 
 
 def stopping_at(folder, tokens) -> OnnxModel:
@@ -208,7 +208,7 @@ def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
 
 def memory_of(memory: StoredMemory) -> MemoryState:
     states, segments = (
-        {i: torch.from_numpy(array) for i, array in part.items()} for part in (memory.states, memory.segments)
+        {i: torch.from_numpy(array) for i, array in part.items()} for part in (memory.states, memory.open_segments)
     )
     return MemoryState(states, memory.adapter, segments)
 

@@ -15,8 +15,8 @@ EQUATION_TOLERANCE = 5e-5
 DIFFERENT = 1e-3  # what no rounding explains
 
 # Two conversations. A system message, segments of three, two and one tokens, and one that stays open; and another.
-MARKS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
-LENGTH = MARKS.shape[1]
+TAGS = torch.tensor([[0, 0, 1, 1, 2, 1, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 2, 0, 1, 0, 2, 0]], dtype=torch.int8)
+LENGTH = TAGS.shape[1]
 OPEN = [2, 0]  # tokens that wait for their segment to end
 
 
@@ -26,10 +26,10 @@ def close(actual, expected, tolerance=CUT_TOLERANCE):
 
 def close_memory(memory: MemoryState, other: MemoryState, tolerance=CUT_TOLERANCE):
     """States, and open segments."""
-    assert memory.segments.keys() == other.segments.keys() == memory.layers.keys() == other.layers.keys()
+    assert memory.open_segments.keys() == other.open_segments.keys() == memory.layers.keys() == other.layers.keys()
     for layer in other.layers:
         close(memory.layers[layer], other.layers[layer], tolerance)
-        close(memory.segments[layer], other.segments[layer], tolerance)
+        close(memory.open_segments[layer], other.open_segments[layer], tolerance)
     assert torch.equal(memory.open_tokens, other.open_tokens)
 
 
@@ -38,14 +38,14 @@ def same_memory(memory: MemoryState, other: MemoryState):
 
 
 @torch.no_grad()
-def run(model, ids, marks, cuts=(), memory=None, write=True, sliced=False):
-    """Logits of `ids` fed in pieces that end at `cuts`, the marks given at once or with each piece; and the cache."""
+def run(model, ids, tags, cuts=(), memory=None, write=True, sliced=False):
+    """Logits of `ids` fed in pieces that end at `cuts`, the tags given at once or with each piece; and the cache."""
     cache = MemoryCache(model, memory=memory, write=write)
-    cache.segments = None if sliced else marks
+    cache.segment_tags = None if sliced else tags
     bounds, pieces = [0, *cuts, ids.shape[1]], []
     for a, b in itertools.pairwise(bounds):
         if sliced:
-            cache.segments = marks[:, a:b]
+            cache.segment_tags = tags[:, a:b]
         pieces.append(model(ids[:, a:b], cache=cache).logits)
-    assert cache.segments is None, "marks of tokens that have come are used up"
+    assert cache.segment_tags is None, "tags of tokens that have come are used up"
     return torch.cat(pieces, dim=1), cache

@@ -1,16 +1,16 @@
-"""Marks and segments that do not fit are refused, and change neither the memory nor the marks of a cache."""
+"""Tags and segments that do not fit are refused, and change neither the memory nor the tags of a cache."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.tiny import patched_model, tokens
-from segments.marked import LENGTH, MARKS, run, same_memory
+from segments.tagged import LENGTH, TAGS, run, same_memory
 from torch import nn
 
 from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.segments.tags import INSIDE
+from deltamem_tool.segments.tags import SegmentTag
 
 
 class _Broken(nn.Module):
@@ -18,11 +18,11 @@ class _Broken(nn.Module):
         raise RuntimeError("broken on purpose")
 
 
-def test_an_exception_in_the_decoder_leaves_memory_and_marks(model):
+def test_an_exception_in_the_decoder_leaves_memory_and_tags(model):
     ids = tokens(2, LENGTH)
-    _, cache = run(model, ids[:, :5], MARKS[:, :5])
-    before, copy, marks = cache.memory, cache.memory.clone(), MARKS[:, 5:].clone()
-    cache.segments = marks
+    _, cache = run(model, ids[:, :5], TAGS[:, :5])
+    before, copy, tags = cache.memory, cache.memory.clone(), TAGS[:, 5:].clone()
+    cache.segment_tags = tags
     whole = model.model.layers[1].mlp
     model.model.layers[1].mlp = _Broken()
     try:
@@ -30,7 +30,7 @@ def test_an_exception_in_the_decoder_leaves_memory_and_marks(model):
             model(ids[:, 5:], cache=cache)
     finally:
         model.model.layers[1].mlp = whole
-    assert cache.memory is before and cache.segments is marks and torch.equal(marks, MARKS[:, 5:])
+    assert cache.memory is before and cache.segment_tags is tags and torch.equal(tags, TAGS[:, 5:])
     same_memory(before, copy)
 
 
@@ -42,51 +42,51 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
 
 
 @pytest.mark.parametrize(
-    ("marks", "says"),
+    ("tags", "says"),
     [
-        ([[1, 1], [1, 1]], r"cache.segments is \[2, 2\], the tokens are \[2, 3\]"),
-        ([[1, 1, 2]], r"cache.segments is \[1, 3\], the tokens are \[2, 3\]"),
-        ([[1, 1, 2]] * 3, r"cache.segments is \[3, 3\], the tokens are \[2, 3\]"),
-        ([1, 1, 2], r"cache.segments is \[3\]"),
-        ([[1, 1, 3], [1, 1, 2]], "marks that there are not"),
-        ([[1, 1, 2], [-1, 1, 2]], "marks that there are not"),
+        ([[1, 1], [1, 1]], r"cache.segment_tags is \[2, 2\], the tokens are \[2, 3\]"),
+        ([[1, 1, 2]], r"cache.segment_tags is \[1, 3\], the tokens are \[2, 3\]"),
+        ([[1, 1, 2]] * 3, r"cache.segment_tags is \[3, 3\], the tokens are \[2, 3\]"),
+        ([1, 1, 2], r"cache.segment_tags is \[3\]"),
+        ([[1, 1, 3], [1, 1, 2]], "tags that there are not"),
+        ([[1, 1, 2], [-1, 1, 2]], "tags that there are not"),
         ([[1, 1, 2], [1, 1, 2]], "puts padding into a segment"),
     ],
 )
-def test_marks_that_do_not_fit_are_refused(model, marks, says):
-    _, cache = run(model, tokens(2, 5, seed=1), MARKS[:, :5])
+def test_tags_that_do_not_fit_are_refused(model, tags, says):
+    _, cache = run(model, tokens(2, 5, seed=1), TAGS[:, :5])
     before, copy = cache.memory, cache.memory.clone()
-    cache.segments = given = torch.tensor(marks)
+    cache.segment_tags = given = torch.tensor(tags)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5] = 0  # of the new tokens
     for write in (True, False):
         cache.write = write
         with pytest.raises(MemoryStateError, match=says):
             model(tokens(2, 3), cache=cache, attention_mask=mask)
-        assert cache.memory is before and cache.segments is given and given.tolist() == marks
+        assert cache.memory is before and cache.segment_tags is given and given.tolist() == tags
         same_memory(before, copy)
 
 
-def test_marks_that_are_no_tensor_are_refused(model):
+def test_tags_that_are_no_tensor_are_refused(model):
     cache = MemoryCache(model)
-    cache.segments = [[1, 1, 2]]
-    with pytest.raises(MemoryStateError, match=r"cache.segments is a list"):
+    cache.segment_tags = [[1, 1, 2]]
+    with pytest.raises(MemoryStateError, match=r"cache.segment_tags is a list"):
         model(tokens(1, 3), cache=cache)
     assert cache.memory is None
 
 
-def test_marks_are_refused_where_every_token_writes():
+def test_tags_are_refused_where_every_token_writes():
     model = patched_model()
     cache = MemoryCache(model)
     with torch.no_grad():
         model(tokens(1, 3), cache=cache)
     before = cache.memory
-    cache.segments = given = torch.full((1, 3), INSIDE)
-    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave cache.segments out"):
+    cache.segment_tags = given = torch.full((1, 3), SegmentTag.INSIDE)
+    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave cache.segment_tags out"):
         model(tokens(1, 3), cache=cache)
     with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave end_segment\(\) out"):
         cache.end_segment()
-    assert cache.memory is before and cache.segments is given
+    assert cache.memory is before and cache.segment_tags is given
 
 
 def test_an_empty_segment_does_not_end(model):
@@ -96,15 +96,15 @@ def test_an_empty_segment_does_not_end(model):
     assert cache.memory is None
     _, cache = run(model, tokens(1, 4), torch.tensor([[1, 1, 2, 0]]))
     before, copy = cache.memory, cache.memory.clone()
-    cache.segments = given = torch.tensor([[1, 2]])
+    cache.segment_tags = given = torch.tensor([[1, 2]])
     with pytest.raises(MemoryStateError, match="open segment is empty"):
         cache.end_segment()
-    assert cache.memory is before and cache.segments is given
+    assert cache.memory is before and cache.segment_tags is given
     same_memory(before, copy)
 
 
 def test_a_memory_without_open_segments_is_refused(model):
-    _, cache = run(model, tokens(1, 4), MARKS[:1, :4])
+    _, cache = run(model, tokens(1, 4), TAGS[:1, :4])
     bare = MemoryState(cache.memory.layers, cache.memory.adapter)
     with pytest.raises(MemoryStateError, match="keeps 0 numbers of an open segment, the adapter 13"):
         MemoryCache(model, memory=bare)
