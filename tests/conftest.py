@@ -76,10 +76,17 @@ def quickstart_onnx(quickstart_run):
     return quickstart_run / "run" / "onnx"
 
 
+# Made once for several tests, each of which is slow where it is the first: exports, a quickstart, processes.
+SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
+
+
 def pytest_collection_modifyitems(items):
-    """The fast ones first: a hundred and more models come last, and before them, together, those that want the
-    quickstart's run: apart, one process would wait for it while another makes it."""
-    items.sort(key=lambda item: ("architectures" in item.path.parts, "quickstart_run" in item.fixturenames))
+    """The fast ones first. Those that want the quickstart's run together: apart, one process would wait for it while
+    another makes it."""
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: (item.get_closest_marker("sweep") is not None, "quickstart_run" in item.fixturenames))
 
 
 def pytest_collection_finish():

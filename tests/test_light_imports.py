@@ -76,6 +76,7 @@ def imported(tmp_path_factory) -> dict[str, set[str]]:
     return {module: set(modules) for module, modules in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "without"), CASES)
 def test_what_a_room_does_not_import(imported, module, without):
     assert not without & imported[module]

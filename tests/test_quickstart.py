@@ -64,6 +64,7 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
     assert listing(folder) == before
 
 
+@pytest.mark.slow
 def test_the_training_path(tmp_path, monkeypatch):
     """Without --fast, two small steps instead of all, fewer episodes, and one layer of memory to trace."""
     from deltamem_tool import quickstart as module

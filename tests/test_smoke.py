@@ -17,6 +17,8 @@ from cli.command import deltamem, in_a_process  # noqa: F401  (the first is a fi
 import deltamem_tool
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 TOLD, ASKED = "By the way, my dog is Bella.", "What is the name of my dog?"
 

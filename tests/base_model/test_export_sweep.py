@@ -26,6 +26,8 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.graph import Graph
 
+pytestmark = pytest.mark.sweep
+
 TOLERANCE = 1e-3
 CALLS = (5, 1, 4)  # tokens of each
 PADDING = 2  # tokens on the left of the second row

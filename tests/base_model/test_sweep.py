@@ -23,6 +23,8 @@ from deltamem_tool.base_model.layouts import UNSUPPORTED
 from deltamem_tool.config import BRANCHES
 from deltamem_tool.memory.attach import adapter_of
 
+pytestmark = pytest.mark.sweep
+
 CUT_TOLERANCE = 1e-4  # float32 against float32, the same sums in another order
 LENGTH, CUT = 12, 7
 DEPTH = 2  # layers, where all are alike: a first and a last one

@@ -43,6 +43,7 @@ def test_every_type_is_listed(deltamem):
         assert row["supported"] or not row["export"]
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_models_show():
     """Of the types that the installed transformers knows, where it is an older one than the table's."""
     known = [row for row in supported_types() if row.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]

@@ -333,6 +333,7 @@ def test_a_full_disk_is_told_from_other_errors(here, deltamem, checkpoint, monke
 STEPS = 50  # enough of them for a Ctrl-C to come in time
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training(here, deltamem, checkpoint):
     """The adapter so far is kept, the message says how to resume, and what it says works."""
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo")]

@@ -363,6 +363,7 @@ def in_a_terminal(*arguments, cwd):
         child.close(force=True)
 
 
+@pytest.mark.server
 def test_ctrl_c_stops_the_answer_and_not_the_chat(here, engine):
     begins = Conversation(engine).generate(TOLD, Sampling(**{**ENDLESS, "max_new_tokens": 20})).text
     options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]

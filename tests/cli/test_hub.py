@@ -123,6 +123,7 @@ def server():
         yield server
 
 
+@pytest.mark.server
 def test_a_terminal_is_asked_for_a_licence_and_sees_how_far_it_is(server, adapter, tmp_path):
     """With HF_ENDPOINT, HF_HOME and HF_TOKEN, as in `environment`."""
     variables = environment(server, tmp_path / "home", "hf_of_someone") | {"TERM": "dumb"}
@@ -143,6 +144,7 @@ def test_a_terminal_is_asked_for_a_licence_and_sees_how_far_it_is(server, adapte
     assert not (tmp_path / "home" / "token").exists()
 
 
+@pytest.mark.server
 def test_the_token_of_hf_auth_login_and_what_is_there_offline(server, adapter, tmp_path):
     home = tmp_path / "home"
     home.mkdir()

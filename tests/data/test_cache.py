@@ -186,6 +186,7 @@ def test_a_failure_leaves_nothing(tokenizer, folder):
     assert is_made(EPISODES, Encoder(tokenizer, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_two_processes_make_it_once(tmp_path):
     """And in the directory that HF_DATASETS_CACHE names."""
     pipes, both = [], []

@@ -149,6 +149,7 @@ def folder(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.docker
 @pytest.mark.timeout(3600 if WHOLE else 300)
 def test_the_steps_make_an_image_that_works(folder):
     other = [] if WHOLE else untested()

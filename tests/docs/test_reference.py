@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import deltamem_tool
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reference.py"
 
 
+@pytest.mark.slow
 def test_the_pages_are_what_the_code_says():
     """In a process of its own: click keeps a command's `--help` as it was first asked for."""
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=240)

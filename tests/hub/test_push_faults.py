@@ -122,6 +122,7 @@ def when(hub: HubServer, monkeypatch, match, act) -> None:
     monkeypatch.setattr(hub, "answer", answer_after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fault(at_hub, adapter, stage):
     old = None if stage == "create" else OLD
@@ -165,6 +166,7 @@ def test_what_goes_away_by_itself(at_hub, adapter):
     assert files(at_hub) == new and at_hub.waits.count(4) == 6  # the client adds a second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(start, start + 10) for start in (0, 10, 20, 30)], ids=lambda seeds: seeds[0])
 def test_a_connection_cut_at_any_byte(at_hub, adapter, seeds):
     new = finished(at_hub, adapter)

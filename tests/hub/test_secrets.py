@@ -73,6 +73,7 @@ def refusal(status: int, canary: str):
     return answer(status, said, X_Error_Message=said, Retry_After="1", X_Request_Id=canary)
 
 
+@pytest.mark.slow
 def test_a_token_is_sent_to_the_hub_and_said_nowhere(hub, canary, deltamem, tmp_path, logged, monkeypatch):  # noqa: F811
     work = tmp_path / "work"
     folder = evaluated(trained(adapter_folder(work / "adapter")))
@@ -141,6 +142,7 @@ def home_of_a_user(tmp_path, monkeypatch) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_is_pushed(hub, home_of_a_user, deltamem, tokenizer, monkeypatch):  # noqa: F811
     def run(*arguments: object) -> None:
         done = deltamem(*arguments)

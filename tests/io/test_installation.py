@@ -94,6 +94,7 @@ def test_the_bounds_can_be_ignored(process, tmp_path):
     assert "numpy" not in done.err
 
 
+@pytest.mark.slow
 def test_two_runtimes_over_each_other(process, tmp_path):
     runtimes = [name for name in ("onnxruntime", "onnxruntime-gpu") if installation._installed(name)]
     assert len(runtimes) == 1, "these tests run where one is installed"

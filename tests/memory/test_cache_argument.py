@@ -49,6 +49,7 @@ def _compiled_forward(model):
 
 
 WRAPPED = {"plain": _plain, "peft": _peft, "compiled": _compiled, "compiled forward": _compiled_forward}
+HOWS = [pytest.param(name, marks=pytest.mark.slow if "compiled" in name else ()) for name in WRAPPED]
 CALLS = {
     "call": lambda model, ids, **cache: model(ids, **cache),
     "forward": lambda model, ids, **cache: model.forward(ids, **cache),
@@ -71,7 +72,7 @@ def model():
 
 @pytest.mark.parametrize("name", CACHE_ARGUMENTS)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("wrapped", HOWS)
 @torch.no_grad()
 def test_a_cache_is_used_under_each_name(model, wrapped, call, name):
     ids, start = tokens(2, 5), _started(model)
@@ -84,7 +85,7 @@ def test_a_cache_is_used_under_each_name(model, wrapped, call, name):
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("wrapped", HOWS)
 @torch.no_grad()
 def test_two_names_are_an_error_and_neither_cache_has_changed(model, wrapped, call):
     first, second = MemoryCache(model, memory=_started(model)), MemoryCache(model)

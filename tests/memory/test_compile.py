@@ -13,6 +13,8 @@ from transformers import CompileConfig
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.memory.attach import adapter_of
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # of order 1 to 10; a memory that is left out changes logits by more than 1e-2
 ROOM = 20
 

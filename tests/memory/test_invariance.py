@@ -37,6 +37,8 @@ from deltamem_tool import MemoryCache, MemoryState
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.segments.tags import SegmentTag
 
+pytestmark = pytest.mark.slow
+
 OTHER = {"eager": "sdpa", "sdpa": "eager"}
 
 

@@ -117,6 +117,7 @@ def in_threads(model, talks: list[Conversation], seed: int) -> None:
     assert most > 1, "no two conversations were in the model at once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @examples(3)
 @given(st.data())

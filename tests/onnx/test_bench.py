@@ -54,6 +54,7 @@ def agree(one, other, vocab_size, steps=3):
     return logits[1]
 
 
+@pytest.mark.slow
 def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
     setting = Setting("adapter", models=(BASE, MEMORY), runtimes=(PYTORCH, ONNX), prompts=(PROMPT,), decode=3)
     told = []

@@ -170,6 +170,7 @@ def test_a_run_that_starts_from_an_adapter_has_its_memory(quick, checkpoint, cha
 # Without weights
 
 
+@pytest.mark.slow
 def test_a_config_is_enough_for_parameters_and_memory(checkpoint, tokenizer, chats, tmp_path):
     alone = config_alone(tmp_path / "alone", vocab_size=len(tokenizer))
     said, full = dry_run(make_recipe(alone, path=Path("nowhere.jsonl"))), dry_run(make_recipe(checkpoint, path=chats))
@@ -220,6 +221,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activations_are_those_of_a_real_step(variant, deep, tokenizer, monkeypatch):
     """Of numbers, through all layers; the dry run computes with none, and runs three and four layers."""
@@ -237,6 +239,7 @@ def test_activations_are_those_of_a_real_step(variant, deep, tokenizer, monkeypa
     assert said == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_lowers_memory_lowers_the_figure(tmp_path):
     base = config_alone(tmp_path, num_hidden_layers=3, intermediate_size=128)  # so few that one fake step is enough
 
@@ -302,6 +305,7 @@ def test_a_memory_in_some_layers_is_counted_in_all(quick, deep):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(checkpoint, chats, tmp_path, monkeypatch, capsys):
     from deltamem_tool.cli.train import command
 

@@ -27,6 +27,7 @@ def recipe(checkpoint, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_an_estimate(recipe, tmp_path):
     said = []
     train(recipe, expecting=lambda steps, seconds: said.append((steps, seconds)))
@@ -38,6 +39,7 @@ def test_a_run_is_the_same_with_an_estimate(recipe, tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_dropout_draws_what_it_would_have_drawn(recipe, tmp_path):
     pytest.importorskip("peft")
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.5))

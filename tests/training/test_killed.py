@@ -19,6 +19,8 @@ from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
 
+pytestmark = pytest.mark.slow
+
 KILLS = 2
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -19,6 +20,8 @@ from deltamem_tool.adapter.config_file import SUMMARY_FILE, WEIGHTS_FILE
 from deltamem_tool.recipe.load import load_recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import checkpoints
+
+pytestmark = pytest.mark.slow
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.1
 STEPS = 10

@@ -83,6 +83,7 @@ def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch,
     assert folder.base.name == str(checkpoint) and result.parameters == folder.num_parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["message", "sentence"])
 def test_a_memory_that_writes_by_segments_learns_too(granularity, checkpoint, chats, tmp_path):
     memory = DeltaMemConfig(rank=4, state_heads=2, granularity=granularity)
@@ -92,6 +93,7 @@ def test_a_memory_that_writes_by_segments_learns_too(granularity, checkpoint, ch
     assert read_adapter(recipe.out).config.granularity == granularity
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):
     train(recipe)
     second = Recipe(**{**vars(recipe), "adapter": recipe.out, "out": str(tmp_path / "second")})
@@ -100,6 +102,7 @@ def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):
     assert result.losses[0][1] < train(first_again).losses[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["generated", "file"])
 def test_an_interrupted_run_goes_on_where_it_was(kind, checkpoint, chats, tmp_path):
     """Ctrl-C after step 3 of 8 keeps the adapter; resumed, the end is what it would have been, to the bit."""
@@ -141,6 +144,7 @@ def test_there_must_be_something_to_resume(recipe, tmp_path):
         train(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, chats, tmp_path, monkeypatch):
     """The second checkpoint fails half-way: the first is what --resume finds."""
     recipe = make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), save_every=2)
@@ -191,6 +195,7 @@ def test_another_recipe_cannot_resume(recipe, checkpoint, chats, tmp_path):
     assert said["mechanism"]["rank"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nothing", [float("nan"), float("inf")])
 def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_path, nothing):
     train(recipe)

@@ -93,6 +93,7 @@ def test_greedy_tokens_come_out_of_segments_that_were_written(by_message):
     assert greedy_agreement(by_message.model, graph, options) < 0.95
 
 
+@pytest.mark.slow
 def test_half_precision_for_cuda_by_message(exported_with):
     """What ONNX Runtime's CPU provider runs of it is compared there; its types are what the contract says."""
     exported = exported_with("cuda-float16-by-message", BY_MESSAGE, torch.float16, target="cuda")

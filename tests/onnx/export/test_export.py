@@ -23,7 +23,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=["qwen3", "llama"])
+@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
 def exported(request):
     return request.getfixturevalue(request.param)
 

@@ -96,6 +96,7 @@ def lean(memories, tmp_path_factory) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 5), (2, 130)])
 @torch.no_grad()
 def test_the_lean_memory_computes_what_pytorch_computes(memories, lean, batch, tokens):
@@ -107,6 +108,7 @@ def test_the_lean_memory_computes_what_pytorch_computes(memories, lean, batch, t
         torch.testing.assert_close(torch.from_numpy(found), right, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_lean_memory_keeps_a_state_bit_for_bit_where_nothing_is_written(memories, lean):
     hidden, writes, states = memories.arguments(2, 7)
@@ -273,6 +275,7 @@ def nodes_of_a_layer(operators: list[str]) -> int:
     return second - first
 
 
+@pytest.mark.slow
 def test_a_layer_with_a_memory_has_few_nodes_more_than_the_plain_one(qwen3):
     """Of two states and three branches, which is more than the default has."""
     layers = tuple(dataclasses.replace(layer, state=None) for layer in qwen3.manifest.interface.layers)

@@ -23,7 +23,7 @@ USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
-@pytest.fixture(params=["qwen3", "llama"])
+@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
 def exported(request):
     return request.getfixturevalue(request.param)
 

@@ -170,6 +170,7 @@ def test_good_folders_load(folder, sessions):
     assert sessions == [str(folder / MODEL_FILE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "portable", "fixed"])
 def test_what_is_exported_is_trusted(kind, request):
     check_onnx_folder(request.getfixturevalue(kind).folder)
