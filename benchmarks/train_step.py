@@ -41,7 +41,7 @@ from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel
 
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -71,7 +71,7 @@ class Side:
             if PRESETS[name]["granularity"] != "token":
                 tags = torch.full(batch["write_ids"].shape, SegmentTag.INSIDE, dtype=torch.int8, device=base.device)
                 tags[:, SEGMENT - 1 :: SEGMENT] = SegmentTag.LAST
-                self.batch = batch | {"write_segments": tags}
+                self.batch = batch | {"write_segment_tags": tags}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self) -> None:

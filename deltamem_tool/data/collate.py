@@ -18,7 +18,7 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
     """One batch of B episodes, which have Q exchanges in all. Padding is on the right, `pad` with mask 0.
 
     Returns:
-        `write_ids`, `write_mask` `[B, W]`, and with `segments` `write_segments` `[B, W]`; `read_ids`, `read_mask`,
+        `write_ids`, `write_mask` `[B, W]`, and with `segments` `write_segment_tags` `[B, W]`; `read_ids`, `read_mask`,
         `labels` `[Q, T]`; `rows` `[Q]`, the episode of each exchange; `scored` `[N]`, the places b * T + t of
         `read_ids` whose next token is scored, row by row, and `targets` `[N]`, those next tokens. Where all episodes
         have a `full` view: `full_ids`, `full_mask` `[Q, F]` and `full_scored` `[N]`, the same places in that view.
@@ -38,7 +38,9 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
         "targets": labels.flatten()[scored + 1],  # the next place in the row: the last of a row is never among them
     }
     if segments:
-        batch["write_segments"] = padded([episode.tags for episode in episodes], SegmentTag.OUTSIDE, dtype=torch.int8)
+        batch["write_segment_tags"] = padded(
+            [episode.tags for episode in episodes], SegmentTag.OUTSIDE, dtype=torch.int8
+        )
     if all(episode.full for episode in episodes):
         full = [exchange for episode in episodes for exchange in episode.full]
         batch["full_ids"] = padded([exchange.ids for exchange in full], pad)

@@ -2,6 +2,6 @@
 
 from deltamem_tool.training.dry_run import DryRun, PeakMemory, dry_run
 from deltamem_tool.training.run import TrainingResult, train
-from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel
 
 __all__ = ["DryRun", "EpisodeModel", "PeakMemory", "TrainingResult", "dry_run", "train"]

@@ -20,7 +20,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing
-from deltamem_tool.training.step import scored_logits
+from deltamem_tool.training.loss import scored_logits
 
 
 def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = None, revision: str | None = None) -> Any:

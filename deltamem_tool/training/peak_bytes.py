@@ -30,7 +30,7 @@ from deltamem_tool.ops import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel
 
 Report = Callable[[int, int], None]  # fake steps done, of how many
 
@@ -59,7 +59,9 @@ class StepShape:
         batch |= {"write_mask": None, "read_mask": None, "full_mask": None}
         batch |= {name: ids(self.scored) for name in ("scored", "targets")} | {"rows": ids(self.exchanges)}
         if segments:
-            batch["write_segments"] = torch.full((self.conversations, self.write), SegmentTag.LAST, dtype=torch.int8)
+            batch["write_segment_tags"] = torch.full(
+                (self.conversations, self.write), SegmentTag.LAST, dtype=torch.int8
+            )
         if full:
             batch |= {"full_ids": ids(self.exchanges, self.full), "full_scored": ids(self.scored)}
         return batch

@@ -30,13 +30,13 @@ def test_rows_are_padded_on_the_right(tokenizer, granularity):
     encoder = Encoder(tokenizer, 40, 1000, granularity, full_context=True)
     encoded = encoder(EPISODES)
     batch = EpisodeCollator(encoder)(encoded)
-    segments = {"write_segments"} if granularity == "message" else set()
+    segments = {"write_segment_tags"} if granularity == "message" else set()
     assert set(batch) == KEYS | segments | {"full_ids", "full_mask", "full_scored"}
     assert_rows([each.write_ids for each in encoded], batch["write_ids"], tokenizer.pad_token_id)
     assert_rows([[1] * len(each.write_ids) for each in encoded], batch["write_mask"], 0)
     if segments:
-        assert_rows([each.tags for each in encoded], batch["write_segments"], SegmentTag.OUTSIDE)
-        assert batch["write_segments"].dtype == torch.int8
+        assert_rows([each.tags for each in encoded], batch["write_segment_tags"], SegmentTag.OUTSIDE)
+        assert batch["write_segment_tags"].dtype == torch.int8
     for name, view in (("read", "exchanges"), ("full", "full")):
         exchanges = [exchange for each in encoded for exchange in getattr(each, view)]
         assert_rows([exchange.ids for exchange in exchanges], batch[f"{name}_ids"], tokenizer.pad_token_id)

@@ -26,7 +26,7 @@ def episode_batch(scored=((3, 4), (2,), (4,)), lengths=(7, 4), segments: bool = 
     if segments:
         tags = torch.full((2, width), SegmentTag.INSIDE, dtype=torch.int8)
         tags[:, 2::3] = SegmentTag.LAST
-        batch["write_segments"] = tags * write_mask.to(torch.int8)
+        batch["write_segment_tags"] = tags * write_mask.to(torch.int8)
     return batch | positions(labels)
 
 

@@ -71,7 +71,7 @@ class EpisodeModel(nn.Module):
         scored: Tensor,
         targets: Tensor,
         rows: Tensor,
-        write_segments: Tensor | None = None,
+        write_segment_tags: Tensor | None = None,
         full_ids: Tensor | None = None,
         full_mask: Tensor | None = None,
         full_scored: Tensor | None = None,
@@ -90,7 +90,7 @@ class EpisodeModel(nn.Module):
             `sparsity` and `kl` where they have a weight.
         """
         with self._layers(), self.adapter.in_training():
-            memory, gates = self.write(write_ids, write_mask, write_segments)
+            memory, gates = self.write(write_ids, write_mask, write_segment_tags)
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
         tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
         loss = answer = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
@@ -162,7 +162,7 @@ class EpisodeModel(nn.Module):
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
-        memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segments"))
+        memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segment_tags"))
         rows, empty = batch["rows"], self.adapter.empty_memory(memory.batch_size)
         memories = (memory.select(rows), empty.select(rows), memory.select((rows + 1) % memory.batch_size))
         read = (batch["read_ids"], batch["read_mask"], batch["scored"])

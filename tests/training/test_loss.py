@@ -17,7 +17,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import ObjectiveOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing
-from deltamem_tool.training.step import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel
 
 LOSS_TOLERANCE = 2e-5  # float32 against the float64 equations; the loss is about 5
 SLOPE_TOLERANCE = 2e-3  # relative, of a derivative by central differences
