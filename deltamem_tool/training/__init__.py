@@ -1,7 +1,7 @@
 """Train an adapter on episodes; only the adapter learns."""
 
 from deltamem_tool.training.dry_run import DryRun, PeakMemory, dry_run
-from deltamem_tool.training.run import TrainingResult, train
 from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.run import TrainingResult, train
 
 __all__ = ["DryRun", "EpisodeModel", "PeakMemory", "TrainingResult", "dry_run", "train"]

@@ -33,8 +33,8 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.lora import LoraStepModel, with_lora
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
 from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
