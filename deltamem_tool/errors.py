@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import unicodedata
 
+MAX_LINE = 500  # characters of another library's message
 MAX_SAID = 8000  # characters of a sentence, which may quote a stranger's file: a hundred tensors by name
 
 
@@ -70,7 +71,7 @@ def domain_error(error: Exception) -> DeltaMemError | None:
     if _no_room(error):
         return DeltaMemError(
             "The disk is full, or a limit on files is reached.",
-            f"{str(error).strip().splitlines()[0]}.",
+            f"{first_line(error)}.",
             "Nothing was left half-written. Free some space and try again.",
         )
     refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
@@ -83,6 +84,12 @@ def domain_error(error: Exception) -> DeltaMemError | None:
             "Correct the path or its permissions, and try again.",
         )
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says first, without its final dot; the error's type where it says nothing."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return lines[0][:MAX_LINE] if lines else type(error).__name__
 
 
 def _shown(said: str) -> str:

@@ -33,7 +33,7 @@ from deltamem_tool._compat import (
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.layouts import Projection, features
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
-from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.errors import ArchitectureError, ConfigError, first_line
 from deltamem_tool.io.names import commit_of, hub_name, resolve_folder, short_name
 from deltamem_tool.io.safe_json import read_json
 
@@ -134,7 +134,9 @@ class BaseCheckpoint:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
                 raise
             raise ArchitectureError(
-                f"transformers cannot load {self.name}.", _first_line(error), "Correct it, or use another checkpoint."
+                f"transformers cannot load {self.name}.",
+                f"{first_line(error)}.",
+                "Correct it, or use another checkpoint.",
             ) from error
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -234,11 +236,6 @@ class BaseCheckpoint:
         return self.load(dtype="auto").state_dict()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
-
-
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
     said = _config_on_disk(folder, name)
     model_type = said.get("model_type")
@@ -272,7 +269,9 @@ def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Pretrained
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         raise ArchitectureError(
-            f"transformers cannot read {folder / 'config.json'}.", _first_line(error), "Fetch the checkpoint again."
+            f"transformers cannot read {folder / 'config.json'}.",
+            f"{first_line(error)}.",
+            "Fetch the checkpoint again.",
         ) from error
     # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
     head = (getattr(config, "architectures", None) or [""])[0]

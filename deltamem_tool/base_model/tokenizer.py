@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import ArchitectureError, first_line
 
 
 def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
@@ -23,8 +23,9 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks on the terminal
     except (OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArchitectureError(f"{folder} has no tokenizer.", why, "Save the model's tokenizer beside it.") from error
+        raise ArchitectureError(
+            f"{folder} has no tokenizer.", f"{first_line(error)}.", "Save the model's tokenizer beside it."
+        ) from error
     if for_chat and tokenizer.chat_template is None:
         raise ArchitectureError(
             f"The tokenizer of {folder} has no chat template.", "", "Use the base model's chat or instruct version."

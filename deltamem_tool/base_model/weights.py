@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.io.safe_json import parse_json, read_text
 
 # In transformers' order: a file with all weights, or the index of several.
@@ -126,8 +126,7 @@ class StoredWeights:
                 f"{path} cannot be read.", "It is cut short, or holds more than weights.", "Fetch the checkpoint again."
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ArchitectureError(f"{path} cannot be read.", f"{why}.", _AGAIN) from error
+            raise ArchitectureError(f"{path} cannot be read.", f"{first_line(error)}.", _AGAIN) from error
         if not in_parts:
             self._old[path.name] = said
         return said

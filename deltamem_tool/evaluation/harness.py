@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition
 from deltamem_tool.evaluation.lora import Lora
@@ -169,7 +169,7 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     except (DatasetsError, OSError, ValueError, RuntimeError, LookupError) as error:
         raise DataError(
             f"The data of the task {name} cannot be loaded.",
-            f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}."[:500],
+            f"{first_line(error)}.",
             "Try again with a network; where a dataset is gated, accept its terms on the Hub and run `hf auth login`.",
         ) from error
     for own, task in loaded["tasks"].items():

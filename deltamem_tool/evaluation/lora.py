@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamem_tool._compat import peft_model
-from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError, first_line
 from deltamem_tool.io.safe_json import read_json
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Lora:
         try:
             wrapped = peft_model(model, config)
         except ValueError as error:
-            raise self._misfit(" ".join(str(error).split())) from error
+            raise self._misfit(f"{first_line(error)}.") from error
         try:
             self._fill(wrapped)
         except BaseException:

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import HubError
+from deltamem_tool.errors import HubError, first_line
 from deltamem_tool.evaluation.conditions import STATE, in_words
 from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
@@ -85,8 +85,9 @@ def _parsed(card: bytes) -> ModelCard:
     except UnicodeDecodeError as error:
         raise HubError(f"{CARD_FILE} is no text in UTF-8.", f"{error}.", "Save it in UTF-8.") from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise HubError(f"The metadata of {CARD_FILE} cannot be read.", f"{why}.", "Correct it there.") from error
+        raise HubError(
+            f"The metadata of {CARD_FILE} cannot be read.", f"{first_line(error)}.", "Correct it there."
+        ) from error
 
 
 def _describe(data: Any, known: Contents, repo_id: str, base: str | None, license: str | None) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from deltamem_tool._compat import HTTPError, TimeoutException
-from deltamem_tool.errors import HubError
+from deltamem_tool.errors import HubError, first_line
 
 # What the client raises: its own; OSError, into which it turns some answers; RuntimeError, in which it wraps what its
 # threads meet; the last two where an answer is not what the Hub would say.
@@ -32,11 +32,6 @@ def redacted(text: str) -> str:
     if token:
         text = text.replace(token, "***")
     return _TOKEN.sub("***", text)
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def may_have_landed(error: BaseException) -> bool:
@@ -78,10 +73,12 @@ def explained(error: BaseException, repo_id: str, what: str, writing: bool = Fal
     if any(isinstance(cause, TimeoutException) for cause in causes):
         return HubError(what, "The Hub did not answer in time.", f"Check the network. {_LATER}")
     if any(isinstance(cause, HTTPError) for cause in causes):
-        return HubError(what, f"The connection failed: {first_line(causes[-1])}.", f"Check the network. {_LATER}")
+        return HubError(
+            what, f"The connection failed: {redacted(first_line(causes[-1]))}.", f"Check the network. {_LATER}"
+        )
     if isinstance(causes[-1], ValueError | KeyError):
         return HubError(what, "What came is no answer of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
-    return HubError(what, f"{first_line(error)}.", f"Check the network. {_LATER}")
+    return HubError(what, f"{redacted(first_line(error))}.", f"Check the network. {_LATER}")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -139,4 +136,4 @@ def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str,
         return f"The Hub has had too many requests from you.{words}", after
     if status >= 500:
         return f"The Hub has an error of its own ({status}).{words}", _LATER
-    return f"The Hub answered {status}.{words or f' {first_line(error)}.'}", "Correct it, and try again."
+    return f"The Hub answered {status}.{words or f' {redacted(first_line(error))}.'}", "Correct it, and try again."

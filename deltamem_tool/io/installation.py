@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from deltamem_tool.errors import InstallationError
+from deltamem_tool.errors import InstallationError, first_line
 
 PACKAGE = "deltamem-tool"
 IGNORE = "DELTAMEM_IGNORE_BOUNDS"  # set to 1 to run with whatever is installed
@@ -129,9 +129,8 @@ def _check_torch(requirement: Requirement) -> None:
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InstallationError(
             "PyTorch is installed, but it cannot be imported.",
-            f"{lines[0].rstrip('.')}.",
+            f"{first_line(error)}.",
             f"pip install --force-reinstall 'torch{_bounds(requirement)}'",
         ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deltamem_tool.errors import DataError
+from deltamem_tool.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,9 +67,10 @@ class ChatTemplate:
         try:
             return self._write(messages, generation_prompt)
         except Exception as error:  # a template is a program of others, it can raise anything
-            why = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"The chat template of {self.name} refuses the conversation.", f"{why}.", "Change the conversation."
+                f"The chat template of {self.name} refuses the conversation.",
+                f"{first_line(error)}.",
+                "Change the conversation.",
             ) from error
 
     def attempt(self, messages: Sequence[Message]) -> str | None:

@@ -20,7 +20,7 @@ from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, 
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.store import EpisodeStatistics, TokenCounts
-from deltamem_tool.errors import DataError, DeltaMemError
+from deltamem_tool.errors import DataError, DeltaMemError, first_line
 from deltamem_tool.memory.attach import fresh_adapter
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.lora import with_lora
@@ -267,8 +267,7 @@ def _activations(
     except DeltaMemError:
         raise  # training would say the same
     except Exception as error:  # whatever a model's code does without numbers
-        why = (str(error).strip().splitlines() or [""])[0]
-        notes.append(f"Activations: not computed ({type(error).__name__}: {why})")
+        notes.append(f"Activations: not computed ({type(error).__name__}: {first_line(error)})")
         return None
     return found + largest
 

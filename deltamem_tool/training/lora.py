@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import peft_model
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, first_line
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing
@@ -44,8 +44,9 @@ def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = No
     try:
         model = peft_model(base, config)
     except ValueError as error:
-        why = " ".join(str(error).split())
-        raise ConfigError("The LoRA does not fit the model.", why, "Correct lora.targets.") from error
+        raise ConfigError(
+            "The LoRA does not fit the model.", f"{first_line(error)}.", "Correct lora.targets."
+        ) from error
     config.base_model_name_or_path, config.revision = name, revision
     return model
 

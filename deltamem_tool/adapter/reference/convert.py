@@ -29,7 +29,7 @@ from deltamem_tool.adapter.save import write_adapter
 from deltamem_tool.base_model.attention import AttentionLayer, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
-from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
 from deltamem_tool.io.atomic import folder_whole, refuse_existing
 from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.io.safe_json import read_json
@@ -262,8 +262,7 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
             f"{file} is refused.", f"{why}; nothing of it was run.", "Do not use this file: it may be made to do harm."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything at all
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise AdapterError(f"{file} is damaged.", f"{why}.", "Fetch the adapter again.") from error
+        raise AdapterError(f"{file} is damaged.", f"{first_line(error)}.", "Fetch the adapter again.") from error
     if not isinstance(found, dict):
         raise AdapterError(
             f"{file} is no adapter.", f"It holds a {type(found).__name__}, not a dictionary.", "Use another file."

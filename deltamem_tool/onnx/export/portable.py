@@ -8,7 +8,7 @@ import onnx
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ExportError, first_line
 
 _STANDARD = ("", "ai.onnx")  # two names of one domain
 
@@ -50,6 +50,6 @@ def check_file(path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
             "The graph is no valid ONNX.",
-            f"{str(error).strip().partition(chr(10))[0].rstrip('.')}.",
+            f"{first_line(error)}.",
             "Please report it, with the base model's name; nothing was written.",
         ) from error

@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ExportError, first_line
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
@@ -71,8 +71,9 @@ class LoadedGraph:
                 str(Path(folder) / contract.MODEL_FILE), options, providers=providers
             )
         except Exception as error:  # onnxruntime's exceptions have no common base class of their own
-            why = str(error).splitlines()[0]
-            raise ExportError("ONNX Runtime cannot load this graph.", f"{why}.", "Export the model again.") from error
+            raise ExportError(
+                "ONNX Runtime cannot load this graph.", f"{first_line(error)}.", "Export the model again."
+            ) from error
         refuse_if_missing(provider, self._session.get_providers())
         self._session.disable_fallback()
         interface.check_graph(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ExportError, first_line
 from deltamem_tool.io.safe_json import read_bytes, read_json
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import DATA_FILE, GENAI_CONFIG_FILE, MODEL_FILE, Manifest
@@ -139,8 +139,9 @@ def _read(file: Path) -> ModelProto:
     try:
         model = onnx.ModelProto.FromString(read_bytes(file, MAX_GRAPH_BYTES))
     except (DecodeError, ValueError, FileNotFoundError) as error:
-        why = str(error).strip().partition("\n")[0].rstrip(".") or "It is no ONNX"
-        raise ExportError(f"{MODEL_FILE} cannot be read.", f"{why}.", "Fetch the folder or export it again.") from error
+        raise ExportError(
+            f"{MODEL_FILE} cannot be read.", f"{first_line(error)}.", "Fetch the folder or export it again."
+        ) from error
     known = model.ByteSize()
     model.DiscardUnknownFields()
     if model.ByteSize() != known:  # ONNX Runtime may know what this package of onnx does not
