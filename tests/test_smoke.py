@@ -1,6 +1,6 @@
 """What every user does, once, by the commands: it has to work with any versions that the bounds admit.
 
-`scripts/smoke.sh` runs it with `test_compat.py` and `test_cache_argument.py`: in CI in the lowest set of versions, and
+`scripts/smoke.sh` runs it with the tests of `_compat` and of the cache's name: in CI in the lowest set of versions, and
 for a release that has just come out by `make compat`.
 """
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import signal
 
 import pytest
 import torch
-from helpers.tiny import listing, patched_model, save_checkpoint, weights_of, write_jsonl
+from helpers.tiny import patched_model, write_jsonl
 from safetensors.torch import load_file
 from training.batches import episode_batch
-from training.talks import write_talks
+from training.short_runs import changed, short_run, summary
 
-from deltamem_tool import DeltaMemConfig, DeltaMemError
+from deltamem_tool import DeltaMemError
 from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
-from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.data import dialogues
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.recipe.load import DataOptions
 from deltamem_tool.training import EpisodeModel, train
 from deltamem_tool.training import trainer as engine
 from deltamem_tool.training.run import run_data
-from deltamem_tool.training.trainer import EpisodeSampler, steps_of
+from deltamem_tool.training.trainer import EpisodeSampler
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,23 +31,7 @@ LOSS_TOLERANCE = 1e-5
 
 @pytest.fixture
 def recipe(checkpoint, tmp_path):
-    """On a file, which is what it evaluates with too."""
-    talks = str(write_talks(tmp_path / "talks.jsonl"))
-    return Recipe(
-        base=str(checkpoint),
-        out=str(tmp_path / "adapter"),
-        memory=DeltaMemConfig(rank=4),
-        data=DataOptions(path=talks, eval_path=talks, max_write_tokens=200, max_read_tokens=90),
-        training=TrainingOptions(steps=6, batch_size=4, learning_rate=1e-2, eval_every=2, eval_episodes=6),
-    )
-
-
-def changed(recipe, **training):
-    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **training))
-
-
-def summary(recipe):
-    return json.loads((read_adapter(recipe.out).path / SUMMARY_FILE).read_text())
+    return short_run(checkpoint, tmp_path)
 
 
 # Evaluation
@@ -169,170 +149,6 @@ def test_the_summary_says_how_it_was_trained(recipe, tmp_path):
 def test_logs_are_written_where_they_stay(recipe, tmp_path):
     train(changed(recipe, report_to=("tensorboard",)))
     assert any(path.name.startswith("events.") for path in (tmp_path / "adapter.logs").rglob("*"))
-
-
-# What options do
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"optimizer": "sgd", "learning_rate": 1.0},
-        {"optimizer": "adafactor"},
-        {"scheduler": "cosine_with_min_lr", "scheduler_options": {"min_lr_rate": 0.1}},
-        {"gradient_checkpointing": True},
-        {"write_chunk": 16, "bptt": 1},
-        {"gradient_accumulation": 2},
-        {"dtype": "bfloat16"},
-        {"attention": "eager"},
-    ],
-    ids=lambda options: next(iter(options)) + "-" + str(next(iter(options.values()))),
-)
-def test_options_of_a_run(options, recipe):
-    losses = [loss for _, loss in train(changed(recipe, **{"steps": 16, "eval_every": None, **options})).losses]
-    assert losses[-1] < 0.95 * losses[0]
-
-
-def test_a_run_that_recomputes_is_the_same_run(recipe):
-    train(recipe)
-    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
-    train(changed(recipe, gradient_checkpointing=True), overwrite=True)
-    found = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_base(kind, recipe, tokenizer, tmp_path):
-    # Of whole blocks of 64: bitsandbytes 0.50 computes no others on a processor with AVX512-BF16.
-    base = save_checkpoint(tmp_path / "wide", tokenizer, hidden_size=64, intermediate_size=128)
-    memory = DeltaMemConfig(rank=4, delta_init="base_slice")
-    quantised = dataclasses.replace(recipe, base=str(base), memory=memory)
-    losses = [loss for _, loss in train(changed(quantised, quantize=kind, steps=16, eval_every=None)).losses]
-    assert losses[-1] < 0.95 * losses[0]
-    assert {tensor.dtype for tensor in weights_of(read_adapter(recipe.out)).values()} == {torch.float32}
-
-
-def test_epochs_are_counted_in_steps(recipe):
-    """24 conversations in batches of 4 by 2: 3 steps an epoch."""
-    result = train(changed(recipe, steps=None, epochs=2.0, gradient_accumulation=2, eval_every=None))
-    assert result.steps == steps_of(2.0, 24, 8) == 6
-    assert train(changed(recipe, steps=None, eval_every=None), overwrite=True).steps == 6  # one, in batches of 4
-    assert steps_of(0.5, 9, 4) == 2
-
-
-def test_bad_rows_can_be_left_out(recipe, tmp_path):
-    rows = (tmp_path / "talks.jsonl").read_text().splitlines()
-    (tmp_path / "talks.jsonl").write_text("\n".join([*rows[:3], "{}", *rows[3:], "no json"]) + "\n")
-    before = listing(tmp_path)
-    with pytest.raises(DeltaMemError, match=r"talks.jsonl:4"):
-        train(recipe)
-    assert listing(tmp_path) == before
-    data = dataclasses.replace(recipe.data, skip_bad_rows=True)
-    result = train(changed(dataclasses.replace(recipe, data=data), eval_every=None))
-    assert result.skipped_rows == 2 and summary(recipe)["skipped_rows"] == 2
-
-
-def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
-    peft = pytest.importorskip("peft")
-    lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.1))
-    result = train(changed(lora, steps=16, eval_every=8))
-    losses = [loss for _, loss in result.losses]
-    assert losses[-1] < 0.95 * losses[0]
-    said = json.loads((tmp_path / "adapter" / SUMMARY_FILE).read_text())
-    assert any("eval_recall" in row and "eval_recall_zero" not in row for row in said["log"])
-    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
-    assert (config.r, set(config.target_modules)) == (4, {"q_proj", "o_proj"})
-    assert config.base_model_name_or_path == recipe.base
-    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(weight.numel() for weight in weights.values()) == result.parameters
-    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
-
-
-def test_a_lora_that_fits_nothing(recipe):
-    lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(targets=("nowhere",)))
-    with pytest.raises(ConfigError, match=r"(?s)does not fit.*nowhere.*lora.targets"):
-        train(lora)
-
-
-def test_context_dropout_hides_recent_turns(recipe):
-    """With the recent turn in view the answer is told from it: that is another loss than from the memory alone."""
-    losses = {}
-    for dropout in (0.0, 1.0):
-        data = dataclasses.replace(recipe.data, recent_turns=1)
-        objective = ObjectiveOptions(context_dropout=dropout)
-        run = dataclasses.replace(recipe, data=data, objective=objective)
-        losses[dropout] = train(changed(run, steps=1, eval_every=None), overwrite=True).losses[0][1]
-    plain = train(changed(recipe, steps=1, eval_every=None), overwrite=True).losses[0][1]
-    assert losses[1.0] == plain and abs(losses[0.0] - plain) > 1e-3
-
-
-# Resumed
-
-
-@pytest.mark.parametrize("early_stop", [None, 2])
-def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
-    """Nothing is left to do: no step is done twice, and the best weights are still the best."""
-    # 5 steps are no whole epoch, and a constant rate would move the weights with a sixth.
-    options = {"steps": 5, "scheduler": "constant", "save_every": 1, "eval_every": 1, "early_stop": early_stop}
-    real, calls = engine.outcomes, []
-
-    def no_better(*args):
-        calls.append(1)
-        factors = torch.tensor([100.0 if len(calls) > 2 else 1.0, 1.0, 1.0, 1.0])
-        return {name: sums * factors for name, sums in real(*args).items()}
-
-    if early_stop:  # after the second evaluation nothing is better: the fourth ends the run
-        monkeypatch.setattr(engine, "outcomes", no_better)
-    whole = train(changed(recipe, **options))
-    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
-    calls.clear()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    again = dataclasses.replace(changed(recipe, **options), out=f"{recipe.out}-again")
-    monkeypatch.setattr(EpisodeModel, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(again)
-    monkeypatch.undo()
-    resumed = train(again, resume=True)
-    assert (resumed.steps, resumed.losses) == (whole.steps, whole.losses)
-    assert whole.steps == (4 if early_stop else 5)
-    found = load_file(f"{again.out}/{WEIGHTS_FILE}")
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
-def test_patience_goes_on_where_it_was(recipe, monkeypatch):
-    """No evaluation is better than the first; one of three is waited for before Ctrl-C, and two after it."""
-    real = engine.outcomes
-    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
-    run = changed(recipe, steps=40, early_stop=3)
-
-    def interrupt(step, *_):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
-        train(run, report=interrupt)
-    assert train(run, resume=True).steps == 8
-
-
-@pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
-def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
-    def interrupt(step, *_):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(DeltaMemError, match="Interrupted"):
-        train(recipe, report=interrupt)
-    if what == "processes":
-        said = tmp_path / "adapter.run" / "recipe.json"
-        said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
-    else:
-        write_talks(tmp_path / "talks.jsonl", count=25)
-    with pytest.raises(DeltaMemError, match=f"(?s)started otherwise.*{what}"):
-        train(recipe, resume=True)
 
 
 # The order of episodes

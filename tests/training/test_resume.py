@@ -1,0 +1,90 @@
+"""A run that was killed or interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.short_runs import changed, short_run
+from training.talks import write_talks
+
+from deltamem_tool import DeltaMemError
+from deltamem_tool.adapter.config_file import WEIGHTS_FILE
+from deltamem_tool.training import EpisodeModel, train
+from deltamem_tool.training import trainer as engine
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    return short_run(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("early_stop", [None, 2])
+def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
+    """Nothing is left to do: no step is done twice, and the best weights are still the best."""
+    # 5 steps are no whole epoch, and a constant rate would move the weights with a sixth.
+    options = {"steps": 5, "scheduler": "constant", "save_every": 1, "eval_every": 1, "early_stop": early_stop}
+    real, calls = engine.outcomes, []
+
+    def no_better(*args):
+        calls.append(1)
+        factors = torch.tensor([100.0 if len(calls) > 2 else 1.0, 1.0, 1.0, 1.0])
+        return {name: sums * factors for name, sums in real(*args).items()}
+
+    if early_stop:  # after the second evaluation nothing is better: the fourth ends the run
+        monkeypatch.setattr(engine, "outcomes", no_better)
+    whole = train(changed(recipe, **options))
+    expected = load_file(f"{recipe.out}/{WEIGHTS_FILE}")
+    calls.clear()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    again = dataclasses.replace(changed(recipe, **options), out=f"{recipe.out}-again")
+    monkeypatch.setattr(EpisodeModel, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(again)
+    monkeypatch.undo()
+    resumed = train(again, resume=True)
+    assert (resumed.steps, resumed.losses) == (whole.steps, whole.losses)
+    assert whole.steps == (4 if early_stop else 5)
+    found = load_file(f"{again.out}/{WEIGHTS_FILE}")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_patience_goes_on_where_it_was(recipe, monkeypatch):
+    """No evaluation is better than the first; one of three is waited for before Ctrl-C, and two after it."""
+    real = engine.outcomes
+    monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
+    run = changed(recipe, steps=40, early_stop=3)
+
+    def interrupt(step, *_):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
+        train(run, report=interrupt)
+    assert train(run, resume=True).steps == 8
+
+
+@pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
+def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
+    def interrupt(step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted"):
+        train(recipe, report=interrupt)
+    if what == "processes":
+        said = tmp_path / "adapter.run" / "recipe.json"
+        said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
+    else:
+        write_talks(tmp_path / "talks.jsonl", count=25)
+    with pytest.raises(DeltaMemError, match=f"(?s)started otherwise.*{what}"):
+        train(recipe, resume=True)
