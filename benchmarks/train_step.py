@@ -37,10 +37,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.lora_step import LoraStepModel
 from deltamem_tool.training.loss import EpisodeModel
 
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
@@ -63,7 +64,7 @@ class Side:
         twin = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the weights are shared
         self.batch = batch
         if name == LORA:
-            lora = with_lora(twin, LoraOptions(rank=8, targets=("q_proj", "o_proj"), dropout=0.0))
+            lora = new_lora(twin, LoraOptions(rank=8, targets=("q_proj", "o_proj"), dropout=0.0))
             self.model: nn.Module = LoraStepModel(lora, recompute=args.gradient_checkpointing)
         else:
             attach(twin, DeltaMemConfig.preset(name)).to(base.device)

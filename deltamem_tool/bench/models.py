@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.load import load
+from deltamem_tool.baselines.lora import Lora, random_lora
 from deltamem_tool.bench import LORA, MEMORY
-from deltamem_tool.bench.loras import fresh_lora, stored_lora
 from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import TorchSide
 from deltamem_tool.errors import ConfigError
@@ -69,8 +69,8 @@ def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: 
     if name != LORA:
         return model.eval()
     if setting.lora is not None:
-        return stored_lora(model, setting.lora).eval()
-    return fresh_lora(model, adapter, setting.seed).eval()
+        return Lora.read(setting.lora).for_inference(model)
+    return random_lora(model, adapter, setting.seed).eval()
 
 
 def torch_sides(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting) -> dict[str, TorchSide]:

@@ -97,7 +97,7 @@ def main() -> None:
         import deltamem_tool.bench.models  # noqa: F401
 
         if said["model"] == LORA:
-            from deltamem_tool.bench.loras import import_peft
+            from deltamem_tool.baselines.lora import import_peft
 
             import_peft()
     now = _on_gpu(setting, onnx) if setting.on_cuda else peak_resident

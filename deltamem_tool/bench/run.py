@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.baselines.lora import Lora, lora_parameters
 from deltamem_tool.bench import LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
-from deltamem_tool.bench.loras import find_lora, lora_parameters
 from deltamem_tool.bench.machine import cpu_name
 from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of, vocabulary
 from deltamem_tool.bench.peak import Peak, peak_of
@@ -50,7 +50,7 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda what, do
     setting = dataclasses.replace(setting, threads=threads)
     described, export = read_adapter(setting.adapter), None
     if setting.lora is not None:  # what can be refused before the base is loaded is
-        find_lora(setting.lora, [name for name in (setting.base, described.base.name) if name])
+        Lora.read(setting.lora).check_base_name([name for name in (setting.base, described.base.name) if name])
     if setting.onnx is not None:
         export = read_export(setting, setting.onnx, described.fingerprint)
         setting = dataclasses.replace(setting, dtype=export[1].interface.dtype)

@@ -167,9 +167,9 @@ def _of_harness(
     lora: Path | None,
 ) -> Callable[..., Evaluation]:
     """What asks tasks of lm-evaluation-harness; what cannot be asked is said before anything is loaded."""
+    from deltamem_tool.baselines.lora import Lora
     from deltamem_tool.evaluation.conditions import chosen
     from deltamem_tool.evaluation.harness import conditions_of, find_harness, prepare, refuse_histories
-    from deltamem_tool.evaluation.lora import Lora
 
     refuse_histories(protocol, baselines)
     beside = None if lora is None else Lora.read(lora)
@@ -197,8 +197,8 @@ def _of_task(
     lora: Path | None,
 ) -> Callable[..., Evaluation]:
     """What asks a task of ours or of one's own; what cannot be asked is said before anything is loaded."""
+    from deltamem_tool.baselines.lora import Lora
     from deltamem_tool.evaluation.conditions import EvalProtocol, chosen, conditions_of
-    from deltamem_tool.evaluation.lora import Lora
     from deltamem_tool.evaluation.task import find_task
 
     way = EvalProtocol.parse(protocol)

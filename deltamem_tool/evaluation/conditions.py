@@ -11,7 +11,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import MEMORY_ONLY
 
 if TYPE_CHECKING:
-    from deltamem_tool.evaluation.lora import Lora
+    from deltamem_tool.baselines.lora import Lora
 
 # Memories.
 OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition
-from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.task import made
 
 

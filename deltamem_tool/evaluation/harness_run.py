@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.answer import under
 from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
 from deltamem_tool.evaluation.harness import Prepared, conditions_of
-from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import ITEMS, Answered, Record
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
@@ -60,7 +60,7 @@ def evaluate_harness(
         DataError: a prompt is too long for the model, or `folder` is of another run.
     """
     if lora is not None:
-        lora.refuse_other_base(model)
+        lora.check_base(model)
     harness = prepared.harness
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.baselines.bm25 import rank
+from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments.template import ChatTemplate, Message
@@ -85,7 +84,7 @@ class Views:
 
     def _retrieved(self, item: Item) -> str:
         """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
-        ranked = _ranked(_passages(item), item.query or item.question[-1]["content"])
+        ranked = rank(_passages(item), item.query or item.question[-1]["content"])
         chosen: list[int] = []
         room = self._count(self._plain(item)) + self._protocol.window
         for number in ranked:
@@ -125,33 +124,3 @@ def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Messa
 def _passages(item: Item) -> list[str]:
     """One a message, with who says it."""
     return [f"{message['role']}: {message['content']}" for message in _messages(item)]
-
-
-def _ranked(passages: Sequence[str], question: str) -> list[int]:
-    """The passages' numbers, best first; those that share no word with the question are left out."""
-    index, tokens = _index(tuple(passages))
-    asked = _words(question)
-    if not tokens or not asked:
-        return []
-    scores = index.get_scores(asked)
-    return [int(number) for number in sorted(range(len(passages)), key=lambda n: -scores[n]) if scores[number] > 0]
-
-
-@lru_cache(maxsize=32)  # many questions are about one history
-def _index(passages: tuple[str, ...]) -> tuple[Any, bool]:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ConfigError("BM25 needs the package bm25s.", "", "pip install 'deltamem-tool[eval]'.") from error
-    words = [_words(passage) for passage in passages]
-    if not any(words):
-        return None, False
-    index = bm25s.BM25()
-    index.index(words, show_progress=False)
-    return index, True
-
-
-def _words(text: str) -> list[str]:
-    import bm25s
-
-    return bm25s.tokenize([text], return_ids=False, show_progress=False)[0]

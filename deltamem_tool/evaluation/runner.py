@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.answer import ask
 from deltamem_tool.evaluation.conditions import (
@@ -20,7 +21,6 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
 )
 from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
-from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.questions import check, digest_of, donors_of
 from deltamem_tool.evaluation.records import ITEMS, Answered, Record
@@ -68,7 +68,7 @@ def evaluate(
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
     """
     if lora is not None:
-        lora.refuse_other_base(model)
+        lora.check_base(model)
     everyone = task.items()
     check(everyone)
     items, donors = everyone[:limit], donors_of(everyone)

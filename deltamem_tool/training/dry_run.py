@@ -15,6 +15,7 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.tokenizer import read_tokenizer
+from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
@@ -23,7 +24,6 @@ from deltamem_tool.data.store import EpisodeStatistics, TokenCounts
 from deltamem_tool.errors import DataError, DeltaMemError, first_line
 from deltamem_tool.memory.attach import fresh_adapter
 from deltamem_tool.recipe.load import Recipe
-from deltamem_tool.training.lora import with_lora
 from deltamem_tool.training.peak_bytes import Report, StepShape, activation_bytes, base_dtype, no_columns
 from deltamem_tool.training.run import dialogues_of, encoder_of
 from deltamem_tool.training.trainer import steps_of
@@ -91,7 +91,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     skeleton = checkpoint.skeleton()
     base_parameters, base_bytes, largest = _base(skeleton, recipe, checkpoint.config, notes)
     if recipe.lora is not None:
-        lora: nn.Module = with_lora(skeleton, recipe.lora)
+        lora: nn.Module = new_lora(skeleton, recipe.lora)
         trained = sum(weight.numel() for weight in lora.parameters() if weight.requires_grad)
         memory_bytes, granularity = 0, "token"
     else:

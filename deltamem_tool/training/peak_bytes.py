@@ -23,13 +23,14 @@ from deltamem_tool._compat import FakeTensorMode, TorchDispatchMode, tree_leaves
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.layouts import Projection
+from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.attach import fresh_adapter, hook
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.ops import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.lora_step import LoraStepModel
 from deltamem_tool.training.loss import EpisodeModel
 
 Report = Callable[[int, int], None]  # fake steps done, of how many
@@ -205,7 +206,7 @@ def _fake_peaks(
         options["attn_implementation"] = "eager"
     with torch.device("meta"):
         base = checkpoint.from_config(config, **options).eval()
-    lora = None if recipe.lora is None else with_lora(base, recipe.lora)
+    lora = None if recipe.lora is None else new_lora(base, recipe.lora)
     with FakeTensorMode(allow_non_fake_inputs=True), use_implementation("chunked"), without_packing_search():
         if lora is not None:
             lora.to_empty(device="cpu")

@@ -20,6 +20,7 @@ from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
+from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.sources import read_episodes
@@ -32,7 +33,7 @@ from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.lora import LoraStepModel, with_lora
+from deltamem_tool.training.lora_step import LoraStepModel
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
@@ -192,7 +193,7 @@ def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrained
     options = recipe.training
     if recipe.lora is not None:
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-        lora = with_lora(_loaded(checkpoint, recipe), recipe.lora, checkpoint.name, checkpoint.revision)
+        lora = new_lora(_loaded(checkpoint, recipe), recipe.lora, checkpoint.name, checkpoint.revision)
         tokenizer = read_tokenizer(checkpoint.folder)
         return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
     model, tokenizer = load_base(recipe)

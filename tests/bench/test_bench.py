@@ -11,8 +11,8 @@ from helpers.tiny import patched_model, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, detach, load
 from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.baselines.lora import Lora, lora_parameters, new_lora, random_lora
 from deltamem_tool.bench import BASE, LORA, MEMORY, MODELS, PYTORCH, SEGMENT
-from deltamem_tool.bench.loras import find_lora, fresh_lora, lora_parameters, stored_lora
 from deltamem_tool.bench.models import equip, load_apart, torch_sides, twin_of
 from deltamem_tool.bench.peak import _model, peak_of
 from deltamem_tool.bench.setting import Setting
@@ -21,7 +21,6 @@ from deltamem_tool.errors import AdapterError, ConfigError, DeltaMemError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.recipe.load import LoraOptions
-from deltamem_tool.training.lora import with_lora
 
 POSITIONS = 512  # of the tiny checkpoint
 
@@ -34,7 +33,7 @@ def adapter(checkpoint, tmp_path_factory):
 
 
 def save_lora(folder, base, name=None):
-    with_lora(base, LoraOptions(rank=3), name).save_pretrained(folder)
+    new_lora(base, LoraOptions(rank=3), name).save_pretrained(folder)
     return folder
 
 
@@ -58,7 +57,7 @@ def test_each_model_is_what_it_is_called():
     model, memory = apart(patched_model())
     sides = torch_sides(model, memory, Setting("adapter"))
     ids, options = tokens(2, 40), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    expected = {BASE: tiny_model(), MEMORY: patched_model(), LORA: fresh_lora(tiny_model(), memory, seed=0).eval()}
+    expected = {BASE: tiny_model(), MEMORY: patched_model(), LORA: random_lora(tiny_model(), memory, seed=0).eval()}
     said = {}
     for name, other in expected.items():
         said[name] = generated(sides[name], ids, 5)[0]
@@ -91,9 +90,9 @@ def test_messages_are_written_as_they_end():
         torch.testing.assert_close(cache.memory.layers[layer], state, atol=1e-5, rtol=0)
 
 
-def test_a_fresh_lora_is_of_the_memorys_size():
+def test_a_random_lora_is_of_the_memorys_size():
     model, memory = apart(patched_model(rank=8))
-    lora = fresh_lora(model, memory, seed=0)
+    lora = random_lora(model, memory, seed=0)
     rank, of_memory = lora.active_peft_config.r, sum(weight.numel() for weight in memory.parameters())
     assert abs(lora_parameters(lora) - of_memory) <= lora_parameters(lora) / rank / 2
     weights = {name: weight for name, weight in lora.named_parameters() if "lora_" in name}
@@ -103,7 +102,7 @@ def test_a_fresh_lora_is_of_the_memorys_size():
 
 def test_a_lora_is_of_the_bases_type():
     model, memory = apart(patched_model())
-    lora = fresh_lora(model.to(torch.bfloat16), memory, seed=0)
+    lora = random_lora(model.to(torch.bfloat16), memory, seed=0)
     assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
 
 
@@ -181,24 +180,24 @@ def test_bad_usage_is_a_short_error(adapter, deltamem, options, words, tmp_path)
 def test_a_lora_that_peft_has_saved(tmp_path):
     base = tiny_model()
     folder = save_lora(tmp_path / "lora", base, "builtin:backbone")
-    lora = stored_lora(tiny_model(), str(folder))
+    lora = Lora.read(folder).for_inference(tiny_model())
     assert lora.active_peft_config.r == 3 and lora_parameters(lora) == 2 * 3 * (32 + 64 + 64 + 32)
     with pytest.raises(AdapterError, match="made for another base model"):
-        find_lora(str(folder), ["someone/else"])
+        Lora.read(folder).check_base_name(["someone/else"])
     for names in (["builtin:backbone"], ["builtin:backbone", "someone/else"], ["./a/path"], []):
-        assert find_lora(str(folder), names).folder == folder  # a path says nothing about the name
+        Lora.read(folder).check_base_name(names)  # a path says nothing about the name
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):
     folder = save_lora(tmp_path / "wide", tiny_model(hidden_size=64))
     with pytest.raises(AdapterError, match="does not fit"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
     folder = save_lora(tmp_path / "deep", tiny_model(num_hidden_layers=3))
     with pytest.raises(AdapterError, match="Missing, extra"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
     folder = save_lora(tmp_path / "shallow", tiny_model(num_hidden_layers=1))
     with pytest.raises(AdapterError, match="Missing, extra"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
 
 
 def test_what_is_no_lora_is_refused(tmp_path):
@@ -207,13 +206,13 @@ def test_what_is_no_lora_is_refused(tmp_path):
     said = json.loads(config.read_text())
     config.write_text(json.dumps({**said, "peft_type": "IA3"}))
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
     config.write_text("{")
     with pytest.raises(AdapterError, match="is not JSON"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors"):
-        stored_lora(tiny_model(), str(folder))
+        Lora.read(folder).for_inference(tiny_model())
 
 
 def test_a_setting_goes_to_another_process_and_back():

@@ -8,17 +8,17 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from baselines.loras import make_lora
 from evaluation.asked import Asked, item
-from evaluation.loras import make_lora
 from helpers.tiny import logits, randomise, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, attach, detach
+from deltamem_tool.baselines.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.errors import AdapterError, DataError
 from deltamem_tool.evaluation import answer as asking
 from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProtocol, conditions_of
-from deltamem_tool.evaluation.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.memory.attach import adapter_of, hook
@@ -118,15 +118,15 @@ def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
     ):
         changed = copied(folder, tmp_path / f"lora of {name}", base_model_name_or_path=base)
         with pytest.raises(AdapterError, match=says):
-            Lora.read(changed).refuse_other_base(model)
-    Lora.read(folder).refuse_other_base(model)
+            Lora.read(changed).check_base(model)
+    Lora.read(folder).check_base(model)
     (tmp_path / "same").symlink_to(checkpoint)  # by another name
     moved = copied(folder, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "same"))
-    Lora.read(moved).refuse_other_base(model)
+    Lora.read(moved).check_base(model)
 
 
 def test_what_is_no_lora_is_refused(model, folder, tmp_path):
-    with pytest.raises(AdapterError, match=r"no folder of a LoRA.*\n.*adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"is not a LoRA folder.*\n.*adapter_config.json"):
         Lora.read(tmp_path)
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
         Lora.read(copied(folder, tmp_path / "ia3", peft_type="IA3"))

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from baselines.loras import make_lora
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
-from evaluation.loras import make_lora
 from helpers.running import cache_of
 from helpers.tiny import randomise, tiny_model
 from transformers import AutoModelForCausalLM
@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool._compat import cache_argument
 from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import AdapterError, ConfigError, DataError
 from deltamem_tool.evaluation import harness_run
 from deltamem_tool.evaluation.conditions import STATE
 from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
-from deltamem_tool.evaluation.lora import Lora
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.segments.encode import tag_chat

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from deltamem_tool import detach
+from deltamem_tool.baselines.lora import random_lora
 from deltamem_tool.bench import BASE, MEMORY, ONNX, PYTORCH, SEGMENT
 from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
-from deltamem_tool.bench.loras import fresh_lora
 from deltamem_tool.bench.models import torch_sides, twin_of
 from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.setting import Setting
@@ -74,7 +74,7 @@ def test_a_lora_in_buffers_of_fixed_length(fixed):
     options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
     length, ids = interface.max_length, torch.arange(9)[None]
     with apart(fixed.model) as (model, adapter), torch.no_grad():
-        lora = fresh_lora(twin_of(model), adapter, seed=0).eval()
+        lora = random_lora(twin_of(model), adapter, seed=0).eval()
         expected = lora(ids).logits[:, -1:]
         step = PlainStep(lora.get_base_model(), options, length)
         past = [

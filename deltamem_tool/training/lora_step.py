@@ -1,54 +1,19 @@
-"""The LoRA baseline, trained: one of PEFT that learns from the same episodes, with the whole conversation in view.
-
-`evaluation.lora` asks it, `bench.loras` measures what it costs.
-"""
+"""A training step of the LoRA baseline: it learns from the same episodes, with the whole conversation in view."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from deltamem_tool._compat import peft_model
-from deltamem_tool.errors import ConfigError, first_line
 from deltamem_tool.io.atomic import folder_whole
-from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing
 from deltamem_tool.training.loss import scored_logits
-
-
-def with_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = None, revision: str | None = None) -> Any:
-    """The `peft.PeftModel` of `base`, whose own weights are frozen. Its config says that the base is `name`, not where
-    the files of the base are on this machine.
-
-    Raises:
-        ConfigError: PEFT is not installed, or the model has none of the modules.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=cast(int, options.alpha),  # which may be a float, whatever its type says
-        lora_dropout=options.dropout,
-        target_modules=list(options.targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        model = peft_model(base, config)
-    except ValueError as error:
-        raise ConfigError(
-            "The LoRA does not fit the model.", f"{first_line(error)}.", "Correct lora.targets."
-        ) from error
-    config.base_model_name_or_path, config.revision = name, revision
-    return model
 
 
 class LoraStepModel(nn.Module):

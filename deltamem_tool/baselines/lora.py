@@ -1,0 +1,294 @@
+"""LoRAs of PEFT on a base model: a new one to train, one of the memory's size to measure, a saved one to evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deltamem_tool._compat import peft_model
+from deltamem_tool.base_model.attention import attention_layers
+from deltamem_tool.base_model.layouts import features
+from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError, first_line
+from deltamem_tool.io.names import BUILTIN, hub_name, resolve_folder
+from deltamem_tool.io.safe_json import read_json
+from deltamem_tool.recipe.load import LoraOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltamem_tool.memory.adapter import DeltaMemAdapter
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+BRANCHES = ("q", "o")  # the projections a LoRA of the memory's size is on, as the paper's memory is
+RANDOM_STD = 0.02  # of the weights that PEFT starts at zero: a product with zeros might be optimized away
+_AGAIN = "Train it again with `deltamem train` and a recipe with a `lora:` section."
+
+
+def new_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = None, revision: str | None = None) -> Any:
+    """Put a new LoRA on `base`, whose own weights are frozen.
+
+    Args:
+        base: changed in place.
+        options: rank, alpha, dropout and target modules.
+        name: what the saved config calls the base model, instead of its path on this machine.
+        revision: of the base model on the Hub.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        ConfigError: PEFT is not installed, or the model has none of the target modules.
+    """
+    config = _peft().LoraConfig(
+        r=options.rank,
+        lora_alpha=cast(int, options.alpha),  # which may be a float, whatever its type says
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = peft_model(base, config)
+    except ValueError as error:
+        raise ConfigError(
+            "The LoRA does not fit the model.", f"{first_line(error)}.", "Correct lora.targets."
+        ) from error
+    config.base_model_name_or_path, config.revision = name, revision
+    return model
+
+
+def random_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> Any:
+    """Put a LoRA with random weights, of about as many parameters as the memory, on the memory's layers.
+
+    Raises:
+        ConfigError: PEFT is not installed, or cannot change these layers.
+    """
+    layers = [layer for layer in attention_layers(model) if layer.index in adapter.layer_indices]
+    linears = {
+        layer.projection(branch).name: layer.projection(branch).linear for layer in layers for branch in BRANCHES
+    }
+    of_rank_one = sum(sum(features(linear)) for linear in linears.values())
+    parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    rank = max(1, round(parameters / of_rank_one))
+    generator = torch.Generator().manual_seed(seed)
+    with _without_warnings():
+        lora = new_lora(model, LoraOptions(rank=rank, targets=tuple(linears)))
+    with torch.no_grad():
+        for parameter in _lora_weights(lora):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * RANDOM_STD)
+    return _in_dtype_of_base(lora)
+
+
+def lora_parameters(lora: Any) -> int:
+    """The number of parameters of a `PeftModel`'s LoRA."""
+    return sum(parameter.numel() for parameter in _lora_weights(lora))
+
+
+def import_peft() -> None:
+    """Import all that making a LoRA needs. PEFT itself imports more with its first one, for every kind of layer."""
+    with _without_warnings():
+        peft = _peft()
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A saved LoRA: a folder of `deltamem train` with a `lora:` section, or of PEFT's `save_pretrained`.
+
+    Attributes:
+        folder: where its files are.
+        base: folder or Hub id of the model that it was trained on; None where the config has none.
+        revision: of that model on the Hub.
+    """
+
+    folder: Path
+    base: str | None
+    revision: str | None
+
+    @classmethod
+    def read(cls, name: str | Path) -> Lora:
+        """Read the config of a folder or Hub id; the weights are read by `put_on`.
+
+        Raises:
+            AdapterError: a file is missing or damaged, or it is another kind of PEFT adapter.
+            HubError: there is no such folder, or the Hub does not have it.
+        """
+        folder = resolve_folder(str(name), None, [CONFIG_FILE, WEIGHTS_FILE], "LoRA")
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise AdapterError(f"{folder} is not a LoRA folder.", f"It has no {file}.", _AGAIN)
+        try:
+            config = read_json(folder / CONFIG_FILE)
+        except ValueError as error:
+            raise AdapterError(f"{folder / CONFIG_FILE} is not JSON.", f"{error}.", _AGAIN) from error
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != "LORA":
+            raise AdapterError(f"{folder} is not a LoRA.", f"Its peft_type is {kind!r}.", "Use a LoRA.")
+        return cls(folder, config.get("base_model_name_or_path"), config.get("revision"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over its config and its weights."""
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with (self.folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def check_base_name(self, names: Sequence[str]) -> None:
+        """Compare the base model by name alone, before it is loaded.
+
+        Paths are not compared, since they mean nothing on another machine.
+
+        Raises:
+            AdapterError: it names another public model than `names`.
+        """
+        public = isinstance(self.base, str) and names and all(map(_is_public, (self.base, *names)))
+        if public and self.base not in names:
+            raise AdapterError(
+                f"{self.folder} was made for another base model.",
+                f"It was made for {self.base}, and this is {names[0]}.",
+                "Use a LoRA of the same base model.",
+            )
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Compare the base model by the fingerprint of its weights.
+
+        Raises:
+            AdapterError: it was trained on another model than the base of `model`, or does not say on which one.
+        """
+        from deltamem_tool.adapter.find_base import base_of, base_of_model
+        from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+
+        base = base_of_model(model)
+        if not self.base:
+            raise AdapterError(
+                f"{self.folder} does not say which model it was trained on.",
+                f"{CONFIG_FILE} has no base_model_name_or_path.",
+                f"Write the name of its base into it: {base.name}, if it is that.",
+            )
+        if (self.base, self.revision) == (base.name, base.revision):
+            return
+        try:
+            trained_on = base_of(BaseCheckpoint(self.base, self.revision))
+        except (ArchitectureError, HubError) as error:
+            raise AdapterError(
+                f"The base model of {self.folder} cannot be compared with the adapter's.",
+                error.what,
+                f"Correct base_model_name_or_path in {CONFIG_FILE}.",
+            ) from error
+        if (trained_on.model_type, trained_on.fingerprint) != (base.model_type, base.fingerprint):
+            raise AdapterError(
+                f"{self.folder} was trained on another base model.",
+                f"It was trained on {self.base} ({trained_on.model_type}, weights {trained_on.fingerprint[:12]}…); "
+                f"the adapter's is {base.name} ({base.model_type}, weights {base.fingerprint[:12]}…).",
+                "Use a LoRA of the same base model.",
+            )
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[None]:
+        """Put it on `model` inside the block, and take it off again: the model is then what it was before.
+
+        Raises:
+            AdapterError: the weights are damaged, or do not fit the model.
+            ConfigError: PEFT is not installed.
+        """
+        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            wrapped = self.put_on(model)
+            try:
+                yield
+            finally:
+                wrapped.unload()
+        finally:
+            for parameter, required in required_grad:
+                parameter.requires_grad_(required)
+
+    def put_on(self, model: PreTrainedModel) -> Any:
+        """Put it on `model`, whose layers are changed in place.
+
+        Returns:
+            The `PeftModel`, in eval mode.
+
+        Raises:
+            AdapterError: the weights are damaged, or do not fit the model, which is then as it was; tensors that are
+                missing or extra are named.
+            ConfigError: PEFT is not installed.
+        """
+        config = _peft().LoraConfig.from_pretrained(str(self.folder))
+        config.inference_mode = True
+        config.base_model_name_or_path = None  # PEFT would warn about the path, which `check_base` has compared
+        try:
+            wrapped = peft_model(model, config)
+        except ValueError as error:
+            raise self._misfit(f"{first_line(error)}.") from error
+        try:
+            self._load_weights(wrapped)
+        except BaseException:
+            wrapped.unload()
+            raise
+        return wrapped.eval()
+
+    def for_inference(self, model: PreTrainedModel) -> Any:
+        """As `put_on`, frozen and in the data type of the base model."""
+        with _without_warnings():
+            return _in_dtype_of_base(self.put_on(model))
+
+    def _load_weights(self, wrapped: Any) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(self.folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise AdapterError(f"{self.folder / WEIGHTS_FILE} is damaged.", f"{error}.", _AGAIN) from error
+        expected = {name: weight.shape for name, weight in _peft().get_peft_model_state_dict(wrapped).items()}
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if expected != shapes:
+            names = sorted(expected.keys() | shapes.keys())
+            differing = [name for name in names if expected.get(name) != shapes.get(name)]
+            raise self._misfit(f"Missing, extra or of another shape: {', '.join(differing)}.")
+        _peft().set_peft_model_state_dict(wrapped, weights)
+
+    def _misfit(self, why: str) -> AdapterError:
+        return AdapterError(f"{self.folder} does not fit the model.", why, "Use a LoRA of the same base model.")
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("A LoRA needs PEFT.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
+    return peft
+
+
+def _is_public(name: str) -> bool:
+    """Whether `name` is a Hub id or of this package, not a path on this machine."""
+    return name.startswith(BUILTIN) or hub_name(name) is not None
+
+
+def _lora_weights(lora: Any) -> Iterator[Tensor]:
+    return (parameter for name, parameter in lora.named_parameters() if "lora_" in name)
+
+
+def _in_dtype_of_base(lora: Any) -> Any:
+    """PEFT keeps a LoRA of a half-precision model in float32, for training, and casts at every call."""
+    for parameter in _lora_weights(lora):
+        parameter.data = parameter.data.to(lora.get_base_model().dtype)
+    return lora.requires_grad_(False)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide PEFT's warnings, such as those of what it uses of transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
