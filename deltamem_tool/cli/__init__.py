@@ -23,7 +23,6 @@ COMMANDS = (
     "train",
     "eval",
     "compare",
-    "ablate",
     "bench",
     "export",
     "run",
@@ -34,7 +33,6 @@ COMMANDS = (
 _MODULES = {"eval": "evaluate"}  # files whose name is not the command's
 # The extras of the installation that each command needs; those that are not named need none.
 _EXTRAS: dict[str, tuple[str, ...]] = {
-    "ablate": ("train", "eval"),
     "bench": ("train", "eval", "export", "cpu"),
     "convert": ("torch",),
     "eval": ("eval",),
@@ -81,9 +79,12 @@ def cli() -> None:
     """Give a frozen language model an online associative memory (δ-mem)."""
 
 
-def main() -> None:
-    """Run a command. Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with
-    2; anything unexpected keeps its traceback."""
+def main(command: click.Command = cli) -> None:
+    """Run a command, by default `deltamem`, and exit.
+
+    Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; anything
+    unexpected keeps its traceback.
+    """
     # Both must stand before torch and the Hub's client come. Waiting threads that spin make other work on the same
     # cores many times slower; bars are for people.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -92,7 +93,7 @@ def main() -> None:
     # On some processors it tells whoever imports it of a package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        cli(prog_name="deltamem")
+        command(prog_name="deltamem" if command is cli else None)
     except Exception as error:
         said = domain_error(error)
         if said is None:

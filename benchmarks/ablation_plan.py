@@ -1,4 +1,4 @@
-"""An ablation as a YAML file: what is changed in which recipe, and what the paper found."""
+"""An ablation as a YAML file: what changes in which recipe, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECIPE = "recipe"  # among a variant's changes: a recipe of its own
 class _Paper(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    what: str = Field(min_length=1)  # the figures' metric, model and place
+    what: str = Field(min_length=1)  # metric, model and place of the figures
     figures: dict[str, float]  # by variant
 
 
@@ -40,7 +40,7 @@ class _File(BaseModel):
         for key, names in named.items():
             for name in names:
                 if name not in self.variants:
-                    raise ValueError(f"{key} names {name!r}, which is no variant")
+                    raise ValueError(f"{key} names {name!r}, which is not a variant")
         return self
 
 
@@ -53,17 +53,17 @@ class Variant:
     changes: tuple[str, ...]
 
     def load(self, changes: Sequence[str], seed: int, out: str) -> Recipe:
-        """What is trained; `changes` come after the variant's own.
+        """The recipe to train; `changes` override the variant's own.
 
         Raises:
-            ConfigError: the recipe does not hold with them.
+            ConfigError: the changed recipe is invalid.
         """
         return load_recipe(self.recipe, [*self.changes, *changes, f"{SEED}={seed}"], out)
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What differs between adapters, and the variant (`reference`) that the others are compared with."""
+    """What differs between adapters, and the variant (`reference`) to compare the others with."""
 
     name: str  # of its table and plot: the file's, without its ending
     title: str
@@ -74,26 +74,27 @@ class Ablation:
 
 
 def read_ablation(file: str | Path) -> Ablation:
-    """
+    """Read and check an ablation file.
+
     Raises:
-        ConfigError: the file is missing, or is none of an ablation.
+        ConfigError: the file is missing, or is not a valid ablation.
     """
     file = Path(file)
     if not file.is_file():
-        raise ConfigError(f"There is no ablation {file}.", "", "Give YAML files; `recipes/ablations/` has some.")
+        raise ConfigError(f"Ablation {file} not found.", "", "Pass YAML files, such as those of `recipes/ablations/`.")
     try:
         document = read_yaml(file.read_text(encoding="utf-8"), str(file))
-        said = _File.model_validate(document.value)
+        content = _File.model_validate(document.value)
     except (UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"{file} is no ablation.", _why(error), "Correct it; `recipes/ablations/` has some."
+            f"{file} is not a valid ablation.", _why(error), "Correct it; `recipes/ablations/` has examples."
         ) from error
     twice = [".".join(key) for key, lines in document.lines.items() if len(lines) > 1]
     if twice:
-        raise ConfigError(f"{file} is no ablation.", f"{twice[0]} is given more than once.", "Leave one.")
-    variants = tuple(_variant(file, said.recipe, name, changes or {}) for name, changes in said.variants.items())
-    paper = said.paper or _Paper(what="the paper", figures={})
-    return Ablation(file.stem, said.title, variants, said.reference, paper.what, paper.figures)
+        raise ConfigError(f"{file} is not a valid ablation.", f"{twice[0]} is given more than once.", "Keep one.")
+    variants = tuple(_variant(file, content.recipe, name, changes or {}) for name, changes in content.variants.items())
+    paper = content.paper or _Paper(what="the paper", figures={})
+    return Ablation(file.stem, content.title, variants, content.reference, paper.what, paper.figures)
 
 
 def _why(error: Exception) -> str:
@@ -107,6 +108,6 @@ def _why(error: Exception) -> str:
 
 
 def _variant(file: Path, recipe: str, name: str, changes: Mapping[str, Any]) -> Variant:
-    own = str(changes.get(RECIPE, recipe))
-    said = tuple(f"{key}={json.dumps(value)}" for key, value in changes.items() if key != RECIPE)
-    return Variant(name, file.parent / own, said)
+    path = str(changes.get(RECIPE, recipe))
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in changes.items() if key != RECIPE)
+    return Variant(name, file.parent / path, settings)

@@ -1,4 +1,4 @@
-"""Every variant of some ablations, over seeds: train, ask, keep what came out, draw."""
+"""Make the runs that ablations need, keep the results, and write tables and plots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from ablation_plan import SEED, Ablation, Variant
+from ablation_report import draw, markdown
+from ablation_runs import CPU, Run, append_run, read_runs
 
-from deltamem_tool.ablation.plan import SEED, Ablation, Variant
-from deltamem_tool.ablation.report import draw, markdown
-from deltamem_tool.ablation.runs import CPU, Run, keep, read_runs
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.errors import ConfigError, DeltaMemError
@@ -31,9 +31,9 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.run_folder import comparable, data_digest
 
-ADAPTERS = "adapters"  # the folder of those that are kept
+ADAPTERS = "adapters"  # folder of the adapters that are kept
 
-Report = Callable[[str, int, int, str], None]  # which run, done, of, what of it is being done
+Report = Callable[[str, int, int, str], object]  # name of the run, done, of, note
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,19 @@ class Questions:
     """What every adapter is asked: `episodes` conversations for each number of `facts`.
 
     Raises:
-        ConfigError: one of the numbers cannot be.
+        ConfigError: a number of facts is invalid, or there are fewer than two conversations.
     """
 
     facts: tuple[int, ...]
     episodes: int
 
     def __post_init__(self) -> None:
-        self.task()  # what it refuses is refused before anything is trained
+        self.task()  # raises before anything is trained
         if self.episodes < 2:
             raise ConfigError(
-                f"{self.episodes} conversation is too few.", "A control is another's memory.", "Take 2 or more."
+                f"{self.episodes} conversation is too few.",
+                "A control answers with the memory of another conversation.",
+                "Pass --episodes 2 or more.",
             )
 
     def task(self) -> Recall:
@@ -59,8 +61,8 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A run that some ablation needs. Ablations share those that are the same, such as the recipe with no change."""
+class Job:
+    """A run to make. Ablations share equal ones, such as the recipe with no change."""
 
     variant: Variant
     seed: int
@@ -73,41 +75,41 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Ablated:
-    """What `ablate` has made or found.
-
-    Args:
-        unkept: runs whose adapters are wanted and not there: they were made before, and the adapters not kept.
-    """
+class AblationResult:
+    """All runs, and the jobs whose adapters should be kept but are missing: an earlier call made them without."""
 
     runs: list[Run]
-    unkept: list[Wanted]
+    unkept: list[Job]
 
 
-def wanted(
+def plan_jobs(
     ablations: Sequence[Ablation],
     seeds: Sequence[int],
     changes: Sequence[str],
     questions: Questions,
     folder: Path,
-) -> dict[tuple[str, str, int], Wanted]:
-    """By ablation, variant and seed; seed by seed, so that whole tables are there early.
+) -> dict[tuple[str, str, int], Job]:
+    """Jobs by ablation, variant and seed; seed by seed, so that whole tables are there early.
 
     Raises:
-        ConfigError: a recipe does not hold, or trains no memory; two ablations have one name, or two variants of one
-            are the same run; a seed is there twice; or `changes` set the seed.
+        ConfigError: a recipe is invalid or trains a LoRA; two ablations have the same name; two variants of an
+            ablation are the same run; a seed is given twice; or `changes` set the seed.
     """
     names = [ablation.name for ablation in ablations]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"Two ablations are called {name}.", "So would be their tables.", "Rename a file.")
+            raise ConfigError(
+                f"Two ablations are called {name}.",
+                "Their tables would overwrite each other.",
+                "Rename one of the files.",
+            )
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(
-            f"The seeds {', '.join(map(str, seeds))} do not hold.", "One is there twice.", "Leave it out."
-        )
+        raise ConfigError(f"A seed is given twice: {', '.join(map(str, seeds))}.", "", "List every seed once.")
     if any(change.partition("=")[0].strip() == SEED for change in changes):
-        raise ConfigError(f"{SEED} cannot be set.", "Every variant is trained with each of the seeds.", "Pass --seeds.")
-    found = {}
+        raise ConfigError(
+            f"{SEED} cannot be set with --set.", "Every variant is trained with each of the seeds.", "Pass --seeds."
+        )
+    jobs = {}
     for seed in seeds:
         for ablation in ablations:
             by_key: dict[str, str] = {}
@@ -116,29 +118,29 @@ def wanted(
                 if recipe.lora is not None:
                     raise ConfigError(
                         f"The variant {variant.name} of {ablation.name} trains a LoRA.",
-                        "What is asked is asked of a memory.",
-                        "Take a recipe without `lora:`.",
+                        "An ablation evaluates a memory.",
+                        "Use a recipe without `lora:`.",
                     )
                 key = _key(recipe, questions)
                 same = by_key.setdefault(key, variant.name)
                 if same != variant.name:
                     raise ConfigError(
                         f"The variants {same} and {variant.name} of {ablation.name} are the same run.",
-                        "A table would tell them apart.",
+                        "The table would show one run as two.",
                         "Leave out the --set that overrides what they change, or correct the file.",
                     )
                 placed = variant.load(changes, seed, str(folder / ADAPTERS / key))
-                found[ablation.name, variant.name, seed] = Wanted(variant, seed, placed, key)
-    return found
+                jobs[ablation.name, variant.name, seed] = Job(variant, seed, placed, key)
+    return jobs
 
 
 def _key(recipe: Recipe, questions: Questions) -> str:
-    """Names everything that a run's figures depend on."""
-    said: list[object] = [comparable(recipe), questions.facts, questions.episodes]
+    """A hash of everything that a run's figures depend on."""
+    parts: list[object] = [comparable(recipe), questions.facts, questions.episodes]
     digest = data_digest(recipe)
     if digest is not None:
-        said.append(digest)
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+        parts.append(digest)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ablate(
@@ -150,95 +152,100 @@ def ablate(
     keep_adapters: bool = False,
     report: Report | None = None,
     ended: Callable[[int, int], None] | None = None,
-) -> Ablated:
-    """Make the runs that are missing in `out`, and after each of them write a table and a plot of every ablation there.
+) -> AblationResult:
+    """Make the runs that are missing in `out`; after each of them, write a table and a plot of every ablation.
 
     Args:
-        changes: `key=value`, of every recipe.
-        keep_adapters: they stay in `out/adapters`, by their runs' keys. Runs that are there are not made again for it.
-        report: follows a run; `ended` their number, (done, of).
+        ablations: what to compare.
+        out: the folder of tables, plots and runs.
+        seeds: of training.
+        questions: what every adapter is asked.
+        changes: `key=value`, applied to every recipe.
+        keep_adapters: leave adapters in `out/adapters`, named by key. Existing runs are not repeated for it.
+        report: follows one run.
+        ended: called with the number of finished runs, (done, of).
 
     Raises:
-        DeltaMemError: a recipe does not hold, nothing can be written, or a run failed.
+        DeltaMemError: a recipe is invalid, `out` cannot be written, or a run failed.
     """
     refuse_unwritable(out / "table")
-    needed = wanted(ablations, seeds, changes, questions, out)
-    different = {one.key: one for one in needed.values()}
+    jobs = plan_jobs(ablations, seeds, changes, questions, out)
+    unique = {job.key: job for job in jobs.values()}
     runs = read_runs(out)
-    for number, (key, one) in enumerate(different.items(), start=1):
+    for number, (key, job) in enumerate(unique.items(), start=1):
         if key not in runs:
-            runs[key] = make_run(one, questions, report or (lambda name, done, of, note: None))
-            keep(out, runs[key])
+            runs[key] = make_run(job, questions, report or (lambda name, done, of, note: None))
+            append_run(out, runs[key])
             if not keep_adapters:
-                shutil.rmtree(one.recipe.out)
-            _write(ablations, out, seeds, needed, runs, changes)
+                shutil.rmtree(job.recipe.out)
+            _write(ablations, out, seeds, jobs, runs, changes)
         if ended is not None:
-            ended(number, len(different))
-    _write(ablations, out, seeds, needed, runs, changes)
-    with suppress(OSError):  # it holds adapters
+            ended(number, len(unique))
+    _write(ablations, out, seeds, jobs, runs, changes)
+    with suppress(OSError):  # not empty: it holds adapters
         (out / ADAPTERS).rmdir()
-    unkept = [one for one in different.values() if keep_adapters and not Path(one.recipe.out).exists()]
-    return Ablated([runs[key] for key in different], unkept)
+    unkept = [job for job in unique.values() if keep_adapters and not Path(job.recipe.out).exists()]
+    return AblationResult([runs[key] for key in unique], unkept)
 
 
 def _write(
     ablations: Sequence[Ablation],
     out: Path,
     seeds: Sequence[int],
-    needed: Mapping[tuple[str, str, int], Wanted],
+    jobs: Mapping[tuple[str, str, int], Job],
     runs: Mapping[str, Run],
     changes: Sequence[str],
 ) -> None:
     for ablation in ablations:
-        mine = {}
+        by_variant = {}
         for variant in ablation.variants:
-            keys = [needed[ablation.name, variant.name, seed].key for seed in seeds]
-            some = [runs[key] for key in keys if key in runs]
-            if some:
-                mine[variant.name] = some
-        if mine:
+            keys = [jobs[ablation.name, variant.name, seed].key for seed in seeds]
+            finished = [runs[key] for key in keys if key in runs]
+            if finished:
+                by_variant[variant.name] = finished
+        if by_variant:
             plot = f"{ablation.name}.png"
-            draw(ablation, mine, out / plot)
-            write_whole(out / f"{ablation.name}.md", markdown(ablation, mine, changes, plot).encode())
+            draw(ablation, by_variant, out / plot)
+            write_whole(out / f"{ablation.name}.md", markdown(ablation, by_variant, changes, plot).encode())
 
 
-def make_run(one: Wanted, questions: Questions, report: Report) -> Run:
-    """Train and ask. The adapter stays in the recipe's `out`."""
-    name = one.name
+def make_run(job: Job, questions: Questions, report: Report) -> Run:
+    """Train and evaluate. The adapter stays in the recipe's `out`."""
+    name = job.name
     started = time.process_time()
     try:
         trained = train(
-            one.recipe,
+            job.recipe,
             overwrite=True,
             report=lambda done, of, loss: report(name, done, of, "" if loss is None else f"loss {loss:.3f}"),
         )
     except DeltaMemError as error:  # its advice is for `deltamem train`
-        next = "Correct the ablation if it is at fault. The same command goes on, and makes this run anew."
+        next = "Correct the ablation if it is at fault. The same command continues, and repeats this run."
         raise DeltaMemError(f"{name}: {error.what}", error.why, next) from error
     processor = time.process_time() - started
     on_gpu = torch.cuda.is_available()  # then the training was there too
-    model = load(one.recipe.out)
+    model = load(job.recipe.out)
     cast(torch.nn.Module, model).to("cuda" if on_gpu else "cpu")  # transformers hides the signature
-    found = evaluate(
+    evaluation = evaluate(
         model,
         tokenizer_of(model),
         questions.task(),
         EvalProtocol.parse(MEMORY_ONLY),
         only=(STATE, *CONTROLS),
-        report=lambda what, done, of: report(name, done, of, what),
+        report=lambda note, done, of: report(name, done, of, note),
     )
-    metric = found.metrics[0]
+    metric = evaluation.metrics[0]
     scores = {
-        condition.name: [found.estimate(metric, condition.name, group).mean for group in found.groups]
-        for condition in found.conditions
+        condition.name: [evaluation.estimate(metric, condition.name, group).mean for group in evaluation.groups]
+        for condition in evaluation.conditions
     }
     return Run(
-        key=one.key,
-        seed=one.seed,
+        key=job.key,
+        seed=job.seed,
         facts=list(questions.facts),
         episodes=questions.episodes,
         scores=scores,
-        recipe=comparable(one.recipe),
+        recipe=comparable(job.recipe),
         steps=trained.steps,
         parameters=trained.parameters,
         state_bytes=adapter_of(model).empty_memory(1).nbytes,

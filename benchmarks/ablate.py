@@ -1,4 +1,10 @@
-"""`deltamem ablate`: what each option of a recipe is worth."""
+"""Train and evaluate every variant of some ablations over seeds; write a table and a plot of each into a folder.
+
+Command: python benchmarks/ablate.py recipes/ablations/rank.yaml --out ablations [--seeds 42,43,44] [--facts 1,2,4,6,8]
+    [--episodes 100] [--set KEY=VALUE …] [--keep-adapters] [--json]
+
+An interrupted run continues with the same command; a run that several ablations share is made once.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from ablation_runs import EPISODES, FACTS, RUNS_FILE, SEEDS
 
-from deltamem_tool.ablation import EPISODES, FACTS, SEEDS
+from deltamem_tool.cli import main
 from deltamem_tool.cli.options import whole_numbers
 
 
@@ -37,40 +44,38 @@ def command(
 ) -> None:
     """Train and evaluate every variant of ABLATIONS (YAML), over seeds; write a table and a plot of each into a folder.
 
-    A run that was cut off goes on with the same command. Runs that ablations share are made once.
+    An interrupted run continues with the same command. A run that several ablations share is made once.
 
-    Example: deltamem ablate recipes/ablations/rank.yaml --out ablations
+    Example: python benchmarks/ablate.py recipes/ablations/rank.yaml --out ablations
     """
-    from deltamem_tool.ablation.plan import read_ablation
+    from ablation import Questions, ablate
+    from ablation_plan import read_ablation
 
-    plans = [read_ablation(file) for file in ablations]
-
-    from deltamem_tool.ablation.ablate import Questions, ablate
-    from deltamem_tool.ablation.runs import RUNS_FILE
     from deltamem_tool.cli.console import progress
 
+    plans = [read_ablation(file) for file in ablations]
     with progress() as bar:
         whole = bar.add_task("Runs", total=None, note="")
         part = bar.add_task("", total=None, note="", visible=False)  # until there is a run to make
-        done = ablate(
-            plans,
-            out,
-            seeds,
-            Questions(facts, episodes),
-            changes,
-            keep_adapters,
-            lambda name, done, of, what: bar.update(
-                part, description=name, completed=done, total=of, note=what, visible=True
-            ),
-            lambda done, of: bar.update(whole, completed=done, total=of),
-        )
-    for one in done.unkept:
-        click.echo(f"No adapter of {one.name}: it was made before, and its adapter was not kept.", err=True)
-    if done.unkept:
-        keys = ", ".join(one.key for one in done.unkept)
-        click.echo(f"To make them again, take the lines with {keys} out of {out / RUNS_FILE}.", err=True)
+
+        def report(name: str, done: int, of: int, note: str) -> None:
+            bar.update(part, description=name, completed=done, total=of, note=note, visible=True)
+
+        def ended(done: int, of: int) -> None:
+            bar.update(whole, completed=done, total=of)
+
+        result = ablate(plans, out, seeds, Questions(facts, episodes), changes, keep_adapters, report, ended)
+    for job in result.unkept:
+        click.echo(f"No adapter of {job.name}: an earlier command made the run, and did not keep it.", err=True)
+    if result.unkept:
+        keys = ", ".join(job.key for job in result.unkept)
+        click.echo(f"To repeat these runs, delete the lines with {keys} from {out / RUNS_FILE}.", err=True)
     if as_json:
-        click.echo(json.dumps([asdict(run) for run in done.runs]))
+        click.echo(json.dumps([asdict(run) for run in result.runs]))
         return
     for plan in plans:
         click.echo(f"{plan.title}: {out / plan.name}.md")
+
+
+if __name__ == "__main__":
+    main(command)

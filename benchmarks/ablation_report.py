@@ -8,59 +8,59 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ablation_plan import Ablation
+from ablation_runs import EPISODES, FACTS, SEEDS, Run
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltamem_tool.ablation import EPISODES, FACTS, SEEDS
-from deltamem_tool.ablation.plan import Ablation
-from deltamem_tool.ablation.runs import Run
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, in_words
 from deltamem_tool.io.atomic import write_whole
 
-Runs = Mapping[str, Sequence[Run]]  # by variant, a run a seed; at least one
+Runs = Mapping[str, Sequence[Run]]  # by variant, one or more runs, each with its own seed
 
 
 def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) -> str:
-    """One table: a row a variant, mean over the seeds with the smallest and the largest below it."""
-    some = next(run for mine in runs.values() for run in mine)
-    dates = sorted({run.date for mine in runs.values() for run in mine})
-    made_with = dict.fromkeys(_made_with(run) for mine in runs.values() for run in mine)
+    """One table: for each variant the mean over the seeds, with the smallest and the largest below it."""
+    every = [run for of_variant in runs.values() for run in of_variant]
+    dates = sorted({run.date for run in every})
+    environments = dict.fromkeys(map(_environment, every))
+    episodes = every[0].episodes
     paper = [f"paper: {ablation.paper_what}"] if ablation.paper else []
-    facts = [_facts(count) for count in some.facts]
+    facts = [_facts(count) for count in every[0].facts]
     columns = ["", "seeds", *facts, "all", "highest control", "parameters", "state", "minutes", *paper]
     lines = [
         f"# {ablation.title}, {dates[-1]}",
         "",
-        f"Exact match of held-out facts from the memory alone, {some.episodes} conversations for each number of facts:",
+        f"Exact match of held-out facts from the memory alone, {episodes} conversations for each number of facts:",
         "the mean over the seeds, and below it the smallest and the largest. The highest control is the most that any",
         f"seed reached, over all questions, with {_any_of(CONTROLS)}. Minutes are",
         "processor time of training.",
         "",
         _row(columns),
         _row(["---"] * len(columns)),
-        *(_row(_cells(ablation, name, mine)) for name, mine in runs.items()),
+        *(_row(_cells(ablation, name, of_variant)) for name, of_variant in runs.items()),
         "",
         f"![{ablation.title}]({plot})",
         "",
         f"`{_command(ablation, runs, changes)}`",
         "",
-        *(f"{made}." for made in made_with),
+        *(f"{environment}." for environment in environments),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _made_with(run: Run) -> str:
+def _environment(run: Run) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in run.versions.items())
     return f"{packages}; {run.device}, threads: {run.threads}"
 
 
 def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:
-    """What makes these runs, without what is so anyway."""
-    some = next(run for mine in runs.values() for run in mine)
-    seeds = dict.fromkeys(run.seed for mine in runs.values() for run in mine)
-    words = ["deltamem", "ablate", f"recipes/ablations/{ablation.name}.yaml", "--out", "DIR"]
+    """The command that repeats these runs, without options that have their default value."""
+    some = next(run for of_variant in runs.values() for run in of_variant)
+    seeds = dict.fromkeys(run.seed for of_variant in runs.values() for run in of_variant)
+    words = ["python", "benchmarks/ablate.py", f"recipes/ablations/{ablation.name}.yaml", "--out", "DIR"]
     for option, value, default in (("seeds", seeds, SEEDS), ("facts", some.facts, FACTS)):
         if tuple(value) != default:
             words += [f"--{option}", ",".join(map(str, value))]
@@ -69,19 +69,19 @@ def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:
     return shlex.join(words + [word for change in changes for word in ("--set", change)])
 
 
-def _cells(ablation: Ablation, name: str, mine: Sequence[Run]) -> list[str]:
+def _cells(ablation: Ablation, name: str, runs: Sequence[Run]) -> list[str]:
     label = f"**{name}** (reference)" if name == ablation.reference else f"**{name}**"
-    by_facts = [[run.scores[STATE][i] for run in mine] for i in range(len(mine[0].facts))]
-    control = max(statistics.mean(run.scores[name]) for run in mine for name in CONTROLS)
+    by_facts = [[run.scores[STATE][i] for run in runs] for i in range(len(runs[0].facts))]
+    control = max(statistics.mean(run.scores[name]) for run in runs for name in CONTROLS)
     cells = [
         label,
-        ", ".join(str(run.seed) for run in mine),
+        ", ".join(str(run.seed) for run in runs),
         *map(_spread, by_facts),
-        _spread([run.mean for run in mine]),
+        _spread([run.mean for run in runs]),
         f"{control:.2f}",
-        f"{mine[0].parameters:,}",
-        f"{mine[0].state_bytes:,} B",
-        f"{statistics.mean(run.processor_minutes for run in mine):.1f}",
+        f"{runs[0].parameters:,}",
+        f"{runs[0].state_bytes:,} B",
+        f"{statistics.mean(run.processor_minutes for run in runs):.1f}",
     ]
     if ablation.paper:
         cells.append(f"{ablation.paper[name]:.2f}" if name in ablation.paper else "")
@@ -107,15 +107,15 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
-    """A row a variant: our exact match by number of facts, and beside it what the paper found."""
+    """Draw a row for each variant: exact match by number of facts, and the paper's figure beside it."""
     names = list(runs)
     figure = Figure(figsize=(8 if ablation.paper else 6.4, 1.5 + 0.36 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, width_ratios=(3, 1.4), sharey=True) if ablation.paper else [figure.subplots()]
     _draw_ours(panels[0], runs)
     if ablation.paper:
-        found = {name: figure for name, figure in ablation.paper.items() if name in runs}
-        panels[1].plot([*found.values()], [names.index(name) for name in found], "D", color="#555555", markersize=5)
+        figures = {name: figure for name, figure in ablation.paper.items() if name in runs}
+        panels[1].plot([*figures.values()], [names.index(name) for name in figures], "D", color="#555555", markersize=5)
         panels[1].set_title("the paper, other task", fontsize=9)
         panels[1].set_xlabel("average of its benchmarks", fontsize=8)
         panels[1].grid(alpha=0.3)
@@ -131,12 +131,12 @@ def draw(ablation: Ablation, runs: Runs, path: Path) -> None:
 
 
 def _draw_ours(axes: Axes, runs: Runs) -> None:
-    facts = next(run.facts for mine in runs.values() for run in mine)
+    facts = next(run.facts for of_variant in runs.values() for run in of_variant)
     colours = colormaps["viridis"]
     for number, count in enumerate(facts):
         colour = colours(0.05 + 0.8 * number / max(1, len(facts) - 1))
-        for place, mine in enumerate(runs.values()):
-            values = [run.scores[STATE][number] for run in mine]
+        for place, of_variant in enumerate(runs.values()):
+            values = [run.scores[STATE][number] for run in of_variant]
             label = _facts(count) if place == 0 else None
             at = place + 0.12 * (number - (len(facts) - 1) / 2)
             axes.plot([min(values), max(values)], [at, at], color=colour, linewidth=2, alpha=0.6)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import re
 import statistics
-import tomllib
 from pathlib import Path
 
+import ablation as module
 import pytest
 import yaml
+from ablate import command
+from ablation import ADAPTERS, Questions, ablate, plan_jobs
+from ablation_plan import read_ablation
+from ablation_report import draw, markdown
+from ablation_runs import RUNS_FILE, Run
 from click.testing import CliRunner
 
-from deltamem_tool.ablation import ablate as module
-from deltamem_tool.ablation.ablate import ADAPTERS, Questions, ablate, wanted
-from deltamem_tool.ablation.plan import read_ablation
-from deltamem_tool.ablation.report import draw, markdown
-from deltamem_tool.ablation.runs import RUNS_FILE, Run
-from deltamem_tool.cli.ablate import command
 from deltamem_tool.errors import ConfigError, DataError, DeltaMemError
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE
 
@@ -34,19 +32,13 @@ def test_a_shipped_ablation(file):
     """It says its command, and no two of its variants are the same run."""
     header = re.match(r"(?:#.*\n)+", file.read_text(encoding="utf-8"))
     assert header is not None
-    assert f"#   deltamem ablate recipes/ablations/{file.name} --out ablations" in header[0]
+    assert f"#   python benchmarks/ablate.py recipes/ablations/{file.name} --out ablations" in header[0]
     ablation = read_ablation(file)
-    keys = {name: one.key for (_, name, _), one in wanted([ablation], [42], (), FEW, Path("out")).items()}
+    keys = {name: one.key for (_, name, _), one in plan_jobs([ablation], [42], (), FEW, Path("out")).items()}
     assert len(set(keys.values())) == len(keys) == len(ablation.variants)
     (reference,) = [variant for variant in ablation.variants if variant.name == ablation.reference]
     shared = file.stem != "strategy"  # which compares whole recipes
     assert not reference.changes and (reference.recipe.stem == CENTRE) == shared
-
-
-def test_the_package_carries_them():
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    patterns = said["package-data"]["deltamem_tool.recipes"]
-    assert all(any(fnmatch.fnmatch(f"ablations/{file.name}", pattern) for pattern in patterns) for file in SHIPPED)
 
 
 def test_the_documented_file_is_one(tmp_path):
@@ -72,13 +64,13 @@ def files(tmp_path, checkpoint):
 
 
 def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, monkeypatch):
-    own, made = module.make_run, []
+    make_run, made = module.make_run, []
 
-    def stops(one, questions, report):
+    def stops(job, questions, report):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append((one.variant.name, one.seed))
-        return own(one, questions, report)
+        made.append((job.variant.name, job.seed))
+        return make_run(job, questions, report)
 
     plans, out = [read_ablation(file) for file in files], tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -89,11 +81,11 @@ def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, m
     assert "as it is" in (out / "heads.md").read_text() and "other" not in (out / "heads.md").read_text()
     with (out / RUNS_FILE).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
-    monkeypatch.setattr(module, "make_run", lambda one, *rest: made.append(one.variant.name) or own(one, *rest))
+    monkeypatch.setattr(module, "make_run", lambda job, *rest: made.append(job.variant.name) or make_run(job, *rest))
     done = ablate(plans, out, [1], FEW, keep_adapters=True)
     runs = done.runs
     assert made[2:] == ["other"] and len(runs) == 3
-    assert [one.key for one in done.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
+    assert [job.key for job in done.unkept] == [run.key for run in runs[:2]]  # made before, and not kept
     assert [json.loads(line)["key"] for line in (out / RUNS_FILE).read_text().splitlines()] == [run.key for run in runs]
     assert [path.name for path in (out / ADAPTERS).iterdir()] == [runs[2].key]
     assert runs[1].parameters > runs[0].parameters > runs[2].parameters
@@ -101,9 +93,9 @@ def test_what_is_shared_is_made_once_and_what_stopped_goes_on(files, tmp_path, m
     assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
     options = ["--out", str(out), "--seeds", "1", "--facts", "1", "--episodes", "2"]
     for more, says in (["--keep-adapters"], True), ([], False):
-        said = CliRunner().invoke(command, [*map(str, files), *options, *more]).stderr
-        assert ("No adapter of as it is, seed 1: it was made before" in said) == says
-        assert (f"the lines with {runs[0].key}, {runs[1].key} out of {out / RUNS_FILE}" in said) == says
+        printed = CliRunner().invoke(command, [*map(str, files), *options, *more]).stderr
+        assert ("No adapter of as it is, seed 1: an earlier command" in printed) == says
+        assert (f"the lines with {runs[0].key}, {runs[1].key} from {out / RUNS_FILE}" in printed) == says
     assert len(made) == 3
 
 
@@ -118,8 +110,10 @@ def test_a_run_that_fails_is_named(files, tmp_path, monkeypatch):
 
 
 def run(name, seed, scores, control=0.0, parameters=10):
-    found = {STATE: scores, **{key: [0.0, 0.0] for key in CONTROLS}, "donor_state": [control, control]}
-    return Run(f"{name}{seed}", seed, [1, 4], 50, found, {}, 9, parameters, 256, 0.5, 3.0, 2.0, 1, {"torch": "2"}, "d")
+    by_condition = {STATE: scores, **{key: [0.0, 0.0] for key in CONTROLS}, "donor_state": [control, control]}
+    return Run(
+        f"{name}{seed}", seed, [1, 4], 50, by_condition, {}, 9, parameters, 256, 0.5, 3.0, 2.0, 1, {"torch": "2"}, "d"
+    )
 
 
 def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
@@ -132,8 +126,8 @@ def test_the_table_gives_means_ranges_and_the_papers_figures(files, tmp_path):
     cells = ["**as it is** (reference)", "1, 2", "0.90<br>0.80–1.00", "0.40<br>0.30–0.50", "0.65<br>0.55–0.75", "0.06"]
     assert ours == f"| {' | '.join(cells)} | 10 | 256 B | 2.0 |  |"
     assert "| **other** | 1 | 0.26 | 0.00 | 0.13 | 0.00 | 10 | 256 B | 2.0 | 47.50 |" in text
-    told = "--out DIR --seeds 1,2 --facts 1,4 --episodes 50 --set training.steps=3`"
-    assert f"`deltamem ablate recipes/ablations/rank.yaml {told}" in text and "50 conversations" in text
+    options = "--out DIR --seeds 1,2 --facts 1,4 --episodes 50 --set training.steps=3`"
+    assert f"`python benchmarks/ablate.py recipes/ablations/rank.yaml {options}" in text and "50 conversations" in text
     assert statistics.mean([run.mean for run in runs["as it is"]]) == pytest.approx(0.65)
     draw(read_ablation(files[0]), runs, tmp_path / "rank.png")
 
@@ -151,7 +145,7 @@ def test_a_run_is_of_its_data(files, tmp_path):
     keys = []
     for text in ("one", "one", "two"):
         data.write_text(text)
-        keys.append({one.key for one in wanted([read_ablation(files[0])], [1], (), FEW, tmp_path).values()})
+        keys.append({one.key for one in plan_jobs([read_ablation(files[0])], [1], (), FEW, tmp_path).values()})
     assert keys[0] == keys[1] and not keys[0] & keys[2]
 
 
@@ -166,9 +160,9 @@ def test_a_run_is_of_its_data(files, tmp_path):
         ({"recipe": None}, "recipe"),
     ],
 )
-def test_what_is_no_ablation_is_named(files, change, says):
+def test_an_invalid_ablation_is_named(files, change, says):
     files[0].write_text(yaml.safe_dump({**yaml.safe_load(files[0].read_text()), **change}))
-    with pytest.raises(ConfigError, match=r"rank.yaml is no ablation") as caught:
+    with pytest.raises(ConfigError, match=r"rank.yaml is not a valid ablation") as caught:
         read_ablation(files[0])
     assert says in caught.value.why
 
@@ -182,7 +176,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
         assert result.exit_code and not Path("out").exists()
         return result
 
-    assert "no ablation nowhere.yaml" in str(fails("nowhere.yaml").exception)
+    assert "Ablation nowhere.yaml not found" in str(fails("nowhere.yaml").exception)
     files[0].write_text(files[0].read_text().replace("memory.rank", "memory.rnak"))
     assert "did you mean memory.rank" in str(fails(*files).exception.why)
     assert "is no list like 1,2,4" in fails(files[1], "--seeds", "a").output
@@ -193,7 +187,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     other.parent.mkdir()
     other.write_text(files[1].read_text().replace("small.yaml", "../small.yaml"))
     assert "Two ablations are called heads" in str(fails(files[1], other).exception)
-    assert "training.seed cannot be set" in str(fails(files[1], "--set", "training.seed=7").exception)
+    assert "training.seed cannot be set with --set" in str(fails(files[1], "--set", "training.seed=7").exception)
     same = fails(files[1], "--set", "memory.branches=[q]").exception
     assert "as it is and other of heads are the same run" in str(same)
     lora = yaml.safe_load((tmp_path / "small.yaml").read_text()) | {"lora": {"rank": 2}}
@@ -202,10 +196,10 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     ways = yaml.safe_load(files[1].read_text()) | {"recipe": "lora.yaml"}
     (tmp_path / "ways.yaml").write_text(yaml.safe_dump(ways))
     assert "trains a LoRA" in str(fails("ways.yaml").exception)
-    with pytest.raises(ConfigError, match=r"The seeds 1, 2, 1 do not hold.\nOne is there twice"):
+    with pytest.raises(ConfigError, match=r"A seed is given twice: 1, 2, 1"):
         ablate([read_ablation(files[1])], Path("out"), [1, 2, 1], FEW)
     assert not Path("out").exists()
     Path("kept").mkdir()
     (Path("kept") / RUNS_FILE).write_text('{"key": 1}\n')
-    with pytest.raises(DataError, match="line 1 is no run"):
+    with pytest.raises(DataError, match=r"Line 1 of .* is not a run"):
         ablate([read_ablation(files[1])], Path("kept"), [1], FEW)

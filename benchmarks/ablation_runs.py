@@ -1,4 +1,4 @@
-"""What a run of an ablation found, kept a line each, so that what was cut off goes on and nothing is made twice."""
+"""Results of an ablation's runs, one line each, so that an interrupted ablation continues and repeats nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import STATE
 
+SEEDS = (42, 43, 44)
+EPISODES = 100  # conversations for each number of facts
+FACTS = (1, 2, 4, 6, 8)
 RUNS_FILE = "runs.jsonl"
 CPU = "CPU"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One adapter: what was trained, and how many questions it answered rightly.
+    """One adapter: how it was trained, and its score.
 
-    `scores` are means of exact match by condition, a number of facts an entry.
+    `scores` has the mean exact match by condition, one entry for each number of facts.
     """
 
     key: str
@@ -41,15 +44,15 @@ class Run:
 
     @property
     def mean(self) -> float:
-        """Over all questions, from the memory."""
+        """The score over all questions, from the memory."""
         return sum(self.scores[STATE]) / len(self.scores[STATE])
 
 
 def read_runs(folder: Path) -> dict[str, Run]:
-    """By key; none where there is no file. A last line that was cut short is left out.
+    """Runs by key; empty if there is no file. A last line that is incomplete is removed.
 
     Raises:
-        DataError: a line is no run.
+        DataError: a line is not a run.
     """
     file = folder / RUNS_FILE
     if not file.is_file():
@@ -62,12 +65,14 @@ def read_runs(folder: Path) -> dict[str, Run]:
         try:
             run = Run(**json.loads(line))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{file} line {number} is no run.", f"{error}.", "Choose another folder.") from error
+            raise DataError(
+                f"Line {number} of {file} is not a run.", f"{error}.", "Delete the line, or choose another folder."
+            ) from error
         runs[run.key] = run
     return runs
 
 
-def keep(folder: Path, run: Run) -> None:
+def append_run(folder: Path, run: Run) -> None:
     """Add a line to the folder's runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RUNS_FILE).open("ab") as file:
