@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltamem_tool.chat.engine import Engine, Past
-from deltamem_tool.chat.generation import Token
+from deltamem_tool.chat.generation import Token, feed
 from deltamem_tool.chat.open_segment import end_segment
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
@@ -100,8 +100,4 @@ def closed(engine: Engine, past: Past) -> Past:
 
 def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:
     """`past`, which holds `context` tokens, with `tokens` after them."""
-    ids = np.array([[token.id for token in tokens]], np.int64)
-    writes = np.array([[token.writes for token in tokens]])
-    ends = np.array([[token.ends for token in tokens]])
-    mask = np.ones((1, context + len(tokens)), np.int64)
-    return engine.step(past, ids, mask, writes, ends if engine.memory_shape.segment_width else None)[1]
+    return feed(engine, past, np.ones((1, context), np.int64), [tokens])[1]

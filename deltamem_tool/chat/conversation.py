@@ -15,7 +15,17 @@ import numpy as np
 
 from deltamem_tool.chat.context_window import Place, closed, with_room
 from deltamem_tool.chat.engine import Engine, Past, empty_memory
-from deltamem_tool.chat.generation import INTERRUPTED, LENGTH, STOP_STRING, STOP_TOKEN, Row, Said, Token, answer_rows
+from deltamem_tool.chat.generation import (
+    INTERRUPTED,
+    LENGTH,
+    STOP_STRING,
+    STOP_TOKEN,
+    Answer,
+    AnswerStream,
+    Row,
+    Token,
+    answer_rows,
+)
 from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
 from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory, write_memory
@@ -36,26 +46,6 @@ __all__ = [
 ]
 
 DEFAULTS = Sampling()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one call of `Conversation.generate` said.
-
-    Args:
-        text: without what ended it.
-        tokens: as generated, a stop token or the last token of a stop string included.
-        why: why it ended: STOP_TOKEN, STOP_STRING, LENGTH (`max_new_tokens`, or the window is full) or INTERRUPTED.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    why: str
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the model ended it itself."""
-        return self.why in (STOP_TOKEN, STOP_STRING)
 
 
 @dataclass(frozen=True)
@@ -277,7 +267,7 @@ class _Turn:
                 np.array([*start.tokens, *(token.id for token in fed)], np.int64),
                 engine.text.ids | engine.stop_tokens,
             ),
-            said=Said(engine.text, sampling.stop, on_text),
+            stream=AnswerStream(engine.text, sampling.stop, on_text),
         )
 
     def _marked(self, tokens: list[int]) -> tuple[Past, list[Token]]:
@@ -308,16 +298,16 @@ class _Turn:
         else:  # it is kept whole; of such, which are large, one is enough
             whole = [number for number, earlier in enumerate(before) if earlier.past is not None]
             before = before[whole[-1] + 1 if whole else 0 :]
-        text = row.said.text
+        answer = row.answer
         after = Place(
             past=row.past,
             memory=None,
-            transcript=self._transcript.answered(text, row.answer),
+            transcript=self._transcript.answered(answer.text, row.answer_tokens),
             tokens=(*start.tokens, *(token.id for token in row.tokens[: row.fed])),
             pending=tuple(row.tokens[row.fed :]),
             foreign=False,
         )
-        return _Outcome(after, [*before, place], Answer(text, tuple([*row.answer, *row.last]), row.why))
+        return _Outcome(after, [*before, place], answer)
 
 
 def _commit(turns: Sequence[_Turn]) -> list[Answer]:

@@ -40,11 +40,12 @@ class Engine(Protocol):
     def step(
         self,
         past: Past,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, Past]:
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        segment_end: NDArray[Any] | None = None,
+        all_positions: bool = False,
+    ) -> tuple[NDArray[Any], Past]:
         """Feed tokens.
 
         Args:
@@ -53,9 +54,13 @@ class Engine(Protocol):
             attention_mask: int64 `[B, P + T]`, 0 at padding.
             write_mask: bool `[B, T]`, which tokens write or belong to a segment; padding never does.
             segment_end: bool `[B, T]`, which tokens end a segment; None where every token writes.
+            all_positions: return the logits of every position, not of the last alone.
 
         Returns:
-            Logits `[B, V]` of the last position, float32, and the past of P + T tokens.
+            Logits `[B, V]` of the last position, or `[B, T, V]`, float32; and the past of P + T tokens.
+
+        Raises:
+            ExportError: `all_positions` is set, and the graph has logits of the last position only.
         """
 
     def memory(self, past: Past) -> StoredMemory:
@@ -64,7 +69,7 @@ class Engine(Protocol):
     def with_memory(self, past: Past, memory: StoredMemory) -> Past:
         """The same tokens with another memory."""
 
-    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+    def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         """One row, with those of its tokens that `columns`, indices, names; its memory as it is."""
 
     def join(self, pasts: Sequence[Past]) -> Past:

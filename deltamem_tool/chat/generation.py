@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.chat.engine import Engine
-from deltamem_tool.chat.sampling import Sampler
+from deltamem_tool.chat.engine import Engine, Past
+from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.chat.text import ChatText, TextStream
+from deltamem_tool.memory.file import StoredMemory
 
 STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED = "stop token", "stop string", "length", "interrupted"
 
 
-class Said:
+class AnswerStream:
     """The text of an answer as it grows: what may become a stop string is held back until it has not.
 
     Args:
@@ -52,10 +53,10 @@ class Said:
 
     def _add(self, piece: str) -> bool:
         text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        starts = [start for start in map(text.find, self._stop) if start >= 0]
+        if starts:
             self._held = ""
-            self._give(text[: min(found)])
+            self._give(text[: min(starts)])
             return True
         keep = next((n for n in range(len(text)) if any(stop.startswith(text[n:]) for stop in self._stop)), len(text))
         self._held = text[keep:]
@@ -67,6 +68,26 @@ class Said:
             self._pieces.append(piece)
             if self._on_text is not None:
                 self._on_text(piece)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and why it ended.
+
+    Args:
+        text: without what ended it.
+        tokens: as generated, a stop token or the last token of a stop string included.
+        why: STOP_TOKEN, STOP_STRING, LENGTH (`max_new_tokens`, or the window is full) or INTERRUPTED.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    why: str
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the model ended it itself."""
+        return self.why in (STOP_TOKEN, STOP_STRING)
 
 
 class Token(NamedTuple):
@@ -88,16 +109,16 @@ class Row:
         answer_writes: whether the answer's tokens write.
         limit: the longest answer, in tokens.
         sampler: chooses its tokens.
-        said: its text.
+        stream: its text.
     """
 
-    past: Any
+    past: Past
     context: Sequence[int]
     tokens: list[Token]
     answer_writes: bool
     limit: int
     sampler: Sampler
-    said: Said
+    stream: AnswerStream
     fed: int = 0  # of `tokens`
     why: str = INTERRUPTED  # until it ends otherwise
     last: list[int] = field(default_factory=list)  # a token that ended the answer and is not fed
@@ -111,31 +132,96 @@ class Row:
         return self.why == INTERRUPTED
 
     @property
-    def answer(self) -> list[int]:
+    def answer_tokens(self) -> list[int]:
         """Its tokens in the context, fed or not."""
         return [token.id for token in self.tokens[self.prompt :]]
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.stream.text, (*self.answer_tokens, *self.last), self.why)
 
     def take(self, token: int, stop_tokens: frozenset[int]) -> None:
         """The next token of the answer."""
         if token in stop_tokens:
             self.last, self.why = [token], STOP_TOKEN
-            self.said.end()
+            self.stream.end()
             return
         self.tokens.append(Token(token, self.answer_writes))
-        if self.said.push(token):
+        if self.stream.push(token):
             self.tokens.pop()
             self.last, self.why = [token], STOP_STRING
         elif len(self.tokens) - self.prompt >= self.limit:
-            self.said.end()
+            self.stream.end()
             self.why = LENGTH
+
+
+def feed(
+    engine: Engine,
+    past: Past,
+    attention_mask: NDArray[Any],
+    rows: Sequence[Sequence[Token]],
+    all_positions: bool = False,
+) -> tuple[NDArray[Any], Past, NDArray[Any]]:
+    """Feed each row its tokens, padded on the left.
+
+    Args:
+        engine: the model.
+        past: of B rows and P columns.
+        attention_mask: int64 `[B, P]`, 0 at padding.
+        rows: B lists of tokens.
+        all_positions: return the logits of every position.
+
+    Returns:
+        What `Engine.step` returns, and the mask of the new past.
+    """
+    ids = _left_padded([[token.id for token in tokens] for tokens in rows], np.int64)
+    writes = _left_padded([[token.writes for token in tokens] for tokens in rows], np.bool_)
+    ends = _left_padded([[token.ends for token in tokens] for tokens in rows], np.bool_)
+    mask = np.concatenate([attention_mask, _left_padded([[1] * len(tokens) for tokens in rows], np.int64)], axis=1)
+    segment_end = ends if engine.memory_shape.segment_width else None
+    logits, past = engine.step(past, ids, mask, writes, segment_end, all_positions)
+    return logits, past, mask
+
+
+def answer_prompts(
+    engine: Engine,
+    memory: StoredMemory,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    write: bool = False,
+) -> list[Answer]:
+    """Answer prompts greedily in one batch, each in a context of its own.
+
+    Args:
+        engine: the model.
+        memory: what they read, a row for each prompt.
+        prompts: token ids.
+        max_new_tokens: the longest answer.
+        write: whether prompts and answers write, too; the memory afterwards is not returned.
+    """
+    sampling, ids = Sampling(max_new_tokens), engine.text.ids | engine.stop_tokens
+    rows = [
+        Row(
+            past=None,
+            context=(),
+            tokens=[Token(token, write) for token in prompt],
+            answer_writes=write,
+            limit=max_new_tokens,
+            sampler=Sampler(sampling, np.array(prompt, np.int64), ids),
+            stream=AnswerStream(engine.text, (), None),
+        )
+        for prompt in prompts
+    ]
+    batch = _Batch(engine, rows, engine.start(memory), np.zeros((len(rows), 0), np.int64))
+    _go_on(batch, batch.feed(), engine.stop_tokens)
+    return [row.answer for row in rows]
 
 
 class _Batch:
     """Rows that are fed together, padded on the left."""
 
-    def __init__(self, engine: Engine, rows: Sequence[Row], past: Any, mask: NDArray) -> None:
+    def __init__(self, engine: Engine, rows: Sequence[Row], past: Past, mask: NDArray[Any]) -> None:
         self._engine = engine
-        self._segments = engine.memory_shape.segment_width > 0
         self._state = rows, past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
 
     @classmethod
@@ -156,7 +242,7 @@ class _Batch:
     def rows(self) -> Sequence[Row]:
         return self._state[0]
 
-    def feed(self) -> NDArray:
+    def feed(self) -> NDArray[Any]:
         """Logits `[B, V]` of `rows` after all tokens that were not fed yet; of rows that have ended they mean nothing.
 
         Where there is room for so many columns and no more, rows that have ended leave first, and padding with them:
@@ -168,12 +254,8 @@ class _Batch:
             self._state = _Batch.of(self._engine, [row for row in self.rows if row.going])._state
         rows, past, mask = self._state
         fresh = [row.tokens[row.fed :] if row.going else [] for row in rows]
-        ids = _left_padded([[token.id for token in tokens] for tokens in fresh], np.int64)
-        writes = _left_padded([[token.writes for token in tokens] for tokens in fresh], np.bool_)
-        ends = _left_padded([[token.ends for token in tokens] for tokens in fresh], np.bool_)
-        mask = np.concatenate([mask, _left_padded([[1] * len(tokens) for tokens in fresh], np.int64)], axis=1)
-        logits, past = self._engine.step(past, ids, mask, writes, ends if self._segments else None)
-        self._state = rows, past, mask
+        logits, *fed = feed(self._engine, past, mask, fresh)
+        self._state = rows, *fed
         for row, tokens in zip(rows, fresh, strict=True):
             row.fed += len(tokens)
         return logits
@@ -209,12 +291,12 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
             raise
         for row in rows:
             if row.going:
-                row.said.break_off()
+                row.stream.break_off()
     for batch in batches:
         batch.part()
 
 
-def _go_on(batch: _Batch, logits: NDArray, stop_tokens: frozenset[int]) -> None:
+def _go_on(batch: _Batch, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
     while True:
         for row, of_row in zip(batch.rows, logits, strict=True):
             if row.going:
@@ -224,7 +306,7 @@ def _go_on(batch: _Batch, logits: NDArray, stop_tokens: frozenset[int]) -> None:
         logits = batch.feed()
 
 
-def _left_padded(rows: Sequence[Sequence[int | bool]], dtype: type) -> NDArray:
+def _left_padded(rows: Sequence[Sequence[int | bool]], dtype: type) -> NDArray[Any]:
     """Rows of any lengths as `[B, longest]`, zeros on the left."""
     width = max(map(len, rows))
     return np.array([[0] * (width - len(row)) + list(row) for row in rows], dtype).reshape(len(rows), width)

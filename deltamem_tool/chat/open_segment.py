@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ def end_segment(config: DeltaMemConfig, memory: StoredMemory) -> StoredMemory:
     return StoredMemory(states, empty, memory.adapter)
 
 
-def _written(config: DeltaMemConfig, state: NDArray, segment: NDArray) -> NDArray:
+def _written(config: DeltaMemConfig, state: NDArray[Any], segment: NDArray[Any]) -> NDArray[Any]:
     """State `[B, H, R, R]` after one write of the means in the segment `[B, W]`, with `memory.layer.gates`:
     S ← keep S − erase (S k) kᵀ + write v kᵀ."""
     tokens = segment[:, -1:]
@@ -41,5 +43,5 @@ def _written(config: DeltaMemConfig, state: NDArray, segment: NDArray) -> NDArra
     return np.where((tokens > 0)[:, :, None, None], written, state).astype(np.float32)
 
 
-def _sigmoid(x: NDArray) -> NDArray:
+def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
     return 0.5 * (1 + np.tanh(0.5 * x))  # exp(-x) would overflow

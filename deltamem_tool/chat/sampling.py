@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ class Sampler:
         ids: those that may be chosen: models often have logits for more, which mean no token.
     """
 
-    def __init__(self, sampling: Sampling, context: NDArray, ids: Collection[int]) -> None:
+    def __init__(self, sampling: Sampling, context: NDArray[Any], ids: Collection[int]) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
         size = 1 + max([*ids, *context])
@@ -80,7 +81,7 @@ class Sampler:
         self._seen[context] = True
         self._tokens[list(ids)] = True
 
-    def pick(self, logits: NDArray) -> int:
+    def pick(self, logits: NDArray[Any]) -> int:
         """The next token, from logits `[V]`."""
         seen, tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
         penalised = _penalised(np.where(tokens, logits, -np.inf), seen, self._sampling.repetition_penalty)
@@ -92,7 +93,7 @@ class Sampler:
         return token
 
 
-def probabilities(logits: NDArray, sampling: Sampling, context: NDArray) -> NDArray:
+def probabilities(logits: NDArray[Any], sampling: Sampling, context: NDArray[Any]) -> NDArray[Any]:
     """What a token is drawn from at a temperature above 0: float64 `[V]`, zero for tokens that are left out.
 
     Args:
@@ -105,17 +106,17 @@ def probabilities(logits: NDArray, sampling: Sampling, context: NDArray) -> NDAr
     return _probabilities(_penalised(logits, seen, sampling.repetition_penalty), sampling)
 
 
-def _of_length(mask: NDArray, length: int) -> NDArray:
+def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
     return np.pad(mask[:length], (0, max(0, length - len(mask))))
 
 
-def _penalised(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
+def _penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
     if penalty == 1:
         return logits
     return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _probabilities(logits: NDArray, sampling: Sampling) -> NDArray:
+def _probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
     scores = logits.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
@@ -130,6 +131,6 @@ def _probabilities(logits: NDArray, sampling: Sampling) -> NDArray:
     return _softmax(scores)
 
 
-def _softmax(scores: NDArray) -> NDArray:
-    chances = np.exp(scores - scores.max())
-    return chances / chances.sum()
+def _softmax(scores: NDArray[Any]) -> NDArray[Any]:
+    chances: NDArray[Any] = np.exp(scores - scores.max())
+    return np.asarray(chances / chances.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class TorchModel:
         self.mechanism = adapter.config
         self.memory_shape = adapter.memory_shape
         self.max_length: int | None = None
-        self._options = CallOptions(model, "last")
+        self._last, self._all = CallOptions(model, "last"), CallOptions(model, "all")
         for layer in MemoryCache(model).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ArchitectureError(
@@ -69,11 +69,12 @@ class TorchModel:
     def step(
         self,
         past: TorchPast,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, TorchPast]:
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        segment_end: NDArray[Any] | None = None,
+        all_positions: bool = False,
+    ) -> tuple[NDArray[Any], TorchPast]:
         device = self.model.device
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
@@ -84,14 +85,14 @@ class TorchModel:
         if segment_end is not None:
             tags = np.where(write_mask, np.where(segment_end, SegmentTag.LAST, SegmentTag.INSIDE), SegmentTag.OUTSIDE)
             cache.segment_tags = torch.from_numpy(tags).to(device, torch.int8)
-        logits = self._options.logits(self.model, ids, mask, cache)
+        logits = (self._all if all_positions else self._last).logits(self.model, ids, mask, cache)
         layers = {
             index: (layer.keys, layer.values)
             for index, layer in enumerate(cast(list[DynamicLayer], cache.layers))
             if layer.keys is not None and layer.values is not None
         }
         assert cache.memory is not None
-        return logits[:, -1].float().cpu().numpy(), TorchPast(layers, cache.memory)
+        return (logits if all_positions else logits[:, -1]).float().cpu().numpy(), TorchPast(layers, cache.memory)
 
     def memory(self, past: TorchPast) -> StoredMemory:
         states, segments = (
@@ -103,7 +104,7 @@ class TorchModel:
     def with_memory(self, past: TorchPast, memory: StoredMemory) -> TorchPast:
         return replace(past, memory=self._on_device(memory))
 
-    def take(self, past: TorchPast, row: int, columns: NDArray) -> TorchPast:
+    def take(self, past: TorchPast, row: int, columns: NDArray[Any]) -> TorchPast:
         kept = torch.from_numpy(columns).to(self.model.device)
         layers = {
             index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))

@@ -28,7 +28,7 @@ from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool import MemoryState
 from deltamem_tool.chat.conversation import Context, Conversation, Sampling
-from deltamem_tool.chat.generation import Said
+from deltamem_tool.chat.generation import AnswerStream
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import DataError, ExportError, MemoryStateError
 
@@ -220,7 +220,7 @@ def test_what_may_become_a_stop_string_is_held_back(engine):
 
     def said(text, *stop):
         pieces = []
-        answer = Said(engine.text, stop, pieces.append)
+        answer = AnswerStream(engine.text, stop, pieces.append)
         stopped = any(answer.push(token) for token in encode(text))
         if not stopped:
             answer.end()

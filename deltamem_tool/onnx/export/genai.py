@@ -88,7 +88,7 @@ def _check_start(memory: MemoryState, shape: MemoryShape, adapter: str) -> None:
         )
 
 
-def _defaults(start: MemoryState) -> dict[str, NDArray]:
+def _defaults(start: MemoryState) -> dict[str, NDArray[Any]]:
     """Its states `[1, H, R, R]` by the names of the graph's inputs."""
     return {
         contract.carried_name(contract.INITIAL, i, contract.STATE): state.numpy() for i, state in start.layers.items()

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -29,13 +30,13 @@ from deltamem_tool.onnx.export.quantized_products import Int4, Int8, initializer
 from deltamem_tool.onnx.export.targets import INT8
 
 
-def memory_weights(adapter: DeltaMemAdapter, lean: Mapping[int, FusedMemory]) -> list[NDArray]:
+def memory_weights(adapter: DeltaMemAdapter, lean: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
     """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `lean`: what was traced in its place."""
     weights = chain.from_iterable(memory.matrices() for memory in lean.values()) if lean else adapter.parameters()
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]
 
 
-def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size: int) -> int:
+def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray[Any]], vocab_size: int) -> int:
     """Quantise the graph in `folder`, in place; how many products that were.
 
     One matrix at a time: the others stay mapped from their file, and those that are done take what they take in it.
@@ -74,16 +75,16 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray], vocab_size
 class _Columns:
     """The columns of the memory's matrices: by them its weights are known wherever the fusions have put them."""
 
-    def __init__(self, memory: Sequence[NDArray]) -> None:
+    def __init__(self, memory: Sequence[NDArray[Any]]) -> None:
         # By length and content. A column of zeros says nothing about whose it is.
-        self._by_length: dict[int, dict[bytes, NDArray]] = {}
+        self._by_length: dict[int, dict[bytes, NDArray[Any]]] = {}
         for weight in memory:
             for column in np.ascontiguousarray(weight.T):
                 if column.any():
                     self._by_length.setdefault(len(column), {})[column.tobytes()] = column
         self._found: set[bytes] = set()
 
-    def among(self, weight: NDArray) -> bool:
+    def among(self, weight: NDArray[Any]) -> bool:
         """Whether any is a column of `weight` `[in, out]`; it counts as found then."""
         known = self._by_length.get(len(weight), {})
         # Most columns differ in their first number: the base's need not be copied to be told apart.
@@ -125,7 +126,7 @@ def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
 
 
 def _multiply(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, split: onnx_ir.Node, chosen: Sequence[int], parts: Sequence[NDArray]
+    graph: onnx_ir.Graph, node: onnx_ir.Node, split: onnx_ir.Node, chosen: Sequence[int], parts: Sequence[NDArray[Any]]
 ) -> None:
     """Give `split`'s chosen outputs, each x times its part of the matrix, by one product of their own."""
     name = f"{node.outputs[0].name}_{chosen[0]}"
@@ -162,7 +163,7 @@ def _choose(graph: onnx_ir.Graph, memory: _Columns, vocab_size: int) -> list[onn
     return products
 
 
-def _matrix(node: onnx_ir.Node) -> NDArray:
+def _matrix(node: onnx_ir.Node) -> NDArray[Any]:
     """The constant of a product, `[in, out]`, where it is: mapped."""
     value = node.inputs[1]
     assert value is not None and value.const_value is not None

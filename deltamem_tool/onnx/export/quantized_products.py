@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ class Int8:
         self._graph = graph
         self._inputs: dict[onnx_ir.Value, onnx_ir.Node] = {}  # by what they quantise
 
-    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray, name: str) -> list[onnx_ir.Node]:
+    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray[Any], name: str) -> list[onnx_ir.Node]:
         """Nodes for x · `weight` `[in, out]`, which come where `before` is; the last one gives the product."""
         if x not in self._inputs:
             self._inputs[x] = onnx_ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
@@ -44,7 +46,7 @@ class Int4:
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
 
-    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray, name: str) -> list[onnx_ir.Node]:
+    def product(self, before: onnx_ir.Node, x: onnx_ir.Value, weight: NDArray[Any], name: str) -> list[onnx_ir.Node]:
         """As `Int8.product`."""
         parts = zip(("weight", "scales", "zeros"), int4_of(weight), strict=True)
         constants = [initializer(self._graph, f"{name}_{part}", array) for part, array in parts]
@@ -52,14 +54,14 @@ class Int4:
         return [onnx_ir.node("MatMulNBits", [x, *constants], attributes=sizes, domain="com.microsoft")]
 
 
-def int8_of(weight: NDArray) -> tuple[NDArray, NDArray]:
+def int8_of(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Whole numbers `[in, out]` and scales `[out]`, whose product is `weight` but for rounding."""
     scales = (np.abs(weight).max(axis=0) / INT8_MOST).astype(np.float32)
     scales[scales == 0] = 1
     return np.rint(weight / scales).clip(-INT8_MOST, INT8_MOST).astype(np.int8), scales
 
 
-def int4_of(weight: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+def int4_of(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """As `MatMulNBits` takes them: numbers `[out, blocks, 16]`, two a byte; scales `[out, blocks]` in the type of
     `weight`; zero points `[out, ⌈blocks / 2⌉]`, two a byte."""
     rows, columns = weight.shape
@@ -75,7 +77,7 @@ def int4_of(weight: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     return _packed(numbers), scales, _packed(zeros)
 
 
-def _packed(numbers: NDArray) -> NDArray:
+def _packed(numbers: NDArray[Any]) -> NDArray[Any]:
     """Numbers of 4 bits along the last axis, two a byte, the first one low."""
     numbers = numbers.astype(np.uint8)
     if numbers.shape[-1] % 2:
@@ -83,7 +85,7 @@ def _packed(numbers: NDArray) -> NDArray:
     return numbers[..., 0::2] | numbers[..., 1::2] << 4
 
 
-def initializer(graph: onnx_ir.Graph, name: str, array: NDArray) -> onnx_ir.Value:
+def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
     value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
     graph.register_initializer(value)

@@ -68,13 +68,20 @@ class OnnxModel:
     def step(
         self,
         past: Past,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, Past]:
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        segment_end: NDArray[Any] | None = None,
+        all_positions: bool = False,
+    ) -> tuple[NDArray[Any], Past]:
+        if all_positions and self.manifest.interface.logits != "all":
+            raise ExportError(
+                f"{self.folder} has no logits of every position.",
+                "It was exported with the logits of the last position only.",
+                "Export the adapter again with --logits all.",
+            )
         logits, past = self.graph.step(input_ids, attention_mask, write_mask, past, segment_end)
-        return logits[:, -1], past
+        return (logits if all_positions else logits[:, -1]), past
 
     def memory(self, past: Past) -> StoredMemory:
         return StoredMemory(self.graph.states(past), self.graph.segments(past), self.adapter)
@@ -82,7 +89,7 @@ class OnnxModel:
     def with_memory(self, past: Past, memory: StoredMemory) -> Past:
         return self.graph.with_memory(past, memory.states, memory.open_segments)
 
-    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+    def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         return self.graph.take(past, row, columns)
 
     def join(self, pasts: Sequence[Past]) -> Past:

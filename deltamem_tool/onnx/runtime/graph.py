@@ -85,7 +85,7 @@ class LoadedGraph:
         self._outputs = list(interface.outputs())
 
     def memory_values(
-        self, batch: int, states: Mapping[int, NDArray] | None, segments: Mapping[int, NDArray] | None
+        self, batch: int, states: Mapping[int, NDArray[Any]] | None, segments: Mapping[int, NDArray[Any]] | None
     ) -> Past:
         """The given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros, by input name."""
         shapes, width = self.interface.state_shapes, self.interface.segment
@@ -98,7 +98,7 @@ class LoadedGraph:
             for i, array in arrays.items()
         }
 
-    def memory_of(self, values: Past, part: str) -> dict[int, NDArray]:
+    def memory_of(self, values: Past, part: str) -> dict[int, NDArray[Any]]:
         """One part of the memory in `values`, float32, by layer, copied."""
         names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
         return {i: on_host(values[name]).copy() for i, name in names.items()}
@@ -110,8 +110,8 @@ class Graph(LoadedGraph):
     def empty_past(
         self,
         batch: int,
-        states: Mapping[int, NDArray] | None = None,
-        segments: Mapping[int, NDArray] | None = None,
+        states: Mapping[int, NDArray[Any]] | None = None,
+        segments: Mapping[int, NDArray[Any]] | None = None,
     ) -> Past:
         """No tokens yet; the given states `[B, H, R, R]` and open segments `[B, W]` by layer, or zeros."""
         past: Past = {}
@@ -130,26 +130,26 @@ class Graph(LoadedGraph):
             states = None
         return {**past, **self.memory_values(batch, states, segments)}
 
-    def with_memory(self, past: Past, states: Mapping[int, NDArray], segments: Mapping[int, NDArray]) -> Past:
+    def with_memory(self, past: Past, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]) -> Past:
         """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
         return {**past, **self.memory_values(len(next(iter(states.values()))), states, segments)}
 
-    def states(self, past: Past) -> dict[int, NDArray]:
+    def states(self, past: Past) -> dict[int, NDArray[Any]]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
         return self.memory_of(past, contract.STATE)
 
-    def segments(self, past: Past) -> dict[int, NDArray]:
+    def segments(self, past: Past) -> dict[int, NDArray[Any]]:
         """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
         return self.memory_of(past, contract.SEGMENT) if self.interface.segment else {}
 
     def step(
         self,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
         past: Past,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, Past]:
+        segment_end: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[Any], Past]:
         """One call of the graph. What it carries stays on its device: only tokens, masks and logits cross.
 
         Args:
@@ -180,7 +180,7 @@ class Graph(LoadedGraph):
         names = map(contract.past_name, self._outputs[1:])
         return logits.numpy(), dict(zip(names, present, strict=True))
 
-    def take(self, past: Past, row: int, columns: NDArray) -> Past:
+    def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         """One row `[1, ...]` of `past`, with those of its tokens alone that `columns`, indices, names."""
         taken: Past = {}
         for name, value in past.items():

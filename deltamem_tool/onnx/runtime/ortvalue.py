@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ ELEMENT_TYPES = {contract.FLOAT32: 1, contract.FLOAT16: 10, contract.BFLOAT16: 1
 _CPU = "cpu"
 
 
-def on_device(array: NDArray, dtype: str, device: str) -> OrtValue:
+def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
     """A tensor of its own; `array` holds bfloat16 as uint16."""
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device)
@@ -23,7 +24,7 @@ def on_device(array: NDArray, dtype: str, device: str) -> OrtValue:
     return here if device == _CPU else _copied(here, device)
 
 
-def on_host(value: OrtValue) -> NDArray:
+def on_host(value: OrtValue) -> NDArray[Any]:
     """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
         return value.numpy()

@@ -165,33 +165,35 @@ class FixedGraph(LoadedGraph):
     def empty_past(
         self,
         batch: int,
-        states: Mapping[int, NDArray] | None = None,
-        segments: Mapping[int, NDArray] | None = None,
+        states: Mapping[int, NDArray[Any]] | None = None,
+        segments: Mapping[int, NDArray[Any]] | None = None,
     ) -> FixedPast:
         return FixedPast(self._tenancy(batch), 0, self.memory_values(batch, states, segments))
 
-    def with_memory(self, past: FixedPast, states: Mapping[int, NDArray], segments: Mapping[int, NDArray]) -> FixedPast:
+    def with_memory(
+        self, past: FixedPast, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]
+    ) -> FixedPast:
         memory = self.memory_values(past.tenancy.room.batch, states, segments)
         return FixedPast(past.tenancy, past.length, memory)
 
-    def states(self, past: FixedPast) -> dict[int, NDArray]:
+    def states(self, past: FixedPast) -> dict[int, NDArray[Any]]:
         """As `Graph.states`."""
         with past.tenancy.room.lock:
             return self.memory_of(past.memory, contract.STATE)
 
-    def segments(self, past: FixedPast) -> dict[int, NDArray]:
+    def segments(self, past: FixedPast) -> dict[int, NDArray[Any]]:
         """As `Graph.segments`."""
         with past.tenancy.room.lock:
             return self.memory_of(past.memory, contract.SEGMENT) if self.interface.segment else {}
 
     def step(
         self,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
         past: FixedPast,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, FixedPast]:
+        segment_end: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[Any], FixedPast]:
         """As `Graph.step`, with the same masks: `attention_mask` is `[B, P + T]`.
 
         Raises:
@@ -224,7 +226,7 @@ class FixedGraph(LoadedGraph):
             logits.append(found)
         return logits[-1] if self.interface.logits == "last" else np.concatenate(logits, axis=1), past
 
-    def take(self, past: FixedPast, row: int, columns: NDArray) -> FixedPast:
+    def take(self, past: FixedPast, row: int, columns: NDArray[Any]) -> FixedPast:
         """As `Graph.take`. The beginning of a single conversation stays in its room; all else is copied."""
         room = past.tenancy.room
         with room.lock:
@@ -238,7 +240,7 @@ class FixedGraph(LoadedGraph):
         if len(pasts) == 1:
             return pasts[0]
         length = max(past.length for past in pasts)
-        parts: list[dict[str, NDArray]] = []
+        parts: list[dict[str, NDArray[Any]]] = []
         for past in pasts:
             with past.tenancy.room.lock:
                 padding = ((0, 0), (0, 0), (length - past.length, 0), (0, 0))
@@ -249,7 +251,7 @@ class FixedGraph(LoadedGraph):
         memory = self._on_device({name: joined[name] for name in self.memory_names})
         return self._furnished({name: joined[name] for name in self.cache_names}, length, memory)
 
-    def _call(self, given: dict[str, NDArray], past: FixedPast) -> tuple[NDArray, FixedPast]:
+    def _call(self, given: dict[str, NDArray[Any]], past: FixedPast) -> tuple[NDArray[Any], FixedPast]:
         tokens = given[contract.INPUT_IDS].shape[1]
         past = self._alone(past, tokens)
         with past.tenancy.room.lock:
@@ -273,7 +275,7 @@ class FixedGraph(LoadedGraph):
             own.taken = past.length + tokens
             return FixedPast(own, past.length, {name: _copy(value) for name, value in past.memory.items()})
 
-    def _prefill(self, given: dict[str, NDArray], past: FixedPast) -> tuple[NDArray, FixedPast]:
+    def _prefill(self, given: dict[str, NDArray[Any]], past: FixedPast) -> tuple[NDArray[Any], FixedPast]:
         room = past.tenancy.room
         binding = self.io_binding()
         for name, array in given.items():
@@ -291,7 +293,7 @@ class FixedGraph(LoadedGraph):
         memory = {contract.past_name(name): value for name, value in found.items() if not is_cache(name)}
         return logits.numpy(), FixedPast(past.tenancy, 0, memory)
 
-    def _decode(self, given: dict[str, NDArray], past: FixedPast) -> tuple[NDArray, FixedPast]:
+    def _decode(self, given: dict[str, NDArray[Any]], past: FixedPast) -> tuple[NDArray[Any], FixedPast]:
         room = past.tenancy.room
         source = room.slot_of(past)
         room.vacate(1 - source)
@@ -311,7 +313,7 @@ class FixedGraph(LoadedGraph):
             room = Room(self, batch)
         return Tenancy(room, idle)
 
-    def _furnished(self, cache: Mapping[str, NDArray], length: int, memory: Mapping[str, OrtValue]) -> FixedPast:
+    def _furnished(self, cache: Mapping[str, NDArray[Any]], length: int, memory: Mapping[str, OrtValue]) -> FixedPast:
         """A past in a room of its own, with the given keys and values `[B, heads, length, width]`."""
         tenancy = self._tenancy(len(next(iter(cache.values()))))
         tenancy.taken = length
@@ -321,7 +323,7 @@ class FixedGraph(LoadedGraph):
             buffer.update_inplace(on_device(whole, self.interface.dtype, self.device))
         return FixedPast(tenancy, length, memory)
 
-    def _on_device(self, memory: Mapping[str, NDArray]) -> dict[str, OrtValue]:
+    def _on_device(self, memory: Mapping[str, NDArray[Any]]) -> dict[str, OrtValue]:
         return {name: on_device(array, contract.FLOAT32, self.device) for name, array in memory.items()}
 
     def _refuse_other_threads(self) -> None:

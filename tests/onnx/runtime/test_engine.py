@@ -11,8 +11,10 @@ import torch
 from helpers.continued import continued
 
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import ConfigError, MemoryStateError
+from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.file import StoredMemory, read_memory
 from deltamem_tool.memory.state import MemoryState
@@ -64,6 +66,29 @@ def test_greedy_turns_are_those_of_generate(exported):
     assert [list(answer.tokens) for answer in answers] == expected
     assert not any(answer.stopped for answer in answers)
     assert_close(conversation.memory, memory)
+
+
+def test_prompts_are_answered_in_one_batch(exported):
+    model, prompts = OnnxModel(exported.folder), ["my cat", "what is it?"]
+    empty = empty_memory(model)
+    memory = StoredMemory({i: np.repeat(state, 2, 0) for i, state in empty.states.items()}, {}, model.adapter)
+    answers = answer_prompts(model, memory, [model.text.encode(prompt) for prompt in prompts], 6)
+    in_torch = TorchModel(exported.model, exported.tokenizer)
+    expected = answer_prompts(in_torch, memory, [model.text.encode(prompt) for prompt in prompts], 6)
+    assert answers == expected
+
+
+def test_logits_of_every_position_are_had_where_the_graph_gives_them(qwen3, llama):
+    ids, every = np.array([[72, 73, 74]]), np.ones((1, 3), bool)
+    model, in_torch = OnnxModel(llama.folder), TorchModel(llama.model, llama.tokenizer)
+    logits, expected = (
+        engine.step(engine.start(empty_memory(engine)), ids, every.astype(np.int64), every, all_positions=True)[0]
+        for engine in (model, in_torch)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    model = OnnxModel(qwen3.folder)
+    with pytest.raises(ExportError, match="no logits of every position"):
+        model.step(model.start(empty_memory(model)), ids, every.astype(np.int64), every, all_positions=True)
 
 
 def test_every_stop_token_stops(qwen3, folder):
