@@ -41,9 +41,12 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
         _dry_run(recipe, chosen, as_json)
         return
 
+    import datasets
+
     from deltamem_tool.cli.console import in_words, progress
     from deltamem_tool.training import train
 
+    datasets.disable_progress_bars()  # the command has its own
     with progress() as bar:
         task = bar.add_task("Training", total=chosen.training.steps, note="")
 

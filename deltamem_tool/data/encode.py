@@ -20,6 +20,7 @@ from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 IGNORED = -100  # label of a token that is not scored
+VIEWS = ("exchanges", "recent", "full")  # of an `EncodedEpisode`
 _AT_ONCE = 64  # episodes that go through the tokenizer together,
 _CHARACTERS = 2_000_000  # unless their messages are longer than this
 

@@ -1,51 +1,68 @@
-"""Encoded episodes on disk: made once, memory-mapped, cached."""
+"""Encoded episodes on disk, kept by `datasets`: encoded once, memory-mapped, found again."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import logging
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset
 
-from deltamem_tool.data.cache import cache_key, cached_folder
-from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
+from deltamem_tool.data.encode import IGNORED, VIEWS, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
 
+ENCODING_VERSION = 2  # goes up when `Encoder` gives other tokens for the same input, or the columns change
+
 Report = Callable[[int, int], None]  # episodes encoded, of how many
 
-_FILE = "episodes.arrow"
-_BATCH = 256  # episodes in a record batch
-_EXCHANGES = pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]))
-_SCHEMA = pa.schema(
-    [
-        ("write_ids", pa.list_(pa.int32())),
-        ("tags", pa.list_(pa.int8())),
-        ("exchanges", _EXCHANGES),
-        ("recent", _EXCHANGES),
-        ("full", _EXCHANGES),
-        ("where", pa.string()),
-        ("cut", pa.int32()),
-    ]
+_BATCH = 256  # episodes in memory at once
+_TOKENS = List(Value("int32"))
+_EXCHANGES = List({"ids": _TOKENS, "labels": _TOKENS})
+_FEATURES = Features(
+    {
+        "write_ids": _TOKENS,
+        "tags": List(Value("int8")),
+        **dict.fromkeys(VIEWS, _EXCHANGES),
+        "where": Value("string"),
+        "cut": Value("int32"),
+        "error": List(Value("string")),  # of an episode that cannot be encoded, and then the only column
+    }
 )
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenCounts:
+    """Tokens of texts."""
+
     mean: float
     max: int
     total: int
 
+    @classmethod
+    def of(cls, lengths: pa.ChunkedArray) -> TokenCounts:
+        """Count the texts of these lengths; nulls are left out."""
+        return cls(pc.mean(lengths).as_py(), pc.max(lengths).as_py(), pc.sum(lengths).as_py())
+
 
 @dataclass(frozen=True)
 class EpisodeStatistics:
+    """Sizes of a set of episodes."""
+
     episodes: int
     exchanges: int
     write_tokens: TokenCounts  # of a history, after the cut
@@ -58,24 +75,20 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
     """Encoded episodes as a memory-mapped table.
 
     Args:
-        table: as `encode_cached` makes it.
-        skipped: why episodes were left out.
+        table: a row an episode; a row with an `error` is left out, and its error is in `skipped`.
         context_dropout: where episodes have a `recent` view, it is what is read; but with this probability the memory
             alone is. Drawn from the seed, the epoch and the episode's index.
         seed: of that.
     """
 
-    def __init__(
-        self,
-        table: datasets.Dataset,
-        skipped: tuple[DataError, ...] = (),
-        context_dropout: float = 0.0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, table: datasets.Dataset, context_dropout: float = 0.0, seed: int = 0) -> None:
         if not 0 <= context_dropout <= 1:
-            raise ConfigError(f"There is no context_dropout {context_dropout}.", "It is a share, 0 to 1.")
-        self._table = table
-        self.skipped = skipped
+            raise ConfigError(
+                f"context_dropout is {context_dropout}.", "It is a probability.", "Choose a number from 0 to 1."
+            )
+        errors = table.data.column("error")
+        self.skipped = tuple(DataError(*parts) for parts in errors.drop_null().to_pylist())
+        self._table = table.select(np.flatnonzero(errors.is_null())) if self.skipped else table
         self.context_dropout, self.seed, self.epoch = context_dropout, seed, 0
 
     def __len__(self) -> int:
@@ -85,33 +98,37 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = self._table[index]
-        views = {name: _exchanges(row[name]) for name in ("exchanges", "recent", "full")}
-        if views["recent"] and random.Random(f"{self.seed}/{self.epoch}/{index}").random() >= self.context_dropout:
-            views["exchanges"] = views["recent"]
-        return EncodedEpisode(**{**row, **views})
+        del row["error"]
+        row |= {view: [EncodedExchange(**exchange) for exchange in row[view]] for view in VIEWS}
+        if row["recent"] and random.Random(f"{self.seed}/{self.epoch}/{index}").random() >= self.context_dropout:
+            row["exchanges"] = row["recent"]
+        return EncodedEpisode(**row)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which exchanges lose their recent turns changes with it."""
+        """Start an epoch, with which it changes which exchanges lose their recent turns."""
         self.epoch = epoch
 
     @property
     def lengths(self) -> list[int]:
-        """Of each episode the tokens that are written, so that like lengths can share a batch."""
-        return pc.list_value_length(self._column("write_ids")).to_pylist()
+        """Tokens that each episode writes, so that like lengths can share a batch."""
+        lengths: list[int] = pc.list_value_length(self.column("write_ids")).drop_null().to_pylist()
+        return lengths
 
     def statistics(self) -> EpisodeStatistics:
-        exchanges = pc.list_flatten(self._column("exchanges"))
+        """Count exchanges and tokens."""
+        exchanges = pc.list_flatten(self.column("exchanges"))
         labels = pc.list_flatten(pc.struct_field(exchanges, "labels"))
         return EpisodeStatistics(
             episodes=len(self),
             exchanges=len(exchanges),
-            write_tokens=_counts(pc.list_value_length(self._column("write_ids"))),
-            read_tokens=_counts(pc.list_value_length(pc.struct_field(exchanges, "ids"))),
+            write_tokens=TokenCounts.of(pc.list_value_length(self.column("write_ids"))),
+            read_tokens=TokenCounts.of(pc.list_value_length(pc.struct_field(exchanges, "ids"))),
             scored_tokens=pc.sum(pc.not_equal(labels, IGNORED)).as_py(),
-            cut=pc.sum(pc.greater(self._column("cut"), 0)).as_py(),
+            cut=pc.sum(pc.greater(self.column("cut"), 0)).as_py(),
         )
 
-    def _column(self, name: str) -> pa.ChunkedArray:
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the table; null where an episode was skipped."""
         return self._table.data.column(name)
 
 
@@ -123,60 +140,95 @@ def encode_cached(
     context_dropout: float = 0.0,
     seed: int = 0,
 ) -> EncodedEpisodes:
-    """Encode all episodes, or find them encoded already: in the cache directory of `datasets`, by `cache_key`.
+    """Encode all episodes, or find them in the cache of `datasets`, by `encoding_fingerprint`.
+
+    Processes that want the same episodes wait for the one that encodes them. A cache that cannot be read is made again.
 
     Args:
+        episodes: what to encode.
+        encoder: with what.
         skip_bad_rows: leave out episodes that cannot be encoded, and say so in `skipped`, rather than raise.
         report: called while episodes are encoded; not called when they are found.
-        context_dropout, seed: of `EncodedEpisodes`.
+        context_dropout: of `EncodedEpisodes`.
+        seed: of `EncodedEpisodes`.
 
     Raises:
-        DataError: an episode cannot be encoded; it says which. With skip_bad_rows: none can.
+        DataError: an episode cannot be encoded (the error names it); or with skip_bad_rows, none can.
     """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "deltamem"
+    fingerprint = encoding_fingerprint(episodes, encoder)
 
-    def make(folder: Path) -> dict[str, Any]:
-        return {"skipped": _write(folder / _FILE, episodes, encoder, skip_bad_rows, report)}
+    def rows() -> Iterator[dict[str, Any]]:
+        return _rows(episodes, encoder, skip_bad_rows, report)
 
-    folder, said = cached_folder(cache_key(episodes, encoder), make)
-    skipped = tuple(DataError(*parts) for parts in said["skipped"])
-    if skipped and not skip_bad_rows:  # made by a run that did skip them
-        raise skipped[0]
-    return EncodedEpisodes(datasets.Dataset.from_file(str(folder / _FILE)), skipped, context_dropout, seed)
+    def load() -> datasets.Dataset:
+        options: dict[str, Any] = {"fingerprint": fingerprint, "writer_batch_size": _BATCH}
+        return datasets.Dataset.from_generator(rows, features=_FEATURES, cache_dir=str(folder), **options)
+
+    try:
+        try:
+            table = load()
+        except (pa.ArrowException, OSError) as error:  # of a table that was cut (which has no errno) or lost
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
+            _LOG.warning("The cache of encoded episodes is damaged and is made again: %s", error)
+            for damaged in folder.glob(f"generator/*{fingerprint}"):
+                shutil.rmtree(damaged)
+            table = load()
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from error
+    encoded = EncodedEpisodes(table, context_dropout, seed)
+    if encoded.skipped and not skip_bad_rows:  # made by a run that did skip them
+        raise encoded.skipped[0]
+    return encoded
 
 
-def _write(
-    path: Path, episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool, report: Report | None
-) -> list[tuple[str, str, str]]:
-    """Encode into an arrow file; returns the errors of what was skipped."""
-    skipped, done = [], 0
-    encoded = encoder.attempt(episodes)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as stream:
-        while batch := list(islice(encoded, _BATCH)):
-            bad = [each for each in batch if isinstance(each, DataError)]
-            if bad and not skip_bad_rows:
-                raise bad[0]
-            skipped += [(error.what, error.why, error.next) for error in bad]
-            rows = [_row(each) for each in batch if isinstance(each, EncodedEpisode)]
-            stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-            done += len(batch)
-            if report is not None:
-                report(done, len(episodes))
+def in_memory(episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool = False) -> EncodedEpisodes:
+    """Encode a few episodes without the cache; arguments and errors as in `encode_cached`."""
+    rows = list(_rows(episodes, encoder, skip_bad_rows))
+    columns = {name: [row.get(name) for row in rows] for name in _FEATURES}
+    return EncodedEpisodes(datasets.Dataset.from_dict(columns, features=_FEATURES))
+
+
+def encoding_fingerprint(episodes: Sequence[Episode], encoder: Encoder) -> str:
+    """Hash all that decides the encoding with SHA-256: the tokenizer, the template, the options, every episode.
+
+    `datasets` would hash pickled objects, and a tokenizer pickles differently after it has been used.
+    """
+    tokenizer = encoder.tokenizer
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    for passing in ("truncation", "padding"):  # set by whoever called it last
+        vocabulary.pop(passing, None)
+    parts: list[Any] = [
+        ENCODING_VERSION,
+        encoder.options(),
+        type(tokenizer).__name__,
+        vocabulary,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        getattr(tokenizer, "split_special_tokens", False),
+        tokenizer.chat_template,
+    ]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for episode in episodes:  # keys in their order: a template may write them in it
+        content = (episode.history, episode.exchanges, episode.where)
+        digest.update(json.dumps(content, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _rows(
+    episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool, report: Report | None = None
+) -> Iterator[dict[str, Any]]:
+    skipped: list[DataError] = []
+    for done, encoded in enumerate(encoder.attempt(episodes), start=1):
+        if isinstance(encoded, EncodedEpisode):
+            yield vars(encoded) | {view: [vars(exchange) for exchange in getattr(encoded, view)] for view in VIEWS}
+        elif skip_bad_rows:
+            skipped.append(encoded)
+            yield {"error": [encoded.what, encoded.why, encoded.next]}
+        else:
+            raise encoded
+        if report is not None and (done % _BATCH == 0 or done == len(episodes)):
+            report(done, len(episodes))
     if len(skipped) == len(episodes):
-        why = f"The first of {len(skipped)}: {skipped[0][0]} {skipped[0][1]}" if skipped else "There is none."
+        why = f"The first of {len(skipped)}: {skipped[0].what} {skipped[0].why}" if skipped else "There is none."
         raise DataError("No episode can be encoded.", why, "Correct the data, or use another tokenizer.")
-    return skipped
-
-
-def _row(episode: EncodedEpisode) -> dict[str, Any]:
-    return {
-        **vars(episode),
-        **{name: [vars(each) for each in getattr(episode, name)] for name in ("exchanges", "recent", "full")},
-    }
-
-
-def _exchanges(rows: list[dict[str, list[int]]]) -> list[EncodedExchange]:
-    return [EncodedExchange(**row) for row in rows]
-
-
-def _counts(lengths: pa.ChunkedArray) -> TokenCounts:
-    return TokenCounts(pc.mean(lengths).as_py(), pc.max(lengths).as_py(), pc.sum(lengths).as_py())
