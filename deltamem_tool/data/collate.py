@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dict[str, Tensor]:
-    """One batch of B episodes, which have Q exchanges in all. Padding is on the right, `pad` with mask 0.
+    """Make one batch of B episodes, which have Q exchanges in all.
+
+    Padding is on the right, `pad` with mask 0.
 
     Returns:
         `write_ids`, `write_mask` `[B, W]`, and with `segments` `write_segment_tags` `[B, W]`; `read_ids`, `read_mask`,
@@ -65,17 +67,18 @@ def _mask(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 class EpisodeCollator:
-    """The Trainer's data collator: as `collate`, for episodes that are encoded, and for those that are not yet.
+    """Make batches for the Trainer as `collate` does, with `sources`: where each episode was read.
 
-    The latter are asked from the memory alone: context dropout is `EncodedEpisodes`' own.
+    Episodes that are not encoded yet are asked from the memory alone: context dropout is `EncodedEpisodes`' own.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def __call__(self, episodes: Sequence[Episode] | Sequence[EncodedEpisode]) -> dict[str, Tensor]:
+    def __call__(self, episodes: Sequence[Episode] | Sequence[EncodedEpisode]) -> dict[str, Any]:
         if episodes and isinstance(episodes[0], Episode):
             encoded = self.encoder(cast(Sequence[Episode], episodes))
         else:
             encoded = cast(list[EncodedEpisode], episodes)
-        return collate(encoded, self.encoder.pad, self.encoder.granularity != "token")
+        batch = collate(encoded, self.encoder.pad, self.encoder.granularity != "token")
+        return {**batch, "sources": [episode.where for episode in encoded]}

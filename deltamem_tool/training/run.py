@@ -32,23 +32,23 @@ from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
-from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.lora_step import LoraStepModel
 from deltamem_tool.training.loss import EpisodeModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
     EpisodeTrainer,
     Progress,
     Report,
-    SourcedCollator,
     steps_of,
 )
 
 
 @dataclass(frozen=True)
 class TrainingResult:
+    """What a run has made."""
+
     adapter: Path
     steps: int
     losses: list[tuple[int, float]]  # (step, mean loss since the one before)
@@ -66,11 +66,13 @@ class RunData:
     validation: Sequence[Any]
     collator: EpisodeCollator
     order: str  # as `EpisodeSampler` takes it
+    batch: int  # episodes of a step, on all processes
     steps: int
     skipped_rows: int = 0
 
     @property
     def statistics(self) -> dict[str, Any] | None:
+        """Sizes of the data; None where dialogues are generated."""
         return asdict(self.training.statistics()) if isinstance(self.training, EncodedEpisodes) else None
 
 
@@ -89,9 +91,13 @@ def train(
     ends the run after the step it is in, with a checkpoint and the adapter so far written.
 
     Args:
-        report: follows the steps; `encoding` the episodes that are encoded before, (done, of how many).
-        expecting: called before the first step with the number of steps to come and about how many seconds they will
-            take, evaluations not counted; to find out costs up to two steps.
+        recipe: what to run.
+        resume: go on from the last checkpoint.
+        overwrite: replace the adapter folder and the checkpoints of another run.
+        report: called after each step with the step, the number of steps, and the last loss.
+        encoding: called while episodes are encoded, before the first step, (done, of how many).
+        expecting: called once, after the second step, with the number of steps to come and about how many seconds they
+            will take, evaluations not counted.
 
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
@@ -102,24 +108,20 @@ def train(
     refuse_existing(out, overwrite or resume)
     if not resume and checkpoints(run) and not overwrite:
         raise DeltaMemError(
-            f"{run} holds the checkpoints of a run that did not end.",
+            f"{run} has checkpoints of a run that did not end.",
             "Nothing was changed.",
-            "Pass --resume to go on with it, or --overwrite to start anew.",
+            "Pass --resume to continue that run, or --overwrite to start again.",
         )
     started = time.monotonic()
     set_seed(recipe.training.seed)
     step, model, tokenizer = step_model(recipe)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding)
-    progress = Progress(report)
+    progress = Progress(report, expecting)
     trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
         cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
     at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
-    if expecting is not None and state.is_main_process and not at_end:
-        options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
-        seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
-        expecting(to_come, to_come * options.gradient_accumulation * seconds)
     state.wait_for_everyone()
     with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
         state.wait_for_everyone()
@@ -141,8 +143,8 @@ def train(
     if interrupted:
         raise DeltaMemError(
             f"Interrupted after step {steps} of {data.steps}.",
-            f"The adapter so far is in {out}, the checkpoint in {run}.",
-            "Run the same command with --resume to go on.",
+            f"The adapter as trained so far is in {out}, the checkpoint in {run}.",
+            "Run the same command with --resume to continue.",
         )
     return TrainingResult(
         out, steps, summary.losses, summary.seconds, summary.parameters, data.skipped_rows, state.is_main_process
@@ -158,7 +160,7 @@ def _trainer(recipe: Recipe, step: EpisodeModel | LoraStepModel, data: RunData, 
         args=args,
         train_dataset=data.training,
         validation=data.validation,
-        data_collator=SourcedCollator(data.collator),
+        data_collator=data.collator,
         callbacks=[progress, *stop, *tensorboard(options, Path(f"{Path(recipe.out)}.logs"), args.process_index == 0)],
         order=data.order,
         run=run,
@@ -189,7 +191,7 @@ def _summary(
 
 
 def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """What a recipe trains, the model that it is in, and the tokenizer."""
+    """Load what a recipe trains, the model that it is in, and the tokenizer."""
     options = recipe.training
     if recipe.lora is not None:
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
@@ -202,7 +204,7 @@ def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrained
 
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The patched model that a recipe trains, and its tokenizer."""
+    """Load the patched model that a recipe trains, and its tokenizer."""
     options = _loading(recipe)
     if recipe.adapter is not None:
         trust = recipe.trust_remote_code
@@ -223,7 +225,8 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:
-    """
+    """Load the base model.
+
     Raises:
         ConfigError: its weights would be float16, in which small gradients are zeros.
     """
@@ -231,7 +234,7 @@ def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:
     if model.dtype == torch.float16 and not _is_placed(model):
         raise ConfigError(
             f"{checkpoint.name} is stored in float16.",
-            "Small gradients are zeros in it.",
+            "Small gradients become zero in float16.",
             "Set training.dtype to bfloat16 or float32.",
         )
     return model
@@ -267,35 +270,10 @@ def run_data(
     """Read, check and encode the episodes of a recipe; `report` follows the encoding.
 
     Raises:
-        DataError: a row is none, or cannot be encoded.
+        DataError: a row is not a conversation, or cannot be encoded.
     """
     data, training = recipe.data, recipe.training
-    encoder = encoder_of(recipe, tokenizer, granularity)
-    collator = EpisodeCollator(encoder)
-    batch = training.batch_size * training.gradient_accumulation * processes
-    if data.path is None:
-        assert training.steps is not None  # a recipe without a path has them
-        episodes = dialogues_of(recipe, processes)
-        hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
-        count = training.eval_episodes if training.eval_every is not None else 0
-        held = DialogueEpisodes(count, count, training.seed, *hardest, held_out=True)
-        return RunData(episodes, [held[i] for i in range(count)], collator, "as they come", training.steps)
-    dropout = recipe.objective.context_dropout
-    encoded, skipped = _encoded(recipe, encoder, data.path, data.split, data.revision, dropout, report)
-    validation: Sequence[Any] = ()
-    if training.eval_every is not None:
-        path, revision = (data.path, data.revision) if data.eval_path is None else (data.eval_path, None)
-        split = data.eval_split or "train"
-        some, more = _encoded(recipe, encoder, path, split, revision, 1.0)  # from the memory alone
-        validation = [some[i] for i in range(min(len(some), training.eval_episodes))]
-        skipped += more
-    steps = training.steps or steps_of(training.epochs or 1.0, len(encoded), batch)
-    return RunData(encoded, validation, collator, "by length" if data.group_by_length else "shuffled", steps, skipped)
-
-
-def encoder_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: str) -> Encoder:
-    data = recipe.data
-    return Encoder(
+    encoder = Encoder(
         tokenizer,
         data.max_write_tokens,
         data.max_read_tokens,
@@ -303,35 +281,31 @@ def encoder_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, granularity: 
         recent_turns=data.recent_turns,
         full_context=recipe.objective.full_context_kl > 0 or recipe.lora is not None,
     )
-
-
-def dialogues_of(recipe: Recipe, processes: int) -> DialogueEpisodes:
-    """What a recipe without a path trains with, on so many processes."""
-    data, training = recipe.data, recipe.training
-    assert training.steps is not None
+    collator = EpisodeCollator(encoder)
     together = training.batch_size * processes
-    facts = (data.facts_first, data.facts_last, data.growth, data.fewest, data.replies)
-    return DialogueEpisodes(training.steps * training.gradient_accumulation * together, together, training.seed, *facts)
+    batch = together * training.gradient_accumulation
+    if data.path is None:
+        assert training.steps is not None  # a recipe without a path has them
+        facts = (data.facts_first, data.facts_last, data.growth, data.fewest)
+        generated = DialogueEpisodes(training.steps * batch, together, training.seed, *facts, data.replies)
+        count = training.eval_episodes if training.eval_every is not None else 0
+        hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
+        held_out = DialogueEpisodes(count, count, training.seed, *hardest, held_out=True)
+        return RunData(generated, [held_out[i] for i in range(count)], collator, "as they come", batch, training.steps)
 
+    def encoded(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
+        """Episodes, and how many rows were left out."""
+        rows = read_episodes(path, split, revision, data.supervise, data.skip_bad_rows)
+        episodes = encode_cached(rows.episodes, encoder, data.skip_bad_rows, report, dropout, training.seed)
+        return episodes, len(rows.skipped) + len(episodes.skipped)
 
-def _encoded(
-    recipe: Recipe,
-    encoder: Encoder,
-    path: str,
-    split: str,
-    revision: str | None,
-    dropout: float,
-    report: Callable[[int, int], None] | None = None,
-) -> tuple[EncodedEpisodes, int]:
-    """Episodes, and how many rows were left out."""
-    data = recipe.data
-    loaded = read_episodes(path, split, revision, data.supervise, data.skip_bad_rows)
-    encoded = encode_cached(
-        loaded.episodes,
-        encoder,
-        skip_bad_rows=data.skip_bad_rows,
-        report=report,
-        context_dropout=dropout,
-        seed=recipe.training.seed,
-    )
-    return encoded, len(loaded.skipped) + len(encoded.skipped)
+    episodes, skipped = encoded(data.path, data.split, data.revision, recipe.objective.context_dropout)
+    validation: Sequence[Any] = ()
+    if training.eval_every is not None:
+        path, revision = (data.path, data.revision) if data.eval_path is None else (data.eval_path, None)
+        others, more = encoded(path, data.eval_split or "train", revision, 1.0)  # from the memory alone
+        validation = [others[i] for i in range(min(len(others), training.eval_episodes))]
+        skipped += more
+    steps = training.steps or steps_of(training.epochs or 1.0, len(episodes), batch)
+    order = "by length" if data.group_by_length else "shuffled"
+    return RunData(episodes, validation, collator, order, batch, steps, skipped)

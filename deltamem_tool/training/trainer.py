@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from deltamem_tool._compat import (
     SAFE_WEIGHTS_NAME,
@@ -23,7 +31,6 @@ from deltamem_tool._compat import (
     PrinterCallback,
     get_length_grouped_indices,
 )
-from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import write_whole
@@ -34,11 +41,12 @@ from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
 ORDERS = ("as they come", "shuffled", "by length")
 SHOWN_ROWS = 8  # source rows that an error names
+LONG = 30.0  # seconds: a step that takes less is measured again, without what is done once
 Report = Callable[[int, int, float | None], None]  # step, of how many, loss
 
 
 class EpisodeSampler(Sampler[int]):
-    """The order of episodes. It depends on seed and epoch alone, so that a resumed run goes on in it.
+    """The order of episodes: it depends on seed and epoch alone, so that a resumed run goes on in it.
 
     Args:
         episodes: the dataset, which is told the epoch too.
@@ -54,6 +62,7 @@ class EpisodeSampler(Sampler[int]):
         self.episodes, self.order, self.seed, self.batch_size, self.epoch = episodes, order, seed, batch_size, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Start an epoch, which has an order of its own."""
         self.epoch = epoch
         if isinstance(self.episodes, EncodedEpisodes):
             self.episodes.set_epoch(epoch)
@@ -70,18 +79,9 @@ class EpisodeSampler(Sampler[int]):
         return iter(torch.randperm(len(self), generator=generator).tolist())
 
 
-class SourcedCollator:
-    """What `collator` makes, and `sources`: where each episode was read."""
-
-    def __init__(self, collator: EpisodeCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, episodes: Sequence[Any]) -> dict[str, Any]:
-        return {**self.collator(episodes), "sources": [episode.where for episode in episodes]}
-
-
 class EpisodeTrainer(Trainer):
-    """
+    """transformers' Trainer for `EpisodeModel` and `LoraStepModel`.
+
     Args:
         order: as `EpisodeSampler` takes it.
         validation: episodes to evaluate with; each as the collator takes it.
@@ -89,8 +89,7 @@ class EpisodeTrainer(Trainer):
     """
 
     model: EpisodeModel | LoraStepModel
-
-    data_collator: Any  # a SourcedCollator
+    data_collator: Any  # an EpisodeCollator
 
     def __init__(self, *, order: str, validation: Sequence[Any] = (), run: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs, eval_dataset=cast(Any, validation or None))
@@ -105,7 +104,8 @@ class EpisodeTrainer(Trainer):
         self._steps = 0  # since then
         self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Fetch the batches of a step, and count its conversations on all processes."""
         batches, tokens = super().get_batch_samples(*args, **kwargs)
         count = torch.tensor(sum(len(batch["write_ids"]) for batch in batches), device=self.args.device)
         self._conversations = self.accelerator.gather(count).sum()
@@ -113,19 +113,32 @@ class EpisodeTrainer(Trainer):
         return batches, tokens
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of a batch.
+
+        Raises:
+            DeltaMemError: the loss is not finite.
+        """
         sources = inputs.pop("sources")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             raise _diverged(self.state.global_step + 1, loss, sources, self._parts[-1].get("gates"))
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch by `EpisodeModel.forward`, and note its parts for the log."""
         inputs = {**inputs, "conversations": self._conversations}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._parts.append({name: part for name, part in outputs.items() if name != "loss"})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the parts of the loss to what is logged."""
         if "loss" in logs and self._parts:
             for name in self._parts[0]:
                 total = self.accelerator.reduce(torch.stack([part[name].mean() for part in self._parts]).sum())
@@ -137,17 +150,19 @@ class EpisodeTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
+        """Measure loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
         mine = self.validation[self.args.process_index :: self.args.world_size]
-        tensors = (_tensors(self.data_collator(group), self.args.device) for group in mine)
+        batches = map(self.data_collator, mine)
+        device = self.args.device
+        tensors = ({name: part.to(device) for name, part in batch.items() if name != "sources"} for batch in batches)
         total = outcomes(self.model, tensors)
         if self.args.world_size > 1:  # a process that has had no batch adds zeros
-            total = {name: self.accelerator.reduce(sums.to(self.args.device)) for name, sums in total.items()}
-        found = metrics(total)
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        self._keep_if_best(found[str(self.args.metric_for_best_model)])
-        return found
+            total = {name: self.accelerator.reduce(sums.to(device)) for name, sums in total.items()}
+        figures = metrics(total)
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        self._keep_if_best(figures[str(self.args.metric_for_best_model)])
+        return figures
 
     def _keep_if_best(self, loss: float) -> None:
         """Write the weights, if the Trainer is about to note this evaluation as the best one so far."""
@@ -157,50 +172,47 @@ class EpisodeTrainer(Trainer):
             write_whole(self.run / BEST_FILE, save(weights))
 
     def take_best(self) -> None:
-        """The weights of the best evaluation, if there was one.
+        """Load the weights of the best evaluation, if there was one.
 
         Raises:
-            DeltaMemError: they are gone.
+            DeltaMemError: the file of these weights is missing.
         """
         if self.state.best_global_step is None:  # no evaluation, or none with a finite loss
             return
         file = self.run / BEST_FILE
         if not file.is_file():
             raise DeltaMemError(
-                f"{file} is gone.",
+                f"{file} is missing.",
                 f"It held the weights of step {self.state.best_global_step}, the best evaluation.",
-                "Start anew with --overwrite.",
+                "Start the run again with --overwrite.",
             )
         self.model.load_state_dict(load_file(file))
 
     def is_at_end(self, checkpoint: Path) -> bool:
-        """Whether nothing was left to do when `checkpoint` was written: the Trainer would do a step too many."""
+        """Tell whether nothing was left to do at `checkpoint`: the Trainer would do a step too many."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStop)]
         has_waited = any(EarlyStop.waited(state) >= stop.early_stopping_patience for stop in stops)
         return state.global_step >= self.args.max_steps or has_waited
 
     def load_end(self, checkpoint: Path) -> None:
-        """Be where the run was at `checkpoint`, without a step."""
+        """Restore what the run had reached at `checkpoint`, without a step."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
 
-    def train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+    def train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        """Make the sampler of the training set."""
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.sampler = EpisodeSampler(dataset, self.order, self.args.seed, batch)
         return self.sampler
 
 
-def _tensors(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    return {name: part.to(device) for name, part in batch.items() if isinstance(part, Tensor)}
-
-
 def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | None) -> DeltaMemError:
     rows = [source for source in sources if source]
     more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    of = "" if gates is None else ", ".join(f"{gate:.3g}" for gate in gates.tolist())
-    opened = f"; the mean gate β by layer was {of}" if of else ""
+    means = "" if gates is None else ", ".join(f"{gate:.3g}" for gate in gates.tolist())
+    opened = f"; the mean gate β by layer was {means}" if means else ""
     return DeltaMemError(
         f"Training diverged: the loss of step {step} is {loss.item()}.",
         f"The batch was {', '.join(rows[:SHOWN_ROWS])}{more}{opened}. No adapter was written.",
@@ -209,31 +221,51 @@ def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | N
 
 
 class Progress(TrainerCallback):
-    """Tells how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint."""
+    """Reports how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint.
 
-    def __init__(self, report: Report | None) -> None:
-        self.report, self.interrupted = report, False
+    Args:
+        report: called after each step.
+        expecting: called once, after the second step (or the first, if that took `LONG`), with the number of steps to
+            come and about how many seconds they will take, evaluations not counted.
+    """
+
+    def __init__(self, report: Report | None, expecting: Callable[[int, float], None] | None = None) -> None:
+        self.report, self.expecting, self.interrupted = report, expecting, False
         self._loss: float | None = None
+        self._steps, self._began = 0, 0.0
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report the step, and stop if somebody asked for it."""
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True  # else the last weights would never be the best
         if _anywhere(self.interrupted, args):
             self.interrupted = control.should_save = control.should_training_stop = True
-        if self.report is not None and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        self._steps += 1
+        seconds, to_come = time.monotonic() - self._began, state.max_steps - state.global_step
+        if self.expecting is not None and (self._steps == 2 or seconds > LONG):
+            self.expecting(to_come, to_come * seconds)
+            self.expecting = None
+        if self.report is not None:
             self.report(state.global_step, state.max_steps, self._loss)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Keep the loss for the next report."""
         self._loss = (logs or {}).get("loss", self._loss)
 
     @contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the current step; a second one interrupts at once."""
+        """End training after the current step at the first Ctrl-C; a second one interrupts at once."""
         if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
             yield
             return
 
-        def stop(*_) -> None:
+        def stop(*_: Any) -> None:
             self.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -244,11 +276,11 @@ class Progress(TrainerCallback):
             signal.signal(signal.SIGINT, before)
 
 
-def _anywhere(said: bool, args: Any) -> bool:
-    """Whether any process says so: all of them have to stop at the same step."""
+def _anywhere(interrupted: bool, args: TrainingArguments) -> bool:
+    """Whether any process was interrupted: all of them have to stop at the same step."""
     if args.world_size == 1:
-        return said
-    flag = torch.tensor(int(said), device=args.device)
+        return interrupted
+    flag = torch.tensor(int(interrupted), device=args.device)
     torch.distributed.all_reduce(flag)
     return bool(flag)
 
@@ -256,15 +288,18 @@ def _anywhere(said: bool, args: Any) -> bool:
 class EarlyStop(EarlyStoppingCallback):
     """transformers' own, which on a resumed run goes on counting where it was."""
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the count from the state of the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]  # it has no hints
         self.early_stopping_patience_counter = self.waited(state)
 
     @classmethod
     def waited(cls, state: TrainerState) -> int:
-        """Evaluations without improvement, as the state of a checkpoint says."""
+        """Read the number of evaluations without improvement from the state of a checkpoint."""
         callbacks = cast(dict[str, Any], state.stateful_callbacks or {})
-        return callbacks.get(cls.__name__, {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+        return int(callbacks.get(cls.__name__, {}).get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
 class _TellEpoch(TrainerCallback):
@@ -273,11 +308,13 @@ class _TellEpoch(TrainerCallback):
     def __init__(self, trainer: EpisodeTrainer) -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 def steps_of(epochs: float, episodes: int, batch: int) -> int:
-    """Optimizer steps of `epochs` over `episodes`; the last batch of an epoch may be short."""
+    """Count the optimizer steps of `epochs` over `episodes`; the last batch of an epoch may be short."""
     return max(1, math.ceil(epochs * math.ceil(episodes / batch)))

@@ -31,6 +31,7 @@ def test_rows_are_padded_on_the_right(tokenizer, granularity):
     encoded = encoder(EPISODES)
     batch = EpisodeCollator(encoder)(encoded)
     segments = {"write_segment_tags"} if granularity == "message" else set()
+    assert batch.pop("sources") == ["a:1", ""]
     assert set(batch) == KEYS | segments | {"full_ids", "full_mask", "full_scored"}
     assert_rows([each.write_ids for each in encoded], batch["write_ids"], tokenizer.pad_token_id)
     assert_rows([[1] * len(each.write_ids) for each in encoded], batch["write_mask"], 0)
@@ -74,7 +75,7 @@ def test_without_full_views_there_are_none(tokenizer):
 def test_episodes_are_encoded_on_the_way(tokenizer):
     encoder = Encoder(tokenizer, 30, 1000, "message")
     alone, encoded = (EpisodeCollator(encoder)(episodes) for episodes in (EPISODES, encoder(EPISODES)))
-    assert set(alone) == set(encoded)
+    assert set(alone) == set(encoded) and alone.pop("sources") == encoded.pop("sources")
     assert all(torch.equal(alone[name], encoded[name]) for name in alone)
 
 
