@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamem_tool.ops import delta_scan
+from deltamem_tool.ops.scan import delta_scan
 
 
 @dataclass(frozen=True)

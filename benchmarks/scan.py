@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamem_tool.bench.machine import cpu_name
-from deltamem_tool.ops import Implementation, delta_scan
+from deltamem_tool.ops.scan import Implementation, delta_scan
 
 ON_CPU: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
 ON_GPU: tuple[Implementation, ...] = ("chunked", "triton")

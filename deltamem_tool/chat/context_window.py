@@ -10,7 +10,6 @@ import numpy as np
 
 from deltamem_tool.chat.engine import Engine, Past
 from deltamem_tool.chat.generation import Token, feed
-from deltamem_tool.chat.open_segment import end_segment
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.errors import ConfigError
@@ -95,7 +94,7 @@ def _evicted(engine: Engine, place: Place, write: bool, kept: Transcript, tokens
 
 def closed(engine: Engine, past: Past) -> Past:
     """`past`, the open segment of whose memory is written."""
-    return engine.with_memory(past, end_segment(engine.mechanism, engine.memory(past)))
+    return engine.with_memory(past, engine.memory(past).end_segment(engine.mechanism))
 
 
 def _fed(engine: Engine, past: Past, context: int, tokens: Sequence[Token]) -> Past:

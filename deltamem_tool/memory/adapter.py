@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -64,13 +64,6 @@ class DeltaMemAdapter(nn.Module):
             i: torch.zeros(batch_size, shape.segment_width, device=self.device) for i in states if shape.segment_width
         }
         return MemoryState(states, self.fingerprint, segments)
-
-    def to(self, *args: Any, **kwargs: Any) -> DeltaMemAdapter:
-        """As any module's; the weights of a layer lie side by side again afterwards."""
-        super().to(*args, **kwargs)
-        for index in self.layer_indices:
-            self.memory(index).join()
-        return self
 
     @property
     def device(self) -> torch.device:

@@ -19,9 +19,9 @@ class DecoderCall:
 
     cache: MemoryCache
     memory: MemoryState
-    reads: Tensor | None  # bool [B, T], None for all
-    writes: Tensor | bool  # bool [B, T], True for all, False for none
-    last: Tensor | None  # bool [B, T], tokens that end a segment; None for none
+    read_mask: Tensor | None  # bool [B, T], None for all
+    write_mask: Tensor | bool  # bool [B, T], True for all, False for none
+    segment_end: Tensor | None  # bool [B, T], tokens that end a segment; None for none
     tokens: int  # T
     outer: DecoderCall | None  # the run of another decoder that this one is part of
     readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer

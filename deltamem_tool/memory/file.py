@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from deltamem_tool._version import __version__
+from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_line
 from deltamem_tool.io.tensor_header import Header, read_header
+from deltamem_tool.ops.numpy_write import write_segment
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
@@ -60,6 +62,14 @@ class StoredMemory:
     def shape(self) -> MemoryShape:
         segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
+
+    def end_segment(self, config: DeltaMemConfig) -> StoredMemory:
+        """Write open segments, and begin anew. A row whose segment has no tokens stays as it is."""
+        states = {
+            layer: write_segment(config, self.states[layer], segment) for layer, segment in self.open_segments.items()
+        }
+        empty = {layer: np.zeros_like(segment) for layer, segment in self.open_segments.items()}
+        return StoredMemory(self.states | states, empty, self.adapter)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays by their names in the file."""

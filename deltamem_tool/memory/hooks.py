@@ -63,18 +63,14 @@ def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaM
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
-        step = cache.take_step()
-        reads = (
-            valid_tokens(kwargs.get("attention_mask"), batch, length, cache.get_seq_length())
-            if step is None
-            else step[0]
+        step, mask = cache.take_step(), kwargs.get("attention_mask")
+        valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
+        if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
+            valid = None  # cheap to see on a CPU, and it saves every layer its masks
+        write_mask, segment_end = segment_tokens(
+            adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
         )
-        if reads is not None and reads.device.type == "cpu" and not torch.compiler.is_compiling() and reads.all():
-            reads = None  # cheap to see on a CPU, and it saves every layer its masks
-        writes, last = segment_tokens(
-            adapter.config, cache.segment_tags, content, reads, writing_tokens(cache.write, reads, content)
-        )
-        run(DecoderCall(cache, memory.to(content.device), reads, writes, last, length, outer=running()))
+        run(DecoderCall(cache, memory.to(content.device), valid, write_mask, segment_end, length, outer=running()))
         return (), kwargs
 
     return hook
@@ -120,12 +116,12 @@ def attention_pre_hook(index: int, adapter: DeltaMemAdapter):
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         layer, segment = adapter.memory(index), call.memory.open_segments.get(index)
-        output = layer(hidden, call.memory.layers[index], call.reads, call.writes, segment, call.last)
+        output = layer(hidden, call.memory.layers[index], call.read_mask, call.write_mask, segment, call.segment_end)
         call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
-        if output.segment is not None:
-            call.open_segments[index] = output.segment
+        if output.open_segment is not None:
+            call.open_segments[index] = output.open_segment
         if call.cache.write_gates is not None and output.write_gates is not None:
-            written = call.writes if segment is None else call.last
+            written = call.write_mask if segment is None else call.segment_end
             call.write_gates[index] = _summed(output.write_gates, written)
 
     return hook

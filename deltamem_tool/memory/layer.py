@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, L2_EPS, DeltaMemConfig
-from deltamem_tool.ops import delta_scan, full_precision, segment_sums
-from deltamem_tool.ops.fake import is_fake
+from deltamem_tool.ops.gates import gates, normalise, per_head, write_inputs
+from deltamem_tool.ops.recurrent import delta_step
+from deltamem_tool.ops.scan import delta_scan, full_precision, read_state
+from deltamem_tool.ops.segment_sums import means, segment_sums, summands
 
 INIT_GAIN = 0.05  # the length of a column of a "base_slice" Δ, and the factor on a "random" one
 BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
@@ -27,7 +29,7 @@ class LayerOutput(NamedTuple):
 
     readings: Tensor  # [B, T, H·R]
     state: Tensor  # [B, H, R, R] after the last token
-    segment: Tensor | None  # [B, W], open after the last token; None where every token writes
+    open_segment: Tensor | None  # [B, W], open after the last token; None where every token writes
     write_gates: Tensor | None  # β [B, T, H, R] (or 1 for R), zero where nothing is written; None if nothing is at all
 
 
@@ -62,7 +64,6 @@ class DeltaMemory(nn.Module):
         self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
         self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
         self.reset_parameters()
-        self.join()
 
     def reset_parameters(self) -> None:
         for projection in (self.query, self.key, self.value):
@@ -84,33 +85,6 @@ class DeltaMemory(nn.Module):
             share = self.config.delta_scale_init / self.config.delta_scale_max
             nn.init.constant_(self.scale_raw, math.log(share / (1 - share)))
 
-    def _inputs(self) -> list[nn.Linear]:
-        """What reads the hidden states, in the order of `_project`."""
-        return [self.query, self.key, self.value, self.gate, *([] if self.decay is None else [self.decay])]
-
-    def join(self) -> None:
-        """Let the weights that read the hidden states lie side by side in `_joined`, of which each is then a part: one
-        product serves them all, and nothing has to be copied for it. Moving a module takes them apart again."""
-        weights = [linear.weight for linear in self._inputs()]
-        # Not by `torch.cat`, which on the meta device, where folders are checked, takes seconds to be imported.
-        self._joined = weights[0].detach().new_empty(sum(map(len, weights)), weights[0].shape[1])
-        for weight, rows in zip(weights, self._joined.split([len(weight) for weight in weights]), strict=True):
-            rows.copy_(weight.detach())
-            weight.data = rows
-
-    def _input_weight(self) -> Tensor:
-        """Of all `_inputs`, `[·, D]`: the joined one, unless it must be differentiated or somebody has taken the
-        weights apart."""
-        weights = [linear.weight for linear in self._inputs()]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_fake(self._joined) or is_fake(weights[0]):
-            return torch.cat(weights)
-        address = self._joined.data_ptr()
-        for weight in weights:
-            if weight.data_ptr() != address:
-                return torch.cat(weights)
-            address += weight.nbytes
-        return self._joined
-
     def delta_of(self, branch: str) -> nn.Linear:
         """Δ of one branch, `[out, H·R]`."""
         return cast(nn.Linear, self.delta[branch])
@@ -128,77 +102,80 @@ class DeltaMemory(nn.Module):
         self,
         hidden: Tensor,
         state: Tensor,
-        reads: Tensor | None,
-        writes: Tensor | bool,
-        segment: Tensor | None = None,
-        last: Tensor | None = None,
+        read_mask: Tensor | None,
+        write_mask: Tensor | bool,
+        open_segment: Tensor | None = None,
+        segment_end: Tensor | None = None,
     ) -> LayerOutput:
         """Read for every token from the state before it, then write.
 
         Args:
             hidden: `[B, T, D]`, what enters self-attention.
             state: `[B, H, R, R]` before the first token.
-            reads: bool `[B, T]`, tokens that read (others get zeros); None for all.
-            writes: bool `[B, T]`, tokens that write, or that belong to a segment; True for all, False for none, which
-                leaves state and segment as they are.
-            segment: `[B, W]`, the open segment before the first token; None where every token writes.
-            last: bool `[B, T]`, tokens that end a segment, all of them among `writes`; None for none.
+            read_mask: bool `[B, T]`, tokens that read (others get zeros); None for all.
+            write_mask: bool `[B, T]`, tokens that write, or that belong to a segment; True for all, False for none,
+                which leaves state and open segment as they are.
+            open_segment: `[B, W]`, the sums before the first token; None where every token writes.
+            segment_end: bool `[B, T]`, tokens that end a segment, all of them in `write_mask`; None for none.
         """
         x = hidden.to(self.query.weight.dtype)
-        if x.shape[1] == 1 and reads is None and writes is True and last is None:
-            return self._decode(x, state, segment)
-        if reads is not None:
+        if x.shape[1] == 1 and read_mask is None and write_mask is True and segment_end is None:
+            return self._decode(x, state, open_segment)
+        if read_mask is not None:
             # A padding token's numbers can be inf or NaN, which no mask takes out of a product.
-            x = x.masked_fill(~(reads | writes)[:, :, None], 0.0)
+            x = x.masked_fill(~(read_mask | write_mask)[:, :, None], 0.0)
         write = None
         with full_precision(x.device):
-            if writes is False:
-                readings = _read(state, _normalised(_per_head(self.query(x), self.config)))
+            if write_mask is False:
+                readings = read_state(state, normalise(per_head(self.query(x), self.config)))
             else:
                 query_key, *raw = self._project(x)
-                if segment is None:
-                    q, k = _normalised(query_key.view(*x.shape[:-1], 2, *state.shape[1:3])).unbind(-3)
+                if open_segment is None:
+                    q, k = normalise(query_key.view(*x.shape[:-1], 2, *state.shape[1:3])).unbind(-3)
                 else:
                     query, key = query_key.chunk(2, dim=-1)
-                    (key, *raw), segment = _segment_means((key, *raw), writes, last, segment)
-                    q, k = (_normalised(_per_head(part, self.config)) for part in (query, key))
-                    writes = False if last is None else last
-                if writes is False:  # no segment ends
-                    readings = _read(state, q)
+                    widths = [part.shape[-1] for part in (key, *raw)]
+                    added = summands((key, *raw))
+                    if isinstance(write_mask, Tensor):
+                        added = added * write_mask.unsqueeze(-1)
+                    sums, open_segment = segment_sums(added, segment_end, open_segment)
+                    key, *raw = means(sums)[0].split(widths, dim=-1)
+                    q, k = (normalise(per_head(part, self.config)) for part in (query, key))
+                    write_mask = False if segment_end is None else segment_end
+                if write_mask is False:  # no segment ends
+                    readings = read_state(state, q)
                 else:
                     v, log_keep, erase, write = write_inputs(self.config, raw)
-                    if isinstance(writes, Tensor):
-                        here = writes[:, :, None, None].to(x.dtype)
-                        log_keep, erase, write = log_keep * here, erase * here, write * here
+                    if isinstance(write_mask, Tensor):
+                        mask = write_mask[:, :, None, None].to(x.dtype)
+                        log_keep, erase, write = log_keep * mask, erase * mask, write * mask
                     readings, state = delta_scan(q, k, v, log_keep, erase, write, state)
-        if reads is not None:
-            readings = readings * reads[:, :, None, None].to(x.dtype)
-        return LayerOutput(readings.flatten(2), state, segment, write)
+        if read_mask is not None:
+            readings = readings * read_mask[:, :, None, None].to(x.dtype)
+        return LayerOutput(readings.flatten(2), state, open_segment, write)
 
-    def _decode(self, x: Tensor, state: Tensor, segment: Tensor | None) -> LayerOutput:
-        """`forward` of one token `[B, 1, D]` that reads, and writes or joins the open segment, in as few operations as
-        there can be: they cost more than the arithmetic."""
+    def _decode(self, x: Tensor, state: Tensor, open_segment: Tensor | None) -> LayerOutput:
+        """Do what `forward` does, for one token `[B, 1, D]` that reads, and writes or joins the open segment."""
         with full_precision(x.device):
             query_key, *raw = self._project(x)
-            if segment is not None:  # nothing is written yet
+            if open_segment is not None:  # nothing is written yet
                 query, key = query_key.chunk(2, dim=-1)
-                readings = _read(state, _normalised(_per_head(query, self.config)))
-                return LayerOutput(readings.flatten(2), state, segment + _counted((key, *raw))[:, 0], None)
-            q_k = _normalised(query_key.view(-1, 2, *state.shape[1:3])).permute(0, 2, 3, 1)  # [B, H, R, 2]
+                readings = read_state(state, normalise(per_head(query, self.config)))
+                return LayerOutput(readings.flatten(2), state, open_segment + summands((key, *raw))[:, 0], None)
+            q_k = normalise(query_key.view(-1, 2, *state.shape[1:3])).permute(0, 2, 3, 1)  # [B, H, R, 2]
             heads = state.shape[1]
             value, *raw = (part.view(-1, heads, part.shape[-1] // heads, 1) for part in raw)
             keep, erase, write = gates(self.config, *raw)
-            reading, predicted = torch.matmul(state, q_k).split(1, dim=-1)  # [B, H, R, 1]
-            change = torch.addcmul(write * value, erase, predicted, value=-1)
-            state = torch.addcmul(state * keep, change, q_k[..., 1:].mT)
+            reading, state = delta_step(q_k, value, keep, erase, write, state)
             return LayerOutput(reading.reshape(len(x), 1, -1), state, None, write.mT)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Pre-activations: query and key side by side `[B, T, 2·H·R]`, value `[B, T, H·R]`, gates `[B, T, ·]`. One
-        product: joining the weights costs less than a call for each of them."""
+        """Pre-activations: query and key side by side `[B, T, 2·H·R]`, value `[B, T, H·R]`, gates `[B, T, ·]`."""
         gates = (self.gate,) if self.decay is None else (self.gate, self.decay)
         width = self.config.state_heads * self.config.rank
-        raw = F.linear(x, self._input_weight())
+        # One product: joining the weights costs less than a call for each of them.
+        weights = [self.query.weight, self.key.weight, self.value.weight, *(gate.weight for gate in gates)]
+        raw = F.linear(x, torch.cat(weights))
         if raw.requires_grad and not torch.compiler.is_compiling():
             raw.register_hook(_without_traces)
         parts = raw.split([2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
@@ -236,104 +213,23 @@ class DeltaMemory(nn.Module):
         return torch.sigmoid(self.scale_raw[which]) * self.config.delta_scale_max
 
 
-def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From pre-activations to what `delta_scan` writes, but for the key.
+def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Write an open segment, and begin anew. A row whose segment has no tokens stays as it is.
 
-    Args:
-        parts: of the value `[..., H·R]`, of β's gate and, where λ has its own, of λ's `[..., gate_width]`.
-
-    Returns:
-        v, log keep, erase, write; each `[..., H, R]`.
+    state `[B, H, R, R]` and open segment `[B, W]` of one layer in; the same after the write out.
     """
-    value, *raw = (_per_head(part, config) for part in parts)
-    log_keep, erase, write = gates(config, *raw, logarithm=True)
-    if config.gates == "head":
-        log_keep, erase, write = (gate.expand_as(value) for gate in (log_keep, erase, write))
-    return value, log_keep, erase, write
-
-
-def gates(
-    config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None, *, logarithm: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep, erase, write) from pre-activations of any shape, with β = sigmoid(beta), and λ = sigmoid(decay), or
-    1 − β where λ has none of its own; with `logarithm`, log keep.
-
-    | rule             | keep | erase | write |
-    | standard (paper) | λ    | β     | β     |
-    | lambda_outside   | λ    | λβ    | β     |
-    | no_lambda        | 1    | β     | β     |
-    """
-    write = torch.sigmoid(beta)
-    opened = -beta if decay is None else decay  # λ = sigmoid(opened)
-    erase = write * torch.sigmoid(opened) if config.update_rule == "lambda_outside" else write
-    if config.update_rule == "no_lambda":
-        keep = torch.zeros_like(beta) if logarithm else torch.ones_like(beta)
-    else:
-        # Not logsigmoid: its ONNX form overflows.
-        keep = -F.softplus(-opened) if logarithm else torch.sigmoid(opened)
-    return keep, erase, write
-
-
-def end_segment(config: DeltaMemConfig, state: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Write what an open segment has gathered, and begin anew. A row whose segment is empty stays as it is.
-
-    state `[B, H, R, R]` and segment `[B, W]` of one layer in; the same after the write out.
-    """
-    with full_precision(state.device):
-        means, tokens = _means(segment)
-        parts = means.unsqueeze(1).split(_part_widths(config), dim=-1)
-        k = _normalised(_per_head(parts[0], config))
-        v, log_keep, erase, write = write_inputs(config, parts[1:])
-        here = (tokens > 0)[:, None, None].to(state.dtype)  # [B, 1, 1, 1]
-        _, state = delta_scan(k, k, v, log_keep * here, erase * here, write * here, state)
-    return state, torch.zeros_like(segment)
-
-
-def _segment_means(
-    parts: Sequence[Tensor], writes: Tensor | bool, last: Tensor | None, segment: Tensor
-) -> tuple[Sequence[Tensor], Tensor]:
-    """The mean of each part `[B, T, ·]` over the tokens of its segment so far: W · mean(x) is mean(W · x), so a segment
-    needs no more than sums. And the segment `[B, W]` that is open afterwards."""
-    widths = [part.shape[-1] for part in parts]
-    counted = _counted(parts)
-    if isinstance(writes, Tensor):
-        counted = counted * writes.unsqueeze(-1)
-    sums, segment = segment_sums(counted, last, segment)
-    return _means(sums)[0].split(widths, dim=-1), segment
-
-
-def _counted(parts: Sequence[Tensor]) -> Tensor:
-    """What tokens add to their segment, `[B, T, W]`: their parts, and one token."""
-    return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
-
-
-def _means(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """`[..., W]` to the means `[..., W - 1]` and the number of tokens `[..., 1]`."""
-    tokens = sums[..., -1:]
-    return sums[..., :-1] / tokens.clamp_min(1.0), tokens
-
-
-def _part_widths(config: DeltaMemConfig) -> list[int]:
     rows = config.state_heads * config.rank
-    return [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
-
-
-def _read(state: Tensor, q: Tensor) -> Tensor:
-    """`[B, H, R, R]` and `[B, T, H, R]` to readings `[B, T, H, R]`."""
-    return torch.einsum("bhij,bthj->bthi", state, q)
-
-
-def _per_head(x: Tensor, config: DeltaMemConfig) -> Tensor:
-    """`[..., H·n]` to `[..., H, n]`."""
-    return x.view(*x.shape[:-1], config.state_heads, x.shape[-1] // config.state_heads)
+    widths = [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
+    with full_precision(state.device):
+        values, tokens = means(open_segment)
+        key, *raw = values.unsqueeze(1).split(widths, dim=-1)
+        k = normalise(per_head(key, config))
+        v, log_keep, erase, write = write_inputs(config, raw)
+        mask = (tokens > 0)[:, None, None].to(state.dtype)  # [B, 1, 1, 1]
+        _, state = delta_scan(k, k, v, log_keep * mask, erase * mask, write * mask, state)
+    return state, torch.zeros_like(open_segment)
 
 
 def _without_traces(gradient: Tensor) -> Tensor:
     """Zero where it is too small to matter, see `GRADIENT_FLOOR`."""
     return gradient.masked_fill(gradient.abs() < GRADIENT_FLOOR, 0.0)
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """l2norm(tanh(x)) over the R entries."""
-    x = torch.tanh(x)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltamem_tool._compat import FakeTensor
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.ops.fake import is_fake
 from deltamem_tool.segments.tags import SegmentTag
 
 
@@ -36,7 +36,7 @@ def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tens
     return mask[:, -length:].bool()
 
 
-def writing_tokens(write: bool | Tensor, reads: Tensor | None, content: Tensor) -> Tensor | bool:
+def writing_tokens(write: bool | Tensor, read_mask: Tensor | None, content: Tensor) -> Tensor | bool:
     """Which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
@@ -45,15 +45,15 @@ def writing_tokens(write: bool | Tensor, reads: Tensor | None, content: Tensor) 
                 "",
                 "Make them equal.",
             )
-        return write.bool() if reads is None else write.bool() & reads
-    return reads if write and reads is not None else bool(write)
+        return write.bool() if read_mask is None else write.bool() & read_mask
+    return read_mask if write and read_mask is not None else bool(write)
 
 
 def segment_tokens(
-    config: DeltaMemConfig, tags: Tensor | None, content: Tensor, reads: Tensor | None, writes: Tensor | bool
+    config: DeltaMemConfig, tags: Tensor | None, content: Tensor, read_mask: Tensor | None, write_mask: Tensor | bool
 ) -> tuple[Tensor | bool, Tensor | None]:
     """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the tags of the
-    tokens to come; where every token writes, `writes` and None."""
+    tokens to come; where every token writes, `write_mask` and None."""
     if config.granularity == "token":
         if tags is not None:
             raise MemoryStateError(
@@ -61,10 +61,10 @@ def segment_tokens(
                 "Its adapter writes every token by itself.",
                 "Leave cache.segment_tags out.",
             )
-        return writes, None
+        return write_mask, None
     batch, length = content.shape[:2]
     if tags is None:  # the open segment goes on
-        return writes, None
+        return write_mask, None
     if not isinstance(tags, Tensor):
         raise MemoryStateError(
             f"cache.segment_tags is a {type(tags).__name__}.",
@@ -78,22 +78,22 @@ def segment_tokens(
             "Pass what encode_chat gave for these tokens, and not less.",
         )
     tags = tags[:, :length].to(content.device)
-    if not torch.compiler.is_compiling() and not is_fake(tags):
+    if not torch.compiler.is_compiling() and not isinstance(tags, FakeTensor):
         if bool(((tags < SegmentTag.OUTSIDE) | (tags > SegmentTag.LAST)).any()):
             raise MemoryStateError(
                 "cache.segment_tags holds tags that there are not.",
                 "A token is 0 (outside of any segment), 1 (inside) or 2 (the last of its segment).",
                 "Pass what encode_chat gave for these tokens.",
             )
-        if reads is not None and bool(((tags != SegmentTag.OUTSIDE) & ~reads).any()):
+        if read_mask is not None and bool(((tags != SegmentTag.OUTSIDE) & ~read_mask).any()):
             raise MemoryStateError(
                 "cache.segment_tags puts padding into a segment.",
                 "It and the attention mask are not of the same tokens.",
                 "Pass both as encode_chat gave them.",
             )
-    if writes is False:
+    if write_mask is False:
         return False, None
-    return writes & (tags != SegmentTag.OUTSIDE), writes & (tags == SegmentTag.LAST)
+    return write_mask & (tags != SegmentTag.OUTSIDE), write_mask & (tags == SegmentTag.LAST)
 
 
 def refuse_without_segments(config: DeltaMemConfig) -> None:

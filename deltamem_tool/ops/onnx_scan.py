@@ -38,38 +38,61 @@ def linear_attention_scan(
     key, value, decay, beta = (_packed(F.pad(x, (0, 0, 0, 0, 1, 0))) for x in (k, value, log_keep, beta))
     query = _packed(F.pad(q, (0, 0, 0, 0, 0, 1)))
     rows = heads * rank
-    reads, state = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::LinearAttention",
-        [query, key, value, state.reshape(batch, rows, rank, 1), decay, beta],
-        attrs={"q_num_heads": heads, "kv_num_heads": rows, "update_rule": "gated_delta", "scale": 1.0},
-        dtypes=[torch.float32, torch.float32],
-        shapes=[[batch, tokens + 1, rows], [batch, rows, rank, 1]],
-        version=1,
-    )
+    carried = state.reshape(batch, rows, rank, 1)
+    reads, state = linear_attention("gated_delta", heads, query, key, value, carried, decay, beta)
     return reads[:, :tokens].reshape(batch, tokens, heads, rank), state.reshape(batch, heads, rank, rank)
 
 
-def linear_attention_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
+def linear_attention_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results of `segment_sums`, float32, by the same operator's `gated` rule, `S ← e^g S + k uᵀ` with
     k = 1: what has been added up is kept by all of it (g = 0) or, after a segment's last token, not at all.
 
-    x: `[B, T, W]`; last: bool `[B, T]`; carried: `[B, W]`.
+    x: `[B, T, W]`; segment_end: bool `[B, T]`; carried: `[B, W]`.
     Returns the sums `[B, T, W]`, and those of the segment that is open after the last token `[B, W]`.
     """
     width = x.shape[-1]
     one = torch.ones_like(x[..., :1])
-    if last is None:
-        last = torch.zeros_like(one[..., 0], dtype=torch.bool)
-    ended = F.pad(last[:, :-1].unsqueeze(-1).to(x.dtype), (0, 0, 1, 0))  # the token before was a last one
-    sums, opened = torch.onnx.ops.symbolic_multi_out(
+    if segment_end is None:
+        segment_end = torch.zeros_like(one[..., 0], dtype=torch.bool)
+    ended = F.pad(segment_end[:, :-1].unsqueeze(-1).to(x.dtype), (0, 0, 1, 0))  # the token before was a last one
+    sums, opened = linear_attention("gated", 1, one, one, x, carried.reshape(-1, 1, 1, width), ended * LOG_NOTHING)
+    return sums, opened.reshape(-1, width) * (~segment_end[:, -1:]).to(x.dtype)
+
+
+def linear_attention(
+    rule: str,
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Trace ONNX Runtime's operator.
+
+    Args:
+        rule: its `update_rule`.
+        heads: of query and key.
+        query: `[B, T, heads·R]`, as the key is.
+        key: of each step.
+        value: `[B, T, N·V]`; N is the number of states.
+        state: `[B, N, R, V]`.
+        decay: logarithm of what is kept.
+        beta: the gate of the delta rules.
+
+    Returns:
+        The readings `[B, T, N·V]` and the state after the last step.
+    """
+    reads, state = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
-        [one, one, x, carried.reshape(-1, 1, 1, width), ended * LOG_NOTHING],
-        attrs={"q_num_heads": 1, "kv_num_heads": 1, "update_rule": "gated", "scale": 1.0},
+        [query, key, value, state, decay, *([] if beta is None else [beta])],
+        attrs={"q_num_heads": heads, "kv_num_heads": state.shape[1], "update_rule": rule, "scale": 1.0},
         dtypes=[torch.float32, torch.float32],
-        shapes=[list(x.shape), [x.shape[0], 1, 1, width]],
+        shapes=[list(value.shape), list(state.shape)],
         version=1,
     )
-    return sums, opened.reshape(-1, width) * (~last[:, -1:]).to(x.dtype)
+    return reads, state
 
 
 def _packed(x: Tensor) -> Tensor:

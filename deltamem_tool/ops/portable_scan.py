@@ -33,15 +33,15 @@ def _step(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
     return keep * state + change * k.transpose(-1, -2), torch.matmul(state, q)
 
 
-def portable_sums(x: Tensor, last: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
+def portable_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results of `segment_sums`, float32.
 
-    x: `[B, T, W]`; last: bool `[B, T]`; carried: `[B, W]`.
+    x: `[B, T, W]`; segment_end: bool `[B, T]`; carried: `[B, W]`.
     Returns the sums `[B, T, W]`, and those of the segment that is open after the last token `[B, W]`.
     """
-    if last is None:
-        last = torch.zeros_like(x[..., 0], dtype=torch.bool)
-    goes_on = (~last).to(x.dtype).transpose(0, 1).unsqueeze(-1)  # [T, B, 1]
+    if segment_end is None:
+        segment_end = torch.zeros_like(x[..., 0], dtype=torch.bool)
+    goes_on = (~segment_end).to(x.dtype).transpose(0, 1).unsqueeze(-1)  # [T, B, 1]
     opened, sums = scan(_add, carried, [x.transpose(0, 1), goes_on])
     return sums.transpose(0, 1), opened
 

@@ -25,12 +25,31 @@ def recurrent_scan(
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A decode step, in as few operations as there can be: they cost more than the arithmetic."""
-    both = torch.cat((q, k), dim=1).permute(0, 2, 3, 1)  # [B, H, R, 2]
-    read, predicted = (state @ both).permute(0, 3, 1, 2).split(1, dim=1)  # [B, 1, H, R] each, like q
+    q_k = torch.cat((q, k), dim=1).permute(0, 2, 3, 1)
+    v, keep, erase, write = (x.permute(0, 2, 3, 1) for x in (v, log_keep.exp(), erase, write))
+    reading, state = delta_step(q_k, v, keep, erase, write, state)
+    return reading.permute(0, 3, 1, 2), state
+
+
+def delta_step(
+    q_k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Read and write for one token, in as few operations as there can be: they cost more than the arithmetic.
+
+    Args:
+        q_k: query and key as columns, `[B, H, R, 2]`.
+        v: `[B, H, R, 1]`, as keep, erase and write are, or gates `[B, H, 1, 1]`.
+        keep: not its logarithm.
+        erase: the gate on what the key finds.
+        write: the gate on v.
+        state: `[B, H, R, R]`.
+
+    Returns:
+        The reading `[B, H, R, 1]` and the state after the token.
+    """
+    reading, predicted = torch.matmul(state, q_k).split(1, dim=-1)
     change = torch.addcmul(write * v, erase, predicted, value=-1)  # d_t
-    change, keep = change.permute(0, 2, 3, 1), log_keep.exp().permute(0, 2, 3, 1)  # [B, H, R, 1]
-    return read, torch.addcmul(state * keep, change, k.transpose(1, 2))
+    return reading, torch.addcmul(state * keep, change, q_k[..., 1:].mT)
 
 
 class _RecurrentScan(torch.autograd.Function):

@@ -27,7 +27,7 @@ from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.attach import fresh_adapter, hook
 from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.ops import use_implementation
+from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.training.lora_step import LoraStepModel

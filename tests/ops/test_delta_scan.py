@@ -6,7 +6,8 @@ import torch
 from helpers.scan_inputs import NAMES, RULES, make_inputs
 from torch import Tensor
 
-from deltamem_tool.ops import chunked, delta_scan
+from deltamem_tool.ops import chunked
+from deltamem_tool.ops.scan import delta_scan
 
 # float32 against float32, largest absolute difference; reads, states and gradients are of order 1 to 10.
 TOLERANCE = 2e-5

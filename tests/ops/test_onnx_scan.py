@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.export import Dim
 
-from deltamem_tool.ops import delta_scan, use_implementation
 from deltamem_tool.ops.naive import naive_scan
+from deltamem_tool.ops.scan import delta_scan, use_implementation
 
 TOLERANCE = 2e-6
 

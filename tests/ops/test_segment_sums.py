@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from deltamem_tool.ops import segment_sums
+from deltamem_tool.ops.segment_sums import segment_sums
 
 # float64 against float64: only a wrong sum is visible here. The sums are of order 10.
 FLOAT64_TOLERANCE = 1e-12

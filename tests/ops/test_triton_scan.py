@@ -13,7 +13,7 @@ from helpers.scan_inputs import NAMES
 from torch.autograd.functional import vjp
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.ops import delta_scan
+from deltamem_tool.ops.scan import delta_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -16,7 +16,7 @@ from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
-from deltamem_tool.ops import use_implementation
+from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.recipe.load import DataOptions, LoraOptions, ObjectiveOptions, Recipe, TrainingOptions
 from deltamem_tool.training import DryRun, dry_run, peak_bytes, train
 from deltamem_tool.training.peak_bytes import (

@@ -33,6 +33,7 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.layer import DeltaMemory, LayerOutput
 from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN
 from deltamem_tool.onnx.export.targets import Target
+from deltamem_tool.ops.onnx_scan import linear_attention
 
 # A gate's pre-activation goes up to here: e^-20 of a state is nothing beside what is written, in float32, and the sum
 # of z and log keep, which should cancel, is exact to 1e-6.
@@ -119,7 +120,7 @@ class FusedMemory(nn.Module):
         yield from self.delta.values()
 
     def forward(
-        self, hidden: Tensor, state: Tensor, reads: Tensor | None, writes: Tensor, *segments: Tensor | None
+        self, hidden: Tensor, state: Tensor, read_mask: Tensor | None, write_mask: Tensor, *segments: Tensor | None
     ) -> LayerOutput:
         """As `DeltaMemory.forward`, but readings are those of all slots, `[B, T, slots·H·R]`, and padding reads what is
         there. There are no `segments`."""
@@ -129,7 +130,7 @@ class FusedMemory(nn.Module):
         if self.apart:
             x = _node("Identity", [x], x.shape)
         raw = F.linear(x, self.projection).view(batch, steps, -1)
-        ceiling = torch.where(writes[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
+        ceiling = torch.where(write_mask[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
         query_key, value, z, *own = torch.minimum(raw + self.bias, ceiling).split(self.rows, dim=-1)
         query_key = torch.tanh(query_key)
         if self.heads > 1:
@@ -139,19 +140,8 @@ class FusedMemory(nn.Module):
         value, beta, decay = self._gates(value, z, own[0] if own else z)
         if self.heads > 1:
             query_key = query_key.view(batch, steps, self.rows)
-        readings, state = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::LinearAttention",
-            [query_key, query_key, value, state.view(batch, self.rows, self.rank, 1), decay, beta],
-            attrs={
-                "q_num_heads": self.heads,
-                "kv_num_heads": self.rows,
-                "update_rule": "delta" if decay is None else "gated_delta",
-                "scale": 1.0,
-            },
-            dtypes=[torch.float32, torch.float32],
-            shapes=[[batch, steps, self.rows], [batch, self.rows, self.rank, 1]],
-            version=1,
-        )
+        rule, carried = "delta" if decay is None else "gated_delta", state.view(batch, self.rows, self.rank, 1)
+        readings, state = linear_attention(rule, self.heads, query_key, query_key, value, carried, decay, beta)
         state = state.view(batch, self.heads, self.rank, self.rank)
         return LayerOutput(readings.view(batch, tokens, -1), state, None, None)
 

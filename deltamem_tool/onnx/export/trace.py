@@ -34,7 +34,7 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.targets import Target
-from deltamem_tool.ops import use_implementation
+from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.segments.tags import SegmentTag
 
 

@@ -30,9 +30,9 @@ from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph, Past
 from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
-from deltamem_tool.ops import delta_scan, segment_sums, use_implementation
-from deltamem_tool.ops.cumulative_sums import cumulative_sums
 from deltamem_tool.ops.naive import naive_scan
+from deltamem_tool.ops.scan import delta_scan, use_implementation
+from deltamem_tool.ops.segment_sums import cumulative_sums, segment_sums
 
 TOLERANCE = 1e-4  # of logits and states, over whole conversations
 SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from deltamem_tool.chat.open_segment import end_segment
 from deltamem_tool.config import UPDATE_RULES, DeltaMemConfig
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.memory.layer import end_segment as in_pytorch
+from deltamem_tool.memory.layer import end_segment
 
 TOLERANCE = 1e-6
 OPTIONS = [
@@ -30,9 +29,9 @@ def test_the_write_is_that_of_pytorch(options):
     for segment in segments.values():
         segment[:, -1] = 7, 0, 1
         segment[1] = 0  # nothing is open in the second conversation
-    ended = end_segment(config, StoredMemory(states, segments, "adapter"))
+    ended = StoredMemory(states, segments, "adapter").end_segment(config)
     for layer, state in states.items():
-        expected, empty = in_pytorch(config, torch.from_numpy(state), torch.from_numpy(segments[layer]))
+        expected, empty = end_segment(config, torch.from_numpy(state), torch.from_numpy(segments[layer]))
         np.testing.assert_allclose(ended.states[layer], expected, rtol=0, atol=TOLERANCE)
         assert ended.states[layer].dtype == np.float32 and np.abs(ended.states[layer] - state)[[0, 2]].max() > 0.1
         assert np.array_equal(ended.states[layer][1], state[1])
@@ -41,5 +40,5 @@ def test_the_write_is_that_of_pytorch(options):
 
 def test_without_segments_nothing_ends():
     memory = StoredMemory({0: np.ones((1, 1, 4, 4), np.float32)}, {}, "adapter")
-    ended = end_segment(DeltaMemConfig(rank=4), memory)
+    ended = memory.end_segment(DeltaMemConfig(rank=4))
     assert np.array_equal(ended.states[0], memory.states[0]) and ended.open_segments == {}
