@@ -22,10 +22,10 @@ import click
 import torch
 from capacity_plot import KEYS, draw_adapter, draw_comparison
 from capacity_replay import Prototypes, predict
-from scan import cpu_name
 
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
+from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.cli.console import progress
 from deltamem_tool.data.dialogues import UNKNOWN
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol

@@ -20,25 +20,23 @@ import argparse
 import dataclasses
 import gc
 import platform
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from onnx_overhead import PACKAGES, make_model, spread
-from scan import cpu_name
+from common import PACKAGES, Seconds, compare, qwen3, randomize, spread, timed, versions
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
 from deltamem_tool._compat import OnnxExporter
+from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.memory.attach import hook
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
@@ -172,12 +170,9 @@ class Decoding:
         ids, writes = np.ones((1, tokens), np.int64), np.ones((1, tokens), bool)
         _, self._past = self._graph.step(ids, mask, writes, self._past)
 
-    def seconds(self) -> float:
+    def seconds(self) -> Seconds:
         """Of one token."""
-        start = time.perf_counter()
-        for _ in range(DECODED):
-            self.feed(1)
-        return (time.perf_counter() - start) / DECODED
+        return timed(lambda: self.feed(1), DECODED)
 
 
 def overhead(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -> Iterator[str]:
@@ -185,14 +180,8 @@ def overhead(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) 
         sides = [graphs[name].open(args, recorded) for name in ("memory", "plain")]
         for past in args.past:
             decoding = [Decoding(side, past) for side in sides]
-            times: list[list[float]] = [[], []]
-            for repeat in range(args.repeats + 1):
-                for which in (0, 1) if repeat % 2 else (1, 0):  # whoever comes second may gain from it
-                    took = decoding[which].seconds()
-                    if repeat:  # the first round warms up, and records
-                        times[which].append(took)
-            mine, other = map(statistics.median, times)
-            ratios = [a / b for a, b in zip(*times, strict=True)]
+            # The warm-up round records the CUDA graph.
+            (mine, other), (ratios, _) = compare(*(one.seconds for one in decoding), args.repeats)
             yield (
                 f"| {dtype} | {'CUDA graph' if recorded else 'node by node'} | {past} | {1e3 * mine:.3f} ms, "
                 f"{1 / mine:.0f}/s | {1e3 * other:.3f} ms, {1 / other:.0f}/s | {spread(ratios)} |"
@@ -217,7 +206,7 @@ def prompts(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -
                 break
             took = time.perf_counter() - start
             decoding.seconds()
-            of_token, taken = decoding.seconds(), (used(args) - before) / GIB
+            (of_token, _), taken = decoding.seconds(), (used(args) - before) / GIB
             yield (
                 f"| {dtype} | {name} | {tokens} | {took:.3f} s, {tokens / took:.0f}/s | {1e3 * of_token:.2f} ms, "
                 f"{1 / of_token:.0f}/s | {f'{taken:.2f} GiB' if args.cuda else '–'} |"
@@ -240,14 +229,8 @@ def used(args: argparse.Namespace) -> int:
 
 def heading(args: argparse.Namespace) -> str:
     name = torch.cuda.get_device_name() if args.cuda else cpu_name()
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except ModuleNotFoundError:  # one of the two distributions of ONNX Runtime
-            continue
     return (
-        f"{date.today()}, {name}, {', '.join(found)}, Python {platform.python_version()}; {args.layers} layers, "
+        f"{date.today()}, {name}, {versions(*PACKAGES)}, Python {platform.python_version()}; {args.layers} layers, "
         f"{args.vocabulary} words, {args.repeats} pairs of runs of {DECODED} tokens.\n"
     )
 
@@ -273,11 +256,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]
     """Lines of the report, and False with those that say that something is wrong."""
     yield heading(args), True
     torch.manual_seed(0)
-    model = make_model(args)
+    model = qwen3(args.layers, args.vocabulary)
     adapter = attach(model, DeltaMemConfig.preset("tsw"))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.normal_(std=0.02)
+    randomize(adapter)
     calls = conversation(args.vocabulary)
     for dtype in args.dtypes:
         model.to("cpu", getattr(torch, dtype))

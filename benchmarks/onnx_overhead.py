@@ -15,25 +15,22 @@ import gc
 import json
 import os
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from datetime import date
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
 import torch
-from scan import cpu_name
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from common import PACKAGES, compare, qwen3, randomize, spread, timed, versions
 
 from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool._compat import OnnxExporter
+from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.config import PRESETS
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
@@ -45,33 +42,15 @@ PLAIN = "plain"  # as transformers exports it
 TIDIED = "tidied"  # the same with the rewrites that are not about the memory
 DECODED = 8  # calls of one timed decode
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
-
-
-def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=args.vocabulary,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=args.layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def export(args: argparse.Namespace, folder: Path) -> None:
     """One graph a preset, and the plain one as the exporter has it and tidied as those with a memory are."""
     torch.manual_seed(0)
-    model, target = make_model(args), TARGETS["cpu"]
+    model, target = qwen3(args.layers, args.vocabulary), TARGETS["cpu"]
     for preset in args.presets.split(","):
         adapter = attach(model, DeltaMemConfig.preset(preset))
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.normal_(std=0.02)
+        randomize(adapter)
         interface, options = interface_of(model, adapter, "last", target), CallOptions(model, "last")
         program = traced(model, adapter, interface, options, target, args.without)
         optimize(program, args.without)
@@ -119,39 +98,6 @@ def feed(session: onnxruntime.InferenceSession, past: int, tokens: int) -> dict[
     return given
 
 
-def seconds(session: onnxruntime.InferenceSession, given: dict[str, Any], calls: int) -> tuple[float, float]:
-    """Of one call, and of the processor: those hardly change when other work runs on the machine."""
-    start, of_processor = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        session.run_with_ort_values(None, given)
-    return (time.perf_counter() - start) / calls, (time.process_time() - of_processor) / calls
-
-
-def compare(
-    with_memory: tuple[onnxruntime.InferenceSession, dict[str, Any]],
-    without: tuple[onnxruntime.InferenceSession, dict[str, Any]],
-    calls: int,
-    repeats: int,
-) -> tuple[list[float], list[list[float]]]:
-    """Median seconds of both, and for every pair of runs the ratio of their seconds, and of the processor's."""
-    times: list[list[tuple[float, float]]] = [[], []]
-    for repeat in range(repeats + 1):
-        # Whoever comes second may gain from it: they change places.
-        for which in (0, 1) if repeat % 2 else (1, 0):
-            took = seconds(*(with_memory, without)[which], calls)
-            if repeat:  # the first round warms up
-                times[which].append(took)
-    medians = [statistics.median(of_call for of_call, _ in taken) for taken in times]
-    ratios = [[a / b for a, b in zip(mine, plain, strict=True)] for mine, plain in zip(*times, strict=True)]
-    return medians, [list(kind) for kind in zip(*ratios, strict=True)]
-
-
-def spread(ratios: list[float]) -> str:
-    """The median, its quarters, and all there is."""
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return f"**{statistics.median(ratios):.3f}** ({low:.3f}–{high:.3f}; {min(ratios):.3f}–{max(ratios):.3f})"
-
-
 def lengths(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
     """What is timed: its name, past tokens, tokens, and calls of one timing."""
     for past in filter(None, args.past.split(",")):
@@ -170,13 +116,14 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
             session = session_of(folder / preset, args)
             more = nodes(folder / preset) - nodes(folder / against)
             for what, past, tokens, calls in lengths(args):
-                sides = [(one, feed(one, past, tokens)) for one in (session, other)]
-                (mine, others), (ratios, of_processor) = compare(*sides, calls, args.repeats)
+                runs = [partial(each.run_with_ort_values, None, feed(each, past, tokens)) for each in (session, other)]
+                seconds = [partial(timed, run, calls) for run in runs]
+                (mine, others), (ratios, of_processor) = compare(*seconds, args.repeats)
                 yield (
                     f"| {preset} | {against} | {what} | {1e3 * mine:.2f} ms | {1e3 * others:.2f} ms "
                     f"| {spread(ratios)} | {spread(of_processor)} | {more:+d}, {more / args.layers:+.1f} a layer |"
                 )
-            del session, sides
+            del session, runs, seconds
             gc.collect()
         del other
     if args.profile:
@@ -208,12 +155,8 @@ def show_profile(
 
 def heading(args: argparse.Namespace) -> Iterator[str]:
     cores = f" on {len(os.sched_getaffinity(0))} core(s)" if hasattr(os, "sched_getaffinity") else ""
-    yield f"{date.today()}, {cpu_name()}, {args.threads} thread(s){cores}, Python {platform.python_version()}"
-    for package in PACKAGES:
-        try:
-            yield f", {package} {version(package)}"
-        except ModuleNotFoundError:  # one of the two distributions of ONNX Runtime
-            continue
+    yield f"{date.today()}, {cpu_name()}, {args.threads} thread(s){cores}, Python {platform.python_version()}, "
+    yield versions(*PACKAGES)
     yield f"; {args.layers} layers, {args.vocabulary} words; {args.repeats} pairs of runs"
     yield f"{', threads wait asleep' if args.no_spinning else ''}; rewrites: "
     yield ", ".join(name for name in REWRITES if name not in args.without) or "none"

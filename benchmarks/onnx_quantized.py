@@ -3,8 +3,8 @@
 Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --folder DIR]
 
 Size, agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little
-about speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). Every
-type runs in turn with float32; the ratios are of such pairs. In `--folder` what was exported stays, for another run.
+about speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All
+types run in turn; the ratios are to float32 in the same round. In `--folder` what was exported stays, for another run.
 """
 
 import argparse
@@ -13,19 +13,19 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
-from scan import cpu_name
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
+from common import PACKAGES, qwen3, randomize, versions
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
+from deltamem_tool.bench.timing import cpu_name, in_turn
 from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.scoring.statistics import estimate
 from deltamem_tool.evaluation.tasks.recall import Recall
@@ -104,30 +104,13 @@ def _timed_call(graph: Graph, tokens: int, past: dict, fed: int) -> tuple[float,
 
 
 def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
-    """Time over that of float32, by kind: median and range over pairs that ran one after the other."""
-    found: dict[str, list[float]] = {kind: [] for kind in graphs if kind != "float32"}
-    for repeat in range(repeats + 1):
-        for kind in found:
-            pair = run(graphs[kind]) / run(graphs["float32"])
-            if repeat:  # the first round warms up
-                found[kind].append(pair)
-    spans = {k: f"{statistics.median(x):.2f} ({min(x):.2f}–{max(x):.2f})" for k, x in found.items()}
-    return {"float32": "1", **spans}
-
-
-def make_model(layers: int) -> PreTrainedModel:
-    """Qwen3-0.6B's layer: width 1,024, 16 query and 8 key heads of 128, 3,072 in the MLP."""
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    """Time over that of float32, by kind: median and range over rounds in which all kinds run in turn."""
+    seconds = in_turn({kind: partial(run, graph) for kind, graph in graphs.items()}, repeats).values
+    cells = {"float32": "1"}
+    for kind in graphs.keys() - cells:
+        over = [a / b for a, b in zip(seconds[kind], seconds["float32"], strict=True)]
+        cells[kind] = f"{statistics.median(over):.2f} ({min(over):.2f}–{max(over):.2f})"
+    return cells
 
 
 def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
@@ -135,12 +118,9 @@ def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
     graphs = {}
     for kind in ("float32", "float16"):
         torch.manual_seed(0)
-        model = make_model(layers).to(getattr(torch, kind))
+        model = qwen3(layers, 1024, tied=False).to(getattr(torch, kind))
         adapter = attach(model, DeltaMemConfig())
-        with torch.no_grad():
-            for name, weight in adapter.named_parameters():
-                if "delta" in name or "gate" in name:  # a fresh one's are zeros
-                    weight.normal_(std=0.02)
+        randomize(adapter, "delta", "gate")
         interface, options = interface_of(model, adapter, "last", TARGETS["cpu"]), CallOptions(model, "last")
         at = folder / kind
         if not at.exists():
@@ -161,8 +141,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
-    packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-    print(", ".join([cpu_name(), f"onnxruntime {onnxruntime.__version__}", *(f"{p} {version(p)}" for p in packages)]))
+    print(f"{cpu_name()}, {versions(*PACKAGES)}")
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as scratch:
         quickstart_tables(Path(scratch), args)
         print(f"\nTime over float32, Qwen3-0.6B's layer shape, {args.layers} layers, median (range)\n")

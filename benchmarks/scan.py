@@ -6,12 +6,13 @@ Command: python benchmarks/scan.py [--tokens 8192 --batch 1 --heads 1 --rank 8 -
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamem_tool.bench.machine import cpu_name
+from deltamem_tool.bench.timing import cpu_name, in_turn
 from deltamem_tool.ops.scan import Implementation, delta_scan
 
 ON_CPU: tuple[Implementation, ...] = ("naive", "recurrent", "chunked")
@@ -43,13 +44,7 @@ def measure(inputs: list[Tensor], implementation: Implementation) -> tuple[float
 
 def compare(inputs: list[Tensor], implementations: tuple[Implementation, ...], repeats: int) -> None:
     """Print a table: medians, and how many times faster than the first each is."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in implementations}
-    for name in implementations:  # warm-up; the naive form takes seconds, and needs none
-        if name != "naive":
-            measure(inputs, name)
-    for _ in range(repeats):  # in turn, so that both sides see the same machine
-        for name in implementations:
-            times[name].append(measure(inputs, name))
+    times = in_turn({name: partial(measure, inputs, name) for name in implementations}, repeats).values
 
     print("| implementation | forward ms | backward ms | both ms | ratio |")
     print("|---|---:|---:|---:|---:|")

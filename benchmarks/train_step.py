@@ -21,23 +21,24 @@ import os
 import platform
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from scan import cpu_name
+from common import Seconds, compare, qwen3, timed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.baselines.lora import new_lora
+from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.segments.tags import SegmentTag
@@ -83,19 +84,9 @@ class Side:
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
     width, mlp, heads, layers, vocabulary = SHAPES[args.shape]
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=args.width or width,
-        intermediate_size=3 * args.width if args.width else mlp,
-        num_hidden_layers=args.layers or layers,
-        num_attention_heads=args.width // 64 if args.width else heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+    if args.width:
+        width, mlp, heads = args.width, 3 * args.width, args.width // 64
+    return qwen3(args.layers or layers, vocabulary, width, mlp, heads, dtype=args.dtype, device=args.device)
 
 
 def make_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, Tensor]:
@@ -118,14 +109,9 @@ def make_sides(names: list[str], args: argparse.Namespace) -> dict[str, Side]:
     return {name: Side(name, args, base, batch) for name in names}
 
 
-def seconds(side: Side) -> tuple[float, float]:
-    """Of one step, and of the processor: those hardly change when other work runs on the machine."""
-    wait: Callable[[], None] = torch.cuda.synchronize if side.batch["rows"].is_cuda else lambda: None
-    wait()
-    start, of_processor = time.perf_counter(), time.process_time()
-    side.step()
-    wait()
-    return time.perf_counter() - start, time.process_time() - of_processor
+def seconds(side: Side) -> Seconds:
+    """Of one step."""
+    return timed(side.step, wait=torch.cuda.synchronize if side.batch["rows"].is_cuda else lambda: None)
 
 
 def peak_bytes(side: Side) -> int:
@@ -164,20 +150,6 @@ def peak_resident(name: str, args: argparse.Namespace) -> int:
     return resident("VmHWM") - before
 
 
-def compare(side: Side, lora: Side, repeats: int) -> tuple[list[float], list[list[float]]]:
-    """Median seconds of both, and for every pair of runs the ratio of their seconds, and of the processor's."""
-    times: list[list[tuple[float, float]]] = [[], []]
-    for repeat in range(repeats + 1):
-        # Whoever comes second may gain from it: they change places.
-        for which in (0, 1) if repeat % 2 else (1, 0):
-            took = seconds((side, lora)[which])
-            if repeat:  # the first round warms up
-                times[which].append(took)
-    medians = [statistics.median(of_step for of_step, _ in taken) for taken in times]
-    ratios = [[a / b for a, b in zip(mine, of_lora, strict=True)] for mine, of_lora in zip(*times, strict=True)]
-    return medians, [list(kind) for kind in zip(*ratios, strict=True)]
-
-
 def spread(ratios: list[float]) -> str:
     return f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f}–{max(ratios):.3f})"
 
@@ -199,7 +171,9 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     lora = sides[LORA]
     for name in names:
-        (memory, of_lora), (ratios, of_processor) = compare(sides[name], lora, args.repeats)
+        (memory, of_lora), (ratios, of_processor) = compare(
+            *(partial(seconds, each) for each in (sides[name], lora)), args.repeats
+        )
         peak, peak_lora = peak_bytes(sides[name]), peak_bytes(lora)
         of_resident = f"{resident_of[name] / resident_of[LORA]:.3f}" if check else "–"
         yield (

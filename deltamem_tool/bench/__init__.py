@@ -1,5 +1,7 @@
-"""What a memory costs: speed, peak memory and sizes, beside the base model and a LoRA. What the command takes by
-default is spelled here, where nothing heavy is imported."""
+"""What a memory costs: speed, peak memory and sizes, beside the base model and a LoRA.
+
+The defaults of `deltamem bench` are here, where nothing heavy is imported.
+"""
 
 BASE, MEMORY, LORA = "base", "memory", "lora"
 MODELS = (BASE, MEMORY, LORA)  # ratios are to the first

@@ -1,25 +1,37 @@
-"""The models that are compared, in PyTorch: the base, the base with the memory, the base with a LoRA."""
+"""The models that are compared: the base, the base with the memory, the base with a LoRA; in PyTorch and as graphs."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.baselines.lora import Lora, random_lora
-from deltamem_tool.bench import LORA, MEMORY
+from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.setting import Setting
-from deltamem_tool.bench.sides import TorchSide
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.bench.sides import GraphFolder, TorchSide
+from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of, detach, hook
+from deltamem_tool.memory.attached import hf_model
+from deltamem_tool.memory.call_options import CallOptions
+from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.quantize import quantize_graph
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, target_of
+from deltamem_tool.onnx.export.trace import dtype_name, interface_of
+from deltamem_tool.onnx.locate import find_onnx
 
 
 def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, DeltaMemAdapter]:
-    """The base model without its memory, and the memory, both on the CPU.
+    """Load the base model without its memory, and the memory, both on the CPU.
 
     Raises:
         ConfigError: a prompt and what is decoded after it are longer than the model's positions.
@@ -30,35 +42,18 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
     adapter = adapter_of(model)
     detach(model)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    refuse_longer(setting, positions, f"The model has {positions} positions.")
+    setting.check_length(positions, f"The model has {positions} positions.")
     return model, adapter
 
 
-def refuse_longer(setting: Setting, room: int | None, why: str) -> None:
-    """
-    Raises:
-        ConfigError: a prompt and what is decoded after it are more than `room` tokens.
-    """
-    needed = max(setting.prompts) + setting.decode
-    if room and needed > room:
-        raise ConfigError(
-            f"A prompt of {max(setting.prompts)} tokens and {setting.decode} decoded ones are too long.",
-            why,
-            f"Choose prompts of at most {room - setting.decode} tokens, or decode fewer."
-            if room > setting.decode
-            else "Decode fewer tokens.",
-        )
-
-
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model with the same weights: what is put on one of them is not on the other, and nothing is twice in
-    memory."""
+    """Return a copy that shares all weights, so that a memory or a LoRA can be put on one and not on the other."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting) -> Any:
-    """`model`, changed in place into the one called `name`.
+    """Change `model` in place into the one called `name`, and return it.
 
     Raises:
         ConfigError: PEFT is not installed, or a LoRA does not fit the model.
@@ -66,19 +61,94 @@ def equip(name: str, model: PreTrainedModel, adapter: DeltaMemAdapter, setting: 
     """
     if name == MEMORY:
         hook(model, adapter)
-    if name != LORA:
-        return model.eval()
-    if setting.lora is not None:
+    if name == LORA and setting.lora is not None:
         return Lora.read(setting.lora).for_inference(model)
-    return random_lora(model, adapter, setting.seed).eval()
+    equipped: Any = random_lora(model, adapter, setting.seed) if name == LORA else model
+    return equipped.eval()
 
 
 def torch_sides(model: PreTrainedModel, adapter: DeltaMemAdapter, setting: Setting) -> dict[str, TorchSide]:
-    """One for each of the setting's models, all with the weights of `model`, on the setting's device."""
+    """Return one side for each of the setting's models, with the weights of `model`, on the setting's device."""
     cast(torch.nn.Module, model).to(setting.device)  # transformers hides the signature
     adapter.to(setting.device)
     return {name: TorchSide(equip(name, twin_of(model), adapter, setting)) for name in setting.models}
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config(decoder=True).vocab_size
+    """Return the number of tokens in the model's vocabulary."""
+    return cast(int, model.config.get_text_config(decoder=True).vocab_size)
+
+
+def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manifest]:
+    """Read the export called `name`; `adapter` is the fingerprint of the adapter that it must be of.
+
+    Raises:
+        ExportError: it is damaged, of another adapter, of another dtype than asked for, or for onnxruntime-genai.
+        ConfigError: it has no room for the prompts, or is quantised and to be compared with a LoRA or PyTorch.
+    """
+    folder = find_onnx(name)
+    manifest = Manifest.read(folder)
+    interface = manifest.interface
+    if manifest.adapter != adapter:
+        raise _refused(name, f"is of another adapter: {manifest.adapter[:12]}…, and this is {adapter[:12]}…")
+    if interface.genai:
+        raise _refused(name, "is for onnxruntime-genai, which runs it by itself")
+    if manifest.quantize != NO_QUANTIZATION and (LORA in setting.models or PYTORCH in setting.runtimes):
+        raise ConfigError(
+            f"{name} is quantised ({manifest.quantize}).",
+            "The base model's graph is quantised in the same way, but a LoRA's graph and PyTorch's models are not.",
+            f"Choose --models {BASE},{MEMORY} --runtimes {ONNX}, or an export that is not quantised.",
+        )
+    if setting.dtype not in (None, interface.dtype):
+        raise _refused(name, f"is of dtype {interface.dtype}, and --dtype is {setting.dtype}")
+    setting.check_length(interface.max_length, f"{name} has room for {interface.max_length}.")
+    return folder, manifest
+
+
+def _refused(name: str, why: str) -> ExportError:
+    return ExportError(f"{name} cannot be used for the comparison.", f"It {why}.", "Choose another export, or none.")
+
+
+def write_graphs(
+    model: PreTrainedModel,
+    adapter: DeltaMemAdapter,
+    setting: Setting,
+    export: tuple[Path, Manifest] | None,
+    scratch: Path,
+    report: Callable[[str], object],
+) -> dict[str, GraphFolder]:
+    """Write a graph for each of the setting's models into `scratch`; the memory's only if there is no `export`.
+
+    Args:
+        model: the base without its memory, on the CPU.
+        adapter: its memory.
+        setting: which models, and how.
+        export: from `read_export`.
+        scratch: a folder; the graphs stay there.
+        report: called with the name of each step.
+
+    Raises:
+        ExportError: the model cannot be exported in this dtype.
+    """
+    quantize = export[1].quantize if export else NO_QUANTIZATION
+    target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), quantize)
+    patched = equip(MEMORY, twin_of(model), adapter, setting)
+    interface = export[1].interface if export else interface_of(patched, adapter, "last", target)
+    graphs = {}
+    for name in setting.models:
+        if name == MEMORY and export:
+            graphs[name] = GraphFolder(export[0], interface)
+            continue
+        report(f"exporting {name}")
+        folder = scratch / name
+        if name == MEMORY:
+            export_onnx(patched, tokenizer_of(model, for_chat=False), folder, target=target.name)
+            graphs[name] = GraphFolder(folder, interface)
+            continue
+        plain = without_memory(interface)
+        other = hf_model(equip(name, twin_of(model), adapter, setting))
+        write_plain(other, CallOptions(patched, interface.logits), plain, target, folder)
+        if quantize != NO_QUANTIZATION:
+            quantize_graph(folder, quantize, [], interface.vocab_size)
+        graphs[name] = GraphFolder(folder, plain)
+    return graphs

@@ -1,18 +1,20 @@
-"""What a measurement found: every second that was taken, what they come to, and sizes."""
+"""What a measurement found: every duration, the figures that come of them, and their tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from deltamem_tool._version import __version__
-from deltamem_tool.bench import BASE
+from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
 from deltamem_tool.bench.peak import Peak
 from deltamem_tool.bench.setting import Setting, name_of
-from deltamem_tool.bench.timing import Seconds, Timed
+from deltamem_tool.bench.timing import Rounds, Seconds
+from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
 
 FORMAT, FORMAT_VERSION = "deltamem-bench", 1
 PREFILL, FIRST, DECODE, PEAK = (
@@ -21,11 +23,20 @@ PREFILL, FIRST, DECODE, PEAK = (
     "decode_tokens_per_second",
     "peak_bytes",
 )
+_RUNTIMES = {PYTORCH: "PyTorch", ONNX: "ONNX\nRuntime"}
+_MODELS = {BASE: "base", MEMORY: "memory", LORA: "LoRA"}
+# Heading, unit, and the factor from the figure's unit to it.
+_COLUMNS = {
+    PREFILL: ("prefill", "tokens/s", 1.0),
+    FIRST: ("first token", "ms", 1e3),
+    DECODE: ("decode", "tokens/s", 1.0),
+    PEAK: ("peak memory", "MB", 1e-6),
+}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and what lies around it: of values the quartiles, of ratios all of them."""
+    """A median with its range: the quartiles of values, the smallest and the largest of ratios."""
 
     median: float
     low: float
@@ -34,8 +45,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its ratio to the base's in the same runtime, taken in each repeat; None of the base itself, or to a
-    zero."""
+    """A value, and its ratio to the base's in the same runtime, taken in each repeat.
+
+    The ratio is None for the base itself, and where the base's value is zero.
+    """
 
     value: Spread
     ratio: Spread | None
@@ -45,9 +58,10 @@ class Figure:
 class Sizes:
     """Bytes of one conversation.
 
-    memory_file: a memory file's, on disk.
-    state: of the numbers in it.
-    cache: keys and values of a prompt in the base model, by its number of tokens: what the same text takes in context.
+    Args:
+        memory_file: of a memory file on disk.
+        state: of the numbers in it.
+        cache: of keys and values in the base model, by the prompt's number of tokens.
     """
 
     memory_file: int
@@ -56,51 +70,52 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """All of it. `timed` is by prompt; `peaks` by side, and empty where nobody asked."""
+class BenchResult:
+    """The result of `bench`.
+
+    Args:
+        setting: what was measured, and how.
+        about: the models, the machine, the packages.
+        rounds: durations by prompt.
+        peaks: by side; empty if they were not measured.
+        sizes: of a memory file and of the cache.
+    """
 
     setting: Setting
-    about: dict[str, Any]  # the models, the machine, the packages
-    timed: dict[int, Timed]
+    about: dict[str, Any]
+    rounds: dict[int, Rounds[Seconds]]
     peaks: dict[str, Peak]
     sizes: Sizes
 
-    @property
-    def sides(self) -> list[tuple[str, str]]:
-        """(runtime, model)."""
-        return [(runtime, model) for runtime in self.setting.runtimes for model in self.setting.models]
-
-    def values(self, prompt: int, runtime: str, model: str) -> dict[str, list[float]]:
-        """An entry a repeat."""
-        batch, taken = self.setting.batch_size, self.timed[prompt].seconds[name_of(runtime, model)]
-
-        def rates(tokens: int, seconds: Sequence[float]) -> list[float]:
-            return [batch * tokens / each for each in seconds]
-
-        return {
-            PREFILL: rates(prompt, [each.prefill for each in taken]),
-            FIRST: [each.first_token for each in taken],
-            DECODE: rates(self.setting.decode, [each.decode for each in taken]),
+    def _values(self, prompt: int, side: str) -> dict[str, list[float]]:
+        """One entry for each repeat."""
+        batch, visits = self.setting.batch_size, self.rounds[prompt].values[side]
+        values = {
+            PREFILL: [batch * prompt / seconds.prefill for seconds in visits],
+            FIRST: [seconds.first_token for seconds in visits],
+            DECODE: [batch * self.setting.decode / seconds.decode for seconds in visits],
         }
+        if self.peaks:
+            values[PEAK] = [float(self.peaks[side].by_prompt[prompt])]
+        return values
 
     def figures(self, prompt: int, runtime: str, model: str) -> dict[str, Figure]:
-        """By what is measured; `PEAK`, which is measured once, in bytes beyond what the libraries take. A tiny base may
-        take none beyond it, and nothing has a ratio to that."""
-        own, base = (self.values(prompt, runtime, name) for name in (model, BASE))
-        if self.peaks:
-            peaks = [self.peaks[name_of(runtime, name)].by_prompt[prompt] for name in (model, BASE)]
-            own[PEAK], base[PEAK] = ([float(peak)] for peak in peaks)
-        found = {}
-        for what, values in own.items():
+        """Figures by name; `PEAK`, measured once, in bytes beyond what the libraries take.
+
+        A tiny base may take none beyond it; then the peak has no ratio.
+        """
+        base = self._values(prompt, name_of(runtime, BASE))
+        figures = {}
+        for name, values in self._values(prompt, name_of(runtime, model)).items():
             ratio = None
-            if model != BASE and all(base[what]):
-                ratios = [a / b for a, b in zip(values, base[what], strict=True)]
+            if model != BASE and all(base[name]):
+                ratios = [a / b for a, b in zip(values, base[name], strict=True)]
                 ratio = Spread(float(np.median(ratios)), min(ratios), max(ratios))
-            found[what] = Figure(quartiles(values), ratio)
-        return found
+            figures[name] = Figure(quartiles(values), ratio)
+        return figures
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints: settings, figures, and each repeat's seconds in the order that they were taken in."""
+        """What `--json` prints: settings, figures, and each repeat's durations in the order they were taken in."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -108,27 +123,96 @@ class Bench:
             "setting": asdict(self.setting),
             **self.about,
             "sizes": asdict(self.sizes),
-            "prompts": [self._of_prompt(prompt) for prompt in self.setting.prompts],
+            "prompts": [self._prompt_json(prompt) for prompt in self.setting.prompts],
         }
 
-    def _of_prompt(self, prompt: int) -> dict[str, Any]:
-        timed, sides = self.timed[prompt], {}
-        for runtime, model in self.sides:
+    def _prompt_json(self, prompt: int) -> dict[str, Any]:
+        rounds, sides = self.rounds[prompt], {}
+        for runtime, model in self.setting.sides:
             name = name_of(runtime, model)
             figures = self.figures(prompt, runtime, model)
             sides[name] = {
-                "figures": {what: asdict(figure) for what, figure in figures.items()},
-                "seconds": _columns(timed.seconds[name]),
+                "figures": {key: asdict(figure) for key, figure in figures.items()},
+                "seconds": {
+                    field.name: [getattr(seconds, field.name) for seconds in rounds.values[name]]
+                    for field in fields(Seconds)
+                },
             }
             if self.peaks:
                 sides[name]["imports_bytes"] = self.peaks[name].imports
-        return {"tokens": prompt, "order": timed.order, "sides": sides}
+        return {"tokens": prompt, "order": rounds.order, "sides": sides}
+
+    def table(self, prompt: int) -> Table:
+        """A row for each model and runtime: medians with quartiles, and below them ratios to the base with ranges."""
+        setting = self.setting
+        batch = "" if setting.batch_size == 1 else f", {setting.batch_size} at once"
+        table = Table(title=f"{prompt} tokens of prompt, {setting.decode} decoded{batch}", show_lines=True)
+        table.add_column("")
+        columns = {name: column for name, column in _COLUMNS.items() if name != PEAK or self.peaks}
+        for heading, unit, _ in columns.values():
+            table.add_column(f"{heading}\n[dim]{unit}[/dim]", justify="right")
+        for runtime, model in setting.sides:
+            figures, cells = self.figures(prompt, runtime, model), []
+            for name, (_, _, factor) in columns.items():
+                # The peak is measured once, so below it is not a range but what the libraries take.
+                imports = self.peaks[name_of(runtime, model)].imports if name == PEAK else None
+                cells.append(_cell(figures[name], factor, imports))
+            table.add_row(f"{_RUNTIMES[runtime]}\n[bold]{_MODELS[model]}[/bold]", *cells)
+        return table
+
+    def sentences(self) -> Iterator[str]:
+        """How to read the tables, the sizes, and what was measured on which machine."""
+        setting, about, sizes = self.setting, self.about, self.sizes
+        yield (
+            f"Medians of {setting.repeats} repeats and their quartiles; below them the ratio to the base in the same "
+            "runtime, taken in every repeat: its median and range."
+        )
+        if self.peaks:
+            yield (
+                "Peak memory: of a process that does nothing else; + what the libraries take before it loads anything."
+            )
+        yield f"A memory file is {sizes.memory_file:,} bytes ({sizes.state:,} of state), however long the text was."
+        caches = [
+            f"{count:,} ({count / sizes.memory_file:,.1f}× the file) of {tokens:,}"
+            for tokens, count in sizes.cache.items()
+        ]
+        yield f"Keys and values in context take, in bytes: {'; '.join(caches)} tokens."
+        if LORA in setting.models:
+            lora = f"LoRA {setting.lora}" if setting.lora else "The LoRA has random weights on q and o"
+            yield (
+                f"{lora}: rank {about['lora_rank']}, not merged, {about['parameters'][LORA]:,} parameters; "
+                f"the memory has {about['parameters'][MEMORY]:,}."
+            )
+        machine, quantize = about["machine"], about["quantize"]
+        weights = f"{setting.dtype}{'' if quantize == NO_QUANTIZATION else f', quantised {quantize}'}"
+        processors = ", ".join(part for part in (machine["gpu"], machine["cpu"]) if part)
+        yield (
+            f"{setting.adapter} on {about['base_model']}, {weights}, {setting.device} ({processors}), threads: "
+            f"{machine['threads']}, seed {setting.seed}."
+        )
+        yield f"{', '.join(f'{name} {version}' for name, version in about['packages'].items())}."
 
 
 def quartiles(values: Sequence[float]) -> Spread:
+    """The median of `values`, and their first and third quartile."""
     low, median, high = np.percentile(values, (25, 50, 75))
     return Spread(float(median), float(low), float(high))
 
 
-def _columns(taken: Sequence[Seconds]) -> dict[str, list[float]]:
-    return {name: [getattr(each, name) for each in taken] for name in Seconds.__dataclass_fields__}
+def _cell(figure: Figure, factor: float, imports: int | None) -> str:
+    value, ratio = figure.value, figure.ratio
+    spread = (
+        f"{_number(value.low * factor)}–{_number(value.high * factor)}"
+        if imports is None
+        else f"+ {_number(imports * factor)}"
+    )
+    lines = [f"[bold]{_number(value.median * factor)}[/bold]", f"[dim]{spread}[/dim]"]
+    if ratio is not None:
+        span = f" [dim]{ratio.low:.2f}–{ratio.high:.2f}[/dim]" if imports is None else ""
+        lines.append(f"{ratio.median:.2f}×{span}")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

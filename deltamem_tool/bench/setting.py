@@ -1,26 +1,25 @@
-"""What is measured, and how: all that a process of its own needs to do the same again."""
+"""What is measured, and how: everything that another process needs to repeat it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.bench import BASE, DECODED, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
+from deltamem_tool.bench import BASE, DECODED, LORA, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
 from deltamem_tool.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Setting:
-    """
+    """The options of a measurement.
+
     Args:
         adapter: an adapter folder or a Hub id.
         base: where the base model is, if not where the adapter says.
-        lora: a PEFT adapter folder or a Hub id; None for a fresh LoRA of about the memory's size.
+        lora: a PEFT adapter folder or a Hub id; None for a random LoRA of about the memory's size.
         onnx: an export of the adapter; None to make one.
         models: some of `MODELS`, the base among them.
         runtimes: some of `RUNTIMES`.
@@ -30,13 +29,13 @@ class Setting:
         repeats: how often everything is measured.
         threads: of one call; None for the cores that this process may use.
         device: as torch names it.
-        dtype: of the base's weights; None for what `onnx` has, or else the checkpoint's own.
-        seed: of tokens, order and fresh weights.
+        dtype: of the base's weights; None for that of `onnx`, or else the checkpoint's own.
+        seed: of tokens, order and random weights.
         trust_remote_code: whether Python files of the base model may run.
 
     Raises:
-        ConfigError: a list is empty, names something unknown or twice, or lacks the base; a number is not positive; or
-            not every runtime can use the device.
+        ConfigError: a list is empty, has an unknown or a repeated entry, or lacks the base; a number is not positive;
+            `lora` or `onnx` would not be used; or a runtime cannot use the device.
     """
 
     adapter: str
@@ -56,25 +55,32 @@ class Setting:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_names("models", self.models, MODELS)
-        _refuse_names("runtimes", self.runtimes, RUNTIMES)
+        _check_names("models", self.models, MODELS)
+        _check_names("runtimes", self.runtimes, RUNTIMES)
         if BASE not in self.models:
-            raise ConfigError("The models lack the base.", "Every ratio is to it.", f"Add {BASE} to the models.")
-        if self.onnx is not None and ONNX not in self.runtimes:
             raise ConfigError(
-                f"{self.onnx} would not be used.", f"The runtimes lack {ONNX}.", f"Add {ONNX} to the runtimes."
+                f"The models do not include {BASE}.", "Every ratio is to it.", f"Add {BASE} to the models."
             )
+        for path, name, names, kind in (
+            (self.lora, LORA, self.models, "models"),
+            (self.onnx, ONNX, self.runtimes, "runtimes"),
+        ):
+            if path is not None and name not in names:
+                raise ConfigError(
+                    f"{path} would not be used.", f"The {kind} do not include {name}.", f"Add {name} to the {kind}."
+                )
         kind, _, number = self.device.partition(":")
         if kind not in ("cpu", "cuda"):
-            raise ConfigError(f"Nothing is measured on {self.device} yet.", "", "Choose cpu, or cuda.")
+            raise ConfigError(f"bench does not support the device {self.device}.", "", "Choose cpu or cuda.")
         if ONNX in self.runtimes and number not in ("", "0"):
             raise ConfigError(
-                f"ONNX Runtime would not run on {self.device}.",
-                "It is given the first device.",
-                "Choose cuda:0, or hide the others with CUDA_VISIBLE_DEVICES.",
+                f"bench does not run ONNX Runtime on {self.device}.",
+                "ONNX Runtime uses the first GPU.",
+                "Choose cuda:0, or hide the other GPUs with CUDA_VISIBLE_DEVICES.",
             )
         if len(set(self.prompts)) < len(self.prompts) or not self.prompts:
-            raise ConfigError("The prompt lengths do not hold.", "They are none, or one is there twice.", _LENGTHS)
+            why = "One is given twice." if self.prompts else "There are none."
+            raise ConfigError("Invalid prompt lengths.", why, "Give numbers of tokens, such as 512,2048.")
         counts = {"prompt length": min(self.prompts), "decode": self.decode, "batch size": self.batch_size}
         for name, count in {**counts, "repeats": self.repeats, "threads": self.threads or 1}.items():
             if count < 1:
@@ -82,40 +88,48 @@ class Setting:
 
     @property
     def on_cuda(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device.startswith("cuda")
 
     @property
     def provider(self) -> str:
-        """Of ONNX Runtime."""
+        """The execution provider of ONNX Runtime, as `deltamem run` names it."""
         return "cuda" if self.on_cuda else "cpu"
 
-    def ids(self, prompt: int, vocab_size: int) -> NDArray:
-        """Random tokens, int64 `[B, prompt]`, the same for whoever asks."""
+    @property
+    def sides(self) -> list[tuple[str, str]]:
+        """All pairs of runtime and model, in the order of the results."""
+        return [(runtime, model) for runtime in self.runtimes for model in self.models]
+
+    def ids(self, prompt: int, vocab_size: int) -> NDArray[np.int64]:
+        """Random tokens, int64 `[B, prompt]`; the same ones in every process."""
         random = np.random.default_rng((self.seed, prompt))
         return random.integers(vocab_size, size=(self.batch_size, prompt), dtype=np.int64)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def check_length(self, limit: int | None, why: str) -> None:
+        """Raise unless the longest prompt and what is decoded after it fit into `limit` tokens.
 
-    @classmethod
-    def from_json(cls, text: str) -> Setting:
-        """The inverse of `to_json`."""
-        said: dict[str, Any] = json.loads(text)
-        for name, value in said.items():
-            said[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**said)
+        Raises:
+            ConfigError: they do not; `why` says where the limit comes from.
+        """
+        longest = max(self.prompts)
+        if limit and longest + self.decode > limit:
+            raise ConfigError(
+                f"A prompt of {longest} tokens and {self.decode} decoded ones are too long.",
+                why,
+                f"Choose prompts of at most {limit - self.decode} tokens, or decode fewer."
+                if limit > self.decode
+                else "Decode fewer tokens.",
+            )
 
 
-_LENGTHS = "Name numbers of tokens, such as 512,2048."
-
-
-def _refuse_names(what: str, named: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in named if name not in known]
-    if unknown or not named or len(set(named)) < len(named):
-        why = f"There is no {unknown[0]!r}." if unknown else "They are none, or one is there twice."
-        raise ConfigError(f"The {what} cannot be {','.join(named)!r}.", why, f"Name some of {','.join(known)}.")
+def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) < len(names):
+        why = f"{unknown[0]!r} is unknown." if unknown else "One is given twice." if names else "There are none."
+        raise ConfigError(f"Invalid {option}: {','.join(names)!r}.", why, f"Choose from {','.join(known)}.")
 
 
 def name_of(runtime: str, model: str) -> str:
-    """What a side is called in results, such as "pytorch memory"."""
+    """The name of a model in a runtime, as results show it, such as "pytorch memory"."""
     return f"{runtime} {model}"

@@ -1,11 +1,12 @@
-"""A model in a runtime, as it is measured: prompts go in, logits come out, and what it carries goes on.
+"""A model in a runtime, as it is measured: tokens in, logits out, and a cache that goes from call to call.
 
-Each side imports its own runtime when it is made: the other's would count in the memory that its process takes.
+Each side imports its own runtime when it is created: the other's would count in the peak memory of its process.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,21 +18,33 @@ from deltamem_tool.bench import SEGMENT
 if TYPE_CHECKING:
     from deltamem_tool.onnx.contract import Interface
 
-Past = Any  # what a side carries from call to call
-Logits = Any  # [B, V] of the last position, where the runtime gives them
+Past = Any  # the cache, of the runtime's own type
+Logits = Any  # [B, V] of the last position, as the runtime returns them
+
+
+@dataclass(frozen=True)
+class GraphFolder:
+    """Where an ONNX graph is, and its inputs and outputs."""
+
+    folder: Path
+    interface: Interface
 
 
 class Side(Protocol):
-    def call(self, ids: NDArray, past: Past = None) -> tuple[Logits, Past]:
-        """Feed tokens, int64 `[B, T]`, after `past`, or as the first of a conversation. It has finished when it comes
-        back. `past` may be changed."""
+    """A model in a runtime."""
 
-    def choose(self, logits: Logits) -> NDArray:
+    def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
+        """Feed tokens, int64 `[B, T]`, after `past`, or as a new conversation; return when all work has finished.
+
+        `past` may be changed in place.
+        """
+
+    def choose(self, logits: Logits) -> NDArray[Any]:
         """The likeliest tokens, int64 `[B, 1]`."""
 
 
 class TorchSide:
-    """A model in PyTorch, eager, with the cache that it has by itself: a memory's, where it has a memory."""
+    """A model in eager PyTorch, with a `MemoryCache` if it has a memory, or else a `DynamicCache`."""
 
     def __init__(self, model: Any) -> None:
         from deltamem_tool._compat import cache_argument
@@ -40,19 +53,20 @@ class TorchSide:
         self._model = model
         base = hf_model(model)
         self._argument = cache_argument(base.forward)
-        self._cuts = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._keeps_last = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._patched = hasattr(base, PATCH)
         self._config = base.config
 
     def cache(self) -> Any:
-        """Of a conversation that begins."""
+        """Return the cache of a new conversation."""
         from transformers import DynamicCache
 
         from deltamem_tool.memory.cache import MemoryCache
 
         return MemoryCache(self._model) if self._patched else DynamicCache(config=self._config)
 
-    def call(self, ids: NDArray, past: Past = None) -> tuple[Logits, Past]:
+    def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
+        """Feed tokens; see `Side.call`."""
         import torch
 
         device = self._model.device
@@ -61,15 +75,16 @@ class TorchSide:
             past = self.cache()
             if self._patched and self._segmented:
                 past.segment_tags = torch.from_numpy(_tags(ids)).to(device)
-        kept = {"logits_to_keep": 1} if self._cuts else {}
+        options = {"logits_to_keep": 1} if self._keeps_last else {}
         with torch.no_grad():
-            logits = self._model(input_ids=tokens, use_cache=True, **{self._argument: past}, **kept).logits[:, -1]
+            logits = self._model(input_ids=tokens, use_cache=True, **{self._argument: past}, **options).logits[:, -1]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return logits, past
 
-    def choose(self, logits: Logits) -> NDArray:
-        return logits.argmax(-1, keepdim=True).cpu().numpy()
+    def choose(self, logits: Logits) -> NDArray[Any]:
+        """Return the likeliest tokens; see `Side.choose`."""
+        return np.asarray(logits.argmax(-1, keepdim=True).cpu())
 
     @property
     def _segmented(self) -> bool:
@@ -78,29 +93,30 @@ class TorchSide:
         return adapter_of(self._model).config.granularity != "token"
 
 
-def _tags(ids: NDArray) -> NDArray:
-    """Which segment each token of a prompt belongs to, as `MemoryCache.segment_tags` takes it, int8 `[B, T]`."""
+def _tags(ids: NDArray[Any]) -> NDArray[Any]:
+    """Segment tags of a prompt, as `MemoryCache.segment_tags` takes it, int8 `[B, T]`."""
     from deltamem_tool.segments.tags import SegmentTag
 
     return np.where(_ends(ids), SegmentTag.LAST, SegmentTag.INSIDE).astype(np.int8)
 
 
-def _ends(ids: NDArray) -> NDArray:
-    """Tokens that end a segment, bool `[B, T]`: what is decoded joins the last one, which stays open."""
+def _ends(ids: NDArray[Any]) -> NDArray[Any]:
+    """Tokens that end a segment, bool `[B, T]`; decoded tokens join the last segment, which stays open."""
     row = np.arange(1, ids.shape[1] + 1) % SEGMENT == 0
     return np.broadcast_to(row, ids.shape)
 
 
 class OnnxSide:
-    """A graph in ONNX Runtime. It does not need PyTorch."""
+    """A graph in ONNX Runtime, without PyTorch."""
 
-    def __init__(self, folder: Path, interface: Interface, provider: str, threads: int | None) -> None:
+    def __init__(self, graph: GraphFolder, provider: str, threads: int | None) -> None:
         from deltamem_tool.onnx.runtime.static_graph import open_graph
 
-        self._graph: Any = open_graph(folder, interface, provider, threads)
-        self._segmented = interface.segment > 0
+        self._graph: Any = open_graph(graph.folder, graph.interface, provider, threads)
+        self._segmented = graph.interface.segment > 0
 
-    def call(self, ids: NDArray, past: Past = None) -> tuple[Logits, Past]:
+    def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
+        """Feed tokens; see `Side.call`."""
         first = past is None
         carried, columns = (self._graph.empty_past(len(ids)), 0) if first else past
         columns += ids.shape[1]
@@ -111,5 +127,6 @@ class OnnxSide:
         logits, carried = self._graph.step(ids, mask, writes, carried, ends)
         return logits[:, -1], (carried, columns)
 
-    def choose(self, logits: Logits) -> NDArray:
-        return logits.argmax(-1)[:, None].astype(np.int64)
+    def choose(self, logits: Logits) -> NDArray[Any]:
+        """Return the likeliest tokens; see `Side.choose`."""
+        return np.asarray(logits.argmax(-1)[:, None], np.int64)

@@ -22,7 +22,7 @@ from deltamem_tool.onnx.export.targets import DTYPES
     help=f"What to compare: {BASE} alone, {BASE} with the {MEMORY}, {BASE} with a {LORA}.",
 )
 @click.option(
-    "--lora", metavar="DIR", help="A LoRA that PEFT has saved.  [default: a fresh one of the memory's size on q and o]"
+    "--lora", metavar="DIR", help="A LoRA saved by PEFT.  [default: a random one of the memory's size on q and o]"
 )
 @click.option(
     "--runtimes", help=f"Of {','.join(RUNTIMES)}.  [default: {PYTORCH}; with --onnx both]", metavar="NAME,NAME"
@@ -30,7 +30,7 @@ from deltamem_tool.onnx.export.targets import DTYPES
 @click.option(
     "--onnx",
     metavar="DIR",
-    help=f"An export of ADAPTER. The others' graphs are made for the purpose; without it, with --runtimes {ONNX}, all.",
+    help=f"An export of ADAPTER; the other models are exported too. Without it, --runtimes {ONNX} exports all.",
 )
 @click.option(
     "--prompt",
@@ -51,10 +51,10 @@ from deltamem_tool.onnx.export.targets import DTYPES
     "--dtype", type=click.Choice(DTYPES), help="Of the base's weights.  [default: the export's or the checkpoint's]"
 )
 @click.option("--no-peak", is_flag=True, help="Leave out peak memory, which takes a process for each row.")
-@click.option("--seed", default=0, show_default=True, help="Of tokens, order and fresh weights.")
+@click.option("--seed", default=0, show_default=True, help="Of tokens, order and random weights.")
 @trust_remote_code
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON, every repeat in it."
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON, with every repeat."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -84,18 +84,15 @@ def command(
     whose times do not.
     """
     from deltamem_tool.bench.setting import Setting
-    from deltamem_tool.errors import ConfigError
 
-    if lora is not None and LORA not in models.split(","):
-        raise ConfigError(f"{lora} would not be used.", f"The models lack {LORA}.", f"Add {LORA} to --models.")
-    named = ",".join(RUNTIMES if onnx else (PYTORCH,)) if runtimes is None else runtimes
+    names = runtimes or ",".join(RUNTIMES if onnx else (PYTORCH,))
     setting = Setting(
         adapter,
         base=base,
         lora=lora,
         onnx=onnx,
         models=tuple(models.split(",")),
-        runtimes=tuple(named.split(",")),
+        runtimes=tuple(names.split(",")),
         prompts=prompt,
         decode=decode,
         batch_size=batch_size,
@@ -106,7 +103,6 @@ def command(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    from deltamem_tool.bench.report import cost_table, sentences
     from deltamem_tool.bench.run import bench
     from deltamem_tool.cli.console import progress
     from deltamem_tool.io.atomic import refuse_unwritable, write_whole
@@ -115,20 +111,20 @@ def command(
         refuse_unwritable(out)
     with progress() as bar:
         task = bar.add_task("Measuring", total=None, note="")
-        found = bench(
-            setting,
-            peaks=not no_peak,
-            report=lambda what, done, of: bar.update(task, completed=done, total=of, note=what),
-        )
-    said = found.to_json()
+
+        def report(step: str, done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of, note=step)
+
+        result = bench(setting, peaks=not no_peak, report=report)
+    document = result.to_json()
     if out is not None:
-        write_whole(out, (json.dumps(said, indent=1) + "\n").encode())
+        write_whole(out, (json.dumps(document, indent=1) + "\n").encode())
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(document))
         return
     from rich.console import Console
 
     for length in setting.prompts:
-        Console().print(cost_table(found, length))
-    for sentence in sentences(found):
+        Console().print(result.table(length))
+    for sentence in result.sentences():
         click.echo(sentence)

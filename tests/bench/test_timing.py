@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -9,10 +10,9 @@ import pytest
 
 from deltamem_tool.bench import BASE, MEMORY, PYTORCH
 from deltamem_tool.bench.peak import Peak
-from deltamem_tool.bench.report import cost_table, sentences
-from deltamem_tool.bench.result import DECODE, FIRST, PEAK, PREFILL, Bench, Sizes, Spread
+from deltamem_tool.bench.result import DECODE, FIRST, PEAK, PREFILL, BenchResult, Sizes, Spread
 from deltamem_tool.bench.setting import Setting, name_of
-from deltamem_tool.bench.timing import Seconds, Timed, interleaved, visit
+from deltamem_tool.bench.timing import Rounds, Seconds, in_turn, visit
 
 NAMES = ("a", "b", "c")
 
@@ -49,17 +49,18 @@ def test_a_visit_is_a_prompt_a_first_token_and_the_others():
 def timed(seed, repeats=4):
     time, begun = [0.0], []
     sides = {name: Slow(time, prefill=1.0 + i) for i, name in enumerate(NAMES)}
-    found = interleaved(sides, np.zeros((1, 7), np.int64), 2, repeats, seed, begun.append, lambda: time[0])
-    return found, begun
+    ids = np.zeros((1, 7), np.int64)
+    visits = {name: partial(visit, side, ids, 2, lambda: time[0]) for name, side in sides.items()}
+    return in_turn(visits, repeats, seed, begun.append), begun
 
 
 def test_every_side_is_visited_once_in_every_repeat_and_warmed_up_before():
-    found, begun = timed(seed=0)
+    measured, begun = timed(seed=0)
     rounds = [begun[start : start + 3] for start in range(0, len(begun), 3)]
     assert len(rounds) == 5 and all(sorted(names) == sorted(NAMES) for names in rounds)
-    assert found.order == rounds[1:]
+    assert measured.order == rounds[1:]
     for i, name in enumerate(NAMES):  # the 100 seconds of the first conversation are in none
-        assert found.seconds[name] == [Seconds(1.0 + i, 1.25 + i, 1.5)] * 4
+        assert measured.values[name] == [Seconds(1.0 + i, 1.25 + i, 1.5)] * 4
 
 
 def test_the_order_is_drawn_anew_by_the_seed():
@@ -69,25 +70,25 @@ def test_the_order_is_drawn_anew_by_the_seed():
 
 
 @pytest.fixture
-def found():
+def result():
     """Two conversations at once, of which the machine was twice as slow in the second repeat."""
     setting = Setting("adapter", models=(BASE, MEMORY), prompts=(100,), decode=10, batch_size=2, repeats=3)
     base = [Seconds(1, 1, 2), Seconds(2, 2, 4), Seconds(1, 1, 2)]
     memory = [Seconds(2, 3, 2), Seconds(4, 6, 8), Seconds(3, 3, 2)]
     names = [name_of(PYTORCH, model) for model in setting.models]
     peaks = {names[0]: Peak(1000, {100: 10_000_000}), names[1]: Peak(1000, {100: 15_000_000})}
-    seconds = Timed(dict(zip(names, (base, memory), strict=True)), [names, names[::-1], names])
+    seconds = Rounds(dict(zip(names, (base, memory), strict=True)), [names, names[::-1], names])
     about = {
         "base_model": "base",
         "quantize": "int8",
         "machine": {"cpu": "cpu", "gpu": None, "threads": 1},
         "packages": {"torch": "2"},
     }
-    return Bench(setting, about, {100: seconds}, peaks, Sizes(500, 400, {100: 5000}))
+    return BenchResult(setting, about, {100: seconds}, peaks, Sizes(500, 400, {100: 5000}))
 
 
-def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(found):
-    base, memory = (found.figures(100, PYTORCH, model) for model in (BASE, MEMORY))
+def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(result):
+    base, memory = (result.figures(100, PYTORCH, model) for model in (BASE, MEMORY))
     assert base[PREFILL].value == Spread(200, 150, 200) and base[DECODE].value == Spread(10, 7.5, 10)
     assert all(figure.ratio is None for figure in base.values())
     assert memory[FIRST].value == Spread(3, 3, 4.5)
@@ -97,24 +98,24 @@ def test_figures_are_medians_and_ratios_are_taken_in_every_repeat(found):
     assert memory[PEAK].value.median == 15_000_000 and memory[PEAK].ratio.median == 1.5
 
 
-def test_nothing_has_a_ratio_to_no_memory(found):
-    found.peaks[name_of(PYTORCH, BASE)] = Peak(1000, {100: 0})
-    figure = found.figures(100, PYTORCH, MEMORY)[PEAK]
+def test_nothing_has_a_ratio_to_no_memory(result):
+    result.peaks[name_of(PYTORCH, BASE)] = Peak(1000, {100: 0})
+    figure = result.figures(100, PYTORCH, MEMORY)[PEAK]
     assert figure.value.median == 15_000_000 and figure.ratio is None
-    assert cost_table(found, 100).row_count == 2
+    assert result.table(100).row_count == 2
 
 
-def test_a_table_of_80_columns_shows_every_figure(found):
+def test_a_table_of_80_columns_shows_every_figure(result):
     from rich.console import Console
 
     console = Console(width=80, file=None, record=True, quiet=False, force_terminal=False)
     with console.capture() as capture:
-        console.print(cost_table(found, 100))
+        console.print(result.table(100))
     said = capture.get()
     for figure in ("200", "150–200", "0.50× 0.33–0.50", "3,000", "15", "1.50×", "PyTorch", "memory"):
         assert figure in said, said
     assert max(map(len, said.splitlines())) <= 80 and "…" not in said
-    text = "\n".join(sentences(found))
+    text = "\n".join(result.sentences())
     assert (
         "quantised int8" in text
         and "500 bytes" in text
@@ -123,10 +124,10 @@ def test_a_table_of_80_columns_shows_every_figure(found):
     )
 
 
-def test_without_peaks_there_is_no_column_for_them(found):
-    found = Bench(found.setting, found.about, found.timed, {}, found.sizes)
-    assert PEAK not in found.figures(100, PYTORCH, MEMORY)
-    assert [str(column.header).split("\n")[0] for column in cost_table(found, 100).columns] == [
+def test_without_peaks_there_is_no_column_for_them(result):
+    result = BenchResult(result.setting, result.about, result.rounds, {}, result.sizes)
+    assert PEAK not in result.figures(100, PYTORCH, MEMORY)
+    assert [str(column.header).split("\n")[0] for column in result.table(100).columns] == [
         "",
         "prefill",
         "first token",

@@ -12,11 +12,10 @@ import torch
 from deltamem_tool import detach
 from deltamem_tool.baselines.lora import random_lora
 from deltamem_tool.bench import BASE, MEMORY, ONNX, PYTORCH, SEGMENT
-from deltamem_tool.bench.graphs import GraphFolder, read_export, write_graphs
-from deltamem_tool.bench.models import torch_sides, twin_of
+from deltamem_tool.bench.models import read_export, torch_sides, twin_of, write_graphs
 from deltamem_tool.bench.peak import peak_of
 from deltamem_tool.bench.setting import Setting
-from deltamem_tool.bench.sides import OnnxSide
+from deltamem_tool.bench.sides import GraphFolder, OnnxSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.memory.call_options import CallOptions
@@ -64,7 +63,7 @@ def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
         assert told == ["exporting base"] and graphs[MEMORY].folder == by_message.folder
         last = {}
         for name, side in torch_sides(model, adapter, setting).items():
-            graph = OnnxSide(graphs[name].folder, graphs[name].interface, "cpu", 1)
+            graph = OnnxSide(graphs[name], "cpu", 1)
             last[name] = agree(side, graph, graphs[name].interface.vocab_size)
     assert np.abs(last[BASE] - last[MEMORY]).max() > 10 * TOLERANCE
 
@@ -106,7 +105,7 @@ def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
     assert read_export(setting, str(qwen3.folder), own) == (qwen3.folder, qwen3.manifest)
     with pytest.raises(ExportError, match="another adapter"):
         read_export(setting, str(qwen3.folder), "0" * 64)
-    with pytest.raises(ExportError, match="of float32, and float16 is asked for"):
+    with pytest.raises(ExportError, match="of dtype float32, and --dtype is float16"):
         read_export(dataclasses.replace(setting, dtype="float16"), str(qwen3.folder), own)
     longer = dataclasses.replace(setting, prompts=(100,))
     with pytest.raises(ConfigError, match="has room for 112"):
