@@ -18,7 +18,7 @@ def write_talks(path: Path, count: int = 24) -> Path:
     for number in range(count):
         facts = [dialogues.Fact(*PAIRS[(number + i) % len(PAIRS)]) for i in range(1 + number % 3)]
         told = [
-            turn for fact in facts for turn in (user(fact._say(dialogues.STATEMENTS[number % 2])), assistant("Okay."))
+            turn for fact in facts for turn in (user(fact.say(dialogues.STATEMENTS[number % 2])), assistant("Okay."))
         ]
-        talks.append([*told, user(facts[0]._say(dialogues.QUESTIONS[0])), assistant(facts[0].answer)])
+        talks.append([*told, user(facts[0].say(dialogues.QUESTIONS[0])), assistant(facts[0].answer)])
     return write_jsonl(path, talks)

@@ -31,8 +31,8 @@ def chats(tmp_path_factory):
     """Six conversations, each with its own answer."""
     facts = [dialogues.Fact("dog", "Rex"), dialogues.Fact("house", "Oslo"), dialogues.Fact("car", "blue")]
     facts += [dialogues.Fact("sister", "Anna"), dialogues.Fact("exam", "noon"), dialogues.Fact("dinner", "soup")]
-    talks = [[user(fact._say(dialogues.STATEMENTS[0])), assistant("Okay.")] for fact in facts]
-    asked = [[user(fact._say(dialogues.QUESTIONS[0])), assistant(fact.answer)] for fact in facts]
+    talks = [[user(fact.say(dialogues.STATEMENTS[0])), assistant("Okay.")] for fact in facts]
+    asked = [[user(fact.say(dialogues.QUESTIONS[0])), assistant(fact.answer)] for fact in facts]
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     return write_jsonl(path, [talk + question for talk, question in zip(talks, asked, strict=True)])
 
