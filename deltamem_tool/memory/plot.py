@@ -1,7 +1,6 @@
 """A memory as a picture: every state of one conversation as a small heat map. No torch.
 
 All panels of one kind share a colour scale that is symmetric around 0, so that their strengths can be compared by eye.
-Sizes are in pixels, and a state's entries are squares of whole pixels: no entry looks wider than its neighbour.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -29,10 +25,9 @@ _DPI = 140
 _COLOURS = "RdBu_r"  # white in the middle
 _GREY = "#555555"
 _LEGEND = "each panel is one state: rows are values, columns are keys"
-_ASPECT = 1.4  # width by height that the panels are laid out for
-_MARGIN, _HEADER, _FOOTER, _LEAST_WIDTH = 24, 78, 40, 620
-_GAP, _GAP_ACROSS, _GAP_DOWN, _LABEL = 5, 18, 10, 22  # between heads; between layers; a line of text
-_BAR, _BAR_SPACE, _BAR_HEIGHT, _BETWEEN = 14, 104, 420, 44  # colour bar, with its numbers; between blocks
+_LEGEND_HEADS = "each panel is one state, the heads of a layer side by side: rows are values, columns are keys"
+_ASPECT = 1.7  # width by height that the panels are laid out for
+_LEAST_WIDTH, _LABEL = 4.4, 0.14  # inches: of a picture; of a line of text
 
 States = Mapping[int, np.ndarray]
 
@@ -66,7 +61,7 @@ def difference_figure(before: States, after: States, title: str) -> Figure:
 
 @dataclass(frozen=True)
 class _Block:
-    """States that are drawn together, on a colour scale from -limit to limit, under a name if there is one."""
+    """States that are drawn together, on a colour scale from -limit to limit."""
 
     name: str
     states: States
@@ -75,139 +70,90 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the panels of a block lie, in pixels from its top left corner: layers from left to right, then down."""
+class _Grid:
+    """Where the panels of a block are. One unit is one entry of a state, so that panels are squares of side `rank`."""
 
     layers: int
     heads: int
-    panel: int
+    rank: int
     columns: int  # layers side by side
+    scale: float  # inches of an entry
 
     @classmethod
-    def of(cls, states: States, blocks: int) -> _Layout:
-        """Panels of a good size, and as many columns as make `blocks` of them side by side about `_ASPECT`."""
+    def of(cls, states: States, blocks: int) -> _Grid:
+        """Choose panels of a good size, in as many columns as make `blocks` side by side about `_ASPECT`."""
         heads, rank = (max(state.shape[axis] for state in states.values()) for axis in (0, 1))
-        size = min(280.0, 1400 / (blocks * heads), max(64.0, 520 / math.sqrt(blocks * len(states) * heads)))
-        panel = rank * max(1, round(size / rank))
-        every = [cls(len(states), heads, panel, columns) for columns in range(1, len(states) + 1)]
-        return min(every, key=lambda layout: layout._flaw(_ASPECT / blocks))
-
-    def _flaw(self, aspect: float) -> float:
-        empty = 1 - self.layers / (self.columns * self.rows)
-        return abs(math.log(self.width / self.height / aspect)) + 4 * empty
+        panels = len(states) * heads
+        panel = min(2.0, 10 / (blocks * heads), max(0.46, 3.7 / math.sqrt(blocks * panels)))
+        shape = _ASPECT / blocks * (panel + 1.5 * _LABEL) / (heads * panel + _LABEL)
+        rows = math.ceil(len(states) / max(1, int(math.sqrt(len(states) * shape))))
+        return cls(len(states), heads, rank, math.ceil(len(states) / rows), panel / rank)
 
     @property
-    def rows(self) -> int:
-        return math.ceil(self.layers / self.columns)
+    def label(self) -> float:
+        return _LABEL / self.scale
 
     @property
-    def _beside(self) -> int:
-        return _LABEL if self.heads > 1 else 0  # the layer's name is beside its heads, or above its one head
+    def step(self) -> float:
+        """From a head to the next."""
+        return self.rank + 0.3 * self.label
 
     @property
-    def _above(self) -> int:
-        return 0 if self.heads > 1 else _LABEL
+    def width(self) -> float:
+        return self.columns * (self.heads * self.step + self.label) - self.label
 
     @property
-    def width(self) -> int:
-        return self.columns * (self._layer_width + _GAP_ACROSS) - _GAP_ACROSS
+    def height(self) -> float:
+        return math.ceil(self.layers / self.columns) * (self.rank + 1.5 * self.label) - 0.5 * self.label
 
-    @property
-    def height(self) -> int:
-        return _LABEL - self._above + self.rows * (self._above + self.panel + _GAP_DOWN) - _GAP_DOWN
-
-    @property
-    def _layer_width(self) -> int:
-        return self._beside + self.heads * (self.panel + _GAP) - _GAP
-
-    def corner(self, place: int, head: int) -> tuple[int, int]:
-        """Left and top of the panel of the layer at `place`."""
+    def corner(self, place: int) -> tuple[float, float]:
+        """Left and top of the first head of the layer at `place`."""
         row, column = divmod(place, self.columns)
-        left = column * (self._layer_width + _GAP_ACROSS) + self._beside + head * (self.panel + _GAP)
-        return left, _LABEL + row * (self._above + self.panel + _GAP_DOWN)
+        return column * (self.heads * self.step + self.label), self.label + row * (self.rank + 1.5 * self.label)
 
 
 def _figure(blocks: Sequence[_Block], title: str) -> Figure:
-    """The blocks side by side under `title`, whose first line is large."""
-    layout = _Layout.of(blocks[0].states, len(blocks))
-    named = _LABEL + 6 if blocks[0].name else 0
-    widths = [layout.width + (_BAR_SPACE if block.bar else 0) for block in blocks]
-    content = sum(widths) + _BETWEEN * (len(blocks) - 1)
-    page = _page(max(_LEAST_WIDTH, content + 2 * _MARGIN), _HEADER + named + layout.height + _FOOTER)
-    middle, bottom = page.get_xlim()[1] / 2, page.get_ylim()[0]
-    first, _, rest = title.partition("\n")
-    # A file's name may have dollar signs, which would be read as mathematics.
-    style: dict[str, Any] = {"ha": "center", "va": "top", "parse_math": False}
-    page.text(middle, 16, first, fontsize=11, **style)
-    page.text(middle, 44, rest, fontsize=8, color=_GREY, **style)
-    page.text(middle, bottom - _FOOTER + 14, _LEGEND, fontsize=7, color=_GREY, **style)
-    left, top = (page.get_xlim()[1] - content) // 2, _HEADER + named
-    for block, width in zip(blocks, widths, strict=True):
-        if named:
-            page.text(left + layout.width / 2, _HEADER, block.name, fontsize=9, weight="bold", **style)
-        _draw(_part(page, left, top, layout.width, layout.height, block.name), block, layout)
+    """The blocks side by side under `title`."""
+    grid = _Grid.of(blocks[0].states, len(blocks))
+    bars = sum(block.bar for block in blocks)
+    width = max(_LEAST_WIDTH, len(blocks) * (grid.width * grid.scale + 0.4) + bars * 0.8)
+    figure = Figure(figsize=(width, grid.height * grid.scale + 1.2), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # a file's name may have dollar signs
+    figure.supxlabel(_LEGEND if grid.heads == 1 else _LEGEND_HEADS, fontsize=7, color=_GREY)
+    for axes, block in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
+        axes.set_label(block.name or "memory")
+        axes.set_title(block.name, fontsize=9, weight="bold")
+        _draw(axes, block, grid)
         if block.bar:
-            height = min(layout.height - _LABEL, _BAR_HEIGHT)
-            down = top + _LABEL + (layout.height - _LABEL - height) // 2
-            _draw_bar(_part(page, left + layout.width + 20, down, _BAR, height, f"{block.name}, colours"), block)
-        left += width + _BETWEEN
-    figure = page.figure
-    assert isinstance(figure, Figure)
+            bar = figure.colorbar(axes.images[0], ax=axes, shrink=0.8, aspect=25, pad=0.05)
+            bar.ax.set_label(f"{block.name}, colours")
+            bar.set_ticks([block.limit * share for share in (-1, -0.5, 0, 0.5, 1)])
+            bar.ax.set_yticklabels([f"{tick:.2g}".replace("-", "−") for tick in bar.get_ticks()], fontsize=7)
     return figure
 
 
-def _page(width: float, height: float) -> Axes:
-    """Axes over all of a new figure, in pixels from the top left corner."""
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    page = figure.add_axes((0, 0, 1, 1), label="page")
-    page.set(xlim=(0, width), ylim=(height, 0))
-    page.set_axis_off()
-    return page
-
-
-def _part(page: Axes, left: float, top: float, width: float, height: float, label: str) -> Axes:
-    """Axes over a part of the page."""
-    across, down = page.get_xlim()[1], page.get_ylim()[0]
-    box = (left / across, 1 - (top + height) / down, width / across, height / down)
-    return page.figure.add_axes(box, label=label)
-
-
-def _draw(axes: Axes, block: _Block, layout: _Layout) -> None:
-    """The panels of one block, as images in axes that count pixels."""
-    axes.set_axis_off()
-    axes.set(autoscale_on=False, xlim=(0, layout.width), ylim=(layout.height, 0))
-    size = layout.panel
+def _draw(axes: Axes, block: _Block, grid: _Grid) -> None:
     for place, layer in enumerate(sorted(block.states)):
+        left, top = grid.corner(place)
+        axes.text(left, top - 0.2 * grid.label, f"layer {layer}", fontsize=6)
         for head, state in enumerate(block.states[layer]):
-            x, y = layout.corner(place, head)
+            x = left + head * grid.step
             image = axes.imshow(
                 state.astype(np.float64),
                 cmap=_COLOURS,
                 vmin=-block.limit,
                 vmax=block.limit,
                 interpolation="nearest",
-                aspect="auto",
-                extent=(x, x + size, y + size, y),
+                extent=(x, x + grid.rank, top + grid.rank, top),
             )
             image.set_label(f"layer {layer}, head {head}")
-            axes.add_patch(Rectangle((x, y), size, size, fill=False, color="#999999", linewidth=0.5, clip_on=False))
-            if layout.heads == 1:
-                axes.text(x + size / 2, y - 4, f"layer {layer}", fontsize=7, ha="center", va="baseline")
-                continue
-            if head == 0:
-                axes.text(x - 5, y + size / 2, f"layer {layer}", fontsize=7, ha="right", va="center", rotation=90)
-            if place < layout.columns:
-                axes.text(x + size / 2, y - 4, f"head {head}", fontsize=7, ha="center", va="baseline")
-
-
-def _draw_bar(axes: Axes, block: _Block) -> None:
-    """The colours of a block; the numbers at its ends are the largest entry by size."""
-    ticks = [block.limit * share for share in (-1, -0.5, 0, 0.5, 1)]
-    scale = ScalarMappable(Normalize(-block.limit, block.limit), _COLOURS)
-    bar = axes.figure.colorbar(scale, cax=axes, ticks=ticks)
-    bar.ax.set_yticklabels([f"{tick:.2g}".replace("-", "−") for tick in ticks])
-    bar.ax.tick_params(labelsize=7)
+            outline = Rectangle((x, top), grid.rank, grid.rank, fill=False, color="#999999", linewidth=0.5)
+            outline.set_clip_on(False)
+            axes.add_patch(outline)
+    axes.set_axis_off()
+    axes.set(xlim=(0, grid.width), ylim=(grid.height, 0), aspect="equal")
 
 
 def _limit(states: States) -> float:

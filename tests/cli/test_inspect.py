@@ -64,7 +64,8 @@ def panels(figure):
 
 
 def words(figure):
-    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+    texts = [*figure.texts, *(text for axes in figure.axes for text in (*axes.texts, axes.title))]
+    return " ".join(text.get_text() for text in texts)
 
 
 def test_a_memory_as_json(here, deltamem):
