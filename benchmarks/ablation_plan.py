@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, config_error, problems_of
 from deltamem_tool.recipe.load import Recipe, load_recipe
 from deltamem_tool.recipe.yaml_lines import read_yaml
 
@@ -42,6 +42,9 @@ class _File(BaseModel):
                 if name not in self.variants:
                     raise ValueError(f"{key} names {name!r}, which is not a variant")
         return self
+
+
+_KNOWN = {(): list(_File.model_fields), ("paper",): list(_Paper.model_fields)}
 
 
 @dataclass(frozen=True)
@@ -85,26 +88,17 @@ def read_ablation(file: str | Path) -> Ablation:
     try:
         document = read_yaml(file.read_text(encoding="utf-8"), str(file))
         content = _File.model_validate(document.value)
-    except (UnicodeDecodeError, ValidationError) as error:
-        raise ConfigError(
-            f"{file} is not a valid ablation.", _why(error), "Correct it; `recipes/ablations/` has examples."
-        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
+    except ValidationError as error:
+        whys = [problem.why for problem in problems_of(error, _KNOWN)]
+        raise config_error(f"{file} is not a valid ablation.", whys) from error
     twice = [".".join(key) for key, lines in document.lines.items() if len(lines) > 1]
     if twice:
         raise ConfigError(f"{file} is not a valid ablation.", f"{twice[0]} is given more than once.", "Keep one.")
     variants = tuple(_variant(file, content.recipe, name, changes or {}) for name, changes in content.variants.items())
     paper = content.paper or _Paper(what="the paper", figures={})
     return Ablation(file.stem, content.title, variants, content.reference, paper.what, paper.figures)
-
-
-def _why(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"{error}."
-    lines = []
-    for detail in error.errors(include_url=False):
-        where = ".".join(map(str, detail["loc"]))
-        lines.append(f"{where}: {detail['msg']}." if where else f"{detail['msg']}.")
-    return "\n".join(lines)
 
 
 def _variant(file: Path, recipe: str, name: str, changes: Mapping[str, Any]) -> Variant:

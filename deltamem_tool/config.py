@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import re
-import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from deltamem_tool.errors import ConfigError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    StrictBool,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic.dataclasses import dataclass
+
+from deltamem_tool.errors import ConfigError, config_error, problems_of
+
+Granularity = Literal["token", "message", "sentence"]
+UpdateRule = Literal["standard", "lambda_outside", "no_lambda"]
+Gates = Literal["row", "head"]
+DeltaInit = Literal["zero", "random", "base_slice"]
+DeltaScale = Literal["fixed", "layer", "branch"]
 
 BRANCHES = ("q", "k", "v", "o")
-UPDATE_RULES = ("standard", "lambda_outside", "no_lambda")
-GRANULARITIES = ("token", "message", "sentence")
-GATES = ("row", "head")
-DELTA_INITS = ("zero", "random", "base_slice")
-DELTA_SCALES = ("fixed", "layer", "branch")
+UPDATE_RULES: tuple[str, ...] = get_args(UpdateRule)
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+GATES: tuple[str, ...] = get_args(Gates)
+DELTA_INITS: tuple[str, ...] = get_args(DeltaInit)
+DELTA_SCALES: tuple[str, ...] = get_args(DeltaScale)
 MAX_RANK = 64
 L2_EPS = 1e-6  # the least length that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
 MAX_LAYERS = 10_000  # the deepest models have 126
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
-
-# Options that files have under another name, which they have had since the first format.
-NAMES_IN_FILES = {"branches": "heads"}
+OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every class of options
 
 # The paper's three ways to write, with the initial Δ of its runs; everything else is the default.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,8 +50,92 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class DeltaMemConfig:
+class Rule(NamedTuple):
+    """What several options must keep to together."""
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]  # takes their values
+    why: str  # what to say where it does not, with {} for each of the keys
+
+
+class CheckedOptions(type):
+    """Metaclass of frozen dataclasses of pydantic: a ConfigError names every option that is wrong."""
+
+    INVALID: str  # what to say where one is
+    SECTION: tuple[str, ...] = ()  # before the options' names in a message
+    OLDER_NAMES: Mapping[str, str] = {}  # options that are still taken by another name
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        for older in cls.OLDER_NAMES.keys() & kwargs.keys():
+            warnings.warn(f"The option {older} is called {cls.OLDER_NAMES[older]} now.", FutureWarning, stacklevel=2)
+        try:
+            options = super().__call__(*args, **cls.current_names(kwargs))
+        except ValidationError as error:
+            known = {cls.SECTION: [field.name for field in fields(cls)]}
+            raise config_error(cls.INVALID, [why for _, why in problems_of(error, known, cls.SECTION)]) from None
+        if broken := options._broken_rules():
+            raise config_error(cls.INVALID, broken)
+        return options
+
+    def current_names(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `options` by the names that they have now.
+
+        Raises:
+            ConfigError: One is given under two names.
+        """
+        for older, name in cls.OLDER_NAMES.items():
+            if older in options and name in options:
+                raise config_error(cls.INVALID, [f"{older} is the old name of {name}: leave out one of them"])
+        return {cls.OLDER_NAMES.get(key, key): value for key, value in options.items()}
+
+
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Keep 8 as 8, not 8.0: fingerprints are made of what the file says."""
+    check(value)
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_branches(branches: tuple[str, ...]) -> tuple[str, ...]:
+    if not branches:
+        raise ValueError("must not be empty: give at least one of q, k, v, o")
+    for branch in branches:
+        if branch not in BRANCHES:
+            raise ValueError(f"has {branch!r}: the projections are q, k, v, o")
+        if branches.count(branch) > 1:
+            raise ValueError(f"names {branch!r} twice")
+    return branches
+
+
+def _check_layers(layers: Any) -> Any:
+    if isinstance(layers, str) and (layers == "all" or _PARTS.fullmatch(layers)):
+        return layers
+    layers = _as_tuple(layers)
+    if not isinstance(layers, tuple):
+        raise ValueError(f"must be 'all', 'front:N', 'middle:N', 'back:N' or a list of indices, not {layers!r}")
+    if not layers:
+        raise ValueError("must not be an empty list")
+    if not all(type(index) is int and 0 <= index < MAX_LAYERS for index in layers):
+        raise ValueError(f"must be indices from 0, not {layers!r}")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"names an index twice: {layers!r}")
+    return layers
+
+
+Number = Annotated[float, Strict(), WrapValidator(_as_given)]
+Positive = Annotated[float, Strict(), Field(gt=0), WrapValidator(_as_given)]
+Branches = Annotated[
+    tuple[Annotated[str, Strict()], ...], Strict(), BeforeValidator(_as_tuple), AfterValidator(_check_branches)
+]
+Layers = Annotated[str | tuple[int, ...], PlainValidator(_check_layers)]
+
+
+@dataclass(frozen=True, config=OPTIONS)
+class DeltaMemConfig(metaclass=CheckedOptions):
     """Options of δ-mem (arXiv 2605.12357). The defaults are the paper's token-state write on q and o.
 
     Args:
@@ -65,75 +163,45 @@ class DeltaMemConfig:
         ConfigError: an option is out of range.
     """
 
-    rank: int = 8
-    state_heads: int = 1
-    branches: tuple[str, ...] = ("q", "o")
-    alpha: float = 16.0
-    layers: str | tuple[int, ...] = "all"
-    granularity: str = "token"
-    update_rule: str = "standard"
-    couple_lambda: bool = True
-    gates: str = "row"
-    beta_bias: float = -1.5
-    delta_init: str = "zero"
-    delta_scale: str = "fixed"
-    delta_scale_init: float = 1.0
-    delta_scale_max: float = 2.0
-    o_norm: bool = False
-    o_norm_eps: float = 1e-6
+    rank: Annotated[int, Strict(), Field(ge=1, le=MAX_RANK)] = 8
+    state_heads: Annotated[int, Strict(), Field(ge=1, le=MAX_STATE_HEADS)] = 1
+    branches: Branches = ("q", "o")
+    alpha: Positive = 16.0
+    layers: Layers = "all"
+    granularity: Granularity = "token"
+    update_rule: UpdateRule = "standard"
+    couple_lambda: StrictBool = True
+    gates: Gates = "row"
+    beta_bias: Number = -1.5
+    delta_init: DeltaInit = "zero"
+    delta_scale: DeltaScale = "fixed"
+    delta_scale_init: Positive = 1.0
+    delta_scale_max: Positive = 2.0
+    o_norm: StrictBool = False
+    o_norm_eps: Positive = 1e-6
 
-    def __post_init__(self) -> None:
-        for name in ("branches", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        _require(_is_int(self.rank) and 1 <= self.rank <= MAX_RANK, f"rank must be 1 to {MAX_RANK}, not {self.rank!r}")
-        _require(
-            _is_int(self.state_heads) and 1 <= self.state_heads <= MAX_STATE_HEADS,
-            f"state_heads must be 1 to {MAX_STATE_HEADS}, not {self.state_heads!r}",
-        )
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("couple_lambda", "o_norm"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-        for name in ("alpha", "delta_scale_init", "delta_scale_max", "o_norm_eps"):
-            value = getattr(self, name)
-            _require(_is_number(value) and value > 0, f"{name} must be a positive number, not {value!r}")
-        _require(_is_number(self.beta_bias), f"beta_bias must be a number, not {self.beta_bias!r}")
-        self._check_branches()
-        self._check_layers()
-        _require(
-            self.couple_lambda or self.update_rule != "no_lambda",
-            "update_rule no_lambda has no λ, so that couple_lambda must be true",
-        )
-        _require(
-            self.delta_scale_init < self.delta_scale_max,
-            f"delta_scale_init, {self.delta_scale_init}, must be less than delta_scale_max, {self.delta_scale_max}",
-        )
-        _require(not self.o_norm or "o" in self.branches, "o_norm has nothing to act on: branches has no o")
+    INVALID: ClassVar[str] = "The memory options are invalid."
+    OLDER_NAMES: ClassVar[Mapping[str, str]] = {"heads": "branches"}  # the name that files have
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            ("update_rule", "couple_lambda"),
+            lambda rule, coupled: coupled or rule != "no_lambda",
+            "{} no_lambda has no λ: {} must be true",
+        ),
+        Rule(
+            ("delta_scale_init", "delta_scale_max"),
+            lambda initial, most: initial < most,
+            "{} must be less than {}",
+        ),
+        Rule(
+            ("o_norm", "branches"),
+            lambda norm, branches: not norm or "o" in branches,
+            "{} normalises the correction of o, which is not in {}",
+        ),
+    )
 
-    def _check_branches(self) -> None:
-        _require(isinstance(self.branches, tuple), f"branches must be a list out of q, k, v, o, not {self.branches!r}")
-        _require(len(self.branches) > 0, "branches names no projection: give at least one of q, k, v, o")
-        for branch in self.branches:
-            _require(branch in BRANCHES, f"branches has {branch!r}: the projections are q, k, v, o")
-            _require(self.branches.count(branch) == 1, f"branches names {branch!r} twice")
-
-    def _check_layers(self) -> None:
-        forms = "'all', 'front:N', 'middle:N', 'back:N' or a list of indices"
-        if isinstance(self.layers, str):
-            known = self.layers == "all" or _PARTS.fullmatch(self.layers) is not None
-            _require(known, f"layers must be {forms}, not {self.layers!r}")
-        else:
-            _require(isinstance(self.layers, tuple), f"layers must be {forms}, not {self.layers!r}")
-            _require(len(self.layers) > 0, "layers is an empty list")
-            _require(
-                all(_is_int(i) and 0 <= i < MAX_LAYERS for i in self.layers),
-                f"layers must be indices from 0, not {self.layers!r}",
-            )
-            _require(len(set(self.layers)) == len(self.layers), f"layers names an index twice: {self.layers!r}")
+    def _broken_rules(self) -> list[str]:
+        return broken_rules(self)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DeltaMemConfig:
@@ -176,70 +244,27 @@ class DeltaMemConfig:
         return 2 * self.state_heads * self.rank + (1 if self.couple_lambda else 2) * self.gate_width + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary with the names that files have, the inverse of `from_dict`."""
+        """Return a JSON-ready dictionary with the names that files have, the inverse of `from_dict`."""
+        in_files = {name: older for older, name in self.OLDER_NAMES.items()}
         return {
-            NAMES_IN_FILES.get(name, name): list(value) if isinstance(value, tuple) else value
+            in_files.get(name, name): list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DeltaMemConfig:
-        """The options of a file, or of keyword arguments.
+        """Return the options of a file, or of keyword arguments.
 
         Raises:
-            ConfigError: an option is unknown, given under two names, or out of range.
+            ConfigError: An option is unknown, given under two names, or out of range.
         """
-        known = [field.name for field in fields(cls)]
-        for name, in_files in NAMES_IN_FILES.items():
-            if in_files in options:
-                _require(name not in options, f"{name} and {in_files} are two names of one option")
-                options = {name if key == in_files else key: value for key, value in options.items()}
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise ConfigError(
-                    f"The memory option {name!r} is not known.",
-                    f"Did you mean {near[0]!r}?" if near else "",
-                    f"The options are: {', '.join(known)}.",
-                )
-        return cls(**options)
+        return cls(**cls.current_names(options))
 
 
-_init = DeltaMemConfig.__init__
-
-
-@functools.wraps(_init)
-def _init_with_older_names(self: DeltaMemConfig, *args: Any, **kwargs: Any) -> None:
-    """Options are still taken by the names that files have for them."""
-    for name, in_files in NAMES_IN_FILES.items():
-        if in_files in kwargs:
-            warnings.warn(f"The option {in_files} is called {name} now.", FutureWarning, stacklevel=2)
-            _require(name not in kwargs, f"{name} and {in_files} are two names of one option")
-            kwargs[name] = kwargs.pop(in_files)
-    _init(self, *args, **kwargs)
-
-
-DeltaMemConfig.__init__ = _init_with_older_names  # type: ignore[method-assign]
-
-_CHOICES = {
-    "granularity": GRANULARITIES,
-    "update_rule": UPDATE_RULES,
-    "gates": GATES,
-    "delta_init": DELTA_INITS,
-    "delta_scale": DELTA_SCALES,
-}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max  # no NaN, no infinity, no giant integer
-
-
-def _require(holds: bool, why: str) -> None:
-    if not holds:
-        raise ConfigError("The memory's options do not hold.", f"{why}.", "Correct the option and try again.")
+def broken_rules(config: DeltaMemConfig, names: Mapping[str, str] | None = None) -> list[str]:
+    """Return what is wrong between options that are right by themselves, with the options called as in `names`."""
+    return [
+        rule.why.format(*((names or {}).get(key, key) for key in rule.keys))
+        for rule in config.RULES
+        if not rule.holds(*(getattr(config, key) for key in rule.keys))
+    ]

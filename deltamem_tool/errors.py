@@ -15,8 +15,17 @@ Each carries what failed, why, and what to do next; the command line prints thos
 
 from __future__ import annotations
 
+import difflib
 import errno
+import json
+import reprlib
 import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 MAX_LINE = 500  # characters of another library's message
 MAX_SAID = 8000  # characters of a sentence, which may quote a stranger's file: a hundred tensors by name
@@ -63,6 +72,21 @@ class InstallationError(DeltaMemError, ImportError):
     pass
 
 
+def _shown(said: str) -> str:
+    """`said` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
+    if len(said) > MAX_SAID:
+        said = said[:MAX_SAID] + "…"
+    if said.isprintable():
+        return said
+    return "".join(
+        character if character == "\n" or unicodedata.category(character) not in _STEERING else ascii(character)[1:-1]
+        for character in said
+    )
+
+
+_STEERING = ("Cc", "Cf", "Cs")
+
+
 def domain_error(error: Exception) -> DeltaMemError | None:
     """An error for a person: `error` itself if it is one of these, or what the system refused; None for one that keeps
     its traceback."""
@@ -92,21 +116,6 @@ def first_line(error: BaseException) -> str:
     return lines[0][:MAX_LINE] if lines else type(error).__name__
 
 
-def _shown(said: str) -> str:
-    """`said` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
-    if len(said) > MAX_SAID:
-        said = said[:MAX_SAID] + "…"
-    if said.isprintable():
-        return said
-    return "".join(
-        character if character == "\n" or unicodedata.category(character) not in _STEERING else ascii(character)[1:-1]
-        for character in said
-    )
-
-
-_STEERING = ("Cc", "Cf", "Cs")
-
-
 def _no_room(error: Exception) -> bool:
     """Whether `error` is a full disk, a quota or a limit, by itself or in the words of safetensors and torch."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -119,3 +128,90 @@ def _no_room(error: Exception) -> bool:
         "inline_container.cc",
     )
     return any(said in str(error) for said in words)
+
+
+# What pydantic finds wrong with options, in words that name them as the user has spelt them.
+
+Key = tuple[str, ...]  # ("training", "steps"); written training.steps
+Known = Mapping[Key, Sequence[str]]  # the names in each section; () are those at the top
+
+
+class Problem(NamedTuple):
+    """What is wrong with some options."""
+
+    keys: tuple[Key, ...]  # where: the first that is given
+    why: str
+
+
+_WORDS = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "dict_type": "must have keys inside",
+    "dataclass_type": "must have keys inside",
+    "model_type": "must have keys inside",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be {le} or less",
+    "literal_error": "must be {expected}",
+}
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")
+
+
+def config_error(what: str, whys: Sequence[str]) -> ConfigError:
+    """Return one error for all that is wrong, a line each."""
+    lines = [why if why.endswith("?") else f"{why}." for why in whys]
+    return ConfigError(what, "\n".join(lines), f"Correct {'it' if len(lines) == 1 else 'them'} and try again.")
+
+
+def problems_of(
+    error: ValidationError, known: Known, section: Key = (), names: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """Return what pydantic has found in the options of `section`, which a file may call by other `names`."""
+    return [_problem(detail, known, section, names or {}) for detail in error.errors(include_url=False)]
+
+
+def _problem(detail: ErrorDetails, known: Known, section: Key, names: Mapping[str, str]) -> Problem:
+    loc: list[int | str] = [*detail["loc"]]
+    if detail["type"] in _UNKNOWN:
+        return unknown_key((*section, *map(str, loc)), known)
+    if loc and isinstance(loc[0], int) and loc[0] < len(known[section]):  # an argument by position
+        loc[0] = known[section][loc[0]]
+    entries = [part + 1 for part in loc if isinstance(part, int)]
+    key = (*section, *(names.get(part, part) for part in loc if isinstance(part, str)))
+    name = f"entry {entries[0]} of {'.'.join(key)}" if entries else ".".join(key)
+    context = {name: f"{part:g}" if isinstance(part, float) else part for name, part in detail.get("ctx", {}).items()}
+    if detail["type"] == "value_error":
+        why = str(context["error"])
+    elif detail["type"] == "missing":
+        why = "is missing: add it, or pass --out" if key == ("out",) else "is missing: add it"
+    elif detail["type"] in ("string_too_short", "too_short"):
+        why = "must not be empty"
+    elif detail["type"] in _WORDS:
+        why = f"{_WORDS[detail['type']].format(**context)}, not {shown(detail['input'])}"
+    else:
+        why = f"is invalid: {detail['msg']}"
+    return Problem((key,), f"{name} {why}".strip())
+
+
+def unknown_key(key: Key, known: Known) -> Problem:
+    """Return what to say of an option that is not known; the nearest that is gets named, in whichever section."""
+    options = {
+        (*section, option): difflib.SequenceMatcher(a=key[-1], b=option)
+        for section in known
+        for option in known[section]
+    }
+    near = max(options, key=lambda option: options[option].ratio() + 0.1 * (option[:-1] == key[:-1]))
+    alike = options[near].ratio() >= 0.6  # as in difflib.get_close_matches
+    hint = f"did you mean {'.'.join(near)}?" if alike else f"known here are {', '.join(known[key[:-1]])}"
+    return Problem((key,), f"{'.'.join(key)} is not known: {hint}")
+
+
+def shown(value: Any) -> str:
+    """Return a value of a file in few letters."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 
@@ -71,9 +72,18 @@ def _function(value: Any) -> Any:
 
 def _entry(name: str, value: Any) -> list[str]:
     function = _function(value)
-    arguments = "" if isinstance(value, property) else str(inspect.signature(function)).replace("'", "")
+    arguments = "" if isinstance(value, property) else _signature(function)
     signature = name + arguments
     return _code("\n".join([_wrapped(signature), "", textwrap.indent(inspect.getdoc(function) or "", "    ")]))
+
+
+def _signature(function: Any) -> str:
+    signature = inspect.signature(function)
+    if not is_dataclass(function):
+        return str(signature).replace("'", "")
+    hints = get_type_hints(function)  # without what pydantic checks
+    parameters = [each.replace(annotation=hints[name]) for name, each in signature.parameters.items()]
+    return str(signature.replace(parameters=parameters)).replace("typing.", "")
 
 
 def _wrapped(signature: str) -> str:

@@ -254,7 +254,7 @@ def test_a_preset_can_be_changed():
     assert DeltaMemConfig.from_dict(changed.to_dict()) == changed
     with pytest.raises(ConfigError, match=r"(?s)no preset 'xsw'.*tsw, ssw, msw"):
         DeltaMemConfig.preset("xsw")
-    with pytest.raises(ConfigError, match="'granuarity' is not known"):
+    with pytest.raises(ConfigError, match="granuarity is not known: did you mean granularity"):
         DeltaMemConfig.preset("tsw", granuarity="message")
 
 
@@ -285,7 +285,7 @@ def test_a_preset_can_be_changed():
 )
 def test_a_bad_value_is_refused_by_name(option, values):
     for value in values:
-        with pytest.raises(ConfigError, match=rf"(?s)options do not hold.*\b{option}\b"):
+        with pytest.raises(ConfigError, match=rf"(?s)options are invalid.*\b{option}\b"):
             DeltaMemConfig(**{option: value})
 
 
@@ -294,10 +294,10 @@ def test_a_bad_value_is_refused_by_name(option, values):
     [
         (
             {"couple_lambda": False, "update_rule": "no_lambda"},
-            "no_lambda has no λ, so that couple_lambda must be true",
+            "update_rule no_lambda has no λ: couple_lambda must be true",
         ),
-        ({"o_norm": True, "branches": ("q", "v")}, "o_norm has nothing to act on: branches has no o"),
-        ({"delta_scale_init": 0.5, "delta_scale_max": 0.5}, "delta_scale_init, 0.5, must be less than delta_scale_max"),
+        ({"o_norm": True, "branches": ("q", "v")}, "o_norm normalises the correction of o, which is not in branches"),
+        ({"delta_scale_init": 0.5, "delta_scale_max": 0.5}, "delta_scale_init must be less than delta_scale_max"),
     ],
 )
 def test_options_that_do_not_go_together(options, says):
@@ -306,7 +306,7 @@ def test_options_that_do_not_go_together(options, says):
 
 
 def test_an_unknown_option_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"(?s)'state_head' is not known.*Did you mean 'state_heads'"):
+    with pytest.raises(ConfigError, match=r"state_head is not known: did you mean state_heads\?"):
         DeltaMemConfig.from_dict({"state_head": 4})
 
 
@@ -314,12 +314,12 @@ def test_files_have_branches_as_heads():
     config = DeltaMemConfig(branches=("k", "o"))
     assert config.to_dict()["heads"] == ["k", "o"] and "branches" not in config.to_dict()
     assert DeltaMemConfig.from_dict(config.to_dict()) == DeltaMemConfig.from_dict({"branches": ["k", "o"]}) == config
-    with pytest.raises(ConfigError, match="two names of one option"):
+    with pytest.raises(ConfigError, match="heads is the old name of branches"):
         DeltaMemConfig.from_dict({"heads": ["k"], "branches": ["k"]})
 
 
 def test_the_older_name_of_branches():
     with pytest.warns(FutureWarning, match="heads is called branches now"):
         assert DeltaMemConfig(heads=("k", "o")) == DeltaMemConfig(branches=("k", "o"))
-    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="two names of one option"):
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="heads is the old name of branches"):
         DeltaMemConfig(heads=("k",), branches=("k",))

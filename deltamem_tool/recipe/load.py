@@ -6,7 +6,6 @@ Every error of a recipe is reported at once, with its line.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -15,11 +14,11 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from deltamem_tool.config import NAMES_IN_FILES, PRESETS, DeltaMemConfig
-from deltamem_tool.errors import ConfigError
-from deltamem_tool.recipe.messages import Problem, config_error, in_words, shown, unknown
+from deltamem_tool.config import PRESETS, DeltaMemConfig
+from deltamem_tool.errors import ConfigError, Key, Problem, config_error, problems_of, shown
 from deltamem_tool.recipe.schema import (
     KNOWN,
+    SECTIONS,
     DataOptions,
     LoraOptions,
     ObjectiveOptions,
@@ -27,7 +26,7 @@ from deltamem_tool.recipe.schema import (
     TrainingOptions,
     broken,
 )
-from deltamem_tool.recipe.yaml_lines import Document, Key, read_yaml
+from deltamem_tool.recipe.yaml_lines import Document, read_yaml
 
 __all__ = [
     "DataOptions",
@@ -41,8 +40,8 @@ __all__ = [
 
 _READER = TypeAdapter(Recipe)
 _DEFAULTS = {
-    f"{kind.SECTION}{entry.name}": entry.default
-    for kind in (Recipe, LoraOptions, DataOptions, ObjectiveOptions, TrainingOptions)
+    ".".join((*section, entry.name)): entry.default
+    for section, kind in [((), Recipe), *(((name,), kind) for name, kind in SECTIONS.items())]
     for entry in fields(kind)
     if entry.default is not MISSING
 }
@@ -81,13 +80,14 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
     if out is not None:
         said["out"] = out
         places[("out",)] = _Place(math.inf, "--out")
-    placed += [(places[key], why) for key, why in _renamed(said, places)]
-    recipe, problems = _build(said)
+    problems = _complete_memory(said, places)
+    recipe, others = _build(said)
+    problems += others
     placed += [(_place(problem.keys, places), problem.why) for problem in problems]
     if recipe is None or placed:
         placed.sort(key=lambda pair: pair[0].order)
         whys = [f"{place.words}: {why}" if place.words else why for place, why in placed]
-        raise config_error(f"The recipe {path} does not hold.", whys)
+        raise config_error(f"The recipe {path} is invalid.", whys)
     return recipe
 
 
@@ -116,20 +116,29 @@ def _twice(document: Document) -> list[tuple[Key, str]]:
     ]
 
 
-def _renamed(said: dict[str, Any], places: dict[Key, _Place]) -> list[tuple[Key, str]]:
-    """Give options of the memory that have their older names, which files of adapters have, those that they have now;
-    and say of which that cannot be."""
-    memory: Any = said.get("memory")
-    problems: list[tuple[Key, str]] = []
-    for name, old in NAMES_IN_FILES.items() if isinstance(memory, dict) else ():
+def _complete_memory(said: dict[str, Any], places: dict[Key, _Place]) -> list[Problem]:
+    """Give options of the memory their names of today, and those of a preset that are not given; say what is wrong."""
+    memory = said.get("memory")
+    if not isinstance(memory, dict):
+        return []
+    problems = []
+    for old, name in DeltaMemConfig.OLDER_NAMES.items():
         if old not in memory:
             continue
-        warnings.warn(f"memory.{old} is called memory.{name} now", FutureWarning, stacklevel=4)
+        warnings.warn(f"memory.{old} is called memory.{name} now", FutureWarning, stacklevel=3)
         if name in memory:
-            problems.append((("memory", old), f"memory.{old} is the old name of memory.{name}: leave out one of them"))
-        said["memory"] = memory = {name if key == old else key: value for key, value in memory.items()}
+            why = f"memory.{old} is the old name of memory.{name}: leave out one of them"
+            problems.append(Problem((("memory", old),), why))
+        memory = {name if key == old else key: value for key, value in memory.items()}
         if ("memory", old) in places:
             places["memory", name] = places["memory", old]
+    preset = memory.get("preset")
+    if preset is not None and preset not in list(PRESETS):
+        why = f"memory.preset must be one of {', '.join(PRESETS)}, not {shown(preset)}"
+        problems.append(Problem((("memory", "preset"),), why))
+        preset = None
+    options = {key: value for key, value in memory.items() if key != "preset"}
+    said["memory"] = {**PRESETS[preset], **options} if preset else options
     return problems
 
 
@@ -157,46 +166,17 @@ def _apply(said: dict[str, Any], change: str, place: _Place, places: dict[Key, _
 
 def _build(said: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, or everything that is wrong with it."""
-    memory, problems = _memory(said.get("memory", {}))
-    values = dict(_DEFAULTS)
-    recipe = None
+    recipe, problems = None, []
     try:
-        recipe = _READER.validate_python(said | {"memory": memory}, context=values)
+        recipe = _READER.validate_python(said)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            problem = in_words(detail, KNOWN)
-            problems.append(problem)
-            wrong = ".".join(problem.keys[0])
-            values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
+        problems = problems_of(error, KNOWN)
+    values = {**_DEFAULTS, **said}
+    for name in SECTIONS:
+        if isinstance(said.get(name), dict):
+            values |= {f"{name}.{key}": value for key, value in said[name].items()}
+    for problem in problems:  # what is wrong by itself breaks no rule
+        wrong = ".".join(problem.keys[0])
+        values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
     values |= {key: said[key] for key in ("lora", "memory") if key in said}  # given is what counts, right or not
     return recipe, [*problems, *broken(values)]
-
-
-def _memory(said: Any) -> tuple[DeltaMemConfig, list[Problem]]:
-    """The mechanism's options. They say one error at a time: what one is about is left out, and the rest tried."""
-    config = DeltaMemConfig()
-    if not isinstance(said, dict):
-        return config, [Problem((("memory",),), "memory must have keys inside")]
-    known = KNOWN[("memory",)]
-    problems = [unknown(("memory", str(key)), KNOWN) for key in said if key not in known]
-    options = {key: value for key, value in said.items() if key in known}
-    preset = options.pop("preset", None)
-    if preset is not None and preset not in [*PRESETS]:
-        why = f"memory.preset must be one of {', '.join(PRESETS)}, not {shown(preset)}"
-        problems.append(Problem((("memory", "preset"),), why))
-        preset = None
-    left_out: set[str] = set()
-    while True:
-        try:
-            config = DeltaMemConfig(**(PRESETS[preset] if preset else {}) | options)
-        except ConfigError as error:
-            about = [word for word in re.findall(r"\w+", error.why) if word in known]
-            if not left_out.intersection(about):  # else it may be about the default that took its place
-                keys = tuple(("memory", word) for word in about)
-                problems.append(Problem(keys, f"memory.{error.why.rstrip('.')}"))
-            if not options.keys() & about:
-                return config, problems
-            left_out.update(about)
-            options = {key: value for key, value in options.items() if key not in about}
-        else:
-            return config, problems

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    Strict,
-    StrictBool,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool
 from pydantic.dataclasses import dataclass
 
-from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.config import OPTIONS, CheckedOptions, DeltaMemConfig, Rule
 from deltamem_tool.data.dialogues import KIND_OF
-from deltamem_tool.recipe.messages import Known, Problem, config_error, in_words, shown
+from deltamem_tool.errors import Key, Known, Problem, shown
 
 # Values
 
@@ -93,52 +81,52 @@ Pairs = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs)]
 
 # What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
 # the first of the keys that the recipe gives.
-RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
-    (
+RULES: tuple[Rule, ...] = (
+    Rule(
         ("lora", "memory"),
         lambda lora, memory: lora is None or memory == DeltaMemConfig(),
         "a recipe trains a memory or a LoRA: leave out lora or memory",
     ),
-    (
+    Rule(
         ("lora", "adapter"),
         lambda lora, adapter: lora is None or adapter is None,
         "a recipe trains a memory or a LoRA: leave out lora or adapter",
     ),
     *(
-        (
+        Rule(
             (key, "lora"),
             lambda value, lora: lora is None or value == 0,
             f"{key} is about a memory, and lora trains none: leave out one of them",
         )
         for key in ("objective.write_sparsity", "objective.full_context_kl", "data.recent_turns")
     ),
-    (
+    Rule(
         ("objective.context_dropout", "data.recent_turns"),
         lambda dropout, turns: dropout == 0 or turns >= 1,
         "objective.context_dropout hides recent turns: data.recent_turns must be 1 or more",
     ),
-    (
+    Rule(
         ("data.facts_first", "data.facts_last"),
         lambda first, last: first <= last,
         "data.facts_first must not be above data.facts_last",
     ),
-    (
+    Rule(
         ("training.steps", "training.epochs"),
         lambda steps, epochs: steps is None or epochs is None,
         "training.steps and training.epochs exclude each other: leave out one of them",
     ),
-    (
+    Rule(
         ("training.epochs", "training.steps", "data.path"),
         lambda epochs, steps, path: path is not None or steps is not None,
         "without data.path the dialogues are generated and have no end: give training.steps, or data.path",
     ),
-    (
+    Rule(
         ("training.bptt", "training.write_chunk"),
         lambda bptt, chunk: bptt is None or chunk is not None,
         "training.bptt counts chunks: give training.write_chunk",
     ),
     *(
-        (
+        Rule(
             (key, "lora"),
             lambda value, lora: lora is None or value is None,
             f"{key} is about writing a memory, and lora trains none: leave out one of them",
@@ -146,90 +134,61 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         for key in ("training.write_chunk", "training.bptt")
     ),
     *(
-        (
+        Rule(
             (key, "data.path"),
             lambda value, path: path is not None or value in (None, False, 0, "last"),
             f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
         )
         for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
     ),
-    (
+    Rule(
         ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
         lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
         "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
     ),
-    (
+    Rule(
         ("training.early_stop", "training.eval_every"),
         lambda stop, every: stop is None or every is not None,
         "training.early_stop counts evaluations: give training.eval_every",
     ),
+    *(
+        Rule(keys, rule.holds, rule.why.format(*keys))
+        for rule in DeltaMemConfig.RULES
+        for keys in [tuple(f"memory.{key}" for key in rule.keys)]
+    ),
 )
 
 
-def broken(said: Mapping[str, Any]) -> Iterator[Problem]:
-    """The rules that do not hold, of those whose options are all in `said`."""
+def broken(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong by the rules whose options are all in `values`, which has them by dotted key."""
     for keys, holds, why in RULES:
-        if all(key in said for key in keys) and not holds(*(said[key] for key in keys)):
+        if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
             yield Problem(tuple(tuple(key.split(".")) for key in keys), why)
 
 
 # Options
 
-Kind = TypeVar("Kind", bound=type)
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+@dataclass(frozen=True, config=OPTIONS)
+class _Options(metaclass=CheckedOptions):
+    INVALID: ClassVar[str] = "The recipe is invalid."
+    SECTION: ClassVar[Key] = ()
+
+    def _broken_rules(self) -> list[str]:
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            values[".".join((*self.SECTION, entry.name))] = value
+            if is_dataclass(value):
+                values |= {f"{entry.name}.{inner.name}": getattr(value, inner.name) for inner in fields(value)}
+        return [problem.why for problem in broken(values)]
 
 
-@dataclass(frozen=True, config=_CONFIG)
-class _Options:
-    SECTION: ClassVar[str] = ""  # of a recipe, with a dot
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _note(cls, value: Any, info: ValidationInfo) -> Any:
-        """For `load_recipe`: which options are right by themselves, though others are not."""
-        if info.context is not None:
-            info.context[f"{cls.SECTION}{info.field_name}"] = value
-        return value
-
-
-def values(options: _Options) -> dict[str, Any]:
-    """Options by dotted key."""
-    found: dict[str, Any] = {}
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        found[f"{options.SECTION}{entry.name}"] = value
-        if isinstance(value, _Options):
-            found |= values(value)
-    return found
-
-
-def _checked(kind: Kind) -> Kind:
-    """Options made in Python: what is wrong with them is a ConfigError, as in a file."""
-    init: Callable[..., None] = kind.__init__  # type: ignore[misc]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            init(self, *args, **kwargs)
-        except ValidationError as error:
-            names = [entry.name for entry in fields(kind)]
-            section = tuple(self.SECTION.split(".")[:-1])
-            problems = [in_words(detail, {section: names}, section) for detail in error.errors(include_url=False)]
-        else:
-            problems = [*broken(values(self))]
-        if problems:
-            raise config_error("The recipe does not hold.", [problem.why for problem in problems])
-
-    kind.__init__ = checked  # type: ignore[misc]
-    return kind
-
-
-@_checked
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=OPTIONS)
 class LoraOptions(_Options):
     """A LoRA of PEFT in place of a memory, to compare with."""
 
-    SECTION = "lora."
+    SECTION: ClassVar[Key] = ("lora",)
 
     rank: Count = 8
     alpha: Positive = 16.0
@@ -237,12 +196,11 @@ class LoraOptions(_Options):
     targets: Texts = ("q_proj", "o_proj")
 
 
-@_checked
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=OPTIONS)
 class DataOptions(_Options):
     """Where episodes come from: `path`, or else generated dialogues."""
 
-    SECTION = "data."
+    SECTION: ClassVar[Key] = ("data",)
 
     path: Text | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
     split: Text = "train"
@@ -262,12 +220,11 @@ class DataOptions(_Options):
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
 
 
-@_checked
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=OPTIONS)
 class ObjectiveOptions(_Options):
     """What is learned beside the answers."""
 
-    SECTION = "objective."
+    SECTION: ClassVar[Key] = ("objective",)
 
     write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of what is written from write_target
     write_target: Share = 0.05
@@ -275,12 +232,11 @@ class ObjectiveOptions(_Options):
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
 
 
-@_checked
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=OPTIONS)
 class TrainingOptions(_Options):
     """How long, how fast and on what. `steps` or `epochs`; conversations with neither are gone through once."""
 
-    SECTION = "training."
+    SECTION: ClassVar[Key] = ("training",)
 
     steps: Count | None = None
     epochs: Positive | None = None
@@ -308,8 +264,7 @@ class TrainingOptions(_Options):
     report_to: tuple[Reporter, ...] = ()
 
 
-@_checked
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=OPTIONS)
 class Recipe(_Options):
     """Everything that decides a training run.
 
@@ -323,7 +278,7 @@ class Recipe(_Options):
         lora: trained in place of a memory.
 
     Raises:
-        ConfigError: an option is out of range, or does not go with another one; it says so of all.
+        ConfigError: An option is out of range, or does not go with another one; all of them are named.
     """
 
     base: Text
@@ -331,7 +286,7 @@ class Recipe(_Options):
     revision: Text | None = None
     adapter: Text | None = None
     trust_remote_code: StrictBool = False
-    memory: InstanceOf[DeltaMemConfig] = DeltaMemConfig()
+    memory: DeltaMemConfig = DeltaMemConfig()
     lora: LoraOptions | None = None
     data: DataOptions = DataOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -346,6 +301,6 @@ SECTIONS: dict[str, type] = {
     "training": TrainingOptions,
 }
 KNOWN: Known = {(): [entry.name for entry in fields(Recipe)]} | {
-    (name,): [entry.name for entry in fields(kind)] for name, kind in SECTIONS.items()
+    (name,): [*(entry.name for entry in fields(kind)), *(["preset"] if name == "memory" else [])]
+    for name, kind in SECTIONS.items()
 }
-KNOWN[("memory",)].append("preset")

@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, Key
 
-Key = tuple[str, ...]  # ("training", "steps"); written training.steps
 DEPTH = 3  # so deep go keys that are told apart
 
 

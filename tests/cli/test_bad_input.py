@@ -120,7 +120,7 @@ def test_a_folder_that_is_no_checkpoint(here, deltamem):
 
 
 def test_a_rank_larger_than_the_hidden_size(here, deltamem, checkpoint):
-    for rank, says in ((33, "hidden size, 32"), (65, "rank must be 1 to 64"), (0, "rank must be 1 to 64")):
+    for rank, says in ((33, "hidden size, 32"), (65, "rank must be 64 or less"), (0, "rank must be 1 or more")):
         deltamem("patch", checkpoint, "--out", "adapter", "--rank", rank).assert_short_error(says, code=1)
     recipe = write_recipe(here, checkpoint, memory={"rank": 33})
     before = listing(here)

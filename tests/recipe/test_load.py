@@ -87,19 +87,23 @@ def test_set_makes_what_was_not_there(tmp_path):
         ("base.name=a", "base has no keys inside"),
         ("training.steps", "no key=value"),
         ("training.steps=[", "not YAML|no YAML"),
-        ("memory.rank=0", "rank must be 1 to 64"),
-        ("memory.rank=four", "rank must be 1 to 64, not 'four'"),
+        ("memory.rank=0", "memory.rank must be 1 or more, not 0"),
+        ("memory.rank=65", "memory.rank must be 64 or less, not 65"),
+        ("memory.rank=four", "memory.rank must be a whole number, not 'four'"),
         ("memory.branches=5", "branches must be a list"),
-        ("memory.branches=q,o", "branches must be a list|branches has"),
+        ("memory.branches=q,o", "memory.branches must be a list, not 'q,o'"),
         ("memory.branches=[q, q]", "names 'q' twice"),
         ("memory.branches=[x]", "branches has 'x'"),
-        ("memory.branches=[[q]]", "branches has"),
+        ("memory.branches=[[q]]", "entry 1 of memory.branches must be text"),
         ("memory.layers=3", "layers must be 'all'"),
-        ("memory.layers=[]", "layers is an empty list"),
+        ("memory.layers=[]", "memory.layers must not be an empty list"),
         ("memory.layers=[-1]", "indices from 0"),
-        ("memory.alpha=.nan", "alpha must be a positive number"),
-        ("memory.alpha=.inf", "alpha must be a positive number"),
-        ("memory.update_rule=strange", "update_rule must be one of standard"),
+        ("memory.alpha=.nan", "memory.alpha must be a finite number, not nan"),
+        ("memory.alpha=.inf", "memory.alpha must be a finite number, not inf"),
+        (
+            "memory.update_rule=strange",
+            "memory.update_rule must be 'standard', 'lambda_outside' or",
+        ),
         ("training.steps=0", "training.steps must be 1 or more"),
         ("training.warmup=1.0", "training.warmup"),
         ("training.scheduler=cosinus", "training.scheduler.*cosine"),
@@ -213,12 +217,12 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path):
     changes = ["training.bptt=0", "training.sead=3", "nothing", "out.name=[", "memory.alpha=-1", "data.growth=[1"]
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, changes)
-    assert caught.value.what == f"The recipe {path} does not hold."
+    assert caught.value.what == f"The recipe {path} is invalid."
     assert caught.value.why.splitlines() == [
         "line 1: base must be text, not 7.",
-        "line 3: memory.rank must be 1 to 64, not 0.",
+        "line 3: memory.rank must be 1 or more, not 0.",
         "line 4: memory.rnk is not known: did you mean memory.rank?",
-        "line 6: memory.o_norm has nothing to act on: branches has no o.",
+        "line 6: memory.o_norm normalises the correction of o, which is not in memory.branches.",
         "line 7: steps is not known: did you mean training.steps?",
         "line 9: data.facts_first must be a whole number, not 1.5.",
         "line 10: data.facts_last must be 36 or less, not 90.",
@@ -232,7 +236,7 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path):
         "--set training.sead=3: training.sead is not known: did you mean training.seed?",
         "--set nothing: it is no key=value: write for example --set training.steps=100.",
         "--set out.name=[: its value is not YAML.",
-        "--set memory.alpha=-1: memory.alpha must be a positive number, not -1.",
+        "--set memory.alpha=-1: memory.alpha must be above 0, not -1.",
         "--set data.growth=[1: its value is not YAML.",
         "out is missing: add it, or pass --out.",
     ]
@@ -330,7 +334,9 @@ def test_how_long_a_run_goes_on(recipe):
         (lambda: LoraOptions(rank=True), "lora.rank must be a whole number, not true"),
         (lambda: Recipe("a"), "out is missing"),
         (lambda: Recipe("a", "b"), "give training.steps"),
-        (lambda: Recipe("a", "b", memory={"rank": 4}), "memory must be a DeltaMemConfig"),
+        (lambda: Recipe("a", "b", memory={"rank": 65}), "memory.rank must be 64 or less, not 65"),
+        (lambda: Recipe("a", "b", memory={"o_norm": True, "branches": ["q"]}), "memory.o_norm normalises"),
+        (lambda: Recipe("a", "b", memory=4), "memory must have keys inside, not 4"),
         (
             lambda: Recipe("a", "b", data=DataOptions("c"), objective=ObjectiveOptions(context_dropout=0.1)),
             "data.recent_turns must be 1 or more",

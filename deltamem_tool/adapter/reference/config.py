@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import AdapterError, ConfigError
+from pydantic import TypeAdapter, ValidationError
+
+from deltamem_tool.config import DeltaMemConfig, broken_rules
+from deltamem_tool.errors import AdapterError, problems_of
 
 REFERENCE_CONFIG = "delta_mem_config.json"
+_READER = TypeAdapter(DeltaMemConfig)
 
 # What the reference takes for a field that a config file leaves out; all its fields, in its order.
 DEFAULTS: dict[str, Any] = {
@@ -131,10 +133,11 @@ def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
         options["layers"] = full["target_layers"] or "all"
         options["delta_scale"] = _SCALES[full["delta_scale_granularity"]] if full["trainable_delta_scale"] else "fixed"
         try:
-            config = DeltaMemConfig.from_dict(options)
-        except ConfigError as error:  # in the words of the file
-            option = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
-            problems.append(option.sub(lambda match: _FIELDS[match[0]], error.why).rstrip("."))
+            config = _READER.validate_python(options)
+        except ValidationError as error:
+            problems += [problem.why for problem in problems_of(error, {}, names=_FIELDS)]
+        else:
+            problems += broken_rules(config, _FIELDS)
     if problems or config is None:
         raise AdapterError(
             f"{file} describes a mechanism that deltamem does not have.",
