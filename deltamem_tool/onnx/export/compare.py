@@ -21,7 +21,7 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.trace import segment_tags
 from deltamem_tool.onnx.runtime.graph import Graph
-from deltamem_tool.onnx.runtime.static_graph import FixedGraph
+from deltamem_tool.onnx.runtime.static_graph import StaticGraph
 
 GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
 
@@ -51,7 +51,7 @@ _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up
 
 
 def largest_difference(
-    model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions, start: MemoryState | None = None
+    model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions, start: MemoryState | None = None
 ) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
 
@@ -72,7 +72,7 @@ class Found:
     results: list[_Result]
 
 
-def in_onnx_runtime(model: PreTrainedModel, graph: Graph | FixedGraph) -> Found:
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> Found:
     """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
     starts = _starts(model, graph.interface, None)
     return Found(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
@@ -88,7 +88,7 @@ def half_precision_errors(model: PreTrainedModel, found: Found, options: CallOpt
     return _difference(interface, starts, truth, found.results), _difference(interface, starts, truth, in_half)
 
 
-def greedy_agreement(model: PreTrainedModel, graph: Graph | FixedGraph, options: CallOptions) -> float:
+def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions) -> float:
     """The share of the greedy tokens of `model`, after random prompts, that `graph` would have chosen too: both go on
     with those of `model`. Where segments are written, they end with the prompt and after every few tokens."""
     random = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
     return begin
 
 
-def _onnx(graph: Graph | FixedGraph) -> Callable[[_Start], _Step]:
+def _onnx(graph: Graph | StaticGraph) -> Callable[[_Start], _Step]:
     def begin(start: _Start) -> _Step:
         given = start.memory.layers if start.given and start.memory is not None else None
         past: Any = graph.empty_past(start.batch, None if given is None else {i: x.numpy() for i, x in given.items()})

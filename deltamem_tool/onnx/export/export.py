@@ -38,13 +38,13 @@ from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, Target, target_of
 from deltamem_tool.onnx.export.trace import CallOptions, dtype_name, interface_of, traced
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers
-from deltamem_tool.onnx.runtime.static_graph import FixedGraph, open_graph
+from deltamem_tool.onnx.runtime.static_graph import StaticGraph, open_graph
 
 TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch in float32, over logits and states
 HALF_FACTOR = 2.0  # in half precision: ONNX Runtime's error, over PyTorch's own (measured: 0.6 to 0.8 in float16)
 PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")
 
-_Graph = Graph | FixedGraph
+_Graph = Graph | StaticGraph
 
 
 def export_onnx(

@@ -28,7 +28,7 @@ class OnnxModel:
         threads: of one call; by default the cores that this process may use.
         map_weights: leave the weights in their file: see `Graph`.
         cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
-            `FixedGraph`.
+            `StaticGraph`.
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.

@@ -16,7 +16,7 @@ from deltamem_tool.errors import ExportError, first_line
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
-from deltamem_tool.onnx.runtime.providers import OPTIONS, execution_providers, refuse_if_missing
+from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 from deltamem_tool.onnx.runtime.validate import check_graph_file
 
 Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
@@ -30,12 +30,11 @@ _TYPES = {
 
 
 class LoadedGraph:
-    """`model.onnx` in a session, checked against its interface. What it is called with is the children's: see `Graph`
-    and `fixed.FixedGraph`.
+    """`model.onnx` in an ONNX Runtime session, checked against its interface: what `Graph` and `StaticGraph` share.
 
     Args:
         folder: where the graph and its weights are.
-        interface: what the graph must take and give.
+        interface: the inputs and outputs that the graph must have.
         provider: "cpu" or "cuda".
         threads: for one call; by default the cores that this process may use.
         map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
@@ -44,7 +43,7 @@ class LoadedGraph:
         provider_options: ONNX Runtime's own for the provider, beside `providers.OPTIONS`.
 
     Raises:
-        ExportError: the graph cannot be loaded, is not what `interface` says, or the provider is not to be had.
+        ExportError: the graph cannot be loaded or differs from `interface`, or the provider is not available.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class LoadedGraph:
             raise ExportError(
                 "ONNX Runtime cannot load this graph.", f"{first_line(error)}.", "Export the model again."
             ) from error
-        refuse_if_missing(provider, self._session.get_providers())
+        check_provider(provider, self._session.get_providers())
         self._session.disable_fallback()
         interface.check_graph(
             _described(self._session.get_inputs()),
@@ -82,7 +81,7 @@ class LoadedGraph:
             _described(self._session.get_overridable_initializers()),
         )
         self.device = provider
-        self._outputs = list(interface.outputs())
+        self.output_names = list(interface.outputs())
 
     def memory_values(
         self, batch: int, states: Mapping[int, NDArray[Any]] | None, segments: Mapping[int, NDArray[Any]] | None
@@ -92,16 +91,65 @@ class LoadedGraph:
         states = states or {i: np.zeros((batch, *shape), np.float32) for i, shape in shapes.items()}
         segments = segments or {i: np.zeros((batch, width), np.float32) for i in shapes}
         parts = {contract.STATE: states, **({contract.SEGMENT: segments} if width else {})}
-        return {
-            contract.carried_name(contract.PAST, i, part): on_device(array, contract.FLOAT32, self.device)
-            for part, arrays in parts.items()
-            for i, array in arrays.items()
-        }
+        return self._on_device(
+            {
+                contract.carried_name(contract.PAST, i, part): array
+                for part, arrays in parts.items()
+                for i, array in arrays.items()
+            }
+        )
 
-    def memory_of(self, values: Past, part: str) -> dict[int, NDArray[Any]]:
-        """One part of the memory in `values`, float32, by layer, copied."""
+    def states(self, past: Any) -> dict[int, NDArray[Any]]:
+        """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
+        return self._memory_part(past, contract.STATE)
+
+    def segments(self, past: Any) -> dict[int, NDArray[Any]]:
+        """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
+        return self._memory_part(past, contract.SEGMENT) if self.interface.segment else {}
+
+    def _memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
         names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
-        return {i: on_host(values[name]).copy() for i, name in names.items()}
+        return {i: on_host(past[name]).copy() for i, name in names.items()}
+
+    def _run(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        past: Mapping[str, OrtValue],
+        buffers: Mapping[str, OrtValue] | None = None,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> tuple[NDArray[Any], Past]:
+        """Call the graph: `arrays` and logits cross between host and device, what is carried stays on its device.
+
+        Args:
+            arrays: inputs by name.
+            past: the other inputs by name.
+            buffers: where outputs are written, by the name of the input that takes them at the next call; the others
+                are new tensors.
+            options: of the run.
+
+        Returns:
+            The logits and the next past.
+        """
+        binding = self._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.output_names:
+            buffer = (buffers or {}).get(contract.past_name(name))
+            if buffer is not None:
+                binding.bind_ortvalue_output(name, buffer)
+            else:
+                binding.bind_output(name, "cpu" if name == contract.LOGITS_OUTPUT else self.device)
+        self._session.run_with_iobinding(binding, options)
+        logits, *present = binding.get_outputs()
+        names = map(contract.past_name, self.output_names[1:])
+        return logits.numpy(), dict(zip(names, present, strict=True))
+
+    def _on_device(self, arrays: Mapping[str, NDArray[Any]]) -> Past:
+        """Carried tensors by input name, copied to the device."""
+        types = {True: self.interface.dtype, False: contract.FLOAT32}
+        return {name: on_device(array, types[is_cache(name)], self.device) for name, array in arrays.items()}
 
 
 class Graph(LoadedGraph):
@@ -134,14 +182,6 @@ class Graph(LoadedGraph):
         """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
         return {**past, **self.memory_values(len(next(iter(states.values()))), states, segments)}
 
-    def states(self, past: Past) -> dict[int, NDArray[Any]]:
-        """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
-        return self.memory_of(past, contract.STATE)
-
-    def segments(self, past: Past) -> dict[int, NDArray[Any]]:
-        """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
-        return self.memory_of(past, contract.SEGMENT) if self.interface.segment else {}
-
     def step(
         self,
         input_ids: NDArray[Any],
@@ -162,49 +202,41 @@ class Graph(LoadedGraph):
         Returns:
             Logits `[B, 1, V]` (`[B, T, V]` in a graph for all positions) and the next past.
         """
-        binding = self._session.io_binding()
-        crossing = {
+        arrays = {
             contract.INPUT_IDS: input_ids,
             contract.ATTENTION_MASK: attention_mask,
             **({} if self.interface.genai else {contract.WRITE_MASK: write_mask}),  # there, every token writes
             **({} if segment_end is None else {contract.SEGMENT_END: segment_end}),
         }
-        for name, array in crossing.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == contract.LOGITS_OUTPUT else self.device)
-        self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        names = map(contract.past_name, self._outputs[1:])
-        return logits.numpy(), dict(zip(names, present, strict=True))
+        return self._run(arrays, past)
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
-        """One row `[1, ...]` of `past`, with those of its tokens alone that `columns`, indices, names."""
-        taken: Past = {}
-        for name, value in past.items():
-            array = on_host(value)[row : row + 1]
-            if is_cache(name):
-                array = array[:, :, columns]
-            taken[name] = on_device(array, self._dtype(name), self.device)
-        return taken
+        """One row `[1, ...]` of `past`, with the tokens at the indices `columns` only."""
+        return self._on_device(one_row(past, row, columns))
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """The rows of all `pasts` as one batch; shorter ones get zeros on the left, which the caller masks."""
         if len(pasts) == 1:
             return pasts[0]
-        joined: Past = {}
-        for name in pasts[0]:
-            arrays = [on_host(past[name]) for past in pasts]
-            if is_cache(name):
-                length = max(array.shape[2] for array in arrays)
-                arrays = [np.pad(a, ((0, 0), (0, 0), (length - a.shape[2], 0), (0, 0))) for a in arrays]
-            joined[name] = on_device(np.concatenate(arrays), self._dtype(name), self.device)
-        return joined
+        return self._on_device(joined_rows([{name: on_host(value) for name, value in past.items()} for past in pasts]))
 
-    def _dtype(self, name: str) -> str:
-        return self.interface.dtype if is_cache(name) else contract.FLOAT32
+
+def one_row(values: Mapping[str, OrtValue], row: int, columns: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """One row `[1, ...]` of carried tensors, with the tokens at the indices `columns` only."""
+    arrays = {name: on_host(value)[row : row + 1] for name, value in values.items()}
+    return {name: array[:, :, columns] if is_cache(name) else array for name, array in arrays.items()}
+
+
+def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """The rows of all `pasts` as one batch; keys and values of shorter ones are padded with zeros on the left."""
+    joined = {}
+    for name in pasts[0]:
+        arrays = [past[name] for past in pasts]
+        if is_cache(name):
+            length = max(array.shape[2] for array in arrays)
+            arrays = [np.pad(a, ((0, 0), (0, 0), (length - a.shape[2], 0), (0, 0))) for a in arrays]
+        joined[name] = np.concatenate(arrays)
+    return joined
 
 
 def usable_cores() -> int:
@@ -218,5 +250,5 @@ def is_cache(name: str) -> bool:
     return name.endswith((f".{contract.KEY}", f".{contract.VALUE}"))
 
 
-def _described(values: Sequence[Any]) -> dict[str, tuple[str, list]]:
+def _described(values: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:
     return {value.name: (_TYPES.get(value.type, value.type), list(value.shape)) for value in values}

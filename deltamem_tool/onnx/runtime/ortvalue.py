@@ -27,7 +27,7 @@ def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
 def on_host(value: OrtValue) -> NDArray[Any]:
     """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
-        return value.numpy()
+        return np.asarray(value.numpy())
     here = value if value.device_name() == _CPU else _copied(value, _CPU)
     count = here.tensor_size_in_bytes()
     if count == 0:

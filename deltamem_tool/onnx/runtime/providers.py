@@ -39,7 +39,7 @@ def execution_providers(name: str) -> list[str]:
     return [PROVIDERS[name]] if name == "cpu" else [PROVIDERS[name], PROVIDERS["cpu"]]
 
 
-def refuse_if_missing(name: str, found: Sequence[str]) -> None:
+def check_provider(name: str, found: Sequence[str]) -> None:
     """
     Raises:
         ExportError: the session has not got the provider `name`, which ONNX Runtime says on stderr and goes on without.
@@ -61,7 +61,7 @@ def _load_cuda() -> None:
     with redirect_stdout(io.StringIO()):  # it prints what it does not find, whether that is needed or not
         onnxruntime.preload_dlls(directory="")  # "": not out of PyTorch, which is not imported for it
     if not _CUDA_LIBRARY.is_file():
-        return  # not Linux: refuse_if_missing decides
+        return  # not Linux: check_provider decides
     try:
         ctypes.CDLL(str(_CUDA_LIBRARY))
     except OSError as error:

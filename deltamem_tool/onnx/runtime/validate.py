@@ -137,7 +137,7 @@ def _read(file: Path) -> ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.ModelProto.FromString(read_bytes(file, MAX_GRAPH_BYTES))
+        model: ModelProto = onnx.ModelProto.FromString(read_bytes(file, MAX_GRAPH_BYTES))
     except (DecodeError, ValueError, FileNotFoundError) as error:
         raise ExportError(
             f"{MODEL_FILE} cannot be read.", f"{first_line(error)}.", "Fetch the folder or export it again."

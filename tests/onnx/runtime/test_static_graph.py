@@ -80,7 +80,7 @@ def fed(graph, tokens, past):
 
 def content(graph, past):
     """All that a past holds: keys and values of its columns, and its memory."""
-    cache = {name: on_host(value)[:, :, : past.length].copy() for name, value in past.tenancy.room.cache.items()}
+    cache = {name: on_host(value)[:, :, : past.length].copy() for name, value in past.lease.buffers.cache.items()}
     return cache | {("state", i): state for i, state in graph.states(past).items()}
 
 
@@ -134,7 +134,7 @@ def test_keys_and_values_stay_where_they_are(fixed, bound):
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     fed(graph, range(68, 74), past)
     key, out = contract.carried_name(contract.PAST, 0, contract.KEY), "present.0.key"
-    buffer = past.tenancy.room.cache[key].data_ptr()
+    buffer = past.lease.buffers.cache[key].data_ptr()
     assert {call[name] for call in bound for name in (key, out)} == {buffer}
     steps = bound[1:]
     assert steps[0] is not steps[1] and all(call is steps[n % 2] for n, call in enumerate(steps))
@@ -146,10 +146,10 @@ def test_a_step_that_runs_again_gives_the_same(graph):
     """As it does when a CUDA graph is recorded: nothing that a step reads has been changed by it."""
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     _, past = fed(graph, [68, 69], past)
-    room, source = past.tenancy.room, next(n for n, t in enumerate(past.tenancy.room.tenants) if t() is past)
+    buffers, source = past.lease.buffers, next(n for n, t in enumerate(past.lease.buffers.owners) if t() is past)
     _, after = called(graph, [[70]], past)
     before = content(graph, after)
-    graph._session.run_with_iobinding(room.bindings[source])
+    graph._session.run_with_iobinding(buffers.bindings[source])
     same(content(graph, after), before)
 
 
@@ -166,7 +166,7 @@ def test_a_past_is_not_changed_by_what_goes_on_from_it(graph):
     same(content(graph, one), kept)
     same(content(graph, twin), kept)
     assert np.array_equal(first, again) and not np.array_equal(first, second)
-    assert one.tenancy is past.tenancy and other.tenancy is not past.tenancy
+    assert one.lease is past.lease and other.lease is not past.lease
 
 
 def test_every_step_can_be_kept(graph):
@@ -184,38 +184,38 @@ def test_every_step_can_be_kept(graph):
 def test_the_beginning_is_cut_off_without_a_copy(graph):
     _, past = called(graph, [[65, 66, 67, 68]], graph.empty_past(1))
     cut = graph.take(past, 0, np.arange(3))
-    assert cut.tenancy is past.tenancy and cut.length == 3
+    assert cut.lease is past.lease and cut.length == 3
     _, expected = called(graph, [[65, 66, 67]], graph.empty_past(1))
     expected = graph.with_memory(expected, graph.states(past), {})
     found, _ = called(graph, [[90]], cut)
     wanted, _ = called(graph, [[90]], expected)
     np.testing.assert_allclose(found, wanted, atol=CLOSE)
-    assert on_host(past.tenancy.room.cache["past_key_values.0.key"])[:, :, 3].any()
+    assert on_host(past.lease.buffers.cache["past_key_values.0.key"])[:, :, 3].any()
     moved = graph.take(past, 0, np.array([1, 3]))
-    assert moved.tenancy is not past.tenancy
+    assert moved.lease is not past.lease
     key = "past_key_values.0.key"
     whole = content(graph, past)[key]
     assert np.array_equal(content(graph, moved)[key], whole[:, :, [1, 3]])
 
 
-def test_rooms_are_used_again(graph):
+def test_buffers_are_used_again(graph):
     gc.collect()
     _, past = called(graph, [[65, 66]], graph.empty_past(1))
     _, past = fed(graph, [67, 68], past)
-    logits, room = fed(graph, [69], past)[0], past.tenancy.room
+    logits, buffers = fed(graph, [69], past)[0], past.lease.buffers
     del past
     past = graph.empty_past(1)
-    assert past.tenancy.room is room
+    assert past.lease.buffers is buffers
     _, past = called(graph, [[65, 66]], past)  # with what the last conversation has left behind these columns
     assert np.array_equal(fed(graph, [67, 68, 69], past)[0], logits)
 
 
-def test_a_room_with_what_is_no_number_is_not_used_again(graph):
+def test_buffers_with_nan_are_not_used_again(graph):
     nan = {0: np.full((1, 2, 4, 4), np.nan, np.float32)}
     _, past = called(graph, [[65, 66]], graph.empty_past(1, nan))
-    room = past.tenancy.room
+    buffers = past.lease.buffers
     del past
-    assert graph.empty_past(1).tenancy.room is not room
+    assert graph.empty_past(1).lease.buffers is not buffers
 
 
 def test_a_long_prompt_goes_in_by_pieces(graph, monkeypatch, bound):
@@ -283,7 +283,7 @@ def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.execution_providers", lambda name: names)
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.refuse_if_missing", lambda name, found: None)
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.graph.check_provider", lambda name, found: None)
     graph = open_graph(fixed.folder, fixed.manifest.interface, "cuda", cuda_graph=True)
     graph.device = "cpu"
     assert asked == [("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
