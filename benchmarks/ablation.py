@@ -24,7 +24,7 @@ from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+from deltamem_tool.io.atomic import check_writable, write_whole
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import Recipe
@@ -168,7 +168,7 @@ def ablate(
     Raises:
         DeltaMemError: a recipe is invalid, `out` cannot be written, or a run failed.
     """
-    refuse_unwritable(out / "table")
+    check_writable(out / "table")
     jobs = plan_jobs(ablations, seeds, changes, questions, out)
     unique = {job.key: job for job in jobs.values()}
     runs = read_runs(out)

@@ -31,7 +31,7 @@ from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
-from deltamem_tool.io.atomic import refuse_existing, write_whole
+from deltamem_tool.io.atomic import check_overwrite, write_whole
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -94,7 +94,7 @@ def quickstart(
         DeltaMemError: `out` is there already, or a stage failed.
     """
     out = Path(out)
-    refuse_existing(out, overwrite)
+    check_overwrite(out, overwrite)
     _clear(out)
     tell = report or (lambda stage, done, of, note: None)
     seconds: dict[str, float] = {}

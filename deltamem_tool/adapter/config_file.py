@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ConfigError
-from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "deltamem_config.json", "deltamem.safetensors"
@@ -66,7 +66,7 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
         raise AdapterError(
             f"{name} is of adapter format {version}.",
             f"This version of deltamem reads up to {FORMAT_VERSION}.",
-            f"Update deltamem-tool: {update_line(said.get('deltamem_version'))}",
+            f"Update deltamem-tool: {update_command(said.get('deltamem_version'))}",
         )
     try:
         config = DeltaMemConfig.from_dict(dict(said["mechanism"]))

@@ -10,7 +10,7 @@ from deltamem_tool.adapter.save import write_adapter
 from deltamem_tool.base_model.attention import select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.io.atomic import refuse_existing
+from deltamem_tool.io.atomic import check_overwrite
 from deltamem_tool.memory.attach import fresh_adapter
 
 
@@ -31,7 +31,7 @@ def create_adapter(
         ConfigError: the options do not fit it.
         DeltaMemError: `out` is there already, or cannot be written.
     """
-    refuse_existing(out, overwrite)
+    check_overwrite(out, overwrite)
     checkpoint = BaseCheckpoint(base, revision, trust_remote_code)
     layers = select_layers(checkpoint.layers, config)
     adapter = fresh_adapter(config, layers, checkpoint.first_columns)

@@ -105,10 +105,10 @@ def command(
     )
     from deltamem_tool.bench.run import bench
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+    from deltamem_tool.io.atomic import check_writable, write_whole
 
     if out is not None:
-        refuse_unwritable(out)
+        check_writable(out)
     with progress() as bar:
         task = bar.add_task("Measuring", total=None, note="")
 

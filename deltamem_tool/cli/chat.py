@@ -11,7 +11,7 @@ import click
 
 from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.errors import DataError
-from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.installation import RUNTIME, check_installation
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import is_onnx
@@ -60,7 +60,7 @@ def command(
     for_onnx = is_onnx(model)
     _refuse_options(for_onnx, provider, base, trust_remote_code, device)
     if memory_file is not None:
-        refuse_unwritable(memory_file)
+        check_writable(memory_file)
 
     from deltamem_tool.chat.conversation import Conversation, Sampling
     from deltamem_tool.chat.repl import Chat

@@ -29,14 +29,14 @@ def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool
     otherwise by their means alone, and the answer says so.
     """
     from deltamem_tool.evaluation.report.compare import compare
-    from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+    from deltamem_tool.io.atomic import check_writable, write_whole
     from deltamem_tool.io.installation import check_installation
 
     if html is not None:
         check_installation("plot")
     for file in (html, out):
         if file is not None:
-            refuse_unwritable(file)
+            check_writable(file)
     found = compare(a, b)
     said = found.to_json()
     written = {} if out is None else {out: (json.dumps(said, indent=1) + "\n").encode()}

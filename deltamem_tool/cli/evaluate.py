@@ -111,13 +111,13 @@ def command(
     from deltamem_tool.evaluation.report.page import refuse_strangers, write_report
     from deltamem_tool.evaluation.report.tables import plot_scores
     from deltamem_tool.evaluation.run_info import run_json
-    from deltamem_tool.io.atomic import refuse_unwritable
+    from deltamem_tool.io.atomic import check_writable
     from deltamem_tool.memory.attach import adapter_of
 
     where = torch_device(device)
     for file in (out, plot):
         if file is not None:
-            refuse_unwritable(file)
+            check_writable(file)
     if report is not None:
         refuse_strangers(report)
     with progress() as bar:

@@ -75,11 +75,11 @@ def command(
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import STDERR, quiet_libraries
-    from deltamem_tool.io.atomic import refuse_existing
+    from deltamem_tool.io.atomic import check_overwrite
 
     if memory is not None and not TARGETS[target].genai:
         raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
-    refuse_existing(out, overwrite)
+    check_overwrite(out, overwrite)
     if memory is not None:
         from deltamem_tool.memory.file import read_memory
 

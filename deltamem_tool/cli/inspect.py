@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.installation import check_installation
 from deltamem_tool.onnx.locate import is_onnx
 
@@ -60,7 +60,7 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
 
     if plot is not None:
         check_installation("plot")
-        refuse_unwritable(plot)
+        check_writable(plot)
         if any(plot.resolve() == Path(name).resolve() for name in (path, other) if name):
             raise DeltaMemError(f"{plot} is the memory itself.", "It would be lost.", "Choose another file to draw to.")
     memory = read_memory(path)

@@ -16,9 +16,9 @@ def command(out, fast, overwrite, as_json) -> None:
     It says how long that takes; with --fast it is less.
     """
     from deltamem_tool.cli.console import STDERR, progress
-    from deltamem_tool.io.atomic import refuse_existing
+    from deltamem_tool.io.atomic import check_overwrite
 
-    refuse_existing(out, overwrite)
+    check_overwrite(out, overwrite)
     how_long = "less than a minute" if fast else "2 to 5 minutes, most of them training"
     STDERR.print(f"On 2 CPU cores this takes {how_long}.", highlight=False)
     with progress() as bar:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from deltamem_tool.cli.options import sampling_options, window
-from deltamem_tool.io.atomic import refuse_unwritable
+from deltamem_tool.io.atomic import check_writable
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -47,7 +47,7 @@ def command(
 
     if save_memory is not None:
         refuse_no_memory(save_memory)
-        refuse_unwritable(save_memory)
+        check_writable(save_memory)
 
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.cli.console import STDERR

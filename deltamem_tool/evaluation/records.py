@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+from deltamem_tool.io.atomic import check_writable, write_whole
 from deltamem_tool.io.safe_json import read_json
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
@@ -48,7 +48,7 @@ class RecordFolder:
         self.folder = folder
         self._settings = plain = json.loads(json.dumps(settings))
         place = folder / SETTINGS_FILE
-        refuse_unwritable(place)
+        check_writable(place)
         if place.is_file():
             there = _settings(place)
             changed = sorted(key for key in {*there, *plain} if there.get(key) != plain.get(key))

@@ -9,7 +9,7 @@ from pathlib import Path
 from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
-from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.io.names import commit_of, fetch, on_hub
 
 
@@ -36,7 +36,7 @@ def pull(repo_id: str, revision: str | None = None, out: str | Path | None = Non
         AdapterError, ExportError, DataError: a part is damaged; `out` was not written.
     """
     if out is not None:
-        refuse_existing(out, overwrite)
+        check_overwrite(out, overwrite)
     folder = fetch(on_hub(repo_id, revision), REPO_FILES, "repository")
     if not folder.is_dir():  # nothing of it was wanted
         raise HubError(f"{repo_id} holds no adapter and no ONNX folder.", "", "Check the name and the revision.")

@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from deltamem_tool._compat import RepoFile, SoftTemporaryDirectory, git_hash, sha_fileobj
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import HubError
-from deltamem_tool.io.hub_errors import CLIENT_ERRORS, explained, may_have_landed, of_this_machine
+from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, may_have_landed, system_error
 
 LIBRARY = "deltamem-tool"
 MAIN = "main"
@@ -89,7 +89,7 @@ class Repository:
         except RepositoryNotFoundError:
             return There(None)
         except CLIENT_ERRORS as error:
-            raise explained(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
+            raise hub_error(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
         return There(info.sha, has_branch, bool(getattr(info, "private", False)), files)
 
     def _info(self, revision: str) -> ModelInfo:
@@ -104,7 +104,7 @@ class Repository:
             try:
                 file = self._api.hf_hub_download(self.repo_id, path, revision=there.commit, local_dir=folder)
             except CLIENT_ERRORS as error:
-                raise explained(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
+                raise hub_error(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
             return Path(file).read_bytes()
 
     def create(self, there: There, private: bool) -> There:
@@ -121,7 +121,7 @@ class Repository:
                 self._api.create_branch(self.repo_id, branch=self.branch, revision=there.commit)
         except CLIENT_ERRORS as error:
             what = f"{what} cannot be made. None of your files was sent."
-            raise explained(error, self.repo_id, what, writing=True) from error
+            raise hub_error(error, self.repo_id, what, writing=True) from error
         if there.commit is not None:  # the commit shall follow the one that the files were compared with
             return replace(there, has_branch=True)
         now = self.look()
@@ -155,7 +155,7 @@ class Repository:
                 parent_commit=there.commit,
             )
         except CLIENT_ERRORS as error:
-            if refused := of_this_machine(error):
+            if refused := system_error(error):
                 raise refused from error
             is_lost = may_have_landed(error)
             commit = self._landed(files, changes, there) if is_lost else None
@@ -163,7 +163,7 @@ class Repository:
                 return commit, self.url
             what = "The Hub's answer was lost: so far {} holds" if is_lost else "{} has not been changed: it holds"
             what = f"{what.format(self.repo_id)} nothing of this push."
-            raise explained(error, self.repo_id, what, writing=True) from error
+            raise hub_error(error, self.repo_id, what, writing=True) from error
         return info.oid, info.pr_url or self.url
 
     def _landed(self, files: Files, changes: Sequence[Change], there: There) -> str | None:

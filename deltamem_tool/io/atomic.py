@@ -34,9 +34,9 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
     Raises:
-        DeltaMemError: `refuse_existing` says so.
+        DeltaMemError: `check_overwrite` says so.
     """
-    refuse_existing(path, overwrite)
+    check_overwrite(path, overwrite)
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -68,7 +68,7 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def refuse_existing(path: str | Path, overwrite: bool) -> None:
+def check_overwrite(path: str | Path, overwrite: bool) -> None:
     """Raise if the folder `path` cannot be written, or that would destroy something; call it before long work begins.
 
     Raises:
@@ -83,10 +83,10 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise DeltaMemError(
             f"{path} is already there.", "Nothing was written.", "Choose another folder, or pass --overwrite."
         )
-    refuse_unwritable(path)
+    check_writable(path)
 
 
-def refuse_unwritable(path: str | Path) -> None:
+def check_writable(path: str | Path) -> None:
     """Raise if nothing can be written at `path`, whose missing parents would be made."""
     parent = next(parent for parent in Path(path).resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

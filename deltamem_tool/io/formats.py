@@ -20,7 +20,7 @@ _PACKAGE = "deltamem-tool"
 _VERSION = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){1,3}((a|b|rc)[0-9]{1,3})?(\.post[0-9]{1,3})?(\.dev[0-9]{1,4})?")
 
 
-def update_line(written_by: Any) -> str:
+def update_command(written_by: Any) -> str:
     """The command that installs what reads a file, whose writer calls its own version `written_by`.
 
     That comes from a stranger's file: it is named only where it is a version, and a newer one.

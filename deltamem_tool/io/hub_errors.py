@@ -44,7 +44,7 @@ def may_have_landed(error: BaseException) -> bool:
     return isinstance(error, ValueError | KeyError)  # an answer that cannot be read, perhaps to the commit
 
 
-def of_this_machine(error: BaseException) -> OSError | None:
+def system_error(error: BaseException) -> OSError | None:
     """What the system here refused, such as a file that cannot be read: in its own words."""
     for cause in _causes(error):
         if isinstance(cause, HTTPError):  # below it are the system's words for a connection
@@ -54,7 +54,7 @@ def of_this_machine(error: BaseException) -> OSError | None:
     return None
 
 
-def explained(error: BaseException, repo_id: str, what: str, writing: bool = False) -> HubError:
+def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = False) -> HubError:
     """The error for a person.
 
     Args:

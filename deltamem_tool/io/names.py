@@ -109,16 +109,16 @@ def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:
     """As `resolve_folder`, of a name that is the Hub's."""
     from huggingface_hub import snapshot_download
 
-    from deltamem_tool.io.hub_errors import CLIENT_ERRORS, explained, of_this_machine
+    from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, system_error
 
     below = f"{hub.path_in_repo}/" if hub.path_in_repo else ""
     try:
         root = Path(snapshot_download(hub.id, revision=hub.revision, allow_patterns=[below + file for file in files]))
     except CLIENT_ERRORS as error:
-        if refused := of_this_machine(error):  # a full disk, or no permission
+        if refused := system_error(error):  # a full disk, or no permission
             raise refused from error
         what = f"{short_name(hub)} is neither a folder here nor a {what} that the Hub gives."
-        raise explained(error, hub.id, what) from error
+        raise hub_error(error, hub.id, what) from error
     return root / below
 
 

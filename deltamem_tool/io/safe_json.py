@@ -36,12 +36,12 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
     Raises:
         ValueError: it is no JSON, or deeper than `MAX_DEPTH`.
     """
-    hooks: Any = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
+    hooks: Any = {"parse_constant": _check_constant, "parse_float": _finite} if finite else {}
     try:
         said = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("its objects and lists are too deep in each other") from error
-    _refuse_deep(said, MAX_DEPTH)
+    _check_depth(said, MAX_DEPTH)
     return said
 
 
@@ -50,7 +50,7 @@ def read_json(path: Path, finite: bool = True) -> Any:
     return parse_json(read_text(path), finite)
 
 
-def _refuse_constant(name: str) -> None:
+def _check_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
@@ -61,10 +61,10 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _refuse_deep(said: Any, room: int) -> None:
+def _check_depth(said: Any, room: int) -> None:
     if not isinstance(said, dict | list):
         return
     if room == 0:
         raise ValueError(f"it is deeper than {MAX_DEPTH} objects and lists in each other")
     for part in said.values() if isinstance(said, dict) else said:
-        _refuse_deep(part, room - 1)
+        _check_depth(part, room - 1)

@@ -20,7 +20,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.io.atomic import write_whole
-from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.tensor_header import Header, read_header
 from deltamem_tool.ops.numpy_write import write_segment
 
@@ -165,7 +165,9 @@ def _check_header(path: Path, header: Header) -> None:
         raise MemoryStateError(
             f"{path} is of memory format {version}.",
             f"This version of deltamem reads format {FORMAT_VERSION}.",
-            f"Update deltamem-tool: {update_line(metadata.get('deltamem_version'))}" if newer else "Use another file.",
+            f"Update deltamem-tool: {update_command(metadata.get('deltamem_version'))}"
+            if newer
+            else "Use another file.",
         )
     for name, entry in header.tensors.items():
         match = _TENSOR.fullmatch(name)

@@ -52,7 +52,7 @@ from typing import Any
 
 from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
-from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, is_newer, update_line
+from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, is_newer, update_command
 from deltamem_tool.io.safe_json import parse_json, read_text
 
 FORMAT = "deltamem-onnx"
@@ -384,7 +384,7 @@ def _of_format(version: Any, packages: Any) -> ExportError:
     return ExportError(
         f"This ONNX folder is of format {version}.",
         f"This version of deltamem reads format {FORMAT_VERSION}.",
-        f"Update deltamem-tool: {update_line(written_by)}"
+        f"Update deltamem-tool: {update_command(written_by)}"
         if is_newer(version, FORMAT_VERSION)
         else "Export the adapter again.",
     )

@@ -27,7 +27,7 @@ from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
 from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
-from deltamem_tool.io.atomic import refuse_existing
+from deltamem_tool.io.atomic import check_overwrite
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
@@ -105,7 +105,7 @@ def train(
     out, run, state = Path(recipe.out), run_folder(recipe.out), processes()
     start = start_of(recipe, state.num_processes)
     checkpoint = checkpoint_to_resume(run, start) if resume else None
-    refuse_existing(out, overwrite or resume)
+    check_overwrite(out, overwrite or resume)
     if not resume and checkpoints(run) and not overwrite:
         raise DeltaMemError(
             f"{run} has checkpoints of a run that did not end.",

@@ -30,7 +30,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
-from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -100,7 +100,7 @@ def convert(
     for source in (src, base):
         if source and Path(source).is_dir() and Path(source).resolve().is_relative_to(Path(dst).resolve()):
             raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
-    refuse_existing(dst, overwrite)
+    check_overwrite(dst, overwrite)
     direction = _from_reference if to == "deltamem" else _to_reference
     return direction(str(src), Path(dst), base, revision, base_revision, overwrite)
 

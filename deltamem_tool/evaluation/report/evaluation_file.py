@@ -13,7 +13,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.io.atomic import write_whole
-from deltamem_tool.io.formats import is_newer, update_line
+from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise DataError(f"{file} is no evaluation of an adapter.", "", _AGAIN)
     if is_newer(said.get("format_version"), FORMAT_VERSION):
-        update = update_line(said.get("deltamem_version"))
+        update = update_command(said.get("deltamem_version"))
         raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")
     if not _is_whole(said):
         raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)

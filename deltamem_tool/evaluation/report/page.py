@@ -17,7 +17,7 @@ from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, wri
 from deltamem_tool.evaluation.report.settings import settings
 from deltamem_tool.evaluation.report.templating import rendered
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, is_clear
-from deltamem_tool.io.atomic import refuse_unwritable, write_whole
+from deltamem_tool.io.atomic import check_writable, write_whole
 
 PAGE_FILE, MARKDOWN_FILE = "index.html", "report.md"
 FILES = {
@@ -36,7 +36,7 @@ def refuse_strangers(folder: Path) -> None:
     Raises:
         DeltaMemError: it is so.
     """
-    refuse_unwritable(folder / PAGE_FILE)
+    check_writable(folder / PAGE_FILE)
     if (folder / SETTINGS_FILE).is_file():
         return  # of a report, or of records; whether of this one is seen when it is opened
     there = [name for name in FILES if (folder / name).exists()]

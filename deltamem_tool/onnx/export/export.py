@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool._compat import NotImplemented as NotImplementedByRuntime
 from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.errors import ExportError
-from deltamem_tool.io.atomic import folder_whole, refuse_existing
+from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.state import MemoryState
@@ -90,7 +90,7 @@ def export_onnx(
         MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
         DeltaMemError: `out` is there already.
     """
-    refuse_existing(out, overwrite)
+    check_overwrite(out, overwrite)
     refuse_unknown(without)
     for_target = target_of(target, dtype_name(model.dtype), quantize)
     _refuse_slow(tokenizer)
