@@ -85,7 +85,6 @@ BORROWED: dict[str, Name] = {
     ),
     # huggingface_hub, and the HTTP client whose errors it raises (huggingface_hub 1 raised those of httpx)
     "RepoFile": Name("huggingface_hub.hf_api", "a file in the listing of a repository", _NO_PUBLIC),
-    "SoftTemporaryDirectory": Name("huggingface_hub.utils", "the scratch folder of an upload", _NO_PUBLIC),
     "git_hash": Name("huggingface_hub.utils.sha", "the Hub's digest of a small file", _NO_PUBLIC),
     "sha_fileobj": Name("huggingface_hub.utils.sha", "the Hub's digest of a large file", _NO_PUBLIC),
     "REGEX_COMMIT_OID": Name("huggingface_hub.constants", "what a commit's id looks like", _NO_PUBLIC),

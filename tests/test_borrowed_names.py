@@ -169,7 +169,7 @@ def test_no_private_method_is_overridden():
         "from transformers.cache_utils import DynamicLayer",
         "from transformers import _LazyModule",
         "from onnxruntime.capi.onnxruntime_pybind11_state import Fail",
-        "from huggingface_hub.utils import SoftTemporaryDirectory",
+        "from transformers.integrations import INTEGRATION_TO_CALLBACK",
         "model(ids, past_key_values=cache)",
         "model(ids, **{'past_key_values': cache})",
         "config._attn_implementation",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,12 +69,6 @@ def _by_length() -> bool:
     return sorted(_compat.get_length_grouped_indices([5, 1, 4, 2], 2)) == [0, 1, 2, 3]
 
 
-def _scratch() -> bool:
-    with _compat.SoftTemporaryDirectory() as folder:
-        here = Path(folder).is_dir()
-    return here and not Path(folder).exists()
-
-
 def _qwen3_is_listed(name: str, model_type: str) -> bool:
     return model_type in getattr(_compat, name)
 
@@ -118,7 +111,6 @@ FACTS: dict[str, Callable[[], bool]] = {
     "OnnxExporter": _exports,
     "NotImplemented": lambda: issubclass(_compat.NotImplemented, Exception),
     "RepoFile": lambda: isinstance(_compat.RepoFile, type),
-    "SoftTemporaryDirectory": _scratch,
     "git_hash": _blob_digest,
     "sha_fileobj": _file_digest,
     "REGEX_COMMIT_OID": lambda: bool(_compat.REGEX_COMMIT_OID.fullmatch("0" * 40)),

@@ -6,11 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from deltamem_tool._compat import RepoFile, SoftTemporaryDirectory, git_hash, sha_fileobj
+from deltamem_tool._compat import RepoFile, git_hash, sha_fileobj
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import HubError
 from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, may_have_landed, system_error
@@ -100,7 +101,7 @@ class Repository:
         """Of a file that is there; None if it is not."""
         if path not in there.files:
             return None
-        with SoftTemporaryDirectory() as folder:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
                 file = self._api.hf_hub_download(self.repo_id, path, revision=there.commit, local_dir=folder)
             except CLIENT_ERRORS as error:

@@ -64,7 +64,6 @@ def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
     assert "within 100 tokens" in truncated.meaning
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's, called here
 def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
     lora = Lora.read(folder)
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)

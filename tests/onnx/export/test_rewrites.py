@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "own_decay": {"couple_lambda": False},
     "own_decay_outside": {"couple_lambda": False, "update_rule": "lambda_outside"},
     "gates_by_head": {"gates": "head", "state_heads": 2},
-    "heads_qkvo": {"heads": ("q", "k", "v", "o"), "state_heads": 3, "delta_scale": "branch"},
+    "branches_qkvo": {"branches": ("q", "k", "v", "o"), "state_heads": 3, "delta_scale": "branch"},
     "normed_o": {"o_norm": True, "delta_scale": "layer", "branches": ("o",)},
     "rank_1": {"rank": 1},
 }
