@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
 @click.option("--out", help="Adapter folder to write, instead of the recipe's.")
 @click.option("--bptt", type=int, metavar="N", help="Gradients flow through the last N chunks of the write pass.")
-@click.option("--skip-bad-rows", is_flag=True, help="Leave out rows of the data that are no conversations; count them.")
+@click.option("--skip-bad-rows", is_flag=True, help="Leave out rows that are not conversations, and count them.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it is there.")
 @click.option("--dry-run", is_flag=True, help="Train nothing: say how long it takes, on how much, in how much memory.")

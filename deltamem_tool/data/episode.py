@@ -21,7 +21,7 @@ SUPERVISE = ("last", "all")  # which user turns of a conversation are asked
 
 @dataclass(frozen=True)
 class Episode:
-    """A history, and exchanges about it. Each exchange is a prompt and the assistant's answer, its last message."""
+    """A history, and exchanges about it: each is a prompt and the assistant's answer, its last message."""
 
     history: list[Message]
     exchanges: list[list[Message]]
@@ -29,19 +29,23 @@ class Episode:
 
 
 def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> list[Episode]:
-    """The episodes of one row: one with "last"; with "all" one for every user turn that has a history and an answer.
+    """Make the episodes of one row: one with "last"; with "all" one for each user turn with a history and an answer.
 
     A user turn goes up to the next one, tool calls and tool messages included; its last assistant message is the
     answer. The history is the system prompt and all before the turn; the exchange is the system prompt and the turn.
 
     Raises:
-        DataError: the row is no conversation, or one with nothing to remember or nothing to answer; says `where`.
+        DataError: the row is not a conversation, or one with nothing to remember or nothing to answer.
     """
     if supervise not in SUPERVISE:
-        raise ConfigError(f"There is no supervise {supervise!r}.", f"There are {', '.join(SUPERVISE)}.")
+        raise ConfigError(f"Unknown supervise {supervise!r}.", f"It is one of {', '.join(SUPERVISE)}.")
     messages = _messages_of(row, where)
     if supervise == "last" and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
-        raise DataError(f"{where} asks nothing.", "It does not end with an assistant's message.", "Correct the line.")
+        raise DataError(
+            f"{where} asks nothing.",
+            "It does not end with an assistant's message.",
+            "End the conversation with an answer.",
+        )
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     starts = [n for n, message in enumerate(turns) if message["role"] == "user"]
@@ -54,7 +58,7 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
         if start > 0 and last is not None:
             episodes.append(Episode(system + turns[:start], [system + turns[start : last + 1]], where))
     if not answered:
-        raise DataError(f"{where} asks nothing.", "No user's message is answered by an assistant's.", "Correct it.")
+        raise DataError(f"{where} asks nothing.", "No user's message has an assistant's answer.", "Add an answer.")
     if not episodes:
         raise DataError(
             f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
@@ -63,19 +67,19 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
 
 
 def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
-    """The whole conversation of a row, checked."""
+    """Check a row, and return its whole conversation."""
     if not isinstance(row, Mapping) or (row.get("messages") is None and row.get("prompt") is None):
         raise DataError(
-            f"{where} is no conversation.",
+            f"{where} is not a conversation.",
             "It has no list `messages`, and no `prompt` with a `response`.",
-            "Correct the line.",
+            "Give it one or the other.",
         )
     if row.get("messages") is not None:
         return _checked(row["messages"], "messages", where)
     prompt = row["prompt"]
     name = next((name for name in ("response", "completion") if row.get(name) is not None), None)
     if name is None:
-        raise DataError(f"{where} is no conversation.", "It has a `prompt` and no `response`.", "Add the response.")
+        raise DataError(f"{where} is not a conversation.", "It has a `prompt` and no `response`.", "Add the response.")
     response = row[name]
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
@@ -83,8 +87,8 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
     foreign = next((message["role"] for message in answer if message["role"] not in ("assistant", "tool")), None)
     if foreign is not None:
         raise DataError(
-            f"{where}: `{name}` holds a message of the role {foreign}.",
-            "A response is the assistant's, with the tool messages in it.",
+            f"{where}: `{name}` has a message of the role {foreign}.",
+            "A response has messages of the assistant and of tools alone.",
             "Move the message to `prompt`.",
         )
     if isinstance(prompt, str):
@@ -106,9 +110,9 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _checked(messages: Any, name: str, where: str) -> list[Message]:
-    """The list `name` of a row, if it is one of messages."""
+    """Check that the list `name` of a row is one of messages."""
     if not isinstance(messages, list):
-        raise DataError(f"{where} is no conversation.", f"It has no list `{name}`.", "Correct the line.")
+        raise DataError(f"{where} is not a conversation.", f"`{name}` is not a list of messages.", "Correct the row.")
     of = "" if name == "messages" else f" of `{name}`"
     for n, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -127,7 +131,7 @@ def _checked(messages: Any, name: str, where: str) -> list[Message]:
         if not _is_unicode(content):
             raise DataError(
                 f"{where}: message {n}{of} is not Unicode text.",
-                "It holds half of a surrogate pair.",
+                "It contains half of a surrogate pair.",
                 "Correct the message.",
             )
     return messages

@@ -120,7 +120,7 @@ def test_a_bad_row_of_parquet_is_named(tmp_path):
     assert (len(loaded.episodes), loaded.rows) == (1, 3)
     assert [error.what.split(" row ")[1][0] for error in loaded.skipped] == ["2", "3"]
     (tmp_path / "other.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"(?s)other.parquet is no parquet file"):
+    with pytest.raises(DataError, match=r"(?s)other.parquet is not a parquet file"):
         read_episodes(tmp_path / "other.parquet")
 
 
@@ -132,7 +132,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     for kind in ("empty.jsonl", "empty.parquet"):
         path = tmp_path / kind
         path.write_text("\n\n") if kind.endswith("jsonl") else write_parquet(path, [{"messages": TALK}][:0])
-        with pytest.raises(DataError, match=r"(?s)holds no conversation.*is empty"):
+        with pytest.raises(DataError, match=r"(?s)has no conversations.*is empty"):
             read_episodes(path)
     (tmp_path / "bad.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DataError, match=r"(?s)All of its 2 rows are bad.*bad.jsonl:1"):
@@ -140,7 +140,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     (tmp_path / "chats.csv").write_text("a,b")
     (tmp_path / "folder.jsonl").mkdir()
     for other in ("chats.csv", "folder.jsonl"):
-        with pytest.raises(DataError, match=r"(?s)no data file that can be read.*\.jsonl and \.parquet.*Hub"):
+        with pytest.raises(DataError, match=r"(?s)not a data file that can be read.*\.jsonl and \.parquet.*Hub"):
             read_episodes(other)
 
 

@@ -50,10 +50,10 @@ def refused(task: str, data: str, **options) -> DataError:
     ("name", "content", "says"),
     [
         ("cut.json", b'[{"question": "Who', "not JSON"),
-        ("object.json", b'{"data": []}', "no list"),
+        ("object.json", b'{"data": []}', "not a JSON list"),
         ("empty.json", b"", "not JSON"),
-        ("nothing.json", b"[]", "no list"),
-        ("number.json", b"3", "no list"),
+        ("nothing.json", b"[]", "no entries"),
+        ("number.json", b"3", "not a JSON list"),
         ("deep.json", b"[" * 100_000, "not JSON"),
         ("binary.json", b"\x89PNG\r\n\x1a\n\x00\xff", "not JSON"),
         ("table.csv", b"question,answer\nWho?,Ann\n", "not JSON"),
@@ -63,7 +63,7 @@ def refused(task: str, data: str, **options) -> DataError:
         ("lists.json", b"[[1, 2], [3]]", "1 is none of"),
         ("cut.jsonl", b'{"question": "Who\n', "cut.jsonl:1 is not JSON"),
         ("latin.jsonl", b'{"question": "\xe9"}\n', "latin.jsonl:1 is not UTF-8"),
-        ("empty.jsonl", b"\n\n", "no list"),
+        ("empty.jsonl", b"\n\n", "no entries"),
         ("cut.parquet", b"PAR1 and nothing more", "no parquet file"),
     ],
 )
