@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from deltamem_tool.hub.push import Pushed
+    from deltamem_tool.hub.push import PushResult
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -66,7 +66,7 @@ def _ask_license() -> str | None:
     return said.strip() or None
 
 
-def _show(done: Pushed, dry_run: bool) -> None:
+def _show(done: PushResult, dry_run: bool) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.markdown import Markdown

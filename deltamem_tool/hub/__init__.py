@@ -1,1 +1,1 @@
-"""Adapters and ONNX folders on the Hub: what goes there, how it is described, sent, and fetched."""
+"""Adapters and ONNX folders on the Hub: push, pull, and the model card."""

@@ -1,8 +1,9 @@
-"""The model card: one block that is written anew from what is known, in a text whose other words are the user's."""
+"""The model card: one generated block, in a text whose other words are the user's."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
 from deltamem_tool.io.names import BUILTIN
+from deltamem_tool.onnx.contract import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
 END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
-DATASET = "deltamem-"  # how our tasks' names begin in a model-index
+DATASET = "deltamem-"  # prefix of our tasks' names in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _WRITTEN = {
     "token": "written at every token",
     "message": "written at the end of every message",
     "sentence": "written at the end of every sentence",
 }
-_TRAINING = {  # keys of training.json's recipe, and what the card calls them
+_TRAINING = {  # keys of training.json's recipe, and their names in the card
     "data.path": "data",
     "data.revision": "revision of the data",
     "training.batch_size": "batch size",
@@ -43,39 +45,39 @@ _TRAINING = {  # keys of training.json's recipe, and what the card calls them
 }
 
 
-def write_card(known: Contents, repo_id: str, base: Base, old: bytes | None, license: str | None) -> bytes:
-    """The card of `known` in the repository `repo_id`.
+def write_card(contents: Contents, repo_id: str, base: Base, old: bytes | None, license: str | None) -> bytes:
+    """Write the card of the repository `repo_id`.
 
     Args:
-        known: what the repository will hold.
+        contents: of the repository after the push.
         repo_id: `owner/name`.
         base: the base model as others find it.
-        old: the card that is there; its metadata and all words outside our block are kept.
-        license: identifier for the metadata; None keeps what the old card says.
+        old: the present card; its metadata and all words outside the generated block are kept.
+        license: identifier for the metadata; None keeps that of the old card.
 
     Raises:
-        HubError: the old card's metadata or marks are broken.
+        HubError: the old card's metadata or marks are invalid.
     """
     card = _parsed(f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n".encode() if old is None else old)
     text = card.text
     newline = "\r\n" if "\r\n" in text else "\n"
-    block = f"{BEGIN}\n\n{_block(known, repo_id, base)}\n{END}".replace("\n", newline)
+    block = f"{BEGIN}\n\n{_block(contents, repo_id, base)}\n{END}".replace("\n", newline)
     if (text.count(BEGIN), text.count(END)) == (0, 0):
         card.text = text.rstrip() + 2 * newline + block + newline
     elif (text.count(BEGIN), text.count(END)) == (1, 1) and text.index(BEGIN) < text.index(END):
         card.text = text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
     else:
         raise HubError(
-            f"{CARD_FILE} has no clear block of deltamem.",
-            f"The marks {BEGIN.split(':')[0]} … --> and {END} must each be there once, in this order, or not at all.",
-            "Correct it there, or remove both marks.",
+            f"{CARD_FILE} has no valid block of deltamem.",
+            f"The marks {BEGIN.split(':')[0]} … --> and {END} must each occur once, in this order, or not at all.",
+            "Correct them, or remove both marks.",
         )
-    _describe(card.data, known, repo_id, base.name, license)
-    return card.content.encode()
+    _describe(card.data, contents, repo_id, base.name, license)
+    return str(card.content).encode()
 
 
-def says_license(card: bytes) -> bool:
-    """Whether the card's metadata names a licence."""
+def has_license(card: bytes) -> bool:
+    """Return whether the card's metadata names a licence."""
     return bool(_parsed(card).data.get("license"))
 
 
@@ -83,70 +85,65 @@ def _parsed(card: bytes) -> ModelCard:
     try:
         return ModelCard(card.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise HubError(f"{CARD_FILE} is no text in UTF-8.", f"{error}.", "Save it in UTF-8.") from error
+        raise HubError(f"{CARD_FILE} is not UTF-8 text.", f"{error}.", "Save it in UTF-8.") from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise HubError(
-            f"The metadata of {CARD_FILE} cannot be read.", f"{first_line(error)}.", "Correct it there."
+            f"The metadata of {CARD_FILE} is not valid.", f"{first_line(error)}.", "Correct its YAML."
         ) from error
 
 
-def _describe(data: Any, known: Contents, repo_id: str, base: str | None, license: str | None) -> None:
-    """Put what is known into a card's metadata."""
+def _describe(data: Any, contents: Contents, repo_id: str, base: str | None, license: str | None) -> None:
+    """Update a card's metadata."""
     if base is not None and not base.startswith(BUILTIN):
         data.base_model = base
         data.base_model_relation = "adapter"
     data.library_name = LIBRARY
     data.pipeline_tag = "text-generation"
-    own = [*TAGS, *(["onnx"] if known.onnx else [])]
-    data.tags = [*(data.tags or []), *(tag for tag in own if tag not in (data.tags or []))]
+    data.tags = [*dict.fromkeys([*(data.tags or []), *TAGS, *(["onnx"] if contents.onnx else [])])]
     if license is not None:
         data.license = license
-    dataset = _dataset(known)
-    if dataset is not None:
-        data.datasets = dataset
+    path = (contents.training or {}).get("recipe", {}).get("data.path")
+    if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/")):  # a data set of the Hub
+        data.datasets = path
     others = [result for result in data.eval_results or [] if not result.dataset_type.startswith(DATASET)]
-    own_results = _results(known)
-    data.eval_results = [*others, *own_results] or None
+    data.eval_results = [*others, *_results(contents.evaluation)] or None
     if data.eval_results:
         data.model_name = data.model_name or repo_id.partition("/")[2]
 
 
-def _dataset(known: Contents) -> str | None:
-    """The Hub id of the data, where it was trained on a data set of the Hub."""
-    path = (known.training or {}).get("recipe", {}).get("data.path")
-    return path if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/")) else None
-
-
-def _results(known: Contents) -> list[EvalResult]:
-    said = known.evaluation
-    if said is None:
+def _results(evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
+    if evaluation is None:
         return []
     return [
         EvalResult(
             task_type="text-generation",
-            task_name=f"deltamem {said['task']}, protocol {said['protocol']}",
-            dataset_type=f"{DATASET}{said['task']}",
-            dataset_name=f"deltamem {said['task']}: {group}, {count} questions",
+            task_name=f"deltamem {evaluation['task']}, protocol {evaluation['protocol']}",
+            dataset_type=f"{DATASET}{evaluation['task']}",
+            dataset_name=f"deltamem {evaluation['task']}: {group}, {count} questions",
             dataset_config=group,  # results of one dataset and configuration are listed together
-            metric_type=said["metric"],
-            metric_name=f"{in_words(said['metric'])}, {in_words(name)}",
-            metric_value=said["scores"][name][at][0],
+            metric_type=evaluation["metric"],
+            metric_name=f"{in_words(evaluation['metric'])}, {in_words(name)}",
+            metric_value=evaluation["scores"][name][at][0],
         )
-        for at, (group, count) in enumerate(zip(said["groups"], said["questions"], strict=True))
-        for name in said["conditions"]
+        for at, (group, count) in enumerate(zip(evaluation["groups"], evaluation["questions"], strict=True))
+        for name in evaluation["conditions"]
     ]
 
 
-def _block(known: Contents, repo_id: str, base: Base) -> str:
+def _block(contents: Contents, repo_id: str, base: Base) -> str:
     is_builtin = base.name is not None and base.name.startswith(BUILTIN)
-    if known.adapter is not None:
-        config, count, memory_bytes = known.adapter.config, len(known.adapter.layer_indices), known.adapter.memory_bytes
+    if contents.adapter is not None:
+        config, count, memory_bytes = (
+            contents.adapter.config,
+            len(contents.adapter.layer_indices),
+            contents.adapter.memory_bytes,
+        )
     else:
-        assert known.onnx is not None  # there is one of the two
-        config = DeltaMemConfig.from_dict(dict(known.onnx.mechanism))
-        count, memory_bytes = len(known.onnx.interface.state_shapes), known.onnx.interface.memory_bytes
+        assert contents.onnx is not None  # there is one of the two
+        config = DeltaMemConfig.from_dict(dict(contents.onnx.mechanism))
+        count, memory_bytes = len(contents.onnx.interface.state_shapes), contents.onnx.interface.memory_bytes
     return _template().render(
-        known=known,
+        contents=contents,
         repo_id=repo_id,
         base=_base(base),
         is_builtin=is_builtin,
@@ -155,9 +152,9 @@ def _block(known: Contents, repo_id: str, base: Base) -> str:
         branches=", ".join(config.branches),
         memory_bytes=memory_bytes,
         mechanism=_mechanism(config),
-        training=_training(known.training),
-        scores=_scores(known.evaluation),
-        onnx=_onnx(known),
+        training=_training(contents.training),
+        scores=_scores(contents.evaluation),
+        onnx=_onnx(contents.onnx),
         scope="The backbone is a toy of 767 words: it shows the mechanism, and nothing else." if is_builtin else "",
         version=__version__,
     )
@@ -172,7 +169,7 @@ def _template() -> Template:
 
 def _base(base: Base) -> str:
     if base.name is None:
-        return "a base model that nobody has named here"
+        return "a base model that is not named here"
     if base.name.startswith(BUILTIN):
         return "the small backbone that deltamem-tool ships"
     at = f" (revision `{base.revision}`)" if base.revision else ""
@@ -180,51 +177,54 @@ def _base(base: Base) -> str:
 
 
 def _mechanism(config: DeltaMemConfig) -> list[tuple[str, str]]:
-    """The rows of the table: what is not as usual, and what everybody asks for."""
-    usual, own = DeltaMemConfig().to_dict(), config.to_dict()
-    shown = ("rank", "state_heads", "heads", "granularity", "update_rule")
-    return [(name.replace("_", " "), _cell(own[name])) for name in own if name in shown or own[name] != usual[name]]
+    """The rows of the table: the main options, and those that differ from their defaults."""
+    defaults, options = DeltaMemConfig().to_dict(), config.to_dict()
+    main = ("rank", "state_heads", "heads", "granularity", "update_rule")
+    return [
+        (name.replace("_", " "), _cell(value))
+        for name, value in options.items()
+        if name in main or value != defaults[name]
+    ]
 
 
-def _training(said: Any) -> list[tuple[str, str]]:
-    if not said:
+def _training(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not summary:
         return []
-    recipe = said.get("recipe") or {}
-    rows = [("steps", said.get("steps"))]
+    recipe = summary.get("recipe") or {}
+    rows = [("steps", summary.get("steps"))]
     rows += [(name, recipe.get(key)) for key, name in _TRAINING.items()]
     if recipe.get("data.path") is None:
         rows.append(("data", "dialogues that deltamem-tool generates"))
-    versions = said.get("versions") or {}
+    versions = summary.get("versions") or {}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or None))
     return [(name, _cell(value)) for name, value in rows if value is not None]
 
 
-def _scores(said: Any) -> list[tuple[str, list[str]]]:
+def _scores(evaluation: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]:
     """The rows of the table: a condition, and for each group its mean and interval."""
-    if said is None:
+    if evaluation is None:
         return []
     rows = []
-    for name in said["conditions"]:
-        cells = ["{} ({})".format(*mean_and_interval(*row)) for row in said["scores"][name]]
+    for name in evaluation["conditions"]:
+        cells = ["{} ({})".format(*mean_and_interval(*row)) for row in evaluation["scores"][name]]
         title = _cell(in_words(name))
         rows.append((f"**{title}**" if name == STATE else title, cells))
     return rows
 
 
-def _onnx(known: Contents) -> str:
+def _onnx(manifest: Manifest | None) -> str:
     """What the graph is, and how well it agrees with PyTorch."""
-    found = known.onnx
-    if found is None:
+    if manifest is None:
         return ""
-    kind = [f"target {found.target}", found.interface.dtype]
-    if found.quantize != "none":
-        kind.append(found.quantize)
-    if found.max_abs_diff is not None:
-        kind.append(f"differs from PyTorch by {found.max_abs_diff:.0e} at most")
-    return ", ".join(kind)
+    parts = [f"target {manifest.target}", manifest.interface.dtype]
+    if manifest.quantize != "none":
+        parts.append(manifest.quantize)
+    if manifest.max_abs_diff is not None:
+        parts.append(f"differs from PyTorch by {manifest.max_abs_diff:.0e} at most")
+    return ", ".join(parts)
 
 
 def _cell(value: Any) -> str:
-    """In a table of Markdown, where a bar ends a cell."""
+    """Text for a cell of a Markdown table, where a bar would end it."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""What a folder or a repository holds: an adapter, an ONNX folder, or both, with the ONNX under `onnx/`."""
+"""The contents of a folder or a repository: an adapter, an ONNX folder under `onnx/`, or both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Contents:
     """An adapter, an ONNX folder, or both of one adapter; checked.
 
     Args:
-        files: what there is, by path in a repository, without the card.
+        files: by path in a repository, without the card.
         adapter: None if there is none.
         onnx: the manifest of the ONNX folder; None if there is none.
         training: `training.json`.
@@ -45,7 +45,7 @@ class Contents:
 
     @property
     def fingerprint(self) -> str:
-        """Of the adapter, which memories are bound to."""
+        """The adapter's fingerprint, which memories are bound to."""
         if self.adapter is not None:
             return self.adapter.fingerprint
         assert self.onnx is not None  # there is one of the two
@@ -53,13 +53,11 @@ class Contents:
 
     @property
     def parts(self) -> list[str]:
-        """What there is, in words."""
+        """Names of the parts, for messages."""
         return [*(["adapter"] if self.adapter else []), *(["ONNX folder"] if self.onnx else [])]
 
-    def beside(self, other: Contents) -> Contents:
-        """These, and of `other` the part that is missing here, if it is of the same adapter."""
-        if other.fingerprint != self.fingerprint:
-            return self
+    def completed_by(self, other: Contents) -> Contents:
+        """Return these contents with the part that only `other` has, which must be of the same adapter."""
         return replace(
             self,
             adapter=self.adapter or other.adapter,
@@ -78,25 +76,27 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
         evaluation: what `deltamem eval --out` wrote, if it is not in `folder`.
 
     Raises:
-        HubError: it holds neither, or parts of two adapters; or the evaluation is of another one.
-        AdapterError, ExportError, DataError: a part is damaged.
+        HubError: the folder has neither part, or parts of two adapters; or the evaluation is of another adapter.
+        AdapterError: the adapter is damaged.
+        ExportError: the ONNX folder is damaged.
+        DataError: the evaluation is damaged.
     """
     if not folder.is_dir():
-        raise HubError(f"There is no folder {folder}.", "", "Give an adapter folder or an ONNX folder.")
+        raise HubError(f"Folder {folder} not found.", "", "Pass an adapter folder or an ONNX folder.")
     adapter = read_adapter(folder) if (folder / CONFIG_FILE).is_file() else None
     inside = [place for place in (folder, folder / ONNX_FOLDER) if (place / contract.MANIFEST_FILE).is_file()]
     place = onnx or next(iter(inside), None)
     manifest = None if place is None else check_onnx_folder(place)
     if adapter is None and manifest is None:
         raise HubError(
-            f"{folder} holds no adapter and no ONNX folder.",
-            f"It has no {CONFIG_FILE} and no {contract.MANIFEST_FILE}.",
-            "Make one with `deltamem train` or `deltamem export`.",
+            f"{folder} contains no adapter and no ONNX folder.",
+            f"It has neither {CONFIG_FILE} nor {contract.MANIFEST_FILE}.",
+            "Create one with `deltamem train` or `deltamem export`.",
         )
     if adapter is not None and manifest is not None and adapter.fingerprint != manifest.adapter:
         raise HubError(
             f"{place} was not exported from the adapter in {folder}.",
-            "A memory of one would be refused by the other.",
+            "A memory file works with one of them only.",
             "Export the adapter again, or push the two to different repositories.",
         )
     files: dict[str, Path | bytes] = {}
@@ -105,22 +105,22 @@ def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | Non
     if manifest is not None and place is not None:
         files |= {f"{ONNX_FOLDER}/{name}": place / name for name in contract.FILES if (place / name).is_file()}
     scores = evaluation or folder / EVALUATION_FILE
-    said = read_evaluation(scores) if evaluation is not None or scores.is_file() else None
+    results = read_evaluation(scores) if evaluation is not None or scores.is_file() else None
     card = folder / CARD_FILE
     contents = Contents(
         files,
         adapter,
         manifest,
         _json(folder / SUMMARY_FILE) if adapter is not None else None,
-        said,
+        results,
         card.read_bytes() if card.is_file() else None,
     )
-    if said is not None:
+    if results is not None:
         files[EVALUATION_FILE] = scores
-        if said["adapter"] != contents.fingerprint:
+        if results["adapter"] != contents.fingerprint:
             raise HubError(
                 f"{scores} is the evaluation of another adapter.",
-                "",
+                "The model card would show figures that are not this adapter's.",
                 "Evaluate this one: `deltamem eval ADAPTER --out evaluation.json`.",
             )
     return contents
@@ -130,9 +130,9 @@ def _json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        said = read_json(file)
+        content = read_json(file)
     except ValueError as error:
         raise DeltaMemError(f"{file} is not JSON.", f"{error}.", "Remove it, or train again.") from error
-    if not isinstance(said, dict):
-        raise DeltaMemError(f"{file} is no JSON object.", "", "Remove it, or train again.")
-    return said
+    if not isinstance(content, dict):
+        raise DeltaMemError(f"{file} is not a JSON object.", "", "Remove it, or train again.")
+    return content

@@ -1,4 +1,4 @@
-"""Which base model others are told of: a name on the Hub, never a path of this machine."""
+"""The base model's name in a repository: a Hub id, never a path of this machine."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ _CACHED = "models--"  # how the Hub's cache begins the name of a model's folder
 
 
 class Base(NamedTuple):
-    name: str | None  # Hub id, or what the package calls it; None if nobody has said
+    """A base model as others find it."""
+
+    name: str | None  # a Hub id or a `builtin:` name; None if unknown
     revision: str | None  # commit on the Hub
 
 
-def with_public_base(contents: Contents, said: str | None) -> tuple[Contents, Base]:
-    """`contents` whose files name the base model as others find it, and that name.
+def with_public_base(contents: Contents, base_model: str | None) -> tuple[Contents, Base]:
+    """Return `contents` whose files name the base model as others find it, and that base.
 
     Args:
         contents: of a folder here.
-        said: `OWNER/NAME` or `OWNER/NAME@REVISION`; by default what the adapter records.
+        base_model: `OWNER/NAME` or `OWNER/NAME@REVISION`; by default what the adapter records.
 
     Raises:
-        HubError: nobody has said where on the Hub the base model of an adapter is.
+        HubError: the adapter does not record where on the Hub its base model is, and `base_model` is None.
     """
-    base = _public_base(contents, said)
+    base = _public_base(contents, base_model)
     files, adapter, manifest = dict(contents.files), contents.adapter, contents.onnx
     if adapter is not None and base != (adapter.base.name, adapter.base.revision):
-        assert base.name is not None  # an adapter without one is refused
+        assert base.name is not None
         renamed = {"name": base.name, "revision": base.revision}
         files[CONFIG_FILE] = _changed(files[CONFIG_FILE], lambda content: content["base"].update(renamed))
         adapter = replace(adapter, base=replace(adapter.base, name=base.name, revision=base.revision))
@@ -48,10 +50,10 @@ def with_public_base(contents: Contents, said: str | None) -> tuple[Contents, Ba
     return replace(contents, files=files, adapter=adapter, onnx=manifest), base
 
 
-def _public_base(contents: Contents, said: str | None) -> Base:
+def _public_base(contents: Contents, base_model: str | None) -> Base:
     recorded = _recorded(contents)
-    if said is not None:
-        hub = on_hub(said)
+    if base_model is not None:
+        hub = on_hub(base_model)
         name = short_name(hub)
         return Base(name, hub.revision or (recorded.revision if name == recorded.name else None))
     if recorded.name is not None and (recorded.name.startswith(BUILTIN) or recorded.revision or not contents.adapter):
@@ -59,31 +61,31 @@ def _public_base(contents: Contents, said: str | None) -> Base:
     if contents.adapter is None:
         return Base(None, None)
     raise HubError(
-        "Others could not find the base model of this adapter.",
-        "It was made for a folder on this machine, or for a model that has not been saved.",
-        "Say where on the Hub that model is: --base-model OWNER/NAME, or OWNER/NAME@REVISION.",
+        "The adapter does not name its base model on the Hub, so others could not find it.",
+        "The adapter was created for a folder on this machine, or for a model that was not saved.",
+        "Pass the base model's Hub id: --base-model OWNER/NAME, or OWNER/NAME@REVISION.",
     )
 
 
 def _recorded(contents: Contents) -> Base:
-    """What the files say; a folder of the Hub's cache as the name that it stands for, any other folder as nothing."""
+    """What the files record; a folder of the Hub's cache becomes its Hub id, any other folder None."""
     if contents.adapter is not None:
         name, revision = contents.adapter.base.name, contents.adapter.base.revision
     else:
         assert contents.onnx is not None  # there is one of the two
         name, revision = contents.onnx.base_model or "", None
     path = Path(name)
-    for place in (path, *path.parents) if path.is_absolute() else ():
-        owner_and_name = place.name.removeprefix(_CACHED).split("--")
-        if place.name.startswith(_CACHED) and len(owner_and_name) == 2:
-            commits = [part for part in path.relative_to(place).parts if REGEX_COMMIT_OID.fullmatch(part)]
+    for folder in (path, *path.parents) if path.is_absolute() else ():
+        owner_and_name = folder.name.removeprefix(_CACHED).split("--")
+        if folder.name.startswith(_CACHED) and len(owner_and_name) == 2:
+            commits = [part for part in path.relative_to(folder).parts if REGEX_COMMIT_OID.fullmatch(part)]
             return Base("/".join(owner_and_name), commits[0] if commits else revision)
     is_name = name.startswith(BUILTIN) or is_hub_path(name) or (name.count("/") == 1 and not path.exists())
     return Base(name, revision) if is_name else Base(None, None)
 
 
 def _changed(file: Path | bytes, change: Callable[[Any], Any]) -> bytes:
-    """A file of JSON after `change` of its content."""
+    """Return a JSON file's bytes after `change` of its content."""
     content = json.loads(file if isinstance(file, bytes) else file.read_text(encoding="utf-8"))
     change(content)
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -14,58 +14,68 @@ from deltamem_tool.io.names import commit_of, fetch, on_hub
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """What came."""
+class PullResult:
+    """What was fetched.
 
-    path: Path  # `out`, or the folder in the Hub's cache
+    Args:
+        path: `out`, or the folder in the Hub's cache.
+        commit: of the repository.
+        contents: the adapter, the ONNX folder, or both.
+    """
+
+    path: Path
     commit: str | None
     contents: Contents
 
 
-def pull(repo_id: str, revision: str | None = None, out: str | Path | None = None, overwrite: bool = False) -> Pulled:
-    """Fetch what the repository holds of ours into the Hub's cache; nothing else of it comes, code least of all.
+def pull(
+    repo_id: str, revision: str | None = None, out: str | Path | None = None, overwrite: bool = False
+) -> PullResult:
+    """Fetch the adapter and the ONNX folder of a repository into the Hub's cache, and no other file.
 
     Args:
         repo_id: `owner/name`, perhaps with `@revision`.
-        revision: branch, tag or commit, if `repo_id` does not say it.
-        out: a folder to copy it to, whole or not at all.
-        overwrite: replace `out` if it is there.
+        revision: branch, tag or commit, if `repo_id` does not name it.
+        out: a folder to copy them to, all or none.
+        overwrite: replace `out` if it exists.
 
     Raises:
-        HubError: the Hub does not give it, or it holds nothing of ours.
-        AdapterError, ExportError, DataError: a part is damaged; `out` was not written.
+        HubError: the repository cannot be read, or contains neither part.
+        AdapterError: the adapter is damaged; `out` was not written.
+        ExportError: the ONNX folder is damaged; `out` was not written.
+        DataError: the evaluation is damaged; `out` was not written.
     """
     if out is not None:
         check_overwrite(out, overwrite)
     folder = fetch(on_hub(repo_id, revision), REPO_FILES, "repository")
-    if not folder.is_dir():  # nothing of it was wanted
-        raise HubError(f"{repo_id} holds no adapter and no ONNX folder.", "", "Check the name and the revision.")
-    _refuse_damaged(folder, repo_id)
+    if not folder.is_dir():  # no file was fetched
+        raise HubError(f"{repo_id} contains no adapter and no ONNX folder.", "", "Check the name and the revision.")
+    _check_files(folder, repo_id)
     contents = read_contents(folder)
     if out is None:
-        return Pulled(folder, commit_of(folder), contents)
+        return PullResult(folder, commit_of(folder), contents)
     with folder_whole(out, overwrite) as staged:
         card = {CARD_FILE: folder / CARD_FILE} if (folder / CARD_FILE).is_file() else {}
         for path, file in {**contents.files, **card}.items():
-            assert isinstance(file, Path)  # nothing of it has been changed
+            assert isinstance(file, Path)
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, staged / path)
-    return Pulled(Path(out), commit_of(folder), contents)
+    return PullResult(Path(out), commit_of(folder), contents)
 
 
-def _refuse_damaged(folder: Path, repo_id: str) -> None:
-    """Raise if a file is not what the Hub has: its client looks at sizes alone. What is damaged leaves the cache."""
+def _check_files(folder: Path, repo_id: str) -> None:
+    """Raise if a file does not have the Hub's hash; its client compares only sizes. Damaged files leave the cache."""
     for file in sorted(folder.rglob("*")):
-        blob = file.resolve()  # in the cache: its name is the hash of its content, by SHA-256 if it is a large file
+        blob = file.resolve()  # named by its hash: SHA-256 of a large file, or else git's
         if not file.is_symlink() or len(blob.name) not in (40, 64):
             continue
         with blob.open("rb") as content:
-            found = sha_fileobj(content).hex() if len(blob.name) == 64 else git_hash(content.read())
-        if found != blob.name:
+            digest = sha_fileobj(content).hex() if len(blob.name) == 64 else git_hash(content.read())
+        if digest != blob.name:
             blob.unlink()
             file.unlink()
             raise HubError(
                 f"{file.name} of {repo_id} is not what the Hub has.",
-                "It was damaged on its way, or in the cache here; there it has been removed.",
+                "It was damaged during the download or in the cache, from which it has been removed.",
                 "Pull again.",
             )

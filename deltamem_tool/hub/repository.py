@@ -1,4 +1,4 @@
-"""A repository of the Hub as a push meets it: looked at, compared, made, and changed by one commit."""
+"""A repository of the Hub, as a push reads, compares, creates and changes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIBRARY = "deltamem-tool"
 MAIN = "main"
 NEW, CHANGED, SAME, DELETED = "new", "changed", "same", "deleted"
 Files = Mapping[str, Path | bytes]  # by path in the repository
-_FROM_THE_START = {".gitattributes"}  # what a repository holds that has just been made
+_FROM_THE_START = {".gitattributes"}  # files of a new repository
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,40 @@ class Change:
 
 
 @dataclass(frozen=True)
-class There:
-    """What is at the head of a branch."""
+class RemoteTree:
+    """The head of a branch.
 
-    commit: str | None  # None: there is no such repository
+    Args:
+        commit: None if the repository does not exist.
+        has_branch: whether the branch exists; if not, the head is that of `main`.
+        is_private: whether the repository is private.
+        files: by path.
+    """
+
+    commit: str | None
     has_branch: bool = False
     is_private: bool = False
     files: Mapping[str, RepoFile] = field(default_factory=dict)
 
     def change(self, path: str, content: Path | bytes) -> Change:
-        """What a file here would do to the one there, which is known by the hash of its bytes."""
+        """Compare a local file with the one at `path`, by the hash of its bytes."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         old = self.files.get(path)
         kind = NEW if old is None else SAME if _is_same(content, size, old) else CHANGED
         return Change(path, size, kind)
 
 
-def _is_same(content: Path | bytes, size: int, there: RepoFile) -> bool:
-    if size != there.size:
+def _is_same(content: Path | bytes, size: int, remote: RepoFile) -> bool:
+    if size != remote.size:
         return False
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-        if there.lfs is not None:
-            return sha_fileobj(file).hex() == there.lfs.sha256
-        return git_hash(file.read()) == there.blob_id
+        if remote.lfs is not None:
+            return bool(sha_fileobj(file).hex() == remote.lfs.sha256)
+        return bool(git_hash(file.read()) == remote.blob_id)
 
 
 class Repository:
-    """`branch` of the repository `repo_id`, and how to change it; with `create_pr`, by a pull request to it."""
+    """A branch of a repository; with `create_pr`, changes become a pull request to it."""
 
     def __init__(self, repo_id: str, branch: str = MAIN, create_pr: bool = False) -> None:
         self.repo_id, self.branch, self.create_pr = repo_id, branch, create_pr
@@ -67,15 +74,15 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Where a reader meets it."""
-        place = f"{self._api.endpoint}/{self.repo_id}"
-        return place if self.branch == MAIN else f"{place}/tree/{self.branch}"
+        """The page of the branch."""
+        url = f"{self._api.endpoint}/{self.repo_id}"
+        return url if self.branch == MAIN else f"{url}/tree/{self.branch}"
 
-    def look(self) -> There:
-        """What is there now.
+    def read(self) -> RemoteTree:
+        """Return the head of the branch.
 
         Raises:
-            HubError: the Hub does not say.
+            HubError: it cannot be read.
         """
         try:
             has_branch = True
@@ -88,57 +95,61 @@ class Repository:
             entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha)
             files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         except RepositoryNotFoundError:
-            return There(None)
+            return RemoteTree(None)
         except CLIENT_ERRORS as error:
             raise hub_error(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
-        return There(info.sha, has_branch, bool(getattr(info, "private", False)), files)
+        return RemoteTree(info.sha, has_branch, bool(getattr(info, "private", False)), files)
 
     def _info(self, revision: str) -> ModelInfo:
-        # Without a time of ours the client would wait for ever.
+        # Without a timeout the client would wait forever.
         return self._api.model_info(self.repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
-    def content(self, path: str, there: There) -> bytes | None:
-        """Of a file that is there; None if it is not."""
-        if path not in there.files:
+    def content(self, path: str, remote: RemoteTree) -> bytes | None:
+        """Return the bytes of a file; None if it does not exist.
+
+        Raises:
+            HubError: it cannot be fetched.
+        """
+        if path not in remote.files:
             return None
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
-                file = self._api.hf_hub_download(self.repo_id, path, revision=there.commit, local_dir=folder)
+                file = self._api.hf_hub_download(self.repo_id, path, revision=remote.commit, local_dir=folder)
             except CLIENT_ERRORS as error:
                 raise hub_error(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
             return Path(file).read_bytes()
 
-    def create(self, there: There, private: bool) -> There:
-        """Make what is missing, the repository or the branch; what is there then.
+    def create(self, remote: RemoteTree, private: bool) -> RemoteTree:
+        """Create the repository or the branch where it is missing, and return its head.
 
         Raises:
-            HubError: the Hub does not let you, or somebody else was faster.
+            HubError: the Hub does not allow it, or somebody else created the repository at the same time.
         """
-        what = self.repo_id if there.commit is None else f"The branch {self.branch} of {self.repo_id}"
+        what = self.repo_id if remote.commit is None else f"The branch {self.branch} of {self.repo_id}"
         try:
-            if there.commit is None:
+            if remote.commit is None:
                 self._api.create_repo(self.repo_id, private=private or None)
-            if self.branch != MAIN and not there.has_branch:
-                self._api.create_branch(self.repo_id, branch=self.branch, revision=there.commit)
+            if self.branch != MAIN and not remote.has_branch:
+                self._api.create_branch(self.repo_id, branch=self.branch, revision=remote.commit)
         except CLIENT_ERRORS as error:
-            what = f"{what} cannot be made. None of your files was sent."
+            what = f"{what} cannot be created. None of your files was sent."
             raise hub_error(error, self.repo_id, what, writing=True) from error
-        if there.commit is not None:  # the commit shall follow the one that the files were compared with
-            return replace(there, has_branch=True)
-        now = self.look()
+        if remote.commit is not None:  # the parent of the new commit is the one that the files were compared with
+            return replace(remote, has_branch=True)
+        now = self.read()
         if now.files.keys() - _FROM_THE_START:
             raise HubError(
-                f"{self.repo_id} has been made meanwhile, by somebody else too.",
-                "None of your files was sent.",
-                "Look at what is there, and push again.",
+                f"{self.repo_id} was created by somebody else at the same time. None of your files was sent.",
+                "It already contains other files.",
+                "Look at them, and push again.",
             )
         return now
 
-    def commit(self, files: Files, changes: Sequence[Change], there: There, message: str) -> tuple[str, str]:
-        """Make the commit, if the branch is still as it was `there`; its id, and where to look at it.
+    def commit(self, files: Files, changes: Sequence[Change], remote: RemoteTree, message: str) -> tuple[str, str]:
+        """Make the commit, if the branch still has the head `remote`; return its id and its page.
 
         Raises:
-            HubError: nothing has changed there; or it is not known, which is said.
+            HubError: the commit was not made, or the Hub's answer was lost; the message says which.
         """
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         for change in changes:
@@ -153,52 +164,52 @@ class Repository:
                 commit_message=message,
                 revision=self.branch,
                 create_pr=self.create_pr,
-                parent_commit=there.commit,
+                parent_commit=remote.commit,
             )
         except CLIENT_ERRORS as error:
-            if refused := system_error(error):
-                raise refused from error
+            if local := system_error(error):
+                raise local from error
             is_lost = may_have_landed(error)
-            commit = self._landed(files, changes, there) if is_lost else None
+            commit = self._landed(files, changes, remote) if is_lost else None
             if commit is not None:
                 return commit, self.url
-            what = "The Hub's answer was lost: so far {} holds" if is_lost else "{} has not been changed: it holds"
+            what = "The Hub's answer was lost: so far {} has" if is_lost else "{} has not been changed: it has"
             what = f"{what.format(self.repo_id)} nothing of this push."
             raise hub_error(error, self.repo_id, what, writing=True) from error
         return info.oid, info.pr_url or self.url
 
-    def _landed(self, files: Files, changes: Sequence[Change], there: There) -> str | None:
-        """The commit, if it was made although the answer to it was lost.
+    def _landed(self, files: Files, changes: Sequence[Change], remote: RemoteTree) -> str | None:
+        """Return the commit if it was made although the answer was lost, or None.
 
         Raises:
-            HubError: that cannot be found out.
+            HubError: the Hub does not tell which.
         """
         if self.create_pr:
             raise HubError(
-                f"The answer of the Hub was lost: a pull request to {self.repo_id} may be there, or not.",
+                f"The answer of the Hub was lost: a pull request to {self.repo_id} may have been made, or not.",
                 "Nothing else has changed.",
                 f"Look at {self._api.endpoint}/{self.repo_id}/discussions before you push again.",
             )
         try:
-            now = self.look()
+            now = self.read()
         except HubError as error:
             raise HubError(
-                f"The Hub's answer was lost: {self.repo_id} holds this push as a whole, or nothing of it.",
+                f"The Hub's answer was lost: {self.repo_id} has all of this push, or nothing of it.",
                 error.why,
-                "Push again: it finds what is there, and sends only what is not.",
+                "Push again: only what is missing is sent.",
             ) from error
-        if now.commit == there.commit:
+        if now.commit == remote.commit:
             return None
-        holds = [
+        applied = [
             change.path not in now.files
             if change.kind == DELETED
             else now.change(change.path, files[change.path]).kind == SAME
             for change in changes
         ]
-        if not all(holds):
+        if not all(applied):
             raise HubError(
                 f"The Hub's answer was lost, and somebody else has changed {self.repo_id} meanwhile.",
-                "This push is among its commits as a whole, or not at all.",
+                "All of this push is among its commits, or nothing of it.",
                 f"Look at {self._api.endpoint}/{self.repo_id}/commits/{self.branch}, and push again.",
             )
         return now.commit

@@ -1,4 +1,4 @@
-"""The model card: what is known is there and is right, and words of the user's stay."""
+"""The model card: what is contents is there and is right, and words of the user's stay."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ REPO = "someone/memory"
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory) -> Contents:
-    root = tmp_path_factory.mktemp("known")
+def contents(tmp_path_factory) -> Contents:
+    root = tmp_path_factory.mktemp("contents")
     folder = evaluated(trained(adapter_folder(root / "adapter"), data="someone/talks"))
     return read_contents(folder, onnx_folder(root / "graph"))
 
 
-def card(known: Contents, old: str | None = None, license: str | None = None, base: Base | None = None) -> str:
-    return write_card(known, REPO, base or Base(BASE, COMMIT), old and old.encode(), license).decode()
+def card(contents: Contents, old: str | None = None, license: str | None = None, base: Base | None = None) -> str:
+    return write_card(contents, REPO, base or Base(BASE, COMMIT), old and old.encode(), license).decode()
 
 
-def test_what_is_known_is_said(known):
-    text = card(known, license="mit")
+def test_what_is_known_is_said(contents):
+    text = card(contents, license="mit")
     for said in (
         "98,432 parameters",
         f"[{BASE}](https://huggingface.co/{BASE}) (revision `{COMMIT}`)",
@@ -54,9 +54,9 @@ def test_what_is_known_is_said(known):
         assert said in text, said
 
 
-def test_metadata_is_the_hubs(known, tmp_path):
+def test_metadata_is_the_hubs(contents, tmp_path):
     """As `huggingface_hub` reads it back, the results of every number of facts apart from each other."""
-    (tmp_path / "README.md").write_text(card(known, license="mit"))
+    (tmp_path / "README.md").write_text(card(contents, license="mit"))
     said = metadata_load(tmp_path / "README.md")
     assert said["base_model"] == BASE and said["base_model_relation"] == "adapter"
     assert said["library_name"] == "deltamem-tool" and said["pipeline_tag"] == "text-generation"
@@ -78,24 +78,24 @@ def test_what_is_not_known_is_not_said(tmp_path):
     assert "base_model" not in metadata_load(_written(tmp_path, builtin)) and "767 words" in builtin
     graph = read_contents(onnx_folder(tmp_path / "graph"))
     of_graph = card(graph, base=Base(None, None))
-    assert "deltamem.load" not in of_graph and "nobody has named" in of_graph and "**4,096 bytes**" in of_graph
+    assert "deltamem.load" not in of_graph and "that is not named" in of_graph and "**4,096 bytes**" in of_graph
     assert "base_model" not in metadata_load(_written(tmp_path, of_graph))
 
 
-def test_words_of_the_users_stay(known):
+def test_words_of_the_users_stay(contents):
     own = "---\nlanguage: de\nlicense: cc-by-4.0\ntags:\n- mine\n---\n\n# Ours\n\nWhy we made it.\n"
-    first = card(known, own)
+    first = card(contents, own)
     assert first.endswith(f"{END}\n") and "# Ours\n\nWhy we made it.\n" in first
     edited = first.replace("Why we made it.", "Because.") + "\nThanks to all.\n"
-    second = card(known, edited.replace("98,432 parameters", "1 parameter"))
+    second = card(contents, edited.replace("98,432 parameters", "1 parameter"))
     assert second == edited and second.count(BEGIN) == 1
     said = yaml.safe_load(second.split("---\n")[1])
     assert said["language"] == "de" and said["license"] == "cc-by-4.0" and said["tags"][0] == "mine"
     assert len(said["tags"]) == len(set(said["tags"]))
-    assert "license: mit" in card(known, second, license="mit")
+    assert "license: mit" in card(contents, second, license="mit")
 
 
-def test_results_of_others_stay(known):
+def test_results_of_others_stay(contents):
     others = [
         {
             "name": "Ours",
@@ -108,18 +108,18 @@ def test_results_of_others_stay(known):
             ],
         }
     ]
-    text = card(known, f"---\nmodel-index: {json.dumps(others)}\n---\n# Ours\n")
+    text = card(contents, f"---\nmodel-index: {json.dumps(others)}\n---\n# Ours\n")
     index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]
     assert index["name"] == "Ours" and len(index["results"]) == 3
     assert index["results"][0]["dataset"]["type"] == "locomo"
-    assert card(known, text) == text
+    assert card(contents, text) == text
 
 
-def test_lines_that_end_as_on_windows(known):
+def test_lines_that_end_as_on_windows(contents):
     own = "---\r\nlicense: mit\r\n---\r\n\r\n# Ours\r\n\r\nWhy.\r\n"
-    text = card(known, own)
+    text = card(contents, own)
     assert "# Ours\r\n\r\nWhy.\r\n" in text and "license: mit" in text
-    assert card(known, text) == text
+    assert card(contents, text) == text
 
 
 @pytest.mark.parametrize(
@@ -133,19 +133,19 @@ def test_lines_that_end_as_on_windows(known):
     ],
     ids=["no end", "end first", "twice", "no YAML", "a list"],
 )
-def test_a_card_that_is_broken_is_refused(known, old):
+def test_a_card_that_is_broken_is_refused(contents, old):
     with pytest.raises(HubError, match=r"README.md"):
-        card(known, old)
+        card(contents, old)
 
 
-def test_a_card_in_another_encoding_is_refused(known):
+def test_a_card_in_another_encoding_is_refused(contents):
     with pytest.raises(HubError, match=r"README.md"):
-        write_card(known, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
+        write_card(contents, REPO, Base(BASE, COMMIT), "# Für alle\n".encode("latin-1"), None)
 
 
-def test_bars_in_values_do_not_break_tables(known):
+def test_bars_in_values_do_not_break_tables(contents):
     training = {"recipe": {"data.path": "a|b\nc"}, "steps": 3}
-    text = card(Contents(known.files, known.adapter, None, training))
+    text = card(Contents(contents.files, contents.adapter, None, training))
     assert "| data | a\\|b c |" in text
 
 

@@ -18,7 +18,7 @@ from httpx2 import Client
 from huggingface_hub.utils import _http
 
 from deltamem_tool.errors import HubError
-from deltamem_tool.hub.push import Pushed, push
+from deltamem_tool.hub.push import PushResult, push
 
 REPO = "someone/memory"
 OLD = {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "deltamem.safetensors": b"old" * 9, "notes.md": b"mine"}
@@ -199,7 +199,9 @@ def test_a_commit_whose_answer_is_lost_and_nobody_to_ask(at_hub, adapter):
     at_hub.fail("/commit/", lose_answer())
     at_hub.fail(lambda request: request.matches(LOOK) and bool(at_hub.asked("/commit/")), answer(503), times=None)
     error = refused(adapter)
-    assert "answer was lost" in error.what and "as a whole, or nothing" in error.what and "Push again" in error.next
+    assert (
+        "answer was lost" in error.what and "all of this push, or nothing" in error.what and "Push again" in error.next
+    )
     at_hub.faults.clear()
     at_hub.requests.clear()
     assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
@@ -229,7 +231,7 @@ def test_a_lost_pull_request(at_hub, adapter):
     new = finished(at_hub, adapter)
     at_hub.fail("/commit/", lose_answer())
     error = refused(adapter, create_pr=True)
-    assert "may be there, or not" in error.what and "/discussions" in error.next
+    assert "may have been made, or not" in error.what and "/discussions" in error.next
     assert files(at_hub) == OLD and at_hub.files_at(REPO, "refs/pr/1") == new
 
 
@@ -247,7 +249,7 @@ def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
         return answer(request)
 
     monkeypatch.setattr(at_hub, "answer", answer_both)
-    ended: dict[int, Pushed | HubError] = {}
+    ended: dict[int, PushResult | HubError] = {}
 
     def run(which: int) -> None:
         try:
@@ -260,7 +262,7 @@ def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
         thread.start()
     for thread in threads:
         thread.join()
-    (winner,) = [which for which, end in ended.items() if isinstance(end, Pushed)]
+    (winner,) = [which for which, end in ended.items() if isinstance(end, PushResult)]
     told = ended[1 - winner]
     assert files(at_hub) == new[winner] and isinstance(told, HubError)
     assert "changed meanwhile" in told.why and "push again" in told.next
@@ -286,7 +288,7 @@ def test_a_repository_that_others_make_meanwhile(at_hub, adapter, monkeypatch):
     start_anew(at_hub, None)
     looks = iter([False, True])
     when(at_hub, monkeypatch, lambda r: r.matches(LOOK) and next(looks), lambda: at_hub.add_repo(REPO, theirs))
-    assert "made meanwhile" in refused(adapter).what and files(at_hub) == theirs
+    assert "created by somebody else" in refused(adapter).what and files(at_hub) == theirs
 
 
 def test_the_other_part_that_cannot_be_fetched(at_hub, adapter, tmp_path):
