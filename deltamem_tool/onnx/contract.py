@@ -94,7 +94,9 @@ LOGITS = ("last", "all")  # the last position's alone, or every position's
 
 INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16", "bfloat16"
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)  # of keys and values
-BATCH, TOKENS, PAST_TOKENS, ALL_TOKENS = "batch", "tokens", "past", "past + tokens"  # axes that vary
+# Axes that vary, by the names of the ecosystem. No runtime looks at them: folders with other names stay readable.
+BATCH, TOKENS = "batch_size", "sequence_length"
+PAST_TOKENS, ALL_TOKENS = "past_sequence_length", "total_sequence_length"
 Shape = tuple[int | str, ...]
 
 MAX_VOCABULARY = 2**22  # the largest are of 2**18
@@ -105,8 +107,13 @@ MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1  # `DeltaMemConfig.segment_widt
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: heads and width of its keys and of its values, and the `(H, R, R)` of its memory; None for
-    what it has not."""
+    """One decoder layer.
+
+    Args:
+        key: number of heads and width of its keys; None where it keeps none.
+        value: the same of its values.
+        state: `(H, R, R)` of its memory; None where it has none.
+    """
 
     key: tuple[int, int] | None
     value: tuple[int, int] | None
@@ -195,22 +202,23 @@ class Interface:
         outputs: Mapping[str, tuple[str, list[Any]]],
         defaults: Mapping[str, tuple[str, list[Any]]],
     ) -> None:
-        """Compare with the (type, shape) that a loaded graph reports of its inputs, of its outputs, and of its inputs
-        that have a default; a dimension that is no integer varies.
+        """Check what a loaded graph reports of its inputs, its outputs, and its inputs that have a default.
+
+        Each is a type and a shape by name; a dimension that is not an integer varies.
 
         Raises:
-            ExportError: a name, a type, or a fixed dimension differs.
+            ExportError: a name, a type or a fixed dimension differs.
         """
-        for kind, expected, found in (
+        for kind, expected, actual in (
             ("input", self.inputs(), inputs),
             ("output", self.outputs(), outputs),
             ("input with a default", self.defaults(), defaults),
         ):
-            wrong = [f"no {kind} {name!r}" for name in expected if name not in found]
-            wrong += [f"an unexpected {kind} {name!r}" for name in found if name not in expected]
-            for name in expected.keys() & found.keys():
-                if not _fits(expected[name], found[name]):
-                    wrong.append(f"the {kind} {name!r} is {found[name]}, not {expected[name]}")
+            wrong = [f"no {kind} {name!r}" for name in expected if name not in actual]
+            wrong += [f"an unexpected {kind} {name!r}" for name in actual if name not in expected]
+            for name in expected.keys() & actual.keys():
+                if not _fits(expected[name], actual[name]):
+                    wrong.append(f"the {kind} {name!r} is {actual[name]}, not {expected[name]}")
             if wrong:
                 raise _disagreement(f"The graph has {'; '.join(sorted(wrong)[:3])}")
 
@@ -245,28 +253,29 @@ class Manifest:
     packages: dict[str, str]
 
     def to_json(self) -> str:
+        """The text of the file."""
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """`from_json` of a folder's."""
+        """Read the manifest of a folder, as `from_json`."""
         try:
             text = read_text(folder / MANIFEST_FILE)
         except ValueError as error:
-            raise _disagreement(f"It is no JSON: {error}") from error
+            raise _disagreement(f"It is not valid JSON: {error}") from error
         return cls.from_json(text)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The inverse of `to_json`.
+        """Read the text of the file, the inverse of `to_json`.
 
         Raises:
-            ExportError: not JSON, another format or version, or a field that is missing, unknown or impossible.
+            ExportError: the text is not JSON or of another format or version, or a field is missing or invalid.
         """
         try:
             content = parse_json(text)
         except ValueError as error:
-            raise _disagreement(f"It is no JSON: {error}") from error
+            raise _disagreement(f"It is not valid JSON: {error}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise _disagreement(f"It does not say that its format is {FORMAT!r}")
         version = content.pop("format_version", None)
@@ -299,7 +308,7 @@ class Manifest:
 
 
 def carried_name(prefix: str, layer: int, part: str) -> str:
-    """`past_key_values.0.key`, `present.3.recurrent_state`, …"""
+    """Name a carried tensor: `past_key_values.0.key`, `present.3.recurrent_state`."""
     return f"{prefix}.{layer}.{part}"
 
 
@@ -309,7 +318,7 @@ def past_name(present: str) -> str:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Refuse a folder that lacks a file.
+    """Check that a folder has every file that is required.
 
     Raises:
         ExportError: there is no such folder, or a file is missing.
@@ -318,7 +327,7 @@ def check_folder(folder: str | Path) -> Path:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         why = f"It lacks {', '.join(missing)}." if folder.is_dir() else "There is no such folder."
-        raise ExportError(f"{folder} is no ONNX folder.", why, "Make one with `deltamem export ADAPTER --out DIR`.")
+        raise ExportError(f"{folder} is not an ONNX folder.", why, "Make one with `deltamem export ADAPTER --out DIR`.")
     return folder
 
 
@@ -347,24 +356,23 @@ def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
-    """`content` if its keys are exactly the fields of `cls`."""
+    """The fields of `cls` in `content`; others, which a later release may add within one format, are ignored."""
     if not isinstance(content, dict):
-        raise _disagreement(f"{where} is no JSON object")
-    names = {field.name for field in fields(cls)}
-    if content.keys() != names:
-        raise _disagreement(
-            f"In {where}, {sorted(names - content.keys())} are missing and {sorted(content.keys() - names)} unknown"
-        )
-    return content
+        raise _disagreement(f"{where} is not a JSON object")
+    names = [field.name for field in fields(cls)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise _disagreement(f"In {where}, these fields are missing: {', '.join(missing)}")
+    return {name: content[name] for name in names}
 
 
-def _fits(expected: tuple[str, Shape], found: tuple[str, list[Any]]) -> bool:
-    """One type, one rank, and every number of `expected` there; an axis that varies must not be fixed."""
-    (dtype, shape), (found_dtype, found_shape) = expected, found
-    if dtype != found_dtype or len(shape) != len(found_shape):
+def _fits(expected: tuple[str, Shape], actual: tuple[str, list[Any]]) -> bool:
+    """One type, one rank, and every number of `expected`; an axis that varies must not be fixed."""
+    (dtype, shape), (graph_dtype, graph_shape) = expected, actual
+    if dtype != graph_dtype or len(shape) != len(graph_shape):
         return False
-    for size, found_size in zip(shape, found_shape, strict=True):
-        if isinstance(size, int) != isinstance(found_size, int) or (isinstance(size, int) and size != found_size):
+    for size, graph_size in zip(shape, graph_shape, strict=True):
+        if isinstance(size, int) != isinstance(graph_size, int) or (isinstance(size, int) and size != graph_size):
             return False
     return True
 
@@ -375,11 +383,11 @@ def _is_count(value: Any, most: int) -> bool:
 
 def _require(holds: bool, name: str) -> None:
     if not holds:
-        raise _disagreement(f"Its value for {name} cannot be")
+        raise _disagreement(f"Its value for {name} is not valid")
 
 
 def _of_format(version: Any, packages: Any) -> ExportError:
-    """Of a folder that says that it is of another format, made by `packages`."""
+    """The error for a folder of another format version, written by `packages`."""
     written_by = packages.get("deltamem-tool") if isinstance(packages, dict) else None
     return ExportError(
         f"This ONNX folder is of format {version}.",

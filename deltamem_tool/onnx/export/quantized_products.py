@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
 
 BLOCK_SIZE = 32  # of int4: the smallest that all of ONNX Runtime's kernels take
 INT8_MOST = 64  # of 127: products of 8 by 8 bits overflow the 16-bit sums of x86 processors without VNNI
-INT4_MOST = 15
 
 
 class Int8:
@@ -62,30 +65,19 @@ def int8_of(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def int4_of(weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """As `MatMulNBits` takes them: numbers `[out, blocks, 16]`, two a byte; scales `[out, blocks]` in the type of
-    `weight`; zero points `[out, ⌈blocks / 2⌉]`, two a byte."""
-    rows, columns = weight.shape
-    blocks = -(-rows // BLOCK_SIZE)
-    padded = np.zeros((columns, blocks * BLOCK_SIZE), np.float32)
-    padded[:, :rows] = weight.T
-    values = padded.reshape(columns, blocks, BLOCK_SIZE)
-    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-    scales = ((high - low) / INT4_MOST).astype(weight.dtype)
-    steps = np.where(scales == 0, 1, scales).astype(np.float32)
-    zeros = np.rint(-low / steps).clip(0, INT4_MOST)
-    numbers = np.rint(values / steps[..., None] + zeros[..., None]).clip(0, INT4_MOST)
-    return _packed(numbers), scales, _packed(zeros)
+    """Quantise `weight` `[in, out]` as ONNX Runtime's own quantiser does.
 
-
-def _packed(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Numbers of 4 bits along the last axis, two a byte, the first one low."""
-    numbers = numbers.astype(np.uint8)
-    if numbers.shape[-1] % 2:
-        numbers = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, 1)])
-    return numbers[..., 0::2] | numbers[..., 1::2] << 4
+    Returns:
+        What `MatMulNBits` takes: numbers `[out, blocks, 16]`, two a byte; scales `[out, blocks]` in the type of
+        `weight`; zero points `[out, ⌈blocks / 2⌉]`, two a byte.
+    """
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False)
+    numbers, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight))
+    return numbers, scales, zeros
 
 
 def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+    """Register a constant of the graph."""
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
     value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
     graph.register_initializer(value)

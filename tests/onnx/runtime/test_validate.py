@@ -283,7 +283,6 @@ def change(folder, path, value, file=MANIFEST_FILE):
         ("max_abs_diff", float("nan"), "NaN"),
         ("format_version", 3.0, "of format 3.0"),
         ("format_version", True, "of format True"),
-        ("more", 1, "unknown"),
     ],
 )
 def test_manifests_are_refused(folder, sessions, path, value, says):
