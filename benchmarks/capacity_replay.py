@@ -18,6 +18,7 @@ from torch import Tensor
 from deltamem_tool.config import L2_EPS
 from deltamem_tool.data import dialogues
 from deltamem_tool.evaluation import BATCH_SIZE
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.attach import adapter_of
@@ -56,7 +57,8 @@ class Prototypes:
             values = dialogues.KIND_OF[attribute].values
             facts = [dialogues.Fact(attribute, value) for value in values for _ in range(TELLINGS)]
             items = [_one_fact(rng, fact) for fact in facts]
-            memory = memorise(self._model, self._tokenizer, [item.history for item in items])
+            subject = Subject.of(self._model, self._tokenizer)
+            memory = subject.engine.start(memorise(subject, [item.history for item in items])).memory
             _, readings = read_before_value(self._model, self._tokenizer, items, memory)
             self._known[attribute] = joined(readings).view(len(values), TELLINGS, -1).mean(1)
         return self._known[attribute]

@@ -26,8 +26,9 @@ from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.bench.timing import cpu_name, in_turn
-from deltamem_tool.evaluation.agreement import answer_onnx
-from deltamem_tool.evaluation.scoring.statistics import estimate
+from deltamem_tool.evaluation import MEMORY_ONLY
+from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
+from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.call_options import CallOptions
@@ -71,11 +72,8 @@ def recall(model: OnnxModel, tokenizer: PreTrainedTokenizerBase, episodes: int) 
     """State only, mean and 95 % interval by number of facts."""
     cells = []
     for facts in FACTS:
-        task = Recall((facts,), episodes)
-        items = task.items()
-        answers = answer_onnx(model, tokenizer, items, task.max_new_tokens)
-        scores = [task.score(item, said)["exact"] for item, said in zip(items, answers, strict=True)]
-        score = estimate(scores, [item.history_id for item in items])
+        protocol = EvalProtocol.parse(MEMORY_ONLY)
+        score = evaluate(model, tokenizer, Recall((facts,), episodes), protocol, only=(STATE,)).estimate("exact", STATE)
         cells.append(f"{score.mean:.3f} ({score.low:.2f}–{score.high:.2f})")
     return cells
 

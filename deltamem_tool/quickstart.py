@@ -24,7 +24,6 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.data import dialogues
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.evaluation import EPISODES, MEMORY_ONLY
-from deltamem_tool.evaluation.agreement import answer_onnx
 from deltamem_tool.evaluation.conditions import STATE, EvalProtocol
 from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, evaluation_json, write_evaluation
 from deltamem_tool.evaluation.report.tables import plot_losses, plot_scores
@@ -196,8 +195,10 @@ def _trained(out: Path, seconds: dict[str, float], tell: Report) -> tuple[Adapte
 def _agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, onnx_model: OnnxModel) -> float:
     """The share of held-out episodes on which both runtimes give the same answer."""
     task, protocol = Recall((AGREEMENT_FACTS,), AGREEMENT_EPISODES, seed=1), EvalProtocol.parse(MEMORY_ONLY)
-    in_torch = [record.answer for record in evaluate(model, tokenizer, task, protocol, only=(STATE,)).records]
-    in_onnx = answer_onnx(onnx_model, tokenizer, task.items(), task.max_new_tokens)
+    in_torch, in_onnx = (
+        [record.answer for record in evaluate(each, tokenizer, task, protocol, only=(STATE,)).records]
+        for each in (model, onnx_model)
+    )
     return sum(a == b for a, b in zip(in_torch, in_onnx, strict=True)) / len(in_torch)
 
 

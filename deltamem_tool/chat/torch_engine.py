@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,10 +26,11 @@ from deltamem_tool.segments.tags import SegmentTag
 
 @dataclass(frozen=True)
 class TorchPast:
-    """Keys and values `[B, heads, P, width]` by decoder layer, and the memory."""
+    """Keys and values `[B, heads, P, width]` by decoder layer, the memory, and what other layers keep."""
 
     layers: Mapping[int, tuple[Tensor, Tensor]]
     memory: MemoryState
+    others: Mapping[int, Any] = field(default_factory=dict)
 
 
 class TorchModel:
@@ -37,13 +39,15 @@ class TorchModel:
     Args:
         model: as `deltamem.load` gives it, in eval mode.
         tokenizer: its tokenizer, a fast one.
+        takes_back: whether tokens may be taken out of a past again, as a conversation needs it. Layers that keep more
+            than keys and values cannot do that.
 
     Raises:
         ArchitectureError: the model has no memory, or its layers keep something other than keys and values.
         DataError: the tokenizer is a slow one.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, takes_back: bool = True) -> None:
         adapter = patch_of(model).adapter
         self.model = model
         self.text = ChatText.from_tokenizer(tokenizer)
@@ -54,8 +58,8 @@ class TorchModel:
         self.memory_shape = adapter.memory_shape
         self.max_length: int | None = None
         self._last, self._all = CallOptions(model, "last"), CallOptions(model, "all")
-        for layer in MemoryCache(model).layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        for layer in MemoryCache(model).layers if takes_back else ():
+            if not _keeps_keys_and_values(layer):
                 raise ArchitectureError(
                     f"{type(hf_model(model)).__name__} cannot hold a conversation yet.",
                     f"Its layers keep more than keys and values ({type(layer).__name__}), which cannot be taken back.",
@@ -79,20 +83,25 @@ class TorchModel:
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
         # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again.
-        cache.layers = [DynamicLayer() for _ in cache.layers]
+        cache.layers = [DynamicLayer() if _keeps_keys_and_values(layer) else layer for layer in cache.layers]
+        for index, other in past.others.items():
+            cache.layers[index] = copy.deepcopy(other)
         for index, (keys, values) in past.layers.items():
             fill(cast(DynamicLayer, cache.layers[index]), keys, values)
         if segment_end is not None:
             tags = np.where(write_mask, np.where(segment_end, SegmentTag.LAST, SegmentTag.INSIDE), SegmentTag.OUTSIDE)
             cache.segment_tags = torch.from_numpy(tags).to(device, torch.int8)
         logits = (self._all if all_positions else self._last).logits(self.model, ids, mask, cache)
+        others = {index: layer for index, layer in enumerate(cache.layers) if type(layer) is not DynamicLayer}
         layers = {
             index: (layer.keys, layer.values)
             for index, layer in enumerate(cast(list[DynamicLayer], cache.layers))
-            if layer.keys is not None and layer.values is not None
+            if index not in others and layer.keys is not None and layer.values is not None
         }
         assert cache.memory is not None
-        return (logits if all_positions else logits[:, -1]).float().cpu().numpy(), TorchPast(layers, cache.memory)
+        return (logits if all_positions else logits[:, -1]).float().cpu().numpy(), TorchPast(
+            layers, cache.memory, others
+        )
 
     def memory(self, past: TorchPast) -> StoredMemory:
         states, segments = (
@@ -134,3 +143,7 @@ class TorchModel:
             for part in (memory.states, memory.open_segments)
         )
         return MemoryState(states, memory.adapter, segments)
+
+
+def _keeps_keys_and_values(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)

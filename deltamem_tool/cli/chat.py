@@ -58,7 +58,7 @@ def command(
     Example: deltamem chat builtin:adapter --memory me.safetensors
     """
     for_onnx = is_onnx(model)
-    _refuse_options(for_onnx, provider, base, trust_remote_code, device)
+    check_runtime_options(for_onnx, provider, base, trust_remote_code, device)
     if memory_file is not None:
         check_writable(memory_file)
 
@@ -85,7 +85,7 @@ def command(
             sys.exit(1)
 
 
-def _refuse_options(
+def check_runtime_options(
     is_onnx: bool, provider: str | None, base: str | None, trust_remote_code: bool, device: str | None
 ) -> None:
     """Raise if an option is for the other runtime."""

@@ -18,6 +18,8 @@ OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"
 # What is in view before the question.
 NOTHING, WINDOW, ALL, RETRIEVED, TRUNCATED = "nothing", "window", "all", "retrieved", "truncated"
 STATE = "state"  # the condition that all others are compared with
+PYTORCH, ONNX = "pytorch", "onnx"  # runtimes
+NEED_PYTORCH = ("scale_zero", "no_adapter", "lora", "lora_full_context")
 CONTROLS = ("zero_state", "donor_state", "scale_zero")  # the adapter with a wrong memory, or with none to speak of
 
 
@@ -62,14 +64,21 @@ def in_words(name: str) -> str:
 
 
 def conditions_of(
-    protocol: EvalProtocol, retrieved: bool = False, truncate: int | None = None, lora: Lora | None = None
+    protocol: EvalProtocol,
+    retrieved: bool = False,
+    truncate: int | None = None,
+    lora: Lora | None = None,
+    runtime: str = PYTORCH,
 ) -> list[Condition]:
     """The state and its controls, which see what it sees; what the base does with that alone, and with everything.
 
     Args:
+        protocol: what is in view.
         retrieved: also the base model with the passages in view that BM25 finds for the question.
         truncate: also the base model with the last messages within so many tokens in view.
         lora: also the base model with this on it, which sees what the state sees, and everything.
+        runtime: in ONNX Runtime the base model is the graph with a memory of zeros that is not written, so that "no
+            adapter" would be the zero state again; and no weight of a graph can be changed.
     """
     view = protocol.view
     seen = {
@@ -77,40 +86,61 @@ def conditions_of(
         WINDOW: f"the last messages within {protocol.window} tokens, and the question",
         ALL: "everything",
     }
-    shown = seen[view]
-    found = [
+    shown, onnx = seen[view], runtime != PYTORCH
+    without = ZERO if onnx else None
+    base = "a memory of zeros, which corrects nothing" if onnx else "the base model without adapter"
+    conditions = [
         Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),
         Condition(CONTROLS[0], ZERO, view, "the same with the memory set to zeros"),
         Condition(CONTROLS[1], DONOR, view, "the same with the memory of another history"),
-        Condition(CONTROLS[2], SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
-        Condition("no_adapter", None, view, f"the base model without adapter, and {shown}"),
     ]
+    if not onnx:
+        conditions += [
+            Condition(CONTROLS[2], SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
+            Condition("no_adapter", None, view, f"{base}, and {shown}"),
+        ]
     if view != ALL:
-        found.append(Condition("full_context", None, ALL, "the base model without adapter, the whole history in view"))
+        conditions.append(Condition("full_context", without, ALL, f"{base}, the whole history in view"))
     if retrieved:
         budget = f"as many tokens as the window ({protocol.window})" if view == WINDOW else "a few passages"
-        found.append(Condition("bm25", None, RETRIEVED, f"the base model without adapter, {budget} that BM25 finds"))
+        conditions.append(Condition("bm25", without, RETRIEVED, f"{base}, {budget} that BM25 finds"))
     if truncate is not None:
-        meaning = f"the base model without adapter, the last messages within {truncate} tokens in view"
-        found.append(Condition("truncated", None, TRUNCATED, meaning))
+        meaning = f"{base}, the last messages within {truncate} tokens in view"
+        conditions.append(Condition("truncated", without, TRUNCATED, meaning))
     if lora is not None:
+        check_pytorch("lora", runtime)
         base = f"the base model with the LoRA {lora.folder.name}"
-        found.append(Condition("lora", None, view, f"{base}, and {shown}", lora))
+        conditions.append(Condition("lora", None, view, f"{base}, and {shown}", lora))
         if view != ALL:
-            found.append(Condition("lora_full_context", None, ALL, f"{base}, the whole history in view", lora))
-    return found
+            conditions.append(Condition("lora_full_context", None, ALL, f"{base}, the whole history in view", lora))
+    return conditions
 
 
-def chosen(conditions: Sequence[Condition], only: Collection[str] | None) -> list[Condition]:
-    """Those that are named, or all.
+def select(conditions: Sequence[Condition], only: Collection[str] | None, runtime: str = PYTORCH) -> list[Condition]:
+    """The conditions that are named, or all.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or it needs PyTorch.
     """
     known = {condition.name for condition in conditions}
-    unknown = sorted(set(only or ()) - known)
-    if unknown:
+    for name in sorted(set(only or ()) - known):
+        if name in NEED_PYTORCH:
+            check_pytorch(name, runtime)
         raise ConfigError(
-            f"There is no condition {unknown[0]!r}.", f"They are {', '.join(sorted(known))}.", "Name these."
+            f"There is no condition {name!r}.", f"The conditions are {', '.join(sorted(known))}.", "Name these."
         )
     return [condition for condition in conditions if not only or condition.name in only]
+
+
+def check_pytorch(condition: str, runtime: str) -> None:
+    """Refuse a condition that changes weights where the model is an ONNX folder.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if runtime != PYTORCH:
+        raise ConfigError(
+            f"The condition {condition} needs PyTorch.",
+            "It changes the model's weights, and those of an ONNX graph are fixed.",
+            "Evaluate the adapter that was exported, or leave this condition out.",
+        )

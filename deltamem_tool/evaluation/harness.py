@@ -20,7 +20,7 @@ from typing import Any
 from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
-from deltamem_tool.evaluation.conditions import NOTHING, OWN, SCALE_ZERO, STATE, Condition
+from deltamem_tool.evaluation.conditions import NOTHING, OWN, PYTORCH, SCALE_ZERO, STATE, Condition
 from deltamem_tool.evaluation.task import made
 
 
@@ -99,14 +99,23 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     return made(partial(Harness, names), task, options, None)
 
 
-def refuse_histories(protocol: str, baselines: bool) -> None:
-    """
+def check_options(protocol: str, baselines: bool, runtime: str) -> None:
+    """Refuse what tasks of lm-evaluation-harness cannot have.
+
     Args:
+        protocol: its name.
         baselines: whether one that shows a part of the history is wanted.
+        runtime: of the model.
 
     Raises:
-        ConfigError: something is wanted that only a history has.
+        ConfigError: something is wanted that only a history has, or the model is an ONNX folder.
     """
+    if runtime != PYTORCH:
+        raise ConfigError(
+            "Tasks of lm-evaluation-harness need PyTorch.",
+            "The harness asks models of transformers, and this is an ONNX folder.",
+            "Evaluate the adapter that was exported, or choose another task.",
+        )
     if protocol != MEMORY_ONLY or baselines:
         raise ConfigError(
             "Tasks of lm-evaluation-harness have no history.",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.attached import PATCH, hf_model
 from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.decoder_call import is_off
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -41,7 +42,7 @@ class MemoryLM(HFLM):
         bos = False if chat else None
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
         patch = getattr(hf_model(model), PATCH, None)
-        self._granularity = "token" if patch is None else patch.adapter.config.granularity
+        self._granularity = "token" if patch is None or is_off() else patch.adapter.config.granularity
         self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
         self._tell = tell
         self._done = self._of = 0

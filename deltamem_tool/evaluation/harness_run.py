@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
-from deltamem_tool.evaluation.answer import under
-from deltamem_tool.evaluation.conditions import Condition, chosen, in_words
+from deltamem_tool.evaluation.conditions import Condition, in_words, select
 from deltamem_tool.evaluation.harness import Prepared, conditions_of
-from deltamem_tool.evaluation.records import ITEMS, Answered, Record
+from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
+from deltamem_tool.evaluation.subject import under
 
 AS_READ = "as it is read"  # in place of a protocol
 # The harness's remarks on a model that is loaded already, which ours always is.
@@ -64,10 +64,10 @@ def evaluate_harness(
     harness = prepared.harness
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
-    conditions = chosen(conditions_of(lora), only)
+    conditions = select(conditions_of(lora), only)
     said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
     said |= {} if lora is None else {"lora": lora.fingerprint}
-    answered, count = Answered(folder, said), 0
+    answered, count = Records(folder, said), 0
     for condition in conditions:
         for name, documents in prepared.documents.items():
             if all((condition.name, item) in answered for item in documents):

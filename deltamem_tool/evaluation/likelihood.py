@@ -7,30 +7,28 @@ and it would count for more the shorter an answer is.
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.answer import cache_of, under
 from deltamem_tool.evaluation.conditions import Condition
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
+from deltamem_tool.evaluation.subject import Subject, take_rows
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.segments.encode import pad_token, padded
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.segments.encode import padded
 from deltamem_tool.segments.template import ChatTemplate
 
 LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are scored in parts of the batch
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredAnswer:
     """Token ids of a prompt and an answer, and how many of them, the last ones, are the answer's."""
 
     ids: list[int]
@@ -39,21 +37,15 @@ class Scored:
 
 
 def scored_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    items: Mapping[tuple[str, str], Item],
-    prompts: Mapping[tuple[str, str], str],
-    positions: int | None,
-) -> dict[tuple[str, str], Scored]:
-    """Each item's first answer after its prompt, by view and item, as the keys of `items` and `prompts` are.
-
-    Args:
-        tokenizer: a fast one with a chat template.
-        positions: how many the model has; None if it has no limit.
+    subject: Subject, items: Mapping[tuple[str, str], Item], prompts: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str], ScoredAnswer]:
+    """Tokenize each item's first answer after its prompt, by view and item, as the keys of `items` and `prompts` are.
 
     Raises:
         DataError: an answer is too long for the model with its prompt, has no token, has other tokens in one view than
             in another, or the template writes it nowhere; the item is named. Or the tokenizer is a slow one.
     """
+    tokenizer = subject.tokenizer
     template = ChatTemplate.of(tokenizer)
     if not tokenizer.is_fast:
         raise DataError(
@@ -62,22 +54,22 @@ def scored_answers(
             "Use a fast tokenizer.",
         )
     written: dict[str, tuple[str, str]] = {}
-    found: dict[tuple[str, str], Scored] = {}
+    answers: dict[tuple[str, str], ScoredAnswer] = {}
     tokens: dict[str, list[int]] = {}
     for (view, name), item in items.items():
         if name not in written:
             written[name] = _as_written(template, item)
         before, answer = written[name]
-        found[view, name] = scored = _encoded(tokenizer, prompts[view, name] + before, answer, item.where)
-        _refuse_long(scored, positions)
-        own = scored.ids[-scored.answer :]
-        if tokens.setdefault(name, own) != own:
+        answers[view, name] = scored = _encoded(tokenizer, prompts[view, name] + before, answer, item.where)
+        _check_length(scored, subject.positions)
+        answer_ids = scored.ids[-scored.answer :]
+        if tokens.setdefault(name, answer_ids) != answer_ids:
             raise DataError(
                 f"{item.where}: the answer has other tokens in one view than in another.",
-                f"It begins with {tokens[name][:8]} and with {own[:8]}.",
+                f"It begins with {tokens[name][:8]} and with {answer_ids[:8]}.",
                 "Use a tokenizer whose template writes an answer the same way after any history.",
             )
-    return found
+    return answers
 
 
 def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
@@ -95,7 +87,7 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
     return place.before[len(prompt) :], text[len(place.before) : len(text) - len(place.after)]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> Scored:
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:
     encoded = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
     own = sum(end > max(start, len(prompt)) for start, end in encoded["offset_mapping"])
     ids = encoded["input_ids"]
@@ -105,10 +97,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where
             "It has no token of its own." if own == 0 else "Nothing precedes it.",
             "Correct it, or leave it out.",
         )
-    return Scored(ids, own, where)
+    return ScoredAnswer(ids, own, where)
 
 
-def _refuse_long(scored: Scored, positions: int | None) -> None:
+def _check_length(scored: ScoredAnswer, positions: int | None) -> None:
     if positions is not None and len(scored.ids) > positions:
         raise DataError(
             f"{scored.where} is too long for the model: {len(scored.ids)} tokens in view with the answer.",
@@ -117,34 +109,32 @@ def _refuse_long(scored: Scored, positions: int | None) -> None:
         )
 
 
-@torch.no_grad()
 def log_probs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Scored],
-    memory: MemoryState | None,
-    condition: Condition,
+    subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory | None, condition: Condition
 ) -> list[list[float]]:
-    """Of every row, the natural logarithm of the probability of each token of the answer.
+    """Return the natural logarithm of the probability of each token of the answers.
 
     Args:
-        memory: as in `ask`: what the prompt and the answer read. Neither writes.
+        subject: the model.
+        rows: prompts and answers.
+        memory: a row for each of them, which prompt and answer read; neither writes. None for zeros.
+        condition: what the model is like meanwhile.
 
     Raises:
-        DataError: a logarithm is not finite; the item is named.
+        DataError: a logarithm is NaN or infinite; the item is named.
+        ExportError: the graph has logits of the last position only.
     """
-    found: list[list[float]] = []
-    with under(model, condition):
-        for some in _parts(model, rows):
-            part = None if memory is None else memory.select(list(some))
-            cache = cache_of(model, part, condition, len(some))
-            found += _log_probs(model, tokenizer, [rows[row] for row in some], cache)
-    for row, values in zip(rows, found, strict=True):
-        if not all(map(torch.isfinite, torch.tensor(values))):
+    values: list[list[float]] = []
+    with subject.under(condition):
+        for part in _parts(subject, rows):
+            own = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
+            values += _log_probs(subject, [rows[row] for row in part], own)
+    for row, logarithms in zip(rows, values, strict=True):
+        if not all(map(math.isfinite, logarithms)):
             raise DataError(
                 f"{row.where}: the log-probability of the answer is not finite.", "The model gives NaN or infinity.", ""
             )
-    return found
+    return values
 
 
 def mean_log_prob(values: Sequence[float]) -> dict[str, float]:
@@ -152,32 +142,31 @@ def mean_log_prob(values: Sequence[float]) -> dict[str, float]:
     return {LOG_PROB: sum(values) / len(values), TOKENS: float(len(values))}
 
 
-def _parts(model: PreTrainedModel, rows: Sequence[Scored]) -> Iterator[range]:
-    """Rows of which all logits that are wanted fit into LOGITS."""
-    columns = max(len(row.ids) for row in rows) - min(len(row.ids) - row.answer for row in rows)
-    size = max(1, LOGITS // (columns * model.config.get_text_config().vocab_size))
+def _parts(subject: Subject, rows: Sequence[ScoredAnswer]) -> Iterator[range]:
+    """Rows whose logits fit into LOGITS values."""
+    size = max(1, LOGITS // (_width(rows) * len(subject.tokenizer)))
     for start in range(0, len(rows), size):
         yield range(start, min(start + size, len(rows)))
 
 
-def _log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Scored], cache: MemoryCache | None
-) -> list[list[float]]:
-    ids = [row.ids for row in rows]
-    tokens = padded(ids, pad_token(tokenizer, ids)).to(model.device)  # [B, T], padded on the right: positions from 0
-    mask = padded([[1] * len(row) for row in ids], 0).to(model.device)
-    first = min(len(row.ids) - row.answer for row in rows) - 1  # the first column whose logits are wanted
-    likely = _logits(model, tokens, mask, first, cache)[:, :-1].float().log_softmax(-1)
-    values = likely.gather(2, tokens[:, first + 1 :, None])[..., 0]  # [B, T - first - 1]
-    ends = [len(row.ids) - first - 1 for row in rows]
-    return [values[n, end - row.answer : end].tolist() for n, (row, end) in enumerate(zip(rows, ends, strict=True))]
+def _width(rows: Sequence[ScoredAnswer]) -> int:
+    """The columns whose logits are computed: those of the longest answer and the token before it; all of them where a
+    row would have nothing in the columns before, since attention needs something to see."""
+    last = max(row.answer for row in rows) + 1
+    return last if min(len(row.ids) for row in rows) > last else max(len(row.ids) for row in rows)
 
 
-def _logits(model: Any, tokens: Tensor, mask: Tensor, first: int, cache: MemoryCache | None) -> Tensor:
-    """From column `first` on, `[B, T - first, V]`; where the model can, no others are computed."""
-    given: dict[str, Any] = {"use_cache": False} if cache is None else {"cache": cache, "use_cache": True}
-    length = tokens.shape[1]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = length - first
-    logits = model(input_ids=tokens, attention_mask=mask, **given).logits
-    return logits[:, logits.shape[1] - (length - first) :]
+def _log_probs(subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory) -> list[list[float]]:
+    engine = subject.engine
+    ids = padded([row.ids for row in rows], 0, "left").numpy()
+    mask = padded([[1] * len(row.ids) for row in rows], 0, "left").numpy()
+    first, last = ids.shape[1] - _width(rows), ids.shape[1] - 1  # nothing follows the last token
+    nothing = np.zeros(ids.shape, bool)
+    past = engine.start(memory)
+    for start, end in ((0, first), (first, last)) if first else ((0, last),):
+        never = nothing[:, start:end]  # written, or the end of a segment
+        ends = never if engine.memory_shape.segment_width else None
+        logits, past = engine.step(past, ids[:, start:end], mask[:, :end], never, ends, all_positions=end == last)
+    likely = torch.from_numpy(logits).log_softmax(-1)  # [B, T - first - 1, V]
+    values = likely.gather(2, torch.from_numpy(ids[:, first + 1 :, None]))[..., 0]
+    return [values[number, -row.answer :].tolist() for number, row in enumerate(rows)]

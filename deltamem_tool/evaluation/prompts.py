@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from deltamem_tool.baselines.bm25 import rank
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments.template import ChatTemplate, Message
 
@@ -20,28 +19,27 @@ class Views:
     """Prompts as text, with the header of the answer.
 
     Args:
-        tokenizer: with a chat template.
+        subject: its tokenizer and its number of positions.
         protocol: says how long a window is.
-        positions: how many the model has; None if it has no limit.
         new_tokens: how many of them the answer needs, where an item does not say.
         truncate: how many tokens of the history are left where it is truncated.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        subject: Subject,
         protocol: EvalProtocol,
-        positions: int | None,
         new_tokens: int,
         truncate: int | None = None,
     ) -> None:
-        self._template = ChatTemplate.of(tokenizer)
-        self._tokenizer, self._protocol = tokenizer, protocol
-        self._positions, self._new_tokens = positions, new_tokens
+        self._template = ChatTemplate.of(subject.tokenizer)
+        self._subject, self._protocol = subject, protocol
+        self._positions, self._new_tokens = subject.positions, new_tokens
         self._within = {WINDOW: protocol.window, TRUNCATED: truncate or 0}
 
     def prompt(self, item: Item, view: str) -> str:
-        """
+        """Render what is shown before the question, the question, and the header of the answer.
+
         Raises:
             DataError: the model has no positions for so long a prompt; the item is named.
         """
@@ -107,7 +105,7 @@ class Views:
         return self._template.render(messages, generation_prompt=True)
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return len(self._subject.tokens([text])[0])
 
 
 def _messages(item: Item) -> list[Message]:

@@ -90,7 +90,7 @@ class RecordFolder:
             os.fsync(file.fileno())
 
 
-class Answered:
+class Records:
     """Records by condition and item: those that a folder has from before, and those that come.
 
     Args:

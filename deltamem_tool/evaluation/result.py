@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltamem_tool.evaluation.conditions import STATE, Condition, in_words
+from deltamem_tool.evaluation.conditions import PYTORCH, STATE, Condition, in_words
 from deltamem_tool.evaluation.records import Record
 from deltamem_tool.evaluation.scoring.scales import scale_of
 from deltamem_tool.evaluation.scoring.statistics import Difference, Estimate, difference, estimate, verdict
@@ -22,6 +22,7 @@ class Evaluation:
     records: list[Record]
     seed: int
     asked: int = 0  # of the records, how many are of this run; the others were there
+    runtime: str = PYTORCH
 
     def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
         """Of a group, or of all: one a question, and the history of each, in the order of the items."""

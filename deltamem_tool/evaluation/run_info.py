@@ -8,51 +8,74 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel
-
-from deltamem_tool.adapter.config_file import BaseModel
+from deltamem_tool.evaluation.conditions import ONNX
 from deltamem_tool.io.formats import versions
-from deltamem_tool.memory.attach import adapter_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from deltamem_tool.evaluation.result import Evaluation
+    from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 
 def run_json(
-    model: PreTrainedModel, found: Evaluation, command: Sequence[str], options: Mapping[str, Any], seconds: float
+    model: PreTrainedModel | OnnxModel,
+    evaluation: Evaluation,
+    command: Sequence[str],
+    options: Mapping[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
-    """The part `run` of `evaluation.json`, without a path of the machine that did it.
+    """Describe a run without a path of the machine that did it.
 
     Args:
-        model: with its adapter.
+        model: a model with its adapter, or an ONNX folder.
+        evaluation: its result.
         command: the words that were typed.
         options: what decides answers or their order beside the task and the protocol, such as the batch size.
         seconds: that this run took, which may have found answers of an earlier one.
     """
-    adapter, device = adapter_of(model), model.device
-    made_for = adapter.made_for
-    base = asdict(made_for) if isinstance(made_for, BaseModel) else None
-    if base is not None:
-        base["name"] = without_folders(base["name"])
+    machine, mechanism, base, packages = _of_onnx(model) if evaluation.runtime == ONNX else _of_torch(model)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "options": {
             **{name: plain(value) for name, value in options.items() if value is not None},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "runtime": evaluation.runtime,
+            **machine,
         },
-        "mechanism": adapter.config.to_dict(),
-        "base": base,
-        "versions": versions(),
+        "mechanism": mechanism,
+        "base": None if base is None else {**base, "name": without_folders(base["name"])},
+        "versions": versions(*packages),
         "cost": {
             "seconds": round(seconds, 1),
-            "asked": found.asked,
-            "answers": len(found.records),
-            "prompt_tokens": sum(record.prompt_tokens for record in found.records),
+            "asked": evaluation.asked,
+            "answers": len(evaluation.records),
+            "prompt_tokens": sum(record.prompt_tokens for record in evaluation.records),
         },
     }
+
+
+_Description = tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None, tuple[str, ...]]
+
+
+def _of_torch(model: Any) -> _Description:
+    """Device and data type; the mechanism; the base model; packages that matter."""
+    import torch
+
+    from deltamem_tool.adapter.config_file import BaseModel
+    from deltamem_tool.memory.attach import adapter_of
+
+    adapter, device = adapter_of(model), model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    base = asdict(adapter.made_for) if isinstance(adapter.made_for, BaseModel) else None
+    return {"device": name, "dtype": str(model.dtype).removeprefix("torch.")}, adapter.config.to_dict(), base, ()
+
+
+def _of_onnx(model: Any) -> _Description:
+    manifest = model.manifest
+    machine = {"device": model.graph.device, "dtype": manifest.interface.dtype, "quantize": manifest.quantize}
+    base = {"name": manifest.base_model or "unknown", "model_type": manifest.model_type}
+    return machine, manifest.mechanism, base, ("onnxruntime", "onnxruntime-gpu")
 
 
 def plain(value: Any) -> Any:
@@ -65,8 +88,8 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """Of a path here, or an absolute one, the last part; of `KEY=PATH`, the same behind the key. Others stay, such as
-    names on the Hub."""
+    """Shorten a path here, or an absolute one, to its last part; of `KEY=PATH`, the same behind the key. Others stay,
+    such as names on the Hub."""
     key, equals, value = text.rpartition("=")
     try:
         is_path = Path(value).is_absolute() or Path(value).exists()

@@ -3,91 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import BATCH_SIZE
-from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.segments.encode import ChatTokens, encode_chat
+from deltamem_tool.evaluation.subject import Subject, take_rows
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.segments.encode import encode_chat
+from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import Message
 
 CHUNK = 4096  # tokens of one call: what a long session takes in memory at once
+History = Sequence[Sequence[Message]]  # sessions of messages
 
 
-@torch.no_grad()
 def memorise(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    histories: Sequence[Sequence[Sequence[Message]]],
+    subject: Subject,
+    histories: Sequence[History],
     batch_size: int = BATCH_SIZE,
     report: Callable[[int, int], None] | None = None,
     places: Sequence[str] | None = None,
-    positions: int | None = None,
-) -> MemoryState:
-    """The memory after each history, a row a history.
+) -> StoredMemory:
+    """Write each history, from a memory of zeros.
 
     Args:
-        histories: sessions of messages. The memory goes from session to session, the context does not.
+        subject: whose memory it is.
+        histories: the memory goes on from session to session, the context does not.
+        batch_size: histories at once.
         report: called with (histories written, of).
         places: file and place of each history, for errors.
-        positions: how many the model has; None if it has no limit.
+
+    Returns:
+        A row for each history.
 
     Raises:
-        DataError: a session has more tokens than that; nothing has been written then.
+        DataError: a session has more tokens than the model has positions; nothing has been written then.
     """
-    names = places or [f"history {number}" for number in range(1, len(histories) + 1)]
-    if positions is not None:
-        _refuse_long(tokenizer, histories, names, positions)
-    memories = [adapter_of(model).empty_memory(1) for _ in histories]
+    _check_lengths(subject, histories, places or [f"history {number}" for number in range(1, len(histories) + 1)])
+    memory = take_rows(empty_memory(subject.engine), [0] * len(histories))
     for start in range(0, len(histories), batch_size):
         rows = range(start, min(start + batch_size, len(histories)))
         for number in range(max(len(histories[row]) for row in rows)):
-            some = [row for row in rows if number < len(histories[row])]
-            sessions = [histories[row][number] for row in some]
-            chat = _encoded(model, tokenizer, sessions)
-            after = _written(model, chat, MemoryState.stack([memories[row] for row in some]))
-            for position, row in enumerate(some):
-                memories[row] = after.select([position])
+            batch = [row for row in rows if number < len(histories[row])]
+            after = _write(subject, [histories[row][number] for row in batch], take_rows(memory, batch))
+            for part, written in ((memory.states, after.states), (memory.open_segments, after.open_segments)):
+                for layer, array in written.items():
+                    part[layer][batch] = array
         if report is not None:
             report(rows.stop, len(histories))
-    return MemoryState.stack(memories)
+    return memory
 
 
-def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: Sequence[Any]) -> ChatTokens:
-    # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
-    return encode_chat(tokenizer, sessions, adapter_of(model).config.granularity, padding_side="right")
-
-
-def _refuse_long(
-    tokenizer: PreTrainedTokenizerBase,
-    histories: Sequence[Sequence[Sequence[Message]]],
-    names: Sequence[str],
-    positions: int,
-) -> None:
+def _check_lengths(subject: Subject, histories: Sequence[History], places: Sequence[str]) -> None:
     """Before any is written: the last history may be the long one, hours later."""
-    for name, history in zip(names, histories, strict=True):
+    if subject.positions is None:
+        return
+    for place, history in zip(places, histories, strict=True):
         for number, session in enumerate(history, start=1):
-            length = encode_chat(tokenizer, [session], "token").input_ids.shape[1]
-            if length > positions:
+            length = encode_chat(subject.tokenizer, [session], "token").input_ids.shape[1]
+            if length > subject.positions:
                 raise DataError(
-                    f"{name}: session {number} of its history is too long for the model: {length} tokens.",
-                    f"It has {positions} positions.",
+                    f"{place}: session {number} of its history is too long for the model: {length} tokens.",
+                    f"It has {subject.positions} positions.",
                     "Split the session, or use a model with more positions.",
                 )
 
 
-def _written(model: PreTrainedModel, chat: ChatTokens, memory: MemoryState) -> MemoryState:
-    """`memory` after one session each, in chunks."""
-    cache = MemoryCache(model, memory)
-    cache.segment_tags = chat.segment_tags
-    ids, mask = chat.input_ids.to(model.device), chat.attention_mask.to(model.device)
+def _write(subject: Subject, sessions: Sequence[Sequence[Message]], memory: StoredMemory) -> StoredMemory:
+    """Write one session into each memory, in chunks."""
+    engine = subject.engine
+    # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
+    chat = encode_chat(subject.tokenizer, sessions, engine.mechanism.granularity, padding_side="right")
+    ids, mask = chat.input_ids.numpy(), chat.attention_mask.numpy()
+    tags = None if chat.segment_tags is None else chat.segment_tags.numpy()
+    writes = mask.astype(bool) if tags is None else tags != SegmentTag.OUTSIDE
+    past = engine.start(memory)
     for start in range(0, ids.shape[1], CHUNK):
         end = start + CHUNK
-        model.base_model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
-    assert cache.memory is not None  # it began with one
-    return cache.memory
+        ends = None if tags is None else tags[:, start:end] == SegmentTag.LAST
+        _, past = engine.step(past, ids[:, start:end], mask[:, :end], writes[:, start:end], ends)
+    return engine.memory(past)

@@ -15,6 +15,7 @@ from deltamem_tool._compat import PREPARE_CACHE, cache_argument, generation_cach
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.attached import patch_of
 from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.decoder_call import is_off
 from deltamem_tool.memory.masks import refuse_without_segments, valid_tokens
 
 
@@ -28,7 +29,7 @@ def _with_memory_cache(own: Callable):
     ) -> None:
         given = model_kwargs.get(argument)
         own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if given is None and generation_config.use_cache:
+        if given is None and generation_config.use_cache and not is_off():
             refuse_without_segments(patch_of(self).adapter.config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(

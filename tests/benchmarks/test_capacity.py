@@ -9,6 +9,7 @@ from helpers.tiny import randomise, tiny_model
 from replay import read
 
 from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.segments.encode import encode_chat
@@ -33,7 +34,8 @@ def test_what_is_recorded_is_what_was_written_and_read(tokenizer, options):
     items = [item for item in items if len(item.history) == 3][:3]  # a batch has one number of sessions
     assert len(items) == 3
     recorded = capacity_replay.record(model, tokenizer, items)
-    memory = memorise(model, tokenizer, [item.history for item in items])
+    subject = Subject.of(model, tokenizer)
+    memory = subject.engine.start(memorise(subject, [item.history for item in items])).memory
     queries, readings = capacity_replay.read_before_value(model, tokenizer, items, memory)
     for layer in adapter.layer_indices:
         torch.testing.assert_close(recorded.memory.layers[layer], memory.layers[layer], **CLOSE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 from deltamem_tool.data import dialogues
 from deltamem_tool.evaluation.scoring.metrics import exact, token_f1
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 
 
@@ -23,6 +25,11 @@ def item(number: int, question: int = 0, sessions: int = 1, group: str = "all") 
     asked = dialogues.user(f"Question {question}: what is my lucky number?")
     name = f"history {number}"
     return Item(f"{name}/{question}", name, history(number, sessions), [asked], [str(number)], group, f"talks:{number}")
+
+
+def reading(tokenizer, positions=None) -> Subject:
+    """A model of which nothing but the tokenizer and the number of positions is used."""
+    return Subject(SimpleNamespace(max_length=positions), tokenizer, None)
 
 
 class Asked:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from baselines.loras import make_lora
-from evaluation.asked import Asked, item
+from evaluation.asked import Asked, item, reading
 from helpers.tiny import logits, randomise, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool.baselines.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.errors import AdapterError, DataError
-from deltamem_tool.evaluation import answer as asking
+from deltamem_tool.evaluation import subject as subjects
 from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.runner import evaluate
@@ -56,8 +56,8 @@ def copied(folder, to, **changes):
 def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
     long = item(7, sessions=6)
     for protocol in ("memory", "window:60", "full"):
-        views = Views(tokenizer, EvalProtocol.parse(protocol), None, 6, truncate=100)
-        window = Views(tokenizer, EvalProtocol.parse("window:100"), None, 6)
+        views = Views(reading(tokenizer), EvalProtocol.parse(protocol), 6, truncate=100)
+        window = Views(reading(tokenizer), EvalProtocol.parse("window:100"), 6)
         assert views.prompt(long, TRUNCATED) == window.prompt(long, WINDOW) != views.prompt(long, ALL)
     *_, truncated = conditions_of(MEMORY, truncate=100)
     assert (truncated.name, truncated.memory, truncated.view) == ("truncated", None, TRUNCATED)
@@ -91,7 +91,7 @@ def test_a_lora_leaves_nothing_behind(model, tokenizer, folder, fails, monkeypat
     lora = Lora.read(folder)
     with monkeypatch.context() as patched:
         if fails:
-            patched.setattr(asking, "_generate", lambda *_, **__: 1 / 0)
+            patched.setattr(subjects, "answer_prompts", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 evaluate(model, tokenizer, TASK, MEMORY, only=("lora",), lora=lora)
         else:

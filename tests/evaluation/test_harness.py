@@ -22,8 +22,8 @@ from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import AdapterError, ConfigError, DataError
 from deltamem_tool.evaluation import harness_run
-from deltamem_tool.evaluation.conditions import STATE
-from deltamem_tool.evaluation.harness import find_harness, prepare, refuse_histories
+from deltamem_tool.evaluation.conditions import PYTORCH, STATE
+from deltamem_tool.evaluation.harness import check_options, find_harness, prepare
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.memory.attach import adapter_of
@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
         prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
     for protocol, retrieved in (("full", False), ("memory", True)):
         with pytest.raises(ConfigError, match="have no history"):
-            refuse_histories(protocol, retrieved)
+            check_options(protocol, retrieved, PYTORCH)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
     attach(model, DeltaMemConfig(rank=4))
     story = prepare(find_harness(f"lm_eval:{STORY}", path), 1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluation.asked import history
+from evaluation.asked import history, reading
 from helpers.tiny import CHAT_TEMPLATE, randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
@@ -20,9 +20,11 @@ from deltamem_tool.evaluation.likelihood import scored_answers
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.state import MemoryState
 
 TOLERANCE = 2e-5  # nats: float32 in a padded batch with one call, and alone token by token
 MEMORY = EvalProtocol.parse("memory")
@@ -35,6 +37,14 @@ def item(number: int, question: int = 0) -> Item:
     name = f"history {number}"
     return Item(
         f"{name}/{question}", name, history(number, 1 + number % 2), [asked], [answer], "all", f"talks:{number}"
+    )
+
+
+def in_torch(memory):
+    return MemoryState(
+        {layer: torch.from_numpy(state) for layer, state in memory.states.items()},
+        memory.adapter,
+        {layer: torch.from_numpy(segment) for layer, segment in memory.open_segments.items()},
     )
 
 
@@ -73,9 +83,10 @@ def test_every_condition_is_the_plain_loop(model, tokenizer):
     task = Likely()
     found = evaluate(model, tokenizer, task, MEMORY, retrieved=True)
     base = tiny_model(vocab_size=len(tokenizer))
-    views = Views(tokenizer, MEMORY, None, 0)
+    subject = Subject.of(model, tokenizer)
+    views = Views(subject, MEMORY, 0)
     donors = {"history 0": "history 1", "history 1": "history 2", "history 2": "history 0"}
-    memories = {each.history_id: memorise(model, tokenizer, [each.history]) for each in task.items()}
+    memories = {each.history_id: in_torch(memorise(subject, [each.history])) for each in task.items()}
     for record in found.records:
         (asked,) = [each for each in task.items() if each.id == record.item]
         own = {
@@ -123,10 +134,9 @@ def with_template(tokenizer, template):
 
 
 def scored(tokenizer, asked, view=NOTHING, positions=None):
-    prompt = Views(tokenizer, MEMORY, None, 0).prompt(asked, view)
-    return prompt, scored_answers(tokenizer, {(view, asked.id): asked}, {(view, asked.id): prompt}, positions)[
-        view, asked.id
-    ]
+    key = view, asked.id
+    prompt = Views(reading(tokenizer), MEMORY, 0).prompt(asked, view)
+    return prompt, scored_answers(reading(tokenizer, positions), {key: asked}, {key: prompt})[key]
 
 
 THOUGHT = CHAT_TEMPLATE.replace(

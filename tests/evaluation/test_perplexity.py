@@ -10,6 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from evaluation.asked import reading
 from evaluation.published import TALK
 from evaluation.reported import kept
 from helpers.tiny import write_jsonl
@@ -65,7 +66,7 @@ def test_several_turns_go_on_from_one_history(talks):
 
 def test_a_system_prompt_is_in_view_once_and_first(talks, tokenizer):
     second = find_task("perplexity", {"data": talks}).items()[1]
-    views = Views(tokenizer, EvalProtocol.parse("window:1000"), None, 0)
+    views = Views(reading(tokenizer), EvalProtocol.parse("window:1000"), 0)
     for view in (NOTHING, ALL, "window"):
         text = views.prompt(second, view)
         assert text.startswith("<|system|>Be kind.<|end|><|user|>") and text.count("<|system|>") == 1

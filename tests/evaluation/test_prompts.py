@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from evaluation.asked import item
+from evaluation.asked import item, reading
 
 from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError
@@ -17,7 +17,7 @@ MESSAGES = [message for session in LONG.history for message in session]
 
 
 def views(tokenizer, protocol="memory"):
-    return Views(tokenizer, EvalProtocol.parse(protocol), None, 6)
+    return Views(reading(tokenizer), EvalProtocol.parse(protocol), 6)
 
 
 def count(tokenizer, text):

@@ -21,7 +21,7 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
 from deltamem_tool.evaluation.report.drawing import DARK, scores_figure, styles, svg
 from deltamem_tool.evaluation.report.evaluation_file import read_evaluation
-from deltamem_tool.evaluation.report.page import FILES, refuse_strangers
+from deltamem_tool.evaluation.report.page import FILES, check_folder
 from deltamem_tool.evaluation.report.tables import score_table
 from deltamem_tool.evaluation.report.templating import MAX_SHOWN
 from deltamem_tool.evaluation.run_info import without_folders
@@ -179,9 +179,9 @@ def test_what_lies_there_is_not_replaced(tmp_path, folder):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
     with pytest.raises(DataError, match=r"index.html of something else"):
-        refuse_strangers(tmp_path / "site")
-    refuse_strangers(tmp_path / "new")
-    refuse_strangers(folder)
+        check_folder(tmp_path / "site")
+    check_folder(tmp_path / "new")
+    check_folder(folder)
 
 
 def test_a_run_reports_and_goes_on(tmp_path, monkeypatch, checkpoint):

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from evaluation.asked import Asked, item
@@ -13,8 +14,8 @@ from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation import answer as asking
 from deltamem_tool.evaluation import runner
+from deltamem_tool.evaluation import subject as subjects
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.records import RECORDS_FILE, SETTINGS_FILE
 from deltamem_tool.evaluation.runner import evaluate
@@ -67,17 +68,17 @@ def test_conditions_are_what_they_say(model, tokenizer, task):
 def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
     """The next one's memory, for both questions."""
     seen = {}
-    own = runner.ask
+    own = subjects.Subject.ask
 
-    def watch(model, tokenizer, prompts, memory, condition, new):
+    def watch(subject, prompts, memory, condition, new):
         seen[condition.name] = memory
-        return own(model, tokenizer, prompts, memory, condition, new)
+        return own(subject, prompts, memory, condition, new)
 
-    monkeypatch.setattr(runner, "ask", watch)
+    monkeypatch.setattr(subjects.Subject, "ask", watch)
     items = [item(number) for number in range(3)]  # prompts of one length: the order of the items stays
     evaluate(model, tokenizer, Asked(items), MEMORY)
-    for layer, state in seen["donor_state"].layers.items():
-        assert torch.equal(state, seen["state"].layers[layer][[1, 2, 0]])
+    for layer, state in seen["donor_state"].states.items():
+        assert np.array_equal(state, seen["state"].states[layer][[1, 2, 0]])
     with pytest.raises(DataError, match="1 history is too few"):
         evaluate(model, tokenizer, Asked([item(1, 0), item(1, 1)]), MEMORY)
 
@@ -111,7 +112,7 @@ def test_controls_leave_the_model_as_it_was(model, tokenizer, task):
 def test_a_control_that_fails_leaves_the_model_as_it_was(model, tokenizer, task, condition, monkeypatch):
     before = adapter_of(model).fingerprint
     with monkeypatch.context() as patched:
-        patched.setattr(asking, "_generate", lambda *_, **__: 1 / 0)
+        patched.setattr(subjects, "answer_prompts", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(model, tokenizer, task, MEMORY, only=(condition,))
     assert adapter_of(model).fingerprint == before
@@ -119,23 +120,23 @@ def test_a_control_that_fails_leaves_the_model_as_it_was(model, tokenizer, task,
 
 def test_a_run_that_stopped_goes_on(model, tokenizer, task, tmp_path, monkeypatch):
     whole = evaluate(model, tokenizer, task, MEMORY, batch_size=2)
-    own, asked = runner.ask, []
+    own, asked = subjects.Subject.ask, []
 
-    def stops(model, tokenizer, prompts, *rest):
+    def stops(subject, prompts, *rest):
         if len(asked) == 5:
             raise KeyboardInterrupt
         asked.append(len(prompts))
-        return own(model, tokenizer, prompts, *rest)
+        return own(subject, prompts, *rest)
 
     options = {"batch_size": 2, "folder": tmp_path / "run", "settings": {"adapter": "a"}}
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "ask", stops)
+        patched.setattr(subjects.Subject, "ask", stops)
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, tokenizer, task, MEMORY, **options)
     with (tmp_path / "run" / RECORDS_FILE).open("ab") as file:
         file.write(b'{"item": "cut in the mid')
     asked.clear()
-    monkeypatch.setattr(runner, "ask", lambda *inputs: asked.append(len(inputs[2])) or own(*inputs))
+    monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: asked.append(len(inputs[1])) or own(*inputs))
     assert evaluate(model, tokenizer, task, MEMORY, **options).records == whole.records
     assert sum(asked) == len(whole.records) - 10
     lines = (tmp_path / "run" / RECORDS_FILE).read_text().splitlines()
@@ -196,7 +197,7 @@ def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
 
 def test_only_histories_that_are_asked_about_are_written(model, tokenizer, task, monkeypatch):
     own, written = runner.memorise, []
-    monkeypatch.setattr(runner, "memorise", lambda *said: written.append(len(said[2])) or own(*said))
+    monkeypatch.setattr(runner, "memorise", lambda *said: written.append(len(said[1])) or own(*said))
     evaluate(model, tokenizer, task, MEMORY, only=("zero_state", "no_adapter", "full_context"))
     assert not written
     evaluate(model, tokenizer, task, MEMORY, only=("donor_state",))
@@ -216,7 +217,7 @@ def test_what_is_too_long_is_named_before_anything_is_asked(tokenizer, monkeypat
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     attach(model, DeltaMemConfig(rank=4))
     long = [item(1), item(2, sessions=9)]
-    monkeypatch.setattr(runner, "ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(subjects.Subject, "ask", lambda *_: pytest.fail("asked"))
     with pytest.raises(DataError, match=r"talks:2 is too long for the model: .* tokens"):
         evaluate(model, tokenizer, Asked(long), MEMORY)
     first, second = long
@@ -251,7 +252,7 @@ class Counted(Asked):
 
 def test_what_is_counted(model, tokenizer, monkeypatch):
     items = [item(number, group="even" if number % 2 == 0 else "odd") for number in range(40)]
-    monkeypatch.setattr(runner, "ask", lambda *inputs: [inputs[4].name] * len(inputs[2]))
+    monkeypatch.setattr(subjects.Subject, "ask", lambda *inputs: [inputs[3].name] * len(inputs[1]))
     found = evaluate(model, tokenizer, Counted(items), MEMORY, seed=1)
     assert found.groups == ["even", "odd"]
     assert found.estimate("exact", "state").mean == 0.75 and found.estimate("exact", "zero_state").mean == 0

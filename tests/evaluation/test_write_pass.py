@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from evaluation.asked import history
+from evaluation.asked import history, reading
 from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import write_pass as writing
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.segments.template import render
@@ -47,29 +49,26 @@ def told(model, tokenizer, sessions):
 def test_memories_are_of_their_own_histories(model, tokenizer, batch_size, chunk, monkeypatch):
     monkeypatch.setattr(writing, "CHUNK", chunk)
     reports = []
-    memory = memorise(model, tokenizer, HISTORIES, batch_size, lambda *done: reports.append(done))
-    assert reports[-1] == (3, 3) and memory.batch_size == 3
+    memory = memorise(Subject.of(model, tokenizer), HISTORIES, batch_size, lambda *done: reports.append(done))
+    assert reports[-1] == (3, 3)
     for row, sessions in enumerate(HISTORIES):
         alone = told(model, tokenizer, sessions)
         for layer, state in alone.layers.items():
-            torch.testing.assert_close(memory.layers[layer][row : row + 1], state, atol=STATE_TOLERANCE, rtol=0)
-    assert not torch.equal(memory.layers[0][0], memory.layers[0][1])
+            assert len(memory.states[layer]) == 3
+            np.testing.assert_allclose(memory.states[layer][row : row + 1], state, atol=STATE_TOLERANCE, rtol=0)
+    assert not np.array_equal(memory.states[0][0], memory.states[0][1])
 
 
 def test_the_context_does_not_go_from_session_to_session(model, tokenizer):
     """In one session the second half sees the first, so it writes something else."""
     two = HISTORIES[2]
-    apart = memorise(model, tokenizer, [two])
-    together = memorise(model, tokenizer, [[[message for session in two for message in session]]])
-    assert (apart.layers[1] - together.layers[1]).abs().max() > 100 * STATE_TOLERANCE
+    subject = Subject.of(model, tokenizer)
+    apart = memorise(subject, [two])
+    together = memorise(subject, [[[message for session in two for message in session]]])
+    assert np.abs(apart.states[1] - together.states[1]).max() > 100 * STATE_TOLERANCE
 
 
-def test_a_session_that_is_too_long_is_named(model, tokenizer):
+def test_a_session_that_is_too_long_is_named(tokenizer):
+    histories = [HISTORIES[1], [HISTORIES[1][0], HISTORIES[0][0] * 3]]
     with pytest.raises(DataError, match=r"talks:3: session 2 of its history is too long for the model: .* tokens"):
-        memorise(
-            model,
-            tokenizer,
-            [HISTORIES[1], [HISTORIES[1][0], HISTORIES[0][0] * 3]],
-            places=["a", "talks:3"],
-            positions=80,
-        )
+        memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])

@@ -30,7 +30,7 @@ FILES = {
 SAMPLE_GROUPS = 8  # of which the page shows answers
 
 
-def refuse_strangers(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise where a report cannot be written into `folder`, or would replace what no report has left there.
 
     Raises:

@@ -1,0 +1,143 @@
+"""The model that is evaluated: an adapter in PyTorch, or an ONNX folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool.base_model.tokenizer import read_tokenizer
+from deltamem_tool.chat.engine import Engine, empty_memory
+from deltamem_tool.chat.generation import answer_prompts
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, SCALE_ZERO, Condition
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.decoder_call import without_memory
+from deltamem_tool.memory.file import StoredMemory
+
+if TYPE_CHECKING:
+    from deltamem_tool.memory.adapter import DeltaMemAdapter
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with a memory, in one of the runtimes.
+
+    Attributes:
+        engine: runs it.
+        tokenizer: with a chat template.
+        model: in PyTorch; None for an ONNX folder.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
+        """Take a patched model with its tokenizer, or an `OnnxModel`, whose folder has the tokenizer.
+
+        Raises:
+            ArchitectureError: the ONNX folder's tokenizer cannot be read.
+            ConfigError: a PyTorch model comes without its tokenizer.
+        """
+        if not isinstance(model, PreTrainedModel):
+            return cls(model, tokenizer or read_tokenizer(getattr(model, "folder", "")), None)
+        if tokenizer is None:
+            raise ConfigError("A PyTorch model is evaluated with its tokenizer.", "There is none.", "Pass `tokenizer`.")
+        return cls(TorchModel(model, tokenizer, takes_back=False), tokenizer, model)
+
+    @property
+    def runtime(self) -> str:
+        return ONNX if self.model is None else PYTORCH
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens fit into a context; None if there is no limit."""
+        if self.model is None:
+            return self.engine.max_length
+        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, in which the template has written every special token."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        return ids
+
+    def ask(
+        self, prompts: Sequence[str], memory: StoredMemory | None, condition: Condition, max_new_tokens: int
+    ) -> list[str]:
+        """Answer prompts greedily; they read the memory and do not write.
+
+        Args:
+            prompts: rendered, with the header of the answer.
+            memory: a row for each prompt; None for zeros.
+            condition: what the model is like while it answers.
+            max_new_tokens: the longest answer.
+
+        Returns:
+            The answers, without surrounding space.
+        """
+        with self.under(condition):
+            rows = self.memory_for(memory, len(prompts))
+            answers = answer_prompts(self.engine, rows, self.tokens(prompts), max_new_tokens)
+        texts = (self.tokenizer.decode(list(answer.tokens), skip_special_tokens=True) for answer in answers)
+        return [str(text).strip() for text in texts]
+
+    def memory_for(self, memory: StoredMemory | None, rows: int) -> StoredMemory:
+        """`memory`, or zeros, bound to the adapter as it is now: with Δ = 0 it is another one."""
+        if memory is None:
+            memory = take_rows(empty_memory(self.engine), [0] * rows)
+        return memory if self.model is None else replace(memory, adapter=adapter_of(self.model).fingerprint)
+
+    @contextmanager
+    def under(self, condition: Condition) -> Iterator[None]:
+        """Change the model as the condition says inside the block: no adapter, a LoRA, or Δ = 0."""
+        if self.model is None:
+            yield
+            return
+        with under(self.model, condition):
+            yield
+
+
+@contextmanager
+def under(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
+    """Change a model in PyTorch as `Subject.under` does."""
+    if condition.memory is None:
+        with without_memory(), condition.lora.on(model) if condition.lora else nullcontext():
+            yield
+    else:
+        with _corrections_off(adapter_of(model)) if condition.memory == SCALE_ZERO else nullcontext():
+            yield
+
+
+def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
+    """Copy the memory of some conversations, in the order of `rows`."""
+    states, segments = (
+        {layer: array[np.asarray(rows, np.int64)] for layer, array in part.items()}
+        for part in (memory.states, memory.open_segments)
+    )
+    return StoredMemory(states, segments, memory.adapter)
+
+
+@contextmanager
+def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
+    """Set every Δ to zero inside the block."""
+    branches, layers = adapter.config.branches, adapter.layer_indices
+    deltas: list[Any] = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in branches]
+    kept = [weight.detach().clone() for weight in deltas]
+    try:
+        with torch.no_grad():
+            for weight in deltas:
+                weight.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(deltas, kept, strict=True):
+                weight.copy_(value)
