@@ -19,10 +19,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--html", type=_FILE, help="Write a page.")
 @click.option("--out", type=_FILE, help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool) -> None:
+def command(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
     """Say what changed from A to B, two evaluations: folders of `deltamem eval --report`, or evaluation.json files.
 
     Where both have records of the same questions, they are compared question by question, with intervals and a test;
@@ -30,51 +29,42 @@ def command(a: Path, b: Path, html: Path | None, out: Path | None, as_json: bool
     """
     from deltamem_tool.evaluation.report.compare import compare
     from deltamem_tool.io.atomic import check_writable, write_whole
-    from deltamem_tool.io.installation import check_installation
 
-    if html is not None:
-        check_installation("plot")
-    for file in (html, out):
-        if file is not None:
-            check_writable(file)
-    found = compare(a, b)
-    said = found.to_json()
-    written = {} if out is None else {out: (json.dumps(said, indent=1) + "\n").encode()}
-    if html is not None:
-        from deltamem_tool.evaluation.report.compare_page import comparison_page
-
-        written[html] = comparison_page(found)
-    for file, content in written.items():
-        write_whole(file, content)
+    if out is not None:
+        check_writable(out)
+    comparison = compare(a, b)
+    payload = comparison.to_json()
+    if out is not None:
+        write_whole(out, (json.dumps(payload, indent=1) + "\n").encode())
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(payload))
         return
     from rich.console import Console
 
     click.echo(f"A: {a}\nB: {b}")
-    Console().print(_table(found))
-    if found.differing:
-        Console().print(_settings(found))
-    for line in [*found.notes, *found.verdict()]:
+    Console().print(_table(comparison))
+    if comparison.differing:
+        Console().print(_settings(comparison))
+    for line in [*comparison.notes, *comparison.verdict()]:
         click.echo(f"{line[0].upper()}{line[1:]}.")
-    if html is not None:
-        click.echo(f"Page: {html}")
 
 
-def _table(found: Comparison) -> Table:
+def _table(comparison: Comparison) -> Table:
     """A row a condition, in a section for each group."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{escape(found.a.said['task'])}: {escape(found.metric)}, B − A with its 95 % interval")
+    table = Table(
+        title=f"{escape(comparison.a.result['task'])}: {escape(comparison.metric)}, B − A with its 95 % interval"
+    )
     table.add_column("", style="bold")
     for name in ("A", "B", "B − A", "interval", "p"):
         table.add_column(name, justify="right")
-    groups = list(dict.fromkeys(row.group for row in found.rows))
+    groups = list(dict.fromkeys(row.group for row in comparison.rows))
     for group in groups:
         table.add_section()
         table.add_row("[dim]all questions[/dim]" if group is None else f"[dim]{escape(group)}[/dim]")
-        for row in [*found.rows, *found.gains]:
+        for row in [*comparison.rows, *comparison.gains]:
             if row.group == group:
                 table.add_row(*map(escape, _cells(row)))
     return table
@@ -90,11 +80,11 @@ def _cells(row: Row) -> list[str]:
     return [row.label, *means, interval, p_text(row.p_value, row.histories)]
 
 
-def _settings(found: Comparison) -> Table:
+def _settings(comparison: Comparison) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("setting", "A", "B", title="Settings that differ")
-    for part, name, a, b in found.differing:
+    for part, name, a, b in comparison.differing:
         table.add_row(escape(f"{part.lower()}: {name}"), escape(a), escape(b))
     return table

@@ -24,7 +24,7 @@ _ROUNDING = 1e-9  # of a mean that was written as JSON
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationFile:
     """One of the two: what it says, and its records where they are there and whole.
 
     Args:
@@ -33,7 +33,7 @@ class Evaluated:
     """
 
     place: Path
-    said: Mapping[str, Any]
+    result: Mapping[str, Any]
     records: Mapping[str, Sequence[Record]]
     items: str
     missing: str
@@ -41,8 +41,8 @@ class Evaluated:
     def score(self, condition: str, group: str | None) -> Interval:
         """Mean, low, high."""
         if group is None:
-            return self.said["overall"][condition]
-        return self.said["scores"][condition][self.said["groups"].index(group)]
+            return self.result["overall"][condition]
+        return self.result["scores"][condition][self.result["groups"].index(group)]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Row:
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
-        said = plus_minus(self.mean, self.low, self.high, is_signed=not self.is_clear)
+        size = plus_minus(self.mean, self.low, self.high, is_signed=not self.is_clear)
         if not self.is_clear:
-            return f"{where}: the difference is not distinguishable from 0 ({said}{self.unit})"
+            return f"{where}: the difference is not distinguishable from 0 ({size}{self.unit})"
         word = "higher" if self.mean > 0 else "lower"
-        return f"{where}: B is {said}{self.unit} {word} than A"
+        return f"{where}: B is {size}{self.unit} {word} than A"
 
     @property
     def is_clear(self) -> bool:
@@ -100,8 +100,8 @@ class Comparison:
         gains: what the state adds to each other condition, B's minus A's, over all questions.
     """
 
-    a: Evaluated
-    b: Evaluated
+    a: EvaluationFile
+    b: EvaluationFile
     unpaired: str
     groups: list[str]
     differing: list[tuple[str, str, str, str]]
@@ -111,7 +111,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        return self.a.said["metric"]
+        return self.a.result["metric"]
 
     @property
     def notes(self) -> list[str]:
@@ -119,10 +119,10 @@ class Comparison:
         if self.unpaired:
             notes = [f"not paired by question, since {self.unpaired}: means are compared, as of independent samples"]
         else:
-            notes = [f"paired by question, {sum(self.a.said['questions'])} of them"]
+            notes = [f"paired by question, {sum(self.a.result['questions'])} of them"]
         if not self.overall:
             notes.append("their groups are not the same, so that nothing is said of all questions")
-        silent = [label for label, one in (("A", self.a), ("B", self.b)) if "run" not in one.said]
+        silent = [label for label, one in (("A", self.a), ("B", self.b)) if "run" not in one.result]
         return [*notes, *(f"{label} does not say how it was done" for label in silent), *self.alone]
 
     def verdict(self) -> list[str]:
@@ -138,10 +138,18 @@ class Comparison:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "deltamem_version": __version__,
-            "task": self.a.said["task"],
+            "task": self.a.result["task"],
             "metric": self.metric,
-            "a": {"place": str(self.a.place), "adapter": self.a.said["adapter"], "protocol": self.a.said["protocol"]},
-            "b": {"place": str(self.b.place), "adapter": self.b.said["adapter"], "protocol": self.b.said["protocol"]},
+            "a": {
+                "place": str(self.a.place),
+                "adapter": self.a.result["adapter"],
+                "protocol": self.a.result["protocol"],
+            },
+            "b": {
+                "place": str(self.b.place),
+                "adapter": self.b.result["adapter"],
+                "protocol": self.b.result["protocol"],
+            },
             "paired": not self.unpaired,
             "settings_that_differ": [
                 {"part": part, "name": name, "a": a, "b": b} for part, name, a, b in self.differing
@@ -158,13 +166,13 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     Raises:
         DataError: one cannot be read, or a difference between them would mean nothing.
     """
-    first, second = read_evaluated(Path(a)), read_evaluated(Path(b))
+    first, second = read_report(Path(a)), read_report(Path(b))
     unpaired = _unpaired(first, second)
-    _refuse_unlike(first, second, unpaired)
-    groups = [group for group in first.said["groups"] if group in second.said["groups"]]
-    conditions = [name for name in first.said["conditions"] if name in second.said["conditions"]]
+    _check_alike(first, second, unpaired)
+    groups = [group for group in first.result["groups"] if group in second.result["groups"]]
+    conditions = [name for name in first.result["conditions"] if name in second.result["conditions"]]
     # Of other groups, a mean over all questions is of something else.
-    same_groups = len(groups) == len(first.said["groups"]) == len(second.said["groups"])
+    same_groups = len(groups) == len(first.result["groups"]) == len(second.result["groups"])
     rows = [
         _row(first, second, name, group, not unpaired)
         for group in [*([None] if same_groups else []), *groups]
@@ -174,7 +182,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     return Comparison(first, second, unpaired, groups, _differing(first, second), _alone(first, second), rows, gains)
 
 
-def read_evaluated(place: Path) -> Evaluated:
+def read_report(place: Path) -> EvaluationFile:
     """A report's figures, and its records where they are those that the figures are of.
 
     Raises:
@@ -183,33 +191,33 @@ def read_evaluated(place: Path) -> Evaluated:
     file = place / EVALUATION_FILE if place.is_dir() else place
     if not file.is_file():
         why = f"There is no {EVALUATION_FILE} in it." if place.is_dir() else "There is no such file or folder."
-        raise DataError(f"{place} is no report.", why, "Give a folder that `deltamem eval --report` wrote.")
-    said, folder = read_evaluation(file), file.parent
+        raise DataError(f"{place} is not a report.", why, "Give a folder that `deltamem eval --report` wrote.")
+    result, folder = read_evaluation(file), file.parent
     if not all((folder / name).is_file() for name in (RECORDS_FILE, SETTINGS_FILE)):
-        return Evaluated(place, said, {}, "", f"{place} has no records")
+        return EvaluationFile(place, result, {}, "", f"{place} has no records")
     try:
         about = read_json(folder / SETTINGS_FILE)
     except ValueError as error:
         raise DataError(f"{folder / SETTINGS_FILE} is damaged.", f"{error}.", "Evaluate again.") from error
-    records = _by_condition(read_records(folder / RECORDS_FILE), said)
-    if not isinstance(about, dict) or any(about.get(name) != said[name] for name in ("task", "protocol", "adapter")):
-        return Evaluated(place, said, {}, "", f"the records in {folder} are of another evaluation")
-    missing = "" if _agree(records, said) else f"the records in {folder} do not give the figures of {EVALUATION_FILE}"
-    return Evaluated(place, said, {} if missing else records, str(about.get(ITEMS, "")), missing)
+    records = _by_condition(read_records(folder / RECORDS_FILE), result)
+    if not isinstance(about, dict) or any(about.get(name) != result[name] for name in ("task", "protocol", "adapter")):
+        return EvaluationFile(place, result, {}, "", f"the records in {folder} are of another evaluation")
+    missing = "" if _agree(records, result) else f"the records in {folder} do not give the figures of {EVALUATION_FILE}"
+    return EvaluationFile(place, result, {} if missing else records, str(about.get(ITEMS, "")), missing)
 
 
-def _by_condition(records: Sequence[Record], said: Mapping[str, Any]) -> dict[str, list[Record]]:
+def _by_condition(records: Sequence[Record], result: Mapping[str, Any]) -> dict[str, list[Record]]:
     """In the order of the items' names: they came in that of their prompts' lengths."""
-    found: dict[str, list[Record]] = {name: [] for name in said["conditions"]}
+    found: dict[str, list[Record]] = {name: [] for name in result["conditions"]}
     for record in sorted(records, key=lambda record: record.item):
         if record.condition in found:
             found[record.condition].append(record)
     return found
 
 
-def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> bool:
+def _agree(records: Mapping[str, Sequence[Record]], result: Mapping[str, Any]) -> bool:
     """Whether the means are the recorded ones: none is missing, and none has been changed."""
-    metric, total = said["metric"], sum(said["questions"])
+    metric, total = result["metric"], sum(result["questions"])
     weight = scale_of(metric).weight
     for name, own in records.items():
         scores = [record.scores.get(metric) for record in own]
@@ -224,55 +232,55 @@ def _agree(records: Mapping[str, Sequence[Record]], said: Mapping[str, Any]) -> 
         if len(numbers) != len(own):
             return False
         mean = sum(score * weight for score, weight in numbers) / sum(weight for _, weight in numbers)
-        if not math.isclose(mean, said["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+        if not math.isclose(mean, result["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             return False
     return True
 
 
-def _unpaired(a: Evaluated, b: Evaluated) -> str:
+def _unpaired(a: EvaluationFile, b: EvaluationFile) -> str:
     """Why questions cannot be paired; empty if they can."""
     if a.missing or b.missing:
         return a.missing or b.missing
     return "" if a.items and a.items == b.items else "they asked other questions"
 
 
-def _refuse_unlike(a: Evaluated, b: Evaluated, unpaired: str) -> None:
+def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
     """
     Raises:
         DataError: a difference would be of two things, or of none.
     """
     for name in ("task", "metric"):
-        if a.said[name] != b.said[name]:
+        if a.result[name] != b.result[name]:
             raise DataError(
-                f"{a.place} and {b.place} are of different {name}s: {a.said[name]} and {b.said[name]}.",
+                f"{a.place} and {b.place} are of different {name}s: {a.result[name]} and {b.result[name]}.",
                 "Their figures are of different things.",
                 f"Compare evaluations with one {name}.",
             )
-    if unpaired and a.said["protocol"] != b.said["protocol"]:
+    if unpaired and a.result["protocol"] != b.result["protocol"]:
         raise DataError(
-            f"{a.place} and {b.place} are of different protocols: {a.said['protocol']} and {b.said['protocol']}.",
+            f"{a.place} and {b.place} are of different protocols: {a.result['protocol']} and {b.result['protocol']}.",
             f"And they cannot be compared question by question: {unpaired}.",
             "Ask both the same questions with `deltamem eval --report`.",
         )
     for name in ("conditions", "groups"):
-        if not set(a.said[name]) & set(b.said[name]):
+        if not set(a.result[name]) & set(b.result[name]):
             raise DataError(f"{a.place} and {b.place} have no {name} in common.", "", "Compare others.")
 
 
-def _row(a: Evaluated, b: Evaluated, name: str, group: str | None, paired: bool) -> Row:
-    of_a, of_b, scale = a.score(name, group), b.score(name, group), scale_of(a.said["metric"])
+def _row(a: EvaluationFile, b: EvaluationFile, name: str, group: str | None, paired: bool) -> Row:
+    of_a, of_b, scale = a.score(name, group), b.score(name, group), scale_of(a.result["metric"])
     if not paired:
         return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)), unit=scale.unit)
     ours, theirs, histories, weights = _paired(a, b, name, group)
-    found = difference(ours, theirs, histories, a.said["seed"], scale, weights)
+    found = difference(ours, theirs, histories, a.result["seed"], scale, weights)
     return Row(name, False, group, of_a, of_b, **asdict(found), unit=scale.unit)
 
 
 def _paired(
-    a: Evaluated, b: Evaluated, name: str, group: str | None
+    a: EvaluationFile, b: EvaluationFile, name: str, group: str | None
 ) -> tuple[list[float], list[float], list[str], list[float] | None]:
     """B's scores, A's, the histories, and how much each counts, question by question."""
-    metric, weight = a.said["metric"], scale_of(a.said["metric"]).weight
+    metric, weight = a.result["metric"], scale_of(a.result["metric"]).weight
     pairs = zip(a.records[name], b.records[name], strict=True)
     some = [(first, second) for first, second in pairs if group in (None, first.group)]
     return (
@@ -283,12 +291,12 @@ def _paired(
     )
 
 
-def _gains(a: Evaluated, b: Evaluated, conditions: Sequence[str], paired: bool) -> list[Row]:
+def _gains(a: EvaluationFile, b: EvaluationFile, conditions: Sequence[str], paired: bool) -> list[Row]:
     """Whether one's state adds more than the other's: differences between differences."""
-    scale = scale_of(a.said["metric"])
+    scale = scale_of(a.result["metric"])
     found = []
     for other in conditions if STATE in conditions else ():
-        of_a, of_b = (_interval(each.said.get("differences", {}).get(other)) for each in (a, b))
+        of_a, of_b = (_interval(each.result.get("differences", {}).get(other)) for each in (a, b))
         if of_a is None or of_b is None:
             continue
         if paired:
@@ -297,33 +305,33 @@ def _gains(a: Evaluated, b: Evaluated, conditions: Sequence[str], paired: bool) 
             )
             b_gain = [state - control for state, control in zip(b_state, b_other, strict=True)]
             a_gain = [state - control for state, control in zip(a_state, a_other, strict=True)]
-            over = asdict(difference(b_gain, a_gain, histories, a.said["seed"], scale.of_differences, weights))
+            over = asdict(difference(b_gain, a_gain, histories, a.result["seed"], scale.of_differences, weights))
         else:
             over = asdict(difference_of_means(of_b, of_a))
         found.append(Row(other, True, None, of_a, of_b, **over, unit=scale.unit))
     return found
 
 
-def _interval(said: Mapping[str, Any] | None) -> Interval | None:
-    return None if said is None else [said["mean"], said["low"], said["high"]]
+def _interval(result: Mapping[str, Any] | None) -> Interval | None:
+    return None if result is None else [result["mean"], result["low"], result["high"]]
 
 
-def _differing(a: Evaluated, b: Evaluated) -> list[tuple[str, str, str, str]]:
+def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str, str]]:
     """Settings that are not the same, in the order of the page: those that both tell of, and where both tell how they
     were done, what only one has."""
-    sides = [{(part, name): value for part, rows in settings(each.said) for name, value in rows} for each in (a, b)]
-    told = "run" in a.said and "run" in b.said
+    sides = [{(part, name): value for part, rows in settings(each.result) for name, value in rows} for each in (a, b)]
+    told = "run" in a.result and "run" in b.result
     keys = [key for key in dict.fromkeys([*sides[0], *sides[1]]) if told or (key in sides[0] and key in sides[1])]
     rows = [(*key, sides[0].get(key, "–"), sides[1].get(key, "–")) for key in keys if key[0] != COST]
     return [row for row in rows if row[2] != row[3]]
 
 
-def _alone(a: Evaluated, b: Evaluated) -> list[str]:
+def _alone(a: EvaluationFile, b: EvaluationFile) -> list[str]:
     """What only one of them has."""
     return [
         f"only {label} has the {kind} {in_words(name)}"
         for kind, key in (("condition", "conditions"), ("group", "groups"))
         for label, own, other in (("A", a, b), ("B", b, a))
-        for name in own.said[key]
-        if name not in other.said[key]
+        for name in own.result[key]
+        if name not in other.result[key]
     ]
