@@ -216,7 +216,7 @@ def read_before_value(
     readings: dict[int, Tensor] = {}
     handles = []
     for layer in adapter.layer_indices:
-        module = adapter.memory(layer)
+        module = adapter.layer(layer)
 
         def keep_query(_: Any, __: Any, out: Tensor, layer: int = layer) -> None:
             raw = torch.tanh(out[:, -1]).view(shape)

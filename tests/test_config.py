@@ -106,15 +106,15 @@ def test_an_option_adds_its_parameters_and_no_others(options, changed, state, se
 
 def test_gates_begin_at_their_bias():
     for options in ({}, {"gates": "head"}, {"state_heads": 2}):
-        memory = attach(tiny_model(), DeltaMemConfig(couple_lambda=False, **options)).memory(0)
+        memory = attach(tiny_model(), DeltaMemConfig(couple_lambda=False, **options)).layer(0)
         assert not memory.gate.weight.any() and not memory.decay.weight.any()
         assert (memory.gate.bias == -1.5).all() and (memory.decay.bias == 1.5).all()
-    memory = attach(tiny_model(), DeltaMemConfig(couple_lambda=False, beta_bias=0.25)).memory(1)
+    memory = attach(tiny_model(), DeltaMemConfig(couple_lambda=False, beta_bias=0.25)).layer(1)
     assert (memory.gate.bias == 0.25).all() and (memory.decay.bias == -0.25).all()
 
 
 def test_projections_begin_uniform():
-    memory = attach(tiny_model(), DeltaMemConfig(rank=8, state_heads=4)).memory(0)
+    memory = attach(tiny_model(), DeltaMemConfig(rank=8, state_heads=4)).layer(0)
     for projection in (memory.query, memory.key, memory.value):
         most = 1 / math.sqrt(HIDDEN)
         assert projection.weight.abs().max() <= most
@@ -122,7 +122,7 @@ def test_projections_begin_uniform():
 
 
 def test_a_delta_of_zeros():
-    for delta in attach(tiny_model(), DeltaMemConfig(branches=BRANCHES)).memory(1).delta.values():
+    for delta in attach(tiny_model(), DeltaMemConfig(branches=BRANCHES)).layer(1).delta.values():
         assert not delta.weight.any()
 
 
@@ -133,7 +133,7 @@ def test_a_random_delta(state_heads):
     for seed in (0, 0, 1):
         model = tiny_model()
         torch.manual_seed(seed)
-        memories.append(attach(model, options).memory(1))
+        memories.append(attach(model, options).layer(1))
     most = 0.05 / math.sqrt(8 * state_heads)
     for branch, width in WIDTHS.items():
         first, again, other = (memory.delta_of(branch).weight for memory in memories)
@@ -153,7 +153,7 @@ def test_a_delta_from_the_base(rank, state_heads, filled, dtype):
     for layer in (0, 1):
         for branch in BRANCHES:
             base = getattr(model.model.layers[layer].self_attn, f"{branch}_proj").weight.double()
-            delta = adapter.memory(layer).delta_of(branch).weight
+            delta = adapter.layer(layer).delta_of(branch).weight
             assert delta.dtype == torch.float32 and delta.shape == (WIDTHS[branch], rank * state_heads)
             for column in range(filled):
                 expected = 0.05 * base[:, column] / base[:, column].square().sum().sqrt()
@@ -165,12 +165,12 @@ def test_a_delta_from_the_base(rank, state_heads, filled, dtype):
 def test_a_scale_begins_where_it_is_told(share):
     for kind, count in (("layer", 1), ("branch", 4)):
         options = DeltaMemConfig(delta_scale=kind, delta_scale_init=3 * share, delta_scale_max=3.0)
-        raw = attach(tiny_model(), options).memory(0).scale_raw
+        raw = attach(tiny_model(), options).layer(0).scale_raw
         assert (torch.sigmoid(raw) * 3).tolist() == pytest.approx([3 * share] * count, rel=1e-5)
 
 
 def test_the_norm_begins_with_ones():
-    assert (attach(tiny_model(), DeltaMemConfig(o_norm=True)).memory(0).o_norm.weight == 1).all()
+    assert (attach(tiny_model(), DeltaMemConfig(o_norm=True)).layer(0).o_norm.weight == 1).all()
 
 
 # Layers.

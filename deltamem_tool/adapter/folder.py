@@ -20,8 +20,7 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.io.tensor_header import TensorEntry, read_header
-from deltamem_tool.memory.fingerprint import fingerprint_of
-from deltamem_tool.memory.weight_shapes import weight_shapes
+from deltamem_tool.memory.weights import fingerprint_of, weight_shapes
 
 FLOAT32 = "float32"  # of every weight
 

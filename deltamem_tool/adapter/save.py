@@ -18,7 +18,7 @@ from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.attached import hf_model
+from deltamem_tool.memory.patch import hf_model
 
 
 def save_adapter(

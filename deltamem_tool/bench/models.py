@@ -19,8 +19,8 @@ from deltamem_tool.bench.sides import GraphFolder, TorchSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of, detach, hook
-from deltamem_tool.memory.attached import hf_model
 from deltamem_tool.memory.call_options import CallOptions
+from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import export_onnx

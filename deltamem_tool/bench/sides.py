@@ -48,7 +48,7 @@ class TorchSide:
 
     def __init__(self, model: Any) -> None:
         from deltamem_tool._compat import cache_argument
-        from deltamem_tool.memory.attached import PATCH, hf_model
+        from deltamem_tool.memory.patch import PATCH, hf_model
 
         self._model = model
         base = hf_model(model)

@@ -19,7 +19,7 @@ from rich.text import Text
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.io.atomic import check_writable
-from deltamem_tool.memory.file import refuse_no_memory
+from deltamem_tool.memory.file import check_replaceable
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.conversation import Conversation
@@ -157,7 +157,7 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         path = _path(argument)
-        refuse_no_memory(path)
+        check_replaceable(path)
         check_writable(path)
         self.conversation.save_memory(path)
         self.notice(f"Saved to {path}.")

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ArchitectureError
-from deltamem_tool.memory.attached import hf_model, patch_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, fill
 from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.memory.patch import hf_model, patch_of
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.segments.tags import SegmentTag
 

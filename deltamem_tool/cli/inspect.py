@@ -56,7 +56,7 @@ def command(path, other, plot, row, as_json) -> None:
 def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[dict[str, Any], list[Table]]:
     """What JSON says of one memory file, or of two, and the same as tables; the picture is drawn."""
     from deltamem_tool.memory.file import read_memory
-    from deltamem_tool.memory.inspect import difference, refuse_unlike, summary
+    from deltamem_tool.memory.inspect import check_comparable, difference, summary
 
     if plot is not None:
         check_installation("plot")
@@ -66,7 +66,7 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
     memory = read_memory(path)
     after = None if other is None else read_memory(other)
     if other is not None and after is not None:
-        refuse_unlike(path, memory, other, after)
+        check_comparable(path, memory, other, after)
     said = summary(memory)
     if row >= said["conversations"]:
         raise click.BadParameter(f"{path} holds conversations 0 to {said['conversations'] - 1}", param_hint="--row")

@@ -43,10 +43,10 @@ def command(
     **sampling: Any,
 ) -> None:
     """Answer with the model in ONNX_DIR, an ONNX folder or a Hub id, in ONNX Runtime and without PyTorch."""
-    from deltamem_tool.memory.file import read_memory, refuse_no_memory
+    from deltamem_tool.memory.file import check_replaceable, read_memory
 
     if save_memory is not None:
-        refuse_no_memory(save_memory)
+        check_replaceable(save_memory)
         check_writable(save_memory)
 
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling

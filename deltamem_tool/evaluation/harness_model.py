@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.memory.attached import PATCH, hf_model
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import is_off
+from deltamem_tool.memory.patch import PATCH, hf_model
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 

@@ -130,7 +130,7 @@ def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
 def _corrections_off(adapter: DeltaMemAdapter) -> Iterator[None]:
     """Set every Δ to zero inside the block."""
     branches, layers = adapter.config.branches, adapter.layer_indices
-    deltas: list[Any] = [adapter.memory(layer).delta_of(branch).weight for layer in layers for branch in branches]
+    deltas: list[Any] = [adapter.layer(layer).delta_of(branch).weight for layer in layers for branch in branches]
     kept = [weight.detach().clone() for weight in deltas]
     try:
         with torch.no_grad():

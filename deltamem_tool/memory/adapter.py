@@ -1,4 +1,4 @@
-"""The memories of all layers as one module: what is trained and saved, and what a memory is bound to."""
+"""The adapter: the modules of all layers, which are what is trained and saved."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from deltamem_tool.base_model.attention import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.file import MemoryShape
-from deltamem_tool.memory.fingerprint import fingerprint_of
-from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.layer import DeltaMemLayer
 from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.memory.weights import fingerprint_of
 
 IN_TRAINING = "in training"  # stands for a fingerprint
 _THREAD = local()  # the adapter that each thread trains, as `trained`
 
 
 class DeltaMemAdapter(nn.Module):
-    """The memories of all layers: everything that is trained and saved.
+    """The modules of all layers that have a memory: everything that is trained and saved.
 
     Its parameters are not registered in the base model, so the base's state dict stays its own.
     """
@@ -37,11 +37,11 @@ class DeltaMemAdapter(nn.Module):
             if config.rank > layer.hidden_size:
                 raise ConfigError(
                     f"The rank {config.rank} is too large.",
-                    f"It exceeds the model's hidden size, {layer.hidden_size}.",
+                    f"It is larger than the model's hidden size, {layer.hidden_size}.",
                     "Choose a smaller rank; 8 is the paper's.",
                 )
             widths = {branch: layer.projection(branch).out_features for branch in config.branches}
-            self.layers[str(layer.index)] = DeltaMemory(config, layer.hidden_size, widths)
+            self.layers[str(layer.index)] = DeltaMemLayer(config, layer.hidden_size, widths)
         # What one conversation's memory measures.
         self.memory_shape = MemoryShape({i: config.state_shape for i in self.layer_indices}, config.segment_width)
         self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
@@ -50,16 +50,18 @@ class DeltaMemAdapter(nn.Module):
 
     @property
     def layer_indices(self) -> list[int]:
+        """The decoder layers that have a memory."""
         return [int(index) for index in self.layers]
 
-    def memory(self, layer: int) -> DeltaMemory:
-        return cast(DeltaMemory, self.layers[str(layer)])
+    def layer(self, index: int) -> DeltaMemLayer:
+        """Return the module of decoder layer `index`."""
+        return cast(DeltaMemLayer, self.layers[str(index)])
 
-    @torch.compiler.disable  # a fingerprint cannot be taken while a graph is traced
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not type it; a fingerprint cannot be taken while a graph is traced
     def empty_memory(self, batch_size: int) -> MemoryState:
-        """Zeros for `batch_size` conversations, on the adapter's device."""
+        """Return zeros for `batch_size` conversations, on the adapter's device."""
         shape = self.memory_shape
-        states = {i: torch.zeros(batch_size, *of_layer, device=self.device) for i, of_layer in shape.layers.items()}
+        states = {i: torch.zeros(batch_size, *size, device=self.device) for i, size in shape.layers.items()}
         segments = {
             i: torch.zeros(batch_size, shape.segment_width, device=self.device) for i in states if shape.segment_width
         }
@@ -67,14 +69,16 @@ class DeltaMemAdapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self._weights[0].device
 
     def num_parameters(self) -> int:
+        """Return the number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def fingerprint(self) -> str:
-        """What a memory is bound to: see `fingerprint_of`. Computed anew after a change."""
+        """What a memory is bound to: see `fingerprint_of`. Computed again after a change."""
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
         versions = tuple(changes_of(weight) for weight in self._weights)
@@ -85,8 +89,11 @@ class DeltaMemAdapter(nn.Module):
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Inside, and in this thread, memories are bound to a word and not to the weights, which change with every
-        step: hashing those took 0.15 s for a 4B model's, and nobody keeps the memories of a training step."""
+        """Bind memories to a word and not to the weights: inside the block, and in this thread.
+
+        Weights change with every step, hashing those of a 4B model's adapter took 0.15 s, and nobody keeps the memories
+        of a training step.
+        """
         before, _THREAD.trained = getattr(_THREAD, "trained", None), self
         try:
             yield

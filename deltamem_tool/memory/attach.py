@@ -1,4 +1,4 @@
-"""Attach a memory to a causal language model with hooks, and take it off again.
+"""Attach a memory to a causal language model with hooks, and detach it.
 
 The base keeps its modules, names and weights. While the decoder runs, one `DecoderCall` (of this thread, so that
 threads do not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the
@@ -18,14 +18,14 @@ from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.attached import PATCH, Patch, hf_model, patch_of
 from deltamem_tool.memory.hooks import attention_pre_hook, decoder_hook, decoder_pre_hook, projection_hook
 from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
 from deltamem_tool.memory.overrides import override, restore
+from deltamem_tool.memory.patch import PATCH, Patch, hf_model, patch_of
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
-    """Give `model` a fresh memory and freeze its own weights.
+    """Give `model` a new memory and freeze its own weights.
 
     Args:
         model: a decoder-only causal language model.
@@ -35,7 +35,7 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
         The adapter, whose parameters are the only ones that train.
 
     Raises:
-        ArchitectureError: the model cannot take a memory, or has one.
+        ArchitectureError: the model is of a type that cannot have a memory, or has one.
         ConfigError: the options do not fit the model.
     """
     config, model = config or DeltaMemConfig(), hf_model(model)
@@ -50,16 +50,19 @@ def fresh_adapter(
     layers: Sequence[AttentionLayer],
     first_columns: Callable[[Projection, int], Tensor],
 ) -> DeltaMemAdapter:
-    """A new adapter for `layers`, whose modules only have to know their shapes.
+    """Make a new adapter for `layers`, whose modules only have to know their shapes.
 
-    `first_columns` gives the first n columns `[out, n]` of a projection's weight; it is asked only where
-    `config.delta_init` starts from them.
+    Args:
+        config: the mechanism.
+        layers: those that get a memory.
+        first_columns: returns the first n columns `[out, n]` of a projection's weight; called only where
+            `config.delta_init` starts from them.
     """
     adapter = DeltaMemAdapter(config, layers)
     if config.delta_init == "base_slice":
         for layer in layers:
             columns = {branch: first_columns(layer.projection(branch), BASE_SLICE_WIDTH) for branch in config.branches}
-            adapter.memory(layer.index).start_from_base(columns)
+            adapter.layer(layer.index).start_from_base(columns)
     return adapter
 
 
@@ -68,14 +71,14 @@ def _first_columns(projection: Projection, count: int) -> Tensor:
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise ConfigError(
             f"The weight of {projection.name} is quantised.",
-            "delta_init=base_slice starts from plain ones.",
+            "delta_init=base_slice copies columns of weights that are not quantised.",
             "Use delta_init zero or random, or attach before quantising.",
         )
     return projection.take(weight[:count] if projection.is_transposed else weight[:, :count].T).T
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Take the memory off: hooks gone, the base trainable where it was before."""
+    """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
     patch: Patch = patch_of(model)
     model = hf_model(model)
     for handle in patch.handles:
@@ -88,7 +91,7 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
-    """The adapter of a patched model."""
+    """Return the adapter of a patched model."""
     patch: Patch = patch_of(model)
     return patch.adapter
 
@@ -96,7 +99,7 @@ def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
 def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     """Put `adapter` on `model` and freeze the model's own weights."""
     if hasattr(model, PATCH):
-        raise ArchitectureError("This model has a memory already.", "", "Call detach(model) first.")
+        raise ArchitectureError("This model already has a memory.", "", "Call detach(model) first.")
     layers = layers_at(attention_layers(model), adapter.layer_indices)
     # Parameters and not their names, which change where a LoRA comes later.
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -120,8 +123,10 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """What the model calls with its tokens: its base model; but OPT and BART's decoder-only form call the decoder that
-    is all there is in theirs."""
+    """Return the module that the model calls with its tokens.
+
+    It is the base model, except in OPT and BART's decoder-only form, whose base models hold nothing but a decoder.
+    """
     base = model.base_model
     inner = dict(base.named_children())
     return inner["decoder"] if list(inner) == ["decoder"] else base

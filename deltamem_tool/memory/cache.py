@@ -8,30 +8,30 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory.attached import patch_of
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.layer import end_segment
+from deltamem_tool.memory.patch import patch_of
 from deltamem_tool.memory.state import MemoryState
 
 
 class MemoryCache(DynamicCache):
-    """The KV cache of a patched model together with its memory: pass it as `cache`.
+    """The KV cache of a patched model together with its memory: pass it to the model as `cache`.
 
     After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
 
     Args:
         model: a model that `attach` or `load` has given a memory.
-        memory: where to start; None starts from zeros. It is not changed: read the new one from `cache.memory`.
-        write: whether tokens write. A bool `[B, T]` tensor says it token by token, for one call.
-        max_length: room for so many tokens, taken at once and never moved, as torch.compile likes it (transformers'
-            static cache); None grows with the text.
+        memory: the memory to start from; None starts from zeros. It is not changed: the new one is `cache.memory`.
+        write: whether tokens write. A bool `[B, T]` tensor is a mask over the tokens of one call.
+        max_length: allocate transformers' static cache, of this many tokens, which torch.compile needs; None grows with
+            the text.
 
-    Where the adapter writes by segments (a message, a sentence), set `segment_tags` before a call, as
-    `deltamem.encode_chat` gives it: it says of the next tokens which segment they belong to. Tokens of which nothing is
-    said join the open segment, as generated ones do. `end_segment()` writes what is open.
+    Where the adapter writes by segments (a message, a sentence), set `segment_tags` before a call, to what
+    `deltamem.encode_chat` returns: it says which segment the next tokens belong to. Without it tokens join the open
+    segment, as generated ones do. `end_segment()` writes the open segment.
 
     Raises:
-        MemoryStateError: `memory` belongs to another adapter, has other layers, heads or rank, or holds NaN.
+        MemoryStateError: `memory` belongs to another adapter, has other layers, heads or rank, or contains NaN.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MemoryCache(DynamicCache):
         """Write the open segment of every conversation that has one.
 
         Raises:
-            MemoryStateError: every token writes by itself, or all segments are empty.
+            MemoryStateError: the adapter writes every token by itself, or all open segments are empty.
         """
         if self._config.granularity == "token":
             raise MemoryStateError(
@@ -80,7 +80,9 @@ class MemoryCache(DynamicCache):
             )
         if self.memory is None or not bool((self.memory.open_tokens > 0).any()):
             raise MemoryStateError(
-                "The open segment is empty.", "No token has come since the last one ended.", "End it after its tokens."
+                "The open segment is empty.",
+                "No token was fed since the last segment ended.",
+                "Call end_segment() after the segment's tokens.",
             )
         layers, segments = {}, {}
         for layer, state in self.memory.layers.items():
@@ -88,13 +90,15 @@ class MemoryCache(DynamicCache):
         self.memory = MemoryState(layers, self.memory.adapter, segments)
 
     def begin_generation(self, stop_tokens: Tensor | None) -> None:
-        """`generate` starts: rows that produce one of `stop_tokens` will no longer read or write."""
+        """Note that `generate` starts: rows that produce one of `stop_tokens` will no longer read or write."""
         self._finished, self._step, self._stop_tokens = None, None, stop_tokens
 
     def begin_step(self, produced: Tensor | None, valid: Tensor | None) -> None:
-        """`generate` feeds tokens that it has `produced` `[B, T]` next, which can end a row, or else (None) the prompt.
+        """Note what `generate` feeds next.
 
-        `valid`, bool `[B, T]`, says which tokens are no padding; None for all.
+        Args:
+            produced: the tokens that it has generated, `[B, T]`, which can end a row; None for the prompt.
+            valid: bool `[B, T]`, tokens that are not padding; None for all.
         """
         if produced is not None and self._stop_tokens is not None:
             ended = torch.isin(produced, self._stop_tokens.to(produced.device)).any(dim=1)
@@ -104,19 +108,29 @@ class MemoryCache(DynamicCache):
         self._step = (valid,)
 
     def take_step(self) -> tuple[Tensor | None] | None:
-        """Which tokens of the call that `generate` has announced still belong to the conversation, bool `[B, T]`, or
-        None for all; in a tuple, which is None where nothing was announced."""
+        """Return which tokens of the call that `begin_step` has announced belong to the conversation.
+
+        They are bool `[B, T]`, or None for all, in a tuple; None where nothing was announced.
+        """
         step, self._step = self._step, None
         return step
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx`, of keys and values, memory and segment tags."""
         self._take_keys(beam_idx.long())
-        self._take(beam_idx)
+        if self.memory is not None:
+            self.memory = self.memory.select(beam_idx)
+        if self.segment_tags is not None:
+            self.segment_tags = self.segment_tags.index_select(0, beam_idx.to(self.segment_tags.device))
+        if self._finished is not None:
+            self._finished = self._finished.index_select(0, beam_idx.to(self._finished.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows `indices`."""
         self.reorder_cache(indices)  # all that static layers can do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, the copies of a row side by side."""
         if self.get_seq_length() > 0:  # empty layers have no rows to repeat
             keys = next(keys for layer in self.layers if (keys := getattr(layer, "keys", None)) is not None)
             self._take_keys(torch.arange(len(keys)).repeat_interleave(repeats))
@@ -126,20 +140,26 @@ class MemoryCache(DynamicCache):
             self.segment_tags = self.segment_tags.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
-        super().reset()
+        """Forget everything, the memory too."""
+        super().reset()  # type: ignore[no-untyped-call]  # of transformers
         self.memory, self.segment_tags, self._finished, self._step = None, None, None, None
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` compiles decode steps by itself. Not on a GPU, where it would record them as CUDA graphs,
-        which keep their outputs in one place: a memory taken from `cache.memory` would change at the next step."""
+        """Whether `generate` compiles decode steps by itself.
+
+        Not on a GPU, where it would record them as CUDA graphs, which keep their outputs in one place: a memory taken
+        from `cache.memory` would change at the next step.
+        """
         return super().is_compileable and self._device_type != "cuda"
 
     @property
     def is_croppable(self) -> bool:
+        """False: a memory cannot forget tokens."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Raise MemoryStateError: a memory cannot forget tokens."""
         raise MemoryStateError(
             "A memory cannot forget its last tokens.",
             "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",
@@ -148,11 +168,3 @@ class MemoryCache(DynamicCache):
 
     def _take_keys(self, rows: Tensor) -> None:
         super().reorder_cache(rows)  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
-
-    def _take(self, rows: Tensor) -> None:
-        if self.memory is not None:
-            self.memory = self.memory.select(rows)
-        if self.segment_tags is not None:
-            self.segment_tags = self.segment_tags.index_select(0, rows.to(self.segment_tags.device))
-        if self._finished is not None:
-            self._finished = self._finished.index_select(0, rows.to(self._finished.device))

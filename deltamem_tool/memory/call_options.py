@@ -25,7 +25,7 @@ class CallOptions:
         padded_right: whether "last" is each row's last token that is no padding, not the last column.
 
     Raises:
-        ExportError: the model does not say which layer makes its logits, where padding is on the right.
+        ExportError: padding is on the right, and the model does not say which layer computes its logits.
     """
 
     def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
@@ -33,12 +33,14 @@ class CallOptions:
         parameters = inspect.signature(model.forward).parameters
         self._cache = cache_argument(model.forward)  # also of a model that has no memory
         self._cuts = "logits_to_keep" in parameters
-        self._head = model.get_output_embeddings() if logits == "last" and padded_right else None
+        self._head: nn.Module | None = None
+        if logits == "last" and padded_right:
+            self._head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
         if self._head is None and logits == "last" and padded_right:
             raise ExportError(
-                f"{type(model).__name__} does not say which layer makes its logits.",
-                "They cannot be cut to each row's last token.",
-                "Export the logits of all positions.",
+                f"{type(model).__name__} does not say which layer computes its logits.",
+                "So they cannot be limited to each row's last token, which padding on the right needs.",
+                'Export the logits of all positions (logits="all").',
             )
         self._first_position = _first_position(model) if "position_ids" in parameters else None
 
@@ -50,28 +52,35 @@ class CallOptions:
         cache: MemoryCache,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """Those that the graph gives, `[B, 1, V]` or `[B, T, V]`. `columns`, int64 `[T]`, says where in the mask the
-        tokens are; by default they are its last."""
-        given: dict[str, Any] = {self._cache: cache}
+        """Return the logits that the graph gives, `[B, 1, V]` or `[B, T, V]`.
+
+        Args:
+            model: the model.
+            input_ids: `[B, T]`.
+            attention_mask: `[B, P + T]`.
+            cache: the keys, values and memory before the tokens.
+            columns: int64 `[T]`, where in the mask the tokens are; None for its last.
+        """
+        kwargs: dict[str, Any] = {self._cache: cache}
         if self._first_position is not None:
-            given["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
+            kwargs["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
         if self._cuts:
-            given["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
+            kwargs["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
         mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
         position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
         with _cut(self._head, position):
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **given).logits
+            logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **kwargs).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
 
 
 def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
-    """Which of the last tokens is each row's last that is no padding, int64 `[B]`; 0 where all are."""
+    """Return the index, among the last tokens, of each row's last that is not padding, int64 `[B]`; 0 where all are."""
     return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
 
 
 @contextmanager
 def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
-    """While it holds, `head` sees one position of each row, int64 `[B]`; all of them where it is None."""
+    """Let `head` see one position of each row, int64 `[B]`; all of them where it is None."""
     if head is None or position is None:
         yield
         return
@@ -89,14 +98,16 @@ def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
 
 @torch.no_grad()
 def _first_position(model: PreTrainedModel) -> int | None:
-    """Where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding. None if it does
-    neither: then it counts by itself."""
+    """Find where `model` begins to count: at zero, or, as RoBERTa does, after the id of its padding.
+
+    None if it does neither: then it counts by itself.
+    """
     ids = torch.tensor([[3, 4, 5]], device=model.device)
-    own = model(input_ids=ids, cache=MemoryCache(model)).logits
+    expected = model(input_ids=ids, cache=MemoryCache(model)).logits
     padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     for first in (0, (padding or 0) + 1):
         positions = first + torch.arange(3, device=model.device)[None]
-        if torch.allclose(model(ids, position_ids=positions, cache=MemoryCache(model)).logits, own, atol=1e-5):
+        if torch.allclose(model(ids, position_ids=positions, cache=MemoryCache(model)).logits, expected, atol=1e-5):
             return first
     return None
 
@@ -109,7 +120,9 @@ def _positions(attention_mask: Tensor, tokens: int, columns: Tensor | None) -> T
 
 def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> Tensor:
     """Which columns the tokens in `columns` attend to, `[B, 1, T, N]`, in the form that attention takes as it is.
-    What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay."""
+
+    What transformers makes of the 2-D mask gathers it by indices, which a CUDA graph cannot replay.
+    """
     causal = torch.arange(attention_mask.shape[1], device=columns.device) <= columns[:, None]
     seen = attention_mask.bool()[:, None, None, :] & causal
     if attention_implementation(model.config) == "sdpa":
@@ -118,14 +131,20 @@ def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> 
 
 
 def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
-    """What DynamicLayer.update does to a fresh layer, without joining the past to nothing."""
+    """Do what `DynamicLayer.update` does to a new layer, without joining the past to nothing."""
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device
 
 
 def fill_static(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) -> None:
-    """What `fill` does, for a layer with room for so many tokens, of which `length`, an int64 scalar, are there. The
-    layer changes the tensors that it is given."""
+    """Do what `fill` does for a static layer, which changes the tensors that it is given.
+
+    Args:
+        layer: a new layer of a static cache.
+        key: `[B, H, N, D]`, room for N tokens.
+        value: likewise.
+        length: int64 scalar, how many tokens are in it.
+    """
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device
     layer.batch_size, layer.num_heads, layer.k_head_dim = key.shape[0], key.shape[1], key.shape[3]

@@ -1,4 +1,4 @@
-"""What one run of a patched decoder has to know: filled by its `hooks`, one a thread."""
+"""One run of a patched decoder: what its `hooks` read and fill, one for each thread."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ _THREAD = local()
 
 
 def running() -> DecoderCall | None:
+    """Return what this thread runs."""
     return getattr(_THREAD, "call", None)
 
 
 def run(call: DecoderCall | None) -> None:
-    """From now on this thread runs `call`."""
+    """Have this thread run `call` from now on."""
     _THREAD.call = call
 
 
 def is_off() -> bool:
+    """Whether this thread is in `without_memory`."""
     return getattr(_THREAD, "off", False)
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Inside, and in this thread, patched models are their base models: nothing is read, corrected or written."""
+    """Run patched models as their base models in this thread: nothing is read, corrected or written."""
     before, _THREAD.off = is_off(), True
     try:
         yield
@@ -60,8 +62,7 @@ def without_memory() -> Iterator[None]:
 
 @contextmanager
 def again(call: DecoderCall | None) -> Iterator[None]:
-    """For a layer that runs a second time, perhaps in another thread: it finds what it found in `call`, and what it
-    leaves there is dropped."""
+    """Run a layer a second time, perhaps in another thread: with the inputs of `call`; its results are dropped."""
     before = running()
     run(None if call is None else replace(call, readings={}, states={}, open_segments={}, write_gates={}))
     try:

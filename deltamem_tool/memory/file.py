@@ -60,6 +60,7 @@ class StoredMemory:
 
     @property
     def shape(self) -> MemoryShape:
+        """`(H, R, R)` by layer, and W."""
         segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
 
@@ -81,13 +82,13 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     """Write a memory file, whole or not at all.
 
     Raises:
-        MemoryStateError: it holds NaN or infinity, so that the file could not be read again.
+        MemoryStateError: the memory contains NaN or infinity, so that the file could not be read again.
     """
     tensors = memory.tensors()
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise MemoryStateError(
-                f"The memory holds NaN or infinity: {name}.", "It was not saved.", "Start from an earlier one."
+                f"The memory contains NaN or infinity: {name}.", "It was not saved.", "Start from an earlier one."
             )
     metadata = {
         "format": FORMAT,
@@ -98,10 +99,11 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
-def refuse_no_memory(path: Path) -> None:
-    """
+def check_replaceable(path: Path) -> None:
+    """Check that `path` is free, or is a memory file, which may be replaced.
+
     Raises:
-        MemoryStateError: something is at `path` that is no memory, and would be lost.
+        MemoryStateError: `path` exists and is not a memory file.
     """
     if not path.exists():
         return
@@ -109,7 +111,7 @@ def refuse_no_memory(path: Path) -> None:
         read_memory(path)
     except MemoryStateError as error:
         raise MemoryStateError(
-            f"{path} is there, and is no memory.", "It would be lost.", "Choose another file."
+            f"{path} exists and is not a memory file.", "It would be overwritten.", "Choose another file."
         ) from error
 
 
@@ -117,11 +119,11 @@ def read_memory(path: str | Path) -> StoredMemory:
     """Read a memory file.
 
     Raises:
-        MemoryStateError: the file is missing, is no memory, is newer than this version, or holds NaN.
+        MemoryStateError: the file is missing, is not a memory file, is of a newer format, or contains NaN.
     """
     path = Path(path)
     if not path.is_file():
-        raise MemoryStateError(f"There is no memory file {path}.", "", "Save one first, or correct the path.")
+        raise MemoryStateError(f"The memory file {path} does not exist.", "", "Save one first, or correct the path.")
     try:
         header = read_header(path)
         _check_header(path, header)
@@ -130,14 +132,14 @@ def read_memory(path: str | Path) -> StoredMemory:
         if isinstance(error, MemoryStateError):
             raise
         raise MemoryStateError(
-            f"{path} is no memory file.", f"It cannot be read: {error}.", "Use another file."
+            f"{path} is not a memory file.", f"It cannot be read: {error}.", "Use another file."
         ) from error
     parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         assert match is not None  # or the header had been refused
         if not np.isfinite(tensor).all():
-            raise _damaged(path, f"The state {name!r} holds NaN or infinity")
+            raise _damaged(path, f"The state {name!r} contains NaN or infinity")
         parts[match[2]][int(match[1])] = tensor
     states, segments = (dict(sorted(part.items())) for part in parts.values())
     if len({state.shape[1:] for state in states.values()}) > 1 or any(
@@ -152,13 +154,16 @@ def read_memory(path: str | Path) -> StoredMemory:
 
 
 def _check_header(path: Path, header: Header) -> None:
-    """
+    """Check that a header is that of a memory file.
+
     Raises:
-        MemoryStateError: the header is of no memory, of a newer format, or names something other than states.
+        MemoryStateError: the header is not that of a memory, or of a newer format, or names other tensors than states.
     """
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
-        raise MemoryStateError(f"{path} is no memory file.", "Its metadata does not say so.", "Use another file.")
+        raise MemoryStateError(
+            f"{path} is not a memory file.", "Its metadata does not say that it is.", "Use another file."
+        )
     version = metadata.get("format_version")
     if version != str(FORMAT_VERSION):
         newer = version is not None and _NUMBER.fullmatch(version) and is_newer(int(version), FORMAT_VERSION)
@@ -172,42 +177,47 @@ def _check_header(path: Path, header: Header) -> None:
     for name, entry in header.tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None or len(entry.shape) != _AXES[match[2]] or entry.dtype != "float32":
-            raise _damaged(path, f"Its tensor {name!r} is no float32 state")
+            raise _damaged(path, f"Its tensor {name!r} is not a float32 state")
     if not any(name.endswith(".state") for name in header.tensors) or "adapter" not in metadata:
-        raise _damaged(path, "It holds no states or no fingerprint")
+        raise _damaged(path, "It contains no states or no fingerprint")
 
 
 def _damaged(path: Path, why: str) -> MemoryStateError:
     return MemoryStateError(f"{path} is damaged.", f"{why}.", "Use another file.")
 
 
-def check_memory(found: MemoryShape, written_by: str, expected: MemoryShape, adapter: str) -> None:
-    """Refuse a memory of the shape `found` that `adapter`, whose memories have the shape `expected`, did not write.
+def check_memory(shape: MemoryShape, written_by: str, expected: MemoryShape, adapter: str) -> None:
+    """Check that a memory belongs to an adapter.
+
+    Args:
+        shape: of the memory.
+        written_by: fingerprint of the adapter that wrote it.
+        expected: the shape of the adapter's memories.
+        adapter: its fingerprint.
 
     Raises:
-        MemoryStateError: it belongs to another adapter, or has other layers, heads, rank or segments.
+        MemoryStateError: the memory belongs to another adapter, or has other layers, heads, rank or segments.
     """
-    if found != expected:
-        raise MemoryStateError("This memory does not fit the adapter.", _difference(found, expected), _USE_ANOTHER)
+    if shape != expected:
+        raise MemoryStateError("This memory does not fit the adapter.", _difference(shape, expected), _USE_ANOTHER)
     if written_by != adapter:
         raise MemoryStateError(
             "This memory belongs to another adapter.",
-            f"It was written by {written_by[:16]}…, this is {adapter[:16]}….",
+            f"It was written by the adapter {written_by[:16]}…, this is {adapter[:16]}….",
             _USE_ANOTHER,
         )
 
 
-_USE_ANOTHER = "Use the adapter that wrote it, or start with an empty memory."
+_USE_ANOTHER = "Use the adapter that wrote it, or start from an empty memory."
 
 
-def _difference(found: MemoryShape, expected: MemoryShape) -> str:
+def _difference(shape: MemoryShape, expected: MemoryShape) -> str:
     """The first thing that differs, by name."""
-    if found.layers.keys() != expected.layers.keys():
-        return f"Its layers are {sorted(found.layers)}, the adapter's {sorted(expected.layers)}."
-    for layer, shape in found.layers.items():
+    if shape.layers.keys() != expected.layers.keys():
+        return f"Its layers are {sorted(shape.layers)}, the adapter's {sorted(expected.layers)}."
+    for layer, state in shape.layers.items():
         wanted = expected.layers[layer]
-        if shape != wanted:
-            name = "state heads" if shape[0] != wanted[0] else "rank"
-            axis = 0 if shape[0] != wanted[0] else 1
-            return f"Its layer {layer} has {name} {shape[axis]}, the adapter's {wanted[axis]}."
-    return f"It keeps {found.segment_width} numbers of an open segment, the adapter {expected.segment_width}."
+        if state != wanted:
+            name, axis = ("state heads", 0) if state[0] != wanted[0] else ("rank", 1)
+            return f"Its layer {layer} has {name} {state[axis]}, the adapter's {wanted[axis]}."
+    return f"It keeps {shape.segment_width} numbers of an open segment, the adapter {expected.segment_width}."

@@ -7,6 +7,7 @@ that it has made; the hooks read and fill it, and the cache takes the new states
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
-from deltamem_tool.memory.masks import refuse_without_segments, segment_tokens, valid_tokens, writing_tokens
+from deltamem_tool.memory.masks import check_writes_tokens, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.memory.state import MemoryState
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
-def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter):
+
+def decoder_pre_hook(
+    model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter
+) -> Callable[[nn.Module, Args, Kwargs], tuple[Args, Kwargs]]:
+    """Return the hook that begins a `DecoderCall`."""
     parameters = list(inspect.signature(decoder.forward).parameters)
     argument = cache_argument(decoder.forward)
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         args, kwargs = with_one_cache(parameters, argument, args, kwargs)
         if is_off():
             return args, kwargs
@@ -38,22 +45,22 @@ def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaM
         kwargs |= dict(zip(parameters, args, strict=False))
         cache = kwargs.get(argument)
         if cache is None:
-            refuse_without_segments(adapter.config)
+            check_writes_tokens(adapter.config)
             cache = MemoryCache(model)
             use_cache = kwargs.get("use_cache")
-            usual = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
-            if usual if use_cache is None else use_cache:
+            default = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+            if default if use_cache is None else use_cache:
                 kwargs[argument] = cache
         elif not isinstance(cache, MemoryCache):
             raise MemoryStateError(
-                f"A {type(cache).__name__} has no place for the memory.",
+                f"A {type(cache).__name__} cannot hold the memory.",
                 "The model would forget at every call.",
-                "Pass cache=deltamem.MemoryCache(model), or none.",
+                "Pass cache=deltamem.MemoryCache(model), or no cache.",
             )
         if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
             raise ConfigError(
                 "transformers' gradient checkpointing does not work with a memory.",
-                "It takes the cache from the layers.",
+                "It calls the layers without the cache.",
                 "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
             )
         tokens = kwargs.get("input_ids")
@@ -77,18 +84,19 @@ def decoder_pre_hook(model: PreTrainedModel, decoder: nn.Module, adapter: DeltaM
 
 
 def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:
-    """Refuse a memory that is not `adapter`'s, or not of this batch: `cache.memory` can be set to anything."""
+    """Check that a memory is `adapter`'s, and of this batch: `cache.memory` can be set to anything."""
     if not torch.compiler.is_compiling():  # while a graph is traced, weights have no values to take a fingerprint of
         check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
     if memory.batch_size != batch:
         raise MemoryStateError(
-            f"The memory holds {memory.batch_size} conversations, the batch {batch}.",
+            f"The memory has {memory.batch_size} conversations, and the batch {batch} rows.",
             "",
             "Give every row its own: memory.fork(n) repeats rows, memory.select(rows) picks them.",
         )
 
 
-def decoder_hook(module: nn.Module, args: tuple, output: Any) -> None:
+def decoder_hook(module: nn.Module, args: Args, output: Any) -> None:
+    """End the `DecoderCall`: the cache takes the new states."""
     call = None if is_off() else running()
     if call is None:
         return  # or the hook before the decoder refused the call
@@ -100,22 +108,26 @@ def decoder_hook(module: nn.Module, args: tuple, output: Any) -> None:
         if call.cache.write_gates is not None:
             for layer, gates in call.write_gates.items():
                 call.cache.write_gates[layer] = call.cache.write_gates.get(layer, 0.0) + gates
-        if call.cache.segment_tags is not None:  # what was said of tokens that have come is used up
+        if call.cache.segment_tags is not None:  # the tags of this call's tokens are used up
             rest = call.cache.segment_tags[:, call.tokens :]
             call.cache.segment_tags = rest if rest.shape[1] else None
 
 
-def attention_pre_hook(index: int, adapter: DeltaMemAdapter):
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def attention_pre_hook(index: int, adapter: DeltaMemAdapter) -> Callable[[nn.Module, Args, Kwargs], None]:
+    """Return the hook that reads and writes before layer `index`."""
+
+    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if is_off():
             return
         call = running()
         if call is None:
             raise MemoryStateError(
-                "An attention layer ran outside of its decoder.", "", "Call the model, or its base model, as a whole."
+                "An attention layer was called outside of its decoder.",
+                "",
+                "Call the model, or its base model, as a whole.",
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        layer, segment = adapter.memory(index), call.memory.open_segments.get(index)
+        layer, segment = adapter.layer(index), call.memory.open_segments.get(index)
         output = layer(hidden, call.memory.layers[index], call.read_mask, call.write_mask, segment, call.segment_end)
         call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
         if output.open_segment is not None:
@@ -133,15 +145,18 @@ def _summed(gates: Tensor, written: Tensor | bool | None) -> Tensor:
     return torch.stack([gates.mean((2, 3)).sum(1), count.to(gates.dtype)], dim=1)
 
 
-def projection_hook(index: int, adapter: DeltaMemAdapter, branch: str, projection: Projection):
+def projection_hook(
+    index: int, adapter: DeltaMemAdapter, branch: str, projection: Projection
+) -> Callable[[nn.Module, Args, Tensor], Tensor | None]:
+    """Return the hook that corrects a projection of layer `index`."""
     whole = projection.is_whole
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def hook(module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
         if is_off():
             return None
         call = running()
         assert call is not None  # the attention's own hook has seen to it
-        layer = adapter.memory(index)
+        layer = adapter.layer(index)
         if whole:
             return layer.correct(branch, call.readings[index], output)
         return output + projection.place(layer.correction(branch, call.readings[index])).to(output.dtype)

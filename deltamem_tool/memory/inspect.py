@@ -1,4 +1,4 @@
-"""What a memory holds, and what has changed from one to another, in numbers that JSON can carry. No torch."""
+"""What is in a memory, and what has changed from one to another, in numbers for JSON. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltamem_tool.memory.file import StoredMemory, check_memory
 
 
 def summary(memory: StoredMemory) -> dict[str, Any]:
-    """Sizes, and the Frobenius norm of every state, `[B, H]` by layer."""
+    """Return sizes, and the Frobenius norm of every state, `[B, H]` by layer."""
     batch, heads, rank, _ = next(iter(memory.states.values())).shape
     return {
         "kind": "memory",
@@ -27,8 +27,8 @@ def summary(memory: StoredMemory) -> dict[str, Any]:
 
 
 def difference(before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
-    """What `summary` says of `before`, with all that may differ twice; norms `[B, H]` by layer."""
-    said = summary(before)
+    """Return the `summary` of `before`, with what may differ twice; norms `[B, H]` by layer."""
+    facts = summary(before)
     changes = {}
     for layer, old in before.states.items():
         norms, change = _norms(old), _norms(np.subtract(after.states[layer], old, dtype=np.float64))
@@ -39,14 +39,15 @@ def difference(before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
             "difference": change.tolist(),
             "relative": [[None if value != value else value for value in heads] for heads in relative.tolist()],
         }
-    tokens = None if said["open_tokens"] is None else {"before": said["open_tokens"], "after": _open_tokens(after)}
-    kept = {name: value for name, value in said.items() if name != "norms"}
-    return kept | {"kind": "difference", "open_tokens": tokens, "changes": changes}
+    tokens = None if facts["open_tokens"] is None else {"before": facts["open_tokens"], "after": _open_tokens(after)}
+    del facts["norms"]
+    return facts | {"kind": "difference", "open_tokens": tokens, "changes": changes}
 
 
 def _norms(states: np.ndarray) -> np.ndarray:
-    """`[B, H, R, R]` to `[B, H]`, in float64: squares of large float32 numbers are none."""
-    return np.linalg.norm(states.astype(np.float64), axis=(2, 3))
+    """`[B, H, R, R]` to `[B, H]`, in float64: squares of large float32 numbers overflow."""
+    norms: np.ndarray = np.linalg.norm(states.astype(np.float64), axis=(2, 3))
+    return norms
 
 
 def _open_tokens(memory: StoredMemory) -> list[int] | None:
@@ -55,21 +56,24 @@ def _open_tokens(memory: StoredMemory) -> list[int] | None:
     return None if segment is None else [int(count) for count in segment[:, -1]]
 
 
-def refuse_unlike(path: str, before: StoredMemory, other: str, after: StoredMemory) -> None:
-    """
+def check_comparable(path: str, before: StoredMemory, other: str, after: StoredMemory) -> None:
+    """Check that two memories can be compared.
+
     Raises:
-        MemoryStateError: the memories of the two files are not of one adapter, or not of as many conversations.
+        MemoryStateError: the memories are of different adapters, or of different numbers of conversations.
     """
     try:
         check_memory(after.shape, after.adapter, before.shape, before.adapter)
     except MemoryStateError as error:
         raise MemoryStateError(
-            f"{other} is not of the adapter that wrote {path}.", error.why, "Compare two memories of one adapter."
+            f"{other} was not written by the adapter that wrote {path}.",
+            error.why,
+            "Compare two memories of one adapter.",
         ) from error
-    found, wanted = (len(next(iter(memory.states.values()))) for memory in (after, before))
-    if found != wanted:
+    rows, other_rows = (len(next(iter(memory.states.values()))) for memory in (before, after))
+    if rows != other_rows:
         raise MemoryStateError(
-            f"{other} and {path} are not of one batch.",
-            f"{other} holds {found} conversations, {path} {wanted}.",
+            f"{other} and {path} have different batch sizes.",
+            f"{other} has {other_rows} conversations, {path} {rows}.",
             "Compare two memories of the same conversations.",
         )

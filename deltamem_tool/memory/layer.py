@@ -1,4 +1,4 @@
-"""The memory of one attention layer: hidden states and a state in, readings and the next state out."""
+"""The module of one attention layer: hidden states and a state in, readings and the next state out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRADIENT_FLOOR = 1e-25
 
 
 class LayerOutput(NamedTuple):
-    """What a layer's memory makes of a call."""
+    """The results of one call of a layer."""
 
     readings: Tensor  # [B, T, H·R]
     state: Tensor  # [B, H, R, R] after the last token
@@ -33,7 +33,7 @@ class LayerOutput(NamedTuple):
     write_gates: Tensor | None  # β [B, T, H, R] (or 1 for R), zero where nothing is written; None if nothing is at all
 
 
-class DeltaMemory(nn.Module):
+class DeltaMemLayer(nn.Module):
     """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3). Always float32.
 
     Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`,
@@ -66,6 +66,7 @@ class DeltaMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialise the weights as the paper does."""
         for projection in (self.query, self.key, self.value):
             nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
         nn.init.zeros_(self.gate.weight)
@@ -91,8 +92,10 @@ class DeltaMemory(nn.Module):
 
     @torch.no_grad()
     def start_from_base(self, columns: Mapping[str, Tensor]) -> None:
-        """Fill the first columns of each Δ with the first columns of its branch's base weight, `[out, n]` by branch,
-        each scaled to a fixed length (`base_slice_fixed` of the reference)."""
+        """Fill the first columns of each Δ with the first columns of its branch's base weight, at a fixed length.
+
+        They are `[out, n]` by branch. The reference calls it `base_slice_fixed`.
+        """
         for branch, weight in columns.items():
             delta = self.delta_of(branch).weight
             count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
@@ -139,7 +142,7 @@ class DeltaMemory(nn.Module):
                     if isinstance(write_mask, Tensor):
                         added = added * write_mask.unsqueeze(-1)
                     sums, open_segment = segment_sums(added, segment_end, open_segment)
-                    key, *raw = means(sums)[0].split(widths, dim=-1)
+                    key, *raw = torch.split(means(sums)[0], widths, dim=-1)
                     q, k = (normalise(per_head(part, self.config)) for part in (query, key))
                     write_mask = False if segment_end is None else segment_end
                 if write_mask is False:  # no segment ends
@@ -177,25 +180,29 @@ class DeltaMemory(nn.Module):
         weights = [self.query.weight, self.key.weight, self.value.weight, *(gate.weight for gate in gates)]
         raw = F.linear(x, torch.cat(weights))
         if raw.requires_grad and not torch.compiler.is_compiling():
-            raw.register_hook(_without_traces)
-        parts = raw.split([2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
+            raw.register_hook(_without_traces)  # type: ignore[no-untyped-call]  # of torch
+        parts = torch.split(raw, [2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
         return *parts[:2], *(part + gate.bias for part, gate in zip(parts[2:], gates, strict=True))
 
     def scaled(self, readings: Tensor) -> Tensor:
-        """(α/R) · r, by the layer's learned scale if there is one: the readings are scaled once, and not Δ r, which is
-        far longer and once for every branch."""
+        """Return (α/R) · r, times the layer's learned scale if there is one.
+
+        The readings are scaled and not Δ r, which is far longer, and once for every branch.
+        """
         scale = self.config.scale
         return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
 
     def correction(self, branch: str, scaled: Tensor) -> Tensor:
-        """What `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`: Δ r, by the branch's learned
-        scale if there is one, and normalised if that is the o branch's way."""
+        """Return what `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`.
+
+        It is Δ r, times the branch's learned scale if there is one, and normalised where the o branch is.
+        """
         with full_precision(scaled.device):
             steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight)
             return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
-        """`output` `[B, T, out]` of a branch's projection with its correction, in one pass where that can be."""
+        """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass where possible."""
         if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
             return output + self.correction(branch, scaled).to(output.dtype)
         with full_precision(scaled.device):
@@ -222,7 +229,7 @@ def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> 
     widths = [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]
     with full_precision(state.device):
         values, tokens = means(open_segment)
-        key, *raw = values.unsqueeze(1).split(widths, dim=-1)
+        key, *raw = torch.split(values.unsqueeze(1), widths, dim=-1)
         k = normalise(per_head(key, config))
         v, log_keep, erase, write = write_inputs(config, raw)
         mask = (tokens > 0)[:, None, None].to(state.dtype)  # [B, 1, 1, 1]

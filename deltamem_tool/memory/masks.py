@@ -1,4 +1,4 @@
-"""Which tokens of a call read, which write, and which end a segment; what cannot be so is refused."""
+"""Which tokens of a call read, which write, and which end a segment."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from deltamem_tool.segments.tags import SegmentTag
 
 
 def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
-    """Which of this call's tokens are no padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
+    """Return which of this call's tokens are not padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise MemoryStateError(
             "The memory cannot tell padding from text.",
-            "The attention mask is not the 2-D mask over past and new tokens.",
+            "The attention mask is not a 2-D mask over past and new tokens.",
             "Pass attention_mask as [batch, past + new].",
         )
     # While a graph is traced, a static cache's count has no value; while one is exported, sizes are symbols that must
@@ -30,20 +30,20 @@ def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tens
         past = int(past)
         raise MemoryStateError(
             f"The attention mask is {list(mask.shape)}, not {[batch, past + length]}.",
-            f"The cache holds {past} tokens and the call brings {length}: attention would take columns for others.",
-            "Pass attention_mask as [batch, past + new], or none where nothing is padding.",
+            f"The cache has {past} tokens and the call {length}: columns of the mask would be taken for other tokens.",
+            "Pass attention_mask as [batch, past + new], or None where nothing is padding.",
         )
     return mask[:, -length:].bool()
 
 
 def writing_tokens(write: bool | Tensor, read_mask: Tensor | None, content: Tensor) -> Tensor | bool:
-    """Which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
+    """Return which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
             raise MemoryStateError(
                 f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.",
                 "",
-                "Make them equal.",
+                "Give cache.write the shape [batch, tokens].",
             )
         return write.bool() if read_mask is None else write.bool() & read_mask
     return read_mask if write and read_mask is not None else bool(write)
@@ -52,8 +52,10 @@ def writing_tokens(write: bool | Tensor, read_mask: Tensor | None, content: Tens
 def segment_tokens(
     config: DeltaMemConfig, tags: Tensor | None, content: Tensor, read_mask: Tensor | None, write_mask: Tensor | bool
 ) -> tuple[Tensor | bool, Tensor | None]:
-    """Which of this call's tokens belong to a segment and which end one, bool `[B, T]` each, from the tags of the
-    tokens to come; where every token writes, `write_mask` and None."""
+    """Return which of this call's tokens belong to a segment and which end one, bool `[B, T]` each.
+
+    Where every token writes, or without tags, they are `write_mask` and None.
+    """
     if config.granularity == "token":
         if tags is not None:
             raise MemoryStateError(
@@ -69,38 +71,38 @@ def segment_tokens(
         raise MemoryStateError(
             f"cache.segment_tags is a {type(tags).__name__}.",
             "It must be an int8 tensor.",
-            "Pass what encode_chat gave.",
+            "Pass what encode_chat returns.",
         )
     if tags.ndim != 2 or tags.shape[0] != batch or tags.shape[1] < length:
         raise MemoryStateError(
             f"cache.segment_tags is {list(tags.shape)}, the tokens are {[batch, length]}.",
             "It must say of every token of the call to which segment it belongs.",
-            "Pass what encode_chat gave for these tokens, and not less.",
+            "Pass what encode_chat returns for these tokens, and not less.",
         )
     tags = tags[:, :length].to(content.device)
     if not torch.compiler.is_compiling() and not isinstance(tags, FakeTensor):
         if bool(((tags < SegmentTag.OUTSIDE) | (tags > SegmentTag.LAST)).any()):
             raise MemoryStateError(
-                "cache.segment_tags holds tags that there are not.",
+                "cache.segment_tags contains values that are not segment tags.",
                 "A token is 0 (outside of any segment), 1 (inside) or 2 (the last of its segment).",
-                "Pass what encode_chat gave for these tokens.",
+                "Pass what encode_chat returns for these tokens.",
             )
         if read_mask is not None and bool(((tags != SegmentTag.OUTSIDE) & ~read_mask).any()):
             raise MemoryStateError(
                 "cache.segment_tags puts padding into a segment.",
-                "It and the attention mask are not of the same tokens.",
-                "Pass both as encode_chat gave them.",
+                "It and the attention mask do not describe the same tokens.",
+                "Pass both as encode_chat returns them.",
             )
     if write_mask is False:
         return False, None
     return write_mask & (tags != SegmentTag.OUTSIDE), write_mask & (tags == SegmentTag.LAST)
 
 
-def refuse_without_segments(config: DeltaMemConfig) -> None:
-    """Without a cache nobody can say, then or later, where a segment ends: nothing would ever be written."""
+def check_writes_tokens(config: DeltaMemConfig) -> None:
+    """Check that a call needs no cache: without one, where a memory writes by segments, nothing would be written."""
     if config.granularity != "token":
         raise MemoryStateError(
             f"This memory writes by {config.granularity}, and nothing says where one ends.",
-            "Without a MemoryCache there is no place to say it.",
-            "Pass cache=cache and set cache.segment_tags: see deltamem.encode_chat.",
+            "The segment tags are an attribute of a MemoryCache, and the call has none.",
+            "Pass cache=deltamem.MemoryCache(model), with its segment_tags set: see deltamem.encode_chat.",
         )

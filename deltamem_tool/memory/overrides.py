@@ -1,4 +1,4 @@
-"""The methods of a model that a memory overrides: what `generate` and `forward` do beside the model's own."""
+"""The methods of a model that a patch overrides: `generate`, `forward`, and what `generate` calls."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from deltamem_tool._compat import PREPARE_CACHE, cache_argument, generation_cache_argument, stop_tokens, with_one_cache
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory.attached import patch_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import is_off
-from deltamem_tool.memory.masks import refuse_without_segments, valid_tokens
+from deltamem_tool.memory.masks import check_writes_tokens, valid_tokens
+from deltamem_tool.memory.patch import patch_of
+
+Method = Callable[..., Any]
 
 
-def _with_memory_cache(own: Callable):
-    """`generate` without a cache gets one with a memory; one that was given is repeated for beams."""
+def _with_memory_cache(original: Method) -> Method:
+    """Give `generate` a cache with a memory if it has none; repeat the rows of one that was passed for beams."""
     argument = generation_cache_argument()
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def prepare(
-        self: PreTrainedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        self: PreTrainedModel,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        given = model_kwargs.get(argument)
-        own(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if given is None and generation_config.use_cache and not is_off():
-            refuse_without_segments(patch_of(self).adapter.config)
+        passed = model_kwargs.get(argument)
+        original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if passed is None and generation_config.use_cache and not is_off():
+            check_writes_tokens(patch_of(self).adapter.config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(
-                    f"A cache of the kind {generation_config.cache_implementation!r} has no place for the memory.",
+                    f"A cache of the kind {generation_config.cache_implementation!r} cannot hold the memory.",
                     "",
                     'Leave cache_implementation out, or use "static".',
                 )
@@ -41,36 +48,44 @@ def _with_memory_cache(own: Callable):
             if generation_config.cache_implementation == "static":
                 cache.layers = model_kwargs[argument].layers  # `generate` has chosen their length
             model_kwargs[argument] = cache
-        elif isinstance(given, MemoryCache):
+        elif isinstance(passed, MemoryCache):
             if not generation_config.use_cache:
                 raise MemoryStateError(
-                    "A MemoryCache was given with use_cache=False.",
+                    "A MemoryCache was passed with use_cache=False.",
                     "Every step would feed the whole text into it again.",
                     "Leave one of the two out.",
                 )
-            tagged = None if given.segment_tags is None else given.segment_tags.shape[0]
-            if (tagged if given.memory is None else given.memory.batch_size) == batch_size:
+            tagged = None if passed.segment_tags is None else passed.segment_tags.shape[0]
+            if (tagged if passed.memory is None else passed.memory.batch_size) == batch_size:
                 copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-                given.batch_repeat_interleave(copies)
-        cache = model_kwargs.get(argument)
-        if isinstance(cache, MemoryCache):
-            cache.begin_generation(stop_tokens(generation_config))
+                passed.batch_repeat_interleave(copies)
+        prepared = model_kwargs.get(argument)
+        if isinstance(prepared, MemoryCache):
+            prepared.begin_generation(stop_tokens(generation_config))
 
     return prepare
 
 
-def _with_announced_step(own: Callable):
-    """Before every call, `generate` tells the cache whether it feeds the prompt or what it has produced, and which of
-    these tokens are padding: the model gets the mask over a static cache in a form that does not say."""
-    argument = cache_argument(own)
-    parameters = [name for name in inspect.signature(own).parameters if name != "self"]
+def _with_announced_step(original: Method) -> Method:
+    """Before every call of `generate`, tell the cache whether it feeds the prompt or what it has produced.
 
-    @functools.wraps(own)  # `generate` looks at the signature
-    def prepare(self: PreTrainedModel, *args, attention_mask=None, is_first_iteration: bool = False, **kwargs):
+    And which of these tokens are padding: the model gets the mask over a static cache in a form that does not say.
+    """
+    argument = cache_argument(original)
+    parameters = [name for name in inspect.signature(original).parameters if name != "self"]
+
+    @functools.wraps(original)  # `generate` looks at the signature
+    def prepare(
+        self: PreTrainedModel,
+        *args: Any,
+        attention_mask: Any = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         args, kwargs = with_one_cache(parameters, argument, args, kwargs)
         cache = kwargs.get(argument)
         kwargs |= {"attention_mask": attention_mask, "is_first_iteration": is_first_iteration}
-        inputs = own(self, *args, **kwargs)
+        inputs = original(self, *args, **kwargs)
         if isinstance(cache, MemoryCache):
             tokens = inputs.get("input_ids")
             content = tokens if tokens is not None else inputs["inputs_embeds"]
@@ -82,21 +97,23 @@ def _with_announced_step(own: Callable):
     return prepare
 
 
-def _with_one_cache(own: Callable):
-    """`forward` and `generate` take the cache under any of its names. Here and not in a hook: PEFT and torch.compile
-    call `forward` itself."""
-    argument = cache_argument(own)
-    parameters = [name for name in inspect.signature(own).parameters if name != "self"]
+def _with_one_cache(original: Method) -> Method:
+    """Let `forward` and `generate` take the cache under any of its names.
 
-    @functools.wraps(own)
+    Here and not in a hook: PEFT and torch.compile call `forward` itself.
+    """
+    argument = cache_argument(original)
+    parameters = [name for name in inspect.signature(original).parameters if name != "self"]
+
+    @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = with_one_cache(parameters, argument, args, kwargs)
-        return own(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return call
 
 
-_OVERRIDES: dict[str, Callable[[Callable], Callable]] = {
+_OVERRIDES: dict[str, Callable[[Method], Method]] = {
     "forward": _with_one_cache,
     "generate": _with_one_cache,
     "prepare_inputs_for_generation": _with_announced_step,
@@ -106,22 +123,26 @@ _BEFORE = "_deltamem_before"  # where a module keeps methods that were set on it
 
 
 def override(module: nn.Module, names: Iterable[str] = tuple(_OVERRIDES)) -> dict[str, MethodType]:
-    """Set our methods on `module`, and return them by name. What was set on it before, such as a `forward` of
-    accelerate's, is called by them."""
+    """Set our methods on `module`, and return them by name.
+
+    They call what was set on it before, such as a `forward` of accelerate's.
+    """
     before = {name: vars(module)[name] for name in names if name in vars(module)}
     if before:
         setattr(module, _BEFORE, before)
     ours = {}
     for name in names:
-        own = _as_method(name, before[name]) if name in before else getattr(type(module), name)
-        ours[name] = MethodType(_OVERRIDES[name](own), module)
+        original = _as_method(name, before[name]) if name in before else getattr(type(module), name)
+        ours[name] = MethodType(_OVERRIDES[name](original), module)
         setattr(module, name, ours[name])
     return ours
 
 
 def restore(module: nn.Module, ours: Mapping[str, MethodType]) -> None:
-    """Take `ours` off again. One that somebody else has covered since, with torch.compile say, stays below it and only
-    renames the cache."""
+    """Remove `ours` again.
+
+    One that has been covered since, by torch.compile say, stays below it and only renames the cache.
+    """
     left = {name for name, method in ours.items() if vars(module).get(name) is not method}
     before = getattr(module, _BEFORE, {})
     for name in ours.keys() - left:
@@ -132,9 +153,11 @@ def restore(module: nn.Module, ours: Mapping[str, MethodType]) -> None:
         delattr(module, _BEFORE)
 
 
-def _as_method(name: str, function: Callable) -> Callable:
-    """A function that was set on a module, and does not take it, in the form of a method. It is looked up in each call:
-    a deep copy of the module has its own."""
+def _as_method(name: str, function: Method) -> Method:
+    """Turn a function that was set on a module, and does not take it, into a method.
+
+    It is looked up in each call: a deep copy of the module has its own.
+    """
 
     @functools.wraps(function)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -48,8 +48,10 @@ def memory_figure(states: States, title: str) -> Figure:
 
 
 def difference_figure(before: States, after: States, title: str) -> Figure:
-    """Before, after, and after − before side by side. The two memories share a colour scale and the difference has its
-    own: it is often much smaller. With more than `MOST_PANELS` panels, the difference alone."""
+    """Before, after, and after − before side by side; with more than `MOST_PANELS` panels, the difference alone.
+
+    The two memories share a colour scale, and the difference, which is often much smaller, has its own.
+    """
     # In float64: the difference of two large float32 numbers may be none.
     changed = {layer: np.subtract(after[layer], before[layer], dtype=np.float64) for layer in before}
     difference = _Block("after − before", changed, _limit(changed))

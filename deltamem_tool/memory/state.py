@@ -1,4 +1,4 @@
-"""What a conversation remembers, as a value."""
+"""The memory of conversations, as a value."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ class MemoryState:
         self.adapter = adapter
         for layer, state in self.layers.items():
             if state.ndim != 4 or state.shape[2] != state.shape[3] or state.dtype != torch.float32:
-                raise _no_memory(f"state of layer {layer}", state, "[B, H, R, R]")
+                raise _invalid(f"state of layer {layer}", state, "[B, H, R, R]")
         for layer, segment in self.open_segments.items():
             if segment.ndim != 2 or segment.dtype != torch.float32:
-                raise _no_memory(f"open segment of layer {layer}", segment, "[B, W]")
+                raise _invalid(f"open segment of layer {layer}", segment, "[B, W]")
         tensors = [*self.layers.values(), *self.open_segments.values()]
         fits = all(tensor.shape[0] == tensors[0].shape[0] for tensor in tensors)
         if not self.layers or not fits or (self.open_segments and self.open_segments.keys() != self.layers.keys()):
             raise MemoryStateError(
-                "The layers of this memory disagree.", "Each needs its state, of one batch.", "Pass one batch."
+                "The layers of this memory do not belong together.",
+                "They have different batch sizes, or some have an open segment and some do not.",
+                "Pass the layers of one batch.",
             )
 
     def __repr__(self) -> str:
@@ -50,10 +52,12 @@ class MemoryState:
 
     @property
     def batch_size(self) -> int:
+        """B, the number of conversations."""
         return next(iter(self.layers.values())).shape[0]
 
     @property
     def nbytes(self) -> int:
+        """The size of all tensors together."""
         return sum(tensor.nbytes for tensor in (*self.layers.values(), *self.open_segments.values()))
 
     @property
@@ -90,7 +94,7 @@ class MemoryState:
         """All rows of all `memories` as one batch, in order.
 
         Raises:
-            MemoryStateError: there are none, or they are not of one adapter.
+            MemoryStateError: `memories` is empty, or they belong to different adapters.
         """
         if not memories:
             raise MemoryStateError("There are no memories to stack.", "", "Pass one or more.")
@@ -104,27 +108,29 @@ class MemoryState:
         return cls(layers, first.adapter, segments)
 
     def to(self, device: torch.device | str) -> MemoryState:
+        """Move to a device."""
         if next(iter(self.layers.values())).device == torch.device(device):
             return self
         return self._map(lambda tensor: tensor.to(device))
 
     def check_finite(self) -> None:
-        """
+        """Check that all numbers are finite.
+
         Raises:
-            MemoryStateError: a state holds NaN or infinity.
+            MemoryStateError: a state contains NaN or infinity.
         """
         for layer in self.layers:
             tensors = [part[layer] for part in (self.layers, self.open_segments) if part]
             if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 raise MemoryStateError(
-                    f"The memory of layer {layer} holds NaN or infinity.", "", "Start from an earlier one."
+                    f"The memory of layer {layer} contains NaN or infinity.", "", "Start from an earlier one."
                 )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; `load` gives the same bits back.
 
         Raises:
-            MemoryStateError: it holds NaN or infinity.
+            MemoryStateError: the memory contains NaN or infinity.
         """
         states, segments = (
             {layer: tensor.detach().cpu().numpy() for layer, tensor in part.items()}
@@ -137,7 +143,7 @@ class MemoryState:
         """Read a memory file.
 
         Raises:
-            MemoryStateError: the file is missing, damaged, or newer than this version.
+            MemoryStateError: the file is missing or damaged, or of a newer format.
         """
         stored = read_memory(path)
         states, segments = (
@@ -153,9 +159,9 @@ class MemoryState:
         return MemoryState(layers, self.adapter, segments)
 
 
-def _no_memory(what: str, tensor: Tensor, wanted: str) -> MemoryStateError:
+def _invalid(name: str, tensor: Tensor, expected: str) -> MemoryStateError:
     return MemoryStateError(
-        f"The {what} is no memory.",
-        f"It is {tensor.dtype} {list(tensor.shape)}, not float32 {wanted}.",
-        "Pass states as a MemoryCache returns them.",
+        f"Invalid tensor for the {name}.",
+        f"It is {tensor.dtype} {list(tensor.shape)}, not float32 {expected}.",
+        "Pass the tensors of a MemoryCache's memory.",
     )

@@ -94,7 +94,7 @@ def _cut(x: Tensor) -> Tensor:
     size = -(-tokens // chunks)  # 100 tokens are 4 chunks of 25, not 4 of 32: less padding, and none below CHUNK
     padding = chunks * size - tokens
     x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
-    return x.unflatten(1, (chunks, size))
+    return torch.unflatten(x, 1, (chunks, size))
 
 
 def _cut_symbolic(x: Tensor) -> Tensor:
@@ -125,7 +125,10 @@ def _pairwise_decay(before: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _states_in_turn(transfer: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """transfer [N, B, H, R, R, R], added [N, B, H, R, 1, R] -> the states before every chunk, and after the last."""
+    """Return the states before every chunk, and after the last.
+
+    transfer: [N, B, H, R, R, R]; added: [N, B, H, R, 1, R].
+    """
     rank = state.shape[-1]
     row = state.reshape(-1, 1, rank)
     rows = [row]

@@ -14,7 +14,8 @@ from deltamem_tool.config import L2_EPS, DeltaMemConfig
 def normalise(x: Tensor) -> Tensor:
     """l2norm(tanh(x)) over the R entries."""
     x = torch.tanh(x)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPS)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(L2_EPS)
 
 
 def per_head(x: Tensor, config: DeltaMemConfig) -> Tensor:

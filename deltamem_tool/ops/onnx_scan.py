@@ -44,8 +44,9 @@ def linear_attention_scan(
 
 
 def linear_attention_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `segment_sums`, float32, by the same operator's `gated` rule, `S ← e^g S + k uᵀ` with
-    k = 1: what has been added up is kept by all of it (g = 0) or, after a segment's last token, not at all.
+    """Arguments and results of `segment_sums`, float32, by the same operator's `gated` rule.
+
+    It is `S ← e^g S + k uᵀ`, with k = 1: the sums are kept (g = 0) or, after a segment's last token, dropped.
 
     x: `[B, T, W]`; segment_end: bool `[B, T]`; carried: `[B, W]`.
     Returns the sums `[B, T, W]`, and those of the segment that is open after the last token `[B, W]`.

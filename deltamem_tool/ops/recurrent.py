@@ -47,7 +47,7 @@ def delta_step(
     Returns:
         The reading `[B, H, R, 1]` and the state after the token.
     """
-    reading, predicted = torch.matmul(state, q_k).split(1, dim=-1)
+    reading, predicted = torch.split(torch.matmul(state, q_k), 1, dim=-1)
     change = torch.addcmul(write * v, erase, predicted, value=-1)  # d_t
     return reading, torch.addcmul(state * keep, change, q_k[..., 1:].mT)
 
@@ -100,7 +100,7 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def _batch_first(x: Tensor, heads: int) -> Tensor:
     """[T, N, R] -> [B, T, H, R]."""
-    return x.unflatten(1, (-1, heads)).transpose(0, 1)
+    return torch.unflatten(x, 1, (-1, heads)).transpose(0, 1)
 
 
 def _times(matrices: Tensor, x: Tensor) -> Tensor:

@@ -42,9 +42,13 @@ class Span(NamedTuple):
 def spans_of(
     template: ChatTemplate, messages: Sequence[Message], text: str, generation_prompt: bool, split: Split | None
 ) -> list[Span]:
-    """`text`, the rendering of `messages`, in order and without gaps.
+    """Split a rendering into spans, in order and without gaps.
 
     Args:
+        template: of the tokenizer.
+        messages: the conversation.
+        text: its rendering.
+        generation_prompt: whether the rendering ends with a generation prompt.
         split: into sentences, as `segments.encode.tag_chat` has it; None leaves messages whole.
 
     Raises:
@@ -126,7 +130,9 @@ def _said(
 
 
 def english(text: str) -> list[str]:
-    return sentencex.segment("en", text)
+    """Split English text into sentences."""
+    sentences: list[str] = sentencex.segment("en", text)
+    return sentences
 
 
 def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
@@ -187,8 +193,9 @@ def _place(text: str, start: int, end: int) -> int:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
+    """Check that there are messages, and that each has a role."""
     if isinstance(messages, str | Mapping) or not messages:
-        raise DataError("The conversation holds no message.", "", 'Give it a list of {"role": …, "content": …}.')
+        raise DataError("The conversation has no messages.", "", 'Give it a list of {"role": …, "content": …}.')
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"Message {number} has no role.", f"It is {str(message)[:60]!r}.", "Add it to the message.")

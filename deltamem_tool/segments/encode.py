@@ -91,6 +91,10 @@ def tag_chat(
     """One conversation as text, token ids and tags. At granularity "token" every token is tagged SegmentTag.LAST.
 
     Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        granularity: "token", "message" or "sentence".
+        add_generation_prompt: end with the header of the assistant's next message.
         split: gets the content as it is rendered (templates may strip it) and returns its sentences in order; what lies
             between two of them joins the first, and so does one of whitespace alone. English rules by default. Content
             that is no string (None, a list of parts) or that is blank is one sentence.
@@ -138,10 +142,11 @@ def _tag(
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:
+    """Return the token to pad `rows` with: the padding token, or else the end token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and len({len(row) for row in rows}) > 1:
         raise DataError(
-            "The tokenizer has nothing to pad with.",
+            "The tokenizer has no token to pad with.",
             "It has neither a padding token nor an end token.",
             "Set tokenizer.pad_token, or encode the conversations one by one.",
         )

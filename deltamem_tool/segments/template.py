@@ -53,7 +53,7 @@ class ChatTemplate:
         """The template of a transformers tokenizer.
 
         Raises:
-            DataError: it has none.
+            DataError: the tokenizer has no chat template.
         """
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.chat_template is None:
@@ -95,22 +95,20 @@ class ChatTemplate:
         return Content(before, after) if text.startswith(before) else None
 
     def header(self, message: Message, before: str) -> str | None:
-        """What of `before`, the text before the message's content, is its role's header: the one known header that it
-        ends with."""
+        """Return the role's header: the one known header that `before`, the text before the content, ends with."""
         key = (message["role"], isinstance(message.get("content"), list))
         if key not in self._headers:
             self._headers[key] = self._learned(message)
-        standing = [header for header in self._headers[key] if before.endswith(header)]
-        if len(standing) > 1:
-            return None
-        alone = None if standing else self.opening(message)
-        return standing[0] if standing else alone if alone is not None and before.endswith(alone) else None
+        matches = [header for header in self._headers[key] if before.endswith(header)]
+        if matches:
+            return matches[0] if len(matches) == 1 else None
+        opening = self.opening(message)
+        return opening if opening is not None and before.endswith(opening) else None
 
     def _learned(self, message: Message) -> set[str]:
-        """The headers of messages like this one whose start is known: those of short conversations, each the beginning
-        of a longer one."""
+        """Return the headers of messages like this one in short conversations, each the beginning of a longer one."""
         context, sentinel = chr(_PRIVATE_USE[0]), chr(_PRIVATE_USE[1])
-        found = set()
+        headers = set()
         for roles in _PROBES:
             earlier = [{"role": role, "content": _shaped(context, message)} for role in roles]
             start = self.attempt(earlier)
@@ -119,8 +117,8 @@ class ChatTemplate:
                 continue
             header = text[len(start) : text.index(sentinel)]
             if context not in header:  # else this message took up another's content
-                found.add(header)
-        return found
+                headers.add(header)
+        return headers
 
     def opening(self, message: Message) -> str | None:
         """What the template writes before the content of such a message when nothing precedes it."""
@@ -129,8 +127,10 @@ class ChatTemplate:
         return None if text is None or text.count(sentinel) != 1 else text[: text.index(sentinel)]
 
     def preamble(self, message: Message, text: str) -> int | None:
-        """The length of what the template writes before any message at all, where `text` starts with that and then
-        with the header of `message`."""
+        """Return the length of what the template writes before any message.
+
+        None unless `text` starts with that and then with the header of `message`.
+        """
         opening = self.opening(message)
         header = None if opening is None else self.header(message, opening)
         if opening is None or header is None or not text.startswith(opening):

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.adapter.save import save_adapter
 from deltamem_tool.memory.attach import adapter_of, decoder_of
-from deltamem_tool.memory.attached import hf_model
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import without_memory
+from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.recipe.load import ObjectiveOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing

@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch,
 def test_an_adapter_that_could_not_be_loaded_is_not_saved(adapter, tmp_path, value):
     model = load(adapter)
     with torch.no_grad():
-        adapter_of(model).memory(1).gate.bias[0] = value
+        adapter_of(model).layer(1).gate.bias[0] = value
     before, content = listing(tmp_path), (adapter / WEIGHTS_FILE).read_bytes()
     with pytest.raises(AdapterError, match=r"(?s)NaN or infinity.*layers.1.gate.bias.*learning rate"):
         save_adapter(model, adapter, overwrite=True)

@@ -240,7 +240,7 @@ def test_a_part_of_a_fused_layer_moves_by_delta_r(case: Case):
         config = DeltaMemConfig(rank=4, branches=(branch,), layers=(layer.index,))
         put_out, readings = [], []
         handles = [record(linear, put_out)]
-        memory = randomise(deltamem.attach(model, config)).memory(layer.index)  # its hook comes between these two
+        memory = randomise(deltamem.attach(model, config)).layer(layer.index)  # its hook comes between these two
         handles += [record(linear, put_out), record(memory, readings)]
         model(text(), cache=MemoryCache(model))
         for handle in handles:

@@ -302,9 +302,9 @@ def test_a_memory_says_who_wrote_it(memory, tmp_path):
     [
         (lambda h: h["layers.0.state"]["shape"].reverse(), "not square"),
         (lambda h: h["layers.0.state"].update(shape=[10**9, 2, 3, 3]), DAMAGED),
-        (lambda h: h["layers.0.state"].update(dtype="I32"), "no float32 state"),
-        (lambda h: h.update({"layers.００.state": h.pop("layers.0.state")}), "no float32 state"),
-        (lambda h: h.update({"layers.01.state": h.pop("layers.0.state")}), "no float32 state"),
+        (lambda h: h["layers.0.state"].update(dtype="I32"), "is not a float32 state"),
+        (lambda h: h.update({"layers.００.state": h.pop("layers.0.state")}), "is not a float32 state"),
+        (lambda h: h.update({"layers.01.state": h.pop("layers.0.state")}), "is not a float32 state"),
         (lambda h: h["__metadata__"].pop("adapter"), "no fingerprint"),
     ],
 )

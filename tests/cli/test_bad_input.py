@@ -273,7 +273,7 @@ def test_a_base_without_a_tokenizer(here, deltamem):
 
 def test_a_damaged_memory_file(here, deltamem):
     (here / "memory").write_bytes(b"\0" * 40)
-    deltamem("inspect", "memory").assert_short_error("no memory file", code=1)
+    deltamem("inspect", "memory").assert_short_error("is not a memory file", code=1)
     assert listing(here) == {"memory": 40}
 
 

@@ -102,7 +102,7 @@ def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
     done = deltamem("chat", "builtin:adapter")
     assert done.code == 1 and done.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
-    for words in ("There is no command /sav.", "Near it is /save.", "There is no memory file nowhere."):
+    for words in ("There is no command /sav.", "Near it is /save.", "The memory file nowhere does not exist."):
         assert words in done.err
     assert "Traceback" not in done.err and listing(here) == {}
 
@@ -129,7 +129,7 @@ def test_what_is_refused_before_the_model_loads(here, deltamem):
     before = listing(here)
     done = deltamem("chat", "nowhere", "--memory", "file/me")
     done.assert_short_error("is no folder", "Choose another place", code=1)
-    deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is no memory file", code=1)
+    deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is not a memory file", code=1)
     deltamem("chat", "nowhere", "--memory", ".").assert_short_error("is a directory", code=2)
     deltamem("chat", "nowhere", "--provider", "cpu").assert_short_error("--provider", "ONNX folder", code=2)
     for options in (("--base", "there"), ("--trust-remote-code",), ("--device", "cpu")):
@@ -193,7 +193,7 @@ def test_save_and_load(talk, here, engine):
     write_memory("stranger", StoredMemory(empty_memory(engine).states, {}, "0" * 64))
     for line, says in (
         ("/load stranger", "another adapter"),
-        ("/load nowhere", "no memory file nowhere"),
+        ("/load nowhere", "memory file nowhere does not exist"),
         ("/load", "/load needs a file"),
         ("/save", "/save needs a file"),
         ("/save other/me", "Choose another place"),
@@ -210,7 +210,7 @@ def test_what_is_no_memory_is_not_overwritten(talk, here):
     (here / "folder").mkdir()
     chat = talk()
     for name in ("notes.txt", "folder"):
-        assert f"{name} is there, and is no memory." in chat(f"/save {name}")[1]
+        assert f"{name} exists and is not a memory file." in chat(f"/save {name}")[1]
     assert (here / "notes.txt").read_text() == "mine"
     chat("/save me")
     chat(TOLD)

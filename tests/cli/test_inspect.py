@@ -176,12 +176,15 @@ def test_a_row_that_is_not_there(here, deltamem):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"adapter": "fedcba" * 10}, ["other is not of the adapter that wrote memory", "fedcba", ADAPTER[:16]]),
-        ({"layers": (0, 1)}, ["not of the adapter", "layers are [0, 1], the adapter's [0, 3]"]),
-        ({"heads": 1}, ["not of the adapter", "state heads 1, the adapter's 2"]),
-        ({"rank": 3}, ["not of the adapter", "rank 3, the adapter's 4"]),
-        ({"open_tokens": 1}, ["not of the adapter", "5 numbers of an open segment"]),
-        ({"batch": 3}, ["not of one batch", "other holds 3 conversations, memory 2"]),
+        (
+            {"adapter": "fedcba" * 10},
+            ["other was not written by the adapter that wrote memory", "fedcba", ADAPTER[:16]],
+        ),
+        ({"layers": (0, 1)}, ["not written by the adapter", "layers are [0, 1], the adapter's [0, 3]"]),
+        ({"heads": 1}, ["not written by the adapter", "state heads 1, the adapter's 2"]),
+        ({"rank": 3}, ["not written by the adapter", "rank 3, the adapter's 4"]),
+        ({"open_tokens": 1}, ["not written by the adapter", "5 numbers of an open segment"]),
+        ({"batch": 3}, ["different batch sizes", "other has 3 conversations, memory 2"]),
     ],
 )
 def test_memories_that_cannot_be_compared(here, deltamem, change, says):
@@ -205,7 +208,7 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
             (("memory", "--plot", "a.png"), "OTHER, --plot"),
         ):
             deltamem("inspect", name, *options).assert_short_error(f"{says} can only", f"{name} is no file", code=2)
-    deltamem("inspect", "memory", "adapter").assert_short_error("no memory file adapter", code=1)
+    deltamem("inspect", "memory", "adapter").assert_short_error("memory file adapter does not exist", code=1)
     assert listing(here) == before
 
 

@@ -33,7 +33,7 @@ from deltamem_tool.memory.attach import adapter_of
 def test_a_second_memory_is_refused():
     model = patched_model()
     adapter = adapter_of(model)
-    with pytest.raises(ArchitectureError, match="memory already"):
+    with pytest.raises(ArchitectureError, match="already has a memory"):
         attach(model)
     assert adapter_of(model) is adapter
     assert len(model.base_model._forward_pre_hooks) == 1
@@ -127,7 +127,7 @@ def test_options_that_do_not_fit_leave_the_model_alone():
 def test_a_memory_of_another_size_raises():
     model = patched_model()
     _, cache = run(model, tokens(2, 5))
-    with pytest.raises(MemoryStateError, match="holds 2 conversations, the batch 3"):
+    with pytest.raises(MemoryStateError, match="has 2 conversations, and the batch 3 rows"):
         model(tokens(3, 1), cache=cache)
     fingerprint = adapter_of(model).fingerprint
     for layers, shape in (((0,), (1, 4, 4)), ((0, 1), (1, 3, 3)), ((0, 1), (2, 4, 4)), ((0, 1, 2), (1, 4, 4))):

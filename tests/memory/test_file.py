@@ -107,14 +107,14 @@ def test_a_new_file_is_readable_by_others(memory, tmp_path):
     [
         (lambda t: t, {"format_version": str(memory_file.FORMAT_VERSION + 1)}, "of memory format 2.*Update"),
         (lambda t: t, {"format_version": None}, "of memory format None"),
-        (lambda t: t, {"format": "pt"}, "no memory file"),
+        (lambda t: t, {"format": "pt"}, "is not a memory file"),
         (lambda t: t, {"adapter": None}, "no fingerprint"),
         (lambda t: {}, {}, "no states"),
         (lambda t: t | {"layers.0.state": t["layers.0.state"] * torch.nan}, {}, "layers.0.state.*NaN"),
         (lambda t: t | {"layers.1.state": t["layers.1.state"] + torch.inf}, {}, "layers.1.state.*infinity"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"].double()}, {}, "no float32 state"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"].bfloat16()}, {}, "no float32 state|cannot be read"),
-        (lambda t: t | {"layers.0.state": t["layers.0.state"][0]}, {}, "no float32 state"),
+        (lambda t: t | {"layers.0.state": t["layers.0.state"].double()}, {}, "is not a float32 state"),
+        (lambda t: t | {"layers.0.state": t["layers.0.state"].bfloat16()}, {}, "is not a float32 state|cannot be read"),
+        (lambda t: t | {"layers.0.state": t["layers.0.state"][0]}, {}, "is not a float32 state"),
         (lambda t: t | {"layers.x.state": torch.zeros(1)}, {}, "layers.x.state"),
         (lambda t: {"layers.0.state": t["layers.0.state"], "layers.1.state": t["layers.1.state"][:1]}, {}, "disagree"),
     ],
@@ -132,8 +132,8 @@ def test_damaged_files_are_refused(memory, tmp_path, change, metadata, says):
         (lambda t: {name: tensor for name, tensor in t.items() if name != SEGMENT}, "disagree on their open segments"),
         (lambda t: t | {"layers.2.segment": t[SEGMENT].clone()}, "disagree on their open segments"),
         (lambda t: t | {SEGMENT: t[SEGMENT][:, 1:].clone()}, "disagree on their open segments"),
-        (lambda t: t | {SEGMENT: t[SEGMENT] * torch.nan}, f"{SEGMENT}' holds NaN"),
-        (lambda t: t | {SEGMENT: t[SEGMENT] - torch.inf}, f"{SEGMENT}' holds NaN or infinity"),
+        (lambda t: t | {SEGMENT: t[SEGMENT] * torch.nan}, f"{SEGMENT}' contains NaN"),
+        (lambda t: t | {SEGMENT: t[SEGMENT] - torch.inf}, f"{SEGMENT}' contains NaN or infinity"),
         (lambda t: t | {SEGMENT: t[SEGMENT].double()}, SEGMENT),
         (lambda t: t | {SEGMENT: t[SEGMENT][0].clone()}, SEGMENT),
         (lambda t: t | {SEGMENT: t[SEGMENT][..., None]}, SEGMENT),
@@ -157,9 +157,9 @@ def test_states_that_are_not_square_are_refused(memory, tmp_path):
 
 
 def test_files_that_are_none_are_refused(memory, tmp_path):
-    with pytest.raises(MemoryStateError, match="no memory file"):
+    with pytest.raises(MemoryStateError, match="memory file .*nowhere does not exist"):
         MemoryState.load(tmp_path / "nowhere")
-    with pytest.raises(MemoryStateError, match="no memory file"):
+    with pytest.raises(MemoryStateError, match="memory file .* does not exist"):
         MemoryState.load(tmp_path)
     memory.save(tmp_path / "m")
     whole = (tmp_path / "m").read_bytes()

@@ -7,17 +7,17 @@ import torch
 from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.layer import DeltaMemLayer
 
 
 @pytest.fixture(params=[True, False], ids=["coupled", "decay"])
-def memory(request) -> DeltaMemory:
+def memory(request) -> DeltaMemLayer:
     adapter = attach(tiny_model(), DeltaMemConfig(state_heads=2, couple_lambda=request.param))
     randomise(adapter)
-    return adapter.memory(1)
+    return adapter.layer(1)
 
 
-def _readings(memory: DeltaMemory) -> tuple[torch.Tensor, torch.Tensor]:
+def _readings(memory: DeltaMemLayer) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, memory.query.in_features)
     state = torch.randn(2, 2, memory.config.rank, memory.config.rank)
@@ -25,30 +25,30 @@ def _readings(memory: DeltaMemory) -> tuple[torch.Tensor, torch.Tensor]:
     return readings.detach(), state.detach()
 
 
-def _in_place(memory: DeltaMemory) -> None:
+def _in_place(memory: DeltaMemLayer) -> None:
     with torch.no_grad():
         memory.key.weight.mul_(-1.5)
 
 
-def _data(memory: DeltaMemory) -> None:
+def _data(memory: DeltaMemLayer) -> None:
     memory.gate.weight.data = torch.randn_like(memory.gate.weight)
 
 
-def _assigned(memory: DeltaMemory) -> None:
+def _assigned(memory: DeltaMemLayer) -> None:
     weights = {name: torch.randn_like(weight) for name, weight in memory.state_dict().items()}
     memory.load_state_dict(weights, assign=True)
 
 
-def _replaced(memory: DeltaMemory) -> None:
+def _replaced(memory: DeltaMemLayer) -> None:
     memory.value.weight = torch.nn.Parameter(torch.randn_like(memory.value.weight))
 
 
-def _cast_and_changed(memory: DeltaMemory) -> None:
+def _cast_and_changed(memory: DeltaMemLayer) -> None:
     memory.double().float()
     _in_place(memory)
 
 
-def _steps(memory: DeltaMemory) -> None:
+def _steps(memory: DeltaMemLayer) -> None:
     optimizer = torch.optim.AdamW(memory.parameters(), lr=0.1)
     readings, state, *_ = memory(torch.randn(1, 5, memory.query.in_features), torch.randn(1, 2, 8, 8), None, True)
     (readings.sum() + state.sum()).backward()

@@ -275,9 +275,9 @@ def corrections(memory, seed=0):
 def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, count):
     options = {"rank": 4, "branches": ("q", "v", "o"), "delta_init": "random"}
     torch.manual_seed(0)
-    fixed = attach(tiny_model(), DeltaMemConfig(**options)).memory(1)
+    fixed = attach(tiny_model(), DeltaMemConfig(**options)).layer(1)
     learned = DeltaMemConfig(delta_scale=delta_scale, delta_scale_init=0.3, delta_scale_max=1.7, **options)
-    scaled = attach(tiny_model(), learned).memory(1)
+    scaled = attach(tiny_model(), learned).layer(1)
     scaled.load_state_dict(fixed.state_dict(), strict=False)
     raw = scaled.scale_raw.data
     assert raw.shape == (count,)
@@ -298,7 +298,7 @@ def test_learned_scales_begin_where_they_are_told_and_are_bounded(delta_scale, c
 
 def test_the_norm_acts_on_o_alone():
     options = {"rank": 4, "branches": BRANCHES, "delta_init": "random"}
-    plain, normed = (attach(tiny_model(), DeltaMemConfig(o_norm=on, **options)).memory(0) for on in (False, True))
+    plain, normed = (attach(tiny_model(), DeltaMemConfig(o_norm=on, **options)).layer(0) for on in (False, True))
     normed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         for memory in (plain, normed):

@@ -144,8 +144,8 @@ def test_clone_is_cut_off_from_autograd(memory):
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        ({}, "disagree"),
-        ({0: torch.zeros(2, 1, 4, 4), 1: torch.zeros(3, 1, 4, 4)}, "disagree"),
+        ({}, "do not belong together"),
+        ({0: torch.zeros(2, 1, 4, 4), 1: torch.zeros(3, 1, 4, 4)}, "do not belong together"),
         ({0: torch.zeros(1, 4, 4)}, r"not float32 \[B, H, R, R\]"),
         ({0: torch.zeros(1, 1, 4, 5)}, r"not float32 \[B, H, R, R\]"),
         ({0: torch.zeros(1, 1, 4, 4).half()}, "float16"),
@@ -173,7 +173,7 @@ def test_numbers_that_are_none_are_named(memory, half_said):
         for value in (np.nan, -np.inf):
             broken = whole.clone()
             getattr(broken, part)[1].view(-1)[-1] = value
-            with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN or infinity"):
+            with pytest.raises(MemoryStateError, match="memory of layer 1 contains NaN or infinity"):
                 broken.check_finite()
 
 
@@ -214,12 +214,12 @@ def test_what_does_not_fit_is_named(model, memory, change, says):
 def test_a_memory_with_nan_starts_no_conversation(model, memory):
     broken = memory.clone()
     broken.layers[1][2, 0, 0, 0] = torch.nan
-    with pytest.raises(MemoryStateError, match="memory of layer 1 holds NaN"):
+    with pytest.raises(MemoryStateError, match="memory of layer 1 contains NaN"):
         MemoryCache(model, memory=broken)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "holds 2 conversations, the batch 3")]
+    ("change", "says"), [*MISFITS, (lambda m: m.select([0, 1]), "has 2 conversations, and the batch 3 rows")]
 )
 def test_a_conversation_goes_on_after_a_refusal(model, change, says):
     """A foreign memory set in the middle of a conversation is refused before anything has changed."""
@@ -241,7 +241,10 @@ def test_a_conversation_goes_on_after_a_refusal(model, change, says):
 
 def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
     cache, copy = MemoryCache(model, memory=memory), memory.clone()
-    with torch.no_grad(), pytest.raises(MemoryStateError, match=r"(?s)holds 3 conversations, the batch 2.*fork\(n\)"):
+    with (
+        torch.no_grad(),
+        pytest.raises(MemoryStateError, match=r"(?s)has 3 conversations, and the batch 2 rows.*fork\(n\)"),
+    ):
         model(tokens(2, 4), cache=cache)
     assert cache.memory is memory and cache.get_seq_length() == 0
     same(memory, copy)

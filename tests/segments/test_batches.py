@@ -54,6 +54,6 @@ def test_the_end_token_pads_where_there_is_no_other(special):
     batch = encode_chat(tokenizer, [TALK, TALK[:1]])
     assert batch.input_ids[1, 0] == tokenizer.eos_token_id
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"(?s)nothing to pad with.*tokenizer.pad_token"):
+    with pytest.raises(DataError, match=r"(?s)no token to pad with.*tokenizer.pad_token"):
         encode_chat(tokenizer, [TALK, TALK[:1]])
     assert encode_chat(tokenizer, [TALK, TALK]).attention_mask.all()

@@ -99,13 +99,13 @@ def test_options_and_conversations_that_cannot_be(special):
         encode_chat(tokenizer, TALK, "message", split=str.split)
     with pytest.raises(DataError, match="no conversation to encode"):
         encode_chat(tokenizer, [])
-    with pytest.raises(DataError, match=r"Conversation 2: .*holds no message"):
+    with pytest.raises(DataError, match=r"Conversation 2: .*has no messages"):
         encode_chat(tokenizer, [TALK, []])
-    with pytest.raises(DataError, match="holds no message"):
+    with pytest.raises(DataError, match="has no messages"):
         tag_chat(tokenizer, [], "message")
     with pytest.raises(DataError, match="Message 2 has no role"):
         encode_chat(tokenizer, [TALK[0], {"content": "a"}])
-    with pytest.raises(DataError, match="holds no message"):
+    with pytest.raises(DataError, match="has no messages"):
         encode_chat(tokenizer, "Hello", "message")
     with pytest.raises(DataError, match="its/name has no chat template"):
         encode_chat(with_template(special, None), TALK)

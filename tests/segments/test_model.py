@@ -64,7 +64,7 @@ def test_tags_are_used_up_with_their_tokens(model):
 
 @torch.no_grad()
 def test_a_token_reads_the_state_from_before_its_segment():
-    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).memory(0)
+    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).layer(0)
     torch.manual_seed(0)
     hidden, state = torch.randn(1, 9, 32), torch.randn(1, 1, 4, 4)
     tags = torch.tensor([[1, 1, 2, 1, 1, 1, 2, 2, 1]])
@@ -101,7 +101,7 @@ def test_outside_tokens_read_and_do_not_write(model):
 
 @torch.no_grad()
 def test_an_outside_token_amid_a_segment_is_no_part_of_it():
-    memory = adapter_of(patched_model(granularity="message")).memory(0)
+    memory = adapter_of(patched_model(granularity="message")).layer(0)
     torch.manual_seed(0)
     hidden, state, empty = torch.randn(1, 5, 32), torch.randn(1, 1, 4, 4), torch.zeros(1, memory.config.segment_width)
     tags = torch.tensor([[1, 0, 1, 2, 1]])
@@ -223,7 +223,7 @@ def test_padding_does_not_matter(name, options, side):
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @torch.no_grad()
 def test_padding_cannot_poison_a_segment(value):
-    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).memory(0)
+    memory = adapter_of(patched_model(granularity="message", couple_lambda=False)).layer(0)
     torch.manual_seed(0)
     hidden, state = torch.randn(2, 4, 32), torch.randn(2, 1, 4, 4)
     carried = torch.randn(2, memory.config.segment_width).abs()

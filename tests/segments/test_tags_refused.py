@@ -48,8 +48,8 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
         ([[1, 1, 2]], r"cache.segment_tags is \[1, 3\], the tokens are \[2, 3\]"),
         ([[1, 1, 2]] * 3, r"cache.segment_tags is \[3, 3\], the tokens are \[2, 3\]"),
         ([1, 1, 2], r"cache.segment_tags is \[3\]"),
-        ([[1, 1, 3], [1, 1, 2]], "tags that there are not"),
-        ([[1, 1, 2], [-1, 1, 2]], "tags that there are not"),
+        ([[1, 1, 3], [1, 1, 2]], "values that are not segment tags"),
+        ([[1, 1, 2], [-1, 1, 2]], "values that are not segment tags"),
         ([[1, 1, 2], [1, 1, 2]], "puts padding into a segment"),
     ],
 )

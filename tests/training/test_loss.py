@@ -272,7 +272,7 @@ def test_sparsity_looks_at_what_was_written(segments):
     penalties, means = [], []
     for row, length in enumerate((9, 5)):
         for layer, hidden in inputs.items():
-            gate = adapter.memory(layer).gate
+            gate = adapter.layer(layer).gate
             x = hidden[row, :length]
             if segments:  # the mean of each whole segment
                 x = torch.stack([x[start : start + 3].mean(0) for start in range(0, length - 2, 3)])
@@ -349,7 +349,7 @@ def test_traces_of_a_gradient_are_dropped():
     model = patched_model(rank=4)
     randomise(adapter_of(model))
     hidden = torch.randn(1, 1000, model.config.hidden_size, requires_grad=True)
-    memory = adapter_of(model).memory(0)
+    memory = adapter_of(model).layer(0)
     _, state, *_ = memory(hidden, torch.zeros(1, 1, 4, 4), None, True)
     state.square().sum().backward()
     assert hidden.grad is not None
@@ -363,7 +363,7 @@ def test_a_step_takes_no_fingerprint(monkeypatch):
     model = patched_model(rank=4)
     adapter, batch = adapter_of(model), episode_batch()
     with monkeypatch.context() as patch:
-        patch.setattr("deltamem_tool.memory.fingerprint.hashlib", None)
+        patch.setattr("deltamem_tool.memory.weights.hashlib", None)
         EpisodeModel(model)(**batch)["loss"].backward()
     memory, _ = EpisodeModel(model).write(batch["write_ids"], batch["write_mask"])
     assert memory.adapter == adapter.fingerprint and len(memory.adapter) == 64

@@ -199,7 +199,7 @@ def _entries(
     """Every tensor of the reference's file, in its order: its name there; its name in our state dict, or None for the Δ
     of a branch that is off; its shape."""
     for layer in layers:
-        memory = adapter.memory(layer.index)
+        memory = adapter.layer(layer.index)
         shapes = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
         for theirs, ours in NAMES.items():
             name = f"{layer.name}.{theirs}"

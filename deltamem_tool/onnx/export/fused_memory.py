@@ -1,4 +1,4 @@
-"""One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemory` where every token
+"""One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemLayer` where every token
 writes. At decode a node costs more than the arithmetic in it.
 
 ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from deltamem_tool.config import BRANCHES, L2_EPS
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.layer import DeltaMemory, LayerOutput
+from deltamem_tool.memory.layer import DeltaMemLayer, LayerOutput
 from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
@@ -49,7 +49,7 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
     if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
         return {}
     apart = JOINED_PROJECTIONS in without
-    return {layer: FusedMemory(adapter.memory(layer), apart) for layer in adapter.layer_indices}
+    return {layer: FusedMemory(adapter.layer(layer), apart) for layer in adapter.layer_indices}
 
 
 class FusedMemory(nn.Module):
@@ -70,7 +70,7 @@ class FusedMemory(nn.Module):
     length: Tensor
 
     @torch.no_grad()
-    def __init__(self, memory: DeltaMemory, apart: bool = False) -> None:
+    def __init__(self, memory: DeltaMemLayer, apart: bool = False) -> None:
         super().__init__()
         self.config, self.apart = memory.config, apart
         config = memory.config
@@ -105,7 +105,7 @@ class FusedMemory(nn.Module):
         copies = self.rows // len(weight)
         return weight.repeat_interleave(copies, 0), bias.repeat_interleave(copies, 0)
 
-    def _delta(self, memory: DeltaMemory, branch: str) -> nn.Parameter:
+    def _delta(self, memory: DeltaMemLayer, branch: str) -> nn.Parameter:
         """Δ by all that scales it, for the readings of every slot, `[out, slots·H·R]`."""
         scale = torch.tensor(memory.config.scale)
         if memory.scale_raw is not None:
@@ -122,8 +122,10 @@ class FusedMemory(nn.Module):
     def forward(
         self, hidden: Tensor, state: Tensor, read_mask: Tensor | None, write_mask: Tensor, *segments: Tensor | None
     ) -> LayerOutput:
-        """As `DeltaMemory.forward`, but readings are those of all slots, `[B, T, slots·H·R]`, and padding reads what is
-        there. There are no `segments`."""
+        """Do what `DeltaMemLayer.forward` does; readings are those of all slots, `[B, T, slots·H·R]`.
+
+        Padding reads too. There are no `segments`.
+        """
         batch, tokens = hidden.shape[:2]
         steps = tokens * self.slots
         x = hidden.float()

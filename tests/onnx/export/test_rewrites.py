@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.decoder_call import without_memory
-from deltamem_tool.memory.layer import DeltaMemory
+from deltamem_tool.memory.layer import DeltaMemLayer
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
 from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
@@ -53,7 +53,7 @@ class Memories(nn.Module):
         self.memories = nn.ModuleDict()
         for name, options in CONFIGS.items():
             config = DeltaMemConfig(**{"rank": 4, **options})
-            memory = DeltaMemory(config, WIDTH, {branch: OUT[branch] for branch in config.branches})
+            memory = DeltaMemLayer(config, WIDTH, {branch: OUT[branch] for branch in config.branches})
             for parameter in memory.parameters():
                 nn.init.normal_(parameter, std=0.4)
             with torch.no_grad():  # a gate that is 1 and one that is 0, in float32

@@ -1,4 +1,4 @@
-"""What `attach` has put on a model, and where the model keeps it."""
+"""The patch that `attach` puts on a model."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class Patch:
 
 
 def hf_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers model inside of PEFT's, LoRA and all, which is where hooks go; any other model itself.
+    """Return the transformers model inside a PEFT model, which is where hooks go; any other model itself.
 
     Raises:
-        ArchitectureError: PEFT fills the cache with a learned prompt.
+        ArchitectureError: the PEFT model is one of prompt learning, which fills the cache with a learned prompt.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise ArchitectureError(
-            f"A model with {model.active_peft_config.peft_type.value} takes no memory.",
-            "Its learned prompt comes in a cache of PEFT's own, which has no place for a memory.",
+            f"A model with {model.active_peft_config.peft_type.value} cannot take a memory.",
+            "PEFT puts its learned prompt into a cache of its own, which cannot hold a memory.",
             "Use an adapter that changes layers, such as LoRA, or the model without it.",
         )
     return model.get_base_model()
 
 
 def patch_of(model: PreTrainedModel) -> Patch:
-    """What `attach` has put on a model.
+    """Return the patch of a model.
 
     Raises:
-        ArchitectureError: it has none.
+        ArchitectureError: the model has no memory.
     """
-    patch = getattr(hf_model(model), PATCH, None)
+    patch: Patch | None = getattr(hf_model(model), PATCH, None)
     if patch is None:
         raise ArchitectureError(
             "This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first."

@@ -1,8 +1,14 @@
-"""The weights of a layer's memory by name and shape, without making one."""
+"""The weights of an adapter by name: their shapes, and the fingerprint that a memory is bound to. No torch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 
@@ -12,7 +18,7 @@ Shape = tuple[int | None, ...]  # None: a size that only the base model knows
 def weight_shapes(
     config: DeltaMemConfig, hidden_size: int | None = None, out_features: Mapping[str, int] | None = None
 ) -> dict[str, Shape]:
-    """The shapes of a `DeltaMemory`'s weights, in the order of its state dict.
+    """Return the shapes of a `DeltaMemLayer`'s weights, in the order of its state dict.
 
     Args:
         config: the mechanism.
@@ -30,3 +36,15 @@ def weight_shapes(
     if config.o_norm:
         shapes["o_norm.weight"] = (out.get("o"),)
     return shapes
+
+
+def fingerprint_of(config: DeltaMemConfig, weights: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 over the mechanism and every weight of an adapter, by name."""
+    # Options at their default stay out, so that a new option does not change the fingerprint of old adapters.
+    defaults = DeltaMemConfig().to_dict()
+    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(np.ascontiguousarray(weight, dtype=np.float32).tobytes())
+    return digest.hexdigest()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deltamem_tool.config import DELTA_SCALES, GATES, DeltaMemConfig
-from deltamem_tool.memory.layer import DeltaMemory
-from deltamem_tool.memory.weight_shapes import weight_shapes
+from deltamem_tool.memory.layer import DeltaMemLayer
+from deltamem_tool.memory.weights import weight_shapes
 
 
 @pytest.mark.parametrize("o_norm", [False, True])
@@ -20,7 +20,7 @@ def test_shapes(heads, couple_lambda, gates, delta_scale, o_norm):
     config = DeltaMemConfig(rank=4, state_heads=3, branches=heads, **options)
     widths = {branch: 100 + number for number, branch in enumerate(heads)}
     with torch.device("meta"):
-        layer = DeltaMemory(config, 40, widths)
+        layer = DeltaMemLayer(config, 40, widths)
     found = {name: tuple(weight.shape) for name, weight in layer.state_dict().items()}
     assert weight_shapes(config, 40, widths) == found
     unknown = {40, *widths.values()}
