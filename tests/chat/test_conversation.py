@@ -119,7 +119,7 @@ def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
     MemoryState({i: torch.zeros(1, 2, 4, 4) for i in (0, 1)}, "another").save(tmp_path / "another")
     with pytest.raises(MemoryStateError, match="another adapter"):
         conversation.load_memory(tmp_path / "another")
-    with pytest.raises(MemoryStateError, match="memory file .*nowhere does not exist"):
+    with pytest.raises(MemoryStateError, match=r"memory file .*nowhere does not exist"):
         conversation.load_memory(tmp_path / "nowhere")
     assert_unchanged(conversation, before)
     # The turn before the file came can still be taken back.

@@ -243,7 +243,7 @@ def test_a_batch_of_another_size_leaves_the_conversation(model, memory):
     cache, copy = MemoryCache(model, memory=memory), memory.clone()
     with (
         torch.no_grad(),
-        pytest.raises(MemoryStateError, match=r"(?s)has 3 conversations, and the batch 2 rows.*fork\(n\)"),
+        pytest.raises(MemoryStateError, match=r"(?s)has 3 conversations, and the batch 2.*fork\(n\)"),
     ):
         model(tokens(2, 4), cache=cache)
     assert cache.memory is memory and cache.get_seq_length() == 0
