@@ -19,7 +19,7 @@ def answer(prompt: str, states: dict[str, np.ndarray]) -> tuple[str, dict[str, n
     past = {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            sizes = [{"batch": 1, "past": 0}.get(size, size) for size in value.shape]
+            sizes = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
             zeros = np.zeros(sizes, np.float16 if "16" in value.type else np.float32)
             past[value.name] = states.get(value.name, zeros)
     tokens, seen, said = tokenizer.encode(prompt, add_special_tokens=False).ids, 0, []
