@@ -1,5 +1,7 @@
-"""What the memory is worth: tasks, protocols, conditions, and how sure a figure is. What commands take by default is
-spelled here, where nothing heavy is imported."""
+"""What the memory is worth: tasks, protocols, conditions, and how sure a figure is.
+
+What commands take by default is spelled here, where nothing heavy is imported.
+"""
 
 RECALL, MEMORY_ONLY = "recall", "memory"  # the task and the protocol, unless told otherwise
 BATCH_SIZE = 100  # conversations at once

@@ -17,6 +17,8 @@ def sentence_chunks(text: str, size: int, count: Count) -> list[str]:
     such a one; here is none.
 
     Args:
+        text: the whole of it.
+        size: tokens of a chunk.
         count: tokens of each sentence.
 
     Raises:
@@ -42,7 +44,8 @@ def _sentences(text: str) -> list[str]:
             "Sentences need the package nltk.", f"{error}.", "pip install 'deltamem-tool[eval]'."
         ) from error
     try:
-        return nltk.sent_tokenize(text)
+        sentences: list[str] = nltk.sent_tokenize(text)
+        return sentences
     except LookupError as error:
         raise ConfigError(
             "NLTK's sentence model punkt_tab is not on this machine.",

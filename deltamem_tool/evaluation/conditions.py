@@ -36,8 +36,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """What is in view besides the memory: nothing, the last messages of the history that are within `window` tokens, or
-    all of it."""
+    """What is in view besides the memory.
+
+    Nothing, the last messages of the history that are within `window` tokens, or all of it.
+    """
 
     name: str
     view: str
@@ -60,6 +62,7 @@ class EvalProtocol:
 
 
 def in_words(name: str) -> str:
+    """A condition or metric as prose has it."""
     return name.replace("_", " ")
 
 

@@ -60,6 +60,7 @@ class Harness:
 
     @property
     def name(self) -> str:
+        """The task as a user writes it."""
         return HARNESS + ",".join(self.names)
 
 
@@ -79,6 +80,7 @@ class Prepared:
 
     @property
     def is_one_task(self) -> bool:
+        """Whether all documents are of one task."""
         return sum(len(loaded["tasks"]) for loaded in self.tasks.values()) == 1
 
     @property
@@ -96,7 +98,8 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     names = tuple(dict.fromkeys(name.strip() for name in task.removeprefix(HARNESS).split(",") if name.strip()))
     if not names:
         raise ConfigError(f"{task!r} names no task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example.")
-    return made(partial(Harness, names), task, options, None)
+    harness: Harness = made(partial(Harness, names), task, options, None)
+    return harness
 
 
 def check_options(protocol: str, baselines: bool, runtime: str) -> None:
@@ -166,7 +169,7 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
     try:
-        loaded = manager.load([name])
+        loaded: dict[str, Any] = manager.load([name])
         for task in loaded["tasks"].values():
             len(task.eval_docs)
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -19,8 +19,10 @@ from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
 
-class MemoryLM(HFLM):
-    """Nothing of a request is kept for the next: a call's memory begins with zeros, is written as the tokens come, and
+class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
+    """A model of lm-evaluation-harness with a memory.
+
+    Nothing of a request is kept for the next: a call's memory begins with zeros, is written as the tokens come, and
     is dropped. Requests that are too long are refused, where the harness would cut them from the left.
 
     Args:
@@ -48,19 +50,23 @@ class MemoryLM(HFLM):
         self._done = self._of = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Score continuations."""
         self._begin(requests)
-        return super().loglikelihood(requests, disable_tqdm)
+        return cast(list[tuple[float, bool]], super().loglikelihood(requests, disable_tqdm))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Score whole texts."""
         self._begin(requests)
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+        return cast(list[float], super().loglikelihood_rolling(requests, disable_tqdm))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Answer prompts."""
         self._begin(requests)
-        return super().generate_until(requests, disable_tqdm)
+        return cast(list[str], super().generate_until(requests, disable_tqdm))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        """Render a chat, and keep where its segments end."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         if self._granularity != "token":
             tagged = tag_chat(self.tokenizer, chat_history, self._granularity, add_generation_prompt)
             self._tags[tuple(tagged.input_ids)] = tagged.tags
@@ -73,6 +79,7 @@ class MemoryLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """Tokenize prompts; one that is too long is refused."""
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is not None:
             self._refuse_long(ids.shape[1], left_truncate_len)
@@ -81,7 +88,7 @@ class MemoryLM(HFLM):
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
             self._refuse_long(len(context) + len(continuation) - 1, self.max_length)  # the last token is not fed
-        return super()._loglikelihood_tokens(requests, *args, **options)
+        return cast(list[tuple[float, bool]], super()._loglikelihood_tokens(requests, *args, **options))
 
     def _refuse_long(self, length: int, most: int) -> None:
         if length > most:
@@ -102,19 +109,21 @@ class MemoryLM(HFLM):
         """Logits `[B, T, V]`. Rows are padded on the right, where nothing follows that could see it."""
         with torch.no_grad():
             given = self._cache(inps, torch.ones_like(inps))
-            logits = self.model(inps, use_cache=bool(given), **given).logits
+            logits: Tensor = self.model(inps, use_cache=bool(given), **given).logits
         self._count(len(inps))
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         given = self._cache(context, options["attention_mask"])
-        output = super()._model_generate(context, max_length, stop, **options, **given)
+        output: Tensor = super()._model_generate(context, max_length, stop, **options, **given)
         self._count(len(context))
         return output
 
     def _cache(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """A memory of zeros that knows the segments; nothing where every token writes, or where there is no memory: a
-        call without a cache starts from zeros by itself."""
+        """Make a cache with a memory of zeros that knows the segments.
+
+        Nothing where every token writes, or where there is no memory: a call without a cache starts from zeros.
+        """
         if self._granularity == "token":
             return {}
         cache = MemoryCache(self.model)

@@ -43,16 +43,22 @@ def evaluate_harness(
     settings: dict[str, Any] | None = None,
     report: Report | None = None,
 ) -> Evaluation:
-    """Ask every document of the tasks under every condition. A task is a group of the result; its score is its first
-    metric that is a number from 0 to 1 for each document, by its first filter.
+    """Ask every document of the tasks under every condition.
+
+    A task is a group of the result; its score is its first metric that is a number from 0 to 1 for each document, by
+    its first filter.
 
     Args:
+        model: with its adapter.
+        tokenizer: of the model.
+        prepared: the tasks with their documents.
         only: names of conditions, where not all are wanted.
         lora: the base model with this on it, beside the controls.
         batch_size: requests at once.
         seed: of the intervals. The harness's own seeds stay what they are.
         folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
         settings: what `folder` shall be of, beside the tasks.
+        report: called with (what is done, done, of).
 
     Raises:
         AdapterError: `lora` is damaged, or of another base model.
@@ -168,8 +174,10 @@ def _is_share(value: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's bar over the prompts that it writes, which would be beside the caller's own, and without
-    its remarks on models that it has not loaded itself; its other warnings are shown."""
+    """Hide the harness's bar over the prompts that it writes, and its remarks on models that it has not loaded itself.
+
+    Its other warnings are shown.
+    """
     from lm_eval.api import task
 
     bar, logger = task.tqdm, logging.getLogger("lm_eval.models.huggingface")

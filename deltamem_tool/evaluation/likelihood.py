@@ -150,8 +150,10 @@ def _parts(subject: Subject, rows: Sequence[ScoredAnswer]) -> Iterator[range]:
 
 
 def _width(rows: Sequence[ScoredAnswer]) -> int:
-    """The columns whose logits are computed: those of the longest answer and the token before it; all of them where a
-    row would have nothing in the columns before, since attention needs something to see."""
+    """How many columns, the last ones, have their logits computed: the longest answer and the token before it.
+
+    All of them where a row would have nothing in the columns before, since attention needs something to see.
+    """
     last = max(row.answer for row in rows) + 1
     return last if min(len(row.ids) for row in rows) > last else max(len(row.ids) for row in rows)
 

@@ -29,8 +29,10 @@ def check(items: Sequence[Item]) -> None:
 
 
 def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[str, str]) -> str:
-    """SHA-256 over all that is asked, and the histories that it is asked with: a limit may leave out a donor's items,
-    which are still among `everyone`'s."""
+    """SHA-256 over all that is asked, and the histories that it is asked with.
+
+    A limit may leave out a donor's items, which are still among `everyone`'s.
+    """
     own = {item.history_id for item in items}
     written = own | {donors[name] for name in own}
     digest = hashlib.sha256()

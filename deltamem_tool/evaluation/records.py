@@ -80,6 +80,7 @@ class RecordFolder:
         return read_records(file)
 
     def add(self, records: Iterable[Record]) -> None:
+        """Append records, and write the settings with the first of them."""
         place = self.folder / SETTINGS_FILE
         if not place.exists():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ class Evaluation:
         return self.scores(weight, condition, group)[0] if weight else None
 
     def estimate(self, metric: str, condition: str, group: str | None = None) -> Estimate:
+        """The mean of a metric under a condition, with its interval."""
         weights = self.weights(metric, condition, group)
         return estimate(*self.scores(metric, condition, group), self.seed, scale_of(metric), weights)
 

@@ -88,8 +88,10 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """Shorten a path here, or an absolute one, to its last part; of `KEY=PATH`, the same behind the key. Others stay,
-    such as names on the Hub."""
+    """Shorten a path here, or an absolute one, to its last part; of `KEY=PATH`, the same behind the key.
+
+    Others stay, such as names on the Hub.
+    """
     key, equals, value = text.rpartition("=")
     try:
         is_path = Path(value).is_absolute() or Path(value).exists()

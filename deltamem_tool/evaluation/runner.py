@@ -191,8 +191,10 @@ class _Run:
     def _batches(
         self, left: Sequence[tuple[Condition, Item]], prompts: Mapping[tuple[str, str], str]
     ) -> Iterator[tuple[Condition, list[Item]]]:
-        """Condition by condition, answers of one limit and prompts of like length together, the longest first: what
-        does not fit fails at once."""
+        """Condition by condition, answers of one limit and prompts of like length together.
+
+        The longest come first: what does not fit fails at once.
+        """
         for condition in dict.fromkeys(condition for condition, _ in left):
             own = [item for one, item in left if one == condition]
             default = _new_tokens(self.task)

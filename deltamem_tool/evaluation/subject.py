@@ -55,6 +55,7 @@ class Subject:
 
     @property
     def runtime(self) -> str:
+        """PYTORCH or ONNX."""
         return ONNX if self.model is None else PYTORCH
 
     @property

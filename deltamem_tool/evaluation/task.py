@@ -55,13 +55,16 @@ class Task(Protocol):
     """A way to ask. `metrics` are the names that `score` gives, the one that decides first."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the task is called."""
 
     @property
-    def metrics(self) -> Sequence[str]: ...
+    def metrics(self) -> Sequence[str]:
+        """What `score` gives."""
 
     @property
-    def max_new_tokens(self) -> int: ...
+    def max_new_tokens(self) -> int:
+        """The longest answer."""
 
     def items(self) -> list[Item]:
         """All of them, in the same order every time.
@@ -81,15 +84,19 @@ class LikelihoodTask(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the task is called."""
 
     @property
-    def by_likelihood(self) -> bool: ...
+    def by_likelihood(self) -> bool:
+        """True."""
 
-    def items(self) -> list[Item]: ...
+    def items(self) -> list[Item]:
+        """As those of a `Task`."""
 
 
 def is_by_likelihood(task: Task | LikelihoodTask) -> bool:
+    """Whether a task scores log-probabilities."""
     return bool(getattr(task, "by_likelihood", False))
 
 
@@ -97,6 +104,7 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
     """A task by its name here, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
 
     Args:
+        name: see above.
         options: keyword arguments of the class.
         offered: those that it is given where it takes them, and `options` has none.
 
@@ -138,6 +146,9 @@ def needs_data(task: str, data: str | None, example: str, **others: str | None) 
     """`data`, if it is said.
 
     Args:
+        task: its name.
+        data: what `--data` says.
+        example: what it could say.
         others: options that are texts too, where they are said; a command's `--set` gives any YAML value.
 
     Raises:

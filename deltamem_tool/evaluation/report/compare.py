@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
@@ -41,8 +41,8 @@ class EvaluationFile:
     def score(self, condition: str, group: str | None) -> Interval:
         """Mean, low, high."""
         if group is None:
-            return self.result["overall"][condition]
-        return self.result["scores"][condition][self.result["groups"].index(group)]
+            return cast(Interval, self.result["overall"][condition])
+        return cast(Interval, self.result["scores"][condition][self.result["groups"].index(group)])
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ class Row:
 
     @property
     def label(self) -> str:
+        """The condition, or what the state adds to it, in words."""
         return f"state over {in_words(self.condition)}" if self.is_gain else in_words(self.condition)
 
     @property
     def in_words(self) -> str:
+        """The difference as a sentence."""
         where = self.label if self.group is None else f"{self.group}, {self.label}"
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
@@ -84,6 +86,7 @@ class Row:
 
     @property
     def is_clear(self) -> bool:
+        """Whether the difference is told from 0."""
         return is_clear(self.low, self.high, self.p_value, self.histories)
 
 
@@ -111,7 +114,8 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        return self.a.result["metric"]
+        """The metric that both have."""
+        return str(self.a.result["metric"])
 
     @property
     def notes(self) -> list[str]:
@@ -131,9 +135,11 @@ class Comparison:
 
     @property
     def overall(self) -> list[Row]:
+        """The rows of all questions."""
         return [row for row in self.rows if row.group is None]
 
     def to_json(self) -> dict[str, Any]:
+        """The comparison as `deltamem compare --json` prints it."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -245,7 +251,8 @@ def _unpaired(a: EvaluationFile, b: EvaluationFile) -> str:
 
 
 def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
-    """
+    """Refuse two evaluations whose difference means nothing.
+
     Raises:
         DataError: a difference would be of two things, or of none.
     """
@@ -317,8 +324,10 @@ def _interval(result: Mapping[str, Any] | None) -> Interval | None:
 
 
 def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str, str]]:
-    """Settings that are not the same, in the order of the page: those that both tell of, and where both tell how they
-    were done, what only one has."""
+    """Settings that are not the same.
+
+    Those that both tell of, and where both tell how they were done, what only one has.
+    """
     sides = [{(part, name): value for part, rows in settings(each.result) for name, value in rows} for each in (a, b)]
     told = "run" in a.result and "run" in b.result
     keys = [key for key in dict.fromkeys([*sides[0], *sides[1]]) if told or (key in sides[0] and key in sides[1])]

@@ -72,7 +72,10 @@ def scores_figure(
     the next would mean nothing.
 
     Args:
+        metric: its name.
+        groups: their names.
         rows: an interval a group, by condition.
+        title: above the figure.
         narrow: for a phone.
     """
     with _look():
@@ -98,6 +101,7 @@ def differences_figure(what: str, found: Mapping[str, Mapping[str, float]], narr
     Args:
         what: the axis.
         found: `mean`, `low`, `high` and `clear`, by condition.
+        narrow: for a phone.
     """
     with _look():
         figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(found))
@@ -128,6 +132,7 @@ def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
+    """Draw a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     return buffer.getvalue()
@@ -137,8 +142,10 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
     """To stand inside a page, whose ink and dark colours it takes; its text is text.
 
     Args:
+        figure: what is drawn.
         name: begins all its ids, of which a page must not have one twice.
-        title, description: what is read out instead of the picture.
+        title: is read out instead of the picture.
+        description: is read out after the title.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():

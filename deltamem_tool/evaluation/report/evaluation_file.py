@@ -34,13 +34,15 @@ def write_evaluation(path: str | Path, said: Mapping[str, Any]) -> None:
 def evaluation_json(
     found: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the file holds; `adapter` is the fingerprint of what was evaluated, and `arguments` are what `deltamem eval`
-    takes for the same questions.
+    """What the file holds.
 
     `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions, and `other_metrics`
     the same of the metrics that do not decide.
 
     Args:
+        found: the result.
+        adapter: the fingerprint of what was evaluated.
+        arguments: what `deltamem eval` takes for the same questions.
         run: how it was done, as `run_json` says.
     """
     metric, *others = found.metrics

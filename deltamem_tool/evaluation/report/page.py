@@ -49,7 +49,9 @@ def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record
     """Write all but the records, which are there: the page last, when what it leads to is there.
 
     Args:
+        folder: has the records.
         said: as `evaluation_json` gives it.
+        records: what is in the folder.
     """
     known = _known(said, records)
     write_evaluation(folder / EVALUATION_FILE, said)

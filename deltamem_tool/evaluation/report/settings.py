@@ -40,6 +40,7 @@ def _cost(cost: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def readable(value: Any) -> str:
+    """A value in words."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -18,8 +18,10 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&])")
 
 
 def rendered(template: str, **known: Any) -> bytes:
-    """A template of this package in UTF-8; what no encoding can hold, such as half a surrogate pair, is a question
-    mark."""
+    """Render a template of this package in UTF-8.
+
+    What no encoding can hold, such as half a surrogate pair, is a question mark.
+    """
     return _environment().get_template(template).render(version=__version__, **known).encode(errors="replace")
 
 

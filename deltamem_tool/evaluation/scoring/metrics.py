@@ -32,8 +32,10 @@ def exact_match(answer: str, right: str) -> float:
 
 
 def token_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of normalised words, as HotpotQA's `f1_score`: an answer of yes, no or
-    noanswer is right as a whole or not at all."""
+    """Harmonic mean of precision and recall of normalised words, as HotpotQA's `f1_score`.
+
+    An answer of yes, no or noanswer is right as a whole or not at all.
+    """
     said, wanted = normalise(answer), normalise(right)
     if said != wanted and {said, wanted} & {"yes", "no", "noanswer"}:
         return 0.0
@@ -46,6 +48,8 @@ def token_f1(answer: str, right: str) -> float:
 
 @dataclass(frozen=True)
 class Rouge:
+    """Recall and F1 of one kind of ROUGE."""
+
     recall: float
     f1: float
 
@@ -54,6 +58,8 @@ def rouge(answer: str, right: str, kind: str = "rougeL") -> Rouge:
     """ROUGE of Porter's stems, by `rouge-score`.
 
     Args:
+        answer: what was said.
+        right: what is right.
         kind: what it calls it: "rouge1", "rouge2", "rougeL" or "rougeLsum".
 
     Raises:
@@ -75,8 +81,10 @@ def _rouge_scorer(kind: str) -> Any:
 
 
 def contains(answer: str, right: str) -> float:
-    """Whether what is right occurs in the answer, once both are normalised: MemoryAgentBench's
-    `substring_exact_match_score`."""
+    """Whether what is right occurs in the answer, once both are normalised.
+
+    MemoryAgentBench's `substring_exact_match_score`.
+    """
     return float(normalise(right) in normalise(answer))
 
 

@@ -26,6 +26,7 @@ class Scale:
 
     @property
     def bounded(self) -> bool:
+        """Whether it has two ends."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
@@ -44,9 +45,10 @@ SCALES = {LOG_PROB: Scale(-math.inf, 0.0, " nats per token", TOKENS)}
 
 
 def scale_of(metric: str) -> Scale:
+    """The scale of a metric."""
     return SCALES.get(metric, SHARE)
 
 
 def perplexity(log_prob: float) -> float:
-    """exp of the mean negative log-probability of a token."""
+    """Exp of the mean negative log-probability of a token."""
     return math.exp(-log_prob)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
+        """Whether it is told from 0."""
         return is_clear(self.low, self.high, self.p_value, self.histories)
 
 
@@ -65,11 +67,15 @@ def estimate(
     scale: Scale = SHARE,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
-    """The mean of `scores`, each of the history that `clusters` names, with the percentile bootstrap's interval; where
-    all histories score the same, which resampling takes for certainty, the rule of three's, 3 / n, if the scale has
-    two ends.
+    """The mean, with the percentile bootstrap's interval.
+
+    Where all histories score the same, which resampling takes for certainty, it is the rule of three's, 3 / n, if the
+    scale has two ends.
 
     Args:
+        scores: one a question.
+        clusters: the history of each.
+        seed: of the resampling.
         scale: what the scores can be.
         weights: how much each counts; all the same by default.
     """
@@ -94,8 +100,10 @@ def difference(
 
 
 def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
-    """`ours - theirs` of two independent samples of which only means and intervals are known: the distances of the
-    ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095)."""
+    """`ours - theirs` of two independent samples of which only means and intervals are known.
+
+    The distances of the ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095).
+    """
     (mean, low, high), (other, other_low, other_high) = ours, theirs
     found = mean - other
     return Estimate(
@@ -121,7 +129,7 @@ def p_text(value: float | None, histories: int | None) -> str:
     return f"< {SMALLEST_P}" if value < SMALLEST_P else f"{value:.3f}"
 
 
-def _interval(sums: NDArray, counts: NDArray, seed: int, scale: Scale) -> tuple[float, float, float]:
+def _interval(sums: NDArray[Any], counts: NDArray[Any], seed: int, scale: Scale) -> tuple[float, float, float]:
     """Mean, and the ends of its interval."""
     mean, of_clusters = float(sums.sum() / counts.sum()), sums / counts
     if np.ptp(of_clusters) == 0:
@@ -131,7 +139,9 @@ def _interval(sums: NDArray, counts: NDArray, seed: int, scale: Scale) -> tuple[
     return mean, float(low), float(high)
 
 
-def _by_cluster(scores: NDArray, clusters: Sequence[str], weights: Sequence[float] | None) -> tuple[NDArray, NDArray]:
+def _by_cluster(
+    scores: NDArray[Any], clusters: Sequence[str], weights: Sequence[float] | None
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Of each cluster, the sum of its scores, and how many they are; both weighted."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     if weights is None:
@@ -140,26 +150,27 @@ def _by_cluster(scores: NDArray, clusters: Sequence[str], weights: Sequence[floa
     return np.bincount(index, scores * heavy), np.bincount(index, heavy)
 
 
-def _resampled(sums: NDArray, counts: NDArray, seed: int) -> NDArray:
+def _resampled(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> NDArray[Any]:
     """Means `[RESAMPLES]` over clusters drawn with replacement: a mean of questions, so a ratio of sums."""
     draws = _draws(len(sums), seed)
-    return (draws @ sums) / (draws @ counts)
+    means: NDArray[Any] = (draws @ sums) / (draws @ counts)
+    return means
 
 
 @lru_cache(maxsize=4)  # the same for every condition, which makes their intervals comparable too
-def _draws(clusters: int, seed: int) -> NDArray:
+def _draws(clusters: int, seed: int) -> NDArray[Any]:
     """How often each cluster is drawn, `[RESAMPLES, clusters]`."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES).astype(np.float32)
 
 
-def _sign_flip(sums: NDArray, seed: int) -> float:
+def _sign_flip(sums: NDArray[Any], seed: int) -> float:
     """The share of sign patterns whose sum is at least as far from 0; the pattern that was found is one of them."""
     as_far = np.abs(_signs(len(sums), seed) @ sums) >= abs(sums.sum()) - 1e-9
     return float((as_far.sum() + 1) / (FLIPS + 1))
 
 
 @lru_cache(maxsize=4)
-def _signs(clusters: int, seed: int) -> NDArray:
+def _signs(clusters: int, seed: int) -> NDArray[Any]:
     """-1 and 1, `[FLIPS, clusters]`."""
     return (np.random.default_rng(seed).integers(0, 2, (FLIPS, clusters)) * 2 - 1).astype(np.float32)

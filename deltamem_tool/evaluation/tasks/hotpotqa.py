@@ -35,12 +35,14 @@ class HotpotQA:
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:
+        """A question each."""
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "question", self._config, self._split, ("distractor", ("validation",)))
         return [_item(row, where) for where, row in rows]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """F1 and exact match."""
         return {"f1": token_f1(answer, item.answers[0]), "em": exact_match(answer, item.answers[0])}
 
 

@@ -47,6 +47,7 @@ class LoCoMo:
         self._config, self._split = config, split
 
     def items(self) -> list[Item]:
+        """A question each."""
         from deltamem_tool.data.sources import read_rows
 
         talks = read_rows(self._data, "conversation", self._config, self._split)
@@ -66,6 +67,7 @@ class LoCoMo:
             yield _item(asked, f"{where} question {place}", f"{name}/{place}", name, history)
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """The benchmark's score of the question's category."""
         if item.group == GROUPS[5]:
             return {"f1": float(any(words in answer.lower() for words in _TURNED_DOWN))}
         right = item.answers[0]

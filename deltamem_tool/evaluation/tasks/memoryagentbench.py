@@ -164,6 +164,7 @@ class MemoryAgentBench:
         self._movies: Movies | None = None
 
     def items(self) -> list[Item]:
+        """A question each."""
         from deltamem_tool.data.sources import read_rows
 
         rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))

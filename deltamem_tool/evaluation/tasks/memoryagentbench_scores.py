@@ -87,6 +87,7 @@ class Movies:
         """The share of the right titles among the first 1, 5 and 10 that are recommended.
 
         Args:
+            answer: the list of recommendations.
             right: their numbers.
         """
         said = [self._matched(line) for line in _recommended(answer)[: max(CUTOFFS)]]

@@ -49,6 +49,7 @@ class Perplexity:
         self._turns, self._split, self._revision = turns, split, revision
 
     def items(self) -> list[Item]:
+        """An answer each."""
         return [item for talk in self._talks() for item in self._asked(talk)]
 
     def _talks(self) -> Iterator[_Talk]:
@@ -82,8 +83,10 @@ class Perplexity:
 
 
 def _answered(messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """Of each user's turn that has an answer: where it begins, and where the answer is, the assistant's last message
-    of it."""
+    """Where each user's turn that has an answer begins, and where the answer is.
+
+    That is the assistant's last message of it.
+    """
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
     found = []
     for start, end in pairwise([*starts, len(messages)]):

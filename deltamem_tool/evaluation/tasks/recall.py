@@ -27,8 +27,10 @@ class ToldTwice(Item):
 
 
 class Recall:
-    """`episodes` conversations for each number of `facts` and each `delay`; scored is whether the whole answer is the
-    expected one, and of what was told twice also, as `old`, whether it is the one with the first value.
+    """`episodes` conversations for each number of `facts` and each `delay`.
+
+    Scored is whether the whole answer is the expected one, and of what was told twice also, as `old`, whether it is the
+    one with the first value.
 
     Args:
         facts: how many are told, one of which is asked for.
@@ -80,6 +82,7 @@ class Recall:
             )
 
     def items(self) -> list[Item]:
+        """A conversation each."""
         return [item for count in self._facts for delay in self._delays for item in self._conversations(count, delay)]
 
     def _conversations(self, facts: int, delay: int) -> list[Item]:
@@ -122,6 +125,7 @@ class Recall:
         return told + dialogues.acknowledged(rng, anew), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """`exact`, and `old` of what was told twice."""
         found = {"exact": exact(answer, item.answers[0])}
         return {**found, "old": exact(answer, item.stale)} if isinstance(item, ToldTwice) else found
 
