@@ -38,7 +38,8 @@ def chunked_scan(
     inputs = (q, k, v, log_keep, erase, write, state)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or q.numel() * CHUNK < RECOMPUTED:
         return _scan(*inputs)
-    return checkpoint(_scan, *inputs, use_reentrant=False, preserve_rng_state=False)
+    results: tuple[Tensor, Tensor] = checkpoint(_scan, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return results
 
 
 def _scan(

@@ -9,6 +9,8 @@ so two short loops keep the states and the adjoints, and everything else is batc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ def recurrent_scan(
     """The same function as `naive.naive_scan`; keeps T states `[B, H, R, R]` for its backward pass."""
     if q.shape[1] == 1:
         return _one_token(q, k, v, log_keep, erase, write, state)
-    return _RecurrentScan.apply(q, k, v, log_keep, erase, write, state)
+    inputs = (q, k, v, log_keep, erase, write, state)
+    results: tuple[Tensor, Tensor] = _RecurrentScan.apply(*inputs)  # type: ignore[no-untyped-call]  # of torch
+    return results
 
 
 def _one_token(
@@ -56,7 +60,9 @@ class _RecurrentScan(torch.autograd.Function):
     # Inside, tokens lead: [T, N, R] and [T, N, R, R] with N = B·H, so that a token's slice is contiguous.
 
     @staticmethod
-    def forward(ctx, q, k, v, log_keep, erase, write, state):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         heads = q.shape[2]
         q, k, v, keep, erase, write = (_tokens_first(x) for x in (q, k, v, log_keep.exp(), erase, write))
         states = state.new_empty((*q.shape, q.shape[-1]))  # S_{t-1}, [T, N, R, R]
@@ -72,7 +78,7 @@ class _RecurrentScan(torch.autograd.Function):
         return _batch_first(_times(states, q), heads), now.view(state.shape)
 
     @staticmethod
-    def backward(ctx, grad_reads, grad_state):
+    def backward(ctx: Any, grad_reads: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
         q, k, v, keep, erase, write, states = ctx.saved_tensors
         grad_reads = _tokens_first(grad_reads)
         adjoints = torch.empty_like(states)  # G_t

@@ -6,7 +6,12 @@ is dL/dx and `adjoint` is G_t. Ranks are padded to a power of two by zeros, whic
 Set TRITON_INTERPRET=1 before anything imports Triton to run the kernels on a CPU, to check them: it is very slow.
 """
 
+# Arguments of Triton kernels have no types, and its decorator has none.
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +37,8 @@ def triton_scan(
     _check_devices(inputs)
     # Here, because inside of `forward` gradients are always disabled.
     keep_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _TritonScan.apply(*inputs, keep_states)
+    results: tuple[Tensor, Tensor] = _TritonScan.apply(*inputs, keep_states)  # type: ignore[no-untyped-call]  # of torch
+    return results
 
 
 def _check_devices(inputs: tuple[Tensor, ...]) -> None:
@@ -50,7 +56,8 @@ def _check_devices(inputs: tuple[Tensor, ...]) -> None:
 
 class _TritonScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, log_keep, erase, write, state, keep_states):
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, log_keep, erase, write, state, keep_states = inputs
         batch, tokens, heads, rank = q.shape
         q, k, v, log_keep, erase, write, state = (x.contiguous() for x in (q, k, v, log_keep, erase, write, state))
         reads, end = torch.empty_like(q), torch.empty_like(state)
@@ -58,7 +65,7 @@ class _TritonScan(torch.autograd.Function):
         states = state.new_empty((batch, heads, tokens, rank, rank)) if keep_states else end
         columns = triton.next_power_of_2(rank)
         rows = min(columns, TILE // columns)
-        with torch.cuda.device_of(q):  # a launch goes to the current device, which need not be the tensors'
+        with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # a launch goes to the current device otherwise
             _forward_kernel[(batch * heads, triton.cdiv(rank, rows))](
                 *(q, k, v, log_keep, erase, write, state, reads, end, states, tokens, heads),
                 RANK=rank, ROWS=rows, COLUMNS=columns, KEEP_STATES=keep_states, STAGES=STAGES,
@@ -70,14 +77,14 @@ class _TritonScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_reads, grad_end):
+    def backward(ctx: Any, grad_reads: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors[:-1]
         states = ctx.saved_tensors[-1]
         batch, heads, tokens, rank, _ = states.shape
         grad_reads, grad_end = grad_reads.contiguous(), grad_end.contiguous()
         grads = (*(torch.empty_like(x) for x in inputs), torch.empty_like(grad_end))
         columns = triton.next_power_of_2(rank)
-        with torch.cuda.device_of(states):
+        with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]  # of torch
             _backward_kernel[(batch * heads,)](
                 *(*inputs, states, grad_reads, grad_end, *grads, tokens, heads),
                 RANK=rank, SIZE=columns, STAGES=STAGES,
