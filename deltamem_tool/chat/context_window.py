@@ -1,5 +1,7 @@
-"""Where a conversation is, and how it goes on when its window is full: the oldest turns leave the context, and what
-they wrote stays in the memory."""
+"""Where a conversation is, and what happens when its window is full.
+
+The oldest turns leave the context, and what they wrote stays in the memory.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,9 @@ def with_room(
     content: str | Sequence[Message],
     sampling: Sampling,
 ) -> Place:
-    """Where the conversation goes on: where it is, or, if the window is too small for the prompt and an answer, where
-    it is without its oldest turns: read again, without writing, from the memory as it is.
+    """Return `place`, without its oldest turns if the window is too small for the prompt and an answer.
+
+    The turns that stay are read again, without writing, from the memory as it is.
 
     Raises:
         ConfigError: the prompt does not fit, even alone with the system messages.

@@ -85,7 +85,9 @@ class Conversation:
         self, engine: Engine, memory: StoredMemory | None = None, write: bool = True, window: int | None = None
     ) -> None:
         if window is not None and window < 2:
-            raise ConfigError(f"A window of {window} tokens holds nothing.", "", "Choose a larger one.")
+            raise ConfigError(
+                f"A window of {window} tokens is too small.", "A prompt and an answer need two.", "Choose a larger one."
+            )
         if window is not None and engine.max_length is not None and window > engine.max_length:
             raise ConfigError(
                 f"A window of {window} tokens is too large.",
@@ -94,7 +96,7 @@ class Conversation:
             )
         if engine.memory_shape.segment_width and not engine.text.has_template:
             raise ConfigError(
-                f"This memory writes by {engine.mechanism.granularity}, and nothing says where one ends.",
+                f"This adapter writes by {engine.mechanism.granularity}, and the model cannot tell where one ends.",
                 "The model has no chat template.",
                 "Use a chat model, or an adapter that writes every token.",
             )
@@ -113,6 +115,7 @@ class Conversation:
 
     @property
     def context(self) -> Context:
+        """How much of the conversation the model attends to."""
         script = self._place.transcript
         messages, dropped = (sum(len(turn.messages) + 1 for turn in turns) for turns in (script.turns, script.dropped))
         tokens = len(self._place.tokens) + len(self._place.pending)
@@ -148,8 +151,9 @@ class Conversation:
         self._before.clear()
 
     def undo(self) -> bool:
-        """Take the last turn back: memory, context and messages are as they were before it. So can the turns before be,
-        but none from before the last but one time that turns left the context.
+        """Take the last turn back: memory, context and messages are as they were before it.
+
+        So can the turns before be, but none from before the last but one time that turns left the context.
 
         Returns:
             False if there is none.
@@ -271,8 +275,11 @@ class _Turn:
         )
 
     def _marked(self, tokens: list[int]) -> tuple[Past, list[Token]]:
-        """Where to start, and what to feed. The last answer's segment ends with its message's last token, as the
-        template writes it; one that is another conversation's ends before anything is fed."""
+        """The past to start from, and the tokens to feed.
+
+        The last answer's segment ends with its message's last token, as the template writes it; one that is another
+        conversation's ends before anything is fed.
+        """
         start, engine, write = self._start, self.conversation.engine, self.conversation.write
         past, pending = start.past, list(start.pending)
         if not (write and engine.memory_shape.segment_width):

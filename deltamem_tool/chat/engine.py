@@ -16,8 +16,10 @@ Past = Any  # KV cache and memory of a batch, as the engine keeps it; never chan
 
 
 class Engine(Protocol):
-    """A loaded model. Every call gives new pasts and leaves the old ones as they are, so that one engine serves many
-    conversations from many threads.
+    """A loaded model.
+
+    Every call returns new pasts and leaves the old ones as they are, so that one engine serves many conversations from
+    many threads.
 
     text: tokens and chat template.
     stop_tokens: ids that end an answer.

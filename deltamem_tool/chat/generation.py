@@ -18,7 +18,7 @@ STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED = "stop token", "stop string", "len
 
 
 class AnswerStream:
-    """The text of an answer as it grows: what may become a stop string is held back until it has not.
+    """The text of an answer as it grows; what may become a stop string is held back.
 
     Args:
         text: of the model.
@@ -35,6 +35,7 @@ class AnswerStream:
 
     @property
     def text(self) -> str:
+        """What was given so far."""
         return "".join(self._pieces)
 
     def push(self, token: int) -> bool:
@@ -47,7 +48,7 @@ class AnswerStream:
             self._give(self._held)
 
     def break_off(self) -> None:
-        """As `end`, but nobody is told."""
+        """As `end`, without a call of `on_text`."""
         self._on_text = None
         self.end()
 
@@ -129,6 +130,7 @@ class Row:
 
     @property
     def going(self) -> bool:
+        """Whether the answer has not ended."""
         return self.why == INTERRUPTED
 
     @property
@@ -138,6 +140,7 @@ class Row:
 
     @property
     def answer(self) -> Answer:
+        """The answer so far."""
         return Answer(self.stream.text, (*self.answer_tokens, *self.last), self.why)
 
     def take(self, token: int, stop_tokens: frozenset[int]) -> None:

@@ -16,8 +16,10 @@ MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is chosen and where it ends. The options are applied in the order of transformers' `generate`:
-    repetition penalty, temperature, top-k, top-p, min-p.
+    """How an answer is chosen and where it ends.
+
+    The options are applied in the order of transformers' `generate`: repetition penalty, temperature, top-k, top-p,
+    min-p.
 
     Args:
         max_new_tokens: the longest answer.
@@ -44,7 +46,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for holds, why in (
+        for is_valid, why in (
             (self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"),
             (0 <= self.temperature < np.inf, f"temperature must be 0 or more, not {self.temperature}"),
             (self.top_k >= 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
@@ -60,8 +62,8 @@ class Sampling:
                 "stop must be a tuple of texts, none of them empty",
             ),
         ):
-            if not holds:
-                raise ConfigError("The answer's options do not hold.", f"{why}.", "Correct the option and try again.")
+            if not is_valid:
+                raise ConfigError("Invalid sampling options.", f"{why}.", "Correct the option and try again.")
 
 
 class Sampler:

@@ -33,7 +33,7 @@ class ChatText:
         special_tokens: the template's variables, such as `bos_token`.
 
     Raises:
-        ExportError: the template is none.
+        ExportError: the template is not valid Jinja.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str]) -> None:
@@ -74,7 +74,7 @@ class ChatText:
         """Of a transformers tokenizer, a fast one.
 
         Raises:
-            DataError: it is a slow one.
+            DataError: the tokenizer is a slow one.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -92,6 +92,7 @@ class ChatText:
 
     @property
     def has_template(self) -> bool:
+        """Whether the model has a chat template."""
         return self._template is not None
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
@@ -124,13 +125,16 @@ class ChatText:
 
 
 class TextStream:
-    """Tokens in, text out, a character only when all of its bytes are there."""
+    """Tokens in, text out, a character only when all of its bytes are there.
+
+    `tokenizers.decoders.DecodeStream` raises where a tokenizer with byte fallback gets bytes that are not UTF-8.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._start = 0  # from here on tokens are decoded: what was given last stays as context for what follows
-        self._given = 0  # the tokens before this one have been given
+        self._end = 0  # the tokens before this one have come out
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often empty."""
@@ -142,11 +146,11 @@ class TextStream:
         return self._new(hold=False)
 
     def _new(self, hold: bool) -> str:
-        before = self._tokenizer.decode(self._tokens[self._start : self._given])
+        before = self._tokenizer.decode(self._tokens[self._start : self._end])
         text = self._tokenizer.decode(self._tokens[self._start :])
         if hold and (len(text) <= len(before) or text.endswith("\ufffd")):
             return ""
-        self._start, self._given = self._given, len(self._tokens)
+        self._start, self._end = self._end, len(self._tokens)
         return text[len(before) :]
 
 
@@ -154,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of an ONNX folder; empty if there is no such file.
 
     Raises:
-        ExportError: it is not JSON, or no object.
+        ExportError: the file is not JSON, or not a JSON object.
     """
     if not file.is_file():
         return {}
@@ -163,7 +167,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(file.name, error) from error
     if not isinstance(content, dict):
-        raise _damaged(file.name, "it is no JSON object")
+        raise _damaged(file.name, "it is not a JSON object")
     return content
 
 
@@ -211,5 +215,5 @@ def _default(template: Any) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _damaged(what: str, why: object) -> ExportError:
-    return ExportError(f"{what} of this ONNX folder cannot be read.", f"{why}.", "Export the model again.")
+def _damaged(part: str, why: object) -> ExportError:
+    return ExportError(f"{part} of this ONNX folder cannot be read.", f"{why}.", "Export the model again.")

@@ -67,6 +67,7 @@ class TorchModel:
                 )
 
     def start(self, memory: StoredMemory) -> TorchPast:
+        """See `Engine.start`."""
         return TorchPast({}, self._on_device(memory))
 
     @torch.no_grad()
@@ -79,6 +80,7 @@ class TorchModel:
         segment_end: NDArray[Any] | None = None,
         all_positions: bool = False,
     ) -> tuple[NDArray[Any], TorchPast]:
+        """See `Engine.step`."""
         device = self.model.device
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
@@ -104,6 +106,7 @@ class TorchModel:
         )
 
     def memory(self, past: TorchPast) -> StoredMemory:
+        """See `Engine.memory`."""
         states, segments = (
             {layer: tensor.detach().cpu().numpy().copy() for layer, tensor in part.items()}
             for part in (past.memory.layers, past.memory.open_segments)
@@ -111,9 +114,11 @@ class TorchModel:
         return StoredMemory(states, segments, self.adapter)
 
     def with_memory(self, past: TorchPast, memory: StoredMemory) -> TorchPast:
+        """See `Engine.with_memory`."""
         return replace(past, memory=self._on_device(memory))
 
     def take(self, past: TorchPast, row: int, columns: NDArray[Any]) -> TorchPast:
+        """See `Engine.take`."""
         kept = torch.from_numpy(columns).to(self.model.device)
         layers = {
             index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
@@ -122,6 +127,7 @@ class TorchModel:
         return TorchPast(layers if len(columns) else {}, past.memory.select([row]))
 
     def join(self, pasts: Sequence[TorchPast]) -> TorchPast:
+        """See `Engine.join`."""
         if len(pasts) == 1:
             return pasts[0]
         shapes = next((past.layers for past in pasts if past.layers), {})

@@ -34,8 +34,12 @@ class Turn:
 
 
 class Tags(NamedTuple):
-    """Of each new token, OUTSIDE, INSIDE or LAST (see `config`); and whether the segment before ends where they begin,
-    so that none of them ends it."""
+    """Segment tags of new tokens.
+
+    Args:
+        marks: one tag a token.
+        ended: whether the segment before ends where they begin, so that none of them ends it.
+    """
 
     tags: list[int]
     ended: bool
@@ -60,10 +64,10 @@ class Transcript:
     @property
     def messages(self) -> list[Message]:
         """Everything that was said, dropped turns too."""
-        said = list(self.system)
+        messages = list(self.system)
         for turn in (*self.dropped, *self.turns):
-            said += [*turn.messages, {"role": "assistant", "content": turn.answer}]
-        return said
+            messages += [*turn.messages, {"role": "assistant", "content": turn.answer}]
+        return messages
 
     @property
     def head(self) -> str:
@@ -108,8 +112,9 @@ class Transcript:
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
 
     def tags(self, text: ChatText, granularity: str, start: int) -> Tags:
-        """Which tokens of `rendered` from the character `start` on, where a turn begins, belong to segments: the rest
-        of the last answer's message, the new messages, and the header of the answer to come.
+        """Tag the tokens of `rendered` from the character `start` on, where a turn begins.
+
+        They are the rest of the last answer's message, the new messages, and the header of the answer to come.
 
         Raises:
             DataError: the chat template does not let the end of a message be told.
@@ -148,8 +153,8 @@ class Transcript:
         tokens: list[int] = []
         rest = self.head
         for number, turn in enumerate(self.turns):
-            before, found, rest = rest.partition(_ANSWER.format(number))
-            if not found:
+            before, placeholder, rest = rest.partition(_ANSWER.format(number))
+            if not placeholder:
                 raise ExportError(
                     "The chat template does not write every answer of this conversation.",
                     f"Answer {number + 1} is not in what it renders.",
@@ -167,8 +172,10 @@ class Transcript:
 
 
 def _alone(text: ChatText, system: tuple[Message, ...]) -> str:
-    """The system messages' own text; empty where the template writes it with the first user message alone, which then
-    brings it again."""
+    """The system messages' own text.
+
+    Empty where the template writes it with the first user message only, which then brings it again.
+    """
     if not system:
         return ""
     try:

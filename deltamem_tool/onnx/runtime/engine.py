@@ -62,6 +62,7 @@ class OnnxModel:
         self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
 
     def start(self, memory: StoredMemory) -> Past:
+        """See `Engine.start`."""
         batch = len(next(iter(memory.states.values())))
         return self.graph.empty_past(batch, memory.states, memory.open_segments)
 
@@ -74,6 +75,7 @@ class OnnxModel:
         segment_end: NDArray[Any] | None = None,
         all_positions: bool = False,
     ) -> tuple[NDArray[Any], Past]:
+        """See `Engine.step`."""
         if all_positions and self.manifest.interface.logits != "all":
             raise ExportError(
                 f"{self.folder} has no logits of every position.",
@@ -84,15 +86,19 @@ class OnnxModel:
         return (logits if all_positions else logits[:, -1]), past
 
     def memory(self, past: Past) -> StoredMemory:
+        """See `Engine.memory`."""
         return StoredMemory(self.graph.states(past), self.graph.segments(past), self.adapter)
 
     def with_memory(self, past: Past, memory: StoredMemory) -> Past:
+        """See `Engine.with_memory`."""
         return self.graph.with_memory(past, memory.states, memory.open_segments)
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
+        """See `Engine.take`."""
         return self.graph.take(past, row, columns)
 
     def join(self, pasts: Sequence[Past]) -> Past:
+        """See `Engine.join`."""
         return self.graph.join(pasts)
 
 
