@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from deltamem_tool.training.run import train as train
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Import on first use: the command line and the ONNX runtime must not wait for torch."""
     from importlib import import_module
 

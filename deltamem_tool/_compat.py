@@ -130,7 +130,8 @@ def with_one_cache(
     Args:
         parameters: what a function takes, in order.
         argument: what it calls the cache, see `cache_argument`.
-        args, kwargs: of the call; the cache may come by its place, or under any of its names.
+        args: the positional arguments of the call; the cache may be one of them.
+        kwargs: its keyword arguments; the cache may be under any of its names.
 
     Raises:
         MemoryStateError: there are two caches.
@@ -159,7 +160,7 @@ def with_one_cache(
 
 def attention_implementation(config: Any) -> str:
     """Which attention a model of `config` runs: "sdpa", "eager", … Can go when transformers has a public getter."""
-    return config._attn_implementation
+    return str(config._attn_implementation)
 
 
 def commit_of_config(config: Any) -> str | None:
@@ -168,14 +169,16 @@ def commit_of_config(config: Any) -> str | None:
 
 
 def stop_tokens(generation_config: Any) -> Any:
-    """The ids that end a row in the running `generate`, a tensor or None: what was given as an argument included. Can
-    go when `generate` tells a cache which rows have ended."""
+    """The ids that end a row in the running `generate`, as a tensor, or None.
+
+    Those that were given as an argument are included. Can go when `generate` tells a cache which rows have ended.
+    """
     return getattr(generation_config, "_eos_token_tensor", None)
 
 
 def changes_of(tensor: Any) -> int:
     """How often a tensor has been written to in place. Can go when torch has a public counter."""
-    return tensor._version
+    return int(tensor._version)
 
 
 # The method of the Trainer that makes the sampler of a training set. Can go when the Trainer takes a sampler.
@@ -187,8 +190,10 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Have the Trainer use the first GPU alone: DataParallel would copy an adapter, but not the base with its hooks.
-    Can go when transformers has an option for it."""
+    """Have the Trainer use the first GPU alone.
+
+    DataParallel would copy an adapter, but not the base with its hooks. Can go when transformers has an option for it.
+    """
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
 
@@ -208,8 +213,11 @@ def _set(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def without_packing_search() -> Iterator[None]:
-    """Without a mask and a cache transformers looks in the positions for several texts in one row, and where positions
-    have no values (on fake tensors) it makes masks for them. Can go when an option turns it off."""
+    """Keep transformers from looking in the positions for several texts in one row.
+
+    It does so without a mask and a cache, and where positions have no values (on fake tensors) it makes masks for them.
+    Can go when an option turns it off.
+    """
     from transformers import masking_utils
 
     with _set(masking_utils, "find_packed_sequence_indices", lambda *_: None):
@@ -218,8 +226,11 @@ def without_packing_search() -> Iterator[None]:
 
 @contextmanager
 def without_stack_traces() -> Iterator[None]:
-    """Tracing takes a tenth less time where it does not note each operation's place in the source, which is of no use
-    in a graph that leaves this machine. From torch 2.12 on; 2.11 notes them. Can go when torch does not by default."""
+    """Trace without noting each operation's place in the source.
+
+    Tracing takes a tenth less time, and the places are of no use in a graph that leaves this machine. From torch 2.12
+    on; 2.11 notes them. Can go when torch does not by default.
+    """
     from torch.fx import config
 
     option = "do_not_emit_stack_traces"
@@ -232,14 +243,16 @@ def without_stack_traces() -> Iterator[None]:
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Without the exporters' progress lines (on stdout) and their notes on versions: the comparison that follows
-    decides. Can go when transformers' exporter has an option for it."""
+    """Silence the exporters' progress lines (on stdout) and their notes on versions.
+
+    The comparison that follows decides. Can go when transformers' exporter has an option for it.
+    """
     from transformers.utils import logging as transformers_logging
 
     torch_logger = logging.getLogger("torch.onnx")
     level, verbosity = torch_logger.level, transformers_logging.get_verbosity()
     torch_logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -250,8 +263,9 @@ def quiet_exporters() -> Iterator[None]:
 
 
 def peft_model(model: Any, config: Any) -> Any:
-    """`peft.get_peft_model`, which changes `model` in place. PEFT 0.21 asks a model of transformers 5 for a property by
-    its old name; can go with it.
+    """Call `peft.get_peft_model`, which changes `model` in place.
+
+    PEFT 0.21 asks a model of transformers 5 for a property by its old name; can go with it.
 
     Raises:
         ImportError: PEFT is not installed.

@@ -67,6 +67,7 @@ class CheckedOptions(type):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make the options; raise a ConfigError for those that are wrong, and warn of older names."""
         for older in cls.OLDER_NAMES.keys() & kwargs.keys():
             warnings.warn(f"The option {older} is called {cls.OLDER_NAMES[older]} now.", FutureWarning, stacklevel=2)
         try:
@@ -237,8 +238,10 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
     @property
     def segment_width(self) -> int:
-        """Numbers that one layer keeps of an open segment: sums of the pre-activations of key, value and gates, and
-        the count of its tokens. 0 where every token writes."""
+        """How many numbers one layer keeps of an open segment; 0 where every token writes.
+
+        They are sums of the pre-activations of key, value and gates, and the count of its tokens.
+        """
         if self.granularity == "token":
             return 0
         return 2 * self.state_heads * self.rank + (1 if self.couple_lambda else 2) * self.gate_width + 1

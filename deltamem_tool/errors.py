@@ -41,35 +41,35 @@ class DeltaMemError(Exception):
 
 
 class ConfigError(DeltaMemError, ValueError):
-    pass
+    """An option, a recipe or a combination of options is invalid."""
 
 
 class ArchitectureError(DeltaMemError, ValueError):
-    pass
+    """The base model cannot have a memory, or not the one that is asked for."""
 
 
 class AdapterError(DeltaMemError):
-    pass
+    """An adapter folder is missing, damaged, or belongs to another model."""
 
 
 class MemoryStateError(DeltaMemError, ValueError):
-    pass
+    """A memory or a memory file is damaged, or does not fit the model or the call."""
 
 
 class DataError(DeltaMemError, ValueError):
-    pass
+    """A data set is missing, or one of its rows is invalid."""
 
 
 class ExportError(DeltaMemError):
-    pass
+    """A model cannot be exported, or an ONNX folder cannot be run."""
 
 
 class HubError(DeltaMemError):
-    pass
+    """The Hub cannot be reached, or refuses a request."""
 
 
 class InstallationError(DeltaMemError, ImportError):
-    pass
+    """A package that is needed is missing, or has an unsupported version."""
 
 
 def _shown(said: str) -> str:
@@ -88,8 +88,10 @@ _STEERING = ("Cc", "Cf", "Cs")
 
 
 def domain_error(error: Exception) -> DeltaMemError | None:
-    """An error for a person: `error` itself if it is one of these, or what the system refused; None for one that keeps
-    its traceback."""
+    """Translate `error` for a person, or return None for one that keeps its traceback.
+
+    A `DeltaMemError` is returned as it is; a full disk or a file that the system refuses becomes one.
+    """
     if isinstance(error, DeltaMemError):
         return error
     if _no_room(error):
