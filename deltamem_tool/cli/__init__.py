@@ -1,4 +1,4 @@
-"""The command `deltamem`: one file a command; here they are registered, and errors become three lines."""
+"""The command `deltamem`: commands are registered here, one file each, and errors become three lines."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ COMMANDS = (
     "push",
     "pull",
 )
-_MODULES = {"eval": "evaluate"}  # files whose name is not the command's
-# The extras of the installation that each command needs; those that are not named need none.
+_MODULES = {"eval": "evaluate"}  # files not named as their command
+# The extras that each command needs; the others need none.
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("train", "eval", "export", "cpu"),
     "convert": ("torch",),
@@ -45,7 +45,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 class _Commands(click.Group):
-    """Commands are imported when asked for, so that `deltamem --help` does not wait for any."""
+    """Imports a command when it is needed, so that `deltamem --help` does not wait for any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,9 +58,10 @@ class _Commands(click.Group):
 
 @functools.cache
 def _command(name: str) -> click.Command:
-    """The command, which looks at the installation before it does anything; `--help` does not."""
-    command = importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
+    """Return the command, which checks the installation before it runs; `--help` does not."""
+    command: click.Command = importlib.import_module(f"deltamem_tool.cli.{_MODULES.get(name, name)}").command
     run = command.callback
+    assert run is not None
 
     @functools.wraps(run)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -85,20 +86,20 @@ def main(command: click.Command = cli) -> None:
     Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; anything
     unexpected keeps its traceback.
     """
-    # Both must stand before torch and the Hub's client come. Waiting threads that spin make other work on the same
-    # cores many times slower; bars are for people.
+    # Both must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
+    # the same cores many times slower; progress bars are for terminals.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # On some processors it tells whoever imports it of a package that nothing here needs.
+    # On some processors its import warns of a missing package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command(prog_name="deltamem" if command is cli else None)
     except Exception as error:
-        said = domain_error(error)
-        if said is None:
+        known = domain_error(error)
+        if known is None:
             raise
-        _fail(said)
+        _fail(known)
 
 
 def _fail(error: DeltaMemError) -> None:

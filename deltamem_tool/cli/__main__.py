@@ -1,3 +1,5 @@
+"""`python -m deltamem_tool.cli`."""
+
 from deltamem_tool.cli import main
 
 main()

@@ -1,4 +1,4 @@
-"""What the commands share on screen: progress on stderr, tables on stdout."""
+"""Output that commands share: progress on stderr, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STDERR = Console(stderr=True)
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress display on stderr; libraries' own bars and warnings are quiet meanwhile."""
+    """Show progress on stderr, and turn off the libraries' own bars and warnings."""
     quiet_libraries()
     columns = (
         SpinnerColumn(),
@@ -30,7 +30,7 @@ def progress() -> Iterator[Progress]:
 
 
 def in_words(seconds: float) -> str:
-    """`about 4 minutes`"""
+    """Return a duration in words, such as `about 4 minutes`."""
     for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 1.5 * size:
             return f"about {seconds / size:.{int(seconds < 10 * size and size == 3600)}f} {unit}"
@@ -38,10 +38,10 @@ def in_words(seconds: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """No warnings of libraries' own, and no bars: transformers' switch is also the Hub's."""
+    """Turn off warnings and progress bars of libraries; transformers' switch is also the Hub's."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers annotates neither
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

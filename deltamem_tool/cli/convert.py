@@ -1,9 +1,13 @@
+"""`deltamem convert`: adapters of the reference implementation, to and fro."""
+
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 
 import click
+
+from deltamem_tool.cli.options import json_option
 
 
 @click.command()
@@ -19,25 +23,34 @@ import click
 )
 @click.option("--revision", help="Branch, tag or commit of SRC on the Hub.")
 @click.option("--base-revision", help="Branch, tag or commit of the base model on the Hub.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(src, out, base, to, revision, base_revision, overwrite, as_json) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@json_option
+def command(
+    src: str,
+    out: str,
+    base: str | None,
+    to: str,
+    revision: str | None,
+    base_revision: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Convert SRC, an adapter of the reference implementation, to one of deltamem; or back.
 
     SRC is a folder or a Hub id. Both ways keep every bit. The reference does not record which model an adapter was
-    trained on: say it with --base.
+    trained on: name it with --base.
     """
     from deltamem_tool.adapter.reference.convert import convert
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()
-    done = convert(src, out, base, to, revision, base_revision, overwrite)
+    result = convert(src, out, base, to, revision, base_revision, overwrite)
     if as_json:
-        click.echo(json.dumps({**asdict(done), "path": str(done.path)}))
+        click.echo(json.dumps({**asdict(result), "path": str(result.path)}))
         return
-    dtypes = ", ".join(done.dtypes)
+    dtypes = ", ".join(result.dtypes)
     if to == "deltamem":
-        click.echo(f"{done.parameters:,} parameters ({dtypes} in {src}) in {out}, for {done.base.name}.")
+        click.echo(f"{result.parameters:,} parameters ({dtypes} in {src}) in {out}, for {result.base.name}.")
         click.echo(f"Next: deltamem inspect {out}")
     else:
-        click.echo(f"{done.parameters:,} numbers ({dtypes}) in {out}, for the reference implementation.")
+        click.echo(f"{result.parameters:,} numbers ({dtypes}) in {out}, for the reference implementation.")

@@ -1,8 +1,9 @@
-"""`deltamem inspect`: what a folder or a file holds."""
+"""`deltamem inspect`: the contents of a folder or a file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +29,21 @@ if TYPE_CHECKING:
 )
 @click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
-def command(path, other, plot, row, as_json) -> None:
-    """Say what PATH is: an adapter folder, an ONNX folder, a Hub id of either, or a memory file.
+def command(path: str, other: str | None, plot: Path | None, row: int | None, as_json: bool) -> None:
+    """Describe PATH: an adapter folder, an ONNX folder, a Hub id of either, or a memory file.
 
-    With a second memory file, OTHER, say what changed from PATH to OTHER.
+    With a second memory file, OTHER, show what changed from PATH to OTHER.
     """
     if Path(path).is_file():
-        said, tables = _memory(path, other, plot, row or 0)
+        document, tables = _memory(path, other, plot, row or 0)
     else:
-        given = [("OTHER", other), ("--plot", plot), ("--row", row)]
-        refused = [name for name, value in given if value is not None]
-        if refused:
-            raise click.UsageError(f"{', '.join(refused)} can only be given with a memory file; {path} is no file.")
-        said, tables = _onnx(path) if is_onnx(path) else _adapter(path)
+        for_memory = [("OTHER", other), ("--plot", plot), ("--row", row)]
+        unused = [name for name, value in for_memory if value is not None]
+        if unused:
+            raise click.UsageError(f"{', '.join(unused)}: only for a memory file; {path} is not a file.")
+        document, tables = _onnx(path) if is_onnx(path) else _adapter(path)
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(document))
         return
 
     from rich.console import Console
@@ -54,7 +55,7 @@ def command(path, other, plot, row, as_json) -> None:
 
 
 def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[dict[str, Any], list[Table]]:
-    """What JSON says of one memory file, or of two, and the same as tables; the picture is drawn."""
+    """Describe one memory file, or compare two: for JSON, and as tables; draw the picture."""
     from deltamem_tool.memory.file import read_memory
     from deltamem_tool.memory.inspect import check_comparable, difference, summary
 
@@ -62,77 +63,81 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
         check_installation("plot")
         check_writable(plot)
         if any(plot.resolve() == Path(name).resolve() for name in (path, other) if name):
-            raise DeltaMemError(f"{plot} is the memory itself.", "It would be lost.", "Choose another file to draw to.")
+            raise DeltaMemError(
+                f"{plot} is the memory file itself.", "The picture would replace it.", "Choose another file for --plot."
+            )
     memory = read_memory(path)
     after = None if other is None else read_memory(other)
     if other is not None and after is not None:
         check_comparable(path, memory, other, after)
-    said = summary(memory)
-    if row >= said["conversations"]:
-        raise click.BadParameter(f"{path} holds conversations 0 to {said['conversations'] - 1}", param_hint="--row")
+    document = summary(memory)
+    if row >= document["conversations"]:
+        raise click.BadParameter(f"{path} has conversations 0 to {document['conversations'] - 1}", param_hint="--row")
     picked = {layer: state[row] for layer, state in memory.states.items()}
-    title = f"conversation {row} of {said['conversations']} (the first is 0); " if said["conversations"] > 1 else ""
-    title += f"layers: {len(picked)}, state heads: {said['state_heads']}, rank: {said['rank']}"
+    title = (
+        f"conversation {row} of {document['conversations']} (the first is 0); " if document["conversations"] > 1 else ""
+    )
+    title += f"layers: {len(picked)}, state heads: {document['state_heads']}, rank: {document['rank']}"
     if other is None or after is None:
         if plot is not None:
             from deltamem_tool.memory.plot import plot_memory
 
             plot_memory(picked, plot, f"Memory: {_short(path)}\n{title}")
-        return said, [_facts(path, _readable(said)), _norm_table(said, row)]
+        return document, [_facts(path, _memory_lines(document)), _norm_table(document, row)]
     if plot is not None:
         from deltamem_tool.memory.plot import plot_difference
 
         changed = {layer: state[row] for layer, state in after.states.items()}
         plot_difference(picked, changed, plot, f"Difference: from {_short(path)} to {_short(other)}\n{title}")
-    said = difference(memory, after) | {"before": path, "after": other}
-    return said, [_facts(f"{path} → {other}", _readable(said)), _change_table(said, row)]
+    document = difference(memory, after) | {"before": path, "after": other}
+    return document, [_facts(f"{path} → {other}", _memory_lines(document)), _change_table(document, row)]
 
 
-def _readable(said: dict[str, Any]):
+def _memory_lines(summary: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The lines of a memory's table."""
-    yield "adapter", f"{said['adapter'][:16]}…"
-    yield "conversations", said["conversations"]
-    yield "layers", ", ".join(map(str, said["layers"]))
-    yield "state heads", said["state_heads"]
-    yield "rank", said["rank"]
-    yield "bytes", f"{said['bytes']:,}"
-    tokens = said["open_tokens"]
+    yield "adapter", f"{summary['adapter'][:16]}…"
+    yield "conversations", summary["conversations"]
+    yield "layers", ", ".join(map(str, summary["layers"]))
+    yield "state heads", summary["state_heads"]
+    yield "rank", summary["rank"]
+    yield "bytes", f"{summary['bytes']:,}"
+    tokens = summary["open_tokens"]
     if isinstance(tokens, dict):
         tokens = [f"{old} → {new}" for old, new in zip(tokens["before"], tokens["after"], strict=True)]
     if tokens is not None:
         yield "open tokens", ", ".join(map(str, tokens))
 
 
-def _facts(title: str, lines) -> Table:
+def _facts(title: str, lines: Iterable[tuple[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(title)), show_header=False)  # a name with brackets is no markup
+    table = Table(title=Text(title), show_header=False)  # not markup: a name may have brackets
     for name, value in lines:
         table.add_row(name, Text(str(value)))
     return table
 
 
-def _norm_table(said: dict[str, Any], row: int) -> Table:
+def _norm_table(document: dict[str, Any], row: int) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Norms, conversation {row}")
     table.add_column("layer", justify="right", style="bold")
-    for head in range(said["state_heads"]):
+    for head in range(document["state_heads"]):
         table.add_column(f"head {head}", justify="right")
-    for layer, norms in said["norms"].items():
+    for layer, norms in document["norms"].items():
         table.add_row(layer, *(f"{norm:.4g}" for norm in norms[row]))
     return table
 
 
-def _change_table(said: dict[str, Any], row: int) -> Table:
+def _change_table(document: dict[str, Any], row: int) -> Table:
     from rich.table import Table
 
     names = ("before", "after", "difference", "relative")
     table = Table(title=f"Norms, conversation {row}")
     for column in ("layer", "head", "before", "after", "difference", "relative change"):
         table.add_column(column, justify="right")
-    for layer, change in said["changes"].items():
+    for layer, change in document["changes"].items():
         heads = zip(*(change[name][row] for name in names), strict=True)
         for head, (before, after, norm, relative) in enumerate(heads):
             share = "–" if relative is None else f"{relative:.1%}"
@@ -142,17 +147,17 @@ def _change_table(said: dict[str, Any], row: int) -> Table:
 
 
 def _short(path: str) -> str:
-    """A file's name, cut in the middle if it would not fit over a picture."""
+    """A file's name, cut in the middle to fit over a picture."""
     name = Path(path).name
     return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
 
 
 def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
-    """What JSON says of an adapter, and the same as tables."""
+    """Describe an adapter: for JSON, and as tables."""
     from deltamem_tool.adapter.folder import read_adapter
 
     folder = read_adapter(path)
-    said = {
+    document = {
         "kind": "adapter",
         "base": asdict(folder.base),
         "mechanism": folder.config.to_dict(),
@@ -160,11 +165,11 @@ def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
         "parameters": folder.num_parameters(),
         "memory_bytes": folder.memory_bytes,
     }
-    return said, [_facts(path, _flat(said))]
+    return document, [_facts(path, _flat(document))]
 
 
 def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
-    """What JSON says of an ONNX folder: its manifest; and the same as tables, with what its graph takes and gives."""
+    """Describe an ONNX folder: its manifest for JSON; as tables, also the inputs and outputs of its graph."""
     from rich.table import Table
     from rich.text import Text
 
@@ -173,19 +178,19 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     from deltamem_tool.onnx.signature_table import rows
 
     manifest = Manifest.read(find_onnx(path))
-    said = {"kind": "onnx", **asdict(manifest)}
-    table = Table(title="What the graph takes and gives")
+    document = {"kind": "onnx", **asdict(manifest)}
+    table = Table(title="Inputs and outputs of the graph")
     for column in ("", "name", "type", "shape", "what"):
         table.add_column(column, no_wrap=column == "name")
     for row in rows(manifest.interface):
         shape = ", ".join(map(str, row.shape))
         table.add_row(row.kind, Text(row.name), row.type, Text(f"[{shape}]"), row.meaning)
-    facts = {name: value for name, value in said.items() if name != "interface"}
-    return said, [_facts(path, _flat(facts)), table]
+    facts = {name: value for name, value in document.items() if name != "interface"}
+    return document, [_facts(path, _flat(facts)), table]
 
 
-def _flat(said: dict, prefix: str = ""):
-    for name, value in said.items():
+def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:

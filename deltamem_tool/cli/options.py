@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
@@ -71,32 +72,32 @@ _SAMPLING = (
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The fields of `Sampling`, by their names."""
+    """Add an option for each field of `Sampling`."""
     for option in reversed(_SAMPLING):
         command = option(command)
     return command
 
 
-def whole_numbers(ctx: click.Context, option: click.Parameter, said: str) -> tuple[int, ...]:
-    """A list such as 1,2,4, as an option's `callback`."""
+def whole_numbers(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """Parse a list such as 1,2,4, as an option's `callback`."""
     try:
-        numbers = tuple(int(part) for part in said.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{said!r} is no list like 1,2,4") from None
+        raise click.BadParameter(f"{text!r} is not a list such as 1,2,4") from None
     if len(set(numbers)) < len(numbers):
-        raise click.BadParameter(f"{said!r} has a number twice")
+        raise click.BadParameter(f"{text!r} has a number twice")
     return numbers
 
 
 def torch_device(name: str | None) -> torch.device:
-    """What `--device` says, or its default."""
+    """Return the device that `--device` names, or the default."""
     import torch
 
     available = torch.cuda.is_available()
     try:
         where = torch.device(name or ("cuda" if available else "cpu"))
     except RuntimeError:
-        raise click.BadParameter(f"{name!r} is no device", param_hint="--device") from None
+        raise click.BadParameter(f"{name!r} is not a device", param_hint="--device") from None
     if where.type == "cuda" and (not available or (where.index or 0) >= torch.cuda.device_count()):
-        raise click.BadParameter(f"there is no {name} here", param_hint="--device")
+        raise click.BadParameter(f"this machine has no {name}", param_hint="--device")
     return where

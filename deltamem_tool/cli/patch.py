@@ -1,20 +1,26 @@
+"""`deltamem patch`: a fresh adapter for a checkpoint."""
+
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import click
 
-from deltamem_tool.cli.options import trust_remote_code
+from deltamem_tool.cli.options import json_option, trust_remote_code
 from deltamem_tool.config import DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, PRESETS, UPDATE_RULES, DeltaMemConfig
 
-_USUAL = DeltaMemConfig()
+_DEFAULTS = DeltaMemConfig()
 
 
-def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
-    """An option of the mechanism, with the library's own default."""
-    usual = getattr(_USUAL, flags.split("/")[0].removeprefix("--").replace("-", "_"))
-    default = ",".join(usual) if isinstance(usual, tuple) else usual
+def _option(
+    flags: str, help: str, choices: tuple[str, ...] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return an option of the mechanism, with its default of `DeltaMemConfig`."""
+    default_value = getattr(_DEFAULTS, flags.split("/")[0].removeprefix("--").replace("-", "_"))
+    default = ",".join(default_value) if isinstance(default_value, tuple) else default_value
     kind = click.Choice(choices) if choices else None
     return click.option(flags, type=kind, default=default, show_default=True, help=help)
 
@@ -43,10 +49,22 @@ def _option(flags: str, help: str, choices: tuple[str, ...] | None = None):
 @_option("--o-norm-eps", "Its epsilon.")
 @click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
 @trust_remote_code
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@json_option
 @click.pass_context
-def command(context, base, out, revision, preset, seed, trust_remote_code, overwrite, as_json, **options) -> None:
+def command(
+    context: click.Context,
+    /,
+    base: str,
+    out: str,
+    revision: str | None,
+    preset: str | None,
+    seed: int,
+    trust_remote_code: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write a fresh adapter for the checkpoint BASE (a folder or a Hub id).
 
     Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
@@ -57,13 +75,13 @@ def command(context, base, out, revision, preset, seed, trust_remote_code, overw
         click.echo("--heads is called --branches now.", err=True)
     options["branches"] = tuple((heads or options["branches"]).split(","))
     options["layers"] = _layers(options["layers"])
-    usual = click.core.ParameterSource.DEFAULT
-    given = {
+    by_default = click.core.ParameterSource.DEFAULT
+    chosen = {
         name: value
         for name, value in options.items()
-        if context.get_parameter_source(name) != usual or (name == "branches" and heads is not None)
+        if context.get_parameter_source(name) != by_default or (name == "branches" and heads is not None)
     }
-    config = DeltaMemConfig.preset(preset, **given) if preset else DeltaMemConfig(**options)
+    config = DeltaMemConfig.preset(preset, **chosen) if preset else DeltaMemConfig(**options)
 
     import torch
 
@@ -74,18 +92,19 @@ def command(context, base, out, revision, preset, seed, trust_remote_code, overw
     torch.manual_seed(seed)
     folder = create_adapter(base, config, out, revision, overwrite, trust_remote_code)
     if as_json:
-        said = {"adapter": str(out), "parameters": folder.num_parameters(), "base": asdict(folder.base)}
-        click.echo(json.dumps(said))
+        result = {"adapter": str(out), "parameters": folder.num_parameters(), "base": asdict(folder.base)}
+        click.echo(json.dumps(result))
     else:
         click.echo(f"{folder.num_parameters():,} parameters in {out}, for {folder.base.name}.")
         click.echo(f"Next: deltamem inspect {out}, or train it with a recipe (`deltamem train --help`).")
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
-    """A list of indices, or the name of a part, which the config checks."""
+    """Parse a list of indices; leave the name of a part to the config."""
     if not text[:1].isdigit():
         return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a list like 0,1,2 nor a part", param_hint="--layers") from None
+        message = f"{text!r} is neither a list such as 0,1,2 nor all, front:N, middle:N or back:N"
+        raise click.BadParameter(message, param_hint="--layers") from None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from deltamem_tool.cli.options import json_option
+
 
 @click.command("pull")
 @click.argument("repo_id")
@@ -14,28 +16,27 @@ import click
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Copy it to this folder.  [default: stay in the Hub's cache]"
 )
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@json_option
 def command(repo_id: str, revision: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Fetch what REPO_ID holds, check it, and print where it is.
+    """Fetch the adapter and the ONNX folder of REPO_ID, check them, and print where they are.
 
-    Every other command takes REPO_ID by itself: this is for looking at the files, or for working without a network
-    later. Nothing but adapter, ONNX folder and card is fetched.
+    Every other command takes REPO_ID directly: this is for looking at the files, or for working offline later. Only
+    adapter, ONNX folder and model card are fetched.
     """
     from deltamem_tool.hub.pull import pull
 
-    done = pull(repo_id, revision, out, overwrite)
+    result = pull(repo_id, revision, out, overwrite)
     if as_json:
-        said = {
-            "path": str(done.path),
-            "commit": done.commit,
-            "adapter": done.contents.adapter is not None,
-            "onnx": done.contents.onnx is not None,
-            "files": sorted(done.contents.files),
+        document = {
+            "path": str(result.path),
+            "commit": result.commit,
+            "adapter": result.contents.adapter is not None,
+            "onnx": result.contents.onnx is not None,
+            "files": sorted(result.contents.files),
         }
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(document))
         return
-    click.echo(
-        f"{repo_id} holds {' and '.join(f'an {part}' for part in done.contents.parts)}; commit {done.commit}.", err=True
-    )
-    click.echo(str(done.path))
+    parts = " and ".join(f"an {part}" for part in result.contents.parts)
+    click.echo(f"{repo_id} contains {parts}; commit {result.commit}.", err=True)
+    click.echo(str(result.path))

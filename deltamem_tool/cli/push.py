@@ -6,9 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from deltamem_tool.cli.options import json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.hub.push import PushResult
@@ -27,17 +29,17 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="What `deltamem eval --out` wrote.  [default: evaluation.json in DIR]",
 )
 @click.option("--license", help="Licence of the adapter, for the card, such as apache-2.0.")
-@click.option("--private", is_flag=True, help="Make a new repository private; one that is there must be.")
-@click.option("--branch", help="Push to this branch, which is made if it is not there.  [default: main]")
+@click.option("--private", is_flag=True, help="Make a new repository private; an existing one must be private.")
+@click.option("--branch", help="Push to this branch, created if it does not exist.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
 @click.option("--message", help="Of the commit.")
-@click.option("--dry-run", is_flag=True, help="Send nothing: say what would be, and show the card.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options) -> None:
-    """Send DIR, an adapter folder or an ONNX folder, to REPO_ID on the Hub, in one commit.
+@click.option("--dry-run", is_flag=True, help="Send nothing: show what would change, and the card.")
+@json_option
+def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
+    r"""Push DIR, an adapter folder or an ONNX folder, to REPO_ID on the Hub, in one commit.
 
-    The model card is written from what is known; words of yours in it are kept. Files that have not changed are not
-    sent again. Log in with `hf auth login`.
+    The model card describes the adapter; your own words in it are kept. Files that have not changed are not sent
+    again. Log in with `hf auth login`.
 
     \b
     deltamem eval adapter --out adapter/evaluation.json
@@ -47,26 +49,26 @@ def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options)
     from deltamem_tool.hub.push import push
 
     ask = None if as_json or dry_run or not sys.stdin.isatty() else _ask_license
-    done = push(folder, repo_id, dry_run=dry_run, ask_license=ask, **options)
+    result = push(folder, repo_id, dry_run=dry_run, ask_license=ask, **options)
     if as_json:
-        click.echo(json.dumps({**asdict(done), "dry_run": dry_run}))
+        click.echo(json.dumps({**asdict(result), "dry_run": dry_run}))
         return
-    for note in done.notes:
+    for note in result.notes:
         STDERR.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
-    _show(done, dry_run)
+    _show(result, dry_run)
 
 
 def _ask_license() -> str | None:
-    said = click.prompt(
+    answer = click.prompt(
         "Licence of the adapter (such as apache-2.0 or cc-by-4.0; empty: none)",
         default="",
         show_default=False,
         err=True,
     )
-    return said.strip() or None
+    return str(answer).strip() or None
 
 
-def _show(done: PushResult, dry_run: bool) -> None:
+def _show(result: PushResult, dry_run: bool) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.markdown import Markdown
@@ -75,27 +77,27 @@ def _show(done: PushResult, dry_run: bool) -> None:
 
     from deltamem_tool.hub.repository import DELETED, SAME
 
-    changed = [change for change in done.changes if change.kind != SAME]
+    changed = [change for change in result.changes if change.kind != SAME]
     if not changed:
-        click.echo("The repository holds all of this already. Nothing was sent.")
+        click.echo("The repository already has all of this. Nothing was sent.")
     elif dry_run:
-        table = Table(title=Text(f"A push to {done.repo_id} would change"))
+        table = Table(title=Text(f"A push to {result.repo_id} would change"))
         table.add_column("file")
         table.add_column("size", justify="right")
         table.add_column("")
-        for change in done.changes:
+        for change in result.changes:
             table.add_row(Text(change.path), decimal(change.size), change.kind)
         console = Console()
         console.print(table)
-        console.print(Markdown(_body(done.card)))
+        console.print(Markdown(_body(result.card)))
     else:
         sent = sum(change.size for change in changed if change.kind != DELETED)
-        click.echo(f"{len(changed)} of {len(done.changes)} files changed, {decimal(sent)} sent.")
-    click.echo(done.url)
+        click.echo(f"{len(changed)} of {len(result.changes)} files changed, {decimal(sent)} sent.")
+    click.echo(result.url)
 
 
 def _body(card: str) -> str:
-    """The card with its metadata as it is written."""
+    """The card in Markdown, its metadata as a block of YAML."""
     from huggingface_hub import ModelCard
 
     text = ModelCard(card).text

@@ -1,8 +1,16 @@
+"""`deltamem quickstart`: from a checkpoint to a remembered fact."""
+
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from deltamem_tool.quickstart import Quickstart
 
 
 @click.command()
@@ -10,10 +18,10 @@ import click
 @click.option("--fast", is_flag=True, help="Use the adapter that the package ships instead of training one.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(out, fast, overwrite, as_json) -> None:
+def command(out: str, fast: bool, overwrite: bool, as_json: bool) -> None:
     """Patch, train, evaluate, export and remember, on a small model that the package ships. No network.
 
-    It says how long that takes; with --fast it is less.
+    It prints how long this takes; --fast takes less.
     """
     from deltamem_tool.cli.console import STDERR, progress
     from deltamem_tool.io.atomic import check_overwrite
@@ -22,24 +30,24 @@ def command(out, fast, overwrite, as_json) -> None:
     how_long = "less than a minute" if fast else "2 to 5 minutes, most of them training"
     STDERR.print(f"On 2 CPU cores this takes {how_long}.", highlight=False)
     with progress() as bar:
-        bar_of: dict = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, of: int, note: str) -> None:
-            if stage not in bar_of:
-                bar_of[stage] = bar.add_task(stage.capitalize(), total=of, note=note)
-            bar.update(bar_of[stage], completed=done, total=of, note=note)
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage.capitalize(), total=of, note=note)
+            bar.update(tasks[stage], completed=done, total=of, note=note)
 
         report("patch", 0, 1, "loading libraries")
         from deltamem_tool.quickstart import quickstart, report_json
 
-        made = quickstart(out, fast, overwrite, report)
+        result = quickstart(out, fast, overwrite, report)
     if as_json:
-        click.echo(json.dumps(report_json(made)))
+        click.echo(json.dumps(report_json(result)))
     else:
-        _show(made)
+        _show(result)
 
 
-def _show(made) -> None:
+def _show(result: Quickstart) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -48,29 +56,29 @@ def _show(made) -> None:
 
     console = Console()
     console.print("\n[bold]First conversation[/bold], in ONNX Runtime")
-    for user, said in made.remembered.told:
-        console.print(f"  user   {user}\n  model  {said}", highlight=False)
-    console.print(f"  [dim]saved {made.memory_file}; this conversation is over[/dim]")
+    for user, answer in result.remembered.told:
+        console.print(f"  user   {user}\n  model  {answer}", highlight=False)
+    console.print(f"  [dim]saved {result.memory_file}; this conversation is over[/dim]")
     console.print("\n[bold]Second conversation[/bold]: an empty context and that file")
-    for question, said, truth, without in made.remembered.asked:
-        mark = "[green]✓[/green]" if said == truth else f"[red]✗ {truth}[/red]"
-        console.print(f"  user   {question}\n  model  {said} {mark}", highlight=False)
+    for question, answer, truth, without in result.remembered.asked:
+        mark = "[green]✓[/green]" if answer == truth else f"[red]✗ {truth}[/red]"
+        console.print(f"  user   {question}\n  model  {answer} {mark}", highlight=False)
         console.print(f"  [dim]without the file: {without}[/dim]", highlight=False)
     console.print()
-    console.print(score_table(made.recall))
+    console.print(score_table(result.recall))
     table = Table(show_header=False)
-    table.add_row("ONNX Runtime against PyTorch", f"{made.max_abs_diff:.1e} at most, over logits and states")
-    table.add_row("same answers", f"{made.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")
-    table.add_row("trained parameters", f"{made.parameters:,}")
-    table.add_row("memory of one conversation", f"{made.memory_bytes:,} bytes")
-    table.add_row("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in made.seconds.items()))
-    table.add_row("adapter", str(made.adapter))
-    table.add_row("ONNX folder", str(made.onnx_dir))
-    table.add_row("memory file", str(made.memory_file))
-    table.add_row("plots", ", ".join(str(plot) for plot in (made.recall_plot, made.loss_plot) if plot))
-    table.add_row("report", str(made.report))
+    table.add_row("ONNX Runtime against PyTorch", f"{result.max_abs_diff:.1e} at most, over logits and states")
+    table.add_row("same answers", f"{result.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")
+    table.add_row("trained parameters", f"{result.parameters:,}")
+    table.add_row("memory of one conversation", f"{result.memory_bytes:,} bytes")
+    table.add_row("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
+    table.add_row("adapter", str(result.adapter))
+    table.add_row("ONNX folder", str(result.onnx_dir))
+    table.add_row("memory file", str(result.memory_file))
+    table.add_row("plots", ", ".join(str(plot) for plot in (result.recall_plot, result.loss_plot) if plot))
+    table.add_row("report", str(result.report))
     console.print(table)
-    question = made.remembered.asked[0][0]
+    question = result.remembered.asked[0][0]
     console.print("\nNext, ask it yourself:", highlight=False)
-    click.echo(f'  deltamem run {made.onnx_dir} --memory {made.memory_file} --prompt "{question}"')
+    click.echo(f'  deltamem run {result.onnx_dir} --memory {result.memory_file} --prompt "{question}"')
     click.echo("Then your own model: see “A real model” in the README.")

@@ -1,4 +1,4 @@
-"""Lines typed in a terminal: editing, history, completion of commands (prompt_toolkit)."""
+"""Input from a terminal: editing, history, completion of commands (prompt_toolkit)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ HISTORY_FILE = "chat_history"
 
 
 class Reader:
-    """Reads what a person types.
+    """Reads lines from a terminal.
 
     Args:
-        commands: what is completed after a `/`.
-        history: a file that lines are kept in from one chat to the next, readable by its owner alone; None keeps none.
+        commands: completed after a `/`.
+        history: a file that keeps lines from one chat to the next, readable by its owner alone; None keeps none.
 
     Raises:
         OSError: the history file cannot be written.
@@ -59,7 +59,7 @@ class Reader:
 
 
 def history_file() -> Path:
-    """Where the lines of all chats are kept, by the rules of the operating system."""
+    """Return the file that keeps the lines of all chats, where the operating system wants it."""
     return platformdirs.user_state_path("deltamem", appauthor=False) / HISTORY_FILE
 
 
@@ -85,13 +85,14 @@ def _bindings() -> KeyBindings:
 
 
 class CommandCompleter(Completer):
-    """Names of commands, and files after those that take one."""
+    """Completes names of commands, and files after those that take one."""
 
     def __init__(self, commands: Mapping[str, Command]) -> None:
         self._commands = commands
         self._files = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Yield completions of the text before the cursor."""
         text = document.text_before_cursor
         name, space, argument = text.partition(" ")
         if not text.startswith("/"):

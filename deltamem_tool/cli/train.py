@@ -1,3 +1,5 @@
+"""`deltamem train`: an adapter, as a recipe says."""
+
 from __future__ import annotations
 
 import json
@@ -6,6 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+
+from deltamem_tool.cli.options import json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.recipe.load import Recipe
@@ -21,8 +25,18 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it is there.")
 @click.option("--dry-run", is_flag=True, help="Train nothing: say how long it takes, on how much, in how much memory.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_run, as_json) -> None:
+@json_option
+def command(
+    recipe: str,
+    changes: tuple[str, ...],
+    out: str | None,
+    bptt: int | None,
+    skip_bad_rows: bool,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Train an adapter as RECIPE (YAML) says. Only the adapter learns.
 
     Several GPUs: torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE
@@ -35,8 +49,12 @@ def command(recipe, changes, out, bptt, skip_bad_rows, resume, overwrite, dry_ru
 
     if dry_run and (resume or overwrite):
         raise click.UsageError("--dry-run writes nothing: leave out --resume and --overwrite.")
-    changes = [*changes, *([] if bptt is None else [f"training.bptt={bptt}"])]
-    chosen = load_recipe(recipe, [*changes, *(["data.skip_bad_rows=true"] if skip_bad_rows else [])], out)
+    settings = list(changes)
+    if bptt is not None:
+        settings.append(f"training.bptt={bptt}")
+    if skip_bad_rows:
+        settings.append("data.skip_bad_rows=true")
+    chosen = load_recipe(recipe, settings, out)
     if dry_run:
         _dry_run(recipe, chosen, as_json)
         return

@@ -152,7 +152,7 @@ def test_a_process_that_fails_is_named(adapter):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--prompt", "8,x"), ("no list like 1,2,4", "--prompt")),
+        (("--prompt", "8,x"), ("not a list such as 1,2,4", "--prompt")),
         (("--prompt", "8,8"), ("twice", "--prompt")),
         (("--prompt", "0"), ("prompt length is 0",)),
         (("--decode", 0), ("0", "--decode")),

@@ -179,7 +179,7 @@ def test_bad_input_makes_nothing(files, tmp_path, monkeypatch):
     assert "Ablation nowhere.yaml not found" in str(fails("nowhere.yaml").exception)
     files[0].write_text(files[0].read_text().replace("memory.rank", "memory.rnak"))
     assert "did you mean memory.rank" in str(fails(*files).exception.why)
-    assert "is no list like 1,2,4" in fails(files[1], "--seeds", "a").output
+    assert "is not a list such as 1,2,4" in fails(files[1], "--seeds", "a").output
     assert "has a number twice" in fails(files[1], "--seeds", "1,2,1").output
     assert "It is (0,)" in fails(files[1], "--facts", "0").exception.why
     assert "1 conversation is too few" in str(fails(files[1], "--episodes", "1").exception)

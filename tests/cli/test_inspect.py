@@ -168,7 +168,7 @@ def test_a_row_that_is_not_there(here, deltamem):
     written("memory")
     before = listing(here)
     done = deltamem("inspect", "memory", "--row", 2, "--plot", "memory.png")
-    done.assert_short_error("--row", "memory holds conversations 0 to 1", code=2)
+    done.assert_short_error("--row", "memory has conversations 0 to 1", code=2)
     deltamem("inspect", "memory", "--row", -1).assert_short_error("--row", code=2)
     assert listing(here) == before
 
@@ -207,7 +207,7 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
             (("--row", 0), "--row"),
             (("memory", "--plot", "a.png"), "OTHER, --plot"),
         ):
-            deltamem("inspect", name, *options).assert_short_error(f"{says} can only", f"{name} is no file", code=2)
+            deltamem("inspect", name, *options).assert_short_error(f"{says}: only for", f"{name} is not a file", code=2)
     deltamem("inspect", "memory", "adapter").assert_short_error("memory file adapter does not exist", code=1)
     assert listing(here) == before
 
@@ -219,7 +219,7 @@ def test_pictures_do_not_replace_the_memory(here, deltamem):
     before = listing(here)
     for name in ("memory", "./other"):
         done = deltamem("inspect", "memory", "other", "--plot", name)
-        done.assert_short_error("is the memory itself", "another file", code=1)
+        done.assert_short_error("is the memory file itself", "another file", code=1)
     deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is no folder", code=1)
     assert listing(here) == before
 
