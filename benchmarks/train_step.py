@@ -42,8 +42,7 @@ from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.lora_step import LoraStepModel
-from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
 
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -76,6 +76,7 @@ class EpisodeCollator:
         self.encoder = encoder
 
     def __call__(self, episodes: Sequence[Episode] | Sequence[EncodedEpisode]) -> dict[str, Any]:
+        """Make a batch of `episodes`."""
         if episodes and isinstance(episodes[0], Episode):
             encoded = self.encoder(cast(Sequence[Episode], episodes))
         else:

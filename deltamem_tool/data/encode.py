@@ -97,7 +97,7 @@ class Encoder:
                 "Use a fast tokenizer.",
             )
         if granularity not in GRANULARITIES:
-            raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
+            raise ConfigError(f"Unknown granularity {granularity!r}.", f"It is one of {', '.join(GRANULARITIES)}.")
         self.tokenizer = tokenizer
         self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
         self.granularity, self.recent_turns, self.full_context = granularity, recent_turns, full_context
@@ -114,7 +114,11 @@ class Encoder:
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, episodes: Sequence[Episode]) -> list[EncodedEpisode]:
-        """Raises DataError for the first episode that cannot be encoded; it says `where`."""
+        """Encode all episodes.
+
+        Raises:
+            DataError: an episode cannot be encoded; the error names the first one by its `where`.
+        """
         encoded = []
         for each in self.attempt(episodes):
             if isinstance(each, DataError):
@@ -123,17 +127,17 @@ class Encoder:
         return encoded
 
     def attempt(self, episodes: Sequence[Episode]) -> Iterator[EncodedEpisode | DataError]:
-        """For each episode what it becomes, or why it cannot be encoded."""
+        """Yield each episode as it is encoded, or why it cannot be."""
         for together in _parts(episodes):
             yield from self._together(together)
 
     def _together(self, episodes: Sequence[Episode]) -> list[EncodedEpisode | DataError]:
         steps = [self._steps(episode) for episode in episodes]
         done: dict[int, EncodedEpisode | DataError] = {}
-        given: dict[int, Any] = dict.fromkeys(range(len(episodes)))
-        while given:
+        tokenised: dict[int, Any] = dict.fromkeys(range(len(episodes)))
+        while tokenised:
             asked: dict[int, list[str]] = {}
-            for n, tokens in given.items():
+            for n, tokens in tokenised.items():
                 try:
                     asked[n] = steps[n].send(tokens)
                 except StopIteration as end:
@@ -143,7 +147,7 @@ class Encoder:
                     done[n] = refusal = DataError(f"{at}{error.what}", error.why, error.next)
                     refusal.__cause__ = error
             encodings = iter(self._tokenise([text for texts in asked.values() for text in texts]))
-            given = {n: [next(encodings) for _ in texts] for n, texts in asked.items()}
+            tokenised = {n: [next(encodings) for _ in texts] for n, texts in asked.items()}
         return [done[n] for n in range(len(episodes))]
 
     def _tokenise(self, texts: list[str]) -> list[Any]:
@@ -151,7 +155,8 @@ class Encoder:
         if not texts:
             return []
         # The template has written every special token that belongs here.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
+        encodings: list[Any] = self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
+        return encodings
 
     def _steps(self, episode: Episode) -> _Steps:
         if not episode.history:
@@ -164,8 +169,8 @@ class Encoder:
             _, ids, tags = tag_chat(self.tokenizer, episode.history, self.granularity)
         kept = slice(max(0, len(ids) - self.max_write_tokens), None)
         exchanges = yield from self._scored([self._asked(exchange) for exchange in episode.exchanges])
-        for exchange, said in zip(exchanges, episode.exchanges, strict=True):
-            self._check_length(exchange, said)
+        for exchange, messages in zip(exchanges, episode.exchanges, strict=True):
+            self._check_length(exchange, messages)
         recent = (yield from self._recent(episode, exchanges)) if self.recent_turns else []
         full = (yield from self._full(episode)) if self.full_context else []
         for view in filter(None, (recent, full)):
@@ -175,22 +180,22 @@ class Encoder:
 
     def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]
-        found = []
+        exchanges = []
         for (prompt, _), encoding in zip(asked, encodings, strict=True):
             labels = [
                 token if start >= len(prompt) else IGNORED
                 for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
             ]
-            found.append(EncodedExchange(encoding.ids, labels))
-        return found
+            exchanges.append(EncodedExchange(encoding.ids, labels))
+        return exchanges
 
     def _recent(
         self, episode: Episode, alone: list[EncodedExchange]
     ) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         """Each exchange with as many turns before it as there may be and fit: one less, until it does."""
-        _, said = _split(episode.history)
-        starts = [n for n, message in enumerate(said) if message["role"] == "user"][-self.recent_turns :]
-        found = list(alone)
+        _, history = _split(episode.history)
+        starts = [n for n, message in enumerate(history) if message["role"] == "user"][-self.recent_turns :]
+        chosen = list(alone)
         waiting = list(range(len(alone)))
         for start in starts:
             if not waiting:
@@ -198,20 +203,20 @@ class Encoder:
             views = []
             for n in waiting:
                 system, turns = _split(episode.exchanges[n])
-                views.append(self._asked([*system, *said[start:], *turns]))
+                views.append(self._asked([*system, *history[start:], *turns]))
             shown = yield from self._scored(views)
             for n, exchange in zip(list(waiting), shown, strict=True):
                 if len(exchange.ids) <= self.max_read_tokens:
-                    found[n] = exchange
+                    chosen[n] = exchange
                     waiting.remove(n)
-        return found
+        return chosen
 
     def _full(self, episode: Episode) -> Generator[list[str], list[Any], list[EncodedExchange]]:
-        before, said = _split(episode.history)
+        before, history = _split(episode.history)
         views = []
         for exchange in episode.exchanges:
             system, turns = _split(exchange)
-            views.append(self._asked([*(system or before), *said, *turns]))
+            views.append(self._asked([*(system or before), *history, *turns]))
         shown = yield from self._scored(views)
         most = self.max_write_tokens + self.max_read_tokens
         return [EncodedExchange(exchange.ids[-most:], exchange.labels[-most:]) for exchange in shown]
@@ -227,11 +232,11 @@ class Encoder:
             )
         return _Asked(prompt, text)
 
-    def _check_length(self, exchange: EncodedExchange, said: list[Message]) -> None:
+    def _check_length(self, exchange: EncodedExchange, messages: list[Message]) -> None:
         if len(exchange.ids) > self.max_read_tokens:
             raise DataError(
                 f"An exchange has {len(exchange.ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
-                f"It begins: {self._template.render(said)[:80]!r}.",
+                f"It begins: {self._template.render(messages)[:80]!r}.",
                 "Raise max_read_tokens in the recipe, or shorten the answer.",
             )
         if all(label == IGNORED for label in exchange.labels[1:]):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerCallback, TrainingArguments, integrations
 
 from deltamem_tool._compat import use_one_gpu
 from deltamem_tool.errors import ConfigError
@@ -93,4 +93,5 @@ def tensorboard(options: TrainingOptions, logs: Path, is_main: bool) -> list[Tra
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("TensorBoard is not installed.", f"{error}.", "pip install 'deltamem-tool[train]'") from error
-    return [TensorBoardCallback(SummaryWriter(logs))]
+    callback: Any = integrations.TensorBoardCallback  # type: ignore[attr-defined]  # public, and not in its __all__
+    return [callback(SummaryWriter(logs))]

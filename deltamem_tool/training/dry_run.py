@@ -171,7 +171,7 @@ def _base(
     bytes_each = _QUANTISED.get(recipe.training.quantize)
     if bytes_each is None:
         return count, count * width, 0
-    head = skeleton.get_output_embeddings()
+    head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]  # it has no hints
     packed = [m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     return count, round((count - sum(packed)) * width + sum(packed) * bytes_each), max(packed, default=0) * width
 

@@ -1,8 +1,8 @@
-"""Gradient checkpointing that keeps the caches: a decoder layer keeps its input alone, and runs again when the backward
-pass comes to it.
+"""Gradient checkpointing that keeps the caches.
 
-transformers' own takes the cache from the layers, because a layer that runs twice would append to it twice. Here the
-second run gets the cache as it was before the first.
+A decoder layer keeps its input alone, and runs again when the backward pass comes to it. transformers' own takes the
+cache from the layers, because a layer that runs twice would append to it twice. Here the second run gets the cache as
+it was before the first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the layers of `model` keep no activations; the backward pass may come after.
 
     Raises:
-        ConfigError: the model's code does not say what its layers are.
+        ConfigError: none of the model's layers is a GradientCheckpointingLayer of transformers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -91,8 +91,8 @@ def _kept(cache: Cache, indices: list[int]) -> Callable[[], Cache]:
 
 def _copied(layer: Any) -> Any:
     """Keys and values are replaced when they grow, but recurrent states are written into, which copies must not see."""
-    made = copy.copy(layer)
+    copied = copy.copy(layer)
     for name, value in vars(layer).items():
         if name not in ("keys", "values"):
-            setattr(made, name, tree_map_only(Tensor, Tensor.clone, value))
-    return made
+            setattr(copied, name, tree_map_only(Tensor, Tensor.clone, value))
+    return copied

@@ -1,5 +1,8 @@
-"""The training loss: `EpisodeModel` writes the histories, answers from the memory alone, and returns the cross-entropy
-of the answers with what is added to it."""
+"""The training loss (arXiv 2605.12357, section 3.4), of a memory and of the LoRA baseline.
+
+`EpisodeModel` writes the histories, answers from the memory alone, and returns the cross-entropy of the answers with
+what is added to it. `LoraStepModel` answers with the whole conversation in view.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.adapter.save import save_adapter
+from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.memory.attach import adapter_of, decoder_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import without_memory
@@ -55,10 +59,11 @@ class EpisodeModel(nn.Module):
         self.adapter = adapter_of(base)
         self.objective = objective or ObjectiveOptions()
         self.write_chunk, self.bptt, self.recompute = write_chunk, bptt, recompute
-        self._base = (base,)  # in a tuple, so that it is no submodule
+        self._base = (base,)  # in a tuple, so that it is not a submodule
 
     @property
     def base(self) -> PreTrainedModel:
+        """The patched model."""
         return self._base[0]
 
     def forward(
@@ -78,9 +83,21 @@ class EpisodeModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         conversations: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of a batch; shapes as `data.collate` gives them.
+        """Compute the loss of a batch, whose tensors are documented at `data.collate.collate`.
 
         Args:
+            write_ids: `[B, W]`.
+            write_mask: `[B, W]`.
+            read_ids: `[Q, T]`.
+            read_mask: `[Q, T]`.
+            labels: `[Q, T]`; the Trainer counts the scored tokens in them.
+            scored: `[N]`.
+            targets: `[N]`.
+            rows: `[Q]`.
+            write_segment_tags: `[B, W]`, where the memory writes by segments.
+            full_ids: `[Q, F]`, for the divergence.
+            full_mask: `[Q, F]`.
+            full_scored: `[N]`.
             num_items_in_batch: scored tokens that the loss is the mean over: of all micro-batches and processes that
                 make one step. By default those of this batch.
             conversations: the same for what is a mean over conversations.
@@ -92,8 +109,7 @@ class EpisodeModel(nn.Module):
         with self._layers(), self.adapter.in_training():
             memory, gates = self.write(write_ids, write_mask, write_segment_tags)
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
-        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
-        loss = answer = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+        loss = answer = answer_loss(logits, targets, num_items_in_batch)
         parts = {"gates": gates.mean(0)}
         if self.objective.write_sparsity:
             of_conversation = (gates - self.objective.write_target).square().mean(1)
@@ -103,13 +119,12 @@ class EpisodeModel(nn.Module):
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.full_context(full_ids, full_mask, full_scored)
-            parts["kl"] = _divergence(teacher, logits) / tokens
+            parts["kl"] = _divergence(teacher, logits) / _items(targets, num_items_in_batch)
             loss = loss + self.objective.full_context_kl * parts["kl"]
         return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> tuple[MemoryState, Tensor]:
-        """The write pass over histories `[B, W]`: the memory after them, and the mean β of each conversation's writes
-        `[B, L]`.
+        """Write histories `[B, W]`: the memory after them, and the mean β `[B, L]` of each conversation's writes.
 
         In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
         """
@@ -146,8 +161,10 @@ class EpisodeModel(nn.Module):
         return cache.memory, gates[..., 0] / gates[..., 1].clamp_min(1.0)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
-        """The read pass over exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions
-        `scored` alone. It has a KV cache of its own, starts at position 0 and does not write."""
+        """Read exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions `scored` alone.
+
+        The read pass has a KV cache of its own, starts at position 0 and does not write.
+        """
         cache = MemoryCache(self.base, write=False)
         cache.memory = memory  # not checked for NaN: the Trainer tells a run that diverged by its loss
         cache.layers = [_passing(layer) for layer in cache.layers]
@@ -155,51 +172,110 @@ class EpisodeModel(nn.Module):
 
     @torch.no_grad()
     def full_context(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
-        """What the base model says, without a memory, with the whole history in view: logits `[N, V]`."""
+        """Compute the base model's logits `[N, V]`, without a memory, with the whole history in view."""
         with without_memory():
             return scored_logits(self.base, ids, mask, scored)
 
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
+        """Yield logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
         memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segment_tags"))
         rows, empty = batch["rows"], self.adapter.empty_memory(memory.batch_size)
         memories = (memory.select(rows), empty.select(rows), memory.select((rows + 1) % memory.batch_size))
         read = (batch["read_ids"], batch["read_mask"], batch["scored"])
-        for name, of in zip(CONDITIONS, memories, strict=True):
-            yield name, self.answer(of, *read)
+        for name, memory in zip(CONDITIONS, memories, strict=True):
+            yield name, self.answer(memory, *read)
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """The adapter folder, whole or not at all, with `files` beside."""
+        """Write the adapter folder, whole or not at all, with `files` beside."""
         save_adapter(self.base, out, overwrite, files)
 
     def _layers(self) -> contextlib.AbstractContextManager[None]:
         return recomputing(self.base) if self.recompute else contextlib.nullcontext()
 
 
+class LoraStepModel(nn.Module):
+    """One training step of a LoRA as a module. Only the LoRA's weights are registered."""
+
+    conditions = ("",)
+    accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
+
+    def __init__(self, model: Any, recompute: bool = False) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.recompute = recompute
+        self._model = (model,)  # in a tuple, so that it is not a submodule
+
+    @property
+    def lora(self) -> Any:
+        """The `peft.PeftModel`."""
+        return self._model[0]
+
+    def forward(
+        self,
+        full_ids: Tensor,
+        full_mask: Tensor | None,
+        full_scored: Tensor,
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> dict[str, Tensor]:
+        """Compute the loss of the answers `[N]` in whole conversations `[Q, F]`; `others` are for a memory."""
+        self.lora.train(self.training)  # its dropout
+        with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
+            logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
+        loss = answer_loss(logits, targets, num_items_in_batch)
+        return {"loss": loss, "answer": loss.detach()}
+
+    @torch.no_grad()
+    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield logits `[N, V]`, with the conversation in view."""
+        self.lora.eval()
+        yield "", scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])
+
+    def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
+        """Write PEFT's adapter folder, whole or not at all, with `files` beside."""
+        with folder_whole(out, overwrite) as staged:
+            self.lora.save_pretrained(staged)
+            for name, content in files.items():
+                (staged / name).write_bytes(content)
+
+
+def answer_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of logits `[N, V]`, summed over tokens and divided by `num_items`, by default N."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / _items(targets, num_items)
+
+
+def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    return len(targets) if num_items is None else num_items
+
+
 def scored_logits(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None, scored: Tensor, cache: MemoryCache | None = None
 ) -> Tensor:
-    """Logits `[N, V]` at the flat positions `scored` `[N]` of texts `[B, T]`: of the model's own head, with whatever it
-    does to its logits, which gets to see these positions alone."""
+    """Compute logits `[N, V]` at the flat positions `scored` `[N]` of texts `[B, T]`.
 
-    def select(module: nn.Module, args: tuple, output: Any) -> Any:
+    They are of the model's own head, with whatever it does to its logits, which gets to see these positions alone.
+    """
+
+    def select(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored].unsqueeze(0)
         return output
 
     handle = decoder_of(hf_model(model)).register_forward_hook(select)
     try:
-        given = {} if cache is None else {"cache": cache}
-        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **given)
+        options = {} if cache is None else {"cache": cache}
+        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options)
     finally:
         handle.remove()
-    return output.logits.squeeze(0)
+    logits: Tensor = output.logits.squeeze(0)
+    return logits
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher ‖ student), summed over tokens; logits `[N, V]`."""
-    wanted, said = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
-    return F.kl_div(said, wanted, reduction="sum", log_target=True)
+    target, answer = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
+    return F.kl_div(answer, target, reduction="sum", log_target=True)
 
 
 def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -210,7 +286,7 @@ def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[T
     return ids.gather(1, source), mask.gather(1, source), None if segments is None else segments.gather(1, source)
 
 
-class _Passing(DynamicLayer):
+class _Passing(DynamicLayer):  # type: ignore[misc]  # _compat gives its names as Any
     """A cache layer for a call that no other follows: keys and values go through, and nothing keeps them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,7 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.lora_step import LoraStepModel
-from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
 
 Report = Callable[[int, int], None]  # fake steps done, of how many
 
@@ -68,7 +67,7 @@ class StepShape:
         return batch
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # _compat gives its names as Any
     """Counts the bytes of all tensors that operations give, or that `track` is told of, while anything refers to them.
 
     `peaks` has the most there were, by phase; `enter` begins one.
@@ -79,13 +78,15 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peaks: dict[str, int] = {}
         self._phase: str | None = None
-        self._alive: dict[int, weakref.ref] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def enter(self, phase: str) -> None:
+        """Begin a phase."""
         self._phase = phase
         self._note()
 
     def track(self, *tensors: Any) -> None:
+        """Count tensors that no operation gave."""
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
                 continue
@@ -106,7 +107,9 @@ class LiveBytes(TorchDispatchMode):
         if self._phase is not None:
             self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.now)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         self.track(*tree_leaves(output))
         return output
@@ -143,28 +146,28 @@ def step_peaks(step: EpisodeModel | LoraStepModel, base: nn.Module, shape: StepS
 @contextmanager
 def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
     """Tell `live` when a pass begins, and when the backward pass comes to the write pass."""
-    own = {name: getattr(step, name) for name in ("write", "answer", "full_context")}
+    methods = {name: getattr(step, name) for name in ("write", "answer", "full_context")}
 
     def announced(name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             live.enter(name)
-            return own[name](*args, **kwargs)
+            return methods[name](*args, **kwargs)
 
         return run
 
     def answer(memory: MemoryState, *args: Any) -> Any:
         for state in memory.layers.values():  # their gradients are the last thing that the read pass gives
             if state.requires_grad:
-                state.register_hook(lambda _: live.enter("write, backward"))
+                state.register_hook(lambda _: live.enter("write, backward"))  # type: ignore[no-untyped-call]
         return announced("answer")(memory, *args)
 
-    made: dict[str, Any] = {name: announced(name) for name in own} | {"answer": answer}
-    for name, method in made.items():
+    announcing: dict[str, Any] = {name: announced(name) for name in methods} | {"answer": answer}
+    for name, method in announcing.items():
         setattr(step, name, method)
     try:
         yield
     finally:
-        for name in own:
+        for name in methods:
             delattr(step, name)  # the class's own shows again
 
 
@@ -179,18 +182,18 @@ def activation_bytes(
 
     Every layer counts as one that has a memory. The scan is the one that a GPU runs.
     """
-    layers = checkpoint.config.get_text_config(decoder=True).num_hidden_layers
+    layers: int = checkpoint.config.get_text_config(decoder=True).num_hidden_layers
     period = layer_period(checkpoint.config)
     fewest = _ENDS + period  # the peak may be in any kind of layer
     counts = [fewest, fewest + period] if fewest + period < layers else [layers]
-    found = []
+    peaks = []
     for done, count in enumerate(counts):
         if report is not None:
             report(done, len(counts))
-        found.append(_fake_peaks(recipe, checkpoint, memory, shape, count))
+        peaks.append(_fake_peaks(recipe, checkpoint, memory, shape, count))
     if report is not None:
         report(len(counts), len(counts))
-    few, more = found[0], found[-1]
+    few, more = peaks[0], peaks[-1]
     periods = (layers - counts[0]) / period
     return round(max(few[phase] + (more[phase] - few[phase]) * periods for phase in more))
 
@@ -205,7 +208,8 @@ def _fake_peaks(
     if training.attention == "eager":
         options["attn_implementation"] = "eager"
     with torch.device("meta"):
-        base = checkpoint.from_config(config, **options).eval()
+        base = checkpoint.from_config(config, **options)
+    base.train(False)
     lora = None if recipe.lora is None else new_lora(base, recipe.lora)
     with FakeTensorMode(allow_non_fake_inputs=True), use_implementation("chunked"), without_packing_search():
         if lora is not None:
@@ -225,18 +229,19 @@ def no_columns(projection: Projection, count: int) -> Tensor:
 
 def base_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     """Of the base's weights; where neither the recipe nor the config names one, what transformers takes."""
-    said = recipe.training.dtype
-    if said == "auto":
-        found = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
-        return found if isinstance(found, torch.dtype) else getattr(torch, found)
-    return getattr(torch, said)
+    dtype: torch.dtype | str = recipe.training.dtype
+    if dtype == "auto":
+        dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    assert isinstance(named, torch.dtype)
+    return named
 
 
 def layer_period(config: PretrainedConfig) -> int:
     """After how many layers the kinds of layers repeat; 1 where all are alike, all of them where none repeat."""
     text = config.get_text_config(decoder=True)
     lists = _by_layer(text).values()
-    every = text.num_hidden_layers
+    every: int = text.num_hidden_layers
     alike = (p for p in range(1, every) if all(kinds[i] == kinds[i - p] for kinds in lists for i in range(p, every)))
     return next(alike, every)
 

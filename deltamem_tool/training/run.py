@@ -32,8 +32,7 @@ from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
-from deltamem_tool.training.lora_step import LoraStepModel
-from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
 from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
@@ -213,7 +212,8 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         )
         return model, tokenizer_of(model)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-    model = _loaded(checkpoint, recipe).eval()
+    model = _loaded(checkpoint, recipe)
+    model.train(False)
     if "quantization_config" in options:
         # Where a Δ starts from the base's weights, from those that were quantised.
         layers = select_layers(attention_layers(model), recipe.memory)
@@ -248,7 +248,8 @@ def _loading(recipe: Recipe) -> dict[str, Any]:
         options["attn_implementation"] = training.attention
     if training.quantize != "none":
         is_int8 = training.quantize == "int8"
-        options["quantization_config"] = BitsAndBytesConfig(
+        config: Any = BitsAndBytesConfig  # which has no hints
+        options["quantization_config"] = config(
             load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
         )
         options["device_map"] = {"": PartialState().device}

@@ -26,8 +26,11 @@ def run_folder(out: str | Path) -> Path:
 
 @contextmanager
 def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[None]:
-    """The folder while the run goes on; a run that is not resumed starts in an empty one. Checkpoints that were not
-    finished, because the disk is full, are taken away at the end, and the folder too if none is left."""
+    """Open the folder while the run goes on; a run that is not resumed starts in an empty one.
+
+    Checkpoints that were not finished, because the disk is full, are removed at the end, and the folder too if none is
+    left.
+    """
     if not resume and run.is_dir():
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -45,38 +48,36 @@ def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[Non
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. The Trainer writes its state last."""
-    found = []
+    whole = []
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            found.append((step_of(folder), folder))
+            whole.append((step_of(folder), folder))
         except (OSError, ValueError, KeyError):
             continue
-    return [folder for _, folder in sorted(found)]
+    return [folder for _, folder in sorted(whole)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """After how many steps it was written."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    """Read after how many steps a checkpoint was written."""
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
 
 
 def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
-    """The last checkpoint of a run that was started with the same, see `start_of`.
+    """Find the last checkpoint of a run that was started with the same `start_of`.
 
     Raises:
-        DeltaMemError: there is none, or something has changed.
+        DeltaMemError: there is no whole checkpoint, or the recipe, the data or the number of processes has changed.
     """
     whole = checkpoints(run)
     if not whole or not (run / RECIPE_FILE).is_file():
-        raise DeltaMemError(
-            f"There is nothing to resume in {run}.", "It holds no checkpoint.", "Start without --resume."
-        )
+        raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
     before = json.loads((run / RECIPE_FILE).read_text())
     changed = [f"{key} was {before.get(key)}, is {start[key]}" for key in start if before.get(key) != start[key]]
     if changed:
         raise DeltaMemError(
-            f"The run in {run} was started otherwise.",
+            f"The run in {run} was started with other settings.",
             "; ".join(changed) + ".",
-            "Resume with the same recipe, --set, data and processes, or start anew with another --out.",
+            "Resume with the same recipe, --set, data and processes, or start again with another --out.",
         )
     return whole[-1]
 

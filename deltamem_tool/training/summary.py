@@ -44,8 +44,8 @@ class TrainingSummary:
 
     def files(self) -> dict[str, bytes]:
         """What goes into the adapter folder."""
-        said = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n"
-        return {SUMMARY_FILE: said.encode(), PLOT_FILE: plot(self.log)}
+        text = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return {SUMMARY_FILE: text.encode(), PLOT_FILE: plot(self.log)}
 
 
 def _plain(value: Any) -> Any:
@@ -59,12 +59,12 @@ def _plain(value: Any) -> Any:
 
 def named_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe's options by dotted key; of what is a path here, the last part alone."""
-    said: dict[str, Any] = dict(comparable(recipe))
+    options: dict[str, Any] = dict(comparable(recipe))
     for key in ("base", "adapter", "data.path", "data.eval_path"):
-        value = said.get(key)
+        value = options.get(key)
         if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
-            said[key] = Path(value).name
-    return said
+            options[key] = Path(value).name
+    return options
 
 
 def plot(log: Sequence[dict[str, float]]) -> bytes:

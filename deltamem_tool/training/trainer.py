@@ -34,8 +34,7 @@ from deltamem_tool._compat import (
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import write_whole
-from deltamem_tool.training.lora_step import LoraStepModel
-from deltamem_tool.training.loss import EpisodeModel
+from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
 from deltamem_tool.training.run_folder import BEST_FILE
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 

@@ -15,6 +15,8 @@ Item = TypeVar("Item")
 
 
 class StepModel(Protocol):
+    """A training step that can be evaluated."""
+
     @property
     def conditions(self) -> tuple[str, ...]:
         """What an answer can be told from."""
@@ -24,14 +26,14 @@ class StepModel(Protocol):
 
 
 def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """In order, each of `size` or, as the last may be, one more: every conversation needs another one, its donor.
+    """Group in order by `size`, the last may have one more: every conversation needs another one, its donor.
 
     Raises:
-        ConfigError: there is one alone.
+        ConfigError: there are fewer than two conversations.
     """
     if len(items) < 2:
         raise ConfigError(
-            "One conversation is too few for evaluation.",
+            "Fewer than two conversations are too few for evaluation.",
             "Its control is another conversation's memory.",
             "Set training.eval_episodes and the data to two or more.",
         )
@@ -42,10 +44,11 @@ def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @torch.no_grad()
 def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums over `batches`, each of two conversations or more, by condition: `[4]`, of the cross-entropy of
-    scored tokens, their number, the exchanges of which every token is the likeliest, and their number.
+    """Sum over `batches`, each of two conversations or more, by condition.
 
-    An exchange whose every scored token is the likeliest is one that greedy decoding would have answered word for word.
+    A sum `[4]` is of the cross-entropy of scored tokens, their number, the exchanges of which every token is the
+    likeliest, and the number of exchanges. An exchange whose every scored token is the likeliest is one that greedy
+    decoding would have answered word for word.
     """
     total = {condition: torch.zeros(4) for condition in model.conditions}
     for batch in batches:
@@ -62,9 +65,9 @@ def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str
 
 def metrics(total: Mapping[str, Tensor]) -> dict[str, float]:
     """`eval_loss` and `eval_recall` (the share of exchanges answered word for word), by condition."""
-    named = {}
+    figures = {}
     for condition, sums in total.items():
         loss, tokens, right, exchanges = sums.tolist()
-        named[f"eval_loss{condition}"] = loss / tokens
-        named[f"eval_recall{condition}"] = right / exchanges
-    return named
+        figures[f"eval_loss{condition}"] = loss / tokens
+        figures[f"eval_recall{condition}"] = right / exchanges
+    return figures

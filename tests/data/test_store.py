@@ -78,7 +78,7 @@ def test_recent_turns_are_hidden_with_a_probability(tokenizer):
     plain = Encoder(tokenizer, 100, 100)
     kept = encode_cached(EPISODES, plain, context_dropout=0.5)
     assert list(kept) == plain(EPISODES)  # there is nothing to hide
-    with pytest.raises(ConfigError, match="context_dropout 2"):
+    with pytest.raises(ConfigError, match="context_dropout is 2"):
         encode_cached(EPISODES, plain, context_dropout=2)
 
 

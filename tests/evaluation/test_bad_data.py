@@ -64,7 +64,7 @@ def refused(task: str, data: str, **options) -> DataError:
         ("cut.jsonl", b'{"question": "Who\n', "cut.jsonl:1 is not JSON"),
         ("latin.jsonl", b'{"question": "\xe9"}\n', "latin.jsonl:1 is not UTF-8"),
         ("empty.jsonl", b"\n\n", "no entries"),
-        ("cut.parquet", b"PAR1 and nothing more", "no parquet file"),
+        ("cut.parquet", b"PAR1 and nothing more", "not a parquet file"),
     ],
 )
 def test_a_file_of_another_format(tmp_path, task, name, content, says):

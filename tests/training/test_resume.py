@@ -86,5 +86,5 @@ def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
         said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
     else:
         write_talks(tmp_path / "talks.jsonl", count=25)
-    with pytest.raises(DeltaMemError, match=f"(?s)started otherwise.*{what}"):
+    with pytest.raises(DeltaMemError, match=f"(?s)started with other settings.*{what}"):
         train(recipe, resume=True)
