@@ -32,6 +32,8 @@ LOGITS = {"last": "of the last position", "all": "of every position"}
 
 
 class Row(NamedTuple):
+    """One input or output, or one of several layers that are alike."""
+
     kind: str  # "input", "default" (an input that can be left out) or "output"
     name: str  # of layers that are alike: past_key_values.{0…35}.key
     type: str
@@ -46,6 +48,7 @@ def rows(interface: Interface) -> list[Row]:
 
 
 def markdown(interface: Interface) -> str:
+    """The rows as a Markdown table."""
     lines = ["| | name | type | shape | what |", "|---|---|---|---|---|"]
     for row in rows(interface):
         shape = ", ".join(map(str, row.shape))

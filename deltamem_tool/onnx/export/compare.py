@@ -56,6 +56,9 @@ def largest_difference(
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
 
     Args:
+        model: PyTorch's side.
+        graph: ONNX Runtime's side.
+        options: how the model is called.
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
     """
     starts = _starts(model, graph.interface, start)
@@ -64,33 +67,40 @@ def largest_difference(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a graph gave, which need not be there any more."""
+class GraphResults:
+    """Results of a graph, which may have been closed since."""
 
     interface: Interface
     starts: list[_Start]
     results: list[_Result]
 
 
-def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> Found:
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> GraphResults:
     """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
     starts = _starts(model, graph.interface, None)
-    return Found(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
+    return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
 
 
-def half_precision_errors(model: PreTrainedModel, found: Found, options: CallOptions) -> tuple[float, float]:
-    """How far ONNX Runtime, and how far PyTorch, is from what a `model` of half precision says with its weights, as
-    they are, taken to float32: largest differences as above. Kernels round each in their own way; that is the truth."""
-    interface, starts = found.interface, found.starts
+def half_precision_errors(
+    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions
+) -> tuple[float, float]:
+    """How far ONNX Runtime, and how far PyTorch, is from a half-precision `model` that computes in float32.
+
+    Largest differences as above; the weights are the same numbers. Kernels round each in their own way: that is the
+    truth.
+    """
+    interface, starts = graph_side.interface, graph_side.starts
     in_half = _run(interface, starts, _pytorch(model, interface, options))
     with _in_float32(model):
         truth = _run(interface, starts, _pytorch(model, interface, options))
-    return _difference(interface, starts, truth, found.results), _difference(interface, starts, truth, in_half)
+    return _difference(interface, starts, truth, graph_side.results), _difference(interface, starts, truth, in_half)
 
 
 def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions) -> float:
-    """The share of the greedy tokens of `model`, after random prompts, that `graph` would have chosen too: both go on
-    with those of `model`. Where segments are written, they end with the prompt and after every few tokens."""
+    """The share of the greedy tokens of `model`, after random prompts, that `graph` chooses too.
+
+    Both go on with those of `model`. Where segments are written, they end with the prompt and after every few tokens.
+    """
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(graph.interface.vocab_size, (GREEDY_ROWS, GREEDY_PROMPT), generator=random)
     start = _Start(GREEDY_ROWS)
@@ -107,8 +117,10 @@ def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options
 
 
 def _conversation(batch: int, interface: Interface) -> list[_Call]:
-    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed. A graph of
-    fixed length is spared the calls that it has no room for."""
+    """A prefill padded left, one padded right, single tokens and a longer piece; writes on, off, and mixed.
+
+    A graph of fixed length gets no calls that it has no room for.
+    """
     random = torch.Generator().manual_seed(batch)
     calls: list[_Call] = []
     room = interface.max_length or math.inf
@@ -226,8 +238,10 @@ def _difference(interface: Interface, starts: list[_Start], expected: list[_Resu
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Weights and buffers of half precision as float32 inside the block, exactly the same numbers. What they were is
-    kept: it is mapped from the checkpoint, mostly, where a copy of it would take memory."""
+    """Weights and buffers of half precision as float32 inside the block, exactly the same numbers.
+
+    The originals are kept: they are mapped from the checkpoint, mostly, where a copy would take memory.
+    """
     tensors = {id(x): x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()}.values()
     narrow = [(x, x.data) for x in tensors if x.dtype in (torch.float16, torch.bfloat16)]
     try:

@@ -20,6 +20,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest
@@ -33,9 +34,9 @@ from deltamem_tool.onnx.export.compare import (
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize, refuse_unknown
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, check_rewrites, optimize
 from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, Target, target_of
-from deltamem_tool.onnx.export.trace import CallOptions, dtype_name, interface_of, traced
+from deltamem_tool.onnx.export.trace import dtype_name, interface_of, traced
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers
 from deltamem_tool.onnx.runtime.static_graph import StaticGraph, open_graph
@@ -91,9 +92,9 @@ def export_onnx(
         DeltaMemError: `out` is there already.
     """
     check_overwrite(out, overwrite)
-    refuse_unknown(without)
+    check_rewrites(without)
     for_target = target_of(target, dtype_name(model.dtype), quantize)
-    _refuse_slow(tokenizer)
+    _check_fast(tokenizer)
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage: None)
@@ -136,8 +137,9 @@ class _Plan:
         return lambda: _runnable(folder, self.interface, self.target)
 
 
-def _refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer is a fast one.
+
     Raises:
         ExportError: it has no tokenizer.json.
     """
@@ -224,8 +226,10 @@ def _has_cuda() -> bool:
 
 
 def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | None:
-    """The graph on its target's device, or on the CPU where that device is not here; None if the CPU's provider then
-    lacks operators for it."""
+    """Open the graph on its target's device, or on the CPU where that device is missing.
+
+    None if the CPU provider then lacks operators for it.
+    """
     on_cuda = target.fusions == "cuda"
     if on_cuda and _has_cuda():
         return open_graph(folder, interface, "cuda")
@@ -268,8 +272,10 @@ def _differences(
     options: CallOptions,
     start: MemoryState | None = None,
 ) -> tuple[float, float | None] | None:
-    """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself; None
-    if it cannot run here."""
+    """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself.
+
+    None if the graph cannot run here.
+    """
     graph = open_graph()
     if graph is None:
         return None
@@ -283,8 +289,9 @@ def _differences(
 def _measured(
     open_graph: Callable[[], _Graph | None], model: PreTrainedModel, options: CallOptions
 ) -> tuple[float | None, float | None]:
-    """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens;
-    None if it cannot run here.
+    """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens.
+
+    None if the graph cannot run here.
 
     Raises:
         ExportError: it computes something that is no number.

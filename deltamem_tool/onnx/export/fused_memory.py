@@ -1,5 +1,7 @@
-"""One layer's memory in as few ONNX nodes as it takes: what is traced in the place of `DeltaMemLayer` where every token
-writes. At decode a node costs more than the arithmetic in it.
+"""One layer's memory in as few ONNX nodes as possible.
+
+It is traced in the place of `DeltaMemory` where every token writes. At decode a node costs more than the arithmetic in
+it.
 
 ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
 every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
@@ -23,6 +25,7 @@ a NaN would reach every other token through attention's values, with or without 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +47,10 @@ READ, WRITE, DECAY = 0, 1, 2
 
 
 def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, FusedMemory]:
-    """What takes the place of the memories of `adapter` in a graph for `target`, by layer; none where it cannot, or
-    where `without` names it among the rewrites to leave out."""
+    """What takes the place of the memories of `adapter` in a graph for `target`, by layer.
+
+    Empty where nothing can, or where `without` names it among the rewrites to leave out.
+    """
     if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
         return {}
     apart = JOINED_PROJECTIONS in without
@@ -53,8 +58,9 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
 
 
 class FusedMemory(nn.Module):
-    """In the place of a `memory` whose tokens all write by themselves, with the same methods; its weights are copies,
-    rearranged.
+    """In the place of a `memory` whose tokens all write by themselves, with the same methods.
+
+    Its weights are copies, rearranged.
 
     Args:
         memory: the layer's.
@@ -171,6 +177,6 @@ class FusedMemory(nn.Module):
         return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
 
-def _node(name: str, inputs: list[Tensor], shape: torch.Size, attributes: dict | None = None) -> Tensor:
+def _node(name: str, inputs: list[Tensor], shape: torch.Size, attributes: dict[str, Any] | None = None) -> Tensor:
     """One operator of ONNX, where PyTorch's exporter would write several."""
     return torch.onnx.ops.symbolic(name, inputs, attributes or {}, dtype=torch.float32, shape=list(shape))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.file import MemoryShape, check_memory
 from deltamem_tool.memory.state import MemoryState
@@ -95,10 +96,11 @@ def _defaults(start: MemoryState) -> dict[str, NDArray[Any]]:
     }
 
 
-def _refuse_others(interface: Interface) -> None:
-    """
+def _check_interface(interface: Interface) -> None:
+    """Check that onnxruntime-genai can run a graph of this interface.
+
     Raises:
-        ExportError: onnxruntime-genai cannot run a graph of this interface.
+        ExportError: it cannot.
     """
     if interface.segment:
         raise ExportError(
@@ -134,22 +136,24 @@ def configuration(
         ExportError: onnxruntime-genai cannot run the graph, or the model does not say how long its context is or what
             ends an answer.
     """
-    _refuse_others(interface)
+    _check_interface(interface)
     described = _model(model, tokenizer, interface)
     return {"model": described, "search": _search(model) | {"max_length": described["context_length"]}}
 
 
 def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
     """Write `genai_config.json`, and the chat template so that onnxruntime-genai renders what transformers renders."""
-    template = folder / contract.CHAT_TEMPLATE_FILE
+    template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
         template.write_text(spelled_out(template.read_text(encoding="utf-8")), encoding="utf-8")
     (folder / contract.GENAI_CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def spelled_out(template: str) -> str:
-    """`template` with its text as strings, so that no engine can read its white space otherwise: transformers takes
-    off line ends after blocks and indentation before them, which onnxruntime-genai does not."""
+    """Write the text of `template` as strings, so that every engine reads its white space alike.
+
+    transformers takes off line ends after blocks and indentation before them, which onnxruntime-genai does not.
+    """
     lexer = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     # The lexer has dropped what blocks strip before them; what they strip behind them is in their own token.
     pieces = []

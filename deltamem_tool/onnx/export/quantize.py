@@ -30,9 +30,9 @@ from deltamem_tool.onnx.export.quantized_products import Int4, Int8, initializer
 from deltamem_tool.onnx.export.targets import INT8
 
 
-def memory_weights(adapter: DeltaMemAdapter, lean: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
-    """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `lean`: what was traced in its place."""
-    weights = chain.from_iterable(memory.matrices() for memory in lean.values()) if lean else adapter.parameters()
+def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
+    """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `fused`: what was traced in its place."""
+    weights = chain.from_iterable(memory.matrices() for memory in fused.values()) if fused else adapter.parameters()
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]
 
 
@@ -105,8 +105,10 @@ class _Columns:
 
 
 def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
-    """Products that fusion has packed into one and that a `Split` takes apart again: those of the memory become one of
-    their own, so that the base's beside them can be quantised."""
+    """Take apart products that fusion has packed into one before a `Split`.
+
+    Those of the memory become one of their own, so that the base's beside them can be quantised.
+    """
     for node in list(graph):
         if node.domain or node.op_type != "MatMul":
             continue

@@ -31,17 +31,18 @@ def optimize(program: ir.Model, without: Collection[str] = ()) -> None:
     Raises:
         ExportError: there is no such rewrite.
     """
-    refuse_unknown(without)
+    check_rewrites(without)
     for name, rewrite in REWRITES.items():
         if rewrite is not None and name not in without:
             rewrite(program.graph)
     common_passes.RemoveUnusedNodesPass()(program)
 
 
-def refuse_unknown(without: Collection[str]) -> None:
-    """
+def check_rewrites(without: Collection[str]) -> None:
+    """Check that every name is one of a rewrite.
+
     Raises:
-        ExportError: one of the names is no rewrite's.
+        ExportError: one is not.
     """
     unknown = sorted(set(without) - set(REWRITES))
     if unknown:
@@ -166,8 +167,10 @@ def _gathered(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: 
 
 
 def tidy_attention(graph: ir.Graph) -> None:
-    """Without the copies of queries, keys and values between two orders of their axes and back, which are left where
-    transformers has taken an attention operator apart that is slower than its parts."""
+    """Remove copies of queries, keys and values between two orders of their axes and back.
+
+    They are left where transformers has taken an attention operator apart that is slower than its parts.
+    """
     for node in list(graph):
         if node.op_type == "Reshape" and (same := _reshaped_back(node)) is not None:
             _take_over(node.outputs[0], same)

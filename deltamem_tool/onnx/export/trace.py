@@ -50,8 +50,10 @@ class _Step(nn.Module):
         self._options = options
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """None, for the exporter, which would cast every input to the type of the first one: in a model of half
-        precision the states stay float32. What is traced are the `named_parameters`."""
+        """None, for the exporter, which would cast every input to the type of the first one.
+
+        In a model of half precision the states stay float32. What is traced are the `named_parameters`.
+        """
         return iter(())
 
     def forward(
@@ -121,14 +123,14 @@ def interface_of(
             to be of the fixed length `max_length`, not those of every token.
     """
     if logits not in contract.LOGITS:
-        raise ExportError(f"There are no {logits!r} logits.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
+        raise ExportError(f"Invalid logits {logits!r}.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
     cache = MemoryCache(model)
     tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
         vocab_size = model(input_ids=tokens, cache=cache).logits.shape[-1]
-    _refuse_other_caches(model, cache)
+    _check_caches(model, cache)
     if max_length:
-        _refuse_fixed(model, target, max_length)
+        _check_fixed_length(model, target, max_length)
     states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment_width
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
@@ -148,8 +150,9 @@ def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
     return None if cached is None else (cached.shape[1], cached.shape[3])
 
 
-def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
-    """
+def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
+    """Check that the graph can carry what the layers keep.
+
     Raises:
         ExportError: a layer of `cache` holds something other than the keys and values of every past token.
     """
@@ -164,16 +167,17 @@ def _refuse_other_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
             )
 
 
-def _refuse_fixed(model: PreTrainedModel, target: Target, max_length: int) -> None:
-    """
+def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int) -> None:
+    """Check that the graph can have keys and values of a fixed length.
+
     Raises:
         ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
             model is a window that goes round.
     """
     if max_length < contract.MIN_LENGTH:
         raise ExportError(
-            f"Keys and values of length {max_length} hold too little.",
-            f"A conversation must fit that shows that the graph is right: {contract.MIN_LENGTH} tokens.",
+            f"A maximum length of {max_length} tokens is too short.",
+            f"The graph is compared with PyTorch on a conversation of {contract.MIN_LENGTH} tokens, which must fit.",
             "Choose a larger --max-length.",
         )
     if target.genai:
@@ -240,19 +244,19 @@ def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.M
     for graph in program.graphs():
         for node in graph:
             node.metadata_props.clear()  # of the exporter, with this machine's paths
-    return program
+    return cast(onnx_ir.Model, program)
 
 
 @contextmanager
 def _fused(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
     """Inside, `adapter` has fused memories in the place of its own, where that can be."""
     fused = {str(layer): memory for layer, memory in fused_memories(adapter, target, without).items()}
-    own = {layer: adapter.layers[layer] for layer in fused}
+    originals = {layer: adapter.layers[layer] for layer in fused}
     adapter.layers.update(fused)
     try:
         yield
     finally:
-        adapter.layers.update(own)
+        adapter.layers.update(originals)
 
 
 def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -274,8 +278,8 @@ def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
             inputs[prefix][int(layer)][part], axes[prefix][int(layer)][part] = tensor, vary
         else:
             inputs[name], axes[name] = tensor, vary
-    given = [name for name in inspect.signature(_Step.forward).parameters if name in inputs]
-    return {name: inputs[name] for name in given}, {name: axes[name] for name in given}
+    order = [name for name in inspect.signature(_Step.forward).parameters if name in inputs]
+    return {name: inputs[name] for name in order}, {name: axes[name] for name in order}
 
 
 def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
@@ -285,13 +289,13 @@ def _name_axes(graph: onnx_ir.Graph, interface: Interface) -> None:
         if value.name in expected and value.shape is not None:
             names = expected[value.name][1]
             if len(names) == len(value.shape):
-                found = zip(names, value.shape, strict=True)
-                value.shape = onnx_ir.Shape([size if isinstance(size, int) else name for name, size in found])
+                sizes = zip(names, value.shape, strict=True)
+                value.shape = onnx_ir.Shape([size if isinstance(size, int) else name for name, size in sizes])
 
 
 def _first_line(error: BaseException) -> str:
     """Of what went wrong first, which torch's exporters wrap several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said = str(error).partition("For more information")[0].strip().partition("\n")[0]
-    return f"{type(error).__name__}: {said[:200].rstrip('.!')}"
+    message = str(error).partition("For more information")[0].strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message[:200].rstrip('.!')}"

@@ -116,9 +116,10 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
 
 
 def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:
-    """
+    """Check that the graph's memory is that of the mechanism.
+
     Raises:
-        ExportError: the graph's memory is not that of the mechanism.
+        ExportError: it is not.
     """
     shapes = set(interface.state_shapes.values())
     if shapes != {mechanism.state_shape} or interface.segment != mechanism.segment_width:

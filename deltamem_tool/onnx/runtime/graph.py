@@ -247,6 +247,7 @@ def usable_cores() -> int:
 
 
 def is_cache(name: str) -> bool:
+    """Whether a carried tensor holds keys or values."""
     return name.endswith((f".{contract.KEY}", f".{contract.VALUE}"))
 
 

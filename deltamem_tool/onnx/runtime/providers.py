@@ -20,10 +20,10 @@ _CUDA_LIBRARY = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_pro
 
 
 def execution_providers(name: str) -> list[str]:
-    """What to ask ONNX Runtime for.
+    """The providers to ask ONNX Runtime for.
 
     Raises:
-        ExportError: there is no such provider, this build has it not, or a library that it needs cannot be loaded.
+        ExportError: there is no such provider, this build lacks it, or a library that it needs cannot be loaded.
     """
     if name not in PROVIDERS:
         raise ExportError(f"There is no provider {name!r}.", "", f"The providers are {', '.join(PROVIDERS)}.")
@@ -39,12 +39,13 @@ def execution_providers(name: str) -> list[str]:
     return [PROVIDERS[name]] if name == "cpu" else [PROVIDERS[name], PROVIDERS["cpu"]]
 
 
-def check_provider(name: str, found: Sequence[str]) -> None:
-    """
+def check_provider(name: str, available: Sequence[str]) -> None:
+    """Check that a session has the provider `name`: ONNX Runtime goes on without it, with a line on stderr.
+
     Raises:
-        ExportError: the session has not got the provider `name`, which ONNX Runtime says on stderr and goes on without.
+        ExportError: it is not among those that are `available`.
     """
-    if PROVIDERS[name] not in found:
+    if PROVIDERS[name] not in available:
         raise _not_here(
             name,
             "Its libraries are there, but it found no device that it can use; ONNX Runtime's own message says more.",

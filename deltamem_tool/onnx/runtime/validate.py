@@ -81,7 +81,7 @@ def check_graph_file(folder: Path) -> None:
     """Look through `model.onnx`, but not through the weights beside it.
 
     Raises:
-        ExportError: it is no graph, or holds what no export writes.
+        ExportError: it is not a graph, or holds what no export writes.
     """
     model = _read(folder / MODEL_FILE)
     data = folder / DATA_FILE
@@ -104,27 +104,28 @@ def check_graph_file(folder: Path) -> None:
 
 
 def check_genai_config(file: Path) -> None:
-    """Refuse a `genai_config.json` that names other files, or options of the session that load a library: this package
-    does not read it, onnxruntime-genai does.
+    """Check that a `genai_config.json` names no other files, and no session options that load a library.
+
+    This package does not read it, onnxruntime-genai does.
 
     Raises:
         ExportError: it says something that the export does not write.
     """
     try:
-        said = read_json(file)
-        if not isinstance(said, dict):
-            raise ValueError("it is no object")
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
     except ValueError as error:
         raise ExportError(f"{file} is not JSON.", f"{error}.", "Fetch the folder again.") from error
     for place, known in _GENAI_KEYS.items():
-        part: Any = said
+        part: Any = config
         for name in place:
             part = part.get(name)
             if not isinstance(part, dict):
                 raise _refused(f"{GENAI_CONFIG_FILE} has no object {'.'.join(place)}")
         if part.keys() - known:
             raise _refused(f"{GENAI_CONFIG_FILE} has {', '.join(sorted(part.keys() - known)[:3])}, which no export has")
-    decoder = said["model"]["decoder"]
+    decoder = config["model"]["decoder"]
     if decoder.get("filename") != MODEL_FILE:
         raise _refused(f"{GENAI_CONFIG_FILE} names another graph than {MODEL_FILE}")
     # The options of a provider can name libraries; who wants another provider than the CPU's writes it there himself.
@@ -169,7 +170,8 @@ def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphP
 
 
 def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
-    """
+    """Check that a tensor's numbers are in the graph or its data file.
+
     Raises:
         ExportError: its numbers are not as many as its type and shape say, or not where they may be.
     """
@@ -177,7 +179,7 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
         raise _refused(f"{tensor.name or 'A constant'} is of a type that no export has")
     bits, field = _TYPES[tensor.data_type]
     if not all(0 <= size <= MAX_SIZE for size in tensor.dims) or tensor.HasField("segment"):
-        raise _refused(f"The shape of {tensor.name or 'a constant'} cannot be")
+        raise _refused(f"The shape of {tensor.name or 'a constant'} is not valid")
     numbers = math.prod(tensor.dims)
     wanted = (numbers * bits + 7) // 8
     if tensor.data_location == _EXTERNAL:
@@ -191,20 +193,21 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
 
 
 def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
-    """
+    """Whether the data file has `wanted` bytes at the tensor's place.
+
     Raises:
-        ExportError: its numbers are in another file, or it is not said where.
+        ExportError: the tensor names another file, or no place.
     """
     place = {entry.key: entry.value for entry in tensor.external_data}
     if len(place) != len(tensor.external_data) or place.keys() - set(_PLACE):
-        raise _refused(f"The place of {tensor.name} cannot be")
+        raise _refused(f"The place of {tensor.name} in the data file is not valid")
     # Literally: ONNX Runtime takes a location of its own making for an address in memory.
     if place.get("location") != DATA_FILE:
         raise _refused(f"The numbers of {tensor.name} are in another file than {DATA_FILE}")
-    said = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
-    if not all(text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER for text in said.values()):
-        raise _refused(f"The place of {tensor.name} cannot be")
-    return int(said["length"]) == wanted and int(said["offset"]) + wanted <= data_bytes
+    numbers = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
+    if not all(text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER for text in numbers.values()):
+        raise _refused(f"The place of {tensor.name} in the data file is not valid")
+    return int(numbers["length"]) == wanted and int(numbers["offset"]) + wanted <= data_bytes
 
 
 def _refused(why: Any) -> ExportError:

@@ -321,7 +321,7 @@ def test_a_window_in_the_model_is_refused():
         interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 64)
     assert "StaticSlidingWindowLayer" in caught.value.why
     model = model_of("qwen3")
-    with pytest.raises(ExportError, match="length 63 hold too little"):
+    with pytest.raises(ExportError, match="maximum length of 63 tokens is too short"):
         interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 63)
     with pytest.raises(ExportError, match="genai takes no --max-length"):
         interface_of(model, adapter_of(model), "last", TARGETS["genai"], 64)
