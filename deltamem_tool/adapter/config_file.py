@@ -54,25 +54,29 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
     """
     file = folder / CONFIG_FILE
     try:
-        said = read_json(file)
+        content = read_json(file)
     except ValueError as error:
         raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
-    if not isinstance(said, dict):
-        said = {}
-    version = said.get("format_version")
-    if said.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise AdapterError(f"{name} is no adapter folder.", f"{CONFIG_FILE} does not say so.", "Use another folder.")
+    if not isinstance(content, dict):
+        content = {}
+    version = content.get("format_version")
+    if content.get("format") != FORMAT or type(version) is not int or version < 1:
+        raise AdapterError(
+            f"{name} is not an adapter folder.",
+            f"{CONFIG_FILE} is of another format.",
+            "Use another folder.",
+        )
     if is_newer(version, FORMAT_VERSION):
         raise AdapterError(
             f"{name} is of adapter format {version}.",
             f"This version of deltamem reads up to {FORMAT_VERSION}.",
-            f"Update deltamem-tool: {update_command(said.get('deltamem_version'))}",
+            f"Update deltamem-tool: {update_command(content.get('deltamem_version'))}",
         )
     try:
-        config = DeltaMemConfig.from_dict(dict(said["mechanism"]))
-        base = BaseModel(**said["base"])
+        config = DeltaMemConfig.from_dict(dict(content["mechanism"]))
+        base = BaseModel(**content["base"])
         _check_texts(base)
-        reference = said.get("reference")
+        reference = content.get("reference")
         if not isinstance(reference, dict | None):
             raise TypeError('"reference" must be an object')
     except (ConfigError, KeyError, TypeError, ValueError) as error:
@@ -90,4 +94,4 @@ def _check_texts(base: BaseModel) -> None:
         if len(text) > MAX_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
             raise ValueError("a text about the base model is too long, or holds control characters")
     if base.revision is not None and not _REVISION.fullmatch(base.revision):
-        raise ValueError("the revision of the base model cannot be")
+        raise ValueError("the revision of the base model is invalid")

@@ -36,15 +36,15 @@ def find_base(
     if base_revision is None and base in (None, recorded.name):
         base_revision = recorded.revision
     checkpoint = BaseCheckpoint(base or recorded.name, base_revision, trust_remote_code)
-    found = base_of(checkpoint)
-    if (found.model_type, found.fingerprint) != (recorded.model_type, recorded.fingerprint):
+    actual = base_of(checkpoint)
+    if (actual.model_type, actual.fingerprint) != (recorded.model_type, recorded.fingerprint):
         raise AdapterError(
             f"{adapter} was made for another base model.",
             f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
-            f"{checkpoint.name} is {found.model_type}, weights {found.fingerprint[:12]}….",
+            f"{checkpoint.name} is {actual.model_type}, weights {actual.fingerprint[:12]}….",
             "Pass the base model it was made for.",
         )
-    return checkpoint, found
+    return checkpoint, actual
 
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:

@@ -56,6 +56,7 @@ class AdapterFolder:
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, np.ndarray)}
 
     def num_parameters(self) -> int:
+        """Return how many numbers the weights are."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
@@ -85,25 +86,29 @@ class AdapterFolder:
                 differences.append(f"{name} is {tensor.dtype}, not {FLOAT32}")
             elif isinstance(tensor, np.ndarray) and not np.isfinite(tensor).all():
                 differences.append(f"{name} holds NaN or infinity")
-        self.refuse(differences + self.differences(wanted))
+        self.check_shapes(wanted, differences)
 
-    def differences(self, wanted: Mapping[str, Sequence[int | None]]) -> list[str]:
-        """How the tensors differ from `wanted`, shapes by name, where None is any size."""
-        found = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-        differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
-        differences += [f"extra {name}" for name in found.keys() - wanted.keys()]
-        for name in wanted.keys() & found.keys():
+    def _differences(self, wanted: Mapping[str, Sequence[int | None]]) -> list[str]:
+        shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        differences = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
+        differences += [f"extra {name}" for name in shapes.keys() - wanted.keys()]
+        for name in wanted.keys() & shapes.keys():
             shape = wanted[name]
-            fits = len(found[name]) == len(shape) and all(
-                b in (None, a) for a, b in zip(found[name], shape, strict=True)
+            fits = len(shapes[name]) == len(shape) and all(
+                b in (None, a) for a, b in zip(shapes[name], shape, strict=True)
             )
             if not fits:
-                said = ", ".join("any" if size is None else str(size) for size in shape)
-                differences.append(f"{name} is {found[name]}, not [{said}]")
+                expected = ", ".join("any" if size is None else str(size) for size in shape)
+                differences.append(f"{name} is {shapes[name]}, not [{expected}]")
         return differences
 
-    def refuse(self, differences: Sequence[str]) -> None:
-        if differences:
+    def check_shapes(self, wanted: Mapping[str, Sequence[int | None]], others: Sequence[str] = ()) -> None:
+        """Compare the tensors with `wanted`, shapes by name, where None is any size.
+
+        Raises:
+            AdapterError: There are differences, or `others` that were found before; all of them are named.
+        """
+        if differences := [*others, *self._differences(wanted)]:
             raise AdapterError(
                 f"{self.path / WEIGHTS_FILE} does not fit its config and base model.",
                 "; ".join(sorted(differences)) + ".",
@@ -122,8 +127,7 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
 
 
 def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
-    """The same from its config and the header of its weights alone, in which everything but the numbers is checked.
-    Its tensors have types and shapes, and no numbers.
+    """Read and check an adapter's config and the header of its weights; its tensors have types and shapes alone.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -131,28 +135,30 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise AdapterError(f"{path} is no adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`.")
-    said = read_config(folder, path)
+            raise AdapterError(
+                f"{path} is not an adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`."
+            )
+    stored = read_config(folder, path)
     try:
         entries = read_header(folder / WEIGHTS_FILE).tensors
     except ValueError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    found = AdapterFolder(folder, said.mechanism, said.base, entries, said.reference)
-    found.check()
-    return found
+    adapter = AdapterFolder(folder, stored.mechanism, stored.base, entries, stored.reference)
+    adapter.check()
+    return adapter
 
 
 def with_tensors(described: AdapterFolder) -> AdapterFolder:
     """What `describe_adapter` found, with its tensors read, and checked once more.
 
     Raises:
-        AdapterError: the weights are damaged, or hold what is no number.
+        AdapterError: the weights are damaged, or hold what is not a number.
     """
     file = described.path / WEIGHTS_FILE
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is damaged.", f"{error}.", "Fetch the adapter again.") from error
-    found = replace(described, tensors=tensors)
-    found.check()
-    return found
+    adapter = replace(described, tensors=tensors)
+    adapter.check()
+    return adapter

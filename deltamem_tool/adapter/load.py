@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,15 @@ def load(
         HubError: it is not there.
     """
     described = describe_adapter(path, revision)
-    checkpoint, found = find_base(path, described.base, base, base_revision, trust_remote_code)
+    checkpoint, actual_base = find_base(path, described.base, base, base_revision, trust_remote_code)
     with torch.device("meta"):
         expected = DeltaMemAdapter(described.config, select_layers(checkpoint.layers, described.config))
-    _refuse_misfit(expected, described)
+    described.check_shapes(shapes_of(expected))
     folder = with_tensors(described)
     model = checkpoint.load(**kwargs)
     adapter = DeltaMemAdapter(folder.config, select_layers(attention_layers(model), folder.config))
     fill(adapter, folder)
-    adapter.made_for = found
+    adapter.made_for = actual_base
     hook(model, adapter)
     return model.eval()
 
@@ -57,9 +58,10 @@ def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
     Raises:
         AdapterError: tensors are missing, extra or misshapen for this base model; all of them are named.
     """
-    _refuse_misfit(adapter, folder)
+    folder.check_shapes(shapes_of(adapter))
     adapter.load_state_dict({name: torch.tensor(weight) for name, weight in folder.numbers().items()})
 
 
-def _refuse_misfit(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:
-    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+def shapes_of(adapter: DeltaMemAdapter) -> dict[str, Sequence[int]]:
+    """Return the shape of every weight by its name in the file."""
+    return {name: tensor.shape for name, tensor in adapter.state_dict().items()}

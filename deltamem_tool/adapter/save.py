@@ -38,7 +38,7 @@ def write_adapter(
 ) -> None:
     """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format, and
     `files` lie beside."""
-    said: dict[str, Any] = {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "mechanism": adapter.config.to_dict(),
@@ -46,7 +46,7 @@ def write_adapter(
         "deltamem_version": __version__,
     }
     if reference is not None:
-        said["reference"] = reference
+        config["reference"] = reference
     broken = [name for name, tensor in adapter.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterError(
@@ -58,7 +58,7 @@ def write_adapter(
     if base.name and Path(base.name).is_dir() and Path(base.name).resolve() == Path(out).resolve():
         raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
     with folder_whole(out, overwrite) as staged:
-        (staged / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
+        (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
         for name, content in (files or {}).items():
             (staged / name).write_bytes(content)

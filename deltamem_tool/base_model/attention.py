@@ -65,23 +65,23 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         decoder = model.base_model
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     layouts = [layout for layout in LAYOUTS if layout.is_of(types)]
-    found = []
+    layers = []
     for name, module in decoder.named_modules():
         layout = next((layout for layout in layouts if layout.fits(module)), None)
         index = _index(name, module)
         other = _OTHER.search(name) or _OTHER_CLASS.search(type(module).__name__)
         if layout is not None and index is not None and not other:
-            _refuse_encoder(layout, text, called)
-            found.append(_layer(index, prefix + name, module, layout, text))
-    if not found:
+            _check_decoder(layout, text, called)
+            layers.append(_layer(index, prefix + name, module, layout, text))
+    if not layers:
         raise ArchitectureError(
             f"The attention of {called} is not known.", "No module has projections of a known layout.", _ADVICE
         )
-    found.sort(key=lambda layer: layer.index)
-    strange = _strange(found)
+    layers.sort(key=lambda layer: layer.index)
+    strange = _strange(layers)
     if strange:
         raise ArchitectureError(f"The attention of {called} is not laid out as its names say.", strange, _ADVICE)
-    return found
+    return layers
 
 
 _ADVICE = "`deltamem architectures` lists the models that take one, such as Qwen3, Llama or SmolLM3."
@@ -113,7 +113,7 @@ def _index(name: str, module: nn.Module) -> int | None:
     return int(number[1]) if number else None
 
 
-def _refuse_encoder(layout: Layout, config: PretrainedConfig, called: str) -> None:
+def _check_decoder(layout: Layout, config: PretrainedConfig, called: str) -> None:
     if layout.only_decoders and not getattr(config, "is_decoder", False):
         raise ArchitectureError(
             f"{called} takes no memory.",
@@ -139,34 +139,34 @@ def _strange(layers: Sequence[AttentionLayer]) -> str:
     return ""
 
 
-def select_layers(found: Sequence[AttentionLayer], config: DeltaMemConfig) -> list[AttentionLayer]:
+def select_layers(layers: Sequence[AttentionLayer], config: DeltaMemConfig) -> list[AttentionLayer]:
     """The layers that `config.layers` names; its parts count attention layers.
 
     Raises:
         ArchitectureError: an index names no attention layer, or there are fewer layers than a part asks for.
     """
     if config.layers == "all":
-        return list(found)
+        return list(layers)
     if config.layer_part is None:
-        return layers_at(found, [int(index) for index in config.layers])
+        return layers_at(layers, [int(index) for index in config.layers])
     part, count = config.layer_part
-    if count > len(found):
+    if count > len(layers):
         raise ArchitectureError(
             f"The model has no {count} attention layers.",
-            f"It has {len(found)}, and `layers` is {config.layers!r}.",
+            f"It has {len(layers)}, and `layers` is {config.layers!r}.",
             "Correct the option `layers`.",
         )
-    start = {"front": 0, "middle": (len(found) - count) // 2, "back": len(found) - count}[part]
-    return list(found[start : start + count])
+    start = {"front": 0, "middle": (len(layers) - count) // 2, "back": len(layers) - count}[part]
+    return list(layers[start : start + count])
 
 
-def layers_at(found: Sequence[AttentionLayer], indices: Sequence[int]) -> list[AttentionLayer]:
+def layers_at(layers: Sequence[AttentionLayer], indices: Sequence[int]) -> list[AttentionLayer]:
     """The layers of these indices, in order of depth.
 
     Raises:
         ArchitectureError: an index names no attention layer.
     """
-    by_index = {layer.index: layer for layer in found}
+    by_index = {layer.index: layer for layer in layers}
     missing = [index for index in indices if index not in by_index]
     if missing:
         raise ArchitectureError(

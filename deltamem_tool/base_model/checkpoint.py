@@ -60,7 +60,7 @@ class BaseCheckpoint:
         trust_remote_code: whether Python files of the checkpoint may run.
 
     Raises:
-        ArchitectureError: it is no causal language model, or it needs code that is not trusted.
+        ArchitectureError: it is not a causal language model, or it needs code that is not trusted.
         HubError: nothing is there.
     """
 
@@ -206,7 +206,7 @@ class BaseCheckpoint:
 
     def _parts(self, projection: Projection) -> list[str]:
         """All that is stored of a linear layer: of a quantised one several tensors, such as `qweight` and `scales`."""
-        return sorted(name for own, name in self._stored_as.items() if own.startswith(f"{projection.name}."))
+        return sorted(stored for name, stored in self._stored_as.items() if name.startswith(f"{projection.name}."))
 
     @cached_property
     def _weights(self) -> StoredWeights:
@@ -216,18 +216,18 @@ class BaseCheckpoint:
     def _stored_as(self) -> dict[str, str]:
         """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
         model = self._skeleton
-        own = model.state_dict()
+        parameters = model.state_dict()
         changes = get_model_conversion_mapping(model)
         renamings = [change for change in changes if isinstance(change, WeightRenaming)]
         converters = [change for change in changes if isinstance(change, WeightConverter)]
-        found: dict[str, str] = {}
+        stored: dict[str, str] = {}
         for name in self._weights.names:
-            renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+            renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
             if converted is None:
-                found[renamed] = name
-            elif name in own:
-                found[name] = name
-        return found
+                stored[renamed] = name
+            elif name in parameters:
+                stored[name] = name
+        return stored
 
     @cached_property
     def _converted(self) -> dict[str, Tensor]:
@@ -237,18 +237,18 @@ class BaseCheckpoint:
 
 
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
-    said = _config_on_disk(folder, name)
-    model_type = said.get("model_type")
-    own_code = isinstance(said.get("auto_map"), dict)
+    stored = _config_on_disk(folder, name)
+    model_type = stored.get("model_type")
+    own_code = isinstance(stored.get("auto_map"), dict)
     if not isinstance(model_type, str):
         raise ArchitectureError(
-            f"{name} is no checkpoint.", f"{folder / 'config.json'} names no model_type.", "Use another folder."
+            f"{name} is not a checkpoint.", f"{folder / 'config.json'} has no model_type.", "Use another folder."
         )
     if model_type not in CONFIG_MAPPING and not own_code:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
         raise ArchitectureError(
             f"The architecture {model_type!r} of {name} is not known.",
-            f"Near it are: {', '.join(near)}." if near else "Nothing in transformers is called like it.",
+            f"Similar ones are {', '.join(near)}." if near else "No architecture of transformers has a similar name.",
             "Use a checkpoint that transformers loads by itself, or update transformers.",
         )
     if own_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
@@ -257,11 +257,11 @@ def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Pretrained
             "That code could do anything on this machine; nothing of it has run.",
             f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
         )
-    causal = "AutoModelForCausalLM" in said["auto_map"] if own_code else False
+    causal = "AutoModelForCausalLM" in stored["auto_map"] if own_code else False
     decoders = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     if model_type not in decoders and not causal:
         raise ArchitectureError(
-            f"{name} ({model_type}) is no causal language model.",
+            f"{name} ({model_type}) is not a causal language model.",
             "A memory is attached to decoder-only language models.",
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
@@ -278,7 +278,7 @@ def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Pretrained
     usual = (decoders.get(model_type), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if head and not causal and not head.endswith(tuple(filter(None, usual))):
         raise ArchitectureError(
-            f"{name} ({model_type}) is no causal language model.",
+            f"{name} ({model_type}) is not a causal language model.",
             f"Its checkpoint was made for {head}.",
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
@@ -294,24 +294,24 @@ def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
     file = folder / "config.json"
     if (folder / "model_index.json").is_file():
         raise ArchitectureError(
-            f"{name} is a diffusion pipeline, no causal language model.",
+            f"{name} is a diffusion pipeline, not a causal language model.",
             f"There is a model_index.json in {folder}.",
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
     if not file.is_file() and (folder / "adapter_config.json").is_file():
         raise ArchitectureError(
-            f"{name} is a PEFT adapter, no checkpoint.",
+            f"{name} is a PEFT adapter, not a checkpoint.",
             f"There is an adapter_config.json in {folder}, and no config.json.",
             "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
         )
     if not file.is_file():
         raise ArchitectureError(
-            f"{name} is no checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
+            f"{name} is not a checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
         )
     try:
-        said = read_json(file, finite=False)  # transformers writes Infinity
+        config = read_json(file, finite=False)  # transformers writes Infinity
     except ValueError as error:
         raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
-    if not isinstance(said, dict):
-        raise ArchitectureError(f"{name} is no checkpoint.", f"{file} names no model_type.", "Use another folder.")
-    return said
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"{name} is not a checkpoint.", f"{file} has no model_type.", "Use another folder.")
+    return config

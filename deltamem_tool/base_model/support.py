@@ -47,15 +47,15 @@ def types_named(part: str) -> list[Support]:
         ArchitectureError: none has it.
     """
     types = supported_types()
-    found = [row for row in types if _plain(part) in _plain(row.model_type)]
-    if not found:
+    matches = [row for row in types if _plain(part) in _plain(row.model_type)]
+    if not matches:
         near = difflib.get_close_matches(_plain(part), [row.model_type for row in types], n=3, cutoff=0.5)
         raise ArchitectureError(
             f"No model type of transformers {transformers_version()} has {part!r} in its name.",
             f"Similar ones are {', '.join(near)}." if near else "",
             "`deltamem architectures` lists them all. Of a newer or a custom one, `deltamem patch` tells.",
         )
-    return found
+    return matches
 
 
 def _plain(name: str) -> str:

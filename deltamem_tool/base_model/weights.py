@@ -33,13 +33,13 @@ def files_of_index(index: Path) -> dict[str, str]:
         ArchitectureError: it is no such index, or names files outside of its folder.
     """
     try:
-        said = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
-        if not said or not all(isinstance(file, str) and Path(file).name == file for file in said.values()):
+        files = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
+        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
             raise ValueError("weight_map must name files beside it")
     except (ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}."
-        raise ArchitectureError(f"{index} is no index of weights.", why, "Fetch the checkpoint again.") from error
-    return said
+        raise ArchitectureError(f"{index} is not a weight index.", why, "Fetch the checkpoint again.") from error
+    return files
 
 
 class StoredWeights:
@@ -81,25 +81,25 @@ class StoredWeights:
 
     def _index(self) -> dict[str, str]:
         """File of each weight. Every file is opened, which shows whether it is there and whole."""
-        found = next((file for file in WEIGHT_FILES if (self.folder / file).is_file()), None)
-        if found is None:
+        file = next((file for file in WEIGHT_FILES if (self.folder / file).is_file()), None)
+        if file is None:
             raise ArchitectureError(
                 f"{self.checkpoint} has no safetensors weights.",
                 f"There is neither a model.safetensors nor a pytorch_model.bin in {self.folder}.",
                 "Save the model with save_pretrained, or use another checkpoint.",
             )
-        if not found.endswith(".json"):
-            return dict.fromkeys(self._names_in(found), found)
-        said = files_of_index(self.folder / found)
-        there = {file: self._names_in(file) for file in sorted(set(said.values()))}
-        lacking = [name for name, file in said.items() if name not in there[file]]
+        if not file.endswith(".json"):
+            return dict.fromkeys(self._names_in(file), file)
+        file_of = files_of_index(self.folder / file)
+        names_in = {file: self._names_in(file) for file in sorted(set(file_of.values()))}
+        lacking = [name for name, file in file_of.items() if name not in names_in[file]]
         if lacking:
             raise ArchitectureError(
-                f"{self.folder / said[lacking[0]]} is not what the index says.",
+                f"{self.folder / file_of[lacking[0]]} does not match the index.",
                 f"It lacks {lacking[0]}.",
                 "Fetch the checkpoint again.",
             )
-        return said
+        return file_of
 
     def _names_in(self, file: str) -> set[str]:
         path = self.folder / file
@@ -118,9 +118,9 @@ class StoredWeights:
             return self._old[path.name]
         try:
             in_parts = zipfile.is_zipfile(path)
-            said = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
-            if not isinstance(said, Mapping) or not all(isinstance(value, Tensor) for value in said.values()):
-                raise ValueError("it is no mapping from names to weights")
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
+            if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+                raise ValueError("it is not a mapping from names to weights")
         except pickle.UnpicklingError as error:
             raise ArchitectureError(
                 f"{path} cannot be read.", "It is cut short, or holds more than weights.", "Fetch the checkpoint again."
@@ -128,5 +128,5 @@ class StoredWeights:
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise ArchitectureError(f"{path} cannot be read.", f"{first_line(error)}.", _AGAIN) from error
         if not in_parts:
-            self._old[path.name] = said
-        return said
+            self._old[path.name] = weights
+        return weights

@@ -90,7 +90,7 @@ def check_writable(path: str | Path) -> None:
     """Raise if nothing can be written at `path`, whose missing parents would be made."""
     parent = next(parent for parent in Path(path).resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "You may not write there" if parent.is_dir() else "It is no folder"
+        why = "You may not write there" if parent.is_dir() else "It is not a folder"
         raise DeltaMemError(f"{path} cannot be written into {parent}.", f"{why}.", "Choose another place.")
 
 

@@ -77,23 +77,23 @@ def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = Fal
             what, f"The connection failed: {redacted(first_line(causes[-1]))}.", f"Check the network. {_LATER}"
         )
     if isinstance(causes[-1], ValueError | KeyError):
-        return HubError(what, "What came is no answer of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
+        return HubError(what, "What came is not an answer of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
     return HubError(what, f"{redacted(first_line(error))}.", f"Check the network. {_LATER}")
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
     """`error` and what it came from, outermost first."""
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found
+    return causes
 
 
 # Asked for in this order: a gated repository is also one that is not found.
 _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
     OfflineModeIsEnabled: (
-        "HF_HUB_OFFLINE is set, and the Hub's cache here does not hold it.",
+        "HF_HUB_OFFLINE is set, and it is not in the local cache of the Hub.",
         "Unset HF_HUB_OFFLINE, or fetch it once while you are online.",
     ),
     GatedRepoError: ("It is gated, and your token has no access.", f"Ask for access at {{url}}. {LOGIN}"),
@@ -102,15 +102,15 @@ _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
         "There is no such repository on the Hub, or it is private and you have no access.",
         f"Check the name. {LOGIN}",
     ),
-    HFValidationError: ("This is no name of a repository.", "A name is OWNER/NAME, of letters, digits, -, _ and dots."),
+    HFValidationError: ("This is not a repository name.", "A name is OWNER/NAME, of letters, digits, -, _ and dots."),
 }
 
 
 def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, str]:
     """Why, and what next, by the status of the Hub's answer."""
     status = error.response.status_code
-    said = redacted(error.server_message or "").strip().splitlines()
-    words = f" It says: {said[0].rstrip('.')}." if said else ""
+    lines = redacted(error.server_message or "").strip().splitlines()
+    words = f" It says: {lines[0].rstrip('.')}." if lines else ""
     if status in (401, 403) and not str(error.response.url).startswith(constants.ENDPOINT):
         return (
             f"The Hub's storage refuses it ({status}).{words}",

@@ -93,11 +93,11 @@ def _missing(names: list[str], extra: str) -> InstallationError:
 
 
 def _check_version(requirement: Requirement, name: str) -> None:
-    found = _installed(name)
-    if found is None or requirement.specifier.contains(found, prereleases=True):
+    installed = _installed(name)
+    if installed is None or requirement.specifier.contains(installed, prereleases=True):
         return
     raise InstallationError(
-        f"{name} {found} is installed, and this version of deltamem works with {_bounds(requirement)}.",
+        f"{name} {installed} is installed, and this version of deltamem works with {_bounds(requirement)}.",
         "Other versions have other names for what it uses: it could fail midway, or compute something else.",
         f"pip install '{name}{_bounds(requirement)}', or set {IGNORE}=1 to try it as it is.",
     )
@@ -109,20 +109,20 @@ def _bounds(requirement: Requirement) -> str:
 
 
 def _check_runtime(requirement: Requirement) -> None:
-    found = [name for name in RUNTIMES if _installed(name)]
-    if not found:
+    runtimes = [name for name in RUNTIMES if _installed(name)]
+    if not runtimes:
         raise InstallationError(
             "This needs ONNX Runtime, which is not installed.",
             f"It comes with the extra 'cpu' of {PACKAGE}, or with 'gpu' for NVIDIA's GPUs.",
             f"pip install '{PACKAGE}[cpu]', or '{PACKAGE}[gpu]'",
         )
-    if len(found) > 1:
+    if len(runtimes) > 1:
         raise InstallationError(
-            f"{' and '.join(found)} are installed over each other.",
+            f"{' and '.join(runtimes)} are installed over each other.",
             "They bring the same package, onnxruntime: its files are a mixture of both.",
-            f"pip uninstall -y {' '.join(found)} && pip install '{found[0]}{_bounds(requirement)}'",
+            f"pip uninstall -y {' '.join(runtimes)} && pip install '{runtimes[0]}{_bounds(requirement)}'",
         )
-    _check_version(requirement, found[0])
+    _check_version(requirement, runtimes[0])
 
 
 def _check_torch(requirement: Requirement) -> None:

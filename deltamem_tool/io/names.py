@@ -26,7 +26,7 @@ _SNAPSHOTS = "snapshots"  # of the Hub's cache: below it is a folder for each co
 
 
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:
-    """`name` taken apart, with `revision` if it names none; None if it is no name on the Hub, or a folder here.
+    """`name` taken apart, with `revision` if it names none; None if it is not a valid Hub id, or a folder here.
 
     Raises:
         HubError: it is one and cannot be, or names another revision than `revision`.
@@ -40,16 +40,16 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     from huggingface_hub.utils import parse_hf_uri
 
     try:
-        found = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
+        uri = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
     except HfUriError as error:
         raise HubError(
-            f"{name} is no name on the Hub.", error.msg, "Write OWNER/NAME or OWNER/NAME@REVISION."
+            f"{name} is not a valid Hub id.", error.msg, "Write OWNER/NAME or OWNER/NAME@REVISION."
         ) from error
-    if found.type != "model":
-        raise HubError(f"{name} is a {found.type} on the Hub.", "", "Give a model's repository, OWNER/NAME.")
-    if revision is not None and found.revision not in (None, revision):
+    if uri.type != "model":
+        raise HubError(f"{name} is a {uri.type} on the Hub.", "", "Give a model's repository, OWNER/NAME.")
+    if revision is not None and uri.revision not in (None, revision):
         raise HubError(f"{name} names another revision than {revision}.", "", "Say it once.")
-    return replace(found, revision=found.revision or revision, path_in_repo=found.path_in_repo.strip("/"))
+    return replace(uri, revision=uri.revision or revision, path_in_repo=uri.path_in_repo.strip("/"))
 
 
 def on_hub(name: str, revision: str | None = None) -> HfUri:
@@ -58,9 +58,9 @@ def on_hub(name: str, revision: str | None = None) -> HfUri:
     Raises:
         HubError: it cannot be.
     """
-    found = hub_name(name if name.startswith(_HUB) else _HUB + name, revision)
-    assert found is not None  # with hf:// it is a name on the Hub
-    return found
+    uri = hub_name(name if name.startswith(_HUB) else _HUB + name, revision)
+    assert uri is not None  # with hf:// it is a name on the Hub
+    return uri
 
 
 def hub_id(name: str) -> str:
@@ -71,7 +71,7 @@ def hub_id(name: str) -> str:
     """
     hub = on_hub(name)
     if hub.revision is not None or hub.path_in_repo:
-        raise HubError(f"{name} is no name of a repository.", "", "Write OWNER/NAME.")
+        raise HubError(f"{name} is not a repository name.", "", "Write OWNER/NAME.")
     return hub.id
 
 
@@ -95,7 +95,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: 
     if name.startswith(BUILTIN):
         shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}
         if name not in shipped:
-            raise HubError(f"The package ships no {name}.", "", f"It ships: {', '.join(shipped)}.")
+            raise HubError(f"The package does not ship {name}.", "", f"It ships: {', '.join(shipped)}.")
         return shipped[name]
     hub = hub_name(name, revision)
     if hub is not None:

@@ -38,11 +38,11 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
     """
     hooks: Any = {"parse_constant": _check_constant, "parse_float": _finite} if finite else {}
     try:
-        said = json.loads(text, **hooks)
+        value = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("its objects and lists are too deep in each other") from error
-    _check_depth(said, MAX_DEPTH)
-    return said
+    _check_depth(value, MAX_DEPTH)
+    return value
 
 
 def read_json(path: Path, finite: bool = True) -> Any:
@@ -51,7 +51,7 @@ def read_json(path: Path, finite: bool = True) -> Any:
 
 
 def _check_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _finite(digits: str) -> float:
@@ -61,10 +61,10 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _check_depth(said: Any, room: int) -> None:
-    if not isinstance(said, dict | list):
+def _check_depth(value: Any, room: int) -> None:
+    if not isinstance(value, dict | list):
         return
     if room == 0:
         raise ValueError(f"it is deeper than {MAX_DEPTH} objects and lists in each other")
-    for part in said.values() if isinstance(said, dict) else said:
+    for part in value.values() if isinstance(value, dict) else value:
         _check_depth(part, room - 1)

@@ -63,25 +63,27 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"There is no recipe {path}.", "", "Give the path of a YAML file; `recipes/` has some.")
+        raise ConfigError(
+            f"There is no recipe {path}.", "", "Pass the path of a YAML file, such as those of `recipes/`."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
     document = read_yaml(text, str(path))
-    said = {} if document.value is None else document.value
-    if not isinstance(said, dict):
-        raise ConfigError(f"{path} is no recipe.", "It is not a mapping of keys to values.", "Correct the file.")
+    content = {} if document.value is None else document.value
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a recipe.", "It is not a mapping of keys to values.", "Correct the file.")
     places = {key: _Place(lines[-1], f"line {lines[-1]}") for key, lines in document.lines.items()}
     placed = [(places[key], why) for key, why in _twice(document)]
     for number, change in enumerate(changes):
         place = _Place(1e9 + number, f"--set {change}")
-        placed += [(place, why) for why in _apply(said, change, place, places)]
+        placed += [(place, why) for why in _apply(content, change, place, places)]
     if out is not None:
-        said["out"] = out
+        content["out"] = out
         places[("out",)] = _Place(math.inf, "--out")
-    problems = _complete_memory(said, places)
-    recipe, others = _build(said)
+    problems = _complete_memory(content, places)
+    recipe, others = _build(content)
     problems += others
     placed += [(_place(problem.keys, places), problem.why) for problem in problems]
     if recipe is None or placed:
@@ -116,9 +118,9 @@ def _twice(document: Document) -> list[tuple[Key, str]]:
     ]
 
 
-def _complete_memory(said: dict[str, Any], places: dict[Key, _Place]) -> list[Problem]:
+def _complete_memory(content: dict[str, Any], places: dict[Key, _Place]) -> list[Problem]:
     """Give options of the memory their names of today, and those of a preset that are not given; say what is wrong."""
-    memory = said.get("memory")
+    memory = content.get("memory")
     if not isinstance(memory, dict):
         return []
     problems = []
@@ -138,45 +140,45 @@ def _complete_memory(said: dict[str, Any], places: dict[Key, _Place]) -> list[Pr
         problems.append(Problem((("memory", "preset"),), why))
         preset = None
     options = {key: value for key, value in memory.items() if key != "preset"}
-    said["memory"] = {**PRESETS[preset], **options} if preset else options
+    content["memory"] = {**PRESETS[preset], **options} if preset else options
     return problems
 
 
-def _apply(said: dict[str, Any], change: str, place: _Place, places: dict[Key, _Place]) -> list[str]:
+def _apply(content: dict[str, Any], change: str, place: _Place, places: dict[Key, _Place]) -> list[str]:
     """Make `change` in what the recipe says, and note its place. What is wrong with it comes back."""
     words, equals, text = change.partition("=")
     key = tuple(words.strip().split("."))
     if not equals:
-        return ["it is no key=value: write for example --set training.steps=100"]
+        return ["it is not key=value: write for example --set training.steps=100"]
     try:
         document = read_yaml(text, "its value")
     except ConfigError as error:
         return [error.what.rstrip(".")]
     for depth, parent in enumerate(key[:-1], start=1):
-        said = said.setdefault(parent, {})
-        if not isinstance(said, dict):
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
             return [f"{'.'.join(key[:depth])} has no keys inside"]
         places.setdefault(key[:depth], place)
     for inside in [known for known in places if known[: len(key)] == key]:
         del places[inside]
     places[key] = place
-    said[key[-1]] = document.value
+    content[key[-1]] = document.value
     return [f"{key} is given more than once" for key in {key[-1] for key, _ in _twice(document)}]
 
 
-def _build(said: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _build(content: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, or everything that is wrong with it."""
     recipe, problems = None, []
     try:
-        recipe = _READER.validate_python(said)
+        recipe = _READER.validate_python(content)
     except ValidationError as error:
         problems = problems_of(error, KNOWN)
-    values = {**_DEFAULTS, **said}
+    values = {**_DEFAULTS, **content}
     for name in SECTIONS:
-        if isinstance(said.get(name), dict):
-            values |= {f"{name}.{key}": value for key, value in said[name].items()}
+        if isinstance(content.get(name), dict):
+            values |= {f"{name}.{key}": value for key, value in content[name].items()}
     for problem in problems:  # what is wrong by itself breaks no rule
         wrong = ".".join(problem.keys[0])
         values = {key: value for key, value in values.items() if not f"{key}.".startswith(f"{wrong}.")}
-    values |= {key: said[key] for key in ("lora", "memory") if key in said}  # given is what counts, right or not
+    values |= {key: content[key] for key in ("lora", "memory") if key in content}  # given is what counts, right or not
     return recipe, [*problems, *broken(values)]

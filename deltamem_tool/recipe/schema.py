@@ -55,12 +55,14 @@ def _as_pairs(value: Any) -> Any:
         value = dict(value)
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError("must have keys inside")
-    for name, given in value.items():
+    for name, option in value.items():
         plain = (
-            given is None or isinstance(given, (bool, int, str)) or (isinstance(given, float) and math.isfinite(given))
+            option is None
+            or isinstance(option, bool | int | str)
+            or (isinstance(option, float) and math.isfinite(option))
         )
         if not plain:
-            raise ValueError(f"has {name!r}, which must be a number, text, true, false or null, not {shown(given)}")
+            raise ValueError(f"has {name!r}, which must be a number, text, true, false or null, not {shown(option)}")
     return tuple(sorted(value.items()))
 
 

@@ -57,15 +57,15 @@ def read_changes(changes: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one is no such pair, or a key is given again.
     """
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for change in changes:
         key, equals, text = (part.strip() for part in change.partition("="))
         if not key or not equals:
-            raise ConfigError(f"{change!r} is no KEY=VALUE.", "", "Write for example --set episodes=50.")
-        if key in said:
+            raise ConfigError(f"{change!r} is not KEY=VALUE.", "", "Write for example --set episodes=50.")
+        if key in values:
             raise ConfigError(f"{key} is given more than once.", "", "Leave one.")
-        said[key] = read_yaml(text, f"The value of {key}").value
-    return said
+        values[key] = read_yaml(text, f"The value of {key}").value
+    return values
 
 
 def _number(node: yaml.Node, at: Key, document: Document) -> None:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltamem_tool._compat import Conv1D
 from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.tokenizer import read_tokenizer
@@ -108,7 +109,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
         numbers = sum(map(math.prod, shape.layers.values())) + len(adapter.layer_indices) * shape.segment_width
         memory_bytes = torch.float32.itemsize * numbers
         if folder is not None:
-            folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+            folder.check_shapes(shapes_of(adapter))
         trained, granularity = adapter.num_parameters(), memory.granularity
         if len(adapter.layer_indices) < len(attention_layers(skeleton)):
             notes.append("Activations are counted as if every layer had a memory.")

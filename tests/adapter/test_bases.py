@@ -98,7 +98,7 @@ def test_a_damaged_base_is_refused(base, tmp_path):
     broken = shutil.copytree(base, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    for content, says in ((None, "cannot be read"), ("[]", "no checkpoint|not JSON"), ("{", "not JSON")):
+    for content, says in ((None, "cannot be read"), ("[]", "not a checkpoint|not JSON"), ("{", "not JSON")):
         if content is not None:
             (broken / "config.json").write_text(content)
         with pytest.raises(ArchitectureError, match=says):

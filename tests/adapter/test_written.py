@@ -142,8 +142,8 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch
         (tmp_path / "here" / "below", "folder you are in"),
         ("..", "folder you are in"),
         ("/proc", "mount point"),
-        (tmp_path / "file" / "adapter", "is no folder"),
-        (tmp_path / "file" / "deep" / "adapter", "is no folder"),
+        (tmp_path / "file" / "adapter", "is not a folder"),
+        (tmp_path / "file" / "deep" / "adapter", "is not a folder"),
     ):
         with pytest.raises(DeltaMemError, match=says):
             create_adapter("/no/base/is/looked/for", CONFIG, out, overwrite=overwrite)

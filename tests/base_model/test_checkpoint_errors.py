@@ -83,7 +83,7 @@ def test_a_diffusion_pipeline(refused, tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "near"),
-    [("qwen33", "qwen3"), ("lama", "llama"), ("bertt", "bert"), ("xyzzy-9", "Nothing in transformers")],
+    [("qwen33", "qwen3"), ("lama", "llama"), ("bertt", "bert"), ("xyzzy-9", "No architecture of transformers")],
 )
 def test_a_model_type_that_is_not_known(refused, base, model_type, near):
     refused(change(base, model_type=model_type), repr(model_type), "not known", near, "update transformers")
@@ -96,7 +96,7 @@ def test_no_model_type(refused, base, value):
 
 def test_an_empty_folder(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no checkpoint", "config.json")
+    refused(tmp_path / "empty", "not a checkpoint", "config.json")
 
 
 def test_a_config_that_cannot_be(refused, base):
@@ -140,7 +140,7 @@ def test_a_piece_that_is_cut_short_or_missing(refused, pieces, keeps, which):
 )
 def test_a_damaged_index(refused, pieces, base, content):
     (pieces / INDEX).write_text(content)
-    refused(pieces, INDEX, "no index", "again")
+    refused(pieces, INDEX, "not a weight index", "again")
 
 
 def test_an_index_of_other_files(refused, pieces):
@@ -167,7 +167,7 @@ def test_a_torch_file_that_would_run_code(refused, as_bin, tmp_path):
         write(as_bin / "pytorch_model.bin")
         refused(as_bin, "pytorch_model.bin", "more than weights")
     torch.save(["no", "names"], as_bin / "pytorch_model.bin")
-    refused(as_bin, "pytorch_model.bin", "no mapping")
+    refused(as_bin, "pytorch_model.bin", "not a mapping")
     assert not (tmp_path / "ran").exists()
 
 

@@ -97,8 +97,8 @@ def test_the_good_ones_load(folder, memory, loaded):
     ("path", "value", "says"),
     [
         ("format_version", 2, "adapter format 2"),
-        ("format_version", 0, "no adapter folder"),
-        ("format_version", 1.0, "no adapter folder"),
+        ("format_version", 0, "not an adapter folder"),
+        ("format_version", 1.0, "not an adapter folder"),
         ("base.fingerprint", "0" * 64, "another base model"),
         ("base.model_type", "llama", "another base model"),
         ("base.name", "a" * 5000, "too long"),

@@ -60,10 +60,10 @@ def write_recipe(folder: Path, base: Path, **sections) -> Path:
 @pytest.mark.parametrize(
     ("model_type", "architecture", "says"),
     [
-        ("t5", "T5ForConditionalGeneration", ["t5", "no causal language model", "such as Qwen3"]),
-        ("bert", "BertForMaskedLM", ["bert", "no causal language model", "BertForMaskedLM", "such as Qwen3"]),
+        ("t5", "T5ForConditionalGeneration", ["t5", "not a causal language model", "such as Qwen3"]),
+        ("bert", "BertForMaskedLM", ["bert", "not a causal language model", "BertForMaskedLM", "such as Qwen3"]),
         ("bert", "BertModel", ["bert", "BertModel", "such as Qwen3"]),
-        ("qwen33", "Qwen33ForCausalLM", ["'qwen33'", "not known", "Near it are: qwen3", "update transformers"]),
+        ("qwen33", "Qwen33ForCausalLM", ["'qwen33'", "not known", "Similar ones are qwen3", "update transformers"]),
         ("xyzzy-9", None, ["'xyzzy-9'", "not known"]),
         ("gpt2", "GPT2LMHeadModel", ["no safetensors weights", "save_pretrained"]),
     ],
@@ -111,11 +111,11 @@ def test_a_folder_that_is_not_there(here, deltamem, name):
 
 def test_a_folder_that_is_no_checkpoint(here, deltamem):
     (here / "empty").mkdir()
-    deltamem("patch", "empty", "--out", "adapter").assert_short_error("no checkpoint", "config.json", code=1)
-    deltamem("inspect", "empty").assert_short_error("no adapter folder", "deltamem patch", code=1)
-    deltamem("eval", "empty").assert_short_error("no adapter folder", "deltamem patch", code=1)
+    deltamem("patch", "empty", "--out", "adapter").assert_short_error("not a checkpoint", "config.json", code=1)
+    deltamem("inspect", "empty").assert_short_error("not an adapter folder", "deltamem patch", code=1)
+    deltamem("eval", "empty").assert_short_error("not an adapter folder", "deltamem patch", code=1)
     (here / "empty" / "config.json").write_text("[]")
-    deltamem("patch", "empty", "--out", "adapter").assert_short_error("no checkpoint", code=1)
+    deltamem("patch", "empty", "--out", "adapter").assert_short_error("not a checkpoint", code=1)
     assert set(listing(here)) == {"empty/", "empty/config.json"}
 
 
@@ -159,7 +159,7 @@ def test_what_is_there_is_not_overwritten(here, deltamem, checkpoint):
 def test_a_place_that_cannot_be_written(here, deltamem, checkpoint, options):
     (here / "file").write_text("mine")
     before = listing(here)
-    for out, says in ((".", "folder you are in"), ("file/adapter", "is no folder")):
+    for out, says in ((".", "folder you are in"), ("file/adapter", "is not a folder")):
         done = deltamem("patch", "/no/base/is/looked/for", "--out", out, *options)
         done.assert_short_error(says, "Choose", code=1)
     assert listing(here) == before
@@ -193,7 +193,7 @@ def test_a_memory_is_a_file_that_can_be_written(here, deltamem):
         done = deltamem("run", "nowhere", "--prompt", "Hi", option, "folder")
         assert done.code == 2 and "'folder' is a directory" in done.err and "Traceback" not in done.err
     done = deltamem("run", "nowhere", "--prompt", "Hi", "--save-memory", "file/memory")
-    done.assert_short_error("is no folder", "Choose another place", code=1)  # before the model is looked for
+    done.assert_short_error("is not a folder", "Choose another place", code=1)  # before the model is looked for
 
 
 def test_a_device_that_is_not_there(here, deltamem):

@@ -128,7 +128,7 @@ def test_what_is_refused_before_the_model_loads(here, deltamem):
     (here / "onnx" / "deltamem_onnx.json").write_text("{}")
     before = listing(here)
     done = deltamem("chat", "nowhere", "--memory", "file/me")
-    done.assert_short_error("is no folder", "Choose another place", code=1)
+    done.assert_short_error("is not a folder", "Choose another place", code=1)
     deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is not a memory file", code=1)
     deltamem("chat", "nowhere", "--memory", ".").assert_short_error("is a directory", code=2)
     deltamem("chat", "nowhere", "--provider", "cpu").assert_short_error("--provider", "ONNX folder", code=2)

@@ -220,7 +220,7 @@ def test_pictures_do_not_replace_the_memory(here, deltamem):
     for name in ("memory", "./other"):
         done = deltamem("inspect", "memory", "other", "--plot", name)
         done.assert_short_error("is the memory file itself", "another file", code=1)
-    deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is no folder", code=1)
+    deltamem("inspect", "memory", "--plot", "file/a.png").assert_short_error("is not a folder", code=1)
     assert listing(here) == before
 
 

@@ -101,17 +101,17 @@ _OF_A_FRESH_DELTA = ("base_slice_ref_width", "online_gain")  # any number: a sav
 _ARCHIVED = DEFAULTS.keys() - {*_FIELDS.values(), *_OF_A_FRESH_DELTA, "delta_scale_granularity"}
 
 
-def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
-    """Our options for the fields `said` of the reference's config `file`; those left out have its defaults.
+def mechanism_of(fields: Mapping[str, Any], file: Path) -> DeltaMemConfig:
+    """Our options for the fields `fields` of the reference's config `file`; those left out have its defaults.
 
     Raises:
         AdapterError: a field is unknown, missing or has a value that we have nothing for; it is named.
     """
-    problems = [f"{name} is missing" for name in _REQUIRED if name not in said]
-    for name in said.keys() - DEFAULTS.keys():
+    problems = [f"{name} is missing" for name in _REQUIRED if name not in fields]
+    for name in fields.keys() - DEFAULTS.keys():
         near = difflib.get_close_matches(name, DEFAULTS, n=1)
-        problems.append(f"{name!r} is not known" + (f" (is {near[0]!r} meant?)" if near else ""))
-    full = {**DEFAULTS, **said}
+        problems.append(f"{name!r} is not known" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    full = {**DEFAULTS, **fields}
     for name in _ARCHIVED:
         if not _same(full[name], DEFAULTS[name]):
             problems.append(f"{name} is {full[name]!r}, and only {DEFAULTS[name]!r} is supported")
@@ -150,23 +150,23 @@ def mechanism_of(said: Mapping[str, Any], file: Path) -> DeltaMemConfig:
 def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
     """The reference's config for ours. `original`, which is one that `mechanism_of` accepts, keeps its fields and their
     order; those that say something else than `config` are changed. `layers` are the indices that have a memory."""
-    found = dict(original)
+    fields = dict(original)
     was, now = mechanism_of(original, Path(REFERENCE_CONFIG)), config
     for ours, theirs in _FIELDS.items():
         value = getattr(now, ours)
         if value == getattr(was, ours):
             continue
         if ours == "layers":
-            found[theirs] = [] if value == "all" else list(layers) if isinstance(value, str) else list(value)
+            fields[theirs] = [] if value == "all" else list(layers) if isinstance(value, str) else list(value)
         elif ours == "delta_scale":
-            found[theirs] = value != "fixed"
+            fields[theirs] = value != "fixed"
             if value != "fixed":
-                found["delta_scale_granularity"] = next(name for name, known in _SCALES.items() if known == value)
+                fields["delta_scale_granularity"] = next(name for name, known in _SCALES.items() if known == value)
         elif theirs in _VALUES:
-            found[theirs] = next(name for name, known in _VALUES[theirs].items() if known == value)
+            fields[theirs] = next(name for name, known in _VALUES[theirs].items() if known == value)
         else:
-            found[theirs] = list(value) if isinstance(value, tuple) else value
-    return found
+            fields[theirs] = list(value) if isinstance(value, tuple) else value
+    return fields
 
 
 def _same(value: object, legal: object) -> bool:

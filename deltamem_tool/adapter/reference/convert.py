@@ -24,6 +24,7 @@ from torch import Tensor
 from deltamem_tool.adapter.config_file import CONFIG_FILE, BaseModel
 from deltamem_tool.adapter.find_base import base_of, find_base
 from deltamem_tool.adapter.folder import name_in, read_adapter
+from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.adapter.reference.config import DEFAULTS, REFERENCE_CONFIG, config_of, mechanism_of
 from deltamem_tool.adapter.save import write_adapter
 from deltamem_tool.base_model.attention import AttentionLayer, select_layers
@@ -112,12 +113,12 @@ def _from_reference(
     for name in (REFERENCE_CONFIG, REFERENCE_WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(
-                f"{src} is no adapter of the reference implementation.",
+                f"{src} is not an adapter of the reference implementation.",
                 f"It has no {name}.",
                 "Pass --to reference (to=) if it is one of deltamem's." if _is_ours(folder) else "Use another folder.",
             )
-    said = _read_config(folder / REFERENCE_CONFIG)
-    config = mechanism_of(said, folder / REFERENCE_CONFIG)
+    fields = _read_config(folder / REFERENCE_CONFIG)
+    config = mechanism_of(fields, folder / REFERENCE_CONFIG)
     if base is None:
         raise AdapterError(
             f"{src} does not say what its base model is.",
@@ -135,14 +136,14 @@ def _from_reference(
         if name is not None
     }
     adapter.load_state_dict(ours, assign=True)
-    found = base_of(checkpoint)
+    base_model = base_of(checkpoint)
     dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name, _, _ in _entries(adapter, layers)}
     by_count = tuple(name for name, _ in Counter(dtypes.values()).most_common())
-    origin: dict[str, Any] = {"config": said, "dtype": by_count[0]}
+    origin: dict[str, Any] = {"config": fields, "dtype": by_count[0]}
     if len(by_count) > 1:
         origin["other_dtypes"] = {name: dtype for name, dtype in dtypes.items() if dtype != by_count[0]}
-    write_adapter(adapter, found, dst, overwrite, origin)
-    return Converted(dst, "deltamem", found, adapter.num_parameters(), by_count)
+    write_adapter(adapter, base_model, dst, overwrite, origin)
+    return Converted(dst, "deltamem", base_model, adapter.num_parameters(), by_count)
 
 
 def _to_reference(
@@ -151,10 +152,10 @@ def _to_reference(
     if Path(src).is_dir() and not _is_ours(Path(src)) and (Path(src) / REFERENCE_CONFIG).is_file():
         raise AdapterError(f"{src} is an adapter of the reference implementation already.", "", "Leave --to (to=) out.")
     folder = read_adapter(src, revision)
-    checkpoint, found = find_base(src, folder.base, base, base_revision)
+    checkpoint, base_model = find_base(src, folder.base, base, base_revision)
     layers = _layers(checkpoint, folder.config)
     adapter = _on_meta(folder.config, layers)
-    folder.refuse(folder.differences({name: tensor.shape for name, tensor in adapter.state_dict().items()}))
+    folder.check_shapes(shapes_of(adapter))
     original, dtype, other_dtypes = _origin(folder.reference, folder.path)
     config = config_of(folder.config, [layer.index for layer in layers], original)
     numbers = folder.numbers()
@@ -170,7 +171,7 @@ def _to_reference(
         torch.save(tensors, staged / REFERENCE_WEIGHTS)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     count = sum(tensor.numel() for tensor in tensors.values())
-    return Converted(dst, "reference", found, count, tuple(name for name, _ in dtypes.most_common()))
+    return Converted(dst, "reference", base_model, count, tuple(name for name, _ in dtypes.most_common()))
 
 
 def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:
@@ -236,12 +237,12 @@ def _is_ours(folder: Path) -> bool:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        said = read_json(file, finite=False)  # what is no number is named below
+        fields = read_json(file, finite=False)  # what is not a number is named below
     except ValueError as error:
         raise AdapterError(f"{file} is not JSON.", f"{error}.", "Fetch the adapter again.") from error
-    if not isinstance(said, dict):
-        raise AdapterError(f"{file} is no config of an adapter.", "It is no JSON object.", "Fetch the adapter again.")
-    return said
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{file} is not an adapter config.", "It is not a JSON object.", "Fetch the adapter again.")
+    return fields
 
 
 def _read_pickle(file: Path) -> dict[Any, Any]:
@@ -254,36 +255,36 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickles in another protocol, which are read or refused all the same
-            found = torch.load(content, map_location="cpu", weights_only=True)
+            tensors = torch.load(content, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"It names {named[1]}, which is no tensor" if named else "It holds something else than tensors"
+        why = f"It names {named[1]}, which is not a tensor" if named else "It contains something other than tensors"
         raise AdapterError(
             f"{file} is refused.", f"{why}; nothing of it was run.", "Do not use this file: it may be made to do harm."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything at all
         raise AdapterError(f"{file} is damaged.", f"{first_line(error)}.", "Fetch the adapter again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(tensors, dict):
         raise AdapterError(
-            f"{file} is no adapter.", f"It holds a {type(found).__name__}, not a dictionary.", "Use another file."
+            f"{file} is not an adapter.", f"It holds a {type(tensors).__name__}, not a dictionary.", "Use another file."
         )
-    return found
+    return tensors
 
 
 def _check_tensors(
-    found: Mapping[Any, Any], adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer], file: Path
+    tensors: Mapping[Any, Any], adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer], file: Path
 ) -> None:
     """Refuse what does not fit `adapter` on `layers`, and what would be lost; all of it is named."""
     wanted = {theirs: (ours, shape) for theirs, ours, shape in _entries(adapter, layers)}
-    differences = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    differences += [f"extra {name!r}" for name in found.keys() - wanted.keys()]
-    for name in wanted.keys() & found.keys():
-        tensor, (ours, shape) = found[name], wanted[name]
+    differences = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
+    differences += [f"extra {name!r}" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        tensor, (ours, shape) = tensors[name], wanted[name]
         # Shapes before values: a file of a few bytes can claim a tensor that fills the memory.
         if not isinstance(tensor, Tensor):
             differences.append(f"{name} is a {type(tensor).__name__}, not a tensor")
         elif tensor.layout != torch.strided or tensor.device.type != "cpu":
-            differences.append(f"{name} has no plain values")
+            differences.append(f"{name} is not a dense CPU tensor")
         elif tensor.dtype not in _DTYPES.values():
             differences.append(f"{name} is {tensor.dtype}, not one of {', '.join(_DTYPES)}")
         elif tuple(tensor.shape) != shape:

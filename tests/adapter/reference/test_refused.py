@@ -62,7 +62,7 @@ from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, D
         ({"rankwise_gates": 1}, "rankwise_gates is 1"),
         ({"trainable_delta_scale": "yes"}, "trainable_delta_scale"),
         ({"delta_scale_init": 3.0}, "delta_scale_init must be less than delta_scale_max"),
-        ({"online_gian": 0.1}, "'online_gian' is not known (is 'online_gain' meant?)"),
+        ({"online_gian": 0.1}, "'online_gian' is not known (did you mean 'online_gain'?)"),
         ({"rank": ...}, "rank is missing"),
         ({"delta_heads": ...}, "delta_heads is missing"),
     ],
@@ -109,8 +109,8 @@ CHANGES = {
     "NaN": (lambda t: t[QUERY].view(-1)[3:4].fill_(float("nan")) and None, [QUERY, "NaN"]),
     "integers": (lambda t: {**t, QUERY: t[QUERY].int()}, [QUERY, "torch.int32"]),
     "float64": (lambda t: {**t, QUERY: t[QUERY].double()}, [QUERY, "torch.float64"]),
-    "sparse": (lambda t: {**t, QUERY: t[QUERY].to_sparse()}, [QUERY, "no plain values"]),
-    "meta": (lambda t: {**t, QUERY: t[QUERY].to("meta")}, [QUERY, "no plain values"]),
+    "sparse": (lambda t: {**t, QUERY: t[QUERY].to_sparse()}, [QUERY, "not a dense CPU tensor"]),
+    "meta": (lambda t: {**t, QUERY: t[QUERY].to("meta")}, [QUERY, "not a dense CPU tensor"]),
     "no tensor": (lambda t: {**t, QUERY: [1.0, 2.0]}, [QUERY, "is a list, not a tensor"]),
     "nested": (lambda t: {"state_dict": t}, ["extra 'state_dict'", "missing"]),
     "off": (lambda t: t[OFF][0, 0].fill_(1e-30) and None, [OFF, "not zero", "delta_heads", "lost"]),
@@ -181,9 +181,9 @@ def test_what_was_kept_must_be_whole(reference, tmp_path):
 
 def test_the_other_format_is_told_apart(reference, tmp_path):
     convert(reference, tmp_path / "ours", base=BASE)
-    assert_refused(tmp_path / "ours", tmp_path, "no adapter of the reference", "--to reference")
+    assert_refused(tmp_path / "ours", tmp_path, "not an adapter of the reference", "--to reference")
     assert_refused(reference, tmp_path, "already", "--to", to="reference")
-    assert_refused(tmp_path, tmp_path, "no adapter of the reference", REFERENCE_CONFIG)
+    assert_refused(tmp_path, tmp_path, "not an adapter of the reference", REFERENCE_CONFIG)
     assert_refused(tmp_path / "no", tmp_path, "There is no adapter folder", error=HubError)
     assert_refused(reference, tmp_path, "'peft'", "deltamem, reference", to="peft", error=ConfigError)
     (reference / REFERENCE_WEIGHTS).unlink()
