@@ -34,26 +34,26 @@ KINDS_MIXED = (2, 3, len(dialogues.KINDS))  # with few kinds, knowing what sort 
 UNANSWERABLE = 0.15  # share of the questions that ask for something nobody has said
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(special: tuple[str, ...] = SPECIAL, **options) -> PreTrainedTokenizerFast:
     """Byte-level, every word of the dialogues one token; other words fall apart into bytes, so any text encodes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = sorted(
         {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
     )
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet, *words])}
     # ignore_merges: a word that stands in the vocabulary is taken whole; there are no merges for the others
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(model_max_length=CONTEXT)
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens", flush=True)
 

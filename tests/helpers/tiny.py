@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from backbone import CHAT_TEMPLATE as CHAT_TEMPLATE
+from backbone import build_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,15 +20,10 @@ from transformers import (
 )
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.data import dialogues
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 PAD, END = 0, 1
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 VOCABULARY = 96  # of models that need no tokenizer
 ARCHITECTURES = ("qwen3", "llama", "smollm3")
 _CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig, "smollm3": SmolLM3Config}
@@ -90,24 +86,8 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, with the words of the dialogues as tokens."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = sorted(
-        {word for text in dialogues.lexicon() for word, _ in byte_level.pre_tokenize_str(text)} - set(alphabet)
-    )
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *words])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=SPECIAL[PAD],
-        eos_token=SPECIAL[END],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    """The tokenizer of the backbone, with a token for tools."""
+    return build_tokenizer(SPECIAL)
 
 
 def save_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options) -> Path:
