@@ -158,7 +158,7 @@ def _manager(harness: Harness) -> Any:
         where = "lm-evaluation-harness" if harness.include_path is None else harness.include_path
         raise ConfigError(
             f"There is no task {unknown!r} in {where}.",
-            f"Near are {', '.join(near)}." if near else "",
+            f"Did you mean {', '.join(near)}?" if near else "",
             "Correct the name; `lm_eval ls tasks` lists them all.",
         )
     return manager

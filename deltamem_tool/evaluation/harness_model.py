@@ -144,6 +144,6 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
                 return [SegmentTag.OUTSIDE] * padding + tags + [SegmentTag.INSIDE] * (len(own) - length)
         raise DataError(
             "A prompt has no messages that the memory could write.",
-            f"The adapter writes {self._granularity} by {self._granularity}, and it is no rendered conversation.",
+            f"The adapter writes {self._granularity} by {self._granularity}, and this is not a rendered conversation.",
             "Use an adapter whose every token writes, or a task without a prefix of the answer.",
         )

@@ -69,7 +69,7 @@ class RecordFolder:
         """What is there; a last line that was cut short is left out, and its question will be asked again.
 
         Raises:
-            DataError: a line is no record.
+            DataError: a line is not a record.
         """
         file = self.folder / RECORDS_FILE
         if not file.is_file():
@@ -131,7 +131,7 @@ def read_records(file: Path) -> list[Record]:
     """A line each.
 
     Raises:
-        DataError: a line is no record.
+        DataError: a line is not a record.
     """
     lines = file.read_bytes().splitlines()
     return [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
@@ -151,4 +151,4 @@ def _record(line: bytes, where: str) -> Record:
     try:
         return Record(**json.loads(line))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{where} is no record.", f"{error}.", "Choose another folder.") from error
+        raise DataError(f"{where} is not a record.", f"{error}.", "Choose another folder.") from error

@@ -152,7 +152,7 @@ def needs_data(task: str, data: str | None, example: str, **others: str | None) 
         others: options that are texts too, where they are said; a command's `--set` gives any YAML value.
 
     Raises:
-        ConfigError: it is not, or one is no text.
+        ConfigError: it is not, or one is not a text.
     """
     if data is None:
         raise ConfigError(

@@ -57,10 +57,10 @@ def refused(task: str, data: str, **options) -> DataError:
         ("deep.json", b"[" * 100_000, "not JSON"),
         ("binary.json", b"\x89PNG\r\n\x1a\n\x00\xff", "not JSON"),
         ("table.csv", b"question,answer\nWho?,Ann\n", "not JSON"),
-        ("words.json", b'["who", "when"]', "1 is none of"),
-        ("other.json", b'[{"messages": []}]', "1 is none of"),
-        ("nulls.json", b"[null]", "1 is none of"),
-        ("lists.json", b"[[1, 2], [3]]", "1 is none of"),
+        ("words.json", b'["who", "when"]', "1 is not a"),
+        ("other.json", b'[{"messages": []}]', "1 is not a"),
+        ("nulls.json", b"[null]", "1 is not a"),
+        ("lists.json", b"[[1, 2], [3]]", "1 is not a"),
         ("cut.jsonl", b'{"question": "Who\n', "cut.jsonl:1 is not JSON"),
         ("latin.jsonl", b'{"question": "\xe9"}\n', "latin.jsonl:1 is not UTF-8"),
         ("empty.jsonl", b"\n\n", "no entries"),
@@ -76,7 +76,7 @@ def test_a_file_of_another_format(tmp_path, task, name, content, says):
 @every_task
 def test_a_table_of_another_format(tmp_path, task):
     pq.write_table(pa.table({"question": ["Who?"], "label": [3]}), tmp_path / "other.parquet")
-    assert "1 is none of" in refused(task, str(tmp_path / "other.parquet")).what
+    assert "1 is not a" in refused(task, str(tmp_path / "other.parquet")).what
 
 
 @every_task
@@ -85,7 +85,7 @@ def test_a_question_without_an_answer(tmp_path, task, answer):
     error = refused(task, write(tmp_path / "rows.json", with_answer(task, answer)))
     assert "answer" in error.why
     if (task, answer) != ("memoryagentbench", MISSING):  # a list that is too short: of which question, nobody knows
-        assert error.what.startswith(f"{tmp_path}/rows.json {ITEMS[task]} is none of")
+        assert error.what.startswith(f"{tmp_path}/rows.json {ITEMS[task]} is not a")
 
 
 @every_task

@@ -106,5 +106,5 @@ def test_hotpotqa_is_read_and_scored(tmp_path):
     "change", [{"answer": ""}, {"context": []}, {"context": {"title": ["a"], "sentences": []}}, {"type": 3}]
 )
 def test_what_is_no_hotpotqa_is_named(tmp_path, change):
-    with pytest.raises(DataError, match=r"hotpot.json question 2 is none of HotpotQA"):
+    with pytest.raises(DataError, match=r"hotpot.json question 2 is not a HotpotQA question"):
         find_task("hotpotqa", {"data": write(tmp_path / "hotpot.json", [QUESTION, {**QUESTION, **change}])}).items()

@@ -173,7 +173,7 @@ def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkey
 def test_what_cannot_be_asked_is_refused(folder, tokenizer):
     path = {"include_path": str(folder)}
     for task, options, says in (
-        ("lm_eval:told_choise", path, "no task 'told_choise' in .*\nNear are told_choice"),
+        ("lm_eval:told_choise", path, "no task 'told_choise' in .*\nDid you mean told_choice"),
         ("lm_eval:", {}, "names no task"),
         (f"lm_eval:{CHOICE}", {"fewshot": 3}, "does not take these options"),
         (f"lm_eval:{CHOICE}", {"include_path": str(folder / "nowhere")}, "no folder"),

@@ -178,7 +178,11 @@ def test_recommendations_need_the_titles(ask, tmp_path):
     items = task.items()
     assert items[1].new_tokens == 300 and "20 movies" in items[1].question[0]["content"]
     assert task.score(items[1], "1. Heat\n2. Titanic")["score"] == 1.0
-    for content, says in (("[", "no entity2id.json"), ([3], "no mapping"), ({"Heat": 3}, "row 2 question 1.*'5'")):
+    for content, says in (
+        ("[", "not an entity2id.json"),
+        ([3], "not a mapping"),
+        ({"Heat": 3}, "row 2 question 1.*'5'"),
+    ):
         with pytest.raises(DataError, match=says):
             ask(rows, movies=write(tmp_path / "entity2id.json", content)).items()
     with pytest.raises(DataError, match=r"nowhere.json"):
@@ -200,7 +204,7 @@ def test_judged_sources_are_refused_or_said_to_be_unjudged(ask):
 
 @pytest.mark.parametrize("chunk", [0, -3, 2.5, True, "many"])
 def test_a_chunk_has_a_size(ask, chunk):
-    with pytest.raises(ConfigError, match="cannot be"):
+    with pytest.raises(ConfigError, match="is not valid"):
         ask([], chunk=chunk)
 
 

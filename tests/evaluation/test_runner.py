@@ -155,7 +155,7 @@ def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
         with pytest.raises(DataError, match=differs):
             evaluate(model, tokenizer, task, protocol, folder=tmp_path, settings=settings)
     (tmp_path / RECORDS_FILE).write_text('{"item": "no more"}\n')
-    with pytest.raises(DataError, match="line 1 is no record"):
+    with pytest.raises(DataError, match="line 1 is not a record"):
         evaluate(model, tokenizer, task, MEMORY, folder=tmp_path, settings={"adapter": "a"})
 
 

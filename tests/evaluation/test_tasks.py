@@ -58,7 +58,7 @@ def test_tasks_are_found():
 def test_the_documented_task_is_one(tmp_path, monkeypatch, checkpoint):
     """Written to a file beside the data and asked by the command, from there."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    (tmp_path / "pets.py").write_text(text.split("```python\n")[1].split("```")[0])
+    (tmp_path / "pets.py").write_text(text.split("### Your own")[1].split("```python\n")[1].split("```")[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     create_adapter(str(checkpoint), DeltaMemConfig(rank=4), "adapter")

@@ -97,7 +97,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
     if not isinstance(said, dict) or said.get("format") != FORMAT:
-        raise DataError(f"{file} is no evaluation of an adapter.", "", _AGAIN)
+        raise DataError(f"{file} is not an evaluation of an adapter.", "", _AGAIN)
     if is_newer(said.get("format_version"), FORMAT_VERSION):
         update = update_command(said.get("deltamem_version"))
         raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")

@@ -148,4 +148,4 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
 
 
 def _no_locomo(where: str, why: str) -> DataError:
-    return DataError(f"{where} is none of LoCoMo.", why, "Use locomo10.json as its authors publish it.")
+    return DataError(f"{where} is not a LoCoMo conversation.", why, "Use locomo10.json as its authors publish it.")

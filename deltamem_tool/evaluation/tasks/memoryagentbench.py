@@ -153,7 +153,7 @@ class MemoryAgentBench:
         self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench", **texts)
         if chunk is not None and (type(chunk) is not int or chunk < 1):
             raise ConfigError(
-                f"A chunk of {chunk!r} tokens cannot be.", "It holds one or more.", "Give a number from 1."
+                f"The chunk size {chunk!r} is not valid.", "A chunk has one token or more.", "Give a number from 1."
             )
         named = [sources] if isinstance(sources, str) else sources or []
         if not isinstance(named, Sequence) or not all(isinstance(name, str) for name in named):
@@ -232,9 +232,9 @@ class _Row:
         except (AttributeError, KeyError, TypeError) as error:
             raise _no_row(where, f"It has no {error}." if isinstance(error, KeyError) else f"{error}.") from error
         if not isinstance(context, str) or not context.strip():
-            raise _no_row(where, "Its context is no text.")
+            raise _no_row(where, "Its context is not a text.")
         if not isinstance(questions, list) or not questions or not isinstance(answers, list):
-            raise _no_row(where, "Its questions and answers are no lists.")
+            raise _no_row(where, "Its questions and answers are not lists.")
         family = _family(source, where)
         if len(questions) == 1:
             answers = [_flat(answers)]  # as the benchmark's `_create_query_answer_pairs` has it
@@ -243,7 +243,7 @@ class _Row:
         answers = [[one] if isinstance(one, str) else one for one in answers]
         for place, (question, right) in enumerate(zip(questions, answers, strict=True), start=1):
             if not _is_text(question):
-                raise _no_row(f"{where} question {place}", "The question is no text.")
+                raise _no_row(f"{where} question {place}", "The question is not a text.")
             if not isinstance(right, list) or not right or not all(_is_text(one) for one in right):
                 raise _no_row(f"{where} question {place}", "It has no answer.")
         dates = dates if isinstance(dates, list) else []  # most sources have none
@@ -315,15 +315,15 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
     try:
         numbers = json.loads(Path(file).read_text(encoding="utf-8"))
         if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
-            raise ValueError("It is no mapping of names to numbers")
+            raise ValueError("It is not a mapping of names to numbers")
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} is no entity2id.json.", f"{error}.", "Use the benchmark's file.") from error
+        raise DataError(f"{file} is not an entity2id.json.", f"{error}.", "Use the benchmark's file.") from error
     movies = Movies(numbers)
     for item in wanted:
         unknown = [number for number in item.answers if number not in movies]
         if unknown:
             raise DataError(
-                f"{item.where}: its answer {unknown[0]!r} is no movie of {file}.",
+                f"{item.where}: its answer {unknown[0]!r} is not a movie of {file}.",
                 f"That numbers {len(numbers)} names.",
                 "Use files of one version.",
             )
@@ -339,4 +339,4 @@ def _flat(answers: list[Any]) -> list[Any]:
 
 
 def _no_row(where: str, why: str) -> DataError:
-    return DataError(f"{where} is none of MemoryAgentBench.", why, "Use ai-hyz/MemoryAgentBench as it is published.")
+    return DataError(f"{where} is not a MemoryAgentBench row.", why, "Use ai-hyz/MemoryAgentBench as it is published.")
