@@ -76,7 +76,7 @@ def command(
 
         def expecting(steps: int, seconds: float) -> None:
             beside = "" if chosen.training.eval_every is None else ", without the evaluations"
-            bar.console.print(f"{steps:,} more steps: {in_words(seconds)}{beside}.", highlight=False)
+            bar.console.print(f"{steps:,} steps: {in_words(seconds)}{beside}.", highlight=False)
 
         result = train(chosen, resume, overwrite, report, encoding, expecting)
     if not result.is_main:

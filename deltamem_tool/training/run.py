@@ -32,8 +32,9 @@ from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
+from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of
+from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
@@ -95,8 +96,8 @@ def train(
         overwrite: replace the adapter folder and the checkpoints of another run.
         report: called after each step with the step, the number of steps, and the last loss.
         encoding: called while episodes are encoded, before the first step, (done, of how many).
-        expecting: called once, after the second step, with the number of steps to come and about how many seconds they
-            will take, evaluations not counted.
+        expecting: called before the first step with the number of steps to come and about how many seconds they will
+            take, evaluations not counted; to measure that costs up to two steps.
 
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
@@ -116,11 +117,15 @@ def train(
     step, model, tokenizer = step_model(recipe)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding)
-    progress = Progress(report, expecting)
+    progress = Progress(report)
     trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
         cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
     at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
+    if expecting is not None and state.is_main_process and not at_end:
+        options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
+        seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
+        expecting(to_come, to_come * options.gradient_accumulation * seconds)
     state.wait_for_everyone()
     with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
         state.wait_for_everyone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +39,6 @@ from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
 ORDERS = ("as they come", "shuffled", "by length")
 SHOWN_ROWS = 8  # source rows that an error names
-LONG = 30.0  # seconds: a step that takes less is measured again, without what is done once
 Report = Callable[[int, int, float | None], None]  # step, of how many, loss
 
 
@@ -220,22 +218,11 @@ def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | N
 
 
 class Progress(TrainerCallback):
-    """Reports how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint.
+    """Reports how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint."""
 
-    Args:
-        report: called after each step.
-        expecting: called once, after the second step (or the first, if that took `LONG`), with the number of steps to
-            come and about how many seconds they will take, evaluations not counted.
-    """
-
-    def __init__(self, report: Report | None, expecting: Callable[[int, float], None] | None = None) -> None:
-        self.report, self.expecting, self.interrupted = report, expecting, False
+    def __init__(self, report: Report | None) -> None:
+        self.report, self.interrupted = report, False
         self._loss: float | None = None
-        self._steps, self._began = 0, 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._began = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the step, and stop if somebody asked for it."""
@@ -243,14 +230,7 @@ class Progress(TrainerCallback):
             control.should_evaluate = True  # else the last weights would never be the best
         if _anywhere(self.interrupted, args):
             self.interrupted = control.should_save = control.should_training_stop = True
-        if not state.is_world_process_zero:
-            return
-        self._steps += 1
-        seconds, to_come = time.monotonic() - self._began, state.max_steps - state.global_step
-        if self.expecting is not None and (self._steps == 2 or seconds > LONG):
-            self.expecting(to_come, to_come * seconds)
-            self.expecting = None
-        if self.report is not None:
+        if self.report is not None and state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, self._loss)
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

@@ -1,0 +1,52 @@
+"""How long a run will take, from a step that is thrown away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltamem_tool.data.collate import EpisodeCollator
+
+LONG = 30.0  # seconds: a step that takes less is measured again, without what is done once
+
+
+def step_seconds(
+    step: nn.Module, episodes: Sequence[Any], collator: EpisodeCollator, batch_size: int, device: torch.device
+) -> float:
+    """Measure the seconds that forward and backward take for a batch from the middle of `episodes`.
+
+    The weights stay as they are, and so does what the CPU and CUDA draw next; gradients are cleared.
+
+    Args:
+        step: as the Trainer trains it, on `device`.
+        episodes: those of the run.
+        collator: makes a batch of them.
+        batch_size: episodes of a batch.
+        device: where the step runs.
+    """
+    start = max(0, len(episodes) // 2 - batch_size // 2)
+    batch = collator([episodes[i] for i in range(start, min(start + batch_size, len(episodes)))])
+    tensors = {name: part.to(device) for name, part in batch.items() if isinstance(part, Tensor)}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seconds = _measure(step, tensors, device)
+        if seconds < LONG:
+            seconds = _measure(step, tensors, device)
+    return seconds
+
+
+def _measure(step: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float:
+    training = step.training
+    step.train()
+    began = time.monotonic()
+    step(**batch)["loss"].backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.monotonic() - began
+    step.train(training)
+    for weight in step.parameters():
+        weight.grad = None
+    return seconds
