@@ -15,7 +15,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.errors import AdapterError
-from deltamem_tool.io.atomic import folder_whole
+from deltamem_tool.io.atomic import folder_whole, resolve
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.patch import hf_model
@@ -55,7 +55,7 @@ def write_adapter(
             "Train anew with a lower learning rate.",
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
-    if base.name and Path(base.name).is_dir() and Path(base.name).resolve() == Path(out).resolve():
+    if base.name and Path(base.name).is_dir() and resolve(base.name) == resolve(out):
         raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
     with folder_whole(out, overwrite) as staged:
         (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

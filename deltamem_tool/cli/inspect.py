@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import check_writable
+from deltamem_tool.io.atomic import check_writable, resolve
 from deltamem_tool.io.installation import check_installation
 from deltamem_tool.onnx.locate import is_onnx
 
@@ -62,7 +62,7 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
     if plot is not None:
         check_installation("plot")
         check_writable(plot)
-        if any(plot.resolve() == Path(name).resolve() for name in (path, other) if name):
+        if any(resolve(plot) == resolve(name) for name in (path, other) if name):
             raise DeltaMemError(
                 f"{plot} is the memory file itself.", "The picture would replace it.", "Choose another file for --plot."
             )

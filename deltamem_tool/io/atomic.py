@@ -29,6 +29,20 @@ def write_whole(path: str | Path, content: bytes) -> None:
         raise
 
 
+def resolve(path: str | Path) -> Path:
+    """Make a path absolute and follow its symbolic links.
+
+    Raises:
+        DeltaMemError: the links lead in a circle.
+    """
+    resolved = Path(os.path.realpath(path))
+    if resolved.is_symlink():
+        raise DeltaMemError(
+            f"{path} cannot be followed.", "Its symbolic links lead in a circle.", "Choose another place, or mend them."
+        )
+    return resolved
+
+
 @contextmanager
 def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
@@ -37,7 +51,7 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         DeltaMemError: `check_overwrite` says so.
     """
     check_overwrite(path, overwrite)
-    path = Path(path).resolve()
+    path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -75,7 +89,7 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
         DeltaMemError: `path` is there, is not an empty folder, and `overwrite` is false; or it cannot be replaced; or
             nothing can be written beside it.
     """
-    resolved = Path(path).resolve()
+    resolved = resolve(path)
     if Path.cwd().is_relative_to(resolved) or resolved.is_mount():
         kind = "a mount point" if resolved.is_mount() else "the folder you are in"
         raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced as a whole.", "Choose a folder inside it.")
@@ -88,7 +102,7 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
 
 def check_writable(path: str | Path) -> None:
     """Raise if nothing can be written at `path`, whose missing parents would be made."""
-    parent = next(parent for parent in Path(path).resolve().parents if parent.exists())
+    parent = next(parent for parent in resolve(path).parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "You may not write there" if parent.is_dir() else "It is not a folder"
         raise DeltaMemError(f"{path} cannot be written into {parent}.", f"{why}.", "Choose another place.")

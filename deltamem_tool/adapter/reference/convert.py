@@ -31,7 +31,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
-from deltamem_tool.io.atomic import check_overwrite, folder_whole
+from deltamem_tool.io.atomic import check_overwrite, folder_whole, resolve
 from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -99,7 +99,7 @@ def convert(
     if to not in FORMATS:
         raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
     for source in (src, base):
-        if source and Path(source).is_dir() and Path(source).resolve().is_relative_to(Path(dst).resolve()):
+        if source and Path(source).is_dir() and resolve(source).is_relative_to(resolve(dst)):
             raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
     check_overwrite(dst, overwrite)
     direction = _from_reference if to == "deltamem" else _to_reference
