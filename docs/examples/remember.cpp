@@ -42,18 +42,18 @@ class Model {
       auto known = states.find(inputs_[i]);
       past.emplace(inputs_[i], known != states.end() ? std::move(known->second) : Empty(i));
     }
-    std::vector<int64_t> said;
-    for (int64_t seen = 0; said.size() < kMaxNewTokens;) {
+    std::vector<int64_t> generated;
+    for (int64_t seen = 0; generated.size() < kMaxNewTokens;) {
       seen += static_cast<int64_t>(tokens.size());
       const int64_t next = Step(tokens, seen, past);
       if (next == stop) break;
-      said.push_back(next);
+      generated.push_back(next);
       tokens = {next};
     }
     states.clear();
     for (auto& [name, value] : past)
       if (EndsWith(name, kState)) states.emplace(name, std::move(value));
-    return said;
+    return generated;
   }
 
  private:

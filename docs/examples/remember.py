@@ -22,16 +22,16 @@ def answer(prompt: str, states: dict[str, np.ndarray]) -> tuple[str, dict[str, n
             sizes = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
             zeros = np.zeros(sizes, np.float16 if "16" in value.type else np.float32)
             past[value.name] = states.get(value.name, zeros)
-    tokens, seen, said = tokenizer.encode(prompt, add_special_tokens=False).ids, 0, []
-    while len(said) < 64:
+    tokens, seen, generated = tokenizer.encode(prompt, add_special_tokens=False).ids, 0, []
+    while len(generated) < 64:
         seen += len(tokens)
         masks = {"attention_mask": np.ones((1, seen), np.int64), "write_mask": np.ones((1, len(tokens)), bool)}
         logits, *present = session.run(outputs, {"input_ids": np.array([tokens], np.int64), **masks, **past})
         past = dict(zip(carried, present, strict=True))
         if (token := int(logits[0, -1].argmax())) in np.atleast_1d(stop):
             break
-        said, tokens = [*said, token], [token]
-    return tokenizer.decode(said), {name: value for name, value in past.items() if name.endswith("_state")}
+        generated, tokens = [*generated, token], [token]
+    return tokenizer.decode(generated), {name: value for name, value in past.items() if name.endswith("_state")}
 
 
 states = {}
