@@ -50,7 +50,7 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
     """The config in `folder`, which the user knows as `name`.
 
     Raises:
-        AdapterError: it is damaged, of a newer format, or none of an adapter.
+        AdapterError: the file is damaged, of a newer format, or not that of an adapter.
     """
     file = folder / CONFIG_FILE
     try:
@@ -86,9 +86,10 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
 
 
 def _check_texts(base: BaseModel) -> None:
-    """
+    """Check what the file says of the base model.
+
     Raises:
-        ValueError: a text is far too long, or holds characters that steer a terminal; or the revision is none.
+        ValueError: a text is far too long, or holds characters that steer a terminal; or the revision is invalid.
     """
     for text in (base.name, base.model_type, base.fingerprint):
         if len(text) > MAX_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):

@@ -27,9 +27,9 @@ def create_adapter(
     Python files of `base` run only where `trust_remote_code` says so.
 
     Raises:
-        ArchitectureError: `base` cannot take a memory.
+        ArchitectureError: `base` cannot have a memory.
         ConfigError: the options do not fit it.
-        DeltaMemError: `out` is there already, or cannot be written.
+        DeltaMemError: `out` exists, or cannot be written.
     """
     check_overwrite(out, overwrite)
     checkpoint = BaseCheckpoint(base, revision, trust_remote_code)

@@ -24,8 +24,8 @@ def find_base(
     """The base model that `adapter` was made for, at `base` or where it has been recorded.
 
     Raises:
-        AdapterError: it is not said where, or another model is there.
-        HubError: no model is there.
+        AdapterError: no place is known, or the model at that place is another one.
+        HubError: there is no model at that place.
     """
     if not (base or recorded.name):
         raise AdapterError(
@@ -48,6 +48,7 @@ def find_base(
 
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
+    """Return what an adapter folder records of its base model."""
     mark = checkpoint.fingerprint(checkpoint.layers)  # all of them, whichever have a memory
     return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, mark)
 

@@ -1,4 +1,4 @@
-"""An adapter folder as it lies there: read strictly and checked, without its base model. No torch."""
+"""An adapter folder as it is on disk: read strictly and checked, without its base model. No torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def name_in(layer: int, name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a parameter in the file; None where `name` is no such parameter."""
+    """The layer of a parameter in the file; None where `name` is not such a parameter."""
     match = re.match(r"layers\.(\d+)\.", name)
     return int(match[1]) if match else None
 
@@ -43,7 +43,7 @@ class AdapterFolder:
     path: Path
     config: DeltaMemConfig
     base: BaseModel
-    tensors: Mapping[str, NDArray | TensorEntry]  # numbers, or what the header says of them
+    tensors: Mapping[str, NDArray[Any] | TensorEntry]  # numbers, or what the header says of them
     reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
 
     @cached_property
@@ -51,7 +51,7 @@ class AdapterFolder:
         """What memories of this adapter are bound to."""
         return fingerprint_of(self.config, self.numbers())
 
-    def numbers(self) -> dict[str, NDArray]:
+    def numbers(self) -> dict[str, NDArray[Any]]:
         """The weights, float32, where they have been read."""
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, np.ndarray)}
 
@@ -149,10 +149,10 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
 
 
 def with_tensors(described: AdapterFolder) -> AdapterFolder:
-    """What `describe_adapter` found, with its tensors read, and checked once more.
+    """Read the tensors of an adapter that `describe_adapter` has read, and check it once more.
 
     Raises:
-        AdapterError: the weights are damaged, or hold what is not a number.
+        AdapterError: the weights are damaged, or contain NaN or infinity.
     """
     file = described.path / WEIGHTS_FILE
     try:

@@ -24,11 +24,12 @@ def load(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The base model with the adapter on it, in eval mode.
+    """Load an adapter and its base model; return the model with its memory, in eval mode.
 
     Args:
-        path: adapter folder or Hub id; `revision` is its revision.
+        path: adapter folder or Hub id.
         base: where the base model is, if not where the adapter says.
+        revision: branch, tag or commit of the adapter on the Hub.
         base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
         trust_remote_code: whether Python files of the base model may run.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
@@ -36,7 +37,7 @@ def load(
     Raises:
         AdapterError: the adapter is damaged or was made for another base model.
         ArchitectureError: the base model cannot be loaded.
-        HubError: it is not there.
+        HubError: the adapter or the base model does not exist, or the Hub cannot be reached.
     """
     described = describe_adapter(path, revision)
     checkpoint, actual_base = find_base(path, described.base, base, base_revision, trust_remote_code)
@@ -49,7 +50,8 @@ def load(
     fill(adapter, folder)
     adapter.made_for = actual_base
     hook(model, adapter)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]  # transformers has no types
+    return model
 
 
 def fill(adapter: DeltaMemAdapter, folder: AdapterFolder) -> None:

@@ -36,8 +36,19 @@ def write_adapter(
     reference: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the folder; `reference` goes into its config as it is, for the way back to the reference's format, and
-    `files` lie beside."""
+    """Write the folder.
+
+    Args:
+        adapter: what to write.
+        base: the model it was made for.
+        out: the folder.
+        overwrite: replace it if it exists.
+        reference: goes into the config as it is, for the way back to the reference's format.
+        files: contents by name, written beside.
+
+    Raises:
+        AdapterError: the adapter contains NaN or infinity, or `out` is the folder of the base model.
+    """
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

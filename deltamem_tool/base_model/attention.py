@@ -30,7 +30,8 @@ class AttentionLayer:
     hidden_size: int  # width of what enters the attention, and the memory
 
     def projection(self, branch: str) -> Projection:
-        """
+        """Return the projection of `branch`.
+
         Raises:
             ConfigError: this layer has no such branch.
         """
@@ -60,7 +61,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         raise ArchitectureError(
             f"{called} takes no memory.", "It is not a decoder-only causal language model.", _ADVICE
         )
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]  # transformers has no types
     if not isinstance(decoder, PreTrainedModel):  # some call their output layer so
         decoder = model.base_model
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
@@ -123,8 +124,10 @@ def _check_decoder(layout: Layout, config: PretrainedConfig, called: str) -> Non
 
 
 def _strange(layers: Sequence[AttentionLayer]) -> str:
-    """Why a correction would not land where it belongs: a linear layer that holds more than its heads, such as a gate
-    beside the query, or two modules that claim one layer."""
+    """Say why a correction would not land where it belongs; "" where it does.
+
+    A linear layer may hold more than its heads, such as a gate beside the query; two modules may claim one layer.
+    """
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         if after is not None and layer.index == after.index:
             return f"{layer.name} and {after.name} are both of layer {layer.index}."

@@ -43,8 +43,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[AttentionLayer], Tensor]) -> str:
-    """SHA-256 over a few numbers of every attention layer's query projection, as float32: another model, or the same
-    one after fine-tuning, has another. `first_row` gives `[1, n]` numbers of a layer's query weight."""
+    """SHA-256 over a few numbers of every attention layer's query projection, as float32.
+
+    Another model, or the same one after fine-tuning, has another.
+
+    Args:
+        layers: all of a model.
+        first_row: gives `[1, n]` numbers of a layer's query weight.
+    """
     digest = hashlib.sha256()
     for layer in layers:
         digest.update(first_row(layer)[:, :SAMPLED].float().cpu().numpy().tobytes())
@@ -61,7 +67,7 @@ class BaseCheckpoint:
 
     Raises:
         ArchitectureError: it is not a causal language model, or it needs code that is not trusted.
-        HubError: nothing is there.
+        HubError: there is no such folder or repository, or the Hub cannot be reached.
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -118,7 +124,8 @@ class BaseCheckpoint:
 
     def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """A model of this kind with random weights, of another config than the checkpoint's own perhaps."""
-        return self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+        model: PreTrainedModel = self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+        return model
 
     def load(self, **options: Any) -> PreTrainedModel:
         """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.
@@ -138,7 +145,8 @@ class BaseCheckpoint:
                 f"{first_line(error)}.",
                 "Correct it, or use another checkpoint.",
             ) from error
-        model, info = loaded
+        model: PreTrainedModel = loaded[0]
+        info: dict[str, Any] = loaded[1]
         missing = sorted(info["missing_keys"])
         if missing:
             raise ArchitectureError(
@@ -152,7 +160,7 @@ class BaseCheckpoint:
         """A part of one weight matrix, as stored; only that part is read from disk. `weight` is named as in the model.
 
         Raises:
-            ArchitectureError: it is not there, or cannot be read.
+            ArchitectureError: the checkpoint lacks the weight, or its file cannot be read.
         """
         if weight in self._stored_as:
             return self._weights.read(self._stored_as[weight], rows, columns)
@@ -171,7 +179,7 @@ class BaseCheckpoint:
         if not self._is_plain(projection):
             raise ConfigError(
                 f"The weights of {self.name} are quantised.",
-                "delta_init=base_slice starts from plain ones.",
+                "delta_init=base_slice copies columns of weights that are not quantised.",
                 "Use delta_init zero or random, or the checkpoint that was quantised.",
             )
         some = slice(0, count)
@@ -180,6 +188,7 @@ class BaseCheckpoint:
         return projection.take(self.read(projection.weight_name, columns=some).T).T
 
     def fingerprint(self, layers: Iterable[AttentionLayer]) -> str:
+        """Return the fingerprint of these layers, of which only a few numbers are read."""
         return fingerprint(layers, lambda layer: self._first_row(layer.projection("q")))
 
     def _first_row(self, projection: Projection) -> Tensor:
@@ -231,33 +240,35 @@ class BaseCheckpoint:
 
     @cached_property
     def _converted(self) -> dict[str, Tensor]:
-        """The weights as transformers makes them of others that are stored in another arrangement. For that it has to
-        load the whole model."""
+        """The weights as transformers makes them of others that are stored in another arrangement.
+
+        For that it has to load the whole model.
+        """
         return self.load(dtype="auto").state_dict()
 
 
 def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
     stored = _config_on_disk(folder, name)
     model_type = stored.get("model_type")
-    own_code = isinstance(stored.get("auto_map"), dict)
+    remote_code = isinstance(stored.get("auto_map"), dict)
     if not isinstance(model_type, str):
         raise ArchitectureError(
             f"{name} is not a checkpoint.", f"{folder / 'config.json'} has no model_type.", "Use another folder."
         )
-    if model_type not in CONFIG_MAPPING and not own_code:
+    if model_type not in CONFIG_MAPPING and not remote_code:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
         raise ArchitectureError(
             f"The architecture {model_type!r} of {name} is not known.",
             f"Similar ones are {', '.join(near)}." if near else "No architecture of transformers has a similar name.",
             "Use a checkpoint that transformers loads by itself, or update transformers.",
         )
-    if own_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
+    if remote_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
         raise ArchitectureError(
             f"The architecture {model_type!r} of {name} is Python code in the checkpoint.",
             "That code could do anything on this machine; nothing of it has run.",
             f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
         )
-    causal = "AutoModelForCausalLM" in stored["auto_map"] if own_code else False
+    causal = "AutoModelForCausalLM" in stored["auto_map"] if remote_code else False
     decoders = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     if model_type not in decoders and not causal:
         raise ArchitectureError(
@@ -266,7 +277,7 @@ def _read_config(folder: Path, name: str, trust_remote_code: bool) -> Pretrained
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         raise ArchitectureError(
             f"transformers cannot read {folder / 'config.json'}.",
@@ -289,7 +300,7 @@ def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
     """`config.json`.
 
     Raises:
-        ArchitectureError: there is none, or it is damaged; where something else is there, that is named.
+        ArchitectureError: the file is missing or damaged; if the folder is of another kind, the error names it.
     """
     file = folder / "config.json"
     if (folder / "model_index.json").is_file():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +42,11 @@ class Layout:
     note: str = ""  # why branches are missing
 
     def is_of(self, model_types: frozenset[str]) -> bool:
+        """Whether models of these types may have it."""
         return not self.types or bool(self.types & model_types)
 
     def fits(self, module: nn.Module) -> bool:
+        """Whether `module` has the linear layers of this layout, and none that it lacks."""
         return all(is_linear(find(module, name)) for name in self.linears) and not any(
             find(module, name) is not None for name in self.lacks
         )
@@ -64,6 +66,7 @@ def is_linear(module: object) -> bool:
 
 
 def is_transposed(module: object) -> bool:
+    """Whether it is GPT-2's Conv1D, whose weight is `[in, out]`."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -82,6 +85,7 @@ class Projection:
 
     @property
     def in_features(self) -> int:
+        """How wide the linear layer's input is."""
         return features(self.linear)[0]
 
     @property
@@ -91,14 +95,17 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
+        """The linear layer's weight, all branches in it."""
         return cast(Tensor, self.linear.weight)
 
     @property
     def weight_name(self) -> str:
+        """What that weight is called in the model."""
         return f"{self.name}.weight"
 
     @property
     def is_whole(self) -> bool:
+        """Whether the branch is all that the linear layer puts out."""
         return self.out_features == features(self.linear)[1]
 
     @property
@@ -116,22 +123,23 @@ class Projection:
 
     def take(self, output: Tensor) -> Tensor:
         """The branch `[..., out]` from everything that the linear layer puts out."""
-        return output.unflatten(-1, (self.span.groups, -1))[..., self.span.start : self._stop].flatten(-2)
+        grouped: Tensor = output.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # torch has no types
+        return grouped[..., self.span.start : self._stop].flatten(-2)
 
     def place(self, correction: Tensor) -> Tensor:
         """`[..., out]` of the branch as wide as the linear layer's output, zeros elsewhere."""
-        grouped = correction.unflatten(-1, (self.span.groups, -1))
+        grouped: Tensor = correction.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # as above
         return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
 
 
-def _own(q: str, k: str, v: str, o: str, **options) -> Layout:
+def _own(q: str, k: str, v: str, o: str, **options: Any) -> Layout:
     """Four linear layers."""
     names = {"q": q, "k": k, "v": v, "o": o}
     spans = {branch: Span(linear) for branch, linear in names.items()}
     return Layout(lambda config: spans, tuple(names.values()), **options)
 
 
-def _query_and_output(q: str, o: str, note: str, entry: str = "", **options) -> Layout:
+def _query_and_output(q: str, o: str, note: str, entry: str = "", **options: Any) -> Layout:
     """Keys and values that no correction could reach by itself."""
     spans = {"q": Span(q), "o": Span(o)}
     return Layout(lambda config: spans, (q, o, entry or q), note=note, entry=entry, **options)

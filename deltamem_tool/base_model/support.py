@@ -27,7 +27,7 @@ class Support:
     supported: bool
     branches: list[str]  # that can be corrected in every attention layer
     export: bool  # whether its ONNX graph is tested
-    reason: str | None  # why it takes no memory, or not in every checkpoint, or not on every branch
+    reason: str | None  # why it cannot have a memory, or not in every checkpoint, or not on every branch
 
 
 def supported_types() -> list[Support]:
@@ -37,7 +37,7 @@ def supported_types() -> list[Support]:
 
 def transformers_version() -> str:
     """Whose types the table lists."""
-    return json.loads(TABLE.read_text(encoding="utf-8"))["transformers"]
+    return str(json.loads(TABLE.read_text(encoding="utf-8"))["transformers"])
 
 
 def types_named(part: str) -> list[Support]:

@@ -1,5 +1,7 @@
-"""The weights of a checkpoint as they are stored: whole or in pieces, as safetensors or as torch's own files. Parts of
-them are read without the rest."""
+"""The weights of a checkpoint as they are stored: whole or in pieces, as safetensors or as torch's own files.
+
+Parts of them are read without the rest.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def files_of_index(index: Path) -> dict[str, str]:
     """The file of each weight, from an `….index.json`.
 
     Raises:
-        ArchitectureError: it is no such index, or names files outside of its folder.
+        ArchitectureError: it is not such an index, or names files outside of its folder.
     """
     try:
         files = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
@@ -56,16 +58,19 @@ class StoredWeights:
 
     @property
     def names(self) -> list[str]:
+        """What the weights are called on disk."""
         return list(self._file_of)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A part of one weight; all of it where it is no matrix."""
+        """Return a part of one weight; all of it where it is not a matrix."""
         file = self.folder / self._file_of[name]
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, "pt") as tensors:
-                    part = tensors.get_slice(name)
-                    return part[rows, columns] if len(part.get_shape()) == 2 else tensors.get_tensor(name)
+                    stored = tensors.get_slice(name)
+                    is_matrix = len(stored.get_shape()) == 2
+                    part: Tensor = stored[rows, columns] if is_matrix else tensors.get_tensor(name)
+                    return part
             except (SafetensorError, OSError) as error:
                 raise ArchitectureError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
         weight = self._torch_file(file)[name]
@@ -73,6 +78,7 @@ class StoredWeights:
         return (weight[rows, columns] if weight.ndim == 2 else weight).clone()
 
     def shape(self, name: str) -> list[int]:
+        """Return the shape of one weight, without reading it."""
         file = self.folder / self._file_of[name]
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
@@ -112,8 +118,11 @@ class StoredWeights:
             raise ArchitectureError(f"{path} cannot be read.", f"{error}.", _AGAIN) from error
 
     def _torch_file(self, path: Path) -> Mapping[str, Tensor]:
-        """A `.bin`, which is a pickle: torch's reader that runs no code reads it, as transformers does. What is read
-        of the file is let go with the result; a reader that stayed open would end up with all of it in memory."""
+        """Open a `.bin`, which is a pickle, with torch's reader that runs no code, as transformers does.
+
+        What is read of the file is let go with the result; a reader that stayed open would end up with all of it in
+        memory.
+        """
         if path.name in self._old:
             return self._old[path.name]
         try:

@@ -58,8 +58,10 @@ def check_installation(*extras: str) -> None:
 
 
 def _required(extra: str) -> Iterator[Requirement]:
-    """What `extra` brings on this machine beside what every installation has, or for "" that; nothing where the package
-    runs without being installed."""
+    """What `extra` brings on this machine beside what every installation has, or for "" that.
+
+    Nothing where the package runs without being installed.
+    """
     try:
         lines = requires(PACKAGE) or []
     except PackageNotFoundError:

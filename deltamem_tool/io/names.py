@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from deltamem_tool.errors import HubError
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils import HfUri
+    from huggingface_hub import HfUri
 
 BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -29,15 +29,15 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     """`name` taken apart, with `revision` if it names none; None if it is not a valid Hub id, or a folder here.
 
     Raises:
-        HubError: it is one and cannot be, or names another revision than `revision`.
+        HubError: `name` is an invalid Hub id, or names another revision than `revision`.
     """
     if not name.startswith(_HUB):
         # Without hf:// or a revision, a folder in a repository could be a path here that was mistyped.
         is_path = name.startswith((".", "/", "~")) or "\\" in name or name.partition("@")[0].count("/") != 1
         if is_path or name.startswith(BUILTIN) or Path(name).exists():
             return None
+    from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
-    from huggingface_hub.utils import parse_hf_uri
 
     try:
         uri = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
@@ -46,7 +46,11 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
             f"{name} is not a valid Hub id.", error.msg, "Write OWNER/NAME or OWNER/NAME@REVISION."
         ) from error
     if uri.type != "model":
-        raise HubError(f"{name} is a {uri.type} on the Hub.", "", "Give a model's repository, OWNER/NAME.")
+        raise HubError(
+            f"{name} is a {uri.type} on the Hub.",
+            "Only repositories of models are read.",
+            "Pass OWNER/NAME of a model.",
+        )
     if revision is not None and uri.revision not in (None, revision):
         raise HubError(f"{name} names another revision than {revision}.", "", "Say it once.")
     return replace(uri, revision=uri.revision or revision, path_in_repo=uri.path_in_repo.strip("/"))
@@ -56,7 +60,7 @@ def on_hub(name: str, revision: str | None = None) -> HfUri:
     """As `hub_name`, of what is on the Hub whatever there is here.
 
     Raises:
-        HubError: it cannot be.
+        HubError: `name` is not a valid Hub id.
     """
     uri = hub_name(name if name.startswith(_HUB) else _HUB + name, revision)
     assert uri is not None  # with hf:// it is a name on the Hub
@@ -67,7 +71,7 @@ def hub_id(name: str) -> str:
     """`name`, if it is `OWNER/NAME` and no more.
 
     Raises:
-        HubError: it is not.
+        HubError: `name` is something else, or has a revision or a path.
     """
     hub = on_hub(name)
     if hub.revision is not None or hub.path_in_repo:
@@ -90,7 +94,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: 
         what: what it should be, such as "adapter".
 
     Raises:
-        HubError: nothing is there, or the Hub does not give it.
+        HubError: there is no such folder or repository, or the Hub refuses to send it.
     """
     if name.startswith(BUILTIN):
         shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}

@@ -25,6 +25,8 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
+    """What a YAML document contains, and on which line each key is."""
+
     value: Any = None
     lines: dict[Key, list[int]] = field(default_factory=dict)  # from 1; more than one where a key is given again
 

@@ -1,5 +1,7 @@
-"""The mechanism in the words of the reference implementation (declare-lab/delta-Mem): its 49 fields, to our options and
-back."""
+"""The mechanism in the words of the reference implementation (declare-lab/delta-Mem).
+
+Its 49 fields become our options, and the other way round.
+"""
 
 from __future__ import annotations
 
@@ -148,8 +150,14 @@ def mechanism_of(fields: Mapping[str, Any], file: Path) -> DeltaMemConfig:
 
 
 def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
-    """The reference's config for ours. `original`, which is one that `mechanism_of` accepts, keeps its fields and their
-    order; those that say something else than `config` are changed. `layers` are the indices that have a memory."""
+    """Return the reference's config for ours.
+
+    Args:
+        config: ours.
+        layers: indices of the layers that have a memory.
+        original: one that `mechanism_of` accepts. It keeps its fields and their order; those that differ from `config`
+            are changed.
+    """
     fields = dict(original)
     was, now = mechanism_of(original, Path(REFERENCE_CONFIG)), config
     for ours, theirs in _FIELDS.items():

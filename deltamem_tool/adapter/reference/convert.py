@@ -82,19 +82,20 @@ def convert(
     same config.
 
     Args:
-        src: folder or Hub id of the adapter; `revision` is its revision.
+        src: folder or Hub id of the adapter.
         dst: folder to write, whole or not at all.
         base: folder or Hub id of the base model. The reference does not record it, so it must be given; to convert back
             it need not be, as long as it is where the adapter says.
         to: "deltamem" or "reference".
+        revision: branch, tag or commit of the adapter on the Hub.
         base_revision: of the base model on the Hub.
         overwrite: replace `dst`.
 
     Raises:
-        AdapterError: `src` is damaged, no adapter of the other format, or has what would be lost; or does not fit
+        AdapterError: `src` is damaged, not an adapter of the other format, or has what would be lost; or does not fit
             `base`. Differences are named.
-        ArchitectureError: `base` is not there, or the reference cannot take it.
-        DeltaMemError: `dst` is there already, or cannot be written.
+        ArchitectureError: `base` cannot be loaded, or the reference implementation does not support it.
+        DeltaMemError: `dst` exists, or cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
@@ -197,8 +198,11 @@ def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, 
 def _entries(
     adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer]
 ) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
-    """Every tensor of the reference's file, in its order: its name there; its name in our state dict, or None for the Δ
-    of a branch that is off; its shape."""
+    """Every tensor of the reference's file, in its order.
+
+    Yields:
+        Its name there; its name in our state dict, or None for the Δ of a branch that is off; its shape.
+    """
     for layer in layers:
         memory = adapter.layer(layer.index)
         shapes = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
@@ -249,7 +253,8 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
     """The dictionary that torch.save has written. Nothing in `file` is run, and nothing is believed yet.
 
     Raises:
-        AdapterError: it is damaged, no dictionary, or names something that torch does not build without running code.
+        AdapterError: it is damaged, not a dictionary, or names something that torch cannot build without running
+            code.
     """
     content = io.BytesIO(file.read_bytes())  # so that what the disk refuses is told from what the reader does
     try:
