@@ -162,6 +162,12 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
     Raises:
         ConfigError: an option is out of range.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> config = deltamem.DeltaMemConfig(state_heads=4, branches=["q", "o"], layers="middle:12")
+        >>> config.rank, config.state_shape
+        (8, (4, 8, 8))
     """
 
     rank: Annotated[int, Strict(), Field(ge=1, le=MAX_RANK)] = 8

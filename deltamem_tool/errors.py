@@ -32,7 +32,18 @@ MAX_SAID = 8000  # characters of a sentence, which may quote a stranger's file: 
 
 
 class DeltaMemError(Exception):
-    """`what` failed, `why`, and what to do `next`: one sentence each."""
+    """`what` failed, `why`, and what to do `next`: one sentence each.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> try:
+        ...     deltamem.load("builtin:other")
+        ... except deltamem.DeltaMemError as error:
+        ...     print(error.what)
+        ...     print(error.next)
+        The package does not ship builtin:other.
+        Use one of these names.
+    """
 
     def __init__(self, what: str, why: str = "", next: str = "") -> None:
         what, why, next = map(_shown, (what, why, next))

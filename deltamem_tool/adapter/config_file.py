@@ -32,9 +32,9 @@ class BaseModel:
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, str) for value in (self.name, self.model_type, self.fingerprint)):
-            raise TypeError("name, model_type and fingerprint of the base model must be text")
+            raise TypeError("The name, model_type and fingerprint of the base model must be text")
         if not isinstance(self.revision, str | None):
-            raise TypeError("the revision of the base model must be text or null")
+            raise TypeError("The revision of the base model must be text or null")
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
         _check_texts(base)
         reference = content.get("reference")
         if not isinstance(reference, dict | None):
-            raise TypeError('"reference" must be an object')
+            raise TypeError('The entry "reference" must be an object')
     except (ConfigError, KeyError, TypeError, ValueError) as error:
-        why = str(error).replace("\n", " ")
-        raise AdapterError(f"{file} is damaged.", why, "Fetch the adapter again.") from error
+        missing = isinstance(error, KeyError)
+        why = f"It has no {error}" if missing else str(error).replace("\n", " ").rstrip(".")
+        raise AdapterError(f"{file} is damaged.", f"{why}.", "Fetch the adapter again.") from error
     return AdapterConfig(config, base, reference)
 
 
@@ -93,6 +94,6 @@ def _check_texts(base: BaseModel) -> None:
     """
     for text in (base.name, base.model_type, base.fingerprint):
         if len(text) > MAX_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-            raise ValueError("a text about the base model is too long, or holds control characters")
+            raise ValueError("A text about the base model is too long, or contains control characters")
     if base.revision is not None and not _REVISION.fullmatch(base.revision):
-        raise ValueError("the revision of the base model is invalid")
+        raise ValueError("The revision of the base model is invalid")

@@ -85,7 +85,7 @@ class AdapterFolder:
             if str(tensor.dtype) != FLOAT32:
                 differences.append(f"{name} is {tensor.dtype}, not {FLOAT32}")
             elif isinstance(tensor, np.ndarray) and not np.isfinite(tensor).all():
-                differences.append(f"{name} holds NaN or infinity")
+                differences.append(f"{name} contains NaN or infinity")
         self.check_shapes(wanted, differences)
 
     def _differences(self, wanted: Mapping[str, Sequence[int | None]]) -> list[str]:
@@ -111,7 +111,7 @@ class AdapterFolder:
         if differences := [*others, *self._differences(wanted)]:
             raise AdapterError(
                 f"{self.path / WEIGHTS_FILE} does not fit its config and base model.",
-                "; ".join(sorted(differences)) + ".",
+                f"Differences: {'; '.join(sorted(differences))}.",
                 "Fetch the adapter again, or pass the base model it was made for.",
             )
 

@@ -38,6 +38,14 @@ def load(
         AdapterError: the adapter is damaged or was made for another base model.
         ArchitectureError: the base model cannot be loaded.
         HubError: the adapter or the base model does not exist, or the Hub cannot be reached.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter", dtype="float32")
+        >>> model.config.model_type
+        'qwen3'
+        >>> model.training
+        False
     """
     described = describe_adapter(path, revision)
     checkpoint, actual_base = find_base(path, described.base, base, base_revision, trust_remote_code)

@@ -24,7 +24,15 @@ from deltamem_tool.memory.patch import hf_model
 def save_adapter(
     model: PreTrainedModel, path: str | Path, overwrite: bool = False, files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the adapter of a patched `model` as a folder, whole or not at all, with `files` beside it."""
+    """Write the adapter of a patched `model` as a folder, whole or not at all, with `files` beside it.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter")
+        >>> deltamem.save_adapter(model, "my-adapter")
+        >>> deltamem.load("my-adapter").config.model_type
+        'qwen3'
+    """
     write_adapter(adapter_of(model), base_of_model(hf_model(model)), path, overwrite, files=files)
 
 
@@ -61,8 +69,8 @@ def write_adapter(
     broken = [name for name, tensor in adapter.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterError(
-            "The adapter holds NaN or infinity.",
-            f"{', '.join(broken)}; nothing was written.",
+            "The adapter contains NaN or infinity.",
+            f"It is in {', '.join(broken)}; nothing was written.",
             "Train anew with a lower learning rate.",
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}

@@ -56,10 +56,10 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     types = frozenset({config.model_type, text.model_type})
     refused = sorted(types & UNSUPPORTED.keys())
     if refused:
-        raise ArchitectureError(f"{called} takes no memory.", _sentence(UNSUPPORTED[refused[0]]), _ADVICE)
+        raise ArchitectureError(f"{called} cannot have a memory.", _sentence(UNSUPPORTED[refused[0]]), _ADVICE)
     if not model.can_generate() or getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(
-            f"{called} takes no memory.", "It is not a decoder-only causal language model.", _ADVICE
+            f"{called} cannot have a memory.", "It is not a decoder-only causal language model.", _ADVICE
         )
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]  # transformers has no types
     if not isinstance(decoder, PreTrainedModel):  # some call their output layer so
@@ -85,7 +85,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     return layers
 
 
-_ADVICE = "`deltamem architectures` lists the models that take one, such as Qwen3, Llama or SmolLM3."
+_ADVICE = "`deltamem architectures` lists the models that can, such as Qwen3, Llama or SmolLM3."
 
 
 def _sentence(reason: str) -> str:
@@ -117,7 +117,7 @@ def _index(name: str, module: nn.Module) -> int | None:
 def _check_decoder(layout: Layout, config: PretrainedConfig, called: str) -> None:
     if layout.only_decoders and not getattr(config, "is_decoder", False):
         raise ArchitectureError(
-            f"{called} takes no memory.",
+            f"{called} cannot have a memory.",
             "It is an encoder: its tokens attend in both directions.",
             "If it was trained as a decoder, its config says is_decoder=True.",
         )

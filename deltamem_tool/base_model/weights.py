@@ -129,7 +129,7 @@ class StoredWeights:
             in_parts = zipfile.is_zipfile(path)
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
             if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-                raise ValueError("it is not a mapping from names to weights")
+                raise ValueError("It is not a mapping from names to weights")
         except pickle.UnpicklingError as error:
             raise ArchitectureError(
                 f"{path} cannot be read.", "It is cut short, or holds more than weights.", "Fetch the checkpoint again."

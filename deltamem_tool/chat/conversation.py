@@ -79,6 +79,19 @@ class Conversation:
         MemoryStateError: `memory` is another adapter's, or does not fit, or is not of one conversation.
         ConfigError: the window is too small for anything, or larger than the engine's room; or the adapter's segments
             need a chat template.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> engine = deltamem.TorchModel(model, AutoTokenizer.from_pretrained(model.name_or_path))
+        >>> talk = deltamem.Conversation(engine)
+        >>> _ = talk.generate("My dog is Rex.")
+        >>> talk.save_memory("me.safetensors")
+        >>> later = deltamem.Conversation(engine)
+        >>> later.load_memory("me.safetensors")
+        >>> later.generate("What is my dog's name?").text
+        'Your dog is Rex.'
     """
 
     def __init__(

@@ -45,6 +45,14 @@ class TorchModel:
     Raises:
         ArchitectureError: the model has no memory, or its layers keep something other than keys and values.
         DataError: the tokenizer is a slow one.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> engine = deltamem.TorchModel(model, AutoTokenizer.from_pretrained(model.name_or_path))
+        >>> deltamem.Conversation(engine).memory.states[0].shape  # of layer 0
+        (1, 4, 8, 8)
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, takes_back: bool = True) -> None:

@@ -44,6 +44,12 @@ def pull(
         AdapterError: the adapter is damaged; `out` was not written.
         ExportError: the ONNX folder is damaged; `out` was not written.
         DataError: the evaluation is damaged; `out` was not written.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> result = deltamem.pull("someone/my-adapter", out="pulled")
+        >>> sorted(path.name for path in result.path.iterdir())
+        ['README.md', 'deltamem.safetensors', 'deltamem_config.json']
     """
     if out is not None:
         check_overwrite(out, overwrite)

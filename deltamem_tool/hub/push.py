@@ -77,6 +77,15 @@ def push(
         AdapterError: the adapter is damaged; nothing was sent.
         ExportError: the ONNX folder is damaged; nothing was sent.
         DataError: the evaluation is damaged; nothing was sent.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> plan = deltamem.push("my-adapter", "someone/my-adapter", license="mit", dry_run=True)
+        >>> "deltamem.safetensors" in [change.path for change in plan.changes]
+        True
+        >>> result = deltamem.push("my-adapter", "someone/my-adapter", license="mit")
+        >>> result.url.endswith("/someone/my-adapter")
+        True
     """
     repository = Repository(hub_id(repo_id), branch or MAIN, create_pr)
     paths = [None if path is None else Path(path) for path in (onnx, evaluation)]

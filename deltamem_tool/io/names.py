@@ -43,7 +43,9 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
         uri = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
     except HfUriError as error:
         raise HubError(
-            f"{name} is not a valid Hub id.", error.msg, "Write OWNER/NAME or OWNER/NAME@REVISION."
+            f"{name} is not a valid Hub id.",
+            f"{error.msg.strip().rstrip('.')}.",
+            "Write OWNER/NAME or OWNER/NAME@REVISION.",
         ) from error
     if uri.type != "model":
         raise HubError(
@@ -52,7 +54,7 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
             "Pass OWNER/NAME of a model.",
         )
     if revision is not None and uri.revision not in (None, revision):
-        raise HubError(f"{name} names another revision than {revision}.", "", "Say it once.")
+        raise HubError(f"{name} names another revision than {revision}.", "Both are given.", "Give the revision once.")
     return replace(uri, revision=uri.revision or revision, path_in_repo=uri.path_in_repo.strip("/"))
 
 
@@ -75,7 +77,7 @@ def hub_id(name: str) -> str:
     """
     hub = on_hub(name)
     if hub.revision is not None or hub.path_in_repo:
-        raise HubError(f"{name} is not a repository name.", "", "Write OWNER/NAME.")
+        raise HubError(f"{name} is not a repository name.", "A revision or a path is part of it.", "Write OWNER/NAME.")
     return hub.id
 
 
@@ -99,14 +101,20 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: 
     if name.startswith(BUILTIN):
         shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}
         if name not in shipped:
-            raise HubError(f"The package does not ship {name}.", "", f"It ships: {', '.join(shipped)}.")
+            raise HubError(
+                f"The package does not ship {name}.", f"It ships {', '.join(shipped)}.", "Use one of these names."
+            )
         return shipped[name]
     hub = hub_name(name, revision)
     if hub is not None:
         return fetch(hub, files, what)
     if Path(name).is_dir():
         return Path(name)
-    raise HubError(f"There is no {what} folder {name}.", "", f"Give the folder of a {what}, or a Hub id.")
+    raise HubError(
+        f"There is no {what} folder {name}.",
+        "It is not a folder here, and not a Hub id.",
+        f"Pass the path of the {what} folder, or its Hub id.",
+    )
 
 
 def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:

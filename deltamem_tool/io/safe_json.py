@@ -16,12 +16,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """All of `path`, of which no more than `limit` bytes are ever in memory.
 
     Raises:
-        ValueError: it has more.
+        ValueError: the file is larger.
     """
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"it is larger than {limit} bytes")
+        raise ValueError(f"It is larger than {limit} bytes")
     return content
 
 
@@ -34,13 +34,13 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
     """What `text` says; `finite`, there must be no NaN and no infinity among its numbers.
 
     Raises:
-        ValueError: it is no JSON, or deeper than `MAX_DEPTH`.
+        ValueError: `text` is not JSON, or is nested deeper than `MAX_DEPTH`.
     """
     hooks: Any = {"parse_constant": _check_constant, "parse_float": _finite} if finite else {}
     try:
         value = json.loads(text, **hooks)
     except RecursionError as error:
-        raise ValueError("its objects and lists are too deep in each other") from error
+        raise ValueError("Its objects and lists are nested too deeply") from error
     _check_depth(value, MAX_DEPTH)
     return value
 
@@ -57,7 +57,7 @@ def _check_constant(name: str) -> None:
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError("a number is too large")
+        raise ValueError("A number is too large")
     return number
 
 
@@ -65,6 +65,6 @@ def _check_depth(value: Any, room: int) -> None:
     if not isinstance(value, dict | list):
         return
     if room == 0:
-        raise ValueError(f"it is deeper than {MAX_DEPTH} objects and lists in each other")
+        raise ValueError(f"Its objects and lists are nested deeper than {MAX_DEPTH}")
     for part in value.values() if isinstance(value, dict) else value:
         _check_depth(part, room - 1)

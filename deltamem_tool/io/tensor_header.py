@@ -39,7 +39,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as start:
         length = int.from_bytes(start.read(_LENGTH_BYTES), "little")
     if MAX_HEADER_BYTES < length < path.stat().st_size:
-        raise ValueError(f"its header is larger than {MAX_HEADER_BYTES} bytes")
+        raise ValueError(f"Its header is larger than {MAX_HEADER_BYTES} bytes")
     try:
         with safe_open(path, "np") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it has no other iterator
@@ -49,4 +49,4 @@ def read_header(path: Path) -> Header:
             }
             return Header(tensors, file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"its header is damaged, or the file is truncated ({error})") from error
+        raise ValueError(f"Its header is damaged, or the file is truncated ({error})") from error

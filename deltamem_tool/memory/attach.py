@@ -37,6 +37,14 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> Delt
     Raises:
         ArchitectureError: the model is of a type that cannot have a memory, or has one.
         ConfigError: the options do not fit the model.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter")
+        >>> deltamem.detach(model)  # now it is as AutoModelForCausalLM.from_pretrained returns it
+        >>> adapter = deltamem.attach(model, deltamem.DeltaMemConfig(rank=4))
+        >>> adapter.num_parameters()
+        12304
     """
     config, model = config or DeltaMemConfig(), hf_model(model)
     layers = select_layers(attention_layers(model), config)
@@ -78,7 +86,15 @@ def _first_columns(projection: Projection, count: int) -> Tensor:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
+    """Remove the memory: the hooks are gone, and the base is trainable where it was before.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter")
+        >>> deltamem.detach(model)
+        >>> all(parameter.requires_grad for parameter in model.parameters())
+        True
+    """
     patch: Patch = patch_of(model)
     model = hf_model(model)
     for handle in patch.handles:

@@ -32,6 +32,17 @@ class MemoryCache(DynamicCache):
 
     Raises:
         MemoryStateError: `memory` belongs to another adapter, has other layers, heads or rank, or contains NaN.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        >>> inputs = tokenizer("My dog is Rex.", return_tensors="pt")
+        >>> cache = deltamem.MemoryCache(model)
+        >>> _ = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> cache.memory
+        MemoryState(batch=1, layers=4, heads=4, rank=8)
     """
 
     def __init__(

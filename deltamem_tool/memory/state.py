@@ -23,6 +23,16 @@ class MemoryState:
 
     Raises:
         MemoryStateError: a tensor is not float32 of that shape, or the layers disagree on B.
+
+    Example:
+        >>> import torch
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter")
+        >>> cache = deltamem.MemoryCache(model)
+        >>> _ = model(torch.tensor([[7, 8, 9]]), past_key_values=cache)
+        >>> cache.memory.save("me.safetensors")
+        >>> deltamem.MemoryState.load("me.safetensors").batch_size
+        1
     """
 
     def __init__(

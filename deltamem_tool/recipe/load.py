@@ -58,13 +58,15 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
     """Read a recipe; `changes` are `key=value` with dotted keys and YAML values, `out` replaces the recipe's.
 
     Raises:
-        ConfigError: the file is missing or no YAML, or holds keys or values that a recipe does not have; its `why` has
-            one line an error, with where it is.
+        ConfigError: the file is missing or not YAML, or contains keys or values that a recipe does not have; its `why`
+            has one line an error, with where it is.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
-            f"There is no recipe {path}.", "", "Pass the path of a YAML file, such as those of `recipes/`."
+            f"There is no recipe {path}.",
+            "It is a folder." if path.is_dir() else "The file does not exist.",
+            "Pass the path of a YAML file, such as those of `recipes/`.",
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -57,6 +57,15 @@ def encode_chat(
     Raises:
         ConfigError: an option has no such value.
         DataError: as in `tag_chat`, or there is nothing to encode, or no token to pad with.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        >>> chat = deltamem.encode_chat(tokenizer, [{"role": "user", "content": "My dog is Rex."}])
+        >>> chat.input_ids.shape == chat.segment_tags.shape
+        True
     """
     if padding_side not in PADDING_SIDES:
         raise ConfigError(f"There is no padding side {padding_side!r}.", f"The sides are {', '.join(PADDING_SIDES)}.")

@@ -101,6 +101,14 @@ def train(
 
     Raises:
         DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from deltamem_tool.recipe.load import load_recipe, shipped_recipe
+        >>> recipe = load_recipe(shipped_recipe("quickstart.yaml"), ["training.steps=2"], out="my-adapter")
+        >>> result = deltamem.train(recipe)
+        >>> deltamem.load("my-adapter").config.model_type
+        'qwen3'
     """
     out, run, state = Path(recipe.out), run_folder(recipe.out), processes()
     start = start_of(recipe, state.num_processes)

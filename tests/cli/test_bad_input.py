@@ -85,7 +85,7 @@ def test_a_model_without_attention(here, deltamem):
     AutoModelForCausalLM.from_config(config).save_pretrained(here / "base")
     before = listing(here)
     done = deltamem("patch", "base", "--out", "adapter")
-    done.assert_short_error("Mamba", "takes no memory", "softmax attention", "such as Qwen3", code=1)
+    done.assert_short_error("Mamba", "cannot have a memory", "softmax attention", "such as Qwen3", code=1)
     assert listing(here) == before
 
 

@@ -98,7 +98,7 @@ def _twice():
         ),
         (
             lambda: AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)),
-            r"(?s)\(mamba\) takes no memory.*softmax attention",
+            r"(?s)\(mamba\) cannot have a memory.*softmax attention",
         ),
         (lambda: _fused(), r"(?s)\(new\) is not known.*known layout"),
         (lambda: _gated(), r"(?s)not laid out as its names say.*self_attn.q_proj is 128 wide, and .*o_proj takes 64"),

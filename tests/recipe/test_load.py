@@ -184,9 +184,9 @@ def test_files_that_are_no_recipe_are_named(tmp_path, content, says):
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="There is no recipe"):
+    with pytest.raises(ConfigError, match=r"There is no recipe .*\nThe file does not exist\.\nPass "):
         load_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="There is no recipe"):
+    with pytest.raises(ConfigError, match=r"There is no recipe .*\nIt is a folder\.\nPass "):
         load_recipe(tmp_path)
 
 

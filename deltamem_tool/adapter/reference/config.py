@@ -143,7 +143,7 @@ def mechanism_of(fields: Mapping[str, Any], file: Path) -> DeltaMemConfig:
     if problems or config is None:
         raise AdapterError(
             f"{file} describes a mechanism that deltamem does not have.",
-            "; ".join(sorted(problems)) + ".",
+            f"Differences: {'; '.join(sorted(problems))}.",
             "Nothing was converted. Use an adapter of declare-lab/delta-Mem with token, message or sentence writes.",
         )
     return config

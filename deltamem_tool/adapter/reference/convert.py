@@ -96,6 +96,13 @@ def convert(
             `base`. Differences are named.
         ArchitectureError: `base` cannot be loaded, or the reference implementation does not support it.
         DeltaMemError: `dst` exists, or cannot be written.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> deltamem.convert("builtin:adapter", "reference-adapter", to="reference").format
+        'reference'
+        >>> deltamem.convert("reference-adapter", "my-adapter", base="builtin:backbone").format
+        'deltamem'
     """
     if to not in FORMATS:
         raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
@@ -295,12 +302,12 @@ def _check_tensors(
         elif tuple(tensor.shape) != shape:
             differences.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         elif not tensor.isfinite().all():
-            differences.append(f"{name} holds NaN or infinity")
+            differences.append(f"{name} contains NaN or infinity")
         elif ours is None and tensor.any():
             differences.append(f"{name} is not zero, but its branch is not in delta_heads: it would be lost")
     if differences:
         raise AdapterError(
             f"{file} does not fit its config and base model.",
-            "; ".join(sorted(differences)) + ".",
+            f"Differences: {'; '.join(sorted(differences))}.",
             "Fetch the adapter again, or pass the base model that it was trained on.",
         )

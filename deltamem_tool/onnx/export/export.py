@@ -90,6 +90,15 @@ def export_onnx(
         ConfigError: the target takes no `memory`.
         MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
         DeltaMemError: `out` is there already.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        >>> manifest = deltamem.export_onnx(model, tokenizer, "my-onnx")
+        >>> manifest.max_abs_diff < 1e-3
+        True
     """
     check_overwrite(out, overwrite)
     check_rewrites(without)

@@ -33,6 +33,16 @@ class OnnxModel:
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
         HubError: the Hub does not give it.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> from transformers import AutoTokenizer
+        >>> model = deltamem.load("builtin:adapter")
+        >>> tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        >>> _ = deltamem.export_onnx(model, tokenizer, "my-onnx")
+        >>> talk = deltamem.Conversation(deltamem.OnnxModel("my-onnx"))
+        >>> len(talk.generate("My dog is Rex.").text) > 0
+        True
     """
 
     def __init__(
