@@ -199,12 +199,12 @@ def _ask_harness(
     check_options(protocol, bool(baselines["retrieved"] or baselines["truncate"]), runtime)
     lora = _lora(baselines["lora"])
     select(conditions_of(lora), only)
-    prepared = prepare(find_harness(task, options), limit)
+    harness_tasks = prepare(find_harness(task, options), limit)
 
     def ask(model: Any, tokenizer: Any, **shared: Any) -> Evaluation:
         from deltamem_tool.evaluation.harness_run import evaluate_harness
 
-        return evaluate_harness(model, tokenizer, prepared, lora=lora, **shared)
+        return evaluate_harness(model, tokenizer, harness_tasks, lora=lora, **shared)
 
     return ask
 

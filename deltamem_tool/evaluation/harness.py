@@ -21,7 +21,7 @@ from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import NOTHING, OWN, PYTORCH, SCALE_ZERO, STATE, Condition
-from deltamem_tool.evaluation.task import made
+from deltamem_tool.evaluation.task import create_task
 
 
 def conditions_of(lora: Lora | None = None) -> list[Condition]:
@@ -30,14 +30,14 @@ def conditions_of(lora: Lora | None = None) -> list[Condition]:
     Args:
         lora: also the base model with this on it.
     """
-    found = [
+    conditions = [
         Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
         Condition("scale_zero", SCALE_ZERO, NOTHING, "the same with the corrections scaled to zero"),
         Condition("no_adapter", None, NOTHING, "the base model without adapter"),
     ]
     if lora is not None:
-        found.append(Condition("lora", None, NOTHING, f"the base model with the LoRA {lora.folder.name}", lora))
-    return found
+        conditions.append(Condition("lora", None, NOTHING, f"the base model with the LoRA {lora.folder.name}", lora))
+    return conditions
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Harness:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class HarnessTasks:
     """Tasks with their documents.
 
     Args:
@@ -98,7 +98,7 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     names = tuple(dict.fromkeys(name.strip() for name in task.removeprefix(HARNESS).split(",") if name.strip()))
     if not names:
         raise ConfigError(f"{task!r} names no task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example.")
-    harness: Harness = made(partial(Harness, names), task, options, None)
+    harness: Harness = create_task(partial(Harness, names), task, options, None)
     return harness
 
 
@@ -127,7 +127,7 @@ def check_options(protocol: str, baselines: bool, runtime: str) -> None:
         )
 
 
-def prepare(harness: Harness, limit: int | None = None) -> Prepared:
+def prepare(harness: Harness, limit: int | None = None) -> HarnessTasks:
     """Find the tasks, and load the first `limit` documents of each.
 
     Raises:
@@ -138,7 +138,7 @@ def prepare(harness: Harness, limit: int | None = None) -> Prepared:
     manager = _manager(harness)
     tasks = {name: _loaded(manager, name) for name in harness.names}
     documents = {name: _documents(loaded["tasks"], limit) for name, loaded in tasks.items()}
-    return Prepared(harness, tasks, documents, limit)
+    return HarnessTasks(harness, tasks, documents, limit)
 
 
 def _manager(harness: Harness) -> Any:
@@ -184,17 +184,17 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
             f"{first_line(error)}.",
             "Try again with a network; where a dataset is gated, accept its terms on the Hub and run `hf auth login`.",
         ) from error
-    for own, task in loaded["tasks"].items():
+    for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             why = "It runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "It shows pictures"
-            raise ConfigError(f"The task {own} cannot be asked here.", f"{why}.", "Use lm_eval itself for it.")
+            raise ConfigError(f"The task {task_name} cannot be asked here.", f"{why}.", "Use lm_eval itself for it.")
     return loaded
 
 
 def _documents(tasks: Mapping[str, Any], limit: int | None) -> dict[str, str]:
     """Of every document that is asked, its name, and its text for a digest."""
     return {
-        f"{own}/{number}": json.dumps(task.eval_docs[number], default=str)
-        for own, task in tasks.items()
+        f"{task_name}/{number}": json.dumps(task.eval_docs[number], default=str)
+        for task_name, task in tasks.items()
         for number in range(min(len(task.eval_docs), limit or len(task.eval_docs)))
     }

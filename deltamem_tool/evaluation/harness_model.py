@@ -108,14 +108,14 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]`. Rows are padded on the right, where nothing follows that could see it."""
         with torch.no_grad():
-            given = self._cache(inps, torch.ones_like(inps))
-            logits: Tensor = self.model(inps, use_cache=bool(given), **given).logits
+            cache_options = self._cache(inps, torch.ones_like(inps))
+            logits: Tensor = self.model(inps, use_cache=bool(cache_options), **cache_options).logits
         self._count(len(inps))
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        given = self._cache(context, options["attention_mask"])
-        output: Tensor = super()._model_generate(context, max_length, stop, **options, **given)
+        cache_options = self._cache(context, options["attention_mask"])
+        output: Tensor = super()._model_generate(context, max_length, stop, **options, **cache_options)
         self._count(len(context))
         return output
 
@@ -137,11 +137,11 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     def _segments(self, row: list[int], valid: list[int]) -> list[int]:
         """A tag for each token: those of the prompt that it begins with; what follows is the answer's segment."""
         padding = len(valid) - sum(valid)  # on the left
-        own = tuple(row[padding:])
+        tokens = tuple(row[padding:])
         for length in sorted({len(ids) for ids in self._tags}, reverse=True):
-            tags = self._tags.get(own[:length])
+            tags = self._tags.get(tokens[:length])
             if tags is not None and len(tags) == length:
-                return [SegmentTag.OUTSIDE] * padding + tags + [SegmentTag.INSIDE] * (len(own) - length)
+                return [SegmentTag.OUTSIDE] * padding + tags + [SegmentTag.INSIDE] * (len(tokens) - length)
         raise DataError(
             "A prompt has no messages that the memory could write.",
             f"The adapter writes {self._granularity} by {self._granularity}, and this is not a rendered conversation.",

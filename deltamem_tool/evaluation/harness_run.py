@@ -18,7 +18,7 @@ from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.conditions import Condition, in_words, select
-from deltamem_tool.evaluation.harness import Prepared, conditions_of
+from deltamem_tool.evaluation.harness import HarnessTasks, conditions_of
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
@@ -33,7 +33,7 @@ SCORE = "score"  # of several tasks: the first metric of each, whatever its name
 def evaluate_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
+    harness_tasks: HarnessTasks,
     *,
     only: Collection[str] | None = None,
     lora: Lora | None = None,
@@ -51,7 +51,7 @@ def evaluate_harness(
     Args:
         model: with its adapter.
         tokenizer: of the model.
-        prepared: the tasks with their documents.
+        harness_tasks: the tasks with their documents.
         only: names of conditions, where not all are wanted.
         lora: the base model with this on it, beside the controls.
         batch_size: requests at once.
@@ -67,20 +67,20 @@ def evaluate_harness(
     """
     if lora is not None:
         lora.check_base(model)
-    harness = prepared.harness
+    harness = harness_tasks.harness
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
     conditions = select(conditions_of(lora), only)
-    said = {"task": harness.name, "protocol": AS_READ, ITEMS: prepared.digest, **(settings or {})}
-    said |= {} if lora is None else {"lora": lora.fingerprint}
-    answered, count = Records(folder, said), 0
+    run_settings = {"task": harness.name, "protocol": AS_READ, ITEMS: harness_tasks.digest, **(settings or {})}
+    run_settings |= {} if lora is None else {"lora": lora.fingerprint}
+    answered, count = Records(folder, run_settings), 0
     for condition in conditions:
-        for name, documents in prepared.documents.items():
+        for name, documents in harness_tasks.documents.items():
             if all((condition.name, item) in answered for item in documents):
                 continue
-            count += answered.add(_asked(model, tokenizer, prepared, name, condition, batch_size, report))
-    asked = [item for documents in prepared.documents.values() for item in documents]
-    records = answered.of([condition.name for condition in conditions], asked)
+            count += answered.add(_asked(model, tokenizer, harness_tasks, name, condition, batch_size, report))
+    items = [item for documents in harness_tasks.documents.values() for item in documents]
+    records = answered.of([condition.name for condition in conditions], items)
     metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
     return Evaluation(harness.name, AS_READ, metrics, conditions, list(harness.names), records, seed, count)
 
@@ -88,7 +88,7 @@ def evaluate_harness(
 def _asked(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
+    harness_tasks: HarnessTasks,
     name: str,
     condition: Condition,
     batch_size: int,
@@ -99,20 +99,20 @@ def _asked(
 
     from deltamem_tool.evaluation.harness_model import MemoryLM
 
-    harness = prepared.harness
+    harness = harness_tasks.harness
 
-    def told(done: int, of: int) -> None:
+    def progress(done: int, of: int) -> None:
         if report is not None:
             report(f"{name}, {in_words(condition.name)}", done, of)
 
     with under(model, condition), _quiet():
-        lm = MemoryLM(model, tokenizer, batch_size, harness.chat, told)
-        _begin(prepared.tasks[name]["tasks"], harness.num_fewshot)
+        lm = MemoryLM(model, tokenizer, batch_size, harness.chat, progress)
+        _begin(harness_tasks.tasks[name]["tasks"], harness.num_fewshot)
         # Not `simple_evaluate`, which lists all that is installed each time.
-        found = lm_eval.evaluate(
+        results = lm_eval.evaluate(
             lm,
-            prepared.tasks[name],
-            limit=prepared.limit,
+            harness_tasks.tasks[name],
+            limit=harness_tasks.limit,
             apply_chat_template=harness.chat,
             fewshot_as_multiturn=harness.chat,
             system_instruction=harness.system,
@@ -120,8 +120,8 @@ def _asked(
         )
     return [
         record
-        for own, samples in found["samples"].items()
-        for record in _records(tokenizer, name, own, condition.name, samples, prepared.is_one_task)
+        for task_name, samples in results["samples"].items()
+        for record in _records(tokenizer, name, task_name, condition.name, samples, harness_tasks.is_one_task)
     ]
 
 
@@ -142,7 +142,7 @@ def _begin(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
 def _records(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    own: str,
+    task_name: str,
     condition: str,
     samples: Sequence[Mapping[str, Any]],
     alone: bool,
@@ -152,19 +152,23 @@ def _records(
     metrics = [metric for metric in some[0]["metrics"] if all(_is_share(sample[metric]) for sample in some)]
     if not metrics:
         raise ConfigError(
-            f"The task {own} has no score from 0 to 1 for each document.",
+            f"The task {task_name} has no score from 0 to 1 for each document.",
             f"Its metrics are {', '.join(some[0]['metrics'])}.",
             "Choose another task.",
         )
     records = []
     for sample in some:
-        asked, said = str(sample["arguments"][0][0]), sample["filtered_resps"]
-        answer = said[0] if len(said) == 1 and isinstance(said[0], str) else json.dumps(said, default=str)
-        item = f"{own}/{sample['doc_id']}"
+        prompt, responses = str(sample["arguments"][0][0]), sample["filtered_resps"]
+        answer = (
+            responses[0]
+            if len(responses) == 1 and isinstance(responses[0], str)
+            else json.dumps(responses, default=str)
+        )
+        item = f"{task_name}/{sample['doc_id']}"
         scores = {} if alone else {SCORE: float(sample[metrics[0]])}
         scores |= {metric: float(sample[metric]) for metric in metrics}
-        tokens = len(tokenizer(asked, add_special_tokens=False).input_ids)
-        records.append(Record(item, item, name, condition, asked, answer, [str(sample["target"])], scores, tokens))
+        tokens = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        records.append(Record(item, item, name, condition, prompt, answer, [str(sample["target"])], scores, tokens))
     return records
 
 
@@ -190,5 +194,5 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(_is_news)
 
 
-def _is_news(said: logging.LogRecord) -> bool:
-    return not said.getMessage().startswith(_KNOWN)
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN)

@@ -97,9 +97,9 @@ class Views:
         if not chosen:
             return self._plain(item)
         passages = _passages(item)
-        said = "\n".join(passages[number] for number in sorted(chosen))
+        context = "\n".join(passages[number] for number in sorted(chosen))
         *before, last = item.question
-        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{said}\n\n{last['content']}"}])
+        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{last['content']}"}])
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._template.render(messages, generation_prompt=True)

@@ -121,25 +121,27 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The task {name!r} cannot be imported.", f"{error}.", "Correct its name.") from error
-    return cast(Task | LikelihoodTask, made(kind, name, options, offered))
+    return cast(Task | LikelihoodTask, create_task(kind, name, options, offered))
 
 
-def made(kind: Callable[..., Any], name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None) -> Any:
+def create_task(
+    kind: Callable[..., Any], name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None
+) -> Any:
     """`kind` of the options; arguments as in `find_task`.
 
     Raises:
         ConfigError: it does not take them.
     """
     signature = inspect.signature(kind)
-    given = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(options)
+    arguments = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(options)
     try:
-        signature.bind(**given)
+        signature.bind(**arguments)
     except TypeError as error:
         takes = f"It takes {', '.join(signature.parameters) or 'none'}"
         raise ConfigError(
             f"The task {name!r} does not take these options.", f"{str(error).capitalize()}. {takes}.", "Correct them."
         ) from error
-    return kind(**given)
+    return kind(**arguments)
 
 
 def needs_data(task: str, data: str | None, example: str, **others: str | None) -> str:

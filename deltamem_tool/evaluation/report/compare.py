@@ -214,28 +214,28 @@ def read_report(place: Path) -> EvaluationFile:
 
 def _by_condition(records: Sequence[Record], result: Mapping[str, Any]) -> dict[str, list[Record]]:
     """In the order of the items' names: they came in that of their prompts' lengths."""
-    found: dict[str, list[Record]] = {name: [] for name in result["conditions"]}
+    by_condition: dict[str, list[Record]] = {name: [] for name in result["conditions"]}
     for record in sorted(records, key=lambda record: record.item):
-        if record.condition in found:
-            found[record.condition].append(record)
-    return found
+        if record.condition in by_condition:
+            by_condition[record.condition].append(record)
+    return by_condition
 
 
 def _agree(records: Mapping[str, Sequence[Record]], result: Mapping[str, Any]) -> bool:
     """Whether the means are the recorded ones: none is missing, and none has been changed."""
     metric, total = result["metric"], sum(result["questions"])
     weight = scale_of(metric).weight
-    for name, own in records.items():
-        scores = [record.scores.get(metric) for record in own]
-        weights = [record.scores.get(weight) if weight else 1.0 for record in own]
-        if not own or len({record.item for record in own}) != len(own) or len(own) != total:
+    for name, answers in records.items():
+        scores = [record.scores.get(metric) for record in answers]
+        weights = [record.scores.get(weight) if weight else 1.0 for record in answers]
+        if not answers or len({record.item for record in answers}) != len(answers) or len(answers) != total:
             return False
         numbers = [
             (score, weight)
             for score, weight in zip(scores, weights, strict=True)
             if isinstance(score, int | float) and isinstance(weight, int | float) and weight > 0
         ]
-        if len(numbers) != len(own):
+        if len(numbers) != len(answers):
             return False
         mean = sum(score * weight for score, weight in numbers) / sum(weight for _, weight in numbers)
         if not math.isclose(mean, result["overall"][name][0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
@@ -279,8 +279,8 @@ def _row(a: EvaluationFile, b: EvaluationFile, name: str, group: str | None, pai
     if not paired:
         return Row(name, False, group, of_a, of_b, **asdict(difference_of_means(of_b, of_a)), unit=scale.unit)
     ours, theirs, histories, weights = _paired(a, b, name, group)
-    found = difference(ours, theirs, histories, a.result["seed"], scale, weights)
-    return Row(name, False, group, of_a, of_b, **asdict(found), unit=scale.unit)
+    estimate = difference(ours, theirs, histories, a.result["seed"], scale, weights)
+    return Row(name, False, group, of_a, of_b, **asdict(estimate), unit=scale.unit)
 
 
 def _paired(
@@ -301,7 +301,7 @@ def _paired(
 def _gains(a: EvaluationFile, b: EvaluationFile, conditions: Sequence[str], paired: bool) -> list[Row]:
     """Whether one's state adds more than the other's: differences between differences."""
     scale = scale_of(a.result["metric"])
-    found = []
+    rows = []
     for other in conditions if STATE in conditions else ():
         of_a, of_b = (_interval(each.result.get("differences", {}).get(other)) for each in (a, b))
         if of_a is None or of_b is None:
@@ -315,8 +315,8 @@ def _gains(a: EvaluationFile, b: EvaluationFile, conditions: Sequence[str], pair
             over = asdict(difference(b_gain, a_gain, histories, a.result["seed"], scale.of_differences, weights))
         else:
             over = asdict(difference_of_means(of_b, of_a))
-        found.append(Row(other, True, None, of_a, of_b, **over, unit=scale.unit))
-    return found
+        rows.append(Row(other, True, None, of_a, of_b, **over, unit=scale.unit))
+    return rows
 
 
 def _interval(result: Mapping[str, Any] | None) -> Interval | None:
@@ -329,8 +329,10 @@ def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str
     Those that both tell of, and where both tell how they were done, what only one has.
     """
     sides = [{(part, name): value for part, rows in settings(each.result) for name, value in rows} for each in (a, b)]
-    told = "run" in a.result and "run" in b.result
-    keys = [key for key in dict.fromkeys([*sides[0], *sides[1]]) if told or (key in sides[0] and key in sides[1])]
+    both_have_runs = "run" in a.result and "run" in b.result
+    keys = [
+        key for key in dict.fromkeys([*sides[0], *sides[1]]) if both_have_runs or (key in sides[0] and key in sides[1])
+    ]
     rows = [(*key, sides[0].get(key, "–"), sides[1].get(key, "–")) for key in keys if key[0] != COST]
     return [row for row in rows if row[2] != row[3]]
 
@@ -340,7 +342,7 @@ def _alone(a: EvaluationFile, b: EvaluationFile) -> list[str]:
     return [
         f"only {label} has the {kind} {in_words(name)}"
         for kind, key in (("condition", "conditions"), ("group", "groups"))
-        for label, own, other in (("A", a, b), ("B", b, a))
-        for name in own.result[key]
+        for label, one, other in (("A", a, b), ("B", b, a))
+        for name in one.result[key]
         if name not in other.result[key]
     ]

@@ -95,26 +95,26 @@ def scores_figure(
     return figure
 
 
-def differences_figure(what: str, found: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
+def differences_figure(label: str, differences: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
     """A difference with its interval by condition; a hollow mark is one that chance could have made.
 
     Args:
-        what: the axis.
-        found: `mean`, `low`, `high` and `clear`, by condition.
+        label: of the axis.
+        differences: `mean`, `low`, `high` and `clear`, by condition.
         narrow: for a phone.
     """
     with _look():
-        figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(found))
+        figure = _figure(4.9 if narrow else 8, 1.0 + 0.34 * len(differences))
         axes = figure.subplots()
-        for place, (name, style) in enumerate(styles(list(found)).items()):
-            one, colour = found[name], style["color"]
+        for place, (name, style) in enumerate(styles(list(differences)).items()):
+            one, colour = differences[name], style["color"]
             inside = colour if one["clear"] else PAPER
             axes.hlines(place, one["low"], one["high"], color=colour, linewidth=1.5)
             axes.plot(one["mean"], place, marker="o", color=colour, markerfacecolor=inside, zorder=3)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(found)), [_label(name) for name in found])
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.set_xlabel(what)
+        axes.set_yticks(range(len(differences)), [_label(name) for name in differences])
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.6, linewidth=0.6)
     return figure
 
@@ -159,9 +159,11 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
     text = text.replace(INK, "currentColor").replace(GRID, "var(--line)").replace(PAPER, "var(--paper)")
     for colour in DARK:
         text = text.replace(colour, f"var(--plot-{colour[1:]})")
-    said = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    description_tags = (
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    )
     opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
-    return re.sub(r"<svg([^>]*)>", lambda found: f"{opening}{found[1]}>{said}", text, count=1)
+    return re.sub(r"<svg([^>]*)>", lambda match: f"{opening}{match[1]}>{description_tags}", text, count=1)
 
 
 @contextmanager
@@ -182,8 +184,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _rising(groups: Sequence[str]) -> bool:
     """Whether the names begin with numbers, each larger than the one before."""
-    found = [re.match(r"\d+", group) for group in groups]
-    numbers = [int(one[0]) for one in found if one]
+    matches = [re.match(r"\d+", group) for group in groups]
+    numbers = [int(one[0]) for one in matches if one]
     return len(numbers) == len(groups) > 1 and numbers == sorted(set(numbers))
 
 

@@ -26,13 +26,13 @@ _PARTS = ("options", "mechanism", "versions")  # of `run`, that a reader shows
 _AGAIN = "Make it with `deltamem eval ADAPTER --out evaluation.json`."
 
 
-def write_evaluation(path: str | Path, said: Mapping[str, Any]) -> None:
+def write_evaluation(path: str | Path, result: Mapping[str, Any]) -> None:
     """Write what `evaluation_json` gave, whole or not at all."""
-    write_whole(path, (json.dumps(said, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def evaluation_json(
-    found: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
+    evaluation: Evaluation, adapter: str, arguments: Sequence[str], run: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the file holds.
 
@@ -40,49 +40,49 @@ def evaluation_json(
     the same of the metrics that do not decide.
 
     Args:
-        found: the result.
+        evaluation: what `evaluate` returned.
         adapter: the fingerprint of what was evaluated.
         arguments: what `deltamem eval` takes for the same questions.
         run: how it was done, as `run_json` says.
     """
-    metric, *others = found.metrics
-    names = [condition.name for condition in found.conditions]
+    metric, *others = evaluation.metrics
+    names = [condition.name for condition in evaluation.conditions]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "deltamem_version": __version__,
         "adapter": adapter,
-        "task": found.task,
-        "protocol": found.protocol,
+        "task": evaluation.task,
+        "protocol": evaluation.protocol,
         "arguments": list(arguments),
         "metric": metric,
-        "seed": found.seed,
-        "groups": found.groups,
-        "questions": [len(found.scores(metric, names[0], group)[0]) for group in found.groups],
-        "conditions": {condition.name: condition.meaning for condition in found.conditions},
-        "scores": {name: [_row(found, metric, name, group) for group in found.groups] for name in names},
-        "overall": {name: _row(found, metric, name, None) for name in names},
-        "other_metrics": {other: {name: _row(found, other, name, None) for name in names} for other in others}
-        | ({PERPLEXITY: {name: _perplexities(found, name) for name in names}} if metric == LOG_PROB else {}),
-        "differences": _differences(found, None),
-        "group_differences": {group: _differences(found, group) for group in found.groups},
-        "verdict": found.verdict(),
+        "seed": evaluation.seed,
+        "groups": evaluation.groups,
+        "questions": [len(evaluation.scores(metric, names[0], group)[0]) for group in evaluation.groups],
+        "conditions": {condition.name: condition.meaning for condition in evaluation.conditions},
+        "scores": {name: [_row(evaluation, metric, name, group) for group in evaluation.groups] for name in names},
+        "overall": {name: _row(evaluation, metric, name, None) for name in names},
+        "other_metrics": {other: {name: _row(evaluation, other, name, None) for name in names} for other in others}
+        | ({PERPLEXITY: {name: _perplexities(evaluation, name) for name in names}} if metric == LOG_PROB else {}),
+        "differences": _differences(evaluation, None),
+        "group_differences": {group: _differences(evaluation, group) for group in evaluation.groups},
+        "verdict": evaluation.verdict(),
         **({} if run is None else {"run": dict(run)}),
     }
 
 
-def _differences(found: Evaluation, group: str | None) -> dict[str, Any]:
+def _differences(evaluation: Evaluation, group: str | None) -> dict[str, Any]:
     """Of the state to each of the others."""
-    return {name: asdict(found.difference(found.metrics[0], name, group)) for name in found.others}
+    return {name: asdict(evaluation.difference(evaluation.metrics[0], name, group)) for name in evaluation.others}
 
 
-def _row(found: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
-    estimate = found.estimate(metric, condition, group)
+def _row(evaluation: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:
+    estimate = evaluation.estimate(metric, condition, group)
     return [estimate.mean, estimate.low, estimate.high]
 
 
-def _perplexities(found: Evaluation, condition: str) -> list[float]:
-    mean, low, high = _row(found, LOG_PROB, condition, None)
+def _perplexities(evaluation: Evaluation, condition: str) -> list[float]:
+    mean, low, high = _row(evaluation, LOG_PROB, condition, None)
     return [perplexity(mean), perplexity(high), perplexity(low)]
 
 
@@ -93,34 +93,34 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         DataError: the file is something else, of a newer format, or a figure is missing.
     """
     try:
-        said = read_json(file)
+        result = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", f"{error}.", _AGAIN) from error
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise DataError(f"{file} is not an evaluation of an adapter.", "", _AGAIN)
-    if is_newer(said.get("format_version"), FORMAT_VERSION):
-        update = update_command(said.get("deltamem_version"))
+    if is_newer(result.get("format_version"), FORMAT_VERSION):
+        update = update_command(result.get("deltamem_version"))
         raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")
-    if not _is_whole(said):
+    if not _is_whole(result):
         raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)
-    return said
+    return result
 
 
-def _is_whole(said: dict[str, Any]) -> bool:
+def _is_whole(result: dict[str, Any]) -> bool:
     """Whether a reader, such as the model card, finds all that it shows."""
-    texts = [said.get(name) for name in ("adapter", "task", "protocol", "metric")]
-    groups, conditions, scores = said.get("groups"), said.get("conditions"), said.get("scores")
+    texts = [result.get(name) for name in ("adapter", "task", "protocol", "metric")]
+    groups, conditions, scores = result.get("groups"), result.get("conditions"), result.get("scores")
     if not isinstance(groups, list) or not isinstance(conditions, dict) or not isinstance(scores, dict):
         return False
-    verdict, overall, arguments = said.get("verdict"), said.get("overall"), said.get("arguments")
-    if not isinstance(verdict, list) or not isinstance(arguments, list) or type(said.get("seed")) is not int:
+    verdict, overall, arguments = result.get("verdict"), result.get("overall"), result.get("arguments")
+    if not isinstance(verdict, list) or not isinstance(arguments, list) or type(result.get("seed")) is not int:
         return False
-    differences, run = said.get("differences", {}), said.get("run", {})
+    differences, run = result.get("differences", {}), result.get("run", {})
     if not isinstance(differences, dict) or not isinstance(run, dict):
         return False
     return (
         all(isinstance(text, str) for text in [*texts, *groups, *conditions.values(), *verdict, *arguments])
-        and _are_numbers(said.get("questions"), len(groups))
+        and _are_numbers(result.get("questions"), len(groups))
         and isinstance(overall, dict)
         and all(_are_numbers(overall.get(name), 3) for name in conditions)
         and all(isinstance(scores.get(name), list) and len(scores[name]) == len(groups) for name in conditions)

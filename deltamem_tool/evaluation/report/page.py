@@ -34,65 +34,65 @@ def check_folder(folder: Path) -> None:
     """Raise where a report cannot be written into `folder`, or would replace what no report has left there.
 
     Raises:
-        DeltaMemError: it is so.
+        DeltaMemError: the folder cannot be written, or holds files of another program.
     """
     check_writable(folder / PAGE_FILE)
     if (folder / SETTINGS_FILE).is_file():
         return  # of a report, or of records; whether of this one is seen when it is opened
-    there = [name for name in FILES if (folder / name).exists()]
-    if there:
-        what = f"{folder} holds {' and '.join(there)} of something else."
-        raise DataError(what, "A report would replace it.", "Choose another folder.")
+    report_files = [name for name in FILES if (folder / name).exists()]
+    if report_files:
+        problem = f"{folder} holds {' and '.join(report_files)} of something else."
+        raise DataError(problem, "A report would replace it.", "Choose another folder.")
 
 
-def write_report(folder: Path, said: Mapping[str, Any], records: Sequence[Record]) -> None:
+def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Write all but the records, which are there: the page last, when what it leads to is there.
 
     Args:
         folder: has the records.
-        said: as `evaluation_json` gives it.
+        result: as `evaluation_json` gives it.
         records: what is in the folder.
     """
-    known = _known(said, records)
-    write_evaluation(folder / EVALUATION_FILE, said)
+    known = _known(result, records)
+    write_evaluation(folder / EVALUATION_FILE, result)
     write_whole(folder / MARKDOWN_FILE, rendered("report.md.jinja", **known))
     write_whole(folder / PAGE_FILE, rendered("report.html.jinja", **known))
 
 
-def _known(said: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
-    run = said.get("run")
+def _known(result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    run = result.get("run")
     return {
         "dark": DARK,
-        "said": said,
+        "result": result,
         "run": run,
         "created": run["created"][:16].replace("T", " ") + " UTC" if run else "",
         "state": STATE,
-        "total": sum(said["questions"]),
+        "total": sum(result["questions"]),
         "histories": len({record.history for record in records}),
-        "meanings": [(in_words(name), meaning) for name, meaning in said["conditions"].items()],
+        "meanings": [(in_words(name), meaning) for name, meaning in result["conditions"].items()],
         "command": shlex.join(run["command"]) if run else "",
-        "settings": settings(said),
+        "settings": settings(result),
         "fewest": FEWEST,
-        "files": [(name, what) for name, what in FILES.items() if name != PAGE_FILE],
+        "files": [(name, meaning) for name, meaning in FILES.items() if name != PAGE_FILE],
         "records_file": RECORDS_FILE,
-        "sample": _sample(said, records),
+        "sample": _sample(result, records),
         "shown_groups": SAMPLE_GROUPS,
-        "left_out": len(said["groups"]) > SAMPLE_GROUPS,
-        "scores_plot": _scores_plot(said),
-        "differences_plot": _differences_plot(said),
+        "left_out": len(result["groups"]) > SAMPLE_GROUPS,
+        "scores_plot": _scores_plot(result),
+        "differences_plot": _differences_plot(result),
     }
 
 
-def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+def _sample(result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
     """Of each group, the question that the first condition, the state if it is there, answered best, and worst."""
-    metric, first = said["metric"], next(iter(said["conditions"]))
+    metric, first = result["metric"], next(iter(result["conditions"]))
     by_item: dict[str, list[Record]] = {}
     for record in records:
         by_item.setdefault(record.item, []).append(record)
     chosen = []
-    for group in said["groups"][:SAMPLE_GROUPS]:
-        own = [record for record in records if record.condition == first and record.group == group]
-        best, worst = max(own, key=lambda one: one.scores[metric]), min(own, key=lambda one: one.scores[metric])
+    for group in result["groups"][:SAMPLE_GROUPS]:
+        answers = [record for record in records if record.condition == first and record.group == group]
+        best, worst = max(answers, key=lambda one: one.scores[metric]), min(answers, key=lambda one: one.scores[metric])
         kinds = {best.item: "highest", worst.item: "lowest"} if best.item != worst.item else {best.item: "all alike"}
         for record in {best.item: best, worst.item: worst}.values():
             chosen.append(
@@ -109,28 +109,28 @@ def _sample(said: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str
     return chosen
 
 
-def _scores_plot(said: Mapping[str, Any]) -> dict[str, str]:
-    rows = {name: said["scores"][name] for name in said["conditions"]}
-    means = "; ".join(f"{in_words(name)} {said['overall'][name][0]:.2f}" for name in rows)
+def _scores_plot(result: Mapping[str, Any]) -> dict[str, str]:
+    rows = {name: result["scores"][name] for name in result["conditions"]}
+    means = "; ".join(f"{in_words(name)} {result['overall'][name][0]:.2f}" for name in rows)
 
     def draw(narrow: bool) -> Figure:
-        return scores_figure(said["metric"], said["groups"], rows, narrow=narrow)
+        return scores_figure(result["metric"], result["groups"], rows, narrow=narrow)
 
     return both_widths("scores", draw, "Scores by condition and group", f"Of all questions: {means}.")
 
 
-def _differences_plot(said: Mapping[str, Any]) -> dict[str, str]:
-    found = {
+def _differences_plot(result: Mapping[str, Any]) -> dict[str, str]:
+    differences = {
         name: {**one, "clear": is_clear(one["low"], one["high"], one["p_value"], one["histories"])}
-        for name, one in said["differences"].items()
+        for name, one in result["differences"].items()
     }
-    if not found:
+    if not differences:
         return {}
 
     def draw(narrow: bool) -> Figure:
-        return differences_figure(f"state minus the other, {in_words(said['metric'])}", found, narrow)
+        return differences_figure(f"state minus the other, {in_words(result['metric'])}", differences, narrow)
 
-    return both_widths("differences", draw, "What the state adds", "; ".join(said["verdict"]))
+    return both_widths("differences", draw, "What the state adds", "; ".join(result["verdict"]))
 
 
 def both_widths(name: str, draw: Callable[[bool], Figure], title: str, description: str) -> dict[str, str]:

@@ -10,13 +10,13 @@ from deltamem_tool.evaluation.conditions import in_words
 COST = "Cost"  # a part of the settings: what a run has taken
 
 
-def settings(said: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def settings(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """All that `evaluation.json` says of how it was done, as readable rows under headings."""
-    asked = {name: said[name] for name in ("task", "protocol", "metric", "seed")}
-    run = said.get("run") or {}
+    common = {name: result[name] for name in ("task", "protocol", "metric", "seed")}
+    run = result.get("run") or {}
     parts = {
-        "Evaluation": {**asked, **run.get("options", {})},
-        "Adapter": {"fingerprint": said["adapter"], **run.get("mechanism", {})},
+        "Evaluation": {**common, **run.get("options", {})},
+        "Adapter": {"fingerprint": result["adapter"], **run.get("mechanism", {})},
         "Base model": run.get("base") or {},
         "Versions": run.get("versions", {}),
         COST: _cost(run.get("cost")),

@@ -17,38 +17,40 @@ from deltamem_tool.evaluation.scoring.statistics import Estimate
 from deltamem_tool.io.atomic import write_whole
 
 
-def score_table(found: Evaluation, metric: str | None = None) -> Table:
+def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
     """One metric, by default the first: a row a condition and a column a group."""
-    metric = metric or found.metrics[0]
-    counts = {group: len(found.scores(metric, found.conditions[0].name, group)[0]) for group in found.groups}
-    table = Table(title=f"{escape(found.task)}, protocol {found.protocol}: {in_words(metric)}, 95 % interval")
+    metric = metric or evaluation.metrics[0]
+    counts = {
+        group: len(evaluation.scores(metric, evaluation.conditions[0].name, group)[0]) for group in evaluation.groups
+    }
+    table = Table(title=f"{escape(evaluation.task)}, protocol {evaluation.protocol}: {in_words(metric)}, 95 % interval")
     table.add_column("", style="bold", overflow="fold")
-    for group in found.groups:
+    for group in evaluation.groups:
         # Folded: many groups on a narrow screen must not cut a figure.
         table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
-    for condition in found.conditions:
-        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+    for condition in evaluation.conditions:
+        estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
         table.add_row(in_words(condition.name), *(_cell(metric, one) for one in estimates))
     return table
 
 
-def _cell(metric: str, found: Estimate) -> str:
-    mean, interval = mean_and_interval(found.mean, found.low, found.high)
+def _cell(metric: str, estimate: Estimate) -> str:
+    mean, interval = mean_and_interval(estimate.mean, estimate.low, estimate.high)
     text = f"{mean}\n[dim]{interval}[/dim]"
     if metric != LOG_PROB:
         return text
-    mean, interval = mean_and_interval(*map(perplexity, (found.mean, found.high, found.low)))
+    mean, interval = mean_and_interval(*map(perplexity, (estimate.mean, estimate.high, estimate.low)))
     return f"{text}\n{PERPLEXITY} {mean}\n[dim]{interval}[/dim]"
 
 
-def plot_scores(found: Evaluation, path: Path) -> None:
+def plot_scores(evaluation: Evaluation, path: Path) -> None:
     """Draw the first metric by group as a PNG."""
-    metric, rows = found.metrics[0], {}
-    for condition in found.conditions:
-        estimates = [found.estimate(metric, condition.name, group) for group in found.groups]
+    metric, rows = evaluation.metrics[0], {}
+    for condition in evaluation.conditions:
+        estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
         rows[condition.name] = [(one.mean, one.low, one.high) for one in estimates]
-    title = f"{found.task}, protocol {found.protocol}"
-    write_whole(path, png(scores_figure(metric, found.groups, rows, title)))
+    title = f"{evaluation.task}, protocol {evaluation.protocol}"
+    write_whole(path, png(scores_figure(metric, evaluation.groups, rows, title)))
 
 
 def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:

@@ -22,8 +22,8 @@ def digits(mean: float, low: float, high: float) -> int:
 def plus_minus(mean: float, low: float, high: float, is_signed: bool = True) -> str:
     """`mean ± half width`; the mean with its sign, or its size alone."""
     after = digits(mean, low, high)
-    said = f"{mean:+.{after}f}" if is_signed else f"{abs(mean):.{after}f}"
-    return f"{said} ± {half_width(mean, low, high):.{after}f}"
+    text = f"{mean:+.{after}f}" if is_signed else f"{abs(mean):.{after}f}"
+    return f"{text} ± {half_width(mean, low, high):.{after}f}"
 
 
 def figure(value: float, after: int = DIGITS) -> str:

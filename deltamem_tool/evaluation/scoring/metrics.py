@@ -36,13 +36,13 @@ def token_f1(answer: str, right: str) -> float:
 
     An answer of yes, no or noanswer is right as a whole or not at all.
     """
-    said, wanted = normalise(answer), normalise(right)
-    if said != wanted and {said, wanted} & {"yes", "no", "noanswer"}:
+    words, wanted = normalise(answer), normalise(right)
+    if words != wanted and {words, wanted} & {"yes", "no", "noanswer"}:
         return 0.0
-    common = sum((Counter(said.split()) & Counter(wanted.split())).values())
+    common = sum((Counter(words.split()) & Counter(wanted.split())).values())
     if common == 0:
         return 0.0
-    precision, recall = common / len(said.split()), common / len(wanted.split())
+    precision, recall = common / len(words.split()), common / len(wanted.split())
     return 2 * precision * recall / (precision + recall)
 
 
@@ -58,15 +58,15 @@ def rouge(answer: str, right: str, kind: str = "rougeL") -> Rouge:
     """ROUGE of Porter's stems, by `rouge-score`.
 
     Args:
-        answer: what was said.
+        answer: of the model.
         right: what is right.
         kind: what it calls it: "rouge1", "rouge2", "rougeL" or "rougeLsum".
 
     Raises:
         ConfigError: it is not installed.
     """
-    found = _rouge_scorer(kind).score(target=right, prediction=answer)[kind]
-    return Rouge(found.recall, found.fmeasure)
+    score = _rouge_scorer(kind).score(target=right, prediction=answer)[kind]
+    return Rouge(score.recall, score.fmeasure)
 
 
 @lru_cache

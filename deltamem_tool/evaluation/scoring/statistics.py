@@ -105,21 +105,21 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
     The distances of the ends from their means, squared and added (MOVER; Zou and Donner, 2008, doi 10.1002/sim.3095).
     """
     (mean, low, high), (other, other_low, other_high) = ours, theirs
-    found = mean - other
+    shift = mean - other
     return Estimate(
-        found, found - math.hypot(mean - low, other_high - other), found + math.hypot(high - mean, other - other_low)
+        shift, shift - math.hypot(mean - low, other_high - other), shift + math.hypot(high - mean, other - other_low)
     )
 
 
-def verdict(against: str, found: Difference, unit: str = "") -> str:
+def verdict(against: str, difference: Difference, unit: str = "") -> str:
     """The difference in words; `unit` is what it is counted in, with a space before it."""
-    if found.histories < FEWEST:
-        return f"over {against}, {found.histories} histories are too few for a test ({found.mean:+.2f}{unit})"
-    said = plus_minus(found.mean, found.low, found.high, is_signed=not found.is_clear)
-    if not found.is_clear:
-        return f"over {against}, the difference is not distinguishable from 0 ({said}{unit})"
-    word = "adds" if found.mean > 0 else "costs"
-    return f"the state {word} {said}{unit} over {against}"
+    if difference.histories < FEWEST:
+        return f"over {against}, {difference.histories} histories are too few for a test ({difference.mean:+.2f}{unit})"
+    text = plus_minus(difference.mean, difference.low, difference.high, is_signed=not difference.is_clear)
+    if not difference.is_clear:
+        return f"over {against}, the difference is not distinguishable from 0 ({text}{unit})"
+    word = "adds" if difference.mean > 0 else "costs"
+    return f"the state {word} {text}{unit} over {against}"
 
 
 def p_text(value: float | None, histories: int | None) -> str:

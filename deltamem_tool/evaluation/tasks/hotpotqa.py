@@ -55,24 +55,24 @@ def _item(row: Any, where: str) -> Item:
         raise _no_hotpotqa(where, f"It has no {error}.") from error
     except (TypeError, ValueError) as error:
         raise _no_hotpotqa(where, f"{error}.") from error
-    for what, text in (("question", question), ("answer", answer), ("type", group)):
+    for field, text in (("question", question), ("answer", answer), ("type", group)):
         if not isinstance(text, str) or not text.strip():
-            raise _no_hotpotqa(where, f"It has no {what}.")
+            raise _no_hotpotqa(where, f"It has no {field}.")
     if not paragraphs:
         raise _no_hotpotqa(where, "It has no paragraph.")
-    told: list[Message] = []
+    messages: list[Message] = []
     for title, text in paragraphs:
-        told += [{"role": "user", "content": f"{title}\n{text}"}, {"role": "assistant", "content": _SEEN}]
-    asked = [{"role": "user", "content": _ASK.format(question=question)}]
-    return Item(name, name, [told], asked, [answer], group, where, question)
+        messages += [{"role": "user", "content": f"{title}\n{text}"}, {"role": "assistant", "content": _SEEN}]
+    request = [{"role": "user", "content": _ASK.format(question=question)}]
+    return Item(name, name, [messages], request, [answer], group, where, question)
 
 
 def _paragraphs(context: Any) -> list[tuple[str, str]]:
     pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
-    told = [(title, "".join(sentences).strip()) for title, sentences in pairs]
-    if not all(isinstance(title, str) for title, _ in told):
+    paragraphs = [(title, "".join(sentences).strip()) for title, sentences in pairs]
+    if not all(isinstance(title, str) for title, _ in paragraphs):
         raise ValueError("A paragraph has no title")
-    return told
+    return paragraphs
 
 
 def _no_hotpotqa(where: str, why: str) -> DataError:

@@ -72,19 +72,19 @@ class LoCoMo:
             return {"f1": float(any(words in answer.lower() for words in _TURNED_DOWN))}
         right = item.answers[0]
         if item.group == GROUPS[1]:  # several answers, of which each is looked for among those given
-            said = [part.strip() for part in answer.split(",")]
+            named = [part.strip() for part in answer.split(",")]
             wanted = [part.strip() for part in right.split(",")]
-            return {"f1": sum(max(stemmed_f1(one, part) for one in said) for part in wanted) / len(wanted)}
+            return {"f1": sum(max(stemmed_f1(one, part) for one in named) for part in wanted) / len(wanted)}
         return {"f1": stemmed_f1(answer, right)}
 
 
 def stemmed_f1(answer: str, right: str) -> float:
     """Harmonic mean of precision and recall of Porter's stems, without case, punctuation and articles."""
-    said, wanted = _stems(answer), _stems(right)
-    common = sum((Counter(said) & Counter(wanted)).values())
+    words, wanted = _stems(answer), _stems(right)
+    common = sum((Counter(words) & Counter(wanted)).values())
     if common == 0:
         return 0.0
-    precision, recall = common / len(said), common / len(wanted)
+    precision, recall = common / len(words), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -117,13 +117,13 @@ def _sessions(conversation: Mapping[str, Any]) -> list[list[Message]]:
                 messages.append({"role": "user", "content": f"({date})"})
             if not isinstance(turn["text"], str):
                 raise TypeError(f"A turn of session {number} has no text")
-            said = f"{turn['speaker']}: {turn['text']}"
+            line = f"{turn['speaker']}: {turn['text']}"
             if turn.get("blip_caption"):
-                said += f" (shows a picture: {turn['blip_caption']})"
+                line += f" (shows a picture: {turn['blip_caption']})"
             if messages and messages[-1]["role"] == role:  # they want roles to take turns, too
-                messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{said}"}
+                messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{line}"}
             else:
-                messages.append({"role": role, "content": f"({date}) {said}"})
+                messages.append({"role": role, "content": f"({date}) {line}"})
         sessions.append(messages)
     return sessions
 

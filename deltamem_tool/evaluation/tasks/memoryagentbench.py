@@ -34,14 +34,15 @@ _SHORT, _LONG = 512, 4096  # tokens of a chunk: of texts put together from short
 class Family:
     """Sources that are cut, asked and scored alike.
 
-    `metric` is a name of `answer_scores` or of `Movies.recalls`; None where GPT-4o judges. `told` says what a chunk is.
+    `metric` is a name of `answer_scores` or of `Movies.recalls`; None where GPT-4o judges. `contents` is what a chunk
+    holds, in words.
     """
 
     competence: str
     metric: str | None
     chunk: int
     new_tokens: int
-    told: str
+    contents: str
     ask: str
 
 
@@ -113,7 +114,7 @@ FAMILIES = {  # by what the source's name begins with
         "what you know of the world, and with the answer alone.\nQuestion: {question}",
     ),
 }
-_TELL = "These are {told}. Remember them; I will ask about them later.\n\n{chunk}"
+_TELL = "These are {contents}. Remember them; I will ask about them later.\n\n{chunk}"
 _TOLD = "I have read them and will remember them."
 
 
@@ -170,9 +171,9 @@ class MemoryAgentBench:
         rows = read_rows(self._data, "row", self._config, self._split, (None, SPLITS))
         chosen = self._chosen([_Row.of(row, where, number) for number, (where, row) in enumerate(rows, start=1)])
         histories = _Histories(token_counter(self._tokenizer), self._chunk)
-        found = [item for row in chosen for item in row.items(*histories.of(row), self._label(row))]
-        self._movies = _read_movies(self._movies_file, found)
-        return found
+        items = [item for row in chosen for item in row.items(*histories.of(row), self._label(row))]
+        self._movies = _read_movies(self._movies_file, items)
+        return items
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """The source's own metric as `score`, and all that the benchmark's script gives beside it."""
@@ -188,10 +189,10 @@ class MemoryAgentBench:
     def _chosen(self, rows: list[_Row]) -> list[_Row]:
         chosen = [row for row in rows if not self._sources or row.source.startswith(self._sources)]
         if not chosen:
-            there = ", ".join(dict.fromkeys(row.source for row in rows))
+            sources = ", ".join(dict.fromkeys(row.source for row in rows))
             raise DataError(
                 f"{self._data} has no source {' or '.join(map(str, self._sources))}.",
-                f"Its sources are {there}.",
+                f"Its sources are {sources}.",
                 "Name these, or their beginnings.",
             )
         for row in chosen:
@@ -285,7 +286,7 @@ class _Histories:
             chunks = sentence_chunks(row.context, self._chunk or row.family.chunk, self._count)
             sessions: list[list[Message]] = [
                 [
-                    {"role": "user", "content": _TELL.format(told=row.family.told, chunk=chunk)},
+                    {"role": "user", "content": _TELL.format(contents=row.family.contents, chunk=chunk)},
                     {"role": "assistant", "content": _TOLD},
                 ]
                 for chunk in chunks

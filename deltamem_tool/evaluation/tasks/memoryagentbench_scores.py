@@ -20,9 +20,9 @@ _NUMBERING = re.compile(r"^(?:\d+[\.\)、]?\s*[\-\—\–]?\s*)?")
 
 def first_answer(text: str) -> str:
     """What stands behind "Answer:" in its line, or else the first line: the script's `parse_output`."""
-    found = re.search(f"{_ANSWER}(.*)", text, re.IGNORECASE) or re.match("(.*)", text)
-    assert found is not None  # the second pattern fits any text
-    line = found[1].strip()
+    match = re.search(f"{_ANSWER}(.*)", text, re.IGNORECASE) or re.match("(.*)", text)
+    assert match is not None  # the second pattern fits any text
+    line = match[1].strip()
     return line[len(_ANSWER) :].strip() if line.lower().startswith(_ANSWER.lower()) else line
 
 
@@ -34,9 +34,9 @@ def text_scores(answer: str, right: Sequence[str]) -> dict[str, float]:
         "substring_exact_match": best(contains, answer, right),
     }
     for kind in ("rougeL", "rougeLsum"):
-        found = [rouge(answer, one, kind) for one in right]
-        scores[f"{kind}_f1"] = max(one.f1 for one in found)
-        scores[f"{kind}_recall"] = max(one.recall for one in found)
+        rouges = [rouge(answer, one, kind) for one in right]
+        scores[f"{kind}_f1"] = max(one.f1 for one in rouges)
+        scores[f"{kind}_recall"] = max(one.recall for one in rouges)
     return scores
 
 
@@ -90,10 +90,10 @@ class Movies:
             answer: the list of recommendations.
             right: their numbers.
         """
-        said = [self._matched(line) for line in _recommended(answer)[: max(CUTOFFS)]]
+        titles = [self._matched(line) for line in _recommended(answer)[: max(CUTOFFS)]]
         wanted = [self._titles[int(number)] for number in right]
         return {
-            f"recsys_recall@{cutoff}": sum(title in said[:cutoff] for title in wanted) / len(wanted)
+            f"recsys_recall@{cutoff}": sum(title in titles[:cutoff] for title in wanted) / len(wanted)
             for cutoff in CUTOFFS
         }
 

@@ -88,12 +88,12 @@ def _answered(messages: Sequence[Message]) -> list[tuple[int, int]]:
     That is the assistant's last message of it.
     """
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    found = []
+    turns = []
     for start, end in pairwise([*starts, len(messages)]):
-        said = [number for number in range(start, end) if messages[number]["role"] == "assistant"]
-        if said:
-            found.append((start, said[-1]))
-    return found
+        answers = [number for number in range(start, end) if messages[number]["role"] == "assistant"]
+        if answers:
+            turns.append((start, answers[-1]))
+    return turns
 
 
 def _conversations(data: str, split: str, revision: str | None) -> Iterator[_Talk]:

@@ -73,11 +73,11 @@ class Recall:
         self._between = _one_of("between", between, (SMALL_TALK, OTHER_FACTS))
         self._seed = seed
         self.metrics: Sequence[str] = ("exact",) if kind == STATED else ("exact", "old")
-        told, room = max(self._facts) + self._distractors, _MOST - (between == OTHER_FACTS and max(self._delays) > 0)
-        if told > room:
+        count, room = max(self._facts) + self._distractors, _MOST - (between == OTHER_FACTS and max(self._delays) > 0)
+        if count > room:
             raise ConfigError(
                 f"There are {_MOST} facts to tell.",
-                f"{told} of them are told" + (", which leaves none for the delay." if room < _MOST else "."),
+                f"{count} of them are told" + (", which leaves none for the delay." if room < _MOST else "."),
                 "Take fewer facts or distractors.",
             )
 
@@ -94,9 +94,9 @@ class Recall:
 
     def _variant(self, delay: int) -> list[str]:
         """What sets it apart from the task without options, whose conversations stay as they are."""
-        said = [] if self._kind == STATED else [self._kind]
-        said += [f"{delay} {self._between}"] if delay else []
-        return said + ([f"{self._distractors} distractors"] if self._distractors else [])
+        parts = [] if self._kind == STATED else [self._kind]
+        parts += [f"{delay} {self._between}"] if delay else []
+        return parts + ([f"{self._distractors} distractors"] if self._distractors else [])
 
     def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int) -> Item:
         chosen = dialogues.sample_facts(rng, facts, held_out=True)
@@ -105,7 +105,7 @@ class Recall:
             others = [fact for fact in chosen if fact != asked]
             chosen += dialogues.alike(rng, [asked, *others], self._distractors, held_out=True)
             rng.shuffle(chosen)
-        messages, stale = self._told(rng, chosen, asked)
+        messages, stale = self._messages(rng, chosen, asked)
         if delay and self._between == OTHER_FACTS:
             messages += dialogues.other_facts(rng, chosen, delay, held_out=True)
         else:
@@ -114,20 +114,20 @@ class Recall:
         item = Item(name, name, _sessions(messages, self._session), question, [asked.answer], group, name)
         return item if stale is None else ToldTwice(**vars(item), stale=stale.answer)
 
-    def _told(self, rng: random.Random, facts: Sequence[Fact], asked: Fact) -> tuple[list[Message], Fact | None]:
+    def _messages(self, rng: random.Random, facts: Sequence[Fact], asked: Fact) -> tuple[list[Message], Fact | None]:
         """The conversation that tells `facts`; and what was said of the one that is `asked` before it was told anew."""
         if self._kind == STATED:
             return dialogues.telling(rng, facts, held_out=True), None
         stale = dialogues.sample_value(rng, asked.attribute, held_out=True, other_than=asked.value)
         first = [stale if fact == asked else fact for fact in facts]
         anew = asked.change(rng) if self._kind == CHANGED else asked.statement(rng)
-        told = dialogues.telling(rng, first, held_out=True, changed=0.0)
-        return told + dialogues.acknowledged(rng, anew), stale
+        messages = dialogues.telling(rng, first, held_out=True, changed=0.0)
+        return messages + dialogues.acknowledged(rng, anew), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """`exact`, and `old` of what was told twice."""
-        found = {"exact": exact(answer, item.answers[0])}
-        return {**found, "old": exact(answer, item.stale)} if isinstance(item, ToldTwice) else found
+        scores = {"exact": exact(answer, item.answers[0])}
+        return {**scores, "old": exact(answer, item.stale)} if isinstance(item, ToldTwice) else scores
 
 
 def _sessions(messages: Sequence[Message], turns: int | None) -> list[list[Message]]:
