@@ -28,6 +28,7 @@ PUBLIC = {
     "huggingface_hub.errors",
     "huggingface_hub.utils",
     "onnxruntime",
+    "onnxruntime.quantization.matmul_nbits_quantizer",  # ONNX Runtime documents it
     "torch",
     "torch.autograd.function",
     "torch.export",

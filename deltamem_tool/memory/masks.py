@@ -12,6 +12,9 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.segments.tags import SegmentTag
 
+# Plain numbers: in a compiled graph a tensor does not compare with a member of an IntEnum as it does in eager mode.
+OUTSIDE, LAST = int(SegmentTag.OUTSIDE), int(SegmentTag.LAST)
+
 
 def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
     """Return which of this call's tokens are not padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
@@ -81,13 +84,13 @@ def segment_tokens(
         )
     tags = tags[:, :length].to(content.device)
     if not torch.compiler.is_compiling() and not isinstance(tags, FakeTensor):
-        if bool(((tags < SegmentTag.OUTSIDE) | (tags > SegmentTag.LAST)).any()):
+        if bool(((tags < OUTSIDE) | (tags > LAST)).any()):
             raise MemoryStateError(
                 "cache.segment_tags contains values that are not segment tags.",
                 "A token is 0 (outside of any segment), 1 (inside) or 2 (the last of its segment).",
                 "Pass what encode_chat returns for these tokens.",
             )
-        if read_mask is not None and bool(((tags != SegmentTag.OUTSIDE) & ~read_mask).any()):
+        if read_mask is not None and bool(((tags != OUTSIDE) & ~read_mask).any()):
             raise MemoryStateError(
                 "cache.segment_tags puts padding into a segment.",
                 "It and the attention mask do not describe the same tokens.",
@@ -95,7 +98,7 @@ def segment_tokens(
             )
     if write_mask is False:
         return False, None
-    return write_mask & (tags != SegmentTag.OUTSIDE), write_mask & (tags == SegmentTag.LAST)
+    return write_mask & (tags != OUTSIDE), write_mask & (tags == LAST)
 
 
 def check_writes_tokens(config: DeltaMemConfig) -> None:

@@ -134,7 +134,7 @@ def test_what_is_refused_before_the_model_loads(here, deltamem):
     deltamem("chat", "nowhere", "--provider", "cpu").assert_short_error("--provider", "ONNX folder", code=2)
     for options in (("--base", "there"), ("--trust-remote-code",), ("--device", "cpu")):
         deltamem("chat", "onnx", *options).assert_short_error(options[0], "only for an adapter", code=2)
-    deltamem("chat", "builtin:adapter", "--device", "nonsense").assert_short_error("no device", code=2)
+    deltamem("chat", "builtin:adapter", "--device", "nonsense").assert_short_error("is not a device", code=2)
     deltamem("chat", "onnx").assert_short_error("onnx", code=1)  # a damaged folder is no adapter
     assert listing(here) == before
 

@@ -71,7 +71,7 @@ def test_bad_input(here, deltamem):
     deltamem("convert", source).assert_short_error("--out", code=2)
     deltamem("convert", source, "--out", "out", "--to", "peft").assert_short_error("peft", code=2)
     deltamem("convert", "nowhere", "--out", "out").assert_short_error("nowhere", code=1)
-    deltamem("convert", BASE, "--base", BASE, "--out", "out").assert_short_error("no adapter", code=1)
+    deltamem("convert", BASE, "--base", BASE, "--out", "out").assert_short_error("is not an adapter", code=1)
     deltamem("convert", BASE, "--out", "out", "--to", "reference").assert_short_error("not an adapter folder", code=1)
     weights = source / reference.REFERENCE_WEIGHTS
     torch.save({"a": Hostile()}, weights)

@@ -278,7 +278,8 @@ class Elsewhere:
     """A process that has seen nothing but what it is told: a setup, a memory file and how the text goes on."""
 
     def __init__(self) -> None:
-        paths = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+        root = Path(__file__).resolve().parents[2]
+        paths = [str(root / "tests"), str(root / "recipes"), str(root)]
         path = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, __file__],

@@ -195,5 +195,5 @@ def test_a_prompt_in_pieces():
 
 def test_a_static_cache_without_a_memory_is_refused():
     model = patched_model()
-    with pytest.raises(MemoryStateError, match="no place for the memory"):
+    with pytest.raises(MemoryStateError, match="cannot hold the memory"):
         model.generate(tokens(1, 4), cache=StaticCache(config=model.config, max_cache_len=ROOM), **settings())

@@ -101,13 +101,14 @@ class LoadedGraph:
 
     def states(self, past: Any) -> dict[int, NDArray[Any]]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
-        return self._memory_part(past, contract.STATE)
+        return self.memory_part(past, contract.STATE)
 
     def segments(self, past: Any) -> dict[int, NDArray[Any]]:
         """The open segments in `past`: float32 `[B, W]` by layer, copied; empty where every token writes."""
-        return self._memory_part(past, contract.SEGMENT) if self.interface.segment else {}
+        return self.memory_part(past, contract.SEGMENT) if self.interface.segment else {}
 
-    def _memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
+    def memory_part(self, past: Any, part: str) -> dict[int, NDArray[Any]]:
+        """Copy one part of the memory, `contract.STATE` or `contract.SEGMENT`, from `past`: by layer."""
         names = {i: contract.carried_name(contract.PAST, i, part) for i in self.interface.state_shapes}
         return {i: on_host(past[name]).copy() for i, name in names.items()}
 

@@ -183,9 +183,9 @@ class StaticGraph(LoadedGraph):
         memory = self.memory_values(past.lease.buffers.batch, states, segments)
         return StaticPast(past.lease, past.length, memory)
 
-    def _memory_part(self, past: StaticPast, part: str) -> dict[int, NDArray[Any]]:
+    def memory_part(self, past: StaticPast, part: str) -> dict[int, NDArray[Any]]:
         with past.lease.buffers.lock:
-            return super()._memory_part(past.memory, part)
+            return super().memory_part(past.memory, part)
 
     def step(
         self,

@@ -271,8 +271,8 @@ def test_the_folder(model, tokenizer, folder):
     assert Manifest.from_json((folder / "deltamem_onnx.json").read_text()).interface.genai
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     assert {value.name: value.shape for value in session.get_inputs()}.items() >= {
-        "past_key_values.1.recurrent_state": ["batch", 2, 4, 4],
-        "past_key_values.1.conv_state": ["batch", 1, 1],
+        "past_key_values.1.recurrent_state": ["batch_size", 2, 4, 4],
+        "past_key_values.1.conv_state": ["batch_size", 1, 1],
     }.items()
     assert "write_mask" not in {value.name for value in session.get_inputs()}
     assert [value.name for value in session.get_overridable_initializers()] == ["initial.1.recurrent_state"]
