@@ -13,7 +13,8 @@ from evaluation.asked import Asked, item
 from helpers.tiny import randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
 from deltamem_tool.evaluation import runner
 from deltamem_tool.evaluation import subject as subjects
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
@@ -42,9 +43,9 @@ def answers(found, condition):
     return [record.answer for record in found.records if record.condition == condition]
 
 
-def plain(tokenizer, task, context):
+def plain(tokenizer, task, context, name="qwen3"):
     """What the same base says that never had a memory, one question at a time."""
-    base, said = tiny_model(vocab_size=len(tokenizer)), []
+    base, said = tiny_model(name, vocab_size=len(tokenizer)), []
     for each in task.items():
         history = [message for session in each.history for message in session] if context else []
         ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
@@ -262,3 +263,21 @@ def test_what_is_counted(model, tokenizer, monkeypatch):
     said = found.verdict()
     assert any(line.startswith("the state adds 0.75 ± 0.1") and line.endswith("over donor state") for line in said)
     assert any(line.startswith("the state costs 0.25 ± 0.1") and line.endswith("over full context") for line in said)
+
+
+def test_a_hybrid_is_evaluated(tokenizer, task):
+    """Its convolutions keep more than keys and values: enough for answers, but not for a conversation."""
+    model = tiny_model("lfm2", vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    with pytest.raises(ArchitectureError, match="cannot hold a conversation yet"):
+        TorchModel(model, tokenizer)
+    found = evaluate(model, tokenizer, task, MEMORY)
+    without = plain(tokenizer, task, context=False, name="lfm2")
+    for condition in ("zero_state", "scale_zero", "no_adapter"):
+        assert answers(found, condition) == without, condition
+    assert answers(found, "full_context") == plain(tokenizer, task, context=True, name="lfm2")
+    assert answers(found, "state") != without
+    single = evaluate(model, tokenizer, task, MEMORY, batch_size=1)
+    assert [answers(single, name) for name in ("state", "donor_state")] == [
+        answers(found, name) for name in ("state", "donor_state")
+    ]

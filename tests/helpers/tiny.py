@@ -11,6 +11,7 @@ from backbone import build_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Lfm2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -26,12 +27,13 @@ SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|t
 PAD, END = 0, 1
 VOCABULARY = 96  # of models that need no tokenizer
 ARCHITECTURES = ("qwen3", "llama", "smollm3")
-_CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig, "smollm3": SmolLM3Config}
-# What makes each kind of attention its own: heads wider than the hidden size, grouped keys, a layer without positions.
+_CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig, "smollm3": SmolLM3Config, "lfm2": Lfm2Config}
+# What is special in each: heads wider than the hidden size, grouped keys, a layer without positions, a convolution.
 _OWN = {
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 1},
     "smollm3": {"num_key_value_heads": 4, "no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},  # a hybrid
 }
 
 
