@@ -7,7 +7,7 @@ from evaluation.asked import item, reading
 
 from deltamem_tool.data import dialogues
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, WINDOW, EvalProtocol, conditions_of
+from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments.template import render
@@ -62,3 +62,13 @@ def test_protocols_are_named():
     assert [c.name for c in conditions_of(EvalProtocol.parse("full"))][
         -1
     ] == "no_adapter"  # which has everything in view
+
+
+def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
+    for protocol in ("memory", "window:60", "full"):
+        views = Views(reading(tokenizer), EvalProtocol.parse(protocol), 6, truncate=100)
+        window = Views(reading(tokenizer), EvalProtocol.parse("window:100"), 6)
+        assert views.prompt(LONG, TRUNCATED) == window.prompt(LONG, WINDOW) != views.prompt(LONG, ALL)
+    *_, truncated = conditions_of(EvalProtocol.parse("memory"), truncate=100)
+    assert (truncated.name, truncated.memory, truncated.view) == ("truncated", None, TRUNCATED)
+    assert "within 100 tokens" in truncated.meaning

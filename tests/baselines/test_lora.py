@@ -1,4 +1,4 @@
-"""What the memory is compared with in the same run: a truncated history, and a LoRA on the same base."""
+"""A LoRA on the same base, with which the memory is compared in the same run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from baselines.loras import make_lora
-from evaluation.asked import Asked, item, reading
+from evaluation.asked import Asked, item
 from helpers.tiny import logits, randomise, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,8 +18,7 @@ from deltamem_tool import DeltaMemConfig, attach, detach
 from deltamem_tool.baselines.lora import CONFIG_FILE, WEIGHTS_FILE, Lora
 from deltamem_tool.errors import AdapterError, DataError
 from deltamem_tool.evaluation import subject as subjects
-from deltamem_tool.evaluation.conditions import ALL, TRUNCATED, WINDOW, EvalProtocol, conditions_of
-from deltamem_tool.evaluation.prompts import Views
+from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.segments.template import render
@@ -47,21 +46,10 @@ def answers(found, condition):
 def copied(folder, to, **changes):
     """The LoRA with another config."""
     to.mkdir()
-    said = json.loads((folder / CONFIG_FILE).read_text())
-    (to / CONFIG_FILE).write_text(json.dumps({**said, **changes}))
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (to / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
     (to / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes())
     return to
-
-
-def test_a_truncated_history_is_a_window_of_its_own(tokenizer):
-    long = item(7, sessions=6)
-    for protocol in ("memory", "window:60", "full"):
-        views = Views(reading(tokenizer), EvalProtocol.parse(protocol), 6, truncate=100)
-        window = Views(reading(tokenizer), EvalProtocol.parse("window:100"), 6)
-        assert views.prompt(long, TRUNCATED) == window.prompt(long, WINDOW) != views.prompt(long, ALL)
-    *_, truncated = conditions_of(MEMORY, truncate=100)
-    assert (truncated.name, truncated.memory, truncated.view) == ("truncated", None, TRUNCATED)
-    assert "within 100 tokens" in truncated.meaning
 
 
 def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
@@ -69,13 +57,13 @@ def test_a_lora_answers_as_peft_has_it(model, tokenizer, checkpoint, folder):
     found = evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "lora", "lora_full_context"), lora=lora)
     alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), str(folder)).eval()
     for condition, context in (("lora", False), ("lora_full_context", True)):
-        said = []
+        expected = []
         for each in TASK.items():
             history = [message for session in each.history for message in session] if context else []
             ids = tokenizer(render(tokenizer, [*history, *each.question], True), return_tensors="pt").input_ids
             output = alone.generate(input_ids=ids, max_new_tokens=TASK.max_new_tokens, do_sample=False)
-            said.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-        assert answers(found, condition) == said != answers(found, "no_adapter")
+            expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        assert answers(found, condition) == expected != answers(found, "no_adapter")
     assert "lora_full_context" not in {c.name for c in conditions_of(EvalProtocol.parse("full"), lora=lora)}
 
 
@@ -124,7 +112,7 @@ def test_a_lora_of_another_base_is_refused(model, checkpoint, folder, tmp_path):
     Lora.read(moved).check_base(model)
 
 
-def test_what_is_no_lora_is_refused(model, folder, tmp_path):
+def test_what_is_not_a_lora_is_refused(model, folder, tmp_path):
     with pytest.raises(AdapterError, match=r"is not a LoRA folder.*\n.*adapter_config.json"):
         Lora.read(tmp_path)
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
