@@ -91,6 +91,8 @@ def _of_model(name: str) -> Count:
     from deltamem_tool.base_model.tokenizer import read_tokenizer
     from deltamem_tool.io.names import resolve_folder
 
-    found = read_tokenizer(resolve_folder(name, None, SMALL_FILES, "tokenizer"), for_chat=False)
+    tokenizer = read_tokenizer(resolve_folder(name, None, SMALL_FILES, "tokenizer"), for_chat=False)
     # An empty batch is refused by some tokenizers.
-    return lambda texts: [len(ids) for ids in found(list(texts), add_special_tokens=False).input_ids] if texts else []
+    return lambda texts: (
+        [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+    )

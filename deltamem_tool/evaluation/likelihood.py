@@ -89,15 +89,15 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:
     encoded = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
-    own = sum(end > max(start, len(prompt)) for start, end in encoded["offset_mapping"])
+    answer_tokens = sum(end > max(start, len(prompt)) for start, end in encoded["offset_mapping"])
     ids = encoded["input_ids"]
-    if own == 0 or own == len(ids):
+    if answer_tokens == 0 or answer_tokens == len(ids):
         raise DataError(
             f"{where} has no answer that could be scored.",
-            "It has no token of its own." if own == 0 else "Nothing precedes it.",
+            "It has no token of its own." if answer_tokens == 0 else "Nothing precedes it.",
             "Correct it, or leave it out.",
         )
-    return ScoredAnswer(ids, own, where)
+    return ScoredAnswer(ids, answer_tokens, where)
 
 
 def _check_length(scored: ScoredAnswer, positions: int | None) -> None:
@@ -127,8 +127,8 @@ def log_probs(
     values: list[list[float]] = []
     with subject.under(condition):
         for part in _parts(subject, rows):
-            own = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
-            values += _log_probs(subject, [rows[row] for row in part], own)
+            memories = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
+            values += _log_probs(subject, [rows[row] for row in part], memories)
     for row, logarithms in zip(rows, values, strict=True):
         if not all(map(math.isfinite, logarithms)):
             raise DataError(

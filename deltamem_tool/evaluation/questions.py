@@ -24,8 +24,8 @@ def check(items: Sequence[Item]) -> None:
         if first is not item or list(owner.history) != list(item.history):
             other = first if first is not item else owner
             name = item.id if first is not item else item.history_id
-            what = f"{item.where} and {other.where} have one name, {name!r}."
-            raise DataError(what, "Their answers would be mixed up.", "Give each its own.")
+            problem = f"{item.where} and {other.where} have one name, {name!r}."
+            raise DataError(problem, "Their answers would be mixed up.", "Give each its own.")
 
 
 def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[str, str]) -> str:
@@ -33,8 +33,8 @@ def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[s
 
     A limit may leave out a donor's items, which are still among `everyone`'s.
     """
-    own = {item.history_id for item in items}
-    written = own | {donors[name] for name in own}
+    asked_histories = {item.history_id for item in items}
+    written = asked_histories | {donors[name] for name in asked_histories}
     digest = hashlib.sha256()
     for name, history in {item.history_id: item.history for item in everyone if item.history_id in written}.items():
         digest.update(json.dumps([name, history]).encode())

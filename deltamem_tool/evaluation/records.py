@@ -50,8 +50,8 @@ class RecordFolder:
         place = folder / SETTINGS_FILE
         check_writable(place)
         if place.is_file():
-            there = _settings(place)
-            changed = sorted(key for key in {*there, *plain} if there.get(key) != plain.get(key))
+            stored = _settings(place)
+            changed = sorted(key for key in {*stored, *plain} if stored.get(key) != plain.get(key))
             if changed:
                 raise DataError(
                     f"{folder} holds an evaluation with other settings.",
@@ -139,12 +139,12 @@ def read_records(file: Path) -> list[Record]:
 
 def _settings(place: Path) -> dict[str, Any]:
     try:
-        there = read_json(place)
+        stored = read_json(place)
     except ValueError as error:
         raise DataError(f"{place} is damaged.", f"{error}.", "Choose another folder.") from error
-    if not isinstance(there, dict):
+    if not isinstance(stored, dict):
         raise DataError(f"{place} is damaged.", "It holds no settings.", "Choose another folder.")
-    return there
+    return stored
 
 
 def _record(line: bytes, where: str) -> Record:

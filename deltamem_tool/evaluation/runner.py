@@ -196,10 +196,10 @@ class _Run:
         The longest come first: what does not fit fails at once.
         """
         for condition in dict.fromkeys(condition for condition, _ in left):
-            own = [item for one, item in left if one == condition]
+            items = [item for one, item in left if one == condition]
             default = _new_tokens(self.task)
-            for limit in dict.fromkeys(item.new_tokens or default for item in own):
-                alike = [item for item in own if (item.new_tokens or default) == limit]
+            for limit in dict.fromkeys(item.new_tokens or default for item in items):
+                alike = [item for item in items if (item.new_tokens or default) == limit]
                 alike.sort(key=lambda item: -len(prompts[condition.view, item.id]))
                 for start in range(0, len(alike), self.batch_size):
                     yield condition, alike[start : start + self.batch_size]
