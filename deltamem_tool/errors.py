@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_LINE = 500  # characters of another library's message
-MAX_SAID = 8000  # characters of a sentence, which may quote a stranger's file: a hundred tensors by name
+MAX_SENTENCE = 8000  # characters of a sentence, which may quote a stranger's file: a hundred tensors by name
 
 
 class DeltaMemError(Exception):
@@ -83,15 +83,15 @@ class InstallationError(DeltaMemError, ImportError):
     """A package that is needed is missing, or has an unsupported version."""
 
 
-def _shown(said: str) -> str:
-    """`said` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
-    if len(said) > MAX_SAID:
-        said = said[:MAX_SAID] + "…"
-    if said.isprintable():
-        return said
+def _shown(sentence: str) -> str:
+    """`sentence` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
+    if len(sentence) > MAX_SENTENCE:
+        sentence = sentence[:MAX_SENTENCE] + "…"
+    if sentence.isprintable():
+        return sentence
     return "".join(
         character if character == "\n" or unicodedata.category(character) not in _STEERING else ascii(character)[1:-1]
-        for character in said
+        for character in sentence
     )
 
 
@@ -140,7 +140,7 @@ def _no_room(error: Exception) -> bool:
         "iostream error",
         "inline_container.cc",
     )
-    return any(said in str(error) for said in words)
+    return any(part in str(error) for part in words)
 
 
 # What pydantic finds wrong with options, in words that name them as the user has spelt them.

@@ -132,7 +132,7 @@ class Projection:
         return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
 
 
-def _own(q: str, k: str, v: str, o: str, **options: Any) -> Layout:
+def _separate(q: str, k: str, v: str, o: str, **options: Any) -> Layout:
     """Four linear layers."""
     names = {"q": q, "k": k, "v": v, "o": o}
     spans = {branch: Span(linear) for branch, linear in names.items()}
@@ -241,14 +241,14 @@ LAYOUTS = (
     ),
     _fused("q_gate_proj", "o_proj", _gated_latent_query, "axk2", entry="kv_a_proj_with_mqa", note=_LATENT),
     # Four linear layers.
-    _own("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen, Mistral, Gemma, …
-    _own("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, GPT-J, LFM2, …
-    _own("q_proj", "k_proj", "v_proj", "dense"),  # Phi
-    _own("q_proj", "k_proj", "v_proj", "Wo"),  # ModernBERT's decoder
-    _own("Wq", "Wk", "Wv", "dense"),  # CTRL
-    _own("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),  # Inkling 2
-    _own("self.query", "self.key", "self.value", "output.dense", types=frozenset({"git"})),
-    _own("self.query", "self.key", "self.value", "output.dense", only_decoders=True),  # BERT and its kin
+    _separate("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen, Mistral, Gemma, …
+    _separate("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, GPT-J, LFM2, …
+    _separate("q_proj", "k_proj", "v_proj", "dense"),  # Phi
+    _separate("q_proj", "k_proj", "v_proj", "Wo"),  # ModernBERT's decoder
+    _separate("Wq", "Wk", "Wv", "dense"),  # CTRL
+    _separate("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),  # Inkling 2
+    _separate("self.query", "self.key", "self.value", "output.dense", types=frozenset({"git"})),
+    _separate("self.query", "self.key", "self.value", "output.dense", only_decoders=True),  # BERT and its kin
     # Keys and values that are not a layer's own.
     _query_and_output("q_b_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V3
     _query_and_output("q_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V2-Lite, Kimi-Linear

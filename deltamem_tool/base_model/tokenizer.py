@@ -18,7 +18,7 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
     """The tokenizer in a base model's folder; `for_chat`, it must have a chat template. Python files there do not run.
 
     Raises:
-        ArchitectureError: there is none.
+        ArchitectureError: the folder has no tokenizer, or the tokenizer has no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks on the terminal
@@ -28,6 +28,8 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
         ) from error
     if for_chat and tokenizer.chat_template is None:
         raise ArchitectureError(
-            f"The tokenizer of {folder} has no chat template.", "", "Use the base model's chat or instruct version."
+            f"The tokenizer of {folder} has no chat template.",
+            "Messages are turned into tokens by it.",
+            "Use the base model's chat or instruct version.",
         )
     return tokenizer

@@ -86,7 +86,7 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
     """Raise if the folder `path` cannot be written, or that would destroy something; call it before long work begins.
 
     Raises:
-        DeltaMemError: `path` is there, is not an empty folder, and `overwrite` is false; or it cannot be replaced; or
+        DeltaMemError: `path` exists, is not an empty folder, and `overwrite` is false; or it cannot be replaced; or
             nothing can be written beside it.
     """
     resolved = resolve(path)
@@ -101,7 +101,7 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise if nothing can be written at `path`, whose missing parents would be made."""
+    """Raise if nothing can be written at `path`, whose missing parents would be created."""
     parent = next(parent for parent in resolve(path).parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "You may not write there" if parent.is_dir() else "It is not a folder"

@@ -86,14 +86,14 @@ def is_hub_path(name: str) -> bool:
     return name.startswith(_HUB)
 
 
-def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: str) -> Path:
+def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
     """The local folder of a name; from the Hub, only files that match `files` come, into the Hub's cache.
 
     Args:
         name: see the module.
         revision: branch, tag or commit on the Hub, if `name` does not say it.
         files: patterns of what is needed.
-        what: what it should be, such as "adapter".
+        kind: what it should be, such as "adapter".
 
     Raises:
         HubError: there is no such folder or repository, or the Hub refuses to send it.
@@ -107,17 +107,17 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], what: 
         return shipped[name]
     hub = hub_name(name, revision)
     if hub is not None:
-        return fetch(hub, files, what)
+        return fetch(hub, files, kind)
     if Path(name).is_dir():
         return Path(name)
     raise HubError(
-        f"There is no {what} folder {name}.",
+        f"There is no {kind} folder {name}.",
         "It is not a folder here, and not a Hub id.",
-        f"Pass the path of the {what} folder, or its Hub id.",
+        f"Pass the path of the {kind} folder, or its Hub id.",
     )
 
 
-def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:
+def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
     """As `resolve_folder`, of a name that is the Hub's."""
     from huggingface_hub import snapshot_download
 
@@ -129,8 +129,8 @@ def fetch(hub: HfUri, files: Sequence[str], what: str) -> Path:
     except CLIENT_ERRORS as error:
         if refused := system_error(error):  # a full disk, or no permission
             raise refused from error
-        what = f"{short_name(hub)} is neither a folder here nor a {what} that the Hub gives."
-        raise hub_error(error, hub.id, what) from error
+        message = f"{short_name(hub)} is not a folder here, and no {kind} could be fetched from the Hub."
+        raise hub_error(error, hub.id, message) from error
     return root / below
 
 

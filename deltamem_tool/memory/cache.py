@@ -40,7 +40,7 @@ class MemoryCache(DynamicCache):
         >>> tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         >>> inputs = tokenizer("My dog is Rex.", return_tensors="pt")
         >>> cache = deltamem.MemoryCache(model)
-        >>> _ = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> _ = model.generate(**inputs, cache=cache, max_new_tokens=4)
         >>> cache.memory
         MemoryState(batch=1, layers=4, heads=4, rank=8)
     """

@@ -29,7 +29,7 @@ class MemoryState:
         >>> import deltamem_tool as deltamem
         >>> model = deltamem.load("builtin:adapter")
         >>> cache = deltamem.MemoryCache(model)
-        >>> _ = model(torch.tensor([[7, 8, 9]]), past_key_values=cache)
+        >>> _ = model(torch.tensor([[7, 8, 9]]), cache=cache)
         >>> cache.memory.save("me.safetensors")
         >>> deltamem.MemoryState.load("me.safetensors").batch_size
         1

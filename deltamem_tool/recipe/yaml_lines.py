@@ -49,7 +49,7 @@ def read_yaml(text: str, name: str) -> Document:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
         why = " ".join(str(error).split())
-        raise ConfigError(f"{name} is not YAML.", f"{why}.", "Correct it.") from error
+        raise ConfigError(f"{name} is not YAML.", f"{why[:1].upper()}{why[1:]}.", "Correct it.") from error
     return document
 
 
@@ -57,15 +57,19 @@ def read_changes(changes: Iterable[str]) -> dict[str, Any]:
     """What `KEY=VALUE` says, values as YAML.
 
     Raises:
-        ConfigError: one is no such pair, or a key is given again.
+        ConfigError: one is not such a pair, or a key is given again.
     """
     values: dict[str, Any] = {}
     for change in changes:
         key, equals, text = (part.strip() for part in change.partition("="))
         if not key or not equals:
-            raise ConfigError(f"{change!r} is not KEY=VALUE.", "", "Write for example --set episodes=50.")
+            raise ConfigError(
+                f"{change!r} is not KEY=VALUE.",
+                "It has no key or no equals sign.",
+                "Write for example --set episodes=50.",
+            )
         if key in values:
-            raise ConfigError(f"{key} is given more than once.", "", "Leave one.")
+            raise ConfigError(f"{key} is given more than once.", "Only one value can apply.", "Leave out all but one.")
         values[key] = read_yaml(text, f"The value of {key}").value
     return values
 

@@ -105,7 +105,9 @@ def convert(
         'deltamem'
     """
     if to not in FORMATS:
-        raise ConfigError(f"There is no adapter format {to!r}.", "", f"The formats are: {', '.join(FORMATS)}.")
+        raise ConfigError(
+            f"There is no adapter format {to!r}.", f"The formats are {', '.join(FORMATS)}.", "Use one of these names."
+        )
     for source in (src, base):
         if source and Path(source).is_dir() and resolve(source).is_relative_to(resolve(dst)):
             raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
@@ -158,7 +160,11 @@ def _to_reference(
     src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
 ) -> Converted:
     if Path(src).is_dir() and not _is_ours(Path(src)) and (Path(src) / REFERENCE_CONFIG).is_file():
-        raise AdapterError(f"{src} is an adapter of the reference implementation already.", "", "Leave --to (to=) out.")
+        raise AdapterError(
+            f"{src} is already an adapter of the reference implementation.",
+            "There is nothing to convert.",
+            "Leave --to (to=) out to convert it to deltamem's format.",
+        )
     folder = read_adapter(src, revision)
     checkpoint, base_model = find_base(src, folder.base, base, base_revision)
     layers = _layers(checkpoint, folder.config)
