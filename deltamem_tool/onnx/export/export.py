@@ -324,7 +324,7 @@ def _measured(
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Dropout off, and back as it was."""
     training = model.training
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]  # it has no hints
     try:
         yield
     finally:

@@ -139,13 +139,14 @@ class FusedMemory(nn.Module):
             x = _node("Identity", [x], x.shape)
         raw = F.linear(x, self.projection).view(batch, steps, -1)
         ceiling = torch.where(write_mask[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
-        query_key, value, z, *own = torch.minimum(raw + self.bias, ceiling).split(self.rows, dim=-1)
+        projected = torch.minimum(raw + self.bias, ceiling)
+        query_key, value, z, *decay_logits = projected.split(self.rows, dim=-1)  # type: ignore[no-untyped-call]  # of torch
         query_key = torch.tanh(query_key)
         if self.heads > 1:
             query_key = query_key.view(batch, steps, self.heads, self.rank)
         attributes = {"axis": -1, "epsilon": L2_EPS**2 / self.rank, "stash_type": 1}
         query_key = _node("SimplifiedLayerNormalization", [query_key, self.length], query_key.shape, attributes)
-        value, beta, decay = self._gates(value, z, own[0] if own else z)
+        value, beta, decay = self._gates(value, z, decay_logits[0] if decay_logits else z)
         if self.heads > 1:
             query_key = query_key.view(batch, steps, self.rows)
         rule, carried = "delta" if decay is None else "gated_delta", state.view(batch, self.rows, self.rank, 1)
