@@ -184,6 +184,7 @@ class StaticGraph(LoadedGraph):
         return StaticPast(past.lease, past.length, memory)
 
     def memory_part(self, past: StaticPast, part: str) -> dict[int, NDArray[Any]]:
+        """The arrays of `part` by layer, read while no step writes into the buffers."""
         with past.lease.buffers.lock:
             return super().memory_part(past.memory, part)
 
