@@ -54,8 +54,8 @@ Report = Callable[[str, int, int, str], None]  # stage, done, of, note
 class Remembered:
     """The two conversations in ONNX Runtime."""
 
-    told: list[tuple[str, str]] = field(default_factory=list)  # (user, model) of the first
-    asked: list[tuple[str, str, str, str]] = field(default_factory=list)  # (question, answer, truth, without the file)
+    exchanges: list[tuple[str, str]] = field(default_factory=list)  # (user, model) of the first
+    answers: list[tuple[str, str, str, str]] = field(default_factory=list)  # (question, answer, truth, answer without)
 
 
 @dataclass
@@ -115,8 +115,8 @@ def quickstart(
         )
         plot_scores(recall, out / RECALL_PLOT)
         if not fast:
-            said = evaluation_json(recall, adapter.fingerprint, ARGUMENTS)
-            write_evaluation(adapter.path / EVALUATION_FILE, said)
+            content = evaluation_json(recall, adapter.fingerprint, ARGUMENTS)
+            write_evaluation(adapter.path / EVALUATION_FILE, content)
     with _timed("export", seconds):
         tell("export", 0, 2, "graph")
         manifest = export_onnx(model, tokenizer, out / ONNX, base_model=adapter.base.name)
@@ -129,7 +129,7 @@ def quickstart(
         memory_file = out / MEMORY
         remembered = remember(onnx_model, memory_file, report=lambda done, of: tell("remember", done, of, ""))
 
-    made = Quickstart(
+    result = Quickstart(
         adapter=adapter.path,
         onnx_dir=out / ONNX,
         memory_file=memory_file,
@@ -145,8 +145,8 @@ def quickstart(
         remembered=remembered,
         seconds=seconds,
     )
-    write_whole(made.report, (json.dumps(report_json(made), indent=2) + "\n").encode())
-    return made
+    write_whole(result.report, (json.dumps(report_json(result), indent=2) + "\n").encode())
+    return result
 
 
 def _clear(out: Path) -> None:
@@ -208,12 +208,12 @@ def remember(
     """One conversation tells facts and saves its memory; a second has an empty context and only the file."""
     rng = random.Random(seed)
     facts = dialogues.sample_facts(rng, TOLD, held_out=True)
-    made = Remembered()
+    remembered = Remembered()
     first = Conversation(model)
     sampling = Sampling(max_new_tokens=24)
     for done, fact in enumerate(facts):
-        said = fact.statement(rng)
-        made.told.append((said, first.generate(said, sampling).text))
+        statement = fact.statement(rng)
+        remembered.exchanges.append((statement, first.generate(statement, sampling).text))
         if report is not None:
             report(done + 1, 2 * TOLD)
     first.save_memory(memory_file)
@@ -222,28 +222,28 @@ def remember(
         question = fact.question(rng)
         with_file = Conversation(model, memory, write=False).generate(question, sampling).text
         without = Conversation(model, write=False).generate(question, sampling).text
-        made.asked.append((question, with_file, fact.answer, without))
+        remembered.answers.append((question, with_file, fact.answer, without))
         if report is not None:
             report(TOLD + done + 1, 2 * TOLD)
-    return made
+    return remembered
 
 
-def report_json(made: Quickstart) -> dict[str, Any]:
+def report_json(result: Quickstart) -> dict[str, Any]:
     """What `report.json` holds."""
     return {
-        "recall": evaluation_json(made.recall, made.fingerprint, ARGUMENTS),
-        "onnx": {"max_abs_diff": made.max_abs_diff, "answer_agreement": made.answer_agreement},
-        "seconds": {stage: round(seconds, 1) for stage, seconds in made.seconds.items()},
-        "adapter": str(made.adapter),
-        "onnx_dir": str(made.onnx_dir),
-        "memory_file": str(made.memory_file),
-        "adapter_parameters": made.parameters,
-        "memory_bytes": made.memory_bytes,
+        "recall": evaluation_json(result.recall, result.fingerprint, ARGUMENTS),
+        "onnx": {"max_abs_diff": result.max_abs_diff, "answer_agreement": result.answer_agreement},
+        "seconds": {stage: round(seconds, 1) for stage, seconds in result.seconds.items()},
+        "adapter": str(result.adapter),
+        "onnx_dir": str(result.onnx_dir),
+        "memory_file": str(result.memory_file),
+        "adapter_parameters": result.parameters,
+        "memory_bytes": result.memory_bytes,
         "conversation": {
-            "told": [{"user": user, "model": said} for user, said in made.remembered.told],
+            "told": [{"user": user, "model": reply} for user, reply in result.remembered.exchanges],
             "asked": [
-                {"question": question, "answer": said, "truth": truth, "without_memory": without}
-                for question, said, truth, without in made.remembered.asked
+                {"question": question, "answer": answer, "truth": truth, "without_memory": without}
+                for question, answer, truth, without in result.remembered.answers
             ],
         },
     }

@@ -70,10 +70,10 @@ class Chat:
             elif text:
                 self._turn(text[1:] if text.startswith("//") else text)
         except Exception as error:
-            said = domain_error(error)
-            if said is None:
+            known = domain_error(error)
+            if known is None:
                 raise
-            self._fail(said)
+            self._fail(known)
 
     def notice(self, text: str) -> None:
         """A line beside the conversation."""
@@ -93,12 +93,12 @@ class Chat:
             except KeyboardInterrupt:  # stops an answer, not the save that follows it
                 self.conversation.save_memory(self._memory_file)
         except Exception as error:
-            said = domain_error(error)
-            if said is None:
+            known = domain_error(error)
+            if known is None:
                 raise
             raise MemoryStateError(
                 f"{self._memory_file} was not written; it is as it was before.",
-                f"{said.what} {said.why}".strip(),
+                f"{known.what} {known.why}".strip(),
                 "The next turn tries again; /save FILE writes to another place.",
             ) from error
 
@@ -252,5 +252,5 @@ def _path(argument: str) -> Path:
         raise ConfigError(f"{argument} is no path.", f"{error}", "Write the folder out.") from error
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -90,9 +90,9 @@ def check_runtime_options(
 ) -> None:
     """Raise if an option is for the other runtime."""
     for_adapter = {"--base": base, "--trust-remote-code": trust_remote_code, "--device": device}
-    given = [name for name, value in for_adapter.items() if value]
-    if is_onnx and given:
-        raise click.UsageError(f"{', '.join(given)}: only for an adapter; this is an ONNX folder.")
+    unusable = [name for name, value in for_adapter.items() if value]
+    if is_onnx and unusable:
+        raise click.UsageError(f"{', '.join(unusable)}: only for an adapter; this is an ONNX folder.")
     if not is_onnx and provider:
         raise click.UsageError(f"--provider: only for an ONNX folder, which has a {MANIFEST_FILE}.")
 

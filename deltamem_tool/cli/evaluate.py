@@ -226,14 +226,14 @@ def _ask_task(
     parsed = EvalProtocol.parse(protocol)
     if ":" in task:
         sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a module beside the data
-    found = find_task(task, options, {"seed": seed})
+    chosen = find_task(task, options, {"seed": seed})
     wanted = {**baselines, "lora": _lora(baselines["lora"])}
     select(conditions_of(parsed, **wanted, runtime=runtime), only, runtime)
 
     def ask(model: Any, tokenizer: Any, **shared: Any) -> Evaluation:
         from deltamem_tool.evaluation.runner import evaluate
 
-        return evaluate(model, tokenizer, found, parsed, limit=limit, **wanted, **shared)
+        return evaluate(model, tokenizer, chosen, parsed, limit=limit, **wanted, **shared)
 
     return ask
 

@@ -56,11 +56,11 @@ def _show(result: Quickstart) -> None:
 
     console = Console()
     console.print("\n[bold]First conversation[/bold], in ONNX Runtime")
-    for user, answer in result.remembered.told:
+    for user, answer in result.remembered.exchanges:
         console.print(f"  user   {user}\n  model  {answer}", highlight=False)
     console.print(f"  [dim]saved {result.memory_file}; this conversation is over[/dim]")
     console.print("\n[bold]Second conversation[/bold]: an empty context and that file")
-    for question, answer, truth, without in result.remembered.asked:
+    for question, answer, truth, without in result.remembered.answers:
         mark = "[green]✓[/green]" if answer == truth else f"[red]✗ {truth}[/red]"
         console.print(f"  user   {question}\n  model  {answer} {mark}", highlight=False)
         console.print(f"  [dim]without the file: {without}[/dim]", highlight=False)
@@ -78,7 +78,7 @@ def _show(result: Quickstart) -> None:
     table.add_row("plots", ", ".join(str(plot) for plot in (result.recall_plot, result.loss_plot) if plot))
     table.add_row("report", str(result.report))
     console.print(table)
-    question = result.remembered.asked[0][0]
+    question = result.remembered.answers[0][0]
     console.print("\nNext, ask it yourself:", highlight=False)
     click.echo(f'  deltamem run {result.onnx_dir} --memory {result.memory_file} --prompt "{question}"')
     click.echo("Then your own model: see “A real model” in the README.")

@@ -121,29 +121,29 @@ def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:
         click.echo(note)
 
 
-def _lines(found: DryRun) -> Iterator[tuple[str, str]]:
+def _lines(figures: DryRun) -> Iterator[tuple[str, str]]:
     """The rows of the table; what is not known is not among them, but in the notes."""
-    yield "parameters", f"{found.trained_parameters:,}, {found.share:.2%} of the base's {found.base_parameters:,}"
-    if found.memory_bytes:
-        yield "state of a conversation", f"{found.memory_bytes:,} bytes"
-    data = found.episodes
+    yield "parameters", f"{figures.trained_parameters:,}, {figures.share:.2%} of the base's {figures.base_parameters:,}"
+    if figures.memory_bytes:
+        yield "state of a conversation", f"{figures.memory_bytes:,} bytes"
+    data = figures.episodes
     if data is not None:
-        sample = " (a sample)" if found.is_sample else ""
+        sample = " (a sample)" if figures.is_sample else ""
         yield "episodes", f"{data.episodes:,}{sample}, with {data.exchanges:,} exchanges"
-        if found.skipped_rows:
-            yield "skipped rows", f"{found.skipped_rows:,}"
+        if figures.skipped_rows:
+            yield "skipped rows", f"{figures.skipped_rows:,}"
         for name, counts in (("written", data.write_tokens), ("read", data.read_tokens)):
             yield f"tokens {name}", f"{counts.mean:,.1f} in the mean, {counts.max:,} at most"
         yield "tokens scored", f"{data.scored_tokens:,}"
         yield "histories cut", f"{data.cut:,}"
-    if found.steps is not None:
-        yield "steps", f"{found.steps:,}"
-    if found.epochs is not None:
-        yield "epochs", f"{found.epochs:.3g}"
-    if found.tokens_per_step is not None:
-        processes = f", in {found.processes} processes" if found.processes > 1 else ""
-        yield "tokens a step", f"{found.tokens_per_step:,.1f}{processes}"
-    peak = found.peak
+    if figures.steps is not None:
+        yield "steps", f"{figures.steps:,}"
+    if figures.epochs is not None:
+        yield "epochs", f"{figures.epochs:.3g}"
+    if figures.tokens_per_step is not None:
+        processes = f", in {figures.processes} processes" if figures.processes > 1 else ""
+        yield "tokens a step", f"{figures.tokens_per_step:,.1f}{processes}"
+    peak = figures.peak
     yield "weights of the base", _size(peak.weights)
     yield "adapter, gradients, optimizer", " + ".join(map(_size, (peak.adapter, peak.gradients, peak.optimizer)))
     if peak.activations is not None and peak.total is not None:

@@ -17,8 +17,8 @@ def typed(context: click.Context) -> list[str]:
         name = parameter.name or ""
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
-        given = context.params[name]
-        several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+        setting = context.params[name]
+        several: list[Any] = list(setting) if isinstance(setting, list | tuple) else [setting]
         for value in several:
             if isinstance(parameter, click.Option):
                 words.append(parameter.opts[-1])

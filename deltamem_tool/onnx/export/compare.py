@@ -42,7 +42,7 @@ class _Start:
 
     batch: int
     memory: MemoryState | None = None  # one row; None for zeros
-    given: bool = False  # to the graph; otherwise the memory is what the graph begins with by itself
+    as_input: bool = False  # its memory is fed to the graph; otherwise it is what the graph begins with by itself
 
 
 # What a call gives, float32: logits [B, 1, V] or [B, T, V], and the states and open segments by layer.
@@ -111,8 +111,8 @@ def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options
         last = ~every
         last[:, -1] = number % GREEDY_SEGMENT == 0
         call, mask = _Call(ids, every, every, last), torch.cat([mask, every.long()], dim=1)
-        ids, found = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
-        same += int((ids == found).sum())
+        ids, onnx_ids = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
+        same += int((ids == onnx_ids).sum())
     return same / (GREEDY_ROWS * GREEDY_TOKENS)
 
 
@@ -150,12 +150,12 @@ def _conversation(batch: int, interface: Interface) -> list[_Call]:
 
 def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | None) -> list[_Start]:
     """One row and three; and where a graph has initial states, other ones are set once."""
-    found = [_Start(1, start), _Start(3, start)]
+    starts = [_Start(1, start), _Start(3, start)]
     if interface.defaults():
         random = torch.Generator().manual_seed(0)
         states = {i: torch.randn(1, *shape, generator=random) for i, shape in interface.state_shapes.items()}
-        found.append(_Start(1, MemoryState(states, adapter_of(model).fingerprint), given=True))
-    return found
+        starts.append(_Start(1, MemoryState(states, adapter_of(model).fingerprint), as_input=True))
+    return starts
 
 
 def _run(interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step]) -> list[_Result]:
@@ -196,8 +196,8 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
 
 def _onnx(graph: Graph | StaticGraph) -> Callable[[_Start], _Step]:
     def begin(start: _Start) -> _Step:
-        given = start.memory.layers if start.given and start.memory is not None else None
-        past: Any = graph.empty_past(start.batch, None if given is None else {i: x.numpy() for i, x in given.items()})
+        layers = start.memory.layers if start.as_input and start.memory is not None else None
+        past: Any = graph.empty_past(start.batch, None if layers is None else {i: x.numpy() for i, x in layers.items()})
 
         def step(call: _Call, mask: Tensor) -> _Result:
             nonlocal past
@@ -222,16 +222,16 @@ def _of_rows(interface: Interface) -> bool:
     return interface.genai and interface.logits == "last"
 
 
-def _difference(interface: Interface, starts: list[_Start], expected: list[_Result], found: list[_Result]) -> float:
+def _difference(interface: Interface, starts: list[_Start], expected: list[_Result], actual: list[_Result]) -> float:
     calls = chain.from_iterable(_conversation(start.batch, interface) for start in starts)
     differences = []
-    for call, (logits, *carried), (found_logits, *found_carried) in zip(calls, expected, found, strict=True):
+    for call, (logits, *carried), (actual_logits, *actual_carried) in zip(calls, expected, actual, strict=True):
         valid = call.valid[:, -1:] if interface.logits == "last" else call.valid
         if _of_rows(interface):
             valid = call.valid.any(dim=1, keepdim=True)
-        differences.append((found_logits - logits)[valid])
-        for of, found_of in zip(carried, found_carried, strict=True):
-            differences += [found_of[layer] - of[layer] for layer in of]
+        differences.append((actual_logits - logits)[valid])
+        for of, actual_of in zip(carried, actual_carried, strict=True):
+            differences += [actual_of[layer] - of[layer] for layer in of]
     # numpy's maximum, unlike Python's, does not lose a NaN.
     return float(np.max([float(difference.abs().max()) for difference in differences if difference.numel()]))
 

@@ -264,8 +264,8 @@ def _compared(
     differences = _differences(open_graph, model, options, start)
     if differences is None:
         return None
-    difference, own = differences
-    allowed = TOLERANCE if own is None else HALF_FACTOR * own
+    difference, of_pytorch = differences
+    allowed = TOLERANCE if of_pytorch is None else HALF_FACTOR * of_pytorch
     if not difference <= allowed:  # NaN is no agreement either
         raise ExportError(
             "The graph does not compute what PyTorch computes.",
@@ -290,9 +290,9 @@ def _differences(
         return None
     if model.dtype == torch.float32:
         return largest_difference(model, graph, options, start), None
-    found = in_onnx_runtime(model, graph)
+    outputs = in_onnx_runtime(model, graph)
     del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
-    return half_precision_errors(model, found, options)
+    return half_precision_errors(model, outputs, options)
 
 
 def _measured(

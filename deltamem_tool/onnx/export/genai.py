@@ -194,22 +194,22 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
 
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Ids by their names in the configuration; onnxruntime-genai takes 0 for one that is missing."""
-    found: dict[str, Any] = {}
+    token_ids: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         sources = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
         ids = (getattr(source, name, None) for source in sources)
-        found[name] = next((value for value in ids if value is not None), None)
-    end = found["eos_token_id"]
+        token_ids[name] = next((value for value in ids if value is not None), None)
+    end = token_ids["eos_token_id"]
     if end is None:
         raise ExportError(
             "The model does not say which token ends an answer.",
             "onnxruntime-genai would take the token 0 for it.",
             "Set eos_token_id in the base model's generation_config.json.",
         )
-    found["eos_token_id"] = end if isinstance(end, list) else [end]
-    if found["pad_token_id"] is None:
-        found["pad_token_id"] = found["eos_token_id"][0]
-    return {name: value for name, value in found.items() if value is not None}
+    token_ids["eos_token_id"] = end if isinstance(end, list) else [end]
+    if token_ids["pad_token_id"] is None:
+        token_ids["pad_token_id"] = token_ids["eos_token_id"][0]
+    return {name: value for name, value in token_ids.items() if value is not None}
 
 
 def _context_length(config: Any) -> int:
@@ -226,5 +226,5 @@ def _context_length(config: Any) -> int:
 def _search(model: PreTrainedModel) -> dict[str, Any]:
     """Sampling as the model wants it. Beams are not reordered with their states, and states are no shared buffers."""
     wanted = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
-    given = {name: value for name, value in wanted.items() if value is not None}
-    return {"do_sample": False, **given, "num_beams": 1, "past_present_share_buffer": False}
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    return {"do_sample": False, **settings, "num_beams": 1, "past_present_share_buffer": False}

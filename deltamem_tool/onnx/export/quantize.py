@@ -90,9 +90,9 @@ class _Columns:
         # Most columns differ in their first number: the base's need not be copied to be told apart.
         first = np.array([column[0] for column in known.values()], weight.dtype)
         candidates = (weight[:, i].tobytes() for i in np.flatnonzero(np.isin(weight[0], first)))
-        found = known.keys() & set(candidates)
-        self._found |= found
-        return bool(found)
+        matches = known.keys() & set(candidates)
+        self._found |= matches
+        return bool(matches)
 
     def check_all_found(self) -> None:
         missing = sum(len(columns.keys() - self._found) for columns in self._by_length.values())
@@ -124,7 +124,7 @@ def _take_apart(graph: onnx_ir.Graph, memory: _Columns) -> None:
         is_memory = [memory.among(part) for part in parts]
         if any(is_memory) and not all(is_memory):
             for kind in (False, True):
-                _multiply(graph, node, split, [i for i, own in enumerate(is_memory) if own == kind], parts)
+                _multiply(graph, node, split, [i for i, of_memory in enumerate(is_memory) if of_memory == kind], parts)
 
 
 def _multiply(

@@ -63,14 +63,14 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
     if name not in TARGETS:
         raise ExportError(f"There is no target {name!r}.", "", f"The targets are {', '.join(TARGETS)}.")
     target = TARGETS[name]
-    for what, wanted, possible in (
+    for problem, wanted, possible in (
         (f"The target {name} cannot take a model of", dtype, target.dtypes),
         (f"The target {name} cannot take the quantisation", quantize, target.quantizations),
         (f"The quantisation {quantize} cannot take a model of", dtype, QUANTIZATIONS.get(quantize, ())),
     ):
         if wanted not in possible:
             raise ExportError(
-                f"{what} {wanted}.",
+                f"{problem} {wanted}.",
                 "Its graphs, or what runs them, have no operators for it.",
                 f"Choose one of {', '.join(possible)}, or another target.",
             )
