@@ -20,7 +20,7 @@ types: ## mypy
 	mypy
 
 .PHONY: test
-test: ## the fast tests, of every room: under 90 seconds on two cores
+test: ## the fast tests, of every room: under two minutes on two cores
 	$(PYTHON) -m pytest -n 2 -m 'not (slow or sweep or real_model or server or browser or gpu or docker)'
 
 .PHONY: test-all

@@ -148,7 +148,7 @@ class DeltaMemConfig(metaclass=CheckedOptions):
             "front:12", in the "middle:12", at the "back:12".
         granularity: what is written at once. Every "token" (TSW, MSW), or the mean of a segment when it ends: a chat
             "message" (SSW), or a "sentence".
-        update_rule: how the gates λ and β keep, erase and write; see `memory.layer.gates`.
+        update_rule: how the gates λ and β keep, erase and write; see `ops.gates.gates`.
         couple_lambda: λ = 1 − β; or else λ has a projection of its own.
         gates: one gate per "row" of a state, or one per "head".
         beta_bias: initial bias of the write gate's pre-activation, sigmoid(-1.5) = 0.18; an own λ starts at

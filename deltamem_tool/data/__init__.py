@@ -2,6 +2,5 @@
 
 An episode (arXiv 2605.12357, section 3.4): the write pass sees the history, the read pass a question and its answer,
 and only the answer is scored. A source's rows (`sources`) become episodes (`episode`), or dialogues are generated
-(`dialogues`, `synthetic`); episodes become tokens (`encode`), which are kept on disk (`store`, `cache`) and batched
-(`collate`).
+(`dialogues`, `synthetic`); episodes become tokens (`encode`), which are kept on disk (`store`) and batched (`collate`).
 """

@@ -1,8 +1,7 @@
 """Attach a memory to a causal language model with hooks, and detach it.
 
-The base keeps its modules, names and weights. While the decoder runs, one `DecoderCall` (of this thread, so that
-threads do not meet) holds the states it started from and the states it has made; the hooks read and fill it, and the
-cache takes the new states when the decoder has finished. Nothing about a conversation is kept on the model.
+The base keeps its modules, names and weights, and nothing about a conversation is kept on the model. What runs in a
+call of the decoder is in `hooks`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recurrence token by token: the equation, line by line."""
+"""The recurrence token by token: the equation, line by line. `gates.gates` says what keeps, erases and writes."""
 
 import torch
 from torch import Tensor

@@ -20,6 +20,8 @@ from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.evaluation.records import SETTINGS_FILE
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
 
+pytestmark = pytest.mark.slow
+
 TASK = Asked([item(number, question, sessions=1 + number % 2) for number in range(3) for question in range(2)])
 MEMORY = EvalProtocol.parse("memory")
 BOTH = ("state", "zero_state", "donor_state", "full_context", "bm25", "truncated")

@@ -13,6 +13,8 @@ from helpers.publishing import adapter_folder, onnx_folder, trained
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.pull import pull
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/memory"
 STAGES = {"look": "GET /api/models/", "small": "(HEAD|GET) .*/resolve/.*config.json", "large": "GET /download/"}
 FAULTS = {  # and what the message says

@@ -20,6 +20,8 @@ from huggingface_hub.utils import _http
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.push import PushResult, push
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/memory"
 OLD = {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "deltamem.safetensors": b"old" * 9, "notes.md": b"mine"}
 LOOK = "GET /api/models/[^/]+/[^/]+/revision/"

@@ -25,6 +25,8 @@ from deltamem_tool.training.run import run_data
 from deltamem_tool.training.trainer import EpisodeSampler
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 LOSS_TOLERANCE = 1e-5
 

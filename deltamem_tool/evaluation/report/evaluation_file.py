@@ -1,4 +1,7 @@
-"""`evaluation.json`: what an evaluation found, of which adapter, so that others can read and compare it."""
+"""`evaluation.json`: what an evaluation found, of which adapter, so that others can read and compare it.
+
+Its `run`, with what it can be repeated, is of `evaluation.run_info`.
+"""
 
 from __future__ import annotations
 

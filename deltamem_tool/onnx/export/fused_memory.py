@@ -1,7 +1,6 @@
 """One layer's memory in as few ONNX nodes as possible.
 
-It is traced in the place of `DeltaMemory` where every token writes. At decode a node costs more than the arithmetic in
-it.
+It is traced in the place of `DeltaMemLayer` where every token writes. At decode a node costs more than its arithmetic.
 
 ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
 every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.

@@ -214,6 +214,7 @@ def _heads(value: ir.Value) -> int | None:
     return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(_input(back, 0))
 
 
+# None: done while the graph is traced, by `fused_memory`.
 REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
     LEAN: None,
     JOINED_PROJECTIONS: None,

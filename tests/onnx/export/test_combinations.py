@@ -22,6 +22,8 @@ from deltamem_tool.onnx.export.targets import INT4, INT8
 from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
+pytestmark = pytest.mark.slow
+
 BY_MESSAGE = {"granularity": "message", "couple_lambda": False}
 LENGTH = 112
 # Of logits that are up to 8: random weights in 8 and 4 bits.
