@@ -218,7 +218,7 @@ def test_quiet_exporters(capsys, caplog):
 
 
 def test_peft_model(recwarn):
-    peft = pytest.importorskip("peft")
+    import peft
     from helpers.tiny import tiny_model
 
     model = _compat.peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))

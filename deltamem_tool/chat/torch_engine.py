@@ -127,6 +127,7 @@ class TorchModel:
 
     def take(self, past: TorchPast, row: int, columns: NDArray[Any]) -> TorchPast:
         """See `Engine.take`."""
+        _check_separable(past)
         kept = torch.from_numpy(columns).to(self.model.device)
         layers = {
             index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
@@ -138,6 +139,8 @@ class TorchModel:
         """See `Engine.join`."""
         if len(pasts) == 1:
             return pasts[0]
+        for past in pasts:
+            _check_separable(past)
         shapes = next((past.layers for past in pasts if past.layers), {})
         layers = {}
         for index, examples in shapes.items():
@@ -161,3 +164,13 @@ class TorchModel:
 
 def _keeps_keys_and_values(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _check_separable(past: TorchPast) -> None:
+    """Raise for a past that cannot be cut or joined: that of layers that keep more than keys and values."""
+    if past.others:
+        raise ArchitectureError(
+            "Rows and columns of this past cannot be taken out.",
+            f"Layer {min(past.others)} keeps more than keys and values.",
+            "Feed each conversation alone, from its beginning.",
+        )

@@ -31,7 +31,8 @@ def _plain(model):
 
 
 def _peft(model):
-    peft = pytest.importorskip("peft")
+    import peft
+
     from deltamem_tool._compat import peft_model
 
     return peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))

@@ -41,7 +41,6 @@ def test_a_run_is_the_same_with_an_estimate(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_dropout_draws_what_it_would_have_drawn(recipe, tmp_path):
-    pytest.importorskip("peft")
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.5))
     other = dataclasses.replace(lora, out=str(tmp_path / "other"))
     assert train(lora, expecting=lambda steps, seconds: None).losses == train(other).losses

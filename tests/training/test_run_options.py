@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import peft
 import pytest
 import torch
 from helpers.tiny import listing, save_checkpoint, weights_of
@@ -90,7 +91,6 @@ def test_bad_rows_can_be_left_out(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_lora_learns_from_the_same_episodes(recipe, tmp_path):
-    peft = pytest.importorskip("peft")
     lora = dataclasses.replace(recipe, memory=DeltaMemConfig(), lora=LoraOptions(rank=4, dropout=0.1))
     result = train(changed(lora, steps=16, eval_every=8))
     losses = [loss for _, loss in result.losses]
