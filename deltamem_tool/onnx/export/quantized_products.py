@@ -7,15 +7,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
-from onnxruntime.quantization.matmul_nbits_quantizer import (
+
+# Its import configures the root logger, for all messages of all libraries, unless that has a handler.
+_handler = logging.NullHandler()
+logging.getLogger().addHandler(_handler)
+from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
     DefaultWeightOnlyQuantConfig,
     DefaultWeightOnlyQuantizer,
 )
+
+logging.getLogger().removeHandler(_handler)
 
 BLOCK_SIZE = 32  # of int4: the smallest that all of ONNX Runtime's kernels take
 INT8_MOST = 64  # of 127: products of 8 by 8 bits overflow the 16-bit sums of x86 processors without VNNI
