@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,10 @@ def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_ll
 def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
     with pytest.raises(ExportError, match=why):
         target_of(target, dtype, quantize)
+
+
+def test_its_import_leaves_logging_alone():
+    """ONNX Runtime's quantiser calls `logging.basicConfig(level=INFO)` when it is imported."""
+    code = "import logging, deltamem_tool.onnx.export.quantized_products as _; root = logging.getLogger()\n"
+    code += "assert not root.handlers and root.level == logging.WARNING"
+    subprocess.run([sys.executable, "-c", code], check=True)
