@@ -168,14 +168,6 @@ def commit_of_config(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-def stop_tokens(generation_config: Any) -> Any:
-    """The ids that end a row in the running `generate`, as a tensor, or None.
-
-    Those that were given as an argument are included. Can go when `generate` tells a cache which rows have ended.
-    """
-    return getattr(generation_config, "_eos_token_tensor", None)
-
-
 def changes_of(tensor: Any) -> int:
     """How often a tensor has been written to in place. Can go when torch has a public counter."""
     return int(tensor._version)
@@ -187,6 +179,10 @@ TRAIN_SAMPLER = "_get_train_sampler"
 # The method in which `generate` makes the cache or takes the one it was given: (self, generation_config, model_kwargs,
 # generation_mode, batch_size, max_cache_length). Can go when transformers lets a model choose its cache's class.
 PREPARE_CACHE = "_prepare_cache_for_generation"
+
+# The method in which `generate` collects what ends a row, after the one above: (self, generation_config,
+# stopping_criteria, tokenizer). Can go when `generate` tells a cache which rows have ended.
+STOPPING_CRITERIA = "_get_stopping_criteria"
 
 
 def use_one_gpu(arguments: Any) -> None:

@@ -152,19 +152,22 @@ def test_commit_of_config():
     assert _compat.commit_of_config(config) == "0" * 40
 
 
-def test_stop_tokens_are_those_that_generate_was_given():
+def test_generate_collects_what_ends_rows_after_it_has_made_the_cache():
     from helpers.tiny import tiny_model
 
-    model, seen = tiny_model(), []
-    own = getattr(model, _compat.PREPARE_CACHE)
+    model, calls = tiny_model(), []
+    for name in (_compat.PREPARE_CACHE, _compat.STOPPING_CRITERIA):
+        own = getattr(model, name)
 
-    def prepare(config, *args):
-        seen.append(_compat.stop_tokens(config).tolist())
-        return own(config, *args)
+        def call(generation_config, *args, _own=own, _name=name, **kwargs):
+            calls.append((_name, generation_config))
+            return _own(generation_config, *args, **kwargs)
 
-    setattr(model, _compat.PREPARE_CACHE, prepare)
+        setattr(model, name, call)
     model.generate(torch.tensor([[5, 6]]), max_new_tokens=1, eos_token_id=[7, 8])
-    assert seen == [[7, 8]]
+    (first, config), (second, same) = calls
+    assert (first, second) == (_compat.PREPARE_CACHE, _compat.STOPPING_CRITERIA) and config is same
+    assert config is not model.generation_config  # or a cache would be kept in it
 
 
 def test_one_gpu(tmp_path):
@@ -238,4 +241,5 @@ def test_the_names_of_methods_are_right():
     from transformers import GenerationMixin, Trainer
 
     assert callable(getattr(GenerationMixin, _compat.PREPARE_CACHE))
+    assert callable(getattr(GenerationMixin, _compat.STOPPING_CRITERIA))
     assert callable(getattr(Trainer, _compat.TRAIN_SAMPLER))

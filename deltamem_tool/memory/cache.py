@@ -63,9 +63,8 @@ class MemoryCache(DynamicCache):
         self.segment_tags: Tensor | None = None  # int8 [B, tokens to come]: see `SegmentTag`
         self._config: DeltaMemConfig = adapter.config
         self._device_type = model.device.type
-        self._stop_tokens: Tensor | None = None
         self._step: tuple[Tensor | None] | None = None  # bool [B, T], what `generate` feeds next; None outside of it
-        self._finished: Tensor | None = None  # [B] rows that `generate` goes on feeding after their end
+        self._finished: Tensor | None = None  # [B] bool, rows that `generate` goes on feeding after their end
         if memory is not None:
             check_memory(memory.shape, memory.adapter, adapter.memory_shape, adapter.fingerprint)
             memory.check_finite()
@@ -100,21 +99,27 @@ class MemoryCache(DynamicCache):
             layers[layer], segments[layer] = end_segment(self._config, state, self.memory.open_segments[layer])
         self.memory = MemoryState(layers, self.memory.adapter, segments)
 
-    def begin_generation(self, stop_tokens: Tensor | None) -> None:
-        """Note that `generate` starts: rows that produce one of `stop_tokens` will no longer read or write."""
-        self._finished, self._step, self._stop_tokens = None, None, stop_tokens
+    def begin_generation(self) -> None:
+        """Note that `generate` starts: no row has ended."""
+        self._finished, self._step = None, None
 
-    def begin_step(self, produced: Tensor | None, valid: Tensor | None) -> None:
+    def finish(self, done: Tensor) -> None:
+        """Note which rows a stopping criterion of `generate` has ended: they will no longer read or write.
+
+        Args:
+            done: bool `[B]`.
+        """
+        self._finished = done if self._finished is None else self._finished | done
+
+    def begin_step(self, content: Tensor, valid: Tensor | None) -> None:
         """Note what `generate` feeds next.
 
         Args:
-            produced: the tokens that it has generated, `[B, T]`, which can end a row; None for the prompt.
+            content: token ids `[B, T]` or embeddings `[B, T, D]`.
             valid: bool `[B, T]`, tokens that are not padding; None for all.
         """
-        if produced is not None and self._stop_tokens is not None:
-            ended = torch.isin(produced, self._stop_tokens.to(produced.device)).any(dim=1)
-            self._finished = ended if self._finished is None else self._finished | ended
-            unfinished = ~self._finished[:, None].expand(produced.shape)
+        if self._finished is not None:
+            unfinished = ~self._finished.to(content.device)[:, None].expand(content.shape[:2])
             valid = unfinished if valid is None else valid & unfinished
         self._step = (valid,)
 
@@ -171,11 +176,16 @@ class MemoryCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raise MemoryStateError: a memory cannot forget tokens."""
-        raise MemoryStateError(
-            "A memory cannot forget its last tokens.",
-            "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",
-            "Decode without an assistant, or keep `cache.memory` from before and start from it.",
-        )
+        raise takes_tokens_back()
 
     def _take_keys(self, rows: Tensor) -> None:
         super().reorder_cache(rows)  # type: ignore[arg-type]  # LongTensor is a type of its own to mypy
+
+
+def takes_tokens_back() -> MemoryStateError:
+    """The error for what feeds tokens that it does not keep."""
+    return MemoryStateError(
+        "A memory cannot forget its last tokens.",
+        "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",
+        "Decode without an assistant, or keep `cache.memory` from before and start from it.",
+    )

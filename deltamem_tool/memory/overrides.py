@@ -9,16 +9,24 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
-from deltamem_tool._compat import PREPARE_CACHE, cache_argument, generation_cache_argument, stop_tokens, with_one_cache
+from deltamem_tool._compat import (
+    PREPARE_CACHE,
+    STOPPING_CRITERIA,
+    cache_argument,
+    generation_cache_argument,
+    with_one_cache,
+)
 from deltamem_tool.errors import MemoryStateError
-from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.cache import MemoryCache, takes_tokens_back
 from deltamem_tool.memory.decoder_call import is_off
 from deltamem_tool.memory.masks import check_writes_tokens, valid_tokens
 from deltamem_tool.memory.patch import patch_of
 
 Method = Callable[..., Any]
+_CACHE = "_deltamem_cache"  # where the cache waits, in a call's generation config, for the call's stopping criteria
 
 
 def _with_memory_cache(original: Method) -> Method:
@@ -35,6 +43,9 @@ def _with_memory_cache(original: Method) -> Method:
         max_cache_length: int,
     ) -> None:
         passed = model_kwargs.get(argument)
+        remembers = isinstance(passed, MemoryCache) or (passed is None and not is_off())
+        if remembers and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise takes_tokens_back()
         original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if passed is None and generation_config.use_cache and not is_off():
             check_writes_tokens(patch_of(self).adapter.config)
@@ -61,15 +72,45 @@ def _with_memory_cache(original: Method) -> Method:
                 passed.batch_repeat_interleave(copies)
         prepared = model_kwargs.get(argument)
         if isinstance(prepared, MemoryCache):
-            prepared.begin_generation(stop_tokens(generation_config))
+            prepared.begin_generation()
+            setattr(generation_config, _CACHE, prepared)  # this call's own copy
 
     return prepare
 
 
-def _with_announced_step(original: Method) -> Method:
-    """Before every call of `generate`, tell the cache whether it feeds the prompt or what it has produced.
+class _WatchedCriteria(StoppingCriteriaList):
+    """The criteria that end rows of a `generate`; the cache hears of every row that one of them has ended."""
 
-    And which of these tokens are padding: the model gets the mask over a static cache in a form that does not say.
+    def __init__(self, criteria: Iterable[StoppingCriteria], cache: MemoryCache) -> None:
+        super().__init__(criteria)
+        self._cache = cache
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._cache.finish(done)
+        return done
+
+
+def _with_watched_criteria(original: Method) -> Method:
+    """Tell the cache which rows have ended: `generate` goes on feeding them padding."""
+
+    @functools.wraps(original)
+    def criteria(
+        self: PreTrainedModel, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        criteria: StoppingCriteriaList = original(self, generation_config, *args, **kwargs)
+        cache = vars(generation_config).pop(_CACHE, None)
+        # Beams are judged before the best are chosen, and those that have ended are not fed.
+        beams = (generation_config.num_beams or 1) > 1
+        return criteria if cache is None or beams else _WatchedCriteria(criteria, cache)
+
+    return criteria
+
+
+def _with_announced_step(original: Method) -> Method:
+    """Before every call of `generate`, tell the cache which of the tokens are padding.
+
+    The model gets the mask over a static cache in a form that does not say.
     """
     argument = cache_argument(original)
     parameters = [name for name in inspect.signature(original).parameters if name != "self"]
@@ -79,19 +120,17 @@ def _with_announced_step(original: Method) -> Method:
         self: PreTrainedModel,
         *args: Any,
         attention_mask: Any = None,
-        is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> Any:
         args, kwargs = with_one_cache(parameters, argument, args, kwargs)
         cache = kwargs.get(argument)
-        kwargs |= {"attention_mask": attention_mask, "is_first_iteration": is_first_iteration}
-        inputs = original(self, *args, **kwargs)
+        inputs = original(self, *args, attention_mask=attention_mask, **kwargs)
         if isinstance(cache, MemoryCache):
             tokens = inputs.get("input_ids")
             content = tokens if tokens is not None else inputs["inputs_embeds"]
             valid = valid_tokens(attention_mask, len(content), content.shape[1], cache.get_seq_length())
             valid = None if valid is None else valid.to(content.device)
-            cache.begin_step(None if is_first_iteration else tokens, valid)
+            cache.begin_step(content, valid)
         return inputs
 
     return prepare
@@ -118,6 +157,7 @@ _OVERRIDES: dict[str, Callable[[Method], Method]] = {
     "generate": _with_one_cache,
     "prepare_inputs_for_generation": _with_announced_step,
     PREPARE_CACHE: _with_memory_cache,
+    STOPPING_CRITERIA: _with_watched_criteria,
 }
 _BEFORE = "_deltamem_before"  # where a module keeps methods that were set on it before ours
 

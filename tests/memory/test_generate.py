@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.running import cache_of, close_memory
-from helpers.tiny import ARCHITECTURES, END, PAD, patched_model, tokens
+from helpers.tiny import ARCHITECTURES, END, PAD, patched_model, tiny_model, tokens
 from helpers.watched import WatchedCache
 from transformers import GenerationConfig
 
@@ -335,6 +335,9 @@ def test_caches_without_a_place_for_the_memory_are_refused(kind):
 def test_decoding_that_takes_tokens_back_is_refused():
     model = patched_model()
     ids = tokens(1, 3).repeat(1, 4)
-    with pytest.raises((MemoryStateError, ValueError)):
-        model.generate(ids, prompt_lookup_num_tokens=3, **settings())
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model(seed=1)}):
+        cache = MemoryCache(model)
+        with pytest.raises(MemoryStateError, match="forget its last tokens"):
+            model.generate(ids, cache=cache, **settings(**options))
+        assert cache.memory is None and cache.get_seq_length() == 0
     assert adapter_of(model) is not None and model.generate(ids, **settings()).shape == (1, 12 + NEW)
