@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from deltamem_tool._compat import (
     PREPARE_CACHE,

@@ -73,7 +73,7 @@ class _Step(nn.Module):
         columns = None  # of the mask, where the tokens are: its last, or
         if past_length is not None:
             columns = past_length + torch.arange(input_ids.shape[1])
-            cache.begin_step(None, attention_mask.index_select(1, columns).bool())
+            cache.begin_step(input_ids, attention_mask.index_select(1, columns).bool())
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past and past_length is None:
                 fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
