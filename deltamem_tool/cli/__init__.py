@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from deltamem_tool._version import __version__
+from deltamem_tool.cli.encoding import print_everywhere
 from deltamem_tool.errors import DeltaMemError, domain_error
 
 COMMANDS = (
@@ -86,6 +87,7 @@ def main(command: click.Command = cli) -> None:
     Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; anything
     unexpected keeps its traceback.
     """
+    print_everywhere()
     # Both must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
     # the same cores many times slower; progress bars are for terminals.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -103,8 +105,12 @@ def main(command: click.Command = cli) -> None:
 
 
 def _fail(error: DeltaMemError) -> None:
-    click.secho(f"Error: {error.what}", fg="red", err=True)
+    from rich.text import Text
+
+    from deltamem_tool.cli.console import STDERR
+
+    STDERR.print(Text(f"Error: {error.what}", style="red"), soft_wrap=True)
     for line in (error.why, error.next):
         if line:
-            click.echo(line, err=True)
+            STDERR.print(Text(line), soft_wrap=True)
     sys.exit(1)

@@ -28,13 +28,12 @@ def command(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps([asdict(row) for row in types]))
         return
 
-    from rich.console import Console
+    from deltamem_tool.cli.console import STDOUT
 
-    console = Console()
-    console.print(_table(types))
+    STDOUT.print(_table(types))
     for line in summary(types):
-        console.print(line, highlight=False)
-    console.print("Where there is a memory, tokens, messages (SSW) or sentences can write.", highlight=False)
+        STDOUT.print(line, highlight=False)
+    STDOUT.print("Where there is a memory, tokens, messages (SSW) or sentences can write.", highlight=False)
 
 
 def _table(types: Sequence[Support]) -> Table:

@@ -122,9 +122,9 @@ def command(
     if as_json:
         click.echo(json.dumps(document))
         return
-    from rich.console import Console
+    from deltamem_tool.cli.console import STDOUT
 
     for length in setting.prompts:
-        Console().print(result.table(length))
+        STDOUT.print(result.table(length))
     for sentence in result.sentences():
         click.echo(sentence)

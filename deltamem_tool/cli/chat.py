@@ -64,16 +64,16 @@ def command(
 
     from deltamem_tool.chat.conversation import Conversation, Sampling
     from deltamem_tool.chat.repl import Chat
-    from deltamem_tool.cli.console import STDERR
+    from deltamem_tool.cli.console import SPINNER, STDERR, STDOUT
     from deltamem_tool.memory.file import read_memory
 
     chosen = Sampling(**sampling)
     was_there = memory_file is not None and memory_file.exists()
     memory = read_memory(memory_file) if memory_file is not None and was_there else None
-    with STDERR.status("Loading the model"):
+    with STDERR.status("Loading the model", spinner=SPINNER):
         engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, base, trust_remote_code, device)
         conversation = Conversation(engine, memory, window=window)
-    chat = Chat(conversation, chosen, system, memory_file, notices=STDERR)
+    chat = Chat(conversation, chosen, system, memory_file, out=STDOUT, notices=STDERR)
     if memory_file is not None:
         conversation.save_memory(memory_file)  # a disk that is full says so now
         chat.notice(f"{memory_file} is {'loaded' if was_there else 'new'}, and written after every turn.")

@@ -39,12 +39,12 @@ def command(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(payload))
         return
-    from rich.console import Console
+    from deltamem_tool.cli.console import STDOUT
 
     click.echo(f"A: {a}\nB: {b}")
-    Console().print(_table(comparison))
+    STDOUT.print(_table(comparison))
     if comparison.differing:
-        Console().print(_settings(comparison))
+        STDOUT.print(_settings(comparison))
     for line in [*comparison.notes, *comparison.verdict()]:
         click.echo(f"{line[0].upper()}{line[1:]}.")
 

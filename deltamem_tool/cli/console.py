@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-STDERR = Console(stderr=True)
+
+def _console(stderr: bool = False) -> Console:
+    """Return the console of stdout or stderr.
+
+    rich follows `NO_COLOR`, `FORCE_COLOR` and `TERM`, but leaves bold and dim under the first, which are escape codes
+    as well, and under the second moves the cursor in what goes to a file.
+    """
+    colours: Any = None if os.environ.get("NO_COLOR") else Console(stderr=stderr).color_system
+    is_file = not (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, color_system=colours, force_terminal=False if is_file else None)
+
+
+STDOUT, STDERR = _console(), _console(stderr=True)
+SPINNER = "line" if STDERR.options.ascii_only else "dots"
 
 
 @contextmanager
@@ -18,11 +34,11 @@ def progress() -> Iterator[Progress]:
     """Show progress on stderr, and turn off the libraries' own bars and warnings."""
     quiet_libraries()
     columns = (
-        SpinnerColumn(),
+        SpinnerColumn(SPINNER),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=STDERR) as bar:

@@ -245,13 +245,12 @@ def _lora(name: str | None) -> Any:
 
 
 def _print(evaluation: Evaluation, plot: Path | None, report: Path | None) -> None:
-    from rich.console import Console
-
+    from deltamem_tool.cli.console import STDOUT
     from deltamem_tool.evaluation.report.page import PAGE_FILE
     from deltamem_tool.evaluation.report.tables import score_table
 
     for metric in evaluation.metrics:
-        Console().print(score_table(evaluation, metric))
+        STDOUT.print(score_table(evaluation, metric))
     for line in evaluation.verdict():
         click.echo(f"{line[0].upper()}{line[1:]}.")
     if plot is not None:

@@ -74,7 +74,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
-    from deltamem_tool.cli.console import STDERR, quiet_libraries
+    from deltamem_tool.cli.console import SPINNER, STDERR, quiet_libraries
     from deltamem_tool.io.atomic import check_overwrite
 
     if memory is not None and not TARGETS[target].genai:
@@ -84,7 +84,7 @@ def command(
         from deltamem_tool.memory.file import read_memory
 
         read_memory(memory)  # before anything is loaded
-    with STDERR.status("Loading the model") as status:
+    with STDERR.status("Loading the model", spinner=SPINNER) as status:
         import torch
 
         from deltamem_tool.adapter.folder import read_adapter

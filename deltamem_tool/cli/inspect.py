@@ -46,10 +46,10 @@ def command(path: str, other: str | None, plot: Path | None, row: int | None, as
         click.echo(json.dumps(document))
         return
 
-    from rich.console import Console
+    from deltamem_tool.cli.console import STDOUT
 
     for table in tables:
-        Console().print(table)
+        STDOUT.print(table)
     if plot is not None:
         click.echo(f"Plot: {plot}")
 

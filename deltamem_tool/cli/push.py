@@ -69,12 +69,12 @@ def _ask_license() -> str | None:
 
 
 def _show(result: PushResult, dry_run: bool) -> None:
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markdown import Markdown
     from rich.table import Table
     from rich.text import Text
 
+    from deltamem_tool.cli.console import STDOUT
     from deltamem_tool.hub.repository import DELETED, SAME
 
     changed = [change for change in result.changes if change.kind != SAME]
@@ -87,9 +87,8 @@ def _show(result: PushResult, dry_run: bool) -> None:
         table.add_column("")
         for change in result.changes:
             table.add_row(Text(change.path), decimal(change.size), change.kind)
-        console = Console()
-        console.print(table)
-        console.print(Markdown(_body(result.card)))
+        STDOUT.print(table)
+        STDOUT.print(Markdown(_body(result.card)))
     else:
         sent = sum(change.size for change in changed if change.kind != DELETED)
         click.echo(f"{len(changed)} of {len(result.changes)} files changed, {decimal(sent)} sent.")

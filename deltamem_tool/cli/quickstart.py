@@ -48,37 +48,36 @@ def command(out: str, fast: bool, overwrite: bool, as_json: bool) -> None:
 
 
 def _show(result: Quickstart) -> None:
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from deltamem_tool.cli.console import STDOUT
     from deltamem_tool.evaluation.report.tables import score_table
     from deltamem_tool.quickstart import AGREEMENT_EPISODES
 
-    console = Console()
-    console.print("\n[bold]First conversation[/bold], in ONNX Runtime")
+    STDOUT.print("\n[bold]First conversation[/bold], in ONNX Runtime")
     for user, answer in result.remembered.exchanges:
-        console.print(f"  user   {user}\n  model  {answer}", highlight=False)
-    console.print(f"  [dim]saved {result.memory_file}; this conversation is over[/dim]")
-    console.print("\n[bold]Second conversation[/bold]: an empty context and that file")
+        STDOUT.print(f"  user   {user}\n  model  {answer}", markup=False, highlight=False)
+    STDOUT.print(f"  [dim]saved {escape(str(result.memory_file))}; this conversation is over[/dim]")
+    STDOUT.print("\n[bold]Second conversation[/bold]: an empty context and that file")
     for question, answer, truth, without in result.remembered.answers:
-        mark = "[green]✓[/green]" if answer == truth else f"[red]✗ {truth}[/red]"
-        console.print(f"  user   {question}\n  model  {answer} {mark}", highlight=False)
-        console.print(f"  [dim]without the file: {without}[/dim]", highlight=False)
-    console.print()
-    console.print(score_table(result.recall))
+        mark = "[green]✓[/green]" if answer == truth else f"[red]✗ {escape(truth)}[/red]"
+        STDOUT.print(f"  user   {escape(question)}\n  model  {escape(answer)} {mark}", highlight=False)
+        STDOUT.print(f"  [dim]without the file: {escape(without)}[/dim]", highlight=False)
+    STDOUT.print()
+    STDOUT.print(score_table(result.recall))
     table = Table(show_header=False)
     table.add_row("ONNX Runtime against PyTorch", f"{result.max_abs_diff:.1e} at most, over logits and states")
     table.add_row("same answers", f"{result.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")
     table.add_row("trained parameters", f"{result.parameters:,}")
     table.add_row("memory of one conversation", f"{result.memory_bytes:,} bytes")
     table.add_row("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
-    table.add_row("adapter", str(result.adapter))
-    table.add_row("ONNX folder", str(result.onnx_dir))
-    table.add_row("memory file", str(result.memory_file))
-    table.add_row("plots", ", ".join(str(plot) for plot in (result.recall_plot, result.loss_plot) if plot))
-    table.add_row("report", str(result.report))
-    console.print(table)
+    plots = ", ".join(str(plot) for plot in (result.recall_plot, result.loss_plot) if plot)
+    files = (result.adapter, result.onnx_dir, result.memory_file, plots, result.report)
+    for name, file in zip(("adapter", "ONNX folder", "memory file", "plots", "report"), files, strict=True):
+        table.add_row(name, escape(str(file)))
+    STDOUT.print(table)
     question = result.remembered.answers[0][0]
-    console.print("\nNext, ask it yourself:", highlight=False)
+    STDOUT.print("\nNext, ask it yourself:", highlight=False)
     click.echo(f'  deltamem run {result.onnx_dir} --memory {result.memory_file} --prompt "{question}"')
     click.echo("Then your own model: see “A real model” in the README.")

@@ -50,11 +50,11 @@ def command(
         check_writable(save_memory)
 
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
-    from deltamem_tool.cli.console import STDERR
+    from deltamem_tool.cli.console import SPINNER, STDERR
     from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     options = Sampling(**sampling)
-    with STDERR.status("Loading the model"):
+    with STDERR.status("Loading the model", spinner=SPINNER):
         model = OnnxModel(onnx_dir, provider, threads, map_weights)
         conversation = Conversation(model, read_memory(memory_file) if memory_file else None, window=window)
     answers = []

@@ -109,14 +109,15 @@ def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:
         click.echo(json.dumps(asdict(result)))
         return
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from deltamem_tool.cli.console import STDOUT
 
     table = Table(title=Text(f"{path} would train"), show_header=False)
     for name, value in _lines(result):
         table.add_row(name, value)
-    Console().print(table)
+    STDOUT.print(table)
     for note in result.notes:
         click.echo(note)
 

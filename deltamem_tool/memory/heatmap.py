@@ -106,7 +106,7 @@ class _Legend:
 
 
 def _has_colours(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
+    return console.color_system is not None and not console.no_color and not console.options.ascii_only
 
 
 def _colour(share: float) -> str:

@@ -30,7 +30,7 @@ def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
         table.add_column(f"{escape(group)}\n[dim]{counts[group]}[/dim]", justify="right", overflow="fold")
     for condition in evaluation.conditions:
         estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
-        table.add_row(in_words(condition.name), *(_cell(metric, one) for one in estimates))
+        table.add_row(escape(in_words(condition.name)), *(_cell(metric, one) for one in estimates))
     return table
 
 

@@ -1,0 +1,168 @@
+"""Commands print whatever the encoding of stdout, and colours where they are wanted, and only there."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cli.command import START
+from rich.table import Table
+
+from deltamem_tool import cli
+from deltamem_tool.chat.repl import Chat
+from deltamem_tool.cli import COMMANDS, console
+from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.memory.file import StoredMemory, write_memory
+from deltamem_tool.memory.heatmap import heat_maps, norm_bars
+
+ENCODINGS = ("cp1252", "ascii", "cp437", "shift_jis", "utf-8")
+ESCAPE = "\x1b["
+
+
+class Stream(io.TextIOWrapper):
+    """stdout or stderr with an encoding, a terminal or not."""
+
+    def __init__(self, encoding="utf-8", is_terminal=False):
+        super().__init__(io.BytesIO(), encoding)
+        self._is_terminal = is_terminal
+
+    def isatty(self):
+        return self._is_terminal
+
+    def text(self):
+        self.flush()
+        # click takes ASCII for a locale that nobody has set, and prints UTF-8 there.
+        return self.buffer.getvalue().decode("utf-8" if self.encoding == "ascii" else self.encoding)
+
+
+@pytest.fixture
+def printed(monkeypatch, tmp_path):
+    """`printed(encoding, *arguments)`: the exit code and what a command prints on such a stdout."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("old.safetensors", 0.5), ("new.safetensors", 0.75)):
+        write_memory(name, StoredMemory({0: np.full((1, 2, 4, 4), value, np.float32)}, {}, "0" * 64))
+
+    def run(encoding, *arguments):
+        stream = Stream(encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "argv", ["deltamem", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, stream.text()
+
+    return run
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_help_and_tables_in_every_encoding(printed, encoding):
+    for arguments in ([], *([name] for name in COMMANDS)):
+        code, text = printed(encoding, *arguments, "--help")
+        assert code == 0 and text.startswith("Usage: deltamem")
+    assert printed(encoding, "architectures")[0] == 0
+    assert printed(encoding, "inspect", "old.safetensors")[0] == 0
+    code, text = printed(encoding, "inspect", "old.safetensors", "new.safetensors")
+    assert code == 0 and "50.0%" in text and "new.safetensors" in text
+
+
+def test_what_is_lacking_is_spelt_out(printed, monkeypatch):
+    assert "old.safetensors -> new.safetensors" in printed("ascii", "inspect", "old.safetensors", "new.safetensors")[1]
+    assert "old.safetensors → new.safetensors" in printed("utf-8", "inspect", "old.safetensors", "new.safetensors")[1]
+    assert "(delta-mem)" in printed("cp1252", "--help")[1]
+    stream = Stream("ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_everywhere()
+    print("−0.5 … 你 \udce9", flush=True)
+    assert stream.buffer.getvalue() == b"-0.5 ... \\u4f60 \xe9\n"  # a file's name that is not UTF-8 stays what it is
+
+
+def test_an_error_handler_that_the_user_has_chosen_stays(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="ignore")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_everywhere()
+    assert stream.errors == "ignore"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_chat_in_every_encoding(monkeypatch, encoding):
+    stream = Stream(encoding, is_terminal=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_everywhere()
+    states = {0: np.array([[[0.56, -1.0], [0.25, 0.0]]], np.float32), 7: np.full((1, 2, 2), 0.4, np.float32)}
+    out = console._console()
+    out.print(norm_bars(states), heat_maps(0, states[0]))
+    Chat.__init__(chat := Chat.__new__(Chat), None, None, out=out, notices=out)
+    chat._help("")
+    text = stream.text()
+    assert "layer 7" in text and "/undo" in text and "?" not in text and "\\u" not in text
+    if encoding != "utf-8":
+        assert "  5 -9" in text  # numbers in place of blocks
+    assert ("████" if encoding in ("utf-8", "cp437") else "####") in text
+
+
+# Colours
+
+
+def shown(monkeypatch, is_terminal, **environment):
+    """What a table and an error look like on such an output."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    out, err = Stream(is_terminal=is_terminal), Stream(is_terminal=is_terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(console, "STDERR", console._console(stderr=True))
+    table = Table("heading", title="title")
+    table.add_row("[dim]dim[/dim]", style="red")
+    console._console().print(table)
+    monkeypatch.setattr(sys, "argv", ["deltamem", "inspect", "nowhere"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Error: There is no adapter folder nowhere." in err.text()
+    with console.STDERR.status("Loading"):
+        pass
+    return out.text(), err.text()
+
+
+def test_colours_are_for_terminals(monkeypatch):
+    assert all(ESCAPE in text for text in shown(monkeypatch, True))
+    assert not any("\x1b" in text for text in shown(monkeypatch, False))
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])
+def test_no_colour_where_the_environment_says_so(monkeypatch, environment):
+    out, err = shown(monkeypatch, True, **environment)
+    assert "\x1b" not in out
+    assert "\x1b" not in err.partition("Loading")[0].partition("\x1b[?25l")[0]  # the animation alone moves the cursor
+    assert not any("\x1b" in text for text in shown(monkeypatch, False, **environment))
+
+
+def test_forced_colours_reach_a_file_and_the_animation_does_not(monkeypatch):
+    out, err = shown(monkeypatch, False, FORCE_COLOR="1")
+    assert "\x1b[31m" in out and "\x1b[31mError" in err
+    assert "\x1b[?25" not in err and "\r" not in err
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("words", ["inspect nowhere", "inspect builtin:adapter", "run nowhere", "--help"])
+def test_no_color_in_a_terminal(tmp_path, words):
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
+    parent, child = os.openpty()
+    with subprocess.Popen(
+        [*START, *words.split()], cwd=tmp_path, env=environment, stdin=child, stdout=child, stderr=child
+    ) as process:
+        os.close(child)
+        printed = b""
+        try:
+            while piece := os.read(parent, 1 << 16):
+                printed += piece
+        except OSError:  # how Linux says that a terminal has no more
+            pass
+        assert process.wait(60) in (0, 1, 2)
+    os.close(parent)
+    assert printed and b"\x1b" not in printed
