@@ -197,6 +197,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=64
     )
     model.save_pretrained(options.out)
+    tokenizer.backend_tokenizer.no_padding()  # of the last batch
     tokenizer.save_pretrained(options.out)
     (options.out / "training.json").write_text(
         json.dumps({"seed": options.seed, "recall_from_context": figures}, indent=2) + "\n"

@@ -28,7 +28,7 @@ class ChatText:
     """A tokenizer and a chat template: how a model's messages become tokens.
 
     Args:
-        tokenizer: of the tokenizers package.
+        tokenizer: of the tokenizers package, and nobody else's: it is set to take texts whole.
         template: the chat template's source; None where the model takes plain text alone.
         special_tokens: the template's variables, such as `bos_token`.
 
@@ -37,6 +37,8 @@ class ChatText:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, special_tokens: Mapping[str, str]) -> None:
+        tokenizer.no_truncation()  # a tokenizer.json keeps what its last user had set
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         try:
@@ -83,7 +85,9 @@ class ChatText:
                 "Use a fast tokenizer.",
             )
         special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token}
-        return cls(tokenizer.backend_tokenizer, _default(tokenizer.chat_template), special_tokens)
+        # A copy: whoever else calls the tokenizer sets how it truncates, pads and splits.
+        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        return cls(own, _default(tokenizer.chat_template), special_tokens)
 
     @cached_property
     def ids(self) -> frozenset[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.encode import tag_chat
+from deltamem_tool.segments.encode import RENDERED, tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
@@ -154,8 +154,7 @@ class Encoder:
         """Of each text an encoding of the tokenizers library."""
         if not texts:
             return []
-        # The template has written every special token that belongs here.
-        encodings: list[Any] = self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
+        encodings: list[Any] = self.tokenizer(texts, **RENDERED).encodings
         return encodings
 
     def _steps(self, episode: Episode) -> _Steps:

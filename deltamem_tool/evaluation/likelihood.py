@@ -21,7 +21,7 @@ from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
 from deltamem_tool.evaluation.subject import Subject, take_rows
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.segments.encode import padded
+from deltamem_tool.segments.encode import RENDERED, padded
 from deltamem_tool.segments.template import ChatTemplate
 
 LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are scored in parts of the batch
@@ -88,7 +88,7 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:
-    encoded = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(prompt + answer, return_offsets_mapping=True, **RENDERED)
     answer_tokens = sum(end > max(start, len(prompt)) for start, end in encoded["offset_mapping"])
     ids = encoded["input_ids"]
     if answer_tokens == 0 or answer_tokens == len(ids):

@@ -20,6 +20,7 @@ from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, SCALE_ZERO, Condi
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.decoder_call import without_memory
 from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.segments.encode import RENDERED
 
 if TYPE_CHECKING:
     from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -68,7 +69,7 @@ class Subject:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, in which the template has written every special token."""
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        ids: list[list[int]] = self.tokenizer(list(texts), **RENDERED).input_ids
         return ids
 
     def ask(

@@ -17,6 +17,8 @@ from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 PADDING_SIDES = ("left", "right")
+# How a tokenizer is called with rendered text: the template has written every special token that belongs there.
+RENDERED = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,8 @@ def _tag(
         )
     check_messages(messages)
     text = template.render(messages, generation_prompt)
-    # The template has written every special token that belongs here.
     if granularity == "token":
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, **RENDERED)["input_ids"]
         return TaggedChat(text, ids, [SegmentTag.LAST] * len(ids))
     if not tokenizer.is_fast:
         raise DataError(
@@ -146,7 +147,7 @@ def _tag(
     if granularity == "sentence" and split is None:
         split = english
     spans = spans_of(template, messages, text, generation_prompt, split)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_offsets_mapping=True, **RENDERED)
     return TaggedChat(text, encoded["input_ids"], tags_of(text, encoded["offset_mapping"], spans))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -192,6 +193,9 @@ def _write_beside(
     """Configs and tokenizer."""
     plan.model.config.save_pretrained(folder)
     plan.model.generation_config.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)  # its last call's truncation and padding are not for the folder's users
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     if genai_config is not None:
         genai.write_config(folder, genai_config)

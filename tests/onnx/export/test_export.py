@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from deltamem_tool.errors import DeltaMemError, ExportError
 from deltamem_tool.memory.attach import adapter_of
@@ -192,6 +194,17 @@ def test_a_graph_that_computes_something_else_leaves_nothing(qwen3, no_tracing, 
         with torch.no_grad():
             delta.copy_(saved)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_has_a_tokenizer_that_takes_texts_whole(qwen3, no_tracing, tmp_path):
+    tokenizer = copy.deepcopy(qwen3.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(8)
+    backend.enable_padding(length=64)
+    export.export_onnx(qwen3.model, tokenizer, tmp_path / "out", logits="last")
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert written.truncation is None and written.padding is None
+    assert backend.truncation["max_length"] == 8 and backend.padding["length"] == 64  # the caller's own stays
 
 
 def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from deltamem_tool.chat.conversation import Conversation, Sampling
 from deltamem_tool.chat.text import ChatText, TextStream
@@ -22,6 +23,15 @@ def test_text_streams_in_whole_characters(qwen3):
     stream = TextStream(tokenizer)
     assert [stream.push(token) for token in cat[:2]] == ["", ""]
     assert stream.flush() == "\ufffd" and stream.flush() == ""
+
+
+def test_what_a_folders_tokenizer_was_told_before_does_not_reach_a_text(qwen3, folder):
+    text = "a text of more than eight tokens"
+    for name, setting in (("truncation", {"max_length": 8}), ("padding", {"length": 64})):
+        tokenizer = Tokenizer.from_file(str(qwen3.folder / "tokenizer.json"))
+        getattr(tokenizer, f"enable_{name}")(**setting)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert ChatText.from_folder(folder).encode(text) == qwen3.tokenizer(text).input_ids
 
 
 def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
