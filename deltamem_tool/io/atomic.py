@@ -2,40 +2,111 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.io.names import expand_user
+
+# A file that cannot be staged beside: in a read-only folder, or a mount point, whose name belongs to the mount.
+_NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename over it."""
-    path = Path(path)
+    """Write to a temporary name beside `path`, flush to disk, rename over it.
+
+    A file that is there keeps its mode and its owner, and a symbolic link stays one: the file that it leads to is
+    written. What a rename would break is written in place: a file with several names, a mount point, a file in a
+    folder that is read-only, a device or a pipe.
+    """
+    path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    former = path.stat() if path.exists() else None
+    if former is not None and not os.access(path, os.W_OK):  # a rename would not ask
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if former is not None and (former.st_nlink > 1 or not stat.S_ISREG(former.st_mode)):
+        _write_in_place(path, content)
+        return
+    try:
+        _write_beside(path, content, former)
+    except OSError as error:
+        if former is None or error.errno not in _NOT_BESIDE:
+            raise
+        _write_in_place(path, content)
+
+
+def _write_beside(path: Path, content: bytes, former: os.stat_result | None) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    staged = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(staged, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
-        os.replace(staged, path)
+        if former is None:
+            staged.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        else:
+            _keep_attributes(path, former, staged)
+        staged.replace(path)
     except BaseException:
-        Path(staged).unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise
 
 
+def _write_in_place(path: Path, content: bytes) -> None:
+    """Write into the file itself; where that fails, its content is put back."""
+    if not path.is_file():
+        path.write_bytes(content)
+        return
+    former = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        try:
+            _fill(file, content)
+        except BaseException:
+            _fill(file, former)
+            raise
+
+
+def _fill(file: FileIO, content: bytes) -> None:
+    file.seek(0)
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
+def _keep_attributes(path: Path, former: os.stat_result, staged: Path) -> None:
+    """Give `staged` the owner, the mode and the extended attributes of `path`, whose place it will take.
+
+    Raises:
+        PermissionError: the owner is somebody else, and may not be given away.
+    """
+    if (former.st_uid, former.st_gid) != (staged.stat().st_uid, staged.stat().st_gid):
+        os.chown(staged, former.st_uid, former.st_gid)
+    shutil.copystat(path, staged)
+    os.utime(staged)
+
+
 def resolve(path: str | Path) -> Path:
-    """Make a path absolute and follow its symbolic links.
+    """Make a path absolute and follow its symbolic links; a leading `~` is the home folder.
 
     Raises:
         DeltaMemError: the links lead in a circle.
+        ConfigError: nobody has the home folder that is named.
     """
+    path = expand_user(path)
     resolved = Path(os.path.realpath(path))
+    if not resolved.exists() and path.exists():  # /dev/stdout: the link of a pipe names no file
+        return path
     if resolved.is_symlink():
         raise DeltaMemError(
             f"{path} cannot be followed.", "Its symbolic links lead in a circle.", "Choose another place, or mend them."
@@ -48,7 +119,7 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
     Raises:
-        DeltaMemError: `check_overwrite` says so.
+        DeltaMemError: `check_overwrite` says so; or without `overwrite`, the name was taken while the block ran.
     """
     check_overwrite(path, overwrite)
     path = resolve(path)
@@ -59,27 +130,61 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         for file in staged.rglob("*"):
             if file.is_file():
                 _sync(file)
-        os.chmod(staged, 0o777 & ~_umask())
-        if path.exists():
-            # Folders cannot be swapped in one step everywhere: the old one steps aside, and comes back on failure.
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            try:
-                os.rename(path, aside / "old")
-                try:
-                    os.rename(staged, path)
-                except BaseException:
-                    os.rename(aside / "old", path)
-                    raise
-            except BaseException:
-                with suppress(OSError):
-                    aside.rmdir()  # not empty if the old folder could not come back: then it is all there is of it
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
+        staged.chmod(0o777 & ~_umask())
+        if path.is_dir():
+            with suppress(PermissionError):  # somebody else's, in a folder of ours
+                _keep_attributes(path, path.stat(), staged)
+        if overwrite and path.exists():
+            _swap(staged, path)
         else:
-            os.rename(staged, path)
+            _name(staged, path)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _swap(staged: Path, path: Path) -> None:
+    """Folders cannot be swapped in one step everywhere: the old one steps aside, and comes back on failure."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.rename(path, aside / "old")
+        try:
+            os.rename(staged, path)
+        except BaseException:
+            os.rename(aside / "old", path)
+            raise
+    except BaseException:
+        with suppress(OSError):
+            aside.rmdir()  # not empty if the old folder could not come back: then it is all there is of it
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name(staged: Path, path: Path) -> None:
+    """Give `staged` its name, which only an empty folder may have by now; what another program made there stays.
+
+    Raises:
+        DeltaMemError: the name is taken; the work of minutes or hours is not thrown away, but lies beside.
+    """
+    try:
+        os.rename(staged, path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            raise
+        beside = free_name(path)
+        os.rename(staged, beside)
+        raise DeltaMemError(
+            f"{path} came to be while this command ran.",
+            f"It was left as it is, and the result is in {beside}.",
+            "Rename one of them.",
+        ) from error
+
+
+def free_name(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` that nothing has: onnx-2, or me-2.safetensors with a `suffix`."""
+    stem = path.name.removesuffix(suffix)
+    names = (path.with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def check_overwrite(path: str | Path, overwrite: bool) -> None:
@@ -101,8 +206,18 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise if nothing can be written at `path`, whose missing parents would be created."""
-    parent = next(parent for parent in resolve(path).parents if parent.exists())
+    """Raise if nothing can be written at `path`, whose missing parents would be created.
+
+    Raises:
+        DeltaMemError: the file at `path` is read-only, or the folder is.
+        ConfigError: nobody has the home folder that is named.
+    """
+    resolved = resolve(path)
+    if resolved.exists() and not resolved.is_dir():
+        if not os.access(resolved, os.W_OK):
+            raise DeltaMemError(f"{path} cannot be written.", "It is read-only.", "Choose another file.")
+        return
+    parent = next(parent for parent in resolved.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "You may not write there" if parent.is_dir() else "It is not a folder"
         raise DeltaMemError(f"{path} cannot be written into {parent}.", f"{why}.", "Choose another place.")

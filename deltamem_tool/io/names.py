@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltamem_tool.errors import HubError
+from deltamem_tool.errors import ConfigError, HubError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -23,6 +23,18 @@ ASSETS = Path(__file__).parents[1] / "assets"
 _HUB = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOTS = "snapshots"  # of the Hub's cache: below it is a folder for each commit
+
+
+def expand_user(path: str | Path) -> Path:
+    """`path`, a leading `~` replaced by the home folder; a shell leaves it in --out=~/adapter, and in a file.
+
+    Raises:
+        ConfigError: nobody has the home folder that is named.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} is not a path.", f"{error}", "Write the folder out.") from error
 
 
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:

@@ -1,11 +1,25 @@
-"""Where files and folders are written: links are followed, and links that lead in a circle are an error."""
+"""Where files and folders are written, and what is kept of those that are there."""
 
 from __future__ import annotations
 
-import pytest
+import errno
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
-from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import check_overwrite, check_writable, folder_whole, resolve
+import pytest
+from helpers.clean_root import why_not
+from helpers.tiny import listing
+
+from deltamem_tool.errors import ConfigError, DeltaMemError
+from deltamem_tool.io.atomic import check_overwrite, check_writable, folder_whole, resolve, write_whole
+
+OTHER = 12345  # nobody's number
+needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
 
 
 def test_links_are_followed(tmp_path):
@@ -29,3 +43,207 @@ def test_a_circle_of_links_is_an_error(tmp_path, write):
     with pytest.raises(DeltaMemError, match="lead in a circle"):
         write(tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+# What a file is besides its content
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_a_file_keeps_its_mode_and_gets_a_new_time(tmp_path, mode):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    file.chmod(mode)
+    os.utime(file, (0, 0))
+    write_whole(file, b"new")
+    assert file.read_bytes() == b"new" and stat.S_IMODE(file.stat().st_mode) == mode
+    assert file.stat().st_mtime > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_new_file_has_the_mode_of_any_other(tmp_path):
+    write_whole(tmp_path / "file", b"new")
+    (tmp_path / "other").write_bytes(b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_target_is_written(tmp_path, there):
+    (tmp_path / "vault").mkdir()
+    target, link = tmp_path / "vault" / "file", tmp_path / "link"
+    if there:
+        target.write_bytes(b"old")
+    link.symlink_to("vault/file")
+    write_whole(link, b"new")
+    assert link.is_symlink() and not target.is_symlink() and target.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "vault"]
+
+
+def test_a_second_name_is_that_of_the_same_file(tmp_path):
+    (tmp_path / "one").write_bytes(b"old and longer")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    write_whole(tmp_path / "one", b"new")
+    assert (tmp_path / "one").samefile(tmp_path / "two") and (tmp_path / "two").read_bytes() == b"new"
+
+
+@needs_root
+def test_the_owner_stays(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_bytes(b"old")
+    folder.mkdir(mode=0o750)
+    for path in (file, folder):
+        os.chown(path, OTHER, OTHER)
+    write_whole(file, b"new")
+    with folder_whole(folder, overwrite=True) as staged:
+        (staged / "file").write_bytes(b"new")
+    assert [(path.stat().st_uid, path.stat().st_gid) for path in (file, folder)] == [(OTHER, OTHER)] * 2
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
+@needs_root
+def test_somebody_elses_file_is_written_in_place_or_refused(public_folder):
+    """By a user who may write the file and not its folder, or the folder and not the file."""
+    ours, theirs = public_folder / "ours", public_folder / "theirs"
+    ours.write_bytes(b"old and longer")
+    ours.chmod(0o666)
+    theirs.write_bytes(b"old")
+    with _as_user(OTHER):
+        check_writable(ours)
+        write_whole(ours, b"new")
+        with pytest.raises(DeltaMemError, match="read-only"):
+            check_writable(theirs)
+        with pytest.raises(PermissionError):
+            write_whole(theirs, b"new")
+    assert ours.read_bytes() == b"new" and ours.stat().st_uid == 0
+    public_folder.chmod(0o777)
+    with _as_user(OTHER):
+        with pytest.raises(PermissionError):  # a rename would not ask
+            write_whole(theirs, b"new")
+        write_whole(ours, b"newer")
+    assert theirs.read_bytes() == b"old"
+    assert ours.read_bytes() == b"newer" and ours.stat().st_uid == 0
+    assert sorted(listing(public_folder)) == ["ours", "theirs"]
+
+
+@pytest.mark.parametrize("error", [errno.EBUSY, errno.EACCES])
+def test_a_name_that_cannot_be_taken_is_written_in_place(tmp_path, monkeypatch, error):
+    file = tmp_path / "file"
+    file.write_bytes(b"old and longer")
+    inode = file.stat().st_ino
+    monkeypatch.setattr(Path, "replace", _raises(OSError(error, "no rename")))
+    write_whole(file, b"new")
+    assert file.read_bytes() == b"new" and file.stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OSError, match="no rename"):  # there is nothing to write into
+        write_whole(tmp_path / "other", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@needs_root
+def test_a_mount_point_is_written(tmp_path):
+    if why := why_not():
+        pytest.skip(why)
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "mounted").write_bytes(b"")
+    program = "from deltamem_tool.io.atomic import write_whole; write_whole('mounted', b'new')"
+    script = f'mount --bind real mounted && "$0" -c "{program}"'
+    subprocess.run(["unshare", "--mount", "sh", "-c", script, sys.executable], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "real").read_bytes() == b"new" and (tmp_path / "mounted").read_bytes() == b""
+
+
+def test_a_disk_that_is_full_leaves_what_is_written_in_place(tmp_path, monkeypatch):
+    (tmp_path / "one").write_bytes(b"old")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_whole(tmp_path / "one", b"new and longer")
+    assert (tmp_path / "two").read_bytes() == b"old"
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(tmp_path / "pipe", b"new")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    program = "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_whole('/dev/stdout', b'new')"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
+
+
+# What comes to be in the meantime
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, there_before):
+    if there_before:  # empty, as whoever made it left it
+        (tmp_path / "onnx").mkdir()
+
+    def write():
+        with folder_whole(tmp_path / "onnx") as staged:
+            (staged / "result").write_text("ours")
+            (tmp_path / "onnx").mkdir(exist_ok=True)
+            (tmp_path / "onnx" / "thesis").write_text("theirs")
+
+    with pytest.raises(DeltaMemError, match=r"onnx came to be while this command ran\.[\s\S]*onnx-2"):
+        write()
+    assert sorted(path for path in listing(tmp_path) if not path.endswith("/")) == ["onnx-2/result", "onnx/thesis"]
+
+
+def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
+    (tmp_path / "onnx").mkdir(mode=0o700)
+    with folder_whole(tmp_path / "onnx") as staged:
+        (staged / "result").write_text("ours")
+    assert stat.S_IMODE((tmp_path / "onnx").stat().st_mode) == 0o700 and sorted(listing(tmp_path)) == [
+        "onnx/",
+        "onnx/result",
+    ]
+
+
+# The home folder
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_whole("~/file", b"new")
+    with folder_whole("~/folder") as staged:
+        (staged / "result").write_text("ours")
+    assert sorted(listing(tmp_path)) == ["file", "folder/", "folder/result"]
+    with pytest.raises(ConfigError, match="~nobody-here/file is not a path"):
+        check_writable("~nobody-here/file")
+
+
+@pytest.fixture
+def public_folder():
+    """pytest's own are in one that only their owner enters."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def _raises(error):
+    def call(*_):
+        raise error
+
+    return call
+
+
+@contextmanager
+def _as_user(number):
+    os.setresgid(number, number, 0)
+    os.setresuid(number, number, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
