@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from deltamem_tool._compat import StaticLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.file import check_memory
@@ -63,6 +64,11 @@ class MemoryCache(DynamicCache):
         self.segment_tags: Tensor | None = None  # int8 [B, tokens to come]: see `SegmentTag`
         self._config: DeltaMemConfig = adapter.config
         self._device_type = model.device.type
+        self._window: int | None = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        self._fed = 0  # tokens, counted without a look at the device
+        # Of the running `generate`, until it feeds its prompt.
+        self._max_length: int | None = None
+        self._copies = 1
         self._step: tuple[Tensor | None] | None = None  # bool [B, T], what `generate` feeds next; None outside of it
         self._finished: Tensor | None = None  # [B] bool, rows that `generate` goes on feeding after their end
         if memory is not None:
@@ -99,9 +105,14 @@ class MemoryCache(DynamicCache):
             layers[layer], segments[layer] = end_segment(self._config, state, self.memory.open_segments[layer])
         self.memory = MemoryState(layers, self.memory.adapter, segments)
 
-    def begin_generation(self) -> None:
-        """Note that `generate` starts: no row has ended."""
-        self._finished, self._step = None, None
+    def begin_generation(self, max_length: int | None, copies: int) -> None:
+        """Note that `generate` starts: no row has ended.
+
+        Args:
+            max_length: its `max_length`, of prompt and answer; None if it feeds the prompt in pieces.
+            copies: how many of each row it will feed.
+        """
+        self._finished, self._step, self._max_length, self._copies = None, None, max_length, copies
 
     def finish(self, done: Tensor) -> None:
         """Note which rows a stopping criterion of `generate` has ended: they will no longer read or write.
@@ -111,17 +122,55 @@ class MemoryCache(DynamicCache):
         """
         self._finished = done if self._finished is None else self._finished | done
 
-    def begin_step(self, content: Tensor, valid: Tensor | None) -> None:
+    def begin_step(self, content: Tensor, valid: Tensor | None, given: int = 0) -> None:
         """Note what `generate` feeds next.
 
         Args:
             content: token ids `[B, T]` or embeddings `[B, T, D]`.
             valid: bool `[B, T]`, tokens that are not padding; None for all.
+            given: tokens of the prompt, those that the cache holds already included.
+
+        Raises:
+            MemoryStateError: there is no room for the longest answer.
         """
+        if self._max_length is not None:
+            self.check_room(content.shape[1] + self._max_length - given - 1)  # the last one is not fed
+            self._max_length = None
+        if self._copies > 1:
+            self.batch_repeat_interleave(self._copies)
+            self._copies = 1
         if self._finished is not None:
             unfinished = ~self._finished.to(content.device)[:, None].expand(content.shape[:2])
             valid = unfinished if valid is None else valid & unfinished
         self._step = (valid,)
+
+    def check_room(self, tokens: int) -> None:
+        """Check that the static layers have room for so many more tokens; others grow, or keep a window.
+
+        Raises:
+            MemoryStateError: they do not.
+        """
+        rooms = [
+            layer.max_cache_len
+            for layer in self.layers
+            if isinstance(layer, StaticLayer)
+            and not (layer.is_sliding and layer.max_cache_len >= (self._window or 0))  # a whole window lasts forever
+        ]
+        if not rooms:
+            return
+        length = self.get_seq_length()
+        # A look at a count on a GPU would wait for the GPU.
+        past = self._fed if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
+        if past + tokens > min(rooms):
+            raise MemoryStateError(
+                f"This static cache has no room for {tokens} more tokens.",
+                f"It is for {min(rooms)}, and {past} are in it.",
+                "Make it with a larger max_length, or without one: then it grows.",
+            )
+
+    def count(self, tokens: int) -> None:
+        """Note that so many tokens are in the cache now."""
+        self._fed += tokens
 
     def take_step(self) -> tuple[Tensor | None] | None:
         """Return which tokens of the call that `begin_step` has announced belong to the conversation.
@@ -158,7 +207,7 @@ class MemoryCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything, the memory too."""
         super().reset()  # type: ignore[no-untyped-call]  # of transformers
-        self.memory, self.segment_tags, self._finished, self._step = None, None, None, None
+        self.memory, self.segment_tags, self._finished, self._step, self._fed = None, None, None, None, 0
 
     @property
     def is_compileable(self) -> bool:

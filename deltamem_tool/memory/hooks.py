@@ -57,6 +57,7 @@ def decoder_pre_hook(
                 "The model would forget at every call.",
                 "Pass cache=deltamem.MemoryCache(model), or no cache.",
             )
+        step = cache.take_step()  # first, so that a call that is refused does not leave it to the next
         if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
             raise ConfigError(
                 "transformers' gradient checkpointing does not work with a memory.",
@@ -70,7 +71,9 @@ def decoder_pre_hook(
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
-        step, mask = cache.take_step(), kwargs.get("attention_mask")
+        if not torch.compiler.is_compiling():
+            cache.check_room(length)
+        mask = kwargs.get("attention_mask")
         valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
         if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
             valid = None  # cheap to see on a CPU, and it saves every layer its masks
@@ -105,6 +108,8 @@ def decoder_hook(module: nn.Module, args: Args, output: Any) -> None:
         before = call.memory
         segments = {**before.open_segments, **call.open_segments}
         call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
+        if not torch.compiler.is_compiling():  # a graph would be compiled anew for every number
+            call.cache.count(call.tokens)
         if call.cache.write_gates is not None:
             for layer, gates in call.write_gates.items():
                 call.cache.write_gates[layer] = call.cache.write_gates.get(layer, 0.0) + gates

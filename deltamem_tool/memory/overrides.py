@@ -47,6 +47,7 @@ def _with_memory_cache(original: Method) -> Method:
         if remembers and generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise takes_tokens_back()
         original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        copies = 1
         if passed is None and generation_config.use_cache and not is_off():
             check_writes_tokens(patch_of(self).adapter.config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
@@ -69,10 +70,10 @@ def _with_memory_cache(original: Method) -> Method:
             tagged = None if passed.segment_tags is None else passed.segment_tags.shape[0]
             if (tagged if passed.memory is None else passed.memory.batch_size) == batch_size:
                 copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-                passed.batch_repeat_interleave(copies)
         prepared = model_kwargs.get(argument)
         if isinstance(prepared, MemoryCache):
-            prepared.begin_generation()
+            pieces = generation_config.prefill_chunk_size is not None
+            prepared.begin_generation(None if pieces else generation_config.max_length, copies)
             setattr(generation_config, _CACHE, prepared)  # this call's own copy
 
     return prepare
@@ -124,13 +125,14 @@ def _with_announced_step(original: Method) -> Method:
     ) -> Any:
         args, kwargs = with_one_cache(parameters, argument, args, kwargs)
         cache = kwargs.get(argument)
+        given = args[0] if args else kwargs["input_ids"]
         inputs = original(self, *args, attention_mask=attention_mask, **kwargs)
         if isinstance(cache, MemoryCache):
             tokens = inputs.get("input_ids")
             content = tokens if tokens is not None else inputs["inputs_embeds"]
             valid = valid_tokens(attention_mask, len(content), content.shape[1], cache.get_seq_length())
             valid = None if valid is None else valid.to(content.device)
-            cache.begin_step(content, valid)
+            cache.begin_step(content, valid, given.shape[1])
         return inputs
 
     return prepare

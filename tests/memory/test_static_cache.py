@@ -197,3 +197,49 @@ def test_a_static_cache_without_a_memory_is_refused():
     model = patched_model()
     with pytest.raises(MemoryStateError, match="cannot hold the memory"):
         model.generate(tokens(1, 4), cache=StaticCache(config=model.config, max_cache_len=ROOM), **settings())
+
+
+@kinds
+def test_a_cache_that_is_too_small_says_so_and_goes_on(name):
+    model, ids = model_of(name), tokens(2, ROOM)
+    static, growing = both(model)
+    fed(model, static, ids[:, :20], (3,))
+    before = static.memory
+    with pytest.raises(MemoryStateError, match="no room for 5 more tokens"):
+        fed(model, static, tokens(2, 5), ())
+    assert static.memory is before and int(static.get_seq_length()) == 20
+    close(fed(model, static, ids[:, 20:], (2,)), fed(model, growing, ids, ())[:, 20:], TOLERANCE)
+    close_memory(static.memory, growing.memory)
+    with pytest.raises(MemoryStateError, match="no room for 1 more tokens"):
+        fed(model, static, tokens(2, 1), ())
+
+
+@kinds
+@pytest.mark.parametrize("how", ["new", "same cache, whole text", "same cache, new tokens", "embeddings"])
+def test_a_generation_that_would_not_fit_feeds_nothing(name, how):
+    model, ids = model_of(name), tokens(2, 10)
+    cache, text, past, mask = MemoryCache(model, max_length=ROOM), ids, 0, None
+    if how.startswith("same"):
+        fed(model, cache, ids[:, :4], ())
+        past, mask = 4, torch.ones_like(ids)
+        text = ids[:, 4:] if how.endswith("new tokens") else ids
+    prompt = {"inputs_embeds": model.get_input_embeddings()(ids)} if how == "embeddings" else {"input_ids": text}
+    before, fits = cache.memory, ROOM - 10 + 1  # what is said last is not fed
+    with pytest.raises(MemoryStateError, match="no room"):
+        model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits + 1, num_beams=2))
+    assert cache.memory is before and int(cache.get_seq_length()) == past
+    said = model.generate(**prompt, attention_mask=mask, cache=cache, **settings(max_new_tokens=fits))
+    assert int(cache.get_seq_length()) == ROOM
+    expected = model.generate(ids, **settings(max_new_tokens=fits))
+    assert torch.equal(said[:, -fits:], expected[:, 10:])
+
+
+def test_layers_that_keep_a_window_have_room_for_any_text():
+    model = tiny_model("qwen3", use_sliding_window=True, sliding_window=WINDOW, layer_types=["sliding_attention"] * 2)
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    ids, growing = tokens(2, 14), MemoryCache(model)
+    for room in (WINDOW, ROOM):
+        close(fed(model, MemoryCache(model, max_length=room), ids, (3, 7)), fed(model, growing, ids, (3, 7)), TOLERANCE)
+        growing.reset()
+    with pytest.raises(MemoryStateError, match="no room"):  # three columns are no window of five
+        fed(model, MemoryCache(model, max_length=3), ids, (3, 7))
