@@ -21,11 +21,11 @@ from deltamem_tool.bench.result import BenchResult, Sizes
 from deltamem_tool.bench.setting import Setting, name_of
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side, TorchSide
 from deltamem_tool.bench.timing import Rounds, Seconds, cpu_name, in_turn, visit
+from deltamem_tool.io.cores import default_threads
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
 from deltamem_tool.onnx.export.trace import dtype_name
-from deltamem_tool.onnx.runtime.graph import usable_cores
 
 _OPTIONAL = ("peft", "onnxruntime", "onnxruntime-gpu")  # packages that need not be installed
 
@@ -44,7 +44,7 @@ def bench(setting: Setting, peaks: bool = True, report: Report = lambda step, do
         DeltaMemError: the adapter, its base, the LoRA or the export is missing, damaged, or does not belong to the
             others; or prompts are longer than the model takes.
     """
-    threads_before, threads = torch.get_num_threads(), setting.threads or usable_cores()
+    threads_before, threads = torch.get_num_threads(), setting.threads or default_threads()
     setting = dataclasses.replace(setting, threads=threads)
     folder, export = read_adapter(setting.adapter), None
     if setting.lora is not None:  # checks that need no base model come before it is loaded

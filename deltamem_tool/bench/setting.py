@@ -27,7 +27,7 @@ class Setting:
         decode: tokens after the first one.
         batch_size: conversations at once.
         repeats: how often everything is measured.
-        threads: of one call; None for the cores that this process may use.
+        threads: of one call; None for `OMP_NUM_THREADS`, or the cores that this process may use.
         device: as torch names it.
         dtype: of the base's weights; None for that of `onnx`, or else the checkpoint's own.
         seed: of tokens, order and random weights.

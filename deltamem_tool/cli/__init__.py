@@ -14,6 +14,7 @@ import click
 from deltamem_tool._version import __version__
 from deltamem_tool.cli.encoding import print_everywhere
 from deltamem_tool.errors import DeltaMemError, domain_error
+from deltamem_tool.io.cores import respect_quota
 
 COMMANDS = (
     "quickstart",
@@ -88,9 +89,10 @@ def main(command: click.Command = cli) -> None:
     unexpected keeps its traceback.
     """
     print_everywhere()
-    # Both must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
+    # These must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
     # the same cores many times slower; progress bars are for terminals.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    respect_quota()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # On some processors its import warns of a missing package that nothing here needs.

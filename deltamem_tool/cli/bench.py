@@ -9,6 +9,7 @@ import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
 from deltamem_tool.cli.options import device, torch_device, trust_remote_code, whole_numbers
+from deltamem_tool.io.cores import MAX_THREADS
 from deltamem_tool.onnx.export.targets import DTYPES
 
 
@@ -45,7 +46,11 @@ from deltamem_tool.onnx.export.targets import DTYPES
 )
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Conversations at once.")
 @click.option("--repeats", default=REPEATS, show_default=True, type=click.IntRange(1), help="Of everything, in turn.")
-@click.option("--threads", type=click.IntRange(1), help="On the CPU, of one call.  [default: the usable cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="On the CPU, of one call.  [default: OMP_NUM_THREADS, or the usable cores]",
+)
 @device
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Of the base's weights.  [default: the export's or the checkpoint's]"

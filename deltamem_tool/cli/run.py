@@ -11,6 +11,7 @@ import click
 
 from deltamem_tool.cli.options import sampling_options, window
 from deltamem_tool.io.atomic import check_writable
+from deltamem_tool.io.cores import MAX_THREADS
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -27,7 +28,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the graph."
 )
 @click.option("--map-weights", is_flag=True, help="Leave weights in their file: loads at once, slower on prompts.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of one call of the graph.  [default: the usable cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="Of one call of the graph.  [default: ORT_INTRA_OP_NUM_THREADS or OMP_NUM_THREADS, or else the usable cores]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
     onnx_dir: str,

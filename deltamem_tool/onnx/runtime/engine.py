@@ -25,7 +25,8 @@ class OnnxModel:
     Args:
         folder: what `deltamem export` wrote, a folder that has it under `onnx/`, or a Hub id: see `resolve`.
         provider: what runs the graph, "cpu" or "cuda".
-        threads: of one call; by default the cores that this process may use.
+        threads: of one call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the cores that this process
+            may use.
         map_weights: leave the weights in their file: see `Graph`.
         cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
             `StaticGraph`.

@@ -12,13 +12,15 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from deltamem_tool.errors import ExportError, first_line
+from deltamem_tool.errors import ConfigError, ExportError, first_line
+from deltamem_tool.io.cores import MAX_THREADS, default_threads
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
 from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 from deltamem_tool.onnx.runtime.validate import check_graph_file
 
+_THREADS_VARIABLE = "ORT_INTRA_OP_NUM_THREADS"
 Past = dict[str, OrtValue]  # KV cache, states and open segments, by input name; never changed
 _TYPES = {
     "tensor(int64)": contract.INT64,
@@ -36,7 +38,8 @@ class LoadedGraph:
         folder: where the graph and its weights are.
         interface: the inputs and outputs that the graph must have.
         provider: "cpu" or "cuda".
-        threads: for one call; by default the cores that this process may use.
+        threads: for one call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the cores that this process
+            may use.
         map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
             a fraction of a second and takes no memory of its own; a prompt took 1.6 times as long, an answer as long as
             before. By default ONNX Runtime packs them anew for the processor.
@@ -60,7 +63,7 @@ class LoadedGraph:
         first, *others = execution_providers(provider)
         providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = _threads(threads)
         if interface.defaults():
             options.log_severity_level = 3  # or it says of every initial state that it has a default
         if map_weights:
@@ -240,11 +243,22 @@ def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArra
     return joined
 
 
-def usable_cores() -> int:
-    """How many cores this process may use, which a container or `taskset` makes fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads(chosen: int | None) -> int:
+    """The threads of a call: those that are chosen, or ONNX Runtime's own variable, or as many as in PyTorch.
+
+    Raises:
+        ConfigError: that is not a possible number.
+    """
+    variable = os.environ.get(_THREADS_VARIABLE)
+    number = str(chosen or variable or default_threads())
+    if not number.isdecimal() or int(number) > MAX_THREADS:
+        where = "" if chosen or not variable else f" It is the environment variable {_THREADS_VARIABLE}."
+        raise ConfigError(
+            f"{number} is not a number of threads.",
+            f"It must be a whole number up to {MAX_THREADS}.{where}",
+            "Leave it out for as many as there are usable cores.",
+        )
+    return int(number)  # 0: as many as the machine has cores
 
 
 def is_cache(name: str) -> bool:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnxruntime import OrtValue
 
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ConfigError, ExportError
+from deltamem_tool.io.cores import usable_cores
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime import providers
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.graph import usable_cores
 from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
 
 
@@ -100,17 +97,23 @@ def test_tensors_of_every_type_come_back(dtype):
     assert not on_host(value).any()
 
 
-def test_a_call_uses_the_cores_that_the_process_may_use(qwen3):
+def test_threads_of_a_call(qwen3, monkeypatch):
     def threads(model):
         return model.graph._session.get_session_options().intra_op_num_threads
 
-    assert usable_cores() == len(os.sched_getaffinity(0))
+    for name in ("OMP_NUM_THREADS", "ORT_INTRA_OP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     assert threads(OnnxModel(qwen3.folder)) == usable_cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads(OnnxModel(qwen3.folder)) == 5
+    monkeypatch.setenv("ORT_INTRA_OP_NUM_THREADS", "4")
+    assert threads(OnnxModel(qwen3.folder)) == 4
     assert threads(OnnxModel(qwen3.folder, threads=3)) == 3
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from deltamem_tool.onnx.runtime.graph import usable_cores; print(usable_cores())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "1"
+    with pytest.raises(ConfigError, match="1025 is not a number of threads"):
+        OnnxModel(qwen3.folder, threads=1025)
+    monkeypatch.setenv("ORT_INTRA_OP_NUM_THREADS", "many")
+    with pytest.raises(ConfigError, match="many is not a number of threads"):
+        OnnxModel(qwen3.folder)
 
 
 def test_a_provider_that_there_is_not_is_refused(qwen3, monkeypatch):
