@@ -168,6 +168,11 @@ def commit_of_config(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
+def without_compilation(model: Any) -> Any:
+    """The module that `torch.compile` was given; any other model itself. Can go when torch has a public name for it."""
+    return getattr(model, "_modules", {}).get("_orig_mod", model)
+
+
 def changes_of(tensor: Any) -> int:
     """How often a tensor has been written to in place. Can go when torch has a public counter."""
     return int(tensor._version)

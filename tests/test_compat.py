@@ -229,6 +229,17 @@ def test_peft_model(recwarn):
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
 
 
+def test_without_compilation():
+    import torch
+    from helpers.tiny import tiny_model
+
+    model = tiny_model()
+    compiled = torch.compile(model)
+    assert type(compiled) is not type(model)
+    assert _compat.without_compilation(compiled) is model is _compat.without_compilation(model)
+    assert _compat.without_compilation(None) is None
+
+
 def test_nothing_heavy_is_imported():
     import subprocess
 

@@ -86,7 +86,7 @@ def random_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> 
         lora = new_lora(model, LoraOptions(rank=rank, targets=tuple(linears)))
     with torch.no_grad():
         for parameter in _lora_weights(lora):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * RANDOM_STD)
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32, generator=generator) * RANDOM_STD)
     return _in_dtype_of_base(lora)
 
 

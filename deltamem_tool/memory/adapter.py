@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import local
 from typing import cast
 
@@ -61,10 +62,9 @@ class DeltaMemAdapter(nn.Module):
     def empty_memory(self, batch_size: int) -> MemoryState:
         """Return zeros for `batch_size` conversations, on the adapter's device."""
         shape = self.memory_shape
-        states = {i: torch.zeros(batch_size, *size, device=self.device) for i, size in shape.layers.items()}
-        segments = {
-            i: torch.zeros(batch_size, shape.segment_width, device=self.device) for i in states if shape.segment_width
-        }
+        zeros = partial(torch.zeros, dtype=torch.float32, device=self.device)
+        states = {i: zeros(batch_size, *size) for i, size in shape.layers.items()}
+        segments = {i: zeros(batch_size, shape.segment_width) for i in states if shape.segment_width}
         return MemoryState(states, self.fingerprint, segments)
 
     @property

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.patch import hf_model
 
 
 class CallOptions:
@@ -30,8 +31,9 @@ class CallOptions:
 
     def __init__(self, model: PreTrainedModel, logits: str, padded_right: bool = False) -> None:
         self._last = logits == "last" and not padded_right
-        parameters = inspect.signature(model.forward).parameters
-        self._cache = cache_argument(model.forward)  # also of a model that has no memory
+        forward = hf_model(model).forward  # a wrapper's signature, PEFT's or torch.compile's, names nothing
+        parameters = inspect.signature(forward).parameters
+        self._cache = cache_argument(forward)  # also of a model that has no memory
         self._cuts = "logits_to_keep" in parameters
         self._head: nn.Module | None = None
         if logits == "last" and padded_right:
@@ -127,7 +129,7 @@ def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> 
     seen = attention_mask.bool()[:, None, None, :] & causal
     if attention_implementation(model.config) == "sdpa":
         return seen
-    return torch.where(seen, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    return (~seen).to(model.dtype) * torch.finfo(model.dtype).min
 
 
 def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from deltamem_tool._compat import without_compilation
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
@@ -26,20 +27,28 @@ class Patch:
 
 
 def hf_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the transformers model inside a PEFT model, which is where hooks go; any other model itself.
+    """Return the transformers model inside what PEFT and torch.compile make of it, which is where hooks go.
 
     Raises:
-        ArchitectureError: the PEFT model is one of prompt learning, which fills the cache with a learned prompt.
+        ArchitectureError: it is not a model of transformers, or a PEFT model of prompt learning, which fills the cache
+            with a learned prompt.
     """
-    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+    model = without_compilation(model)
+    if isinstance(model, PreTrainedModel):
         return model
+    if not hasattr(model, "get_base_model"):
+        raise ArchitectureError(
+            f"A {type(model).__name__} cannot have a memory.",
+            "It is not a model of transformers.",
+            "Pass what AutoModelForCausalLM.from_pretrained returns, or PEFT or torch.compile make of it.",
+        )
     if model.active_peft_config.is_prompt_learning:
         raise ArchitectureError(
             f"A model with {model.active_peft_config.peft_type.value} cannot take a memory.",
             "PEFT puts its learned prompt into a cache of its own, which cannot hold a memory.",
             "Use an adapter that changes layers, such as LoRA, or the model without it.",
         )
-    return model.get_base_model()
+    return hf_model(model.get_base_model())
 
 
 def patch_of(model: PreTrainedModel) -> Patch:

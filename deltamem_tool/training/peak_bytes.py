@@ -224,7 +224,7 @@ def _fake_peaks(
 
 def no_columns(projection: Projection, count: int) -> Tensor:
     """In place of the base's weights, of which there are none."""
-    return torch.zeros(projection.out_features, count)
+    return torch.zeros(projection.out_features, count, dtype=torch.float32)
 
 
 def base_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:

@@ -50,16 +50,16 @@ def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str
     likeliest, and the number of exchanges. An exchange whose every scored token is the likeliest is one that greedy
     decoding would have answered word for word.
     """
-    total = {condition: torch.zeros(4) for condition in model.conditions}
+    total = {condition: torch.zeros(4, dtype=torch.float32) for condition in model.conditions}
     for batch in batches:
         exchange = batch["scored"] // batch["labels"].shape[1]
         count = len(batch["labels"])
         for condition, logits in model.views(batch):
             loss = F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
-            wrong = torch.zeros(count, device=logits.device)
+            wrong = torch.zeros(count, dtype=torch.float32, device=logits.device)
             wrong.index_add_(0, exchange, (logits.argmax(-1) != batch["targets"]).float())
             sums = (loss.item(), len(exchange), (wrong == 0).sum().item(), count)
-            total[condition] += torch.tensor(sums)
+            total[condition] += torch.tensor(sums, dtype=torch.float32)
     return total
 
 

@@ -174,7 +174,7 @@ def _to_reference(
     config = config_of(folder.config, [layer.index for layer in layers], original)
     numbers = folder.numbers()
     exact = {
-        theirs: torch.zeros(shape) if name is None else torch.tensor(numbers[name])
+        theirs: torch.zeros(shape, dtype=torch.float32) if name is None else torch.tensor(numbers[name])
         for theirs, name, shape in _entries(adapter, layers)
     }
     tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -50,19 +51,16 @@ _Result = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
 _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up to its end
 
 
-def largest_difference(
-    model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions, start: MemoryState | None = None
-) -> float:
-    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch.
+def largest_difference(model: PreTrainedModel, graph: Graph | StaticGraph, start: MemoryState | None = None) -> float:
+    """Over the logits of valid positions and the states, of whole conversations, alone and in a batch with padding.
 
     Args:
-        model: PyTorch's side.
+        model: PyTorch's side, where every conversation is alone.
         graph: ONNX Runtime's side.
-        options: how the model is called.
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
     """
     starts = _starts(model, graph.interface, start)
-    in_pytorch = _run(graph.interface, starts, _pytorch(model, graph.interface, options))
+    in_pytorch = _run(graph.interface, starts, _rows_alone(model, graph.interface))
     return _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
 
 
@@ -81,18 +79,16 @@ def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> Graph
     return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
 
 
-def half_precision_errors(
-    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions
-) -> tuple[float, float]:
+def half_precision_errors(model: PreTrainedModel, graph_side: GraphResults) -> tuple[float, float]:
     """How far ONNX Runtime, and how far PyTorch, is from a half-precision `model` that computes in float32.
 
     Largest differences as above; the weights are the same numbers. Kernels round each in their own way: that is the
     truth.
     """
     interface, starts = graph_side.interface, graph_side.starts
-    in_half = _run(interface, starts, _pytorch(model, interface, options))
+    in_half = _run(interface, starts, _rows_alone(model, interface))
     with _in_float32(model):
-        truth = _run(interface, starts, _pytorch(model, interface, options))
+        truth = _run(interface, starts, _rows_alone(model, interface))
     return _difference(interface, starts, truth, graph_side.results), _difference(interface, starts, truth, in_half)
 
 
@@ -153,7 +149,8 @@ def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | N
     starts = [_Start(1, start), _Start(3, start)]
     if interface.defaults():
         random = torch.Generator().manual_seed(0)
-        states = {i: torch.randn(1, *shape, generator=random) for i, shape in interface.state_shapes.items()}
+        normal = partial(torch.randn, dtype=torch.float32, generator=random)
+        states = {i: normal(1, *shape) for i, shape in interface.state_shapes.items()}
         starts.append(_Start(1, MemoryState(states, adapter_of(model).fingerprint), as_input=True))
     return starts
 
@@ -188,6 +185,35 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
             memory = cast(MemoryState, cache.memory)
             states, segments = ({i: x.cpu() for i, x in of.items()} for of in (memory.layers, memory.open_segments))
             return logits.cpu().float(), states, segments
+
+        return step
+
+    return begin
+
+
+def _rows_alone(model: PreTrainedModel, interface: Interface) -> Callable[[_Start], _Step]:
+    """Every row as a conversation of its own, without padding: what a batch must not change."""
+    options = CallOptions(model, "all")
+
+    def begin(start: _Start) -> _Step:
+        memory = None if start.memory is None else start.memory.to(model.device)
+        caches = [MemoryCache(model, memory) for _ in range(start.batch)]
+
+        @torch.no_grad()
+        def step(call: _Call, mask: Tensor) -> _Result:
+            write, tags = _writes(interface, call), segment_tags(call.write, call.last)
+            logits = torch.zeros(*call.valid.shape, interface.vocab_size, dtype=torch.float32)
+            for row, cache in enumerate(caches):
+                valid, rows = call.valid[row], slice(row, row + 1)
+                ids, cache.write = (x[rows, valid].to(model.device) for x in (call.input_ids, write))
+                if interface.segment:
+                    cache.segment_tags = tags[rows, valid].to(model.device)
+                ones = mask[rows, mask[row].bool()].to(model.device)
+                logits[row, valid] = options.logits(model, ids, ones, cache)[0].cpu().float()
+            after = MemoryState.stack([cast(MemoryState, cache.memory) for cache in caches]).to("cpu")
+            if _of_rows(interface):
+                logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]
+            return logits if interface.logits == "all" else logits[:, -1:], after.layers, after.open_segments
 
         return step
 

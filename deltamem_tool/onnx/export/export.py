@@ -22,6 +22,7 @@ from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.call_options import CallOptions
+from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest
@@ -103,6 +104,7 @@ def export_onnx(
     """
     check_overwrite(out, overwrite)
     check_rewrites(without)
+    model = hf_model(model)  # a LoRA is in its layers
     for_target = target_of(target, dtype_name(model.dtype), quantize)
     _check_fast(tokenizer)
     if quantize != NO_QUANTIZATION:
@@ -119,7 +121,7 @@ def export_onnx(
             _write_graph(plan, staged / contract.MODEL_FILE)
             _write_beside(plan, staged, tokenizer, genai_config)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference, agreement = _compared(plan.opening(staged), model, options, start), None
+            difference, agreement = _compared(plan.opening(staged), model, start), None
             if quantize != NO_QUANTIZATION:  # of a graph that is known to be right
                 difference, agreement = _quantized(plan, staged)
             manifest = _manifest(plan, base_model, difference, agreement)
@@ -257,7 +259,6 @@ def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | No
 def _compared(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
-    options: CallOptions,
     start: MemoryState | None = None,
 ) -> float | None:
     """The largest difference of the graph from `model` in float32; None if it cannot run here.
@@ -265,7 +266,7 @@ def _compared(
     Raises:
         ExportError: it is more than rounding.
     """
-    differences = _differences(open_graph, model, options, start)
+    differences = _differences(open_graph, model, start)
     if differences is None:
         return None
     difference, of_pytorch = differences
@@ -282,7 +283,6 @@ def _compared(
 def _differences(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
-    options: CallOptions,
     start: MemoryState | None = None,
 ) -> tuple[float, float | None] | None:
     """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself.
@@ -293,10 +293,10 @@ def _differences(
     if graph is None:
         return None
     if model.dtype == torch.float32:
-        return largest_difference(model, graph, options, start), None
+        return largest_difference(model, graph, start), None
     outputs = in_onnx_runtime(model, graph)
     del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
-    return half_precision_errors(model, outputs, options)
+    return half_precision_errors(model, outputs)
 
 
 def _measured(
@@ -309,7 +309,7 @@ def _measured(
     Raises:
         ExportError: it computes something that is no number.
     """
-    differences = _differences(open_graph, model, options)
+    differences = _differences(open_graph, model)
     if differences is None:
         return None, None
     difference, _ = differences

@@ -24,6 +24,7 @@ a NaN would reach every other token through attention's values, with or without 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,12 +83,13 @@ class FusedMemory(nn.Module):
         self.heads, self.rank = config.state_heads, config.rank
         self.rows = self.heads * self.rank
         self.slots = 2 if self.config.update_rule == "no_lambda" else 3
+        zeros = partial(torch.zeros, dtype=torch.float32)
         gates = [self._by_row(memory.gate.weight, memory.gate.bias)]
         if self.slots == 3 and memory.decay is not None:
             weight, bias = self._by_row(memory.decay.weight, memory.decay.bias)
             gates.append((-weight, -bias))
-        weights = torch.zeros(self.slots, 2 + len(gates), self.rows, memory.query.weight.shape[1])
-        biases, ceiling = torch.zeros(weights.shape[1:3]), torch.full(weights.shape[:3], UNBOUNDED)
+        weights = zeros(self.slots, 2 + len(gates), self.rows, memory.query.weight.shape[1])
+        biases, ceiling = zeros(weights.shape[1:3]), zeros(weights.shape[:3]).fill_(UNBOUNDED)
         weights[READ, 0], weights[WRITE, 0] = memory.query.weight, memory.key.weight
         weights[WRITE, 1] = memory.value.weight
         for group, (weight, biases[group]) in enumerate(gates, start=2):
@@ -100,8 +102,8 @@ class FusedMemory(nn.Module):
         self.register_buffer("bias", biases.flatten())  # [C]
         self.register_buffer("ceiling", ceiling.flatten(1))  # [slots, C] of a token that writes
         self.register_buffer("shut", shut.flatten(1))  # and of one that does not
-        self.register_buffer("decaying", torch.tensor([[0.0], [0.0], [-1.0]])[: self.slots])
-        self.register_buffer("length", torch.full((self.rank,), self.rank**-0.5))
+        self.register_buffer("decaying", torch.tensor([[0.0], [0.0], [-1.0]], dtype=torch.float32)[: self.slots])
+        self.register_buffer("length", zeros(self.rank).fill_(self.rank**-0.5))
         self.o_norm = memory.o_norm
         self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.branches})
 
@@ -112,7 +114,7 @@ class FusedMemory(nn.Module):
 
     def _delta(self, memory: DeltaMemLayer, branch: str) -> nn.Parameter:
         """Δ by all that scales it, for the readings of every slot, `[out, slots·H·R]`."""
-        scale = torch.tensor(memory.config.scale)
+        scale = torch.tensor(memory.config.scale, dtype=torch.float32)
         if memory.scale_raw is not None:
             which = BRANCHES.index(branch) if memory.config.delta_scale == "branch" else 0
             scale = scale * torch.sigmoid(memory.scale_raw[which]) * memory.config.delta_scale_max

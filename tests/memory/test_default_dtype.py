@@ -1,0 +1,76 @@
+"""What torch makes by default, `torch.set_default_dtype`, is nobody's concern here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.running import run
+from helpers.tiny import patched_model, tiny_model, tokens
+
+from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.onnx.export.fused_memory import FusedMemory
+from deltamem_tool.training.validation import outcomes
+
+OPTIONS = {
+    "token": {},
+    "message": {"granularity": "message"},
+    "extras": {"couple_lambda": False, "delta_scale": "branch", "o_norm": True, "state_heads": 2},
+}
+everything = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
+def default(request):
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@everything
+@torch.no_grad()
+def test_a_call_is_the_same(default, options):
+    model, ids = patched_model(**options), tokens(2, 6)
+    expected, cache = run(model, ids, (4,))
+    torch.set_default_dtype(default)
+    logits, other = run(model, ids, (4,))
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(other.memory.layers[layer], state) for layer, state in cache.memory.layers.items())
+
+
+@torch.no_grad()
+def test_a_new_adapter_is_float32(default, tmp_path):
+    model, ids = tiny_model(), tokens(1, 6)
+    expected = model(ids).logits
+    torch.set_default_dtype(default)
+    adapter = attach(model, DeltaMemConfig(rank=4, delta_init="base_slice", couple_lambda=False))
+    assert all(weight.dtype == torch.float32 for weight in adapter.parameters())
+    assert (model(ids).logits - expected).abs().max() > 0
+    model.save_pretrained(tmp_path / "base")
+    model.config.name_or_path = str(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    assert adapter_of(load(tmp_path / "adapter", base=str(tmp_path / "base"))).fingerprint == adapter.fingerprint
+
+
+@pytest.mark.parametrize("options", [OPTIONS["token"], OPTIONS["extras"]])
+def test_what_is_exported_is_the_same(default, options):
+    layer = adapter_of(patched_model(**options)).layer(0)
+    expected = FusedMemory(layer).state_dict()
+    torch.set_default_dtype(default)
+    for name, weight in FusedMemory(layer).state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, expected[name]), name
+
+
+class _Validated:
+    """A step model whose every answer is certain."""
+
+    conditions = ("",)
+
+    def views(self, batch):
+        yield "", torch.nn.functional.one_hot(batch["targets"], 5) * 20.0
+
+
+def test_what_is_counted_in_validation(default):
+    count = 300  # bfloat16 counts to 256
+    batch = {"scored": torch.arange(count) * 4, "labels": torch.zeros(count, 4), "targets": torch.arange(count) % 5}
+    torch.set_default_dtype(default)
+    assert outcomes(_Validated(), [batch] * 11)[""].tolist()[1:] == [11 * count] * 3

@@ -1,0 +1,49 @@
+"""Models inside a wrapper whose signature does not say what the model takes: PEFT's, torch.compile's."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from helpers.running import CUT_TOLERANCE, close
+from helpers.tiny import PAD, randomise, tokens
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool._compat import peft_model
+from deltamem_tool.memory.call_options import CallOptions
+
+
+def gpt2(**changes):
+    """Learned positions: a row that begins at another one says something else."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 128, "initializer_range": 0.2}
+    config = GPT2Config(**sizes | changes, bos_token_id=None, eos_token_id=1)
+    return GPT2LMHeadModel(config).eval()
+
+
+def with_lora(model):
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    return peft_model(model, config).eval()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [with_lora, compiled, lambda model: compiled(with_lora(model))])
+@pytest.mark.parametrize("logits", ["last", "all"])
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone(wrap, logits):
+    base = gpt2()
+    model = wrap(base)
+    randomise(attach(base, DeltaMemConfig(rank=4)))
+    rows = [tokens(1, 9), tokens(1, 5, seed=1)]
+    ids, mask = torch.full((2, 9), PAD), torch.zeros(2, 9, dtype=torch.long)
+    for row, text in enumerate(rows):
+        ids[row, -text.shape[1] :], mask[row, -text.shape[1] :] = text, 1
+    together = CallOptions(model, logits).logits(model, ids, mask, MemoryCache(base))
+    for row, text in enumerate(rows):
+        alone = base(text).logits[0]
+        count = 1 if logits == "last" else len(alone)
+        close(together[row, -count:], alone[-count:], CUT_TOLERANCE)
