@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DeltaMemError
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 
@@ -84,15 +84,31 @@ class Sampler:
         self._tokens[list(ids)] = True
 
     def pick(self, logits: NDArray[Any]) -> int:
-        """The next token, from logits `[V]`."""
+        """The next token, from logits `[V]`.
+
+        Raises:
+            DeltaMemError: one that may be chosen has NaN or infinity, or all have minus infinity.
+        """
         seen, tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
-        penalised = _penalised(np.where(tokens, logits, -np.inf), seen, self._sampling.repetition_penalty)
+        allowed = np.where(tokens, logits, -np.inf)
+        if not np.isfinite(allowed.max()):
+            raise not_finite("The model's logits")
+        penalised = _penalised(allowed, seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             token = int(penalised.argmax())
         else:
             token = int(self._random.choice(len(logits), p=_probabilities(penalised, self._sampling)))
         self._seen[token] = True
         return token
+
+
+def not_finite(what: str) -> DeltaMemError:
+    """The error for `what` a model has computed, and what it cannot go on with."""
+    return DeltaMemError(
+        f"{what} contain NaN or infinity.",
+        "The weights are damaged or overflow in half precision, or the memory that was read is not this model's.",
+        "Try another dtype or an earlier memory, or train with a lower learning rate.",
+    )
 
 
 def probabilities(logits: NDArray[Any], sampling: Sampling, context: NDArray[Any]) -> NDArray[Any]:
@@ -115,11 +131,16 @@ def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
 def _penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
     if penalty == 1:
         return logits
-    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # of a penalty near 0 or without end
+        penalised = np.where(logits < 0, logits * penalty, logits / penalty)
+    return np.where(seen, np.minimum(penalised, np.finfo(np.float64).max), logits)
 
 
 def _probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # of a temperature near 0, at which all but the likeliest are left out
+        scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         scores = np.where(scores < least, -np.inf, scores)

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.chat.sampling import not_finite
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import is_off
@@ -110,11 +111,13 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         with torch.no_grad():
             cache_options = self._cache(inps, torch.ones_like(inps))
             logits: Tensor = self.model(inps, use_cache=bool(cache_options), **cache_options).logits
+        _check_finite(logits)
         self._count(len(inps))
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         cache_options = self._cache(context, options["attention_mask"])
+        options["logits_processor"] = LogitsProcessorList([_FiniteScores()])
         output: Tensor = super()._model_generate(context, max_length, stop, **options, **cache_options)
         self._count(len(context))
         return output
@@ -147,3 +150,17 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
             f"The adapter writes {self._granularity} by {self._granularity}, and this is not a rendered conversation.",
             "Use an adapter whose every token writes, or a task without a prefix of the answer.",
         )
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Check that logits `[…, V]` hold no NaN, no infinity, and not minus infinity alone."""
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise not_finite("The model's logits")
+
+
+class _FiniteScores(LogitsProcessor):
+    """Checks every step of `generate`, which would choose the first token or crash."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        _check_finite(scores)
+        return scores

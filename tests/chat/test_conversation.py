@@ -30,7 +30,7 @@ from deltamem_tool import MemoryState
 from deltamem_tool.chat.conversation import Context, Conversation, Sampling
 from deltamem_tool.chat.generation import AnswerStream
 from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import DataError, ExportError, MemoryStateError
+from deltamem_tool.errors import DataError, DeltaMemError, ExportError, MemoryStateError
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,29 @@ def test_logits_that_mean_no_token_are_never_chosen(options):
         assert answer == expected
     engine.stop_tokens = frozenset({tokens + 4})
     assert Conversation(engine).generate(TURNS[0], Sampling(12, **options)).tokens == (tokens + 4,)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("fed", [1, 3])
+def test_a_model_that_gives_no_numbers_changes_nothing(options, fed):
+    """At once, or in the middle of an answer."""
+    engine = make_engine()
+    conversation = Conversation(engine)
+    say(conversation, TURNS[0])
+    before, step, calls = seen(conversation), engine.step, []
+
+    def broken(*inputs):
+        logits, past = step(*inputs)
+        calls.append(inputs)
+        return logits * (np.nan if len(calls) >= fed else 1), past
+
+    engine.step = broken
+    with pytest.raises(DeltaMemError, match="logits contain NaN"):
+        conversation.generate(TURNS[1], Sampling(6, **options))
+    assert len(calls) == fed
+    assert_unchanged(conversation, before)
+    engine.step = step
+    assert say(conversation, TURNS[1]) == say(Conversation(engine), *TURNS[:2])[1:]
 
 
 def test_many_threads_answer_as_one(engine):

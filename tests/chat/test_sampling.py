@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from deltamem_tool.chat.sampling import Sampler, Sampling, probabilities
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DeltaMemError
 
 VOCABULARY = 500
 TOLERANCE = 1e-6
@@ -114,6 +114,43 @@ def test_only_tokens_are_chosen_whatever_the_logits_and_the_context():
         scores = np.zeros(length, np.float32)
         scores[[3, 4, 50]] = 9.0, 100.0, 5.0
         assert [sampler.pick(scores) for _ in range(2)] == [50, 3]
+
+
+SETTINGS = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("damage", ["one NaN", "all NaN", "infinity", "no token is possible"])
+def test_logits_that_are_no_numbers_are_an_error(options, damage):
+    scores = logits(0)
+    scores[{"one NaN": 7, "infinity": 7}.get(damage, slice(None))] = {
+        "infinity": np.inf,
+        "no token is possible": -np.inf,
+    }.get(damage, np.nan)
+    with pytest.raises(DeltaMemError, match="NaN or infinity"):
+        Sampler(Sampling(**options), CONTEXT, range(VOCABULARY)).pick(scores)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_tokens_that_a_model_rules_out_are_no_error(options):
+    """Some models give minus infinity to what they never say; and what is no token means nothing."""
+    scores = np.full(VOCABULARY, -np.inf, np.float32)
+    scores[[10, 20]] = 1.0, np.nan
+    assert Sampler(Sampling(**options), CONTEXT, [5, 10, 30]).pick(scores) == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-320},
+        {"temperature": 1e-3, "repetition_penalty": 1e-300},
+        {"temperature": 1.0, "repetition_penalty": 1e308},
+        {"temperature": 1e308, "top_k": 5},
+    ],
+    ids=str,
+)
+def test_options_at_the_edge_of_their_range_choose_a_token(options):
+    assert 0 <= Sampler(Sampling(**options, seed=0), CONTEXT, range(VOCABULARY)).pick(logits(0)) < VOCABULARY
 
 
 @pytest.mark.parametrize(

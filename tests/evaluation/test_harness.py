@@ -20,7 +20,7 @@ from deltamem_tool._compat import cache_argument
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.cli.evaluate import command
-from deltamem_tool.errors import AdapterError, ConfigError, DataError
+from deltamem_tool.errors import AdapterError, ConfigError, DataError, DeltaMemError
 from deltamem_tool.evaluation import harness_run
 from deltamem_tool.evaluation.conditions import PYTORCH, STATE
 from deltamem_tool.evaluation.harness import check_options, find_harness, prepare
@@ -196,6 +196,16 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
         long = prepare(find_harness(f"lm_eval:{task}", {**path, "system": system}), 1)
         with pytest.raises(DataError, match=r"A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
             evaluate_harness(model, tokenizer, long, only=[STATE])
+
+
+@pytest.mark.parametrize("task", [CHOICE, ANSWER])
+def test_a_model_that_gives_no_numbers_has_no_scores(folder, tokenizer, task):
+    model = tiny_model(vocab_size=len(tokenizer))
+    attach(model, DeltaMemConfig(rank=4))
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    asked = prepare(find_harness(f"lm_eval:{task}", {"include_path": str(folder)}), 1)
+    with pytest.raises(DeltaMemError, match="logits contain NaN"):
+        evaluate_harness(model, tokenizer, asked, only=[STATE])
 
 
 def test_a_lora_is_asked_beside_the_memory(tokenizer, checkpoint, prepared, folder, tmp_path):
