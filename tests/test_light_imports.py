@@ -20,6 +20,7 @@ CASES = [
     ("deltamem_tool.io.names", HEAVY),
     ("deltamem_tool.adapter.config_file", HEAVY),
     ("deltamem_tool.memory.file", HEAVY),
+    ("deltamem_tool.memory.shared_file", HEAVY),
     ("deltamem_tool.memory.plot", HEAVY - {"matplotlib"}),
     ("deltamem_tool.ops.numpy_write", HEAVY),
     ("deltamem_tool.ops.scan", HEAVY - {"torch"}),

@@ -119,12 +119,25 @@ class Conversation:
         memory = empty_memory(engine) if memory is None else memory
         _check_fits(engine, memory)
         self._place = Place(engine.start(memory), None)
-        self._before: list[Place] = []  # each turn
+        self._before: list[Place] = []  # each turn, and each memory that was put in place
 
     @property
     def memory(self) -> StoredMemory:
-        """States float32 `[1, H, R, R]` and open segments `[1, W]` by layer."""
+        """States float32 `[1, H, R, R]` and open segments `[1, W]` by layer.
+
+        Another may be put in its place; the context stays, and `undo` takes it back.
+
+        Raises:
+            MemoryStateError: the other does not fit; nothing has changed then.
+        """
         return self.engine.memory(self._place.past)
+
+    @memory.setter
+    def memory(self, memory: StoredMemory) -> None:
+        _check_fits(self.engine, memory)
+        past = self.engine.with_memory(self._place.past, memory)
+        former = replace(self._place, past=None, memory=self.memory)
+        self._before, self._place = [*self._before, former], replace(self._place, past=past, foreign=True)
 
     @property
     def context(self) -> Context:
@@ -148,15 +161,12 @@ class Conversation:
         write_memory(path, self.memory)
 
     def load_memory(self, path: str | Path) -> None:
-        """Put the memory of a file in place of this one; the context stays.
+        """Put the memory of a file in place of this one; the context stays, and `undo` takes it back.
 
         Raises:
             MemoryStateError: the file is missing or damaged, or does not fit; nothing has changed then.
         """
-        memory = read_memory(path)
-        _check_fits(self.engine, memory)
-        past = self.engine.with_memory(self._place.past, memory)
-        self._place = replace(self._place, past=past, foreign=True)
+        self.memory = read_memory(path)
 
     def forget(self) -> None:
         """Start from nothing: the memory zeros, the context empty. It cannot be undone."""
@@ -164,9 +174,9 @@ class Conversation:
         self._before.clear()
 
     def undo(self) -> bool:
-        """Take the last turn back: memory, context and messages are as they were before it.
+        """Take back the last turn or the memory loaded since: memory, context and messages are as they were before.
 
-        So can the turns before be, but none from before the last but one time that turns left the context.
+        So can those before be, but none from before the last but one time that turns left the context.
 
         Returns:
             False if there is none.

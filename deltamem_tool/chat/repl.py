@@ -1,7 +1,7 @@
 """A chat over a conversation with a memory: what each line that is typed does. Where lines come from is not its matter.
 
-A line that begins with `/` is a command; any other is a turn. With a memory file, the file always holds what the
-conversation remembers: it is written after every line that changes the memory.
+A line that begins with `/` is a command; any other is a turn. With a memory file, what the conversation remembers is
+written after every line that changes it: to that file, or beside it where it is another memory than the file's.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deltamem_tool.chat.answer_output import AnswerOutput
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
 from deltamem_tool.io.atomic import check_writable
-from deltamem_tool.memory.file import check_replaceable
+from deltamem_tool.io.names import expand_user
+from deltamem_tool.memory.file import check_replaceable, read_memory
+from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.conversation import Conversation
+    from deltamem_tool.chat.generation import Answer
     from deltamem_tool.chat.sampling import Sampling
 
 # What a model says must not steer the terminal: control characters but newline and tab, and C1.
@@ -36,7 +39,8 @@ class Chat:
         conversation: what answers.
         sampling: how.
         system: a system message before the first turn.
-        memory_file: written after every line that changes the memory.
+        memory_file: written after every line that changes the memory; what is loaded from another file goes into one
+            beside it.
         out: where answers go, and what commands are asked to show.
         notices: where all else goes: what was saved, what failed.
     """
@@ -46,7 +50,7 @@ class Chat:
         conversation: Conversation,
         sampling: Sampling,
         system: str | None = None,
-        memory_file: Path | None = None,
+        memory_file: SharedMemoryFile | None = None,
         out: Console | None = None,
         notices: Console | None = None,
     ) -> None:
@@ -56,7 +60,9 @@ class Chat:
         self.interrupted = False  # whether the last answer was stopped by hand
         self._sampling = sampling
         self._system = system
-        self._memory_file = memory_file
+        self._given_file = memory_file
+        self._memory_file = memory_file  # or one beside it
+        self._done: list[_Load | None] = []  # what /undo can take back; None is a turn
         self._out = out or Console()
         self._notices = notices or Console(stderr=True)
 
@@ -83,21 +89,24 @@ class Chat:
         """Write the memory file, where there is one.
 
         Raises:
-            MemoryStateError: it cannot be written.
+            MemoryStateError: it cannot be written, or another program has changed it.
         """
         if self._memory_file is None:
             return
         try:
             try:
-                self.conversation.save_memory(self._memory_file)
+                self._memory_file.write(self.conversation.memory)
             except KeyboardInterrupt:  # stops an answer, not the save that follows it
-                self.conversation.save_memory(self._memory_file)
+                self._memory_file.write(self.conversation.memory)
+        except MemoryConflict as conflict:
+            self._memory_file = conflict.beside
+            raise
         except Exception as error:
             known = domain_error(error)
             if known is None:
                 raise
             raise MemoryStateError(
-                f"{self._memory_file} was not written; it is as it was before.",
+                f"{self._memory_file.path} was not written; it is as it was before.",
                 f"{known.what} {known.why}".strip(),
                 "The next turn tries again; /save FILE writes to another place.",
             ) from error
@@ -107,22 +116,29 @@ class Chat:
         if self._system is not None and self.conversation.context.messages == 0:
             content = [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
         dropped = self.conversation.context.dropped
+        output = AnswerOutput(self._write)
         try:
-            answer = self.conversation.generate(content, self._sampling, on_text=self._write)
+            answer = self.conversation.generate(content, self._sampling, on_text=output)
         except KeyboardInterrupt:  # before the message was read, or a second one: one in the answer is taken inside
             self.interrupted = True
             self.notice("\nStopped. This turn is not part of the conversation.")
             return
-        self._write("\n")
         self.interrupted = answer.why == INTERRUPTED
+        self._done.append(None)
+        try:
+            self._keep()
+        finally:
+            output.end()
+            self._tell(answer, self.conversation.context.dropped - dropped)
+
+    def _tell(self, answer: Answer, dropped: int) -> None:
+        """Say how the answer ended; `dropped` messages left the context for it."""
         if self.interrupted:
             self.notice("Stopped. What was said is part of the conversation.")
         elif answer.why == LENGTH:
             self.notice(f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens, or the window is full.")
-        left = self.conversation.context.dropped - dropped
-        if left > 0:
-            self.notice(f"{_count(left, 'message')} left the window; the memory keeps their trace.")
-        self._keep()
+        if dropped > 0:
+            self.notice(f"{_count(dropped, 'message')} left the window; the memory keeps their trace.")
 
     def _write(self, piece: str) -> None:
         self._out.file.write(piece.translate(_CONTROL) if self._out.is_terminal else piece)
@@ -156,28 +172,50 @@ class Chat:
         command.run(self, argument)
 
     def _save(self, argument: str) -> None:
-        path = _path(argument)
+        path = expand_user(argument)
         check_replaceable(path)
         check_writable(path)
-        self.conversation.save_memory(path)
+        if self._memory_file is not None and self._memory_file.is_at(path):
+            self._keep()
+        elif self._given_file is not None and self._given_file.is_at(path):
+            self._given_file.write(self.conversation.memory, replace=True)
+            self._memory_file = self._given_file
+        else:
+            self.conversation.save_memory(path)
         self.notice(f"Saved to {path}.")
 
     def _load(self, argument: str) -> None:
-        path = _path(argument)
-        self.conversation.load_memory(path)
-        self._keep()
+        path, former, given = expand_user(argument), self._memory_file, self._given_file
+        is_given = given is not None and given.is_at(path)
+        file = SharedMemoryFile(path)
+        memory = file.read()
+        self.conversation.memory = read_memory(path) if memory is None else memory
+        self._done.append(_Load(former))
         self.notice(f"The memory is now that of {path}; the context is as it was.")
+        if is_given:
+            self._given_file = self._memory_file = file
+        elif given is not None:
+            self._memory_file = given.beside()
+            self.notice(f"From now on it is kept in {self._memory_file.path}, and {given.path} stays as it is.")
 
     def _forget(self, _: str) -> None:
         self.conversation.forget()
-        self._keep()
-        self.notice("The memory is empty, and so is the context.")
+        self._done.clear()
+        try:
+            self._keep()
+        finally:
+            self.notice("The memory is empty, and so is the context.")
 
     def _undo(self, _: str) -> None:
         if not self.conversation.undo():
             raise ConfigError("There is nothing to undo.", "No turn is left.", "/forget empties the memory.")
-        self._keep()
-        self.notice("The last turn is undone, in the context and in the memory.")
+        load = self._done.pop() if self._done else None
+        if load is not None:
+            self._memory_file = load.memory_file
+        try:
+            self._keep()
+        finally:
+            self.notice(f"The last {'turn' if load is None else '/load'} is undone, in the context and in the memory.")
 
     def _memory(self, argument: str) -> None:
         from deltamem_tool.memory.heatmap import heat_maps, norm_bars, strongest_layer
@@ -218,6 +256,12 @@ class Chat:
         self.over = True
 
 
+class _Load(NamedTuple):
+    """A memory loaded that can be taken back; `memory_file` was written before."""
+
+    memory_file: SharedMemoryFile | None
+
+
 @dataclass(frozen=True)
 class Command:
     """A line that begins with `/`.
@@ -237,19 +281,12 @@ COMMANDS = {
     "/save": Command("Write the memory to a file.", Chat._save, "FILE"),
     "/load": Command("Go on with the memory of a file.", Chat._load, "FILE"),
     "/forget": Command("Empty the memory and the context; this cannot be undone.", Chat._forget),
-    "/undo": Command("Take back the last turn, from the context and from the memory.", Chat._undo),
+    "/undo": Command("Take back the last turn or /load, from the context and from the memory.", Chat._undo),
     "/memory": Command("Norms by layer, and a picture of one: the strongest, or LAYER.", Chat._memory, "[LAYER]"),
     "/context": Command("How much of the conversation is in view.", Chat._context),
     "/help": Command("This list.", Chat._help),
     "/quit": Command("Leave; so does Ctrl-D.", Chat._quit),
 }  # fmt: skip
-
-
-def _path(argument: str) -> Path:
-    try:
-        return Path(argument).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{argument} is no path.", f"{error}", "Write the folder out.") from error
 
 
 def _count(number: int, noun: str) -> str:

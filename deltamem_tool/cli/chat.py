@@ -65,18 +65,21 @@ def command(
     from deltamem_tool.chat.conversation import Conversation, Sampling
     from deltamem_tool.chat.repl import Chat
     from deltamem_tool.cli.console import SPINNER, STDERR, STDOUT
-    from deltamem_tool.memory.file import read_memory
+    from deltamem_tool.memory.shared_file import SharedMemoryFile
 
     chosen = Sampling(**sampling)
-    was_there = memory_file is not None and memory_file.exists()
-    memory = read_memory(memory_file) if memory_file is not None and was_there else None
+    file = None if memory_file is None else SharedMemoryFile(memory_file)
+    if file is not None:
+        file.read()  # what is wrong with it is an error before the model loads
     with STDERR.status("Loading the model", spinner=SPINNER):
         engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, base, trust_remote_code, device)
+        memory = None if file is None else file.read()  # another program may have written meanwhile
         conversation = Conversation(engine, memory, window=window)
-    chat = Chat(conversation, chosen, system, memory_file, out=STDOUT, notices=STDERR)
-    if memory_file is not None:
-        conversation.save_memory(memory_file)  # a disk that is full says so now
-        chat.notice(f"{memory_file} is {'loaded' if was_there else 'new'}, and written after every turn.")
+    chat = Chat(conversation, chosen, system, file, out=STDOUT, notices=STDERR)
+    if file is not None:
+        if memory is None:
+            file.write(conversation.memory)  # a disk that is full says so now
+        chat.notice(f"{file.path} is {'new' if memory is None else 'loaded'}, and written after every turn.")
     if sys.stdin.isatty():
         _talk(chat, _reader(chat, no_history))
     else:

@@ -49,11 +49,15 @@ def command(
 ) -> None:
     """Answer with the model in ONNX_DIR, an ONNX folder or a Hub id, in ONNX Runtime and without PyTorch."""
     from deltamem_tool.memory.file import check_replaceable, read_memory
+    from deltamem_tool.memory.shared_file import SharedMemoryFile
 
-    if save_memory is not None:
-        check_replaceable(save_memory)
-        check_writable(save_memory)
+    saved = None if save_memory is None else SharedMemoryFile(save_memory)
+    if saved is not None:
+        check_replaceable(saved.path)
+        check_writable(saved.path)
+        saved.read()
 
+    from deltamem_tool.chat.answer_output import AnswerOutput
     from deltamem_tool.chat.conversation import INTERRUPTED, Conversation, Sampling
     from deltamem_tool.cli.console import SPINNER, STDERR
     from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -63,25 +67,26 @@ def command(
         model = OnnxModel(onnx_dir, provider, threads, map_weights)
         conversation = Conversation(model, read_memory(memory_file) if memory_file else None, window=window)
     answers = []
+    output = AnswerOutput(_show)
     try:
         for turn, prompt in enumerate(prompts):
             content: str | list[dict[str, str]] = prompt
             if system is not None and turn == 0:
                 content = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-            answers.append(conversation.generate(content, options, None if as_json else _show))
+            answers.append(conversation.generate(content, options, None if as_json else output))
             if not as_json:
-                click.echo()
+                output.end()
             if answers[-1].why == INTERRUPTED:
                 raise KeyboardInterrupt
     finally:  # what was said before a turn that failed is kept
-        if save_memory is not None and answers:
-            conversation.save_memory(save_memory)
+        if saved is not None and answers:
+            saved.write(conversation.memory)
     if as_json:
         result = {
             "answers": [answer.text for answer in answers],
             "ended_by": [answer.why for answer in answers],
             "tokens": sum(len(answer.tokens) for answer in answers),
-            "memory_file": str(save_memory) if save_memory else None,
+            "memory_file": None if saved is None else str(saved.path),
         }
         click.echo(json.dumps(result))
 

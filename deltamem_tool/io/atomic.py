@@ -9,12 +9,31 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.names import expand_user
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Wait until no other program has locked `path`, and lock it; where the file system has no locks, go on without.
+
+    The lock is that of the folder: the file itself is another one after each `write_whole`.
+    """
+    folder = resolve(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        with suppress(OSError, ImportError):  # Windows has no fcntl
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
 
 # A file that cannot be staged beside: in a read-only folder, or a mount point, whose name belongs to the mount.
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)

@@ -8,6 +8,7 @@ read and write the same files.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_command
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.tensor_header import Header, read_header
 from deltamem_tool.ops.numpy_write import write_segment
 
@@ -77,6 +79,14 @@ class StoredMemory:
         states = {f"layers.{layer}.state": state for layer, state in self.states.items()}
         return states | {f"layers.{layer}.segment": segment for layer, segment in self.open_segments.items()}
 
+    def digest(self) -> str:
+        """SHA-256 of what it contains; the bytes of a file also depend on the order of its header."""
+        content = hashlib.sha256(self.adapter.encode())
+        for name, tensor in sorted(self.tensors().items()):
+            content.update(f"{name} {tensor.shape}".encode())
+            content.update(tensor.tobytes())
+        return content.hexdigest()
+
 
 def write_memory(path: str | Path, memory: StoredMemory) -> None:
     """Write a memory file, whole or not at all.
@@ -99,12 +109,13 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
 
 
-def check_replaceable(path: Path) -> None:
+def check_replaceable(path: str | Path) -> None:
     """Check that `path` is free, or is a memory file, which may be replaced.
 
     Raises:
         MemoryStateError: `path` exists and is not a memory file.
     """
+    path = expand_user(path)
     if not path.exists():
         return
     try:
@@ -121,9 +132,11 @@ def read_memory(path: str | Path) -> StoredMemory:
     Raises:
         MemoryStateError: the file is missing, is not a memory file, is of a newer format, or contains NaN.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = expand_user(path)
+    if not path.exists():
         raise MemoryStateError(f"The memory file {path} does not exist.", "", "Save one first, or correct the path.")
+    if not path.is_file():
+        raise MemoryStateError(f"{path} is not a memory file.", "It is not a file at all.", "Use another file.")
     try:
         header = read_header(path)
         _check_header(path, header)

@@ -109,7 +109,7 @@ def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
     say(other, OTHERS[2])
     other.save_memory(tmp_path / "memory")
     say(conversation, TURNS[0])
-    context, messages, _ = seen(conversation)
+    context, messages, memory = seen(conversation)
     conversation.load_memory(tmp_path / "memory")
     assert (conversation.context, conversation.messages) == (context, messages)
     assert_same_memory(conversation.memory, other.memory)
@@ -122,7 +122,9 @@ def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
     with pytest.raises(MemoryStateError, match=r"memory file .*nowhere does not exist"):
         conversation.load_memory(tmp_path / "nowhere")
     assert_unchanged(conversation, before)
-    # The turn before the file came can still be taken back.
+    # What was loaded is taken back by itself, and then the turn before.
+    assert conversation.undo()
+    assert_unchanged(conversation, (context, messages, memory))
     assert conversation.undo()
     assert not any(state.any() for state in conversation.memory.states.values())
 

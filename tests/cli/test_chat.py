@@ -8,13 +8,12 @@ from __future__ import annotations
 import io
 import os
 import re
-import resource
-import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pexpect
 import pytest
+from cli.chatting import ANSWER, ASKED, ENDLESS, TOLD, piped, same
 from cli.command import START
 from helpers.tiny import listing
 from rich.console import Console
@@ -23,62 +22,6 @@ from deltamem_tool.chat.conversation import Conversation, Sampling
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.repl import COMMANDS, Chat
 from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
-
-TOLD, ASKED, ANSWER = "By the way, my dog is Bella.", "What is the name of my dog?", "Your dog is Bella."
-# At this temperature every token is as likely as any other: an answer is long, and goes on for some seconds.
-ENDLESS = {"temperature": 1e6, "max_new_tokens": 100_000, "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    from deltamem_tool.adapter.load import load
-    from deltamem_tool.base_model.tokenizer import tokenizer_of
-    from deltamem_tool.chat.torch_engine import TorchModel
-
-    model = load("builtin:adapter")
-    return TorchModel(model, tokenizer_of(model))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-class Talk:
-    """A chat, and what it says."""
-
-    def __init__(self, engine, memory=None, window=None, system=None, memory_file=None, **sampling):
-        self.conversation = Conversation(engine, memory, window=window)
-        self._out, self._notices = io.StringIO(), io.StringIO()
-        consoles = Console(file=self._out, width=80), Console(file=self._notices, width=80)
-        self.chat = Chat(self.conversation, Sampling(**sampling), system, memory_file, *consoles)
-
-    def __call__(self, line):
-        """What was answered or shown, and what was said beside it."""
-        for file in (self._out, self._notices):
-            file.seek(0)
-            file.truncate()
-        self.chat.handle(line)
-        return self._out.getvalue(), self._notices.getvalue()
-
-
-@pytest.fixture
-def talk(engine, here):
-    return lambda **options: Talk(engine, **options)
-
-
-def same(one: StoredMemory, other: StoredMemory) -> bool:
-    """Bit for bit."""
-    return one.states.keys() == other.states.keys() and all(
-        np.array_equal(state, other.states[layer]) for layer, state in one.states.items()
-    )
-
-
-def piped(monkeypatch, text: str | bytes) -> None:
-    content = text if isinstance(text, bytes) else text.encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-
 
 # The command
 
@@ -154,70 +97,6 @@ def test_a_memory_that_does_not_fit_is_refused_before_the_first_prompt(here, del
 # Turns and commands
 
 
-def test_undo_restores_memory_and_context(talk, here):
-    chat = talk(memory_file=here / "me")
-    chat(TOLD)
-    memory, context = chat.conversation.memory, chat.conversation.context
-    assert chat(ASKED)[0] == f"{ANSWER}\n" and not same(chat.conversation.memory, memory)
-    assert same(read_memory("me"), chat.conversation.memory)
-    assert "undone" in chat("/undo")[1]
-    assert same(chat.conversation.memory, memory) and chat.conversation.context == context
-    assert same(read_memory("me"), memory)
-    assert chat(ASKED)[0] == f"{ANSWER}\n"
-    assert [chat("/undo")[1].count("undone") for _ in range(3)] == [1, 1, 0]
-    assert chat.chat.failures == 1 and not any(state.any() for state in read_memory("me").states.values())
-
-
-def test_forget(talk, here):
-    chat = talk(memory_file=here / "me", system="Be kind.")
-    for line in (TOLD, "/forget"):
-        chat(line)
-    assert not any(state.any() for state in read_memory("me").states.values())
-    assert chat.conversation.context.tokens == chat.conversation.context.messages == 0
-    assert ANSWER not in chat(ASKED)[0]
-    assert chat.conversation.messages[0] == {"role": "system", "content": "Be kind."}  # which begins every context
-    assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
-
-
-def test_save_and_load(talk, here, engine):
-    chat = talk(memory_file=here / "me")
-    chat(TOLD)
-    told = chat.conversation.memory
-    assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), told)
-    chat("/forget")
-    chat("/load  other ")
-    assert same(chat.conversation.memory, told) and same(read_memory("me"), told)
-    assert chat(ASKED)[0] == f"{ANSWER}\n"
-
-    now, before = chat.conversation.memory, listing(here)
-    write_memory("stranger", StoredMemory(empty_memory(engine).states, {}, "0" * 64))
-    for line, says in (
-        ("/load stranger", "another adapter"),
-        ("/load nowhere", "memory file nowhere does not exist"),
-        ("/load", "/load needs a file"),
-        ("/save", "/save needs a file"),
-        ("/save other/me", "Choose another place"),
-        (f"/save {'x' * 300}", "too long"),
-        ("/save ~nobody-here/me", "is no path"),
-    ):
-        assert says in chat(line)[1], line
-    assert chat.chat.failures == 7 and same(chat.conversation.memory, now)
-    assert listing(here) == {**before, "stranger": listing(here)["stranger"]}
-
-
-def test_what_is_no_memory_is_not_overwritten(talk, here):
-    (here / "notes.txt").write_text("mine")
-    (here / "folder").mkdir()
-    chat = talk()
-    for name in ("notes.txt", "folder"):
-        assert f"{name} exists and is not a memory file." in chat(f"/save {name}")[1]
-    assert (here / "notes.txt").read_text() == "mine"
-    chat("/save me")
-    chat(TOLD)
-    chat("/save me")  # a memory may be
-    assert same(read_memory("me"), chat.conversation.memory)
-
-
 def test_the_picture_is_of_the_memory(talk):
     chat = talk()
     shown, said = chat("/memory")
@@ -269,59 +148,6 @@ def test_an_answer_cannot_steer_the_terminal(engine, here):
 
 
 # Saving
-
-
-@contextmanager
-def small_files(limit: int):
-    """No file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_the_chat_goes_on_when_the_disk_is_full(talk, here):
-    chat = talk(memory_file=here / "me")
-    chat(TOLD)
-    kept, before = read_memory("me"), listing(here)
-    with small_files(2000):
-        answered, said = chat(ASKED)
-    assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
-    assert "me was not written; it is as it was before." in said and "disk is full" in said
-    assert same(read_memory("me"), kept) and listing(here) == before
-    chat("Thank you.")
-    assert same(read_memory("me"), chat.conversation.memory)
-
-
-def test_the_chat_goes_on_when_the_folder_is_gone(talk, here):
-    (here / "folder").mkdir()
-    chat = talk(memory_file=here / "folder" / "me")
-    chat(TOLD)
-    (here / "folder").rename(here / "moved")
-    (here / "folder").write_text("in the way")
-    answered, said = chat(ASKED)
-    assert answered == f"{ANSWER}\n" and "was not written" in said and chat.chat.failures == 1
-    (here / "folder").unlink()
-    chat("Thank you.")
-    assert same(read_memory("folder/me"), chat.conversation.memory)
-
-
-def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
-    chat = talk(memory_file=here / "me")
-    real = Conversation.save_memory
-    pressed = []
-
-    def interrupted(conversation, path):
-        if not pressed:
-            pressed.append(True)
-            raise KeyboardInterrupt
-        real(conversation, path)
-
-    monkeypatch.setattr(Conversation, "save_memory", interrupted)
-    chat(TOLD)
-    assert pressed and same(read_memory("me"), chat.conversation.memory)
 
 
 def test_a_second_ctrl_c_loses_the_turn_alone(talk, monkeypatch):

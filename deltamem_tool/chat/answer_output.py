@@ -1,0 +1,36 @@
+"""An answer that is shown while it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class AnswerOutput:
+    """Writes an answer piece by piece. Where that fails the answer goes on, or its turn would be lost from the memory.
+
+    Args:
+        write: writes a piece, and flushes it.
+    """
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._error: OSError | None = None
+
+    def __call__(self, piece: str) -> None:
+        """Write a piece, unless one before could not be written."""
+        if self._error is not None:
+            return
+        try:
+            self._write(piece)
+        except OSError as error:
+            self._error = error
+
+    def end(self) -> None:
+        """End the line, when the memory is safe.
+
+        Raises:
+            OSError: the answer could not be written: a pipe that is closed, a disk that is full.
+        """
+        self("\n")
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,82 @@
+"""A memory file that other programs may write as well: none of them loses what another has written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.io.atomic import free_name, locked, resolve
+from deltamem_tool.io.names import expand_user
+from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
+
+
+class SharedMemoryFile:
+    """A memory file, and what this program has last read from it or written to it.
+
+    Args:
+        path: it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = self._origin = expand_user(path)
+        self._digest: str | None = None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` leads to the same file."""
+        return resolve(path) == resolve(self.path)
+
+    def read(self) -> StoredMemory | None:
+        """Read what the file contains now, or return None if there is no file.
+
+        Raises:
+            MemoryStateError: the file is not a memory file, is of a newer format, or contains NaN.
+        """
+        memory = read_memory(self.path) if self.path.exists() else None
+        self._digest = None if memory is None else memory.digest()
+        return memory
+
+    def write(self, memory: StoredMemory, replace: bool = False) -> None:
+        """Write the file, unless another program has changed it since it was last read or written here.
+
+        Args:
+            memory: what to write.
+            replace: write the file whatever it contains.
+
+        Raises:
+            MemoryConflict: the file has changed; `memory` is in another file beside it.
+            MemoryStateError: the memory contains NaN or infinity; nothing was written.
+        """
+        digest = memory.digest()
+        with locked(self.path):
+            file = self.beside() if not replace and self._has_changed(digest) else self
+            write_memory(file.path, memory)
+            file._digest = digest
+        if file is not self:
+            raise MemoryConflict(self.path, file)
+
+    def beside(self) -> SharedMemoryFile:
+        """Return another file, of a name that is free, for a memory that must not go into this one."""
+        other = SharedMemoryFile(free_name(self._origin, self._origin.suffix))
+        other._origin = self._origin
+        return other
+
+    def _has_changed(self, digest: str) -> bool:
+        """Whether the file contains what this program does not know; `digest` is of what it is about to write."""
+        if not self.path.exists():
+            return False
+        try:
+            return read_memory(self.path).digest() not in (self._digest, digest)
+        except MemoryStateError:
+            return True
+
+
+class MemoryConflict(MemoryStateError):
+    """Another program has changed a memory file; `beside` is where this program's memory is now."""
+
+    def __init__(self, path: Path, beside: SharedMemoryFile) -> None:
+        super().__init__(
+            f"{path} was changed by another program.",
+            f"It stays as it is now, and this memory is kept in {beside.path}.",
+            "Both can be loaded: go on with the one that you want.",
+        )
+        self.beside = beside

@@ -1,0 +1,277 @@
+"""The memory file of a chat: what is written to it, when, and what never is."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from cli.chatting import ANSWER, ASKED, TOLD, same
+from helpers.tiny import listing
+
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
+from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
+
+
+def test_undo_restores_memory_and_context(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    memory, context = chat.conversation.memory, chat.conversation.context
+    assert chat(ASKED)[0] == f"{ANSWER}\n" and not same(chat.conversation.memory, memory)
+    assert same(read_memory("me"), chat.conversation.memory)
+    assert "undone" in chat("/undo")[1]
+    assert same(chat.conversation.memory, memory) and chat.conversation.context == context
+    assert same(read_memory("me"), memory)
+    assert chat(ASKED)[0] == f"{ANSWER}\n"
+    assert [chat("/undo")[1].count("undone") for _ in range(3)] == [1, 1, 0]
+    assert chat.chat.failures == 1 and not any(state.any() for state in read_memory("me").states.values())
+
+
+def test_forget(talk, here):
+    chat = talk(memory_file=here / "me", system="Be kind.")
+    for line in (TOLD, "/forget"):
+        chat(line)
+    assert not any(state.any() for state in read_memory("me").states.values())
+    assert chat.conversation.context.tokens == chat.conversation.context.messages == 0
+    assert ANSWER not in chat(ASKED)[0]
+    assert chat.conversation.messages[0] == {"role": "system", "content": "Be kind."}  # which begins every context
+    assert [message["role"] for message in chat.conversation.messages] == ["system", "user", "assistant"]
+
+
+def test_save_and_load(talk, here, engine):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    told = chat.conversation.memory
+    assert "Saved to other" in chat("/save other")[1] and same(read_memory("other"), told)
+    chat("/forget")
+    chat("/load  other ")
+    assert same(chat.conversation.memory, told)
+    assert chat(ASKED)[0] == f"{ANSWER}\n"
+
+    now, before = chat.conversation.memory, listing(here)
+    write_memory("stranger", StoredMemory(empty_memory(engine).states, {}, "0" * 64))
+    for line, says in (
+        ("/load stranger", "another adapter"),
+        ("/load nowhere", "memory file nowhere does not exist"),
+        ("/load", "/load needs a file"),
+        ("/save", "/save needs a file"),
+        ("/save other/me", "Choose another place"),
+        (f"/save {'x' * 300}", "too long"),
+        ("/save ~nobody-here/me", "is not a path"),
+    ):
+        assert says in chat(line)[1], line
+    assert chat.chat.failures == 7 and same(chat.conversation.memory, now)
+    assert listing(here) == {**before, "stranger": listing(here)["stranger"]}
+
+
+def test_what_is_no_memory_is_not_overwritten(talk, here):
+    (here / "notes.txt").write_text("mine")
+    (here / "folder").mkdir()
+    chat = talk()
+    for name in ("notes.txt", "folder"):
+        assert f"{name} exists and is not a memory file." in chat(f"/save {name}")[1]
+    assert (here / "notes.txt").read_text() == "mine"
+    chat("/save me")
+    chat(TOLD)
+    chat("/save me")  # a memory may be
+    assert same(read_memory("me"), chat.conversation.memory)
+
+
+@contextmanager
+def small_files(limit: int):
+    """No file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_chat_goes_on_when_the_disk_is_full(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    kept, before = read_memory("me"), listing(here)
+    with small_files(2000):
+        answered, said = chat(ASKED)
+    assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
+    assert "me was not written; it is as it was before." in said and "disk is full" in said
+    assert same(read_memory("me"), kept) and listing(here) == before
+    chat("Thank you.")
+    assert same(read_memory("me"), chat.conversation.memory)
+
+
+def test_the_chat_goes_on_when_the_folder_is_gone(talk, here):
+    (here / "folder").mkdir()
+    chat = talk(memory_file=here / "folder" / "me")
+    chat(TOLD)
+    (here / "folder").rename(here / "moved")
+    (here / "folder").write_text("in the way")
+    answered, said = chat(ASKED)
+    assert answered == f"{ANSWER}\n" and "was not written" in said and chat.chat.failures == 1
+    (here / "folder").unlink()
+    chat("Thank you.")
+    assert same(read_memory("folder/me"), chat.conversation.memory)
+
+
+def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
+    chat = talk(memory_file=here / "me")
+    real = SharedMemoryFile.write
+    pressed = []
+
+    def interrupted(file, memory):
+        real(file, memory)
+        if not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SharedMemoryFile, "write", interrupted)
+    chat(TOLD)
+    assert pressed and same(read_memory("me"), chat.conversation.memory)
+
+
+# Another memory than the file's
+
+
+def test_what_is_loaded_goes_beside_the_file(talk, here):
+    """`/load bob` under `--memory alice`: alice's file stays as it is."""
+    talk(memory_file=here / "bob.safetensors")("By the way, my dog is Rex.")
+    chat = talk(memory_file=here / "alice.safetensors")
+    chat(TOLD)
+    alice, bob, before = read_memory("alice.safetensors"), read_memory("bob.safetensors"), listing(here)
+    said = chat("/load bob.safetensors")[1]
+    assert "kept in" in said and "alice-2.safetensors" in said
+    assert same(chat.conversation.memory, bob) and listing(here) == before
+    chat(ASKED)
+    assert same(read_memory("alice.safetensors"), alice) and same(read_memory("bob.safetensors"), bob)
+    assert same(read_memory("alice-2.safetensors"), chat.conversation.memory)
+    chat("/load bob.safetensors")
+    chat(ASKED)
+    assert set(listing(here)) == {"alice.safetensors", "alice-2.safetensors", "alice-3.safetensors", "bob.safetensors"}
+    chat("/load alice.safetensors")  # whose file is written again then
+    assert same(chat.conversation.memory, alice)
+    chat(ASKED)
+    assert same(read_memory("alice.safetensors"), chat.conversation.memory) and len(listing(here)) == 4
+
+
+def test_undo_takes_a_load_back_by_itself(talk, here):
+    talk(memory_file=here / "bob")("By the way, my dog is Rex.")
+    chat = talk(memory_file=here / "alice")
+    empty = chat.conversation.memory
+    chat(TOLD)
+    told, context = chat.conversation.memory, chat.conversation.context
+    chat("/load bob")
+    assert "/load is undone" in chat("/undo")[1]
+    assert same(chat.conversation.memory, told) and same(read_memory("alice"), told)
+    assert chat.conversation.context == context
+    chat("/load bob")
+    chat(ASKED)
+    assert "turn is undone" in chat("/undo")[1] and same(chat.conversation.memory, read_memory("bob"))
+    assert "/load is undone" in chat("/undo")[1] and same(chat.conversation.memory, told)
+    assert same(read_memory("alice"), told)
+    chat(ASKED)
+    assert same(read_memory("alice"), chat.conversation.memory), "alice's file is written again"
+    assert [chat("/undo")[1].count("turn is undone") for _ in range(3)] == [1, 1, 0]
+    assert same(read_memory("alice"), empty) and chat.conversation.context.tokens == 0
+
+
+def test_a_load_alone_is_undone(talk, here):
+    talk(memory_file=here / "bob")(TOLD)
+    chat = talk()
+    chat("/load bob")
+    assert "/load is undone" in chat("/undo")[1] and "nothing to undo" in chat("/undo")[1]
+    assert not any(state.any() for state in chat.conversation.memory.states.values())
+
+
+def test_a_loaded_memory_is_saved_to_the_file_by_name(talk, here):
+    talk(memory_file=here / "bob")(TOLD)
+    chat = talk(memory_file=here / "alice")
+    chat("Hello.")
+    for line in ("/load bob", "/save alice"):
+        chat(line)
+    assert same(read_memory("alice"), read_memory("bob"))
+    chat(ASKED)
+    assert same(read_memory("alice"), chat.conversation.memory) and set(listing(here)) == {"alice", "bob"}
+
+
+# Two writers
+
+
+def test_the_second_writer_is_told_and_keeps_its_memory(talk, here):
+    one, two = talk(memory_file=here / "me.safetensors"), talk(memory_file=here / "me.safetensors")
+    one(TOLD)
+    answered, said = two("By the way, my cat is Tom.")
+    assert answered and "me.safetensors was changed by another program." in said and "me-2.safetensors" in said
+    assert two.chat.failures == 1
+    assert same(read_memory("me.safetensors"), one.conversation.memory)
+    assert same(read_memory("me-2.safetensors"), two.conversation.memory)
+    for chat in (one, two):  # each goes on in its own file
+        assert "changed" not in chat(ASKED)[1]
+    assert same(read_memory("me.safetensors"), one.conversation.memory)
+    assert same(read_memory("me-2.safetensors"), two.conversation.memory)
+    assert set(listing(here)) == {"me.safetensors", "me-2.safetensors"}
+
+
+@pytest.mark.parametrize("line", ["/forget", "/undo", "/save me"])
+def test_no_line_overwrites_what_another_wrote(talk, here, line):
+    chat, other = talk(memory_file=here / "me"), talk(memory_file=here / "me")
+    chat("Hello.")
+    (here / "me").unlink()
+    other(TOLD)
+    said = chat(line)[1]
+    assert "me was changed by another program." in said
+    assert same(read_memory("me"), other.conversation.memory)
+    assert same(read_memory("me-2"), chat.conversation.memory)
+
+
+def test_a_file_that_is_gone_or_the_same_is_no_conflict(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    (here / "me").unlink()
+    chat(ASKED)
+    assert same(read_memory("me"), chat.conversation.memory)
+    write_memory("me", chat.conversation.memory)  # other bytes, perhaps, and the same memory
+    chat("Thank you.")
+    assert same(read_memory("me"), chat.conversation.memory) and set(listing(here)) == {"me"}
+
+
+def test_what_is_no_memory_any_more_is_left_alone(talk, here):
+    chat = talk(memory_file=here / "me")
+    chat(TOLD)
+    (here / "me").write_text("notes")
+    assert "changed by another program" in chat(ASKED)[1]
+    assert (here / "me").read_text() == "notes" and same(read_memory("me-2"), chat.conversation.memory)
+
+
+def test_writers_at_the_same_time_lose_nothing(here, engine):
+    """Of many writers that have read the same file, one has it, and every other a file of its own."""
+    files = [SharedMemoryFile(here / "me") for _ in range(12)]
+    empty = empty_memory(engine).states
+    memories = [StoredMemory({i: s + number for i, s in empty.items()}, {}, engine.adapter) for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        writes = [pool.submit(file.write, memory) for file, memory in zip(files, memories, strict=True)]
+    conflicts = [conflict for conflict in (write.exception() for write in writes) if conflict is not None]
+    assert len(conflicts) == 11
+    assert all(isinstance(error, MemoryConflict) and f"{here / 'me'} was changed" in str(error) for error in conflicts)
+    kept = {read_memory(path).digest() for path in here.iterdir()}
+    assert kept == {memory.digest() for memory in memories} and len(listing(here)) == 12
+
+
+# An answer that nobody reads
+
+
+def test_an_answer_that_cannot_be_shown_is_remembered(talk, here, monkeypatch):
+    shown = talk(memory_file=here / "shown")
+    shown(TOLD)
+    chat = talk(memory_file=here / "me")
+    monkeypatch.setattr(chat.chat, "_write", _closed)
+    with pytest.raises(BrokenPipeError):
+        chat(TOLD)
+    assert same(read_memory("me"), read_memory("shown"))
+
+
+def _closed(_):
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
