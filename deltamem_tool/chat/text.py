@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,29 @@ class ChatText:
     def ids(self) -> frozenset[int]:
         """Of every token."""
         return frozenset(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def _end_tokens(self) -> frozenset[int]:
+        """The tokenizer's end of a text, and the token with which the template ends an answer."""
+        ids = [self.tokenizer.token_to_id(self._special_tokens.get("eos_token", ""))]
+        if self.has_template:
+            # Of what the template writes as plain text, nothing can be told from an answer.
+            ids += [id for id in self.encode(self.template.closing().lstrip())[:1] if id in self._added]
+        return frozenset(id for id in ids if id is not None)
+
+    @cached_property
+    def _added(self) -> Collection[int]:
+        return self.tokenizer.get_added_tokens_decoder().keys()
+
+    def stop_tokens(self, configured: int | Sequence[int] | None) -> frozenset[int]:
+        """Ids that end an answer.
+
+        Args:
+            configured: `eos_token_id` of the model's generation config. Many of these name the end of a text alone, and
+                not the token with which the chat template ends a message.
+        """
+        ids = [] if configured is None else [configured] if isinstance(configured, int) else configured
+        return self._end_tokens | frozenset(ids)
 
     @property
     def has_template(self) -> bool:

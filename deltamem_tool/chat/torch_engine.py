@@ -59,8 +59,7 @@ class TorchModel:
         adapter = patch_of(model).adapter
         self.model = model
         self.text = ChatText.from_tokenizer(tokenizer)
-        ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.stop_tokens = frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+        self.stop_tokens = stop_tokens(model, self.text)
         self.adapter: str = adapter.fingerprint
         self.mechanism = adapter.config
         self.memory_shape = adapter.memory_shape
@@ -160,6 +159,11 @@ class TorchModel:
             for part in (memory.states, memory.open_segments)
         )
         return MemoryState(states, memory.adapter, segments)
+
+
+def stop_tokens(model: PreTrainedModel, text: ChatText) -> frozenset[int]:
+    """Ids that end an answer of `model`."""
+    return text.stop_tokens(getattr(model.generation_config, "eos_token_id", None))
 
 
 def _keeps_keys_and_values(layer: Any) -> bool:

@@ -94,6 +94,18 @@ class ChatTemplate:
         before, after = other.split(sentinel)
         return Content(before, after) if text.startswith(before) else None
 
+    def closing(self) -> str:
+        """What the template writes after an answer, the conversation's last one or else an earlier one."""
+        forms: tuple[Message, ...] = ({"content": ""}, {"content": []})  # text, or a list of parts
+        for form in forms:
+            talk = [{"role": role, "content": _shaped(role, form)} for role in ("user", "assistant", "user")]
+            for messages in (talk[:2], talk):
+                text = self.attempt(messages)
+                place = None if text is None else self.content(messages, 1, text)
+                if place is not None and place.after.strip():
+                    return place.after
+        return ""
+
     def header(self, message: Message, before: str) -> str | None:
         """Return the role's header: the one known header that `before`, the text before the content, ends with."""
         key = (message["role"], isinstance(message.get("content"), list))

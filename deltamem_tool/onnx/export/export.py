@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import NotImplemented as NotImplementedByRuntime
 from deltamem_tool._compat import OnnxExporter
+from deltamem_tool.chat.text import ChatText
+from deltamem_tool.chat.torch_engine import stop_tokens
 from deltamem_tool.errors import ExportError
 from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -194,7 +196,10 @@ def _write_beside(
 ) -> None:
     """Configs and tokenizer."""
     plan.model.config.save_pretrained(folder)
-    plan.model.generation_config.save_pretrained(folder)
+    settings = copy.deepcopy(plan.model.generation_config)
+    # Whoever runs the folder sees one list of what ends an answer.
+    settings.eos_token_id = sorted(stop_tokens(plan.model, ChatText.from_tokenizer(tokenizer))) or None
+    settings.save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)  # its last call's truncation and padding are not for the folder's users
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -19,6 +19,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.chat.text import ChatText
+from deltamem_tool.chat.torch_engine import stop_tokens
 from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE
@@ -200,13 +202,15 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         ids = (getattr(source, name, None) for source in sources)
         token_ids[name] = next((value for value in ids if value is not None), None)
     end = token_ids["eos_token_id"]
-    if end is None:
+    ends = [] if end is None else [end] if isinstance(end, int) else [*end]
+    ends += sorted(stop_tokens(model, ChatText.from_tokenizer(tokenizer)).difference(ends))
+    if not ends:
         raise ExportError(
             "The model does not say which token ends an answer.",
             "onnxruntime-genai would take the token 0 for it.",
             "Set eos_token_id in the base model's generation_config.json.",
         )
-    token_ids["eos_token_id"] = end if isinstance(end, list) else [end]
+    token_ids["eos_token_id"] = ends
     if token_ids["pad_token_id"] is None:
         token_ids["pad_token_id"] = token_ids["eos_token_id"][0]
     return {name: value for name, value in token_ids.items() if value is not None}

@@ -64,7 +64,7 @@ class OnnxModel:
                 "Run it there (docs/export.md), or export for the target cpu.",
             )
         self.text = ChatText.from_folder(self.folder)
-        self.stop_tokens = _stop_tokens(self.folder)
+        self.stop_tokens = self.text.stop_tokens(_configured_ends(self.folder))
         self.adapter = self.manifest.adapter
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
         _check_mechanism(self.mechanism, interface)
@@ -113,8 +113,8 @@ class OnnxModel:
         return self.graph.join(pasts)
 
 
-def _stop_tokens(folder: Path) -> frozenset[int]:
-    """Every id that ends an answer: generation_config.json gives one, a list, or none."""
+def _configured_ends(folder: Path) -> list[int]:
+    """The ids that generation_config.json gives: one, a list, or none."""
     ids = read_json(folder / contract.GENERATION_CONFIG_FILE).get("eos_token_id")
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in listed):
@@ -123,7 +123,7 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
             "Its eos_token_id is neither a token's number nor a list of them.",
             "Export the model again.",
         )
-    return frozenset(listed)
+    return listed
 
 
 def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -265,7 +266,8 @@ def test_raw_text_and_comments_of_a_template():
 def test_the_folder(model, tokenizer, folder):
     content = json.loads((folder / "genai_config.json").read_text())
     assert content["model"]["context_length"] == content["search"]["max_length"] == CONTEXT
-    assert content["model"]["eos_token_id"] == model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id  # and what the template writes after an answer
+    assert content["model"]["eos_token_id"] == [*ends, tokenizer.convert_tokens_to_ids("<|end|>")]
     assert content["model"]["pad_token_id"] == tokenizer.pad_token_id
     assert content["search"]["past_present_share_buffer"] is False
     assert Manifest.from_json((folder / "deltamem_onnx.json").read_text()).interface.genai
@@ -348,5 +350,6 @@ def test_what_onnxruntime_genai_cannot_run_is_refused_before_tracing(model, toke
     with monkeypatch.context() as patch:
         for holder in (model.config, model.generation_config):
             patch.setattr(holder, "eos_token_id", None)
-        patch.setattr(type(tokenizer), "eos_token_id", None, raising=False)
-        refused(model, tokenizer, tmp_path / "out", "which token ends an answer")
+        endless = copy.deepcopy(tokenizer)
+        endless.eos_token = endless.chat_template = None
+        refused(model, endless, tmp_path / "out", "which token ends an answer")

@@ -101,6 +101,14 @@ def test_every_stop_token_stops(qwen3, folder):
         assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
 
 
+def test_what_the_template_writes_after_an_answer_stops_too(qwen3, folder):
+    """The model's generation config names no token; the exported one names it for every runtime."""
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [257]
+    assert qwen3.model.generation_config.eos_token_id is None
+    assert stopping_at(folder, 3).stop_tokens == {3, 257}
+    assert TorchModel(qwen3.model, qwen3.tokenizer).stop_tokens == {257}
+
+
 def test_a_conversation_goes_on_after_its_end_of_turn(qwen3, folder):
     """With the end-of-turn token as the one that stops: it is fed once, by the template, as in PyTorch."""
     weight = qwen3.model.lm_head.weight
