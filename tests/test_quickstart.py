@@ -126,18 +126,19 @@ def test_a_chat_in_onnx_runtime_is_remembered_by_the_next(made, tmp_path):
     assert out == "Your dog is Bella.\n" and "me is loaded" in err
 
 
-def test_ctrl_c_in_a_piped_chat_ends_it_and_keeps_the_memory(made, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_piped_chat_and_keeps_the_memory(made, tmp_path, number, code):
     (tmp_path / "run").symlink_to(made[0] / "run")
     process = chat(tmp_path, "--temperature", "1e6", "--seed", "7", "--max-new-tokens", "100000")
     try:
         process.stdin.write("By the way, my dog is Bella.\n")
         process.stdin.flush()
         assert process.stdout.read(10)  # an answer that takes some seconds has begun
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 1 and out and "Traceback" not in err, err
+    assert process.returncode == code and out and "Traceback" not in err, err
     assert "Stopped. What was said is part of the conversation." in err and "Aborted!" in err
     assert any(state.any() for state in read_memory(tmp_path / "me").states.values())

@@ -13,6 +13,7 @@ import click
 
 from deltamem_tool._version import __version__
 from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.cli.termination import interrupted_by_signals
 from deltamem_tool.errors import DeltaMemError, domain_error
 from deltamem_tool.io.cores import respect_quota
 
@@ -85,8 +86,8 @@ def cli() -> None:
 def main(command: click.Command = cli) -> None:
     """Run a command, by default `deltamem`, and exit.
 
-    Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; anything
-    unexpected keeps its traceback.
+    Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; a signal exits
+    with 128 plus its number; anything unexpected keeps its traceback.
     """
     print_everywhere()
     # These must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
@@ -98,7 +99,8 @@ def main(command: click.Command = cli) -> None:
     # On some processors its import warns of a missing package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        command(prog_name="deltamem" if command is cli else None)
+        with interrupted_by_signals():
+            command(prog_name="deltamem" if command is cli else None)
     except Exception as error:
         known = domain_error(error)
         if known is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
+from deltamem_tool.cli.termination import is_terminated
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.installation import RUNTIME, check_installation
@@ -139,7 +140,7 @@ def _reader(chat: Chat, no_history: bool) -> Reader:
 def _talk(chat: Chat, reader: Reader) -> None:
     """Lines from a terminal, until it is over."""
     chat.notice("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
-    while not chat.over:
+    while not chat.over and not is_terminated():
         try:
             line = reader.read()
         except EOFError:

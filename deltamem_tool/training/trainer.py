@@ -239,20 +239,28 @@ class Progress(TrainerCallback):
 
     @contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
-        """End training after the current step at the first Ctrl-C; a second one interrupts at once."""
+        """End training after the current step at the first Ctrl-C, SIGTERM or SIGHUP; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
             yield
             return
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, *numbers)}
+        # What is ignored, as SIGHUP under nohup, stays so, and what other languages handle is theirs (None).
+        stopping = [number for number in numbers if before[number] not in (signal.SIG_IGN, None)]
 
         def stop(*_: Any) -> None:
             self.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in stopping:
+                signal.signal(number, before[number])
 
-        before = signal.signal(signal.SIGINT, stop)
+        for number in (signal.SIGINT, *stopping):
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number in (signal.SIGINT, *stopping):
+                signal.signal(number, before[number])
 
 
 def _anywhere(interrupted: bool, args: TrainingArguments) -> bool:

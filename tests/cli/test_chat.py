@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -218,3 +220,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(here, engine):
     history = here / "state" / "deltamem" / "chat_history"
     assert f"+{TOLD}" in history.read_text() and "half a line" not in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_chat_in_a_terminal(here, number):
+    """At the prompt; within an answer, whose turn is remembered."""
+    with in_a_terminal("--memory", "me", cwd=here) as child:
+        child.expect("> ")
+        child.kill(number)
+    assert child.exitstatus == 128 + number and "Traceback" not in child.before
+    before = read_memory(here / "me")
+    options = [word for name, value in ENDLESS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with in_a_terminal("--memory", "me", *options, cwd=here) as child:
+        child.expect("> ")
+        child.send(f"{TOLD}\r")
+        child.expect_exact(TOLD)
+        child.expect("[a-z]{3}")
+        time.sleep(1)
+        child.kill(number)
+    assert child.exitstatus == 128 + number and "Traceback" not in child.before
+    assert "What was said is part of the conversation" in child.before and not same(read_memory(here / "me"), before)

@@ -103,9 +103,9 @@ def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["generated", "file"])
-def test_an_interrupted_run_goes_on_where_it_was(kind, checkpoint, chats, tmp_path):
-    """Ctrl-C after step 3 of 8 keeps the adapter; resumed, the end is what it would have been, to the bit."""
+@pytest.mark.parametrize(("kind", "number"), [("generated", signal.SIGINT), ("file", signal.SIGTERM)])
+def test_an_interrupted_run_goes_on_where_it_was(kind, number, checkpoint, chats, tmp_path):
+    """A signal after step 3 of 8 keeps the adapter; resumed, the end is what it would have been, to the bit."""
     path = str(chats) if kind == "file" else None
 
     def recipe(out):
@@ -113,13 +113,13 @@ def test_an_interrupted_run_goes_on_where_it_was(kind, checkpoint, chats, tmp_pa
 
     def interrupt(step, *_):
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     whole = train(recipe("whole"))
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with pytest.raises(DeltaMemError) as stopped:
         train(recipe("parts"), report=interrupt)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert "Interrupted after step 3 of 8" in stopped.value.what and "--resume" in stopped.value.next
     assert str(tmp_path / "parts") in stopped.value.why
     adapter_of(load(tmp_path / "parts"))

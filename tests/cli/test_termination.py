@@ -1,0 +1,71 @@
+"""However a command is told to end, it leaves nothing half written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers.tiny import listing
+
+# A command that has begun to write a folder, and says so.
+WRITING = """
+import os, signal, time, click
+from deltamem_tool.cli import main
+from deltamem_tool.io.atomic import folder_whole
+
+@click.command()
+def command():
+    with folder_whole("folder") as staged:
+        (staged / "half").write_text("written")
+        print("writing", signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, flush=True)
+        time.sleep(60)
+
+main(command)
+"""
+FORKING = """
+import multiprocessing, os, click
+from deltamem_tool.cli import main
+
+@click.command()
+def command():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        print(pool.apply(os.getppid) == os.getpid())
+
+main(command)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_leaves_nothing_half_written(tmp_path, number, code):
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout.readline() == "writing False\n" and len(listing(tmp_path)) == 2
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, "\nAborted!\n") and listing(tmp_path) == {}
+
+
+def test_what_is_ignored_stays_so(tmp_path):
+    """As under nohup."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        assert process.stdout.readline() == "writing True\n"
+        process.kill()
+
+
+def test_children_of_a_pool_end_without_a_word(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
