@@ -182,9 +182,23 @@ def test_one_gpu(tmp_path):
 
 def test_changes_of():
     tensor = torch.zeros(2)
-    before = _compat.changes_of(tensor)
+    seen = [_compat.changes_of(tensor)]
+    assert _compat.changes_of(tensor) == seen[0]
     tensor.add_(1)
-    assert _compat.changes_of(tensor) > before
+    seen.append(_compat.changes_of(tensor))
+    tensor.data = torch.zeros(2)
+    seen.append(_compat.changes_of(tensor))
+    assert len(set(seen)) == 3
+    with torch.inference_mode():
+        other = torch.zeros(2)
+    assert _compat.changes_of(other) != _compat.changes_of(other)
+
+
+def test_parameters_of():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    assert _compat.parameters_of([module]) == []
+    assert _compat.parameters_of(module) == list(module.parameters())
+    assert [type(parameter) for parameter in _compat.parameters_of(module)] == [torch.nn.Parameter] * 3
 
 
 def test_without_packing_search():

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, deserialize
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE, BaseModel, read_config
 from deltamem_tool.config import DeltaMemConfig
@@ -22,7 +21,7 @@ from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.io.tensor_header import TensorEntry, read_header
 from deltamem_tool.memory.weights import fingerprint_of, weight_shapes
 
-FLOAT32 = "float32"  # of every weight
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # that a weight may be stored in; all are read as float32
 
 
 def name_in(layer: int, name: str) -> str:
@@ -70,7 +69,7 @@ class AdapterFolder:
     def memory_bytes(self) -> int:
         """Of one conversation."""
         of_layer = math.prod(self.config.state_shape) + self.config.segment_width
-        return len(self.layer_indices) * of_layer * np.dtype(FLOAT32).itemsize
+        return len(self.layer_indices) * of_layer * np.dtype(np.float32).itemsize
 
     def check(self) -> None:
         """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
@@ -82,8 +81,8 @@ class AdapterFolder:
         wanted = {name_in(index, name): shape for index in self.layer_indices for name, shape in of_layer.items()}
         differences = [] if wanted else ["it has no layer"]
         for name, tensor in self.tensors.items():
-            if str(tensor.dtype) != FLOAT32:
-                differences.append(f"{name} is {tensor.dtype}, not {FLOAT32}")
+            if str(tensor.dtype) not in FLOATS:
+                differences.append(f"{name} is {tensor.dtype}, not float32")
             elif isinstance(tensor, np.ndarray) and not np.isfinite(tensor).all():
                 differences.append(f"{name} contains NaN or infinity")
         self.check_shapes(wanted, differences)
@@ -156,9 +155,20 @@ def with_tensors(described: AdapterFolder) -> AdapterFolder:
     """
     file = described.path / WEIGHTS_FILE
     try:
-        tensors = load_file(file)
+        stored = dict(deserialize(file.read_bytes()))  # type: ignore[no-untyped-call]  # in any order
+        tensors = {name: _float32(stored[name]) for name in sorted(stored)}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is damaged.", f"{error}.", "Fetch the adapter again.") from error
     adapter = replace(described, tensors=tensors)
     adapter.check()
     return adapter
+
+
+def _float32(tensor: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The numbers of a tensor of `FLOATS`, from what safetensors says of it."""
+    if tensor["dtype"] == "BF16":  # the upper half of a float32, which numpy does not know
+        numbers = (np.frombuffer(tensor["data"], "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(tensor["data"], {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor["dtype"]])
+    with np.errstate(over="ignore"):  # infinity is refused with the rest
+        return numbers.astype(np.float32).reshape(tensor["shape"])

@@ -66,14 +66,14 @@ def write_adapter(
     }
     if reference is not None:
         config["reference"] = reference
-    broken = [name for name, tensor in adapter.state_dict().items() if not tensor.isfinite().all()]
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterError(
             "The adapter contains NaN or infinity.",
             f"It is in {', '.join(broken)}; nothing was written.",
             "Train anew with a lower learning rate.",
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     if base.name and Path(base.name).is_dir() and resolve(base.name) == resolve(out):
         raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
     with folder_whole(out, overwrite) as staged:

@@ -127,6 +127,7 @@ class BaseCheckpoint:
         model: PreTrainedModel = self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
         return model
 
+    @torch.inference_mode(False)  # tensors of that mode could not be used outside of it
     def load(self, **options: Any) -> PreTrainedModel:
         """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import local
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deltamem_tool._compat import changes_of
+from deltamem_tool._compat import changes_of, parameters_of
 from deltamem_tool.base_model.attention import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError
@@ -27,9 +27,13 @@ _THREAD = local()  # the adapter that each thread trains, as `trained`
 class DeltaMemAdapter(nn.Module):
     """The modules of all layers that have a memory: everything that is trained and saved.
 
+    It is float32. It may be cast to another type, which rounds its weights; the memory is computed in float32 all the
+    same, and a saved adapter is float32 again.
+
     Its parameters are not registered in the base model, so the base's state dict stays its own.
     """
 
+    @torch.inference_mode(False)  # where it is on, nothing that is made could be trained or would count its changes
     def __init__(self, config: DeltaMemConfig, layers: Iterable[AttentionLayer]) -> None:
         super().__init__()
         self.config = config
@@ -46,8 +50,14 @@ class DeltaMemAdapter(nn.Module):
         # What one conversation's memory measures.
         self.memory_shape = MemoryShape({i: config.state_shape for i in self.layer_indices}, config.segment_width)
         self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
-        self._weights = tuple(self.parameters())  # to walk the modules at every call would take too long
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        # The modules that have weights: to look for them at every call would take too long.
+        self._leaves = [module for module in self.modules() if parameters_of([module])]
+        # Computed of which changes, and of which data: as long as it is here, no other can be in its place.
+        self._fingerprint: tuple[str, list[object], list[Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: its weights count their changes anew."""
+        return self.__dict__ | {"_fingerprint": None}
 
     @property
     def layer_indices(self) -> list[int]:
@@ -70,7 +80,7 @@ class DeltaMemAdapter(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._weights[0].device
+        return cast(torch.device, parameters_of(self._leaves[:1])[0].device)
 
     def num_parameters(self) -> int:
         """Return the number of trained parameters."""
@@ -81,11 +91,13 @@ class DeltaMemAdapter(nn.Module):
         """What a memory is bound to: see `fingerprint_of`. Computed again after a change."""
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
-        versions = tuple(changes_of(weight) for weight in self._weights)
-        if self._fingerprint is None or self._fingerprint[0] != versions:
+        parameters = parameters_of(self._leaves)
+        changes = [changes_of(parameter) for parameter in parameters]
+        if self._fingerprint is None or self._fingerprint[1] != changes:
             weights = {name: weight.cpu().float().numpy() for name, weight in self.state_dict().items()}
-            self._fingerprint = (versions, fingerprint_of(self.config, weights))
-        return self._fingerprint[1]
+            data = [parameter.detach() for parameter in parameters]
+            self._fingerprint = (fingerprint_of(self.config, weights), changes, data)
+        return self._fingerprint[0]
 
     @contextmanager
     def in_training(self) -> Iterator[None]:

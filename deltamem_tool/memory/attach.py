@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -99,7 +100,8 @@ def detach(model: PreTrainedModel) -> None:
     for handle in patch.handles:
         handle.remove()
     for parameter, required_grad in patch.required_grad:
-        parameter.requires_grad_(required_grad)
+        with torch.inference_mode(parameter.is_inference()):  # torch insists
+            parameter.requires_grad_(required_grad)
     delattr(model, PATCH)
     for module, ours in patch.overrides:
         restore(module, ours)

@@ -68,7 +68,8 @@ def decoder_pre_hook(
         content = tokens if tokens is not None else kwargs["inputs_embeds"]
         batch, length = content.shape[:2]
         if adapter.device != content.device:
-            adapter.to(content.device)  # the adapter follows the model, which does not know of it
+            with torch.inference_mode(False):
+                adapter.to(content.device)  # the adapter follows the model, which does not know of it
         memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
         _check_fit(memory, adapter, batch)
         if not torch.compiler.is_compiling():
@@ -80,7 +81,11 @@ def decoder_pre_hook(
         write_mask, segment_end = segment_tokens(
             adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
         )
-        run(DecoderCall(cache, memory.to(content.device), valid, write_mask, segment_end, length, outer=running()))
+        run(
+            DecoderCall(
+                cache, memory.to(content.device).for_autograd(), valid, write_mask, segment_end, length, outer=running()
+            )
+        )
         return (), kwargs
 
     return hook

@@ -34,7 +34,9 @@ class LayerOutput(NamedTuple):
 
 
 class DeltaMemLayer(nn.Module):
-    """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3). Always float32.
+    """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3).
+
+    It computes in float32, whatever type its weights have been cast to.
 
     Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`,
     open segment `[B, W]` with W = `config.segment_width`: what its tokens have added up, and their number.
@@ -121,7 +123,7 @@ class DeltaMemLayer(nn.Module):
             open_segment: `[B, W]`, the sums before the first token; None where every token writes.
             segment_end: bool `[B, T]`, tokens that end a segment, all of them in `write_mask`; None for none.
         """
-        x = hidden.to(self.query.weight.dtype)
+        x = hidden.float()
         if x.shape[1] == 1 and read_mask is None and write_mask is True and segment_end is None:
             return self._decode(x, state, open_segment)
         if read_mask is not None:
@@ -178,11 +180,11 @@ class DeltaMemLayer(nn.Module):
         width = self.config.state_heads * self.config.rank
         # One product: joining the weights costs less than a call for each of them.
         weights = [self.query.weight, self.key.weight, self.value.weight, *(gate.weight for gate in gates)]
-        raw = F.linear(x, torch.cat(weights))
+        raw = F.linear(x, torch.cat(weights).float())
         if raw.requires_grad and not torch.compiler.is_compiling():
             raw.register_hook(_without_traces)  # type: ignore[no-untyped-call]  # of torch
         parts = torch.split(raw, [2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
-        return *parts[:2], *(part + gate.bias for part, gate in zip(parts[2:], gates, strict=True))
+        return *parts[:2], *(part + gate.bias.float() for part, gate in zip(parts[2:], gates, strict=True))
 
     def scaled(self, readings: Tensor) -> Tensor:
         """Return (α/R) · r, times the layer's learned scale if there is one.
@@ -198,8 +200,10 @@ class DeltaMemLayer(nn.Module):
         It is Δ r, times the branch's learned scale if there is one, and normalised where the o branch is.
         """
         with full_precision(scaled.device):
-            steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight)
-            return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
+            steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight.float())
+            if branch != "o" or self.o_norm is None:
+                return steer
+            return F.rms_norm(steer, self.o_norm.normalized_shape, self.o_norm.weight.float(), self.o_norm.eps)
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
         """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass where possible."""
@@ -207,7 +211,7 @@ class DeltaMemLayer(nn.Module):
             return output + self.correction(branch, scaled).to(output.dtype)
         with full_precision(scaled.device):
             readings = self._for_branch(branch, scaled)
-            delta = self.delta_of(branch).weight
+            delta = self.delta_of(branch).weight.float()
             if readings.shape[1] == 1:
                 return output + F.linear(readings, delta)
             return torch.addmm(output.flatten(0, 1), readings.flatten(0, 1), delta.mT).view(output.shape)
@@ -217,7 +221,7 @@ class DeltaMemLayer(nn.Module):
 
     def _learned_scale(self, which: int) -> Tensor:
         assert self.scale_raw is not None
-        return torch.sigmoid(self.scale_raw[which]) * self.config.delta_scale_max
+        return torch.sigmoid(self.scale_raw[which].float()) * self.config.delta_scale_max
 
 
 def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,12 @@ class MemoryState:
             return self
         return self._map(lambda tensor: tensor.to(device))
 
+    def for_autograd(self) -> MemoryState:
+        """Itself, or where gradients are computed a copy of what was written in `torch.inference_mode()`."""
+        if torch.is_grad_enabled() and any(state.is_inference() for state in self.layers.values()):
+            return self._map(torch.clone)
+        return self
+
     def check_finite(self) -> None:
         """Check that all numbers are finite.
 

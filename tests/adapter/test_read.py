@@ -24,8 +24,8 @@ from deltamem_tool.errors import AdapterError
         ),
         (lambda t: t | {"layers.0.gate.bias": torch.zeros(5)}, ["layers.0.gate.bias is [5], not [4]"]),
         (
-            lambda t: t | {"layers.0.gate.bias": torch.zeros(4).half(), "more": torch.zeros(1)},
-            ["layers.0.gate.bias is float16, not float32", "extra more"],
+            lambda t: t | {"layers.0.gate.bias": torch.zeros(4).int(), "more": torch.zeros(1)},
+            ["layers.0.gate.bias is I32, not float32", "extra more"],
         ),
     ],
     ids=["missing", "extra", "misshapen", "dtype"],
@@ -48,7 +48,7 @@ def test_tensors_that_do_not_fit_are_named(adapter, change, says):
         (lambda t: t | {"layers.0.gate.bias": torch.zeros(5)}, "layers.0.gate.bias is [5], not [4]"),
         (lambda t: t | {"layers.0.key.weight": torch.zeros(5, 32)}, "layers.0.key.weight is [5, 32], not [4, any]"),
         (lambda t: t | {"layers.0.key.weight": torch.zeros(4)}, "layers.0.key.weight is [4], not [4, any]"),
-        (lambda t: t | {"layers.0.gate.bias": torch.zeros(4).half()}, "float16, not float32"),
+        (lambda t: t | {"layers.0.gate.bias": torch.zeros(4).int()}, "I32, not float32"),
         (lambda t: {"more": torch.zeros(1)}, "it has no layer"),
     ],
 )

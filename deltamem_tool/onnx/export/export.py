@@ -331,10 +331,14 @@ def _measured(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off, and back as it was."""
-    training = model.training
+    """Dropout off and the memory's weights in float32, as the graph has them; and back as they were."""
+    training, adapter = model.training, adapter_of(model)
+    weights = [(weight, weight.data) for weight in adapter.parameters()]
     model.eval()  # type: ignore[no-untyped-call]  # it has no hints
+    adapter.float()
     try:
         yield
     finally:
+        for weight, data in weights:
+            weight.data = data
         model.train(training)
