@@ -15,9 +15,9 @@ _HOME: dict[str, tuple[str, tuple[str, ...]]] = {
     "MemoryState": ("memory.state", ("torch",)),
     "OnnxModel": ("onnx.runtime.engine", ("cpu",)),
     "TorchModel": ("chat.torch_engine", ("torch",)),
-    "attach": ("memory.attach", ("torch",)),
+    "attach": ("adapter.attach", ("torch",)),
     "convert": ("adapter.reference.convert", ("torch",)),
-    "detach": ("memory.attach", ("torch",)),
+    "detach": ("adapter.attach", ("torch",)),
     "encode_chat": ("segments.encode", ("torch",)),
     "evaluate": ("evaluation.runner", ("eval",)),
     "export_onnx": ("onnx.export.export", ("export", "cpu")),
@@ -30,6 +30,8 @@ _HOME: dict[str, tuple[str, tuple[str, ...]]] = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from deltamem_tool.adapter.attach import attach as attach
+    from deltamem_tool.adapter.attach import detach as detach
     from deltamem_tool.adapter.load import load as load
     from deltamem_tool.adapter.reference.convert import convert as convert
     from deltamem_tool.adapter.save import save_adapter as save_adapter
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from deltamem_tool.evaluation.runner import evaluate as evaluate
     from deltamem_tool.hub.pull import pull as pull
     from deltamem_tool.hub.push import push as push
-    from deltamem_tool.memory.attach import attach as attach
-    from deltamem_tool.memory.attach import detach as detach
     from deltamem_tool.memory.cache import MemoryCache as MemoryCache
     from deltamem_tool.memory.state import MemoryState as MemoryState
     from deltamem_tool.onnx.export.export import export_onnx as export_onnx

@@ -27,6 +27,8 @@ def find_base(
         AdapterError: no place is known, or the model at that place is another one.
         HubError: there is no model at that place.
     """
+    if not (base or recorded.name) and (Path(adapter) / "config.json").is_file():
+        base = str(adapter)  # `save_pretrained` puts a model that is nowhere else beside its adapter
     if not (base or recorded.name):
         raise AdapterError(
             f"{adapter} does not say where its base model is.",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.find_base import find_base
 from deltamem_tool.adapter.folder import AdapterFolder, describe_adapter, with_tensors
+from deltamem_tool.adapter.methods import adopt
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import hook
@@ -22,6 +23,7 @@ def load(
     revision: str | None = None,
     base_revision: str | None = None,
     trust_remote_code: bool = False,
+    register: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load an adapter and its base model; return the model with its memory, in eval mode.
@@ -32,6 +34,7 @@ def load(
         revision: branch, tag or commit of the adapter on the Hub.
         base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
         trust_remote_code: whether Python files of the base model may run.
+        register: make the adapter the model's submodule `deltamem`, as `attach` does.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -58,6 +61,7 @@ def load(
     fill(adapter, folder)
     adapter.made_for = actual_base
     hook(model, adapter)
+    adopt(model, register)
     model.eval()  # type: ignore[no-untyped-call]  # transformers has no types
     return model
 

@@ -15,7 +15,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, BaseModel
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.errors import AdapterError
-from deltamem_tool.io.atomic import folder_whole, resolve
+from deltamem_tool.io.atomic import folder_whole, resolve, write_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.patch import hf_model
@@ -34,6 +34,20 @@ def save_adapter(
         'qwen3'
     """
     write_adapter(adapter_of(model), base_of_model(hf_model(model)), path, overwrite, files=files)
+
+
+def save_beside(adapter: DeltaMemAdapter, base: BaseModel, folder: str | Path) -> None:
+    """Write the adapter's files into `folder`, which may hold others: each of them whole, or as it was before.
+
+    Raises:
+        AdapterError: the adapter contains NaN or infinity, or `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder.", "Nothing was written.", "Choose another path.")
+    contents = contents_of(adapter, base)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder with weights alone is seen to be unfinished
+        write_whole(folder / name, contents[name])
 
 
 def write_adapter(
@@ -57,6 +71,22 @@ def write_adapter(
     Raises:
         AdapterError: the adapter contains NaN or infinity, or `out` is the folder of the base model.
     """
+    contents = contents_of(adapter, base, reference)
+    if base.name and Path(base.name).is_dir() and resolve(base.name) == resolve(out):
+        raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
+    with folder_whole(out, overwrite) as staged:
+        for name, content in {**contents, **(files or {})}.items():
+            (staged / name).write_bytes(content)
+
+
+def contents_of(
+    adapter: DeltaMemAdapter, base: BaseModel, reference: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """Return what is in each file of the folder.
+
+    Raises:
+        AdapterError: the adapter contains NaN or infinity.
+    """
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -74,10 +104,7 @@ def write_adapter(
             f"It is in {', '.join(broken)}; nothing was written.",
             "Train anew with a lower learning rate.",
         )
-    if base.name and Path(base.name).is_dir() and resolve(base.name) == resolve(out):
-        raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
-    with folder_whole(out, overwrite) as staged:
-        (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        (staged / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
-        for name, content in (files or {}).items():
-            (staged / name).write_bytes(content)
+    return {
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: save(tensors, {"format": "pt"}),
+    }

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from deltamem_tool.adapter.attach import detach
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.baselines.lora import Lora, random_lora
@@ -18,7 +19,7 @@ from deltamem_tool.bench.setting import Setting
 from deltamem_tool.bench.sides import GraphFolder, TorchSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.attach import adapter_of, detach, hook
+from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.onnx.contract import Manifest

@@ -82,6 +82,12 @@ class DeltaMemAdapter(nn.Module):
         """Where the weights are."""
         return cast(torch.device, parameters_of(self._leaves[:1])[0].device)
 
+    def extra_repr(self) -> str:
+        """Return the line that `print(adapter)` begins with."""
+        config, layers = self.config, self.layer_indices
+        size = f"rank={config.rank}, heads={config.state_heads}, branches={''.join(config.branches)}"
+        return f"{size}, {len(layers)} layers from {min(layers)} to {max(layers)}, {self.num_parameters():,} parameters"
+
     def num_parameters(self) -> int:
         """Return the number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())

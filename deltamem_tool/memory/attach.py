@@ -1,4 +1,4 @@
-"""Attach a memory to a causal language model with hooks, and detach it.
+"""Put an adapter on a causal language model with hooks, and take it off.
 
 The base keeps its modules, names and weights, and nothing about a conversation is kept on the model. What runs in a
 call of the decoder is in `hooks`.
@@ -13,44 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool.base_model.attention import AttentionLayer, attention_layers, layers_at, select_layers
+from deltamem_tool.base_model.attention import AttentionLayer, attention_layers, layers_at
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ArchitectureError, ConfigError
+from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.hooks import attention_pre_hook, decoder_hook, decoder_pre_hook, projection_hook
 from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
-from deltamem_tool.memory.overrides import override, restore
+from deltamem_tool.memory.overrides import FORWARD, GENERATION, override, restore
 from deltamem_tool.memory.patch import PATCH, Patch, hf_model, patch_of
-
-
-def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None) -> DeltaMemAdapter:
-    """Give `model` a new memory and freeze its own weights.
-
-    Args:
-        model: a decoder-only causal language model.
-        config: the mechanism; the paper's token-state write by default.
-
-    Returns:
-        The adapter, whose parameters are the only ones that train.
-
-    Raises:
-        ArchitectureError: the model is of a type that cannot have a memory, or has one.
-        ConfigError: the options do not fit the model.
-
-    Example:
-        >>> import deltamem_tool as deltamem
-        >>> model = deltamem.load("builtin:adapter")
-        >>> deltamem.detach(model)  # now it is as AutoModelForCausalLM.from_pretrained returns it
-        >>> adapter = deltamem.attach(model, deltamem.DeltaMemConfig(rank=4))
-        >>> adapter.num_parameters()
-        12304
-    """
-    config, model = config or DeltaMemConfig(), hf_model(model)
-    layers = select_layers(attention_layers(model), config)
-    adapter = fresh_adapter(config, layers, _first_columns)
-    hook(model, adapter)
-    return adapter
 
 
 def fresh_adapter(
@@ -74,27 +45,8 @@ def fresh_adapter(
     return adapter
 
 
-def _first_columns(projection: Projection, count: int) -> Tensor:
-    weight = projection.weight
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        raise ConfigError(
-            f"The weight of {projection.name} is quantised.",
-            "delta_init=base_slice copies columns of weights that are not quantised.",
-            "Use delta_init zero or random, or attach before quantising.",
-        )
-    return projection.take(weight[:count] if projection.is_transposed else weight[:, :count].T).T
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Remove the memory: the hooks are gone, and the base is trainable where it was before.
-
-    Example:
-        >>> import deltamem_tool as deltamem
-        >>> model = deltamem.load("builtin:adapter")
-        >>> deltamem.detach(model)
-        >>> all(parameter.requires_grad for parameter in model.parameters())
-        True
-    """
+def unhook(model: PreTrainedModel) -> None:
+    """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
     patch: Patch = patch_of(model)
     model = hf_model(model)
     for handle in patch.handles:
@@ -133,9 +85,9 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
             projection = layer.projection(branch)
             corrects = projection_hook(layer.index, adapter, branch, projection)
             handles.append(projection.linear.register_forward_hook(corrects))
-    overrides = [(cast(nn.Module, model), override(model))]
+    overrides = [(cast(nn.Module, model), override(model, GENERATION))]
     if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
-        overrides.append((model.base_model, override(model.base_model, ["forward"])))
+        overrides.append((model.base_model, override(model.base_model, FORWARD)))
     setattr(model, PATCH, Patch(adapter, handles, required_grad, overrides))
 
 

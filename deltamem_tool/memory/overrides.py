@@ -27,6 +27,7 @@ from deltamem_tool.memory.patch import patch_of
 
 Method = Callable[..., Any]
 _CACHE = "_deltamem_cache"  # where the cache waits, in a call's generation config, for the call's stopping criteria
+Methods = Mapping[str, Callable[[Method], Method]]  # by the name of the method that each one calls
 
 
 def _with_memory_cache(original: Method) -> Method:
@@ -154,8 +155,9 @@ def _with_one_cache(original: Method) -> Method:
     return call
 
 
-_OVERRIDES: dict[str, Callable[[Method], Method]] = {
-    "forward": _with_one_cache,
+FORWARD: Methods = {"forward": _with_one_cache}
+GENERATION: Methods = {
+    **FORWARD,
     "generate": _with_one_cache,
     "prepare_inputs_for_generation": _with_announced_step,
     PREPARE_CACHE: _with_memory_cache,
@@ -164,18 +166,18 @@ _OVERRIDES: dict[str, Callable[[Method], Method]] = {
 _BEFORE = "_deltamem_before"  # where a module keeps methods that were set on it before ours
 
 
-def override(module: nn.Module, names: Iterable[str] = tuple(_OVERRIDES)) -> dict[str, MethodType]:
-    """Set our methods on `module`, and return them by name.
+def override(module: nn.Module, methods: Methods) -> dict[str, MethodType]:
+    """Set `methods` on `module`, and return them by name.
 
     They call what was set on it before, such as a `forward` of accelerate's.
     """
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    before = {name: vars(module)[name] for name in methods if name in vars(module)}
     if before:
-        setattr(module, _BEFORE, before)
+        setattr(module, _BEFORE, {**getattr(module, _BEFORE, {}), **before})
     ours = {}
-    for name in names:
+    for name, method in methods.items():
         original = _as_method(name, before[name]) if name in before else getattr(type(module), name)
-        ours[name] = MethodType(_OVERRIDES[name](original), module)
+        ours[name] = MethodType(method(original), module)
         setattr(module, name, ours[name])
     return ours
 
@@ -185,13 +187,13 @@ def restore(module: nn.Module, ours: Mapping[str, MethodType]) -> None:
 
     One that has been covered since, by torch.compile say, stays below it and only renames the cache.
     """
-    left = {name for name, method in ours.items() if vars(module).get(name) is not method}
-    before = getattr(module, _BEFORE, {})
-    for name in ours.keys() - left:
-        delattr(module, name)
-        if name in before:
-            setattr(module, name, before[name])
-    if before and not left & before.keys():
+    before = vars(module).get(_BEFORE, {})
+    for name, method in ours.items():
+        if vars(module).get(name) is method:
+            delattr(module, name)
+            if name in before:
+                setattr(module, name, before.pop(name))
+    if _BEFORE in vars(module) and not before:
         delattr(module, _BEFORE)
 
 

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from deltamem_tool.adapter.attach import attach
 from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
@@ -29,7 +30,7 @@ from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.io.atomic import check_overwrite
 from deltamem_tool.io.formats import versions
-from deltamem_tool.memory.attach import adapter_of, attach, fresh_adapter, hook
+from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.estimate import step_seconds

@@ -56,6 +56,8 @@ def _move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
 def _move_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     real = constants.ENDPOINT
     patch.setattr(api, "endpoint", endpoint)  # the functions of the package are its methods
+    if "transformers.utils.hub" in sys.modules:
+        patch.setattr("transformers.utils.hub._hf_api", None)  # its client, made at first use and kept
     for module, name in (
         ("huggingface_hub.constants", "ENDPOINT"),
         ("huggingface_hub.constants", "HUGGINGFACE_CO_URL_TEMPLATE"),

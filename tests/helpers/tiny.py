@@ -135,6 +135,11 @@ def logits(model) -> torch.Tensor:
         return model(tokens(2, 9)).logits
 
 
+def base_parameters(model) -> list[torch.nn.Parameter]:
+    """The parameters of a model without those of its adapter."""
+    return [weight for name, weight in model.named_parameters() if not name.startswith("deltamem.")]
+
+
 def weights_of(folder) -> dict[str, Tensor]:
     """The weights of an adapter folder that has been read."""
     return {name: torch.tensor(weight) for name, weight in folder.numbers().items()}

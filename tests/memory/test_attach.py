@@ -17,7 +17,7 @@ from helpers.running import (
     fingerprint_of_base,
     run,
 )
-from helpers.tiny import PAD, patched_model, randomise, tiny_model, tokens
+from helpers.tiny import PAD, base_parameters, patched_model, randomise, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, detach
 from deltamem_tool.errors import ArchitectureError
@@ -42,7 +42,7 @@ def test_a_fresh_memory_changes_no_bit(name, heads, dtype):
     assert [key for key, _ in model.named_modules()] == modules
     assert list(model.state_dict()) == list(weights)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in base_parameters(model))
     assert all(parameter.requires_grad for parameter in adapter_of(model).parameters())
 
 
@@ -256,7 +256,7 @@ def test_the_memory_of_a_bfloat16_model_is_computed_in_float32():
     """From the same hidden states, the memory of a bfloat16 model is the float32 one: layer 0 sees them."""
     exact, rounded = patched_model(), patched_model()
     with torch.no_grad():
-        for parameter in exact.parameters():
+        for parameter in base_parameters(exact):
             parameter.copy_(parameter.bfloat16().float())
     seen = []
     rounded.to(torch.bfloat16)

@@ -23,8 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from deltamem_tool import attach
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.memory.attach import attach
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.export import export_onnx

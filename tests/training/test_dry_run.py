@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import END, PAD, listing, save_checkpoint, tiny_config, write_jsonl
+from helpers.tiny import END, PAD, base_parameters, listing, save_checkpoint, tiny_config, write_jsonl
 
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
@@ -94,7 +94,7 @@ def test_parameters_and_steps_are_those_of_the_run(quick, granularity, checkpoin
     result = train(recipe)
     assert (said.trained_parameters, said.steps) == (result.parameters, result.steps) == (said.trained_parameters, 4)
     step, model, _ = step_model(recipe)
-    assert said.base_parameters == sum(weight.numel() for weight in model.parameters())
+    assert said.base_parameters == sum(weight.numel() for weight in base_parameters(model))
     assert said.memory_bytes == step.adapter.empty_memory(1).nbytes
     assert said.share == said.trained_parameters / said.base_parameters
     assert said.epochs == 2 and said.notes == [] and not said.is_sample

@@ -19,11 +19,12 @@ import torch
 from click.testing import CliRunner
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
 
+from deltamem_tool import attach
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.cli.export import command
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, MemoryStateError
-from deltamem_tool.memory.attach import adapter_of, attach
+from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Layer, Manifest

@@ -15,10 +15,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from deltamem_tool import attach
 from deltamem_tool.cli.export import _agreement
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
-from deltamem_tool.memory.attach import adapter_of, attach
+from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import compare as check
