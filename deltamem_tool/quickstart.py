@@ -31,6 +31,7 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.io.atomic import check_overwrite, write_whole
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -92,7 +93,7 @@ def quickstart(
     Raises:
         DeltaMemError: `out` is there already, or a stage failed.
     """
-    out = Path(out)
+    out = expand_user(out)
     check_overwrite(out, overwrite)
     _clear(out)
     tell = report or (lambda stage, done, of, note: None)

@@ -34,7 +34,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.layouts import Projection, features
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
 from deltamem_tool.errors import ArchitectureError, ConfigError, first_line
-from deltamem_tool.io.names import commit_of, hub_name, resolve_folder, short_name
+from deltamem_tool.io.names import commit_of, expand_name, hub_name, resolve_folder, short_name
 from deltamem_tool.io.safe_json import read_json
 
 SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
@@ -71,8 +71,9 @@ class BaseCheckpoint:
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        hub = hub_name(str(name), revision)
-        self.name = str(name) if hub is None else short_name(hub)
+        name = expand_name(name)
+        hub = hub_name(name, revision)
+        self.name = name if hub is None else short_name(hub)
         self.trust_remote_code = trust_remote_code
         files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
         self._folder = resolve_folder(str(name), revision, files, "checkpoint")

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
-from deltamem_tool.cli.options import device, torch_device, trust_remote_code, whole_numbers
+from deltamem_tool.cli.options import NAME, UserPath, device, torch_device, trust_remote_code, whole_numbers
 from deltamem_tool.io.cores import MAX_THREADS
 from deltamem_tool.onnx.export.targets import DTYPES
 
 
 @click.command("bench")
-@click.argument("adapter")
-@click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.argument("adapter", type=NAME)
+@click.option("--base", type=NAME, help="Where the base model is, if not where the adapter says.")
 @click.option(
     "--models",
     default=",".join(MODELS),
@@ -23,7 +23,10 @@ from deltamem_tool.onnx.export.targets import DTYPES
     help=f"What to compare: {BASE} alone, {BASE} with the {MEMORY}, {BASE} with a {LORA}.",
 )
 @click.option(
-    "--lora", metavar="DIR", help="A LoRA saved by PEFT.  [default: a random one of the memory's size on q and o]"
+    "--lora",
+    type=NAME,
+    metavar="DIR",
+    help="A LoRA saved by PEFT.  [default: a random one of the memory's size on q and o]",
 )
 @click.option(
     "--runtimes", help=f"Of {','.join(RUNTIMES)}.  [default: {PYTORCH}; with --onnx both]", metavar="NAME,NAME"
@@ -59,7 +62,7 @@ from deltamem_tool.onnx.export.targets import DTYPES
 @click.option("--seed", default=0, show_default=True, help="Of tokens, order and random weights.")
 @trust_remote_code
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result as JSON, with every repeat."
+    "--out", type=UserPath(dir_okay=False, path_type=Path), help="Write the result as JSON, with every repeat."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from deltamem_tool.cli.options import device, sampling_options, torch_device, trust_remote_code, window
+from deltamem_tool.cli.options import NAME, UserPath, device, sampling_options, torch_device, trust_remote_code, window
 from deltamem_tool.cli.termination import is_terminated
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import check_writable
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 @click.command("chat")
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.option(
     "--memory",
     "memory_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     help="Start from this memory file, and write it after every turn. It is made if it is not there.",
 )
 @window
 @click.option("--system", help="A system message before the first turn.")
 @sampling_options
-@click.option("--base", help="Where an adapter's base model is, if not where the adapter says.")
+@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
 @trust_remote_code
 @device
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deltamem_tool.cli.options import UserPath
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from deltamem_tool.evaluation.report.compare import Comparison, Row
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = UserPath(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=UserPath(path_type=Path))
+@click.argument("b", type=UserPath(path_type=Path))
 @click.option("--out", type=_FILE, help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(a: Path, b: Path, out: Path | None, as_json: bool) -> None:

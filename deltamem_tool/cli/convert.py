@@ -7,13 +7,15 @@ from dataclasses import asdict
 
 import click
 
-from deltamem_tool.cli.options import json_option
+from deltamem_tool.cli.options import NAME, UserPath, json_option
 
 
 @click.command()
-@click.argument("src")
-@click.option("--out", required=True, type=click.Path(), help="Adapter folder to write.")
-@click.option("--base", help="Base model, a folder or a Hub id; --to reference finds the recorded one by itself.")
+@click.argument("src", type=NAME)
+@click.option("--out", required=True, type=UserPath(), help="Adapter folder to write.")
+@click.option(
+    "--base", type=NAME, help="Base model, a folder or a Hub id; --to reference finds the recorded one by itself."
+)
 @click.option(
     "--to",
     type=click.Choice(["deltamem", "reference"]),

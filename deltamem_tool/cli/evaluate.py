@@ -13,18 +13,18 @@ import click
 from click.core import ParameterSource
 
 from deltamem_tool.cli.chat import check_runtime_options
-from deltamem_tool.cli.options import device, torch_device, trust_remote_code
+from deltamem_tool.cli.options import NAME, UserPath, device, torch_device, trust_remote_code
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
 if TYPE_CHECKING:
     from deltamem_tool.evaluation.result import Evaluation
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = UserPath(dir_okay=False, path_type=Path)
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.option(
     "--task",
     default=RECALL,
@@ -37,14 +37,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="What is in view besides the memory: memory (nothing), window:N (the last messages within N tokens) or full.",
 )
-@click.option("--data", help="What the task reads: a file, a folder, or a dataset's id on the Hub.")
+@click.option("--data", type=NAME, help="What the task reads: a file, a folder, or a dataset's id on the Hub.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the task; repeatable.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many questions.")
 @click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
 @click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
-@click.option("--lora", help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
-@click.option("--base", help="Where an adapter's base model is, if not where the adapter says.")
+@click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
+@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
 @click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
 @click.option(
     "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
@@ -53,11 +53,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @trust_remote_code
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
 @click.option(
-    "--records", type=click.Path(file_okay=False, path_type=Path), help="Keep every answer here; go on from it."
+    "--records", type=UserPath(file_okay=False, path_type=Path), help="Keep every answer here; go on from it."
 )
 @click.option(
     "--report",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False, path_type=Path),
     help="Write a page, the same in Markdown, and JSON here, beside every answer; go on from there.",
 )
 @click.option("--plot", type=_FILE, help="Draw the result as a PNG file.")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from deltamem_tool.cli.options import trust_remote_code
+from deltamem_tool.cli.options import NAME, UserPath, trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
 from deltamem_tool.onnx.export.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
 
 
 @click.command("export")
-@click.argument("adapter")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option("--base", help="Where the base model is, if not where the adapter says.")
+@click.argument("adapter", type=NAME)
+@click.option("--out", type=UserPath(path_type=Path), required=True, help="The folder to write.")
+@click.option("--base", type=NAME, help="Where the base model is, if not where the adapter says.")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
@@ -53,7 +53,7 @@ from deltamem_tool.onnx.export.targets import DTYPES, NO_QUANTIZATION, QUANTIZAT
 )
 @click.option(
     "--memory",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="For genai: a memory file that conversations start from. Other graphs take it when they run.",
 )
 @trust_remote_code

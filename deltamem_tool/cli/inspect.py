@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamem_tool.cli.options import NAME, UserPath
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import check_writable, resolve
 from deltamem_tool.io.installation import check_installation
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path")
-@click.argument("other", required=False)
+@click.argument("path", type=NAME)
+@click.argument("other", required=False, type=NAME)
 @click.option(
     "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     help="Draw a memory's states, or what changed, as a PNG file.",
 )
 @click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")

@@ -8,9 +8,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamem_tool.chat.sampling import MAX_NEW_TOKENS
+from deltamem_tool.io.names import expand_name
 
 if TYPE_CHECKING:
     import torch
+
+
+class UserPath(click.Path):
+    """A path, a leading `~` of which is the home folder: after `--out=`, a shell leaves it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path as `click.Path` does."""
+        return super().convert(expand_name(value), param, ctx)
+
+
+class _Name(click.ParamType[str]):
+    """A path, or a name on the Hub."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return expand_name(value)
+
+
+NAME = _Name()
 
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."

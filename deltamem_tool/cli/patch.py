@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from deltamem_tool.cli.options import json_option, trust_remote_code
+from deltamem_tool.cli.options import NAME, UserPath, json_option, trust_remote_code
 from deltamem_tool.config import DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, PRESETS, UPDATE_RULES, DeltaMemConfig
 
 _DEFAULTS = DeltaMemConfig()
@@ -26,8 +26,8 @@ def _option(
 
 
 @click.command()
-@click.argument("base")
-@click.option("--out", required=True, type=click.Path(), help="Adapter folder to write.")
+@click.argument("base", type=NAME)
+@click.option("--out", required=True, type=UserPath(), help="Adapter folder to write.")
 @click.option("--revision", help="Branch, tag or commit of BASE on the Hub.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="The paper's settings; other options change them.")
 @_option("--rank", "Rows and columns of a state, 1 to 64.")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from deltamem_tool.cli.options import json_option
+from deltamem_tool.cli.options import UserPath, json_option
 
 
 @click.command("pull")
 @click.argument("repo_id")
 @click.option("--revision", help="Branch, tag or commit; or write REPO_ID@REVISION.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Copy it to this folder.  [default: stay in the Hub's cache]"
+    "--out", type=UserPath(path_type=Path), help="Copy it to this folder.  [default: stay in the Hub's cache]"
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamem_tool.cli.options import json_option
+from deltamem_tool.cli.options import UserPath, json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.hub.push import PushResult
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FOLDER = UserPath(file_okay=False, path_type=Path)
 
 
 @click.command("push")
@@ -25,7 +25,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--base-model", metavar="ID", help="Where the base model is on the Hub, OWNER/NAME[@REVISION].")
 @click.option(
     "--evaluation",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     help="What `deltamem eval --out` wrote.  [default: evaluation.json in DIR]",
 )
 @click.option("--license", help="Licence of the adapter, for the card, such as apache-2.0.")

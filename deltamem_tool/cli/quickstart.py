@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deltamem_tool.cli.options import UserPath
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--out", default="deltamem-quickstart", show_default=True, type=click.Path(), help="Folder to fill.")
+@click.option("--out", default="deltamem-quickstart", show_default=True, type=UserPath(), help="Folder to fill.")
 @click.option("--fast", is_flag=True, help="Use the adapter that the package ships instead of training one.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from deltamem_tool.cli.options import sampling_options, window
+from deltamem_tool.cli.options import NAME, UserPath, sampling_options, window
 from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.cores import MAX_THREADS
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+_FILE = UserPath(dir_okay=False, path_type=Path)
 
 
 @click.command("run")
-@click.argument("onnx_dir")
+@click.argument("onnx_dir", type=NAME)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What to say; repeat it for further turns.")
 @click.option("--system", help="A system message before the first turn.")
 @click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltamem_tool.cli.options import json_option
+from deltamem_tool.cli.options import UserPath, json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.recipe.load import Recipe
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path())
+@click.argument("recipe", type=UserPath())
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
-@click.option("--out", help="Adapter folder to write, instead of the recipe's.")
+@click.option("--out", type=UserPath(), help="Adapter folder to write, instead of the recipe's.")
 @click.option("--bptt", type=int, metavar="N", help="Gradients flow through the last N chunks of the write pass.")
 @click.option("--skip-bad-rows", is_flag=True, help="Leave out rows that are not conversations, and count them.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from deltamem_tool.data.episode import Episode, episodes_of
 from deltamem_tool.errors import DataError
+from deltamem_tool.io.names import expand_name, expand_user
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _AS_PUBLISHED = "Use the file as its authors publish it."
@@ -92,6 +93,7 @@ def read_rows(
     Raises:
         DataError: the file or dataset does not exist, or cannot be read.
     """
+    name = expand_name(name)
     path, reader = Path(name), _READERS.get(Path(name).suffix.lower())
     rows: list[Row] = []
     if path.is_dir() or (not path.exists() and _is_on_hub(str(name))):
@@ -135,7 +137,7 @@ def _json_list(path: Path) -> list[Any]:
 
 
 def _conversations(path: str | Path, split: str, revision: str | None) -> Iterator[Row]:
-    file = Path(path)
+    file = expand_user(path)
     reader = _READERS.get(file.suffix.lower())
     if not file.exists() and reader is None and _HUB_ID.fullmatch(str(path)):
         return _dataset_rows(str(path), split, revision)

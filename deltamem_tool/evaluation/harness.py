@@ -14,7 +14,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from deltamem_tool.baselines.lora import Lora
@@ -22,6 +21,7 @@ from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import NOTHING, OWN, PYTORCH, SCALE_ZERO, STATE, Condition
 from deltamem_tool.evaluation.task import create_task
+from deltamem_tool.io.names import expand_user
 
 
 def conditions_of(lora: Lora | None = None) -> list[Condition]:
@@ -149,9 +149,10 @@ def _manager(harness: Harness) -> Any:
         raise ConfigError(
             "General ability needs lm-evaluation-harness.", f"{error}.", "pip install 'deltamem-tool[harness]'"
         ) from error
-    if harness.include_path is not None and not Path(harness.include_path).is_dir():
-        raise ConfigError(f"There is no folder {harness.include_path}.", "", "Correct include_path.")
-    manager = TaskManager(include_path=harness.include_path, include_defaults=harness.include_path is None)
+    include_path = None if harness.include_path is None else expand_user(harness.include_path)
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"There is no folder {include_path}.", "", "Correct include_path.")
+    manager = TaskManager(include_path=include_path and str(include_path), include_defaults=include_path is None)
     unknown = next((name for name in harness.names if name not in manager.task_index), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, manager.all_tasks, n=5, cutoff=0.5)

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import check_writable, write_whole
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
@@ -45,7 +46,7 @@ class RecordFolder:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder = folder = expand_user(folder)
         self._settings = plain = json.loads(json.dumps(settings))
         place = folder / SETTINGS_FILE
         check_writable(place)

@@ -10,7 +10,7 @@ from deltamem_tool._compat import git_hash, sha_fileobj
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import CARD_FILE, REPO_FILES, Contents, read_contents
 from deltamem_tool.io.atomic import check_overwrite, folder_whole
-from deltamem_tool.io.names import commit_of, fetch, on_hub
+from deltamem_tool.io.names import commit_of, expand_user, fetch, on_hub
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def pull(
         ['README.md', 'deltamem.safetensors', 'deltamem_config.json']
     """
     if out is not None:
+        out = expand_user(out)
         check_overwrite(out, overwrite)
     folder = fetch(on_hub(repo_id, revision), REPO_FILES, "repository")
     if not folder.is_dir():  # no file was fetched
@@ -66,7 +67,7 @@ def pull(
             assert isinstance(file, Path)
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, staged / path)
-    return PullResult(Path(out), commit_of(folder), contents)
+    return PullResult(out, commit_of(folder), contents)
 
 
 def _check_files(folder: Path, repo_id: str) -> None:

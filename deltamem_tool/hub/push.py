@@ -12,7 +12,7 @@ from deltamem_tool.hub.card import has_license, write_card
 from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Contents, read_contents
 from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, RemoteTree, Repository
-from deltamem_tool.io.names import fetch, hub_id, on_hub
+from deltamem_tool.io.names import expand_user, fetch, hub_id, on_hub
 from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 
@@ -88,8 +88,8 @@ def push(
         True
     """
     repository = Repository(hub_id(repo_id), branch or MAIN, create_pr)
-    paths = [None if path is None else Path(path) for path in (onnx, evaluation)]
-    contents, base = with_public_base(read_contents(Path(folder), *paths), base_model)
+    paths = [None if path is None else expand_user(path) for path in (onnx, evaluation)]
+    contents, base = with_public_base(read_contents(expand_user(folder), *paths), base_model)
     remote = repository.read()
     if private and remote.commit is not None and not remote.is_private:
         raise HubError(

@@ -37,6 +37,11 @@ def expand_user(path: str | Path) -> Path:
         raise ConfigError(f"{path} is not a path.", f"{error}", "Write the folder out.") from error
 
 
+def expand_name(name: str | Path) -> str:
+    """As `expand_user`, of a name that may also be the Hub's, which stays as it is."""
+    return str(expand_user(name)) if str(name).startswith("~") else str(name)
+
+
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     """`name` taken apart, with `revision` if it names none; None if it is not a valid Hub id, or a folder here.
 
@@ -120,8 +125,9 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: 
     hub = hub_name(name, revision)
     if hub is not None:
         return fetch(hub, files, kind)
-    if Path(name).is_dir():
-        return Path(name)
+    folder = expand_user(name)
+    if folder.is_dir():
+        return folder
     raise HubError(
         f"There is no {kind} folder {name}.",
         "It is not a folder here, and not a Hub id.",

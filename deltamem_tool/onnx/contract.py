@@ -53,6 +53,7 @@ from typing import Any
 from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, is_newer, update_command
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import parse_json, read_text
 
 FORMAT = "deltamem-onnx"
@@ -323,7 +324,7 @@ def check_folder(folder: str | Path) -> Path:
     Raises:
         ExportError: there is no such folder, or a file is missing.
     """
-    folder = Path(folder)
+    folder = expand_user(folder)
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         why = f"It lacks {', '.join(missing)}." if folder.is_dir() else "There is no such folder."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE
-from deltamem_tool.io.names import fetch, hub_name
+from deltamem_tool.io.names import expand_user, fetch, hub_name
 from deltamem_tool.onnx.contract import FILES, MANIFEST_FILE, check_folder
 
 ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
@@ -20,7 +20,7 @@ def find_onnx(name: str | Path) -> Path:
     """
     hub = hub_name(str(name))
     patterns = [*FILES, *(f"{ONNX_FOLDER}/{file}" for file in FILES)]
-    folder = Path(name) if hub is None else fetch(hub, patterns, "ONNX folder")
+    folder = expand_user(name) if hub is None else fetch(hub, patterns, "ONNX folder")
     inside = folder / ONNX_FOLDER
     is_inside = not (folder / MANIFEST_FILE).is_file() and (inside / MANIFEST_FILE).is_file()
     return check_folder(inside if is_inside else folder)
@@ -30,5 +30,5 @@ def is_onnx(name: str | Path) -> bool:
     """Whether a folder or repository is for ONNX Runtime: it holds an ONNX folder, and no adapter beside it."""
     hub = hub_name(str(name))
     manifests = [MANIFEST_FILE, f"{ONNX_FOLDER}/{MANIFEST_FILE}"]
-    folder = Path(name) if hub is None else fetch(hub, [CONFIG_FILE, *manifests], "adapter or ONNX folder")
+    folder = expand_user(name) if hub is None else fetch(hub, [CONFIG_FILE, *manifests], "adapter or ONNX folder")
     return not (folder / CONFIG_FILE).is_file() and any((folder / file).is_file() for file in manifests)

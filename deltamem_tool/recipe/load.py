@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltamem_tool.config import PRESETS, DeltaMemConfig
 from deltamem_tool.errors import ConfigError, Key, Problem, config_error, problems_of, shown
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.recipe.schema import (
     KNOWN,
     SECTIONS,
@@ -61,7 +62,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
         ConfigError: the file is missing or not YAML, or contains keys or values that a recipe does not have; its `why`
             has one line an error, with where it is.
     """
-    path = Path(path)
+    path = expand_user(path)
     if not path.is_file():
         raise ConfigError(
             f"There is no recipe {path}.",

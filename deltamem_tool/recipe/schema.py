@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from deltamem_tool.config import OPTIONS, CheckedOptions, DeltaMemConfig, Rule
 from deltamem_tool.data.dialogues import KIND_OF
-from deltamem_tool.errors import Key, Known, Problem, shown
+from deltamem_tool.errors import ConfigError, Key, Known, Problem, shown
+from deltamem_tool.io.names import expand_name
 
 # Values
 
@@ -66,7 +67,15 @@ def _as_pairs(value: Any) -> Any:
     return tuple(sorted(value.items()))
 
 
+def _expanded(name: str) -> str:
+    try:
+        return expand_name(name)
+    except ConfigError as error:
+        raise ValueError(f"is not a path: {error.why}") from error
+
+
 Text = Annotated[str, Strict(), Field(min_length=1)]
+Name = Annotated[Text, AfterValidator(_expanded)]  # of a file, a folder or a repository
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Whole = Annotated[int, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -204,10 +213,10 @@ class DataOptions(_Options):
 
     SECTION: ClassVar[Key] = ("data",)
 
-    path: Text | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
+    path: Name | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
     split: Text = "train"
     revision: Text | None = None  # of a dataset on the Hub
-    eval_path: Text | None = None
+    eval_path: Name | None = None
     eval_split: Text | None = None
     supervise: Literal["last", "all"] = "last"  # which of the assistant's turns are answers to learn
     recent_turns: Whole = 0  # turns before the question that the read pass may see too
@@ -283,10 +292,10 @@ class Recipe(_Options):
         ConfigError: An option is out of range, or does not go with another one; all of them are named.
     """
 
-    base: Text
-    out: Text
+    base: Name
+    out: Name
     revision: Text | None = None
-    adapter: Text | None = None
+    adapter: Name | None = None
     trust_remote_code: StrictBool = False
     memory: DeltaMemConfig = DeltaMemConfig()
     lora: LoraOptions | None = None

@@ -32,7 +32,7 @@ from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
 from deltamem_tool.io.atomic import check_overwrite, folder_whole, resolve
-from deltamem_tool.io.names import resolve_folder
+from deltamem_tool.io.names import expand_name, expand_user, resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
@@ -108,12 +108,13 @@ def convert(
         raise ConfigError(
             f"There is no adapter format {to!r}.", f"The formats are {', '.join(FORMATS)}.", "Use one of these names."
         )
+    src, dst, base = expand_name(src), expand_user(dst), None if base is None else expand_name(base)
     for source in (src, base):
         if source and Path(source).is_dir() and resolve(source).is_relative_to(resolve(dst)):
             raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
     check_overwrite(dst, overwrite)
     direction = _from_reference if to == "deltamem" else _to_reference
-    return direction(str(src), Path(dst), base, revision, base_revision, overwrite)
+    return direction(src, dst, base, revision, base_revision, overwrite)
 
 
 def _from_reference(

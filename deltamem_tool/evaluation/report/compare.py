@@ -17,6 +17,7 @@ from deltamem_tool.evaluation.report.settings import COST, settings
 from deltamem_tool.evaluation.scoring.digits import plus_minus
 from deltamem_tool.evaluation.scoring.scales import scale_of
 from deltamem_tool.evaluation.scoring.statistics import FEWEST, Interval, difference, difference_of_means, is_clear
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
 FORMAT, FORMAT_VERSION = "deltamem-comparison", 1
@@ -172,7 +173,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     Raises:
         DataError: one cannot be read, or a difference between them would mean nothing.
     """
-    first, second = read_report(Path(a)), read_report(Path(b))
+    first, second = read_report(expand_user(a)), read_report(expand_user(b))
     unpaired = _unpaired(first, second)
     _check_alike(first, second, unpaired)
     groups = [group for group in first.result["groups"] if group in second.result["groups"]]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.chunks import Count, sentence_chunks, token_counter
 from deltamem_tool.evaluation.task import Item, needs_data
 from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, answer_scores
+from deltamem_tool.io.names import expand_user
 from deltamem_tool.segments.template import Message
 
 SCORE = "score"  # the source's own metric
@@ -314,7 +314,7 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
             "--set movies=entity2id.json, or leave recsys out of the sources.",
         )
     try:
-        numbers = json.loads(Path(file).read_text(encoding="utf-8"))
+        numbers = json.loads(expand_user(file).read_text(encoding="utf-8"))
         if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
             raise ValueError("It is not a mapping of names to numbers")
     except (OSError, ValueError) as error:
