@@ -60,7 +60,7 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
     type=UserPath(file_okay=False, path_type=Path),
     help="Write a page, the same in Markdown, and JSON here, beside every answer; go on from there.",
 )
-@click.option("--plot", type=_FILE, help="Draw the result as a PNG file.")
+@click.option("--plot", type=_FILE, help="Draw the result; the name says the format: .png, .svg, .pdf, .jpg, …")
 @click.option("--out", type=_FILE, help="Write the result as JSON, which a push describes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -94,6 +94,7 @@ def command(
     """
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
     from deltamem_tool.io.atomic import check_writable
+    from deltamem_tool.io.pictures import picture_format
     from deltamem_tool.onnx.locate import is_onnx
 
     if report is not None and records is not None:
@@ -116,6 +117,8 @@ def command(
     from deltamem_tool.evaluation.report.tables import plot_scores
     from deltamem_tool.evaluation.run_info import run_json
 
+    if plot is not None:
+        picture_format(plot)
     for file in (out, plot):
         if file is not None:
             check_writable(file)

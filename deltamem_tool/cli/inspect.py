@@ -14,6 +14,7 @@ from deltamem_tool.cli.options import NAME, UserPath
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import check_writable, resolve
 from deltamem_tool.io.installation import check_installation
+from deltamem_tool.io.pictures import picture_format
 from deltamem_tool.onnx.locate import is_onnx
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--plot",
     type=UserPath(dir_okay=False, path_type=Path),
-    help="Draw a memory's states, or what changed, as a PNG file.",
+    help="Draw a memory's states, or what changed; the name says the format: .png, .svg, .pdf, .jpg, …",
 )
 @click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
@@ -62,6 +63,7 @@ def _memory(path: str, other: str | None, plot: Path | None, row: int) -> tuple[
 
     if plot is not None:
         check_installation("plot")
+        picture_format(plot)
         check_writable(plot)
         if any(resolve(plot) == resolve(name) for name in (path, other) if name):
             raise DeltaMemError(

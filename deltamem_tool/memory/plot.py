@@ -5,9 +5,7 @@ All panels of one kind share a colour scale that is symmetric around 0, so that 
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.pictures import printable, write_picture
 
 MOST_PANELS = 192  # with more, a difference is drawn without the two memories that it is between
 _DPI = 140
@@ -33,13 +31,25 @@ States = Mapping[int, np.ndarray]
 
 
 def plot_memory(states: States, path: str | Path, title: str) -> None:
-    """Draw the states of one conversation, `[H, R, R]` by layer, as a PNG file, whole or not at all."""
-    _save(memory_figure(states, title), path)
+    """Draw the states of one conversation, `[H, R, R]` by layer, as a file that is whole or not there at all.
+
+    The name of the file says its format: PNG, SVG, PDF, JPEG, …
+
+    Raises:
+        ConfigError: the suffix of `path` is not that of a format.
+    """
+    write_picture(memory_figure(states, title), path, _DPI)
 
 
 def plot_difference(before: States, after: States, path: str | Path, title: str) -> None:
-    """Draw what changed between two states of one conversation, each `[H, R, R]` by layer, as a PNG file."""
-    _save(difference_figure(before, after, title), path)
+    """Draw what changed between two states of one conversation, each `[H, R, R]` by layer.
+
+    The name of the file says its format: PNG, SVG, PDF, JPEG, …
+
+    Raises:
+        ConfigError: the suffix of `path` is not that of a format.
+    """
+    write_picture(difference_figure(before, after, title), path, _DPI)
 
 
 def memory_figure(states: States, title: str) -> Figure:
@@ -122,7 +132,7 @@ def _figure(blocks: Sequence[_Block], title: str) -> Figure:
     figure = Figure(figsize=(width, grid.height * grid.scale + 1.2), dpi=_DPI)
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    figure.suptitle(title, fontsize=9, parse_math=False)  # a file's name may have dollar signs
+    figure.suptitle(printable(title), fontsize=9, parse_math=False)  # a file's name may have dollar signs
     figure.supxlabel(_LEGEND if grid.heads == 1 else _LEGEND_HEADS, fontsize=7, color=_GREY)
     for axes, block in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
         axes.set_label(block.name or "memory")
@@ -161,11 +171,3 @@ def _draw(axes: Axes, block: _Block, grid: _Grid) -> None:
 def _limit(states: States) -> float:
     """The largest entry by size; 1 where all are 0, since a scale needs some width."""
     return max(float(np.abs(state).max()) for state in states.values()) or 1.0
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a file's name may be in letters that the font does not have
-        figure.savefig(buffer, format="png", dpi=_DPI)
-    write_whole(path, buffer.getvalue())

@@ -44,13 +44,13 @@ def norms(states):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved."""
-    figures, save = [], memory_picture._save
+    figures, write = [], memory_picture.write_picture
 
-    def keep(figure, path):
+    def keep(figure, path, dpi):
         figures.append(figure)
-        save(figure, path)
+        write(figure, path, dpi)
 
-    monkeypatch.setattr(memory_picture, "_save", keep)
+    monkeypatch.setattr(memory_picture, "write_picture", keep)
     return figures
 
 
@@ -208,8 +208,15 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
             (("memory", "--plot", "a.png"), "OTHER, --plot"),
         ):
             deltamem("inspect", name, *options).assert_short_error(f"{says}: only for", f"{name} is not a file", code=2)
-    deltamem("inspect", "memory", "adapter").assert_short_error("memory file adapter does not exist", code=1)
+    deltamem("inspect", "memory", "adapter").assert_short_error("adapter is not a memory file", code=1)
     assert listing(here) == before
+
+
+def test_an_unknown_format_is_refused_before_anything_is_read(here, deltamem):
+    for arguments in (("inspect", "missing"), ("eval", "missing", "--out", "a.json")):
+        (here / "missing").write_text("not what it should be")
+        deltamem(*arguments, "--plot", "a.xyz").assert_short_error("a.xyz", "no format .xyz", ".png, .svg", code=1)
+    assert listing(here).keys() == {"missing"}
 
 
 def test_pictures_do_not_replace_the_memory(here, deltamem):

@@ -1,4 +1,4 @@
-"""Scores and differences as figures: one drawing, as PNG for a file and as SVG for a page."""
+"""Scores and differences as figures: one drawing, for a file and as SVG for a page."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from deltamem_tool.evaluation.conditions import STATE, in_words
 from deltamem_tool.evaluation.scoring.statistics import Interval
+from deltamem_tool.io.pictures import printable
 
 INK, GRID, PAPER = "#222222", "#cccccc", "#ffffff"
 # State and ceiling stand out; the controls share the bottom of the plot, so their marks differ.
@@ -88,7 +89,7 @@ def scores_figure(
             figure = _figure(4.9 if narrow else 8, max(height, 2.6))
             axes = figure.subplots()
             _dots(axes, metric, groups, rows)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(printable(title), fontsize=11)
         axes.grid(alpha=0.6, linewidth=0.6)
         place: Any = "outside lower center" if narrow else "outside right center"  # beside the curves, not on them
         figure.legend(loc=place, fontsize=9, ncols=2 if narrow else 1, frameon=False)
@@ -129,13 +130,6 @@ def losses_figure(losses: Sequence[tuple[int, float]]) -> Figure:
         axes.set_title("Training: answers from the memory alone", fontsize=11)
         axes.grid(alpha=0.6, linewidth=0.6)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """Draw a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return buffer.getvalue()
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
@@ -220,7 +214,7 @@ def _dots(axes: Axes, metric: str, groups: Sequence[str], rows: Mapping[str, Seq
 
 def _label(name: str, width: int = _NARROW) -> str:
     """In lines, with question marks for what no font has, such as half a surrogate pair."""
-    return fill("".join(each if each.isprintable() else "?" for each in in_words(name)), width)
+    return fill(printable(in_words(name)), width)
 
 
 def _are_shares(rows: Mapping[str, Sequence[Interval]]) -> bool:

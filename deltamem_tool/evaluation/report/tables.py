@@ -9,12 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltamem_tool.evaluation.conditions import in_words
-from deltamem_tool.evaluation.report.drawing import losses_figure, png, scores_figure
+from deltamem_tool.evaluation.report.drawing import losses_figure, scores_figure
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
 from deltamem_tool.evaluation.scoring.statistics import Estimate
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.pictures import write_picture
+
+_DPI = 140
 
 
 def score_table(evaluation: Evaluation, metric: str | None = None) -> Table:
@@ -44,15 +46,15 @@ def _cell(metric: str, estimate: Estimate) -> str:
 
 
 def plot_scores(evaluation: Evaluation, path: Path) -> None:
-    """Draw the first metric by group as a PNG."""
+    """Draw the first metric by group, in the format that the name `path` says."""
     metric, rows = evaluation.metrics[0], {}
     for condition in evaluation.conditions:
         estimates = [evaluation.estimate(metric, condition.name, group) for group in evaluation.groups]
         rows[condition.name] = [(one.mean, one.low, one.high) for one in estimates]
     title = f"{evaluation.task}, protocol {evaluation.protocol}"
-    write_whole(path, png(scores_figure(metric, evaluation.groups, rows, title)))
+    write_picture(scores_figure(metric, evaluation.groups, rows, title), path, _DPI)
 
 
 def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
-    """Draw (step, loss) pairs as a PNG."""
-    write_whole(path, png(losses_figure(losses)))
+    """Draw (step, loss) pairs, in the format that the name `path` says."""
+    write_picture(losses_figure(losses), path, _DPI)
