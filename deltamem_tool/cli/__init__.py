@@ -13,6 +13,7 @@ import click
 
 from deltamem_tool._version import __version__
 from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.cli.streams import open_missing
 from deltamem_tool.cli.termination import interrupted_by_signals
 from deltamem_tool.errors import DeltaMemError, domain_error
 from deltamem_tool.io.cores import respect_quota
@@ -89,6 +90,7 @@ def main(command: click.Command = cli) -> None:
     Domain errors print what failed, why, and what to do next, and exit with 1; bad usage exits with 2; a signal exits
     with 128 plus its number; anything unexpected keeps its traceback.
     """
+    open_missing()
     print_everywhere()
     # These must be set before torch and the Hub's client are imported. Waiting threads that spin make other work on
     # the same cores many times slower; progress bars are for terminals.

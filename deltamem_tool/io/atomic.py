@@ -35,6 +35,31 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lock `folder`, which exists, while the block runs, where the file system has locks.
+
+    Raises:
+        DeltaMemError: another program has locked it.
+    """
+    with ExitStack() as opened:
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DeltaMemError(
+                f"Another program is writing to {folder}.",
+                "Nothing was changed.",
+                "Wait for it, or choose another folder.",
+            ) from error
+        except (OSError, ImportError):  # Windows has no fcntl
+            pass
+        yield
+
+
 # A file that cannot be staged beside: in a read-only folder, or a mount point, whose name belongs to the mount.
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
@@ -192,11 +217,16 @@ def _name(staged: Path, path: Path) -> None:
             raise
         beside = free_name(path)
         os.rename(staged, beside)
-        raise DeltaMemError(
-            f"{path} came to be while this command ran.",
-            f"It was left as it is, and the result is in {beside}.",
-            "Rename one of them.",
-        ) from error
+        raise taken_meanwhile(path, beside) from error
+
+
+def taken_meanwhile(path: Path, beside: Path) -> DeltaMemError:
+    """The error for a folder that another program made where a result was to go, which is now `beside` it."""
+    return DeltaMemError(
+        f"{path} came to be while this command ran.",
+        f"It was left as it is, and the result is in {beside}.",
+        "Rename one of them.",
+    )
 
 
 def free_name(path: Path, suffix: str = "") -> Path:
@@ -217,11 +247,16 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
     if Path.cwd().is_relative_to(resolved) or resolved.is_mount():
         kind = "a mount point" if resolved.is_mount() else "the folder you are in"
         raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced as a whole.", "Choose a folder inside it.")
-    if resolved.exists() and not overwrite and not (resolved.is_dir() and not any(resolved.iterdir())):
+    if not overwrite and not is_free(resolved):
         raise DeltaMemError(
             f"{path} is already there.", "Nothing was written.", "Choose another folder, or pass --overwrite."
         )
     check_writable(path)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at `path`, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def check_writable(path: str | Path) -> None:

@@ -28,7 +28,7 @@ from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
 from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
-from deltamem_tool.io.atomic import check_overwrite
+from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
@@ -101,7 +101,8 @@ def train(
             take, evaluations not counted; to measure that costs up to two steps.
 
     Raises:
-        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted.
+        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted; or another program made `out`
+            meanwhile, and the adapter is beside it.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -148,17 +149,21 @@ def train(
             trainer.take_best()
         state.wait_for_everyone()
     summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started)
+    place = out if overwrite or resume or is_free(resolve(out)) else free_name(out)
+    state.wait_for_everyone()
     if state.is_main_process:
-        step.save(out, overwrite or resume, summary.files())
+        step.save(place, overwrite or resume, summary.files())
         if not interrupted:
             shutil.rmtree(run, ignore_errors=True)
     state.wait_for_everyone()
     if interrupted:
         raise DeltaMemError(
             f"Interrupted after step {steps} of {data.steps}.",
-            f"The adapter as trained so far is in {out}, the checkpoint in {run}.",
+            f"The adapter as trained so far is in {place}, the checkpoint in {run}.",
             "Run the same command with --resume to continue.",
         )
+    if place != out:
+        raise taken_meanwhile(out, place)
     return TrainingResult(
         out, steps, summary.losses, summary.seconds, summary.parameters, data.skipped_rows, state.is_main_process
     )

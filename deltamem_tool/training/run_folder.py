@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.io.atomic import alone_in, write_whole
 from deltamem_tool.recipe.load import Recipe
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
@@ -30,20 +30,29 @@ def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[Non
 
     Checkpoints that were not finished, because the disk is full, are removed at the end, and the folder too if none is
     left.
+
+    Raises:
+        DeltaMemError: another run is writing to the folder.
     """
-    if not resume and run.is_dir():
-        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    try:
-        write_whole(run / RECIPE_FILE, json.dumps(start).encode())
-        yield
-    finally:
-        whole = checkpoints(run)
-        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if folder not in whole:
-                shutil.rmtree(folder, ignore_errors=True)
-        if not whole:
-            shutil.rmtree(run, ignore_errors=True)
+    with alone_in(run):
+        try:
+            if not resume:
+                _empty(run)
+            write_whole(run / RECIPE_FILE, json.dumps(start).encode())
+            yield
+        finally:
+            whole = checkpoints(run)
+            for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if folder not in whole:
+                    shutil.rmtree(folder, ignore_errors=True)
+            if not whole:
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import DataOptions, Recipe, TrainingOptions
 from deltamem_tool.training import EpisodeModel, arguments, run, train
 from deltamem_tool.training.arguments import training_arguments
+from deltamem_tool.training.run_folder import opened, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,34 @@ def test_a_run_can_start_from_an_adapter(recipe, checkpoint, chats, tmp_path):
     result = train(second)
     first_again = make_recipe(checkpoint, tmp_path / "other", path=str(chats), steps=12)
     assert result.losses[0][1] < train(first_again).losses[0][1]
+
+
+def test_what_came_to_be_at_out_is_left_and_the_adapter_lies_beside(checkpoint, tmp_path):
+    def make_thesis(step, *_):
+        if step == 1:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis").write_text("theirs")
+
+    with pytest.raises(DeltaMemError, match=r"out came to be while this command ran\.[\s\S]*out-2"):
+        train(make_recipe(checkpoint, tmp_path / "out", steps=2), report=make_thesis)
+    assert (tmp_path / "out" / "thesis").read_text() == "theirs" and len(list((tmp_path / "out").iterdir())) == 1
+    adapter_of(load(tmp_path / "out-2"))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(checkpoint, tmp_path):
+    recipe, refused = make_recipe(checkpoint, tmp_path / "out", steps=2, save_every=1), []
+
+    def start_again(step, *_):
+        try:
+            with opened(run_folder(recipe.out), {}, resume=False):
+                raise AssertionError("two runs write to one folder")
+        except DeltaMemError as error:
+            refused.append(error.what)
+
+    train(recipe, report=start_again)
+    assert len(refused) == 2 and "Another program is writing" in refused[0]
+    adapter_of(load(tmp_path / "out"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""Commands that are started without stdin, stdout or stderr."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from cli.command import START
+
+from deltamem_tool.io.names import ASSETS
+
+
+@pytest.mark.parametrize(("closed", "shows"), [("<&-", True), (">&-", False), ("2>&-", True), ("<&- >&- 2>&-", False)])
+def test_a_stream_that_is_closed_is_as_if_nobody_listened(tmp_path, closed, shows):
+    def inspect(path):
+        words = ["sh", "-c", f'exec "$@" {closed}', "sh", *START, "inspect", path, "--json"]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    done = inspect(ASSETS / "adapter")
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", shows)
+    done = inspect(tmp_path / "nowhere")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.slow
+def test_a_chat_without_streams_remembers(tmp_path):
+    said = "echo 'By the way, my dog is Bella.'"
+    script = f'{said} | "$@" --memory me >&- 2>&- && "$@" --memory me <&-'
+    words = [*START, "chat", "builtin:adapter"]
+    done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "") and "me is loaded" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_costs_no_memory(tmp_path):
+    """As `| head -c 1`: the answer goes on, and what was said is remembered."""
+    from deltamem_tool.memory.file import read_memory
+
+    for memory in ("read", "left"):
+        with subprocess.Popen(
+            [*START, "chat", "builtin:adapter", "--memory", memory],
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            if memory == "left":
+                process.stdout.close()
+                process.stdout = None
+            _, err = process.communicate("By the way, my dog is Bella.\n", timeout=120)
+        assert process.returncode == (memory == "left") and "Traceback" not in err, err
+    assert read_memory(tmp_path / "left").digest() == read_memory(tmp_path / "read").digest()
