@@ -16,7 +16,7 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 KEPT_AFTER_EVICTION = 0.5  # of the window, at most: so that turns have to leave only once in a while
 ROOM_FOR_ANSWER = 0.25  # of the window, at most: an answer may be longer, and then ends where the window does

@@ -29,8 +29,8 @@ from deltamem_tool.chat.generation import (
 from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
 from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.segments.messages import Message
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.segments.template import Message
 
 __all__ = [
     "INTERRUPTED",
@@ -210,8 +210,10 @@ class Conversation:
 
         Raises:
             ConfigError: the prompt is longer than the window.
-            ExportError: the chat template refuses the messages, or does not continue this conversation; or there is
-                nothing to answer. Whatever is raised, nothing has changed.
+            ExportError: the chat template refuses the messages, or does not write them after the last answer; or there
+                is nothing to answer.
+            DataError: a message has no role, or something else than text, or the chat template leaves it out. Whatever
+                is raised, nothing has changed.
         """
         turn = _Turn(self, content, sampling, on_text)
         answer_rows(self.engine, [turn.row])

@@ -22,6 +22,7 @@ from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.memory.file import check_replaceable, read_memory
 from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
+from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
     from deltamem_tool.chat.conversation import Conversation
@@ -69,7 +70,7 @@ class Chat:
     def handle(self, line: str) -> None:
         """Do what `line` says. What goes wrong is said and counted; the chat goes on."""
         self.interrupted = False
-        text = line.strip()
+        text = line.removeprefix(BYTE_ORDER_MARK).strip()
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._command(text)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.errors import ConfigError, DeltaMemError
+from deltamem_tool.segments.messages import is_unicode
 
 MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 
@@ -61,6 +62,7 @@ class Sampling:
                 isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
                 "stop must be a tuple of texts, none of them empty",
             ),
+            (all(map(is_unicode, self.stop)), "stop must be Unicode text, without half of a surrogate pair"),
         ):
             if not is_valid:
                 raise ConfigError("Invalid sampling options.", f"{why}.", "Correct the option and try again.")

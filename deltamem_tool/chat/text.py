@@ -19,7 +19,8 @@ from deltamem_tool.errors import DataError, ExportError
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from deltamem_tool.io.safe_json import read_bytes, read_text
 from deltamem_tool.io.safe_json import read_json as read_any
-from deltamem_tool.segments.template import ChatTemplate, Message
+from deltamem_tool.segments.messages import Message, check_unicode
+from deltamem_tool.segments.template import ChatTemplate, Refusal
 
 MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest that we know, of 260,000 tokens, is of 33 MB
 
@@ -127,27 +128,36 @@ class ChatText:
 
         Raises:
             ExportError: there is no template, or it refuses the messages.
+            DataError: a message has no role or no text, or the template leaves out some of what is said.
         """
         if self._template is None:
             raise ExportError(
                 "This model takes no messages.", "It has no chat template.", "Give it plain text instead."
             )
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=generation_prompt, **self._special_tokens
-            )
-        except Exception as error:  # a template is a program of others: it raises anything as it runs, too
+            return self.template.render(messages, generation_prompt)
+        except Refusal as error:
             raise ExportError(
-                "The chat template refuses the messages.", f"{error}.", "Change the roles or their order."
+                "The chat template refuses the messages.", error.why, "Change the roles or their order."
             ) from error
 
-    @property
+    @cached_property
     def template(self) -> ChatTemplate:
         """What the template can be seen to do."""
-        return ChatTemplate("this model", self.render)
+        return ChatTemplate("this model", self._write)
+
+    def _write(self, messages: Sequence[Message], generation_prompt: bool, **variables: Any) -> str:
+        assert self._template is not None
+        variables = {**self._special_tokens, **variables}
+        return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **variables)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out)."""
+        """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out).
+
+        Raises:
+            DataError: the text is not Unicode.
+        """
+        check_unicode(text, "The text")
         return self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ExportError
 from deltamem_tool.segments.boundaries import english, spans_of, tags_of
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message, check_messages, text_of
 
 _MARK = "\ue000"
 _ANSWER = f"{_MARK}{{}}{_MARK}"  # private-use characters, so no template trims them
@@ -53,7 +53,8 @@ class Transcript:
         system: the system messages that it began with.
         turns: those whose tokens are in the context.
         dropped: earlier ones, which have left it.
-        rendered: all text of the context up to the last answer, placeholders for the answers before.
+        rendered: all text of the context up to the last answer, placeholders for the answers before; of each turn what
+            the template wrote when it was the last.
     """
 
     system: tuple[Message, ...] = ()
@@ -78,13 +79,16 @@ class Transcript:
         """With another turn, which has no answer yet; and the tokens that it adds.
 
         Raises:
-            ExportError: the chat template refuses the messages, or does not continue this conversation; or there is
-                nothing in them.
+            ExportError: the chat template refuses the messages, or does not write the last answer; or there is nothing
+                in them.
+            DataError: as in `ChatText.render`.
         """
         if not content:
             raise _nothing("The prompt is empty.")
+        if not isinstance(content, str):
+            check_messages(content)
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-        if any(_MARK in str(message.get("content")) for message in new):
+        if any(_MARK in text_of(message) for message in new):
             raise ExportError(
                 "The prompt holds the character U+E000.",
                 "It stands for answers where a conversation is rendered, and has no meaning in any text.",
@@ -97,19 +101,30 @@ class Transcript:
         if isinstance(content, str) and not text.has_template:
             rendered = self.head + content
         else:
-            rendered = text.render([*system, *self._with_placeholders(self.turns), *new])
-        if not rendered.startswith(self.head):
-            raise ExportError(
-                "The chat template does not continue this conversation.",
-                "It renders the earlier turns differently once there are new ones.",
-                "Start a new conversation, from this one's memory if it should remember.",
-            )
+            earlier = [*system, *self._with_placeholders(self.turns)]
+            rendered = text.render([*earlier, *new])
+            if not rendered.startswith(self.head):
+                rendered = self.head + self._added(text, earlier, new, rendered)
         added = rendered[len(self.head) :]
         tokens = text.encode(added, special_tokens=not text.has_template and not self.head)
         if not tokens:
             raise _nothing("The text has no tokens.")
         turns = (*self.turns, Turn(tuple(new)))
         return replace(self, system=system, turns=turns, rendered=rendered), tokens
+
+    def _added(self, text: ChatText, earlier: list[Message], new: list[Message], rendered: str) -> str:
+        """What of `rendered`, which does not begin as the context does, comes after the last answer.
+
+        Templates may write what was said before in other words by now: without its thinking, under another date. In the
+        context and in the memory it stays as it was read.
+        """
+        if not self.turns or not text.template.continues([*earlier, *new], len(earlier) - 1):
+            raise ExportError(
+                "The chat template does not continue this conversation.",
+                "It does not write the new messages after the last answer.",
+                "Start a new conversation, from this one's memory if it should remember.",
+            )
+        return rendered.rpartition(_ANSWER.format(len(self.turns) - 1))[2]
 
     def tags(self, text: ChatText, granularity: str, start: int) -> Tags:
         """Tag the tokens of `rendered` from the character `start` on, where a turn begins.
@@ -122,10 +137,13 @@ class Transcript:
         earlier, turn = self.turns[:-1], self.turns[-1]
         messages = [*self.system, *self._with_placeholders(earlier), *turn.messages]
         split = english if granularity == "sentence" else None
-        spans = spans_of(text.template, messages, self.rendered, True, split)
-        encoding = text.tokenizer.encode(self.rendered[start:], add_special_tokens=False)
+        # As the template writes it now: the end is that of `rendered`, what comes before it may not be.
+        rendered = text.render(messages)
+        start += len(rendered) - len(self.rendered)
+        spans = spans_of(text.template, messages, rendered, True, split)
+        encoding = text.tokenizer.encode(rendered[start:], add_special_tokens=False)
         offsets = [(start + first, start + last) for first, last in encoding.offsets]
-        tags = tags_of(self.rendered, offsets, [span for span in spans if span.end > start])
+        tags = tags_of(rendered, offsets, [span for span in spans if span.end > start])
         return Tags(tags, any(span.end == start and span.segment for span in spans))
 
     def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from deltamem_tool.cli.options import NAME, UserPath, device, sampling_options, torch_device, trust_remote_code, window
+from deltamem_tool.cli.options import (
+    NAME,
+    TEXT,
+    UserPath,
+    device,
+    sampling_options,
+    torch_device,
+    trust_remote_code,
+    window,
+)
 from deltamem_tool.cli.termination import is_terminated
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import check_writable
@@ -32,7 +41,7 @@ if TYPE_CHECKING:
     help="Start from this memory file, and write it after every turn. It is made if it is not there.",
 )
 @window
-@click.option("--system", help="A system message before the first turn.")
+@click.option("--system", type=TEXT, help="A system message before the first turn.")
 @sampling_options
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
 @trust_remote_code

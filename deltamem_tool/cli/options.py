@@ -9,6 +9,7 @@ import click
 
 from deltamem_tool.chat.sampling import MAX_NEW_TOKENS
 from deltamem_tool.io.names import expand_name
+from deltamem_tool.segments.messages import BYTE_ORDER_MARK, is_unicode
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,20 @@ class _Name(click.ParamType[str]):
 
 
 NAME = _Name()
+
+
+class _Text(click.ParamType[str]):
+    """What a model is told; without the byte-order mark of a file that it may come from."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not is_unicode(value):
+            self.fail(f"{value!a} is not Unicode text: its bytes are not UTF-8", param, ctx)
+        return value.removeprefix(BYTE_ORDER_MARK)
+
+
+TEXT = _Text()
 
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
@@ -88,7 +103,9 @@ _SAMPLING = (
         help="Above 1: tokens of the context become less likely.",
     ),
     click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.  [default: a new one]"),
-    click.option("--stop", multiple=True, help="A text that ends the answer, which ends before it; can be repeated."),
+    click.option(
+        "--stop", type=TEXT, multiple=True, help="A text that ends the answer, which ends before it; can be repeated."
+    ),
 )
 
 

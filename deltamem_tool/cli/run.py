@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from deltamem_tool.cli.options import NAME, UserPath, sampling_options, window
+from deltamem_tool.cli.options import NAME, TEXT, UserPath, sampling_options, window
 from deltamem_tool.io.atomic import check_writable
 from deltamem_tool.io.cores import MAX_THREADS
 
@@ -18,8 +18,10 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 
 @click.command("run")
 @click.argument("onnx_dir", type=NAME)
-@click.option("--prompt", "prompts", multiple=True, required=True, help="What to say; repeat it for further turns.")
-@click.option("--system", help="A system message before the first turn.")
+@click.option(
+    "--prompt", "prompts", type=TEXT, multiple=True, required=True, help="What to say; repeat it for further turns."
+)
+@click.option("--system", type=TEXT, help="A system message before the first turn.")
 @click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")
 @click.option("--save-memory", type=_FILE, help="Write the memory there afterwards.")
 @sampling_options

@@ -16,6 +16,7 @@ from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.segments.encode import RENDERED, tag_chat
+from deltamem_tool.segments.messages import text_of
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
@@ -221,15 +222,8 @@ class Encoder:
         return [EncodedExchange(exchange.ids[-most:], exchange.labels[-most:]) for exchange in shown]
 
     def _asked(self, exchange: list[Message]) -> _Asked:
-        prompt = self._template.render(exchange[:-1], generation_prompt=True)
-        text = self._template.render(exchange)
-        if not text.startswith(prompt):
-            raise DataError(
-                "The chat template renders the prompt differently once the answer follows.",
-                f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
-                "Use a tokenizer whose template only appends.",
-            )
-        return _Asked(prompt, text)
+        prompt, answer = self._template.exchange(exchange)
+        return _Asked(prompt, prompt + answer)
 
     def _check_length(self, exchange: EncodedExchange, messages: list[Message]) -> None:
         if len(exchange.ids) > self.max_read_tokens:
@@ -252,7 +246,7 @@ def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
     length = 0
     for episode in episodes:
         part.append(episode)
-        length += sum(len(message.get("content") or "") for message in episode.history)
+        length += sum(len(text_of(message)) for message in episode.history)
         if len(part) == _AT_ONCE or length > _CHARACTERS:
             yield part
             part, length = [], 0

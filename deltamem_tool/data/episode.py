@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message, Problem, is_unicode, problem_of, text_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SUPERVISE = ("last", "all")  # which user turns of a conversation are asked
@@ -110,37 +110,16 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _checked(messages: Any, name: str, where: str) -> list[Message]:
-    """Check that the list `name` of a row is one of messages."""
+    """Check that the list `name` of a row is one of messages; contents that are lists of texts become one text."""
     if not isinstance(messages, list):
         raise DataError(f"{where} is not a conversation.", f"`{name}` is not a list of messages.", "Correct the row.")
     of = "" if name == "messages" else f" of `{name}`"
     for n, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(
-                f"{where}: message {n}{of} has no role.",
-                f"The roles are {', '.join(ROLES)}.",
-                "Add it to the message.",
-            )
-        content = message.get("content")
-        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-            continue  # it says nothing but its calls
-        if not isinstance(content, str):
-            raise DataError(
-                f"{where}: message {n}{of} has no text.", "`content` is not a string.", "Correct the message."
-            )
-        if not _is_unicode(content):
-            raise DataError(
-                f"{where}: message {n}{of} is not Unicode text.",
-                "It contains half of a surrogate pair.",
-                "Correct the message.",
-            )
-    return messages
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can spell what no tokenizer takes: half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        problem = problem_of(message)
+        if problem is None and message["role"] not in ROLES:
+            problem = Problem("has no role", f"The roles are {', '.join(ROLES)}.", "Add it to the message.")
+        if problem is None and not is_unicode(text_of(message)):
+            problem = Problem("is not Unicode text", "It contains half of a surrogate pair.", "Correct the message.")
+        if problem is not None:
+            raise DataError(f"{where}: message {n}{of} {problem.what}.", problem.why, problem.next)
+    return [{**m, "content": text_of(m)} if isinstance(m.get("content"), list) else m for m in messages]

@@ -162,7 +162,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             try:
-                text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+                text = line.removeprefix(codecs.BOM_UTF8).decode()  # also where files were put together
                 if text.strip():
                     yield where, json.loads(text)
             except UnicodeDecodeError as error:

@@ -75,16 +75,20 @@ def scored_answers(
 def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
     """What the template writes between the prompt and the answer's content, and that content."""
     messages = [*item.question, {"role": "assistant", "content": item.answers[0]}]
-    prompt = template.render(item.question, generation_prompt=True)
-    text = template.render(messages)
+    try:
+        _, answer = template.exchange(messages)
+        text = template.render(messages)
+    except DataError as error:
+        raise DataError(f"{item.where}: {error.what}", error.why, error.next) from error
     place = template.content(messages, len(messages) - 1, text)
-    if place is None or not place.before.startswith(prompt) or not text.endswith(place.after):
+    content = "" if place is None else text[len(place.before) : len(text) - len(place.after)]
+    if place is None or not answer.endswith(f"{content}{place.after}"):
         raise DataError(
-            f"{item.where}: the chat template renders the prompt differently once the answer follows.",
-            f"Prompt: {prompt[-80:]!r}; with the answer: {text[-80:]!r}.",
-            "Use a tokenizer whose template only appends.",
+            f"{item.where}: where the chat template writes the answer's content cannot be told.",
+            f"It writes {answer[:80]!r}.",
+            "Use a tokenizer whose template writes an answer as it is.",
         )
-    return place.before[len(prompt) :], text[len(place.before) : len(text) - len(place.after)]
+    return answer.removesuffix(f"{content}{place.after}"), content
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str) -> ScoredAnswer:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import RECALL
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
 _HERE = "deltamem_tool.evaluation.tasks"

@@ -10,8 +10,8 @@ from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.subject import Subject, take_rows
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.encode import encode_chat
+from deltamem_tool.segments.messages import Message
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.segments.template import Message
 
 CHUNK = 4096  # tokens of one call: what a long session takes in memory at once
 History = Sequence[Sequence[Message]]  # sessions of messages

@@ -86,6 +86,6 @@ def _recorded(contents: Contents) -> Base:
 
 def _changed(file: Path | bytes, change: Callable[[Any], Any]) -> bytes:
     """Return a JSON file's bytes after `change` of its content."""
-    content = json.loads(file if isinstance(file, bytes) else file.read_text(encoding="utf-8"))
+    content = json.loads(file if isinstance(file, bytes) else file.read_bytes())
     change(content)
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -26,8 +26,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The same as UTF-8."""
-    return read_bytes(path, limit).decode("utf-8")
+    """The same as UTF-8, without a byte-order mark."""
+    return read_bytes(path, limit).decode("utf-8-sig")
 
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:

@@ -70,7 +70,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
             "Pass the path of a YAML file, such as those of `recipes/`.",
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8.", f"{error}.", "Save the file as UTF-8.") from error
     document = read_yaml(text, str(path))

@@ -17,7 +17,7 @@ refused. Nothing is searched for among tokens.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import sentencex
@@ -190,15 +190,6 @@ def _place(text: str, start: int, end: int) -> int:
     if start == end and start > 0 and text[start - 1].isspace():
         return start - 1  # a token of spaces, from a tokenizer that leaves them out of its offsets
     return min(start, len(text) - 1)
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Check that there are messages, and that each has a role."""
-    if isinstance(messages, str | Mapping) or not messages:
-        raise DataError("The conversation has no messages.", "", 'Give it a list of {"role": …, "content": …}.')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"Message {number} has no role.", f"It is {str(message)[:60]!r}.", "Add it to the message.")
 
 
 def _name(messages: Sequence[Message], index: int) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.boundaries import WITHOUT_TAGS, Split, check_messages, english, spans_of, tags_of
+from deltamem_tool.segments.boundaries import WITHOUT_TAGS, Split, english, spans_of, tags_of
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
@@ -133,7 +133,6 @@ def _tag(
         raise ConfigError(
             f'A split has no use at granularity "{granularity}".', "", 'Leave it out, or use granularity "sentence".'
         )
-    check_messages(messages)
     text = template.render(messages, generation_prompt)
     if granularity == "token":
         ids = tokenizer(text, **RENDERED)["input_ids"]

@@ -2,28 +2,41 @@
 
 Nothing is known about a template but what it renders. To see where it writes a content, the conversation is rendered
 once more with a character of no meaning in the content's place; to see a role's header, short conversations are
-rendered, each the beginning of a longer one.
+rendered, each the beginning of a longer one. In the same way it is seen whether the template writes all that is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamem_tool.errors import DataError, first_line
+from deltamem_tool.segments.messages import BYTE_ORDER_MARK, Message, check_messages, check_unicode, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]  # {"role": …, "content": …}, and whatever else the template knows
+__all__ = ["ChatTemplate", "Content", "Message", "Refusal", "render"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has a meaning for
 _PROBES = (("user",), ("user", "assistant"), ("system",))  # what a message follows when its role's header is learned
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-    """The messages as the tokenizer's chat template writes them."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+class Refusal(DataError):
+    """The template, a program of others, raises an error."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    generation_prompt: bool = False,
+    **variables: Any,
+) -> str:
+    """The messages as the tokenizer's chat template writes them, with its `variables`, such as `tools`."""
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **variables
+    )
     assert isinstance(text, str)  # one conversation, not tokenised
     return text
 
@@ -40,13 +53,20 @@ class ChatTemplate:
 
     Args:
         name: of the tokenizer, for errors.
-        write: renders messages, with or without a generation prompt; it raises what it likes.
+        write: renders messages, with or without a generation prompt, with variables; it raises what it likes.
+        variables: what the template is given besides the messages, such as `tools`.
     """
 
-    def __init__(self, name: str, write: Callable[[Sequence[Message], bool], str]) -> None:
+    def __init__(self, name: str, write: Callable[..., str], variables: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self._write = write
+        self._variables = dict(variables or {})
         self._headers: dict[tuple[str, bool], set[str]] = {}
+        self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations all of which is written
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The same template, given `variables` too."""
+        return ChatTemplate(self.name, self._write, {**self._variables, **variables}) if variables else self
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -60,25 +80,134 @@ class ChatTemplate:
             raise DataError(
                 f"The tokenizer {name} has no chat template.", "", "Use the base model's chat or instruct version."
             )
-        return cls(name, lambda messages, generation_prompt: render(tokenizer, messages, generation_prompt))
+        return cls(name, partial(render, tokenizer))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """Raises DataError where the template refuses the messages."""
+        """The messages as the template writes them.
+
+        A content that is a list of texts is written as one text where the template knows no lists, and a text as a list
+        where it knows nothing else.
+
+        Raises:
+            Refusal: the template refuses the messages.
+            DataError: a message has no role or no text, or the template leaves out some of what is said.
+        """
+        check_messages(messages, text_alone=False)
+        text = self._rendered(messages, generation_prompt)
+        self._check_complete(messages)
+        return text
+
+    def _rendered(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        takes_text, takes_parts = self._kinds
+        if not takes_parts:
+            if any(isinstance(m.get("content"), list) for m in messages):
+                check_messages(messages)
+            messages = [{**m, "content": text_of(m)} if isinstance(m.get("content"), list) else m for m in messages]
+        elif not takes_text:
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+                for m in messages
+            ]
+        text = self._written(messages, generation_prompt)
+        check_unicode(text, "The conversation")
+        return text
+
+    def _written(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         try:
-            return self._write(messages, generation_prompt)
+            text = self._write(list(messages), generation_prompt, **self._variables)
         except Exception as error:  # a template is a program of others, it can raise anything
-            raise DataError(
+            raise Refusal(
                 f"The chat template of {self.name} refuses the conversation.",
                 f"{first_line(error)}.",
                 "Change the conversation.",
             ) from error
+        return text.removeprefix(BYTE_ORDER_MARK)
+
+    @cached_property
+    def _kinds(self) -> tuple[bool, bool]:
+        """Whether the template writes a content that is a text, and one that is a list of texts."""
+        sentinel = chr(_PRIVATE_USE[0])
+        written = []
+        for content in (sentinel, [{"type": "text", "text": sentinel}]):
+            try:
+                written.append(self._written([{"role": "user", "content": content}]))
+            except Refusal:
+                written.append("")
+        text, parts = written
+        takes_text = sentinel in text
+        # A list that is printed as one has the text in it, too.
+        takes_parts = sentinel in parts and (parts == text or not takes_text)
+        return takes_text or not takes_parts, takes_parts
+
+    def _check_complete(self, messages: Sequence[Message]) -> None:
+        """Check that the template writes every message, and the tools; once for each shape of a conversation."""
+        shape = tuple(
+            (m["role"], type(m.get("content")), bool(m.get("content")), bool(m.get("tool_calls"))) for m in messages
+        )
+        if shape in self._complete:
+            return
+        probes = [_probe(message, number) for number, message in enumerate(messages)]
+        text = self.attempt(probes)
+        if text is not None:
+            for number, message in enumerate(messages):
+                for what, sentinel in (("content", _SAID), ("tool_calls", _CALLED)):
+                    if message.get(what) and sentinel.format(number) not in text:
+                        raise DataError(
+                            f"The chat template of {self.name} leaves out message {number + 1} ({message['role']}).",
+                            f"What it writes is without its {what}.",
+                            "Leave the message out or change its role, or use a model whose template writes it.",
+                        )
+            if self._variables.get("tools") and text == self.with_variables({"tools": None}).attempt(probes):
+                raise DataError(
+                    f"The chat template of {self.name} leaves out the tools.",
+                    "It writes the same without them.",
+                    "Leave them out, or use a model whose template writes tools.",
+                )
+        self._complete.add(shape)
+
+    def continues(self, messages: Sequence[Message], index: int) -> bool:
+        """Whether after the content of message `index` all later ones are written, and of the earlier ones none.
+
+        A system message may be anywhere: some templates write it with the last question.
+        """
+        text = self.attempt([_probe(message, number) for number, message in enumerate(messages)])
+        if text is None or text.count(_SAID.format(index)) != 1:
+            return False
+        after = text.partition(_SAID.format(index))[2]
+        return all(
+            (_SAID.format(number) in after) == (number > index)
+            for number, message in enumerate(messages)
+            if message.get("content") and message["role"] not in ("system", "developer")
+        )
 
     def attempt(self, messages: Sequence[Message]) -> str | None:
         """The rendering, if there is one."""
         try:
-            return self.render(messages)
+            return self._rendered(messages)
         except DataError:
             return None
+
+    def exchange(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The prompt that asks for the last of `messages`, and what follows it: that answer.
+
+        Some templates write the header of a finished answer in other words than they ask for it, as without the
+        thinking that they open: the prompt is then as they ask, and the answer's content follows it.
+
+        Raises:
+            DataError: as in `render`, or where the answer is cannot be told.
+        """
+        prompt, text = self.render(messages[:-1], generation_prompt=True), self.render(messages)
+        if text.startswith(prompt):
+            return prompt, text[len(prompt) :]
+        last = len(messages) - 1
+        place = self.content(messages, last, text)
+        if place is None or not self.continues(messages, last):
+            raise DataError(
+                "The chat template renders the prompt differently once the answer follows.",
+                f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
+                "Use a tokenizer whose template writes an answer after its prompt.",
+            )
+        return prompt, text[len(place.before) :]
 
     def content(self, messages: Sequence[Message], index: int, text: str) -> Content | None:
         """Where message `index` has its content in `text`, the rendering of `messages`.
@@ -153,3 +282,23 @@ class ChatTemplate:
 def _shaped(text: str, message: Message) -> str | list[dict[str, str]]:
     """`text` as a content of the same kind as the message's: templates may take lists of parts only."""
     return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+
+
+_SAID, _CALLED = "\ue100{}\ue101", "\ue102{}\ue103"  # in place of the content, and of the functions, of a message
+
+
+def _probe(message: Message, number: int) -> Message:
+    """`message`, in which something that no template knows is said and called."""
+    probe = {**message}
+    if message.get("content"):
+        probe["content"] = _shaped(_SAID.format(number), message)
+    if message.get("tool_calls"):
+        probe["tool_calls"] = [_named(call, _CALLED.format(number)) for call in message["tool_calls"]]
+    return probe
+
+
+def _named(call: Any, name: str) -> Any:
+    """A tool call of another function."""
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        return {**call, "function": _named(call["function"], name)}
+    return {**call, "name": name} if isinstance(call, Mapping) else call

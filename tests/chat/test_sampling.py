@@ -169,6 +169,7 @@ def test_options_at_the_edge_of_their_range_choose_a_token(options):
         {"seed": -1},
         {"stop": ("",)},
         {"stop": "text"},
+        {"stop": ("half \ud83d",)},
     ],
     ids=str,
 )

@@ -57,6 +57,13 @@ def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
     deltamem("chat", "builtin:adapter").assert_short_error("stdin is no UTF-8 text", "Convert it", code=1)
 
 
+def test_a_byte_order_mark_is_no_text(here, deltamem, monkeypatch):
+    piped(monkeypatch, f"{TOLD}\n{ASKED}\n/context\n")
+    without = deltamem("chat", "builtin:adapter")
+    piped(monkeypatch, f"\ufeff{TOLD}\n\ufeff{ASKED}\n\ufeff/context\n")  # as if three files had been put together
+    assert deltamem("chat", "builtin:adapter") == without and without.code == 0
+
+
 def test_options_of_the_command(here, deltamem, monkeypatch):
     piped(monkeypatch, "Hello.\n/context\n")
     done = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
@@ -76,6 +83,8 @@ def test_what_is_refused_before_the_model_loads(here, deltamem):
     done.assert_short_error("is not a folder", "Choose another place", code=1)
     deltamem("chat", "nowhere", "--memory", "file").assert_short_error("file is not a memory file", code=1)
     deltamem("chat", "nowhere", "--memory", ".").assert_short_error("is a directory", code=2)
+    for option in ("--system", "--stop"):
+        deltamem("chat", "nowhere", option, "caf\udce9").assert_short_error(option, "not Unicode text", code=2)
     deltamem("chat", "nowhere", "--provider", "cpu").assert_short_error("--provider", "ONNX folder", code=2)
     for options in (("--base", "there"), ("--trust-remote-code",), ("--device", "cpu")):
         deltamem("chat", "onnx", *options).assert_short_error(options[0], "only for an adapter", code=2)

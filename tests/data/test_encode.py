@@ -178,10 +178,10 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
     episode = Episode(TALK[:2], [TALK[2:]], "a:1")
     with pytest.raises(DataError, match="no chat template"):
         Encoder(with_template(tokenizer, None), 10, 10)
-    # one that counts messages: the prompt is no beginning of the whole
-    counting = with_template(tokenizer, "{{ messages | length }}" + tokenizer.chat_template)
-    with pytest.raises(DataError, match=r"(?s)a:1: .*only appends"):
-        Encoder(counting, 100, 100)([episode])
+    # one that writes the answer before its prompt
+    reversing = tokenizer.chat_template.replace("in messages %}", "in messages | reverse %}")
+    with pytest.raises(DataError, match=r"(?s)a:1: .*after its prompt"):
+        Encoder(with_template(tokenizer, reversing), 100, 100)([episode])
     # one whose answers depend on what is before them
     ending = "<|assistant|>{{ message.content }}{{ '!' if loop.index > 2 and message.role == 'assistant' }}<|end|>"
     growing = tokenizer.chat_template.replace("<|{{ message.role }}|>{{ message.content }}<|end|>", ending)
@@ -190,8 +190,42 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
             Encoder(with_template(tokenizer, growing), 100, 100, **options)([episode])
     # one that writes nothing for the answer
     silent = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
-    with pytest.raises(DataError, match="a:1: The answer has no token"):
+    with pytest.raises(DataError, match=r"a:1: The chat template of .* leaves out message 2 \(assistant\)"):
         Encoder(with_template(tokenizer, silent), 100, 100)([Episode([user("a")], [TALK[2:]], "a:1")])
+
+
+def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer, tmp_path):
+    def parts(message):
+        half = len(message["content"]) // 2
+        texts = message["content"][:half], message["content"][half:]
+        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
+
+    encoder = Encoder(tokenizer, 100, 100, "message")
+    whole, cut = (
+        read_episodes(write_jsonl(tmp_path / "chats.jsonl", [talk])).episodes
+        for talk in (TALK, [parts(message) for message in TALK])
+    )
+    assert cut == whole and encoder(cut) == encoder(whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "opening"),
+    [("", "<think>"), ("{{ messages | length }}", ""), ("{{ messages | length }}", "<think>")],
+    ids=["thinking that is opened and then dropped", "a count of messages", "both"],
+)
+def test_a_template_that_rewrites_the_prompt_is_read_as_a_chat_has_it(tokenizer, before, opening):
+    """The prompt as it asks for the answer, and then the answer as it is."""
+    source = before + tokenizer.chat_template.replace(
+        "<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"
+    )
+    other = with_template(tokenizer, source)
+    for granularity in ("token", "message"):
+        (episode,) = Encoder(other, 100, 100, granularity)([Episode(TALK[:1], [TALK[2:]], "a:1")])
+        (exchange,) = episode.exchanges
+        prompt = render(other, TALK[2:-1], generation_prompt=True)
+        assert prompt.endswith(f"<|assistant|>{opening}")
+        assert tokenizer.decode(exchange.ids) == f"{prompt}{TALK[-1]['content']}<|end|>"
+        assert tokenizer.decode(scored(exchange)) == f"{TALK[-1]['content']}<|end|>"
 
 
 def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):

@@ -43,7 +43,7 @@ def test_a_line_is_what_ends_with_a_line_feed(tmp_path):
     path = tmp_path / "chats.jsonl"
     with path.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Windows writes it
         file.write(json.dumps({"messages": [*TALK[:3], assistant("a\u2028b\u0085c")]}, ensure_ascii=False) + "\r\n")
-        file.write("\n  \n")
+        file.write("\n  \n\ufeff")  # and in the middle, where two files were put together
         file.write(json.dumps({"messages": [user(said), *TALK[1:]]}, ensure_ascii=False))
     loaded = read_episodes(path)
     assert loaded.rows == 2

@@ -168,7 +168,7 @@ def test_scored_are_the_answers_own_tokens(tokenizer, template, before, own):
 def test_what_cannot_be_scored_is_named(tokenizer):
     asked = item(7)
     reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
-    with pytest.raises(DataError, match="talks:7: the chat template renders the prompt differently"):
+    with pytest.raises(DataError, match="talks:7: The chat template renders the prompt differently"):
         scored(with_template(tokenizer, reversing), asked)
     with pytest.raises(DataError, match="talks:7 has no answer that could be scored"):
         scored(tokenizer, replace(asked, answers=[""]))

@@ -39,6 +39,12 @@ def recipe(tmp_path):
     return path
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(recipe):
+    read = load_recipe(recipe)
+    recipe.write_text("\ufeff" + WHOLE.lstrip(), encoding="utf-8")
+    assert load_recipe(recipe) == read
+
+
 def test_what_it_says_is_what_it_means(recipe):
     read = load_recipe(recipe)
     assert read == Recipe(

@@ -34,8 +34,6 @@ def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granular
         "{% for m in messages %}<{{ m.role }}{{ messages | length }}>{{ m.content }}{% endfor %}",
         # the content stands twice
         "{{ messages[-1].content }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
-        # only the last messages are written
-        "{% for m in messages[-2:] %}<{{ m.role }}>{{ m.content }}{% endfor %}",
         # the length of a content is a part of its header
         "{{ messages | length }}{% for m in messages %}{{ m.content | length }}>{{ m.content }}{% endfor %}",
         # the last message comes first
@@ -48,6 +46,24 @@ def test_a_template_whose_boundaries_cannot_be_told_is_refused(special, granular
 def test_other_templates_that_are_refused(special, template):
     with pytest.raises(DataError, match=r"cannot be told in what the chat template of its/name renders"):
         tag_chat(with_template(special, template), TALK, "message")
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        # only the last messages are written
+        ("{% for m in messages[-2:] %}<{{ m.role }}>{{ m.content }}{% endfor %}", TALK, r"message 1 \(user\)"),
+        # a role that it does not know
+        (CHAT_TEMPLATE.replace("in messages %}", "in messages if message.role in 'user' %}"),
+         [user("a"), {"role": "usr", "content": "b"}], r"message 2 \(usr\)"),
+        (CHAT_TEMPLATE, [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}],
+         r"message 2 \(assistant\)\.\nWhat it writes is without its tool_calls"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_said(special, template, messages, says, granularity):
+    with pytest.raises(DataError, match="chat template of its/name leaves out " + says):
+        tag_chat(with_template(special, template), messages, granularity)
 
 
 def test_a_template_that_writes_other_sentences_than_were_said(special):

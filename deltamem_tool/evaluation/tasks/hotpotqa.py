@@ -11,7 +11,7 @@ from typing import Any
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.metrics import exact_match, token_f1
 from deltamem_tool.evaluation.task import Item, needs_data
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 _ASK = "{question}\nAnswer with the name, the few words, or yes or no alone."
 _SEEN = "Read."  # templates want roles to take turns

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, needs_data
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 GROUPS = {1: "multi-hop", 2: "temporal", 3: "open domain", 4: "single-hop", 5: "adversarial"}
 UNSAID = "not mentioned"  # what an adversarial question is to be answered with

@@ -16,7 +16,7 @@ from deltamem_tool.evaluation.chunks import Count, sentence_chunks, token_counte
 from deltamem_tool.evaluation.task import Item, needs_data
 from deltamem_tool.evaluation.tasks.memoryagentbench_scores import Movies, answer_scores
 from deltamem_tool.io.names import expand_user
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 SCORE = "score"  # the source's own metric
 WITHOUT_JUDGE = "rougeL_f1"  # of sources that the benchmark has judged, where no judge is wanted
@@ -314,7 +314,7 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
             "--set movies=entity2id.json, or leave recsys out of the sources.",
         )
     try:
-        numbers = json.loads(expand_user(file).read_text(encoding="utf-8"))
+        numbers = json.loads(expand_user(file).read_bytes())
         if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
             raise ValueError("It is not a mapping of names to numbers")
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, needs_data
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 
 class _Talk(NamedTuple):

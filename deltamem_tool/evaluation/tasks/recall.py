@@ -12,7 +12,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.scoring.metrics import exact
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.segments.template import Message
+from deltamem_tool.segments.messages import Message
 
 STATED, CHANGED, CONTRADICTED = "stated", "changed", "contradicted"
 SMALL_TALK, OTHER_FACTS = "small_talk", "facts"

@@ -42,6 +42,16 @@ def test_the_command(qwen3, tmp_path):
     assert result.stdout == conversation.generate(messages, Sampling(4)).text + "\n"
 
 
+def test_texts_are_without_byte_order_marks_and_halves_of_characters(qwen3):
+    tokens = ["--max-new-tokens", "3"]
+    plain = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi", "--system", "Be brief.", *tokens])
+    marked = ["--prompt", "\ufeffHi", "--system", "\ufeffBe brief."]
+    assert CliRunner().invoke(command, [str(qwen3.folder), *marked, *tokens]).stdout == plain.stdout
+    for option in ("--prompt", "--system", "--stop"):
+        result = CliRunner().invoke(command, ["nowhere", "--prompt", "Hi", option, "caf\udce9"])
+        assert result.exit_code == 2 and option in result.stderr and "not Unicode text" in result.stderr
+
+
 def test_the_command_passes_its_options_on(qwen3, monkeypatch):
     seen = []
 

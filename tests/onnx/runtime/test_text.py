@@ -34,6 +34,14 @@ def test_what_a_folders_tokenizer_was_told_before_does_not_reach_a_text(qwen3, f
         assert ChatText.from_folder(folder).encode(text) == qwen3.tokenizer(text).input_ids
 
 
+def test_a_byte_order_mark_before_a_folders_template_is_no_text(folder):
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = ChatText.from_folder(folder).render(messages)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (folder / name).write_text("\ufeff" + (folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+    assert ChatText.from_folder(folder).render(messages) == expected
+
+
 def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
     messages = [{"role": "system", "content": " Be <brief>. "}, {"role": "user", "content": "Hi"}]
     template = (
@@ -54,14 +62,16 @@ def test_the_chat_template_renders_as_in_transformers(qwen3, folder):
         ChatText.from_folder(folder).render(messages)
 
 
-def test_a_template_that_rewrites_the_past_is_refused(folder):
+def test_a_template_that_reorders_the_past_is_refused(folder):
     (folder / "chat_template.jinja").write_text(
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     conversation = Conversation(OnnxModel(folder))
     conversation.generate("one", Sampling(1))
+    before = conversation.context
     with pytest.raises(ExportError, match="does not continue"):
         conversation.generate("two", Sampling(1))
+    assert conversation.context == before
 
 
 def test_without_a_template_text_is_text(qwen3, folder):

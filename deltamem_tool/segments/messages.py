@@ -1,0 +1,94 @@
+"""Messages of a conversation: what they must have, before a chat template writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from deltamem_tool.errors import DataError
+
+Message = dict[str, Any]  # {"role": …, "content": …}, and whatever else the template knows
+
+BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with; no text
+
+
+def check_messages(messages: Sequence[Message], text_alone: bool = True) -> None:
+    """Check that there are messages, and that each has a role and a content.
+
+    The content is a string or a list of parts, `{"type": "text", "text": …}`; none is needed beside tool calls.
+
+    Args:
+        messages: the conversation.
+        text_alone: whether parts may be nothing but text.
+
+    Raises:
+        DataError: there is no message, or one has no role, no text, or something else than text.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise DataError("The conversation has no messages.", "", 'Give it a list of {"role": …, "content": …}.')
+    for number, message in enumerate(messages, start=1):
+        problem = problem_of(message, text_alone)
+        if problem is not None:
+            raise DataError(f"Message {number} {problem.what}.", problem.why, problem.next)
+
+
+class Problem(NamedTuple):
+    """What is wrong with a message, without its subject; why, and what to do next."""
+
+    what: str
+    why: str
+    next: str
+
+
+def problem_of(message: Any, text_alone: bool = True) -> Problem | None:
+    """What is wrong with a message, as `check_messages` has it; None where nothing is."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return Problem("has no role", f"It is {str(message)[:60]!r}.", "Add it to the message.")
+    content = message.get("content")
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return None  # it says nothing but its calls
+    if isinstance(content, str):
+        return None
+    if not isinstance(content, list) or not content:
+        return Problem("has no text", "`content` is not a string.", "Correct the message.")
+    others = [part for part in content if not _is_part(part, text_alone)]
+    if others:
+        so = 'Give it parts {"type": "text", "text": …} alone.'
+        return Problem("has a part that is not text", f"It is {str(others[0])[:60]!r}.", so)
+    return None
+
+
+def text_of(message: Message) -> str:
+    """All that a message says; its parts one after the other."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer can take `text`: JSON, and a command line that is not UTF-8, have halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Check that `text` is Unicode.
+
+    Raises:
+        DataError: `text` contains half of a surrogate pair; the error says so of `name`.
+    """
+    if not is_unicode(text):
+        half = next(place for place, character in enumerate(text) if not is_unicode(character))
+        around = text[max(0, half - 20) : half + 20]
+        raise DataError(
+            f"{name} is not Unicode text.", f"It contains half of a surrogate pair: {around!r}.", "Correct the text."
+        )
+
+
+def _is_part(part: Any, text_alone: bool) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    is_text = part.get("type", "text") == "text"
+    return isinstance(part.get("text"), str) if is_text else not text_alone
