@@ -26,6 +26,7 @@ _HOME: dict[str, tuple[str, tuple[str, ...]]] = {
     "push": ("hub.push", ()),
     "save_adapter": ("adapter.save", ("torch",)),
     "train": ("training.run", ("train",)),
+    "without_memory": ("memory.decoder_call", ("torch",)),
 }
 __all__ = ["__version__", *_HOME]
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from deltamem_tool.hub.pull import pull as pull
     from deltamem_tool.hub.push import push as push
     from deltamem_tool.memory.cache import MemoryCache as MemoryCache
+    from deltamem_tool.memory.decoder_call import without_memory as without_memory
     from deltamem_tool.memory.state import MemoryState as MemoryState
     from deltamem_tool.onnx.export.export import export_onnx as export_onnx
     from deltamem_tool.onnx.runtime.engine import OnnxModel as OnnxModel

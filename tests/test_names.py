@@ -26,6 +26,7 @@ PUBLIC = {
     "push",
     "save_adapter",
     "train",
+    "without_memory",
 }
 
 

@@ -134,8 +134,13 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
+            of_peft = (folder / "adapter_config.json").is_file()
             raise AdapterError(
-                f"{path} is not an adapter folder.", f"It has no {name}.", "Make one with `deltamem patch`."
+                f"{path} is not an adapter folder.",
+                f"It has no {name}.",
+                "PEFT made it: load it with PEFT, or pass it as --lora."
+                if of_peft
+                else "Make one with `deltamem patch`.",
             )
     stored = read_config(folder, path)
     try:

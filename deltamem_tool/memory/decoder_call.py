@@ -52,7 +52,14 @@ def is_off() -> bool:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Run patched models as their base models in this thread: nothing is read, corrected or written."""
+    """Run models with a memory as their base models, in this thread: nothing is read, corrected or written.
+
+    Example:
+        >>> import deltamem_tool as deltamem
+        >>> model = deltamem.load("builtin:adapter")
+        >>> with deltamem.without_memory():
+        ...     logits = model(**model.dummy_inputs).logits  # of the base
+    """
     before, _THREAD.off = is_off(), True
     try:
         yield

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from deltamem_tool import DeltaMemConfig, attach, detach, load, save_adapter
+from deltamem_tool import DeltaMemConfig, attach, detach, load, save_adapter, without_memory
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.memory.attach import adapter_of
@@ -125,6 +125,12 @@ def test_a_registered_adapter_is_saved_with_the_base_too(base, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
+def test_the_error_of_loading_a_lora_names_peft(base, tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LORA).save_pretrained(tmp_path / "lora")
+    with pytest.raises(AdapterError, match="load it with PEFT"):
+        load(tmp_path / "lora")
+
+
 def test_a_lora_is_saved_beside(base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LORA).eval()
     for name, weight in model.named_parameters():
@@ -164,6 +170,19 @@ def test_trainer_goes_on_from_a_checkpoint_of_a_registered_adapter(base, tmp_pat
     assert load_file(tmp_path / "checkpoint-2/model.safetensors").keys() == resumed.state_dict().keys()
     whole.eval(), resumed.eval()
     assert torch.equal(logits(load(tmp_path / "checkpoint-2", base=str(base))), logits(resumed))
+
+
+@pytest.mark.parametrize("register", [False, True])
+def test_casts_and_a_moment_without(base, register):
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    expected = logits(plain)
+    adapter = randomise(attach(plain, DeltaMemConfig(rank=4), register=register))
+    with without_memory():
+        assert torch.equal(logits(plain), expected)
+    assert not torch.equal(logits(plain), expected)
+    plain.to(torch.bfloat16)
+    assert {weight.dtype for weight in adapter.parameters()} == {torch.bfloat16 if register else torch.float32}
+    assert logits(plain).isfinite().all()
 
 
 def test_ddp_shares_the_gradients_of_the_adapter(tmp_path):
