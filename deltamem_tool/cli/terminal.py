@@ -1,8 +1,9 @@
-"""Input from a terminal: editing, history, completion of commands (prompt_toolkit)."""
+"""Input from a terminal: editing, history, completion of commands (prompt_toolkit); of a dumb one, lines alone."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
+from prompt_toolkit.utils import is_dumb_terminal
 
 from deltamem_tool.chat.repl import Command
 
@@ -33,7 +35,11 @@ class Reader:
     """
 
     def __init__(self, commands: Mapping[str, Command], history: Path | None) -> None:
-        self._session: PromptSession[str] = PromptSession(
+        self.was_empty = True
+        self._session: PromptSession[str] | None = None
+        if is_dumb_terminal():  # such as a buffer of Emacs, which knows no escape codes
+            return
+        self._session = PromptSession(
             history=InMemoryHistory() if history is None else _private_history(history),
             completer=CommandCompleter(commands),
             complete_while_typing=Condition(_is_command),  # room for the menu is kept only then
@@ -41,7 +47,6 @@ class Reader:
             key_bindings=_bindings(),
             output=create_output(always_prefer_tty=True),  # the prompt is no part of answers that go to a file
         )
-        self.was_empty = True
 
     def read(self) -> str:
         """The next line, or several where they were pasted or typed with Alt-Enter.
@@ -50,12 +55,23 @@ class Reader:
             EOFError: Ctrl-D in an empty line.
             KeyboardInterrupt: Ctrl-C; `was_empty` says whether nothing had been typed.
         """
+        if self._session is None:
+            return _line()
         try:
             line = self._session.prompt([("ansicyan bold", "> ")])
         except KeyboardInterrupt:
             self.was_empty = not self._session.default_buffer.text
             raise
         return line.encode("utf-8", "replace").decode()  # bytes that were no UTF-8 come as lone surrogates
+
+
+def _line() -> str:
+    """The next line of stdin, which its terminal edits."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode(sys.stdin.encoding, "replace").rstrip("\r\n")
 
 
 def history_file() -> Path:

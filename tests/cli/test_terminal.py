@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
@@ -37,6 +40,18 @@ def test_lines(typed):
     assert typed(f"one{ALT_ENTER}two{ENTER}") == "one\ntwo"
     assert typed(f"{PASTE}three\r\nlines\nmore{PASTED}{ENTER}") == "three\nlines\nmore"
     assert typed(b"caf\xe9\r") == "caf?"  # a terminal that does not speak UTF-8
+
+
+def test_a_dumb_terminal_gets_no_escape_codes(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\n/undo\r\ncaf\xe9\n".encode("latin-1")), "latin-1")
+    )
+    reader = Reader(COMMANDS, None)
+    assert [reader.read() for _ in range(3)] == ["Grüße", "/undo", "café"]
+    with pytest.raises(EOFError):
+        reader.read()
+    assert capsys.readouterr() == ("", "> " * 4)
 
 
 def test_completion(tmp_path, monkeypatch):
