@@ -146,10 +146,10 @@ class ChatText:
         """What the template can be seen to do."""
         return ChatTemplate("this model", self._write)
 
-    def _write(self, messages: Sequence[Message], generation_prompt: bool, **variables: Any) -> str:
+    def _write(self, messages: Sequence[Message], generation_prompt: bool, **template_kwargs: Any) -> str:
         assert self._template is not None
-        variables = {**self._special_tokens, **variables}
-        return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **variables)
+        known = {**self._special_tokens, **template_kwargs}
+        return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **known)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out).

@@ -6,6 +6,7 @@ view, or with the whole history. The scored tokens of these views are the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.segments.encode import RENDERED, tag_chat
+from deltamem_tool.segments.encode import RENDERED, tagged
 from deltamem_tool.segments.messages import text_of
 from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
@@ -24,6 +25,7 @@ IGNORED = -100  # label of a token that is not scored
 VIEWS = ("exchanges", "recent", "full")  # of an `EncodedEpisode`
 _AT_ONCE = 64  # episodes that go through the tokenizer together,
 _CHARACTERS = 2_000_000  # unless their messages are longer than this
+_TEMPLATES = 64  # kept at once, where rows have arguments for theirs
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Encoder:
         full_context: bool = False,
     ) -> None:
         self._template = ChatTemplate.of(tokenizer)
+        self._templates: dict[str, ChatTemplate] = {}  # of rows with arguments of their own, by these
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {self._template.name} cannot tell where in a text its tokens are.",
@@ -161,22 +164,35 @@ class Encoder:
     def _steps(self, episode: Episode) -> _Steps:
         if not episode.history:
             raise DataError("The episode has no history.", "", "Give it at least one message to remember.")
+        template = self._template_of(episode)
         if self.granularity == "token":
-            (history,) = yield [self._template.render(episode.history)]
+            (history,) = yield [template.render(episode.history)]
             ids = history.ids
             tags: list[int] = [SegmentTag.LAST] * len(ids)
         else:
-            _, ids, tags = tag_chat(self.tokenizer, episode.history, self.granularity)
+            _, ids, tags = tagged(self.tokenizer, template, episode.history, self.granularity)
         kept = slice(max(0, len(ids) - self.max_write_tokens), None)
-        exchanges = yield from self._scored([self._asked(exchange) for exchange in episode.exchanges])
-        for exchange, messages in zip(exchanges, episode.exchanges, strict=True):
-            self._check_length(exchange, messages)
+        asked = [_asked(template, exchange) for exchange in episode.exchanges]
+        exchanges = yield from self._scored(asked)
+        for exchange, (_, text) in zip(exchanges, asked, strict=True):
+            self._check_length(exchange, text)
         recent = (yield from self._recent(episode, exchanges)) if self.recent_turns else []
         full = (yield from self._full(episode)) if self.full_context else []
         for view in filter(None, (recent, full)):
             for alone, shown in zip(exchanges, view, strict=True):
                 _check_same(alone, shown)
         return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
+
+    def _template_of(self, episode: Episode) -> ChatTemplate:
+        """The template with what the episode's row gives it; what it can be seen to do is kept."""
+        if not episode.template_kwargs:
+            return self._template
+        key = json.dumps(episode.template_kwargs, default=repr)
+        if key not in self._templates:
+            if len(self._templates) == _TEMPLATES:
+                self._templates.clear()
+            self._templates[key] = self._template.having(episode.template_kwargs)
+        return self._templates[key]
 
     def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]
@@ -195,7 +211,7 @@ class Encoder:
         """Each exchange with as many turns before it as there may be and fit: one less, until it does."""
         _, history = _split(episode.history)
         starts = [n for n, message in enumerate(history) if message["role"] == "user"][-self.recent_turns :]
-        chosen = list(alone)
+        chosen, template = list(alone), self._template_of(episode)
         waiting = list(range(len(alone)))
         for start in starts:
             if not waiting:
@@ -203,7 +219,7 @@ class Encoder:
             views = []
             for n in waiting:
                 system, turns = _split(episode.exchanges[n])
-                views.append(self._asked([*system, *history[start:], *turns]))
+                views.append(_asked(template, [*system, *history[start:], *turns]))
             shown = yield from self._scored(views)
             for n, exchange in zip(list(waiting), shown, strict=True):
                 if len(exchange.ids) <= self.max_read_tokens:
@@ -213,23 +229,19 @@ class Encoder:
 
     def _full(self, episode: Episode) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         before, history = _split(episode.history)
-        views = []
+        views, template = [], self._template_of(episode)
         for exchange in episode.exchanges:
             system, turns = _split(exchange)
-            views.append(self._asked([*(system or before), *history, *turns]))
+            views.append(_asked(template, [*(system or before), *history, *turns]))
         shown = yield from self._scored(views)
         most = self.max_write_tokens + self.max_read_tokens
         return [EncodedExchange(exchange.ids[-most:], exchange.labels[-most:]) for exchange in shown]
 
-    def _asked(self, exchange: list[Message]) -> _Asked:
-        prompt, answer = self._template.exchange(exchange)
-        return _Asked(prompt, prompt + answer)
-
-    def _check_length(self, exchange: EncodedExchange, messages: list[Message]) -> None:
+    def _check_length(self, exchange: EncodedExchange, text: str) -> None:
         if len(exchange.ids) > self.max_read_tokens:
             raise DataError(
                 f"An exchange has {len(exchange.ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
-                f"It begins: {self._template.render(messages)[:80]!r}.",
+                f"It begins: {text[:80]!r}.",
                 "Raise max_read_tokens in the recipe, or shorten the answer.",
             )
         if all(label == IGNORED for label in exchange.labels[1:]):
@@ -238,6 +250,11 @@ class Encoder:
                 "The chat template writes nothing for it, or its characters are in tokens of the prompt.",
                 "Leave it out, or use another tokenizer.",
             )
+
+
+def _asked(template: ChatTemplate, exchange: list[Message]) -> _Asked:
+    prompt, answer = template.exchange(exchange)
+    return _Asked(prompt, prompt + answer)
 
 
 def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:

@@ -3,6 +3,7 @@
 A row is a conversation, `{"messages": [...]}`, or a prompt and its response, `{"prompt": ..., "response": ...}`:
 a prompt is a list of messages or a string, a response a string or a list of the assistant's messages. TRL's name
 `completion` is taken for `response`. Before a prompt that is a string may come a `history`: a text, or messages.
+As in TRL, `tools` and `chat_template_kwargs` of a row go to the chat template.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from itertools import pairwise
 from typing import Any
 
 from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.io.safe_json import parse_json
 from deltamem_tool.segments.messages import Message, Problem, is_unicode, problem_of, text_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SUPERVISE = ("last", "all")  # which user turns of a conversation are asked
+_FOR_TEMPLATE = {"tools": list, "chat_template_kwargs": dict}  # columns, also as the JSON of such
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Episode:
     history: list[Message]
     exchanges: list[list[Message]]
     where: str = field(default="", compare=False)  # file and line that it was read from
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # what the template gets besides: tools, …
 
 
 def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> list[Episode]:
@@ -40,6 +44,7 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
     if supervise not in SUPERVISE:
         raise ConfigError(f"Unknown supervise {supervise!r}.", f"It is one of {', '.join(SUPERVISE)}.")
     messages = _messages_of(row, where)
+    template_kwargs = _template_kwargs(row, where)
     if supervise == "last" and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
         raise DataError(
             f"{where} asks nothing.",
@@ -56,7 +61,8 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
         last = max((n for n in range(start, end) if turns[n]["role"] == "assistant"), default=None)
         answered |= last is not None
         if start > 0 and last is not None:
-            episodes.append(Episode(system + turns[:start], [system + turns[start : last + 1]], where))
+            exchange = system + turns[start : last + 1]
+            episodes.append(Episode(system + turns[:start], [exchange], where, template_kwargs))
     if not answered:
         raise DataError(f"{where} asks nothing.", "No user's message has an assistant's answer.", "Add an answer.")
     if not episodes:
@@ -64,6 +70,34 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
             f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
         )
     return episodes
+
+
+def used_columns(row: Mapping[str, Any]) -> set[str]:
+    """The columns that `episodes_of` reads of such a row."""
+    speech = {"messages"} if row.get("messages") is not None else {"prompt", "history", _response(row) or "response"}
+    return speech | _FOR_TEMPLATE.keys()
+
+
+def _response(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in ("response", "completion") if row.get(name) is not None), None)
+
+
+def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row gives the chat template besides its messages."""
+    given: dict[str, Any] = {}
+    for name, kind in _FOR_TEMPLATE.items():
+        value = row.get(name)
+        if isinstance(value, str):
+            try:
+                value = parse_json(value)
+            except ValueError as error:
+                raise DataError(f"{where}: `{name}` is not JSON.", f"{error}.", "Correct the row.") from error
+        if value is not None and not isinstance(value, kind):
+            what = "a list" if kind is list else "an object"
+            raise DataError(f"{where}: `{name}` is not {what}.", f"It is {str(value)[:60]!r}.", "Correct the row.")
+        given[name] = value
+    tools = {"tools": given["tools"]} if given["tools"] else {}
+    return {**(given["chat_template_kwargs"] or {}), **tools}
 
 
 def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
@@ -77,7 +111,7 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
     if row.get("messages") is not None:
         return _checked(row["messages"], "messages", where)
     prompt = row["prompt"]
-    name = next((name for name in ("response", "completion") if row.get(name) is not None), None)
+    name = _response(row)
     if name is None:
         raise DataError(f"{where} is not a conversation.", "It has a `prompt` and no `response`.", "Add the response.")
     response = row[name]

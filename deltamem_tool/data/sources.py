@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from deltamem_tool.data.episode import Episode, episodes_of
+from deltamem_tool.data.episode import Episode, episodes_of, used_columns
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.names import expand_name, expand_user
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _AS_PUBLISHED = "Use the file as its authors publish it."
-_SPEECH = ("messages", "prompt", "response", "completion", "history")  # columns that can be lists of messages
+# The columns of which episodes are made; all but the last can be lists.
+_COLUMNS = ("messages", "prompt", "response", "completion", "history", "tools", "chat_template_kwargs")
+_LOG = logging.getLogger(__name__)
 # What `datasets` raises over a dataset, a network or a file that is not as it should be.
 _FAILURES = (DatasetsError, OSError, ValueError, RuntimeError)
 
@@ -42,7 +45,7 @@ def read_episodes(
     supervise: str = "last",
     skip_bad_rows: bool = False,
 ) -> Loaded:
-    """Read all episodes of a file, or of a dataset of the Hub.
+    """Read all episodes of a file, or of a dataset of the Hub. Columns that are not used are named in the log.
 
     Args:
         path: a JSONL or parquet file, or a dataset's id.
@@ -56,6 +59,7 @@ def read_episodes(
     """
     episodes: list[Episode] = []
     skipped: list[DataError] = []
+    unused: dict[str, None] = {}  # in their order
     count = 0
     for where, row in _conversations(path, split, revision):
         count += 1
@@ -63,6 +67,7 @@ def read_episodes(
             if isinstance(row, DataError):
                 raise row
             episodes += episodes_of(row, where, supervise)
+            unused.update(dict.fromkeys(name for name in row if name not in used_columns(row)))
         except DataError as error:
             if not skip_bad_rows:
                 raise
@@ -70,6 +75,8 @@ def read_episodes(
     if not episodes:
         why = f"All of its {count} rows are bad; the first: {skipped[0].what}" if skipped else "It is empty."
         raise DataError(f"{path} has no conversations.", why, "Use another file.")
+    if unused:
+        _LOG.warning("%s has columns that are not used: %s.", path, ", ".join(map(str, unused)))
     return Loaded(episodes, count, tuple(skipped))
 
 
@@ -171,7 +178,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 yield where, DataError(f"{where} is not JSON.", f"{error}.", "Write one JSON object per line.")
 
 
-def _parquet_rows(path: Path, columns: Sequence[str] | None = _SPEECH) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str] | None = _COLUMNS) -> Iterator[Row]:
     literal = re.sub(r"([*?[])", r"[\1]", str(path.resolve()))  # in patterns brackets and stars mean something
     try:
         # Streamed, so that nothing is copied to a cache; by `datasets`, which knows JSON columns of its own.
@@ -192,7 +199,7 @@ def _dataset_rows(
     split: str,
     revision: str | None,
     config: str | None = None,
-    columns: Sequence[str] | None = _SPEECH,
+    columns: Sequence[str] | None = _COLUMNS,
 ) -> Iterator[Row]:
     """Of a folder that `datasets` loads, or of the Hub."""
     try:
@@ -236,16 +243,19 @@ def _line(error: BaseException) -> str:
 def _table_rows(
     table: datasets.Dataset | datasets.IterableDataset, where: str, columns: Sequence[str] | None
 ) -> Iterator[Row]:
-    """The rows without columns that are null; of `columns` alone, if any of these are there: lists of messages."""
-    wanted = [name for name in table.column_names or () if columns and name in columns]
+    """The rows without columns that are null; of others than `columns`, if any of these are there, the names alone."""
+    names = table.column_names or []
+    wanted = [name for name in names if columns and name in columns]
     if wanted:
         table = table.select_columns(wanted)  # others may be pictures, long to decode
+    unread = dict.fromkeys(name for name in names if wanted and name not in wanted)
     for number, row in enumerate(table, start=1):
         content = {name: value for name, value in row.items() if value is not None}
-        for name in columns or ():
-            if isinstance(content.get(name), list):
-                content[name] = [_message(message) for message in content[name]]
-        yield f"{where} {number}", content
+        for name in wanted:
+            value = content.get(name)
+            if value is not None:
+                content[name] = [_message(each) for each in value] if isinstance(value, list) else _without_nulls(value)
+        yield f"{where} {number}", content | unread
 
 
 def _message(message: Any) -> Any:

@@ -210,7 +210,7 @@ def encoding_fingerprint(episodes: Sequence[Episode], encoder: Encoder) -> str:
     ]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for episode in episodes:  # keys in their order: a template may write them in it
-        content = (episode.history, episode.exchanges, episode.where)
+        content = (episode.history, episode.exchanges, episode.where, episode.template_kwargs)
         digest.update(json.dumps(content, default=repr).encode() + b"\n")
     return digest.hexdigest()
 

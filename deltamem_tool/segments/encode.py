@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def encode_chat(
     add_generation_prompt: bool = False,
     padding_side: str = "left",
     split: Split | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatTokens:
     """One conversation (B = 1) or several become tokens and tags `[B, T]`.
 
@@ -55,6 +56,7 @@ def encode_chat(
         add_generation_prompt: end with the header of the assistant's next message.
         padding_side: "left" or "right"; padded with the padding token, or else with the end token.
         split: how "sentence" splits a message's content, as `tag_chat` has it.
+        template_kwargs: what the template is given besides the messages: `tools`, or variables of its own.
 
     Raises:
         ConfigError: an option has no such value.
@@ -75,11 +77,11 @@ def encode_chat(
         raise DataError("There is no conversation to encode.", "The list is empty.", "Give it at least one message.")
     single = isinstance(conversations[0], Mapping)
     batch = cast(Sequence[Sequence[Message]], [conversations] if single else conversations)
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.of(tokenizer).having(template_kwargs or {})
     rows = []
     for number, messages in enumerate(batch, start=1):
         try:
-            rows.append(_tag(tokenizer, template, messages, granularity, add_generation_prompt, split))
+            rows.append(tagged(tokenizer, template, messages, granularity, add_generation_prompt, split))
         except DataError as error:
             where = "" if single else f"Conversation {number}: "
             raise DataError(where + error.what, error.why, error.next) from error
@@ -116,17 +118,18 @@ def tag_chat(
             the conversation, or does not let the end of a message be told; a message or a sentence has no token of its
             own; `split` returns what is not in the content.
     """
-    return _tag(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
+    return tagged(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
 
 
-def _tag(
+def tagged(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     messages: Sequence[Message],
     granularity: str,
-    generation_prompt: bool,
-    split: Split | None,
+    generation_prompt: bool = False,
+    split: Split | None = None,
 ) -> TaggedChat:
+    """`tag_chat` with a template of the tokenizer that is at hand."""
     if granularity not in GRANULARITIES:
         raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
     if split is not None and granularity != "sentence":

@@ -7,6 +7,7 @@ rendered, each the beginning of a longer one. In the same way it is seen whether
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,11 +32,11 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     generation_prompt: bool = False,
-    **variables: Any,
+    **template_kwargs: Any,
 ) -> str:
-    """The messages as the tokenizer's chat template writes them, with its `variables`, such as `tools`."""
+    """The messages as the tokenizer's chat template writes them, with `template_kwargs`, such as `tools`."""
     text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **variables
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **template_kwargs
     )
     assert isinstance(text, str)  # one conversation, not tokenised
     return text
@@ -53,20 +54,41 @@ class ChatTemplate:
 
     Args:
         name: of the tokenizer, for errors.
-        write: renders messages, with or without a generation prompt, with variables; it raises what it likes.
-        variables: what the template is given besides the messages, such as `tools`.
+        write: renders messages, with or without a generation prompt, with `template_kwargs`; it raises what it likes.
+        source: of the template, in which the names of `template_kwargs` are looked up.
+        template_kwargs: what the template is given besides the messages, such as `tools`.
     """
 
-    def __init__(self, name: str, write: Callable[..., str], variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        write: Callable[..., str],
+        source: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = name
         self._write = write
-        self._variables = dict(variables or {})
+        self._source = source
+        self._kwargs = dict(template_kwargs or {})
         self._headers: dict[tuple[str, bool], set[str]] = {}
         self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations all of which is written
 
-    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """The same template, given `variables` too."""
-        return ChatTemplate(self.name, self._write, {**self._variables, **variables}) if variables else self
+    def having(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
+        """The same template, given `template_kwargs` too.
+
+        Raises:
+            DataError: the template does not know one of them.
+        """
+        if not template_kwargs:
+            return self
+        unknown = [name for name in template_kwargs if not re.search(rf"\b{re.escape(name)}\b", self._source)]
+        if unknown:
+            raise DataError(
+                f"The chat template of {self.name} does not know {', '.join(unknown)}.",
+                "It would be ignored.",
+                "Leave it out, or use a model whose template knows it.",
+            )
+        return ChatTemplate(self.name, self._write, self._source, {**self._kwargs, **template_kwargs})
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -80,7 +102,9 @@ class ChatTemplate:
             raise DataError(
                 f"The tokenizer {name} has no chat template.", "", "Use the base model's chat or instruct version."
             )
-        return cls(name, partial(render, tokenizer))
+        source = tokenizer.chat_template
+        several = source.values() if isinstance(source, dict) else [source]  # by names, such as "tool_use"
+        return cls(name, partial(render, tokenizer), "\n".join(several))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """The messages as the template writes them.
@@ -114,7 +138,7 @@ class ChatTemplate:
 
     def _written(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         try:
-            text = self._write(list(messages), generation_prompt, **self._variables)
+            text = self._write(list(messages), generation_prompt, **self._kwargs)
         except Exception as error:  # a template is a program of others, it can raise anything
             raise Refusal(
                 f"The chat template of {self.name} refuses the conversation.",
@@ -157,7 +181,8 @@ class ChatTemplate:
                             f"What it writes is without its {what}.",
                             "Leave the message out or change its role, or use a model whose template writes it.",
                         )
-            if self._variables.get("tools") and text == self.with_variables({"tools": None}).attempt(probes):
+            without = ChatTemplate(self.name, self._write, template_kwargs={**self._kwargs, "tools": None})
+            if self._kwargs.get("tools") and text == without.attempt(probes):
                 raise DataError(
                     f"The chat template of {self.name} leaves out the tools.",
                     "It writes the same without them.",

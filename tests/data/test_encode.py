@@ -136,7 +136,44 @@ def test_tool_calls_are_written_and_asked(tokenizer):
         assert texts == ["Rex.<|end|>", "In the shed.<|end|>", f"{call}<|end|>"]
 
 
+GIVEN = "{% if tools %}{{ tools | tojson }}{% endif %}{{ '/no_think' if enable_thinking is false }}"
+LOOK = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}
+
+
+def test_what_a_row_gives_the_template_is_in_every_text(tokenizer):
+    other = with_template(tokenizer, GIVEN + tokenizer.chat_template)
+    given = {"tools": [LOOK], "enable_thinking": False}
+    episodes = [Episode(TALK, [TALK[2:]], "a:1", kwargs) for kwargs in (given, {}, {"tools": [LOOK]})]
+    for granularity in ("token", "message"):
+        encoded = Encoder(other, 1000, 1000, granularity, 1, True)(episodes)
+        for episode, each in zip(episodes, encoded, strict=True):
+            seen = episode.template_kwargs
+            assert tokenizer.decode(each.write_ids) == render(other, TALK, **seen)
+            for views, messages in ((each.exchanges, TALK[2:]), (each.recent, [*TALK[2:], *TALK[2:]])):
+                assert tokenizer.decode(views[0].ids) == render(other, messages, **seen)
+            assert tokenizer.decode(each.full[0].ids) == render(other, [*TALK, *TALK[2:]], **seen)
+        chat = encode_chat(other, TALK, granularity, template_kwargs=given)
+        assert chat.input_ids[0].tolist() == encoded[0].write_ids
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("granularity", ["token", "message"])
+@pytest.mark.parametrize(
+    ("template", "given", "says"),
+    [
+        ("{{ '' if tools else '' }}", {"tools": [LOOK]}, "leaves out the tools"),
+        ("", {"tools": [LOOK]}, "does not know tools"),
+        (GIVEN, {"tools": [LOOK], "enable_thinkin": False}, "does not know enable_thinkin"),
+    ],
+)
+def test_what_the_template_would_ignore_is_named(tokenizer, template, given, says, granularity):
+    other = with_template(tokenizer, template + tokenizer.chat_template)
+    with pytest.raises(DataError, match=f"a:7: The chat template of .* {says}"):
+        Encoder(other, 100, 100, granularity)([Episode(TALK[:2], [TALK[2:]], "a:7", given)])
+    with pytest.raises(DataError, match=says):
+        encode_chat(other, TALK, granularity, template_kwargs=given)
 
 
 def test_an_exchange_that_is_too_long_is_named(tokenizer, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from data.talks import CALL, CALLING, FOUND, SYSTEM, TALK, TOOLS
 
 from deltamem_tool.data.dialogues import assistant, user
-from deltamem_tool.data.episode import Episode, episodes_of
+from deltamem_tool.data.episode import Episode, episodes_of, used_columns
 from deltamem_tool.errors import ConfigError, DataError
 
 
@@ -103,7 +105,31 @@ BAD = [  # a row as JSON, and what is said of it
     (f'{{"prompt": [{A}], "response": [{A}]}}', "`response` has a message of the role user"),
     (f'{{"prompt": [{A}], "history": "h", "response": "b"}}', "two histories"),
     (f'{{"prompt": [{A}], "response": []}}', "asks nothing"),
+    (f'{{"messages": [{A}, {B}, {A}, {B}], "tools": {{"name": "look"}}}}', "`tools` is not a list"),
+    (f'{{"messages": [{A}, {B}, {A}, {B}], "tools": "[3"}}', "`tools` is not JSON"),
+    (f'{{"messages": [{A}, {B}, {A}, {B}], "chat_template_kwargs": ["a"]}}', "`chat_template_kwargs` is not an object"),
 ]
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+def test_what_a_row_gives_the_template():
+    for tools in ([LOOK], json.dumps([LOOK])):
+        for kwargs in ({"enable_thinking": False}, '{"enable_thinking": false}'):
+            row = {"messages": TALK, "tools": tools, "chat_template_kwargs": kwargs}
+            for supervise in ("last", "all"):
+                (episode,) = episodes_of(row, "here", supervise)
+                assert episode.template_kwargs == {"enable_thinking": False, "tools": [LOOK]}
+                assert list(episode.history) == TALK[:2]
+    row = {"prompt": "So?", "history": "a", "response": "b", "tools": [], "chat_template_kwargs": None}
+    assert episodes_of(row, "here")[0].template_kwargs == {}
+
+
+def test_the_columns_that_are_used():
+    assert used_columns({"messages": TALK, "prompt": "a"}) == {"messages", "tools", "chat_template_kwargs"}
+    asked = {"prompt": "a", "completion": "b", "response": None}
+    assert used_columns(asked) == {"prompt", "history", "completion", "tools", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,39 @@ def test_parquet(tmp_path):
     assert loaded.episodes[1].exchanges == [turn]
 
 
+def test_columns_that_are_not_used_are_named(tmp_path, caplog):
+    rows = [{"messages": TALK, "id": 1}, {"messages": TALK, "prompt": "a?", "mesages": []}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_parquet(tmp_path / "chats.parquet", [{"id": 1, "messages": TALK, "tools": None, "source": "a"}])
+    for name, columns in (("chats.jsonl", "id, prompt, mesages"), ("chats.parquet", "id, source")):
+        caplog.clear()
+        assert read_episodes(tmp_path / name).episodes[0] == Episode(TALK[:2], [TALK[2:]])
+        (record,) = caplog.records
+        assert record.getMessage() == f"{tmp_path / name} has columns that are not used: {columns}."
+    caplog.clear()
+    read_episodes(write_jsonl(tmp_path / "chats.jsonl", [TALK]))
+    assert not caplog.records
+
+
+def test_parquet_with_tools(tmp_path):
+    """A table gives every tool and every row the keys of all."""
+    look = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
+    }
+    find = {
+        "type": "function",
+        "function": {"name": "find", "parameters": {"type": "object", "properties": {"b": {"type": "string"}}}},
+    }
+    given = [
+        {"tools": [look, find], "chat_template_kwargs": {"a": 1}},
+        {"tools": [find], "chat_template_kwargs": {"b": [2]}},
+    ]
+    path = write_parquet(tmp_path / "chats.parquet", [{"messages": TALK, **each} for each in given])
+    episodes = read_episodes(path).episodes
+    assert [each.template_kwargs for each in episodes] == [{"a": 1, "tools": [look, find]}, {"b": [2], "tools": [find]}]
+
+
 def test_parquet_with_prompts(tmp_path):
     rows = [
         {"prompt": "a?", "response": "b", "history": "h", "messages": None, "id": 1},

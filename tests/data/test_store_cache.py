@@ -77,6 +77,12 @@ def test_every_option_of_the_encoder_is_among_them(tokenizer):
     assert set(Encoder(tokenizer, **OPTIONS).options()) == names
 
 
+def test_what_a_row_gives_the_template_counts(tokenizer):
+    encoder = Encoder(tokenizer, **OPTIONS)
+    given = [replace(episode, template_kwargs={"enable_thinking": False}) for episode in EPISODES]
+    assert encoding_fingerprint(given, encoder) != encoding_fingerprint(EPISODES, encoder)
+
+
 def one_word_more(tokenizer):
     tokenizer.add_tokens(["Rex"])
 

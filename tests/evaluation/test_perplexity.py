@@ -97,6 +97,13 @@ def test_a_conversation_that_cannot_be_asked_is_named(tmp_path, options, talk, s
         find_task("perplexity", {"data": str(file), **options}).items()
 
 
+def test_what_a_row_gives_the_template_is_refused(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": TALKS[0], "chat_template_kwargs": {"enable_thinking": False}}))
+    with pytest.raises(DataError, match=r"(?s)talks.jsonl:1 has enable_thinking for the chat template.*messages alone"):
+        find_task("perplexity", {"data": str(path)}).items()
+
+
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="The task perplexity needs its data"):
         find_task("perplexity", {})

@@ -100,6 +100,12 @@ def _conversations(data: str, split: str, revision: str | None) -> Iterator[_Tal
     from deltamem_tool.data.sources import read_episodes
 
     for number, episode in enumerate(read_episodes(data, split, revision).episodes, start=1):
+        if episode.template_kwargs:
+            raise DataError(
+                f"{episode.where} has {', '.join(episode.template_kwargs)} for the chat template.",
+                "An evaluation gives the template messages alone.",
+                "Leave the columns tools and chat_template_kwargs out.",
+            )
         (exchange,) = episode.exchanges  # the last turn, after the system prompt where the history has one
         turn = exchange[1:] if exchange[0]["role"] == "system" else exchange
         yield _Talk(str(number), [[*episode.history, *turn]], episode.where)
