@@ -1,0 +1,41 @@
+"""`deltamem run`: what it writes to the memory file, and what it never overwrites."""
+
+from __future__ import annotations
+
+import subprocess
+
+from cli.chatting import ANSWER, ASKED, TOLD
+from cli.command import START
+from helpers.tiny import listing
+
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.memory.file import read_memory
+
+
+def test_a_memory_that_another_program_wrote_meanwhile_stays(here, deltamem, monkeypatch, quickstart_onnx):
+    assert deltamem("run", quickstart_onnx, "--prompt", TOLD, "--save-memory", "other").code == 0
+    assert deltamem("run", quickstart_onnx, "--prompt", "Hello.", "--save-memory", "me").code == 0
+    real = Conversation.generate
+
+    def slow(conversation, *arguments):
+        (here / "other").replace(here / "me")
+        return real(conversation, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "generate", slow)
+        done = deltamem("run", quickstart_onnx, "--prompt", "Hi.", "--memory", "me", "--save-memory", "me")
+    assert done.code == 1 and done.out.strip() and "me was changed by another program" in done.err
+    assert set(listing(here)) == {"me", "me-2"} and read_memory("me").digest() != read_memory("me-2").digest()
+    assert deltamem("run", quickstart_onnx, "--prompt", ASKED, "--memory", "me").out == f"{ANSWER}\n"
+
+
+def test_an_answer_that_nobody_reads_is_remembered(here, quickstart_onnx):
+    """As with `| head -c 1`."""
+    words = [*START, "run", quickstart_onnx, "--prompt", TOLD, "--save-memory"]
+    subprocess.run([*words, "read"], check=True, capture_output=True)
+    with subprocess.Popen([*words, "left"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (1, "")
+    assert read_memory("left").digest() == read_memory("read").digest()
