@@ -19,7 +19,7 @@ from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
-from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.conversation import INTERRUPTED, Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.data import dialogues
 from deltamem_tool.errors import DeltaMemError
@@ -214,19 +214,27 @@ def remember(
     sampling = Sampling(max_new_tokens=24)
     for done, fact in enumerate(facts):
         statement = fact.statement(rng)
-        remembered.exchanges.append((statement, first.generate(statement, sampling).text))
+        remembered.exchanges.append((statement, _said(first, statement, sampling)))
         if report is not None:
             report(done + 1, 2 * TOLD)
     first.save_memory(memory_file)
     memory = read_memory(memory_file)
     for done, fact in enumerate(facts):
         question = fact.question(rng)
-        with_file = Conversation(model, memory, write=False).generate(question, sampling).text
-        without = Conversation(model, write=False).generate(question, sampling).text
+        with_file = _said(Conversation(model, memory, write=False), question, sampling)
+        without = _said(Conversation(model, write=False), question, sampling)
         remembered.answers.append((question, with_file, fact.answer, without))
         if report is not None:
             report(TOLD + done + 1, 2 * TOLD)
     return remembered
+
+
+def _said(conversation: Conversation, text: str, sampling: Sampling) -> str:
+    """The answer; whoever interrupts it means the whole quickstart."""
+    answer = conversation.generate(text, sampling)
+    if answer.why == INTERRUPTED:
+        raise KeyboardInterrupt
+    return answer.text
 
 
 def report_json(result: Quickstart) -> dict[str, Any]:

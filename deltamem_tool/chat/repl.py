@@ -98,6 +98,7 @@ class Chat:
             try:
                 self._memory_file.write(self.conversation.memory)
             except KeyboardInterrupt:  # stops an answer, not the save that follows it
+                self.interrupted = True
                 self._memory_file.write(self.conversation.memory)
         except MemoryConflict as conflict:
             self._memory_file = conflict.beside
@@ -111,6 +112,14 @@ class Chat:
                 f"{known.what} {known.why}".strip(),
                 "The next turn tries again; /save FILE writes to another place.",
             ) from error
+
+    def _problem_of_keeping(self) -> DeltaMemError | None:
+        """Write the memory file, and return what went wrong."""
+        try:
+            self._keep()
+        except DeltaMemError as error:
+            return error
+        return None
 
     def _turn(self, text: str) -> None:
         content: str | list[dict[str, str]] = text
@@ -126,15 +135,17 @@ class Chat:
             return
         self.interrupted = answer.why == INTERRUPTED
         self._done.append(None)
+        problem = self._problem_of_keeping()
         try:
-            self._keep()
-        finally:
             output.end()
             self._tell(answer, self.conversation.context.dropped - dropped)
+        finally:  # which may be said where the answer could not be shown
+            if problem is not None:
+                self._fail(problem)
 
     def _tell(self, answer: Answer, dropped: int) -> None:
         """Say how the answer ended; `dropped` messages left the context for it."""
-        if self.interrupted:
+        if answer.why == INTERRUPTED:
             self.notice("Stopped. What was said is part of the conversation.")
         elif answer.why == LENGTH:
             self.notice(f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens, or the window is full.")

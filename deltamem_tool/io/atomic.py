@@ -140,6 +140,13 @@ def _keep_attributes(path: Path, former: os.stat_result, staged: Path) -> None:
     os.utime(staged)
 
 
+def _keep_attributes_of_former(path: Path, staged: Path) -> None:
+    """As `_keep_attributes`, where `path` is there and of the same kind; somebody else's owner need not be kept."""
+    if path.exists() and path.is_dir() == staged.is_dir():
+        with suppress(PermissionError):
+            _keep_attributes(path, path.stat(), staged)
+
+
 def resolve(path: str | Path) -> Path:
     """Make a path absolute and follow its symbolic links; a leading `~` is the home folder.
 
@@ -162,29 +169,39 @@ def resolve(path: str | Path) -> Path:
 def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
+    A folder that is there already keeps its mode and its owner, and so do its files.
+
     Raises:
-        DeltaMemError: `check_overwrite` says so; or without `overwrite`, the name was taken while the block ran.
+        DeltaMemError: `check_overwrite` says so; or the name was taken while the block ran.
     """
     check_overwrite(path, overwrite)
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    former = _identity(path)
     staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield staged
         for file in staged.rglob("*"):
             if file.is_file():
                 _sync(file)
+                _keep_attributes_of_former(path / file.relative_to(staged), file)
         staged.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            with suppress(PermissionError):  # somebody else's, in a folder of ours
-                _keep_attributes(path, path.stat(), staged)
-        if overwrite and path.exists():
+        _keep_attributes_of_former(path, staged)
+        if overwrite and former is not None and _identity(path) == former:
             _swap(staged, path)
         else:
             _name(staged, path)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file or folder from another of the same name; None if there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _swap(staged: Path, path: Path) -> None:

@@ -51,7 +51,11 @@ class Talk:
             file.seek(0)
             file.truncate()
         self.chat.handle(line)
-        return self._out.getvalue(), self._notices.getvalue()
+        return self._out.getvalue(), self.notices
+
+    @property
+    def notices(self) -> str:
+        return self._notices.getvalue()
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_ctrl_c_does_not_stop_a_save(talk, here, monkeypatch):
     monkeypatch.setattr(SharedMemoryFile, "write", interrupted)
     chat(TOLD)
     assert pressed and same(read_memory("me"), chat.conversation.memory)
+    assert chat.chat.interrupted  # for a chat without a terminal, which ends
 
 
 # Another memory than the file's
@@ -271,6 +272,16 @@ def test_an_answer_that_cannot_be_shown_is_remembered(talk, here, monkeypatch):
     with pytest.raises(BrokenPipeError):
         chat(TOLD)
     assert same(read_memory("me"), read_memory("shown"))
+
+
+def test_a_conflict_is_told_where_the_answer_cannot_be_shown(talk, here, monkeypatch):
+    one, two = talk(memory_file=here / "me"), talk(memory_file=here / "me")
+    one(TOLD)
+    monkeypatch.setattr(two.chat, "_write", _closed)
+    with pytest.raises(BrokenPipeError):
+        two("By the way, my cat is Tom.")
+    assert "me was changed by another program" in two.notices
+    assert same(read_memory("me-2"), two.conversation.memory)
 
 
 def _closed(_):

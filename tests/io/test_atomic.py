@@ -199,6 +199,35 @@ def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, t
     assert sorted(path for path in listing(tmp_path) if not path.endswith("/")) == ["onnx-2/result", "onnx/thesis"]
 
 
+def test_a_folder_that_is_another_by_now_is_not_replaced(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "result").write_text("of before")
+
+    def write():
+        with folder_whole(tmp_path / "onnx", overwrite=True) as staged:
+            (staged / "result").write_text("ours")
+            (tmp_path / "onnx").rename(tmp_path / "moved")
+            (tmp_path / "onnx").mkdir()
+            (tmp_path / "onnx" / "thesis").write_text("theirs")
+
+    with pytest.raises(DeltaMemError, match=r"onnx came to be while this command ran\.[\s\S]*onnx-2"):
+        write()
+    assert (tmp_path / "onnx" / "thesis").exists() and (tmp_path / "onnx-2" / "result").read_text() == "ours"
+
+
+def test_files_of_a_folder_that_is_replaced_keep_their_mode(tmp_path):
+    (tmp_path / "onnx" / "inside").mkdir(parents=True)
+    for name in ("private", "inside/private"):
+        (tmp_path / "onnx" / name).write_text("of before")
+        (tmp_path / "onnx" / name).chmod(0o600)
+    with folder_whole(tmp_path / "onnx", overwrite=True) as staged:
+        (staged / "inside").mkdir()
+        for name in ("private", "inside/private", "new"):
+            (staged / name).write_text("ours")
+    modes = [stat.S_IMODE((tmp_path / "onnx" / name).stat().st_mode) for name in ("private", "inside/private", "new")]
+    assert modes == [0o600, 0o600, 0o666 & ~umask()] and (tmp_path / "onnx" / "private").read_text() == "ours"
+
+
 def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
     (tmp_path / "onnx").mkdir(mode=0o700)
     with folder_whole(tmp_path / "onnx") as staged:
@@ -229,6 +258,12 @@ def public_folder():
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _raises(error):
