@@ -12,13 +12,15 @@ entry, and fails if one of these names is used elsewhere.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from itertools import chain
 from typing import Any, NamedTuple
 
 from deltamem_tool.errors import MemoryStateError
@@ -173,12 +175,32 @@ def without_compilation(model: Any) -> Any:
     return getattr(model, "_modules", {}).get("_orig_mod", model)
 
 
-def changes_of(tensor: Any) -> object:
-    """What is another than before after a tensor has been written to in place or been given other data.
+def child_of(module: Any, name: str) -> Any:
+    """The module called `name` right below `module`, or None. Can go when torch's `get_submodule` is quick."""
+    return module._modules.get(name)
 
-    Changes of a tensor of inference mode are not counted: it never is what it was. Can go when torch counts in public.
+
+def drop_hooks(module: Any, functions: Collection[Any]) -> None:
+    """Remove the hooks of `module` that are partial ones of `functions`, wherever they come from.
+
+    torch copies hooks with the modules that they are on, and to the quantised ones that it puts in their place. Can go
+    when it removes a hook by its function.
     """
-    return object() if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, functools.partial) and hook.func in functions:
+                del hooks[key]
+
+
+def changes_of(tensors: Iterable[Any]) -> list[tuple[int, int]] | None:
+    """What is another than before after one of `tensors` has been written to in place or been given other data.
+
+    None where changes are not counted: of tensors of inference mode. Can go when torch has a public counter.
+    """
+    try:
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    except RuntimeError:
+        return None
 
 
 def parameters_of(modules: Iterable[Any]) -> list[Any]:
@@ -186,7 +208,8 @@ def parameters_of(modules: Iterable[Any]) -> list[Any]:
 
     It takes a tenth of the time of torch's `parameters()`. Can go when that is quick.
     """
-    return [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    parameters = chain.from_iterable([module._parameters.values() for module in modules])
+    return [parameter for parameter in parameters if parameter is not None]
 
 
 # The method of the Trainer that makes the sampler of a training set. Can go when the Trainer takes a sampler.

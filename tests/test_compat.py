@@ -182,16 +182,32 @@ def test_one_gpu(tmp_path):
 
 def test_changes_of():
     tensor = torch.zeros(2)
-    seen = [_compat.changes_of(tensor)]
-    assert _compat.changes_of(tensor) == seen[0]
+    seen = [_compat.changes_of([tensor])]
+    assert _compat.changes_of([tensor]) == seen[0]
     tensor.add_(1)
-    seen.append(_compat.changes_of(tensor))
+    seen.append(_compat.changes_of([tensor]))
     tensor.data = torch.zeros(2)
-    seen.append(_compat.changes_of(tensor))
-    assert len(set(seen)) == 3
+    seen.append(_compat.changes_of([tensor]))
+    assert len(set(map(str, seen))) == 3
     with torch.inference_mode():
-        other = torch.zeros(2)
-    assert _compat.changes_of(other) != _compat.changes_of(other)
+        assert _compat.changes_of([tensor, torch.zeros(2)]) is None
+
+
+def test_child_of():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert _compat.child_of(module, "0") is module[0] and _compat.child_of(module, "1") is None
+
+
+def test_drop_hooks():
+    from functools import partial
+
+    module = torch.nn.Linear(2, 2)
+    hooks = [partial(print, 1), partial(repr, 1), print]
+    for hook in hooks:
+        module.register_forward_hook(hook)
+        module.register_forward_pre_hook(hook)
+    _compat.drop_hooks(module, (print,))
+    assert list(module._forward_hooks.values()) == list(module._forward_pre_hooks.values()) == hooks[1:]
 
 
 def test_parameters_of():

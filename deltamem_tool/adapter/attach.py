@@ -47,7 +47,11 @@ def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None, registe
     layers = select_layers(attention_layers(inner), config)
     adapter = fresh_adapter(config, layers, _first_columns)
     hook(inner, adapter)
-    adopt(model, register)
+    try:
+        adopt(model, register)
+    except BaseException:
+        detach(model)
+        raise
     return adapter
 
 

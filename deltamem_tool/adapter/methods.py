@@ -10,10 +10,11 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from deltamem_tool._compat import without_compilation
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.adapter.save import save_beside
 from deltamem_tool.memory.overrides import Method, Methods, override
-from deltamem_tool.memory.patch import hf_model, patch_of
+from deltamem_tool.memory.patch import find_patch, hf_model, patch_of
 
 MODULE = "deltamem"  # what the adapter is called among a model's modules and parameters
 
@@ -28,7 +29,8 @@ def adopt(model: PreTrainedModel, register: bool = False) -> None:
     patch, inner = patch_of(model), hf_model(model)
     if register:
         cast(nn.Module, inner).add_module(MODULE, patch.adapter)
-    for module in {id(module): cast(nn.Module, module) for module in (inner, model)}.values():
+    outer = without_compilation(model)  # torch's own wrapper takes attributes for those of the model in it
+    for module in {id(module): cast(nn.Module, module) for module in (inner, outer)}.values():
         patch.overrides.append((module, override(module, SAVING if register else {**SHOWING, **SAVING})))
 
 
@@ -51,8 +53,10 @@ def _with_parameters(original: Method) -> Method:
         self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from original(self, prefix, recurse, remove_duplicate)
-        adapter = patch_of(cast(PreTrainedModel, self)).adapter
-        yield from adapter.named_parameters(f"{prefix}.{MODULE}" if prefix else MODULE, True, remove_duplicate)
+        patch = find_patch(cast(PreTrainedModel, self))
+        if patch is not None:  # a shallow copy of a model that has been detached keeps the methods
+            name = f"{prefix}.{MODULE}" if prefix else MODULE
+            yield from patch.adapter.named_parameters(name, True, remove_duplicate)
 
     return named_parameters
 
@@ -62,8 +66,8 @@ def _with_adapter(original: Method) -> Method:
 
     @functools.wraps(original)
     def extra_repr(self: nn.Module) -> str:
-        adapter = patch_of(cast(PreTrainedModel, self)).adapter
-        line = f"({MODULE}): {type(adapter).__name__}({adapter.extra_repr()})"
+        patch = find_patch(cast(PreTrainedModel, self))
+        line = "" if patch is None else f"({MODULE}): {type(patch.adapter).__name__}({patch.adapter.extra_repr()})"
         return "\n".join(filter(None, [original(self), line]))
 
     return extra_repr
@@ -84,6 +88,9 @@ def _with_adapter_folder(original: Method) -> Method:
         **kwargs: Any,
     ) -> None:
         inner = hf_model(self)
+        if find_patch(self) is None:
+            original(self, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
         base = base_of_model(inner)
         if self is not inner or hasattr(inner, MODULE) or hasattr(inner, "peft_config") or not base.name:
             original(self, save_directory, is_main_process=is_main_process, **kwargs)

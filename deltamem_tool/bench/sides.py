@@ -48,13 +48,13 @@ class TorchSide:
 
     def __init__(self, model: Any) -> None:
         from deltamem_tool._compat import cache_argument
-        from deltamem_tool.memory.patch import PATCH, hf_model
+        from deltamem_tool.memory.patch import find_patch, hf_model
 
         self._model = model
         base = hf_model(model)
         self._argument = cache_argument(base.forward)
         self._keeps_last = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._patched = hasattr(base, PATCH)
+        self._patched = find_patch(base) is not None
         self._config = base.config
 
     def cache(self) -> Any:

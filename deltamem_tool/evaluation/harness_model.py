@@ -15,7 +15,7 @@ from deltamem_tool.chat.sampling import not_finite
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import is_off
-from deltamem_tool.memory.patch import PATCH, hf_model
+from deltamem_tool.memory.patch import find_patch
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -44,7 +44,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         # Not the base tokenizer itself: the harness sets its padding.
         bos = False if chat else None
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
-        patch = getattr(hf_model(model), PATCH, None)
+        patch = find_patch(model)
         self._granularity = "token" if patch is None or is_off() else patch.adapter.config.granularity
         self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
         self._tell = tell

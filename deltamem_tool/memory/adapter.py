@@ -53,7 +53,7 @@ class DeltaMemAdapter(nn.Module):
         # The modules that have weights: to look for them at every call would take too long.
         self._leaves = [module for module in self.modules() if parameters_of([module])]
         # Computed of which changes, and of which data: as long as it is here, no other can be in its place.
-        self._fingerprint: tuple[str, list[object], list[Tensor]] | None = None
+        self._fingerprint: tuple[str, list[tuple[int, int]] | None, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: its weights count their changes anew."""
@@ -98,12 +98,16 @@ class DeltaMemAdapter(nn.Module):
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
         parameters = parameters_of(self._leaves)
-        changes = [changes_of(parameter) for parameter in parameters]
-        if self._fingerprint is None or self._fingerprint[1] != changes:
-            weights = {name: weight.cpu().float().numpy() for name, weight in self.state_dict().items()}
-            data = [parameter.detach() for parameter in parameters]
-            self._fingerprint = (fingerprint_of(self.config, weights), changes, data)
-        return self._fingerprint[0]
+        changes = changes_of(parameters)
+        if self._fingerprint is not None and self._fingerprint[1] == changes:
+            return self._fingerprint[0]
+        fingerprint = fingerprint_of(
+            self.config, {name: w.cpu().float().numpy() for name, w in self.state_dict().items()}
+        )
+        data = [parameter.detach() for parameter in parameters]
+        counted = changes is not None and not any(parameter.is_inference() for parameter in parameters)
+        self._fingerprint = (fingerprint, changes, data) if counted else None
+        return fingerprint
 
     @contextmanager
     def in_training(self) -> Iterator[None]:

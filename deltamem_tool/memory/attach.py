@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool.base_model.attention import AttentionLayer, attention_layers, layers_at
+from deltamem_tool.base_model.attention import AttentionLayer
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
-from deltamem_tool.memory.hooks import attention_pre_hook, decoder_hook, decoder_pre_hook, projection_hook
+from deltamem_tool.memory.hooks import hook_decoder, hook_layers
 from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
 from deltamem_tool.memory.overrides import FORWARD, GENERATION, override, restore
-from deltamem_tool.memory.patch import PATCH, Patch, hf_model, patch_of
+from deltamem_tool.memory.patch import PATCH, Patch, find_patch, hf_model, patch_of
 
 
 def fresh_adapter(
@@ -47,14 +47,20 @@ def fresh_adapter(
 
 def unhook(model: PreTrainedModel) -> None:
     """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
-    patch: Patch = patch_of(model)
-    model = hf_model(model)
-    for handle in patch.handles:
+    patch = patch_of(model)
+    _undo(patch)
+    vars(hf_model(model)).pop(PATCH, None)  # it may be a shallow copy of the model that was patched
+
+
+def _undo(patch: Patch) -> None:
+    for handle in (*patch.handles, *patch.layer_handles):
         handle.remove()
+    patch.handles.clear()
     for parameter, required_grad in patch.required_grad:
-        with torch.inference_mode(parameter.is_inference()):  # torch insists
-            parameter.requires_grad_(required_grad)
-    delattr(model, PATCH)
+        if parameter.is_floating_point() or parameter.is_complex():  # others have been quantised since
+            with torch.inference_mode(parameter.is_inference()):  # torch insists
+                parameter.requires_grad_(required_grad)
+    vars(patch.model).pop(PATCH, None)
     for module, ours in patch.overrides:
         restore(module, ours)
 
@@ -66,29 +72,26 @@ def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
 
 
 def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
-    """Put `adapter` on `model` and freeze the model's own weights."""
-    if hasattr(model, PATCH):
+    """Put `adapter` on `model` and freeze the model's own weights; or leave it as it is, where that fails.
+
+    Raises:
+        ArchitectureError: the model has a memory, or lacks layers of the adapter.
+    """
+    if find_patch(model) is not None:
         raise ArchitectureError("This model already has a memory.", "", "Call detach(model) first.")
-    layers = layers_at(attention_layers(model), adapter.layer_indices)
-    # Parameters and not their names, which change where a LoRA comes later.
-    required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
+    patch = Patch(model, adapter, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
     decoder = decoder_of(model)
-    handles = [
-        decoder.register_forward_pre_hook(decoder_pre_hook(model, decoder, adapter), with_kwargs=True),
-        decoder.register_forward_hook(decoder_hook, always_call=True),
-    ]
-    for layer in layers:
-        pre_hook = attention_pre_hook(layer.index, adapter)
-        handles.append(layer.module.register_forward_pre_hook(pre_hook, with_kwargs=True))
-        for branch in adapter.config.branches:
-            projection = layer.projection(branch)
-            corrects = projection_hook(layer.index, adapter, branch, projection)
-            handles.append(projection.linear.register_forward_hook(corrects))
-    overrides = [(cast(nn.Module, model), override(model, GENERATION))]
-    if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
-        overrides.append((model.base_model, override(model.base_model, FORWARD)))
-    setattr(model, PATCH, Patch(adapter, handles, required_grad, overrides))
+    try:
+        hook_layers(patch)
+        hook_decoder(patch, decoder)
+        patch.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
+        if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
+            patch.overrides.append((model.base_model, override(model.base_model, FORWARD)))
+        model.requires_grad_(False)
+        setattr(model, PATCH, patch)
+    except BaseException:
+        _undo(patch)
+        raise
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

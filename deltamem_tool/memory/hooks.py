@@ -7,14 +7,15 @@ that it has made; the hooks read and fill it, and the cache takes the new states
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from deltamem_tool._compat import cache_argument, with_one_cache
+from deltamem_tool._compat import cache_argument, drop_hooks, with_one_cache
+from deltamem_tool.base_model.attention import attention_layers, layers_at
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.errors import ConfigError, MemoryStateError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
@@ -22,73 +23,113 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.masks import check_writes_tokens, segment_tokens, valid_tokens, writing_tokens
+from deltamem_tool.memory.patch import Patch
 from deltamem_tool.memory.state import MemoryState
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def decoder_pre_hook(
-    model: PreTrainedModel, decoder: nn.Module, adapter: DeltaMemAdapter
-) -> Callable[[nn.Module, Args, Kwargs], tuple[Args, Kwargs]]:
-    """Return the hook that begins a `DecoderCall`."""
-    parameters = list(inspect.signature(decoder.forward).parameters)
-    argument = cache_argument(decoder.forward)
+def hook_decoder(patch: Patch, decoder: nn.Module) -> None:
+    """Hook the decoder, where a `DecoderCall` begins and ends."""
+    parameters, argument = list(inspect.signature(decoder.forward).parameters), cache_argument(decoder.forward)
+    begin = partial(_begin_call, patch, parameters, argument)
+    patch.handles.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
+    patch.handles.append(decoder.register_forward_hook(_end_call, always_call=True))
 
-    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        args, kwargs = with_one_cache(parameters, argument, args, kwargs)
-        if is_off():
-            return args, kwargs
-        for name in parameters[: len(args)]:
-            if name in kwargs:
-                raise TypeError(f"{type(module).__name__}.forward() got multiple values for argument {name!r}")
-        kwargs |= dict(zip(parameters, args, strict=False))
-        cache = kwargs.get(argument)
-        if cache is None:
-            check_writes_tokens(adapter.config)
-            cache = MemoryCache(model)
-            use_cache = kwargs.get("use_cache")
-            default = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
-            if default if use_cache is None else use_cache:
-                kwargs[argument] = cache
-        elif not isinstance(cache, MemoryCache):
-            raise MemoryStateError(
-                f"A {type(cache).__name__} cannot hold the memory.",
-                "The model would forget at every call.",
-                "Pass cache=deltamem.MemoryCache(model), or no cache.",
-            )
-        step = cache.take_step()  # first, so that a call that is refused does not leave it to the next
-        if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
-            raise ConfigError(
-                "transformers' gradient checkpointing does not work with a memory.",
-                "It calls the layers without the cache.",
-                "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
-            )
-        tokens = kwargs.get("input_ids")
-        content = tokens if tokens is not None else kwargs["inputs_embeds"]
-        batch, length = content.shape[:2]
-        if adapter.device != content.device:
-            with torch.inference_mode(False):
-                adapter.to(content.device)  # the adapter follows the model, which does not know of it
-        memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
-        _check_fit(memory, adapter, batch)
-        if not torch.compiler.is_compiling():
-            cache.check_room(length)
-        mask = kwargs.get("attention_mask")
-        valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
-        if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
-            valid = None  # cheap to see on a CPU, and it saves every layer its masks
-        write_mask, segment_end = segment_tokens(
-            adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
-        )
-        run(
-            DecoderCall(
-                cache, memory.to(content.device).for_autograd(), valid, write_mask, segment_end, length, outer=running()
-            )
-        )
-        return (), kwargs
 
-    return hook
+def hook_layers(patch: Patch) -> None:
+    """Hook the attention layers that have a memory, and their projections; or hook them anew.
+
+    Raises:
+        ArchitectureError: the model has no such layers, or has them no longer.
+    """
+    layers = layers_at(attention_layers(patch.model), patch.adapter.layer_indices)
+    projections = [
+        (layer, branch, layer.projection(branch)) for layer in layers for branch in patch.adapter.config.branches
+    ]
+    names = [layer.name for layer in layers] + [projection.name for _, _, projection in projections]
+    path = list(dict.fromkeys(step for name in names for step in _path(patch.model, name)))
+    for handle in patch.layer_handles:
+        handle.remove()
+    patch.layer_handles.clear()
+    for module in (child for _, _, child in path):
+        drop_hooks(module, (_before_attention, _after_projection))
+    for layer in layers:
+        read_and_write = partial(_before_attention, patch.adapter, layer.index)
+        patch.layer_handles.append(layer.module.register_forward_pre_hook(read_and_write, with_kwargs=True))
+    for layer, branch, projection in projections:
+        correct = partial(_after_projection, patch.adapter, layer.index, branch, projection)
+        patch.layer_handles.append(projection.linear.register_forward_hook(correct))
+    patch.path = path
+
+
+def _path(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """What leads from `model` to its module `name`: parent, name in it, child."""
+    for part in name.split("."):
+        child = model.get_submodule(part)
+        yield model, part, child
+        model = child
+
+
+def _begin_call(
+    patch: Patch, parameters: Sequence[str], argument: str, module: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """Begin a `DecoderCall`."""
+    args, kwargs = with_one_cache(parameters, argument, args, kwargs)
+    if is_off():
+        return args, kwargs
+    if patch.has_moved:
+        hook_layers(patch)
+    adapter = patch.adapter
+    for name in parameters[: len(args)]:
+        if name in kwargs:
+            raise TypeError(f"{type(module).__name__}.forward() got multiple values for argument {name!r}")
+    kwargs |= dict(zip(parameters, args, strict=False))
+    cache = kwargs.get(argument)
+    if cache is None:
+        check_writes_tokens(adapter.config)
+        cache = MemoryCache(patch.model)
+        use_cache = kwargs.get("use_cache")
+        default = getattr(patch.model.config.get_text_config(decoder=True), "use_cache", True)
+        if default if use_cache is None else use_cache:
+            kwargs[argument] = cache
+    elif not isinstance(cache, MemoryCache):
+        raise MemoryStateError(
+            f"A {type(cache).__name__} cannot hold the memory.",
+            "The model would forget at every call.",
+            "Pass cache=deltamem.MemoryCache(model), or no cache.",
+        )
+    step = cache.take_step()  # first, so that a call that is refused does not leave it to the next
+    if module.training and torch.is_grad_enabled() and getattr(module, "is_activation_checkpointing", False):
+        raise ConfigError(
+            "transformers' gradient checkpointing does not work with a memory.",
+            "It calls the layers without the cache.",
+            "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
+        )
+    tokens = kwargs.get("input_ids")
+    content = tokens if tokens is not None else kwargs["inputs_embeds"]
+    batch, length = content.shape[:2]
+    if adapter.device != content.device:
+        with torch.inference_mode(False):
+            adapter.to(content.device)  # the adapter follows the model, which does not know of it
+    memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
+    _check_fit(memory, adapter, batch)
+    if not torch.compiler.is_compiling():
+        cache.check_room(length)
+    mask = kwargs.get("attention_mask")
+    valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
+    if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
+        valid = None  # cheap to see on a CPU, and it saves every layer its masks
+    write_mask, segment_end = segment_tokens(
+        adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
+    )
+    run(
+        DecoderCall(
+            cache, memory.to(content.device).for_autograd(), valid, write_mask, segment_end, length, outer=running()
+        )
+    )
+    return (), kwargs
 
 
 def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:
@@ -103,7 +144,7 @@ def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> Non
         )
 
 
-def decoder_hook(module: nn.Module, args: Args, output: Any) -> None:
+def _end_call(module: nn.Module, args: Args, output: Any) -> None:
     """End the `DecoderCall`: the cache takes the new states."""
     call = None if is_off() else running()
     if call is None:
@@ -123,30 +164,26 @@ def decoder_hook(module: nn.Module, args: Args, output: Any) -> None:
             call.cache.segment_tags = rest if rest.shape[1] else None
 
 
-def attention_pre_hook(index: int, adapter: DeltaMemAdapter) -> Callable[[nn.Module, Args, Kwargs], None]:
-    """Return the hook that reads and writes before layer `index`."""
-
-    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        if is_off():
-            return
-        call = running()
-        if call is None:
-            raise MemoryStateError(
-                "An attention layer was called outside of its decoder.",
-                "",
-                "Call the model, or its base model, as a whole.",
-            )
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        layer, segment = adapter.layer(index), call.memory.open_segments.get(index)
-        output = layer(hidden, call.memory.layers[index], call.read_mask, call.write_mask, segment, call.segment_end)
-        call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
-        if output.open_segment is not None:
-            call.open_segments[index] = output.open_segment
-        if call.cache.write_gates is not None and output.write_gates is not None:
-            written = call.write_mask if segment is None else call.segment_end
-            call.write_gates[index] = _summed(output.write_gates, written)
-
-    return hook
+def _before_attention(adapter: DeltaMemAdapter, index: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Read and write, before the attention of layer `index`."""
+    if is_off():
+        return
+    call = running()
+    if call is None:
+        raise MemoryStateError(
+            "An attention layer was called outside of its decoder.",
+            "",
+            "Call the model, or its base model, as a whole.",
+        )
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    layer, segment = adapter.layer(index), call.memory.open_segments.get(index)
+    output = layer(hidden, call.memory.layers[index], call.read_mask, call.write_mask, segment, call.segment_end)
+    call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
+    if output.open_segment is not None:
+        call.open_segments[index] = output.open_segment
+    if call.cache.write_gates is not None and output.write_gates is not None:
+        written = call.write_mask if segment is None else call.segment_end
+        call.write_gates[index] = _summed(output.write_gates, written)
 
 
 def _summed(gates: Tensor, written: Tensor | bool | None) -> Tensor:
@@ -155,20 +192,21 @@ def _summed(gates: Tensor, written: Tensor | bool | None) -> Tensor:
     return torch.stack([gates.mean((2, 3)).sum(1), count.to(gates.dtype)], dim=1)
 
 
-def projection_hook(
-    index: int, adapter: DeltaMemAdapter, branch: str, projection: Projection
-) -> Callable[[nn.Module, Args, Tensor], Tensor | None]:
-    """Return the hook that corrects a projection of layer `index`."""
-    whole = projection.is_whole
-
-    def hook(module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
-        if is_off():
-            return None
-        call = running()
-        assert call is not None  # the attention's own hook has seen to it
-        layer = adapter.layer(index)
-        if whole:
-            return layer.correct(branch, call.readings[index], output)
-        return output + projection.place(layer.correction(branch, call.readings[index])).to(output.dtype)
-
-    return hook
+def _after_projection(
+    adapter: DeltaMemAdapter,
+    index: int,
+    branch: str,
+    projection: Projection,
+    module: nn.Module,
+    args: Args,
+    output: Tensor,
+) -> Tensor | None:
+    """Correct what a projection of layer `index` puts out."""
+    if is_off():
+        return None
+    call = running()
+    assert call is not None  # the attention's own hook has seen to it
+    layer = adapter.layer(index)
+    if projection.is_whole:
+        return layer.correct(branch, call.readings[index], output)
+    return output + projection.place(layer.correction(branch, call.readings[index])).to(output.dtype)

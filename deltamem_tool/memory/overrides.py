@@ -178,7 +178,8 @@ def override(module: nn.Module, methods: Methods) -> dict[str, MethodType]:
     for name, method in methods.items():
         original = _as_method(name, before[name]) if name in before else getattr(type(module), name)
         ours[name] = MethodType(method(original), module)
-        setattr(module, name, ours[name])
+    for name, method in ours.items():
+        setattr(module, name, method)
     return ours
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from types import MethodType
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from deltamem_tool._compat import without_compilation
+from deltamem_tool._compat import child_of, without_compilation
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
@@ -20,10 +22,32 @@ PATCH = "_deltamem_patch"  # the attribute of the model
 class Patch:
     """All that `detach` has to undo."""
 
+    model: PreTrainedModel
     adapter: DeltaMemAdapter
-    handles: list[RemovableHandle]
+    # Parameters and not their names, which change where a LoRA comes later.
     required_grad: list[tuple[nn.Parameter, bool]]
-    overrides: list[tuple[nn.Module, dict[str, MethodType]]]  # methods that were set on modules, by name
+    handles: list[RemovableHandle] = field(default_factory=list)  # of the decoder's hooks
+    layer_handles: list[RemovableHandle] = field(default_factory=list)
+    # What leads from the model to the modules of these hooks: parent, name and child.
+    path: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    overrides: list[tuple[nn.Module, dict[str, MethodType]]] = field(default_factory=list)  # what was set, by name
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether another module stands where one has a hook: PEFT and others replace layers, and put them back."""
+        return any(child_of(parent, name) is not child for parent, name, child in self.path)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ArchitectureError(
+            "A model with a memory cannot be pickled.",
+            "Methods that were set on it would be lost, and with them its memory.",
+            "Save the adapter with deltamem.save_adapter, and load it with deltamem.load.",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        copied = memo[id(self)] = object.__new__(Patch)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 def hf_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -51,13 +75,19 @@ def hf_model(model: PreTrainedModel) -> PreTrainedModel:
     return hf_model(model.get_base_model())
 
 
+def find_patch(model: PreTrainedModel) -> Patch | None:
+    """Return the patch of a model; None if it has no memory, or shares its layers with one that has been detached."""
+    patch: Patch | None = getattr(hf_model(model), PATCH, None)
+    return patch if patch is not None and patch.handles else None
+
+
 def patch_of(model: PreTrainedModel) -> Patch:
     """Return the patch of a model.
 
     Raises:
         ArchitectureError: the model has no memory.
     """
-    patch: Patch | None = getattr(hf_model(model), PATCH, None)
+    patch = find_patch(model)
     if patch is None:
         raise ArchitectureError(
             "This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first."
