@@ -28,7 +28,9 @@ from deltamem_tool.chat.generation import (
 )
 from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
-from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory, write_memory
+from deltamem_tool.io.atomic import resolve
+from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory
+from deltamem_tool.memory.shared_file import SharedMemoryFile
 from deltamem_tool.segments.messages import Message
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -119,6 +121,7 @@ class Conversation:
         memory = empty_memory(engine) if memory is None else memory
         _check_fits(engine, memory)
         self._place = Place(engine.start(memory), None)
+        self.loaded: dict[Path, SharedMemoryFile] = {}  # by where they are
         self._before: list[Place] = []  # each turn, and each memory that was put in place
 
     @property
@@ -156,9 +159,12 @@ class Conversation:
         """Write a memory file, whole or not at all, which every runtime loads.
 
         Raises:
+            MemoryConflict: this conversation has loaded the file, and another program has changed it since; the memory
+                is in a file beside it.
             MemoryStateError: it holds NaN or infinity.
         """
-        write_memory(path, self.memory)
+        loaded = self.loaded.get(resolve(path))
+        (loaded or SharedMemoryFile(path)).write(self.memory, replace=loaded is None)
 
     def load_memory(self, path: str | Path) -> None:
         """Put the memory of a file in place of this one; the context stays, and `undo` takes it back.
@@ -166,7 +172,9 @@ class Conversation:
         Raises:
             MemoryStateError: the file is missing or damaged, or does not fit; nothing has changed then.
         """
-        self.memory = read_memory(path)
+        file = SharedMemoryFile(path)
+        self.memory = file.read() or read_memory(path)  # which says that there is no file
+        self.loaded[resolve(path)] = file
 
     def forget(self) -> None:
         """Start from nothing: the memory zeros, the context empty. It cannot be undone."""

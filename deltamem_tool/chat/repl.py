@@ -18,9 +18,9 @@ from rich.text import Text
 from deltamem_tool.chat.answer_output import AnswerOutput
 from deltamem_tool.chat.generation import INTERRUPTED, LENGTH
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError, domain_error
-from deltamem_tool.io.atomic import check_writable
+from deltamem_tool.io.atomic import check_writable, resolve
 from deltamem_tool.io.names import expand_user
-from deltamem_tool.memory.file import check_replaceable, read_memory
+from deltamem_tool.memory.file import check_replaceable
 from deltamem_tool.memory.shared_file import MemoryConflict, SharedMemoryFile
 from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
@@ -199,13 +199,11 @@ class Chat:
     def _load(self, argument: str) -> None:
         path, former, given = expand_user(argument), self._memory_file, self._given_file
         is_given = given is not None and given.is_at(path)
-        file = SharedMemoryFile(path)
-        memory = file.read()
-        self.conversation.memory = read_memory(path) if memory is None else memory
+        self.conversation.load_memory(path)
         self._done.append(_Load(former))
         self.notice(f"The memory is now that of {path}; the context is as it was.")
         if is_given:
-            self._given_file = self._memory_file = file
+            self._given_file = self._memory_file = self.conversation.loaded[resolve(path)]
         elif given is not None:
             self._memory_file = given.beside()
             self.notice(f"From now on it is kept in {self._memory_file.path}, and {given.path} stays as it is.")

@@ -31,6 +31,8 @@ from deltamem_tool.chat.conversation import Context, Conversation, Sampling
 from deltamem_tool.chat.generation import AnswerStream
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import DataError, DeltaMemError, ExportError, MemoryStateError
+from deltamem_tool.memory.file import read_memory
+from deltamem_tool.memory.shared_file import MemoryConflict
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,23 @@ def test_a_memory_is_loaded_and_the_context_stays(engine, tmp_path):
     assert_unchanged(conversation, (context, messages, memory))
     assert conversation.undo()
     assert not any(state.any() for state in conversation.memory.states.values())
+
+
+def test_a_loaded_file_is_saved_unless_another_changed_it(engine, tmp_path):
+    """Two programs load a file, talk, and save it: what the first has saved stays."""
+    one, two, file = Conversation(engine), Conversation(engine), tmp_path / "me"
+    one.save_memory(file)
+    for conversation, turn in ((one, TURNS[0]), (two, OTHERS[0])):
+        conversation.load_memory(file)
+        say(conversation, turn)
+    one.save_memory(file)
+    with pytest.raises(MemoryConflict, match="me was changed by another program"):
+        two.save_memory(file)
+    assert_same_memory(read_memory(file), one.memory)
+    assert_same_memory(read_memory(tmp_path / "me-2"), two.memory)
+    say(one, TURNS[1])
+    one.save_memory(file)  # its own save is no change
+    assert_same_memory(read_memory(file), one.memory)
 
 
 def test_ctrl_c_while_text_is_shown_keeps_what_was_said(engine):

@@ -228,6 +228,17 @@ def test_no_line_overwrites_what_another_wrote(talk, here, line):
     assert same(read_memory("me-2"), chat.conversation.memory)
 
 
+def test_a_loaded_file_is_saved_unless_another_changed_it(talk, here):
+    bob, chat = talk(memory_file=here / "bob"), talk()
+    bob(TOLD)
+    for line in ("/load bob", ASKED):
+        chat(line)
+    assert "Saved" in chat("/save bob")[1] and same(read_memory("bob"), chat.conversation.memory)
+    write_memory("bob", bob.conversation.memory)  # as bob's next turn would
+    assert "bob was changed by another program" in chat("/save bob")[1]
+    assert same(read_memory("bob"), bob.conversation.memory) and same(read_memory("bob-2"), chat.conversation.memory)
+
+
 def test_a_file_that_is_gone_or_the_same_is_no_conflict(talk, here):
     chat = talk(memory_file=here / "me")
     chat(TOLD)
