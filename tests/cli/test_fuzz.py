@@ -11,16 +11,20 @@ import io
 import json
 import os
 import pkgutil
-import random
 import shutil
 import signal
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import click
 import pytest
 import transformers
+from cli.fuzz_material import PLACES, SOUND, STDINS, cut_copies, right_files, special_files, wrong_files
+from helpers.publishing import adapter_folder
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -29,25 +33,10 @@ from deltamem_tool import cli
 from deltamem_tool.cli import COMMANDS
 
 EXAMPLES = int(os.environ.get("DELTAMEM_FUZZ_EXAMPLES", "500"))
-SECONDS = 1.5  # a command line that is still at work then was understood; it is interrupted, and must clean up
+# A command line that is still at work then was understood; it is interrupted, and must clean up.
+SECONDS, LONG = 1.5, 15.0
 
-NUMBERS = [
-    "-1",
-    "0",
-    "1",
-    "2",
-    "7",
-    "65",
-    "1000000000000000000",
-    "0.5",
-    "-0.0",
-    "1e400",
-    "nan",
-    "inf",
-    "",
-    "９",
-    "0x10",
-]
+NUMBERS = ["-1", "0", "1", "2", "7", "65", "1000000000000000000", "0.5", "-0.0", "1e400", "nan", "inf", "９", "0x10"]
 WORDS = [
     "",
     " ",
@@ -65,78 +54,23 @@ WORDS = [
     "true",
     "ß",
     "\udcff",
-    "\n",
 ]
-WORDS += [
-    "recall",
-    "perplexity",
-    "locomo",
-    "lm_eval:arc",
-    "window:0",
-    "window:x",
-    "kind=none",
-    "nobody/nothing",
-    "🦜" * 200,
-]
-
-
-def wrong_files(folder: Path) -> None:
-    """Files and folders that are not what a command expects."""
-    randomness = random.Random(0)
-    contents = {
-        "empty": b"",
-        "random.bin": randomness.randbytes(3000),
-        "text.txt": b"My dog is called Rex.\n",
-        "latin1.yaml": "base: caf\xe9\n".encode("latin-1"),
-        "bom.json": b"\xef\xbb\xbf{}",
-        "list.json": b"[1, 2]",
-        "deep.json": b"[" * 20000,
-        "nan.json": b'{"a": NaN}',
-        "surrogate.jsonl": b'{"messages": [{"role": "user", "content": "\\ud800"}]}\n',
-        "roles.jsonl": b'{"messages": [{"role": "nobody", "content": 3}]}\n{"messages": {}}\n',
-        "alias.yaml": b"a: &a [x, x]\nb: &b [*a, *a]\nbase: *b\n",
-        "recipe.yaml": b"base: missing\nout: adapter-out\n",
-        "keys.yaml": b"base: base\nout: adapter-out\nmemory: {rank: -1, colour: red}\n",
-        "null.yaml": b"base:\nout:\n",
-        "python.yaml": b"!!python/object/apply:os.system ['true']\n",
-        "short.safetensors": b"\xff\xff\xff\xff\xff\xff\xff\x7f{}",
-        "header.safetensors": b"\x02\0\0\0\0\0\0\0{}",
-        "folder-config/adapter_config.json": b"{}",
-        "folder-config/deltamem_config.json": b'{"format": 99}',
-        "folder-onnx/model.onnx": b"\x08\x07garbage",
-        "folder-onnx/deltamem.json": b'{"format": 1}',
-        "folder-eval/evaluation.json": b'{"format": 1, "rows": "many"}',
-        "folder-eval/records.jsonl": b"{\n",
-        "folder-base/config.json": b'{"model_type": "llama", "hidden_size": "wide"}',
-        "folder-base/model.safetensors": b"\0" * 40,
-        "folder-strange/config.json": b'{"model_type": "no_such_type", "architectures": ["X"]}',
-    }
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    (folder / "folder-empty").mkdir()
-    (folder / "dangling").symlink_to("nowhere")
-    (folder / "loop").symlink_to("loop")
-
-
-def cut_copies(folder: Path) -> None:
-    """The shipped adapter, and copies with one file cut in the middle or without it."""
-    assets = Path(cli.__file__).parents[1] / "assets"
-    source = next(path.parent for path in sorted(assets.rglob("*.safetensors")) if "adapter" in path.parent.name)
-    shutil.copytree(source, folder / "adapter")
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
-        shutil.copytree(source, folder / f"cut-{file.stem}")
-        (folder / f"cut-{file.stem}" / file.name).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        shutil.copytree(source, folder / f"without-{file.stem}")
-        (folder / f"without-{file.stem}" / file.name).unlink()
+WORDS += ["recall", "perplexity", "locomo", "lm_eval:arc", "window:0", "window:x", "kind=none", "nobody/nothing", "\n"]
+WORDS += ["training.steps=2", "training.steps=nan", "memory.rank=2", "data.path=talks.jsonl", "data.path=fifo"]
+WORDS += ["episodes=0", "🦜" * 200, "\ufeff", "\x1b[2J", "cpu", "cuda", "cuda:99", "1,2", "4"]
+IMPORTED_LATE = ["bm25s", "datasets", "nltk.stem", "peft", "psutil", "rapidfuzz.distance", "rouge_score.rouge_scorer"]
+IMPORTED_LATE += ["lm_eval.tasks", "rich.markdown", "tiktoken", "torch.utils.tensorboard"]
+ENCODINGS = ["utf-8", "utf-8", "cp1252", "ascii"]
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
+    right_files(folder)
+    right = frozenset(path.name for path in folder.iterdir())
     wrong_files(folder)
     cut_copies(folder)
-    return folder
+    return folder, right
 
 
 def values(parameter: click.Parameter, paths: list[str]) -> st.SearchStrategy[str]:
@@ -147,64 +81,126 @@ def values(parameter: click.Parameter, paths: list[str]) -> st.SearchStrategy[st
     if isinstance(kind, click.Choice):
         return st.sampled_from([str(choice) for choice in kind.choices]) | text
     if isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
-        return st.sampled_from(NUMBERS) | text
+        return st.sampled_from(["1", "2", "3"]) | st.sampled_from(NUMBERS) | text
     if isinstance(kind, click.Path):
         return path
     return path | text
 
 
-@st.composite
-def command_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
-    name = draw(st.sampled_from([name for name in COMMANDS if name != "quickstart" or draw(st.integers(0, 9)) == 0]))
+def parameters(name: str) -> list[click.Parameter]:
     command = cli.cli.get_command(click.Context(cli.cli), name)
     assert command is not None
+    return command.params
+
+
+@st.composite
+def given_words(draw: st.DrawFn, parameter: click.Parameter, paths: list[str]) -> list[str]:
+    value = draw(values(parameter, paths))
+    if not isinstance(parameter, click.Option):
+        return [value]
+    spelling = draw(st.sampled_from([*parameter.opts, *parameter.secondary_opts]))
+    if parameter.is_flag:
+        return [spelling]
+    return [f"{spelling}={value}"] if draw(st.booleans()) else [spelling, value]
+
+
+@st.composite
+def any_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
+    name = draw(st.sampled_from([name for name in COMMANDS if name != "quickstart" or draw(st.integers(0, 9)) == 0]))
     words = [name]
-    for parameter in command.params:
+    for parameter in parameters(name):
         required = parameter.required and draw(st.integers(0, 19)) > 0
         if not required and draw(st.integers(0, 5)) > 0:
             continue
         for _ in range(draw(st.integers(1, 2)) if parameter.multiple or parameter.nargs == -1 else 1):
-            value = draw(values(parameter, paths))
-            if isinstance(parameter, click.Option):
-                spelling = draw(st.sampled_from([*parameter.opts, *parameter.secondary_opts]))
-                words += [spelling] if parameter.is_flag else [spelling, value]
-            else:
-                words.append(value)
+            words += draw(given_words(parameter, paths))
     return words
+
+
+@st.composite
+def nearly_sound_lines(draw: st.DrawFn, paths: list[str]) -> list[str]:
+    """A line that works, with up to two changes: a word replaced or left out, an option added."""
+    words = draw(st.sampled_from(SOUND.strip().splitlines())).split()
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
+        at = draw(st.integers(1, len(words)))
+        change = draw(st.sampled_from(["replace", "replace", "add", "leave out"]))
+        if change == "add":
+            words += draw(given_words(draw(st.sampled_from(parameters(words[0]))), paths))
+        elif at < len(words):
+            words[at : at + 1] = [draw(st.sampled_from(paths + NUMBERS + WORDS))] if change == "replace" else []
+    return words
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line with what is around it."""
+
+    words: list[str]
+    stdin: bytes
+    encoding: str
+    is_patient: bool  # whether it may end its work
+
+
+def cases(paths: list[str]) -> st.SearchStrategy[Case]:
+    lines = nearly_sound_lines(paths) | nearly_sound_lines(paths) | any_lines(paths)
+    patience = st.integers(0, 24).map(lambda drawn: drawn == 0)
+    return st.builds(Case, lines, st.sampled_from(STDINS), st.sampled_from(ENCODINGS), patience)
 
 
 class _Enough(BaseException):
     """The command is at work: what comes now is a person's Ctrl-C."""
 
 
-def run(words: list[str]) -> tuple[int | None, str]:
-    """The exit code, None when it was interrupted, and what was printed."""
+def run(case: Case) -> tuple[Any, str, str]:
+    """The exit code, None when it was interrupted, and what it printed on stdout and stderr."""
 
     def enough(*_: Any) -> None:
         raise _Enough
 
-    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="surrogateescape")
+    out = io.TextIOWrapper(io.BytesIO(), case.encoding)
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     before = signal.signal(signal.SIGALRM, enough)
-    code: int | None = None
+    code: Any = None
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            # Again after a while: an exception in a callback of C goes nowhere.
+            signal.setitimer(signal.ITIMER_REAL, LONG if case.is_patient else SECONDS, LONG)
             try:
                 cli.main()
             except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else 0
+                code = 0 if ended.code is None else ended.code
             except _Enough:
                 pass
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGALRM, before)
-    printed.flush()
-    return code, printed.buffer.getvalue().decode("utf-8", "replace")  # type: ignore[attr-defined]
+    for stream in (out, err):
+        stream.flush()
+    return code, *(stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err))  # type: ignore[attr-defined]
 
 
-def half_written(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".cache")
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Files with their size and the time of the last change."""
+    stats = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items() if not S_ISDIR(stat.st_mode)}
+
+
+def check(case: Case, code: Any, out: str, err: str, before: dict[str, tuple[int, int]], here: Path) -> None:
+    after = listing(here)
+    assert code in (0, 1, 2, None), (code, err)
+    assert "Traceback" not in out + err
+    assert not [name for name in after if any(part.startswith(".") and part != ".cache" for part in name.split("/"))]
+    named = " ".join(case.words) + case.stdin.decode("utf-8", "replace")
+    untouched = {name for name in before if name.split("/")[0] not in named}
+    assert {name: after.get(name) for name in untouched} == {name: before[name] for name in untouched}
+    if code == 1 and case.words[0] != "chat":  # a chat goes on, and says of each line what was wrong
+        assert "Error: " in err or "Aborted!" in err
+    if code == 0 and "--json" in case.words and not {"-h", "--help"} & set(case.words):
+        json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    for name in after.keys() - before.keys():
+        if name.endswith(".json"):
+            json.loads((here / name).read_text(encoding="utf-8"))
 
 
 def import_everything() -> None:
@@ -212,26 +208,24 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
         if not module.name.endswith(("__main__", "triton_scan")):
             importlib.import_module(module.name)
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "Trainer", "PreTrainedModel"):
         getattr(transformers, name)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # an interrupted command closes nothing
-def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch):
+def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hub):
+    source, right = material
     here = tmp_path / "here"
-    paths = sorted(path.name for path in material.iterdir())
-    paths += [f"{name}/x" for name in ("new", "text.txt")] + ["new", "", ".", "folder-empty/", "n\new", "ü" * 300]
-    paths += [
-        "folder-onnx/model.onnx",
-        "builtin:adapter",
-        "builtin:nothing",
-        "nobody/nothing",
-        "a/b/c",
-        "https://x.invalid/y",
-    ]
+    paths = sorted(path.name for path in source.iterdir()) + PLACES
+    paths += ["fifo", "unreadable.json", "unreadable.safetensors", "folder-unreadable"]
+    hub.add_repo("someone/base", source / "base")
+    hub.add_repo("someone/adapter", adapter_folder(tmp_path / "pushed", "someone/base", hub.head("someone/base")))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    interrupted: list[str] = []
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    ends: Counter[str] = Counter()
     import_everything()
 
     @seed(0)
@@ -241,21 +235,25 @@ def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(words=command_lines(paths))
-    def no_traceback(words: list[str]) -> None:
+    @given(case=cases(paths))
+    def no_traceback(case: Case) -> None:
         if here.exists():
             shutil.rmtree(here)
-        shutil.copytree(material, here, symlinks=True)
+        here.mkdir()
+        for path in source.iterdir():
+            if path.name in right or path.name in " ".join(case.words):
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, here / path.name, **({"symlinks": True} if path.is_dir() else {"follow_symlinks": False}))
+        special_files(here)
         monkeypatch.chdir(here)
-        monkeypatch.setattr(sys, "argv", ["deltamem", *words])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n/help\n/undo\n/save x\n"), "utf-8"))
-        code, printed = run(words)
-        if code is None:
-            interrupted.append(words[0])
-        else:
-            assert code in (0, 1, 2), (code, printed)
-        assert "Traceback" not in printed
-        assert not half_written(here)
+        monkeypatch.setattr(sys, "argv", ["deltamem", *case.words])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin), "utf-8"))
+        before = listing(here)
+        code, out, err = run(case)
+        ends[f"{case.words[0]}: {'interrupted' if code is None else code}"] += 1
+        check(case, code, out, err, before, here)
 
     no_traceback()
-    print(json.dumps({name: interrupted.count(name) for name in sorted(set(interrupted))}))
+    print(json.dumps(ends, indent=1, sort_keys=True))
+    for name in COMMANDS:  # each gets through to its work
+        assert ends[f"{name}: 0"] + ends[f"{name}: interrupted"] > 0, name

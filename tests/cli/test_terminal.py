@@ -20,6 +20,11 @@ UP, ALT_ENTER, ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\r", "\x03", "\x04"
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
+@pytest.fixture(autouse=True)
+def able_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+
+
 @pytest.fixture
 def typed(tmp_path, monkeypatch):
     """`typed(keys)`: what a new reader makes of them, with the history of the readers before."""
@@ -44,14 +49,13 @@ def test_lines(typed):
 
 def test_a_dumb_terminal_gets_no_escape_codes(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\n/undo\r\ncaf\xe9\n".encode("latin-1")), "latin-1")
-    )
+    lines = io.BytesIO("Grüße\n/undo\r\n".encode("latin-1"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "latin-1"))
     reader = Reader(COMMANDS, None)
-    assert [reader.read() for _ in range(3)] == ["Grüße", "/undo", "café"]
+    assert [reader.read() for _ in range(2)] == ["Grüße", "/undo"]
     with pytest.raises(EOFError):
         reader.read()
-    assert capsys.readouterr() == ("", "> " * 4)
+    assert capsys.readouterr() == ("", "> " * 3)
 
 
 def test_completion(tmp_path, monkeypatch):
