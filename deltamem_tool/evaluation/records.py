@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.io.atomic import check_writable, write_whole
+from deltamem_tool.io.atomic import check_writable, locked, write_whole
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
@@ -47,24 +47,9 @@ class RecordFolder:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder = expand_user(folder)
-        self._settings = plain = json.loads(json.dumps(settings))
-        place = folder / SETTINGS_FILE
-        check_writable(place)
-        if place.is_file():
-            stored = _settings(place)
-            changed = sorted(key for key in {*stored, *plain} if stored.get(key) != plain.get(key))
-            if changed:
-                raise DataError(
-                    f"{folder} holds an evaluation with other settings.",
-                    f"Its {', '.join(changed)} differ.",
-                    "Choose another folder, or pass the settings of that one.",
-                )
-        elif (folder / RECORDS_FILE).exists():
-            raise DataError(
-                f"{folder} holds records of an unknown evaluation.",
-                f"It has no {SETTINGS_FILE}.",
-                "Choose another folder.",
-            )
+        self._settings = json.loads(json.dumps(settings))
+        check_writable(folder / SETTINGS_FILE)
+        self._check_settings()
 
     def read(self) -> list[Record]:
         """What is there; a last line that was cut short is left out, and its question will be asked again.
@@ -75,21 +60,45 @@ class RecordFolder:
         file = self.folder / RECORDS_FILE
         if not file.is_file():
             return []
-        whole, _, cut = file.read_bytes().rpartition(b"\n")
-        if cut:
-            os.truncate(file, len(whole) + 1 if whole else 0)
+        with locked(file):
+            whole, _, cut = file.read_bytes().rpartition(b"\n")
+            if cut:
+                os.truncate(file, len(whole) + 1 if whole else 0)
         return read_records(file)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records, and write the settings with the first of them."""
+        """Append records, and write the settings with the first of them.
+
+        Raises:
+            DataError: another program has begun an evaluation with other settings in the folder.
+        """
         place = self.folder / SETTINGS_FILE
-        if not place.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(place, (json.dumps(self._settings, indent=1) + "\n").encode())
-        with (self.folder / RECORDS_FILE).open("ab") as file:
-            file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        with locked(place):
+            self._check_settings()
+            if not place.exists():
+                write_whole(place, (json.dumps(self._settings, indent=1) + "\n").encode())
+            with (self.folder / RECORDS_FILE).open("ab") as file:
+                file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _check_settings(self) -> None:
+        place, wanted = self.folder / SETTINGS_FILE, self._settings
+        if place.is_file():
+            stored = _settings(place)
+            changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+            if changed:
+                raise DataError(
+                    f"{self.folder} holds an evaluation with other settings.",
+                    f"Its {', '.join(changed)} differ.",
+                    "Choose another folder, or pass the settings of that one.",
+                )
+        elif (self.folder / RECORDS_FILE).exists():
+            raise DataError(
+                f"{self.folder} holds records of an unknown evaluation.",
+                f"It has no {SETTINGS_FILE}.",
+                "Choose another folder.",
+            )
 
 
 class Records:
@@ -129,13 +138,14 @@ class Records:
 
 
 def read_records(file: Path) -> list[Record]:
-    """A line each.
+    """A line each; of several for one question, as two programs at once write them, the last.
 
     Raises:
         DataError: a line is not a record.
     """
     lines = file.read_bytes().splitlines()
-    return [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
+    records = [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
+    return list({(record.condition, record.item): record for record in records}.values())
 
 
 def _settings(place: Path) -> dict[str, Any]:

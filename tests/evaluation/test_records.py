@@ -1,0 +1,28 @@
+"""The folder of records where two programs write to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.records import Record, RecordFolder
+
+RECORD = Record("one", "history", "", "state", "Who?", "Ann", ["Ann"], {"exact": 1.0}, 7)
+
+
+def test_an_evaluation_with_other_settings_does_not_mix_in(tmp_path):
+    """Both begin in a folder that is not there."""
+    first, second = (RecordFolder(tmp_path / "records", {"seed": seed}) for seed in (1, 2))
+    first.add([RECORD])
+    with pytest.raises(DataError, match="other settings"):
+        second.add([replace(RECORD, answer="Ben")])
+    assert first.read() == [RECORD]
+
+
+def test_a_question_that_two_programs_asked_counts_once(tmp_path):
+    first, second = (RecordFolder(tmp_path / "records", {"seed": 1}) for _ in range(2))
+    for folder, item in ((first, "one"), (second, "one"), (second, "two")):
+        folder.add([replace(RECORD, item=item)])
+    assert [record.item for record in first.read()] == ["one", "two"]
