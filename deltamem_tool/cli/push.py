@@ -36,14 +36,12 @@ _FOLDER = UserPath(file_okay=False, path_type=Path)
 @click.option("--dry-run", is_flag=True, help="Send nothing: show what would change, and the card.")
 @json_option
 def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
-    r"""Push DIR, an adapter folder or an ONNX folder, to REPO_ID on the Hub, in one commit.
+    """Push DIR, an adapter folder or an ONNX folder, to REPO_ID on the Hub, in one commit.
 
     The model card describes the adapter; your own words in it are kept. Files that have not changed are not sent
     again. Log in with `hf auth login`.
 
-    \b
-    deltamem eval adapter --out adapter/evaluation.json
-    deltamem push adapter you/your-adapter --onnx onnx --license apache-2.0
+    Example: deltamem push adapter you/your-adapter --onnx onnx --license apache-2.0
     """
     from deltamem_tool.cli.console import STDERR
     from deltamem_tool.hub.push import push
