@@ -41,12 +41,16 @@ class Views:
         """Render what is shown before the question, the question, and the header of the answer.
 
         Raises:
-            DataError: the model has no positions for so long a prompt; the item is named.
+            DataError: the chat template refuses the messages, or the model has no positions for so long a prompt; the
+                item is named.
         """
-        if view in self._within:
-            text = self._last_within(item, self._within[view])
-        else:
-            text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
+        try:
+            if view in self._within:
+                text = self._last_within(item, self._within[view])
+            else:
+                text = {NOTHING: self._plain, ALL: self._all, RETRIEVED: self._retrieved}[view](item)
+        except DataError as error:
+            raise DataError(f"{item.where}: {error.what}", error.why, error.next) from error
         count, new_tokens = self._count(text), item.new_tokens or self._new_tokens
         if self._positions is not None and count + new_tokens > self._positions:
             raise DataError(

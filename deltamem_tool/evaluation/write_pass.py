@@ -37,7 +37,8 @@ def memorise(
         A row for each history.
 
     Raises:
-        DataError: a session has more tokens than the model has positions; nothing has been written then.
+        DataError: the chat template refuses a session, or it has more tokens than the model has positions; nothing has
+            been written then.
     """
     _check_lengths(subject, histories, places or [f"history {number}" for number in range(1, len(histories) + 1)])
     memory = take_rows(empty_memory(subject.engine), [0] * len(histories))
@@ -60,7 +61,11 @@ def _check_lengths(subject: Subject, histories: Sequence[History], places: Seque
         return
     for place, history in zip(places, histories, strict=True):
         for number, session in enumerate(history, start=1):
-            length = encode_chat(subject.tokenizer, [session], "token").input_ids.shape[1]
+            try:
+                length = encode_chat(subject.tokenizer, [session], "token").input_ids.shape[1]
+            except DataError as error:
+                what = error.what.removeprefix("Conversation 1: ")
+                raise DataError(f"{place}: session {number} of its history: {what}", error.why, error.next) from error
             if length > subject.positions:
                 raise DataError(
                     f"{place}: session {number} of its history is too long for the model: {length} tokens.",

@@ -223,16 +223,25 @@ class ChatTemplate:
         """
         prompt, text = self.render(messages[:-1], generation_prompt=True), self.render(messages)
         if text.startswith(prompt):
-            return prompt, text[len(prompt) :]
-        last = len(messages) - 1
-        place = self.content(messages, last, text)
-        if place is None or not self.continues(messages, last):
+            answer = text[len(prompt) :]
+        else:
+            last = len(messages) - 1
+            place = self.content(messages, last, text)
+            if place is None or not self.continues(messages, last):
+                raise DataError(
+                    "The chat template renders the prompt differently once the answer follows.",
+                    f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
+                    "Use a tokenizer whose template writes an answer after its prompt.",
+                )
+            answer = text[len(place.before) :]
+        said = text_of(messages[-1])
+        if "".join(said.split()) not in "".join(answer.split()):  # white space is the template's
             raise DataError(
-                "The chat template renders the prompt differently once the answer follows.",
-                f"Prompt: {prompt[-80:]!r}; with the answer: {text[:80]!r}….",
-                "Use a tokenizer whose template writes an answer after its prompt.",
+                f"The chat template of {self.name} writes another answer than was given.",
+                f"Given: {said[:80]!r}; written: {answer[:80]!r}.",
+                "Change the answer, such as by leaving its thinking out, or use another model's template.",
             )
-        return prompt, text[len(place.before) :]
+        return prompt, answer
 
     def content(self, messages: Sequence[Message], index: int, text: str) -> Content | None:
         """Where message `index` has its content in `text`, the rendering of `messages`.

@@ -265,6 +265,20 @@ def test_a_template_that_rewrites_the_prompt_is_read_as_a_chat_has_it(tokenizer,
         assert tokenizer.decode(scored(exchange)) == f"{TALK[-1]['content']}<|end|>"
 
 
+@pytest.mark.parametrize("opening", ["", "<think>"])
+def test_an_answer_that_the_template_cuts_is_named(tokenizer, opening):
+    """As templates do that drop the thinking of every answer, the last one's too."""
+    source = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+    other = with_template(tokenizer, source.replace("<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"))
+    thinking = [*TALK[:3], assistant("<think>A dog.</think> Rex.")]
+    history = [TALK[0], assistant("<think>So.</think>Noted."), *TALK[2:]]  # what comes before is the template's matter
+    assert Encoder(other, 100, 100)([Episode(history, [TALK[2:]])])
+    with pytest.raises(DataError, match=r"(?s)a:1: .* writes another answer than was given.*A dog.*leaving its think"):
+        Encoder(other, 100, 100)([Episode(TALK[:2], [thinking], "a:1")])
+    spaced = tokenizer.chat_template.replace("{{ message.content }}", "\n{{ message.content.split() | join('  ') }}")
+    assert Encoder(with_template(tokenizer, spaced), 100, 100)([Episode(TALK[:2], [TALK[2:]])])
+
+
 def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match="granularity 'word'"):
         Encoder(tokenizer, 10, 10, "word")

@@ -72,3 +72,9 @@ def test_a_session_that_is_too_long_is_named(tokenizer):
     histories = [HISTORIES[1], [HISTORIES[1][0], HISTORIES[0][0] * 3]]
     with pytest.raises(DataError, match=r"talks:3: session 2 of its history is too long for the model: .* tokens"):
         memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])
+
+
+def test_a_session_that_is_no_text_is_named(tokenizer):
+    histories = [HISTORIES[1], [HISTORIES[1][0], [{"role": "user", "content": "half \ud83d"}]]]
+    with pytest.raises(DataError, match=r"^talks:3: session 2 of its history: The conversation is not Unicode text"):
+        memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])

@@ -19,6 +19,7 @@ from segments.templates import (
 )
 
 from deltamem_tool.data.dialogues import assistant, user
+from deltamem_tool.errors import DataError
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -106,6 +107,19 @@ def test_messages_in_a_row_and_system_messages_between(special):
     assert tagged.tags.count(SegmentTag.LAST) == len(messages) - 2
     only = tag_chat(tokenizer, [SYSTEM, SYSTEM], "message", add_generation_prompt=True)
     assert only == expected(tokenizer, [*chatml([SYSTEM, SYSTEM]), ("<|im_start|>assistant\n", OPEN)])
+
+
+@pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
+def test_a_list_of_texts_is_one_text_for_a_template_that_knows_no_lists(special, granularity):
+    tokenizer = with_template(special, CHATML)
+    parts = {"role": "user", "content": [{"type": "text", "text": "A dog."}, {"type": "text", "text": " A cat"}]}
+    tagged = tag_chat(tokenizer, [parts, *TALK[1:]], granularity)
+    whole = tag_chat(tokenizer, [user("A dog. A cat"), *TALK[1:]], granularity)
+    assert tagged[:2] == whole[:2] and (granularity == "sentence" or tagged.tags == whole.tags)
+    with pytest.raises(DataError, match="Message 1 has a part that is not text"):
+        tag_chat(tokenizer, [{"role": "user", "content": [*parts["content"], {"type": "image"}]}], granularity)
+    with pytest.raises(DataError, match="not Unicode text"):
+        tag_chat(tokenizer, [user("half \ud83d")], granularity)
 
 
 def test_contents_that_are_no_strings(special):
