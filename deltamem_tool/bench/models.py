@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.attach import detach
 from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.baselines.lora import Lora, random_lora
 from deltamem_tool.bench import BASE, LORA, MEMORY, ONNX, PYTORCH
@@ -42,7 +43,7 @@ def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, De
     model = load(setting.adapter, base=setting.base, trust_remote_code=setting.trust_remote_code, **options)
     adapter = adapter_of(model)
     detach(model)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = Limits.of(model.config).positions
     setting.check_length(positions, f"The model has {positions} positions.")
     return model, adapter
 
@@ -134,7 +135,9 @@ def write_graphs(
     quantize = export[1].quantize if export else NO_QUANTIZATION
     target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), quantize)
     patched = equip(MEMORY, twin_of(model), adapter, setting)
-    interface = export[1].interface if export else interface_of(patched, adapter, "last", target)
+    interface = (
+        export[1].interface if export else interface_of(patched, adapter, CallOptions(patched, "last"), "last", target)
+    )
     graphs = {}
     for name in setting.models:
         if name == MEMORY and export:

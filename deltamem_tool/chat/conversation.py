@@ -107,7 +107,7 @@ class Conversation:
             raise ConfigError(
                 f"A window of {window} tokens is too large.",
                 f"This model has room for {engine.max_length}.",
-                "Choose a smaller one, or export the model with a larger --max-length.",
+                "Choose a smaller one; an export of a fixed length can be made again with a larger --max-length.",
             )
         if engine.memory_shape.segment_width and not engine.text.has_template:
             raise ConfigError(

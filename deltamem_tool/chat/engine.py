@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_tool.base_model.limits import unknown_token
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.file import MemoryShape, StoredMemory
@@ -26,7 +27,7 @@ class Engine(Protocol):
     adapter: fingerprint of the adapter, which its memories belong to.
     mechanism: the adapter's options.
     memory_shape: what its memories measure.
-    max_length: the most tokens that a past can hold; None for any number.
+    max_length: the most tokens that a past can hold, or that the model has positions for; None for any number.
     """
 
     text: ChatText
@@ -62,6 +63,7 @@ class Engine(Protocol):
             Logits `[B, V]` of the last position, or `[B, T, V]`, float32; and the past of P + T tokens.
 
         Raises:
+            DataError: an id is not one of the model's.
             ExportError: `all_positions` is set, and the graph has logits of the last position only.
         """
 
@@ -76,6 +78,17 @@ class Engine(Protocol):
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""
+
+
+def check_ids(text: ChatText, input_ids: NDArray[Any], vocabulary: int | None) -> None:
+    """Check that a model with so many embeddings knows all of `input_ids`.
+
+    Raises:
+        DataError: it does not.
+    """
+    largest = int(input_ids.max(initial=0))
+    if vocabulary is not None and largest >= vocabulary:
+        raise unknown_token(text.tokenizer.id_to_token(largest), largest, vocabulary)
 
 
 def empty_memory(engine: Engine) -> StoredMemory:

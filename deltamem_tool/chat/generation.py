@@ -209,7 +209,7 @@ def answer_prompts(
             context=(),
             tokens=[Token(token, write) for token in prompt],
             answer_writes=write,
-            limit=max_new_tokens,
+            limit=max_new_tokens if engine.max_length is None else min(max_new_tokens, engine.max_length - len(prompt)),
             sampler=Sampler(sampling, np.array(prompt, np.int64), ids),
             stream=AnswerStream(engine.text, (), None),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
+from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.cache import MemoryCache
@@ -63,8 +64,9 @@ class TorchModel:
         self.adapter: str = adapter.fingerprint
         self.mechanism = adapter.config
         self.memory_shape = adapter.memory_shape
-        self.max_length: int | None = None
         self._last, self._all = CallOptions(model, "last"), CallOptions(model, "all")
+        self.max_length = self._last.positions
+        self._vocabulary: int = cast(Any, model.get_input_embeddings()).weight.shape[0]
         for layer in MemoryCache(model).layers if takes_back else ():
             if not _keeps_keys_and_values(layer):
                 raise ArchitectureError(
@@ -88,6 +90,7 @@ class TorchModel:
         all_positions: bool = False,
     ) -> tuple[NDArray[Any], TorchPast]:
         """See `Engine.step`."""
+        check_ids(self.text, input_ids, self._vocabulary)
         device = self.model.device
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)

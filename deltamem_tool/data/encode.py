@@ -7,12 +7,14 @@ view, or with the whole history. The scored tokens of these views are the same.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from deltamem_tool.base_model.limits import NO_LIMITS, Limits, unknown_token
 from deltamem_tool.config import GRANULARITIES
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.errors import ConfigError, DataError
@@ -75,12 +77,13 @@ class Encoder:
 
     Args:
         tokenizer: a fast one with a chat template.
-        max_write_tokens: histories are cut from the left to this length.
-        max_read_tokens: exchanges longer than this are an error.
+        max_write_tokens: histories are cut from the left to this length, or to the model's positions.
+        max_read_tokens: exchanges longer than this, or than the model's positions, are an error.
         granularity: what the memory writes at once, as in `DeltaMemConfig`.
         recent_turns: `recent` shows up to so many turns of the history, as many as fit max_read_tokens with the
             exchange. A turn goes from a user's message up to the next.
-        full_context: make `full`, cut to max_write_tokens + max_read_tokens.
+        full_context: make `full`, cut to max_write_tokens + max_read_tokens, or to the model's positions.
+        limits: of the model.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Encoder:
         granularity: str = "token",
         recent_turns: int = 0,
         full_context: bool = False,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._template = ChatTemplate.of(tokenizer)
         self._templates: dict[str, ChatTemplate] = {}  # of rows with arguments of their own, by these
@@ -103,18 +107,23 @@ class Encoder:
         if granularity not in GRANULARITIES:
             raise ConfigError(f"Unknown granularity {granularity!r}.", f"It is one of {', '.join(GRANULARITIES)}.")
         self.tokenizer = tokenizer
-        self.max_write_tokens, self.max_read_tokens = max_write_tokens, max_read_tokens
+        self.max_write_tokens, self.max_read_tokens, self.max_full_tokens = (
+            most if limits.positions is None else min(most, limits.positions)
+            for most in (max_write_tokens, max_read_tokens, max_write_tokens + max_read_tokens)
+        )
         self.granularity, self.recent_turns, self.full_context = granularity, recent_turns, full_context
+        self.limits = limits
 
     @property
     def pad(self) -> int:
         """What batches are filled up with; a mask hides it."""
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in tokens if token is not None), 0)
+        most = self.limits.vocabulary or math.inf
+        return next((token for token in tokens if token is not None and token < most), 0)
 
     def options(self) -> dict[str, Any]:
         """All that decides the encoding besides the tokenizer."""
-        names = ("max_write_tokens", "max_read_tokens", "granularity", "recent_turns", "full_context")
+        names = ("max_write_tokens", "max_read_tokens", "granularity", "recent_turns", "full_context", "limits")
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, episodes: Sequence[Episode]) -> list[EncodedEpisode]:
@@ -181,6 +190,8 @@ class Encoder:
         for view in filter(None, (recent, full)):
             for alone, shown in zip(exchanges, view, strict=True):
                 _check_same(alone, shown)
+        for text in (ids[kept], *(exchange.ids for exchange in (*exchanges, *recent, *full))):
+            self._check_ids(text)
         return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
 
     def _template_of(self, episode: Episode) -> ChatTemplate:
@@ -234,15 +245,24 @@ class Encoder:
             system, turns = _split(exchange)
             views.append(_asked(template, [*(system or before), *history, *turns]))
         shown = yield from self._scored(views)
-        most = self.max_write_tokens + self.max_read_tokens
-        return [EncodedExchange(exchange.ids[-most:], exchange.labels[-most:]) for exchange in shown]
+        kept = slice(-self.max_full_tokens, None)
+        return [EncodedExchange(exchange.ids[kept], exchange.labels[kept]) for exchange in shown]
+
+    def _check_ids(self, ids: list[int]) -> None:
+        largest, vocabulary = max(ids, default=0), self.limits.vocabulary
+        if vocabulary is not None and largest >= vocabulary:
+            raise unknown_token(self.tokenizer.convert_ids_to_tokens(largest), largest, vocabulary)
 
     def _check_length(self, exchange: EncodedExchange, text: str) -> None:
         if len(exchange.ids) > self.max_read_tokens:
+            by_model = self.max_read_tokens == self.limits.positions
+            most = "the model's positions" if by_model else f"max_read_tokens = {self.max_read_tokens}"
             raise DataError(
-                f"An exchange has {len(exchange.ids)} tokens, more than max_read_tokens = {self.max_read_tokens}.",
+                f"An exchange has {len(exchange.ids)} tokens, more than {most}.",
                 f"It begins: {text[:80]!r}.",
-                "Raise max_read_tokens in the recipe, or shorten the answer.",
+                f"Shorten it to {self.max_read_tokens}."
+                if by_model
+                else "Raise max_read_tokens in the recipe, or shorten the answer.",
             )
         if all(label == IGNORED for label in exchange.labels[1:]):
             raise DataError(

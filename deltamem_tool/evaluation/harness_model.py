@@ -44,6 +44,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         # Not the base tokenizer itself: the harness sets its padding.
         bos = False if chat else None
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
+        if self.tokenizer.pad_token_id >= cast(Any, model).get_input_embeddings().weight.shape[0]:
+            self.tokenizer.pad_token_id = 0  # any that the model has: a mask hides it
         patch = find_patch(model)
         self._granularity = "token" if patch is None or is_off() else patch.adapter.config.granularity
         self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write

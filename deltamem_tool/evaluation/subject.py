@@ -62,10 +62,7 @@ class Subject:
     @property
     def positions(self) -> int | None:
         """How many tokens fit into a context; None if there is no limit."""
-        if self.model is None:
-            return self.engine.max_length
-        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return positions
+        return self.engine.max_length
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, in which the template has written every special token."""

@@ -79,7 +79,8 @@ def _write(subject: Subject, sessions: Sequence[Sequence[Message]], memory: Stor
     engine = subject.engine
     # Padded on the right: the first chunk of a short session on the left would be padding alone, with nothing to see.
     chat = encode_chat(subject.tokenizer, sessions, engine.mechanism.granularity, padding_side="right")
-    ids, mask = chat.input_ids.numpy(), chat.attention_mask.numpy()
+    mask = chat.attention_mask.numpy()
+    ids = chat.input_ids.numpy() * mask  # the tokenizer's padding may be an id that the model does not have
     tags = None if chat.segment_tags is None else chat.segment_tags.numpy()
     writes = mask.astype(bool) if tags is None else tags != SegmentTag.OUTSIDE
     past = engine.start(memory)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
+from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.patch import hf_model
@@ -45,6 +46,8 @@ class CallOptions:
                 'Export the logits of all positions (logits="all").',
             )
         self._first_position = _first_position(model) if "position_ids" in parameters else None
+        positions = Limits.of(model.config).positions
+        self.positions = None if positions is None else positions - (self._first_position or 0)  # tokens of a context
 
     def logits(
         self,

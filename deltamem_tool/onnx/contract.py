@@ -139,6 +139,7 @@ class Interface:
         layers: one entry a decoder layer.
         genai: whether onnxruntime-genai feeds it.
         max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
+        positions: how many tokens the model has positions for; 0 for any number, and where an older folder is silent.
     """
 
     logits: str
@@ -148,6 +149,12 @@ class Interface:
     layers: tuple[Layer, ...]
     genai: bool = False
     max_length: int = 0
+    positions: int = 0
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens of a conversation's context; None for any number."""
+        return min((length for length in (self.max_length, self.positions) if length), default=None)
 
     @property
     def state_shapes(self) -> dict[int, tuple[int, int, int]]:
@@ -287,7 +294,7 @@ class Manifest:
         _require(interface["logits"] in LOGITS, "interface.logits")
         _require(_is_count(interface["vocab_size"], MAX_VOCABULARY), "interface.vocab_size")
         _require(interface["dtype"] in DTYPES, "interface.dtype")
-        for name, longest in (("segment", MAX_SEGMENT), ("max_length", MAX_LENGTH)):
+        for name, longest in (("segment", MAX_SEGMENT), ("max_length", MAX_LENGTH), ("positions", MAX_LENGTH)):
             value = interface[name]
             _require(_is_count(value, longest) or (type(value) is int and value == 0), f"interface.{name}")
         listed = interface["layers"]
@@ -356,11 +363,15 @@ def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
     return tuple(content)
 
 
+_ADDED = {"positions": 0}  # what older folders of this format do not have
+
+
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
     """The fields of `cls` in `content`; others, which a later release may add within one format, are ignored."""
     if not isinstance(content, dict):
         raise _disagreement(f"{where} is not a JSON object")
     names = [field.name for field in fields(cls)]
+    content = {**_ADDED, **content}
     missing = [name for name in names if name not in content]
     if missing:
         raise _disagreement(f"In {where}, these fields are missing: {', '.join(missing)}")

@@ -18,6 +18,7 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.data.encode import IGNORED, VIEWS
@@ -124,7 +125,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     if tokenizer is None:
         notes.append(f"No data: {recipe.base} has no tokenizer. Memory is that of the longest episodes allowed.")
     else:
-        data = run_data(recipe, tokenizer, granularity, processes)
+        data = run_data(recipe, tokenizer, granularity, processes, limits=Limits.of(checkpoint.config))
         steps, skipped = data.steps, data.skipped_rows
         if isinstance(data.training, EncodedEpisodes):
             episodes = data.training

@@ -20,6 +20,7 @@ from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.limits import NO_LIMITS, Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.data.collate import EpisodeCollator
@@ -126,7 +127,7 @@ def train(
     set_seed(recipe.training.seed)
     step, model, tokenizer = step_model(recipe)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
-    data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding)
+    data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
     trainer = _trainer(recipe, step, data, progress)
     if not _is_placed(model):
@@ -286,8 +287,9 @@ def run_data(
     granularity: str,
     processes: int,
     report: Callable[[int, int], None] | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> RunData:
-    """Read, check and encode the episodes of a recipe; `report` follows the encoding.
+    """Read, check and encode the episodes of a recipe for a model of `limits`; `report` follows the encoding.
 
     Raises:
         DataError: a row is not a conversation, or cannot be encoded.
@@ -300,6 +302,7 @@ def run_data(
         granularity,
         recent_turns=data.recent_turns,
         full_context=recipe.objective.full_context_kl > 0 or recipe.lora is not None,
+        limits=limits,
     )
     collator = EpisodeCollator(encoder)
     together = training.batch_size * processes

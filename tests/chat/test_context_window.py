@@ -12,15 +12,21 @@ from chat.talking import (
     TURNS,
     assert_same_memory,
     assert_unchanged,
+    make_engine,
     plain,
     say,
     seen,
 )
+from helpers.tiny import randomise, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from deltamem_tool import MemoryCache, MemoryState
+from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
 from deltamem_tool.chat.conversation import Conversation, Sampling
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.subject import take_rows
 
 
 def test_when_the_window_is_full_the_oldest_turns_leave(stopping):
@@ -148,3 +154,49 @@ def test_plain_text_goes_through_the_window_too(engine):
         say(conversation, "one two three ")
     assert conversation.context.dropped > 0 and conversation.context.tokens <= 30
     assert len(conversation.messages) == 12
+
+
+def learned(positions: int) -> TorchModel:
+    """A GPT-2: its positions are a table that ends."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": len(tokenizer), "n_positions": positions}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=1, pad_token_id=0)).eval()
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    return TorchModel(model, tokenizer)
+
+
+@pytest.mark.parametrize("make", [learned, lambda positions: make_engine(max_position_embeddings=positions)])
+def test_the_window_is_what_the_model_has_positions_for(make):
+    positions = 64
+    engine = make(positions)
+    conversation, given = Conversation(engine), Conversation(engine, window=positions)
+    assert say(conversation, *TURNS[:1] * 6, tokens=4) == say(given, *TURNS[:1] * 6, tokens=4)
+    assert conversation.context == given.context
+    assert given.context.window == positions >= given.context.tokens and given.context.dropped
+    with pytest.raises(ConfigError, match="room for 64"):
+        Conversation(engine, window=positions + 1)
+    before = seen(conversation)
+    with pytest.raises(ConfigError, match="longer than the window of 64 tokens"):
+        conversation.generate("my cat is Bella. " * 10)
+    assert_unchanged(conversation, before)
+
+
+def test_answers_to_prompts_end_where_the_positions_do():
+    engine = learned(40)
+    prompts = [engine.text.encode("hello there"), engine.text.encode("my cat is Bella")]
+    answers = answer_prompts(engine, take_rows(empty_memory(engine), [0, 0]), prompts, 100)
+    assert [len(prompt) + len(answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)] == [40, 40]
+
+
+def test_a_token_that_the_model_does_not_know_is_named():
+    """A tokenizer with more tokens than the model has embeddings."""
+    engine, tokenizer = make_engine(), tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    engine = TorchModel(engine.model, tokenizer)
+    conversation = Conversation(engine)
+    say(conversation, TURNS[0])
+    before = seen(conversation)
+    with pytest.raises(DataError, match=r"does not know: '\[PAD\]'"):
+        conversation.generate("my dog is [PAD]")
+    assert_unchanged(conversation, before)
+    say(conversation, TURNS[1])

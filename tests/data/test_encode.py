@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 
 import pytest
 from data.talks import SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
 from helpers.tiny import write_jsonl
 
+from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.data.encode import IGNORED, Encoder
 from deltamem_tool.data.episode import Episode
@@ -287,3 +288,31 @@ def test_what_no_encoder_can_be_made_of(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(DataError, match="slow tokenizer"):
         Encoder(tokenizer, 10, 10)
+
+
+def test_texts_end_where_the_positions_of_the_model_do(tokenizer):
+    talk = [user("my cat is Bella"), assistant("fine"), *TALK[:2]]
+    episode = Episode(talk, [TALK[2:]])
+    free = Encoder(tokenizer, 1000, 1000, recent_turns=2, full_context=True)([episode])[0]
+    alone, whole = len(free.exchanges[0].ids), len(free.full[0].ids)
+    assert alone < len(free.write_ids) < whole and len(free.recent[0].ids) > alone
+    limits = Limits(positions=alone)
+    short = Encoder(tokenizer, 1000, 1000, recent_turns=2, full_context=True, limits=limits)([episode])[0]
+    assert (short.write_ids, short.cut) == (free.write_ids[-alone:], len(free.write_ids) - alone)
+    assert short.exchanges == short.recent == free.exchanges
+    assert short.full[0].ids == free.full[0].ids[-alone:]
+    with pytest.raises(DataError, match=f"more than the model's positions.*\n.*\nShorten it to {alone - 1}"):
+        Encoder(tokenizer, 1000, 1000, limits=Limits(positions=alone - 1))([episode])
+
+
+@pytest.mark.parametrize("place", ["history", "exchange"])
+def test_a_token_that_the_model_does_not_know_is_named(tokenizer, place):
+    other = deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    limits = Limits(vocabulary=len(tokenizer))
+    encoder = Encoder(other, 1000, 1000, limits=limits)
+    assert encoder.pad == other.eos_token_id  # what hides under the mask has an embedding, too
+    odd = [user("my dog is [PAD]"), assistant("fine")]
+    episode = Episode(odd, [TALK[2:]], "a:1") if place == "history" else Episode(TALK[:2], [odd], "a:1")
+    with pytest.raises(DataError, match=r"a:1: The text has a token that the model does not know: '\[PAD\]'"):
+        encoder([episode])

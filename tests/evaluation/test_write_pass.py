@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,12 @@ def test_a_session_that_is_no_text_is_named(tokenizer):
     histories = [HISTORIES[1], [HISTORIES[1][0], [{"role": "user", "content": "half \ud83d"}]]]
     with pytest.raises(DataError, match=r"^talks:3: session 2 of its history: The conversation is not Unicode text"):
         memorise(reading(tokenizer, positions=80), histories, places=["a", "talks:3"])
+
+
+def test_the_tokenizers_padding_may_be_unknown_to_the_model(model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    expected = memorise(Subject.of(model, tokenizer), HISTORIES)
+    found = memorise(Subject.of(model, other), HISTORIES)
+    for layer, state in expected.states.items():
+        np.testing.assert_array_equal(found.states[layer], state)

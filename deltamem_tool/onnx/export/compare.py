@@ -102,14 +102,15 @@ def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options
     start = _Start(GREEDY_ROWS)
     in_pytorch, in_onnx = _pytorch(model, graph.interface, options)(start), _onnx(graph)(start)
     mask, same = torch.zeros(GREEDY_ROWS, 0, dtype=torch.long), 0
-    for number in range(GREEDY_TOKENS):
+    new = min(GREEDY_TOKENS, (graph.interface.room or math.inf) - GREEDY_PROMPT)
+    for number in range(int(new)):
         every = torch.ones_like(ids, dtype=torch.bool)
         last = ~every
         last[:, -1] = number % GREEDY_SEGMENT == 0
         call, mask = _Call(ids, every, every, last), torch.cat([mask, every.long()], dim=1)
         ids, onnx_ids = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
         same += int((ids == onnx_ids).sum())
-    return same / (GREEDY_ROWS * GREEDY_TOKENS)
+    return same / (GREEDY_ROWS * new)
 
 
 def _conversation(batch: int, interface: Interface) -> list[_Call]:
@@ -119,7 +120,7 @@ def _conversation(batch: int, interface: Interface) -> list[_Call]:
     """
     random = torch.Generator().manual_seed(batch)
     calls: list[_Call] = []
-    room = interface.max_length or math.inf
+    room = interface.room or math.inf
     for tokens, write in (
         (11, "on"),
         (6, "mixed"),

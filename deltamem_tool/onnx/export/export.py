@@ -115,8 +115,8 @@ def export_onnx(
     adapter = adapter_of(model)
     start = None if memory is None else genai.read_start(memory, adapter, for_target)
     with _evaluating(model):
-        interface = interface_of(model, adapter, logits, for_target, max_length)
         options = CallOptions(model, logits, padded_right=for_target.genai)
+        interface = interface_of(model, adapter, options, logits, for_target, max_length)
         plan = _Plan(model, adapter, interface, options, for_target, quantize, frozenset(without), start, tell)
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         with folder_whole(out, overwrite) as staged:

@@ -114,7 +114,12 @@ def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
 
 
 def interface_of(
-    model: PreTrainedModel, adapter: DeltaMemAdapter, logits: str, target: Target, max_length: int = 0
+    model: PreTrainedModel,
+    adapter: DeltaMemAdapter,
+    options: CallOptions,
+    logits: str,
+    target: Target,
+    max_length: int = 0,
 ) -> Interface:
     """What the graph of `model` for `target` will take and give, found by running one token.
 
@@ -131,6 +136,12 @@ def interface_of(
     _check_caches(model, cache)
     if max_length:
         _check_fixed_length(model, target, max_length)
+    if options.positions is not None and max_length > options.positions:
+        raise ExportError(
+            f"A maximum length of {max_length} tokens is too long.",
+            f"The model has {options.positions} positions.",
+            "Choose a smaller one.",
+        )
     states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment_width
     layers = []
     for i in range(max(len(cache.layers), *(index + 1 for index in states))):
@@ -138,7 +149,16 @@ def interface_of(
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    return Interface(logits, vocab_size, dtype_name(model.dtype), segment, tuple(layers), target.genai, max_length)
+    return Interface(
+        logits=logits,
+        vocab_size=vocab_size,
+        dtype=dtype_name(model.dtype),
+        segment=segment,
+        layers=tuple(layers),
+        genai=target.genai,
+        max_length=max_length,
+        positions=options.positions or 0,
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

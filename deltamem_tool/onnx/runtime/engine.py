@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from deltamem_tool.chat.engine import Past
+from deltamem_tool.chat.engine import Past, check_ids
 from deltamem_tool.chat.text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
@@ -69,7 +69,7 @@ class OnnxModel:
         self.mechanism = DeltaMemConfig.from_dict(self.manifest.mechanism)
         _check_mechanism(self.mechanism, interface)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
-        self.max_length = interface.max_length or None
+        self.max_length = interface.room
         self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
 
     def start(self, memory: StoredMemory) -> Past:
@@ -93,6 +93,7 @@ class OnnxModel:
                 "It was exported with the logits of the last position only.",
                 "Export the adapter again with --logits all.",
             )
+        check_ids(self.text, input_ids, self.manifest.interface.vocab_size)
         logits, past = self.graph.step(input_ids, attention_mask, write_mask, past, segment_end)
         return (logits if all_positions else logits[:, -1]), past
 

@@ -14,7 +14,7 @@ from deltamem_tool.chat.conversation import Conversation, Sampling, generate_tog
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import ConfigError, ExportError, MemoryStateError
+from deltamem_tool.errors import ConfigError, DataError, ExportError, MemoryStateError
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.file import StoredMemory, read_memory
 from deltamem_tool.memory.state import MemoryState
@@ -99,6 +99,33 @@ def test_every_stop_token_stops(qwen3, folder):
         answer = Conversation(stopping_at(folder, stop_tokens)).generate(TURNS[0], Sampling(8))
         assert answer.stopped == (at is not None)
         assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
+
+
+def test_the_model_s_positions_are_the_window(qwen3, folder):
+    positions = qwen3.model.config.max_position_embeddings
+    assert TorchModel(qwen3.model, qwen3.tokenizer).max_length == positions
+    talk = Conversation(OnnxModel(folder))
+    assert talk.context.window == positions
+    with pytest.raises(ConfigError, match=f"room for {positions}"):
+        Conversation(talk.engine, window=positions + 1)
+    file = folder / "deltamem_onnx.json"
+    older = json.loads(file.read_text())
+    del older["interface"]["positions"]
+    file.write_text(json.dumps(older))
+    assert OnnxModel(folder).max_length is None
+
+
+def test_a_token_that_the_graph_does_not_know_is_named(folder):
+    """onnxruntime would read another row of the embedding, or stop."""
+    file = folder / "tokenizer.json"
+    words = json.loads(file.read_text())
+    size = OnnxModel(folder).manifest.interface.vocab_size
+    words["added_tokens"].append({**words["added_tokens"][-1], "id": size, "content": "[PAD]"})
+    file.write_text(json.dumps(words))
+    talk = Conversation(OnnxModel(folder))
+    with pytest.raises(DataError, match=r"does not know: '\[PAD\]'"):
+        talk.generate("my dog is [PAD]")
+    assert talk.context.tokens == 0 and talk.generate("my dog").tokens
 
 
 def test_what_the_template_writes_after_an_answer_stops_too(qwen3, folder):

@@ -15,6 +15,7 @@ from deltamem_tool.chat.conversation import Conversation, Sampling, generate_tog
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE
 from deltamem_tool.onnx.export.targets import TARGETS
@@ -318,10 +319,10 @@ def test_what_onnx_runtime_is_told_of_cuda_graphs(fixed, monkeypatch):
 def test_a_window_in_the_model_is_refused():
     model = model_of("sliding")
     with pytest.raises(ExportError, match="fixed length") as caught:
-        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 64)
+        interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["cpu"], 64)
     assert "StaticSlidingWindowLayer" in caught.value.why
     model = model_of("qwen3")
     with pytest.raises(ExportError, match="maximum length of 63 tokens is too short"):
-        interface_of(model, adapter_of(model), "last", TARGETS["cpu"], 63)
+        interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["cpu"], 63)
     with pytest.raises(ExportError, match="genai takes no --max-length"):
-        interface_of(model, adapter_of(model), "last", TARGETS["genai"], 64)
+        interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["genai"], 64)

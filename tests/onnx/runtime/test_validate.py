@@ -273,6 +273,7 @@ def change(folder, path, value, file=MANIFEST_FILE):
         ("interface.vocab_size", 2**40, "vocab_size"),
         ("interface.max_length", 2**40, "max_length"),
         ("interface.max_length", False, "max_length"),
+        ("interface.positions", -1, "positions"),
         ("interface.segment", 2**30, "segment"),
         ("interface.layers", [{"key": None, "value": None, "state": None}] * 10_001, "layers"),
         ("interface.layers.0.key", [2, 2**40], "layers.key"),
