@@ -22,7 +22,7 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
-from deltamem_tool.memory.masks import check_writes_tokens, segment_tokens, valid_tokens, writing_tokens
+from deltamem_tool.memory.masks import check_one_text, check_writes_tokens, segment_tokens, valid_tokens, writing_tokens
 from deltamem_tool.memory.patch import Patch
 from deltamem_tool.memory.state import MemoryState
 
@@ -121,6 +121,8 @@ def _begin_call(
     valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
         valid = None  # cheap to see on a CPU, and it saves every layer its masks
+    if not torch.compiler.is_compiling():
+        check_one_text(kwargs, valid, base_separates=mask is None and kwargs.get(argument) is None)
     write_mask, segment_end = segment_tokens(
         adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
     )

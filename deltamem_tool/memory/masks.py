@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -99,6 +100,40 @@ def segment_tokens(
     if write_mask is False:
         return False, None
     return write_mask & (tags != OUTSIDE), write_mask & (tags == LAST)
+
+
+def check_one_text(kwargs: Mapping[str, Any], valid: Tensor | None, base_separates: bool) -> None:
+    """Check that no row of a call is packed with several texts: the later would read what the earlier have written.
+
+    Args:
+        kwargs: of the decoder. Positions are looked at where there are several, which on a GPU waits for it once.
+        valid: bool `[B, T]`, tokens that are not padding; None for all.
+        base_separates: whether transformers takes any gap in the positions for the beginning of a text, as it does
+            without a mask and a cache.
+
+    Raises:
+        MemoryStateError: positions start again within a row, or the arguments say where texts begin.
+    """
+    bounds, index, positions = (kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    packed = isinstance(bounds, Tensor) and bounds.numel() > 2  # 0 and the length of the one text
+    if _has_numbers(index):
+        packed = packed or bool((index != index[..., :1]).any())
+    if _has_numbers(positions) and positions.ndim == 2 and positions.shape[1] > 1:  # else of time, height and width
+        steps = positions.diff(dim=1)
+        begins = steps != 1 if base_separates else steps < 1
+        if valid is not None:
+            begins = begins & valid[:, 1:] & valid[:, :-1]
+        packed = packed or bool(begins.any())
+    if packed:
+        raise MemoryStateError(
+            "Rows that are packed with several texts cannot have a memory.",
+            "A row has one memory, so that a text would read what the texts before it have written.",
+            "Give each text a row of its own, with padding and an attention mask.",
+        )
+
+
+def _has_numbers(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
 def check_writes_tokens(config: DeltaMemConfig) -> None:

@@ -177,7 +177,7 @@ def test_the_window_is_what_the_model_has_positions_for(make):
         Conversation(engine, window=positions + 1)
     before = seen(conversation)
     with pytest.raises(ConfigError, match="longer than the window of 64 tokens"):
-        conversation.generate("my cat is Bella. " * 10)
+        conversation.generate("my cat is Bella. " * 50)
     assert_unchanged(conversation, before)
 
 

@@ -1,0 +1,89 @@
+"""Rows that are packed with several texts are refused: a row has one memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.running import close
+from helpers.tiny import patched_model, tokens
+from transformers import DataCollatorWithFlattening
+
+from deltamem_tool import MemoryCache
+from deltamem_tool.errors import MemoryStateError
+
+TOLERANCE = 2e-5
+TEXTS = [{"input_ids": list(range(6, 6 + length))} for length in (4, 7)]
+RESTARTING = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return patched_model()
+
+
+def flattened(texts, **options):
+    batch = DataCollatorWithFlattening(return_tensors="pt", **options)(texts)
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        {"return_seq_idx": True, "return_position_ids": False},
+    ],
+    ids=str,
+)
+def test_what_transformers_packs_is_refused(model, options):
+    with pytest.raises(MemoryStateError, match="packed with several texts"):
+        model(**flattened(TEXTS, **options), use_cache=False)
+    one = flattened(TEXTS[1:], **options)
+    with torch.no_grad():
+        close(model(**one, use_cache=False).logits, model(one["input_ids"]).logits, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"use_cache": False},
+        {"use_cache": True},
+        {"attention_mask": torch.ones(2, 8, dtype=torch.long)},
+    ],
+    ids=["no cache", "a cache of its own", "a mask"],
+)
+def test_positions_that_start_again_are_refused(model, inputs):
+    with pytest.raises(MemoryStateError, match="packed with several texts"):
+        model(tokens(2, 8), position_ids=RESTARTING, **inputs)
+
+
+def test_a_refused_call_changes_nothing(model):
+    cache = MemoryCache(model)
+    with torch.no_grad():
+        model(tokens(1, 5), cache=cache)
+        before = cache.memory
+        with pytest.raises(MemoryStateError, match="packed"):
+            model(tokens(1, 8), position_ids=RESTARTING, cache=cache)
+    assert cache.memory is before and cache.get_seq_length() == 5
+
+
+@torch.no_grad()
+def test_positions_beside_padding_are_no_texts(model):
+    """As `generate` and data collators count them: padding has any position."""
+    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    for padding in (slice(0, 3), slice(6, 8)):
+        padded = mask.clone()
+        padded[1, padding] = 0
+        positions = (padded.cumsum(1) - 1).masked_fill(padded == 0, 1)
+        logits = model(ids, attention_mask=padded, position_ids=positions).logits
+        text = padded[1].bool()
+        close(logits[1, text], model(ids[1:, text]).logits[0], TOLERANCE)
+
+
+@torch.no_grad()
+def test_positions_may_begin_anywhere_and_leave_a_gap_where_the_base_does_not_mind(model):
+    model(tokens(1, 8), position_ids=torch.arange(5, 13)[None], use_cache=False)
+    gap = torch.tensor([[0, 1, 2, 3, 10, 11, 12, 13]])
+    model(tokens(1, 8), position_ids=gap)
+    with pytest.raises(MemoryStateError, match="packed"):  # here transformers takes it for another text
+        model(tokens(1, 8), position_ids=gap, use_cache=False)
