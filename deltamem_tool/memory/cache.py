@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from deltamem_tool._compat import StaticLayer
+from deltamem_tool._compat import DynamicLayer, StaticLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.file import check_memory
@@ -144,6 +146,28 @@ class MemoryCache(DynamicCache):
             valid = unfinished if valid is None else valid & unfinished
         self._step = (valid,)
 
+    @property
+    def length(self) -> int:
+        """How many tokens the layers hold that keep them all, without waiting for a GPU; 0 if none does."""
+        layers = (
+            layer
+            for layer in cast(list[Any], self.layers)
+            if type(layer) is DynamicLayer or isinstance(layer, StaticLayer)
+        )
+        length = next((layer.get_seq_length() for layer in layers), 0)
+        return self._fed if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
+
+    def drop_after(self, length: int) -> None:
+        """Take back what a call that failed has left in its first layers, where they keep all keys and values."""
+        for number, layer in enumerate(cast(list[Any], self.layers)):
+            if type(layer) is DynamicLayer and layer.get_seq_length() > length:
+                if length == 0:
+                    self.layers[number] = DynamicLayer()
+                else:
+                    layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            elif type(layer) is StaticLayer and layer.is_initialized:
+                layer.cumulative_length.fill_(length)
+
     def check_room(self, tokens: int) -> None:
         """Check that the static layers have room for so many more tokens; others grow, or keep a window.
 
@@ -158,13 +182,10 @@ class MemoryCache(DynamicCache):
         ]
         if not rooms:
             return
-        length = self.get_seq_length()
-        # A look at a count on a GPU would wait for the GPU.
-        past = self._fed if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
-        if past + tokens > min(rooms):
+        if self.length + tokens > min(rooms):
             raise MemoryStateError(
                 f"This static cache has no room for {tokens} more tokens.",
-                f"It is for {min(rooms)}, and {past} are in it.",
+                f"It is for {min(rooms)}, and {self.length} are in it.",
                 "Make it with a larger max_length, or without one: then it grows.",
             )
 

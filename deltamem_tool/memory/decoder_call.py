@@ -23,6 +23,7 @@ class DecoderCall:
     write_mask: Tensor | bool  # bool [B, T], True for all, False for none
     segment_end: Tensor | None  # bool [B, T], tokens that end a segment; None for none
     tokens: int  # T
+    past: int | None  # tokens in the cache before; None while a graph is traced
     outer: DecoderCall | None  # the run of another decoder that this one is part of
     readings: dict[int, Tensor] = field(default_factory=dict)  # scaled, [B, T, H·R] by layer
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer

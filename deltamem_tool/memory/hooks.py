@@ -115,8 +115,10 @@ def _begin_call(
             adapter.to(content.device)  # the adapter follows the model, which does not know of it
     memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
     _check_fit(memory, adapter, batch)
+    past = None
     if not torch.compiler.is_compiling():
         cache.check_room(length)
+        past = cache.length
     mask = kwargs.get("attention_mask")
     valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
@@ -126,11 +128,8 @@ def _begin_call(
     write_mask, segment_end = segment_tokens(
         adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
     )
-    run(
-        DecoderCall(
-            cache, memory.to(content.device).for_autograd(), valid, write_mask, segment_end, length, outer=running()
-        )
-    )
+    memory = memory.to(content.device).for_autograd()
+    run(DecoderCall(cache, memory, valid, write_mask, segment_end, length, past, outer=running()))
     return (), kwargs
 
 
@@ -152,7 +151,10 @@ def _end_call(module: nn.Module, args: Args, output: Any) -> None:
     if call is None:
         return  # or the hook before the decoder refused the call
     run(call.outer)
-    if output is not None:  # None: the decoder raised, and the cache keeps the memory it had
+    if output is None:  # the decoder raised, and the cache keeps the memory it had
+        if call.past is not None:
+            call.cache.drop_after(call.past)
+    else:
         before = call.memory
         segments = {**before.open_segments, **call.open_segments}
         call.cache.memory = MemoryState({**before.layers, **call.states}, before.adapter, segments)
