@@ -36,7 +36,15 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.estimate import step_seconds
 from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
-from deltamem_tool.training.run_folder import checkpoint_to_resume, checkpoints, opened, run_folder, start_of, step_of
+from deltamem_tool.training.run_folder import (
+    checkpoint_to_resume,
+    checkpoints,
+    opened,
+    removed_if_empty,
+    run_folder,
+    start_of,
+    step_of,
+)
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
@@ -129,26 +137,27 @@ def train(
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
-    trainer = _trainer(recipe, step, data, progress)
-    if not _is_placed(model):
-        cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
-    at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
-    if expecting is not None and state.is_main_process and not at_end:
-        options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
-        seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
-        expecting(to_come, to_come * options.gradient_accumulation * seconds)
-    state.wait_for_everyone()
-    with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
+    with removed_if_empty(run):  # the Trainer makes it
+        trainer = _trainer(recipe, step, data, progress)
+        if not _is_placed(model):
+            cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
+        at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
+        if expecting is not None and state.is_main_process and not at_end:
+            options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
+            seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
+            expecting(to_come, to_come * options.gradient_accumulation * seconds)
         state.wait_for_everyone()
-        if checkpoint is not None and at_end:
-            trainer.load_end(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        steps = trainer.state.global_step
-        interrupted = progress.interrupted and steps < data.steps
-        if not interrupted and state.is_main_process:
-            trainer.take_best()
-        state.wait_for_everyone()
+        with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
+            state.wait_for_everyone()
+            if checkpoint is not None and at_end:
+                trainer.load_end(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            steps = trainer.state.global_step
+            interrupted = progress.interrupted and steps < data.steps
+            if not interrupted and state.is_main_process:
+                trainer.take_best()
+            state.wait_for_everyone()
     summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started)
     place = out if overwrite or resume or is_free(resolve(out)) else free_name(out)
     state.wait_for_everyone()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,16 @@ BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far
 def run_folder(out: str | Path) -> Path:
     """Beside the adapter folder that the run is to write."""
     return Path(f"{Path(out)}.run")
+
+
+@contextmanager
+def removed_if_empty(run: Path) -> Iterator[None]:
+    """Remove the folder at the end where nothing is in it, however the block ends."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            run.rmdir()
 
 
 @contextmanager

@@ -116,6 +116,16 @@ def test_what_came_to_be_at_out_is_left_and_the_adapter_lies_beside(checkpoint, 
     assert not (tmp_path / "out.run").exists()
 
 
+def test_a_run_that_ends_before_its_first_step_leaves_nothing(checkpoint, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = listing(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_recipe(checkpoint, tmp_path / "out", steps=2), expecting=interrupt)
+    assert listing(tmp_path) == before
+
+
 def test_a_second_run_in_the_same_folder_is_refused(checkpoint, tmp_path):
     recipe, refused = make_recipe(checkpoint, tmp_path / "out", steps=2, save_every=1), []
 
