@@ -257,13 +257,15 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
     """Raise if the folder `path` cannot be written, or that would destroy something; call it before long work begins.
 
     Raises:
-        DeltaMemError: `path` exists, is not an empty folder, and `overwrite` is false; or it cannot be replaced; or
-            nothing can be written beside it.
+        DeltaMemError: `path` exists, is not an empty folder, and `overwrite` is false; or it is a file, or cannot be
+            replaced; or nothing can be written beside it.
     """
     resolved = resolve(path)
     if Path.cwd().is_relative_to(resolved) or resolved.is_mount():
         kind = "a mount point" if resolved.is_mount() else "the folder you are in"
         raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced as a whole.", "Choose a folder inside it.")
+    if resolved.exists() and not resolved.is_dir():
+        raise DeltaMemError(f"{path} is already there.", "It is a file, not a folder.", "Choose another name.")
     if not overwrite and not is_free(resolved):
         raise DeltaMemError(
             f"{path} is already there.", "Nothing was written.", "Choose another folder, or pass --overwrite."

@@ -238,6 +238,14 @@ def test_an_empty_folder_is_taken_and_keeps_its_mode(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_never_takes_the_place_of_a_file(tmp_path, overwrite):
+    (tmp_path / "thesis.txt").write_text("theirs")
+    with pytest.raises(DeltaMemError, match="It is a file, not a folder"):
+        check_overwrite(tmp_path / "thesis.txt", overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "theirs"
+
+
 # The home folder
 
 
