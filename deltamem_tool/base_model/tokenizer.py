@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.errors import ArchitectureError, first_line
+from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
 
 def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
@@ -26,6 +27,8 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
         raise ArchitectureError(
             f"{folder} has no tokenizer.", f"{first_line(error)}.", "Save the model's tokenizer beside it."
         ) from error
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
     if for_chat and tokenizer.chat_template is None:
         raise ArchitectureError(
             f"The tokenizer of {folder} has no chat template.",

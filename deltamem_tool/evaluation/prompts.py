@@ -9,7 +9,8 @@ from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol
 from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
-from deltamem_tool.segments.template import ChatTemplate, Message
+from deltamem_tool.segments.messages import Message, text_of
+from deltamem_tool.segments.template import ChatTemplate
 
 PASSAGES = 5  # that BM25 puts into the prompt, where no window says how many tokens there may be
 _INTRODUCTION = "From earlier conversations:\n\n"
@@ -86,7 +87,7 @@ class Views:
 
     def _retrieved(self, item: Item) -> str:
         """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
-        ranked = rank(_passages(item), item.query or item.question[-1]["content"])
+        ranked = rank(_passages(item), item.query or text_of(item.question[-1]))
         chosen: list[int] = []
         room = self._count(self._plain(item)) + self._protocol.window
         for number in ranked:
@@ -103,7 +104,7 @@ class Views:
         passages = _passages(item)
         context = "\n".join(passages[number] for number in sorted(chosen))
         *before, last = item.question
-        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{last['content']}"}])
+        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{text_of(last)}"}])
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._template.render(messages, generation_prompt=True)
@@ -125,4 +126,4 @@ def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Messa
 
 def _passages(item: Item) -> list[str]:
     """One a message, with who says it."""
-    return [f"{message['role']}: {message['content']}" for message in _messages(item)]
+    return [f"{message['role']}: {text_of(message)}" for message in _messages(item)]

@@ -23,6 +23,7 @@ from deltamem_tool.evaluation.subject import Subject, take_rows
 from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.segments.messages import text_of
 
 Report = Callable[[str, int, int], None]  # what is done, done, of
 
@@ -157,7 +158,7 @@ class _Run:
                     history=item.history_id,
                     group=item.group,
                     condition=condition.name,
-                    question=item.question[-1]["content"],
+                    question=text_of(item.question[-1]),
                     answer=answer,
                     right=list(item.answers),
                     scores=of_item,

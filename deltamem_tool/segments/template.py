@@ -132,9 +132,23 @@ class ChatTemplate:
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
                 for m in messages
             ]
-        text = self._written(messages, generation_prompt)
+        text = self._without_none(messages, generation_prompt, self._written(messages, generation_prompt))
         check_unicode(text, "The conversation")
         return text
+
+    def _without_none(self, messages: Sequence[Message], generation_prompt: bool, text: str) -> str:
+        """`text` without the word None, where the template prints a content that is none as that.
+
+        Templates may ask whether there is a content, so it cannot be an empty text for all of them.
+        """
+        if not any(m.get("content", "") is None for m in messages):
+            return text
+        told = [{**m, "content": _NOTHING} if m.get("content", "") is None else m for m in messages]
+        try:
+            other = self._written(told, generation_prompt)
+        except Refusal:
+            return text
+        return other.replace(_NOTHING, "") if other.replace(_NOTHING, "None") == text else text
 
     def _written(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         try:
@@ -318,6 +332,7 @@ def _shaped(text: str, message: Message) -> str | list[dict[str, str]]:
     return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
 
 
+_NOTHING = "\ue104"  # in place of None
 _SAID, _CALLED = "\ue100{}\ue101", "\ue102{}\ue103"  # in place of the content, and of the functions, of a message
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy, deepcopy
 
 import pytest
-from data.talks import SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
+from data.talks import CALLING, SYSTEM, TALK, TOOL_TEMPLATE, TOOLS
 from helpers.tiny import write_jsonl
 
 from deltamem_tool.base_model.limits import Limits
@@ -155,6 +155,23 @@ def test_what_a_row_gives_the_template_is_in_every_text(tokenizer):
             assert tokenizer.decode(each.full[0].ids) == render(other, [*TALK, *TALK[2:]], **seen)
         chat = encode_chat(other, TALK, granularity, template_kwargs=given)
         assert chat.input_ids[0].tolist() == encoded[0].write_ids
+
+
+@pytest.mark.parametrize("granularity", ["token", "message", "sentence"])
+def test_a_content_that_is_none_is_no_word(tokenizer, granularity):
+    """Whether the template prints it, asks for it, or would say something else in its place."""
+    calls = "{% for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
+    for content in (
+        "{{ message.content }}",
+        "{{ message.content or '' }}",
+        "{{ message.content if message.content is not none }}",
+        "{% if message.content is none %}{% else %}{{ message.content }}{% endif %}",
+    ):
+        source = tokenizer.chat_template.replace("{{ message.content }}", content + calls)
+        said = [user("None?"), CALLING, {"role": "tool", "content": "None"}, assistant("None."), *TALK[2:]]
+        chat = encode_chat(with_template(tokenizer, source), said, granularity)
+        expected = "<|user|>None?<|end|><|assistant|>[look]<|end|><|tool|>None<|end|><|assistant|>None.<|end|>"
+        assert tokenizer.decode(chat.input_ids[0]) == expected + render(tokenizer, TALK[2:])
 
 
 # Refusals

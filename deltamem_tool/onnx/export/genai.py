@@ -147,7 +147,7 @@ def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
     """Write `genai_config.json`, and the chat template so that onnxruntime-genai renders what transformers renders."""
     template = folder / CHAT_TEMPLATE_FILE
     if template.is_file():
-        template.write_text(spelled_out(template.read_text(encoding="utf-8")), encoding="utf-8")
+        template.write_text(spelled_out(template.read_text(encoding="utf-8-sig")), encoding="utf-8")
     (folder / contract.GENAI_CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
