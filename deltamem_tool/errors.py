@@ -113,7 +113,7 @@ def domain_error(error: Exception) -> DeltaMemError | None:
         )
     refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
     if isinstance(error, refused) or (
-        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
     ):
         return DeltaMemError(
             f"{error.filename or 'A file'} cannot be read or written.",

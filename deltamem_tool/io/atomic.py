@@ -108,7 +108,10 @@ def _write_beside(path: Path, content: bytes, former: os.stat_result | None) -> 
 def _write_in_place(path: Path, content: bytes) -> None:
     """Write into the file itself; where that fails, its content is put back."""
     if not path.is_file():
-        path.write_bytes(content)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is an error, not a wait
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as device:
+            device.write(content)
         return
     former = path.read_bytes()
     with path.open("r+b", buffering=0) as file:

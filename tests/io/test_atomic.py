@@ -15,7 +15,7 @@ import pytest
 from helpers.clean_root import why_not
 from helpers.tiny import listing
 
-from deltamem_tool.errors import ConfigError, DeltaMemError
+from deltamem_tool.errors import ConfigError, DeltaMemError, domain_error
 from deltamem_tool.io.atomic import check_overwrite, check_writable, folder_whole, resolve, write_whole
 
 OTHER = 12345  # nobody's number
@@ -176,6 +176,9 @@ def test_a_pipe_is_written_into(tmp_path):
     finally:
         os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="pipe") as nobody_reads:
+        write_whole(tmp_path / "pipe", b"new")
+    assert "cannot be read or written" in str(domain_error(nobody_reads.value))
     program = "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_whole('/dev/stdout', b'new')"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
 
