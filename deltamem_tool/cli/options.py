@@ -55,8 +55,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
-    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: no limit, or "
-    "the --max-length of an export]",
+    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: as many as "
+    "the model has positions, or the --max-length of an export]",
 )
 
 device = click.option(

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.base_model.limits import unknown_token
 from deltamem_tool.chat.sampling import not_finite
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.cache import MemoryCache
@@ -44,7 +45,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         # Not the base tokenizer itself: the harness sets its padding.
         bos = False if chat else None
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
-        if self.tokenizer.pad_token_id >= cast(Any, model).get_input_embeddings().weight.shape[0]:
+        self._vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
+        if self.tokenizer.pad_token_id >= self._vocabulary:
             self.tokenizer.pad_token_id = 0  # any that the model has: a mask hides it
         patch = find_patch(model)
         self._granularity = "token" if patch is None or is_off() else patch.adapter.config.granularity
@@ -110,6 +112,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]`. Rows are padded on the right, where nothing follows that could see it."""
+        self._check_ids(inps)
         with torch.no_grad():
             cache_options = self._cache(inps, torch.ones_like(inps))
             logits: Tensor = self.model(inps, use_cache=bool(cache_options), **cache_options).logits
@@ -118,11 +121,17 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        self._check_ids(context)
         cache_options = self._cache(context, options["attention_mask"])
         options["logits_processor"] = LogitsProcessorList([_FiniteScores()])
         output: Tensor = super()._model_generate(context, max_length, stop, **options, **cache_options)
         self._count(len(context))
         return output
+
+    def _check_ids(self, ids: Tensor) -> None:
+        largest = int(ids.max())
+        if largest >= self._vocabulary:
+            raise unknown_token(self.tokenizer.convert_ids_to_tokens(largest), largest, self._vocabulary)
 
     def _cache(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """Make a cache with a memory of zeros that knows the segments.

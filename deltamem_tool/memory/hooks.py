@@ -123,7 +123,7 @@ def _begin_call(
     valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
         valid = None  # cheap to see on a CPU, and it saves every layer its masks
-    if not torch.compiler.is_compiling():
+    if cache.write is not False and not torch.compiler.is_compiling():  # a memory that is only read is every text's
         check_one_text(kwargs, valid, base_separates=mask is None and kwargs.get(argument) is None)
     write_mask, segment_end = segment_tokens(
         adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)

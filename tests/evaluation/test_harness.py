@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -251,3 +252,14 @@ def test_the_command(tmp_path, folder, checkpoint):
     assert said["task"] == f"lm_eval:{CHOICE}" and said["metric"] == "acc" and said["questions"] == [3]
     assert list(said["conditions"]) == ["state", "scale_zero", "no_adapter", "lora"]
     assert said["differences"]["no_adapter"]["mean"] == 0.0  # a fresh adapter corrects nothing
+
+
+def test_tokens_that_the_model_does_not_know(model, tokenizer, folder, found, prepared):
+    """As padding they do no harm; in a prompt they are named."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert evaluate_harness(model, other, prepared, batch_size=3).records == found.records
+    path = {"include_path": str(folder), "system": "Be [PAD]."}
+    for task in (CHOICE, ANSWER):
+        with pytest.raises(DataError, match=r"does not know: '\[PAD\]'"):
+            evaluate_harness(model, other, prepare(find_harness(f"lm_eval:{task}", path), 1))

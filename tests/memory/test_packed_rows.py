@@ -68,6 +68,17 @@ def test_a_refused_call_changes_nothing(model):
 
 
 @torch.no_grad()
+def test_a_memory_that_nobody_writes_is_every_texts(model):
+    start, texts = MemoryCache(model), tokens(1, 8)
+    model(tokens(1, 9, seed=1), cache=start)
+    read = [MemoryCache(model, memory=start.memory, write=False) for _ in range(3)]
+    packed = model(texts, position_ids=RESTARTING, cache=read[0], use_cache=False).logits
+    apart = [model(ids, cache=cache).logits for ids, cache in zip((texts[:, :4], texts[:, 4:]), read[1:], strict=True)]
+    assert packed.shape == torch.cat(apart, dim=1).shape
+    close(packed[:, :4], apart[0], TOLERANCE)
+
+
+@torch.no_grad()
 def test_positions_beside_padding_are_no_texts(model):
     """As `generate` and data collators count them: padding has any position."""
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)

@@ -177,7 +177,7 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
     return {
         "type": "decoder",
         "vocab_size": interface.vocab_size,
-        "context_length": _context_length(config),
+        "context_length": _context_length(interface),
         **_special_tokens(model, tokenizer),
         "decoder": {
             "filename": contract.MODEL_FILE,
@@ -216,15 +216,14 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return {name: value for name, value in token_ids.items() if value is not None}
 
 
-def _context_length(config: Any) -> int:
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int) or length < 1:
+def _context_length(interface: Interface) -> int:
+    if not interface.positions:
         raise ExportError(
             "The model does not say how long its context is.",
             "onnxruntime-genai has to know.",
             "Set max_position_embeddings in the base model's config.json.",
         )
-    return length
+    return interface.positions
 
 
 def _search(model: PreTrainedModel) -> dict[str, Any]:
