@@ -58,6 +58,7 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
 
     try:
         uri = parse_hf_uri(name if name.startswith(_HUB) else _HUB + name)
+        chosen = replace(uri, revision=uri.revision or revision, path_in_repo=uri.path_in_repo.strip("/"))
     except HfUriError as error:
         raise HubError(
             f"{name} is not a valid Hub id.",
@@ -72,7 +73,7 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
         )
     if revision is not None and uri.revision not in (None, revision):
         raise HubError(f"{name} names another revision than {revision}.", "Both are given.", "Give the revision once.")
-    return replace(uri, revision=uri.revision or revision, path_in_repo=uri.path_in_repo.strip("/"))
+    return chosen
 
 
 def on_hub(name: str, revision: str | None = None) -> HfUri:

@@ -229,6 +229,8 @@ def test_names_with_revisions(as_writer, adapter, onnx):
     assert pull(f"{REPO}@{first}").contents.onnx is None and pull(REPO, revision=second[:40]).contents.onnx is not None
     with pytest.raises(HubError, match="another revision"):
         read_adapter(f"{REPO}@{first}", revision=second)
+    with pytest.raises(HubError, match="must not be an empty"):
+        pull(REPO, revision="")
     with pytest.raises(HubError, match="no such branch"):
         read_adapter(f"{REPO}@v9")
 
