@@ -11,6 +11,7 @@ from deltamem_tool.base_model.attention import select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.io.atomic import check_overwrite
+from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import fresh_adapter
 
 
@@ -30,8 +31,10 @@ def create_adapter(
         ArchitectureError: `base` cannot have a memory.
         ConfigError: the options do not fit it.
         DeltaMemError: `out` exists, or cannot be written.
+        HubError: a revision is given of a folder.
     """
     check_overwrite(out, overwrite)
+    check_revision(base, revision)
     checkpoint = BaseCheckpoint(base, revision, trust_remote_code)
     layers = select_layers(checkpoint.layers, config)
     adapter = fresh_adapter(config, layers, checkpoint.first_columns)

@@ -11,6 +11,7 @@ from deltamem_tool.adapter.config_file import BaseModel
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint, fingerprint
 from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
+from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of
 
 
@@ -35,6 +36,7 @@ def find_base(
             "That model had not been saved when the adapter was.",
             "Pass base=, or --base on the command line.",
         )
+    check_revision(base or recorded.name or "", base_revision)
     if base_revision is None and base in (None, recorded.name):
         base_revision = recorded.revision
     checkpoint = BaseCheckpoint(base or recorded.name, base_revision, trust_remote_code)

@@ -76,6 +76,18 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     return chosen
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise if `revision` is asked for of what has none.
+
+    Raises:
+        HubError: it is not None, and `name` is a folder here or is shipped; or `name` is not a valid Hub id.
+    """
+    if revision is not None and hub_name(name) is None:
+        raise HubError(
+            f"{name} has no revision {revision}.", "It is not on the Hub.", "Leave the revision out, or name a Hub id."
+        )
+
+
 def on_hub(name: str, revision: str | None = None) -> HfUri:
     """As `hub_name`, of what is on the Hub whatever there is here.
 

@@ -23,6 +23,7 @@ from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.data.encode import IGNORED, VIEWS
 from deltamem_tool.data.store import EncodedEpisodes, EpisodeStatistics, in_memory
+from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import fresh_adapter
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.peak_bytes import Report, StepShape, activation_bytes, base_dtype, no_columns
@@ -92,6 +93,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     Raises:
         DeltaMemError: the recipe cannot be run.
     """
+    check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     notes: list[str] = []
     processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training

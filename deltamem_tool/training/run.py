@@ -31,6 +31,7 @@ from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
 from deltamem_tool.io.formats import versions
+from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
@@ -222,6 +223,7 @@ def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrained
     """Load what a recipe trains, the model that it is in, and the tokenizer."""
     options = recipe.training
     if recipe.lora is not None:
+        check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
         lora = new_lora(_loaded(checkpoint, recipe), recipe.lora, checkpoint.name, checkpoint.revision)
         tokenizer = read_tokenizer(checkpoint.folder)
@@ -240,6 +242,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
             recipe.adapter, base=recipe.base, base_revision=recipe.revision, trust_remote_code=trust, **options
         )
         return model, tokenizer_of(model)
+    check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     model = _loaded(checkpoint, recipe)
     model.train(False)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from adapter.folders import CONFIG, change_config
-from helpers.tiny import randomise, save_checkpoint
+from helpers.tiny import listing, randomise, save_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +16,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach, deta
 from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.adapter.reference.convert import convert
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError, HubError
 from deltamem_tool.memory.attach import adapter_of
@@ -82,10 +83,28 @@ def test_the_revision_of_the_base(adapter, base, tmp_path, monkeypatch, options,
             super().__init__(name, revision, trust_remote_code)
 
     monkeypatch.setattr("deltamem_tool.adapter.find_base.BaseCheckpoint", Watched)
+    monkeypatch.setattr(
+        "deltamem_tool.adapter.find_base.check_revision", lambda *_: None
+    )  # a folder stands for the Hub
     moved = shutil.copytree(base, tmp_path / "moved")
     places = {"HERE": str(base), "THERE": str(moved)}
     load(adapter, **{name: places.get(value, value) for name, value in options.items()})
     assert seen == [asked]
+
+
+def test_a_folder_has_no_revision(adapter, base, tmp_path):
+    before = listing(tmp_path)
+    for call in (
+        lambda: load(adapter, revision="v2"),
+        lambda: load(adapter, base_revision="v2"),
+        lambda: load(adapter, base=str(base), base_revision="v2"),
+        lambda: load("builtin:adapter", revision="v2"),
+        lambda: create_adapter(str(base), DeltaMemConfig(rank=4), tmp_path / "new", revision="v2"),
+        lambda: convert(str(adapter), tmp_path / "new", to="reference", revision="v2"),
+    ):
+        with pytest.raises(HubError, match="has no revision v2"):
+            call()
+    assert listing(tmp_path) == before
 
 
 def test_a_base_that_is_gone_is_named(adapter, tmp_path):

@@ -32,7 +32,7 @@ from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, DeltaMemError, first_line
 from deltamem_tool.io.atomic import check_overwrite, folder_whole, resolve
-from deltamem_tool.io.names import expand_name, expand_user, resolve_folder
+from deltamem_tool.io.names import check_revision, expand_name, expand_user, resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
@@ -120,6 +120,7 @@ def convert(
 def _from_reference(
     src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
 ) -> Converted:
+    check_revision(src, revision)
     folder = resolve_folder(src, revision, [REFERENCE_CONFIG, REFERENCE_WEIGHTS], "adapter")
     for name in (REFERENCE_CONFIG, REFERENCE_WEIGHTS):
         if not (folder / name).is_file():
@@ -136,6 +137,7 @@ def _from_reference(
             "Adapters of the reference implementation do not record it.",
             "Pass the model that it was trained on: base=, or --base on the command line.",
         )
+    check_revision(base, base_revision)
     checkpoint = BaseCheckpoint(base, base_revision)
     layers = _layers(checkpoint, config)
     adapter = _on_meta(config, layers)
