@@ -173,7 +173,7 @@ class Chat:
             near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.7)
             raise ConfigError(
                 f"There is no command {name}.",
-                f"Near it is {near[0]}." if near else "",
+                f"Did you mean {near[0]}?" if near else "",
                 "/help lists them; a message that begins with / is typed with //.",
             )
         argument = argument.strip()

@@ -174,4 +174,4 @@ def _pipe(chat: Chat) -> None:
             if chat.over:
                 break
     except UnicodeDecodeError as error:
-        raise DataError("What comes from stdin is no UTF-8 text.", f"{error}.", "Convert it first.") from error
+        raise DataError("stdin is not UTF-8 text.", f"{error}.", "Convert it first.") from error

@@ -24,7 +24,7 @@ class CallOptions:
     Args:
         model: a model with a memory.
         logits: "last" or "all".
-        padded_right: whether "last" is each row's last token that is no padding, not the last column.
+        padded_right: whether "last" is each row's last token that is not padding, not the last column.
 
     Raises:
         ExportError: padding is on the right, and the model does not say which layer computes its logits.

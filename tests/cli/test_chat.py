@@ -47,14 +47,14 @@ def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
     piped(monkeypatch, f"{TOLD}\n/sav me\n/load nowhere\n{ASKED}\n/quit\n{TOLD}\n")
     done = deltamem("chat", "builtin:adapter")
     assert done.code == 1 and done.out.splitlines()[1:] == [ANSWER]  # nothing after /quit
-    for words in ("There is no command /sav.", "Near it is /save.", "The memory file nowhere does not exist."):
+    for words in ("There is no command /sav.", "Did you mean /save?", "The memory file nowhere does not exist."):
         assert words in done.err
     assert "Traceback" not in done.err and listing(here) == {}
 
 
 def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
     piped(monkeypatch, b"caf\xe9\n")
-    deltamem("chat", "builtin:adapter").assert_short_error("stdin is no UTF-8 text", "Convert it", code=1)
+    deltamem("chat", "builtin:adapter").assert_short_error("stdin is not UTF-8 text", "Convert it", code=1)
 
 
 def test_a_byte_order_mark_is_no_text(here, deltamem, monkeypatch):

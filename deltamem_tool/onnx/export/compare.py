@@ -245,7 +245,7 @@ def _writes(interface: Interface, call: _Call) -> Tensor:
 
 
 def _of_rows(interface: Interface) -> bool:
-    """Whether the last logits are those of each row's last token that is no padding."""
+    """Whether the last logits are those of each row's last token that is not padding."""
     return interface.genai and interface.logits == "last"
 
 

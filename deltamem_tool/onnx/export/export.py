@@ -177,7 +177,7 @@ def _write_graph(plan: _Plan, path: Path) -> None:
         optimize(program, plan.without)
     if plan.target.genai:
         genai.set_defaults(program, plan.interface, plan.start)
-    if plan.target.standard:
+    if plan.target.is_standard:
         require_standard(program, type(plan.model).__name__)
     plan.tell("Writing the graph")
     OnnxExporter.save_program(program, path)
@@ -187,7 +187,7 @@ def _write_graph(plan: _Plan, path: Path) -> None:
         for value in graph.initializers.values():
             value.const_value = None
     gc.collect()
-    if plan.target.standard:
+    if plan.target.is_standard:
         check_file(path)
 
 

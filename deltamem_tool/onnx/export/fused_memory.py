@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from deltamem_tool.config import BRANCHES, L2_EPS
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.layer import DeltaMemLayer, LayerOutput
-from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN
+from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN_MEMORY
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 
@@ -51,7 +51,7 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
 
     Empty where nothing can, or where `without` names it among the rewrites to leave out.
     """
-    if target.fusions is None or adapter.config.granularity != "token" or LEAN in without:
+    if target.fusions is None or adapter.config.granularity != "token" or LEAN_MEMORY in without:
         return {}
     apart = JOINED_PROJECTIONS in without
     return {layer: FusedMemory(adapter.layer(layer), apart) for layer in adapter.layer_indices}

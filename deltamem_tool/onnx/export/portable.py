@@ -49,7 +49,7 @@ def check_file(path: Path) -> None:
         onnx.checker.check_model(path, full_check=True)  # by path: a graph with its weights may pass 2 GB
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            "The graph is no valid ONNX.",
+            "The graph is not valid ONNX.",
             f"{first_line(error)}.",
             "Please report it, with the base model's name; nothing was written.",
         ) from error

@@ -15,7 +15,7 @@ from onnx_ir.passes import common as common_passes
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 
-LEAN = "lean_memory"  # the memory in as few nodes as it takes
+LEAN_MEMORY = "lean_memory"  # the memory in as few nodes as it takes
 JOINED_PROJECTIONS = "joined_projections"  # its projections in one product with the base's q, k and v
 JOINED_OUTPUT = "joined_output"
 GATHERED_STATES = "gathered_states"
@@ -76,7 +76,7 @@ def _corrections(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node | None]]:
 
 
 def _split_weights(product: ir.Node, split: ir.Node | None) -> list[np.ndarray] | None:
-    """Δ of each branch, `[readings, out]`; None where they are no constants."""
+    """Δ of each branch, `[readings, out]`; None where they are not constants."""
     weight = _constant(product.inputs[1])
     if weight is None or weight.ndim != 2:
         return None
@@ -216,7 +216,7 @@ def _heads(value: ir.Value) -> int | None:
 
 # None: done while the graph is traced, by `fused_memory`.
 REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
-    LEAN: None,
+    LEAN_MEMORY: None,
     JOINED_PROJECTIONS: None,
     JOINED_OUTPUT: join_output,
     GATHERED_STATES: gather_states,
@@ -226,7 +226,7 @@ JOIN_WEIGHTS = (JOINED_PROJECTIONS, JOINED_OUTPUT)  # what puts the memory's wei
 
 
 def _input(node: ir.Node, position: int) -> ir.Value:
-    """One that is no optional one."""
+    """One that is not left out."""
     value = node.inputs[position]
     assert value is not None
     return value

@@ -34,7 +34,7 @@ class Target:
     genai: bool = False
 
     @property
-    def standard(self) -> bool:
+    def is_standard(self) -> bool:
         """Whether its graphs are for any runtime: standard operators, checked by ONNX's own checker."""
         return self.fusions is None
 
