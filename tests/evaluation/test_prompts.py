@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from evaluation.asked import item, reading
 
 from deltamem_tool.data import dialogues
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.conditions import ALL, NOTHING, RETRIEVED, TRUNCATED, WINDOW, EvalProtocol, conditions_of
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.task import Item
@@ -52,6 +54,24 @@ def test_bm25_finds_what_the_question_is_about(tokenizer):
     assert views(tokenizer).prompt(nothing, RETRIEVED) == render(tokenizer, nothing.question, True)
     short = views(tokenizer, "window:1").prompt(about, RETRIEVED)
     assert short == render(tokenizer, about.question, True)
+
+
+def test_contents_that_are_lists_of_texts_are_their_texts(tokenizer):
+    def parts(message):
+        half = len(message["content"]) // 2
+        cut = message["content"][:half], message["content"][half:]
+        return {**message, "content": [{"type": "text", "text": text} for text in cut]}
+
+    history = [[parts(message) for message in session] for session in LONG.history]
+    cut = replace(LONG, history=history, question=[parts(message) for message in LONG.question])
+    for view in (NOTHING, ALL, RETRIEVED):
+        assert views(tokenizer).prompt(cut, view) == views(tokenizer).prompt(LONG, view)
+
+
+def test_what_cannot_be_rendered_is_named(tokenizer):
+    half = replace(LONG, question=[dialogues.user("half \ud83d")])
+    with pytest.raises(DataError, match=f"^{LONG.where}: The conversation is not Unicode text"):
+        views(tokenizer).prompt(half, NOTHING)
 
 
 def test_protocols_are_named():
