@@ -46,7 +46,7 @@ class DeltaMemError(Exception):
     """
 
     def __init__(self, what: str, why: str = "", next: str = "") -> None:
-        what, why, next = map(_shown, (what, why, next))
+        what, why, next = map(_shown, (what.replace("\n", "\\n"), why, next))
         super().__init__("\n".join(part for part in (what, why, next) if part))
         self.what, self.why, self.next = what, why, next
 

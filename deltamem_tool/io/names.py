@@ -29,8 +29,10 @@ def expand_user(path: str | Path) -> Path:
     """`path`, a leading `~` replaced by the home folder; a shell leaves it in --out=~/adapter, and in a file.
 
     Raises:
-        ConfigError: nobody has the home folder that is named.
+        ConfigError: the path is empty, or nobody has the home folder that is named.
     """
+    if path == "":
+        raise ConfigError("A path is empty.", "A variable of the shell may be unset.", "Write it out.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -39,7 +41,7 @@ def expand_user(path: str | Path) -> Path:
 
 def expand_name(name: str | Path) -> str:
     """As `expand_user`, of a name that may also be the Hub's, which stays as it is."""
-    return str(expand_user(name)) if str(name).startswith("~") else str(name)
+    return str(expand_user(name)) if str(name).startswith("~") or name == "" else str(name)
 
 
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:

@@ -54,6 +54,31 @@ def write_recipe(folder: Path, base: Path, **sections) -> Path:
     return folder / "recipe.yaml"
 
 
+# Names
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", ""),
+        ("patch", "", "--out", "new"),
+        ("patch", "builtin:backbone", "--out="),
+        ("chat", "builtin:adapter", "--memory="),
+        ("eval", "builtin:adapter", "--report="),
+        ("pull", "someone/adapter", "--out", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_folder_you_are_in(here, deltamem, arguments):
+    deltamem(*arguments).assert_short_error("A path is empty", "variable", code=1)
+    assert not listing(here)
+
+
+def test_a_name_of_several_lines_is_shown_in_one(here, deltamem):
+    done = deltamem("inspect", "no\nsuch\nfolder")
+    done.assert_short_error("no\\nsuch\\nfolder")
+    assert len(done.err.splitlines()) == 3
+
+
 # Bases
 
 
