@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from deltamem_tool._compat import without_compilation
 from deltamem_tool.base_model.layouts import LAYOUTS, UNSUPPORTED, Layout, Projection, features, find
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError
@@ -66,14 +67,18 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         decoder = model.base_model
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     layouts = [layout for layout in LAYOUTS if layout.is_of(types)]
-    layers = []
+    found: dict[
+        nn.Module, AttentionLayer
+    ] = {}  # by its query's projection, which a wrapper of the attention shows, too
     for name, module in decoder.named_modules():
         layout = next((layout for layout in layouts if layout.fits(module)), None)
         index = _index(name, module)
         other = _OTHER.search(name) or _OTHER_CLASS.search(type(module).__name__)
         if layout is not None and index is not None and not other:
             _check_decoder(layout, text, called)
-            layers.append(_layer(index, prefix + name, module, layout, text))
+            layer = _layer(index, prefix + name, module, layout, text)
+            found[layer.projections["q"].linear] = layer
+    layers = list(found.values())
     if not layers:
         raise ArchitectureError(
             f"The attention of {called} is not known.", "No module has projections of a known layout.", _ADVICE
@@ -95,7 +100,7 @@ def _sentence(reason: str) -> str:
 def _layer(index: int, name: str, module: nn.Module, layout: Layout, config: PretrainedConfig) -> AttentionLayer:
     projections = {}
     for branch, span in layout.spans(config).items():
-        linear = find(module, span.linear)
+        linear = without_compilation(find(module, span.linear))
         assert isinstance(linear, nn.Module)  # the layout fits
         projections[branch] = Projection(f"{name}.{span.linear}", linear, span)
     ordered = {branch: projections[branch] for branch in BRANCHES if branch in projections}

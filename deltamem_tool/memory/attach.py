@@ -6,6 +6,7 @@ call of the decoder is in `hooks`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltamem_tool._compat import without_compilation
 from deltamem_tool.base_model.attention import AttentionLayer
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
@@ -63,6 +65,13 @@ def _undo(patch: Patch) -> None:
     vars(patch.model).pop(PATCH, None)
     for module, ours in patch.overrides:
         restore(module, ours)
+    _forget_graphs()
+
+
+def _forget_graphs() -> None:
+    """Have torch.compile trace anew: it does not see that a module has other hooks than before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
@@ -85,10 +94,12 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         hook_layers(patch)
         hook_decoder(patch, decoder)
         patch.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
-        if model.base_model not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
-            patch.overrides.append((model.base_model, override(model.base_model, FORWARD)))
+        base = without_compilation(model.base_model)
+        if base not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
+            patch.overrides.append((base, override(base, FORWARD)))
         model.requires_grad_(False)
         setattr(model, PATCH, patch)
+        _forget_graphs()
     except BaseException:
         _undo(patch)
         raise
@@ -99,6 +110,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
     It is the base model, except in OPT and BART's decoder-only form, whose base models hold nothing but a decoder.
     """
-    base = model.base_model
+    base: nn.Module = without_compilation(model.base_model)
     inner = dict(base.named_children())
-    return inner["decoder"] if list(inner) == ["decoder"] else base
+    return cast(nn.Module, without_compilation(inner["decoder"])) if list(inner) == ["decoder"] else base

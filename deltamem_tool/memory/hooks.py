@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltamem_tool._compat import cache_argument, drop_hooks, with_one_cache
+from deltamem_tool._compat import cache_argument, drop_hooks, with_one_cache, without_compilation
 from deltamem_tool.base_model.attention import attention_layers, layers_at
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.errors import ConfigError, MemoryStateError
@@ -65,10 +65,14 @@ def hook_layers(patch: Patch) -> None:
 
 
 def _path(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """What leads from `model` to its module `name`: parent, name in it, child."""
+    """What leads from `model` to its module `name`: parent, name in it, child.
+
+    But for what torch.compile puts around a module: a trace takes it for the module.
+    """
     for part in name.split("."):
         child = model.get_submodule(part)
-        yield model, part, child
+        if all(without_compilation(module) is module for module in (model, child)):
+            yield model, part, child
         model = child
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.naive_model import naive_run
 from helpers.running import EQUATION_TOLERANCE, close, close_memory, fingerprint_of_base, run
-from helpers.tiny import patched_model, tiny_model, tokens
+from helpers.tiny import logits, patched_model, tiny_model, tokens
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from deltamem_tool import DeltaMemConfig, DeltaMemError, MemoryCache, MemoryState, attach, detach
+from deltamem_tool.adapter import attach as adapter_attach
 from deltamem_tool.errors import ArchitectureError, ConfigError, MemoryStateError
+from deltamem_tool.memory import attach as memory_attach
 from deltamem_tool.memory.attach import adapter_of
 
 # What does not fit raises.
@@ -37,6 +39,49 @@ def test_a_second_memory_is_refused():
         attach(model)
     assert adapter_of(model) is adapter
     assert len(model.base_model._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), torch.jit.ignore, None], ids=["module", "function", "none"])
+def test_what_is_no_model_is_refused(model):
+    for act in (attach, detach, adapter_of):
+        with pytest.raises(ArchitectureError, match="not a model of transformers"):
+            act(model)
+
+
+@pytest.mark.parametrize("where", ["hook_layers", "hook_decoder", "override", "adopt"])
+def test_an_attach_that_fails_changes_nothing(where, monkeypatch):
+    """Half of it is done, whatever it is that fails then."""
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    before, attributes, expected = fingerprint_of_base(model), set(vars(model)), logits(model)
+    module = adapter_attach if where == "adopt" else memory_attach
+    own = getattr(module, where)
+
+    def broken(*args):
+        if where != "override":  # which sets all its methods or none
+            own(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, where, broken)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model)
+    monkeypatch.undo()
+    assert fingerprint_of_base(model) == before and set(vars(model)) == attributes
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ArchitectureError, match="no memory"):
+        detach(model)
+    attach(model)
+    detach(model)
+    assert fingerprint_of_base(model) == before and set(vars(model)) == attributes
+
+
+def test_weights_that_were_quantised_since_do_not_stop_detach():
+    model = tiny_model()
+    attach(model)
+    head = model.lm_head.weight
+    head.data = head.data.mul(100).to(torch.int8)
+    detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter is not head)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "tuple"])
@@ -228,8 +273,8 @@ def test_conversations_in_many_threads_are_conversations_alone():
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    for n, (logits, cache) in enumerate(expected):
-        assert torch.equal(found[n][0], logits)
+    for n, (alone, cache) in enumerate(expected):
+        assert torch.equal(found[n][0], alone)
         for layer, state in cache.memory.layers.items():
             assert torch.equal(found[n][1].memory.layers[layer], state)
 
