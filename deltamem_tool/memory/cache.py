@@ -165,8 +165,8 @@ class MemoryCache(DynamicCache):
                     self.layers[number] = DynamicLayer()
                 else:
                     layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-            elif type(layer) is StaticLayer and layer.is_initialized:
-                layer.cumulative_length.fill_(length)
+            elif type(layer) is StaticLayer and layer.is_initialized and self._device_type == "cpu":
+                layer.cumulative_length.fill_(length)  # elsewhere what a compiled graph has fed was not counted
 
     def check_room(self, tokens: int) -> None:
         """Check that the static layers have room for so many more tokens; others grow, or keep a window.

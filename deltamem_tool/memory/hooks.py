@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltamem_tool._compat import cache_argument, drop_hooks, with_one_cache, without_compilation
 from deltamem_tool.base_model.attention import attention_layers, layers_at
@@ -22,7 +23,14 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
-from deltamem_tool.memory.masks import check_one_text, check_writes_tokens, segment_tokens, valid_tokens, writing_tokens
+from deltamem_tool.memory.masks import (
+    check_one_text,
+    check_writes_tokens,
+    segment_tokens,
+    valid_tokens,
+    with_known_padding,
+    writing_tokens,
+)
 from deltamem_tool.memory.patch import Patch
 from deltamem_tool.memory.state import MemoryState
 
@@ -127,6 +135,8 @@ def _begin_call(
     valid = valid_tokens(mask, batch, length, cache.get_seq_length()) if step is None else step[0]
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
         valid = None  # cheap to see on a CPU, and it saves every layer its masks
+    if tokens is not None and valid is not None and not torch.compiler.is_compiling():
+        kwargs["input_ids"] = with_known_padding(tokens, valid, _rows_of(patch.model))
     if cache.write is not False and not torch.compiler.is_compiling():  # a memory that is only read is every text's
         check_one_text(kwargs, valid, base_separates=mask is None and kwargs.get(argument) is None)
     write_mask, segment_end = segment_tokens(
@@ -135,6 +145,12 @@ def _begin_call(
     memory = memory.to(content.device).for_autograd()
     run(DecoderCall(cache, memory, valid, write_mask, segment_end, length, past, outer=running()))
     return (), kwargs
+
+
+def _rows_of(model: PreTrainedModel) -> int:
+    """How many token ids have an embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
 
 def _check_fit(memory: MemoryState, adapter: DeltaMemAdapter, batch: int) -> None:

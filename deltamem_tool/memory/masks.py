@@ -102,6 +102,21 @@ def segment_tokens(
     return write_mask & (tags != OUTSIDE), write_mask & (tags == LAST)
 
 
+def with_known_padding(tokens: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
+    """Give padding whose id the embedding does not have, as of a tokenizer with tokens added, an id that it has.
+
+    Not at single tokens on a GPU, where it would cost time at each, and only ended rows are padded.
+
+    Args:
+        tokens: ids `[B, T]`.
+        valid: bool `[B, T]`, tokens that are not padding.
+        vocabulary: rows of the embedding.
+    """
+    if tokens.shape[1] == 1 and tokens.device.type != "cpu":
+        return tokens
+    return tokens.masked_fill((tokens >= vocabulary) & ~valid, 0)
+
+
 def check_one_text(kwargs: Mapping[str, Any], valid: Tensor | None, base_separates: bool) -> None:
     """Check that no row of a call is packed with several texts: the later would read what the earlier have written.
 

@@ -178,7 +178,7 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
         "type": "decoder",
         "vocab_size": interface.vocab_size,
         "context_length": _context_length(interface),
-        **_special_tokens(model, tokenizer),
+        **_special_tokens(model, tokenizer, interface),
         "decoder": {
             "filename": contract.MODEL_FILE,
             # Or every session says of every initial state that it has a default.
@@ -194,7 +194,7 @@ def _model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface
     }
 
 
-def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, interface: Interface) -> dict[str, Any]:
     """Ids by their names in the configuration; onnxruntime-genai takes 0 for one that is missing."""
     token_ids: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -211,7 +211,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             "Set eos_token_id in the base model's generation_config.json.",
         )
     token_ids["eos_token_id"] = ends
-    if token_ids["pad_token_id"] is None:
+    if token_ids["pad_token_id"] is None or token_ids["pad_token_id"] >= interface.vocab_size:
         token_ids["pad_token_id"] = token_ids["eos_token_id"][0]
     return {name: value for name, value in token_ids.items() if value is not None}
 
