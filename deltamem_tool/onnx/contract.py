@@ -77,7 +77,14 @@ FILES = (
     GENAI_CONFIG_FILE,
     "config.json",
 )
-REQUIRED_FILES = (MODEL_FILE, DATA_FILE, MANIFEST_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
+REQUIRED_FILES = (
+    MODEL_FILE,
+    DATA_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,  # without it, transformers guesses another tokenizer
+    GENERATION_CONFIG_FILE,
+)
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
