@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation.asked import Asked, item
-from helpers.tiny import randomise, tiny_model
+from helpers.tiny import base_parameters, randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.chat.engine import empty_memory
@@ -107,7 +107,7 @@ def test_controls_leave_the_model_as_it_was(model, tokenizer, task):
     first = evaluate(model, tokenizer, task, MEMORY)
     assert all(torch.equal(weight, before[name]) for name, weight in adapter_of(model).state_dict().items())
     assert evaluate(model, tokenizer, task, MEMORY).records == first.records
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in base_parameters(model))
 
 
 @pytest.mark.parametrize("condition", ["no_adapter", "scale_zero"])
