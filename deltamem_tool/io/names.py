@@ -7,6 +7,7 @@ builtin:name
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,14 +30,18 @@ def expand_user(path: str | Path) -> Path:
     """`path`, a leading `~` replaced by the home folder; a shell leaves it in --out=~/adapter, and in a file.
 
     Raises:
-        ConfigError: the path is empty, or nobody has the home folder that is named.
+        ConfigError: the path is empty, nobody has the home folder that is named, or no file can have such a name.
     """
     if path == "":
         raise ConfigError("A path is empty.", "A variable of the shell may be unset.", "Write it out.")
     try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("It contains a null character")
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{path} is not a path.", f"{error}", "Write the folder out.") from error
+    except ValueError as error:  # half of a surrogate pair, too
+        raise ConfigError(f"{path} is not a path.", f"{error}.", "Use another name.") from error
 
 
 def expand_name(name: str | Path) -> str:

@@ -195,13 +195,14 @@ class ChatTemplate:
                             f"What it writes is without its {what}.",
                             "Leave the message out or change its role, or use a model whose template writes it.",
                         )
-            without = ChatTemplate(self.name, self._write, template_kwargs={**self._kwargs, "tools": None})
-            if self._kwargs.get("tools") and text == without.attempt(probes):
-                raise DataError(
-                    f"The chat template of {self.name} leaves out the tools.",
-                    "It writes the same without them.",
-                    "Leave them out, or use a model whose template writes tools.",
-                )
+            if self._kwargs.get("tools"):
+                without = ChatTemplate(self.name, self._write, template_kwargs={**self._kwargs, "tools": None})
+                if text == without.attempt(probes):
+                    raise DataError(
+                        f"The chat template of {self.name} leaves out the tools.",
+                        "It writes the same without them.",
+                        "Leave them out, or use a model whose template writes tools.",
+                    )
         self._complete.add(shape)
 
     def continues(self, messages: Sequence[Message], index: int) -> bool:
