@@ -8,7 +8,9 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "deltamem_onnx.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.onnx.data", "deltamem_onnx.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_a_folder_that_lacks_a_file_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(ExportError, match=name):
