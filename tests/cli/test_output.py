@@ -6,18 +6,22 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cli.command import START
+from evaluation.reported import evaluated
 from rich.table import Table
 
 from deltamem_tool import cli
 from deltamem_tool.chat.repl import Chat
 from deltamem_tool.cli import COMMANDS, console
 from deltamem_tool.cli.encoding import print_everywhere
+from deltamem_tool.cli.quickstart import _show
 from deltamem_tool.memory.file import StoredMemory, write_memory
 from deltamem_tool.memory.heatmap import heat_maps, norm_bars
+from deltamem_tool.quickstart import Quickstart, Remembered
 
 ENCODINGS = ("cp1252", "ascii", "cp437", "shift_jis", "utf-8")
 ESCAPE = "\x1b["
@@ -146,6 +150,20 @@ def test_forced_colours_reach_a_file_and_the_animation_does_not(monkeypatch):
     out, err = shown(monkeypatch, False, FORCE_COLOR="1")
     assert "\x1b[31m" in out and "\x1b[31mError" in err
     assert "\x1b[?25" not in err and "\r" not in err
+
+
+def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
+    """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
+    out = Path("[b]out[/b]")
+    remembered = Remembered([("Hi [/u].", "[red]")], [("Who [/q]?", "[a]", "[t]", "[/w]")])
+    files = [out / name for name in ("adapter", "onnx", "memory", "recall.png", "loss.png", "report.json")]
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "200")
+    _show(Quickstart(*files, 1, 2, evaluated(), "", 0.0, 1.0, remembered, {}))
+    text = stream.text()
+    for word in ("[b]out[/b]/adapter", "[b]out[/b]/recall.png", "Hi [/u].", "[red]", "Who [/q]?", "[a] ✗ [t]", "[/w]"):
+        assert word in text
 
 
 @pytest.mark.server
