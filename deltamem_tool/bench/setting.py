@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
 from deltamem_tool.errors import ConfigError
+from deltamem_tool.io.cores import MAX_THREADS
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Setting:
         for name, count in {**counts, "repeats": self.repeats, "threads": self.threads or 1}.items():
             if count < 1:
                 raise ConfigError(f"The {name} is {count}.", "", "Choose 1 or more.")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise ConfigError(f"The threads are {self.threads}.", "", f"Choose {MAX_THREADS} or fewer.")
 
     @property
     def on_cuda(self) -> bool:

@@ -216,6 +216,8 @@ def test_a_setting_is_checked():
     setting = Setting("adapter", prompts=(3, 5), models=(BASE, LORA), dtype="float16", threads=2)
     with pytest.raises(ConfigError, match="repeats is 0"):
         Setting("adapter", repeats=0)
+    with pytest.raises(ConfigError, match="1024 or fewer"):
+        Setting("adapter", threads=10**9)
     for device, runtimes, words in (
         ("mps", ("pytorch",), "support the device mps"),
         ("cuda:1", ("pytorch", "onnx"), "not run ONNX Runtime on cuda:1"),

@@ -192,6 +192,7 @@ def check(case: Case, code: Any, out: str, err: str, before: dict[str, tuple[int
     assert "Traceback" not in out + err
     assert not [name for name in after if any(part.startswith(".") and part != ".cache" for part in name.split("/"))]
     named = " ".join(case.words) + case.stdin.decode("utf-8", "replace")
+    named += " ".join(str(path.readlink()) for path in here.iterdir() if path.is_symlink() and path.name in named)
     untouched = {name for name in before if name.split("/")[0] not in named}
     assert {name: after.get(name) for name in untouched} == {name: before[name] for name in untouched}
     if code == 1 and case.words[0] != "chat":  # a chat goes on, and says of each line what was wrong
