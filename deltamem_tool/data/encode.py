@@ -6,7 +6,6 @@ view, or with the whole history. The scored tokens of these views are the same.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ IGNORED = -100  # label of a token that is not scored
 VIEWS = ("exchanges", "recent", "full")  # of an `EncodedEpisode`
 _AT_ONCE = 64  # episodes that go through the tokenizer together,
 _CHARACTERS = 2_000_000  # unless their messages are longer than this
-_TEMPLATES = 64  # kept at once, where rows have arguments for theirs
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,6 @@ class Encoder:
         limits: Limits = NO_LIMITS,
     ) -> None:
         self._template = ChatTemplate.of(tokenizer)
-        self._templates: dict[str, ChatTemplate] = {}  # of rows with arguments of their own, by these
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {self._template.name} cannot tell where in a text its tokens are.",
@@ -173,7 +170,7 @@ class Encoder:
     def _steps(self, episode: Episode) -> _Steps:
         if not episode.history:
             raise DataError("The episode has no history.", "", "Give it at least one message to remember.")
-        template = self._template_of(episode)
+        template = self._template.having(episode.template_kwargs)
         if self.granularity == "token":
             (history,) = yield [template.render(episode.history)]
             ids = history.ids
@@ -194,17 +191,6 @@ class Encoder:
             self._check_ids(text)
         return EncodedEpisode(ids[kept], tags[kept], exchanges, recent, full, episode.where, kept.start)
 
-    def _template_of(self, episode: Episode) -> ChatTemplate:
-        """The template with what the episode's row gives it; what it can be seen to do is kept."""
-        if not episode.template_kwargs:
-            return self._template
-        key = json.dumps(episode.template_kwargs, default=repr)
-        if key not in self._templates:
-            if len(self._templates) == _TEMPLATES:
-                self._templates.clear()
-            self._templates[key] = self._template.having(episode.template_kwargs)
-        return self._templates[key]
-
     def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]
         exchanges = []
@@ -222,7 +208,7 @@ class Encoder:
         """Each exchange with as many turns before it as there may be and fit: one less, until it does."""
         _, history = _split(episode.history)
         starts = [n for n, message in enumerate(history) if message["role"] == "user"][-self.recent_turns :]
-        chosen, template = list(alone), self._template_of(episode)
+        chosen, template = list(alone), self._template.having(episode.template_kwargs)
         waiting = list(range(len(alone)))
         for start in starts:
             if not waiting:
@@ -240,7 +226,7 @@ class Encoder:
 
     def _full(self, episode: Episode) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         before, history = _split(episode.history)
-        views, template = [], self._template_of(episode)
+        views, template = [], self._template.having(episode.template_kwargs)
         for exchange in episode.exchanges:
             system, turns = _split(exchange)
             views.append(_asked(template, [*(system or before), *history, *turns]))

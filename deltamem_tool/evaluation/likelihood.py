@@ -76,6 +76,7 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
     """What the template writes between the prompt and the answer's content, and that content."""
     messages = [*item.question, {"role": "assistant", "content": item.answers[0]}]
     try:
+        template = template.having(item.template_kwargs)
         _, answer = template.exchange(messages)
         text = template.render(messages)
     except DataError as error:

@@ -62,10 +62,10 @@ class Views:
         return text
 
     def _plain(self, item: Item) -> str:
-        return self._render(item.question)
+        return self._render(item, item.question)
 
     def _all(self, item: Item) -> str:
-        return self._render(_joined(_messages(item), item.question))
+        return self._render(item, _joined(_messages(item), item.question))
 
     def _last_within(self, item: Item, tokens: int) -> str:
         """The last messages whose tokens, with what the template puts around them, are no more than `tokens`."""
@@ -83,7 +83,7 @@ class Views:
         shown = list(messages[len(messages) - count :])
         while shown and shown[0]["role"] not in ("user", "system"):
             shown = shown[1:]
-        return self._render(_joined(shown, item.question))
+        return self._render(item, _joined(shown, item.question))
 
     def _retrieved(self, item: Item) -> str:
         """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
@@ -104,10 +104,10 @@ class Views:
         passages = _passages(item)
         context = "\n".join(passages[number] for number in sorted(chosen))
         *before, last = item.question
-        return self._render([*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{text_of(last)}"}])
+        return self._render(item, [*before, {**last, "content": f"{_INTRODUCTION}{context}\n\n{text_of(last)}"}])
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return self._template.render(messages, generation_prompt=True)
+    def _render(self, item: Item, messages: Sequence[Message]) -> str:
+        return self._template.having(item.template_kwargs).render(messages, generation_prompt=True)
 
     def _count(self, text: str) -> int:
         return len(self._subject.tokens([text])[0])

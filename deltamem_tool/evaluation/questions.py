@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.task import Item
@@ -21,7 +22,7 @@ def check(items: Sequence[Item]) -> None:
     for item in items:
         first = seen.setdefault(item.id, item)
         owner = histories.setdefault(item.history_id, item)
-        if first is not item or list(owner.history) != list(item.history):
+        if first is not item or _written(owner) != _written(item):
             other = first if first is not item else owner
             name = item.id if first is not item else item.history_id
             problem = f"{item.where} and {other.where} have one name, {name!r}."
@@ -36,13 +37,18 @@ def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[s
     asked_histories = {item.history_id for item in items}
     written = asked_histories | {donors[name] for name in asked_histories}
     digest = hashlib.sha256()
-    for name, history in {item.history_id: item.history for item in everyone if item.history_id in written}.items():
-        digest.update(json.dumps([name, history]).encode())
+    for name, history in {item.history_id: _written(item) for item in everyone if item.history_id in written}.items():
+        digest.update(json.dumps([name, *history]).encode())
     for item in items:
         digest.update(
             json.dumps([item.id, item.history_id, item.question, item.answers, item.query, item.new_tokens]).encode()
         )
     return digest.hexdigest()
+
+
+def _written(item: Item) -> list[Any]:
+    """What an item's memory is written from."""
+    return [list(item.history), *([item.template_kwargs] if item.template_kwargs else [])]
 
 
 def donors_of(items: Sequence[Item]) -> dict[str, str]:

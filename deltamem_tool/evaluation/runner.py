@@ -186,6 +186,7 @@ class _Run:
             self.batch_size,
             lambda done, of: self.tell("histories written", done, of),
             [item.where for item in written.values()],
+            [item.template_kwargs for item in written.values()],
         )
         return {history: row for row, history in enumerate(written)}, memory
 

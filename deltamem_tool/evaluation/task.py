@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
 
@@ -38,6 +38,8 @@ class Item:
         where: file and place, for errors.
         query: what retrieval looks for: the question without instructions; the last message by default.
         new_tokens: how long the answer may be; the task's `max_new_tokens` by default.
+        template_kwargs: what the chat template is given besides the messages, `tools` for example; the same for all
+            items of a history.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Item:
     where: str
     query: str = ""
     new_tokens: int | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):

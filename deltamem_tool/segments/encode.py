@@ -85,6 +85,13 @@ def encode_chat(
         except DataError as error:
             where = "" if single else f"Conversation {number}: "
             raise DataError(where + error.what, error.why, error.next) from error
+    return batched(tokenizer, rows, granularity, padding_side)
+
+
+def batched(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[TaggedChat], granularity: str, padding_side: str
+) -> ChatTokens:
+    """Tagged conversations as `encode_chat` returns them."""
     ids = [row.input_ids for row in rows]
     tags = [row.tags for row in rows]
     return ChatTokens(

@@ -7,6 +7,7 @@ rendered, each the beginning of a longer one. In the same way it is seen whether
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ChatTemplate", "Content", "Message", "Refusal", "render"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has a meaning for
+_TEMPLATES = 64  # with arguments of rows, kept at once
 _PROBES = (("user",), ("user", "assistant"), ("system",))  # what a message follows when its role's header is learned
 
 
@@ -72,15 +74,19 @@ class ChatTemplate:
         self._kwargs = dict(template_kwargs or {})
         self._headers: dict[tuple[str, bool], set[str]] = {}
         self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations all of which is written
+        self._having: dict[str, ChatTemplate] = {}  # by their arguments
 
     def having(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
-        """The same template, given `template_kwargs` too.
+        """The same template, given `template_kwargs` too; what it can be seen to do is kept.
 
         Raises:
             DataError: the template does not know one of them.
         """
         if not template_kwargs:
             return self
+        key = json.dumps(template_kwargs, default=repr)
+        if key in self._having:
+            return self._having[key]
         unknown = [name for name in template_kwargs if not re.search(rf"\b{re.escape(name)}\b", self._source)]
         if unknown:
             raise DataError(
@@ -88,7 +94,10 @@ class ChatTemplate:
                 "It would be ignored.",
                 "Leave it out, or use a model whose template knows it.",
             )
-        return ChatTemplate(self.name, self._write, self._source, {**self._kwargs, **template_kwargs})
+        if len(self._having) == _TEMPLATES:
+            self._having.clear()
+        self._having[key] = ChatTemplate(self.name, self._write, self._source, {**self._kwargs, **template_kwargs})
+        return self._having[key]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

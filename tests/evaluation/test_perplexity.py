@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -13,10 +14,10 @@ from click.testing import CliRunner
 from evaluation.asked import reading
 from evaluation.published import TALK
 from evaluation.reported import kept
-from helpers.tiny import write_jsonl
+from helpers.tiny import randomise, tiny_model, write_jsonl
 from rich.console import Console
 
-from deltamem_tool import DeltaMemConfig
+from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.data import dialogues
@@ -28,6 +29,7 @@ from deltamem_tool.evaluation.report.compare import compare
 from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, read_evaluation
 from deltamem_tool.evaluation.report.tables import plot_scores, score_table
 from deltamem_tool.evaluation.result import Evaluation
+from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.scoring.digits import digits, figure, mean_and_interval, plus_minus, signed
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS, scale_of
 from deltamem_tool.evaluation.scoring.statistics import Difference, difference, estimate, verdict
@@ -97,11 +99,22 @@ def test_a_conversation_that_cannot_be_asked_is_named(tmp_path, options, talk, s
         find_task("perplexity", {"data": str(file), **options}).items()
 
 
-def test_what_a_row_gives_the_template_is_refused(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    path.write_text(json.dumps({"messages": TALKS[0], "chat_template_kwargs": {"enable_thinking": False}}))
-    with pytest.raises(DataError, match=r"(?s)talks.jsonl:1 has enable_thinking for the chat template.*messages alone"):
-        find_task("perplexity", {"data": str(path)}).items()
+def test_what_a_row_gives_the_template_is_in_every_text(tmp_path, tokenizer):
+    """In what is written, in what is in view and in what is scored: as where the template has it in itself."""
+    given = [{"messages": talk, "chat_template_kwargs": {"mood": "calm"}} for talk in TALKS]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, given)))
+    plain = write_jsonl(tmp_path / "plain.jsonl", TALKS)
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    found = {}
+    for name, path in (("{{ mood }}", tmp_path / "given.jsonl"), ("calm", plain), ("", plain)):
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = name + tokenizer.chat_template
+        result = evaluate(model, other, find_task("perplexity", {"data": str(path)}), EvalProtocol.parse("memory"))
+        found[name] = [
+            (record.item, record.condition, record.prompt_tokens, record.scores) for record in result.records
+        ]
+    assert found["{{ mood }}"] == found["calm"] != found[""]
 
 
 def test_options_are_checked():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, needs_data
@@ -18,6 +18,7 @@ class _Talk(NamedTuple):
     name: str
     sessions: Sequence[Sequence[Message]]
     where: str
+    template_kwargs: Mapping[str, Any] = {}
 
 
 class Perplexity:
@@ -78,7 +79,15 @@ class Perplexity:
             question = [*system, *last[begin:answer]]
             asked = next(message for message in reversed(question) if message["role"] == "user")
             yield Item(
-                f"{talk.name}/{number}", talk.name, history, question, [text], group, where, str(asked["content"])
+                f"{talk.name}/{number}",
+                talk.name,
+                history,
+                question,
+                [text],
+                group,
+                where,
+                str(asked["content"]),
+                template_kwargs=talk.template_kwargs,
             )
 
 
@@ -100,15 +109,9 @@ def _conversations(data: str, split: str, revision: str | None) -> Iterator[_Tal
     from deltamem_tool.data.sources import read_episodes
 
     for number, episode in enumerate(read_episodes(data, split, revision).episodes, start=1):
-        if episode.template_kwargs:
-            raise DataError(
-                f"{episode.where} has {', '.join(episode.template_kwargs)} for the chat template.",
-                "An evaluation gives the template messages alone.",
-                "Leave the columns tools and chat_template_kwargs out.",
-            )
         (exchange,) = episode.exchanges  # the last turn, after the system prompt where the history has one
         turn = exchange[1:] if exchange[0]["role"] == "system" else exchange
-        yield _Talk(str(number), [[*episode.history, *turn]], episode.where)
+        yield _Talk(str(number), [[*episode.history, *turn]], episode.where, episode.template_kwargs)
 
 
 def _locomo(data: str) -> Iterator[_Talk]:
