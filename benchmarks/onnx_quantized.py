@@ -168,9 +168,9 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         runtime, model = OnnxModel(folders[kind]), models[kind]
         graphs[kind], options = runtime.graph, CallOptions(model, "last")
         if kind == "float16":
-            difference = half_precision_errors(model, in_onnx_runtime(model, runtime.graph))[0]
+            difference = half_precision_errors(model, in_onnx_runtime(model, runtime.graph), options)[0]
         else:
-            difference = largest_difference(model, runtime.graph)
+            difference = largest_difference(model, runtime.graph, options)
         same = greedy_agreement(model, runtime.graph, options)
         cells = [f"{megabytes(folders[kind]):.2f}", f"{difference:.1e}", f"{same:.3f}"]
         print(f"| {kind} | " + " | ".join(cells + recall(runtime, tokenizer, args.episodes)) + " |", flush=True)

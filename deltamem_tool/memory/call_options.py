@@ -45,7 +45,8 @@ class CallOptions:
                 "So they cannot be limited to each row's last token, which padding on the right needs.",
                 'Export the logits of all positions (logits="all").',
             )
-        self._first_position = _first_position(model) if "position_ids" in parameters else None
+        self.takes_positions = "position_ids" in parameters  # if not, the model itself counts, with or without padding
+        self._first_position = _first_position(model) if self.takes_positions else None
         positions = Limits.of(model.config).positions
         self.positions = None if positions is None else positions - (self._first_position or 0)  # tokens of a context
 

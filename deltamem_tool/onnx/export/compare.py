@@ -25,6 +25,7 @@ from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.static_graph import StaticGraph
 
 GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
+PADDED_ROWS = 3  # of a batch that is padded on the left
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,23 @@ _Result = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
 _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up to its end
 
 
-def largest_difference(model: PreTrainedModel, graph: Graph | StaticGraph, start: MemoryState | None = None) -> float:
+def largest_difference(
+    model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions, start: MemoryState | None = None
+) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch with padding.
 
+    And over the logits of a batch with padding and of its rows alone, both in PyTorch.
+
     Args:
-        model: PyTorch's side, where every conversation is alone.
+        model: PyTorch's side.
         graph: ONNX Runtime's side.
+        options: how the model is called.
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
     """
     starts = _starts(model, graph.interface, start)
-    in_pytorch = _run(graph.interface, starts, _rows_alone(model, graph.interface))
-    return _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
+    in_pytorch = _run(graph.interface, starts, _pytorch(model, graph.interface, options))
+    difference = _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
+    return float(np.maximum(difference, _padding_difference(model, graph.interface)))
 
 
 @dataclass(frozen=True)
@@ -79,17 +86,21 @@ def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> Graph
     return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
 
 
-def half_precision_errors(model: PreTrainedModel, graph_side: GraphResults) -> tuple[float, float]:
+def half_precision_errors(
+    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions
+) -> tuple[float, float]:
     """How far ONNX Runtime, and how far PyTorch, is from a half-precision `model` that computes in float32.
 
     Largest differences as above; the weights are the same numbers. Kernels round each in their own way: that is the
     truth.
     """
     interface, starts = graph_side.interface, graph_side.starts
-    in_half = _run(interface, starts, _rows_alone(model, interface))
+    in_half = _run(interface, starts, _pytorch(model, interface, options))
     with _in_float32(model):
-        truth = _run(interface, starts, _rows_alone(model, interface))
-    return _difference(interface, starts, truth, graph_side.results), _difference(interface, starts, truth, in_half)
+        truth = _run(interface, starts, _pytorch(model, interface, options))
+        of_padding = _padding_difference(model, interface)
+    of_graph, of_pytorch = (_difference(interface, starts, truth, results) for results in (graph_side.results, in_half))
+    return float(np.maximum(of_graph, of_padding)), of_pytorch
 
 
 def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions) -> float:
@@ -192,33 +203,23 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
     return begin
 
 
-def _rows_alone(model: PreTrainedModel, interface: Interface) -> Callable[[_Start], _Step]:
-    """Every row as a conversation of its own, without padding: what a batch must not change."""
-    options = CallOptions(model, "all")
+@torch.no_grad()
+def _padding_difference(model: PreTrainedModel, interface: Interface) -> float:
+    """How far the logits of a batch that is padded on the left are, in PyTorch, from those of its rows alone.
 
-    def begin(start: _Start) -> _Step:
-        memory = None if start.memory is None else start.memory.to(model.device)
-        caches = [MemoryCache(model, memory) for _ in range(start.batch)]
-
-        @torch.no_grad()
-        def step(call: _Call, mask: Tensor) -> _Result:
-            write, tags = _writes(interface, call), segment_tags(call.write, call.last)
-            logits = torch.zeros(*call.valid.shape, interface.vocab_size, dtype=torch.float32)
-            for row, cache in enumerate(caches):
-                valid, rows = call.valid[row], slice(row, row + 1)
-                ids, cache.write = (x[rows, valid].to(model.device) for x in (call.input_ids, write))
-                if interface.segment:
-                    cache.segment_tags = tags[rows, valid].to(model.device)
-                ones = mask[rows, mask[row].bool()].to(model.device)
-                logits[row, valid] = options.logits(model, ids, ones, cache)[0].cpu().float()
-            after = MemoryState.stack([cast(MemoryState, cache.memory) for cache in caches]).to("cpu")
-            if _of_rows(interface):
-                logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]
-            return logits if interface.logits == "all" else logits[:, -1:], after.layers, after.open_segments
-
-        return step
-
-    return begin
+    The graph is called as PyTorch is: it cannot tell. 0 for models that count padding themselves.
+    """
+    options, call = CallOptions(model, "all"), _conversation(PADDED_ROWS, interface)[0]
+    if not options.takes_positions:
+        return 0.0
+    ids = call.input_ids.to(model.device)
+    together = options.logits(model, ids, call.valid.long().to(model.device), MemoryCache(model))
+    differences = []
+    for row, valid in enumerate(call.valid.to(model.device)):
+        text = ids[row : row + 1, valid]
+        alone = options.logits(model, text, torch.ones_like(text), MemoryCache(model))
+        differences.append((together[row, valid] - alone[0]).abs().max())
+    return float(torch.stack(differences).max())
 
 
 def _onnx(graph: Graph | StaticGraph) -> Callable[[_Start], _Step]:

@@ -123,7 +123,7 @@ def export_onnx(
             _write_graph(plan, staged / contract.MODEL_FILE)
             _write_beside(plan, staged, tokenizer, genai_config)
             tell("Comparing ONNX Runtime with PyTorch")
-            difference, agreement = _compared(plan.opening(staged), model, start), None
+            difference, agreement = _compared(plan.opening(staged), model, options, start), None
             if quantize != NO_QUANTIZATION:  # of a graph that is known to be right
                 difference, agreement = _quantized(plan, staged)
             manifest = _manifest(plan, base_model, difference, agreement)
@@ -264,6 +264,7 @@ def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | No
 def _compared(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
+    options: CallOptions,
     start: MemoryState | None = None,
 ) -> float | None:
     """The largest difference of the graph from `model` in float32; None if it cannot run here.
@@ -271,7 +272,7 @@ def _compared(
     Raises:
         ExportError: it is more than rounding.
     """
-    differences = _differences(open_graph, model, start)
+    differences = _differences(open_graph, model, options, start)
     if differences is None:
         return None
     difference, of_pytorch = differences
@@ -288,6 +289,7 @@ def _compared(
 def _differences(
     open_graph: Callable[[], _Graph | None],
     model: PreTrainedModel,
+    options: CallOptions,
     start: MemoryState | None = None,
 ) -> tuple[float, float | None] | None:
     """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself.
@@ -298,10 +300,10 @@ def _differences(
     if graph is None:
         return None
     if model.dtype == torch.float32:
-        return largest_difference(model, graph, start), None
+        return largest_difference(model, graph, options, start), None
     outputs = in_onnx_runtime(model, graph)
     del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
-    return half_precision_errors(model, outputs)
+    return half_precision_errors(model, outputs, options)
 
 
 def _measured(
@@ -314,7 +316,7 @@ def _measured(
     Raises:
         ExportError: it computes something that is no number.
     """
-    differences = _differences(open_graph, model)
+    differences = _differences(open_graph, model, options)
     if differences is None:
         return None, None
     difference, _ = differences

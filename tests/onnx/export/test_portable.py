@@ -26,6 +26,7 @@ from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.compare import largest_difference
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.targets import PORTABLE_OPSET
+from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph, Past
 from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
@@ -92,7 +93,7 @@ class Runner(Graph):
 def test_conversations_are_pytorchs(portable, runtime):
     """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
     runner = Runner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
-    difference = largest_difference(portable.model, runner)
+    difference = largest_difference(portable.model, runner, CallOptions(portable.model, "last"))
     assert 0 < difference < TOLERANCE
 
 
