@@ -38,6 +38,7 @@ DELTA_SCALES: tuple[str, ...] = get_args(DeltaScale)
 MAX_RANK = 64
 L2_EPS = 1e-6  # the least length that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
+MAX_SEED = 2**32 - 1  # that numpy and torch take
 MAX_LAYERS = 10_000  # the deepest models have 126
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every class of options
@@ -277,3 +278,13 @@ def broken_rules(config: DeltaMemConfig, names: Mapping[str, str] | None = None)
         for rule in config.RULES
         if not rule.holds(*(getattr(config, key) for key in rule.keys))
     ]
+
+
+def check_seed(seed: int) -> None:
+    """Check that numpy and torch take `seed`; call it before long work begins.
+
+    Raises:
+        ConfigError: it is negative or too large.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"The seed is {seed}.", "", f"Choose a number from 0 to {MAX_SEED}.")

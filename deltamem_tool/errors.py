@@ -101,7 +101,8 @@ _STEERING = ("Cc", "Cf", "Cs")
 def domain_error(error: Exception) -> DeltaMemError | None:
     """Translate `error` for a person, or return None for one that keeps its traceback.
 
-    A `DeltaMemError` is returned as it is; a full disk or a file that the system refuses becomes one.
+    A `DeltaMemError` is returned as it is; a full disk, too little memory or a file that the system refuses becomes
+    one.
     """
     if isinstance(error, DeltaMemError):
         return error
@@ -110,6 +111,12 @@ def domain_error(error: Exception) -> DeltaMemError | None:
             "The disk is full, or a limit on files is reached.",
             f"{first_line(error)}.",
             "Nothing was left half-written. Free some space and try again.",
+        )
+    if _no_memory(error):
+        return DeltaMemError(
+            "There is not enough memory.",
+            f"{first_line(error)}.",
+            "Use smaller batches or shorter texts, or a machine with more memory.",
         )
     refused = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
     if isinstance(error, refused) or (
@@ -141,6 +148,12 @@ def _no_room(error: Exception) -> bool:
         "inline_container.cc",
     )
     return any(part in str(error) for part in words)
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether the memory of the machine or of its GPU is full, by itself or in the words of torch and ONNX Runtime."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "Failed to allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 # What pydantic finds wrong with options, in words that name them as the user has spelt them.

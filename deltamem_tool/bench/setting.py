@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
+from deltamem_tool.config import check_seed
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.io.cores import MAX_THREADS
+
+_MAX_TOKENS = 2**31 - 1  # at once
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ class Setting:
         for name, count in {**counts, "repeats": self.repeats, "threads": self.threads or 1}.items():
             if count < 1:
                 raise ConfigError(f"The {name} is {count}.", "", "Choose 1 or more.")
+        check_seed(self.seed)
+        if self.batch_size * max(self.prompts) > _MAX_TOKENS:
+            raise ConfigError(
+                f"A batch of {self.batch_size} prompts of {max(self.prompts)} tokens is too large.",
+                "",
+                f"Choose {_MAX_TOKENS} tokens at once, or fewer.",
+            )
         if self.threads is not None and self.threads > MAX_THREADS:
             raise ConfigError(f"The threads are {self.threads}.", "", f"Choose {MAX_THREADS} or fewer.")
 

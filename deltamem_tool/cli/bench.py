@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
-from deltamem_tool.cli.options import NAME, UserPath, device, torch_device, trust_remote_code, whole_numbers
+from deltamem_tool.cli.options import NAME, SEED, UserPath, device, torch_device, trust_remote_code, whole_numbers
 from deltamem_tool.io.cores import MAX_THREADS
 from deltamem_tool.onnx.export.targets import DTYPES
 
@@ -59,7 +59,7 @@ from deltamem_tool.onnx.export.targets import DTYPES
     "--dtype", type=click.Choice(DTYPES), help="Of the base's weights.  [default: the export's or the checkpoint's]"
 )
 @click.option("--no-peak", is_flag=True, help="Leave out peak memory, which takes a process for each row.")
-@click.option("--seed", default=0, show_default=True, help="Of tokens, order and random weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of tokens, order and random weights.")
 @trust_remote_code
 @click.option(
     "--out", type=UserPath(dir_okay=False, path_type=Path), help="Write the result as JSON, with every repeat."

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from deltamem_tool.cli.chat import check_runtime_options
-from deltamem_tool.cli.options import NAME, UserPath, device, torch_device, trust_remote_code
+from deltamem_tool.cli.options import NAME, SEED, UserPath, device, torch_device, trust_remote_code
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
@@ -45,7 +45,7 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
 @click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
-@click.option("--seed", default=0, show_default=True, help="Of the task, where it draws, and of the intervals.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the task, where it draws, and the intervals.")
 @click.option(
     "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
 )

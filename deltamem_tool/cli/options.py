@@ -59,6 +59,8 @@ window = click.option(
     "the model has positions, or the --max-length of an export]",
 )
 
+SEED = click.IntRange(0, 2**32 - 1)  # as in a recipe
+
 device = click.option(
     "--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]"
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from deltamem_tool.cli.options import NAME, UserPath, json_option, trust_remote_code
+from deltamem_tool.cli.options import NAME, SEED, UserPath, json_option, trust_remote_code
 from deltamem_tool.config import DELTA_INITS, DELTA_SCALES, GATES, GRANULARITIES, PRESETS, UPDATE_RULES, DeltaMemConfig
 
 _DEFAULTS = DeltaMemConfig()
@@ -47,7 +47,7 @@ def _option(
 @_option("--delta-scale-max", "What a learned scale stays below.")
 @_option("--o-norm/--no-o-norm", "RMSNorm on the correction of the o branch.")
 @_option("--o-norm-eps", "Its epsilon.")
-@click.option("--seed", default=0, show_default=True, help="Of the fresh weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the fresh weights.")
 @trust_remote_code
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option

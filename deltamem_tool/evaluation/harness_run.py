@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.baselines.lora import Lora
+from deltamem_tool.config import check_seed
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.conditions import Condition, in_words, select
@@ -65,6 +66,7 @@ def evaluate_harness(
         ConfigError: a task cannot be scored so, or is to be rendered by a chat template that is not there.
         DataError: a prompt is too long for the model, or `folder` is of another run.
     """
+    check_seed(seed)
     if lora is not None:
         lora.check_base(model)
     harness = harness_tasks.harness

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.chat.engine import Engine
+from deltamem_tool.config import check_seed
 from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.conditions import DONOR, ONNX, ZERO, Condition, EvalProtocol, conditions_of, select
 from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
@@ -65,7 +66,7 @@ def evaluate(
 
     Raises:
         AdapterError: `lora` is damaged, or of another base model.
-        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder.
+        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; or `seed` is not one.
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
         ExportError: the log-probability of answers is asked for, and the graph has logits of the last position only.
 
@@ -80,6 +81,7 @@ def evaluate(
         >>> evaluation.estimate("exact", "state").mean
         1.0
     """
+    check_seed(seed)
     subject = Subject.of(model, tokenizer)
     conditions = select(conditions_of(protocol, retrieved, truncate, lora, subject.runtime), only, subject.runtime)
     if lora is not None and subject.model is not None:

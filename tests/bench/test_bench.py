@@ -216,6 +216,10 @@ def test_a_setting_is_checked():
     setting = Setting("adapter", prompts=(3, 5), models=(BASE, LORA), dtype="float16", threads=2)
     with pytest.raises(ConfigError, match="repeats is 0"):
         Setting("adapter", repeats=0)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        Setting("adapter", seed=-1)
+    with pytest.raises(ConfigError, match="too large"):
+        Setting("adapter", batch_size=10**18)
     with pytest.raises(ConfigError, match="1024 or fewer"):
         Setting("adapter", threads=10**9)
     for device, runtimes, words in (

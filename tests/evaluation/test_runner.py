@@ -67,6 +67,13 @@ def test_conditions_are_what_they_say(model, tokenizer, task):
     assert answers(evaluate(model, tokenizer, moved, MEMORY, only=("state",)), "state") == [*own[2:], *own[:2]]
 
 
+def test_a_seed_that_is_none_is_refused_before_anything_is_asked(model, tokenizer, task, tmp_path):
+    for seed in (-1, 2**32):
+        with pytest.raises(ConfigError, match=f"seed is {seed}"):
+            evaluate(model, tokenizer, task, MEMORY, seed=seed, folder=tmp_path / "records")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_donor_is_another_history(model, tokenizer, task, monkeypatch):
     """The next one's memory, for both questions."""
     seen = {}
