@@ -67,7 +67,8 @@ def test_the_command_passes_its_options_on(qwen3, monkeypatch):
     assert json.loads(result.stdout)["ended_by"] == ["stop string"]
     assert seen == [(99, 2, Sampling(9, 0.5, 3, 0.9, 0.1, 1.2, 4, ("END", "STOP")))]
     result = CliRunner().invoke(command, [str(qwen3.folder), "--prompt", "Hi"])
-    assert seen[1][::2] == (None, Sampling())  # the command's defaults are the library's
+    positions = qwen3.model.config.max_position_embeddings
+    assert seen[1][::2] == (positions, Sampling())  # the command's defaults are the library's
 
 
 def test_the_command_ends_where_its_answer_is_interrupted(qwen3, monkeypatch, tmp_path):
