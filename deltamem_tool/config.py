@@ -39,6 +39,7 @@ MAX_RANK = 64
 L2_EPS = 1e-6  # the least length that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
 MAX_SEED = 2**32 - 1  # that numpy and torch take
+MAX_NUMBER = 1e30  # of an option, far below what overflows in float32
 MAX_LAYERS = 10_000  # the deepest models have 126
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every class of options
@@ -128,8 +129,8 @@ def _check_layers(layers: Any) -> Any:
     return layers
 
 
-Number = Annotated[float, Strict(), WrapValidator(_as_given)]
-Positive = Annotated[float, Strict(), Field(gt=0), WrapValidator(_as_given)]
+Number = Annotated[float, Strict(), Field(ge=-MAX_NUMBER, le=MAX_NUMBER), WrapValidator(_as_given)]
+Positive = Annotated[float, Strict(), Field(gt=0, le=MAX_NUMBER), WrapValidator(_as_given)]
 Branches = Annotated[
     tuple[Annotated[str, Strict()], ...], Strict(), BeforeValidator(_as_tuple), AfterValidator(_check_branches)
 ]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool
 from pydantic.dataclasses import dataclass
 
-from deltamem_tool.config import OPTIONS, CheckedOptions, DeltaMemConfig, Rule
+from deltamem_tool.config import MAX_NUMBER, OPTIONS, CheckedOptions, DeltaMemConfig, Rule
 from deltamem_tool.data.dialogues import KIND_OF
 from deltamem_tool.errors import ConfigError, Key, Known, Problem, shown
 from deltamem_tool.io.names import expand_name
@@ -81,8 +81,8 @@ Whole = Annotated[int, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=1)]
 Facts = Annotated[int, Strict(), Field(ge=1, le=len(KIND_OF))]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # what numpy takes
-Weight = Annotated[float, Strict(), Field(ge=0)]
-Positive = Annotated[float, Strict(), Field(gt=0)]
+Weight = Annotated[float, Strict(), Field(ge=0, le=MAX_NUMBER)]
+Positive = Annotated[float, Strict(), Field(gt=0, le=MAX_NUMBER)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Scheduler = Annotated[Text, _of_transformers(_schedulers, usual="cosine")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, integrations
 
 from deltamem_tool._compat import use_one_gpu
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
 from deltamem_tool.recipe.load import TrainingOptions
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,8 +47,32 @@ def _on_cpus() -> bool:
 
 
 def training_arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
-    """Checkpoints go to `run`. TensorBoard is left to `tensorboard`."""
-    arguments = TrainingArguments(
+    """Checkpoints go to `run`. TensorBoard is left to `tensorboard`.
+
+    Raises:
+        ConfigError: options do not go together, in transformers' words.
+    """
+    with refused_by_trainer("training"):
+        arguments = _arguments(options, steps, run)
+    use_one_gpu(arguments)
+    return arguments
+
+
+@contextmanager
+def refused_by_trainer(key: str) -> Iterator[None]:
+    """Say of errors inside that they are about `key` of the recipe."""
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DeltaMemError):
+            raise
+        raise ConfigError(
+            f"The recipe's options under {key} are invalid.", f"{first_line(error)}.", "Correct them and try again."
+        ) from error
+
+
+def _arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(run),
         use_cpu=_on_cpus(),
         max_steps=steps,
@@ -77,8 +103,6 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path) -> Train
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )
-    use_one_gpu(arguments)
-    return arguments
 
 
 def tensorboard(options: TrainingOptions, logs: Path, is_main: bool) -> list[TrainerCallback]:

@@ -33,6 +33,7 @@ from deltamem_tool._compat import (
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.training.arguments import refused_by_trainer
 from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
 from deltamem_tool.training.run_folder import BEST_FILE
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
@@ -100,6 +101,24 @@ class EpisodeTrainer(Trainer):
         self._parts: list[dict[str, Tensor]] = []  # of the loss, since it was last logged
         self._steps = 0  # since then
         self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does.
+
+        Raises:
+            ConfigError: the recipe has options that the optimizer does not take.
+        """
+        with refused_by_trainer("training.optimizer_options"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does.
+
+        Raises:
+            ConfigError: the recipe has options that the scheduler does not take, or lacks some.
+        """
+        with refused_by_trainer("training.scheduler_options"):
+            return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Fetch the batches of a step, and count its conversations on all processes."""

@@ -206,7 +206,8 @@ def check(case: Case, code: Any, out: str, err: str, before: dict[str, tuple[int
     assert {name: after.get(name) for name in untouched} == {name: before[name] for name in untouched}
     if code == 1 and case.words[0] != "chat":  # a chat goes on, and says of each line what was wrong
         assert "Error: " in err or "Aborted!" in err
-    if code == 0 and "--json" in case.words and not {"-h", "--help"} & set(case.words):
+    before_json = case.words[case.words.index("--json") - 1] if "--json" in case.words else "--"
+    if code == 0 and not before_json.startswith("--") and not {"-h", "--help"} & set(case.words):
         json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     for name in after.keys() - before.keys():
         if name.endswith(".json") and case.words[0] not in ("run", "chat"):  # which write memories, whatever their name

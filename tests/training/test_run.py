@@ -19,7 +19,7 @@ from deltamem_tool.adapter.config_file import WEIGHTS_FILE
 from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.data import dialogues
 from deltamem_tool.data.dialogues import assistant, user
-from deltamem_tool.errors import ArchitectureError, DataError
+from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.recipe.load import DataOptions, Recipe, TrainingOptions
 from deltamem_tool.training import EpisodeModel, arguments, run, train
@@ -251,6 +251,33 @@ def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_pat
     with pytest.raises(DeltaMemError, match=r"(?s)loss of step 3 is (nan|inf).*lower training.learning_rate"):
         train(recipe, overwrite=True)
     assert listing(tmp_path) == before and (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "why"),
+    [
+        ({"scheduler": "reduce_lr_on_plateau"}, "training", "requires an eval strategy"),
+        ({"scheduler": "cosine_with_min_lr"}, "training.scheduler_options", "min_lr"),
+        ({"scheduler_options": {"x": 1}}, "training.scheduler_options", "'x'"),
+        (
+            {"scheduler": "cosine_with_restarts", "scheduler_options": {"num_cycles": "x"}},
+            "training.scheduler_options",
+            "",
+        ),
+        ({"optimizer_options": "x"}, "training.optimizer_options", "unpack"),
+    ],
+)
+def test_options_that_transformers_refuses(checkpoint, chats, tmp_path, options, key, why):
+    with pytest.raises(ConfigError, match=f"under {key} are invalid") as refused:
+        train(make_recipe(checkpoint, tmp_path / "adapter", path=str(chats), **options))
+    assert why in refused.value.why
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "max_grad_norm"])
+def test_numbers_that_overflow_in_float32_are_refused(key):
+    with pytest.raises(ConfigError, match=f"{key} must be 1e\\+30 or less"):
+        TrainingOptions(**{key: 1e300})
 
 
 def test_a_slash_at_the_end_of_out_does_not_matter(checkpoint, chats, tmp_path):
