@@ -16,6 +16,8 @@ from deltamem_tool.data.dialogues import KIND_OF
 from deltamem_tool.errors import ConfigError, Key, Known, Problem, shown
 from deltamem_tool.io.names import expand_name
 
+MAX_LORA_RANK = 65_536  # the widest models have 16,384 numbers a token
+
 # Values
 
 
@@ -201,7 +203,7 @@ class LoraOptions(_Options):
 
     SECTION: ClassVar[Key] = ("lora",)
 
-    rank: Count = 8
+    rank: Annotated[Count, Field(le=MAX_LORA_RANK)] = 8
     alpha: Positive = 16.0
     dropout: ShareBelowOne = 0.0
     targets: Texts = ("q_proj", "o_proj")

@@ -338,6 +338,7 @@ def test_how_long_a_run_goes_on(recipe):
         (lambda: DataOptions(facts_first=5, facts_last=4), "must not be above data.facts_last"),
         (lambda: ObjectiveOptions(write_target=2), "objective.write_target must be 1 or less"),
         (lambda: LoraOptions(rank=True), "lora.rank must be a whole number, not true"),
+        (lambda: LoraOptions(rank=10**18), "lora.rank must be 65536 or less"),
         (lambda: Recipe("a"), "out is missing"),
         (lambda: Recipe("a", "b"), "give training.steps"),
         (lambda: Recipe("a", "b", memory={"rank": 65}), "memory.rank must be 64 or less, not 65"),
