@@ -69,6 +69,7 @@ BORROWED: dict[str, Name] = {
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": Name(
         "transformers.models.auto.modeling_auto", "the model types that see pictures", _NO_PUBLIC
     ),
+    "GenerationMode": Name("transformers.generation", "which way `generate` decodes", _NO_PUBLIC),
     "Conv1D": Name("transformers.pytorch_utils", "GPT-2's linear layer, whose weight is transposed", _NO_PUBLIC),
     # transformers: the Trainer
     "TRAINER_STATE_NAME": Name("transformers.trainer", "a file of a checkpoint", _NO_PUBLIC),

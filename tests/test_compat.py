@@ -90,6 +90,7 @@ FACTS: dict[str, Callable[[], bool]] = {
     "DynamicSlidingWindowLayer": lambda: issubclass(_compat.DynamicSlidingWindowLayer, _compat.DynamicLayer),
     "LinearAttentionCacheLayerMixin": lambda: _is_a_layer_class("LinearAttentionCacheLayerMixin"),
     "StaticLayer": lambda: _compat.StaticLayer(max_cache_len=5).max_cache_len == 5,
+    "GenerationMode": lambda: _compat.GenerationMode.ASSISTED_GENERATION in _compat.GenerationMode,
     "GradientCheckpointingLayer": lambda: issubclass(_compat.GradientCheckpointingLayer, nn.Module),
     "get_model_conversion_mapping": lambda: callable(_compat.get_model_conversion_mapping),
     "WeightConverter": lambda: not issubclass(_compat.WeightConverter, _compat.WeightRenaming),

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
 
 from deltamem_tool._compat import (
     PREPARE_CACHE,
     STOPPING_CRITERIA,
+    GenerationMode,
     cache_argument,
     generation_cache_argument,
     with_one_cache,
