@@ -183,7 +183,12 @@ def _load_onnx(folder: str, provider: str | None) -> tuple[Any, Any, str]:
 def _task_options(changes: Sequence[str], data: str | None) -> dict[str, Any]:
     from deltamem_tool.recipe.yaml_lines import read_changes
 
-    return {**read_changes(changes), **({} if data is None else {"data": data})}
+    options = read_changes(changes)
+    if "seed" in options:
+        raise click.UsageError("--set seed: pass --seed.")
+    if data is not None and "data" in options:
+        raise click.UsageError("--data and --set data are the same option: give one.")
+    return {**options, **({} if data is None else {"data": data})}
 
 
 def _ask_harness(

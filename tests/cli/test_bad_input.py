@@ -73,6 +73,11 @@ def test_an_empty_path_is_not_the_folder_you_are_in(here, deltamem, arguments):
     assert not listing(here)
 
 
+@pytest.mark.parametrize("options", [("--set", "seed=1"), ("--data", "a.json", "--set", "data=b.json")])
+def test_an_option_of_a_task_is_given_once(here, deltamem, options):
+    deltamem("eval", "builtin:adapter", *options).assert_short_error("--set", code=2)
+
+
 def test_a_name_of_several_lines_is_shown_in_one(here, deltamem):
     done = deltamem("inspect", "no\nsuch\nfolder")
     done.assert_short_error("no\\nsuch\\nfolder")
