@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
@@ -109,6 +110,12 @@ class EpisodeTrainer(Trainer):
             ConfigError: the recipe has options that the optimizer does not take.
         """
         with refused_by_trainer("training.optimizer_options"):
+            if self.args.optim_args:  # many optimizers ignore them
+                without = copy.copy(self.args)
+                without.optim_args = None
+                chosen, usual = (self.get_optimizer_cls_and_kwargs(each)[1] for each in (self.args, without))
+                if chosen == usual:
+                    raise ValueError(f"The optimizer takes none of {self.args.optim_args}")
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:

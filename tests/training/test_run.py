@@ -265,6 +265,7 @@ def test_a_diverged_run_does_not_replace_a_good_one(recipe, monkeypatch, tmp_pat
             "",
         ),
         ({"optimizer_options": "x"}, "training.optimizer_options", "unpack"),
+        ({"optimizer_options": "momentum=0.5"}, "training.optimizer_options", "takes none of momentum=0.5"),
     ],
 )
 def test_options_that_transformers_refuses(checkpoint, chats, tmp_path, options, key, why):
