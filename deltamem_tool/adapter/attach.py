@@ -12,7 +12,7 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import fresh_adapter, hook, unhook
-from deltamem_tool.memory.patch import hf_model
+from deltamem_tool.memory.attachment import hf_model
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None, register: bool = False) -> DeltaMemAdapter:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import without_compilation
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.adapter.save import save_beside
+from deltamem_tool.memory.attachment import attachment_of, find_attachment, hf_model
 from deltamem_tool.memory.overrides import Method, Methods, override
-from deltamem_tool.memory.patch import find_patch, hf_model, patch_of
 
 MODULE = "deltamem"  # what the adapter is called among a model's modules and parameters
 
@@ -26,17 +26,17 @@ def adopt(model: PreTrainedModel, register: bool = False) -> None:
         model: it, or a `PeftModel` of it.
         register: make the adapter a submodule; torch's own methods then find its parameters.
     """
-    patch, inner = patch_of(model), hf_model(model)
+    attachment, inner = attachment_of(model), hf_model(model)
     if register:
-        cast(nn.Module, inner).add_module(MODULE, patch.adapter)
+        cast(nn.Module, inner).add_module(MODULE, attachment.adapter)
     outer = without_compilation(model)  # torch's own wrapper takes attributes for those of the model in it
     for module in {id(module): cast(nn.Module, module) for module in (inner, outer)}.values():
-        patch.overrides.append((module, override(module, SAVING if register else {**SHOWING, **SAVING})))
+        attachment.overrides.append((module, override(module, SAVING if register else {**SHOWING, **SAVING})))
 
 
 def release(model: PreTrainedModel) -> None:
     """Make the adapter no submodule, if it is one."""
-    adapter, inner = patch_of(model).adapter, hf_model(model)
+    adapter, inner = attachment_of(model).adapter, hf_model(model)
     if getattr(inner, MODULE, None) is adapter:
         delattr(inner, MODULE)
 
@@ -53,10 +53,10 @@ def _with_parameters(original: Method) -> Method:
         self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from original(self, prefix, recurse, remove_duplicate)
-        patch = find_patch(cast(PreTrainedModel, self))
-        if patch is not None:  # a shallow copy of a model that has been detached keeps the methods
+        attachment = find_attachment(cast(PreTrainedModel, self))
+        if attachment is not None:  # a shallow copy of a model that has been detached keeps the methods
             name = f"{prefix}.{MODULE}" if prefix else MODULE
-            yield from patch.adapter.named_parameters(name, True, remove_duplicate)
+            yield from attachment.adapter.named_parameters(name, True, remove_duplicate)
 
     return named_parameters
 
@@ -66,9 +66,12 @@ def _with_adapter(original: Method) -> Method:
 
     @functools.wraps(original)
     def extra_repr(self: nn.Module) -> str:
-        patch = find_patch(cast(PreTrainedModel, self))
-        line = "" if patch is None else f"({MODULE}): {type(patch.adapter).__name__}({patch.adapter.extra_repr()})"
-        return "\n".join(filter(None, [original(self), line]))
+        attachment = find_attachment(cast(PreTrainedModel, self))
+        lines = [original(self)]
+        if attachment is not None:
+            adapter = attachment.adapter
+            lines.append(f"({MODULE}): {type(adapter).__name__}({adapter.extra_repr()})")
+        return "\n".join(filter(None, lines))
 
     return extra_repr
 
@@ -88,14 +91,14 @@ def _with_adapter_folder(original: Method) -> Method:
         **kwargs: Any,
     ) -> None:
         inner = hf_model(self)
-        if find_patch(self) is None:
+        if find_attachment(self) is None:
             original(self, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
         base = base_of_model(inner)
         if self is not inner or hasattr(inner, MODULE) or hasattr(inner, "peft_config") or not base.name:
             original(self, save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            save_beside(patch_of(self).adapter, base, save_directory)
+            save_beside(attachment_of(self).adapter, base, save_directory)
             if push_to_hub:
                 repository = kwargs.pop("repo_id", Path(save_directory).name)
                 options = {name: kwargs[name] for name in _OF_PUSHING & kwargs.keys()}

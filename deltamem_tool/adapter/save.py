@@ -18,13 +18,13 @@ from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.atomic import folder_whole, resolve, write_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.patch import hf_model
+from deltamem_tool.memory.attachment import hf_model
 
 
 def save_adapter(
     model: PreTrainedModel, path: str | Path, overwrite: bool = False, files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the adapter of a patched `model` as a folder, whole or not at all, with `files` beside it.
+    """Write the adapter of a `model` with a memory as a folder, whole or not at all, with `files` beside it.
 
     Example:
         >>> import deltamem_tool as deltamem

@@ -21,8 +21,8 @@ from deltamem_tool.bench.sides import GraphFolder, TorchSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of, hook
+from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
-from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import export_onnx
@@ -134,9 +134,11 @@ def write_graphs(
     """
     quantize = export[1].quantize if export else NO_QUANTIZATION
     target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), quantize)
-    patched = equip(MEMORY, twin_of(model), adapter, setting)
+    with_memory = equip(MEMORY, twin_of(model), adapter, setting)
     interface = (
-        export[1].interface if export else interface_of(patched, adapter, CallOptions(patched, "last"), "last", target)
+        export[1].interface
+        if export
+        else interface_of(with_memory, adapter, CallOptions(with_memory, "last"), "last", target)
     )
     graphs = {}
     for name in setting.models:
@@ -146,12 +148,12 @@ def write_graphs(
         report(f"exporting {name}")
         folder = scratch / name
         if name == MEMORY:
-            export_onnx(patched, tokenizer_of(model, for_chat=False), folder, target=target.name)
+            export_onnx(with_memory, tokenizer_of(model, for_chat=False), folder, target=target.name)
             graphs[name] = GraphFolder(folder, interface)
             continue
         plain = without_memory(interface)
         other = hf_model(equip(name, twin_of(model), adapter, setting))
-        write_plain(other, CallOptions(patched, interface.logits), plain, target, folder)
+        write_plain(other, CallOptions(with_memory, interface.logits), plain, target, folder)
         if quantize != NO_QUANTIZATION:
             quantize_graph(folder, quantize, [], interface.vocab_size)
         graphs[name] = GraphFolder(folder, plain)

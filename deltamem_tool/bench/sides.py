@@ -48,13 +48,13 @@ class TorchSide:
 
     def __init__(self, model: Any) -> None:
         from deltamem_tool._compat import cache_argument
-        from deltamem_tool.memory.patch import find_patch, hf_model
+        from deltamem_tool.memory.attachment import find_attachment, hf_model
 
         self._model = model
         base = hf_model(model)
         self._argument = cache_argument(base.forward)
         self._keeps_last = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._patched = find_patch(base) is not None
+        self._has_memory = find_attachment(base) is not None
         self._config = base.config
 
     def cache(self) -> Any:
@@ -63,7 +63,7 @@ class TorchSide:
 
         from deltamem_tool.memory.cache import MemoryCache
 
-        return MemoryCache(self._model) if self._patched else DynamicCache(config=self._config)
+        return MemoryCache(self._model) if self._has_memory else DynamicCache(config=self._config)
 
     def call(self, ids: NDArray[Any], past: Past = None) -> tuple[Logits, Past]:
         """Feed tokens; see `Side.call`."""
@@ -73,7 +73,7 @@ class TorchSide:
         tokens = torch.from_numpy(ids).to(device)
         if past is None:
             past = self.cache()
-            if self._patched and self._segmented:
+            if self._has_memory and self._segmented:
                 past.segment_tags = torch.from_numpy(_tags(ids)).to(device)
         options = {"logits_to_keep": 1} if self._keeps_last else {}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Run a patched model in PyTorch: the engine for conversations that `onnx.runtime` is in ONNX Runtime."""
+"""Run a model with a memory in PyTorch: the engine for conversations that `onnx.runtime` is in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.memory.attachment import attachment_of, hf_model
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, fill
 from deltamem_tool.memory.file import StoredMemory
-from deltamem_tool.memory.patch import hf_model, patch_of
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -57,7 +57,7 @@ class TorchModel:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, takes_back: bool = True) -> None:
-        adapter = patch_of(model).adapter
+        adapter = attachment_of(model).adapter
         self.model = model
         self.text = ChatText.from_tokenizer(tokenizer)
         self.stop_tokens = stop_tokens(model, self.text)

@@ -14,9 +14,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from deltamem_tool.base_model.limits import unknown_token
 from deltamem_tool.chat.sampling import not_finite
 from deltamem_tool.errors import DataError
+from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import is_off
-from deltamem_tool.memory.patch import find_patch
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -48,8 +48,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         self._vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
         if self.tokenizer.pad_token_id >= self._vocabulary:
             self.tokenizer.pad_token_id = 0  # any that the model has: a mask hides it
-        patch = find_patch(model)
-        self._granularity = "token" if patch is None or is_off() else patch.adapter.config.granularity
+        attachment = find_attachment(model)
+        self._granularity = "token" if attachment is None or is_off() else attachment.adapter.config.granularity
         self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
         self._tell = tell
         self._done = self._of = 0

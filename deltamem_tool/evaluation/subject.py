@@ -42,7 +42,7 @@ class Subject:
 
     @classmethod
     def of(cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
-        """Take a patched model with its tokenizer, or an `OnnxModel`, whose folder has the tokenizer.
+        """Take a model with a memory with its tokenizer, or an `OnnxModel`, whose folder has the tokenizer.
 
         Raises:
             ArchitectureError: the ONNX folder's tokenizer cannot be read.

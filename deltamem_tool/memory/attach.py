@@ -20,10 +20,10 @@ from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attachment import ATTACHMENT, Attachment, attachment_of, find_attachment, hf_model
 from deltamem_tool.memory.hooks import hook_decoder, hook_layers
 from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
 from deltamem_tool.memory.overrides import FORWARD, GENERATION, override, restore
-from deltamem_tool.memory.patch import PATCH, Patch, find_patch, hf_model, patch_of
 
 
 def fresh_adapter(
@@ -49,21 +49,21 @@ def fresh_adapter(
 
 def unhook(model: PreTrainedModel) -> None:
     """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
-    patch = patch_of(model)
-    _undo(patch)
-    vars(hf_model(model)).pop(PATCH, None)  # it may be a shallow copy of the model that was patched
+    attachment = attachment_of(model)
+    _undo(attachment)
+    vars(hf_model(model)).pop(ATTACHMENT, None)  # it may be a shallow copy of the model that had the memory
 
 
-def _undo(patch: Patch) -> None:
-    for handle in (*patch.handles, *patch.layer_handles):
+def _undo(attachment: Attachment) -> None:
+    for handle in (*attachment.handles, *attachment.layer_handles):
         handle.remove()
-    patch.handles.clear()
-    for parameter, required_grad in patch.required_grad:
+    attachment.handles.clear()
+    for parameter, required_grad in attachment.required_grad:
         if parameter.is_floating_point() or parameter.is_complex():  # others have been quantised since
             with torch.inference_mode(parameter.is_inference()):  # torch insists
                 parameter.requires_grad_(required_grad)
-    vars(patch.model).pop(PATCH, None)
-    for module, ours in patch.overrides:
+    vars(attachment.model).pop(ATTACHMENT, None)
+    for module, ours in attachment.overrides:
         restore(module, ours)
     _forget_graphs()
 
@@ -75,9 +75,9 @@ def _forget_graphs() -> None:
 
 
 def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
-    """Return the adapter of a patched model."""
-    patch: Patch = patch_of(model)
-    return patch.adapter
+    """Return the adapter of a model with a memory."""
+    attachment: Attachment = attachment_of(model)
+    return attachment.adapter
 
 
 def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
@@ -86,22 +86,22 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     Raises:
         ArchitectureError: the model has a memory, or lacks layers of the adapter.
     """
-    if find_patch(model) is not None:
+    if find_attachment(model) is not None:
         raise ArchitectureError("This model already has a memory.", "", "Call detach(model) first.")
-    patch = Patch(model, adapter, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
+    attachment = Attachment(model, adapter, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
     decoder = decoder_of(model)
     try:
-        hook_layers(patch)
-        hook_decoder(patch, decoder)
-        patch.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
+        hook_layers(attachment)
+        hook_decoder(attachment, decoder)
+        attachment.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
         base = without_compilation(model.base_model)
         if base not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
-            patch.overrides.append((base, override(base, FORWARD)))
+            attachment.overrides.append((base, override(base, FORWARD)))
         model.requires_grad_(False)
-        setattr(model, PATCH, patch)
+        setattr(model, ATTACHMENT, attachment)
         _forget_graphs()
     except BaseException:
-        _undo(patch)
+        _undo(attachment)
         raise
 
 

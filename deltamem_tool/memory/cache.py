@@ -11,14 +11,14 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from deltamem_tool._compat import DynamicLayer, StaticLayer
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.file import check_memory
 from deltamem_tool.memory.layer import end_segment
-from deltamem_tool.memory.patch import patch_of
 from deltamem_tool.memory.state import MemoryState
 
 
 class MemoryCache(DynamicCache):
-    """The KV cache of a patched model together with its memory: pass it to the model as `cache`.
+    """The KV cache of a model with a memory together with its memory: pass it to the model as `cache`.
 
     After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
 
@@ -58,7 +58,7 @@ class MemoryCache(DynamicCache):
         super().__init__(config=model.config)
         if max_length is not None:
             self.layers = StaticCache(config=model.config, max_cache_len=max_length).layers
-        adapter = patch_of(model).adapter
+        adapter = attachment_of(model).adapter
         self.write = write
         self.memory = memory
         # Set it to {} to have, `[B, 2]` by layer: the mean β of each write summed, and how many writes there were.

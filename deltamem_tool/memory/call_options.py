@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.memory.patch import hf_model
 
 
 class CallOptions:

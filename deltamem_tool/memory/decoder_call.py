@@ -1,4 +1,4 @@
-"""One run of a patched decoder: what its `hooks` read and fill, one for each thread."""
+"""One run of a decoder with a memory: what its `hooks` read and fill, one for each thread."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from deltamem_tool.base_model.attention import attention_layers, layers_at
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.errors import ConfigError, MemoryStateError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attachment import Attachment
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import DecoderCall, is_off, run, running
 from deltamem_tool.memory.file import check_memory
@@ -31,45 +32,44 @@ from deltamem_tool.memory.masks import (
     with_known_padding,
     writing_tokens,
 )
-from deltamem_tool.memory.patch import Patch
 from deltamem_tool.memory.state import MemoryState
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def hook_decoder(patch: Patch, decoder: nn.Module) -> None:
+def hook_decoder(attachment: Attachment, decoder: nn.Module) -> None:
     """Hook the decoder, where a `DecoderCall` begins and ends."""
     parameters, argument = list(inspect.signature(decoder.forward).parameters), cache_argument(decoder.forward)
-    begin = partial(_begin_call, patch, parameters, argument)
-    patch.handles.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
-    patch.handles.append(decoder.register_forward_hook(_end_call, always_call=True))
+    begin = partial(_begin_call, attachment, parameters, argument)
+    attachment.handles.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
+    attachment.handles.append(decoder.register_forward_hook(_end_call, always_call=True))
 
 
-def hook_layers(patch: Patch) -> None:
+def hook_layers(attachment: Attachment) -> None:
     """Hook the attention layers that have a memory, and their projections; or hook them anew.
 
     Raises:
         ArchitectureError: the model has no such layers, or has them no longer.
     """
-    layers = layers_at(attention_layers(patch.model), patch.adapter.layer_indices)
+    layers = layers_at(attention_layers(attachment.model), attachment.adapter.layer_indices)
     projections = [
-        (layer, branch, layer.projection(branch)) for layer in layers for branch in patch.adapter.config.branches
+        (layer, branch, layer.projection(branch)) for layer in layers for branch in attachment.adapter.config.branches
     ]
     names = [layer.name for layer in layers] + [projection.name for _, _, projection in projections]
-    path = list(dict.fromkeys(step for name in names for step in _path(patch.model, name)))
-    for handle in patch.layer_handles:
+    path = list(dict.fromkeys(step for name in names for step in _path(attachment.model, name)))
+    for handle in attachment.layer_handles:
         handle.remove()
-    patch.layer_handles.clear()
+    attachment.layer_handles.clear()
     for module in (child for _, _, child in path):
         drop_hooks(module, (_before_attention, _after_projection))
     for layer in layers:
-        read_and_write = partial(_before_attention, patch.adapter, layer.index)
-        patch.layer_handles.append(layer.module.register_forward_pre_hook(read_and_write, with_kwargs=True))
+        read_and_write = partial(_before_attention, attachment.adapter, layer.index)
+        attachment.layer_handles.append(layer.module.register_forward_pre_hook(read_and_write, with_kwargs=True))
     for layer, branch, projection in projections:
-        correct = partial(_after_projection, patch.adapter, layer.index, branch, projection)
-        patch.layer_handles.append(projection.linear.register_forward_hook(correct))
-    patch.path = path
+        correct = partial(_after_projection, attachment.adapter, layer.index, branch, projection)
+        attachment.layer_handles.append(projection.linear.register_forward_hook(correct))
+    attachment.path = path
 
 
 def _path(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -85,15 +85,15 @@ def _path(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Modu
 
 
 def _begin_call(
-    patch: Patch, parameters: Sequence[str], argument: str, module: nn.Module, args: Args, kwargs: Kwargs
+    attachment: Attachment, parameters: Sequence[str], argument: str, module: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
     """Begin a `DecoderCall`."""
     args, kwargs = with_one_cache(parameters, argument, args, kwargs)
     if is_off():
         return args, kwargs
-    if patch.has_moved:
-        hook_layers(patch)
-    adapter = patch.adapter
+    if attachment.has_moved:
+        hook_layers(attachment)
+    adapter = attachment.adapter
     for name in parameters[: len(args)]:
         if name in kwargs:
             raise TypeError(f"{type(module).__name__}.forward() got multiple values for argument {name!r}")
@@ -101,9 +101,9 @@ def _begin_call(
     cache = kwargs.get(argument)
     if cache is None:
         check_writes_tokens(adapter.config)
-        cache = MemoryCache(patch.model)
+        cache = MemoryCache(attachment.model)
         use_cache = kwargs.get("use_cache")
-        default = getattr(patch.model.config.get_text_config(decoder=True), "use_cache", True)
+        default = getattr(attachment.model.config.get_text_config(decoder=True), "use_cache", True)
         if default if use_cache is None else use_cache:
             kwargs[argument] = cache
     elif not isinstance(cache, MemoryCache):
@@ -119,6 +119,7 @@ def _begin_call(
             "It calls the layers without the cache.",
             "Call model.activation_checkpointing_disable(); `deltamem train` has its own.",
         )
+    kwargs.pop("logits_to_keep", None)  # Gemma 4's decoder would feed its last layers these tokens alone
     tokens = kwargs.get("input_ids")
     content = tokens if tokens is not None else kwargs["inputs_embeds"]
     batch, length = content.shape[:2]
@@ -136,7 +137,7 @@ def _begin_call(
     if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and valid.all():
         valid = None  # cheap to see on a CPU, and it saves every layer its masks
     if tokens is not None and valid is not None and not torch.compiler.is_compiling():
-        kwargs["input_ids"] = with_known_padding(tokens, valid, _rows_of(patch.model))
+        kwargs["input_ids"] = with_known_padding(tokens, valid, _rows_of(attachment.model))
     if cache.write is not False and not torch.compiler.is_compiling():  # a memory that is only read is every text's
         check_one_text(kwargs, valid, base_separates=mask is None and kwargs.get(argument) is None)
     write_mask, segment_end = segment_tokens(

@@ -1,4 +1,4 @@
-"""The methods of a model that a patch overrides: `generate`, `forward`, and what `generate` calls."""
+"""The methods of a model that `attach` overrides: `generate`, `forward`, and what `generate` calls."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from deltamem_tool._compat import (
     with_one_cache,
 )
 from deltamem_tool.errors import MemoryStateError
+from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.cache import MemoryCache, takes_tokens_back
 from deltamem_tool.memory.decoder_call import is_off
 from deltamem_tool.memory.masks import check_writes_tokens, valid_tokens
-from deltamem_tool.memory.patch import patch_of
 
 Method = Callable[..., Any]
 _CACHE = "_deltamem_cache"  # where the cache waits, in a call's generation config, for the call's stopping criteria
@@ -50,7 +50,7 @@ def _with_memory_cache(original: Method) -> Method:
         original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         copies = 1
         if passed is None and generation_config.use_cache and not is_off():
-            check_writes_tokens(patch_of(self).adapter.config)
+            check_writes_tokens(attachment_of(self).adapter.config)
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise MemoryStateError(
                     f"A cache of the kind {generation_config.cache_implementation!r} cannot hold the memory.",

@@ -22,9 +22,9 @@ from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.adapter.save import save_adapter
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.memory.attach import adapter_of, decoder_of
+from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import without_memory
-from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.recipe.load import ObjectiveOptions
 from deltamem_tool.training.gradient_checkpointing import recomputing
@@ -37,7 +37,7 @@ class EpisodeModel(nn.Module):
     """One training step as a module. Only the adapter is registered: what the Trainer trains, moves and saves.
 
     Args:
-        base: the patched model.
+        base: the model with a memory.
         objective: what is added to the answers' cross-entropy.
         write_chunk: the write pass is cut into calls of so many tokens, from the end; None is one call.
         bptt: gradients flow through so many of the last chunks; None is all.
@@ -63,7 +63,7 @@ class EpisodeModel(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The patched model."""
+        """The model with a memory."""
         return self._base[0]
 
     def forward(

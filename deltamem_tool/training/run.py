@@ -234,7 +234,7 @@ def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrained
 
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the patched model that a recipe trains, and its tokenizer."""
+    """Load the model with a memory that a recipe trains, and its tokenizer."""
     options = _loading(recipe)
     if recipe.adapter is not None:
         trust = recipe.trust_remote_code

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_a_memory(model_type: str, tmp_path: Path):
     for pieces in ([1] * LENGTH, [CUT, LENGTH - CUT])[: 1 if model_type in CUTS_APART else 2]:
         same, after = run(model, ids, pieces)
         close(same, whole)
+        for layer, state in cache.memory.layers.items():
+            close(after.memory.layers[layer], state)
+
+    if model_type not in NEEDS_POSITIONS and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        after = MemoryCache(model)
+        with torch.no_grad():
+            close(model(input_ids=ids, cache=after, logits_to_keep=1).logits[:, -1:], whole[:, -1:])
         for layer, state in cache.memory.layers.items():
             close(after.memory.layers[layer], state)
 

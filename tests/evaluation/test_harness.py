@@ -28,6 +28,7 @@ from deltamem_tool.evaluation.harness import check_options, find_harness, prepar
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.segments.encode import tag_chat
 from deltamem_tool.segments.template import render
 
@@ -64,7 +65,7 @@ def asked(folder):
 
 def from_zeros(model, tokenizer, messages):
     """A prompt's tokens, and a memory that begins with zeros and knows its messages; none of a plain model."""
-    granularity = adapter_of(model).config.granularity if hasattr(model, "_deltamem_patch") else None
+    granularity = adapter_of(model).config.granularity if find_attachment(model) is not None else None
     tagged = tag_chat(tokenizer, messages, granularity or "token", add_generation_prompt=True)
     cache = None if granularity is None else MemoryCache(model)
     if granularity == "message":

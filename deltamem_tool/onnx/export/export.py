@@ -1,4 +1,4 @@
-"""Write a patched model as an ONNX folder, and compare it with PyTorch before anyone sees it."""
+"""Write a model with a memory as an ONNX folder, and compare it with PyTorch before anyone sees it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
-from deltamem_tool.memory.patch import hf_model
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest

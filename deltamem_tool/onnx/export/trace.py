@@ -1,4 +1,4 @@
-"""A patched model as one ONNX graph: keys, values, states and open segments go in and come out by name."""
+"""A model with a memory as one ONNX graph: keys, values, states and open segments go in and come out by name."""
 
 from __future__ import annotations
 

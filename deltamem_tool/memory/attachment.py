@@ -1,4 +1,4 @@
-"""The patch that `attach` puts on a model."""
+"""The attachment that `attach` puts on a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deltamem_tool._compat import child_of, without_compilation
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 
-PATCH = "_deltamem_patch"  # the attribute of the model
+ATTACHMENT = "_deltamem_attachment"  # the attribute of the model
 
 
 @dataclass
-class Patch:
+class Attachment:
     """All that `detach` has to undo."""
 
     model: PreTrainedModel
@@ -44,8 +44,8 @@ class Patch:
             "Save the adapter with deltamem.save_adapter, and load it with deltamem.load.",
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        copied = memo[id(self)] = object.__new__(Patch)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        copied = memo[id(self)] = object.__new__(Attachment)
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
@@ -75,21 +75,21 @@ def hf_model(model: PreTrainedModel) -> PreTrainedModel:
     return hf_model(model.get_base_model())
 
 
-def find_patch(model: PreTrainedModel) -> Patch | None:
-    """Return the patch of a model; None if it has no memory, or shares its layers with one that has been detached."""
-    patch: Patch | None = getattr(hf_model(model), PATCH, None)
-    return patch if patch is not None and patch.handles else None
+def find_attachment(model: PreTrainedModel) -> Attachment | None:
+    """Return the attachment of a model; None if it has no memory, or shares its layers with a detached one."""
+    attachment: Attachment | None = getattr(hf_model(model), ATTACHMENT, None)
+    return attachment if attachment is not None and attachment.handles else None
 
 
-def patch_of(model: PreTrainedModel) -> Patch:
-    """Return the patch of a model.
+def attachment_of(model: PreTrainedModel) -> Attachment:
+    """Return the attachment of a model.
 
     Raises:
         ArchitectureError: the model has no memory.
     """
-    patch = find_patch(model)
-    if patch is None:
+    attachment = find_attachment(model)
+    if attachment is None:
         raise ArchitectureError(
             "This model has no memory.", "", "Call deltamem.attach(model) or deltamem.load(...) first."
         )
-    return patch
+    return attachment
