@@ -265,9 +265,10 @@ def test_reordering_moves_memory_and_keys_together(model, memory):
 
 def test_what_has_ended_moves_with_its_row(model):
     cache = MemoryCache(model)
-    cache.begin_generation(torch.tensor([7]))
-    for fed, expected in (([7, 1, 2], [False, True, True]), ([1, 1, 1], [True, False, False])):
-        cache.begin_step(torch.tensor(fed)[:, None], valid=None)
+    cache.begin_generation(max_length=None, copies=1)
+    for done, expected in (([1, 0, 0], [False, True, True]), ([0, 0, 0], [True, False, False])):
+        cache.finish(torch.tensor(done).bool())
+        cache.begin_step(torch.ones(3, 1, dtype=torch.long), valid=None)
         (reads,) = cache.take_step()
         assert reads[:, 0].tolist() == expected
         cache.reorder_cache(torch.tensor([1, 0, 0]))
