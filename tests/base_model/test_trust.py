@@ -48,7 +48,7 @@ def memory(tmp_path):
 def loaded(monkeypatch):
     """What has been loaded: weights of adapters and memories, and base models."""
     seen = []
-    for owner, name in ((adapter_folder, "load_file"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
+    for owner, name in ((adapter_folder, "deserialize"), (memory_file, "load_file"), (BaseCheckpoint, "load")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, real=real, **kw: (seen.append(args), real(*args, **kw))[1])
     return seen

@@ -14,15 +14,15 @@ import pkgutil
 import shutil
 import signal
 import sys
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import pytest
-import torch
 import transformers
 from cli.fuzz_material import PLACES, SOUND, STDINS, cut_copies, right_files, special_files, wrong_files
 from helpers.publishing import adapter_folder
@@ -152,41 +152,60 @@ class _Enough(BaseException):
     """The command is at work: what comes now is a person's Ctrl-C."""
 
 
-def run(case: Case) -> tuple[Any, str, str]:
-    """The exit code, None when it was interrupted, and what it printed on stdout and stderr."""
+class Ending(NamedTuple):
+    """How a command ended."""
 
-    interrupted = False
+    code: Any  # None when it was interrupted
+    out: str
+    err: str
+
+
+def run(case: Case, folder: Path) -> Ending:
+    """Run a command in a process of its own: an interrupt in the middle of torch can leave torch broken."""
+    interrupted, ending, failure = folder / "interrupted", folder / "ending", folder / "failure"
+    for file in (interrupted, ending, failure):
+        file.unlink(missing_ok=True)
+    process = os.fork()
+    if process == 0:
+        try:
+            ending.write_text(json.dumps(run_here(case, interrupted)))
+        except BaseException:
+            failure.write_text(traceback.format_exc(), errors="backslashreplace")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(process, 0)
+    if interrupted.exists() and not ending.exists():  # a library fails as it cleans up, torch.export among them
+        return Ending(None, "", "")
+    assert not failure.exists(), failure.read_text()
+    assert status == 0, f"ended by signal {status}"
+    return Ending(*json.loads(ending.read_text()))
+
+
+def run_here(case: Case, interrupted: Path) -> Ending:
+    """Run a command, and interrupt it when it has been at work for long enough; then there is a file `interrupted`."""
 
     def enough(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
+        interrupted.touch()
         raise _Enough
 
     out = io.TextIOWrapper(io.BytesIO(), case.encoding)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
-    before = signal.signal(signal.SIGALRM, enough)
+    signal.signal(signal.SIGALRM, enough)
     code: Any = None
-    torch.set_grad_enabled(True)  # an interrupted command may have left it off
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            # Again after a while: an exception in a callback of C goes nowhere.
-            signal.setitimer(signal.ITIMER_REAL, LONG if case.is_patient else SECONDS, LONG)
-            try:
-                cli.main()
-            except SystemExit as ended:
-                code = 0 if ended.code is None else ended.code
-            except _Enough:
-                pass
-            except Exception:
-                if not interrupted:  # or libraries fail as they clean up, torch.export among them
-                    raise
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        # Again after a while: an exception in a callback of C goes nowhere.
+        signal.setitimer(signal.ITIMER_REAL, LONG if case.is_patient else SECONDS, LONG)
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = 0 if ended.code is None else ended.code
+        except _Enough:
+            pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     for stream in (out, err):
         stream.flush()
-    return code, *(stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err))  # type: ignore[attr-defined]
+    return Ending(code, *(stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)))  # type: ignore[attr-defined]
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -215,7 +234,7 @@ def check(case: Case, code: Any, out: str, err: str, before: dict[str, tuple[int
 
 
 def import_everything() -> None:
-    """An interrupted import leaves half a library behind, for all that come after it."""
+    """Else every process would import it anew."""
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
         if not module.name.endswith(("__main__", "triton_scan")):
             importlib.import_module(module.name)
@@ -236,6 +255,8 @@ def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hu
     hub.add_repo("someone/adapter", adapter_folder(tmp_path / "pushed", "someone/base", hub.head("someone/base")))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "hf_write")
+    endings = tmp_path / "endings"
+    endings.mkdir()
     ends: Counter[str] = Counter()
     import_everything()
 
@@ -260,7 +281,7 @@ def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hu
         monkeypatch.setattr(sys, "argv", ["deltamem", *case.words])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin), "utf-8"))
         before = listing(here)
-        code, out, err = run(case)
+        code, out, err = run(case, endings)
         ends[f"{case.words[0]}: {'interrupted' if code is None else code}"] += 1
         check(case, code, out, err, before, here)
 
