@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -167,8 +166,8 @@ def _talk(chat: Chat, reader: Reader) -> None:
 def _pipe(chat: Chat) -> None:
     """Lines from a file or another program; whoever interrupts an answer there means all of it."""
     try:
-        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
-            chat.handle(line)
+        for line in sys.stdin.buffer:  # as bytes: what is no text costs no line before it
+            chat.handle(line.decode())
             if chat.interrupted:
                 raise KeyboardInterrupt
             if chat.over:

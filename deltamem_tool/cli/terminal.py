@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -19,6 +23,7 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.utils import is_dumb_terminal
 
 from deltamem_tool.chat.repl import Command
+from deltamem_tool.cli.termination import signals_that_end
 
 HISTORY_FILE = "chat_history"
 
@@ -57,12 +62,32 @@ class Reader:
         """
         if self._session is None:
             return _line()
+        handlers = {number: signal.getsignal(number) for number in signals_that_end()}
         try:
-            line = self._session.prompt([("ansicyan bold", "> ")])
+            line = self._session.prompt([("ansicyan bold", "> ")], pre_run=partial(_heed, handlers))
         except KeyboardInterrupt:
             self.was_empty = not self._session.default_buffer.text
             raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return line.encode("utf-8", "replace").decode()  # bytes that were no UTF-8 come as lone surrogates
+
+
+def _heed(handlers: Mapping[int, Any]) -> None:
+    """Handle signals between two steps of the event loop: raised within one, prompt_toolkit would print a traceback."""
+
+    def end(number: int, handler: Callable[[int, None], object]) -> None:
+        try:
+            handler(number, None)
+        except KeyboardInterrupt as interrupt:
+            app = get_app()
+            if app.future is not None and not app.future.done():
+                app.exit(exception=interrupt)
+
+    for number, handler in handlers.items():
+        if callable(handler):
+            asyncio.get_running_loop().add_signal_handler(number, end, number, handler)
 
 
 def _line() -> str:

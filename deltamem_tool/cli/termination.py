@@ -18,6 +18,11 @@ def is_terminated() -> bool:
     return bool(_received)
 
 
+def signals_that_end() -> list[int]:
+    """Return the signals that end a command, as many as the operating system has."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt for each such signal; afterwards exit with 128 plus its number, as shells do.
@@ -36,8 +41,7 @@ def interrupted_by_signals() -> Iterator[None]:
         _received.append(number)
         raise KeyboardInterrupt
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    caught = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    caught = [number for number in signals_that_end() if signal.getsignal(number) is signal.SIG_DFL]
     _received.clear()
     for number in caught:
         signal.signal(number, interrupt)

@@ -55,6 +55,9 @@ def test_lines_that_fail_are_counted(here, deltamem, monkeypatch):
 def test_stdin_that_is_no_text(here, deltamem, monkeypatch):
     piped(monkeypatch, b"caf\xe9\n")
     deltamem("chat", "builtin:adapter").assert_short_error("stdin is not UTF-8 text", "Convert it", code=1)
+    piped(monkeypatch, f"{TOLD}\n{ASKED}\n".encode() + b"caf\xe9\n")
+    done = deltamem("chat", "builtin:adapter")
+    assert done.code == 1 and ANSWER in done.out  # the lines before it are answered
 
 
 def test_a_byte_order_mark_is_no_text(here, deltamem, monkeypatch):
