@@ -18,7 +18,7 @@ from deltamem_tool.memory.state import MemoryState
 
 
 class MemoryCache(DynamicCache):
-    """The KV cache of a model with a memory together with its memory: pass it to the model as `cache`.
+    """The KV cache of a model together with its memory: pass it to the model as `cache`.
 
     After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
 
