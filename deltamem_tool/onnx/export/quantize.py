@@ -4,7 +4,7 @@ Quantised are the constant matrices `[in, out]` of the base's products (MatMul, 
 the embedding, the matrix that makes the logits, and whatever is no such product.
 
 * int8: a scale for every output channel; activations are quantised as they come.
-* int4: weights alone, in blocks of the input dimension; activations stay as they are.
+* int4: in blocks of the input dimension; a CPU quantises activations to int8 as they come, each token by itself.
 
 What a product becomes is in `quantized_products`.
 """

@@ -20,7 +20,7 @@ from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.export.quantized_products import BLOCK_SIZE
+from deltamem_tool.onnx.export.quantized_products import ACCURACY_LEVEL, BLOCK_SIZE
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS, target_of
 from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -89,6 +89,9 @@ def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weight
     tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     np.testing.assert_array_equal(numpy_helper.to_array(tensors["memory"]), weights["memory"])
     assert not {"base", "gemm"} & tensors.keys()
+    nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
+    levels = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
+    assert levels == ([ACCURACY_LEVEL] * 2 if how == INT4 else [])
 
 
 @pytest.mark.parametrize("rows", [16, 40, 96])
