@@ -148,6 +148,7 @@ def test_nothing_is_borrowed_elsewhere(path):
     assert borrowed_in(path.read_text()) == []
 
 
+@pytest.mark.slow  # it imports everything
 def test_no_private_method_is_overridden():
     found = []
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):

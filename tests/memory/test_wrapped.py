@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -31,7 +33,10 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [with_lora, compiled, lambda model: compiled(with_lora(model))])
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # it compiles
+
+
+@pytest.mark.parametrize("wrap", [with_lora, SLOW(compiled), SLOW(lambda model: compiled(with_lora(model)))])
 @pytest.mark.parametrize("logits", ["last", "all"])
 @torch.no_grad()
 def test_a_padded_row_is_the_row_alone(wrap, logits):
