@@ -25,7 +25,11 @@ USER = {"role": "user", "content": "Hello"}
 TURNS = ("My cat is called Zoë 🐈.", "What is she called?")
 
 
-@pytest.fixture(params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+# Each is exported for the first test that wants it.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "by_message")]
+
+
+@pytest.fixture(params=["qwen3", OTHERS[0]])
 def exported(request):
     return request.getfixturevalue(request.param)
 
@@ -239,7 +243,7 @@ def both(exported, stop_tokens=frozenset()) -> tuple[OnnxModel, TorchModel]:
     return engines
 
 
-@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+@pytest.mark.parametrize("exported", ["qwen3", *OTHERS], indirect=True)
 def test_a_conversation_is_the_same_in_both_runtimes(exported, tmp_path):
     """Turns, undo, a full window, a batch, and memories that go from one to the other with their open segments."""
     stop_tokens = frozenset(range(0, 256, 9))
@@ -273,7 +277,7 @@ def memory_of(memory: StoredMemory) -> MemoryState:
     return MemoryState(states, memory.adapter, segments)
 
 
-@pytest.mark.parametrize("exported", ["qwen3", "llama", "by_message"], indirect=True)
+@pytest.mark.parametrize("exported", ["qwen3", *OTHERS], indirect=True)
 def test_answers_together_are_those_alone(exported):
     model, _ = both(exported, frozenset(range(0, 256, 9)))
     contents = ("Hello", TURNS[0], "a much longer text than the others are")
