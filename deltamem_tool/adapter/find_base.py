@@ -11,6 +11,7 @@ from deltamem_tool.adapter.config_file import BaseModel
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint, fingerprint
 from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
+from deltamem_tool.io.formats import MODEL_CONFIG_FILE
 from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of
 
@@ -28,7 +29,7 @@ def find_base(
         AdapterError: no place is known, or the model at that place is another one.
         HubError: there is no model at that place.
     """
-    if not (base or recorded.name) and (Path(adapter) / "config.json").is_file():
+    if not (base or recorded.name) and (Path(adapter) / MODEL_CONFIG_FILE).is_file():
         base = str(adapter)  # `save_pretrained` puts a model that is nowhere else beside its adapter
     if not (base or recorded.name):
         raise AdapterError(

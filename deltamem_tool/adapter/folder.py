@@ -17,6 +17,7 @@ from safetensors import SafetensorError, deserialize
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE, BaseModel, read_config
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import AdapterError
+from deltamem_tool.io.formats import PEFT_CONFIG_FILE
 from deltamem_tool.io.names import check_revision, resolve_folder
 from deltamem_tool.io.tensor_header import TensorEntry, read_header
 from deltamem_tool.memory.weights import fingerprint_of, weight_shapes
@@ -135,7 +136,7 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
     folder = resolve_folder(str(path), revision, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            of_peft = (folder / "adapter_config.json").is_file()
+            of_peft = (folder / PEFT_CONFIG_FILE).is_file()
             raise AdapterError(
                 f"{path} is not an adapter folder.",
                 f"It has no {name}.",

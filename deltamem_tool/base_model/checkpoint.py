@@ -34,6 +34,7 @@ from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.layouts import Projection, features
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
 from deltamem_tool.errors import ArchitectureError, ConfigError, first_line
+from deltamem_tool.io.formats import MODEL_CONFIG_FILE, PEFT_CONFIG_FILE
 from deltamem_tool.io.names import commit_of, expand_name, hub_name, resolve_folder, short_name
 from deltamem_tool.io.safe_json import read_json
 
@@ -304,22 +305,22 @@ def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ArchitectureError: the file is missing or damaged; if the folder is of another kind, the error names it.
     """
-    file = folder / "config.json"
+    file = folder / MODEL_CONFIG_FILE
     if (folder / "model_index.json").is_file():
         raise ArchitectureError(
             f"{name} is a diffusion pipeline, not a causal language model.",
             f"There is a model_index.json in {folder}.",
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
-    if not file.is_file() and (folder / "adapter_config.json").is_file():
+    if not file.is_file() and (folder / PEFT_CONFIG_FILE).is_file():
         raise ArchitectureError(
             f"{name} is a PEFT adapter, not a checkpoint.",
-            f"There is an adapter_config.json in {folder}, and no config.json.",
+            f"There is an {PEFT_CONFIG_FILE} in {folder}, and no {MODEL_CONFIG_FILE}.",
             "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
         )
     if not file.is_file():
         raise ArchitectureError(
-            f"{name} is not a checkpoint.", f"There is no config.json in {folder}.", "Use another folder."
+            f"{name} is not a checkpoint.", f"There is no {MODEL_CONFIG_FILE} in {folder}.", "Use another folder."
         )
     try:
         config = read_json(file, finite=False)  # transformers writes Infinity

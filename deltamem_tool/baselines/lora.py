@@ -21,6 +21,7 @@ from deltamem_tool._compat import peft_model
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.base_model.layouts import features
 from deltamem_tool.errors import AdapterError, ArchitectureError, ConfigError, HubError, first_line
+from deltamem_tool.io.formats import PEFT_CONFIG_FILE
 from deltamem_tool.io.names import BUILTIN, hub_name, resolve_folder
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.recipe.load import LoraOptions
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from deltamem_tool.memory.adapter import DeltaMemAdapter
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+CONFIG_FILE, WEIGHTS_FILE = PEFT_CONFIG_FILE, "adapter_model.safetensors"  # PEFT's names
 BRANCHES = ("q", "o")  # the projections a LoRA of the memory's size is on, as the paper's memory is
 RANDOM_STD = 0.02  # of the weights that PEFT starts at zero: a product with zeros might be optimized away
 _AGAIN = "Train it again with `deltamem train` and a recipe with a `lora:` section."

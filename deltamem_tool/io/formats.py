@@ -12,6 +12,7 @@ from deltamem_tool._version import __version__
 
 # What a saved tokenizer consists of.
 TOKENIZER_FILE = "tokenizer.json"
+MODEL_CONFIG_FILE, PEFT_CONFIG_FILE = "config.json", "adapter_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 

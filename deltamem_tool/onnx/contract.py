@@ -52,7 +52,14 @@ from typing import Any
 
 from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
-from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, is_newer, update_command
+from deltamem_tool.io.formats import (
+    CHAT_TEMPLATE_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    is_newer,
+    update_command,
+)
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import parse_json, read_text
 
@@ -75,7 +82,7 @@ FILES = (
     CHAT_TEMPLATE_FILE,
     GENERATION_CONFIG_FILE,
     GENAI_CONFIG_FILE,
-    "config.json",
+    MODEL_CONFIG_FILE,
 )
 REQUIRED_FILES = (
     MODEL_FILE,
