@@ -76,6 +76,17 @@ def quickstart_onnx(quickstart_run):
     return quickstart_run / "run" / "onnx"
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, a Hugging Face folder; read only. For tests marked `real_model`."""
+    from smollm2 import Unavailable, fetch
+
+    try:
+        return fetch()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
 # Made once for several tests, each of which is slow where it is the first: exports, a quickstart, processes.
 SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
 
