@@ -43,7 +43,7 @@ from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize
-from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS
+from deltamem_tool.onnx.export.targets import GROUP_SIZE, INT4, INT8, SYMMETRIC, TARGETS, quantization_of
 from deltamem_tool.onnx.export.trace import interface_of, traced
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph
@@ -53,14 +53,14 @@ PREFILL, PAST, DECODED = 512, 256, 32  # tokens
 KINDS = ("float32", "float16", INT8, INT4)
 
 
-def quantized_copy(folder: Path, how: str, model: PreTrainedModel, vocab_size: int) -> Path:
+def quantized_copy(folder: Path, how: str, model: PreTrainedModel) -> Path:
     """A copy of a float32 folder beside it, quantised."""
     copy = folder.with_name(f"{folder.name}-{how}")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     adapter = adapter_of(model)
     weights = memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
-    quantize_graph(copy, how, weights, vocab_size)
+    quantize_graph(copy, quantization_of(how, GROUP_SIZE, SYMMETRIC), weights)
     return copy
 
 
@@ -129,7 +129,7 @@ def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
         graphs[kind] = Graph(at, interface)
         if kind == "float32":
             for how in (INT8, INT4):
-                graphs[how] = Graph(quantized_copy(at, how, model, interface.vocab_size), interface)
+                graphs[how] = Graph(quantized_copy(at, how, model), interface)
     return {kind: graphs[kind] for kind in KINDS}
 
 
@@ -154,10 +154,9 @@ def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:
         folders[kind] = scratch / kind
         if not folders[kind].exists():
             export_onnx(models[kind], tokenizer, folders[kind], without=JOIN_WEIGHTS)
-        vocab_size = OnnxModel(folders[kind]).manifest.interface.vocab_size
     for how in (INT8, INT4):
         models[how] = models["float32"]
-        folders[how] = quantized_copy(folders["float32"], how, models[how], vocab_size)
+        folders[how] = quantized_copy(folders["float32"], how, models[how])
     graphs = {}
     print(
         f"\nQuickstart model, {args.episodes} conversations a number of facts; recall from the state alone, by facts\n"

@@ -101,6 +101,8 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
             "The base model's graph is quantised in the same way, but a LoRA's graph and PyTorch's models are not.",
             f"Choose --models {BASE},{MEMORY} --runtimes {ONNX}, or an export that is not quantised.",
         )
+    if manifest.quantize != NO_QUANTIZATION and manifest.quantization is None:
+        raise _refused(name, "was quantised by an older version, and does not say how")
     if setting.dtype not in (None, interface.dtype):
         raise _refused(name, f"is of dtype {interface.dtype}, and --dtype is {setting.dtype}")
     setting.check_length(interface.max_length, f"{name} has room for {interface.max_length}.")
@@ -132,8 +134,11 @@ def write_graphs(
     Raises:
         ExportError: the model cannot be exported in this dtype.
     """
-    quantize = export[1].quantize if export else NO_QUANTIZATION
-    target = target_of(export[1].target if export else setting.provider, dtype_name(model.dtype), quantize)
+    target = target_of(
+        export[1].target if export else setting.provider,
+        dtype_name(model.dtype),
+        export[1].quantize if export else NO_QUANTIZATION,
+    )
     with_memory = equip(MEMORY, twin_of(model), adapter, setting)
     interface = (
         export[1].interface
@@ -154,7 +159,7 @@ def write_graphs(
         plain = without_memory(interface)
         other = hf_model(equip(name, twin_of(model), adapter, setting))
         write_plain(other, CallOptions(with_memory, interface.logits), plain, target, folder)
-        if quantize != NO_QUANTIZATION:
-            quantize_graph(folder, quantize, [], interface.vocab_size)
+        if export and export[1].quantization is not None:
+            quantize_graph(folder, export[1].quantization, [])
         graphs[name] = GraphFolder(folder, plain)
     return graphs

@@ -8,7 +8,16 @@ import click
 
 from deltamem_tool.cli.options import NAME, UserPath, trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
-from deltamem_tool.onnx.export.targets import DTYPES, NO_QUANTIZATION, QUANTIZATIONS, TARGETS
+from deltamem_tool.onnx.export.targets import (
+    DTYPES,
+    GROUP_SIZE,
+    GROUP_SIZES,
+    NO_QUANTIZATION,
+    QUANTIZATIONS,
+    SYMMETRIC,
+    TARGETS,
+    target_of,
+)
 
 
 @click.command("export")
@@ -48,8 +57,19 @@ from deltamem_tool.onnx.export.targets import DTYPES, NO_QUANTIZATION, QUANTIZAT
     type=click.Choice(list(QUANTIZATIONS)),
     default=NO_QUANTIZATION,
     show_default=True,
-    help="The base's weights in 8 bits, with activations quantised as they come, or in 4 bits, weights alone. "
-    "The memory stays float32.",
+    help="The base's weights in 8 or 4 bits, embedding and logits' matrix among them. The memory stays float32.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(list(map(str, GROUP_SIZES))),
+    help=f"With --quantize: so many weights share a scale. Small groups are more accurate, large ones smaller and "
+    f"faster.  [default: {GROUP_SIZE}]",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help=f"With --quantize: without zero points, or with one a group.  [default: "
+    f"{'symmetric' if SYMMETRIC else 'asymmetric'}]",
 )
 @click.option(
     "--memory",
@@ -66,6 +86,8 @@ def command(
     target: str,
     dtype: str,
     quantize: str,
+    group_size: str | None,
+    symmetric: bool | None,
     memory: Path | None,
     logits: str,
     max_length: int | None,
@@ -79,6 +101,9 @@ def command(
 
     if memory is not None and not TARGETS[target].genai:
         raise click.UsageError(f"--memory is for the target genai: a graph for {target} takes the state as an input.")
+    if quantize == NO_QUANTIZATION and (group_size, symmetric) != (None, None):
+        raise click.UsageError("--group-size, --symmetric and --asymmetric are for --quantize int8 or int4.")
+    target_of(target, dtype, quantize)
     check_overwrite(out, overwrite)
     if memory is not None:
         from deltamem_tool.memory.file import read_memory
@@ -101,6 +126,8 @@ def command(
             out,
             target=target,
             quantize=quantize,
+            group_size=GROUP_SIZE if group_size is None else int(group_size),
+            symmetric=SYMMETRIC if symmetric is None else symmetric,
             logits=logits,
             max_length=max_length or 0,
             memory=memory,

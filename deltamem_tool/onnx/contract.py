@@ -246,6 +246,21 @@ class Interface:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the base's weights are quantised.
+
+    Args:
+        bits: 4 or 8 a weight.
+        group_size: so many weights of one output share a scale.
+        symmetric: whether their range has its zero in the middle; else they share a zero point too.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`deltamem_onnx.json`: what was exported, from what, and how well it agreed.
 
@@ -256,6 +271,7 @@ class Manifest:
         model_type: the base's architecture.
         target: what kind of runtime the graph is for.
         quantize: how the base's weights are quantised; "none" if they are not.
+        quantization: the same in detail; None if they are not, and where an older folder is silent.
         interface: what the graph takes and gives.
         max_abs_diff: largest difference from PyTorch in float32 over logits and states, measured before the folder was
             written; None if nothing was compared, because no runtime at hand had the graph's operators.
@@ -269,6 +285,7 @@ class Manifest:
     model_type: str
     target: str
     quantize: str
+    quantization: Quantization | None
     interface: Interface
     max_abs_diff: float | None
     greedy_agreement: float | None
@@ -326,6 +343,7 @@ class Manifest:
                 isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= most
             )
             _require(holds, name)
+        values["quantization"] = _quantization(values["quantization"])
         return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
 
 
@@ -377,7 +395,17 @@ def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
     return tuple(content)
 
 
-_ADDED = {"positions": 0}  # what older folders of this format do not have
+def _quantization(content: Any) -> Quantization | None:
+    if content is None:
+        return None
+    values = _fields(Quantization, content, "quantization")
+    for name in ("bits", "group_size"):
+        _require(_is_count(values[name], MAX_WIDTH), f"quantization.{name}")
+    _require(isinstance(values["symmetric"], bool), "quantization.symmetric")
+    return Quantization(**values)
+
+
+_ADDED = {"positions": 0, "quantization": None}  # what older folders of this format do not have
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def onnx_folder(folder: Path, adapter: str | None = None, base_model: str | None
         model_type="qwen3",
         target="cpu",
         quantize="none",
+        quantization=None,
         interface=Interface("last", 767, contract.FLOAT32, 0, layers),
         max_abs_diff=1e-5,
         greedy_agreement=None,

@@ -112,7 +112,7 @@ def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
         read_export(longer, str(fixed.folder), fixed.manifest.adapter)
     for change, error in (
         ({"interface": dataclasses.replace(qwen3.manifest.interface, genai=True)}, "onnxruntime-genai"),
-        ({"quantize": "int8"}, "quantised"),
+        ({"quantize": "int8", "quantization": contract.Quantization(8, 32, True)}, "is quantised"),
     ):
         changed = dataclasses.replace(qwen3.manifest, **change)
         monkeypatch.setattr(contract.Manifest, "read", lambda folder, changed=changed: changed)
@@ -120,3 +120,7 @@ def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
             read_export(setting, str(qwen3.folder), own)
     alone = dataclasses.replace(setting, models=(BASE, MEMORY))
     assert read_export(alone, str(qwen3.folder), own)[1].quantize == "int8"
+    older = dataclasses.replace(qwen3.manifest, quantize="int8")
+    monkeypatch.setattr(contract.Manifest, "read", lambda folder: older)
+    with pytest.raises(ExportError, match="quantised by an older version"):
+        read_export(alone, str(qwen3.folder), own)

@@ -27,7 +27,7 @@ from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.contract import Interface, Manifest, Quantization
 from deltamem_tool.onnx.export import genai
 from deltamem_tool.onnx.export.compare import (
     greedy_agreement,
@@ -39,7 +39,14 @@ from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, check_rewrites, optimize
-from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, Target, target_of
+from deltamem_tool.onnx.export.targets import (
+    GROUP_SIZE,
+    NO_QUANTIZATION,
+    SYMMETRIC,
+    Target,
+    quantization_of,
+    target_of,
+)
 from deltamem_tool.onnx.export.trace import dtype_name, interface_of, traced
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers
@@ -59,6 +66,8 @@ def export_onnx(
     *,
     target: str = "cpu",
     quantize: str = NO_QUANTIZATION,
+    group_size: int = GROUP_SIZE,
+    symmetric: bool = SYMMETRIC,
     logits: str = "last",
     max_length: int = 0,
     memory: str | Path | None = None,
@@ -78,7 +87,10 @@ def export_onnx(
         tokenizer: its tokenizer; the folder needs a tokenizer.json.
         out: the folder.
         target: a name in `targets.TARGETS`: what will run the graph.
-        quantize: how to quantise the base's weights; the memory stays float32.
+        quantize: "int4" or "int8" for the base's weights in so many bits; the memory stays float32.
+        group_size: weights of one output that share a scale when quantised: 16, 32, 64, 128 or 256. It divides the
+            model's width.
+        symmetric: quantise without zero points.
         logits: "last" for the last position's alone, "all" for every position's.
         max_length: room for so many tokens in keys and values that keep their place; 0 for those that grow.
         memory: a memory file that conversations of a graph for onnxruntime-genai start from; other graphs take the
@@ -108,6 +120,8 @@ def export_onnx(
     check_rewrites(without)
     model = hf_model(model)  # a LoRA is in its layers
     for_target = target_of(target, dtype_name(model.dtype), quantize)
+    width = next(model.get_input_embeddings().parameters()).shape[-1]
+    quantization = quantization_of(quantize, group_size, symmetric, width)
     _check_fast(tokenizer)
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
@@ -117,15 +131,17 @@ def export_onnx(
     with _evaluating(model):
         options = CallOptions(model, logits, padded_right=for_target.genai)
         interface = interface_of(model, adapter, options, logits, for_target, max_length)
-        plan = _Plan(model, adapter, interface, options, for_target, quantize, frozenset(without), start, tell)
+        plan = _Plan(
+            model, adapter, interface, options, for_target, quantize, quantization, frozenset(without), start, tell
+        )
         genai_config = genai.configuration(model, tokenizer, interface) if for_target.genai else None
         with folder_whole(out, overwrite) as staged:
             _write_graph(plan, staged / contract.MODEL_FILE)
             _write_beside(plan, staged, tokenizer, genai_config)
             tell("Comparing ONNX Runtime with PyTorch")
             difference, agreement = _compared(plan.opening(staged), model, options, start), None
-            if quantize != NO_QUANTIZATION:  # of a graph that is known to be right
-                difference, agreement = _quantized(plan, staged)
+            if quantization is not None:  # of a graph that is known to be right
+                difference, agreement = _quantized(plan, quantization, staged)
             manifest = _manifest(plan, base_model, difference, agreement)
             (staged / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
             contract.check_folder(staged)
@@ -142,6 +158,7 @@ class _Plan:
     options: CallOptions
     target: Target
     quantize: str
+    quantization: Quantization | None
     without: frozenset[str]
     start: MemoryState | None
     tell: Callable[[str], object]
@@ -208,7 +225,7 @@ def _write_beside(
         genai.write_config(folder, genai_config)
 
 
-def _quantized(plan: _Plan, folder: Path) -> tuple[float | None, float | None]:
+def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[float | None, float | None]:
     """Quantise the graph in `folder`; what it costs, as `_measured` says it.
 
     Raises:
@@ -216,7 +233,7 @@ def _quantized(plan: _Plan, folder: Path) -> tuple[float | None, float | None]:
     """
     plan.tell("Quantising")
     weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
-    quantize_graph(folder, plan.quantize, weights, plan.interface.vocab_size)
+    quantize_graph(folder, quantization, weights)
     plan.tell("Measuring what the quantisation costs")
     return _measured(plan.opening(folder), plan.model, plan.options)
 
@@ -229,6 +246,7 @@ def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agr
         model_type=plan.model.config.model_type,
         target=plan.target.name,
         quantize=plan.quantize,
+        quantization=plan.quantization,
         interface=plan.interface,
         max_abs_diff=difference,
         greedy_agreement=agreement,

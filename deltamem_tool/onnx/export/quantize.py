@@ -1,18 +1,13 @@
 """The base's weights of an exported graph in 8 or 4 bits. The memory's stay float32, bit by bit.
 
-Quantised are the constant matrices `[in, out]` of the base's products (MatMul, Gemm). What stays as it is: the memory,
-the embedding, the matrix that makes the logits, and whatever is no such product.
-
-* int8: a scale for every output channel; activations are quantised as they come.
-* int4: in blocks of the input dimension; a CPU quantises activations to int8 as they come, each token by itself.
-
-What a product becomes is in `quantized_products`.
+Quantised are the constant matrices of the base's products (MatMul, Gemm), the one that makes the logits among them, and
+the embedding; a tied one is stored once. What stays as it is: the memory, and whatever is no such product.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,9 +20,9 @@ from onnx_ir.passes import common
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Quantization
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
-from deltamem_tool.onnx.export.quantized_products import Int4, Int8, initializer
-from deltamem_tool.onnx.export.targets import INT8
+from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices, initializer
 
 
 def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
@@ -36,16 +31,15 @@ def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]
 
 
-def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray[Any]], vocab_size: int) -> int:
+def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[NDArray[Any]]) -> int:
     """Quantise the graph in `folder`, in place; how many products that were.
 
     One matrix at a time: the others stay mapped from their file, and those that are done take what they take in it.
 
     Args:
         folder: holds `model.onnx` and its data; both are replaced.
-        how: "int8" or "int4".
+        quantization: bits, groups and zero points.
         memory: the memory's matrices, from `memory_weights`.
-        vocab_size: V: a matrix `[in, V]` makes the logits.
 
     Raises:
         ExportError: the memory's weights are not found in the graph as they are, or there is nothing to quantise.
@@ -53,17 +47,21 @@ def quantize_graph(folder: Path, how: str, memory: Sequence[NDArray[Any]], vocab
     model = onnx_ir.load(folder / contract.MODEL_FILE)
     columns = _Columns(memory)
     _take_apart(model.graph, columns)
-    products = _choose(model.graph, columns, vocab_size)
+    products = _choose(model.graph, columns)
     if not products:
         raise ExportError(
-            f"There is nothing to quantise as {how}.",
+            f"There is nothing to quantise in {quantization.bits} bits.",
             "No product of the base with a constant matrix was found in the graph.",
             "Export it without --quantize.",
         )
-    rewrite: Int8 | Int4 = Int8(model.graph) if how == INT8 else Int4(model.graph)
+    lookups = list(_lookups(model.graph, quantization.group_size))
+    matrices = QuantizedMatrices(model.graph, quantization)
+    names = _names([*lookups, *products])
+    for node in lookups:
+        _replace(model.graph, node, matrices.lookup(_input(node, 1), names[node], _matrix(node)))
     for node in products:
-        _replace(model.graph, node, rewrite)
-    model.opset_imports.setdefault("com.microsoft", 1)
+        _replace(model.graph, node, [matrices.product(_input(node, 0), names[node], _matrix(node))])
+    model.opset_imports.setdefault(MICROSOFT, 1)
     common.RemoveUnusedNodesPass()(model)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         onnx_ir.save(model, Path(scratch) / contract.MODEL_FILE, external_data=contract.DATA_FILE)
@@ -147,44 +145,86 @@ def _multiply(
         onnx_ir.convenience.replace_all_uses_with(split.outputs[i], output)
 
 
-def _choose(graph: onnx_ir.Graph, memory: _Columns, vocab_size: int) -> list[onnx_ir.Node]:
+def _choose(graph: onnx_ir.Graph, memory: _Columns) -> list[onnx_ir.Node]:
     """The products to quantise."""
     products = []
     for node in graph:
-        if node.domain or node.op_type not in ("MatMul", "Gemm"):
-            continue
-        constant = node.inputs[1].const_value if node.inputs[1] is not None else None
-        if constant is None or len(constant.shape) != 2:
+        if not _is_product(node):
             continue
         matrix = _matrix(node)
-        if memory.among(matrix) or not matrix.any() or matrix.shape[1] == vocab_size:
-            continue
-        if node.op_type == "MatMul" or _is_plain(node):
+        if not memory.among(matrix) and matrix.any():
             products.append(node)
     memory.check_all_found()
     return products
 
 
+def _is_product(node: onnx_ir.Node) -> bool:
+    """Whether it is x · W, or x · W + b, with a constant matrix W, and nothing else."""
+    if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")):
+        return False
+    get = node.attributes.get_float
+    scaled = get("alpha", 1.0) != 1.0 or get("beta", 1.0) != 1.0
+    turned = [node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
+    return not scaled and not any(turned) and _is_matrix(node.inputs[1])
+
+
+def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
+    """The lookups of tokens in an embedding `[V, D]` whose rows are whole groups."""
+    for node in graph:
+        indices = node.inputs[1] if len(node.inputs) == 2 else None
+        is_lookup = not node.domain and node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
+        if not is_lookup or indices not in graph.inputs or not _is_matrix(node.inputs[0]):
+            continue
+        if len(_matrix(node)) % group_size == 0:
+            yield node
+
+
+def _names(nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Node, str]:
+    """A name for the matrix of each of them, the same one for equal matrices: tied ones may be stored transposed."""
+    names: dict[onnx_ir.Node, str] = {}
+    first: dict[tuple[tuple[int, ...], bytes], list[onnx_ir.Node]] = {}  # nodes whose matrices differ, by a few numbers
+    for node in nodes:
+        matrix = _matrix(node)
+        likely = first.setdefault((matrix.shape, matrix[:, 0].tobytes()), [])
+        equal = (other for other in likely if np.array_equal(_matrix(other), matrix))
+        other = next(equal, None)
+        if other is None:
+            likely.append(node)
+            name = _constant(node).name or ""
+            names[node] = f"{name}_{len(names)}" if name in names.values() else name  # one constant, turned
+        else:
+            names[node] = names[other]
+    return names
+
+
+def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _is_matrix(value: onnx_ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
+
+
+def _constant(node: onnx_ir.Node) -> onnx_ir.Value:
+    """The constant of a product or of a lookup."""
+    return _input(node, 0 if node.op_type == "Gather" else 1)
+
+
 def _matrix(node: onnx_ir.Node) -> NDArray[Any]:
-    """The constant of a product, `[in, out]`, where it is: mapped."""
-    value = node.inputs[1]
-    assert value is not None and value.const_value is not None
-    matrix = value.const_value.numpy()
-    return matrix.T if node.attributes.get_int("transB", 0) else matrix
+    """The constant of a product, `[in, out]`, or of a lookup of columns, where it is: mapped."""
+    constant = _constant(node).const_value
+    assert constant is not None
+    matrix = constant.numpy()
+    by_output = node.op_type == "Gather" or node.attributes.get_int("transB", 0) == 1
+    return matrix.T if by_output else matrix
 
 
-def _is_plain(gemm: onnx_ir.Node) -> bool:
-    """A · B, or A · B + C, and nothing else."""
-    get = gemm.attributes.get_float
-    return get("alpha", 1.0) == get("beta", 1.0) == 1.0 and gemm.attributes.get_int("transA", 0) == 0
-
-
-def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node, rewrite: Int8 | Int4) -> None:
-    """Put what `rewrite` makes of a product, and the addition of a Gemm, in its place."""
-    x, output = node.inputs[0], node.outputs[0]
-    assert x is not None
-    nodes = rewrite.product(node, x, _matrix(node), output.name or "")
+def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Node]) -> None:
+    """Put `nodes`, and the addition of a Gemm, in the place of one."""
+    output = node.outputs[0]
     nodes[-1].outputs[0].type = output.type
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        nodes = [*nodes, onnx_ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]])]
     onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [nodes[-1].outputs[0]])

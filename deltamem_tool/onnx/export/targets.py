@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltamem_tool.errors import ExportError
-from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
+from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32, Quantization
 
 NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
 PORTABLE_OPSET = 18  # what torch translates to; every later one would be a conversion of it
@@ -44,14 +44,17 @@ TARGETS = {
     for target in (
         # ONNX Runtime's CPU provider takes float16 (it computes most of it in float32), and has no bfloat16 MatMul.
         Target("cpu", "cpu", "onnx", None, (FLOAT32, FLOAT16), (NO_QUANTIZATION, INT8, INT4)),
-        Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION, INT4)),
+        Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION, INT8, INT4)),
         Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
-        Target("genai", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION,), genai=True),
+        Target("genai", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION, INT8, INT4), genai=True),
     )
 }
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
-# What a quantisation takes: the activations of int8 are quantised from float32 alone.
-QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32,), INT4: (FLOAT32, FLOAT16)}
+# What a quantisation takes.
+QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32, FLOAT16), INT4: (FLOAT32, FLOAT16)}
+BITS = {INT8: 8, INT4: 4}
+GROUP_SIZES = (16, 32, 64, 128, 256)  # those that ONNX Runtime's operators take
+GROUP_SIZE, SYMMETRIC = 32, True
 
 
 def target_of(name: str, dtype: str, quantize: str) -> Target:
@@ -75,3 +78,28 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
                 f"Choose one of {', '.join(possible)}, or another target.",
             )
     return target
+
+
+def quantization_of(quantize: str, group_size: int, symmetric: bool, width: int | None = None) -> Quantization | None:
+    """How `quantize` is done; None where it is not.
+
+    Args:
+        quantize: a name in `QUANTIZATIONS`.
+        group_size: weights of one output that share a scale.
+        symmetric: without zero points.
+        width: of the model, whose embedding has whole groups; None if it is not known yet.
+
+    Raises:
+        ExportError: no operator has such groups, or they do not divide the width.
+    """
+    if quantize == NO_QUANTIZATION:
+        return None
+    possible = [size for size in GROUP_SIZES if width is None or width % size == 0]
+    if group_size not in possible:
+        of_width = "" if width is None or group_size not in GROUP_SIZES else f"It does not divide the width, {width}."
+        raise ExportError(
+            f"Weights cannot be quantised in groups of {group_size}.",
+            of_width or "ONNX Runtime's operators have no such groups.",
+            f"Choose one of {', '.join(map(str, possible))}." if possible else "Export it without quantisation.",
+        )
+    return Quantization(BITS[quantize], group_size, symmetric)

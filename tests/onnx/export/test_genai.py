@@ -29,7 +29,9 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Layer, Manifest
 from deltamem_tool.onnx.export import export, genai
+from deltamem_tool.onnx.export.targets import INT4, INT8
 from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.onnx.runtime.static_graph import open_graph
 
 TOLERANCE = 1e-4
 CONTEXT = 120
@@ -174,6 +176,26 @@ def test_greedy_tokens_and_states_are_those_of_pytorch(model, folder, long_promp
     expected, memory = in_pytorch(model, long_prompt, NEW_TOKENS)
     assert found == expected and len(found) == NEW_TOKENS
     assert_state(state, memory)
+
+
+@pytest.mark.parametrize("quantize", [INT8, INT4])
+def test_a_quantised_folder(quantize, model, export_again, long_prompt, tmp_path):
+    """The package chooses the tokens that ONNX Runtime chooses by itself, and near those of PyTorch."""
+    manifest = export_again(tmp_path / "out", quantize=quantize, group_size=16)
+    nodes = {node.op_type for node in onnx_ir.load(tmp_path / "out" / "model.onnx").graph}
+    assert {"MatMulNBits", "GatherBlockQuantized"} <= nodes
+    (found,), state = in_genai(tmp_path / "out", long_prompt, NEW_TOKENS)
+    graph = open_graph(tmp_path / "out", manifest.interface)
+    past, ids, expected = graph.empty_past(1), np.array([long_prompt]), []
+    for length in range(len(long_prompt), len(long_prompt) + NEW_TOKENS):
+        mask, write = np.ones((1, length), np.int64), np.ones(ids.shape, bool)
+        logits, past = graph.step(ids, mask, write, past)
+        ids = logits[:, -1].argmax(-1, keepdims=True)
+        expected.append(int(ids[0, 0]))
+    assert found == expected[: len(found)] and len(found) > 4
+    if len(found) == NEW_TOKENS:
+        np.testing.assert_allclose(state, graph.states(past)[1], rtol=0, atol=TOLERANCE)
+    assert np.abs(state - in_pytorch(model, long_prompt, NEW_TOKENS)[1].layers[1].numpy()).max() > TOLERANCE
 
 
 def test_our_runtime_leaves_the_folder_to_the_package(folder):

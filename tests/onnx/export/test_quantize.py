@@ -16,100 +16,175 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.contract import Manifest, Quantization
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.export.quantized_products import ACCURACY_LEVEL, BLOCK_SIZE
+from deltamem_tool.onnx.export.quantized_matrices import ACCURACY_LEVEL
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
-from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS, target_of
+from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS, quantization_of, target_of
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
-WIDE, VOCABULARY = 64, 80
-INT8_LEVELS, INT4_LEVELS = 63, 15  # steps from zero to the largest weight (7 bits), and over a block's range
-ROUNDING = 1e-5  # of float32, beside the half step that a quantised weight may be off
+WIDE, VOCABULARY = 96, 80  # three groups of 32: of 4 bits, two zero points share a byte and the third has its own
+ROUNDING = 1e-5  # of float32, beside the step that a quantised weight may be off
+INT8_32, INT4_32 = Quantization(8, 32, True), Quantization(4, 32, True)
+ASYMMETRIC = Quantization(4, 16, False)
 
 
 @pytest.fixture
 def weights() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    sizes = {"base": (WIDE, 48), "memory": (WIDE, 16), "gemm": (32, WIDE), "bias": (32,), "head": (WIDE, VOCABULARY)}
+    sizes = {"base": (WIDE, 48), "memory": (WIDE, 16), "gemm": (32, WIDE), "bias": (32,), "head": (VOCABULARY, WIDE)}
     return {name: random.normal(size=size).astype(np.float32) for name, size in sizes.items()}
 
 
 def write_graph(folder: Path, weights: dict[str, np.ndarray], operators: str = "base memory gemm head") -> None:
-    """x `[B, WIDE]` to its product with each weight; "gemm" is transposed and has a bias."""
+    """x `[B, WIDE]` to its product with each weight: "gemm" is transposed and has a bias, "head" is transposed.
+
+    "embedding" is a lookup in the weight of that name, or in "head", which it is tied to then.
+    """
     nodes, outputs = [], []
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])]
     for name in operators.split():
-        columns = weights[name].shape[1] if name != "gemm" else len(weights[name])
-        outputs.append(helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["B", columns]))
+        columns = weights[name].shape[1] if name in ("base", "memory") else len(weights.get(name, ()))
         if name == "gemm":
             nodes.append(helper.make_node("Gemm", ["x", "gemm", "bias"], ["gemm_out"], name="gemm_node", transB=1))
+        elif name == "head":
+            nodes.append(helper.make_node("FusedMatMul", ["x", name], ["head_out"], domain="com.microsoft", transB=1))
+        elif name == "embedding":
+            table = name if name in weights else "head"
+            columns = weights[table].shape[1]
+            inputs.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["T"]))
+            nodes.append(helper.make_node("Gather", [table, "input_ids"], ["embedding_out"]))
         else:
             nodes.append(helper.make_node("MatMul", ["x", name], [f"{name}_out"], name=f"{name}_node"))
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
-    used = {name for node in nodes for name in node.input} - {"x"}
+        outputs.append(helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["B", columns]))
+    used = {name for node in nodes for name in node.input} - {"x", "input_ids"}
     initializers = [numpy_helper.from_array(weights[name], name) for name in sorted(used)]
-    graph = helper.make_graph(nodes, "products", [x], outputs, initializers)
+    save(folder, helper.make_graph(nodes, "products", inputs, outputs, initializers))
+
+
+def save(folder: Path, graph: onnx.GraphProto) -> None:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
 
 
-def run(folder: Path, x: np.ndarray) -> dict[str, np.ndarray]:
+def run(folder: Path, x: np.ndarray, ids: np.ndarray | None = None) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"x": x}), strict=True))
+    return dict(zip(names, session.run(names, {"x": x} if ids is None else {"x": x, "input_ids": ids}), strict=True))
 
 
-def half_steps(weight: np.ndarray, how: str) -> np.ndarray:
-    """Half of what lies between two values that each entry of `weight` `[in, out]` can take, its share of rounding."""
-    if how == INT8:
-        return np.broadcast_to(np.abs(weight).max(axis=0) / INT8_LEVELS / 2, weight.shape)
-    blocks = weight.reshape(-1, BLOCK_SIZE, weight.shape[1])
-    low, high = np.minimum(blocks.min(axis=1), 0), np.maximum(blocks.max(axis=1), 0)
-    # The block's zero is rounded to a step too: a value at its end may be off by a whole one.
-    return np.repeat((high - low) / INT4_LEVELS, BLOCK_SIZE, axis=0)
+def constants(folder: Path) -> dict[str, np.ndarray]:
+    graph = onnx.load(folder / "model.onnx").graph
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
-@pytest.mark.parametrize("how", [INT8, INT4])
+def operators(folder: Path) -> list[str]:
+    return sorted(node.op_type for node in onnx.load(folder / "model.onnx").graph.node)
+
+
+def steps(weight: np.ndarray, how: Quantization) -> np.ndarray:
+    """What lies between two values that each entry of `weight` `[in, out]` can take.
+
+    It may be off by half of it, and by all of it at the ends of a group, where the zero is rounded or a side is short.
+    """
+    padded = np.pad(weight, ((0, -len(weight) % how.group_size), (0, 0)))
+    groups = padded.reshape(-1, how.group_size, weight.shape[1])
+    low, high = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
+    step = np.maximum(high, -low) / 2 ** (how.bits - 1) if how.symmetric else (high - low) / (2**how.bits - 1)
+    return np.repeat(step, how.group_size, axis=0)[: len(weight)]
+
+
+@pytest.mark.parametrize("how", [INT8_32, INT4_32, ASYMMETRIC, Quantization(8, 64, False)], ids=str)
 def test_every_weight_is_within_its_step_and_the_memory_is_untouched(how, weights, tmp_path):
     write_graph(tmp_path, weights)
     identity = np.eye(WIDE, dtype=np.float32)  # its product with a weight is the weight
     before = run(tmp_path, identity)
-    assert quantize_graph(tmp_path, how, [weights["memory"]], VOCABULARY) == 2
+    assert quantize_graph(tmp_path, how, [weights["memory"]]) == 3
     after = run(tmp_path, identity)
-    for name in ("memory_out", "head_out"):
-        np.testing.assert_array_equal(after[name], before[name])
-    for name, weight in (("base_out", weights["base"]), ("gemm_out", weights["gemm"].T)):
-        off = np.abs(after[name] - before[name])
-        assert (off <= half_steps(weight, how) + ROUNDING).all()
+    np.testing.assert_array_equal(after["memory_out"], before["memory_out"])
+    for name, weight in (("base", weights["base"]), ("gemm", weights["gemm"].T), ("head", weights["head"].T)):
+        off = np.abs(after[f"{name}_out"] - before[f"{name}_out"])
+        assert (off <= steps(weight, how) + ROUNDING).all()
         assert off.max() > ROUNDING  # it was quantised
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
-    tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
-    np.testing.assert_array_equal(numpy_helper.to_array(tensors["memory"]), weights["memory"])
-    assert not {"base", "gemm"} & tensors.keys()
+    tensors = constants(tmp_path)
+    np.testing.assert_array_equal(tensors["memory"], weights["memory"])
+    assert not {"base", "gemm", "head"} & tensors.keys()
+    assert any("zero_points" in name for name in tensors) is not how.symmetric
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
-    levels = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
-    assert levels == ([ACCURACY_LEVEL] * 2 if how == INT4 else [])
+    attributes = [{attribute.name: attribute.i for attribute in node.attribute} for node in nodes]
+    for name, value in {"bits": how.bits, "block_size": how.group_size, "accuracy_level": ACCURACY_LEVEL}.items():
+        assert [found[name] for found in attributes] == [value] * 3
 
 
+@pytest.mark.parametrize("how", [INT8_32, INT4_32, Quantization(4, 32, False), Quantization(8, 32, False)], ids=str)
+@pytest.mark.parametrize("stored", ["once", "transposed too"])
+def test_a_tied_embedding_is_stored_once(how, stored, weights, tmp_path):
+    """The rows that are looked up are those that the logits are made with, in both operators' kernels."""
+    if stored == "once":
+        write_graph(tmp_path, weights, "embedding head")
+    else:
+        write_graph(
+            tmp_path, {"base": np.ascontiguousarray(weights["head"].T), "embedding": weights["head"]}, "embedding base"
+        )
+    assert quantize_graph(tmp_path, how, []) == 1
+    assert operators(tmp_path) == ["GatherBlockQuantized", "MatMulNBits", "Reshape"]
+    tensors = constants(tmp_path)
+    assert len(tensors) == (3 if how.symmetric else 4)  # numbers, scales, zero points; and the shape of the rows
+    rows, columns = run(tmp_path, np.eye(WIDE, dtype=np.float32), np.arange(VOCABULARY)).values()
+    np.testing.assert_allclose(rows, columns.T, atol=ROUNDING)
+    off = np.abs(rows - weights["head"])
+    assert off.max() > ROUNDING and (off <= steps(weights["head"].T, how).T + ROUNDING).all()
+
+
+def test_an_embedding_of_its_own_is_stored_beside_the_logits_matrix(weights, tmp_path):
+    weights["embedding"] = weights["head"][::-1].copy()
+    write_graph(tmp_path, weights, "embedding head")
+    quantize_graph(tmp_path, INT8_32, [])
+    rows, columns = run(tmp_path, np.eye(WIDE, dtype=np.float32), np.arange(VOCABULARY)).values()
+    np.testing.assert_allclose(rows, columns.T[::-1], atol=ROUNDING)
+    assert sum("quantized" in name for name in constants(tmp_path)) == 2
+
+
+def test_an_embedding_whose_rows_are_no_whole_groups_stays(weights, tmp_path):
+    write_graph(tmp_path, weights, "embedding head")
+    quantize_graph(tmp_path, Quantization(4, 64, True), [])
+    assert operators(tmp_path) == ["Gather", "MatMulNBits"]
+    np.testing.assert_array_equal(constants(tmp_path)["head"], weights["head"])
+
+
+def test_a_matrix_is_stored_once_for_each_way_in_which_it_is_read(tmp_path):
+    """Twice as it is, once transposed: two sets of groups."""
+    weight = np.random.default_rng(0).normal(size=(WIDE, WIDE)).astype(np.float32)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", WIDE]) for name in "abc"]
+    nodes = [helper.make_node("MatMul", ["x", "w"], [name]) for name in "ab"]
+    nodes.append(helper.make_node("Gemm", ["x", "w"], ["c"], transB=1))
+    save(tmp_path, helper.make_graph(nodes, "shared", [x], outputs, [numpy_helper.from_array(weight, "w")]))
+    assert quantize_graph(tmp_path, INT4_32, []) == 3
+    assert sum("quantized" in name for name in constants(tmp_path)) == 2
+    a, b, c = run(tmp_path, np.eye(WIDE, dtype=np.float32)).values()
+    np.testing.assert_array_equal(a, b)
+    assert (np.abs(a - weight) <= steps(weight, INT4_32) + ROUNDING).all()
+    assert (np.abs(c - weight.T) <= steps(weight.T, INT4_32) + ROUNDING).all()
+
+
+@pytest.mark.parametrize("how", [INT4_32, Quantization(4, 32, False), INT8_32], ids=str)
 @pytest.mark.parametrize("rows", [16, 40, 96])
-def test_blocks_that_are_not_full_or_not_even_in_number(rows, tmp_path):
-    """Half a block, one and a quarter, three: in ONNX Runtime's kernel."""
+def test_groups_that_are_not_full_or_not_even_in_number(how, rows, tmp_path):
+    """Half a group, one and a quarter, three: in ONNX Runtime's kernel."""
     weight = np.random.default_rng(rows).normal(size=(rows, 5)).astype(np.float32)
     weight[:, 0] = 0
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", rows])
     y = helper.make_tensor_value_info("base_out", TensorProto.FLOAT, ["B", 5])
     node = helper.make_node("MatMul", ["x", "base"], ["base_out"])
-    graph = helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(weight, "base")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    assert quantize_graph(tmp_path, INT4, [], VOCABULARY) == 1
-    padded = np.zeros((-(-rows // BLOCK_SIZE) * BLOCK_SIZE, 5), np.float32)
-    padded[:rows] = weight
+    save(tmp_path, helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(weight, "base")]))
+    assert quantize_graph(tmp_path, how, []) == 1
     found = run(tmp_path, np.eye(rows, dtype=np.float32))["base_out"]
-    assert (np.abs(found - weight) <= half_steps(padded, INT4)[:rows] + ROUNDING).all()
+    assert (np.abs(found - weight) <= steps(weight, how) + ROUNDING).all()
 
 
 def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):
@@ -118,7 +193,7 @@ def test_a_matrix_that_holds_a_part_of_the_memory_stays(weights, tmp_path):
     write_graph(tmp_path, {**weights, "base": packed}, "base gemm")
     x = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
     before = run(tmp_path, x)
-    assert quantize_graph(tmp_path, INT8, [weights["memory"]], VOCABULARY) == 1
+    assert quantize_graph(tmp_path, INT8_32, [weights["memory"]]) == 1
     np.testing.assert_array_equal(run(tmp_path, x)["base_out"], before["base_out"])
 
 
@@ -134,10 +209,8 @@ def test_what_fusion_has_packed_beside_the_memory_is_quantised(weights, tmp_path
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])
     initializers = [numpy_helper.from_array(packed, "packed"), numpy_helper.from_array(sizes, "sizes")]
-    graph = helper.make_graph(nodes, "packed", [x], outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    assert quantize_graph(tmp_path, INT8, [memory], VOCABULARY) == 1
+    save(tmp_path, helper.make_graph(nodes, "packed", [x], outputs, initializers))
+    assert quantize_graph(tmp_path, INT8_32, [memory]) == 1
     given = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
     first, own, last = run(tmp_path, given).values()
     np.testing.assert_allclose(own, given @ memory, atol=1e-4)
@@ -150,19 +223,19 @@ def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
     write_graph(tmp_path, {**weights, "memory": weights["memory"] * 3})
     files = [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")]
     with pytest.raises(ExportError, match="16 columns"):
-        quantize_graph(tmp_path, INT4, [weights["memory"]], VOCABULARY)
+        quantize_graph(tmp_path, INT4_32, [weights["memory"]])
     assert [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")] == files
 
 
 def test_a_graph_with_nothing_to_quantise_is_refused(weights, tmp_path):
-    write_graph(tmp_path, weights, "memory head")
+    write_graph(tmp_path, weights, "memory")
     with pytest.raises(ExportError, match="nothing to quantise"):
-        quantize_graph(tmp_path, INT8, [weights["memory"]], VOCABULARY)
+        quantize_graph(tmp_path, INT8_32, [weights["memory"]])
 
 
 # What an 8-bit and a 4-bit base of random weights may do to logits and states: root mean squares, of their own. Logits
 # that have nothing to do with each other are 1.4 apart.
-LARGEST = {INT8: 0.25, INT4: 0.8}
+LARGEST = {INT8_32: 0.1, INT4_32: 0.8}
 
 
 def memory_of(exported) -> list[np.ndarray]:
@@ -171,11 +244,11 @@ def memory_of(exported) -> list[np.ndarray]:
     return memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
 
 
-@pytest.mark.parametrize("how", [INT8, INT4])
+@pytest.mark.parametrize("how", [INT8_32, INT4_32], ids=str)
 def test_an_exported_model(how, llama, tmp_path):
-    folder = shutil.copytree(llama.folder, tmp_path / how)
+    folder = shutil.copytree(llama.folder, tmp_path / "quantised")
     memory = memory_of(llama)
-    quantize_graph(folder, how, memory, llama.manifest.interface.vocab_size)
+    quantize_graph(folder, how, memory)
     plain, quantized = OnnxModel(llama.folder), OnnxModel(folder)
     ids, mask = np.random.default_rng(2).integers(0, 256, (2, 40)), np.ones((2, 40), np.int64)
     write = np.ones((2, 40), bool)
@@ -190,9 +263,11 @@ def test_an_exported_model(how, llama, tmp_path):
 
 
 def test_what_was_lost_is_in_the_manifest(llama, no_tracing_of_llama, tmp_path):
-    manifest = export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8)
+    manifest = export.export_onnx(
+        llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, group_size=16, symmetric=False
+    )
     assert manifest == Manifest.from_json((tmp_path / "out" / "deltamem_onnx.json").read_text())
-    assert manifest.quantize == INT8
+    assert manifest.quantize == INT8 and manifest.quantization == Quantization(8, 16, False)
     assert manifest.max_abs_diff > export.TOLERANCE > llama.manifest.max_abs_diff
     assert 0.5 < manifest.greedy_agreement < 1
     assert llama.manifest.greedy_agreement is None
@@ -217,8 +292,8 @@ def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_ll
     ("target", "dtype", "quantize", "why"),
     [
         ("cpu", "bfloat16", "none", "cpu cannot take a model of bfloat16"),
-        ("cuda", "float32", "int8", "cuda cannot take the quantisation int8"),
-        ("cpu", "float16", "int8", "int8 cannot take a model of float16"),
+        ("portable", "float32", "int8", "portable cannot take the quantisation int8"),
+        ("cuda", "bfloat16", "int8", "int8 cannot take a model of bfloat16"),
         ("cpu", "float32", "int3", "cpu cannot take the quantisation int3"),
     ],
 )
@@ -227,8 +302,25 @@ def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
         target_of(target, dtype, quantize)
 
 
+@pytest.mark.parametrize(
+    ("group_size", "width", "why"),
+    [(24, None, "no such groups"), (8, 64, "no such groups"), (64, 96, r"does not divide the width, 96\.\n.*16, 32\.")],
+)
+def test_groups_that_no_operator_takes_are_refused(group_size, width, why):
+    with pytest.raises(ExportError, match=f"(?s){why}"):
+        quantization_of(INT4, group_size, True, width)
+    assert quantization_of("none", group_size, True, width) is None
+
+
+def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "traced", lambda *args: pytest.fail("it was traced"))
+    with pytest.raises(ExportError, match="groups of 64"):
+        export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", quantize=INT4, group_size=64)
+    assert not any(tmp_path.iterdir())
+
+
 def test_its_import_leaves_logging_alone():
     """ONNX Runtime's quantiser calls `logging.basicConfig(level=INFO)` when it is imported."""
-    code = "import logging, deltamem_tool.onnx.export.quantized_products as _; root = logging.getLogger()\n"
+    code = "import logging, deltamem_tool.onnx.export.quantized_matrices as _; root = logging.getLogger()\n"
     code += "assert not root.handlers and root.level == logging.WARNING"
     subprocess.run([sys.executable, "-c", code], check=True)

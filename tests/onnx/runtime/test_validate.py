@@ -281,6 +281,11 @@ def change(folder, path, value, file=MANIFEST_FILE):
         ("interface.layers.0.state", [10**6, 4, 4], "layers.state"),
         ("interface.layers.0.state", [2, 3, 3], "disagrees with itself"),
         ("interface.segment", 0, "disagrees with itself"),
+        ("quantization", {"bits": 4, "group_size": 32}, "symmetric"),
+        ("quantization", {"bits": 4, "group_size": 0, "symmetric": True}, "quantization.group_size"),
+        ("quantization", {"bits": True, "group_size": 32, "symmetric": True}, "quantization.bits"),
+        ("quantization", {"bits": 4, "group_size": 32, "symmetric": 1}, "quantization.symmetric"),
+        ("quantization", 4, "quantization"),
         ("max_abs_diff", float("nan"), "NaN"),
         ("format_version", 3.0, "of format 3.0"),
         ("format_version", True, "of format True"),
@@ -289,6 +294,12 @@ def change(folder, path, value, file=MANIFEST_FILE):
 def test_manifests_are_refused(folder, sessions, path, value, says):
     change(folder, path, value)
     refused(folder, sessions, says)
+
+
+def test_a_manifest_of_an_older_version_is_silent_about_groups(qwen3):
+    content = json.loads(qwen3.manifest.to_json())
+    del content["quantization"]
+    assert Manifest.from_json(json.dumps({**content, "quantize": "int4"})).quantization is None
 
 
 @pytest.mark.parametrize(
