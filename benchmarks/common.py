@@ -1,9 +1,15 @@
-"""What the scripts share: Qwen3's shape with random weights, pairs of measurements, spreads, and versions."""
+"""What the scripts share: Qwen3's shape with random weights, pairs of measurements, commands, spreads, and versions."""
 
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
@@ -13,6 +19,8 @@ from deltamem_tool.bench.timing import in_turn
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "onnx-ir", "transformers", "torch")
 Seconds = tuple[float, float]  # by the clock, and of the processor: other work on the machine hardly changes the latter
+
+WATCH_SECONDS = 0.05  # between two looks at a process
 
 
 def qwen3(
@@ -84,3 +92,55 @@ def versions(*packages: str) -> str:
         except PackageNotFoundError:  # one of the two distributions of ONNX Runtime
             continue
     return ", ".join(texts)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command printed and took.
+
+    Args:
+        output: what it printed.
+        seconds: by the clock.
+        of_processor: seconds of the processor, its children's too.
+        resident: most bytes of memory that it held at once; `own` are those that only it can hold, `mapped` are pages
+            of files, which the system can take back.
+    """
+
+    output: str
+    seconds: float
+    of_processor: float
+    resident: int
+    own: int
+    mapped: int
+
+
+def watched(*arguments: object) -> Command:
+    """Run Python with these arguments, and look at its memory meanwhile (on Linux); end this process if it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors)
+        peak = {"resident": 0, "own": 0, "mapped": 0}
+        ended = 0
+        while not ended:
+            now = _resident(process.pid)
+            peak = {name: max(peak[name], now[name]) for name in peak}
+            time.sleep(WATCH_SECONDS)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (output, errors):
+            file.seek(0)
+        if process.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
+        return Command(output.read(), seconds, usage.ru_utime + usage.ru_stime, **peak)
+
+
+def _resident(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        lines = []
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    own, mapped = (int(kilobytes.get(name, 0)) * 1024 for name in ("RssAnon", "RssFile"))
+    return {"resident": own + mapped, "own": own, "mapped": mapped}

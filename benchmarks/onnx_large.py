@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
+import platform
 import tempfile
-import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxscript")
+from common import PACKAGES, Command, versions, watched
+
 GIB = 2**30
-WATCH_SECONDS = 0.05  # between two looks at a process
 
 MAKE = """
 import sys, torch
@@ -54,31 +51,6 @@ print(json.dumps({"load": loaded - start, "first": time.perf_counter() - loaded}
 """
 
 
-def watched(command: list[str]) -> dict:
-    """Run it; its output, its time, and the largest resident memory of its own and of mapped files, in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peak = {"resident": 0, "own": 0, "mapped": 0}
-    while process.poll() is None:
-        now = resident(process.pid)
-        peak = {name: max(peak[name], now[name]) for name in peak}
-        time.sleep(WATCH_SECONDS)
-    if process.returncode:
-        sys.exit(f"{' '.join(command[:3])} failed.")
-    assert process.stdout is not None
-    return {"output": process.stdout.read(), "seconds": time.perf_counter() - start, **peak}
-
-
-def resident(pid: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has just ended
-        lines = []
-    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    own, mapped = (int(kilobytes.get(name, 0)) * 1024 for name in ("RssAnon", "RssFile"))
-    return {"resident": own + mapped, "own": own, "mapped": mapped}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     for name, default in {"layers": 16, "hidden": 2_048, "vocabulary": 32_000}.items():
@@ -97,19 +69,18 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> str:
-    base, adapter, onnx = (str(folder / name) for name in ("base", "adapter", "onnx"))
-    command = [sys.executable, "-m", "deltamem_tool"]
-    shape = [str(size) for size in (args.layers, args.hidden, args.vocabulary)]
-    watched([sys.executable, "-c", MAKE, base, *shape, args.dtype])
-    weights = (folder / "base" / "model.safetensors").stat().st_size
-    watched([*command, "patch", base, "--out", adapter, "--delta-init", "random"])
+    base, adapter, onnx = (folder / name for name in ("base", "adapter", "onnx"))
+    deltamem = ("-m", "deltamem_tool")
+    watched("-c", MAKE, base, args.layers, args.hidden, args.vocabulary, args.dtype)
+    weights = (base / "model.safetensors").stat().st_size
+    watched(*deltamem, "patch", base, "--out", adapter, "--delta-init", "random")
     options = ["--dtype", args.dtype, "--quantize", args.quantize]
-    exported = watched([*command, "export", adapter, "--out", onnx, *options, "--json"])
-    manifest = json.loads(exported["output"])
-    data = sum(file.stat().st_size for file in (folder / "onnx").iterdir() if file.suffix in (".onnx", ".data"))
+    exported = watched(*deltamem, "export", adapter, "--out", onnx, *options, "--json")
+    manifest = json.loads(exported.output)
+    data = sum(file.stat().st_size for file in onnx.iterdir() if file.suffix in (".onnx", ".data"))
     lines = [
-        f"{date.today()}, {len(os.sched_getaffinity(0))} core(s), Python {sys.version.split()[0]}, "
-        + ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        f"{date.today()}, {len(os.sched_getaffinity(0))} core(s), Python {platform.python_version()}, "
+        f"{versions(*PACKAGES)}",
         "",
         f"{args.layers} layers of width {args.hidden}, {args.vocabulary} words, {args.dtype}, quantisation "
         f"{args.quantize}: {weights / 1e9:.2f} GB of weights, {data / 1e9:.2f} GB of graph and data; ONNX Runtime and "
@@ -117,17 +88,19 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
         "",
         "| step | seconds | resident, of the weights | own | mapped files |",
         "|---|---|---|---|---|",
-        row("export", exported, weights, f"{exported['seconds']:.0f}"),
+        row("export", exported, weights, f"{exported.seconds:.0f}, {exported.of_processor:.0f} of the processor"),
     ]
     for how in ("mapped", "packed"):
-        loaded = watched([sys.executable, "-c", LOAD, onnx, how])
-        took = json.loads(loaded["output"].splitlines()[-1])
+        loaded = watched("-c", LOAD, onnx, how)
+        took = json.loads(loaded.output.splitlines()[-1])
         lines.append(row(f"load, {how}", loaded, weights, f"{took['load']:.2f}, first token {took['first']:.2f}"))
     return "\n".join(lines) + "\n\n"
 
 
-def row(name: str, peak: dict, weights: int, seconds: str) -> str:
-    sizes = (f"{peak[kind] / GIB:.2f} GiB ({peak[kind] / weights:.2f}×)" for kind in ("resident", "own", "mapped"))
+def row(name: str, command: Command, weights: int, seconds: str) -> str:
+    sizes = (
+        f"{size / GIB:.2f} GiB ({size / weights:.2f}×)" for size in (command.resident, command.own, command.mapped)
+    )
     return f"| {name} | {seconds} | " + " | ".join(sizes) + " |"
 
 

@@ -1,12 +1,23 @@
-"""What a memory costs in ONNX Runtime: the exported graph with it against the one without it, as ratios.
+"""What a memory costs in ONNX Runtime, beside the graph that its users would take instead: the base's own, without one.
 
-Command: python benchmarks/onnx_overhead.py [--layers 8 --vocabulary 1024] [--past 256,2048] [--prefill 512,2048]
-    [--presets tsw,msw,ssw] [--without REWRITE …] [--repeats 15 --threads 2] [--profile] [--out FILE.md]
+Command: python benchmarks/onnx_overhead.py [--checkpoint DIR | --random LAYERS] [--memories tsw,msw]
+    [--precisions float32,int4] [--past 256,2048] [--prefill 512,2048] [--exports 3 --openings 4 --repeats 4]
+    [--threads 1] [--layers 4,8,16,32] [--profile] [--folder DIR] [--out FILE.md]
 
-The shape is Qwen3-0.6B's (28 layers and 151,936 words are `--layers 28 --vocabulary 151936`) with random weights. Both
-graphs come from one model, through the same exporter and fusions; the one without a memory is the model alone: "plain"
-as the exporter writes it, "tidied" by those rewrites of `onnx/export/rewrites.py` that are not about the memory. Two
-graphs run in turn in one process. `--profile` shows what costs.
+The base is SmolLM2-135M-Instruct, which is fetched, or the checkpoint that is given, or a random one of SmolLM2's
+shape. onnxruntime-genai's model builder writes its graph, `deltamem export` the one with a memory (TSW on q and o, MSW
+on all four branches, random weights). Each export is a process of its own, timed as a whole; those that are compared
+take turns. Then two graphs at a time run in turn in this process: the builder's with keys and values in one buffer, as
+onnxruntime-genai has them, ours as `OnnxModel` runs it. Both give the logits of the last token alone
+(`--builder-options ""` has the builder's default, every token's). In float32 the logits are compared first: with a
+memory that is empty and is not written, they must be the same.
+
+Where in memory the weights land changes a decode by up to a tenth, and the first of two equal graphs to be opened was
+the slower one. So memory comes in large pages (glibc's tunable, for which this script starts itself again), a graph is
+opened and closed before all others, and each pair is opened several times, one side first and then the other.
+
+`--layers` adds a table of export times on random checkpoints of so many layers, and `--profile` shows what costs. With
+`--folder` what was exported stays there, and another run takes it from there.
 """
 
 import argparse
@@ -15,185 +26,348 @@ import gc
 import json
 import os
 import platform
+import statistics
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
-import torch
-from common import PACKAGES, compare, qwen3, randomize, spread, timed, versions
+import smollm2
+from common import PACKAGES, Command, Seconds, spread, timed, versions, watched
+from genai_builder import PRECISIONS, BuilderSide, build
 
-from deltamem_tool import DeltaMemConfig, attach, detach
-from deltamem_tool._compat import OnnxExporter
-from deltamem_tool.bench.timing import cpu_name
-from deltamem_tool.config import PRESETS
-from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
-from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
-from deltamem_tool.onnx.export.targets import TARGETS
-from deltamem_tool.onnx.export.trace import CallOptions, graph_of, interface_of, traced
+from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
+from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE, Manifest
+from deltamem_tool.onnx.runtime.static_graph import open_graph
 
-PLAIN = "plain"  # as transformers exports it
-TIDIED = "tidied"  # the same with the rewrites that are not about the memory
-DECODED = 8  # calls of one timed decode
-SEGMENT = 32  # tokens of a message, where the memory writes by messages
-
-
-def export(args: argparse.Namespace, folder: Path) -> None:
-    """One graph a preset, and the plain one as the exporter has it and tidied as those with a memory are."""
-    torch.manual_seed(0)
-    model, target = qwen3(args.layers, args.vocabulary), TARGETS["cpu"]
-    for preset in args.presets.split(","):
-        adapter = attach(model, DeltaMemConfig.preset(preset))
-        randomize(adapter)
-        interface, options = interface_of(model, adapter, "last", target), CallOptions(model, "last")
-        program = traced(model, adapter, interface, options, target, args.without)
-        optimize(program, args.without)
-        save(program, folder / preset)
-        detach(model)
-    program = graph_of(PlainStep(model, options), without_memory(interface), target)
-    save(program, folder / PLAIN)
-    optimize(program, args.without)
-    save(program, folder / TIDIED)
+BUILDER = "builder"
+MEMORIES = {"tsw": ("q,o", "TSW on q, o"), "msw": ("q,k,v,o", "MSW on q, k, v, o")}  # by preset: branches, title
+QUANTIZE = {"float32": "none", "int4": "int4"}  # what `deltamem export` calls it
+DECODED = 4  # tokens of one timed decode
+TOLERANCE = 1e-3  # of float32 logits: what an export may differ from PyTorch by
+LARGE_PAGES = "glibc.malloc.hugetlb=1"  # what malloc takes from the system may be in pages of 2 MB, where there are any
+COMPARED = (40, 1, 1, 1, 9, 1)  # tokens of the calls whose logits are compared
+Graphs = dict[tuple[str, str], Path]  # by precision, and BUILDER or the memory's preset
 
 
-def save(program: onnx_ir.Model, folder: Path) -> None:
-    folder.mkdir()
-    OnnxExporter.save_program(program, folder / contract.MODEL_FILE)
+class Exports:
+    """Exports of one checkpoint below a folder, and what each took."""
+
+    def __init__(self, checkpoint: Path, folder: Path, builder_options: list[str]) -> None:
+        self._checkpoint, self._folder, self._options = checkpoint, folder, builder_options
+        self.commands: dict[tuple[str, str], list[Command]] = collections.defaultdict(list)
+
+    def path(self, precision: str, name: str) -> Path:
+        return self._folder / f"{name}-{precision}"
+
+    def make(self, precision: str, name: str) -> None:
+        """Export once more."""
+        out = self.path(precision, name)
+        print(f"    exporting {out.name}", file=sys.stderr, flush=True)
+        if name == BUILDER:
+            command = build(self._checkpoint, out, precision, self._options)
+        else:
+            adapter = self._folder / f"{name}-adapter"
+            if not adapter.exists():
+                options = ["--preset", name, "--branches", MEMORIES[name][0], "--delta-init", "random"]
+                watched("-m", "deltamem_tool", "patch", self._checkpoint, "--out", adapter, *options)
+            options = ["--quantize", QUANTIZE[precision], "--overwrite"]
+            command = watched("-m", "deltamem_tool", "export", adapter, "--out", out, *options)
+        self.commands[precision, name].append(command)
+
+    def rows(self, precision: str, names: list[str]) -> Iterator[str]:
+        """The table's rows of one precision: medians, and the median of the ratios to the builder of each turn."""
+        base, base_size = self.commands[precision, BUILDER], size(self.path(precision, BUILDER))
+        for name in names:
+            taken, on_disk = self.commands[precision, name], size(self.path(precision, name))
+            cells = ["–"] * 4
+            if taken:
+                cells = [
+                    f"{statistics.median(one.of_processor for one in taken):.1f} s",
+                    ratio([one.of_processor / other.of_processor for one, other in zip(taken, base, strict=True)]),
+                    f"{statistics.median(one.seconds for one in taken):.1f} s",
+                    f"{statistics.median(one.resident for one in taken) / 1e9:.2f} GB",
+                ]
+            cells += [f"{on_disk:.0f} MB", f"{on_disk / base_size:.2f}"]
+            yield f"| {precision} | {title(name)} | {' | '.join(cells)} |"
+
+
+def size(folder: Path) -> float:
+    """Megabytes of the graph and its weights."""
+    return sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE)) / 1e6
+
+
+def title(name: str) -> str:
+    return "builder's, no memory" if name == BUILDER else MEMORIES[name][1]
+
+
+def ratio(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def open_side(folder: Path, name: str, args: argparse.Namespace) -> Side:
+    """The graph in `folder`, as its users run it."""
+    if name == BUILDER:
+        longest = max([*args.prefill, *(past + (args.repeats + 1) * DECODED for past in args.past)])  # of a text
+        return BuilderSide(folder, longest, args.threads)
+    return OnnxSide(GraphFolder(folder, Manifest.read(folder).interface), "cpu", args.threads)
+
+
+def random_tokens(seed: int, tokens: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng((seed, tokens)).integers(vocab_size, size=(1, tokens))
+
+
+def difference(builder: Path, ours: Path, threads: int) -> float:
+    """The largest of the logits over a few calls, where nothing has been written into the memory."""
+    base, interface = BuilderSide(builder, sum(COMPARED), threads), Manifest.read(ours).interface
+    graph = open_graph(ours, interface, threads=threads)
+    length, past, found = 0, graph.empty_past(1), []
+    for i, tokens in enumerate(COMPARED):
+        ids = random_tokens(i, tokens, interface.vocab_size)
+        expected, length = base.call(ids, length)
+        ends = np.zeros(ids.shape, bool) if interface.segment else None
+        logits, past = graph.step(ids, np.ones((1, length), np.int64), np.zeros(ids.shape, bool), past, ends)
+        found.append(float(np.abs(logits[:, -1] - expected).max()))
+    return max(found)
+
+
+class Decode:
+    """A side that goes on and on after a prompt of `past` tokens."""
+
+    def __init__(self, side: Side, past: int) -> None:
+        self._side = side
+        _, self._past = side.call(random_tokens(0, past, smollm2.SHAPE["vocab_size"]))
+        self._token = np.ones((1, 1), np.int64)
+
+    def _feed(self) -> None:
+        _, self._past = self._side.call(self._token, self._past)
+
+    def __call__(self) -> Seconds:
+        """Seconds of one token."""
+        return timed(self._feed, DECODED)
+
+
+def prefill(side: Side, tokens: int) -> Seconds:
+    """Seconds of a prompt."""
+    ids = random_tokens(1, tokens, smollm2.SHAPE["vocab_size"])
+    return timed(lambda: side.call(ids))
+
+
+def measurements(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Side], Callable[[], Seconds]]]]:
+    """What is timed: its name, and what makes a measurement of a side."""
+    for past in args.past:
+        yield f"decode, {past} past", partial(Decode, past=past)
+    for tokens in args.prefill:
+        yield f"prefill, {tokens}", lambda side, tokens=tokens: partial(prefill, side, tokens)
+
+
+def pairs(args: argparse.Namespace, exports: Exports, precision: str, name: str) -> dict[str, list[list[Seconds]]]:
+    """What every measurement found, by its name: pairs of seconds, of the graph with a memory and of the builder's."""
+    taken = collections.defaultdict(list)
+    for opening in range(args.openings):
+        order = (name, BUILDER) if opening % 2 else (BUILDER, name)
+        sides = {each: open_side(exports.path(precision, each), each, args) for each in order}
+        for what, measurement in measurements(args):
+            rounds = in_turn({each: measurement(side) for each, side in sides.items()}, args.repeats, seed=opening)
+            taken[what] += zip(rounds.values[name], rounds.values[BUILDER], strict=True)
+            gc.collect()
+        del sides
+        gc.collect()
+    return taken
+
+
+def speed_rows(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
+    prefill(open_side(exports.path(args.precisions[0], BUILDER), BUILDER, args), 1)
+    gc.collect()
+    for precision in args.precisions:
+        for name in args.memories:
+            more = nodes(exports.path(precision, name)) - nodes(exports.path(precision, BUILDER))
+            for what, taken in pairs(args, exports, precision, name).items():
+                mine, others = (statistics.median(clock for clock, _ in side) for side in zip(*taken, strict=True))
+                by_clock, of_processor = ([a[i] / b[i] for a, b in taken] for i in (0, 1))
+                yield (
+                    f"| {precision} | {title(name)} | {what} | {1e3 * mine:.2f} ms | {1e3 * others:.2f} ms "
+                    f"| {spread(of_processor)} | {spread(by_clock)} | {more:+d} |"
+                )
 
 
 def nodes(folder: Path) -> int:
-    return len(onnx.load(folder / contract.MODEL_FILE, load_external_data=False).graph.node)
+    return len(onnx.load(folder / MODEL_FILE, load_external_data=False).graph.node)
 
 
-def session_of(folder: Path, args: argparse.Namespace, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = args.threads
-    if args.no_spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(folder / contract.MODEL_FILE, options, providers=["CPUExecutionProvider"])
+@contextmanager
+def profiled(prefix: Path) -> Iterator[None]:
+    """Sessions that are opened inside write a profile as they are closed."""
+    make = onnxruntime.SessionOptions
+
+    def options() -> onnxruntime.SessionOptions:
+        made = make()
+        made.enable_profiling, made.profile_file_prefix = True, str(prefix)
+        return made
+
+    with mock.patch.object(onnxruntime, "SessionOptions", options):
+        yield
 
 
-def feed(session: onnxruntime.InferenceSession, past: int, tokens: int) -> dict[str, onnxruntime.OrtValue]:
-    """Arguments of a call of `tokens` tokens after `past` others."""
-    random = np.random.default_rng(past + tokens)
-    sizes = {contract.BATCH: 1, contract.TOKENS: tokens, contract.PAST_TOKENS: past, contract.ALL_TOKENS: past + tokens}
-    given = {}
-    for value in session.get_inputs():
-        shape = [sizes.get(size, size) for size in value.shape]
-        if value.type == "tensor(float)":
-            array = random.standard_normal(shape, np.float32)
-        else:
-            array = np.ones(shape, np.bool_ if value.type == "tensor(bool)" else np.int64)
-        if value.name == contract.SEGMENT_END:
-            array = np.arange(1, tokens + 1)[None] % SEGMENT == 0
-        given[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-    return given
-
-
-def lengths(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
-    """What is timed: its name, past tokens, tokens, and calls of one timing."""
-    for past in filter(None, args.past.split(",")):
-        yield f"decode, {past} past", int(past), 1, DECODED
-    for tokens in filter(None, args.prefill.split(",")):
-        yield f"prefill, {tokens}", 0, int(tokens), 1
-
-
-def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """The table's, one by one."""
-    yield "| preset | against | tokens | with | without | time ratio (quartiles; range) | of processor time | nodes |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for against in args.against.split(","):
-        other = session_of(folder / against, args)
-        for preset in args.presets.split(","):
-            session = session_of(folder / preset, args)
-            more = nodes(folder / preset) - nodes(folder / against)
-            for what, past, tokens, calls in lengths(args):
-                runs = [partial(each.run_with_ort_values, None, feed(each, past, tokens)) for each in (session, other)]
-                seconds = [partial(timed, run, calls) for run in runs]
-                (mine, others), (ratios, of_processor) = compare(*seconds, args.repeats)
-                yield (
-                    f"| {preset} | {against} | {what} | {1e3 * mine:.2f} ms | {1e3 * others:.2f} ms "
-                    f"| {spread(ratios)} | {spread(of_processor)} | {more:+d}, {more / args.layers:+.1f} a layer |"
-                )
-            del session, runs, seconds
-            gc.collect()
-        del other
-    if args.profile:
-        for name in (*args.presets.split(","), *args.against.split(",")):
-            for what, past, tokens, calls in lengths(args):
-                yield from show_profile(name, what, past, tokens, calls, args, folder)
-
-
-def show_profile(
-    name: str, what: str, past: int, tokens: int, calls: int, args: argparse.Namespace, folder: Path
-) -> Iterator[str]:
+def profiles(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
     """Where the time of a call goes, by operator: the shortest that each node took, added up."""
-    with tempfile.TemporaryDirectory() as profiles:
-        session = session_of(folder / name, args, Path(profiles) / "profile")
-        given = feed(session, past, tokens)
-        for _ in range(calls + 1):
-            session.run_with_ort_values(None, given)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    took: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            of_operator, node = took[event["args"]["op_name"]], event["name"]
-            of_operator[node] = min(event["dur"], of_operator.get(node, event["dur"]))
-    total = sum(sum(taken.values()) for taken in took.values())
-    yield f"\n{name}, {what}: {total} µs\n"
-    for operator, taken in sorted(took.items(), key=lambda item: -sum(item[1].values())):
-        yield f"    {sum(taken.values()):9d} µs  {len(taken):4d} × {operator}"
+    for precision in args.precisions:
+        for name in (BUILDER, *args.memories):
+            for what, measurement in measurements(args):
+                with tempfile.TemporaryDirectory() as folder:
+                    with profiled(Path(folder) / "profile"):
+                        side = open_side(exports.path(precision, name), name, args)
+                    measure = measurement(side)
+                    measure()
+                    measure()
+                    del measure, side
+                    gc.collect()
+                    (file,) = Path(folder).iterdir()
+                    events = json.loads(file.read_text())
+                took: dict[str, dict[str, int]] = collections.defaultdict(dict)
+                for event in events:
+                    if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                        of_operator, node = took[event["args"]["op_name"]], event["name"]
+                        of_operator[node] = min(event["dur"], of_operator.get(node, event["dur"]))
+                total = sum(sum(taken.values()) for taken in took.values())
+                yield f"\n{precision}, {title(name)}, {what}: {total} µs\n"
+                for operator, taken in sorted(took.items(), key=lambda item: -sum(item[1].values())):
+                    yield f"    {sum(taken.values()):9d} µs  {len(taken):4d} × {operator}"
 
 
-def heading(args: argparse.Namespace) -> Iterator[str]:
-    cores = f" on {len(os.sched_getaffinity(0))} core(s)" if hasattr(os, "sched_getaffinity") else ""
-    yield f"{date.today()}, {cpu_name()}, {args.threads} thread(s){cores}, Python {platform.python_version()}, "
-    yield versions(*PACKAGES)
-    yield f"; {args.layers} layers, {args.vocabulary} words; {args.repeats} pairs of runs"
-    yield f"{', threads wait asleep' if args.no_spinning else ''}; rewrites: "
-    yield ", ".join(name for name in REWRITES if name not in args.without) or "none"
-    yield ".\n"
+def layer_rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Export times by the number of layers, and the slope between the least and the most."""
+    name, of_processor = args.memories[0], {}
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            checkpoint = smollm2.random_checkpoint(Path(scratch) / "checkpoint", layers)
+            exports = Exports(checkpoint, Path(scratch), args.builder_options)
+            for _ in range(args.exports):
+                for each in (BUILDER, name):
+                    exports.make("float32", each)
+            taken = {each: exports.commands["float32", each] for each in (BUILDER, name)}
+        base, ours = (statistics.median(one.of_processor for one in taken[each]) for each in (BUILDER, name))
+        of_processor[layers] = (base, ours)
+        ratios = [one.of_processor / other.of_processor for one, other in zip(taken[name], taken[BUILDER], strict=True)]
+        peak = statistics.median(one.resident for one in taken[name]) / 1e9
+        yield f"| {layers} | {ours:.1f} s | {base:.1f} s | {ratio(ratios)} | {peak:.2f} GB |"
+    if len(of_processor) > 1:
+        least, most = min(of_processor), max(of_processor)
+        slopes = [(b - a) / (most - least) for a, b in zip(of_processor[least], of_processor[most], strict=True)]
+        yield f"| one more | {slopes[1]:.2f} s | {slopes[0]:.2f} s | | |"
+
+
+EXPORTS = """
+Exporting: the whole command, medians, and of the ratios in the same turn median and range; and what is on disk:
+
+| precision | graph | processor | ratio to the builder | by the clock | peak memory | folder | of the builder's |
+|---|---|---|---|---|---|---|---|"""
+SPEED = """
+Running, in turn: medians; of the ratios to the builder's graph median (quartiles; range). A decode begins after so many
+tokens and goes on:
+
+| precision | memory | tokens | with | builder's, without | processor time | by the clock | more nodes |
+|---|---|---|---|---|---|---|---|"""
+LAYERS = """
+Exporting by the number of layers, float32, random weights, {title}, of the processor:
+
+| layers | with a memory | builder's, without | ratio | peak memory |
+|---|---|---|---|---|"""
+
+
+def lines(args: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """The report's, one by one; ends this process if the two graphs do not compute the same."""
+    checkpoint, base = base_of(args, folder)
+    yield (
+        f"{date.today()}, {cpu_name()}, {args.threads} thread(s), Python {platform.python_version()}, "
+        f"{versions(*PACKAGES, 'onnxruntime-genai-cuda', 'onnxruntime-genai')}; {base}; {args.exports} exports, "
+        f"{args.openings} times {args.repeats} pairs of runs; "
+        f"builder's options: {' '.join(args.builder_options) or 'none'}."
+    )
+    exports, names = Exports(checkpoint, folder, args.builder_options), [BUILDER, *args.memories]
+    yield EXPORTS
+    for precision in args.precisions:
+        missing = [name for name in names if not exports.path(precision, name).exists()]
+        for _ in range(args.exports if missing else 0):
+            for name in names:  # all of them, in turn: ratios are of the same turn
+                exports.make(precision, name)
+        yield from exports.rows(precision, names)
+    if "float32" in args.precisions:
+        yield ""
+        for name in args.memories:
+            found = difference(exports.path("float32", BUILDER), exports.path("float32", name), args.threads)
+            yield f"Logits of {title(name)} while the memory is empty: {found:.1e} from the builder's at most."
+            if not found <= TOLERANCE:
+                sys.exit(f"The graphs do not compute the same: {found:.1e} is more than {TOLERANCE:.0e}.")
+    if args.past or args.prefill:
+        yield SPEED
+        yield from speed_rows(args, exports)
+    if args.profile:
+        yield from profiles(args, exports)
+    if args.layers:
+        yield LAYERS.format(title=title(args.memories[0]))
+        yield from layer_rows(args, folder)
+    yield ""
+
+
+def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
+    """The checkpoint's folder, and what to say of it."""
+    if args.checkpoint:
+        return args.checkpoint, args.checkpoint.name
+    layers = args.random
+    if not layers:
+        try:
+            return smollm2.fetch(), "SmolLM2-135M-Instruct"
+        except smollm2.Unavailable as error:
+            print(f"{error}\nA random checkpoint of its shape takes its place.", file=sys.stderr)
+            layers = smollm2.LAYERS
+    checkpoint = folder / f"random-{layers}"
+    if not checkpoint.exists():
+        smollm2.random_checkpoint(checkpoint, layers)
+    return checkpoint, f"random weights, SmolLM2's shape, {layers} layers"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"layers": 8, "vocabulary": 1024, "repeats": 15, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--presets", default="tsw", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--past", default="256,2048", help="past tokens of a decode")
-    parser.add_argument("--prefill", default="512,2048", help="tokens of a prefill")
-    parser.add_argument("--without", action="append", default=[], choices=REWRITES, help="leave a rewrite out")
-    parser.add_argument(
-        "--against", default=f"{PLAIN},{TIDIED}", help="what the graphs with a memory are compared with"
-    )
-    parser.add_argument("--no-spinning", action="store_true", help="threads wait asleep: for a machine with other work")
-    parser.add_argument("--profile", action="store_true", help="show where the time goes")
-    parser.add_argument("--out", type=Path, help="append the table to this file")
-    parser.add_argument("--graphs", type=Path, help="leave the graphs in this folder, or take them from there")
-    args = parser.parse_args()
+    def words(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
 
-    lines = ["".join(heading(args))]
-    print(lines[0])
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in words(text)]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--checkpoint", type=Path, help="a Hugging Face folder")
+    base.add_argument("--random", type=int, metavar="LAYERS", help="random weights of SmolLM2's shape")
+    parser.add_argument("--memories", type=words, default=list(MEMORIES), help=f"of {','.join(MEMORIES)}")
+    parser.add_argument("--precisions", type=words, default=list(PRECISIONS), help=f"of {','.join(PRECISIONS)}")
+    parser.add_argument("--past", type=numbers, default=[256, 2048], help="tokens before a decode")
+    parser.add_argument("--prefill", type=numbers, default=[512, 2048], help="tokens of a prompt")
+    for name, default in {"exports": 3, "openings": 4, "repeats": 4, "threads": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--builder-options", type=str.split, default=["prune_lm_head=true"], help="KEY=VALUE …")
+    parser.add_argument("--layers", type=numbers, default=[], help="a table of export times by layers, such as 4,8,16")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
+    parser.add_argument("--folder", type=Path, help="leave the graphs in this folder, or take them from there")
+    parser.add_argument("--out", type=Path, help="append the tables to this file")
+    args = parser.parse_args()
+    if LARGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": LARGE_PAGES})
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.graphs or Path(temporary)
-        if not (folder / TIDIED).exists():
-            folder.mkdir(exist_ok=True)
-            export(args, folder)
-            gc.collect()
-        for row in rows(args, folder):
-            print(row, flush=True)
-            lines.append(row)
-    if args.out:
-        with args.out.open("a") as file:
-            file.write("\n".join(lines) + "\n\n")
+        folder = args.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for line in lines(args, folder):
+            print(line, flush=True)
+            if args.out:  # line by line: what is there stays, if something fails
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":
