@@ -1,28 +1,31 @@
 """What half precision and quantisation cost and give in ONNX Runtime: size, speed, agreement, state-only recall.
 
-Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --folder DIR]
+Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --checkpoint DIR --folder DIR]
 
-Size, agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little
-about speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All
-types run in turn; the ratios are to float32 in the same round. In `--folder` what was exported stays, for another run.
+Agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little about speed:
+that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All types run in turn;
+the ratios are to float32 in the same round. Bits, groups and zero points are compared on a checkpoint, SmolLM2-135M by
+default, with a memory that adds nothing, over English text. In `--folder` what was exported stays, for another run.
 """
 
 import argparse
 import shutil
 import statistics
+import sysconfig
 import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import smollm2
 import torch
 from common import PACKAGES, qwen3, randomize, versions
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool._compat import OnnxExporter
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.bench.timing import cpu_name, in_turn
@@ -42,25 +45,34 @@ from deltamem_tool.onnx.export.compare import (
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
-from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, optimize
+from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 from deltamem_tool.onnx.export.targets import GROUP_SIZE, INT4, INT8, SYMMETRIC, TARGETS, quantization_of
-from deltamem_tool.onnx.export.trace import interface_of, traced
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.quickstart import FACTS, SHIPPED_ADAPTER
 
 PREFILL, PAST, DECODED = 512, 256, 32  # tokens
+CHECKPOINT_GROUPS = (16, 32, 64)
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("[a-i]*.md")),
+    Path(sysconfig.get_path("stdlib"), "LICENSE.txt"),
+)
+CHARACTERS, WINDOW = 1000, 480  # where each begins, and tokens of it
 KINDS = ("float32", "float16", INT8, INT4)
 
 
-def quantized_copy(folder: Path, how: str, model: PreTrainedModel) -> Path:
+def quantized_copy(
+    folder: Path, how: str, model: PreTrainedModel, group_size: int = GROUP_SIZE, symmetric: bool = SYMMETRIC
+) -> Path:
     """A copy of a float32 folder beside it, quantised."""
     copy = folder.with_name(f"{folder.name}-{how}")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     adapter = adapter_of(model)
     weights = memory_weights(adapter, fused_memories(adapter, TARGETS["cpu"], JOIN_WEIGHTS))
-    quantize_graph(copy, quantization_of(how, GROUP_SIZE, SYMMETRIC), weights)
+    quantize_graph(copy, quantization_of(how, group_size, symmetric), weights)
     return copy
 
 
@@ -111,25 +123,59 @@ def ratios(run, graphs: dict[str, Graph], repeats: int) -> dict[str, str]:
     return cells
 
 
+def text_table(scratch: Path, checkpoint: Path) -> None:
+    """Each kind of quantisation beside float32, over texts that come with Python and with this project."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    attach(model, DeltaMemConfig(layers=(0,)))  # fresh: it corrects nothing
+    folder = scratch / checkpoint.name
+    if not folder.exists():
+        export_onnx(model, tokenizer, folder, logits="all", without=JOIN_WEIGHTS)
+    texts = [path.read_text(encoding="utf-8") for path in TEXTS]
+    windows = [tokenizer(text[CHARACTERS:], return_tensors="np").input_ids[:, :WINDOW] for text in texts]
+    truth = [log_probabilities(OnnxModel(folder).graph, ids) for ids in windows]
+    print("| | MB | seconds to quantise | perplexity | KL divergence | same most likely token |")
+    print("|---|---|---|---|---|---|")
+    print(f"| float32 | {megabytes(folder):.1f} | | {perplexity(truth, windows):.2f} | 0 | 1 |", flush=True)
+    for how, group_size, symmetric in product((INT8, INT4), CHECKPOINT_GROUPS, (True, False)):
+        start = time.process_time()
+        copy = quantized_copy(folder, how, model, group_size, symmetric)
+        seconds = time.process_time() - start
+        found = [log_probabilities(OnnxModel(copy).graph, ids) for ids in windows]
+        pairs = list(zip(truth, found, strict=True))
+        divergence = np.mean([(np.exp(x) * (x - y)).sum(-1).mean() for x, y in pairs])
+        same = np.mean([(x.argmax(-1) == y.argmax(-1)).mean() for x, y in pairs])
+        name = f"{how}, groups of {group_size}{'' if symmetric else ', asymmetric'}"
+        cells = [f"{megabytes(copy):.1f}", f"{seconds:.1f}", f"{perplexity(found, windows):.2f}"]
+        print(f"| {name} | {' | '.join(cells)} | {divergence:.4f} | {same:.3f} |", flush=True)
+        shutil.rmtree(copy)
+
+
+def log_probabilities(graph: Graph, ids: np.ndarray) -> np.ndarray:
+    """`[T, V]` of one text."""
+    logits, _ = graph.step(ids, np.ones_like(ids), np.ones(ids.shape, bool), graph.empty_past(1))
+    shifted = logits[0] - logits[0].max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def perplexity(found: list[np.ndarray], windows: list[np.ndarray]) -> float:
+    losses = [-x[np.arange(ids.shape[1] - 1), ids[0, 1:]] for x, ids in zip(found, windows, strict=True)]
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
 def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
     """Qwen3-0.6B's layer shape with a memory, by kind."""
     graphs = {}
     for kind in ("float32", "float16"):
         torch.manual_seed(0)
         model = qwen3(layers, 1024, tied=False).to(getattr(torch, kind))
-        adapter = attach(model, DeltaMemConfig())
-        randomize(adapter, "delta", "gate")
-        interface, options = interface_of(model, adapter, "last", TARGETS["cpu"]), CallOptions(model, "last")
-        at = folder / kind
-        if not at.exists():
-            program = traced(model, adapter, interface, options, TARGETS["cpu"], JOIN_WEIGHTS)
-            optimize(program, JOIN_WEIGHTS)
-            at.mkdir(parents=True)
-            OnnxExporter.save_program(program, at / contract.MODEL_FILE)
-        graphs[kind] = Graph(at, interface)
+        randomize(attach(model, DeltaMemConfig()), "delta", "gate")
+        if not (folder / kind).exists():
+            export_onnx(model, tokenizer_of(load(SHIPPED_ADAPTER)), folder / kind, without=JOIN_WEIGHTS)
+        graphs[kind] = OnnxModel(folder / kind).graph
         if kind == "float32":
             for how in (INT8, INT4):
-                graphs[how] = Graph(quantized_copy(at, how, model), interface)
+                graphs[how] = OnnxModel(quantized_copy(folder / kind, how, model)).graph
     return {kind: graphs[kind] for kind in KINDS}
 
 
@@ -137,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {"episodes": 200, "repeats": 15, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--checkpoint", type=Path, help="a Hugging Face folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     print(f"{cpu_name()}, {versions(*PACKAGES)}")
@@ -144,6 +191,9 @@ def main() -> None:
         quickstart_tables(Path(scratch), args)
         print(f"\nTime over float32, Qwen3-0.6B's layer shape, {args.layers} layers, median (range)\n")
         speed_table(wide_graphs(Path(scratch) / f"wide-{args.layers}", args.layers), args.repeats)
+        checkpoint = args.checkpoint or smollm2.fetch()
+        print(f"\n{checkpoint.name} over {len(TEXTS)} texts of at most {WINDOW} tokens\n")
+        text_table(Path(scratch), checkpoint)
 
 
 def quickstart_tables(scratch: Path, args: argparse.Namespace) -> None:

@@ -24,6 +24,8 @@ from deltamem_tool.onnx.contract import Quantization
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
 from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices, initializer
 
+RESHAPING = ("Reshape", "Squeeze", "Unsqueeze", "Cast")  # operators that keep the values of their first input
+
 
 def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
     """Every matrix of the memory as the graph holds it, float32 `[in, out]`; `fused`: what was traced in its place."""
@@ -159,24 +161,27 @@ def _choose(graph: onnx_ir.Graph, memory: _Columns) -> list[onnx_ir.Node]:
 
 
 def _is_product(node: onnx_ir.Node) -> bool:
-    """Whether it is x · W, or x · W + b, with a constant matrix W, and nothing else."""
+    """Whether it is a · x · W, or a · x · W + b, with a number a and a constant matrix W, and nothing else."""
     if (node.domain, node.op_type) not in (("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")):
         return False
-    get = node.attributes.get_float
-    scaled = get("alpha", 1.0) != 1.0 or get("beta", 1.0) != 1.0
     turned = [node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
-    return not scaled and not any(turned) and _is_matrix(node.inputs[1])
+    return node.attributes.get_float("beta", 1.0) == 1.0 and not any(turned) and _is_matrix(node.inputs[1])
 
 
 def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
     """The lookups of tokens in an embedding `[V, D]` whose rows are whole groups."""
     for node in graph:
-        indices = node.inputs[1] if len(node.inputs) == 2 else None
-        is_lookup = not node.domain and node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
-        if not is_lookup or indices not in graph.inputs or not _is_matrix(node.inputs[0]):
+        if node.domain or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
-        if len(_matrix(node)) % group_size == 0:
+        if _is_matrix(node.inputs[0]) and _are_tokens(node.inputs[1]) and len(_matrix(node)) % group_size == 0:
             yield node
+
+
+def _are_tokens(value: onnx_ir.Value | None) -> bool:
+    """Whether it is `input_ids`, perhaps in another shape."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in RESHAPING:
+        value = node.inputs[0]
+    return value is not None and value.is_graph_input() and value.name == contract.INPUT_IDS
 
 
 def _names(nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Node, str]:
@@ -222,9 +227,12 @@ def _matrix(node: onnx_ir.Node) -> NDArray[Any]:
 
 
 def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Node]) -> None:
-    """Put `nodes`, and the addition of a Gemm, in the place of one."""
+    """Put `nodes`, and what else a Gemm or a FusedMatMul does, in the place of one."""
     output = node.outputs[0]
     nodes[-1].outputs[0].type = output.type
+    if (factor := node.attributes.get_float("alpha", 1.0)) != 1.0:
+        scale = initializer(graph, f"{output.name}_scale", np.array(factor, _matrix(node).dtype))
+        nodes = [*nodes, onnx_ir.node("Mul", [nodes[-1].outputs[0], scale])]
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         nodes = [*nodes, onnx_ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]])]
     onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [nodes[-1].outputs[0]])

@@ -46,19 +46,19 @@ def write_graph(folder: Path, weights: dict[str, np.ndarray], operators: str = "
     nodes, outputs = [], []
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE])]
     for name in operators.split():
-        columns = weights[name].shape[1] if name in ("base", "memory") else len(weights.get(name, ()))
+        weight = weights[name if name in weights else "head"]
+        out = f"{name}_out"
         if name == "gemm":
-            nodes.append(helper.make_node("Gemm", ["x", "gemm", "bias"], ["gemm_out"], name="gemm_node", transB=1))
+            nodes.append(helper.make_node("Gemm", ["x", "gemm", "bias"], [out], transB=1))
         elif name == "head":
-            nodes.append(helper.make_node("FusedMatMul", ["x", name], ["head_out"], domain="com.microsoft", transB=1))
+            nodes.append(helper.make_node("FusedMatMul", ["x", "head"], [out], domain="com.microsoft", transB=1))
         elif name == "embedding":
-            table = name if name in weights else "head"
-            columns = weights[table].shape[1]
             inputs.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["T"]))
-            nodes.append(helper.make_node("Gather", [table, "input_ids"], ["embedding_out"]))
+            nodes.append(helper.make_node("Gather", [name if name in weights else "head", "input_ids"], [out]))
         else:
-            nodes.append(helper.make_node("MatMul", ["x", name], [f"{name}_out"], name=f"{name}_node"))
-        outputs.append(helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["B", columns]))
+            nodes.append(helper.make_node("MatMul", ["x", name], [out]))
+        columns = weight.shape[0 if name in ("gemm", "head") else 1]
+        outputs.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, ["B", columns]))
     used = {name for node in nodes for name in node.input} - {"x", "input_ids"}
     initializers = [numpy_helper.from_array(weights[name], name) for name in sorted(used)]
     save(folder, helper.make_graph(nodes, "products", inputs, outputs, initializers))
@@ -170,6 +170,33 @@ def test_a_matrix_is_stored_once_for_each_way_in_which_it_is_read(tmp_path):
     np.testing.assert_array_equal(a, b)
     assert (np.abs(a - weight) <= steps(weight, INT4_32) + ROUNDING).all()
     assert (np.abs(c - weight.T) <= steps(weight.T, INT4_32) + ROUNDING).all()
+
+
+def test_scaled_logits_and_tokens_in_another_shape(weights, tmp_path):
+    """As fusion leaves the capped logits of Gemma 2, and as GPT-2 looks its tokens up; a lookup by position stays."""
+    head = weights["head"]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", WIDE]),
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["T"]),
+    ]
+    sizes = {"logits": ["B", VOCABULARY], "rows": [1, "T", WIDE], "places": ["T", WIDE]}
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
+    nodes = [
+        helper.make_node("FusedMatMul", ["x", "head"], ["logits"], domain="com.microsoft", transB=1, alpha=0.5),
+        helper.make_node("Reshape", ["input_ids", "shape"], ["ids"]),
+        helper.make_node("Gather", ["head", "ids"], ["rows"]),
+        helper.make_node("Abs", ["input_ids"], ["positions"]),
+        helper.make_node("Gather", ["positional", "positions"], ["places"]),
+    ]
+    arrays = {"head": head, "shape": np.array([1, -1], np.int64), "positional": weights["base"].T.copy()}
+    initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    save(tmp_path, helper.make_graph(nodes, "scaled", inputs, outputs, initializers))
+    assert quantize_graph(tmp_path, INT8_32, []) == 1
+    logits, rows, places = run(tmp_path, np.eye(WIDE, dtype=np.float32), np.arange(48)).values()
+    np.testing.assert_array_equal(places, weights["base"].T)
+    np.testing.assert_allclose(rows[0], 2 * logits.T[:48], atol=ROUNDING)
+    off = np.abs(2 * logits.T - head)
+    assert off.max() > ROUNDING and (off <= steps(head.T, INT8_32).T + ROUNDING).all()
 
 
 @pytest.mark.parametrize("how", [INT4_32, Quantization(4, 32, False), INT8_32], ids=str)
