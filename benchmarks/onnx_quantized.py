@@ -2,10 +2,10 @@
 
 Command: python benchmarks/onnx_quantized.py [--episodes 200 --repeats 15 --layers 2 --checkpoint DIR --folder DIR]
 
-Agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little about speed:
-that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All types run in turn;
-the ratios are to float32 in the same round. Bits, groups and zero points are compared on a checkpoint, SmolLM2-135M by
-default, with a memory that adds nothing, over English text. In `--folder` what was exported stays, for another run.
+Agreement and recall are of the quickstart's model with the adapter that ships. So small a model says little about
+speed: that is measured on Qwen3-0.6B's layer shape too (random weights, few layers, a small vocabulary). All types run
+in turn; the ratios are to float32 in the same round. Bits, groups and zero points are compared on a checkpoint, with a
+memory that adds nothing, over English text. In `--folder` what was exported stays, for another run.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CHECKPOINT_GROUPS = (16, 32, 64)
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = (
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("[a-i]*.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("deploy", "docker", "evaluation", "hub", "install")),
     Path(sysconfig.get_path("stdlib"), "LICENSE.txt"),
 )
 CHARACTERS, WINDOW = 1000, 480  # where each begins, and tokens of it
@@ -131,24 +131,32 @@ def text_table(scratch: Path, checkpoint: Path) -> None:
     folder = scratch / checkpoint.name
     if not folder.exists():
         export_onnx(model, tokenizer, folder, logits="all", without=JOIN_WEIGHTS)
-    texts = [path.read_text(encoding="utf-8") for path in TEXTS]
-    windows = [tokenizer(text[CHARACTERS:], return_tensors="np").input_ids[:, :WINDOW] for text in texts]
+    texts = [path.read_text(encoding="utf-8")[CHARACTERS:] for path in TEXTS]
+    windows = [tokenizer(text, return_tensors="np").input_ids[:, :WINDOW] for text in texts]
     truth = [log_probabilities(OnnxModel(folder).graph, ids) for ids in windows]
     print("| | MB | seconds to quantise | perplexity | KL divergence | same most likely token |")
     print("|---|---|---|---|---|---|")
-    print(f"| float32 | {megabytes(folder):.1f} | | {perplexity(truth, windows):.2f} | 0 | 1 |", flush=True)
+    losses = [loss(x, ids) for x, ids in zip(truth, windows, strict=True)]
+    print(f"| float32 | {megabytes(folder):.1f} | | {np.exp(np.mean(losses)):.2f} | 0 | 1 |", flush=True)
     for how, group_size, symmetric in product((INT8, INT4), CHECKPOINT_GROUPS, (True, False)):
         start = time.process_time()
         copy = quantized_copy(folder, how, model, group_size, symmetric)
         seconds = time.process_time() - start
-        found = [log_probabilities(OnnxModel(copy).graph, ids) for ids in windows]
-        pairs = list(zip(truth, found, strict=True))
-        divergence = np.mean([(np.exp(x) * (x - y)).sum(-1).mean() for x, y in pairs])
-        same = np.mean([(x.argmax(-1) == y.argmax(-1)).mean() for x, y in pairs])
+        graph, figures = OnnxModel(copy).graph, []
+        for x, ids in zip(truth, windows, strict=True):
+            y = log_probabilities(graph, ids)
+            divergence = (np.exp(x) * (x - y)).sum(-1).mean()
+            figures.append((loss(y, ids), divergence, (x.argmax(-1) == y.argmax(-1)).mean()))
+        mean, divergence, same = np.mean(figures, axis=0)
         name = f"{how}, groups of {group_size}{'' if symmetric else ', asymmetric'}"
-        cells = [f"{megabytes(copy):.1f}", f"{seconds:.1f}", f"{perplexity(found, windows):.2f}"]
-        print(f"| {name} | {' | '.join(cells)} | {divergence:.4f} | {same:.3f} |", flush=True)
+        cells = [f"{megabytes(copy):.1f}", f"{seconds:.1f}", f"{np.exp(mean):.2f}", f"{divergence:.4f}", f"{same:.3f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
         shutil.rmtree(copy)
+
+
+def loss(found: np.ndarray, ids: np.ndarray) -> float:
+    """Mean negative log-likelihood of a text's tokens after the first."""
+    return -found[np.arange(ids.shape[1] - 1), ids[0, 1:]].mean()
 
 
 def log_probabilities(graph: Graph, ids: np.ndarray) -> np.ndarray:
@@ -156,11 +164,6 @@ def log_probabilities(graph: Graph, ids: np.ndarray) -> np.ndarray:
     logits, _ = graph.step(ids, np.ones_like(ids), np.ones(ids.shape, bool), graph.empty_past(1))
     shifted = logits[0] - logits[0].max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def perplexity(found: list[np.ndarray], windows: list[np.ndarray]) -> float:
-    losses = [-x[np.arange(ids.shape[1] - 1), ids[0, 1:]] for x, ids in zip(found, windows, strict=True)]
-    return float(np.exp(np.concatenate(losses).mean()))
 
 
 def wide_graphs(folder: Path, layers: int) -> dict[str, Graph]:
