@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from deltamem_tool.bench.result import quartiles
 from deltamem_tool.bench.timing import in_turn
@@ -47,6 +48,12 @@ def qwen3(
     )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def few_words() -> PreTrainedTokenizerFast:
+    """A tokenizer of three words, for exports that nobody talks to."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c")
 
 
 @torch.no_grad()

@@ -12,15 +12,19 @@ from common import Command, watched
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from deltamem_tool.onnx.contract import GENAI_CONFIG_FILE, MODEL_FILE
+from deltamem_tool.onnx.contract import FLOAT16, FLOAT32, GENAI_CONFIG_FILE, MODEL_FILE
+from deltamem_tool.onnx.runtime.ortvalue import ELEMENT_TYPES, on_device, on_host
+from deltamem_tool.onnx.runtime.providers import OPTIONS, check_provider, execution_providers
 
-PRECISIONS = {"float32": "fp32", "int4": "int4"}  # the builder's names of ours
+PRECISIONS = {FLOAT32: "fp32", FLOAT16: "fp16", "int4": "int4"}  # the builder's names of ours
+_TYPES = {"tensor(float)": FLOAT32, "tensor(float16)": FLOAT16}
+_RECORDED, _NOT_RECORDED = "1", "-1"  # ONNX Runtime's gpu_graph_id
 
 
-def build(checkpoint: Path, out: Path, precision: str, options: list[str]) -> Command:
-    """Write the graph of `checkpoint` for CPUs into `out`; `options` are the builder's own, such as "block_size=32"."""
+def build(checkpoint: Path, out: Path, precision: str, options: list[str], provider: str = "cpu") -> Command:
+    """Write the graph of `checkpoint` into `out`; `options` are the builder's own, such as "block_size=32"."""
     extra = ["--extra_options", *options] if options else []
-    arguments = ["-i", checkpoint, "-o", out, "-p", PRECISIONS[precision], "-e", "cpu", "-c", out / "cache"]
+    arguments = ["-i", checkpoint, "-o", out, "-p", PRECISIONS[precision], "-e", provider, "-c", out / "cache"]
     return watched("-m", "onnxruntime_genai.models.builder", *arguments, *extra)
 
 
@@ -32,35 +36,77 @@ class BuilderSide:
     Args:
         folder: where the builder wrote the graph.
         length: tokens that the buffers have room for.
-        threads: of a call.
+        threads: of a call on a CPU; 0 for as many as it has cores.
+        provider: "cpu" or "cuda".
+        fixed_steps: have steps of one token read and write in the same places, always. On CUDA they are recorded as a
+            CUDA graph then, and replayed.
     """
 
-    def __init__(self, folder: Path, length: int, threads: int) -> None:
+    def __init__(
+        self, folder: Path, length: int, threads: int = 0, provider: str = "cpu", fixed_steps: bool = False
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
-        self._binding = self._session.io_binding()
-        shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
-        _, self._positions, self.vocab_size = shapes["logits"]
+        first, *others = execution_providers(provider)
+        self._recorded = fixed_steps and provider == "cuda"
+        own = OPTIONS[provider] | ({"enable_cuda_graph": "1"} if self._recorded else {})
+        self._session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=[(first, own), *others])
+        check_provider(provider, self._session.get_providers())
+        self._device, self._length, self._fixed_steps = provider, length, fixed_steps
+        values = {value.name: value for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        _, self._positions, self.vocab_size = values["logits"].shape  # one position with the option prune_lm_head
+        self._logits_type = ELEMENT_TYPES[_TYPES[values["logits"].type]]
         decoder = json.loads((folder / GENAI_CONFIG_FILE).read_text())["model"]["decoder"]
-        size = [1, decoder["num_key_value_heads"], length, decoder["head_size"]]
+        size = (1, decoder["num_key_value_heads"], length, decoder["head_size"])
+        self._buffers: list[tuple[str, str, OrtValue]] = []  # names as input and as output
         for layer in range(decoder["num_hidden_layers"]):
-            for past, present in ("past_key_names", "present_key_names"), ("past_value_names", "present_value_names"):
-                buffer = OrtValue.ortvalue_from_numpy(np.zeros(size, np.float32))
-                self._binding.bind_ortvalue_input(decoder["inputs"][past] % layer, buffer)
-                self._binding.bind_ortvalue_output(decoder["outputs"][present] % layer, buffer)
+            for part in ("key", "value"):
+                name = decoder["inputs"][f"past_{part}_names"] % layer
+                dtype = _TYPES[values[name].type]
+                buffer = on_device(np.zeros(size, dtype), dtype, provider)
+                self._buffers.append((name, decoder["outputs"][f"present_{part}_names"] % layer, buffer))
+        self._binding, self._step_binding = self._bound(), self._bound()
+        self._step = self._values(np.zeros((1, 1), np.int64), np.zeros((1, length), np.int64))
+        self._bind(self._step_binding, *self._step)
 
     def call(self, ids: NDArray[Any], past: int | None = None) -> tuple[NDArray[Any], int]:
         """Feed tokens, int64 `[1, T]`, after `past` others. Returns the last one's logits `[1, V]` and the new past."""
-        tokens, length = ids.shape[1], (past or 0) + ids.shape[1]
-        positions = 1 if self._positions == 1 else tokens  # 1 with the builder's option prune_lm_head
-        logits = OrtValue.ortvalue_from_shape_and_type([1, positions, self.vocab_size], np.float32)
-        self._binding.bind_cpu_input("input_ids", ids)
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
-        self._binding.bind_ortvalue_output("logits", logits)
-        self._session.run_with_iobinding(self._binding)
-        return logits.numpy()[:, -1], length
+        length = (past or 0) + ids.shape[1]
+        mask, options = np.ones((1, length), np.int64), onnxruntime.RunOptions()
+        fixed = self._fixed_steps and ids.shape[1] == 1
+        if self._recorded:
+            options.add_run_config_entry("gpu_graph_id", _RECORDED if fixed else _NOT_RECORDED)
+        if fixed:
+            binding, (own_ids, own_mask, logits) = self._step_binding, self._step
+            own_ids.update_inplace(ids)
+            own_mask.update_inplace(np.pad(mask, ((0, 0), (0, self._length - length))))
+        else:
+            binding, (own_ids, own_mask, logits) = self._binding, self._values(ids, mask)
+            self._bind(binding, own_ids, own_mask, logits)
+        self._session.run_with_iobinding(binding, options)
+        return on_host(logits)[:, -1], length
 
     def choose(self, logits: NDArray[Any]) -> NDArray[np.int64]:
         """Return the likeliest tokens, int64 `[1, 1]`."""
         return np.asarray(logits.argmax(-1)[:, None], np.int64)
+
+    def _bound(self) -> Any:
+        """A binding of keys and values to where they are."""
+        binding = self._session.io_binding()
+        for past, present, buffer in self._buffers:
+            binding.bind_ortvalue_input(past, buffer)
+            binding.bind_ortvalue_output(present, buffer)
+        return binding
+
+    def _values(self, ids: NDArray[Any], mask: NDArray[Any]) -> tuple[OrtValue, OrtValue, OrtValue]:
+        """Ids, mask and a place for the logits, on the device."""
+        positions = 1 if self._positions == 1 else ids.shape[1]
+        shape = [1, positions, self.vocab_size]
+        logits = OrtValue.ortvalue_from_shape_and_type(shape, self._logits_type, self._device)
+        return on_device(ids, "int64", self._device), on_device(mask, "int64", self._device), logits
+
+    @staticmethod
+    def _bind(binding: Any, ids: OrtValue, mask: OrtValue, logits: OrtValue) -> None:
+        binding.bind_ortvalue_input("input_ids", ids)
+        binding.bind_ortvalue_input("attention_mask", mask)
+        binding.bind_ortvalue_output("logits", logits)

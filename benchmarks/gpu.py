@@ -5,54 +5,57 @@ Command: python benchmarks/gpu.py [--layers 28 --vocabulary 151936] [--dtypes fl
     [--prompts 4096,16384,32768] [--repeats 15] [--out FILE.md]
 Without a GPU: python benchmarks/gpu.py --device cpu, with tiny sizes, to try this script; its figures mean nothing.
 
-The shape is Qwen3-0.6B's with random weights. Needs deltamem-tool, torch, transformers and onnxruntime-gpu, and nothing
-that CUDA would have to be installed for. In float16 an answer is right if it is not further from PyTorch's float32 than
-PyTorch's own float16 is, with some room; in float32 if it differs from it by less than an export may.
+The shape is Qwen3-0.6B's with random weights. Needs deltamem-tool, torch, transformers, onnxruntime-gpu and
+onnxruntime-genai-cuda, and nothing that CUDA would have to be installed for. In float16 an answer is right if it is not
+further from PyTorch's float32 than PyTorch's own float16 is, with some room; in float32 if it differs from it by less
+than an export may.
 
-Most of the time goes into exporting four graphs a type: where time is short, run one type at a time, or fewer layers.
-
-Graphs of fixed length with a memory and without run decode steps in turn, one by one and as CUDA graphs. Prompts are
-timed in a graph whose keys and values grow, and in one with room for the longest. Memory is what the whole GPU has in
-use, beside what it had before the graph was loaded, so nothing else should run on it.
+Decode steps of two graphs run in turn, one by one and as CUDA graphs: the one with a memory, of fixed length, and the
+base's own, which onnxruntime-genai's model builder has written, over buffers of the same length (in float32 there is
+none for CUDA: fused attention over buffers wants half precision there). Prompts are timed in
+graphs with a memory whose keys and values grow, or have room for the longest, and in the builder's. Memory is what the
+whole GPU has in use, beside what it had before the graph was loaded, so nothing else should run on it. Which kernels
+ONNX Runtime has chosen for attention is what it says itself.
 """
 
 import argparse
 import dataclasses
 import gc
+import os
 import platform
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import PACKAGES, Seconds, compare, qwen3, randomize, spread, timed, versions
+from common import PACKAGES, Seconds, compare, few_words, qwen3, randomize, spread, timed, versions
+from genai_builder import BuilderSide, build
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltamem_tool import DeltaMemConfig, MemoryCache, attach, detach
-from deltamem_tool._compat import OnnxExporter
+from deltamem_tool import DeltaMemConfig, MemoryCache, attach
+from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name
-from deltamem_tool.memory.attach import hook
-from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
-from deltamem_tool.onnx.export.export import TOLERANCE
-from deltamem_tool.onnx.export.rewrites import optimize
-from deltamem_tool.onnx.export.targets import TARGETS
-from deltamem_tool.onnx.export.trace import graph_of, interface_of, traced
+from deltamem_tool.onnx.export.export import TOLERANCE, export_onnx
 from deltamem_tool.onnx.runtime.static_graph import open_graph
 
 DECODED = 32  # tokens of one timed decode
+WARM_UP = 64  # tokens
 ROOM = 256  # tokens that go into the longest prompt's graph after it
 GIB = 2**30
 HALF_PRECISION_ROOM = 2.0  # how much further from float32 than PyTorch's own half precision
 AIM = 1.05  # decode with a memory, as a CUDA graph, over decode without
+BASE = "builder's"
+BUILDER_OPTIONS = ["prune_lm_head=true"]  # the logits of the last token alone, as in the graphs with a memory
+KERNELS = "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"  # has ONNX Runtime print what it has chosen for attention
 TINY = {"layers": 1, "vocabulary": 64, "repeats": 3, "past": "8", "prompts": "16,40", "dtypes": "float32"}
 REAL = {
     "layers": 28,
@@ -66,39 +69,43 @@ REAL = {
 
 @dataclasses.dataclass
 class Exported:
-    """A graph in a folder, and what it takes and gives."""
+    """Graphs of one type: "growing" and "long" for prompts, "memory" to be compared with `BASE`."""
 
-    folder: Path
-    interface: Interface
+    folders: dict[str, Path]
+    args: argparse.Namespace
 
-    def open(self, args: argparse.Namespace, cuda_graph: bool = False) -> Any:
-        return open_graph(self.folder, self.interface, args.device, cuda_graph=cuda_graph)
+    def graph(self, name: str, cuda_graph: bool = False) -> Any:
+        """One with a memory."""
+        folder = self.folders[name]
+        interface = contract.Manifest.read(folder).interface
+        return open_graph(folder, interface, self.args.device, cuda_graph=cuda_graph)
 
-
-def export(args: argparse.Namespace, model: PreTrainedModel, adapter: Any, folder: Path) -> dict[str, Exported]:
-    """The graphs of one type, by name: "growing" and "long" for prompts, "memory" and "plain" to be compared."""
-    target = TARGETS[args.device]
-    steps = max(args.past) + (args.repeats + 2) * DECODED
-    graphs = {}
-    for name, length in {"growing": 0, "long": max(args.prompts) + ROOM, "memory": steps}.items():
-        interface, options = interface_of(model, adapter, "last", target, length), CallOptions(model, "last")
-        program = traced(model, adapter, interface, options, target)
-        optimize(program)
-        graphs[name] = _saved(program, interface, folder / name)
-    detach(model)
-    plain = without_memory(interface)  # the last one's: of so many steps
-    program = graph_of(PlainStep(model, options, steps), plain, target)
-    optimize(program)  # what it does to attention has nothing to do with the memory
-    graphs["plain"] = _saved(program, plain, folder / "plain")
-    hook(model, adapter)
-    return graphs
+    def side(self, name: str, length: int, cuda_graph: bool = False) -> Side:
+        """Any; the builder's has room for `length` tokens."""
+        if name == BASE:
+            return BuilderSide(self.folders[name], length, 0, self.args.device, cuda_graph)
+        folder = self.folders[name]
+        graph = GraphFolder(folder, contract.Manifest.read(folder).interface)
+        return OnnxSide(graph, self.args.device, None, cuda_graph)
 
 
-def _saved(program: Any, interface: Interface, folder: Path) -> Exported:
-    folder.mkdir(parents=True)
-    OnnxExporter.save_program(program, folder / contract.MODEL_FILE)
-    print(f"    exported {folder.name}, {sum(1 for _ in program.graph)} nodes", file=sys.stderr, flush=True)
-    return Exported(folder, interface)
+def steps(args: argparse.Namespace) -> int:
+    """How many tokens the longest comparison of decode steps takes."""
+    return max(args.past) + (args.repeats + 2) * DECODED
+
+
+def export(args: argparse.Namespace, model: PreTrainedModel, checkpoint: Path, folder: Path) -> Exported:
+    """The graphs of the type that `model` has; `checkpoint` is the same model without the memory."""
+    dtype, tokenizer = str(model.dtype).removeprefix("torch."), few_words()
+    folders = {name: folder / name for name in ("growing", "long", "memory", BASE)}
+    for name, length in {"growing": 0, "long": max(args.prompts) + ROOM, "memory": steps(args)}.items():
+        print(f"    exporting {name} in {dtype}", file=sys.stderr, flush=True)
+        export_onnx(model, tokenizer, folders[name], target=args.device, max_length=length)
+    if args.cuda and dtype == contract.FLOAT32:
+        del folders[BASE]
+    else:
+        build(checkpoint, folders[BASE], dtype, BUILDER_OPTIONS, args.device)
+    return Exported(folders, args)
 
 
 def conversation(vocabulary: int) -> list[Tensor]:
@@ -135,14 +142,14 @@ def apart(found: Any, expected: Any) -> tuple[float, float]:
 
 
 def agreement(
-    args: argparse.Namespace, dtype: str, graphs: dict[str, Exported], truth: Any, own: Any, calls: list[Tensor]
+    args: argparse.Namespace, dtype: str, exported: Exported, truth: Any, own: Any, calls: list[Tensor]
 ) -> Iterator[tuple[str, bool]]:
     """Rows, and whether each is as it should be. `truth` is PyTorch in float32 on the CPU, `own` in this type here."""
     allowed = [HALF_PRECISION_ROOM * difference for difference in apart(own, truth)]
     if dtype == contract.FLOAT32:
         allowed = [TOLERANCE, TOLERANCE]
     for name, recorded in (("growing", False), ("memory", False), *((("memory", True),) if args.cuda else ())):
-        graph = graphs[name].open(args, recorded)
+        graph = exported.graph(name, recorded)
         found = in_onnx(graph, calls)
         from_truth, from_own = apart(found, truth), apart(found, own)
         right = all(difference <= most for difference, most in zip(from_truth, allowed, strict=True))
@@ -157,27 +164,26 @@ def agreement(
 
 
 class Decoding:
-    """A graph that goes on and on from a prompt of so many tokens."""
+    """A side that goes on and on from a prompt of so many tokens."""
 
-    def __init__(self, graph: Any, prompt: int) -> None:
-        self._graph, self._columns = graph, 0
-        self._past = graph.empty_past(1)
+    def __init__(self, side: Side, prompt: int) -> None:
+        self._side, self._past = side, None
         self.feed(prompt)
 
     def feed(self, tokens: int) -> None:
-        self._columns += tokens
-        mask = np.ones((1, self._columns), np.int64)
-        ids, writes = np.ones((1, tokens), np.int64), np.ones((1, tokens), bool)
-        _, self._past = self._graph.step(ids, mask, writes, self._past)
+        _, self._past = self._side.call(np.ones((1, tokens), np.int64), self._past)
 
     def seconds(self) -> Seconds:
         """Of one token."""
         return timed(lambda: self.feed(1), DECODED)
 
 
-def overhead(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -> Iterator[str]:
+def overhead(args: argparse.Namespace, dtype: str, exported: Exported) -> Iterator[str]:
+    if BASE not in exported.folders:
+        yield f"| {dtype} | no graph without a memory | | | | |"
+        return
     for recorded in (False, True) if args.cuda else (False,):
-        sides = [graphs[name].open(args, recorded) for name in ("memory", "plain")]
+        sides = [exported.side(name, steps(args), recorded) for name in ("memory", BASE)]
         for past in args.past:
             decoding = [Decoding(side, past) for side in sides]
             # The warm-up round records the CUDA graph.
@@ -192,29 +198,67 @@ def overhead(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) 
         gc.collect()
 
 
-def prompts(args: argparse.Namespace, dtype: str, graphs: dict[str, Exported]) -> Iterator[str]:
-    for name in ("growing", "long"):
+def prompts(args: argparse.Namespace, dtype: str, exported: Exported) -> Iterator[str]:
+    room = max(args.prompts) + ROOM
+    for name in ("growing", "long", *({BASE} & exported.folders.keys())):
+        kernels = attention_kernels(exported, name, room)
         before = used(args)
-        graph = graphs[name].open(args)
+        side = exported.side(name, room)
         for tokens in sorted(args.prompts):  # ONNX Runtime gives nothing back: the memory is the most so far
-            Decoding(graph, min(tokens, 64))  # warms up
+            Decoding(side, min(tokens, WARM_UP))
             start = time.perf_counter()
             try:
-                decoding = Decoding(graph, tokens)
+                decoding = Decoding(side, tokens)
             except Exception as error:  # ONNX Runtime's have no common base class; the longest may not fit
-                yield f"| {dtype} | {name} | {tokens} | {str(error).splitlines()[0][:200]} | | |"
+                yield f"| {dtype} | {name} | {tokens} | {str(error).splitlines()[0][:200]} | | | {kernels} |"
                 break
             took = time.perf_counter() - start
             decoding.seconds()
             (of_token, _), taken = decoding.seconds(), (used(args) - before) / GIB
             yield (
                 f"| {dtype} | {name} | {tokens} | {took:.3f} s, {tokens / took:.0f}/s | {1e3 * of_token:.2f} ms, "
-                f"{1 / of_token:.0f}/s | {f'{taken:.2f} GiB' if args.cuda else '–'} |"
+                f"{1 / of_token:.0f}/s | {f'{taken:.2f} GiB' if args.cuda else '–'} | {kernels} |"
             )
             del decoding
             gc.collect()
-        del graph
+        del side
         gc.collect()
+
+
+def attention_kernels(exported: Exported, name: str, room: int) -> str:
+    """What ONNX Runtime names as its kernels for attention, in a prompt and a step; it does so on CUDA alone."""
+    with printed() as text, environment(KERNELS, "1"):  # read when a session is made
+        decoding = Decoding(exported.side(name, room), WARM_UP)
+        decoding.feed(1)
+    del decoding
+    gc.collect()
+    return ", ".join(sorted(set(re.findall(r"SdpaKernel=(\w+)", text())))) or "–"
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextmanager
+def printed() -> Iterator[Callable[[], str]]:
+    """What is written to stdout inside, by libraries too, is what the function returns that this gives."""
+    with tempfile.TemporaryFile() as file:
+        text = ""
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield lambda: text
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
 
 
 def used(args: argparse.Namespace) -> int:
@@ -230,8 +274,9 @@ def used(args: argparse.Namespace) -> int:
 def heading(args: argparse.Namespace) -> str:
     name = torch.cuda.get_device_name() if args.cuda else cpu_name()
     return (
-        f"{date.today()}, {name}, {versions(*PACKAGES)}, Python {platform.python_version()}; {args.layers} layers, "
-        f"{args.vocabulary} words, {args.repeats} pairs of runs of {DECODED} tokens.\n"
+        f"{date.today()}, {name}, {versions(*PACKAGES, 'onnxruntime-genai-cuda')}, "
+        f"Python {platform.python_version()}; {args.layers} layers, {args.vocabulary} words, "
+        f"{args.repeats} pairs of runs of {DECODED} tokens.\n"
     )
 
 
@@ -241,15 +286,15 @@ Largest differences of logits, states:
 | type | graph | from PyTorch here | from PyTorch in float32 on the CPU | allowed there | right |
 |---|---|---|---|---|---|"""
 OVERHEAD = f"""
-One token after so many, in graphs of fixed length; the aim is {AIM} as a CUDA graph:
+One token after so many, keys and values in buffers of a fixed length; the aim is {AIM} as a CUDA graph:
 
 | type | how | past | with a memory | without | ratio: median (quartiles; range) |
 |---|---|---|---|---|---|"""
 PROMPTS = """
-With a memory:
+Prompts, with a memory (keys and values that grow; with room for the longest) and without (the builder's graph):
 
-| type | keys and values | prompt | prompt takes | then a token | memory of the GPU |
-|---|---|---|---|---|---|"""
+| type | graph | prompt | prompt takes | then a token | memory of the GPU | attention |
+|---|---|---|---|---|---|---|"""
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]]:
@@ -257,6 +302,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]
     yield heading(args), True
     torch.manual_seed(0)
     model = qwen3(args.layers, args.vocabulary)
+    checkpoint = folder / "checkpoint"
+    model.save_pretrained(checkpoint)
+    few_words().save_pretrained(checkpoint)
     adapter = attach(model, DeltaMemConfig.preset("tsw"))
     randomize(adapter)
     calls = conversation(args.vocabulary)
@@ -264,16 +312,16 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, bool]
         model.to("cpu", getattr(torch, dtype))
         truth = in_pytorch(model.float(), calls)  # with the weights of this type
         model.to(getattr(torch, dtype))
-        graphs = export(args, model, adapter, folder / dtype)
+        exported = export(args, model, checkpoint, folder / dtype)
         own = in_pytorch(model.to(args.device), calls)
         model.to("cpu")  # out of the GPU's way, and its adapter with it
         adapter.to("cpu")
         gc.collect()
         yield AGREEMENT, True
-        yield from agreement(args, dtype, graphs, truth, own, calls)
+        yield from agreement(args, dtype, exported, truth, own, calls)
         for title, rows in ((OVERHEAD, overhead), (PROMPTS, prompts)):
             yield title, True
-            yield from ((row, True) for row in rows(args, dtype, graphs))
+            yield from ((row, True) for row in rows(args, dtype, exported))
     yield "", True
 
 

@@ -41,7 +41,7 @@ import onnx
 import onnxruntime
 import smollm2
 from common import PACKAGES, Command, Seconds, spread, timed, versions, watched
-from genai_builder import PRECISIONS, BuilderSide, build
+from genai_builder import BuilderSide, build
 
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name, in_turn
@@ -347,7 +347,7 @@ def main() -> None:
     base.add_argument("--checkpoint", type=Path, help="a Hugging Face folder")
     base.add_argument("--random", type=int, metavar="LAYERS", help="random weights of SmolLM2's shape")
     parser.add_argument("--memories", type=words, default=list(MEMORIES), help=f"of {','.join(MEMORIES)}")
-    parser.add_argument("--precisions", type=words, default=list(PRECISIONS), help=f"of {','.join(PRECISIONS)}")
+    parser.add_argument("--precisions", type=words, default=list(QUANTIZE), help=f"of {','.join(QUANTIZE)}")
     parser.add_argument("--past", type=numbers, default=[256, 2048], help="tokens before a decode")
     parser.add_argument("--prefill", type=numbers, default=[512, 2048], help="tokens of a prompt")
     for name, default in {"exports": 3, "openings": 4, "repeats": 4, "threads": 1}.items():

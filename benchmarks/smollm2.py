@@ -94,13 +94,12 @@ def convert(gguf: Path, out: Path) -> None:
 def random_checkpoint(out: Path, layers: int = LAYERS) -> Path:
     """Write a checkpoint of SmolLM2's shape with random weights, and return its folder."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from common import few_words
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE)).save_pretrained(out)
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c").save_pretrained(out)
+    few_words().save_pretrained(out)
     return out
 
 

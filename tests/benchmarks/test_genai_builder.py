@@ -13,14 +13,18 @@ CALLS = (5, 1, 3, 1)  # tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["prune_lm_head=true"]], ids=["all positions", "the last"])
-def test_conversations_are_pytorchs(tmp_path, tokenizer, options):
+@pytest.mark.parametrize(
+    ("options", "fixed_steps"),
+    [([], False), (["prune_lm_head=true"], True)],
+    ids=["every position", "the last, in fixed steps"],
+)
+def test_conversations_are_pytorchs(tmp_path, tokenizer, options, fixed_steps):
     """Two, one after the other in the same buffers."""
     shape = {"name": "llama", "hidden_size": 64}  # heads of 16: rotary positions in `GroupQueryAttention` want no less
     checkpoint = save_checkpoint(tmp_path / "model", tokenizer, **shape)
     model = tiny_model(**shape, vocab_size=len(tokenizer))
     build(checkpoint, tmp_path / "onnx", "float32", options)
-    side = BuilderSide(tmp_path / "onnx", sum(CALLS), threads=1)
+    side = BuilderSide(tmp_path / "onnx", sum(CALLS), threads=1, fixed_steps=fixed_steps)
     for seed in (0, 1):
         ids = np.random.default_rng(seed).integers(len(tokenizer), size=(1, sum(CALLS)))
         with torch.no_grad():
