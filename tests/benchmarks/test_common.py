@@ -1,0 +1,23 @@
+"""`benchmarks/common.py`: what a command is said to have taken."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from common import watched
+
+BYTES = 200_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through /proc")
+def test_a_commands_memory_is_its_own():
+    """Longer output than a pipe holds, too."""
+    found = watched("-c", f"import time; held = bytearray({BYTES}); print('x' * 100_000); time.sleep(0.5)")
+    assert len(found.output.strip()) == 100_000
+    assert BYTES < found.own <= found.resident < BYTES + 100_000_000
+
+
+def test_a_command_that_fails_ends_the_benchmark():
+    with pytest.raises(SystemExit, match=r"(?s)-c .*failed:.*ValueError: no such thing"):
+        watched("-c", "raise ValueError('no such thing')")
