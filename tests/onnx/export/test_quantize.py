@@ -12,8 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from smollm2 import random_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltamem_tool import attach
+from deltamem_tool.cli.export import command
+from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.onnx.contract import Manifest, Quantization
@@ -28,6 +34,7 @@ from deltamem_tool.onnx.runtime.engine import OnnxModel
 WIDE, VOCABULARY = 96, 80  # three groups of 32: of 4 bits, two zero points share a byte and the third has its own
 ROUNDING = 1e-5  # of float32, beside the step that a quantised weight may be off
 INT8_32, INT4_32 = Quantization(8, 32, True), Quantization(4, 32, True)
+BUILDERS_SIZE = 1.1  # times that of onnxruntime-genai's builder: the memory is in ours
 ASYMMETRIC = Quantization(4, 16, False)
 
 
@@ -344,6 +351,35 @@ def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, 
     with pytest.raises(ExportError, match="groups of 64"):
         export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", quantize=INT4, group_size=64)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--group-size 32", "are for --quantize"),
+        ("--asymmetric", "are for --quantize"),
+        ("--quantize int4 --group-size 24", "'24' is not one of '16', '32'"),
+        ("--quantize int4 --target portable", "portable cannot take the quantisation int4"),
+        ("--quantize int8 --target cuda --dtype bfloat16", "int8 cannot take a model of bfloat16"),
+    ],
+)
+def test_the_command_refuses_before_it_looks_for_the_adapter(options, why, tmp_path):
+    result = CliRunner().invoke(command, ["nowhere", "--out", str(tmp_path / "out"), *options.split()])
+    assert result.exit_code != 0
+    assert why in (result.output if isinstance(result.exception, SystemExit) else str(result.exception))
+
+
+@pytest.mark.slow
+def test_a_folder_is_no_larger_than_that_of_onnxruntime_genais_builder(tmp_path):
+    """One layer of SmolLM2's shape in 4 bits; the builder's has no memory."""
+    model = AutoModelForCausalLM.from_pretrained(random_checkpoint(tmp_path / "checkpoint", layers=1))
+    builder = ["-m", "onnxruntime_genai.models.builder", "-m", tmp_path / "checkpoint", "-o", tmp_path / "builder"]
+    subprocess.run([sys.executable, *builder, "-p", "int4", "-e", "cpu"], check=True, capture_output=True)
+    attach(model, DeltaMemConfig(branches=("q", "o")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    export.export_onnx(model, tokenizer, tmp_path / "ours", quantize=INT4)
+    ours, builders = (sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("ours", "builder"))
+    assert ours <= BUILDERS_SIZE * builders
 
 
 def test_its_import_leaves_logging_alone():
