@@ -2,7 +2,7 @@
 
 Command: python benchmarks/onnx_overhead.py [--checkpoint DIR | --random LAYERS] [--memories tsw,msw]
     [--precisions float32,int4] [--past 256,2048] [--prefill 512,2048] [--exports 3 --openings 4 --repeats 4]
-    [--threads 1] [--layers 4,8,16,32] [--profile] [--folder DIR] [--out FILE.md]
+    [--threads 1] [--layers 4,8,16,32] [--control] [--profile] [--folder DIR] [--out FILE.md]
 
 The base is SmolLM2-135M-Instruct, which is fetched, or the checkpoint that is given, or a random one of SmolLM2's
 shape. onnxruntime-genai's model builder writes its graph, `deltamem export` the one with a memory (TSW on q and o, MSW
@@ -15,6 +15,7 @@ memory that is empty and is not written, they must be the same.
 Where in memory the weights land changes a decode by up to a tenth, and the first of two equal graphs to be opened was
 the slower one. So memory comes in large pages (glibc's tunable, for which this script starts itself again), a graph is
 opened and closed before all others, and each pair is opened several times, one side first and then the other.
+`--control` compares the builder's graph with itself, to show what is left of this.
 
 `--layers` adds a table of export times on random checkpoints of so many layers, and `--profile` shows what costs. With
 `--folder` what was exported stays there, and another run takes it from there.
@@ -77,10 +78,10 @@ class Exports:
         else:
             adapter = self._folder / f"{name}-adapter"
             if not adapter.exists():
-                options = ["--preset", name, "--branches", MEMORIES[name][0], "--delta-init", "random"]
-                watched("-m", "deltamem_tool", "patch", self._checkpoint, "--out", adapter, *options)
-            options = ["--quantize", QUANTIZE[precision], "--overwrite"]
-            command = watched("-m", "deltamem_tool", "export", adapter, "--out", out, *options)
+                memory = ("--preset", name, "--branches", MEMORIES[name][0], "--delta-init", "random")
+                watched("-m", "deltamem_tool", "patch", self._checkpoint, "--out", adapter, *memory)
+            quantize = ("--quantize", QUANTIZE[precision])
+            command = watched("-m", "deltamem_tool", "export", adapter, "--out", out, *quantize, "--overwrite")
         self.commands[precision, name].append(command)
 
     def rows(self, precision: str, names: list[str]) -> Iterator[str]:
@@ -173,11 +174,11 @@ def pairs(args: argparse.Namespace, exports: Exports, precision: str, name: str)
     """What every measurement found, by its name: pairs of seconds, of the graph with a memory and of the builder's."""
     taken = collections.defaultdict(list)
     for opening in range(args.openings):
-        order = (name, BUILDER) if opening % 2 else (BUILDER, name)
-        sides = {each: open_side(exports.path(precision, each), each, args) for each in order}
+        order = (("with", name), ("without", BUILDER))[:: -1 if opening % 2 else 1]
+        sides = {key: open_side(exports.path(precision, each), each, args) for key, each in order}
         for what, measurement in measurements(args):
-            rounds = in_turn({each: measurement(side) for each, side in sides.items()}, args.repeats, seed=opening)
-            taken[what] += zip(rounds.values[name], rounds.values[BUILDER], strict=True)
+            rounds = in_turn({key: measurement(side) for key, side in sides.items()}, args.repeats, seed=opening).values
+            taken[what] += zip(rounds["with"], rounds["without"], strict=True)
             gc.collect()
         del sides
         gc.collect()
@@ -188,7 +189,7 @@ def speed_rows(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
     prefill(open_side(exports.path(args.precisions[0], BUILDER), BUILDER, args), 1)
     gc.collect()
     for precision in args.precisions:
-        for name in args.memories:
+        for name in ([BUILDER] if args.control else []) + args.memories:
             more = nodes(exports.path(precision, name)) - nodes(exports.path(precision, BUILDER))
             for what, taken in pairs(args, exports, precision, name).items():
                 mine, others = (statistics.median(clock for clock, _ in side) for side in zip(*taken, strict=True))
@@ -208,12 +209,12 @@ def profiled(prefix: Path) -> Iterator[None]:
     """Sessions that are opened inside write a profile as they are closed."""
     make = onnxruntime.SessionOptions
 
-    def options() -> onnxruntime.SessionOptions:
+    def with_profile() -> onnxruntime.SessionOptions:
         made = make()
         made.enable_profiling, made.profile_file_prefix = True, str(prefix)
         return made
 
-    with mock.patch.object(onnxruntime, "SessionOptions", options):
+    with mock.patch.object(onnxruntime, "SessionOptions", with_profile):
         yield
 
 
@@ -335,7 +336,9 @@ def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     return checkpoint, f"random weights, SmolLM2's shape, {layers} layers"
 
 
-def main() -> None:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
+
     def words(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
 
@@ -354,10 +357,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--builder-options", type=str.split, default=["prune_lm_head=true"], help="KEY=VALUE …")
     parser.add_argument("--layers", type=numbers, default=[], help="a table of export times by layers, such as 4,8,16")
+    parser.add_argument("--control", action="store_true", help="compare the builder's graph with itself, too")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     parser.add_argument("--folder", type=Path, help="leave the graphs in this folder, or take them from there")
     parser.add_argument("--out", type=Path, help="append the tables to this file")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = options()
     if LARGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": LARGE_PAGES})
     with tempfile.TemporaryDirectory() as temporary:
