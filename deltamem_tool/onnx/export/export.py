@@ -44,6 +44,7 @@ from deltamem_tool.onnx.export.targets import (
     NO_QUANTIZATION,
     SYMMETRIC,
     Target,
+    check_size,
     quantization_of,
     target_of,
 )
@@ -120,6 +121,7 @@ def export_onnx(
     check_rewrites(without)
     model = hf_model(model)  # a LoRA is in its layers
     for_target = target_of(target, dtype_name(model.dtype), quantize)
+    check_size(for_target, model.num_parameters(), dtype_name(model.dtype), quantize)
     width = next(model.get_input_embeddings().parameters()).shape[-1]
     quantization = quantization_of(quantize, group_size, symmetric, width)
     _check_fast(tokenizer)

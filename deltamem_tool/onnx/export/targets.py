@@ -9,6 +9,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32, Quantization
 
 NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
+WASM_MEMORY = 2**32  # bytes that WebAssembly's 32-bit addresses reach, weights and all else
 PORTABLE_OPSET = 18  # what torch translates to; every later one would be a conversion of it
 
 
@@ -23,6 +24,7 @@ class Target:
         dtypes: of the base model's weights and of keys and values. State and scan are float32 whatever they are.
         quantizations: of the base model's weights.
         genai: whether onnxruntime-genai loads the folder: its names and configuration, and no inputs but what it feeds.
+        max_bytes: the largest weights that what runs the graph can hold; None for any.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Target:
     dtypes: tuple[str, ...]
     quantizations: tuple[str, ...]
     genai: bool = False
+    max_bytes: int | None = None
 
     @property
     def is_standard(self) -> bool:
@@ -46,6 +49,8 @@ TARGETS = {
         Target("cpu", "cpu", "onnx", None, (FLOAT32, FLOAT16), (NO_QUANTIZATION, INT8, INT4)),
         Target("cuda", "cuda", "onnx", None, (FLOAT32, FLOAT16, BFLOAT16), (NO_QUANTIZATION, INT8, INT4)),
         Target("portable", None, "portable", PORTABLE_OPSET, (FLOAT32,), (NO_QUANTIZATION,)),
+        # onnxruntime-web has the operators of the CPU provider, and runs them in WebAssembly or on WebGPU.
+        Target("web", "cpu", "onnx", None, (FLOAT32, FLOAT16), (NO_QUANTIZATION, INT8, INT4), max_bytes=WASM_MEMORY),
         Target("genai", "cpu", "onnx", None, (FLOAT32,), (NO_QUANTIZATION, INT8, INT4), genai=True),
     )
 }
@@ -55,6 +60,28 @@ QUANTIZATIONS = {NO_QUANTIZATION: DTYPES, INT8: (FLOAT32, FLOAT16), INT4: (FLOAT
 BITS = {INT8: 8, INT4: 4}
 GROUP_SIZES = (16, 32, 64, 128, 256)  # those that ONNX Runtime's operators take
 GROUP_SIZE, SYMMETRIC = 32, True
+_TYPE_BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16}
+
+
+def check_size(target: Target, parameters: int, dtype: str, quantize: str) -> None:
+    """Check that what runs the graph can hold the weights.
+
+    Args:
+        target: what runs the graph.
+        parameters: how many numbers the weights are.
+        dtype: their type.
+        quantize: how they are quantised: all of them, for this purpose.
+
+    Raises:
+        ExportError: they are too large.
+    """
+    size = parameters * (BITS.get(quantize) or _TYPE_BITS[dtype]) // 8
+    if target.max_bytes is not None and size > target.max_bytes:
+        raise ExportError(
+            f"The model is too large for the target {target.name}.",
+            f"Its weights take {size:,} bytes, of {target.max_bytes:,} that there can be.",
+            "Choose a smaller model, --dtype float16 or --quantize int4.",
+        )
 
 
 def target_of(name: str, dtype: str, quantize: str) -> Target:

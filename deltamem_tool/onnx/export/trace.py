@@ -104,8 +104,8 @@ class _Step(nn.Module):
 
 def segment_tags(write: Tensor, end: Tensor) -> Tensor:
     """What `MemoryCache.segment_tags` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
-    inside = torch.where(end, SegmentTag.LAST, SegmentTag.INSIDE).to(torch.int8)
-    return torch.where(write, inside, torch.full_like(inside, SegmentTag.OUTSIDE))
+    inside = torch.where(end, SegmentTag.LAST, SegmentTag.INSIDE)
+    return torch.where(write, inside, SegmentTag.OUTSIDE).to(torch.int8)  # int64 before: browsers have no Where of int8
 
 
 def _begins(attention_mask: Tensor, tokens: int) -> Tensor:

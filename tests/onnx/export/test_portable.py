@@ -12,6 +12,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from helpers.graph_runner import GraphRunner, Run
 from helpers.scan_inputs import make_inputs
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,15 +22,12 @@ from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.compare import largest_difference
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.targets import PORTABLE_OPSET
 from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.graph import Graph, Past
-from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
 from deltamem_tool.ops.naive import naive_scan
 from deltamem_tool.ops.scan import delta_scan, use_implementation
 from deltamem_tool.ops.segment_sums import cumulative_sums, segment_sums
@@ -39,7 +37,6 @@ SCAN_TOLERANCE = 2e-6  # of the scan alone; its numbers are of order 1
 SUMS_TOLERANCE = 2e-6  # relative: float32 sums of 100 tokens, where PyTorch's are float64
 
 RESULTS = ("of_tokens", "afterwards")  # of the scan and of the sums
-Run = Callable[[dict[str, NDArray]], dict[str, NDArray]]
 
 
 def in_onnxruntime(file: Path) -> Run:
@@ -69,30 +66,9 @@ def runtime(request) -> Callable[[Path], Run]:
     return RUNTIMES[request.param]
 
 
-class Runner(Graph):
-    """An exported graph in either runtime, for `largest_difference`."""
-
-    def __init__(self, run: Run, interface: Interface) -> None:
-        self.run, self.interface, self.device = run, interface, "cpu"
-
-    def step(
-        self,
-        input_ids: NDArray,
-        attention_mask: NDArray,
-        write_mask: NDArray,
-        past: Past,
-        segment_end: NDArray | None = None,
-    ) -> tuple[NDArray, Past]:
-        feed = {contract.INPUT_IDS: input_ids, contract.ATTENTION_MASK: attention_mask, contract.WRITE_MASK: write_mask}
-        present = self.run(feed | {name: on_host(value) for name, value in past.items()})
-        logits = present.pop(contract.LOGITS_OUTPUT)
-        carried = {contract.past_name(name): np.ascontiguousarray(value) for name, value in present.items()}
-        return logits, {name: on_device(value, contract.FLOAT32, "cpu") for name, value in carried.items()}
-
-
 def test_conversations_are_pytorchs(portable, runtime):
     """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
-    runner = Runner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
+    runner = GraphRunner(runtime(portable.folder / contract.MODEL_FILE), portable.manifest.interface)
     difference = largest_difference(portable.model, runner, CallOptions(portable.model, "last"))
     assert 0 < difference < TOLERANCE
 

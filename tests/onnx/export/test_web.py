@@ -1,0 +1,101 @@
+"""Folders for onnxruntime-web, run by it under Node: its WebAssembly build, and WebGPU where there is a driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.graph_runner import GraphRunner
+from helpers.node import WebGraph, node_folder
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx.export import export, targets
+from deltamem_tool.onnx.export.compare import in_onnx_runtime, largest_difference
+from deltamem_tool.onnx.export.trace import CallOptions
+from deltamem_tool.onnx.runtime.static_graph import open_graph
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+SCRIPTS = Path(__file__).parents[1] / "web"
+TOLERANCE = 1e-4  # of logits and states, over whole conversations
+WEBGPU_TOLERANCE = 5e-3  # WebGPU's specification leaves tanh and exp an error of 1e-5 and more; measured: 5e-4 to 1e-3
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory) -> Path:
+    return node_folder(SCRIPTS, tmp_path_factory.mktemp("node") / "scripts")
+
+
+@pytest.fixture
+def in_web(scripts) -> Iterator[Callable[..., GraphRunner]]:
+    """Opens the graph of an export in onnxruntime-web."""
+    opened: list[WebGraph] = []
+
+    def open_in_web(exported, provider: str = "wasm") -> GraphRunner:
+        opened.append(WebGraph(scripts, exported.folder, provider))
+        return GraphRunner(opened[-1], exported.manifest.interface)
+
+    yield open_in_web
+    for graph in opened:
+        graph.close()
+
+
+@pytest.fixture
+def web(exported_with):
+    return exported_with("web", {}, target="web")
+
+
+def difference_from_pytorch(exported, graph: GraphRunner) -> float:
+    return largest_difference(exported.model, graph, CallOptions(exported.model, exported.manifest.interface.logits))
+
+
+def test_conversations_are_pytorchs(web, in_web):
+    """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
+    assert web.manifest.target == "web"
+    assert 0 < difference_from_pytorch(web, in_web(web)) < TOLERANCE
+
+
+MECHANISMS = {
+    "messages": {"granularity": "message", "couple_lambda": False},
+    "sentences": {"granularity": "sentence"},
+    "no_lambda": {"update_rule": "no_lambda"},
+}
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_mechanism_has_its_operators(exported_with, in_web, mechanism):
+    exported = exported_with(f"web_{mechanism}", MECHANISMS[mechanism], target="web")
+    assert 0 < difference_from_pytorch(exported, in_web(exported)) < TOLERANCE
+
+
+SMALL = {  # type, quantisation, and by how much logits may differ from those of ONNX Runtime's CPU provider
+    "half": (torch.float16, "none", 1e-2),  # of logits up to 4, which are whole multiples of 1/256
+    "int8": (torch.float32, "int8", 0.1),  # activations become int8: one that is rounded the other way is off by 1/127
+    "int4": (torch.float32, "int4", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web, name):
+    dtype, quantize, tolerance = SMALL[name]
+    exported = exported_with(f"web_{name}", {}, dtype, target="web", quantize=quantize)
+    graphs = (in_web(exported), open_graph(exported.folder, exported.manifest.interface, threads=1))
+    for results in zip(*(in_onnx_runtime(exported.model, graph).results for graph in graphs), strict=True):
+        (logits, states, _), (expected, expected_states, _) = results
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(states, expected_states, rtol=0, atol=TOLERANCE)
+
+
+def test_conversations_are_pytorchs_on_webgpu(web, in_web):
+    """Minutes where a processor does the work: `VK_ICD_FILENAMES` may name SwiftShader, which browsers come with."""
+    assert 0 < difference_from_pytorch(web, in_web(web, "webgpu")) < WEBGPU_TOLERANCE
+
+
+def test_weights_that_no_browser_holds_are_refused_before_any_work(web, monkeypatch, tmp_path):
+    monkeypatch.setitem(targets.TARGETS, "web", replace(targets.TARGETS["web"], max_bytes=10_000))
+    with pytest.raises(ExportError, match=r"(?s)too large for the target web.*--quantize"):
+        export.export_onnx(web.model, web.tokenizer, tmp_path / "out", target="web")
+    assert list(tmp_path.iterdir()) == []
