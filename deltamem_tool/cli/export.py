@@ -30,7 +30,7 @@ from deltamem_tool.onnx.export.targets import (
     default=next(iter(TARGETS)),
     show_default=True,
     help="What will run the graph: cpu and cuda are ONNX Runtime, by its fused operators for either; portable is any "
-    "runtime, by standard ONNX operators alone; genai is onnxruntime-genai.",
+    "runtime, by standard ONNX operators alone; web is onnxruntime-web, in browsers; genai is onnxruntime-genai.",
 )
 @click.option(
     "--logits",

@@ -1,0 +1,89 @@
+"""docs/web.md: its program is the example, and remembers in Node, from a memory file too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.node import node_folder
+from helpers.once import folder_once
+
+TESTS = Path(__file__).parents[1]
+DOCS = TESTS.parent / "docs"
+EXAMPLE, PAGE = DOCS / "examples" / "remember.mjs", DOCS / "examples" / "remember.html"
+MAX_LINES = 80
+FACT, QUESTION = "By the way, my dog is Bella.", "What is the name of my dog?"
+ANSWER = "Your dog is Bella."
+
+
+def test_the_program_is_the_example_and_short():
+    program = EXAMPLE.read_text(encoding="utf-8")
+    assert f"```js\n{program}```\n" in (DOCS / "web.md").read_text(encoding="utf-8")
+    assert len(program.splitlines()) <= MAX_LINES
+
+
+def test_the_page_imports_what_the_tests_run():
+    tested = json.loads((TESTS / "onnx" / "web" / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    imported = dict(re.findall(r"npm/(@?[\w/-]+)@([\d.]+)/dist", PAGE.read_text(encoding="utf-8")))
+    assert imported and imported.items() <= tested.items()
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    """The program, where it finds its packages."""
+    folder = node_folder(TESTS / "onnx" / "web", tmp_path_factory.mktemp("node") / "scripts")
+    return Path(shutil.copy(EXAMPLE, folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The shipped adapter for the web."""
+
+    def export(out: Path) -> None:
+        import deltamem_tool as deltamem
+        from deltamem_tool.base_model.tokenizer import tokenizer_of
+
+        model = deltamem.load("builtin:adapter")
+        deltamem.export_onnx(model, tokenizer_of(model, for_chat=False), out / "exported", target="web")
+
+    return folder_once(tmp_path_factory, "shipped_for_web", export) / "exported"
+
+
+def in_node(script: Path, *arguments: str | Path) -> list[str]:
+    return subprocess.run(["node", script, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_the_program_remembers(example, folder):
+    assert in_node(example, folder, FACT, QUESTION)[1] == ANSWER
+    assert in_node(example, folder, QUESTION) != [ANSWER]
+
+
+FROM_A_FILE = """
+import { readFile } from "node:fs/promises";
+import { answer, load, statesOf } from "./remember.mjs";
+const [folder, file, prompt] = process.argv.slice(2);
+const model = await load((name) => readFile(`${folder}/${name}`));
+const states = statesOf(model, new Uint8Array(await readFile(file)).buffer);
+console.log((await answer(model, prompt, states)).text);
+"""
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_it_goes_on_from_a_memory_file(example, folder, tmp_path):
+    from deltamem_tool import Conversation, OnnxModel
+    from deltamem_tool.memory.file import write_memory
+
+    conversation = Conversation(OnnxModel(folder))
+    conversation.generate(FACT)
+    write_memory(tmp_path / "bella.safetensors", conversation.memory)
+    script = example.with_name("from_a_file.mjs")
+    script.write_text(FROM_A_FILE, encoding="utf-8")
+    prompt = f"<|user|>{QUESTION}<|end|><|assistant|>"
+    assert in_node(script, folder, tmp_path / "bella.safetensors", prompt) == [ANSWER]
