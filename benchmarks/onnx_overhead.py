@@ -53,6 +53,7 @@ BUILDER = "builder"
 MEMORIES = {"tsw": ("q,o", "TSW on q, o"), "msw": ("q,k,v,o", "MSW on q, k, v, o")}  # by preset: branches, title
 QUANTIZE = {"float32": "none", "int4": "int4"}  # what `deltamem export` calls it
 DECODED = 4  # tokens of one timed decode
+PROFILED = 5  # timings of a profile, of which the shortest count
 TOLERANCE = 1e-3  # of float32 logits: what an export may differ from PyTorch by
 LARGE_PAGES = "glibc.malloc.hugetlb=1"  # what malloc takes from the system may be in pages of 2 MB, where there are any
 COMPARED = (40, 1, 1, 1, 9, 1)  # tokens of the calls whose logits are compared
@@ -227,8 +228,8 @@ def profiles(args: argparse.Namespace, exports: Exports) -> Iterator[str]:
                     with profiled(Path(folder) / "profile"):
                         side = open_side(exports.path(precision, name), name, args)
                     measure = measurement(side)
-                    measure()
-                    measure()
+                    for _ in range(PROFILED):
+                        measure()
                     del measure, side
                     gc.collect()
                     (file,) = Path(folder).iterdir()
