@@ -90,7 +90,7 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
         "|---|---|---|---|---|",
         row("export", exported, weights, f"{exported.seconds:.0f}, {exported.of_processor:.0f} of the processor"),
     ]
-    for how in ("mapped", "packed"):
+    for how in ("mapped", "packed") if args.quantize == "none" else ("packed",):
         loaded = watched("-c", LOAD, onnx, how)
         took = json.loads(loaded.output.splitlines()[-1])
         lines.append(row(f"load, {how}", loaded, weights, f"{took['load']:.2f}, first token {took['first']:.2f}"))

@@ -165,9 +165,9 @@ class _Plan:
     start: MemoryState | None
     tell: Callable[[str], object]
 
-    def opening(self, folder: Path) -> Callable[[], _Graph | None]:
+    def opening(self, folder: Path, map_weights: bool = True) -> Callable[[], _Graph | None]:
         """What opens the graph in `folder`."""
-        return lambda: _runnable(folder, self.interface, self.target)
+        return lambda: _runnable(folder, self.interface, self.target, map_weights)
 
 
 def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,7 +237,8 @@ def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[f
     weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
     quantize_graph(folder, quantization, weights)
     plan.tell("Measuring what the quantisation costs")
-    return _measured(plan.opening(folder), plan.model, plan.options)
+    # Quantised products are slow, one token's too, where ONNX Runtime has not packed their weights.
+    return _measured(plan.opening(folder, map_weights=False), plan.model, plan.options)
 
 
 def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agreement: float | None) -> Manifest:
@@ -265,7 +266,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | None:
+def _runnable(folder: Path, interface: Interface, target: Target, map_weights: bool = True) -> _Graph | None:
     """Open the graph on its target's device, or on the CPU where that device is missing.
 
     None if the CPU provider then lacks operators for it.
@@ -274,7 +275,7 @@ def _runnable(folder: Path, interface: Interface, target: Target) -> _Graph | No
     if on_cuda and _has_cuda():
         return open_graph(folder, interface, "cuda")
     try:
-        return open_graph(folder, interface, map_weights=True)
+        return open_graph(folder, interface, map_weights=map_weights)
     except ExportError as error:
         if on_cuda and isinstance(error.__cause__, NotImplementedByRuntime):
             return None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deltamem_tool.chat.engine import Past, check_ids
 from deltamem_tool.chat.text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest
@@ -27,12 +27,13 @@ class OnnxModel:
         provider: what runs the graph, "cpu" or "cuda".
         threads: of one call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the cores that this process
             may use.
-        map_weights: leave the weights in their file: see `Graph`.
+        map_weights: leave the weights in their file, of a graph that is not quantised: see `Graph`.
         cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
             `StaticGraph`.
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
+        ConfigError: weights that are quantised are to stay in their file.
         HubError: the Hub does not give it.
 
     Example:
@@ -62,6 +63,12 @@ class OnnxModel:
                 f"{folder} is for onnxruntime-genai.",
                 "Its graph lets no token be read without being written, and starts conversations by itself.",
                 "Run it there (docs/export.md), or export for the target cpu.",
+            )
+        if map_weights and self.manifest.quantize != "none":
+            raise ConfigError(
+                f"{folder} is quantised, and its weights cannot be left in their file.",
+                "A token takes dozens of times as long where ONNX Runtime has not packed weights of 4 or 8 bits.",
+                "Leave out --map-weights (map_weights).",
             )
         self.text = ChatText.from_folder(self.folder)
         self.stop_tokens = self.text.stop_tokens(_configured_ends(self.folder))

@@ -105,6 +105,14 @@ def test_every_stop_token_stops(qwen3, folder):
         assert answer.tokens == (free[: free.index(at) + 1] if at is not None else free)
 
 
+def test_quantised_weights_do_not_stay_in_their_file(folder):
+    file = folder / "deltamem_onnx.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantize": "int4"}))
+    with pytest.raises(ConfigError, match="dozens of times as long"):
+        OnnxModel(folder, map_weights=True)
+    OnnxModel(folder)
+
+
 def test_the_model_s_positions_are_the_window(qwen3, folder):
     positions = qwen3.model.config.max_position_embeddings
     assert TorchModel(qwen3.model, qwen3.tokenizer).max_length == positions
