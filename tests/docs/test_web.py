@@ -1,11 +1,15 @@
-"""docs/web.md: its program is the example, and remembers in Node, from a memory file too."""
+"""docs/web.md: its program is the example, and remembers in Node and in a browser, from a memory file too."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -87,3 +91,39 @@ def test_it_goes_on_from_a_memory_file(example, folder, tmp_path):
     script.write_text(FROM_A_FILE, encoding="utf-8")
     prompt = f"<|user|>{QUESTION}<|end|><|assistant|>"
     assert in_node(script, folder, tmp_path / "bella.safetensors", prompt) == [ANSWER]
+
+
+SAY = """<script type="module">
+  const [form, prompts] = [document.forms[0], PROMPTS];
+  setInterval(() => {
+    if (form.elements[1].disabled || !prompts.length) return;
+    form.words.value = prompts.shift();
+    form.requestSubmit();
+  }, 10);
+</script>"""
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def site(example, folder, tmp_path):
+    """The address of the page, which says the prompts by itself; packages come from npm's folder, not from afar."""
+    root = tmp_path / "site"
+    root.mkdir()
+    for name, target in (("onnx-web", folder), (EXAMPLE.name, EXAMPLE), ("npm", example.with_name("node_modules"))):
+        (root / name).symlink_to(target)
+    page = re.sub(r"https://cdn[^\"]*/npm/([^\"]*)@[\d.]+/", r"./npm/\1/", PAGE.read_text(encoding="utf-8"))
+    (root / "index.html").write_text(page + SAY.replace("PROMPTS", json.dumps([FACT, QUESTION])), encoding="utf-8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=root)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.browser
+@pytest.mark.node
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (CHROMIUM names its program)")
+def test_the_page_remembers(site, tmp_path):
+    options = ("--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom")
+    shown = subprocess.run([CHROMIUM, *options, site], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert f"&gt; {QUESTION}\n{ANSWER}\n" in shown

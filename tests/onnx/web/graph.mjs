@@ -59,9 +59,10 @@ function send(tensors) {
 async function provideWebGpu() {
   const { create, globals } = await import("webgpu");
   Object.assign(globalThis, globals);
-  const navigator = { gpu: create([]), userAgent: "node", hardwareConcurrency: 1 };
-  Object.defineProperty(globalThis, "navigator", { value: navigator, configurable: true });
-  if (!(await navigator.gpu.requestAdapter())) {
+  const dawn = create([]);
+  const gpu = { wgslLanguageFeatures: dawn.wgslLanguageFeatures, requestAdapter };
+  Object.defineProperty(globalThis, "navigator", { value: { gpu, userAgent: "node" }, configurable: true });
+  if (!(await requestAdapter())) {
     console.error("no WebGPU adapter");
     process.exit(3);
   }
@@ -70,4 +71,16 @@ async function provideWebGpu() {
   GPUQueue.prototype.writeBuffer = function (buffer, offset, view, start = 0, size = view.length - start) {
     return writeBuffer.call(this, buffer, offset, view.slice(start, start + size));
   };
+
+  // Without subgroups: SwiftShader's have 4 lanes, for which ONNX Runtime's flash attention is wrong. It takes 8 and more.
+  async function requestAdapter(...options) {
+    const adapter = await dawn.requestAdapter(...options);
+    if (!adapter) return null;
+    const features = new Set([...adapter.features].filter((name) => !name.startsWith("subgroup")));
+    const get = (target, name) => {
+      if (name === "features") return features;
+      return typeof target[name] === "function" ? target[name].bind(target) : target[name];
+    };
+    return new Proxy(adapter, { get });
+  }
 }
