@@ -24,7 +24,8 @@ from deltamem_tool.onnx.contract import Quantization
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
 from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices, initializer
 
-RESHAPING = ("Reshape", "Squeeze", "Unsqueeze", "Cast")  # operators that keep the values of their first input
+# Operators that give nothing but values of their first input: in another shape, type or order, or fewer.
+MOVING = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Transpose", "Slice", "GatherElements", "GatherND")
 
 
 def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -> list[NDArray[Any]]:
@@ -178,8 +179,8 @@ def _lookups(graph: onnx_ir.Graph, group_size: int) -> Iterator[onnx_ir.Node]:
 
 
 def _are_tokens(value: onnx_ir.Value | None) -> bool:
-    """Whether it is `input_ids`, perhaps in another shape."""
-    while value is not None and (node := value.producer()) is not None and node.op_type in RESHAPING:
+    """Whether it is of `input_ids`, perhaps in another shape or order."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in MOVING:
         value = node.inputs[0]
     return value is not None and value.is_graph_input() and value.name == contract.INPUT_IDS
 

@@ -179,7 +179,7 @@ def test_a_matrix_is_stored_once_for_each_way_in_which_it_is_read(tmp_path):
     assert (np.abs(c - weight.T) <= steps(weight.T, INT4_32) + ROUNDING).all()
 
 
-def test_scaled_logits_and_tokens_in_another_shape(weights, tmp_path):
+def test_scaled_logits_and_tokens_in_another_shape_and_order(weights, tmp_path):
     """As fusion leaves the capped logits of Gemma 2, and as GPT-2 looks its tokens up; a lookup by position stays."""
     head = weights["head"]
     inputs = [
@@ -190,18 +190,20 @@ def test_scaled_logits_and_tokens_in_another_shape(weights, tmp_path):
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
     nodes = [
         helper.make_node("FusedMatMul", ["x", "head"], ["logits"], domain="com.microsoft", transB=1, alpha=0.5),
-        helper.make_node("Reshape", ["input_ids", "shape"], ["ids"]),
+        helper.make_node("GatherElements", ["input_ids", "order"], ["ordered"], axis=0),
+        helper.make_node("Reshape", ["ordered", "shape"], ["ids"]),
         helper.make_node("Gather", ["head", "ids"], ["rows"]),
         helper.make_node("Abs", ["input_ids"], ["positions"]),
         helper.make_node("Gather", ["positional", "positions"], ["places"]),
     ]
     arrays = {"head": head, "shape": np.array([1, -1], np.int64), "positional": weights["base"].T.copy()}
+    arrays["order"] = np.arange(48)[::-1].copy()
     initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     save(tmp_path, helper.make_graph(nodes, "scaled", inputs, outputs, initializers))
     assert quantize_graph(tmp_path, INT8_32, []) == 1
     logits, rows, places = run(tmp_path, np.eye(WIDE, dtype=np.float32), np.arange(48)).values()
     np.testing.assert_array_equal(places, weights["base"].T)
-    np.testing.assert_allclose(rows[0], 2 * logits.T[:48], atol=ROUNDING)
+    np.testing.assert_allclose(rows[0, ::-1], 2 * logits.T[:48], atol=ROUNDING)
     off = np.abs(2 * logits.T - head)
     assert off.max() > ROUNDING and (off <= steps(head.T, INT8_32).T + ROUNDING).all()
 
