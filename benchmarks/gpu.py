@@ -45,7 +45,7 @@ from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE, export_onnx
-from deltamem_tool.onnx.runtime.static_graph import open_graph
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 DECODED = 32  # tokens of one timed decode
 WARM_UP = 64  # tokens

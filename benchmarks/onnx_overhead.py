@@ -47,7 +47,7 @@ from genai_builder import BuilderSide, build
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name, in_turn
 from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE, Manifest
-from deltamem_tool.onnx.runtime.static_graph import open_graph
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 BUILDER = "builder"
 MEMORIES = {"tsw": ("q,o", "TSW on q, o"), "msw": ("q,k,v,o", "MSW on q, k, v, o")}  # by preset: branches, title

@@ -18,7 +18,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from itertools import chain
 from typing import Any, NamedTuple
@@ -82,6 +82,9 @@ BORROWED: dict[str, Name] = {
     # transformers: export
     "OnnxConfig": Name("transformers.exporters", "options of the exporter", _EXPORTERS),
     "OnnxExporter": Name("transformers.exporters", "traces a model, fuses, and writes it", _EXPORTERS),
+    "fuse_for_onnxruntime": Name(
+        "transformers.exporters.onnxruntime_fusions", "fuses a graph that is not the exporter's own", _EXPORTERS
+    ),
     # onnxruntime
     "NotImplemented": Name(
         "onnxruntime.capi.onnxruntime_pybind11_state", "raised where a provider lacks an operator", _NO_PUBLIC
@@ -312,3 +315,18 @@ def peft_model(model: Any, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(model, config)
+
+
+@contextmanager
+def use_attention(model: Any, name: str) -> Iterator[None]:
+    """Inside, `model` attends by the implementation `name`, whatever it says of itself that it supports.
+
+    `set_attn_implementation` asks models first; here it is tried.
+    """
+    from transformers import PreTrainedModel
+
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}.values()
+    with ExitStack() as stack:
+        for config in configs:
+            stack.enter_context(_set(config, "_attn_implementation_internal", name))
+        yield

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 
+import onnx_ir
 import pytest
 import torch
 from torch import nn
@@ -77,6 +78,14 @@ def _exports() -> bool:
     return callable(_compat.OnnxExporter().export) and callable(_compat.OnnxExporter.save_program)
 
 
+def _fuses() -> bool:
+    text = """<ir_version: 10, opset_import: ["": 20]>
+        g (float[B,2] x, float[3,2] w) => (float[B,3] y) { t = Transpose <perm=[1,0]> (w) y = MatMul(x, t) }"""
+    model = onnx_ir.from_onnx_text(text)
+    _compat.fuse_for_onnxruntime(model, "cpu")
+    return [node.op_type for node in model.graph] == ["FusedMatMul"]
+
+
 FACTS: dict[str, Callable[[], bool]] = {
     "scan": _counts_as_a_loop,
     "FakeTensor": _has_no_numbers,
@@ -110,6 +119,7 @@ FACTS: dict[str, Callable[[], bool]] = {
     "INTEGRATION_TO_CALLBACK": lambda: "tensorboard" in _compat.INTEGRATION_TO_CALLBACK,
     "OnnxConfig": lambda: _compat.OnnxConfig(opset_version=20).opset_version == 20,
     "OnnxExporter": _exports,
+    "fuse_for_onnxruntime": _fuses,
     "NotImplemented": lambda: issubclass(_compat.NotImplemented, Exception),
     "RepoFile": lambda: isinstance(_compat.RepoFile, type),
     "git_hash": _blob_digest,
@@ -285,3 +295,12 @@ def test_the_names_of_methods_are_right():
     assert callable(getattr(GenerationMixin, _compat.PREPARE_CACHE))
     assert callable(getattr(GenerationMixin, _compat.STOPPING_CRITERIA))
     assert callable(getattr(Trainer, _compat.TRAIN_SAMPLER))
+
+
+def test_use_attention():
+    from helpers.tiny import tiny_model
+
+    model = tiny_model(attention="eager")
+    with _compat.use_attention(model, "another"):
+        assert _compat.attention_implementation(model.config) == "another"
+    assert _compat.attention_implementation(model.config) == "eager"

@@ -86,7 +86,7 @@ def main() -> None:
     if graph is not None:
         import onnxruntime  # noqa: F401  (counts as imports)
 
-        import deltamem_tool.onnx.runtime.static_graph  # counts too
+        import deltamem_tool.onnx.runtime.buffered_graph  # counts too
     else:
         import deltamem_tool.bench.models  # noqa: F401
 

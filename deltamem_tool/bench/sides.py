@@ -110,7 +110,7 @@ class OnnxSide:
     """A graph in ONNX Runtime, without PyTorch."""
 
     def __init__(self, graph: GraphFolder, provider: str, threads: int | None, cuda_graph: bool = False) -> None:
-        from deltamem_tool.onnx.runtime.static_graph import open_graph
+        from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
         self._graph: Any = open_graph(graph.folder, graph.interface, provider, threads, cuda_graph=cuda_graph)
         self._segmented = graph.interface.segment > 0

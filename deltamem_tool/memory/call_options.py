@@ -36,10 +36,9 @@ class CallOptions:
         parameters = inspect.signature(forward).parameters
         self._cache = cache_argument(forward)  # also of a model that has no memory
         self._cuts = "logits_to_keep" in parameters
-        self._head: nn.Module | None = None
-        if logits == "last" and padded_right:
-            self._head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
-        if self._head is None and logits == "last" and padded_right:
+        self.keeps_all = logits == "all"
+        self._padded_right = logits == "last" and padded_right
+        if self._padded_right and _head_of(model) is None:
             raise ExportError(
                 f"{type(model).__name__} does not say which layer computes its logits.",
                 "So they cannot be limited to each row's last token, which padding on the right needs.",
@@ -73,10 +72,35 @@ class CallOptions:
         if self._cuts:
             kwargs["logits_to_keep"] = 1 if self._last else 0  # 0 is all, for transformers
         mask = attention_mask if columns is None else _masked(model, attention_mask, columns)
-        position = None if self._head is None else last_valid(attention_mask, input_ids.shape[1])
-        with _cut(self._head, position):
+        position = last_valid(attention_mask, input_ids.shape[1])[:, None] if self._padded_right else None
+        with _cut(_head_of(model), position):
             logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **kwargs).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the model takes positions, and counts them as they are counted here if it is given none."""
+        return self._first_position is not None
+
+    def packed_logits(
+        self, model: PreTrainedModel, input_ids: Tensor, positions: Tensor, cache: MemoryCache, kept: Tensor
+    ) -> Tensor:
+        """Return logits `[B, K, V]` of a call whose attention needs no mask.
+
+        Args:
+            model: the model.
+            input_ids: `[B, T]`.
+            positions: int64 `[B, T]`, from zero.
+            cache: the keys, values and memory before the tokens.
+            kept: int64 `[B, K]`, the tokens whose logits are wanted.
+        """
+        kwargs: dict[str, Any] = {self._cache: cache, "position_ids": (self._first_position or 0) + positions}
+        if self._cuts:
+            kwargs["logits_to_keep"] = 0  # all
+        head = _head_of(model)
+        with _cut(head, kept):
+            logits: Tensor = model(input_ids=input_ids, use_cache=True, **kwargs).logits
+        return logits if head is not None else logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
@@ -84,15 +108,21 @@ def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
     return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
 
 
+def _head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The layer that computes the logits, where the model says which one that is."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
+    return head
+
+
 @contextmanager
 def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
-    """Let `head` see one position of each row, int64 `[B]`; all of them where it is None."""
+    """Let `head` see the positions `[B, K]` of each row; all of them where it is None."""
     if head is None or position is None:
         yield
         return
 
     def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        index = position[:, None, None].expand(-1, 1, args[0].shape[-1])
+        index = position[..., None].expand(-1, -1, args[0].shape[-1])
         return (args[0].gather(1, index), *args[1:])
 
     handle = head.register_forward_pre_hook(cut)

@@ -64,7 +64,8 @@ from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import parse_json, read_text
 
 FORMAT = "deltamem-onnx"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (3, FORMAT_VERSION)  # 3 had no packed keys and values
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -154,6 +155,7 @@ class Interface:
         genai: whether onnxruntime-genai feeds it.
         max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
         positions: how many tokens the model has positions for; 0 for any number, and where an older folder is silent.
+        packed: whether each row's keys and values lie at the front of their buffer, without padding.
     """
 
     logits: str
@@ -164,6 +166,7 @@ class Interface:
     genai: bool = False
     max_length: int = 0
     positions: int = 0
+    packed: bool = False
 
     @property
     def room(self) -> int | None:
@@ -318,7 +321,7 @@ class Manifest:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise _disagreement(f"It does not say that its format is {FORMAT!r}")
         version = content.pop("format_version", None)
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in READABLE_VERSIONS:
             raise _of_format(version, content.get("packages"))
         values = _fields(cls, content, "the manifest")
         interface = _fields(Interface, values["interface"], "interface")
@@ -330,7 +333,8 @@ class Manifest:
             _require(_is_count(value, longest) or (type(value) is int and value == 0), f"interface.{name}")
         listed = interface["layers"]
         _require(isinstance(listed, list) and 0 < len(listed) <= MAX_LAYERS, "interface.layers")
-        _require(isinstance(interface["genai"], bool), "interface.genai")
+        for name in ("genai", "packed"):
+            _require(isinstance(interface[name], bool), f"interface.{name}")
         layers = tuple(_layer(layer) for layer in listed)
         for name in ("adapter", "model_type", "target", "quantize"):
             _require(isinstance(values[name], str) and bool(values[name]), name)
@@ -405,7 +409,7 @@ def _quantization(content: Any) -> Quantization | None:
     return Quantization(**values)
 
 
-_ADDED = {"positions": 0, "quantization": None}  # what older folders of this format do not have
+_ADDED = {"positions": 0, "packed": False, "quantization": None}  # what older folders do not have
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:

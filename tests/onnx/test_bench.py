@@ -20,8 +20,10 @@ from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.export.base_graph import PlainStep, without_memory
+from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import TOLERANCE
+from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 PROMPT = SEGMENT + 8  # one message ends in it, one stays open
 
@@ -68,24 +70,21 @@ def test_base_and_memory_are_what_they_are_in_pytorch(by_message, tmp_path):
     assert np.abs(last[BASE] - last[MEMORY]).max() > 10 * TOLERANCE
 
 
-def test_a_lora_in_buffers_of_fixed_length(fixed):
-    """What would be traced; a trace takes longer than all the rest of these tests."""
+def test_a_lora_in_buffers_of_fixed_length(fixed, tmp_path):
     options, interface = CallOptions(fixed.model, "last"), without_memory(fixed.manifest.interface)
-    length, ids = interface.max_length, torch.arange(9)[None]
+    ids = torch.arange(9)[None]
     with apart(fixed.model) as (model, adapter), torch.no_grad():
         lora = random_lora(twin_of(model), adapter, seed=0).eval()
         expected = lora(ids).logits[:, -1:]
-        step = PlainStep(lora.get_base_model(), options, length)
-        past = [
-            {part: torch.zeros(1, heads, length, width) for part, (heads, width) in layer.cache.items()}
-            for layer in interface.layers
-        ]
-        mask = (torch.arange(length) < 6)[None].long()
-        given = step(ids[:, :6], mask, torch.ones(1, 6, dtype=torch.bool), past, torch.tensor([0]))
-        mask = (torch.arange(length) < 9)[None].long()
-        given = step(ids[:, 6:], mask, torch.ones(1, 3, dtype=torch.bool), given["present"], torch.tensor([6]))
-    torch.testing.assert_close(given["logits"], expected, atol=1e-4, rtol=0)
-    assert all(part.shape[2] == length for layer in given["present"] for part in layer.values())
+        write_plain(lora.get_base_model(), options, interface, TARGETS["cpu"], tmp_path / "lora")
+    graph = open_graph(tmp_path / "lora", interface)
+    past = graph.empty_past(1)
+    for tokens, columns in ((slice(0, 6), 6), (slice(6, 9), 9)):
+        new, mask = ids[:, tokens].numpy(), np.ones((1, columns), np.int64)
+        logits, past = graph.step(new, mask, np.ones(new.shape, np.bool_), past)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    shapes = {tuple(value.shape()) for value in past.lease.buffers.cache.values()}
+    assert {shape[2] for shape in shapes} == {interface.max_length}
 
 
 def test_the_peak_grows_by_what_a_prompt_takes(qwen3):

@@ -21,8 +21,8 @@ from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.trace import segment_tags
+from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
 from deltamem_tool.onnx.runtime.graph import Graph
-from deltamem_tool.onnx.runtime.static_graph import StaticGraph
 
 GREEDY_ROWS, GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_SEGMENT = 8, 16, 32, 8  # of `greedy_agreement`
 PADDED_ROWS = 3  # of a batch that is padded on the left
@@ -53,7 +53,7 @@ _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up
 
 
 def largest_difference(
-    model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions, start: MemoryState | None = None
+    model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, start: MemoryState | None = None
 ) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch with padding.
 
@@ -80,7 +80,7 @@ class GraphResults:
     results: list[_Result]
 
 
-def in_onnx_runtime(model: PreTrainedModel, graph: Graph | StaticGraph) -> GraphResults:
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph) -> GraphResults:
     """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
     starts = _starts(model, graph.interface, None)
     return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
@@ -103,7 +103,7 @@ def half_precision_errors(
     return float(np.maximum(of_graph, of_padding)), of_pytorch
 
 
-def greedy_agreement(model: PreTrainedModel, graph: Graph | StaticGraph, options: CallOptions) -> float:
+def greedy_agreement(model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions) -> float:
     """The share of the greedy tokens of `model`, after random prompts, that `graph` chooses too.
 
     Both go on with those of `model`. Where segments are written, they end with the prompt and after every few tokens.
@@ -222,7 +222,7 @@ def _padding_difference(model: PreTrainedModel, interface: Interface) -> float:
     return float(torch.stack(differences).max())
 
 
-def _onnx(graph: Graph | StaticGraph) -> Callable[[_Start], _Step]:
+def _onnx(graph: Graph | BufferedGraph) -> Callable[[_Start], _Step]:
     def begin(start: _Start) -> _Step:
         layers = start.memory.layers if start.as_input and start.memory is not None else None
         past: Any = graph.empty_past(start.batch, None if layers is None else {i: x.numpy() for i, x in layers.items()})

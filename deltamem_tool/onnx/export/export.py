@@ -49,15 +49,15 @@ from deltamem_tool.onnx.export.targets import (
     target_of,
 )
 from deltamem_tool.onnx.export.trace import dtype_name, interface_of, traced
+from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph, open_graph
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers
-from deltamem_tool.onnx.runtime.static_graph import StaticGraph, open_graph
 
 TOLERANCE = 1e-3  # largest difference between ONNX Runtime and PyTorch in float32, over logits and states
 HALF_FACTOR = 2.0  # in half precision: ONNX Runtime's error, over PyTorch's own (measured: 0.6 to 0.8 in float16)
 PACKAGES = ("deltamem-tool", "torch", "transformers", "onnx", "onnxscript")
 
-_Graph = Graph | StaticGraph
+_Graph = Graph | BufferedGraph
 
 
 def export_onnx(
@@ -192,8 +192,7 @@ def _write_graph(plan: _Plan, path: Path) -> None:
     """
     plan.tell("Tracing the model")
     program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
-    if plan.target.fusions is not None:
-        optimize(program, plan.without)
+    optimize(program, plan.target, plan.without)
     if plan.target.genai:
         genai.set_defaults(program, plan.interface, plan.start)
     if plan.target.is_standard:

@@ -24,17 +24,16 @@ a NaN would reach every other token through attention's values, with or without 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltamem_tool.config import BRANCHES, L2_EPS
+from deltamem_tool.config import BRANCHES, L2_EPS, DeltaMemConfig
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.layer import DeltaMemLayer, LayerOutput
-from deltamem_tool.onnx.export.rewrites import JOINED_PROJECTIONS, LEAN_MEMORY
+from deltamem_tool.onnx.export.rewrites import LEAN_MEMORY
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 
@@ -53,8 +52,32 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
     """
     if target.fusions is None or adapter.config.granularity != "token" or LEAN_MEMORY in without:
         return {}
-    apart = JOINED_PROJECTIONS in without
-    return {layer: FusedMemory(adapter.layer(layer), apart) for layer in adapter.layer_indices}
+    constants = Constants(adapter.config)
+    return {layer: FusedMemory(adapter.layer(layer), constants) for layer in adapter.layer_indices}
+
+
+class Constants:
+    """What all memories of an adapter share, so that the graph computes it once: bounds of each slot, and the like.
+
+    Attributes:
+        ceiling: `[slots, C]`, the highest pre-activations of a token that writes, where C is groups · H·R.
+        shut: `[slots, C]`, those of one that does not.
+        decaying: `[slots, 1]`, which slot decays, and by which sign.
+        length: `[R]`, what makes a norm of mean squares one of sums.
+    """
+
+    def __init__(self, config: DeltaMemConfig) -> None:
+        self.slots = 2 if config.update_rule == "no_lambda" else 3
+        self.groups = 4 if self.slots == 3 and not config.couple_lambda else 3
+        rows = config.state_heads * config.rank
+        ceiling = torch.full((self.slots, self.groups, rows), UNBOUNDED, dtype=torch.float32)
+        ceiling[WRITE:, 2:] = OPEN
+        ceiling[READ, 2:] = SHUT
+        shut = ceiling.clone()
+        shut[:, 2:] = SHUT
+        self.ceiling, self.shut = ceiling.flatten(1), shut.flatten(1)
+        self.decaying = torch.tensor([[0.0], [0.0], [-1.0]], dtype=torch.float32)[: self.slots]
+        self.length = torch.full((config.rank,), config.rank**-0.5, dtype=torch.float32)
 
 
 class FusedMemory(nn.Module):
@@ -64,8 +87,7 @@ class FusedMemory(nn.Module):
 
     Args:
         memory: the layer's.
-        apart: keep the product with the hidden states from being joined with the base's own, for weights that shall
-            not be quantised with them.
+        constants: of the adapter.
     """
 
     projection: Tensor
@@ -76,34 +98,28 @@ class FusedMemory(nn.Module):
     length: Tensor
 
     @torch.no_grad()
-    def __init__(self, memory: DeltaMemLayer, apart: bool = False) -> None:
+    def __init__(self, memory: DeltaMemLayer, constants: Constants) -> None:
         super().__init__()
-        self.config, self.apart = memory.config, apart
-        config = memory.config
+        config = self.config = memory.config
         self.heads, self.rank = config.state_heads, config.rank
-        self.rows = self.heads * self.rank
-        self.slots = 2 if self.config.update_rule == "no_lambda" else 3
-        zeros = partial(torch.zeros, dtype=torch.float32)
+        self.rows, self.slots = self.heads * self.rank, constants.slots
         gates = [self._by_row(memory.gate.weight, memory.gate.bias)]
-        if self.slots == 3 and memory.decay is not None:
+        if constants.groups == 4:
+            assert memory.decay is not None
             weight, bias = self._by_row(memory.decay.weight, memory.decay.bias)
             gates.append((-weight, -bias))
-        weights = zeros(self.slots, 2 + len(gates), self.rows, memory.query.weight.shape[1])
-        biases, ceiling = zeros(weights.shape[1:3]), zeros(weights.shape[:3]).fill_(UNBOUNDED)
+        weights = torch.zeros(
+            self.slots, constants.groups, self.rows, memory.query.weight.shape[1], dtype=torch.float32
+        )
+        biases = torch.zeros(weights.shape[1:3], dtype=torch.float32)
         weights[READ, 0], weights[WRITE, 0] = memory.query.weight, memory.key.weight
         weights[WRITE, 1] = memory.value.weight
         for group, (weight, biases[group]) in enumerate(gates, start=2):
             weights[WRITE:, group] = weight
-            ceiling[WRITE:, group] = OPEN
-        ceiling[READ, 2:] = SHUT
-        shut = ceiling.clone()
-        shut[:, 2:] = SHUT
-        self.register_buffer("projection", weights.flatten(0, 2))  # [slots·C, D], with C = groups · H·R
+        self.register_buffer("projection", weights.flatten(0, 2))  # [slots·C, D]
         self.register_buffer("bias", biases.flatten())  # [C]
-        self.register_buffer("ceiling", ceiling.flatten(1))  # [slots, C] of a token that writes
-        self.register_buffer("shut", shut.flatten(1))  # and of one that does not
-        self.register_buffer("decaying", torch.tensor([[0.0], [0.0], [-1.0]], dtype=torch.float32)[: self.slots])
-        self.register_buffer("length", zeros(self.rank).fill_(self.rank**-0.5))
+        for name in ("ceiling", "shut", "decaying", "length"):
+            self.register_buffer(name, getattr(constants, name))
         self.o_norm = memory.o_norm
         self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.branches})
 
@@ -136,8 +152,6 @@ class FusedMemory(nn.Module):
         batch, tokens = hidden.shape[:2]
         steps = tokens * self.slots
         x = hidden.float()
-        if self.apart:
-            x = _node("Identity", [x], x.shape)
         raw = F.linear(x, self.projection).view(batch, steps, -1)
         ceiling = torch.where(write_mask[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
         projected = torch.minimum(raw + self.bias, ceiling)

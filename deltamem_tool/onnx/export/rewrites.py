@@ -1,12 +1,13 @@
 """Rewrites of a traced graph, after transformers' fusions, each by a name with which it can be left out.
 
-They compute what they replace, and leave a graph alone where they do not apply. Two of the names are not rewrites of
-the finished graph but of what is traced: see `fused_memory`.
+They compute what they replace, and leave a graph alone where they do not apply. Weights are values like others here:
+what is joined of them is joined when the graph is written (`fold_weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -14,27 +15,45 @@ from onnx_ir.passes import common as common_passes
 
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export.graph_edits import (
+    constant,
+    copy_dtype,
+    given,
+    initializer,
+    only_user,
+    producer,
+    take_over,
+)
+from deltamem_tool.onnx.export.repeat import fold_weights
+from deltamem_tool.onnx.export.targets import Target
 
-LEAN_MEMORY = "lean_memory"  # the memory in as few nodes as it takes
-JOINED_PROJECTIONS = "joined_projections"  # its projections in one product with the base's q, k and v
-JOINED_OUTPUT = "joined_output"
+LEAN_MEMORY = "lean_memory"  # the memory in as few nodes as it takes: done while it is traced, by `fused_memory`
+JOINED_CORRECTIONS = "joined_corrections"  # a projection and its correction in one product
+JOINED_PROJECTIONS = "joined_projections"  # q, k and v in one product
+PLAIN_PRODUCTS, PLAIN_SHAPES = "plain_products", "plain_shapes"
+SKIP_NORMS = "skip_norms"  # a sum and its norm in one operator
 GATHERED_STATES = "gathered_states"
 PLAIN_ATTENTION = "plain_attention"
 
-SCAN = "LinearAttention"
+SCAN, ATTENTION = "LinearAttention", "GroupQueryAttention"
+MICROSOFT = "com.microsoft"
 SWAPPED_HEADS = [0, 2, 1, 3]
+_SKIP_NORM = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization"}
 
 
-def optimize(program: ir.Model, without: Collection[str] = ()) -> None:
-    """Apply every rewrite of the table, in its order, but for those named in `without`.
+def optimize(program: ir.Model, target: Target, without: Collection[str] = ()) -> None:
+    """Apply every rewrite of the table, in its order, but for those named in `without`, and compute what is constant.
+
+    Graphs of standard operators are left as they are but for the latter.
 
     Raises:
         ExportError: there is no such rewrite.
     """
     check_rewrites(without)
     for name, rewrite in REWRITES.items():
-        if rewrite is not None and name not in without:
+        if rewrite is not None and name not in without and not target.is_standard:
             rewrite(program.graph)
+    fold_weights(program.graph)
     common_passes.RemoveUnusedNodesPass()(program)
 
 
@@ -49,80 +68,204 @@ def check_rewrites(without: Collection[str]) -> None:
         raise ExportError(f"There is no rewrite {unknown[0]!r}.", "", f"The rewrites are {', '.join(REWRITES)}.")
 
 
-def join_output(graph: ir.Graph) -> None:
-    """`a W + r Δ`, the output projection and its correction by readings r, as one product `[a, r] [W; Δ]`."""
-    for product, split in _corrections(graph):
-        deltas = _split_weights(product, split)
-        if deltas is None:
-            continue
-        parts = list(split.outputs) if split is not None else [product.outputs[0]]
-        rest = []
-        for part, delta in zip(parts, deltas, strict=True):
-            if not _join_correction(graph, _input(product, 0), part, delta):
-                rest.append((part, delta))
-        if len(rest) < len(parts):
-            _multiply_again(graph, product, split, rest)
+@dataclass
+class _Terms:
+    """A sum of products with weights, and of biases: `x W + r Δ + b`."""
+
+    products: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # what is multiplied, and by which weights
+    biases: list[ir.Value] = field(default_factory=list)
+    nodes: list[ir.Node] = field(default_factory=list)
 
 
-def _corrections(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node | None]]:
-    """Products of a memory's readings with Δ, and what splits them where several branches are in one."""
-    for scan in [node for node in graph if node.op_type == SCAN]:
-        readings = _only_user(scan.outputs[0], "Reshape")
-        if readings is None:
-            continue
-        for user, position in list(readings.outputs[0].uses()):
-            if user.op_type == "MatMul" and position == 0:
-                yield user, _only_user(user.outputs[0], "Split")
-
-
-def _split_weights(product: ir.Node, split: ir.Node | None) -> list[np.ndarray] | None:
-    """Δ of each branch, `[readings, out]`; None where they are not constants."""
-    weight = _constant(product.inputs[1])
-    if weight is None or weight.ndim != 2:
+def _terms(value: ir.Value | None) -> _Terms | None:
+    """`value` as a sum of such terms; None where it is something else, or something else reads a part of it."""
+    if value is None:
         return None
-    if split is None:
-        return [weight]
-    sizes = _constant(split.inputs[1]) if len(split.inputs) == 2 else None
-    return None if sizes is None else np.split(weight, np.cumsum(sizes)[:-1], axis=1)
+    node = producer(value, "MatMul", "Add")
+    if node is None:
+        return None
+    first, second = given(node), given(node, 1)
+    if node.op_type == "MatMul":
+        if not _is_weight(second) or _is_weight(first):
+            return None
+        return _Terms([(first, second)], [], [node])
+    terms = _Terms()
+    for part in (first, second):
+        if _is_weight(part) and part.shape is not None and len(part.shape) == 1:
+            terms.biases.append(part)
+            continue
+        inner = _terms(part)
+        if inner is None or len(part.uses()) > 1:
+            return None
+        terms.products += inner.products
+        terms.biases += inner.biases
+        terms.nodes += inner.nodes
+    terms.nodes.append(node)
+    return terms
 
 
-def _join_correction(graph: ir.Graph, readings: ir.Value, part: ir.Value, delta: np.ndarray) -> bool:
-    """Whether `part` was added to a projection's product, which is now one with it."""
-    add = _only_user(part, "Add")
-    if add is None:
-        return False
-    other = _input(add, 1 if add.inputs[0] is part else 0)
-    base = _producer(other, "MatMul")
-    weight = _constant(base.inputs[1]) if base is not None else None
-    if base is None or weight is None or weight.ndim != 2 or weight.dtype != delta.dtype or len(other.uses()) > 1:
-        return False
-    assert other.name is not None
-    joined = _initializer(graph, f"{other.name}_joined", np.concatenate([weight, delta]))
-    both = ir.node("Concat", [base.inputs[0], readings], attributes={"axis": -1})
-    product = ir.node("MatMul", [both.outputs[0], joined])
-    graph.insert_before(add, [both, product])
-    _take_over(add.outputs[0], product.outputs[0])
-    graph.remove([add, base], safe=True)
-    return True
+def _is_weight(value: ir.Value) -> bool:
+    """Whether it is a weight, or computed from weights alone."""
+    if value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and bool(node.inputs) and all(x is not None and _is_weight(x) for x in node.inputs)
 
 
-def _multiply_again(
-    graph: ir.Graph, product: ir.Node, split: ir.Node | None, rest: list[tuple[ir.Value, np.ndarray]]
-) -> None:
-    """In the place of `product` and its `split`, the branches that are left."""
-    if rest:
-        assert product.outputs[0].name is not None
-        name = f"{product.outputs[0].name}_rest"
-        weight = _initializer(graph, name, np.concatenate([delta for _, delta in rest], axis=1))
-        again = [ir.node("MatMul", [product.inputs[0], weight])]
-        if len(rest) > 1:
-            sizes = _initializer(graph, f"{name}_sizes", np.array([delta.shape[1] for _, delta in rest]))
-            inputs = [again[0].outputs[0], sizes]
-            again.append(ir.node("Split", inputs, attributes={"axis": -1}, num_outputs=len(rest)))
-        graph.insert_before(product, again)
-        for (part, _), output in zip(rest, again[-1].outputs, strict=True):
-            _take_over(part, output)
-    graph.remove([split, product] if split is not None else product, safe=True)
+def multiply_plainly(graph: ir.Graph) -> None:
+    """`MatMul` with a transposed weight, where a fusion has put the transposition into the product."""
+    for node in graph:
+        if node.op_type != "FusedMatMul" or node.domain != MICROSOFT or not node.attributes.get_int("transB", 0):
+            continue
+        others = {"transA": 0, "transBatchA": 0, "transBatchB": 0}
+        weight = given(node, 1)
+        plain = all(node.attributes.get_int(name, default) == default for name, default in others.items())
+        if not plain or node.attributes.get_float("alpha", 1.0) != 1 or not _is_matrix_of_one(weight):
+            continue
+        swapped = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
+        product = ir.node("MatMul", [given(node), swapped.outputs[0]])
+        if weight.shape is not None:
+            swapped.outputs[0].shape = ir.Shape(list(weight.shape)[::-1])
+        copy_dtype(weight, swapped.outputs[0])
+        graph.insert_before(node, [swapped, product])
+        take_over(node.outputs[0], product.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _is_matrix_of_one(value: ir.Value) -> bool:
+    """Whether it is a weight that one product alone reads: the embedding is where it is looked up."""
+    return _is_weight(value) and value.shape is not None and len(value.shape) == 2 and len(value.uses()) == 1
+
+
+def join_projections(graph: ir.Graph) -> None:
+    """The products that make q, k and v for one attention as one, which the attention takes as it is."""
+    for node in [node for node in graph if node.op_type == ATTENTION and node.inputs[1] is not None]:
+        values = [given(node, position) for position in range(3)]
+        parts = [part for value in values if (part := _terms(value)) is not None and len(value.uses()) == 1]
+        widths = [width for value in values if (width := _width(value)) is not None]
+        packed = _packed(graph, node, parts, widths) if len(parts) == len(widths) == len(values) else None
+        if packed is not None:
+            for position, value in enumerate((packed, None, None)):
+                node.replace_input_with(position, value)
+
+
+def _packed(graph: ir.Graph, before: ir.Node, parts: list[_Terms], widths: list[int]) -> ir.Value | None:
+    """The sums side by side `[B, T, q + k + v]`: each input times the weights of all that read it, or zeros."""
+    inputs = dict.fromkeys(x for part in parts for x, _ in part.products)
+    if any(len({x for x, _ in part.products}) < len(part.products) for part in parts):
+        return None
+    total: ir.Value | None = None
+    for x in inputs:
+        rows = next(_rows(weight) for part in parts for y, weight in part.products if y is x)
+        weights = [dict(part.products).get(x) for part in parts]
+        blocks = [
+            weight or _zeros(graph, [rows, width], _like(parts)) for weight, width in zip(weights, widths, strict=True)
+        ]
+        product = ir.node("MatMul", [x, _side_by_side(graph, before, blocks)])
+        graph.insert_before(before, product)
+        total = _added(graph, before, total, product.outputs[0])
+    if any(part.biases for part in parts):
+        blocks = [
+            part.biases[0] if part.biases else _zeros(graph, [width], _like(parts))
+            for part, width in zip(parts, widths, strict=True)
+        ]
+        if any(len(part.biases) > 1 for part in parts):
+            return None
+        total = _added(graph, before, total, _side_by_side(graph, before, blocks))
+    return total
+
+
+def _added(graph: ir.Graph, before: ir.Node, total: ir.Value | None, more: ir.Value) -> ir.Value:
+    if total is None:
+        return more
+    add = ir.node("Add", [total, more])
+    graph.insert_before(before, add)
+    return add.outputs[0]
+
+
+def _side_by_side(graph: ir.Graph, before: ir.Node, weights: list[ir.Value]) -> ir.Value:
+    """Weights joined at their last axis."""
+    joined = ir.node("Concat", weights, attributes={"axis": -1})
+    copy_dtype(weights[0], joined.outputs[0])
+    joined.outputs[0].shape = ir.Shape([*list(weights[0].shape or [])[:-1], sum(_width(w) or 0 for w in weights)])
+    graph.insert_before(before, joined)
+    return joined.outputs[0]
+
+
+def _zeros(graph: ir.Graph, shape: list[int], like: ir.Value) -> ir.Value:
+    assert like.dtype is not None
+    return initializer(graph, f"zeros_{'_'.join(map(str, shape))}", np.zeros(shape, like.dtype.numpy()))
+
+
+def _like(parts: list[_Terms]) -> ir.Value:
+    return parts[0].products[0][1]
+
+
+def _width(value: ir.Value | None) -> int | None:
+    size = value.shape[-1] if value is not None and value.shape is not None else None
+    return size if isinstance(size, int) else None
+
+
+def _rows(weight: ir.Value) -> int:
+    assert weight.shape is not None
+    return int(weight.shape[0])  # type: ignore[arg-type]  # of a matrix
+
+
+def join_corrections(graph: ir.Graph) -> None:
+    """`x W + r Δ`, a projection and its correction by readings r, as one product `[x, r] [W; Δ]`."""
+    joined: dict[tuple[ir.Value, ...], ir.Value] = {}  # inputs, which several sums may have in common
+    for node in [node for node in graph if node.op_type == "Add" and not node.domain]:
+        users = list(node.outputs[0].uses())
+        if any(use.node.op_type == "Add" and _terms(use.node.outputs[0]) is not None for use in users):
+            continue  # a part of a larger sum
+        terms = _terms(node.outputs[0])
+        if terms is None or len(terms.products) < 2 or len({weight.dtype for _, weight in terms.products}) > 1:
+            continue
+        inputs, parts = (tuple(values) for values in zip(*terms.products, strict=True))
+        if inputs not in joined:
+            both = ir.node("Concat", inputs, attributes={"axis": -1})
+            graph.insert_before(node, both)
+            joined[inputs] = both.outputs[0]
+        weights = ir.node("Concat", parts, attributes={"axis": 0})
+        copy_dtype(parts[0], weights.outputs[0])
+        weights.outputs[0].shape = ir.Shape([sum(map(_rows, parts)), _width(parts[0])])
+        product = ir.node("MatMul", [joined[inputs], weights.outputs[0]])
+        graph.insert_before(node, [weights, product])
+        total = product.outputs[0]
+        for bias in terms.biases:
+            total = _added(graph, node, total, bias)
+        take_over(node.outputs[0], total)
+    _drop_unused(graph)
+
+
+def skip_norms(graph: ir.Graph) -> None:
+    """A sum and the norm of it as one operator, which gives both."""
+    for norm in [node for node in graph if node.op_type in _SKIP_NORM]:
+        add = producer(norm.inputs[0], "Add")
+        if add is None or norm.attributes.get_int("axis", -1) != -1 or given(norm, 1).dtype != add.outputs[0].dtype:
+            continue
+        first, second = given(add), given(add, 1)
+        if not all(_is_flow(x) for x in (first, second)) or len(given(norm, 1).shape or []) != 1:
+            continue
+        epsilon = norm.attributes.get_float("epsilon", 1e-5)
+        inputs = [first, second, given(norm, 1)]
+        fused = ir.node(
+            _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, num_outputs=4
+        )
+        graph.insert_before(add, fused)
+        take_over(add.outputs[0], fused.outputs[3])
+        take_over(norm.outputs[0], fused.outputs[0])
+        graph.remove([norm, add], safe=True)
+
+
+def _is_flow(value: ir.Value) -> bool:
+    """Whether it is `[B, T, D]`, not a constant that would be broadcast."""
+    return not value.is_initializer() and value.shape is not None and len(value.shape) == 3
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    while unused := [n for n in graph if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
+        graph.remove(unused, safe=True)
 
 
 def gather_states(graph: ir.Graph) -> None:
@@ -131,20 +274,20 @@ def gather_states(graph: ir.Graph) -> None:
     for scan in graph:
         if scan.op_type != SCAN or len(scan.inputs) < 4:
             continue
-        before, after = _producer(scan.inputs[3], "Reshape"), _only_user(scan.outputs[1], "Reshape")
-        if before is None or after is None or not _input(before, 0).is_graph_input():
+        before, after = producer(scan.inputs[3], "Reshape"), only_user(scan.outputs[1], "Reshape")
+        if before is None or after is None or not given(before, 0).is_graph_input():
             continue
         if after.outputs[0].is_graph_output() and str(after.outputs[0].name).endswith(contract.STATE):
             scans.append((scan, before, after))
     if len(scans) < 2:
         return
-    into, back = (_constant(node.inputs[1]) for node in scans[0][1:])
+    into, back = (constant(node.inputs[1]) for node in scans[0][1:])
     shapes = {str([_shape_of(node) for node in nodes]) for _, *nodes in scans}
     if into is None or back is None or len(shapes) != 1:
         return
     count = len(scans)
     first = graph[0]
-    states = _gathered(graph, [_input(before, 0) for _, before, _ in scans], into * [1, count, 1, 1], "states")
+    states = _gathered(graph, [given(before, 0) for _, before, _ in scans], into * [1, count, 1, 1], "states")
     graph.insert_before(first, states)
     for (scan, before, _), state in zip(scans, states[-1].outputs, strict=True):
         scan.replace_input_with(3, state)
@@ -152,14 +295,14 @@ def gather_states(graph: ir.Graph) -> None:
     states = _gathered(graph, [scan.outputs[1] for scan, *_ in scans], back * [1, count, 1, 1], "new_states")
     graph.extend(states)
     for (_, _, after), state in zip(scans, states[-1].outputs, strict=True):
-        _take_over(after.outputs[0], state)
+        take_over(after.outputs[0], state)
         graph.remove(after, safe=True)
 
 
 def _gathered(graph: ir.Graph, values: list[ir.Value], shape: np.ndarray, name: str) -> list[ir.Node]:
     """`values` side by side on axis 1, in another shape, and apart again."""
     joined = ir.node("Concat", values, attributes={"axis": 1})
-    shaped = ir.node("Reshape", [joined.outputs[0], _initializer(graph, f"{name}_shape", shape)])
+    shaped = ir.node("Reshape", [joined.outputs[0], initializer(graph, f"{name}_shape", shape)])
     apart = ir.node(
         "Split", shaped.outputs, attributes={"axis": 1, "num_outputs": len(values)}, num_outputs=len(values)
     )
@@ -173,27 +316,26 @@ def tidy_attention(graph: ir.Graph) -> None:
     """
     for node in list(graph):
         if node.op_type == "Reshape" and (same := _reshaped_back(node)) is not None:
-            _take_over(node.outputs[0], same)
+            take_over(node.outputs[0], same)
     for node in list(graph):
-        inner = _producer(node.inputs[0], "Transpose") if node.op_type == "Transpose" else None
+        inner = producer(node.inputs[0], "Transpose") if node.op_type == "Transpose" else None
         if inner is None:
             continue
         order = [_perm(inner)[axis] for axis in _perm(node)]
         if order == sorted(order):
-            _take_over(node.outputs[0], _input(inner, 0))
+            take_over(node.outputs[0], given(inner, 0))
         else:
             node.replace_input_with(0, inner.inputs[0])
             node.attributes["perm"] = ir.AttrInt64s("perm", order)
-    while unused := [n for n in graph if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
-        graph.remove(unused, safe=True)
+    _drop_unused(graph)
 
 
 def _reshaped_back(node: ir.Node) -> ir.Value | None:
     """x, if `node` gives x `[·, ·, heads, width]` its shape again after its heads were put into one axis."""
-    merged = _producer(node.inputs[0], "Reshape")
+    merged = producer(node.inputs[0], "Reshape")
     if merged is None or _shape_of(merged) != [0, 0, -1]:
         return None
-    x = _input(merged, 0)
+    x = given(merged, 0)
     heads, target = _heads(x), _shape_of(node)
     return x if heads is not None and target == [0, 0, heads, -1] else None
 
@@ -202,48 +344,46 @@ def _heads(value: ir.Value) -> int | None:
     """Size of the last axis but one of a value of four, where that is known."""
     if value.shape is not None:
         return value.shape[2] if len(value.shape) == 4 and isinstance(value.shape[2], int) else None
-    swapped = _producer(value, "Transpose")
-    product = _producer(swapped.inputs[0], "MatMul") if swapped is not None else None
+    swapped = producer(value, "Transpose")
+    product = producer(swapped.inputs[0], "MatMul") if swapped is not None else None
     if product is None or swapped is None or _perm(swapped) != SWAPPED_HEADS:
         return None
-    back = _producer(product.inputs[1], "Transpose")  # of the values, whose heads the product has
+    back = producer(product.inputs[1], "Transpose")  # of the values, whose heads the product has
     if back is None or _perm(back) != SWAPPED_HEADS:
         return None
-    shaped = _producer(back.inputs[0], "Reshape")
+    shaped = producer(back.inputs[0], "Reshape")
     target = _shape_of(shaped) if shaped is not None else None
-    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(_input(back, 0))
+    return target[2] if target is not None and len(target) == 4 and target[2] > 0 else _heads(given(back, 0))
 
 
-# None: done while the graph is traced, by `fused_memory`.
+def rejoin_shapes(graph: ir.Graph) -> None:
+    """Remove a reshape that the next one undoes, and one to the shape that is there."""
+    for node in [node for node in graph if node.op_type == "Reshape"]:
+        inner = producer(node.inputs[0], "Reshape")
+        if inner is not None and node.outputs[0].shape is not None and 0 not in (_shape_of(node) or []):
+            node.replace_input_with(0, inner.inputs[0])
+        before, after = given(node).shape, node.outputs[0].shape
+        if before is not None and after is not None and list(before) == list(after) and _is_known(after):
+            take_over(node.outputs[0], given(node))
+    _drop_unused(graph)
+
+
+def _is_known(shape: ir.Shape) -> bool:
+    """Whether every size is a number or has a name."""
+    return all(isinstance(size, int) or size.value is not None for size in shape)
+
+
 REWRITES: dict[str, Callable[[ir.Graph], None] | None] = {
     LEAN_MEMORY: None,
-    JOINED_PROJECTIONS: None,
-    JOINED_OUTPUT: join_output,
+    PLAIN_PRODUCTS: multiply_plainly,
+    PLAIN_SHAPES: rejoin_shapes,
+    JOINED_PROJECTIONS: join_projections,
+    JOINED_CORRECTIONS: join_corrections,
+    SKIP_NORMS: skip_norms,
     GATHERED_STATES: gather_states,
     PLAIN_ATTENTION: tidy_attention,
 }
-JOIN_WEIGHTS = (JOINED_PROJECTIONS, JOINED_OUTPUT)  # what puts the memory's weights into the base's
-
-
-def _input(node: ir.Node, position: int) -> ir.Value:
-    """One that is not left out."""
-    value = node.inputs[position]
-    assert value is not None
-    return value
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == op_type else None
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+JOIN_WEIGHTS = (JOINED_CORRECTIONS,)  # what puts the memory's weights into the base's
 
 
 def _perm(transpose: ir.Node) -> list[int]:
@@ -252,24 +392,5 @@ def _perm(transpose: ir.Node) -> list[int]:
 
 def _shape_of(reshape: ir.Node) -> list[int] | None:
     """What a reshape is to, if it is a constant."""
-    target = _constant(reshape.inputs[1])
+    target = constant(reshape.inputs[1])
     return None if target is None else target.tolist()
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array)))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Whoever reads `old` reads `new`, which has its type and, as an output of the graph, its name."""
-    if new.shape is None:
-        new.shape = old.shape
-    if new.dtype is None and old.dtype is not None:
-        new.dtype = old.dtype
-    is_output = old.is_graph_output()
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    if is_output:
-        new.name, old.name = old.name, None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import onnx_ir
+import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool._compat import (
     DummyLayer,
@@ -22,6 +24,7 @@ from deltamem_tool._compat import (
     OnnxConfig,
     OnnxExporter,
     StaticLayer,
+    fuse_for_onnxruntime,
     quiet_exporters,
     without_stack_traces,
 )
@@ -32,22 +35,39 @@ from deltamem_tool.memory.call_options import CallOptions, fill, fill_static
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.export.attention import FusedAttention, Lengths, can_fuse, marked_rotary
+from deltamem_tool.onnx.export.attention_nodes import POSITIONS, place_attention
 from deltamem_tool.onnx.export.fused_memory import fused_memories
+from deltamem_tool.onnx.export.layers import DOMAIN, Past, TracedLayers
+from deltamem_tool.onnx.export.repeat import LayerRepeater, without_weights
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.segments.tags import SegmentTag
 
 
 class _Step(nn.Module):
-    """One call as a function of tensors: what is traced. Its nested names become the graph's."""
+    """One call as a function of tensors: what is traced. Its nested names become the graph's.
 
-    def __init__(self, model: PreTrainedModel, adapter: DeltaMemAdapter, options: CallOptions, max_length: int) -> None:
+    Without an `adapter`, of the model without a memory: `write_mask` is taken all the same, so that both graphs are
+    called alike.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: DeltaMemAdapter | None,
+        options: CallOptions,
+        interface: Interface,
+        layers: TracedLayers,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._max_length = max_length  # 0 where keys and values grow
+        self._max_length = interface.max_length  # 0 where keys and values grow
+        self._packed = interface.packed
         self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
-        self._fingerprint = adapter.fingerprint
+        self._fingerprint = "" if adapter is None else adapter.fingerprint
         self._options = options
+        self.layers = layers
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """None, for the exporter, which would cast every input to the type of the first one.
@@ -66,40 +86,117 @@ class _Step(nn.Module):
         initial: Sequence[dict[str, Tensor]] = (),
         past_length: Tensor | None = None,
     ) -> dict[str, Any]:
-        write = True if write_mask is None else write_mask
-        cache = MemoryCache(self.model, write=write, max_length=self._max_length or None)
-        if segment_end is not None and write_mask is not None:
-            cache.segment_tags = segment_tags(write_mask, segment_end)
-        columns = None  # of the mask, where the tokens are: its last, or
+        if self._packed:
+            return self._packed_call(
+                input_ids, attention_mask, write_mask, past_key_values, segment_end, initial, past_length
+            )
+        columns, valid = None, None  # of the mask, where the tokens are: its last, or
         if past_length is not None:
             columns = past_length + torch.arange(input_ids.shape[1])
-            cache.begin_step(input_ids, attention_mask.index_select(1, columns).bool())
+            valid = attention_mask.index_select(1, columns).bool()
+        memory = self._memory(past_key_values, initial, _begins(attention_mask, input_ids.shape[1]))
+        cache = self._cache(input_ids, valid, write_mask, segment_end, memory, self._max_length)
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past and past_length is None:
                 fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
+        with self.layers.call(past_key_values):
+            logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
+        return self._results(logits, cache, past_key_values)
+
+    def _packed_call(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        write_mask: Tensor | None,
+        past_key_values: Past,
+        segment_end: Tensor | None,
+        initial: Past,
+        past_length: Tensor | None,
+    ) -> dict[str, Any]:
+        """As `forward`, where each row's keys and values lie at the front of their buffer."""
+        tokens = input_ids.shape[1]
+        if past_length is None:
+            valid = attention_mask[:, -tokens:].bool()
+            total = torch.full((), attention_mask.shape[1], dtype=torch.int32)
+            past = attention_mask.sum(-1) - valid.sum(-1)
+        else:
+            valid = attention_mask.index_select(1, past_length + torch.arange(tokens)).bool()
+            total = torch.full((), self._max_length, dtype=torch.int32)
+            past = (attention_mask * (torch.arange(self._max_length) < past_length)).sum(-1)
+        numbers, places = _packed(valid)
+        input_ids = input_ids.gather(1, numbers)
+        write, end = (None if mask is None else mask.gather(1, numbers) for mask in (write_mask, segment_end))
+        packed_valid = torch.arange(tokens) < valid.sum(-1, keepdim=True)
+        memory = self._memory(past_key_values, initial, (past == 0)[:, None, None, None])
+        cache = self._cache(input_ids, packed_valid, write, end, memory)
+        positions = past[:, None] + torch.arange(tokens)
+        positions = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{POSITIONS}", [positions], {}, dtype=positions.dtype, shape=list(positions.shape), version=1
+        )
+        kept = places if self._options.keeps_all else (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+        attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
+        with attention.of(self.model, cache, past_key_values), self.layers.call(past_key_values):
+            logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
+        return self._results(logits, cache, past_key_values)
+
+    def _cache(
+        self,
+        input_ids: Tensor,
+        valid: Tensor | None,
+        write: Tensor | None,
+        end: Tensor | None,
+        memory: MemoryState | None,
+        max_length: int = 0,
+    ) -> Any:
+        """A cache that holds no keys and values yet; masks `[B, T]`, `valid` where the model is given no mask."""
+        if self.adapter is None:
+            config = self.model.config
+            return StaticCache(config=config, max_cache_len=max_length) if max_length else DynamicCache(config=config)
+        cache = MemoryCache(self.model, write=True if write is None else write, max_length=max_length or None)
+        if end is not None and write is not None:
+            cache.segment_tags = segment_tags(write, end)
+        if valid is not None:
+            cache.begin_step(input_ids, valid)
+        cache.memory = memory
+        return cache
+
+    def _memory(self, past_key_values: Past, initial: Past, begins: Tensor) -> MemoryState | None:
+        """What the call begins with; rows that begin a conversation, bool `[B, 1, 1, 1]`, with what is `initial`."""
+        if self.adapter is None:
+            return None
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
         if initial:
-            begins = _begins(attention_mask, input_ids.shape[1])
             states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
-        cache.memory = MemoryState(states, self._fingerprint, segments)
-        logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
+        return MemoryState(states, self._fingerprint, segments)
+
+    def _results(self, logits: Tensor, cache: Any, past_key_values: Past) -> dict[str, Any]:
+        """The graph's outputs."""
         present: list[dict[str, Tensor]] = []
         for i, past in enumerate(past_key_values):
-            present.append({})
+            present.append(dict(self.layers.present.get(i, {})))
+            if contract.CONV in past:
+                present[i][contract.CONV] = past[contract.CONV].clone()
+            if i in self.layers.present:
+                continue
             if contract.KEY in past:
                 layer = cast(DynamicLayer, cache.layers[i])
                 present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
-            if i in states:
+            if contract.STATE in past:
                 present[i][contract.STATE] = cache.memory.layers[i]
-            if i in segments:
+            if contract.SEGMENT in past:
                 present[i][contract.SEGMENT] = cache.memory.open_segments[i]
-            if contract.CONV in past:
-                present[i][contract.CONV] = past[contract.CONV].clone()
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
+
+
+def _packed(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which each row's valid tokens come first, and where each token is in it: both int64 `[B, T]`."""
+    count, numbers = valid.sum(-1, keepdim=True), torch.arange(valid.shape[1]).expand(valid.shape)
+    places = torch.where(valid, valid.cumsum(-1) - 1, count + (~valid).cumsum(-1) - 1)
+    return torch.zeros_like(places).scatter(1, places, numbers), places
 
 
 def segment_tags(write: Tensor, end: Tensor) -> Tensor:
@@ -149,7 +246,9 @@ def interface_of(
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
+    packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
     return Interface(
+        packed=packed,
         logits=logits,
         vocab_size=vocab_size,
         dtype=dtype_name(model.dtype),
@@ -224,21 +323,26 @@ _NOT_CARRIED = {
 
 def traced(
     model: PreTrainedModel,
-    adapter: DeltaMemAdapter,
+    adapter: DeltaMemAdapter | None,
     interface: Interface,
     options: CallOptions,
     target: Target,
     without: Collection[str] = (),
 ) -> onnx_ir.Model:
-    """The graph, in the operators of `target`; `without` names rewrites of `optimize` to leave out.
+    """The graph, in the operators of `target`, before its rewrites; `without` names those that will be left out.
+
+    Without an `adapter`, `model` has no memory, and `options` were made while it had one.
 
     Raises:
         ExportError: PyTorch's exporter has no graph for the model.
     """
-    step = _Step(model, adapter, options, interface.max_length)
     with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
+        layers = TracedLayers(model, adapter, interface)
+        step = _Step(model, adapter, options, interface, layers)
+        rotary = marked_rotary(model) if interface.packed else nullcontext()
         try:
-            return graph_of(step, interface, target)
+            with rotary:
+                return _graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
             raise ExportError(
                 f"PyTorch cannot trace {type(model).__name__} as one graph for every length.",
@@ -247,29 +351,61 @@ def traced(
             ) from error
 
 
-def graph_of(step: nn.Module, interface: Interface, target: Target) -> onnx_ir.Model:
+def _graph_of(step: _Step, interface: Interface, target: Target) -> onnx_ir.Model:
     """`step`, whose arguments are called what the inputs of `interface` are, as a graph for `target`."""
     inputs, axes = _sample(interface)
     # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
     config = OnnxConfig(
         dynamic_shapes=axes,
         opset_version=target.opset,
-        ort_fusions=target.fusions,
+        optimize=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     with quiet_exporters(), without_stack_traces():
         # Any module will do.
-        program = OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program
+        program = cast(onnx_ir.Model, OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program)
+        _optimize(program, step, interface, target)
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
             node.metadata_props.clear()  # of the exporter, with this machine's paths
-    return cast(onnx_ir.Model, program)
+    return program
+
+
+def _optimize(program: onnx_ir.Model, step: _Step, interface: Interface, target: Target) -> None:
+    """Fold and fuse what was traced, and put copies of it in the place of the layers that were not."""
+    weights: dict[str, Tensor] = {}
+    for named in (step.named_parameters, step.named_buffers):
+        weights |= dict(named(remove_duplicate=False))
+    own = _own_weights(weights, step.layers.names)
+    with without_weights(program.graph, {name for names in own.values() for name in names.values()}):
+        onnxscript.optimizer.optimize(program)
+        if target.fusions is not None:
+            fuse_for_onnxruntime(program, target.fusions)
+            place_attention(program.graph, interface)
+    LayerRepeater(program.graph, own, weights).repeat()
+
+
+def _own_weights(weights: Mapping[str, Tensor], layers: Mapping[int, str]) -> dict[int, dict[str, str]]:
+    """Names of each layer's own weights by what they are called in it; other weights are those of several layers."""
+    own = {}
+    for index, layer in layers.items():
+        prefixes = (f"model.{layer}.", f"adapter.layers.{index}.")
+        named = [(part, name) for name in weights for part in (0, 1) if name.startswith(prefixes[part])]
+        own[index] = {f"{part}.{name.removeprefix(prefixes[part])}": name for part, name in named}
+    users = Counter(id(weights[name]) for names in own.values() for name in names.values())
+    return {
+        index: {part: name for part, name in names.items() if users[id(weights[name])] == 1}
+        for index, names in own.items()
+    }
 
 
 @contextmanager
-def _fused(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> Iterator[None]:
+def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[str]) -> Iterator[None]:
     """Inside, `adapter` has fused memories in the place of its own, where that can be."""
+    if adapter is None:
+        yield
+        return
     fused = {str(layer): memory for layer, memory in fused_memories(adapter, target, without).items()}
     originals = {layer: adapter.layers[layer] for layer in fused}
     adapter.layers.update(fused)

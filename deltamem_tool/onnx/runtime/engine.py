@@ -16,7 +16,7 @@ from deltamem_tool.memory.file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest
 from deltamem_tool.onnx.locate import find_onnx
-from deltamem_tool.onnx.runtime.static_graph import open_graph
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 
 class OnnxModel:
@@ -29,7 +29,7 @@ class OnnxModel:
             may use.
         map_weights: leave the weights in their file, of a graph that is not quantised: see `Graph`.
         cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
-            `StaticGraph`.
+            `BufferedGraph`.
 
     Raises:
         ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.

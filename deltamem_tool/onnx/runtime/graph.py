@@ -32,7 +32,7 @@ _TYPES = {
 
 
 class LoadedGraph:
-    """`model.onnx` in an ONNX Runtime session, checked against its interface: what `Graph` and `StaticGraph` share.
+    """`model.onnx` in an ONNX Runtime session, checked against its interface: what `Graph` and `BufferedGraph` share.
 
     Args:
         folder: where the graph and its weights are.
@@ -101,6 +101,17 @@ class LoadedGraph:
                 for i, array in arrays.items()
             }
         )
+
+    def initial_values(self, batch: int, states: Mapping[int, NDArray[Any]] | None) -> Past:
+        """What a graph for onnxruntime-genai takes beside; `states` are one row, for all of the batch."""
+        values: Past = {}
+        for i in self.interface.state_shapes if self.interface.genai else ():
+            name = contract.carried_name(contract.PAST, i, contract.CONV)
+            values[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
+            if states is not None:  # without, it is what the graph has
+                name = contract.carried_name(contract.INITIAL, i, contract.STATE)
+                values[name] = on_device(states[i], contract.FLOAT32, self.device)
+        return values
 
     def states(self, past: Any) -> dict[int, NDArray[Any]]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
@@ -172,15 +183,8 @@ class Graph(LoadedGraph):
                 name = contract.carried_name(contract.PAST, i, part)
                 element = ELEMENT_TYPES[self.interface.dtype]
                 past[name] = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], element, self.device)
-        if self.interface.genai:
-            for i in self.interface.state_shapes:
-                name = contract.carried_name(contract.PAST, i, contract.CONV)
-                past[name] = on_device(np.zeros((batch, 1, 1), np.float32), contract.FLOAT32, self.device)
-                if states is not None:  # one row for all of the batch; without, it is what the graph has
-                    name = contract.carried_name(contract.INITIAL, i, contract.STATE)
-                    past[name] = on_device(states[i], contract.FLOAT32, self.device)
-            states = None
-        return {**past, **self.memory_values(batch, states, segments)}
+        initial = self.initial_values(batch, states)
+        return {**past, **initial, **self.memory_values(batch, None if initial else states, segments)}
 
     def with_memory(self, past: Past, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]) -> Past:
         """`past` with other states `[B, H, R, R]` and open segments `[B, W]` by layer."""
@@ -231,14 +235,16 @@ def one_row(values: Mapping[str, OrtValue], row: int, columns: NDArray[Any]) -> 
     return {name: array[:, :, columns] if is_cache(name) else array for name, array in arrays.items()}
 
 
-def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The rows of all `pasts` as one batch; keys and values of shorter ones are padded with zeros on the left."""
+def joined_rows(pasts: Sequence[Mapping[str, NDArray[Any]]], behind: bool = False) -> dict[str, NDArray[Any]]:
+    """The rows of all `pasts` as one batch; keys and values of shorter ones are padded with zeros, left or `behind`."""
     joined = {}
     for name in pasts[0]:
         arrays = [past[name] for past in pasts]
         if is_cache(name):
             length = max(array.shape[2] for array in arrays)
-            arrays = [np.pad(a, ((0, 0), (0, 0), (length - a.shape[2], 0), (0, 0))) for a in arrays]
+            missing = [length - array.shape[2] for array in arrays]
+            pads = [(0, more) if behind else (more, 0) for more in missing]
+            arrays = [np.pad(a, ((0, 0), (0, 0), pad, (0, 0))) for a, pad in zip(arrays, pads, strict=True)]
         joined[name] = np.concatenate(arrays)
     return joined
 

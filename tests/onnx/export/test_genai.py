@@ -30,8 +30,8 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Layer, Manifest
 from deltamem_tool.onnx.export import export, genai
 from deltamem_tool.onnx.export.targets import INT4, INT8
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.static_graph import open_graph
 
 TOLERANCE = 1e-4
 CONTEXT = 120

@@ -15,7 +15,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export import export, targets
 from deltamem_tool.onnx.export.compare import in_onnx_runtime, largest_difference
 from deltamem_tool.onnx.export.trace import CallOptions
-from deltamem_tool.onnx.runtime.static_graph import open_graph
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 

@@ -24,9 +24,9 @@ def called(graph, tokens, past):
     return graph.step(ids, np.ones((len(ids), length), np.int64), np.ones(ids.shape, bool), past)
 
 
-def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(qwen3, monkeypatch):
+def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(portable, monkeypatch):
     """The same tensors, at the same addresses: nothing is copied and nothing becomes numpy but the logits."""
-    graph = OnnxModel(qwen3.folder).graph
+    graph = OnnxModel(portable.folder).graph
     bound: dict[str, int] = {}
     bind = onnxruntime.IOBinding.bind_ortvalue_input
     monkeypatch.setattr(
@@ -47,8 +47,8 @@ def test_what_comes_out_of_a_call_goes_into_the_next_as_it_is(qwen3, monkeypatch
     assert read == [[1, 1, graph.interface.vocab_size]]
 
 
-def test_a_past_is_not_changed_by_the_call_that_it_goes_into(qwen3):
-    graph = OnnxModel(qwen3.folder).graph
+def test_a_past_is_not_changed_by_the_call_that_it_goes_into(portable):
+    graph = OnnxModel(portable.folder).graph
     _, past = called(graph, [[65, 66, 67]], graph.empty_past(1))
     before = {name: on_host(value).copy() for name, value in past.items()}
     first, _ = called(graph, [[68, 69]], past)
@@ -67,9 +67,9 @@ def test_states_are_copies(qwen3):
     assert all((state == 1).all() for state in graph.states(past).values())
 
 
-def test_rows_are_joined_and_taken(qwen3):
+def test_rows_are_joined_and_taken(portable):
     """Shorter rows get zeros on the left; one row with its own columns is what it was."""
-    graph = OnnxModel(qwen3.folder).graph
+    graph = OnnxModel(portable.folder).graph
     _, short = called(graph, [[65, 66]], graph.empty_past(1))
     _, long = called(graph, [[70, 71, 72, 73]], graph.empty_past(1))
     joined = graph.join([short, long])

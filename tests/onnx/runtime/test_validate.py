@@ -305,12 +305,12 @@ def test_a_manifest_of_an_older_version_is_silent_about_groups(qwen3):
 @pytest.mark.parametrize(
     ("version", "packages", "next"),
     [
-        (4, {"deltamem-tool": "99.2"}, "Update deltamem-tool: pip install -U 'deltamem-tool>=99.2'"),
-        (4, {"deltamem-tool": "9'; evil"}, "Update deltamem-tool: pip install -U deltamem-tool"),
-        (4, [], "Update deltamem-tool: pip install -U deltamem-tool"),
+        (5, {"deltamem-tool": "99.2"}, "Update deltamem-tool: pip install -U 'deltamem-tool>=99.2'"),
+        (5, {"deltamem-tool": "9'; evil"}, "Update deltamem-tool: pip install -U deltamem-tool"),
+        (5, [], "Update deltamem-tool: pip install -U deltamem-tool"),
         (2, {"deltamem-tool": "99.2"}, "Export the adapter again."),
         (1, None, "Export the adapter again."),
-        ("4", None, "Export the adapter again."),
+        ("5", None, "Export the adapter again."),
     ],
 )
 def test_other_formats_say_what_to_do(folder, sessions, version, packages, next):

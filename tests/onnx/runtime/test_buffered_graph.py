@@ -20,9 +20,9 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE
 from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.export.trace import interface_of
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.ortvalue import on_host
-from deltamem_tool.onnx.runtime.static_graph import open_graph
 
 SHORT = Sampling(max_new_tokens=6)
 # The same sums in another order, of logits and states of order 10.
@@ -222,7 +222,7 @@ def test_buffers_with_nan_are_not_used_again(graph):
 def test_a_long_prompt_goes_in_by_pieces(graph, monkeypatch, bound):
     tokens = [list(range(65, 76))]
     whole, past = called(graph, tokens, graph.empty_past(1))
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.static_graph.LONGEST_CALL", 4)
+    monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
     bound.clear()
     pieces, other = called(graph, tokens, graph.empty_past(1))
     assert len(bound) == 3

@@ -1,0 +1,260 @@
+"""Attention as one operator, where a model's attention is what that operator computes.
+
+ONNX Runtime's `GroupQueryAttention` takes queries, keys and values of new tokens, appends the keys and values to those
+of the past, and attends: causally, over a window if there is one, with a softcap, with sinks. The keys and values of
+each row lie at the front of their buffer, `[B, kv_heads, N, width]`, one after the other and without padding.
+
+Whether a model's attention is that is tried: the model runs once as it is, and once with the equation below in the
+place of its own attention. While it is traced, a node stands for the equation, and another one for rotary position
+embeddings; `attention_nodes` makes the operator of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from deltamem_tool._compat import DynamicLayer, use_attention
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export.layers import DOMAIN
+
+ATTENTION, ROTARY = "Attention", "Rotary"  # nodes that `attention_nodes` replaces
+HALVES, INTERLEAVED = 0, 1  # how rotary embeddings pair numbers: across the halves of a head, or neighbours
+
+_NAME = "deltamem_onnx"  # of this implementation among those of transformers
+_PROBE_TOKENS = 12
+_PROBE_WINDOW = 64  # windows up to here are tried too
+_PROBE_TOLERANCE = 1e-4  # between a model's logits and those by the equation, by their size, in float32
+_HALF_TOLERANCE = 3e-2  # in half precision
+_HEAD_MULTIPLE = 8  # the operator's: of the width of a head
+
+_current: FusedAttention | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the rows of a call.
+
+    Args:
+        past: tokens of each row before it, int64 `[B]`.
+        last: the index of each row's last key after it, were all its tokens valid, int32 `[B]`.
+        total: length that the keys and values must have room for, int32 scalar.
+    """
+
+    past: Tensor
+    last: Tensor
+    total: Tensor
+
+
+class FusedAttention:
+    """Runs a model with the equation for its attention, and traces it with a node for it.
+
+    Args:
+        lengths: of the rows of the call.
+    """
+
+    def __init__(self, lengths: Lengths) -> None:
+        self.lengths = lengths
+        self.layers: list[FusedLayer] = []
+
+    @contextmanager
+    def of(self, model: PreTrainedModel, cache: MemoryCache, past: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
+        """Inside, calls of `model` with `cache` attend by the equation to the keys and values of `past`."""
+        global _current
+        self.layers = [FusedLayer(one.get(contract.KEY), one.get(contract.VALUE)) for one in past]
+        cache.layers = list(self.layers)
+        _current, before = self, _current
+        try:
+            with use_attention(model, _NAME):
+                yield
+        finally:
+            _current = before
+
+
+class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
+    """A layer of the cache whose keys and values the operator appends by itself."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        super().__init__()
+        self.past = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Leave new keys and values to the attention."""
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """0: positions are given."""
+        return 0
+
+
+def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
+    """Whether the operator computes the attention of every layer of `model`."""
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
+    tokens = window + _PROBE_TOKENS if window <= _PROBE_WINDOW else _PROBE_TOKENS
+    ids = torch.arange(2 * tokens, device=model.device).view(2, tokens) % _PROBE_TOKENS
+    positions = torch.arange(tokens, device=model.device).expand(2, -1)
+    past = torch.zeros(2, dtype=torch.long, device=model.device)
+    lengths = Lengths(past, (past + tokens - 1).int(), torch.tensor(tokens, dtype=torch.int32))
+    with torch.no_grad():
+        expected = model(input_ids=ids, cache=MemoryCache(model), position_ids=positions).logits.float()
+        cache = MemoryCache(model)
+        fused = FusedAttention(lengths)
+        try:
+            with fused.of(model, cache, [{}] * cache_layers):
+                actual = model(input_ids=ids, cache=cache, position_ids=positions).logits.float()
+        except _NotFusedError:
+            return False
+    if any(layer.keys is None for layer in fused.layers):
+        return False
+    allowed = _PROBE_TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
+    return bool((actual - expected).abs().max() <= allowed * expected.abs().max())
+
+
+class _NotFusedError(Exception):
+    """A layer's attention is not the operator's."""
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query `[B, H, T, D]`, new keys and values `[B, K, T, D]`; it gives `[B, T, H, D]`."""
+    assert _current is not None
+    index = getattr(module, "layer_idx", None)
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+    fits = key.shape[-1] == value.shape[-1] == width and heads % kv_heads == 0 and width % _HEAD_MULTIPLE == 0
+    if index is None or not fits or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise _NotFusedError
+    layer = _current.layers[index]
+    scale = width**-0.5 if scaling is None else float(scaling)
+    settings: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": float(softcap or 0)}
+    if torch.compiler.is_exporting():
+        keys, values = layer.past
+        assert keys is not None and values is not None
+        sinks = [] if s_aux is None else [s_aux]
+        batch, tokens = query.shape[0], query.shape[2]
+        output, layer.keys, layer.values = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{ATTENTION}",
+            [query, key, value, keys, values, _current.lengths.last, _current.lengths.total, *sinks],
+            {"heads": heads, "kv_heads": kv_heads, "width": width, **settings},
+            dtypes=[query.dtype, keys.dtype, values.dtype],
+            shapes=[[batch, tokens, heads * width], list(keys.shape), list(values.shape)],
+            version=1,
+        )
+        return output.view(batch, tokens, heads, width), None
+    layer.keys, layer.values = key, value
+    return attention(query, key, value, sinks=s_aux, **settings).transpose(1, 2), None
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """The equation, for a text without a past: query `[B, H, T, D]`, keys and values `[B, K, T, D]`."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1).float() for x in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(scores.shape[-1], device=scores.device)
+    distance = distance[:, None] - distance
+    seen = (distance >= 0) & (distance < window) if window else distance >= 0
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).to(query.dtype)
+
+
+AttentionInterface.register(_NAME, _attend)
+
+
+@contextmanager
+def marked_rotary(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a node stands for the rotary embeddings of `model`, where they are one of the known ones."""
+    name = "apply_rotary_pos_emb"
+    modules = {type(part).__module__ for part in model.modules()}
+    patched = {}
+    for module in (sys.modules[module] for module in modules):
+        original = vars(module).get(name)
+        pairing = None if original is None else _pairing(original)
+        if original is not None and pairing is not None:
+            patched[module] = original
+            setattr(module, name, partial(_rotate, original, pairing))
+    try:
+        yield
+    finally:
+        for module, original in patched.items():
+            setattr(module, name, original)
+
+
+def _rotate(
+    original: Callable[..., tuple[Tensor, Tensor]],
+    pairing: tuple[int, int],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_exporting() or args or kwargs or q.shape[-1] != cos.shape[-1]:
+        return original(q, k, cos, sin, *args, **kwargs)
+    of_numbers, of_angles = pairing
+    half = slice(0, cos.shape[-1] // 2) if of_angles == HALVES else slice(None, None, 2)
+    cos, sin = cos[..., half], sin[..., half]
+
+    def node(x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{ROTARY}",
+            [x, cos, sin],
+            {"interleaved": of_numbers},
+            dtype=x.dtype,
+            shape=list(x.shape),
+            version=1,
+        )
+
+    return node(q), node(k)
+
+
+def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
+    """Which numbers `rotate` turns together, and how it is given their angles; None if it does something else."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=random, dtype=torch.float32) for heads in (2, 1))
+    angles = torch.randn(1, 3, 4, generator=random, dtype=torch.float32)
+    laid_out = {HALVES: angles.repeat(1, 1, 2), INTERLEAVED: angles.repeat_interleave(2, -1)}
+    for of_angles, both in laid_out.items():
+        try:
+            rotated = rotate(q, k, both.cos(), both.sin())
+        except (TypeError, RuntimeError, IndexError, ValueError):  # it takes something else
+            return None
+        for of_numbers in laid_out:
+            pairs = zip(rotated, (q, k), strict=True)
+            if all(torch.allclose(x, _rotated(y, angles, of_numbers), atol=1e-5) for x, y in pairs):
+                return of_numbers, of_angles
+    return None
+
+
+def _rotated(x: Tensor, angles: Tensor, pairing: int) -> Tensor:
+    """`x` `[B, H, T, D]` turned by `angles` `[B, T, D / 2]`."""
+    first, second = x.chunk(2, -1) if pairing == HALVES else (x[..., ::2], x[..., 1::2])
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, -1) if pairing == HALVES else torch.stack(turned, -1).flatten(-2)

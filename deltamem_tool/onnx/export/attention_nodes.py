@@ -1,0 +1,241 @@
+"""The operator for each node that stands for attention in a traced graph: `GroupQueryAttention` of ONNX Runtime.
+
+It takes queries, keys and values as the projections give them, `[B, T, heads · width]`, and turns them by their
+positions, with a table of all positions' cosines and sines. A model whose angles depend on more than the position (on
+the text's length, say) has `RotaryEmbedding` before it instead. Norms of heads stay before it too: it has them for
+CUDA and WebGPU alone, where nothing could be compared without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from deltamem_tool.onnx.contract import BATCH, TOKENS, Interface
+from deltamem_tool.onnx.export.attention import ATTENTION, ROTARY
+from deltamem_tool.onnx.export.graph_edits import copy_dtype, given, initializer, producer, take_over
+from deltamem_tool.onnx.export.layers import DOMAIN
+
+MICROSOFT = "com.microsoft"
+POSITIONS = "Positions"  # marks the positions of a call's tokens, int64 [B, T]
+_SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
+
+
+def place_attention(graph: ir.Graph, interface: Interface) -> None:
+    """Replace every node for attention and rotary embeddings, and the mark of the positions."""
+    tables = _Tables(graph, interface)
+    for node in [node for node in graph if _is(node, ATTENTION)]:
+        _place(graph, node, tables)
+    for node in [node for node in graph if _is(node, ROTARY)]:
+        _place_rotary(graph, node)
+    for node in [node for node in graph if _is(node, POSITIONS)]:
+        take_over(node.outputs[0], given(node))
+        graph.remove(node, safe=True)
+
+
+def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
+    query, key, value, past_key, past_value, last, total, *sinks = node.inputs
+    assert query is not None and key is not None
+    attributes = {name: node.attributes[name].value for name in ("heads", "kv_heads", "scale", "softcap", "window")}
+    angles: tuple[ir.Value | None, ir.Value | None] = (None, None)
+    rotary = [producer(query, ROTARY), producer(key, ROTARY)]
+    interleaved = 0
+    if rotary[0] is not None and rotary[1] is not None:
+        found = [tables.of(one) for one in rotary if one is not None]
+        if found[0] is not None and found[0] == found[1]:
+            angles, interleaved = found[0], rotary[0].attributes["interleaved"].as_int()
+            query, key = given(rotary[0]), given(rotary[1])
+    inputs = [*(_flat(graph, node, x) for x in (query, key, value)), past_key, past_value, last, total, *angles]
+    inputs += [None, None, *sinks]
+    while inputs[-1] is None:
+        inputs.pop()
+    operator = ir.node(
+        "GroupQueryAttention",
+        inputs,
+        attributes={
+            "num_heads": attributes["heads"],
+            "kv_num_heads": attributes["kv_heads"],
+            "scale": attributes["scale"],
+            "do_rotary": int(angles[0] is not None),
+            "rotary_interleaved": interleaved,
+            "local_window_size": attributes["window"] or -1,
+            **({"softcap": attributes["softcap"]} if attributes["softcap"] else {}),
+        },
+        domain=MICROSOFT,
+        num_outputs=3,
+    )
+    graph.insert_before(node, operator)
+    for old, new in zip(node.outputs, operator.outputs, strict=True):
+        take_over(old, new)
+    graph.remove(node, safe=True)
+
+
+def _flat(graph: ir.Graph, before: ir.Node, x: ir.Value | None) -> ir.Value:
+    """`x` `[B, heads, T, width]` as the projection gave it, `[B, T, heads · width]`."""
+    swapped = producer(x, "Transpose")
+    if swapped is not None and list(swapped.attributes["perm"].as_ints()) == _SWAPPED:
+        shaped = producer(swapped.inputs[0], "Reshape")
+        if shaped is not None and _is_flat(given(shaped)):
+            return given(shaped)
+        x = given(swapped)
+    else:
+        assert x is not None
+        transpose = ir.node("Transpose", [x], attributes={"perm": _SWAPPED})
+        graph.insert_before(before, transpose)
+        copy_dtype(x, transpose.outputs[0])
+        x = transpose.outputs[0]
+    reshape = ir.node("Reshape", [x, initializer(graph, "merged_heads", np.array([0, 0, -1]))])
+    copy_dtype(x, reshape.outputs[0])
+    graph.insert_before(before, reshape)
+    return reshape.outputs[0]
+
+
+def _is_flat(x: ir.Value) -> bool:
+    return x.shape is not None and len(x.shape) == 3
+
+
+class _Tables:
+    """Cosines and sines of all positions, `[positions, width / 2]`, where they depend on the position alone."""
+
+    def __init__(self, graph: ir.Graph, interface: Interface) -> None:
+        self._graph, self._interface = graph, interface
+        self._known: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
+
+    def of(self, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+        """The two tables that a node for rotary embeddings can have instead of its own angles."""
+        angles = (given(rotary, 1), given(rotary, 2))
+        if angles not in self._known:
+            arrays = self._computed(angles)
+            self._known[angles] = None
+            if arrays is not None:
+                cos, sin = arrays
+                self._known[angles] = (
+                    initializer(self._graph, "cos_table", cos),
+                    initializer(self._graph, "sin_table", sin),
+                )
+        return self._known[angles]
+
+    def _computed(self, angles: Iterable[ir.Value]) -> list[np.ndarray] | None:
+        length = self._interface.room or 0
+        half = length // 2
+        if half < 2:
+            return None
+        model = self._model(list(angles))
+        if model is None:
+            return None
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        whole, later = (self._run(session, np.arange(start, length)) for start in (0, half))
+        if any(x.shape[0] != 1 for x in whole) or not all(
+            np.array_equal(x[0, half:], y[0]) for x, y in zip(whole, later, strict=True)
+        ):
+            return None  # the same position has other angles in another text
+        return [x[0] for x in whole]
+
+    def _model(self, outputs: list[ir.Value]) -> bytes | None:
+        """The graph from the positions to `outputs`; None if there is none."""
+        nodes: dict[ir.Node, None] = {}
+        marks: set[ir.Node] = set()
+
+        def visit(value: ir.Value | None) -> None:
+            node = value.producer() if value is not None else None
+            if node is None or node in nodes:
+                return
+            if _is(node, POSITIONS):
+                marks.add(node)
+                return
+            for read in node.inputs:
+                visit(read)
+            nodes[node] = None
+
+        for value in outputs:
+            visit(value)
+        if len(marks) != 1 or any(node.domain == DOMAIN for node in nodes):
+            return None
+        positions = marks.pop().outputs[0]
+        return _as_model(nodes, positions, outputs, self._graph)
+
+    def _run(self, session: onnxruntime.InferenceSession, positions: np.ndarray) -> list[np.ndarray]:
+        sizes = {BATCH: 1, TOKENS: len(positions)}
+        shapes = self._interface.inputs()
+        feeds: dict[str, np.ndarray] = {}
+        for value in session.get_inputs():
+            if value.name == POSITIONS:
+                feeds[value.name] = positions[None].astype(np.int64)
+                continue
+            dtype, shape = shapes[value.name]
+            array = np.zeros([sizes.get(s, len(positions)) if isinstance(s, str) else s for s in shape], dtype)
+            feeds[value.name] = array
+        outputs: list[np.ndarray] = session.run(None, feeds)
+        return outputs
+
+
+def _as_model(
+    nodes: Mapping[ir.Node, None], positions: ir.Value, outputs: list[ir.Value], graph: ir.Graph
+) -> bytes | None:
+    """A model of its own, whose inputs are those of `graph` that it reads, and the positions."""
+    copies: dict[ir.Value, ir.Value] = {}
+    inputs: list[ir.Value] = []
+    constants: list[ir.Value] = []
+
+    def copied(value: ir.Value | None) -> ir.Value | None:
+        if value is None:
+            return None
+        if value not in copies:
+            copy = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+            copies[value] = copy
+            if value is positions:
+                copy.name = POSITIONS
+                copy.dtype, copy.shape = ir.DataType.INT64, ir.Shape(["batch", "tokens"])
+                inputs.append(copy)
+            elif value.const_value is not None:
+                constants.append(copy)
+            elif value.is_graph_input():
+                inputs.append(copy)
+        return copies[value]
+
+    new = []
+    for node in nodes:
+        attributes = list(node.attributes.values())
+        if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
+            return None
+        copy = ir.Node(
+            node.domain, node.op_type, [copied(x) for x in node.inputs], attributes, num_outputs=len(node.outputs)
+        )
+        for before, after in zip(node.outputs, copy.outputs, strict=True):
+            after.name, after.type, after.shape = before.name, before.type, before.shape
+            copies[before] = after
+        new.append(copy)
+    ends = [copied(value) for value in outputs]
+    part = ir.Graph(inputs, [end for end in ends if end is not None], nodes=new, opset_imports=graph.opset_imports)
+    for value in constants:
+        part.register_initializer(value)
+    serialized: bytes = ir.to_proto(ir.Model(part, ir_version=10)).SerializeToString()
+    return serialized
+
+
+def _place_rotary(graph: ir.Graph, node: ir.Node) -> None:
+    """`RotaryEmbedding`, with the angles of this call's tokens for a table."""
+    x, cos, sin = (given(node, position) for position in range(3))
+    flat = initializer(graph, "flat_angles", np.array([-1, cos.shape[-1]]) if cos.shape is not None else np.array([0]))
+    tables = [ir.node("Reshape", [angles, flat]) for angles in (cos, sin)]
+    shape = ir.node("Shape", [cos], attributes={"start": 0, "end": 2})
+    count = ir.node("ReduceProd", [shape.outputs[0]], attributes={"keepdims": 0})
+    zero, one = (initializer(graph, f"number_{n}", np.array(n)) for n in (0, 1))
+    numbers = ir.node("Range", [zero, count.outputs[0], one])
+    positions = ir.node("Reshape", [numbers.outputs[0], shape.outputs[0]])
+    rotated = ir.node(
+        "RotaryEmbedding",
+        [x, positions.outputs[0], tables[0].outputs[0], tables[1].outputs[0]],
+        attributes={"interleaved": node.attributes["interleaved"].as_int()},
+        domain=MICROSOFT,
+    )
+    graph.insert_before(node, [*tables, shape, count, numbers, positions, rotated])
+    take_over(node.outputs[0], rotated.outputs[0])
+    graph.remove(node, safe=True)
+
+
+def _is(node: ir.Node, mark: str) -> bool:
+    return node.domain == DOMAIN and node.op_type == mark

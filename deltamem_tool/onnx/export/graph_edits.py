@@ -1,0 +1,64 @@
+"""Small steps that rewrites of a graph are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+def given(node: ir.Node, position: int = 0) -> ir.Value:
+    """An input that is not left out."""
+    value = node.inputs[position]
+    assert value is not None
+    return value
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that `value` comes from, if it is one of `op_types`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types else None
+
+
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The node that reads `value`, if it alone does and is an `op_type`."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == op_type else None
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """What is known of a value before the graph runs."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register a constant, under this name or one like it."""
+    value = ir.Value(name=free_name(graph, name), const_value=ir.tensor(np.ascontiguousarray(array)))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or with a number behind it."""
+    number, free = 0, name
+    while free in graph.initializers:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Whoever reads `old` reads `new`, which has its type and, as an output of the graph, its name."""
+    if new.shape is None:
+        new.shape = old.shape
+    copy_dtype(old, new)
+    is_output = old.is_graph_output()
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if is_output:
+        new.name, old.name = old.name, None
+
+
+def copy_dtype(source: ir.Value | None, value: ir.Value) -> None:
+    """Say of `value`, whose type is not known, that it is that of `source`."""
+    if value.dtype is None and source is not None and source.dtype is not None:
+        value.dtype = source.dtype

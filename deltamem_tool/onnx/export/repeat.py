@@ -1,0 +1,221 @@
+"""Copies of traced layers in a graph, each with its own weights, and what is computed from weights alone.
+
+own        opens the graph while it is optimised, without the weights of layers: whatever is computed from one of
+them stays in the graph, since another layer's will take its place
+repeat     puts a copy of its original in the place of each layer that was not traced
+fold       makes weights of what is computed from weights: transposed, joined, scaled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export.graph_edits import free_name, given, take_over
+from deltamem_tool.onnx.export.layers import BEGIN, COPY, DOMAIN, END, LAYER, ORIGINAL
+
+
+@contextmanager
+def without_weights(graph: ir.Graph, names: set[str]) -> Iterator[None]:
+    """Inside, the initializers `names` are inputs of the graph, whose values nothing can look at."""
+    values = {name: graph.initializers.pop(name) for name in names if name in graph.initializers}
+    constants = {name: value.const_value for name, value in values.items()}
+    for value in values.values():
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            graph.inputs.remove(value)
+            value.const_value = constants[name]
+            graph.initializers[name] = value
+
+
+class LayerRepeater:
+    """What puts copies in place.
+
+    Args:
+        graph: as it was traced.
+        own: the names of each layer's own weights, by what they are called in it.
+        weights: every weight of the model and the adapter by its name in the graph.
+    """
+
+    def __init__(self, graph: ir.Graph, own: Mapping[int, Mapping[str, str]], weights: Mapping[str, Tensor]) -> None:
+        self._graph, self._own, self._weights = graph, own, weights
+        self._parts = {layer: {name: part for part, name in names.items()} for layer, names in own.items()}
+        self._marks = {op: {_layer(node): node for node in graph if _is(node, op)} for op in (BEGIN, END)}
+        self._copies = [node for node in graph if _is(node, COPY)]
+
+    def repeat(self) -> None:
+        """Put the copies in place, and take the marks away."""
+        bodies = {original: self._body(original) for original in {_original(node) for node in self._copies}}
+        inputs = {value.name: value for value in self._graph.inputs}
+        for node in self._copies:
+            original, layer = _original(node), _layer(node)
+            self._put_copy(node, bodies[original], original, layer, inputs)
+        for nodes in self._marks.values():
+            for node in nodes.values():
+                take_over(node.outputs[0], given(node))
+                self._graph.remove(node, safe=True)
+
+    def _body(self, layer: int) -> list[ir.Node]:
+        """The nodes between a layer's marks: those that its input, its past or its weights go into."""
+        own = {self._marks[BEGIN][layer].outputs[0]}
+        for value in (*self._graph.inputs, *self._graph.initializers.values()):
+            if self._belongs(value.name or "", layer):
+                own.add(value)
+        body = []
+        end = self._marks[END][layer]
+        for node in self._graph:
+            if node is self._marks[BEGIN][layer]:
+                continue
+            if node is end:
+                break
+            # Sizes are those of every layer.
+            sizes = node.op_type == "Shape" and given(node).is_graph_input()
+            if not sizes and any(value in own for value in _read_by(node)):
+                own.update(node.outputs)
+                body.append(node)
+        return body
+
+    def _belongs(self, name: str, layer: int) -> bool:
+        past = tuple(f"{prefix}.{layer}." for prefix in (contract.PAST, contract.INITIAL))
+        return name in self._parts[layer] or name.startswith(past)
+
+    def _put_copy(
+        self, place: ir.Node, body: list[ir.Node], original: int, layer: int, inputs: Mapping[str | None, ir.Value]
+    ) -> None:
+        copied: dict[ir.Value, ir.Value] = {self._marks[BEGIN][original].outputs[0]: given(place)}
+
+        def value_for(value: ir.Value | None) -> ir.Value | None:
+            if value is None or value in copied:
+                return None if value is None else copied[value]
+            name = value.name or ""
+            if value.is_graph_input() and self._belongs(name, original):
+                prefix, _, part = name.split(".", 2)
+                copied[value] = inputs[contract.carried_name(prefix, layer, part)]
+            elif value.is_initializer() and self._belongs(name, original):
+                copied[value] = self._weight(self._own[layer][self._parts[original][name]], value)
+            else:
+                return value
+            return copied[value]
+
+        nodes = []
+        for node in body:
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                [value_for(value) for value in node.inputs],
+                [_copied_attribute(attribute) for attribute in node.attributes.values()],
+                overload=node.overload,
+                num_outputs=len(node.outputs),
+                version=node.version,
+            )
+            for before, after in zip(node.outputs, copy.outputs, strict=True):
+                after.type, after.shape = before.type, before.shape
+                copied[before] = after
+            nodes.append(copy)
+        self._graph.insert_before(place, nodes)
+        take_over(place.outputs[0], copied[given(self._marks[END][original])])
+        # The rest of what stood for the layer: what its past became.
+        outputs = {value.name: value for value in self._graph.outputs}
+        for position, output in enumerate(place.outputs[1:], start=1):
+            part = str(given(place, position).name).rsplit(".", 1)[1]
+            source = outputs[contract.carried_name(contract.PRESENT, original, part)]
+            result = copied.get(source, source)
+            take_over(output, result)
+        self._graph.remove(place, safe=True)
+
+    def _weight(self, name: str, like: ir.Value) -> ir.Value:
+        if name not in self._graph.initializers:
+            value = ir.Value(
+                name=name, const_value=TorchTensor(self._weights[name], name), type=like.type, shape=like.shape
+            )
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]
+
+
+def fold_weights(graph: ir.Graph) -> None:
+    """Replace every node that reads weights alone by what it gives, computed when it is written."""
+    for node in list(graph):
+        values = [value for value in node.inputs if value is not None]
+        if not values or node.domain or not all(value.is_initializer() for value in values):
+            continue
+        if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
+            continue
+        computed = _Computed(node)
+        for position, output in enumerate(node.outputs):
+            if not output.uses() and not output.is_graph_output():
+                continue
+            tensor = computed.output(position, output)
+            name = output.name or f"{values[0].name}_{node.op_type}"
+            constant = ir.Value(name=free_name(graph, name), const_value=tensor, shape=ir.Shape(tensor.shape.numpy()))
+            constant.dtype = tensor.dtype
+            output.name = None
+            graph.register_initializer(constant)
+            take_over(output, constant)
+        graph.remove(node, safe=True)
+
+
+class _Computed:
+    """The outputs of a node whose inputs are constants."""
+
+    def __init__(self, node: ir.Node) -> None:
+        self._inputs = [value.const_value if value is not None else None for value in node.inputs]
+        names = [f"i{position}" if value is not None else "" for position, value in enumerate(node.inputs)]
+        attributes = [ir.to_proto(attribute) for attribute in node.attributes.values()]
+        self._outputs = [f"o{position}" for position in range(len(node.outputs))]
+        proto = onnx.helper.make_node(node.op_type, names, self._outputs)
+        proto.attribute.extend(attributes)
+        self._node = proto
+
+    def output(self, position: int, like: ir.Value) -> ir.TensorProtocol:
+        """One of them, of the type and shape of `like`, computed whenever it is read."""
+        compute = partial(self._compute, position)
+        if like.dtype is None or like.shape is None or not all(isinstance(size, int) for size in like.shape):
+            return compute()
+        return ir.LazyTensor(compute, dtype=like.dtype, shape=like.shape, name=like.name)
+
+    def _compute(self, position: int) -> ir.TensorProtocol:
+        arrays = {f"i{i}": tensor.numpy() for i, tensor in enumerate(self._inputs) if tensor is not None}
+        results: Any = ReferenceEvaluator(self._node).run(None, arrays)
+        return ir.tensor(results[position])
+
+
+def _layer(node: ir.Node) -> int:
+    return node.attributes[LAYER].as_int()
+
+
+def _original(node: ir.Node) -> int:
+    return node.attributes[ORIGINAL].as_int()
+
+
+def _is(node: ir.Node, mark: str) -> bool:
+    return node.domain == DOMAIN and node.op_type == mark
+
+
+def _read_by(node: ir.Node) -> Iterator[ir.Value]:
+    """Inputs of a node, and what the graphs in it read from outside."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inside = attribute.as_graph()
+            for inner in inside:
+                yield from (value for value in _read_by(inner) if value.graph is not inside)
+
+
+def _copied_attribute(attribute: ir.Attr) -> ir.Attr:
+    """A graph belongs to one node; it reads nothing from outside but what all layers share."""
+    if attribute.type != ir.AttributeType.GRAPH:
+        return attribute
+    return ir.AttrGraph(attribute.name, attribute.as_graph().clone(allow_outer_scope_values=True))

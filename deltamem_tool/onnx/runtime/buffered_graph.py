@@ -1,0 +1,427 @@
+"""A graph that writes keys and values where they are, call after call, in buffers with room for more.
+
+Decode steps run through bindings that do not change. Where the length is fixed, a CUDA graph can record and replay
+them; elsewhere a conversation that has filled its buffers goes on in larger ones.
+
+    Buffers      of one batch: keys and values, and what a decode step reads and writes
+    BufferedPast   some columns of the buffers, and a memory
+
+A call writes behind the columns of its past. So a past stays what it is as long as only one call continues it; a second
+one works on a copy of the buffers. Buffers that nobody uses any longer are kept for the next conversations.
+
+ONNX Runtime runs a graph several times before it has recorded it. Therefore a step must give the same when it is run
+again: keys and values may be written in place, states may not. They alternate between two slots of their buffers. And
+prompts run between replays: ONNX Runtime 1.31.1 has the correction (its pull request 32121) that this needs.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime import OrtValue
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache, joined_rows, one_row
+from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
+
+NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id of a call that it shall neither record nor replay
+# Tokens. Attention takes room, and in ONNX Runtime's CPU provider time, for every pair of a token and a column, also
+# for those that it cannot see: a long prompt is fed in pieces.
+LONGEST_CALL = 512
+FIRST_ROOM = 256  # columns of the first buffers of a conversation, where the length is not fixed
+
+
+class Buffers:
+    """Keys and values of one batch, `[B, heads, N, width]` by input name, where decode steps are bound to them."""
+
+    def __init__(self, graph: BufferedGraph, batch: int, room: int) -> None:
+        self.batch, self.room = batch, room
+        self.lock = threading.RLock()
+        self.cache = {name: graph.zeros(name, batch, room) for name in graph.cache_names}
+        # What a step reads, what it writes, and the past whose memory is there, as long as somebody has it.
+        self.slots = [{name: graph.zeros(name, batch) for name in graph.memory_names} for _ in range(2)]
+        self.owners: list[weakref.ref[BufferedPast] | None] = [None, None]
+        # Ids, masks and the past's length, as far as their sizes stay.
+        self.inputs = {name: graph.zeros(name, batch) for name in graph.input_names if name != graph.growing}
+        self.logits = graph.zeros(contract.LOGITS_OUTPUT, batch)
+        self.bindings = [self._binding(graph, source) for source in range(2)]
+        self.options = [graph.run_options(next(graph.graph_ids)) for _ in range(2)]
+
+    def _binding(self, graph: BufferedGraph, source: int) -> Any:
+        """A step from one slot to the other. Inputs and outputs stay where they are for good."""
+        binding = graph.io_binding()
+        for name, value in (self.inputs | self.cache | self.slots[source]).items():
+            binding.bind_ortvalue_input(name, value)
+        written = self.cache | self.slots[1 - source]
+        for name in graph.output_names:
+            value = self.logits if name == contract.LOGITS_OUTPUT else written[contract.past_name(name)]
+            binding.bind_ortvalue_output(name, value)
+        return binding
+
+    def vacate(self, slot: int) -> None:
+        """Move the past that has its memory in `slot` to a copy."""
+        owner = self.owners[slot]
+        past = owner() if owner is not None else None
+        if past is not None:
+            past.memory = {name: _copy(value) for name, value in past.memory.items()}
+        self.owners[slot] = None
+
+    def enter(self, slot: int, past: BufferedPast) -> None:
+        """Let `past` have its memory in `slot`."""
+        past.memory = self.slots[slot]
+        self.owners[slot] = weakref.ref(past)
+
+    def slot_of(self, past: BufferedPast) -> int:
+        """Return the slot of the memory of `past`, which moves into the first one if it is in none."""
+        for slot, owner in enumerate(self.owners):
+            if owner is not None and owner() is past:
+                return slot
+        self.vacate(0)
+        for name, value in past.memory.items():
+            self.slots[0][name].update_inplace(value)
+        return 0
+
+
+class BufferLease:
+    """The use of buffers by the pasts that share their columns. When these pasts are gone, `idle` gets the buffers."""
+
+    def __init__(self, buffers: Buffers, idle: list[Buffers] | None) -> None:
+        self.buffers = buffers
+        self.taken = 0  # columns that a call has written, or is writing
+        self.keep = None if idle is None else weakref.finalize(self, idle.append, buffers)  # for the next conversations
+        if self.keep is not None:
+            self.keep.atexit = False
+
+    def spoil(self) -> None:
+        """Keep the buffers from other conversations."""
+        if self.keep is not None:
+            self.keep.detach()
+
+
+class BufferedPast:
+    """A batch of conversations between two calls. Its content never changes; where its memory is may.
+
+    Args:
+        lease: the buffers that its keys and values are in.
+        mask: int64 `[B, P]`, of the tokens so far, 0 at padding. They take P columns, the first of the buffers; where
+            they are packed, each row's valid tokens take the first of these.
+        memory: states and open segments, by input name.
+    """
+
+    def __init__(self, lease: BufferLease, mask: NDArray[Any], memory: Mapping[str, OrtValue]) -> None:
+        self.lease = lease
+        self.mask = mask
+        self.memory = dict(memory)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return int(self.mask.shape[1])
+
+
+class BufferedGraph(LoadedGraph):
+    """A graph of fixed length or with packed keys and values: what `Graph` does, but its pasts are `BufferedPast`.
+
+    Args:
+        cuda_graph: record decode steps as CUDA graphs and replay them. Then all calls must come from one thread. This
+            has not been run on a GPU yet; the bindings that it needs are those of every decode step, on any provider.
+
+    Raises:
+        ExportError: as `Graph`; or `cuda_graph` on another provider than "cuda".
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        interface: Interface,
+        provider: str = "cpu",
+        threads: int | None = None,
+        map_weights: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        if cuda_graph and provider != "cuda":
+            raise _no_cuda_graph(f"The provider is {provider}.", 'Choose provider="cuda", or leave cuda_graph out.')
+        options = {"enable_cuda_graph": "1"} if cuda_graph else {}
+        super().__init__(folder, interface, provider, threads, map_weights, options)
+        self.max_length = interface.max_length  # 0 where buffers can be of any length
+        inputs = list(interface.inputs())
+        self.growing = None if self.max_length else contract.ATTENTION_MASK  # the input whose size is not the step's
+        self.cache_names = [name for name in inputs if is_cache(name)]
+        self.input_names = [name for name in inputs if not name.startswith(contract.PAST + ".")]
+        self.memory_names = [name for name in inputs if name not in (*self.cache_names, *self.input_names)]
+        self.graph_ids: Iterator[int] = count(1)
+        self._cuda_graph = cuda_graph  # whether steps are recorded and replayed; they run through bindings in any case
+        self._thread: int | None = None
+        self._idle: dict[int, list[Buffers]] = {}  # by batch, where all are of one length
+
+    def io_binding(self) -> Any:
+        """Return an empty binding of the session."""
+        return self._session.io_binding()
+
+    def run_options(self, graph_id: int) -> onnxruntime.RunOptions:
+        """Options of a call that is recorded under `graph_id`, where CUDA graphs are on."""
+        options = onnxruntime.RunOptions()
+        if self._cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
+
+    def zeros(self, name: str, batch: int, room: int = 0) -> OrtValue:
+        """A buffer for an input or output of a call with one token; keys and values have `room` columns.
+
+        Its numbers must be finite from the start: attention multiplies what it leaves out by zero.
+        """
+        dtype, shape = (self.interface.inputs() | self.interface.outputs())[name]
+        known = {contract.BATCH: batch, contract.TOKENS: 1, contract.PAST_TOKENS: room}
+        sizes = [known[s] if isinstance(s, str) else s for s in shape]
+        return on_device(np.zeros(sizes, np.uint16 if dtype == contract.BFLOAT16 else dtype), dtype, self.device)
+
+    def empty_past(
+        self,
+        batch: int,
+        states: Mapping[int, NDArray[Any]] | None = None,
+        segments: Mapping[int, NDArray[Any]] | None = None,
+    ) -> BufferedPast:
+        """As `Graph.empty_past`."""
+        return BufferedPast(self._lease(batch, 0), np.zeros((batch, 0), np.int64), self._start(batch, states, segments))
+
+    def _start(
+        self, batch: int, states: Mapping[int, NDArray[Any]] | None, segments: Mapping[int, NDArray[Any]] | None
+    ) -> Past:
+        initial = self.initial_values(batch, states)
+        return initial | self.memory_values(batch, None if initial else states, segments)
+
+    def with_memory(
+        self, past: BufferedPast, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]
+    ) -> BufferedPast:
+        """As `Graph.with_memory`."""
+        memory = self.memory_values(past.lease.buffers.batch, states, segments)
+        return BufferedPast(past.lease, past.mask, past.memory | memory)
+
+    def memory_part(self, past: BufferedPast, part: str) -> dict[int, NDArray[Any]]:
+        """The arrays of `part` by layer, read while no step writes into the buffers."""
+        with past.lease.buffers.lock:
+            return super().memory_part(past.memory, part)
+
+    def step(
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        past: BufferedPast,
+        segment_end: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[Any], BufferedPast]:
+        """As `Graph.step`, with the same masks: `attention_mask` is `[B, P + T]`.
+
+        Raises:
+            ExportError: P + T is more than `max_length`; nothing has been run.
+        """
+        (batch, tokens), columns = input_ids.shape, attention_mask.shape[1]
+        if self.max_length and columns > self.max_length:
+            raise ExportError(
+                f"The graph has room for {self.max_length} tokens, and {columns} are needed.",
+                f"It was exported with --max-length {self.max_length}.",
+                "Take a smaller window, or export it with a larger --max-length.",
+            )
+        if columns != past.length + tokens:
+            raise ValueError(f"a mask of {columns} columns for {past.length} past tokens and {tokens} new ones")
+        self._check_thread()
+        valid = attention_mask[:, past.length :]
+        feeds = {contract.INPUT_IDS: input_ids, contract.ATTENTION_MASK: valid}
+        if contract.WRITE_MASK in self.input_names:
+            feeds[contract.WRITE_MASK] = write_mask
+        if segment_end is not None:
+            feeds[contract.SEGMENT_END] = segment_end
+        several = batch > 1 and self.interface.packed
+        # A row's last valid token may lie in any piece, and its logits are the last.
+        pieces = not (several and self.interface.logits == "last" and not past.length)
+        logits = []
+        for start in range(0, tokens, LONGEST_CALL if pieces else tokens):
+            piece = {name: array[:, start : start + LONGEST_CALL if pieces else None] for name, array in feeds.items()}
+            # What the attention of packed keys and values cannot do for several rows: several tokens after a past.
+            alone = several and piece[contract.INPUT_IDS].shape[1] > 1 and bool(past.length or self.max_length)
+            piece_logits, past = (self._row_by_row if alone else self._call)(piece, past)
+            logits.append(piece_logits)
+        return self._last(logits, valid), past
+
+    def _last(self, logits: list[NDArray[Any]], valid: NDArray[Any]) -> NDArray[Any]:
+        """Those of all pieces; or of the last piece, or of the last that has tokens."""
+        if self.interface.logits == "all":
+            return np.concatenate(logits, axis=1)
+        if len(logits) == 1 or not self.interface.packed:
+            return logits[-1]
+        last = np.flatnonzero(valid[0])
+        return logits[int(last[-1]) // LONGEST_CALL if len(last) else -1]
+
+    def _row_by_row(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
+        """As `_call`, each row by itself."""
+        rows = []
+        for row in range(len(past.mask)):
+            alone = self.take(past, row, np.arange(past.length))
+            rows.append(self._call({name: array[row : row + 1] for name, array in feeds.items()}, alone))
+        return np.concatenate([logits for logits, _ in rows]), self.join([after for _, after in rows])
+
+    def take(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> BufferedPast:
+        """As `Graph.take`. The beginning of a single conversation stays in its buffers; all else is copied."""
+        buffers = past.lease.buffers
+        mask = past.mask[row : row + 1, columns]
+        with buffers.lock:
+            if buffers.batch == 1 and np.array_equal(columns, np.arange(len(columns))):
+                return BufferedPast(past.lease, mask, {n: _copy(value) for n, value in past.memory.items()})
+            return self._placed(one_row(buffers.cache | past.memory, row, self._columns(past, row, columns)), mask)
+
+    def _columns(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> NDArray[Any]:
+        """Where in the buffers the keys and values of the tokens at `columns` of the mask are."""
+        if not self.interface.packed:
+            return columns
+        mask = past.mask[row]
+        places: NDArray[Any] = (mask.cumsum() - 1)[columns][mask[columns] > 0]
+        return places
+
+    def join(self, pasts: Sequence[BufferedPast]) -> BufferedPast:
+        """As `Graph.join`."""
+        if len(pasts) == 1:
+            return pasts[0]
+        rows: list[dict[str, NDArray[Any]]] = []
+        for past in pasts:
+            with past.lease.buffers.lock:
+                cache = {n: on_host(value)[:, :, : past.length].copy() for n, value in past.lease.buffers.cache.items()}
+                rows.append(cache | {name: on_host(value).copy() for name, value in past.memory.items()})
+        length = max(past.length for past in pasts)
+        mask = np.concatenate([np.pad(past.mask, ((0, 0), (length - past.length, 0))) for past in pasts])
+        return self._placed(joined_rows(rows, behind=self.interface.packed), mask)
+
+    def _call(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
+        """One call of the graph; the mask among `feeds` is that of its tokens."""
+        tokens = feeds[contract.INPUT_IDS].shape[1]
+        past = self._exclusive(past, tokens)
+        mask = np.concatenate([past.mask, feeds[contract.ATTENTION_MASK]], axis=1)
+        if self.max_length:  # later columns are not there yet
+            whole = np.pad(mask, ((0, 0), (0, self.max_length - mask.shape[1])))
+            feeds = feeds | {contract.ATTENTION_MASK: whole, contract.PAST_LENGTH: np.array([past.length], np.int64)}
+        else:
+            feeds = feeds | {contract.ATTENTION_MASK: mask}
+        arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+        with past.lease.buffers.lock:
+            bound = tokens == 1 and past.memory.keys() == set(self.memory_names)  # and nothing that is given once
+            logits, after = (self._decode if bound else self._prefill)(arrays, past)
+        after.mask = mask
+        if not np.isfinite(logits).all():
+            past.lease.spoil()  # what is no number in these buffers would be none in the next conversation
+        return logits, after
+
+    def _exclusive(self, past: BufferedPast, tokens: int) -> BufferedPast:
+        """Reserve `tokens` columns behind `past`.
+
+        Of a copy in other buffers, if something was written there, or if there is no room.
+        """
+        lease = past.lease
+        with lease.buffers.lock:
+            if lease.taken == past.length and past.length + tokens <= lease.buffers.room:
+                lease.taken += tokens
+                return past
+            other = self._lease(lease.buffers.batch, past.length + tokens)
+            for name, value in lease.buffers.cache.items():
+                if other.buffers.room == lease.buffers.room:
+                    other.buffers.cache[name].update_inplace(value)
+                else:
+                    other.buffers.cache[name].update_inplace(self._widened(on_host(value)[:, :, : past.length], other))
+            other.taken = past.length + tokens
+            return BufferedPast(other, past.mask, {name: _copy(value) for name, value in past.memory.items()})
+
+    def _prefill(self, arrays: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
+        cache = past.lease.buffers.cache
+        logits, carried = self._run(arrays, cache | past.memory, cache, self.run_options(NOT_RECORDED))
+        return logits, BufferedPast(past.lease, past.mask, {name: carried[name] for name in self.memory_names})
+
+    def _decode(self, arrays: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
+        buffers = past.lease.buffers
+        source = buffers.slot_of(past)
+        buffers.vacate(1 - source)
+        binding = buffers.bindings[source]
+        for name, array in arrays.items():
+            if name == self.growing:
+                binding.bind_cpu_input(name, array)
+            else:
+                buffers.inputs[name].update_inplace(array)
+        self._session.run_with_iobinding(binding, buffers.options[source])
+        after = BufferedPast(past.lease, past.mask, {})
+        buffers.enter(1 - source, after)
+        return on_host(buffers.logits).copy(), after
+
+    def _lease(self, batch: int, columns: int) -> BufferLease:
+        """Take free buffers, or allocate new ones, with room for so many columns and, where they grow, as many more."""
+        if not self.max_length:
+            room = max(FIRST_ROOM, 2 * columns)
+            if self.interface.room is not None:
+                room = max(columns, min(room, self.interface.room))
+            return BufferLease(Buffers(self, batch, room), None)
+        idle = self._idle.setdefault(batch, [])
+        try:
+            buffers = idle.pop()
+        except IndexError:
+            buffers = Buffers(self, batch, self.max_length)
+        return BufferLease(buffers, idle)
+
+    def _placed(self, arrays: Mapping[str, NDArray[Any]], mask: NDArray[Any]) -> BufferedPast:
+        """A past in buffers of its own, from carried tensors whose keys and values have at most as many columns."""
+        lease = self._lease(*mask.shape)
+        lease.taken = mask.shape[1]
+        for name, buffer in lease.buffers.cache.items():
+            buffer.update_inplace(self._widened(arrays[name], lease))
+        return BufferedPast(lease, mask, self._on_device({name: arrays[name] for name in self.memory_names}))
+
+    def _widened(self, array: NDArray[Any], lease: BufferLease) -> OrtValue:
+        """Keys or values with as many columns as the buffers have."""
+        whole = np.pad(array, ((0, 0), (0, 0), (0, lease.buffers.room - array.shape[2]), (0, 0)))
+        return on_device(whole, self.interface.dtype, self.device)
+
+    def _check_thread(self) -> None:
+        """Check that the call comes from the thread of the first one, where CUDA graphs are on.
+
+        Raises:
+            ExportError: it comes from another thread.
+        """
+        here = threading.get_ident()
+        self._thread = self._thread or here
+        if self._cuda_graph and self._thread != here:
+            raise _no_cuda_graph("ONNX Runtime keeps them for one thread.", "Make all calls from the same one.")
+
+
+def open_graph(
+    folder: str | Path,
+    interface: Interface,
+    provider: str = "cpu",
+    threads: int | None = None,
+    map_weights: bool = False,
+    cuda_graph: bool = False,
+) -> Graph | BufferedGraph:
+    """The graph in `folder`, of the kind that its interface says.
+
+    Raises:
+        ExportError: it cannot be loaded as it is asked for: see `Graph` and `BufferedGraph`.
+    """
+    if cuda_graph and not interface.max_length:
+        raise _no_cuda_graph("Its keys and values grow with the text.", "Export it with --max-length.")
+    if interface.max_length or interface.packed:
+        return BufferedGraph(folder, interface, provider, threads, map_weights, cuda_graph)
+    return Graph(folder, interface, provider, threads, map_weights)
+
+
+def _no_cuda_graph(why: str, next: str) -> ExportError:
+    return ExportError("This graph cannot run as a CUDA graph.", why, next)
+
+
+def _copy(value: OrtValue) -> OrtValue:
+    copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), value.device_name())
+    copy.update_inplace(value)
+    return copy
