@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.onnx import contract
@@ -16,10 +17,30 @@ Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]  # inputs by 
 
 
 class GraphRunner(Graph):
-    """A graph that `run` runs: no session is loaded, and nothing is checked."""
+    """A graph that `run` runs: no session is loaded, and nothing is checked. Keys and values grow, packed ones too."""
 
     def __init__(self, run: Run, interface: Interface) -> None:
         self.run, self.interface, self.device = run, interface, "cpu"
+
+    def step(
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        past: Past,
+        segment_end: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[Any], Past]:
+        """As `Graph.step`; what the attention of packed keys and values cannot do, row by row."""
+        (rows, tokens), columns = input_ids.shape, attention_mask.shape[1]
+        if not self.interface.packed or rows == 1 or tokens == 1 or tokens == columns:
+            return super().step(input_ids, attention_mask, write_mask, past, segment_end)
+        results = []
+        for row in (slice(row, row + 1) for row in range(rows)):
+            alone = self._on_device({name: on_host(value)[row] for name, value in past.items()})
+            end = None if segment_end is None else segment_end[row]
+            results.append(super().step(input_ids[row], attention_mask[row], write_mask[row], alone, end))
+        joined = {name: np.concatenate([on_host(after[name]) for _, after in results]) for name in past}
+        return np.concatenate([logits for logits, _ in results]), self._on_device(joined)
 
     def _run(
         self, arrays: Mapping[str, NDArray[Any]], past: Mapping[str, Any], *rest: object

@@ -140,7 +140,7 @@ def configuration(
     """
     _check_interface(interface)
     described = _model(model, tokenizer, interface)
-    return {"model": described, "search": _search(model) | {"max_length": described["context_length"]}}
+    return {"model": described, "search": _search(model, interface) | {"max_length": described["context_length"]}}
 
 
 def write_config(folder: Path, content: dict[str, dict[str, Any]]) -> None:
@@ -226,8 +226,11 @@ def _context_length(interface: Interface) -> int:
     return interface.positions
 
 
-def _search(model: PreTrainedModel) -> dict[str, Any]:
-    """Sampling as the model wants it. Beams are not reordered with their states, and states are no shared buffers."""
+def _search(model: PreTrainedModel, interface: Interface) -> dict[str, Any]:
+    """Sampling as the model wants it, one beam, since beams are not reordered with their states; and who has the room.
+
+    Packed keys and values are written into one buffer of `max_length` columns, which the package allocates.
+    """
     wanted = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
     settings = {name: value for name, value in wanted.items() if value is not None}
-    return {"do_sample": False, **settings, "num_beams": 1, "past_present_share_buffer": False}
+    return {"do_sample": False, **settings, "num_beams": 1, "past_present_share_buffer": interface.packed}

@@ -292,7 +292,7 @@ def test_the_folder(model, tokenizer, folder):
     ends = model.generation_config.eos_token_id  # and what the template writes after an answer
     assert content["model"]["eos_token_id"] == [*ends, tokenizer.convert_tokens_to_ids("<|end|>")]
     assert content["model"]["pad_token_id"] == tokenizer.pad_token_id
-    assert content["search"]["past_present_share_buffer"] is False
+    assert content["search"]["past_present_share_buffer"] is True
     assert Manifest.from_json((folder / "deltamem_onnx.json").read_text()).interface.genai
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     assert {value.name: value.shape for value in session.get_inputs()}.items() >= {
