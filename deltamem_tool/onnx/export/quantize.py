@@ -22,7 +22,8 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Quantization
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
-from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices, initializer
+from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices
+from deltamem_tool.onnx.export.repeats import initializer, store_repeats_once
 
 # Operators that give nothing but values of their first input: in another shape, type or order, or fewer.
 MOVING = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Transpose", "Slice", "GatherElements", "GatherND")
@@ -50,7 +51,7 @@ def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[ND
     model = onnx_ir.load(folder / contract.MODEL_FILE)
     columns = _Columns(memory)
     _take_apart(model.graph, columns)
-    products = _choose(model.graph, columns)
+    products, of_memory = _products(model.graph, columns)
     if not products:
         raise ExportError(
             f"There is nothing to quantise in {quantization.bits} bits.",
@@ -64,6 +65,8 @@ def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[ND
         _replace(model.graph, node, matrices.lookup(_input(node, 1), names[node], _matrix(node)))
     for node in products:
         _replace(model.graph, node, [matrices.product(_input(node, 0), names[node], _matrix(node))])
+    for constant in dict.fromkeys(map(_constant, of_memory)):
+        store_repeats_once(model.graph, constant)
     model.opset_imports.setdefault(MICROSOFT, 1)
     common.RemoveUnusedNodesPass()(model)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -148,17 +151,17 @@ def _multiply(
         onnx_ir.convenience.replace_all_uses_with(split.outputs[i], output)
 
 
-def _choose(graph: onnx_ir.Graph, memory: _Columns) -> list[onnx_ir.Node]:
-    """The products to quantise."""
-    products = []
-    for node in graph:
-        if not _is_product(node):
-            continue
+def _products(graph: onnx_ir.Graph, memory: _Columns) -> tuple[list[onnx_ir.Node], list[onnx_ir.Node]]:
+    """Products with constant matrices: those to quantise, and the memory's."""
+    products, of_memory = [], []
+    for node in filter(_is_product, graph):
         matrix = _matrix(node)
-        if not memory.among(matrix) and matrix.any():
+        if memory.among(matrix):
+            of_memory.append(node)
+        elif matrix.any():
             products.append(node)
     memory.check_all_found()
-    return products
+    return products, of_memory
 
 
 def _is_product(node: onnx_ir.Node) -> bool:

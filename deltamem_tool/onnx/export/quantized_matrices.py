@@ -15,6 +15,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from deltamem_tool.onnx.contract import Quantization
+from deltamem_tool.onnx.export.repeats import initializer
 
 # Its import configures the root logger, for all messages of all libraries, unless that has a handler.
 _handler = logging.NullHandler()
@@ -103,11 +104,3 @@ def quantized(
     )
     numbers, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix))
     return numbers, scales, None if quantization.symmetric else zeros
-
-
-def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
-    """Register a constant of the graph."""
-    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
-    value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value

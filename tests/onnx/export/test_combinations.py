@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.graph_constants import columns
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
@@ -46,12 +46,6 @@ def quantised(request, fixed_by_message, write_instead, tmp_path):
     return dataclasses.replace(fixed_by_message, folder=tmp_path / "out", manifest=manifest)
 
 
-def columns_of(folder: Path) -> set[bytes]:
-    """Of every float32 matrix in the graph."""
-    tensors = [numpy_helper.to_array(tensor) for tensor in onnx.load(folder / "model.onnx").graph.initializer]
-    return {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
-
-
 def states(conversation: Conversation) -> list[NDArray]:
     return list(conversation.memory.states.values())
 
@@ -61,9 +55,9 @@ def test_a_quantised_graph_says_what_it_cost_and_keeps_the_memorys_weights(quant
     assert manifest.interface == plain.interface and manifest.interface.max_length == LENGTH
     assert plain.max_abs_diff < TOLERANCE < manifest.max_abs_diff < LARGEST[manifest.quantize]
     assert 0.5 < manifest.greedy_agreement <= 1
-    columns = columns_of(quantised.folder)
+    found = columns(quantised.folder)
     matrices = [weight.detach() for weight in adapter_of(quantised.model).parameters() if weight.dim() == 2]
-    assert all(row.numpy().tobytes() in columns for matrix in matrices for row in matrix)
+    assert all(row.numpy().tobytes() in found for matrix in matrices for row in matrix)
 
 
 def test_a_quantised_conversation_writes_its_messages(quantised, tmp_path):

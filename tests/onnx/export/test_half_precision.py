@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.graph_constants import columns
 from onnx import TensorProto, helper, numpy_helper
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -120,9 +121,8 @@ def test_it_can_be_quantised_too(bits, largest, float16, tmp_path):
     logits, _ = plain.graph.step(ids, mask, write, plain.graph.empty_past(1))
     found, _ = quantized.graph.step(ids, mask, write, quantized.graph.empty_past(1))
     assert ROUNDING < np.abs(found - logits).max() < largest  # of logits of size 5
-    tensors = [numpy_helper.to_array(tensor) for tensor in onnx.load(copy / "model.onnx").graph.initializer]
-    columns = {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
-    assert all(column.tobytes() in columns for weight in memory_in(model) for column in weight.T)
+    in_graph = columns(copy)
+    assert all(column.tobytes() in in_graph for weight in memory_in(model) for column in weight.T)
 
 
 def test_onnx_runtime_has_let_go_when_pytorch_goes_to_float32(float16, monkeypatch):

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.graph_constants import columns, constants
 from onnx import TensorProto, helper, numpy_helper
 from smollm2 import random_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,11 +82,6 @@ def run(folder: Path, x: np.ndarray, ids: np.ndarray | None = None) -> dict[str,
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {"x": x} if ids is None else {"x": x, "input_ids": ids}), strict=True))
-
-
-def constants(folder: Path) -> dict[str, np.ndarray]:
-    graph = onnx.load(folder / "model.onnx").graph
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
 def operators(folder: Path) -> list[str]:
@@ -255,6 +251,26 @@ def test_what_fusion_has_packed_beside_the_memory_is_quantised(weights, tmp_path
     assert 1e-3 < np.abs(first - exact).max() < 0.1 * np.abs(exact).max()
 
 
+def test_what_repeats_in_the_memory_is_stored_once_and_computes_the_same(weights, tmp_path):
+    """Columns of zeros and columns twice, as a fused memory has them, and rows of zeros."""
+    own = weights["memory"].copy()
+    own[32:] = 0
+    weights["memory"] = np.concatenate([own, own[:, 4:12], np.zeros_like(own), own[:, :1]], axis=1)
+    write_graph(tmp_path, weights, "memory base")
+    x = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
+    before = run(tmp_path, x)["memory_out"]
+    quantize_graph(tmp_path, INT8_32, [weights["memory"]])
+    np.testing.assert_array_equal(run(tmp_path, x)["memory_out"], before)
+    stored = constants(tmp_path)
+    assert stored["memory_distinct"].shape == (32 + 1, 16 + 1)  # those of `own`, and one of zeros
+    gathered = [array for array in stored.values() if array.shape == weights["memory"].shape]
+    assert [array.tobytes() for array in gathered] == [weights["memory"].tobytes()]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    assert "Gather" not in {node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node}
+
+
 def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
     write_graph(tmp_path, {**weights, "memory": weights["memory"] * 3})
     files = [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")]
@@ -293,9 +309,8 @@ def test_an_exported_model(how, llama, tmp_path):
     states, found_states = plain.graph.states(past), quantized.graph.states(found_past)
     for x, y in ((found, logits), (found_states[1], states[1])):
         assert 1e-3 < np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < LARGEST[how]
-    tensors = [numpy_helper.to_array(tensor) for tensor in onnx.load(folder / "model.onnx").graph.initializer]
-    columns = {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
-    assert all(column.tobytes() in columns for weight in memory for column in weight.T)
+    found = columns(folder)
+    assert all(column.tobytes() in found for weight in memory for column in weight.T)
 
 
 def test_what_was_lost_is_in_the_manifest(llama, no_tracing_of_llama, tmp_path):

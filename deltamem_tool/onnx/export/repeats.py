@@ -1,0 +1,55 @@
+"""Constant matrices whose rows or columns repeat, stored without the repeats.
+
+A fused memory's matrices are half zeros, and repeat gates. ONNX Runtime puts them together once, when it loads the
+graph (constant folding): what runs is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+WORTH = 0.9  # what is stored then, of what was stored: little more is not worth a node
+
+
+def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+    """Register a constant of the graph."""
+    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
+    value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def store_repeats_once(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> None:
+    """Put a `Gather` of its rows, of its columns, or of both in the place of a constant `[rows, columns]`, bit by bit.
+
+    It stays as it is where little repeats.
+    """
+    assert matrix.const_value is not None
+    array = matrix.const_value.numpy()
+    found: list[tuple[int, NDArray[np.int64]]] = []  # the last axis first: it is put together first
+    for axis in (0, 1):
+        kept, index = _distinct(array, axis)
+        if kept.size <= WORTH * array.size:
+            array, found = kept, [(axis, index), *found]
+    if not found:
+        return
+    value, nodes = initializer(graph, f"{matrix.name}_distinct", array), []
+    for axis, index in found:
+        places = initializer(graph, f"{matrix.name}_places_{axis}", index)
+        nodes.append(onnx_ir.node("Gather", [value, places], attributes={"axis": axis}))
+        value = nodes[-1].outputs[0]
+    value.type, value.shape = matrix.type, matrix.shape
+    graph.insert_before(graph[0], nodes)
+    onnx_ir.convenience.replace_all_uses_with(matrix, value)
+
+
+def _distinct(array: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The rows (axis 0) or columns (axis 1) that differ, in the order in which they appear, and which is where."""
+    first: dict[bytes, int] = {}  # a number for each, by its bytes: no two numbers are equal but for their bits
+    index = [first.setdefault(line.tobytes(), len(first)) for line in (array.T if axis else array)]
+    places = np.array(index, np.int64)
+    return np.take(array, np.unique(places, return_index=True)[1], axis), places
