@@ -144,6 +144,8 @@ def _attend(
     if index is None or not fits or attention_mask is not None or not getattr(module, "is_causal", True):
         raise _NotFusedError
     layer = _current.layers[index]
+    if not layer.is_initialized:  # it has the keys of another layer
+        raise _NotFusedError
     scale = width**-0.5 if scaling is None else float(scaling)
     settings: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": float(softcap or 0)}
     if torch.compiler.is_exporting():

@@ -16,8 +16,10 @@ import onnxruntime
 import onnxruntime_genai
 import pytest
 import torch
+from base_model.tiny_configs import tiny_config
 from click.testing import CliRunner
 from helpers.tiny import randomise, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from deltamem_tool import attach
 from deltamem_tool.chat.text import ChatText
@@ -28,7 +30,7 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Layer, Manifest
-from deltamem_tool.onnx.export import export, genai
+from deltamem_tool.onnx.export import export, genai, trace
 from deltamem_tool.onnx.export.targets import INT4, INT8
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
@@ -196,6 +198,24 @@ def test_a_quantised_folder(quantize, model, export_again, long_prompt, tmp_path
     if len(found) == NEW_TOKENS:
         np.testing.assert_allclose(state, graph.states(past)[1], rtol=0, atol=TOLERANCE)
     assert np.abs(state - in_pytorch(model, long_prompt, NEW_TOKENS)[1].layers[1].numpy()).max() > TOLERANCE
+
+
+@pytest.mark.slow
+def test_layers_that_differ(tokenizer, monkeypatch, tmp_path):
+    """Keys of two widths, and layers that have the keys of others: Gemma 4."""
+    monkeypatch.setattr(export, "traced", trace.traced)  # not the one trace for all
+    torch.manual_seed(0)
+    config = tiny_config("gemma4_text")
+    config.vocab_size = config.vocab_size_per_layer_input = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomise(attach(model, DeltaMemConfig(rank=4, branches=("q", "o"))))
+    manifest = export.export_onnx(model, tokenizer, tmp_path / "out", target="genai")
+    assert {layer.key for layer in manifest.interface.layers} == {(2, 8), (2, 16), None}
+    prompt = list(range(5, 17))
+    (found,), state = in_genai(tmp_path / "out", prompt, NEW_TOKENS)
+    expected, memory = in_pytorch(model, prompt, NEW_TOKENS)
+    assert found == expected
+    assert_state(state, memory)
 
 
 def test_our_runtime_leaves_the_folder_to_the_package(folder):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir
 import pytest
 import torch
 from helpers.graph_runner import GraphRunner
@@ -89,9 +90,24 @@ def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web
         torch.testing.assert_close(states, expected_states, rtol=0, atol=TOLERANCE)
 
 
-def test_conversations_are_pytorchs_on_webgpu(web, in_web):
+@pytest.mark.parametrize("mechanism", [None, "messages"])
+def test_conversations_are_pytorchs_on_webgpu(exported_with, in_web, mechanism):
     """Minutes where a processor does the work: `VK_ICD_FILENAMES` may name SwiftShader, which browsers come with."""
-    assert 0 < difference_from_pytorch(web, in_web(web, "webgpu")) < WEBGPU_TOLERANCE
+    options = MECHANISMS[mechanism] if mechanism else {}
+    exported = exported_with(f"web_{mechanism}" if mechanism else "web", options, target="web")
+    assert 0 < difference_from_pytorch(exported, in_web(exported, "webgpu")) < WEBGPU_TOLERANCE
+
+
+def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
+    """ONNX Runtime fuses the norms with attention on WebGPU and CUDA, and takes what is before them for its queries."""
+    exported = exported_with("web_messages", MECHANISMS["messages"], target="web")
+    graph = onnx_ir.load(exported.folder / "model.onnx").graph
+    (attention,) = (node for node in graph if node.op_type == "GroupQueryAttention")
+    for merged in attention.inputs[:2]:
+        norm = merged.producer().inputs[0].producer()
+        split = norm.inputs[0].producer()
+        assert (norm.op_type, split.op_type) == ("SimplifiedLayerNormalization", "Reshape")
+        assert len(split.inputs[0].shape) == 3
 
 
 def test_weights_that_no_browser_holds_are_refused_before_any_work(web, monkeypatch, tmp_path):
