@@ -34,16 +34,18 @@ export async function answer({ ort, tokenizer, session, stop }, prompt, states =
       write_mask: new ort.Tensor("bool", new Uint8Array(tokens.length).fill(1), [1, tokens.length]),
       ...past,
     });
+    for (const name in past) if (past[name] !== states[name]) past[name].dispose(); // memory of a GPU is not collected
     const renamed = ([name, tensor]) => [name.replace("present", "past_key_values"), tensor];
     past = Object.fromEntries(Object.entries(present).map(renamed));
-    const scores = await logits.getData();
+    const scores = await logits.getData(true);
     const token = scores.indexOf(scores.reduce((a, b) => Math.max(a, b)));
     if (stop.includes(token)) break;
     generated.push(token);
     tokens = [token];
   }
-  const kept = Object.entries(past).filter(([name]) => name.endsWith(".recurrent_state"));
-  return { text: tokenizer.decode(generated), states: Object.fromEntries(kept) };
+  const kept = {};
+  for (const name in past) name.endsWith(".recurrent_state") ? (kept[name] = past[name]) : past[name].dispose();
+  return { text: tokenizer.decode(generated), states: kept };
 }
 
 // The states in a memory file, an ArrayBuffer of safetensors.
