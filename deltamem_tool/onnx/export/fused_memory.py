@@ -2,11 +2,12 @@
 
 It is traced in the place of `DeltaMemLayer` where every token writes. At decode a node costs more than its arithmetic.
 
-ONNX Runtime's `LinearAttention` decays, writes, and then reads. δ-mem reads, and then writes and decays in one. So
-every token is up to three steps of the operator, its slots: *read* with its query; *write* with its key; *decay*.
+ONNX Runtime's `LinearAttention` decays, writes, and then reads, by the rule
 
-    write  S₁ = S + b k (u − S k)ᵀ      b = erase / keep,  u = v · write / erase
-    decay  S' = keep S₁
+    S' = keep S + b k (u − keep S k)ᵀ      b = erase / keep,  u = v · keep · write / erase
+
+δ-mem reads before that. So every token is two steps of the operator, its slots: *read* with its query; *write* with its
+key.
 
 One product of the hidden states gives the slots' inputs side by side, so that a reshape makes steps of them. What a
 slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
@@ -14,11 +15,10 @@ slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
     | slot  | query and key | value | z (of β) | y (of λ = sigmoid(−y)), where it is not z |
     | read  | query         | 0     | shut     | shut                                      |
     | write | key           | value | z        | y                                         |
-    | decay | 0             | 0     | z        | y                                         |
 
-A zero key writes nothing, and the readings of the second and third slot meet zero weights in Δ. α/R and the learned
-scales are in Δ too. The hidden states of padding are taken as they come, and it reads what is there, which nobody sees:
-a NaN would reach every other token through attention's values, with or without a memory.
+The readings of the second slot meet zero weights in Δ. α/R and the learned scales are in Δ too. The hidden states of
+padding are taken as they come, and it reads what is there, which nobody sees: a NaN would reach every other token
+through attention's values, with or without a memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deltamem_tool.ops.onnx_scan import linear_attention
 OPEN = 20.0
 SHUT = -1e4  # its sigmoid, its exponential and its softplus are 0
 UNBOUNDED = 3e38  # no ceiling
-READ, WRITE, DECAY = 0, 1, 2
+READ, WRITE, SLOTS = 0, 1, 2
 
 
 def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection[str]) -> dict[int, FusedMemory]:
@@ -57,26 +57,24 @@ def fused_memories(adapter: DeltaMemAdapter, target: Target, without: Collection
 
 
 class Constants:
-    """What all memories of an adapter share, so that the graph computes it once: bounds of each slot, and the like.
+    """What all memories of an adapter share, so that the graph computes it once.
 
     Attributes:
         ceiling: `[slots, C]`, the highest pre-activations of a token that writes, where C is groups · H·R.
         shut: `[slots, C]`, those of one that does not.
-        decaying: `[slots, 1]`, which slot decays, and by which sign.
+        zero, minus: `[H·R]`, 0 and −1, the bias and the factor of a softplus.
         length: `[R]`, what makes a norm of mean squares one of sums.
     """
 
     def __init__(self, config: DeltaMemConfig) -> None:
-        self.slots = 2 if config.update_rule == "no_lambda" else 3
-        self.groups = 4 if self.slots == 3 and not config.couple_lambda else 3
+        self.groups = 3 if config.couple_lambda or config.update_rule == "no_lambda" else 4
         rows = config.state_heads * config.rank
-        ceiling = torch.full((self.slots, self.groups, rows), UNBOUNDED, dtype=torch.float32)
-        ceiling[WRITE:, 2:] = OPEN
-        ceiling[READ, 2:] = SHUT
+        ceiling = torch.full((SLOTS, self.groups, rows), UNBOUNDED, dtype=torch.float32)
+        ceiling[:, 2:] = torch.tensor([SHUT, OPEN])[:, None, None]
         shut = ceiling.clone()
         shut[:, 2:] = SHUT
         self.ceiling, self.shut = ceiling.flatten(1), shut.flatten(1)
-        self.decaying = torch.tensor([[0.0], [0.0], [-1.0]], dtype=torch.float32)[: self.slots]
+        self.zero, self.minus = (torch.full((rows,), value, dtype=torch.float32) for value in (0.0, -1.0))
         self.length = torch.full((config.rank,), config.rank**-0.5, dtype=torch.float32)
 
 
@@ -94,7 +92,8 @@ class FusedMemory(nn.Module):
     bias: Tensor
     ceiling: Tensor
     shut: Tensor
-    decaying: Tensor
+    zero: Tensor
+    minus: Tensor
     length: Tensor
 
     @torch.no_grad()
@@ -102,23 +101,21 @@ class FusedMemory(nn.Module):
         super().__init__()
         config = self.config = memory.config
         self.heads, self.rank = config.state_heads, config.rank
-        self.rows, self.slots = self.heads * self.rank, constants.slots
+        self.rows = self.heads * self.rank
         gates = [self._by_row(memory.gate.weight, memory.gate.bias)]
         if constants.groups == 4:
             assert memory.decay is not None
             weight, bias = self._by_row(memory.decay.weight, memory.decay.bias)
             gates.append((-weight, -bias))
-        weights = torch.zeros(
-            self.slots, constants.groups, self.rows, memory.query.weight.shape[1], dtype=torch.float32
-        )
+        weights = torch.zeros(SLOTS, constants.groups, self.rows, memory.query.weight.shape[1], dtype=torch.float32)
         biases = torch.zeros(weights.shape[1:3], dtype=torch.float32)
         weights[READ, 0], weights[WRITE, 0] = memory.query.weight, memory.key.weight
         weights[WRITE, 1] = memory.value.weight
         for group, (weight, biases[group]) in enumerate(gates, start=2):
-            weights[WRITE:, group] = weight
+            weights[WRITE, group] = weight
         self.register_buffer("projection", weights.flatten(0, 2))  # [slots·C, D]
         self.register_buffer("bias", biases.flatten())  # [C]
-        for name in ("ceiling", "shut", "decaying", "length"):
+        for name in ("ceiling", "shut", "zero", "minus", "length"):
             self.register_buffer(name, getattr(constants, name))
         self.o_norm = memory.o_norm
         self.delta = nn.ParameterDict({branch: self._delta(memory, branch) for branch in config.branches})
@@ -135,7 +132,7 @@ class FusedMemory(nn.Module):
             which = BRANCHES.index(branch) if memory.config.delta_scale == "branch" else 0
             scale = scale * torch.sigmoid(memory.scale_raw[which]) * memory.config.delta_scale_max
         weight = memory.delta_of(branch).weight * scale
-        return nn.Parameter(F.pad(weight, (0, (self.slots - 1) * self.rows)), requires_grad=False)
+        return nn.Parameter(F.pad(weight, (0, (SLOTS - 1) * self.rows)), requires_grad=False)
 
     def matrices(self) -> Iterator[Tensor]:
         """Every matrix that the graph gets, `[out, in]`."""
@@ -150,7 +147,7 @@ class FusedMemory(nn.Module):
         Padding reads too. There are no `segments`.
         """
         batch, tokens = hidden.shape[:2]
-        steps = tokens * self.slots
+        steps = tokens * SLOTS
         x = hidden.float()
         raw = F.linear(x, self.projection).view(batch, steps, -1)
         ceiling = torch.where(write_mask[:, :, None, None], self.ceiling, self.shut).view(batch, steps, -1)
@@ -173,11 +170,11 @@ class FusedMemory(nn.Module):
         """u, b and log keep, each `[B, slots·T, H·R]`; None where everything is kept. `y` is z where λ is 1 − β."""
         if self.config.update_rule == "no_lambda":
             return value, torch.sigmoid(z), None
-        decaying = self.decaying.repeat(z.shape[1] // self.slots, 1)  # [slots·T, 1]
-        decay = _node("Softplus", [y], y.shape) * decaying
+        log_keep = _node("com.microsoft::LinearAttentionGate", [y, self.zero, self.minus], y.shape, version=1)
         if self.config.update_rule == "lambda_outside":
-            return value * (1 + torch.exp(y)), torch.sigmoid(z), decay
-        return value, torch.exp(z) if self.config.couple_lambda else torch.sigmoid(z) * (1 + torch.exp(y)), decay
+            return value, torch.sigmoid(z), log_keep
+        beta = torch.exp(z) if self.config.couple_lambda else torch.sigmoid(z) * (1 + torch.exp(y))
+        return value * torch.exp(log_keep), beta, log_keep
 
     def scaled(self, readings: Tensor) -> Tensor:
         """As they are: Δ is scaled."""
@@ -193,6 +190,14 @@ class FusedMemory(nn.Module):
         return self.o_norm(steer) if branch == "o" and self.o_norm is not None else steer
 
 
-def _node(name: str, inputs: list[Tensor], shape: torch.Size, attributes: dict[str, Any] | None = None) -> Tensor:
-    """One operator of ONNX, where PyTorch's exporter would write several."""
-    return torch.onnx.ops.symbolic(name, inputs, attributes or {}, dtype=torch.float32, shape=list(shape))
+def _node(
+    name: str,
+    inputs: list[Tensor],
+    shape: torch.Size,
+    attributes: dict[str, Any] | None = None,
+    version: int | None = None,
+) -> Tensor:
+    """One operator, where PyTorch's exporter would write several."""
+    return torch.onnx.ops.symbolic(
+        name, inputs, attributes or {}, dtype=torch.float32, shape=list(shape), version=version
+    )

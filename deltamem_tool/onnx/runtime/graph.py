@@ -64,6 +64,9 @@ class LoadedGraph:
         providers = [(first, {**OPTIONS[provider], **(provider_options or {})}), *others]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = _threads(threads)
+        # Lengths change from call to call: a plan of the memory for one of them is of no use for the next, and costs
+        # a decode step several percent.
+        options.enable_mem_pattern = bool(interface.max_length)
         if interface.defaults():
             options.log_severity_level = 3  # or it says of every initial state that it has a default
         if map_weights:
