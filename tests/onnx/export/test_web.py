@@ -11,8 +11,11 @@ import pytest
 import torch
 from helpers.graph_runner import GraphRunner
 from helpers.node import WebGraph, node_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import export, targets
 from deltamem_tool.onnx.export.compare import in_onnx_runtime, largest_difference
 from deltamem_tool.onnx.export.trace import CallOptions
@@ -31,12 +34,12 @@ def scripts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def in_web(scripts) -> Iterator[Callable[..., GraphRunner]]:
-    """Opens the graph of an export in onnxruntime-web."""
+    """Opens a folder's graph in onnxruntime-web."""
     opened: list[WebGraph] = []
 
-    def open_in_web(exported, provider: str = "wasm") -> GraphRunner:
-        opened.append(WebGraph(scripts, exported.folder, provider))
-        return GraphRunner(opened[-1], exported.manifest.interface)
+    def open_in_web(folder: Path, provider: str = "wasm") -> GraphRunner:
+        opened.append(WebGraph(scripts, folder, provider))
+        return GraphRunner(opened[-1], Manifest.read(folder).interface)
 
     yield open_in_web
     for graph in opened:
@@ -55,7 +58,7 @@ def difference_from_pytorch(exported, graph: GraphRunner) -> float:
 def test_conversations_are_pytorchs(web, in_web):
     """An empty past, padding, single tokens, writes on, off and mixed; alone and in a batch."""
     assert web.manifest.target == "web"
-    assert 0 < difference_from_pytorch(web, in_web(web)) < TOLERANCE
+    assert 0 < difference_from_pytorch(web, in_web(web.folder)) < TOLERANCE
 
 
 MECHANISMS = {
@@ -68,7 +71,7 @@ MECHANISMS = {
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_every_mechanism_has_its_operators(exported_with, in_web, mechanism):
     exported = exported_with(f"web_{mechanism}", MECHANISMS[mechanism], target="web")
-    assert 0 < difference_from_pytorch(exported, in_web(exported)) < TOLERANCE
+    assert 0 < difference_from_pytorch(exported, in_web(exported.folder)) < TOLERANCE
 
 
 SMALL = {  # type, quantisation, and by how much logits may differ from those of ONNX Runtime's CPU provider
@@ -82,7 +85,7 @@ SMALL = {  # type, quantisation, and by how much logits may differ from those of
 def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web, name):
     dtype, quantize, tolerance = SMALL[name]
     exported = exported_with(f"web_{name}", {}, dtype, target="web", quantize=quantize)
-    graphs = (in_web(exported), open_graph(exported.folder, exported.manifest.interface, threads=1))
+    graphs = (in_web(exported.folder), open_graph(exported.folder, exported.manifest.interface, threads=1))
     for results in zip(*(in_onnx_runtime(exported.model, graph).results for graph in graphs), strict=True):
         (logits, states, _), (expected, expected_states, _) = results
         torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
@@ -94,7 +97,7 @@ def test_conversations_are_pytorchs_on_webgpu(exported_with, in_web, mechanism):
     """Minutes where a processor does the work: `VK_ICD_FILENAMES` may name SwiftShader, which browsers come with."""
     options = MECHANISMS[mechanism] if mechanism else {}
     exported = exported_with(f"web_{mechanism}" if mechanism else "web", options, target="web")
-    assert 0 < difference_from_pytorch(exported, in_web(exported, "webgpu")) < TOLERANCE
+    assert 0 < difference_from_pytorch(exported, in_web(exported.folder, "webgpu")) < TOLERANCE
 
 
 def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
@@ -107,6 +110,18 @@ def test_queries_and_keys_have_three_axes_before_their_norms(exported_with):
         split = norm.inputs[0].producer()
         assert (norm.op_type, split.op_type) == ("SimplifiedLayerNormalization", "Reshape")
         assert len(split.inputs[0].shape) == 3
+
+
+@pytest.mark.real_model
+def test_smollm2(smollm2, in_web, tmp_path):
+    """A memory in each of 30 layers."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    for parameter in attach(model, DeltaMemConfig(branches=("q", "o"))).parameters():
+        torch.nn.init.normal_(parameter, std=0.01)  # of the size of trained ones
+    export.export_onnx(model, AutoTokenizer.from_pretrained(smollm2), tmp_path / "out", target="web")
+    difference = largest_difference(model, in_web(tmp_path / "out"), CallOptions(model, "last"))
+    assert 0 < difference < TOLERANCE
 
 
 def test_weights_that_no_browser_holds_are_refused_before_any_work(web, monkeypatch, tmp_path):
