@@ -53,7 +53,7 @@ def _fetched(folder: Path) -> Path:
                 command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
                 done = subprocess.run(command, cwd=unfinished, capture_output=True, text=True)
                 if done.returncode:
-                    pytest.skip(f"npm cannot fetch the packages: {done.stderr.strip()[-200:]}")
+                    pytest.skip(f"npm cannot fetch the packages: {done.stderr.partition(chr(10))[0]}")
                 kept.mkdir(exist_ok=True)
                 Path(unfinished, "node_modules").rename(kept / "node_modules")
     return kept / "node_modules"

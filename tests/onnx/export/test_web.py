@@ -92,6 +92,7 @@ def test_small_weights_give_what_they_give_in_onnx_runtime(exported_with, in_web
         torch.testing.assert_close(states, expected_states, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mechanism", [None, "messages"])
 def test_conversations_are_pytorchs_on_webgpu(exported_with, in_web, mechanism):
     """Minutes where a processor does the work: `VK_ICD_FILENAMES` may name SwiftShader, which browsers come with."""
