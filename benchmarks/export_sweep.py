@@ -9,6 +9,7 @@ was cut off goes on from there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -17,12 +18,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "recipes")]
 
 CPU_SECONDS = 120  # for one type
+DEPTH = 4  # layers: two rounds of a pattern of two
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscript")
 
 
@@ -31,16 +34,56 @@ def attempt(model_type: str) -> dict:
 
     from deltamem_tool.errors import DeltaMemError
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, counted_copies() as copies:
         try:
-            found = exported_difference(model_type, Path(folder) / "onnx")
+            found = exported_difference(model_type, Path(folder) / "onnx", DEPTH)
         except DeltaMemError as error:
             return {"error": " ".join(str(error).splitlines()[:2])}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
     if not found.plain <= TOLERANCE:
         return {"error": f"differs from PyTorch in one call by {found.plain:.1g}"}
-    return {"plain": found.plain, "padded": found.padded}
+    layers, copied = copies[-1]
+    attention = "fused" if found.packed else why_not_fused(model_type)
+    return {
+        "plain": found.plain,
+        "padded": found.padded,
+        "attention": attention,
+        "traced": layers - copied,
+        "layers": layers,
+    }
+
+
+@contextlib.contextmanager
+def counted_copies() -> Iterator[list[tuple[int, int]]]:
+    """Of each graph that is made inside: how many layers it has, and how many of these are copies."""
+    from deltamem_tool.onnx.export import layers, trace
+
+    copies = []
+
+    class Counting(trace.LayerRepeater):
+        def __init__(self, graph, own, weights):
+            super().__init__(graph, own, weights)
+            copies.append((len(own), sum(node.op_type == layers.COPY for node in graph)))
+
+    original, trace.LayerRepeater = trace.LayerRepeater, Counting
+    try:
+        yield copies
+    finally:
+        trace.LayerRepeater = original
+
+
+def why_not_fused(model_type: str) -> str:
+    from base_model.test_export_sweep import patched
+
+    from deltamem_tool import MemoryCache
+    from deltamem_tool.memory.call_options import CallOptions
+    from deltamem_tool.onnx.export import attention
+
+    model = patched(model_type, DEPTH)
+    if not CallOptions(model, "all").counts_positions:
+        return "counts positions by itself"
+    return attention.why_not_fused(model, len(MemoryCache(model).layers)) or ""
 
 
 def in_a_process(model_type: str) -> dict:
@@ -81,16 +124,21 @@ def table(results: list[dict]) -> str:
         "Tiny random models in float32, rank 4 on q and o. The largest difference of logits and states between three",
         "calls of the graph in ONNX Runtime (5, 1 and 4 tokens) and one call of PyTorch; the second for a row that is",
         "padded on the left in the batch and alone in PyTorch. Where that is large, the model itself counts padding.",
+        "Four layers, of the type's own pattern, of which those that are alike are traced once. Attention is one",
+        "operator where it computes what the model's does.",
         "",
-        "| model type | difference | padded | or why not |",
-        "| --- | --- | --- | --- |",
+        "| model type | difference | padded | layers traced | attention | or why not |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda result: result["type"]):
         if "plain" in result:
             padded = f"{result['padded']:.1e}" if result["padded"] <= TOLERANCE else "counts padding"
-            lines.append(f"| `{result['type']}` | {result['plain']:.1e} | {padded} | |")
+            traced = f"{result['traced']} of {result['layers']}"
+            lines.append(
+                f"| `{result['type']}` | {result['plain']:.1e} | {padded} | {traced} | {result['attention']} | |"
+            )
         else:
-            lines.append(f"| `{result['type']}` | | | {result['error'].replace('|', '/')} |")
+            lines.append(f"| `{result['type']}` | | | | | {result['error'].replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ from base_model.tiny_configs import PAD, TEXT_IDS, tiny_config, with_depth
 from deltamem_tool import DeltaMemConfig, MemoryCache
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx.export.export import export_onnx
-from deltamem_tool.onnx.runtime.graph import Graph
+from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 pytestmark = pytest.mark.sweep
 
@@ -58,6 +58,7 @@ class Difference:
 
     plain: float
     padded: float  # of one that is padded on the left
+    packed: bool  # whether attention is one operator
 
 
 def patched(model_type: str, depth: int = DEPTH, layers: str | list[int] = "all") -> PreTrainedModel:
@@ -84,7 +85,7 @@ def exported_difference(
     so that nothing of what the exporter assumes about masks and positions is taken for granted."""
     model = patched(model_type, depth, layers)
     interface = export_onnx(model, tokenizer(), folder, logits="all").interface
-    graph = Graph(folder, interface)
+    graph = open_graph(folder, interface)
     length = sum(CALLS)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(TEXT_IDS.start, TEXT_IDS.stop, (2, length), generator=generator)
@@ -110,7 +111,7 @@ def exported_difference(
         differences = [logits[row, padding:] - expected]
         differences += [torch.from_numpy(state[row]) - cache.memory.layers[i][0] for i, state in states.items()]
         found.append(max(difference.abs().max().item() for difference in differences))
-    return Difference(*found)
+    return Difference(*found, interface.packed)
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPORTED if EVERY else ONE_OF_A_KIND))

@@ -99,6 +99,11 @@ class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
 
 def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
     """Whether the operator computes the attention of every layer of `model`."""
+    return why_not_fused(model, cache_layers) is None
+
+
+def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
+    """What the attention of `model` is that the operator's is not; None if the operator computes it."""
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
     tokens = window + _PROBE_TOKENS if window <= _PROBE_WINDOW else _PROBE_TOKENS
     ids = torch.arange(2 * tokens, device=model.device).view(2, tokens) % _PROBE_TOKENS
@@ -112,12 +117,15 @@ def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
         try:
             with fused.of(model, cache, [{}] * cache_layers):
                 actual = model(input_ids=ids, cache=cache, position_ids=positions).logits.float()
-        except _NotFusedError:
-            return False
+        except _NotFusedError as error:
+            return str(error)
+        except Exception as error:  # whatever is raised in a model that attends by itself, and is given no mask for it
+            return f"it is the model's own, and fails without a mask ({type(error).__name__})"
     if any(layer.keys is None for layer in fused.layers):
-        return False
+        return "it is the model's own"
     allowed = _PROBE_TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
-    return bool((actual - expected).abs().max() <= allowed * expected.abs().max())
+    difference = (actual - expected).abs().max()
+    return None if difference <= allowed * expected.abs().max() else "it computes something else"
 
 
 class _NotFusedError(Exception):
@@ -140,12 +148,17 @@ def _attend(
     assert _current is not None
     index = getattr(module, "layer_idx", None)
     heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
-    fits = key.shape[-1] == value.shape[-1] == width and heads % kv_heads == 0 and width % _HEAD_MULTIPLE == 0
-    if index is None or not fits or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise _NotFusedError
+    if not key.shape[-1] == value.shape[-1] == width:
+        raise _NotFusedError("keys and values are not of one width")
+    if heads % kv_heads or width % _HEAD_MULTIPLE:
+        raise _NotFusedError(f"{heads} heads of keys of {kv_heads}, {width} wide")
+    if attention_mask is not None:
+        raise _NotFusedError("it has a mask of the model's own")
+    if index is None or not getattr(module, "is_causal", True):
+        raise _NotFusedError("it is not causal, or not that of a layer")
     layer = _current.layers[index]
-    if not layer.is_initialized:  # it has the keys of another layer
-        raise _NotFusedError
+    if not layer.is_initialized:
+        raise _NotFusedError("layers share the keys of others")
     scale = width**-0.5 if scaling is None else float(scaling)
     settings: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": float(softcap or 0)}
     if torch.compiler.is_exporting():

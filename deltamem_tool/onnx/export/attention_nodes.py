@@ -21,6 +21,7 @@ from deltamem_tool.onnx.export.layers import DOMAIN
 
 MICROSOFT = "com.microsoft"
 POSITIONS = "Positions"  # marks the positions of a call's tokens, int64 [B, T]
+_ROTARY_MULTIPLE = 16  # the operator's: of the width of a head that it turns
 _SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
 
 
@@ -43,7 +44,8 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     angles: tuple[ir.Value | None, ir.Value | None] = (None, None)
     rotary = [producer(query, ROTARY), producer(key, ROTARY)]
     interleaved = 0
-    if rotary[0] is not None and rotary[1] is not None:
+    width = node.attributes["width"].as_int()
+    if rotary[0] is not None and rotary[1] is not None and width % _ROTARY_MULTIPLE == 0:
         found = [tables.of(one) for one in rotary if one is not None]
         if found[0] is not None and found[0] == found[1]:
             angles, interleaved = found[0], rotary[0].attributes["interleaved"].as_int()

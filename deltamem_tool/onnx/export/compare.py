@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -66,7 +66,7 @@ def largest_difference(
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
     """
     starts = _starts(model, graph.interface, start)
-    in_pytorch = _run(graph.interface, starts, _pytorch(model, graph.interface, options))
+    in_pytorch = _in_pytorch(model, graph.interface, starts, options)
     difference = _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
     return float(np.maximum(difference, _padding_difference(model, graph.interface)))
 
@@ -95,9 +95,9 @@ def half_precision_errors(
     truth.
     """
     interface, starts = graph_side.interface, graph_side.starts
-    in_half = _run(interface, starts, _pytorch(model, interface, options))
+    in_half = _in_pytorch(model, interface, starts, options)
     with _in_float32(model):
-        truth = _run(interface, starts, _pytorch(model, interface, options))
+        truth = _in_pytorch(model, interface, starts, options)
         of_padding = _padding_difference(model, interface)
     of_graph, of_pytorch = (_difference(interface, starts, truth, results) for results in (graph_side.results, in_half))
     return float(np.maximum(of_graph, of_padding)), of_pytorch
@@ -178,6 +178,41 @@ def _run(interface: Interface, starts: list[_Start], begin: Callable[[_Start], _
     return results
 
 
+def _in_pytorch(
+    model: PreTrainedModel, interface: Interface, starts: list[_Start], options: CallOptions
+) -> list[_Result]:
+    """What PyTorch says in the conversations.
+
+    Where the graph's keys and values have no padding between them, PyTorch gets each row by itself: in a batch it
+    counts padding among the tokens of a window.
+    """
+    begin = _pytorch(model, interface, options)
+    return _run(interface, starts, partial(_begin_rows, begin) if interface.packed else begin)
+
+
+def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:
+    """Each row in a conversation of its own, without padding."""
+    steps = [begin(replace(start, batch=1)) for _ in range(start.batch)]
+
+    def step(call: _Call, mask: Tensor) -> _Result:
+        of_rows = []
+        for row, (run, valid) in enumerate(zip(steps, call.valid, strict=True)):
+            alone = _Call(*(part[row : row + 1, valid] for part in (call.input_ids, call.valid, call.write, call.last)))
+            of_rows.append(run(alone, mask[row : row + 1, mask[row] > 0]))
+        all_logits = [logits for logits, *_ in of_rows]
+        if all_logits[0].shape[1] > 1:
+            together = all_logits[0].new_zeros(*call.valid.shape, all_logits[0].shape[-1])
+            together[call.valid] = torch.cat(all_logits, dim=1)[0]
+        else:
+            together = torch.cat(all_logits)
+        states, segments = (
+            {i: torch.cat([carried[n][i] for _, *carried in of_rows]) for i in of_rows[0][1 + n]} for n in (0, 1)
+        )
+        return together, states, segments
+
+    return step
+
+
 def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions) -> Callable[[_Start], _Step]:
     if _of_rows(interface):  # what the graph cuts while it computes is cut here from the whole
         options = CallOptions(model, "all")
@@ -207,8 +242,11 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
 def _padding_difference(model: PreTrainedModel, interface: Interface) -> float:
     """How far the logits of a batch that is padded on the left are, in PyTorch, from those of its rows alone.
 
-    The graph is called as PyTorch is: it cannot tell. 0 for models that count padding themselves.
+    A graph that is called as PyTorch is cannot tell. 0 for models that count padding themselves, and where rows have
+    been compared one by one.
     """
+    if interface.packed:
+        return 0.0
     options, call = CallOptions(model, "all"), _conversation(PADDED_ROWS, interface)[0]
     if not options.takes_positions:
         return 0.0

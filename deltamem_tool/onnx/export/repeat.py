@@ -8,6 +8,7 @@ fold       makes weights of what is computed from weights: transposed, joined, s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,7 @@ class LayerRepeater:
         self._parts = {layer: {name: part for part, name in names.items()} for layer, names in own.items()}
         self._marks = {op: {_layer(node): node for node in graph if _is(node, op)} for op in (BEGIN, END)}
         self._copies = [node for node in graph if _is(node, COPY)]
+        self._sizes = {symbol for value in graph.inputs for size in value.shape or () for symbol in _symbols(size)}
 
     def repeat(self) -> None:
         """Put the copies in place, and take the marks away."""
@@ -122,7 +124,7 @@ class LayerRepeater:
                 version=node.version,
             )
             for before, after in zip(node.outputs, copy.outputs, strict=True):
-                after.type, after.shape = before.type, before.shape
+                after.type, after.shape = before.type, self._copied_shape(before.shape)
                 copied[before] = after
             nodes.append(copy)
         self._graph.insert_before(place, nodes)
@@ -135,6 +137,12 @@ class LayerRepeater:
             result = copied.get(source, source)
             take_over(output, result)
         self._graph.remove(place, safe=True)
+
+    def _copied_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
+        """The same, without the names of sizes that depend on data, such as the number of an expert's tokens."""
+        if shape is None:
+            return None
+        return ir.Shape([size if _symbols(size) <= self._sizes else None for size in shape])
 
     def _weight(self, name: str, like: ir.Value) -> ir.Value:
         if name not in self._graph.initializers:
@@ -190,6 +198,11 @@ class _Computed:
         arrays = {f"i{i}": tensor.numpy() for i, tensor in enumerate(self._inputs) if tensor is not None}
         results: Any = ReferenceEvaluator(self._node).run(None, arrays)
         return ir.tensor(results[position])
+
+
+def _symbols(size: int | ir.SymbolicDim) -> set[str]:
+    """What a size is made of, if it is not a number."""
+    return set() if isinstance(size, int) else set(re.findall(r"[A-Za-z_]\w*", size.value or ""))
 
 
 def _layer(node: ir.Node) -> int:
