@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from deltamem_tool._compat import DynamicLayer, use_attention
 from deltamem_tool.memory.cache import MemoryCache
@@ -32,7 +32,7 @@ HALVES, INTERLEAVED = 0, 1  # how rotary embeddings pair numbers: across the hal
 
 _NAME = "deltamem_onnx"  # of this implementation among those of transformers
 _PROBE_TOKENS = 12
-_PROBE_WINDOW = 64  # windows up to here are tried too
+_PROBE_WINDOW = 4  # longer windows and chunks are so long in the trial, or it would not see them
 _PROBE_TOLERANCE = 1e-4  # between a model's logits and those by the equation, by their size, in float32
 _HALF_TOLERANCE = 3e-2  # in half precision
 _HEAD_MULTIPLE = 8  # the operator's: of the width of a head
@@ -104,13 +104,12 @@ def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
 
 def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
     """What the attention of `model` is that the operator's is not; None if the operator computes it."""
-    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
-    tokens = window + _PROBE_TOKENS if window <= _PROBE_WINDOW else _PROBE_TOKENS
+    tokens = _PROBE_TOKENS
     ids = torch.arange(2 * tokens, device=model.device).view(2, tokens) % _PROBE_TOKENS
     positions = torch.arange(tokens, device=model.device).expand(2, -1)
     past = torch.zeros(2, dtype=torch.long, device=model.device)
     lengths = Lengths(past, (past + tokens - 1).int(), torch.tensor(tokens, dtype=torch.int32))
-    with torch.no_grad():
+    with torch.no_grad(), _short_windows(model):
         expected = model(input_ids=ids, cache=MemoryCache(model), position_ids=positions).logits.float()
         cache = MemoryCache(model)
         fused = FusedAttention(lengths)
@@ -126,6 +125,26 @@ def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
     allowed = _PROBE_TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
     difference = (actual - expected).abs().max()
     return None if difference <= allowed * expected.abs().max() else "it computes something else"
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` has windows and chunks of a few tokens: a model may have them in its masks alone."""
+    parts = list(model.modules())
+    configs = {id(part.config): part.config for part in parts if isinstance(vars(part).get("config"), PretrainedConfig)}
+    changed = [
+        (holder, name, size)
+        for holder in (*configs.values(), *parts)
+        for name, size in vars(holder).items()
+        if ("window" in name or "chunk" in name) and type(size) is int and size > _PROBE_WINDOW
+    ]
+    try:
+        for holder, name, _ in changed:
+            setattr(holder, name, _PROBE_WINDOW)
+        yield
+    finally:
+        for holder, name, size in changed:
+            setattr(holder, name, size)
 
 
 class _NotFusedError(Exception):
@@ -176,7 +195,7 @@ def _attend(
         )
         return output.view(batch, tokens, heads, width), None
     layer.keys, layer.values = key, value
-    return attention(query, key, value, sinks=s_aux, **settings).transpose(1, 2), None
+    return attention(query, key, value, sinks=s_aux, **settings).transpose(1, 2).contiguous(), None
 
 
 def attention(

@@ -129,11 +129,11 @@ class _Tables:
         if model is None:
             return None
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        whole, later = (self._run(session, np.arange(start, length)) for start in (0, half))
-        if any(x.shape[0] != 1 for x in whole) or not all(
-            np.array_equal(x[0, half:], y[0]) for x, y in zip(whole, later, strict=True)
-        ):
-            return None  # the same position has other angles in another text
+        texts = (slice(0, length), slice(0, half), slice(half, length))
+        whole, earlier, later = (self._run(session, np.arange(length)[text]) for text in texts)
+        for x, *parts in zip(whole, earlier, later, strict=True):
+            if x.shape[0] != 1 or not np.array_equal(x[0], np.concatenate([part[0] for part in parts])):
+                return None  # the same position has other angles in another text
         return [x[0] for x in whole]
 
     def _model(self, outputs: list[ir.Value]) -> bytes | None:

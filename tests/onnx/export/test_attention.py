@@ -1,0 +1,133 @@
+"""Attention as one operator: the operator against the equation, and models whose attention is more than that."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from base_model.test_export_sweep import TOLERANCE, exported_difference, patched
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from deltamem_tool import MemoryCache
+from deltamem_tool.onnx.export.attention import attention, why_not_fused
+
+OPERATOR_TOLERANCE = 1e-5  # float32, sums in another order
+BATCH, HEADS, KV_HEADS, WIDTH, ROOM = 2, 4, 2, 16, 64
+DEPTH = 4  # two rounds of a pattern of two layers
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize(("past", "tokens"), [(0, 11), (17, 1)])
+def test_the_operator_computes_the_equation(past: int, tokens: int, window: int, softcap: float, sinks: bool):
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(BATCH, n, past + tokens, WIDTH, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS))
+    sink = torch.randn(HEADS, generator=random) if sinks else None
+    scale = 0.3
+    expected = attention(q, k, v, scale, window, softcap, sink)[:, :, past:]
+    settings = {"scale": scale, "local_window_size": window or -1, "softcap": softcap}
+    torch.testing.assert_close(
+        operator(q, k, v, past, sink, settings), expected, rtol=OPERATOR_TOLERANCE, atol=OPERATOR_TOLERANCE
+    )
+
+
+def operator(q: Tensor, k: Tensor, v: Tensor, past: int, sinks: Tensor | None, settings: dict[str, float]) -> Tensor:
+    """What `GroupQueryAttention` gives for the tokens behind the first `past`."""
+    feeds = {name: flat(x[:, :, past:]) for name, x in (("query", q), ("key", k), ("value", v))}
+    for name, x in (("past_key", k), ("past_value", v)):
+        feeds[name] = torch.nn.functional.pad(x[:, :, :past], (0, 0, 0, ROOM - past)).numpy()
+    feeds["last"] = np.full(BATCH, q.shape[2] - 1, np.int32)
+    feeds["total"] = np.array(q.shape[2], np.int32)
+    inputs = list(feeds)
+    if sinks is not None:
+        feeds["sinks"] = sinks.numpy()
+        inputs += ["", "", "", "", "sinks"]
+    node = helper.make_node(
+        "GroupQueryAttention",
+        inputs,
+        ["output", "present_key", "present_value"],
+        domain="com.microsoft",
+        num_heads=HEADS,
+        kv_num_heads=KV_HEADS,
+        **settings,
+    )
+    types = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
+    values = [helper.make_tensor_value_info(name, of, None) for name, of in types.items()]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
+    graph = helper.make_graph([node], "attention", values, results)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    output = torch.from_numpy(session.run(["output"], feeds)[0])
+    return output.view(BATCH, -1, HEADS, WIDTH).transpose(1, 2)
+
+
+def flat(x: Tensor) -> np.ndarray:
+    return x.transpose(1, 2).flatten(2).numpy()
+
+
+# Windows and chunks are shorter than what is tried.
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("gemma2", None),
+        ("gpt_oss", None),
+        ("cohere", None),
+        ("gpt_neox", None),
+        ("gptj", None),
+        ("qwen3", None),
+        ("afmoe", None),
+        ("bloom", "the model's own"),
+        ("deepseek_v3", "not of one width"),
+        ("falcon", "fails without a mask"),
+        ("gemma4_text", "share the keys of others"),
+        ("llama4_text", "computes something else"),
+    ],
+)
+def test_whether_a_model_is_fused_is_tried(model_type: str, why: str | None):
+    model = patched(model_type, DEPTH)
+    found = why_not_fused(model, len(MemoryCache(model).layers))
+    assert found is None if why is None else why in (found or "")
+
+
+def test_a_long_window_is_tried_in_short():
+    """Llama 4 has its chunks in its masks alone, where a text of a few tokens does not reach them."""
+    model = patched("llama4_text", DEPTH)
+    size = 8192
+    model.config.attention_chunk_size = size
+    assert why_not_fused(model, DEPTH) == "it computes something else"
+    assert model.config.attention_chunk_size == size
+
+
+# What each has that the others have not.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gemma2",  # softcaps, windows in every second layer, a scale of its own
+        "gpt_oss",  # sinks, windows in every second layer
+        "cohere",  # neighbours are turned together
+        "gptj",  # the same for a part of each head
+        "gpt_neox",  # halves of a part of each head
+        "mistral",  # windows in every layer
+        "qwen3",  # norms of queries and keys
+        "opt",  # no rotary embeddings
+    ],
+)
+def test_a_fused_model_is_pytorchs(model_type: str, tmp_path):
+    difference = exported_difference(model_type, tmp_path / "onnx", DEPTH)
+    assert difference.packed
+    assert difference.plain < TOLERANCE
+    assert difference.padded < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_fused_is_exported_as_it_is(tmp_path):
+    difference = exported_difference("falcon", tmp_path / "onnx", DEPTH)
+    assert not difference.packed
+    assert difference.plain < TOLERANCE
+    assert difference.padded < TOLERANCE
