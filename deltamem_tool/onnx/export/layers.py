@@ -1,8 +1,9 @@
 """Decoder layers that are alike are traced once.
 
-While a model is traced, the first layer of each kind runs between two marks, and every other one leaves one node that
-stands for it. Two layers are of a kind if their modules, shapes and settings are alike and they are called with the
-same arguments. `repeat_layers` puts a copy of what was traced in the place of each such node, with its own weights.
+Two layers are alike if their modules, shapes and settings are, and they are called with the same arguments: the model
+runs once to see that. While it is traced, the first layer of each kind runs between two marks, and every other one
+leaves one node that stands for it. `repeat` puts a copy of what was traced in the place of each such node, with its own
+weights.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.onnx.contract import Interface
 
 DOMAIN = "deltamem"  # of nodes that no graph keeps
 BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerCopy"
+HIDDEN = "hidden_states"  # the first argument of a layer, by name
 LAYER, ORIGINAL = "layer", "original"  # attributes: a layer's index, and that of the traced layer which it copies
 # What the number of a layer is called in the modules of a model: layers that differ by it alone are alike.
 _INDEX = re.compile(r"(layer_?|block_?|l)?(idx|index|id|number)")
@@ -28,6 +33,7 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype)
 
 Past = Sequence[Mapping[str, Tensor]]  # what each layer is given, by part
 _Key = tuple[Any, ...]
+_Forward = Callable[..., Any]
 
 
 class TracedLayers:
@@ -37,24 +43,92 @@ class TracedLayers:
         model: has a memory, or had one.
         adapter: that memory; None for a graph without one.
         interface: of the graph.
+        call: calls the model, with padding, so that it makes every mask.
+
+    Attributes:
+        names: of the layers' modules, by index.
+        present: what the layers that were not traced give, by index and part.
     """
 
-    def __init__(self, model: nn.Module, adapter: DeltaMemAdapter | None, interface: Interface) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: DeltaMemAdapter | None,
+        interface: Interface,
+        call: Callable[[], object],
+    ) -> None:
+        self._model, self._adapter, self._interface = model, adapter, interface
         self.names = _layer_names(model)
         self._layers = {index: model.get_submodule(name) for index, name in self.names.items()}
-        self._adapter, self._interface = adapter, interface
         self._past: Past = ()
-        self._originals: dict[_Key, tuple[int, Any]] = {}  # index and result of each kind's first layer
-        self._arguments: list[Any] = []  # their ids are in keys: nothing else may get one of them
-        self.present: dict[int, dict[str, Tensor]] = {}  # what the layers that were not traced give, by part
+        self.present: dict[int, dict[str, Tensor]] = {}
+        self._originals: dict[int, int] = {}  # of each copy
+        self._others: dict[int, int | None] = {}  # what an original gives beside its output: so many None, or no tuple
+        self._find(call)
+
+    def _find(self, call: Callable[[], object]) -> None:
+        """See which layers are copies, and of which."""
+        first: dict[_Key, int] = {}
+        kept: list[Any] = []  # their ids are in keys: nothing else may get one of them
+
+        def watched(index: int, forward: _Forward) -> _Forward:
+            signature = self._signature(index)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                _, args_beside, kwargs_beside = _taken_apart(args, kwargs)
+                kept.append((args, kwargs))
+                key = (signature, bool(args), _key(args_beside), _key(kwargs_beside))
+                result = forward(*args, **kwargs)
+                others = result[1:] if isinstance(result, tuple) else ()
+                if any(other is not None for other in others):
+                    return result  # something that later layers may use
+                if key in first:
+                    self._originals[index] = first[key]
+                else:
+                    first[key] = index
+                    self._others[index] = len(others) if isinstance(result, tuple) else None
+                return result
+
+            return run
+
+        with self._forwards(watched), torch.no_grad():
+            call()
+
+    @contextmanager
+    def without_copies(self) -> Iterator[None]:
+        """Inside, copies have no weights, and leave a node each: what is not there need not be traced."""
+        adapter_layers = self._adapter.layers if self._adapter is not None else nn.ModuleDict()
+        memories = {str(i): adapter_layers[str(i)] for i in self._originals if str(i) in adapter_layers}
+        parents = {i: self._model.get_submodule(self.names[i].rpartition(".")[0]) for i in self._originals}
+        adapter_layers.update({index: nn.Identity() for index in memories})
+        for index, parent in parents.items():
+            setattr(parent, str(index), _Copy(self._layers[index], partial(self._copied, index)))
+        attachment = find_attachment(self._model)
+        path = [] if attachment is None else attachment.path
+        if attachment is not None:
+            attachment.path = []  # or its hooks would look for the layers' own
+        try:
+            yield
+        finally:
+            if attachment is not None:
+                attachment.path = path
+            adapter_layers.update(memories)
+            for index, parent in parents.items():
+                setattr(parent, str(index), self._layers[index])
 
     @contextmanager
     def call(self, past: Past) -> Iterator[None]:
-        """Inside, layers that are alike run once. `past` is what the graph is given for each."""
-        self._past, self._originals, self._arguments, self.present = past, {}, [], {}
+        """Inside, originals run between marks. `past` is what the graph is given for each layer."""
+        self._past, self.present = past, {}
+        with self._forwards(self._marked):
+            yield
+
+    @contextmanager
+    def _forwards(self, wrap: Callable[[int, _Forward], _Forward]) -> Iterator[None]:
+        """Inside, each layer's `forward` is what `wrap` makes of it."""
         own = {index: vars(layer).get("forward") for index, layer in self._layers.items()}
         for index, layer in self._layers.items():
-            vars(layer)["forward"] = self._once(index, layer.forward)
+            vars(layer)["forward"] = wrap(index, layer.forward)
         try:
             yield
         finally:
@@ -62,35 +136,29 @@ class TracedLayers:
                 del vars(layer)["forward"]
                 if own[index] is not None:
                     vars(layer)["forward"] = own[index]
-            self._originals, self._arguments = {}, []
 
-    def _once(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        signature = self._signature(index)
+    def _marked(self, index: int, forward: _Forward) -> _Forward:
+        if index not in self._originals.values():
+            return forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            positional = bool(args)
-            hidden = args[0] if positional else kwargs.pop("hidden_states")
-            key = (signature, positional, _key(args[1:]), _key(kwargs))
-            if key in self._originals:
-                return self._copy(index, hidden, *self._originals[key])
-            self._arguments.append((args, kwargs))
+            hidden, args_beside, kwargs_beside = _taken_apart(args, kwargs)
             begin = _node(BEGIN, hidden, index)
-            result = forward(begin, *args[1:], **kwargs) if positional else forward(hidden_states=begin, **kwargs)
+            given = {} if args else {HIDDEN: begin}
+            result = forward(*([begin, *args_beside] if args else []), **given, **kwargs_beside)
             output, *others = result if isinstance(result, tuple) else (result,)
             output = _node(END, output, index)
-            result = (output, *others) if isinstance(result, tuple) else output
-            if all(other is None for other in others):
-                self._originals[key] = (index, result)
-            return result
+            return (output, *others) if isinstance(result, tuple) else output
 
         return run
 
-    def _copy(self, index: int, hidden: Tensor, original: int, result: Any) -> Any:
+    def _copied(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """One node for layer `index`: its input and past go in, its output and present come out."""
+        hidden, original = _taken_apart(args, kwargs)[0], self._originals[index]
         past = self._past[index] if index < len(self._past) else {}
         tensors = [hidden, *past.values()]
         # Their shapes are those of what will take its place.
-        outputs = torch.onnx.ops.symbolic_multi_out(
+        output, *present = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{COPY}",
             tensors,
             {LAYER: index, ORIGINAL: original},
@@ -98,9 +166,9 @@ class TracedLayers:
             shapes=[list(x.shape) for x in tensors],
             version=1,
         )
-        output, *present = outputs
         self.present[index] = dict(zip(past, present, strict=True))
-        return (output, *result[1:]) if isinstance(result, tuple) else output
+        others = self._others[original]
+        return output if others is None else (output, *[None] * others)
 
     def _signature(self, index: int) -> _Key:
         """What has to be alike beside the arguments."""
@@ -111,10 +179,35 @@ class TracedLayers:
         return (_described(self._layers[index]), memory, held)
 
 
-def _layer_names(model: nn.Module) -> dict[int, str]:
+class _Copy(nn.Module):
+    """In the place of a layer: without its weights, and whatever else is asked for is the layer's."""
+
+    def __init__(self, layer: nn.Module, run: _Forward) -> None:
+        super().__init__()
+        self._of, self._run = (layer,), run  # a tuple: it is no module of this one's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._of[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave a node."""
+        return self._run(*args, **kwargs)
+
+
+def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a layer is called with, and the arguments beside them."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs[HIDDEN], (), {name: value for name, value in kwargs.items() if name != HIDDEN}
+
+
+def _layer_names(model: PreTrainedModel) -> dict[int, str]:
     """The decoder layers by index: the modules of the list that the attention modules are in."""
     names = {}
-    for layer in attention_layers(model):  # type: ignore[arg-type]  # a model of transformers
+    for layer in attention_layers(model):
         parts = layer.name.split(".")
         position = next((i for i in range(len(parts) - 1, 0, -1) if parts[i] == str(layer.index)), None)
         if position is not None and isinstance(model.get_submodule(".".join(parts[:position])), nn.ModuleList):

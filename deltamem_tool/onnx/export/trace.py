@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import onnx_ir
@@ -336,8 +338,8 @@ def traced(
     Raises:
         ExportError: PyTorch's exporter has no graph for the model.
     """
+    layers = TracedLayers(model, adapter, interface, partial(_call_with_padding, model, adapter, options))
     with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
-        layers = TracedLayers(model, adapter, interface)
         step = _Step(model, adapter, options, interface, layers)
         rotary = marked_rotary(model) if interface.packed else nullcontext()
         try:
@@ -361,10 +363,13 @@ def _graph_of(step: _Step, interface: Interface, target: Target) -> onnx_ir.Mode
         optimize=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    with quiet_exporters(), without_stack_traces():
+    weights: dict[str, Tensor] = {}
+    for named in (step.named_parameters, step.named_buffers):
+        weights |= dict(named(remove_duplicate=False))
+    with quiet_exporters(), without_stack_traces(), _without_collection(), step.layers.without_copies():
         # Any module will do.
         program = cast(onnx_ir.Model, OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program)
-        _optimize(program, step, interface, target)
+        _optimize(program, _own_weights(weights, step.layers.names), weights, interface, target)
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
@@ -372,12 +377,33 @@ def _graph_of(step: _Step, interface: Interface, target: Target) -> onnx_ir.Mode
     return program
 
 
-def _optimize(program: onnx_ir.Model, step: _Step, interface: Interface, target: Target) -> None:
+def _call_with_padding(model: PreTrainedModel, adapter: DeltaMemAdapter | None, options: CallOptions) -> None:
+    """Call it on two short texts."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=model.device)
+    cache = DynamicCache(config=model.config) if adapter is None else MemoryCache(model)
+    options.logits(model, torch.zeros_like(mask), mask, cast(MemoryCache, cache))
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Inside, nobody looks for cycles of objects: tracing makes millions, and a tenth of its time would go into it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _optimize(
+    program: onnx_ir.Model,
+    own: Mapping[int, Mapping[str, str]],
+    weights: Mapping[str, Tensor],
+    interface: Interface,
+    target: Target,
+) -> None:
     """Fold and fuse what was traced, and put copies of it in the place of the layers that were not."""
-    weights: dict[str, Tensor] = {}
-    for named in (step.named_parameters, step.named_buffers):
-        weights |= dict(named(remove_duplicate=False))
-    own = _own_weights(weights, step.layers.names)
     with without_weights(program.graph, {name for names in own.values() for name in names.values()}):
         onnxscript.optimizer.optimize(program)
         if target.fusions is not None:
