@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
@@ -197,7 +198,7 @@ class _Computed:
     def _compute(self, position: int) -> ir.TensorProtocol:
         arrays = {f"i{i}": tensor.numpy() for i, tensor in enumerate(self._inputs) if tensor is not None}
         results: Any = ReferenceEvaluator(self._node).run(None, arrays)
-        return ir.tensor(results[position])
+        return ir.tensor(np.ascontiguousarray(results[position]))  # others are written number by number
 
 
 def _symbols(size: int | ir.SymbolicDim) -> set[str]:
