@@ -30,6 +30,7 @@ PUBLIC = {
     "onnxruntime",
     "onnxruntime.quantization.matmul_nbits_quantizer",  # ONNX Runtime documents it
     "torch",
+    "onnxscript.optimizer",
     "torch.autograd.function",
     "torch.export",
     "torch.nn",

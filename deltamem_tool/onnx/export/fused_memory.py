@@ -16,9 +16,9 @@ slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
     | read  | query         | 0     | shut     | shut                                      |
     | write | key           | value | z        | y                                         |
 
-The readings of the second slot meet zero weights in Δ. α/R and the learned scales are in Δ too. The hidden states of
-padding are taken as they come, and it reads what is there, which nobody sees: a NaN would reach every other token
-through attention's values, with or without a memory.
+The readings of the second slot are left out. α/R and the learned scales are in Δ. The hidden states of padding are
+taken as they come, and it reads what is there, which nobody sees: a NaN would reach every other token through
+attention's values, with or without a memory.
 """
 
 from __future__ import annotations
@@ -126,13 +126,12 @@ class FusedMemory(nn.Module):
         return weight.repeat_interleave(copies, 0), bias.repeat_interleave(copies, 0)
 
     def _delta(self, memory: DeltaMemLayer, branch: str) -> nn.Parameter:
-        """Δ by all that scales it, for the readings of every slot, `[out, slots·H·R]`."""
+        """Δ by all that scales it, `[out, H·R]`."""
         scale = torch.tensor(memory.config.scale, dtype=torch.float32)
         if memory.scale_raw is not None:
             which = BRANCHES.index(branch) if memory.config.delta_scale == "branch" else 0
             scale = scale * torch.sigmoid(memory.scale_raw[which]) * memory.config.delta_scale_max
-        weight = memory.delta_of(branch).weight * scale
-        return nn.Parameter(F.pad(weight, (0, (SLOTS - 1) * self.rows)), requires_grad=False)
+        return nn.Parameter(memory.delta_of(branch).weight * scale, requires_grad=False)
 
     def matrices(self) -> Iterator[Tensor]:
         """Every matrix that the graph gets, `[out, in]`."""
@@ -142,7 +141,7 @@ class FusedMemory(nn.Module):
     def forward(
         self, hidden: Tensor, state: Tensor, read_mask: Tensor | None, write_mask: Tensor, *segments: Tensor | None
     ) -> LayerOutput:
-        """Do what `DeltaMemLayer.forward` does; readings are those of all slots, `[B, T, slots·H·R]`.
+        """Do what `DeltaMemLayer.forward` does; readings are `[B, T, H·R]`.
 
         Padding reads too. There are no `segments`.
         """
@@ -164,7 +163,7 @@ class FusedMemory(nn.Module):
         rule, carried = "delta" if decay is None else "gated_delta", state.view(batch, self.rows, self.rank, 1)
         readings, state = linear_attention(rule, self.heads, query_key, query_key, value, carried, decay, beta)
         state = state.view(batch, self.heads, self.rank, self.rank)
-        return LayerOutput(readings.view(batch, tokens, -1), state, None, None)
+        return LayerOutput(readings[:, READ::SLOTS], state, None, None)
 
     def _gates(self, value: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """u, b and log keep, each `[B, slots·T, H·R]`; None where everything is kept. `y` is z where λ is 1 − β."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from deltamem_tool.memory.attachment import find_attachment
 from deltamem_tool.onnx.contract import Interface
 
 DOMAIN = "deltamem"  # of nodes that no graph keeps
-BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerCopy"
+BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerCopy"  # each gives what it takes
 HIDDEN = "hidden_states"  # the first argument of a layer, by name
-LAYER, ORIGINAL = "layer", "original"  # attributes: a layer's index, and that of the traced layer which it copies
+LAYER = "layer"  # their attribute: the index
 # What the number of a layer is called in the modules of a model: layers that differ by it alone are alike.
 _INDEX = re.compile(r"(layer_?|block_?|l)?(idx|index|id|number)")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype)
@@ -47,7 +47,7 @@ class TracedLayers:
 
     Attributes:
         names: of the layers' modules, by index.
-        present: what the layers that were not traced give, by index and part.
+        copies: the layers that are not traced, by index: which one each is a copy of.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class TracedLayers:
         self._model, self._adapter, self._interface = model, adapter, interface
         self.names = _layer_names(model)
         self._layers = {index: model.get_submodule(name) for index, name in self.names.items()}
-        self._past: Past = ()
-        self.present: dict[int, dict[str, Tensor]] = {}
-        self._originals: dict[int, int] = {}  # of each copy
+        self.copies: dict[int, int] = {}
         self._others: dict[int, int | None] = {}  # what an original gives beside its output: so many None, or no tuple
         self._find(call)
 
@@ -83,7 +81,7 @@ class TracedLayers:
                 if any(other is not None for other in others):
                     return result  # something that later layers may use
                 if key in first:
-                    self._originals[index] = first[key]
+                    self.copies[index] = first[key]
                 else:
                     first[key] = index
                     self._others[index] = len(others) if isinstance(result, tuple) else None
@@ -98,8 +96,8 @@ class TracedLayers:
     def without_copies(self) -> Iterator[None]:
         """Inside, copies have no weights, and leave a node each: what is not there need not be traced."""
         adapter_layers = self._adapter.layers if self._adapter is not None else nn.ModuleDict()
-        memories = {str(i): adapter_layers[str(i)] for i in self._originals if str(i) in adapter_layers}
-        parents = {i: self._model.get_submodule(self.names[i].rpartition(".")[0]) for i in self._originals}
+        memories = {str(i): adapter_layers[str(i)] for i in self.copies if str(i) in adapter_layers}
+        parents = {i: self._model.get_submodule(self.names[i].rpartition(".")[0]) for i in self.copies}
         adapter_layers.update({index: nn.Identity() for index in memories})
         for index, parent in parents.items():
             setattr(parent, str(index), _Copy(self._layers[index], partial(self._copied, index)))
@@ -116,12 +114,9 @@ class TracedLayers:
             for index, parent in parents.items():
                 setattr(parent, str(index), self._layers[index])
 
-    @contextmanager
-    def call(self, past: Past) -> Iterator[None]:
-        """Inside, originals run between marks. `past` is what the graph is given for each layer."""
-        self._past, self.present = past, {}
-        with self._forwards(self._marked):
-            yield
+    def marked(self) -> AbstractContextManager[None]:
+        """Inside, originals run between marks."""
+        return self._forwards(self._marked)
 
     @contextmanager
     def _forwards(self, wrap: Callable[[int, _Forward], _Forward]) -> Iterator[None]:
@@ -138,7 +133,7 @@ class TracedLayers:
                     vars(layer)["forward"] = own[index]
 
     def _marked(self, index: int, forward: _Forward) -> _Forward:
-        if index not in self._originals.values():
+        if index not in self.copies.values():
             return forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -153,21 +148,8 @@ class TracedLayers:
         return run
 
     def _copied(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """One node for layer `index`: its input and past go in, its output and present come out."""
-        hidden, original = _taken_apart(args, kwargs)[0], self._originals[index]
-        past = self._past[index] if index < len(self._past) else {}
-        tensors = [hidden, *past.values()]
-        # Their shapes are those of what will take its place.
-        output, *present = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{COPY}",
-            tensors,
-            {LAYER: index, ORIGINAL: original},
-            dtypes=[x.dtype for x in tensors],
-            shapes=[list(x.shape) for x in tensors],
-            version=1,
-        )
-        self.present[index] = dict(zip(past, present, strict=True))
-        others = self._others[original]
+        """One node for layer `index`. What it is given and gives beside that is put in with the copy."""
+        output, others = _node(COPY, _taken_apart(args, kwargs)[0], index), self._others[self.copies[index]]
         return output if others is None else (output, *[None] * others)
 
     def _signature(self, index: int) -> _Key:

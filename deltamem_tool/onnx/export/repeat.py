@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.graph_edits import free_name, given, take_over
-from deltamem_tool.onnx.export.layers import BEGIN, COPY, DOMAIN, END, LAYER, ORIGINAL
+from deltamem_tool.onnx.export.layers import BEGIN, COPY, DOMAIN, END, LAYER
 
 
 @contextmanager
@@ -48,45 +48,47 @@ class LayerRepeater:
 
     Args:
         graph: as it was traced.
+        copies: the layers that were not traced: which one each is a copy of.
         own: the names of each layer's own weights, by what they are called in it.
         weights: every weight of the model and the adapter by its name in the graph.
     """
 
-    def __init__(self, graph: ir.Graph, own: Mapping[int, Mapping[str, str]], weights: Mapping[str, Tensor]) -> None:
-        self._graph, self._own, self._weights = graph, own, weights
+    def __init__(
+        self,
+        graph: ir.Graph,
+        copies: Mapping[int, int],
+        own: Mapping[int, Mapping[str, str]],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self._graph, self._copies, self._own, self._weights = graph, copies, own, weights
         self._parts = {layer: {name: part for part, name in names.items()} for layer, names in own.items()}
+        self._inputs = {str(value.name): value for value in graph.inputs}
         self._marks = {op: {_layer(node): node for node in graph if _is(node, op)} for op in (BEGIN, END)}
-        self._copies = [node for node in graph if _is(node, COPY)]
         self._sizes = {symbol for value in graph.inputs for size in value.shape or () for symbol in _symbols(size)}
+        self._places = {_layer(node): node for node in graph if _is(node, COPY)}
 
     def repeat(self) -> None:
         """Put the copies in place, and take the marks away."""
-        bodies = {original: self._body(original) for original in {_original(node) for node in self._copies}}
-        inputs = {value.name: value for value in self._graph.inputs}
-        for node in self._copies:
-            original, layer = _original(node), _layer(node)
-            self._put_copy(node, bodies[original], original, layer, inputs)
+        bodies = {original: self._body(original) for original in set(self._copies.values())}
+        for layer, place in self._places.items():
+            self._put_copy(place, bodies[self._copies[layer]], self._copies[layer], layer)
         for nodes in self._marks.values():
             for node in nodes.values():
                 take_over(node.outputs[0], given(node))
                 self._graph.remove(node, safe=True)
 
     def _body(self, layer: int) -> list[ir.Node]:
-        """The nodes between a layer's marks: those that its input, its past or its weights go into."""
-        own = {self._marks[BEGIN][layer].outputs[0]}
+        """A layer's own nodes: what its input, its past or its weights go into, up to its output."""
+        begin, end = (self._marks[mark][layer] for mark in (BEGIN, END))
+        own = {begin.outputs[0]}
         for value in (*self._graph.inputs, *self._graph.initializers.values()):
             if self._belongs(value.name or "", layer):
                 own.add(value)
         body = []
-        end = self._marks[END][layer]
         for node in self._graph:
-            if node is self._marks[BEGIN][layer]:
-                continue
-            if node is end:
-                break
             # Sizes are those of every layer.
             sizes = node.op_type == "Shape" and given(node).is_graph_input()
-            if not sizes and any(value in own for value in _read_by(node)):
+            if node not in (begin, end) and not sizes and any(value in own for value in _read_by(node)):
                 own.update(node.outputs)
                 body.append(node)
         return body
@@ -95,18 +97,16 @@ class LayerRepeater:
         past = tuple(f"{prefix}.{layer}." for prefix in (contract.PAST, contract.INITIAL))
         return name in self._parts[layer] or name.startswith(past)
 
-    def _put_copy(
-        self, place: ir.Node, body: list[ir.Node], original: int, layer: int, inputs: Mapping[str | None, ir.Value]
-    ) -> None:
-        copied: dict[ir.Value, ir.Value] = {self._marks[BEGIN][original].outputs[0]: given(place)}
+    def _put_copy(self, place: ir.Node, body: list[ir.Node], original: int, layer: int) -> None:
+        begin, end = (self._marks[mark][original] for mark in (BEGIN, END))
+        copied: dict[ir.Value, ir.Value] = {begin.outputs[0]: given(place)}
 
         def value_for(value: ir.Value | None) -> ir.Value | None:
             if value is None or value in copied:
                 return None if value is None else copied[value]
             name = value.name or ""
             if value.is_graph_input() and self._belongs(name, original):
-                prefix, _, part = name.split(".", 2)
-                copied[value] = inputs[contract.carried_name(prefix, layer, part)]
+                copied[value] = self._input(_of_layer(name, layer), value)
             elif value.is_initializer() and self._belongs(name, original):
                 copied[value] = self._weight(self._own[layer][self._parts[original][name]], value)
             else:
@@ -129,14 +129,11 @@ class LayerRepeater:
                 copied[before] = after
             nodes.append(copy)
         self._graph.insert_before(place, nodes)
-        take_over(place.outputs[0], copied[given(self._marks[END][original])])
-        # The rest of what stood for the layer: what its past became.
-        outputs = {value.name: value for value in self._graph.outputs}
-        for position, output in enumerate(place.outputs[1:], start=1):
-            part = str(given(place, position).name).rsplit(".", 1)[1]
-            source = outputs[contract.carried_name(contract.PRESENT, original, part)]
-            result = copied.get(source, source)
-            take_over(output, result)
+        for value in list(self._graph.outputs):
+            if value in copied:
+                copied[value].name = _of_layer(str(value.name), layer)
+                self._graph.outputs.append(copied[value])
+        take_over(place.outputs[0], copied[given(end)])
         self._graph.remove(place, safe=True)
 
     def _copied_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
@@ -144,6 +141,12 @@ class LayerRepeater:
         if shape is None:
             return None
         return ir.Shape([size if _symbols(size) <= self._sizes else None for size in shape])
+
+    def _input(self, name: str, like: ir.Value) -> ir.Value:
+        if name not in self._inputs:
+            self._inputs[name] = ir.Value(name=name, type=like.type, shape=like.shape)
+            self._graph.inputs.append(self._inputs[name])
+        return self._inputs[name]
 
     def _weight(self, name: str, like: ir.Value) -> ir.Value:
         if name not in self._graph.initializers:
@@ -210,8 +213,10 @@ def _layer(node: ir.Node) -> int:
     return node.attributes[LAYER].as_int()
 
 
-def _original(node: ir.Node) -> int:
-    return node.attributes[ORIGINAL].as_int()
+def _of_layer(name: str, layer: int) -> str:
+    """The same part of another layer: `present.3.key`."""
+    prefix, _, part = name.split(".", 2)
+    return contract.carried_name(prefix, layer, part)
 
 
 def _is(node: ir.Node, mark: str) -> bool:

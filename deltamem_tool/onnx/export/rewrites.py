@@ -249,8 +249,9 @@ def skip_norms(graph: ir.Graph) -> None:
             continue
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
         inputs = [first, second, given(norm, 1)]
+        outputs = [ir.Value(), ir.Value(name=""), ir.Value(name=""), ir.Value()]  # without mean and deviation
         fused = ir.node(
-            _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, num_outputs=4
+            _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, outputs=outputs
         )
         graph.insert_before(add, fused)
         take_over(add.outputs[0], fused.outputs[3])

@@ -104,7 +104,7 @@ class _Step(nn.Module):
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
-        with self.layers.call(past_key_values):
+        with self.layers.marked():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         return self._results(logits, cache, past_key_values)
 
@@ -140,7 +140,7 @@ class _Step(nn.Module):
         )
         kept = places if self._options.keeps_all else (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
         attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
-        with attention.of(self.model, cache, past_key_values), self.layers.call(past_key_values):
+        with attention.of(self.model, cache, past_key_values), self.layers.marked():
             logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
         return self._results(logits, cache, past_key_values)
 
@@ -179,11 +179,9 @@ class _Step(nn.Module):
         """The graph's outputs."""
         present: list[dict[str, Tensor]] = []
         for i, past in enumerate(past_key_values):
-            present.append(dict(self.layers.present.get(i, {})))
+            present.append({})
             if contract.CONV in past:
                 present[i][contract.CONV] = past[contract.CONV].clone()
-            if i in self.layers.present:
-                continue
             if contract.KEY in past:
                 layer = cast(DynamicLayer, cache.layers[i])
                 present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
@@ -355,7 +353,7 @@ def traced(
 
 def _graph_of(step: _Step, interface: Interface, target: Target) -> onnx_ir.Model:
     """`step`, whose arguments are called what the inputs of `interface` are, as a graph for `target`."""
-    inputs, axes = _sample(interface)
+    inputs, axes = _sample(interface, step.layers.copies)
     # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
     config = OnnxConfig(
         dynamic_shapes=axes,
@@ -369,7 +367,7 @@ def _graph_of(step: _Step, interface: Interface, target: Target) -> onnx_ir.Mode
     with quiet_exporters(), without_stack_traces(), _without_collection(), step.layers.without_copies():
         # Any module will do.
         program = cast(onnx_ir.Model, OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program)
-        _optimize(program, _own_weights(weights, step.layers.names), weights, interface, target)
+        _optimize(program, step.layers, weights, interface, target)
     _name_axes(program.graph, interface)
     for graph in program.graphs():
         for node in graph:
@@ -398,18 +396,31 @@ def _without_collection() -> Iterator[None]:
 
 def _optimize(
     program: onnx_ir.Model,
-    own: Mapping[int, Mapping[str, str]],
+    layers: TracedLayers,
     weights: Mapping[str, Tensor],
     interface: Interface,
     target: Target,
 ) -> None:
     """Fold and fuse what was traced, and put copies of it in the place of the layers that were not."""
+    own = _own_weights(weights, layers.names)
     with without_weights(program.graph, {name for names in own.values() for name in names.values()}):
         onnxscript.optimizer.optimize(program)
         if target.fusions is not None:
             fuse_for_onnxruntime(program, target.fusions)
             place_attention(program.graph, interface)
-    LayerRepeater(program.graph, own, weights).repeat()
+    LayerRepeater(program.graph, layers.copies, own, weights).repeat()
+    _order(program.graph, interface)
+
+
+def _order(graph: onnx_ir.Graph, interface: Interface) -> None:
+    """Put inputs and outputs into the order of the contract."""
+    for values, names in (
+        (graph.inputs, [*interface.inputs(), *interface.defaults()]),
+        (graph.outputs, [*interface.outputs()]),
+    ):
+        ordered = sorted(values, key=lambda value: names.index(str(value.name)))
+        values.clear()
+        values.extend(ordered)
 
 
 def _own_weights(weights: Mapping[str, Tensor], layers: Mapping[int, str]) -> dict[int, dict[str, str]]:
@@ -441,8 +452,11 @@ def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[
         adapter.layers.update(originals)
 
 
-def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments to trace with, and which of their axes vary. Sizes of 0 and 1 would be taken for constants."""
+def _sample(interface: Interface, copies: Collection[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments to trace with, and which of their axes vary; none for layers that are `copies`.
+
+    Sizes of 0 and 1 would be taken for constants.
+    """
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
     # The mask's length is the sum of two others, which torch cannot be told: it finds out.
     dims = {name: Dim.DYNAMIC if name == contract.ALL_TOKENS else Dim(name) for name in sizes}
@@ -457,6 +471,8 @@ def _sample(interface: Interface) -> tuple[dict[str, Any], dict[str, Any]]:
         prefix, *rest = name.split(".")
         if prefix in nested:
             layer, part = rest
+            if int(layer) in copies:
+                continue
             inputs[prefix][int(layer)][part], axes[prefix][int(layer)][part] = tensor, vary
         else:
             inputs[name], axes[name] = tensor, vary
