@@ -249,14 +249,18 @@ def skip_norms(graph: ir.Graph) -> None:
             continue
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
         inputs = [first, second, given(norm, 1)]
-        outputs = [ir.Value(), ir.Value(name=""), ir.Value(name=""), ir.Value()]  # without mean and deviation
         fused = ir.node(
-            _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, outputs=outputs
+            _SKIP_NORM[norm.op_type], inputs, attributes={"epsilon": epsilon}, domain=MICROSOFT, num_outputs=4
         )
         graph.insert_before(add, fused)
         take_over(add.outputs[0], fused.outputs[3])
         take_over(norm.outputs[0], fused.outputs[0])
         graph.remove([norm, add], safe=True)
+    for node in graph:
+        if node.op_type in _SKIP_NORM.values():
+            for output in node.outputs[1:]:
+                if not output.uses() and not output.is_graph_output():
+                    output.name = ""  # or mean and deviation are computed for nobody
 
 
 def _is_flow(value: ir.Value) -> bool:
