@@ -128,7 +128,7 @@ class _Step(nn.Module):
             valid = attention_mask.index_select(1, past_length + torch.arange(tokens)).bool()
             total = torch.full((), self._max_length, dtype=torch.int32)
             past = (attention_mask * (torch.arange(self._max_length) < past_length)).sum(-1)
-        numbers, places = _packed(valid)
+        numbers = _packed(valid)
         input_ids = input_ids.gather(1, numbers)
         write, end = (None if mask is None else mask.gather(1, numbers) for mask in (write_mask, segment_end))
         packed_valid = torch.arange(tokens) < valid.sum(-1, keepdim=True)
@@ -138,7 +138,8 @@ class _Step(nn.Module):
         positions = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{POSITIONS}", [positions], {}, dtype=positions.dtype, shape=list(positions.shape), version=1
         )
-        kept = places if self._options.keeps_all else (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+        last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+        kept = torch.argsort(numbers) if self._options.keeps_all else last
         attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
         with attention.of(self.model, cache, past_key_values), self.layers.marked():
             logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
@@ -192,11 +193,11 @@ class _Step(nn.Module):
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
 
 
-def _packed(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The order in which each row's valid tokens come first, and where each token is in it: both int64 `[B, T]`."""
-    count, numbers = valid.sum(-1, keepdim=True), torch.arange(valid.shape[1]).expand(valid.shape)
-    places = torch.where(valid, valid.cumsum(-1) - 1, count + (~valid).cumsum(-1) - 1)
-    return torch.zeros_like(places).scatter(1, places, numbers), places
+def _packed(valid: Tensor) -> Tensor:
+    """The order in which each row's valid tokens come first, int64 `[B, T]`."""
+    tokens = valid.shape[1]
+    numbers = torch.arange(tokens)
+    return torch.argsort(torch.where(valid, tokens - numbers, -numbers), descending=True)
 
 
 def segment_tags(write: Tensor, end: Tensor) -> Tensor:
