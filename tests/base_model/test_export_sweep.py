@@ -61,9 +61,13 @@ class Difference:
     packed: bool  # whether attention is one operator
 
 
-def patched(model_type: str, depth: int = DEPTH, layers: str | list[int] = "all") -> PreTrainedModel:
+def patched(
+    model_type: str, depth: int = DEPTH, layers: str | list[int] = "all", changes: dict[str, int] | None = None
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config = with_depth(tiny_config(model_type), depth)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     kind = AutoModelForImageTextToText if model_type in VISION else AutoModelForCausalLM
     model = kind.from_config(config).eval()
     with torch.no_grad():
@@ -79,11 +83,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def exported_difference(
-    model_type: str, folder: Path, depth: int = DEPTH, layers: str | list[int] = "all"
+    model_type: str,
+    folder: Path,
+    depth: int = DEPTH,
+    layers: str | list[int] = "all",
+    changes: dict[str, int] | None = None,
 ) -> Difference:
     """Export the tiny model, and compare: the graph is fed in pieces and padded, PyTorch with each row alone and whole,
     so that nothing of what the exporter assumes about masks and positions is taken for granted."""
-    model = patched(model_type, depth, layers)
+    model = patched(model_type, depth, layers, changes)
     interface = export_onnx(model, tokenizer(), folder, logits="all").interface
     graph = open_graph(folder, interface)
     length = sum(CALLS)

@@ -86,10 +86,11 @@ class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         super().__init__()
         self.past = (keys, values)
+        self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Leave new keys and values to the attention."""
-        self.is_initialized = True
+        self.is_initialized, self.new = True, (key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -194,6 +195,11 @@ def _attend(
             version=1,
         )
         return output.view(batch, tokens, heads, width), None
+    if layer.keys is not None:
+        raise _NotFusedError("a layer attends several times")
+    assert layer.new is not None
+    if not all(map(torch.equal, (key, value), layer.new)):
+        raise _NotFusedError("it changes keys or values after they are kept")
     layer.keys, layer.values = key, value
     return attention(query, key, value, sinks=s_aux, **settings).transpose(1, 2).contiguous(), None
 
@@ -228,10 +234,10 @@ def marked_rotary(model: PreTrainedModel) -> Iterator[None]:
     patched = {}
     for module in (sys.modules[module] for module in modules):
         original = vars(module).get(name)
-        pairing = None if original is None else _pairing(original)
-        if original is not None and pairing is not None:
+        pairings = [] if original is None else [_pairing(original, width) for width in (8, 12)]  # a head, or its part
+        if original is not None and any(pairings):
             patched[module] = original
-            setattr(module, name, partial(_rotate, original, pairing))
+            setattr(module, name, partial(_rotate, original, pairings))
     try:
         yield
     finally:
@@ -241,7 +247,7 @@ def marked_rotary(model: PreTrainedModel) -> Iterator[None]:
 
 def _rotate(
     original: Callable[..., tuple[Tensor, Tensor]],
-    pairing: tuple[int, int],
+    pairings: Sequence[tuple[int, int] | None],
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -249,35 +255,44 @@ def _rotate(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_exporting() or args or kwargs or q.shape[-1] != cos.shape[-1]:
+    width = cos.shape[-1]
+    pairing = pairings[q.shape[-1] != width]
+    if not torch.compiler.is_exporting() or args or kwargs or pairing is None:
         return original(q, k, cos, sin, *args, **kwargs)
     of_numbers, of_angles = pairing
-    half = slice(0, cos.shape[-1] // 2) if of_angles == HALVES else slice(None, None, 2)
+    half = slice(0, width // 2) if of_angles == HALVES else slice(None, None, 2)
     cos, sin = cos[..., half], sin[..., half]
 
     def node(x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
+        turned = x[..., :width]
+        turned = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{ROTARY}",
-            [x, cos, sin],
+            [turned, cos, sin],
             {"interleaved": of_numbers},
             dtype=x.dtype,
-            shape=list(x.shape),
+            shape=list(turned.shape),
             version=1,
         )
+        return turned if x.shape[-1] == width else torch.cat([turned, x[..., width:]], -1)
 
     return node(q), node(k)
 
 
-def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int] | None:
-    """Which numbers `rotate` turns together, and how it is given their angles; None if it does something else."""
+def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]], width: int) -> tuple[int, int] | None:
+    """Which numbers `rotate` turns together, and how it is given their angles; None if it does something else.
+
+    It is tried on heads of `width` numbers, of which it turns the first eight.
+    """
     random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=random, dtype=torch.float32) for heads in (2, 1))
+    q, k = (torch.randn(1, heads, 3, width, generator=random, dtype=torch.float32) for heads in (2, 1))
     angles = torch.randn(1, 3, 4, generator=random, dtype=torch.float32)
     laid_out = {HALVES: angles.repeat(1, 1, 2), INTERLEAVED: angles.repeat_interleave(2, -1)}
     for of_angles, both in laid_out.items():
         try:
             rotated = rotate(q, k, both.cos(), both.sin())
         except (TypeError, RuntimeError, IndexError, ValueError):  # it takes something else
+            return None
+        if not isinstance(rotated, tuple) or [x.shape for x in rotated] != [q.shape, k.shape]:
             return None
         for of_numbers in laid_out:
             pairs = zip(rotated, (q, k), strict=True)
@@ -287,8 +302,10 @@ def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int] | 
 
 
 def _rotated(x: Tensor, angles: Tensor, pairing: int) -> Tensor:
-    """`x` `[B, H, T, D]` turned by `angles` `[B, T, D / 2]`."""
+    """`x` `[B, H, T, D]`, the first numbers of each head turned by `angles` `[B, T, R / 2]`."""
+    width = 2 * angles.shape[-1]
+    x, rest = x[..., :width], x[..., width:]
     first, second = x.chunk(2, -1) if pairing == HALVES else (x[..., ::2], x[..., 1::2])
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned, -1) if pairing == HALVES else torch.stack(turned, -1).flatten(-2)
+    return torch.cat([torch.cat(turned, -1) if pairing == HALVES else torch.stack(turned, -1).flatten(-2), rest], -1)

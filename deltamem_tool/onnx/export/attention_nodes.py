@@ -16,12 +16,13 @@ import onnxruntime
 
 from deltamem_tool.onnx.contract import BATCH, TOKENS, Interface
 from deltamem_tool.onnx.export.attention import ATTENTION, ROTARY
-from deltamem_tool.onnx.export.graph_edits import copy_dtype, given, initializer, producer, take_over
+from deltamem_tool.onnx.export.graph_edits import constant, copy_dtype, given, initializer, producer, take_over
 from deltamem_tool.onnx.export.layers import DOMAIN
 
 MICROSOFT = "com.microsoft"
 POSITIONS = "Positions"  # marks the positions of a call's tokens, int64 [B, T]
-_ROTARY_MULTIPLE = 16  # the operator's: of the width of a head that it turns
+# The operator's: of the width of a head that it turns, and of its tables', which are half as wide as what it turns.
+_ROTARY_MULTIPLE, _TABLE_MULTIPLE = 16, 8
 _SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
 
 
@@ -42,14 +43,14 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     assert query is not None and key is not None
     attributes = {name: node.attributes[name].value for name in ("heads", "kv_heads", "scale", "softcap", "window")}
     angles: tuple[ir.Value | None, ir.Value | None] = (None, None)
-    rotary = [producer(query, ROTARY), producer(key, ROTARY)]
+    turned = [turn for turn in map(_turn, (query, key)) if turn is not None]
     interleaved = 0
     width = node.attributes["width"].as_int()
-    if rotary[0] is not None and rotary[1] is not None and width % _ROTARY_MULTIPLE == 0:
-        found = [tables.of(one) for one in rotary if one is not None]
-        if found[0] is not None and found[0] == found[1]:
-            angles, interleaved = found[0], rotary[0].attributes["interleaved"].as_int()
-            query, key = given(rotary[0]), given(rotary[1])
+    if len(turned) == 2 and width % _ROTARY_MULTIPLE == 0:
+        found = [tables.of(rotary) for rotary, _ in turned]
+        if found[0] is not None and found[0] == found[1] and _width(found[0][0]) % _TABLE_MULTIPLE == 0:
+            angles, interleaved = found[0], turned[0][0].attributes["interleaved"].as_int()
+            query, key = (x for _, x in turned)
     inputs = [*(_flat(graph, node, x) for x in (query, key, value)), past_key, past_value, last, total, *angles]
     inputs += [None, None, *sinks]
     while inputs[-1] is None:
@@ -73,6 +74,45 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     for old, new in zip(node.outputs, operator.outputs, strict=True):
         take_over(old, new)
     graph.remove(node, safe=True)
+
+
+def _turn(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """The node that turns the first numbers of each head of `x` or all of them, and what it was before."""
+    rotary = producer(x, ROTARY)
+    if rotary is not None:
+        return rotary, given(rotary)
+    joined = producer(x, "Concat")
+    if joined is None or len(joined.inputs) != 2 or joined.attributes["axis"].as_int() not in (-1, 3):
+        return None
+    rotary, rest = producer(joined.inputs[0], ROTARY), producer(joined.inputs[1], "Slice")
+    first = producer(rotary.inputs[0], "Slice") if rotary is not None else None
+    if rotary is None or first is None or rest is None or given(first) is not given(rest):
+        return None
+    width, turned = _width(given(first)), 2 * _width(given(rotary, 1))
+    is_cut = _cut(first) == (0, turned) and _cut(rest) == (turned, width)
+    return (rotary, given(first)) if is_cut else None
+
+
+def _cut(part: ir.Node) -> tuple[int, int] | None:
+    """Where a slice of the last of four axes begins and ends; None if it is not one."""
+    start, end, axis, step = (
+        _number(part.inputs[position]) if position < len(part.inputs) else 1 for position in (1, 2, 3, 4)
+    )
+    if start is None or end is None or axis not in (-1, 3) or step != 1:
+        return None
+    return start, min(end, _width(given(part)))
+
+
+def _width(x: ir.Value) -> int:
+    """Size of the last axis, 0 where it is not known."""
+    size = x.shape[-1] if x.shape is not None else None
+    return size if isinstance(size, int) else 0
+
+
+def _number(x: ir.Value | None) -> int | None:
+    """A constant of one number."""
+    numbers = constant(x)
+    return int(numbers.item()) if numbers is not None and numbers.size == 1 else None
 
 
 def _flat(graph: ir.Graph, before: ir.Node, x: ir.Value | None) -> ir.Value:

@@ -83,6 +83,7 @@ def flat(x: Tensor) -> np.ndarray:
         ("afmoe", None),
         ("bloom", "the model's own"),
         ("deepseek_v3", "not of one width"),
+        ("diffllama", "changes keys or values after they are kept"),
         ("falcon", "fails without a mask"),
         ("gemma4_text", "share the keys of others"),
         ("llama4_text", "computes something else"),
@@ -123,6 +124,26 @@ def test_a_fused_model_is_pytorchs(model_type: str, tmp_path):
     assert difference.packed
     assert difference.plain < TOLERANCE
     assert difference.padded < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"hidden_size": 64, "head_dim": 16}),  # halves
+        ("cohere", {"hidden_size": 64, "head_dim": 16}),  # neighbours
+        ("phi", {"hidden_size": 128}),  # halves of a part of each head, which the model cuts off
+        ("glm4", {"head_dim": 32}),  # neighbours in a part of each head, which its rotary embedding cuts off
+    ],
+)
+def test_the_operator_has_the_rotary_embedding_in_it(model_type: str, changes: dict[str, int], tmp_path):
+    difference = exported_difference(model_type, tmp_path / "onnx", 1, changes=changes)
+    assert difference.plain < TOLERANCE
+    assert difference.padded < TOLERANCE
+    nodes = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.node
+    attributes = {x.name: x.i for node in nodes if node.op_type == "GroupQueryAttention" for x in node.attribute}
+    assert attributes["do_rotary"] == 1
+    assert not any(node.op_type == "RotaryEmbedding" for node in nodes)
 
 
 @pytest.mark.slow
