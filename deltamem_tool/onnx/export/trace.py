@@ -232,8 +232,9 @@ def interface_of(
     with torch.no_grad():
         vocab_size = model(input_ids=tokens, cache=cache).logits.shape[-1]
     _check_caches(model, cache)
+    packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
     if max_length:
-        _check_fixed_length(model, target, max_length)
+        _check_fixed_length(model, target, max_length, packed)
     if options.positions is not None and max_length > options.positions:
         raise ExportError(
             f"A maximum length of {max_length} tokens is too long.",
@@ -247,7 +248,6 @@ def interface_of(
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         layers.append(Layer(key, value, cast(Any, states.get(i))))
-    packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
     return Interface(
         packed=packed,
         logits=logits,
@@ -287,12 +287,12 @@ def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
             )
 
 
-def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int) -> None:
+def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int, packed: bool) -> None:
     """Check that the graph can have keys and values of a fixed length.
 
     Raises:
         ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
-            model is a window that goes round.
+            model is a window that goes round, where keys and values are not packed.
     """
     if max_length < contract.MIN_LENGTH:
         raise ExportError(
@@ -306,7 +306,7 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int)
             "Its runtime feeds keys and values that grow.",
             "Leave one of the two out.",
         )
-    layers = MemoryCache(model, max_length=max_length).layers
+    layers = [] if packed else MemoryCache(model, max_length=max_length).layers
     other = {type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, DummyLayer)}
     if other:
         raise ExportError(

@@ -9,6 +9,8 @@ import onnx
 import pytest
 import torch
 from helpers.graph_constants import columns
+from helpers.tiny import tiny_tokenizer
+from memory.test_static_cache import model_of
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -103,3 +105,11 @@ def test_half_precision_for_cuda_by_message(exported_with):
     weights = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
     assert weights == {TensorProto.FLOAT16, TensorProto.FLOAT}  # the base's, and the memory's
     assert 0 < manifest.max_abs_diff < 0.02
+
+
+def test_windows_and_a_fixed_length(tmp_path):
+    """Layers of a window keep every column, and see the last few: compared with PyTorch, whose layers keep these alone."""
+    model = model_of("sliding")
+    manifest = export_onnx(model, tiny_tokenizer(), tmp_path / "out", max_length=LENGTH)
+    assert manifest.interface.packed and manifest.interface.max_length == LENGTH
+    assert manifest.max_abs_diff < TOLERANCE
