@@ -96,7 +96,8 @@ class _Step(nn.Module):
         if past_length is not None:
             columns = past_length + torch.arange(input_ids.shape[1])
             valid = attention_mask.index_select(1, columns).bool()
-        memory = self._memory(past_key_values, initial, _begins(attention_mask, input_ids.shape[1]))
+        begins = _begins(attention_mask, input_ids.shape[1]) if initial else None
+        memory = self._memory(past_key_values, initial, begins)
         cache = self._cache(input_ids, valid, write_mask, segment_end, memory, self._max_length)
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past and past_length is None:
@@ -166,12 +167,12 @@ class _Step(nn.Module):
         cache.memory = memory
         return cache
 
-    def _memory(self, past_key_values: Past, initial: Past, begins: Tensor) -> MemoryState | None:
+    def _memory(self, past_key_values: Past, initial: Past, begins: Tensor | None) -> MemoryState | None:
         """What the call begins with; rows that begin a conversation, bool `[B, 1, 1, 1]`, with what is `initial`."""
         if self.adapter is None:
             return None
         states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
-        if initial:
+        if initial and begins is not None:
             states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
         return MemoryState(states, self._fingerprint, segments)

@@ -242,11 +242,9 @@ class BufferedGraph(LoadedGraph):
         if segment_end is not None:
             feeds[contract.SEGMENT_END] = segment_end
         several = batch > 1 and self.interface.packed
-        # A row's last valid token may lie in any piece, and its logits are the last.
-        pieces = not (several and self.interface.logits == "last" and not past.length)
         logits = []
-        for start in range(0, tokens, LONGEST_CALL if pieces else tokens):
-            piece = {name: array[:, start : start + LONGEST_CALL if pieces else None] for name, array in feeds.items()}
+        for start in range(0, tokens, LONGEST_CALL):
+            piece = {name: array[:, start : start + LONGEST_CALL] for name, array in feeds.items()}
             # What the attention of packed keys and values cannot do for several rows: several tokens after a past.
             alone = several and piece[contract.INPUT_IDS].shape[1] > 1 and bool(past.length or self.max_length)
             piece_logits, past = (self._row_by_row if alone else self._call)(piece, past)
@@ -254,13 +252,13 @@ class BufferedGraph(LoadedGraph):
         return self._last(logits, valid), past
 
     def _last(self, logits: list[NDArray[Any]], valid: NDArray[Any]) -> NDArray[Any]:
-        """Those of all pieces; or of the last piece, or of the last that has tokens."""
+        """Those of all pieces; or of the last piece, or, for each row, of the last that has tokens of it."""
         if self.interface.logits == "all":
             return np.concatenate(logits, axis=1)
         if len(logits) == 1 or not self.interface.packed:
             return logits[-1]
-        last = np.flatnonzero(valid[0])
-        return logits[int(last[-1]) // LONGEST_CALL if len(last) else -1]
+        last = [int(columns[-1]) // LONGEST_CALL if len(columns) else -1 for columns in map(np.flatnonzero, valid)]
+        return np.stack([logits[piece][row] for row, piece in enumerate(last)])
 
     def _row_by_row(self, feeds: dict[str, NDArray[Any]], past: BufferedPast) -> tuple[NDArray[Any], BufferedPast]:
         """As `_call`, each row by itself."""
