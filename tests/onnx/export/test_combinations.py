@@ -108,7 +108,7 @@ def test_half_precision_for_cuda_by_message(exported_with):
 
 
 def test_windows_and_a_fixed_length(tmp_path):
-    """Layers of a window keep every column, and see the last few: compared with PyTorch, whose layers keep these alone."""
+    """Layers of a window keep every column, and see the last few; those of PyTorch keep these alone."""
     model = model_of("sliding")
     manifest = export_onnx(model, tiny_tokenizer(), tmp_path / "out", max_length=LENGTH)
     assert manifest.interface.packed and manifest.interface.max_length == LENGTH
