@@ -1,10 +1,15 @@
-"""An exported folder that is not whole is refused."""
+"""An exported folder that is not whole is refused, and one of an older release is read."""
 
 from __future__ import annotations
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 
 from deltamem_tool.errors import ExportError
+from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 
@@ -30,3 +35,17 @@ def test_an_empty_folder_is_refused(tmp_path):
         OnnxModel(tmp_path)
     with pytest.raises(ExportError, match="no such folder"):
         OnnxModel(tmp_path / "nowhere")
+
+
+def test_a_folder_of_release_0_1_runs_as_it_did(portable, tmp_path):
+    """Its graph is the one that standard operators still give; its manifest knows nothing of packed keys."""
+    folder = shutil.copytree(portable.folder, tmp_path / "older")
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["format_version"] = 3
+    del manifest["quantization"], manifest["interface"]["packed"], manifest["interface"]["positions"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    older, newer = OnnxModel(folder), OnnxModel(portable.folder)
+    ids, mask, write = np.array([[65, 66, 67]]), np.ones((1, 3), np.int64), np.ones((1, 3), np.bool_)
+    logits = [model.graph.step(ids, mask, write, model.graph.empty_past(1))[0] for model in (older, newer)]
+    assert not older.manifest.interface.packed
+    assert np.array_equal(*logits)

@@ -270,6 +270,7 @@ def change(folder, path, value, file=MANIFEST_FILE):
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
+        ("interface.packed", 1, "packed"),
         ("interface.vocab_size", 2**40, "vocab_size"),
         ("interface.max_length", 2**40, "max_length"),
         ("interface.max_length", False, "max_length"),
