@@ -57,20 +57,20 @@ def attempt(model_type: str) -> dict:
 @contextlib.contextmanager
 def counted_copies() -> Iterator[list[tuple[int, int]]]:
     """Of each graph that is made inside: how many layers it has, and how many of these are copies."""
-    from deltamem_tool.onnx.export import layers, trace
+    from deltamem_tool.onnx.export import trace
 
-    copies = []
+    counts = []
 
-    class Counting(trace.LayerRepeater):
-        def __init__(self, graph, own, weights):
-            super().__init__(graph, own, weights)
-            copies.append((len(own), sum(node.op_type == layers.COPY for node in graph)))
+    class Counting(trace.TracedLayers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            counts.append((len(self.names), len(self.copies)))
 
-    original, trace.LayerRepeater = trace.LayerRepeater, Counting
+    original, trace.TracedLayers = trace.TracedLayers, Counting
     try:
-        yield copies
+        yield counts
     finally:
-        trace.LayerRepeater = original
+        trace.TracedLayers = original
 
 
 def why_not_fused(model_type: str) -> str:

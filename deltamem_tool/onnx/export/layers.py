@@ -9,6 +9,7 @@ weights.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -60,6 +61,7 @@ class TracedLayers:
         self._model, self._adapter, self._interface = model, adapter, interface
         self.names = _layer_names(model)
         self._layers = {index: model.get_submodule(name) for index, name in self.names.items()}
+        self._users = Counter(id(x) for layer in self._layers.values() for x in _tensors(layer).values())
         self.copies: dict[int, int] = {}
         self._others: dict[int, int | None] = {}  # what an original gives beside its output: so many None, or no tuple
         self._find(call)
@@ -158,7 +160,9 @@ class TracedLayers:
         if self._adapter is not None and str(index) in self._adapter.layers:
             memory = _described(self._adapter.layers[str(index)])
         held = self._interface.layers[index] if index < len(self._interface.layers) else None
-        return (_described(self._layers[index]), memory, held)
+        layer = self._layers[index]
+        shared = tuple((name, id(x)) for name, x in _tensors(layer).items() if self._users[id(x)] > 1)
+        return (_described(layer), memory, held, shared)
 
 
 class _Copy(nn.Module):
@@ -197,19 +201,34 @@ def _layer_names(model: PreTrainedModel) -> dict[int, str]:
     return names
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def _described(module: nn.Module) -> _Key:
-    """Types, shapes and plain settings of a module and those in it."""
+    """Types, shapes, settings and hooks of a module and those in it."""
     described = []
     for name, part in module.named_modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         shapes = tuple((key, tuple(x.shape), x.dtype) for key, x in tensors)
         settings = tuple(
-            (key, value)
-            for key, value in sorted(vars(part).items())
-            if isinstance(value, _PLAIN) and not _INDEX.fullmatch(key)
+            (key, _setting(value)) for key, value in sorted(vars(part).items()) if not _INDEX.fullmatch(key)
         )
-        described.append((name, type(part), shapes, settings))
+        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        # Those of a memory are one function each, with arguments.
+        functions = tuple(id(hook.func if isinstance(hook, partial) else hook) for hook in hooks)
+        described.append((name, type(part), shapes, settings, functions))
     return tuple(described)
+
+
+def _setting(value: Any) -> Any:
+    """What tells one setting from another; None for what is not one."""
+    if isinstance(value, Tensor):  # neither a parameter nor a buffer: a constant of what is traced
+        return id(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_setting, value))
+    return value if isinstance(value, _PLAIN) else None
 
 
 def _key(argument: Any) -> Any:
