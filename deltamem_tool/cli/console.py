@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 def _console(stderr: bool = False) -> Console:
@@ -30,8 +30,8 @@ SPINNER = "line" if STDERR.options.ascii_only else "dots"
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Show progress on stderr, and turn off the libraries' own bars and warnings."""
+def progress(transient: bool = False) -> Iterator[Progress]:
+    """Show progress on stderr, `transient` or for good, and turn off the libraries' own bars and warnings."""
     quiet_libraries()
     columns = (
         SpinnerColumn(SPINNER),
@@ -41,8 +41,27 @@ def progress() -> Iterator[Progress]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=STDERR) as bar:
+    with Progress(*columns, console=STDERR, transient=transient, disable=transient and not STDERR.is_terminal) as bar:
         yield bar
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages on stderr as they go on, a line each, while they last; nothing where it is not a terminal.
+
+    Yields what is called with a stage, how much of it is done, and how much there is; 0 where that is not counted.
+    """
+    with progress(transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, of: int) -> None:
+            if stage not in tasks:
+                for task in bar.tasks:  # the stages before
+                    bar.update(task.id, total=task.total or 1, completed=task.total or 1)
+                tasks[stage] = bar.add_task(stage, total=None, note="")
+            bar.update(tasks[stage], completed=done, total=of or None)
+
+        yield report
 
 
 def in_words(seconds: float) -> str:

@@ -96,7 +96,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
-    from deltamem_tool.cli.console import SPINNER, STDERR, quiet_libraries
+    from deltamem_tool.cli.console import stages
     from deltamem_tool.io.atomic import check_overwrite
 
     if memory is not None and not TARGETS[target].genai:
@@ -109,7 +109,8 @@ def command(
         from deltamem_tool.memory.file import read_memory
 
         read_memory(memory)  # before anything is loaded
-    with STDERR.status("Loading the model", spinner=SPINNER) as status:
+    with stages() as report:
+        report("Loading the model", 0, 0)
         import torch
 
         from deltamem_tool.adapter.folder import read_adapter
@@ -117,7 +118,6 @@ def command(
         from deltamem_tool.base_model.tokenizer import tokenizer_of
         from deltamem_tool.onnx.export.export import export_onnx
 
-        quiet_libraries()
         name = base or read_adapter(adapter).base.name
         model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
         manifest = export_onnx(
@@ -133,7 +133,7 @@ def command(
             memory=memory,
             base_model=Path(name).name if Path(name).exists() else name,  # a path says nothing on another machine
             overwrite=overwrite,
-            progress=lambda stage: status.update(stage),
+            progress=report,
         )
     if as_json:
         click.echo(manifest.to_json(), nl=False)

@@ -25,16 +25,29 @@ A graph for onnxruntime-genai has what that package feeds, and no more. It marks
 every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
 to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
 which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
-[1, H, R, R]. It pads on the right, so the last position's logits are those of each row's last token that is no padding.
+[1, H, R, R]. It pads on the right: the last logits are those of each row's last valid token, packed or not.
+
+Keys and values are packed (`Interface.packed`) where attention is ONNX Runtime's `GroupQueryAttention`:
+
+* Each row's valid tokens take the first columns of its keys and values, in order, wherever the mask has its padding: on
+  the left, on the right or between. What lies behind them is not read.
+* They may be longer than the text. A past of exactly P columns comes back with P + T. One of N columns, where N is at
+  least P + T, comes back with N, and may be one tensor on both sides: new tokens are written in place.
+* The last logits are those of each row's last valid token in the call.
+* Several rows take several tokens in their first call, and one in every later one. `runtime.buffered_graph` feeds rows
+  one by one where a call has more.
+
+Elsewhere a column of keys and values belongs to a column of the mask, and the last logits to its last column.
 
 A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
 many tokens, which may be one tensor on both sides. Then
 
 | `attention_mask` (1 text, 0 padding or nothing yet)        | int64   | [B, N]                  |
-| `past_length` (how many columns are taken)                 | int64   | [1]                     |
+| `past_length` (how many columns of the mask are taken)     | int64   | [1]                     |
 | `past_key_values.{i}.key`, `.value`, `present.{i}.…`       | dtype   | [B, kv_heads, N, width] |
 
-and the tokens of a call go into the columns from `past_length` on. What later columns hold must be finite numbers.
+and the columns of the mask from `past_length` on are those of the call's tokens. Packed keys and values take several
+rows with one token only. Others go into the columns of the mask, and what later columns hold must be finite numbers.
 
 Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
 BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
@@ -155,7 +168,7 @@ class Interface:
         genai: whether onnxruntime-genai feeds it.
         max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
         positions: how many tokens the model has positions for; 0 for any number, and where an older folder is silent.
-        packed: whether each row's keys and values lie at the front of their buffer, without padding.
+        packed: whether each row's keys and values lie at the front of their buffer, without padding; see above.
     """
 
     logits: str

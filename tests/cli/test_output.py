@@ -152,6 +152,26 @@ def test_forced_colours_reach_a_file_and_the_animation_does_not(monkeypatch):
     assert "\x1b[?25" not in err and "\r" not in err
 
 
+def stages_shown(monkeypatch, is_terminal):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    err = Stream(is_terminal=is_terminal)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(console, "STDERR", console._console(stderr=True))
+    with console.stages() as report:
+        report("Loading", 0, 0)
+        for done in range(3):
+            report("Comparing", done, 4)
+        console.STDERR.print("Done.")
+    return err.text()
+
+
+def test_stages_are_for_terminals(monkeypatch):
+    text = stages_shown(monkeypatch, True)
+    assert "Loading" in text and "Comparing" in text and "2/4" in text
+    assert text.rstrip().endswith("\x1b[2K")  # their lines are cleared in the end
+    assert stages_shown(monkeypatch, False) == "Done.\n"
+
+
 def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
     """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
     out = Path("[b]out[/b]")

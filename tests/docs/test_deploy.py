@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.contract import Interface, Layer, Manifest
+from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.signature_table import markdown, rows
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,6 +25,7 @@ EXAMPLE = DOCS / "examples" / "remember.py"
 MAX_LINES = 40
 FACT, QUESTION = "By the way, my dog is Bella.", "What is the name of my dog?"
 ANSWER = "Your dog is Bella."
+ROUNDING = 1e-4
 # Qwen3-4B's sizes, with a state of 8 × 8 that writes by messages.
 QWEN = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
 
@@ -96,3 +100,26 @@ def test_the_cpp_example_remembers(quickstart_onnx, tmp_path):
     command = [tmp_path / "remember", quickstart_onnx, "1", *ids]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert tokenizer.decode([int(token) for token in lines[1].split()]) == ANSWER
+
+
+def test_the_program_with_one_buffer_gives_what_a_growing_past_gives(quickstart_onnx, monkeypatch, tmp_path):
+    interface = Manifest.read(quickstart_onnx).interface
+    assert interface.packed
+    (tmp_path / "onnx").symlink_to(quickstart_onnx)
+    monkeypatch.chdir(tmp_path)
+    program = re.search(r"## In one buffer.*?```python\n(.*?)```", TEXT, re.DOTALL)
+    assert program is not None
+    names: dict[str, Any] = {}
+    exec(program[1], names)
+    past = names["past"]
+    buffers = {name: value.data_ptr() for name, value in past.items() if name.endswith((".key", ".value"))}
+    tokens = list(range(20, 40))
+    growing = Graph(quickstart_onnx, interface)
+    carried = growing.empty_past(1)
+    for start, end in ((0, 7), (7, 8), (8, 20)):
+        ids = np.array([tokens[start:end]], np.int64)
+        expected, carried = growing.step(ids, np.ones((1, end), np.int64), np.ones(ids.shape, bool), carried)
+        np.testing.assert_allclose(names["step"](tokens[start:end], end), expected, atol=ROUNDING)
+    assert {name: past[name].data_ptr() for name in buffers} == buffers
+    for layer, state in growing.states(carried).items():
+        np.testing.assert_allclose(past[f"past_key_values.{layer}.recurrent_state"].numpy(), state, atol=ROUNDING)

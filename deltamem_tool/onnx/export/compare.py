@@ -50,10 +50,19 @@ class _Start:
 # What a call gives, float32: logits [B, 1, V] or [B, T, V], and the states and open segments by layer.
 _Result = tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]
 _Step = Callable[[_Call, Tensor], _Result]  # a call, and the mask [B, P + T] up to its end
+Report = Callable[[int, int], object]  # called with the number of calls that are done, and of all
+
+
+def silent(done: int, of: int) -> None:
+    """Report nothing."""
 
 
 def largest_difference(
-    model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, start: MemoryState | None = None
+    model: PreTrainedModel,
+    graph: Graph | BufferedGraph,
+    options: CallOptions,
+    start: MemoryState | None = None,
+    report: Report = silent,
 ) -> float:
     """Over the logits of valid positions and the states, of whole conversations, alone and in a batch with padding.
 
@@ -64,11 +73,18 @@ def largest_difference(
         graph: ONNX Runtime's side.
         options: how the model is called.
         start: one row, what the graph's conversations begin with if nothing is given; zeros by default.
+        report: called after each call of either side.
     """
     starts = _starts(model, graph.interface, start)
-    in_pytorch = _in_pytorch(model, graph.interface, starts, options)
-    difference = _difference(graph.interface, starts, in_pytorch, _run(graph.interface, starts, _onnx(graph)))
+    in_pytorch = _in_pytorch(model, graph.interface, starts, options, _half(report, 0))
+    in_onnx = _run(graph.interface, starts, _onnx(graph), _half(report, 1))
+    difference = _difference(graph.interface, starts, in_pytorch, in_onnx)
     return float(np.maximum(difference, _padding_difference(model, graph.interface)))
+
+
+def _half(report: Report, half: int) -> Report:
+    """Reports the calls of one side as the first or second half of all."""
+    return lambda done, of: report(half * of + done, 2 * of)
 
 
 @dataclass(frozen=True)
@@ -80,14 +96,14 @@ class GraphResults:
     results: list[_Result]
 
 
-def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph) -> GraphResults:
+def in_onnx_runtime(model: PreTrainedModel, graph: Graph | BufferedGraph, report: Report = silent) -> GraphResults:
     """The conversations of `half_precision_errors`, which `graph` is a graph of `model` for."""
     starts = _starts(model, graph.interface, None)
-    return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph)))
+    return GraphResults(graph.interface, starts, _run(graph.interface, starts, _onnx(graph), _half(report, 0)))
 
 
 def half_precision_errors(
-    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions
+    model: PreTrainedModel, graph_side: GraphResults, options: CallOptions, report: Report = silent
 ) -> tuple[float, float]:
     """How far ONNX Runtime, and how far PyTorch, is from a half-precision `model` that computes in float32.
 
@@ -97,13 +113,15 @@ def half_precision_errors(
     interface, starts = graph_side.interface, graph_side.starts
     in_half = _in_pytorch(model, interface, starts, options)
     with _in_float32(model):
-        truth = _in_pytorch(model, interface, starts, options)
+        truth = _in_pytorch(model, interface, starts, options, _half(report, 1))
         of_padding = _padding_difference(model, interface)
     of_graph, of_pytorch = (_difference(interface, starts, truth, results) for results in (graph_side.results, in_half))
     return float(np.maximum(of_graph, of_padding)), of_pytorch
 
 
-def greedy_agreement(model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions) -> float:
+def greedy_agreement(
+    model: PreTrainedModel, graph: Graph | BufferedGraph, options: CallOptions, report: Report = silent
+) -> float:
     """The share of the greedy tokens of `model`, after random prompts, that `graph` chooses too.
 
     Both go on with those of `model`. Where segments are written, they end with the prompt and after every few tokens.
@@ -121,6 +139,7 @@ def greedy_agreement(model: PreTrainedModel, graph: Graph | BufferedGraph, optio
         call, mask = _Call(ids, every, every, last), torch.cat([mask, every.long()], dim=1)
         ids, onnx_ids = (step(call, mask)[0][:, -1:].argmax(-1) for step in (in_pytorch, in_onnx))
         same += int((ids == onnx_ids).sum())
+        report(number + 1, int(new))
     return same / (GREEDY_ROWS * new)
 
 
@@ -167,19 +186,28 @@ def _starts(model: PreTrainedModel, interface: Interface, start: MemoryState | N
     return starts
 
 
-def _run(interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step]) -> list[_Result]:
+def _run(
+    interface: Interface, starts: list[_Start], begin: Callable[[_Start], _Step], report: Report = silent
+) -> list[_Result]:
     """The results of every call of the conversations."""
     results = []
-    for start in starts:
+    conversations = [(start, _conversation(start.batch, interface)) for start in starts]
+    count = sum(len(calls) for _, calls in conversations)
+    for start, calls in conversations:
         step, mask = begin(start), torch.zeros(start.batch, 0, dtype=torch.long)
-        for call in _conversation(start.batch, interface):
+        for call in calls:
             mask = torch.cat([mask, call.valid.long()], dim=1)
             results.append(step(call, mask))
+            report(len(results), count)
     return results
 
 
 def _in_pytorch(
-    model: PreTrainedModel, interface: Interface, starts: list[_Start], options: CallOptions
+    model: PreTrainedModel,
+    interface: Interface,
+    starts: list[_Start],
+    options: CallOptions,
+    report: Report = silent,
 ) -> list[_Result]:
     """What PyTorch says in the conversations.
 
@@ -187,7 +215,7 @@ def _in_pytorch(
     counts padding among the tokens of a window.
     """
     begin = _pytorch(model, interface, options)
-    return _run(interface, starts, partial(_begin_rows, begin) if interface.packed else begin)
+    return _run(interface, starts, partial(_begin_rows, begin) if interface.packed else begin, report)
 
 
 def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:

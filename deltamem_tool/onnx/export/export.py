@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Manifest, Quantization
 from deltamem_tool.onnx.export import genai
 from deltamem_tool.onnx.export.compare import (
+    Report,
     greedy_agreement,
     half_precision_errors,
     in_onnx_runtime,
     largest_difference,
+    silent,
 )
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.portable import check_file, require_standard
@@ -75,7 +78,7 @@ def export_onnx(
     base_model: str | None = None,
     overwrite: bool = False,
     without: Collection[str] = (),
-    progress: Callable[[str], object] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> Manifest:
     """Write `out`, whole or not at all: graph, weights, manifest, tokenizer, configs. See `contract` for its interface.
 
@@ -99,7 +102,8 @@ def export_onnx(
         base_model: where the base came from, for the manifest; say nothing that only this machine knows.
         overwrite: replace a folder that is there.
         without: rewrites of the graph to leave out, names in `rewrites.REWRITES`.
-        progress: called with the name of each stage as it begins.
+        progress: called with a stage, how much of it is done, and how much there is (0 where that is not counted): as
+            each stage begins, and as it goes on.
 
     Raises:
         ExportError: the model cannot be exported, ONNX Runtime does not compute what PyTorch computes, or there is no
@@ -127,7 +131,7 @@ def export_onnx(
     _check_fast(tokenizer)
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
-    tell = progress or (lambda stage: None)
+    tell = progress or (lambda stage, done, of: None)
     adapter = adapter_of(model)
     start = None if memory is None else genai.read_start(memory, adapter, for_target)
     with _evaluating(model):
@@ -140,8 +144,8 @@ def export_onnx(
         with folder_whole(out, overwrite) as staged:
             _write_graph(plan, staged / contract.MODEL_FILE)
             _write_beside(plan, staged, tokenizer, genai_config)
-            tell("Comparing ONNX Runtime with PyTorch")
-            difference, agreement = _compared(plan.opening(staged), model, options, start), None
+            report = plan.stage("Comparing ONNX Runtime with PyTorch")
+            difference, agreement = _compared(plan.opening(staged), model, options, start, report), None
             if quantization is not None:  # of a graph that is known to be right
                 difference, agreement = _quantized(plan, quantization, staged)
             manifest = _manifest(plan, base_model, difference, agreement)
@@ -163,7 +167,12 @@ class _Plan:
     quantization: Quantization | None
     without: frozenset[str]
     start: MemoryState | None
-    tell: Callable[[str], object]
+    tell: Callable[[str, int, int], object]
+
+    def stage(self, name: str) -> Report:
+        """Begin a stage; what reports how far it is."""
+        self.tell(name, 0, 0)
+        return partial(self.tell, name)
 
     def opening(self, folder: Path, map_weights: bool = True) -> Callable[[], _Graph | None]:
         """What opens the graph in `folder`."""
@@ -190,14 +199,14 @@ def _write_graph(plan: _Plan, path: Path) -> None:
     Raises:
         ExportError: the model cannot be traced, or the graph is not what the target allows.
     """
-    plan.tell("Tracing the model")
+    plan.stage("Tracing the model")
     program = traced(plan.model, plan.adapter, plan.interface, plan.options, plan.target, plan.without)
     optimize(program, plan.target, plan.without)
     if plan.target.genai:
         genai.set_defaults(program, plan.interface, plan.start)
     if plan.target.is_standard:
         require_standard(program, type(plan.model).__name__)
-    plan.tell("Writing the graph")
+    plan.stage("Writing the graph")
     OnnxExporter.save_program(program, path)
     # Give back what the fusions have packed together, more than half of the weights once more: onnxscript's matchers
     # keep nodes that they have looked at, and with them the graph.
@@ -232,12 +241,11 @@ def _quantized(plan: _Plan, quantization: Quantization, folder: Path) -> tuple[f
     Raises:
         ExportError: it cannot be quantised, or computes something that is no number then.
     """
-    plan.tell("Quantising")
+    report = plan.stage("Quantising")
     weights = memory_weights(plan.adapter, fused_memories(plan.adapter, plan.target, plan.without))
-    quantize_graph(folder, quantization, weights)
-    plan.tell("Measuring what the quantisation costs")
+    quantize_graph(folder, quantization, weights, report)
     # Quantised products are slow, one token's too, where ONNX Runtime has not packed their weights.
-    return _measured(plan.opening(folder, map_weights=False), plan.model, plan.options)
+    return _measured(plan.opening(folder, map_weights=False), plan.model, plan.options, plan.stage)
 
 
 def _manifest(plan: _Plan, base_model: str | None, difference: float | None, agreement: float | None) -> Manifest:
@@ -286,13 +294,14 @@ def _compared(
     model: PreTrainedModel,
     options: CallOptions,
     start: MemoryState | None = None,
+    report: Report = silent,
 ) -> float | None:
     """The largest difference of the graph from `model` in float32; None if it cannot run here.
 
     Raises:
         ExportError: it is more than rounding.
     """
-    differences = _differences(open_graph, model, options, start)
+    differences = _differences(open_graph, model, options, start, report)
     if differences is None:
         return None
     difference, of_pytorch = differences
@@ -311,6 +320,7 @@ def _differences(
     model: PreTrainedModel,
     options: CallOptions,
     start: MemoryState | None = None,
+    report: Report = silent,
 ) -> tuple[float, float | None] | None:
     """The largest difference of the graph from `model` in float32, and in half precision that of `model` itself.
 
@@ -320,14 +330,17 @@ def _differences(
     if graph is None:
         return None
     if model.dtype == torch.float32:
-        return largest_difference(model, graph, options, start), None
-    outputs = in_onnx_runtime(model, graph)
+        return largest_difference(model, graph, options, start, report), None
+    outputs = in_onnx_runtime(model, graph, report)
     del graph  # and what ONNX Runtime holds of the weights, before PyTorch takes twice their size
-    return half_precision_errors(model, outputs, options)
+    return half_precision_errors(model, outputs, options, report)
 
 
 def _measured(
-    open_graph: Callable[[], _Graph | None], model: PreTrainedModel, options: CallOptions
+    open_graph: Callable[[], _Graph | None],
+    model: PreTrainedModel,
+    options: CallOptions,
+    stage: Callable[[str], Report],
 ) -> tuple[float | None, float | None]:
     """The largest difference of a quantised graph from `model` in float32, and its share of the same greedy tokens.
 
@@ -336,7 +349,8 @@ def _measured(
     Raises:
         ExportError: it computes something that is no number.
     """
-    differences = _differences(open_graph, model, options)
+    report = stage("Measuring what the quantisation costs")
+    differences = _differences(open_graph, model, options, report=report)
     if differences is None:
         return None, None
     difference, _ = differences
@@ -348,7 +362,7 @@ def _measured(
         )
     graph = open_graph()
     assert graph is not None
-    return difference, greedy_agreement(model, graph, options)
+    return difference, greedy_agreement(model, graph, options, stage("Comparing greedy tokens"))
 
 
 @contextmanager

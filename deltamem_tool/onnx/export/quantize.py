@@ -7,7 +7,7 @@ the embedding; a tied one is stored once. What stays as it is: the memory, and w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,12 @@ def memory_weights(adapter: DeltaMemAdapter, fused: Mapping[int, FusedMemory]) -
     return [weight.detach().cpu().numpy().T for weight in weights if weight.dim() == 2]
 
 
-def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[NDArray[Any]]) -> int:
+def quantize_graph(
+    folder: Path,
+    quantization: Quantization,
+    memory: Sequence[NDArray[Any]],
+    report: Callable[[int, int], object] | None = None,
+) -> int:
     """Quantise the graph in `folder`, in place; how many products that were.
 
     One matrix at a time: the others stay mapped from their file, and those that are done take what they take in it.
@@ -44,6 +49,7 @@ def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[ND
         folder: holds `model.onnx` and its data; both are replaced.
         quantization: bits, groups and zero points.
         memory: the memory's matrices, from `memory_weights`.
+        report: called with the number of products that are done, and of all, after each.
 
     Raises:
         ExportError: the memory's weights are not found in the graph as they are, or there is nothing to quantise.
@@ -63,8 +69,10 @@ def quantize_graph(folder: Path, quantization: Quantization, memory: Sequence[ND
     names = _names([*lookups, *products])
     for node in lookups:
         _replace(model.graph, node, matrices.lookup(_input(node, 1), names[node], _matrix(node)))
-    for node in products:
+    for number, node in enumerate(products, start=1):
         _replace(model.graph, node, [matrices.product(_input(node, 0), names[node], _matrix(node))])
+        if report is not None:
+            report(number, len(products))
     for constant in dict.fromkeys(map(_constant, of_memory)):
         store_repeats_once(model.graph, constant)
     model.opset_imports.setdefault(MICROSOFT, 1)

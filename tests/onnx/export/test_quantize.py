@@ -325,6 +325,28 @@ def test_what_was_lost_is_in_the_manifest(llama, no_tracing_of_llama, tmp_path):
     assert llama.manifest.greedy_agreement is None
 
 
+def test_progress_counts_calls_and_matrices(llama, no_tracing_of_llama, tmp_path):
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def note(stage, done, of):
+        told.setdefault(stage, []).append((done, of))
+
+    export.export_onnx(llama.model, llama.tokenizer, tmp_path / "out", logits="all", quantize=INT8, progress=note)
+    counted = {stage: counts for stage, counts in told.items() if len(counts) > 1}
+    assert list(told)[:2] == ["Tracing the model", "Writing the graph"]
+    assert list(counted) == [
+        "Comparing ONNX Runtime with PyTorch",
+        "Quantising",
+        "Measuring what the quantisation costs",
+        "Comparing greedy tokens",
+    ]
+    for begin, *counts in counted.values():
+        assert begin == (0, 0)
+        assert counts == [(done, len(counts)) for done in range(1, len(counts) + 1)]
+    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    assert counted["Quantising"][-1][1] == sum(node.op_type == "MatMulNBits" for node in nodes)
+
+
 def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_llama, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "quantize_graph", lambda *args: pytest.fail("it was quantised"))
     norm = llama.model.model.norm.weight
