@@ -31,7 +31,7 @@ from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 ROUNDING = 0.01  # of float16, in logits of size 5 and states of size 1
-SIZE = 32  # hidden
+SIZE, MLP = 32, 56  # of hidden states, and of the MLP: no matrix of the memory is of this shape
 
 
 def one_layer(*dtypes: torch.dtype) -> PreTrainedModel:
@@ -40,7 +40,7 @@ def one_layer(*dtypes: torch.dtype) -> PreTrainedModel:
     config = Qwen3Config(
         vocab_size=259,
         hidden_size=SIZE,
-        intermediate_size=48,
+        intermediate_size=MLP,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -91,7 +91,7 @@ def test_keys_and_values_are_float16_and_the_memory_float32(float16):
     tensors = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
     columns = {column.tobytes() for x in tensors if x.dtype == np.float32 and x.ndim == 2 for column in x.T}
     assert all(column.tobytes() in columns for weight in memory_in(model) for column in weight.T)
-    of_base = [x for x in tensors if x.shape in ((259, SIZE), (SIZE, 48), (48, SIZE))]  # embedding, MLP
+    of_base = [x for x in tensors if x.shape in ((259, SIZE), (SIZE, MLP), (MLP, SIZE))]  # embedding, MLP
     assert len(of_base) == 4 and {x.dtype for x in of_base} == {np.dtype(np.float16)}
 
 
