@@ -86,8 +86,8 @@ class LayerRepeater:
                 own.add(value)
         body = []
         for node in self._graph:
-            # Sizes are those of every layer.
-            sizes = node.op_type == "Shape" and given(node).is_graph_input()
+            # Sizes are those of every layer: later ones read them where the first one has them.
+            sizes = node.op_type == "Shape" and self._is_of_inputs(given(node).shape)
             if node not in (begin, end) and not sizes and any(value in own for value in _read_by(node)):
                 own.update(node.outputs)
                 body.append(node)
@@ -135,6 +135,14 @@ class LayerRepeater:
                 self._graph.outputs.append(copied[value])
         take_over(place.outputs[0], copied[given(end)])
         self._graph.remove(place, safe=True)
+
+    def _is_of_inputs(self, shape: ir.Shape | None) -> bool:
+        """Whether every size is a number or made of the sizes of the graph's inputs."""
+        sizes = [None] if shape is None else list(shape)
+        return all(
+            isinstance(size, int) or (size is not None and size.value is not None and _symbols(size) <= self._sizes)
+            for size in sizes
+        )
 
     def _copied_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
         """The same, without the names of sizes that depend on data, such as the number of an expert's tokens."""
