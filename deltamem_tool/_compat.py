@@ -196,6 +196,11 @@ def drop_hooks(module: Any, functions: Collection[Any]) -> None:
                 del hooks[key]
 
 
+def hooks_of(module: Any) -> list[Any]:
+    """What is called before and after the forward of `module`. Can go when torch lists them under a public name."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def changes_of(tensors: Iterable[Any]) -> list[tuple[int, int]] | None:
     """What is another than before after one of `tensors` has been written to in place or been given other data.
 

@@ -304,3 +304,10 @@ def test_use_attention():
     with _compat.use_attention(model, "another"):
         assert _compat.attention_implementation(model.config) == "another"
     assert _compat.attention_implementation(model.config) == "eager"
+
+
+def test_hooks_of():
+    module, before, after = torch.nn.Linear(2, 2), lambda *args: None, lambda *args: None
+    module.register_forward_hook(after)
+    module.register_forward_pre_hook(before)
+    assert _compat.hooks_of(module) == [before, after]

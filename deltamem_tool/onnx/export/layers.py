@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltamem_tool._compat import hooks_of
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attachment import find_attachment
@@ -215,9 +216,8 @@ def _described(module: nn.Module) -> _Key:
         settings = tuple(
             (key, _setting(value)) for key, value in sorted(vars(part).items()) if not _INDEX.fullmatch(key)
         )
-        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
         # Those of a memory are one function each, with arguments.
-        functions = tuple(id(hook.func if isinstance(hook, partial) else hook) for hook in hooks)
+        functions = tuple(id(hook.func if isinstance(hook, partial) else hook) for hook in hooks_of(part))
         described.append((name, type(part), shapes, settings, functions))
     return tuple(described)
 

@@ -1,9 +1,9 @@
 """Copies of traced layers in a graph, each with its own weights, and what is computed from weights alone.
 
-    without_weights   has the graph optimised without the weights of its layers: whatever is computed from one of them
-                      stays in the graph, since another layer's will take its place
-    LayerRepeater     puts a copy of its original in the place of each layer that was not traced
-    fold_weights      makes weights of what is computed from weights: transposed, joined, scaled
+A graph is optimised without the weights of its layers (`without_weights`): whatever is computed from one of them stays
+in it, since another layer's will take its place. `LayerRepeater` puts a copy of its original in the place of each layer
+that was not traced. At the end `fold_weights` makes weights of what is computed from weights: transposed, joined,
+scaled.
 """
 
 from __future__ import annotations
