@@ -45,6 +45,7 @@ from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE, export_onnx
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 DECODED = 32  # tokens of one timed decode
@@ -77,7 +78,7 @@ class Exported:
     def graph(self, name: str, cuda_graph: bool = False) -> Any:
         """One with a memory."""
         folder = self.folders[name]
-        interface = contract.Manifest.read(folder).interface
+        interface = Manifest.read(folder).interface
         return open_graph(folder, interface, self.args.device, cuda_graph=cuda_graph)
 
     def side(self, name: str, length: int, cuda_graph: bool = False) -> Side:
@@ -85,7 +86,7 @@ class Exported:
         if name == BASE:
             return BuilderSide(self.folders[name], length, 0, self.args.device, cuda_graph)
         folder = self.folders[name]
-        graph = GraphFolder(folder, contract.Manifest.read(folder).interface)
+        graph = GraphFolder(folder, Manifest.read(folder).interface)
         return OnnxSide(graph, self.args.device, None, cuda_graph)
 
 

@@ -46,7 +46,8 @@ from genai_builder import BuilderSide, build
 
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name, in_turn
-from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE, Manifest
+from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 BUILDER = "builder"
@@ -118,7 +119,8 @@ def ratio(ratios: list[float]) -> str:
 def open_side(folder: Path, name: str, args: argparse.Namespace) -> Side:
     """The graph in `folder`, as its users run it."""
     if name == BUILDER:
-        longest = max([*args.prefill, *(past + (args.repeats + 1) * DECODED for past in args.past)])  # of a text
+        timings = max(args.repeats + 1, PROFILED)
+        longest = max([*args.prefill, *(past + timings * DECODED for past in args.past)])  # of a text
         return BuilderSide(folder, longest, args.threads)
     return OnnxSide(GraphFolder(folder, Manifest.read(folder).interface), "cpu", args.threads)
 

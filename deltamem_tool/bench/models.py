@@ -23,13 +23,13 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
-from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.interface import dtype_name, interface_of
 from deltamem_tool.onnx.export.quantize import quantize_graph
 from deltamem_tool.onnx.export.targets import NO_QUANTIZATION, target_of
-from deltamem_tool.onnx.export.trace import dtype_name, interface_of
 from deltamem_tool.onnx.locate import find_onnx
+from deltamem_tool.onnx.manifest import Manifest
 
 
 def load_apart(setting: Setting, dtype: str | None) -> tuple[PreTrainedModel, DeltaMemAdapter]:

@@ -24,8 +24,8 @@ from deltamem_tool.bench.timing import Rounds, Seconds, cpu_name, in_turn, visit
 from deltamem_tool.io.cores import default_threads
 from deltamem_tool.io.formats import versions
 from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.onnx.export.interface import dtype_name
 from deltamem_tool.onnx.export.targets import NO_QUANTIZATION
-from deltamem_tool.onnx.export.trace import dtype_name
 
 _OPTIONAL = ("peft", "onnxruntime", "onnxruntime-gpu")  # packages that need not be installed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from deltamem_tool.cli.options import NAME, UserPath, trust_remote_code
-from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH, Manifest
+from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH
 from deltamem_tool.onnx.export.targets import (
     DTYPES,
     GROUP_SIZE,
@@ -18,6 +18,7 @@ from deltamem_tool.onnx.export.targets import (
     TARGETS,
     target_of,
 )
+from deltamem_tool.onnx.manifest import Manifest
 
 
 @click.command("export")

@@ -176,8 +176,8 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     from rich.table import Table
     from rich.text import Text
 
-    from deltamem_tool.onnx.contract import Manifest
     from deltamem_tool.onnx.locate import find_onnx
+    from deltamem_tool.onnx.manifest import Manifest
     from deltamem_tool.onnx.signature_table import rows
 
     manifest = Manifest.read(find_onnx(path))

@@ -21,7 +21,7 @@ from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
 from deltamem_tool.io.names import BUILTIN
-from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.onnx.manifest import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
 END = "<!-- /deltamem -->"

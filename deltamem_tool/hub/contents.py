@@ -13,8 +13,8 @@ from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, read_evaluation
 from deltamem_tool.io.safe_json import read_json
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.locate import ONNX_FOLDER
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.validate import check_onnx_folder
 
 CARD_FILE = "README.md"

@@ -13,8 +13,9 @@ from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Con
 from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, RemoteTree, Repository
 from deltamem_tool.io.names import expand_user, fetch, hub_id, on_hub
-from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
+from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
+from deltamem_tool.onnx.manifest import Manifest
 
 
 @dataclass(frozen=True)

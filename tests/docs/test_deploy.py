@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from deltamem_tool.onnx.contract import Interface, Layer, Manifest
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.signature_table import markdown, rows
 

@@ -14,7 +14,8 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, FORMAT
 from deltamem_tool.io.names import ASSETS
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface, Layer, Manifest
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.manifest import Manifest
 
 BASE = "someone/base"
 COMMIT = "5" * 40

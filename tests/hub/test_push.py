@@ -13,8 +13,8 @@ from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.pull import pull
 from deltamem_tool.hub.push import push
-from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.locate import find_onnx, is_onnx
+from deltamem_tool.onnx.manifest import Manifest
 
 REPO = "someone/memory"
 

@@ -25,10 +25,11 @@ from transformers import (
 
 from deltamem_tool import attach
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.onnx.contract import MANIFEST_FILE, Manifest
+from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
+from deltamem_tool.onnx.manifest import Manifest
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = """{% for message in messages %}

@@ -19,10 +19,10 @@ from deltamem_tool.bench.sides import GraphFolder, OnnxSide
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of, hook
 from deltamem_tool.memory.call_options import CallOptions
-from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.base_graph import without_memory, write_plain
 from deltamem_tool.onnx.export.export import TOLERANCE
 from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 PROMPT = SEGMENT + 8  # one message ends in it, one stays open
@@ -111,15 +111,15 @@ def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
         read_export(longer, str(fixed.folder), fixed.manifest.adapter)
     for change, error in (
         ({"interface": dataclasses.replace(qwen3.manifest.interface, genai=True)}, "onnxruntime-genai"),
-        ({"quantize": "int8", "quantization": contract.Quantization(8, 32, True)}, "is quantised"),
+        ({"quantize": "int8", "quantization": Quantization(8, 32, True)}, "is quantised"),
     ):
         changed = dataclasses.replace(qwen3.manifest, **change)
-        monkeypatch.setattr(contract.Manifest, "read", lambda folder, changed=changed: changed)
+        monkeypatch.setattr(Manifest, "read", lambda folder, changed=changed: changed)
         with pytest.raises((ExportError, ConfigError), match=error):
             read_export(setting, str(qwen3.folder), own)
     alone = dataclasses.replace(setting, models=(BASE, MEMORY))
     assert read_export(alone, str(qwen3.folder), own)[1].quantize == "int8"
     older = dataclasses.replace(qwen3.manifest, quantize="int8")
-    monkeypatch.setattr(contract.Manifest, "read", lambda folder: older)
+    monkeypatch.setattr(Manifest, "read", lambda folder: older)
     with pytest.raises(ExportError, match="quantised by an older version"):
         read_export(alone, str(qwen3.folder), own)

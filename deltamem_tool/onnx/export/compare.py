@@ -20,7 +20,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
-from deltamem_tool.onnx.export.trace import segment_tags
+from deltamem_tool.onnx.export.step import segment_tags
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
 from deltamem_tool.onnx.runtime.graph import Graph
 

@@ -28,7 +28,7 @@ from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface, Manifest, Quantization
+from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export import genai
 from deltamem_tool.onnx.export.compare import (
     Report,
@@ -39,6 +39,7 @@ from deltamem_tool.onnx.export.compare import (
     silent,
 )
 from deltamem_tool.onnx.export.fused_memory import fused_memories
+from deltamem_tool.onnx.export.interface import dtype_name, interface_of
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS, check_rewrites, optimize
@@ -51,7 +52,8 @@ from deltamem_tool.onnx.export.targets import (
     quantization_of,
     target_of,
 )
-from deltamem_tool.onnx.export.trace import dtype_name, interface_of, traced
+from deltamem_tool.onnx.export.trace import traced
+from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph, open_graph
 from deltamem_tool.onnx.runtime.graph import Graph
 from deltamem_tool.onnx.runtime.providers import execution_providers

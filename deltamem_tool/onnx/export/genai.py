@@ -28,8 +28,9 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.file import MemoryShape, check_memory
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.targets import Target
+from deltamem_tool.onnx.manifest import Manifest
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from deltamem_tool.onnx.contract import Quantization
 from deltamem_tool.onnx.export.repeats import initializer
+from deltamem_tool.onnx.manifest import Quantization
 
 # Its import configures the root logger, for all messages of all libraries, unless that has a handler.
 _handler = logging.NullHandler()

@@ -74,7 +74,6 @@ class _Terms:
 
     products: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)  # what is multiplied, and by which weights
     biases: list[ir.Value] = field(default_factory=list)
-    nodes: list[ir.Node] = field(default_factory=list)
 
 
 def _terms(value: ir.Value | None) -> _Terms | None:
@@ -88,7 +87,7 @@ def _terms(value: ir.Value | None) -> _Terms | None:
     if node.op_type == "MatMul":
         if not _is_weight(second) or _is_weight(first):
             return None
-        return _Terms([(first, second)], [], [node])
+        return _Terms([(first, second)])
     terms = _Terms()
     for part in (first, second):
         if _is_weight(part) and part.shape is not None and len(part.shape) == 1:
@@ -99,8 +98,6 @@ def _terms(value: ir.Value | None) -> _Terms | None:
             return None
         terms.products += inner.products
         terms.biases += inner.biases
-        terms.nodes += inner.nodes
-    terms.nodes.append(node)
     return terms
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltamem_tool.errors import ExportError
-from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32, Quantization
+from deltamem_tool.onnx.contract import BFLOAT16, FLOAT16, FLOAT32
+from deltamem_tool.onnx.manifest import Quantization
 
 NO_QUANTIZATION, INT8, INT4 = "none", "int8", "int4"
 WASM_MEMORY = 2**32  # bytes that WebAssembly's 32-bit addresses reach, weights and all else

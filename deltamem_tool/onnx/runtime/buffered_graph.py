@@ -3,7 +3,7 @@
 Decode steps run through bindings that do not change. Where the length is fixed, a CUDA graph can record and replay
 them; elsewhere a conversation that has filled its buffers goes on in larger ones.
 
-    Buffers      of one batch: keys and values, and what a decode step reads and writes
+    Buffers        of one batch: keys and values, and what a decode step reads and writes
     BufferedPast   some columns of the buffers, and a memory
 
 A call writes behind the columns of its past. So a past stays what it is as long as only one call continues it; a second

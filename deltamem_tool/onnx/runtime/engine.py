@@ -14,8 +14,9 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.file import MemoryShape, StoredMemory
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Interface, Manifest
+from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.locate import find_onnx
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from deltamem_tool.errors import ExportError, first_line
 from deltamem_tool.io.safe_json import read_bytes, read_json
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import DATA_FILE, GENAI_CONFIG_FILE, MODEL_FILE, Manifest
+from deltamem_tool.onnx.contract import DATA_FILE, GENAI_CONFIG_FILE, MODEL_FILE
+from deltamem_tool.onnx.manifest import Manifest
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto

@@ -17,11 +17,11 @@ from onnx import TensorProto
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.export.compare import greedy_agreement
 from deltamem_tool.onnx.export.export import TOLERANCE, export_onnx
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 from deltamem_tool.onnx.export.targets import INT4, INT8
-from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from deltamem_tool.errors import DeltaMemError, ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx import contract
-from deltamem_tool.onnx.contract import Manifest
 from deltamem_tool.onnx.export import export
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 TOLERANCE = 1e-4

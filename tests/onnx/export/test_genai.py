@@ -29,9 +29,10 @@ from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, Memory
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.state import MemoryState
-from deltamem_tool.onnx.contract import Layer, Manifest
+from deltamem_tool.onnx.contract import Layer
 from deltamem_tool.onnx.export import export, genai, trace
 from deltamem_tool.onnx.export.targets import INT4, INT8
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 

@@ -22,12 +22,12 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
-from deltamem_tool.onnx.contract import Manifest, Quantization
 from deltamem_tool.onnx.export import compare as check
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.targets import TARGETS
+from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 ROUNDING = 0.01  # of float16, in logits of size 5 and states of size 1

@@ -17,9 +17,9 @@ from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.export.interface import interface_of
 from deltamem_tool.onnx.export.layers import TracedLayers
 from deltamem_tool.onnx.export.targets import target_of
-from deltamem_tool.onnx.export.trace import interface_of
 
 TOLERANCE = 1e-4  # float32, sums in another order
 DEPTH = 4

@@ -21,12 +21,12 @@ from torch.export import Dim
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.compare import largest_difference
 from deltamem_tool.onnx.export.portable import check_file, require_standard
 from deltamem_tool.onnx.export.targets import PORTABLE_OPSET
-from deltamem_tool.onnx.export.trace import CallOptions
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.ops.naive import naive_scan
 from deltamem_tool.ops.scan import delta_scan, use_implementation

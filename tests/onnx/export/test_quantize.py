@@ -23,13 +23,13 @@ from deltamem_tool.cli.export import command
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.onnx.contract import Manifest, Quantization
 from deltamem_tool.onnx.export import export
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.quantize import memory_weights, quantize_graph
 from deltamem_tool.onnx.export.quantized_matrices import ACCURACY_LEVEL
 from deltamem_tool.onnx.export.rewrites import JOIN_WEIGHTS
 from deltamem_tool.onnx.export.targets import INT4, INT8, TARGETS, quantization_of, target_of
+from deltamem_tool.onnx.manifest import Manifest, Quantization
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 
 WIDE, VOCABULARY = 96, 80  # three groups of 32: of 4 bits, two zero points share a byte and the third has its own

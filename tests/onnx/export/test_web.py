@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamem_tool import DeltaMemConfig, attach
 from deltamem_tool.errors import ExportError
-from deltamem_tool.onnx.contract import Manifest
+from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.export import export, targets
 from deltamem_tool.onnx.export.compare import in_onnx_runtime, largest_difference
-from deltamem_tool.onnx.export.trace import CallOptions
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]

@@ -20,8 +20,8 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE
+from deltamem_tool.onnx.export.interface import interface_of
 from deltamem_tool.onnx.export.targets import TARGETS
-from deltamem_tool.onnx.export.trace import interface_of
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from deltamem_tool.config import MAX_RANK
 from deltamem_tool.errors import DeltaMemError, ExportError
-from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE, MODEL_FILE
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime import validate as trust
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.onnx.runtime.validate import check_graph_file, check_onnx_folder

@@ -1,0 +1,137 @@
+"""What the graph of a model will take and give, and what models no graph can be made of."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.call_options import CallOptions
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.export.attention import can_fuse
+from deltamem_tool.onnx.export.targets import Target
+
+
+def interface_of(
+    model: PreTrainedModel,
+    adapter: DeltaMemAdapter,
+    options: CallOptions,
+    logits: str,
+    target: Target,
+    max_length: int = 0,
+) -> Interface:
+    """What the graph of `model` for `target` will take and give, found by running one token.
+
+    Raises:
+        ExportError: the model keeps something other than keys and values between calls, or, where keys and values are
+            to be of the fixed length `max_length`, not those of every token.
+    """
+    if logits not in contract.LOGITS:
+        raise ExportError(f"Invalid logits {logits!r}.", "", f"Choose one of {', '.join(contract.LOGITS)}.")
+    cache = MemoryCache(model)
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        vocab_size = model(input_ids=tokens, cache=cache).logits.shape[-1]
+    _check_caches(model, cache)
+    packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
+    if max_length:
+        _check_fixed_length(model, target, max_length, packed)
+    if options.positions is not None and max_length > options.positions:
+        raise ExportError(
+            f"A maximum length of {max_length} tokens is too long.",
+            f"The model has {options.positions} positions.",
+            "Choose a smaller one.",
+        )
+    states, segment = adapter.memory_shape.layers, adapter.memory_shape.segment_width
+    layers = []
+    for i in range(max(len(cache.layers), *(index + 1 for index in states))):
+        # A layer that reads the keys of another one keeps none, and may have no place in the cache.
+        held = cache.layers[i] if i < len(cache.layers) else None
+        key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
+        layers.append(Layer(key, value, cast(Any, states.get(i))))
+    return Interface(
+        packed=packed,
+        logits=logits,
+        vocab_size=vocab_size,
+        dtype=dtype_name(model.dtype),
+        segment=segment,
+        layers=tuple(layers),
+        genai=target.genai,
+        max_length=max_length,
+        positions=options.positions or 0,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the contract calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
+    return None if cached is None else (cached.shape[1], cached.shape[3])
+
+
+def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
+    """Check that the graph can carry what the layers keep.
+
+    Raises:
+        ExportError: a layer of `cache` holds something other than the keys and values of every past token.
+    """
+    carried = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    for layer in cache.layers:
+        if type(layer) not in carried:
+            kind = next((why for base, why in _NOT_CARRIED.items() if isinstance(layer, base)), type(layer).__name__)
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported yet.",
+                f"Beside keys and values its layers keep {kind}, which the graph does not carry.",
+                "Run it in PyTorch, or export a model whose layers are all attention.",
+            )
+
+
+def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int, packed: bool) -> None:
+    """Check that the graph can have keys and values of a fixed length.
+
+    Raises:
+        ExportError: `max_length` is too small, the target's runtime has buffers of its own, or a static layer of the
+            model is a window that goes round, where keys and values are not packed.
+    """
+    if max_length < contract.MIN_LENGTH:
+        raise ExportError(
+            f"A maximum length of {max_length} tokens is too short.",
+            f"The graph is compared with PyTorch on a conversation of {contract.MIN_LENGTH} tokens, which must fit.",
+            "Choose a larger --max-length.",
+        )
+    if target.genai:
+        raise ExportError(
+            f"The target {target.name} takes no --max-length.",
+            "Its runtime feeds keys and values that grow.",
+            "Leave one of the two out.",
+        )
+    layers = [] if packed else MemoryCache(model, max_length=max_length).layers
+    other = {type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, DummyLayer)}
+    if other:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported with a fixed length.",
+            f"Some of its layers keep a window of the last tokens alone ({', '.join(sorted(other))}).",
+            "Leave --max-length out: keys and values then grow.",
+        )
+
+
+_NOT_CARRIED = {
+    LinearAttentionCacheLayerMixin: "recurrent or convolutional states",
+    DynamicIndexedLayer: "the keys of an indexer",
+}

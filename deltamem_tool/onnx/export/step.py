@@ -1,0 +1,188 @@
+"""One call of a model as a function of tensors: what is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from deltamem_tool._compat import DynamicLayer, StaticLayer
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.memory.call_options import CallOptions, fill, fill_static
+from deltamem_tool.memory.state import MemoryState
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.export.attention import FusedAttention, Lengths
+from deltamem_tool.onnx.export.attention_nodes import POSITIONS
+from deltamem_tool.onnx.export.layers import DOMAIN, Past, TracedLayers
+from deltamem_tool.segments.tags import SegmentTag
+
+
+class Step(nn.Module):
+    """One call as a function of tensors: what is traced. Its nested names become the graph's.
+
+    Without an `adapter`, of the model without a memory: `write_mask` is taken all the same, so that both graphs are
+    called alike.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: DeltaMemAdapter | None,
+        options: CallOptions,
+        interface: Interface,
+        layers: TracedLayers,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._max_length = interface.max_length  # 0 where keys and values grow
+        self._packed = interface.packed
+        self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
+        self._fingerprint = "" if adapter is None else adapter.fingerprint
+        self._options = options
+        self.layers = layers
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None, for the exporter, which would cast every input to the type of the first one.
+
+        In a model of half precision the states stay float32. What is traced are the `named_parameters`.
+        """
+        return iter(())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        write_mask: Tensor | None = None,
+        past_key_values: Sequence[dict[str, Tensor]] = (),
+        segment_end: Tensor | None = None,
+        initial: Sequence[dict[str, Tensor]] = (),
+        past_length: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The graph's inputs to its outputs, as `contract` names them; those of layers are in lists of dictionaries."""
+        if self._packed:
+            return self._packed_call(
+                input_ids, attention_mask, write_mask, past_key_values, segment_end, initial, past_length
+            )
+        columns, valid = None, None  # of the mask, where the tokens are: its last, or
+        if past_length is not None:
+            columns = past_length + torch.arange(input_ids.shape[1])
+            valid = attention_mask.index_select(1, columns).bool()
+        begins = _begins(attention_mask, input_ids.shape[1]) if initial else None
+        memory = self._memory(past_key_values, initial, begins)
+        cache = self._cache(input_ids, valid, write_mask, segment_end, memory, self._max_length)
+        for layer, past in zip(cache.layers, past_key_values, strict=False):
+            if contract.KEY in past and past_length is None:
+                fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+            elif contract.KEY in past and past_length is not None:
+                keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
+                fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
+        with self.layers.marked():
+            logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
+        return self._results(logits, cache, past_key_values)
+
+    def _packed_call(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        write_mask: Tensor | None,
+        past_key_values: Past,
+        segment_end: Tensor | None,
+        initial: Past,
+        past_length: Tensor | None,
+    ) -> dict[str, Any]:
+        """As `forward`, where each row's keys and values lie at the front of their buffer."""
+        tokens = input_ids.shape[1]
+        if past_length is None:
+            valid = attention_mask[:, -tokens:].bool()
+            total = torch.full((), attention_mask.shape[1], dtype=torch.int32)
+            past = attention_mask.sum(-1) - valid.sum(-1)
+        else:
+            valid = attention_mask.index_select(1, past_length + torch.arange(tokens)).bool()
+            total = torch.full((), self._max_length, dtype=torch.int32)
+            past = (attention_mask * (torch.arange(self._max_length) < past_length)).sum(-1)
+        numbers = _packed(valid)
+        input_ids = input_ids.gather(1, numbers)
+        write, end = (None if mask is None else mask.gather(1, numbers) for mask in (write_mask, segment_end))
+        packed_valid = torch.arange(tokens) < valid.sum(-1, keepdim=True)
+        memory = self._memory(past_key_values, initial, (past == 0)[:, None, None, None])
+        cache = self._cache(input_ids, packed_valid, write, end, memory)
+        positions = past[:, None] + torch.arange(tokens)
+        positions = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{POSITIONS}", [positions], {}, dtype=positions.dtype, shape=list(positions.shape), version=1
+        )
+        last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+        kept = torch.argsort(numbers) if self._options.keeps_all else last
+        attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
+        with attention.of(self.model, cache, past_key_values), self.layers.marked():
+            logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
+        return self._results(logits, cache, past_key_values)
+
+    def _cache(
+        self,
+        input_ids: Tensor,
+        valid: Tensor | None,
+        write: Tensor | None,
+        end: Tensor | None,
+        memory: MemoryState | None,
+        max_length: int = 0,
+    ) -> Any:
+        """A cache that holds no keys and values yet; masks `[B, T]`, `valid` where the model is given no mask."""
+        if self.adapter is None:
+            config = self.model.config
+            return StaticCache(config=config, max_cache_len=max_length) if max_length else DynamicCache(config=config)
+        cache = MemoryCache(self.model, write=True if write is None else write, max_length=max_length or None)
+        if end is not None and write is not None:
+            cache.segment_tags = segment_tags(write, end)
+        if valid is not None:
+            cache.begin_step(input_ids, valid)
+        cache.memory = memory
+        return cache
+
+    def _memory(self, past_key_values: Past, initial: Past, begins: Tensor | None) -> MemoryState | None:
+        """What the call begins with; rows that begin a conversation, bool `[B, 1, 1, 1]`, with what is `initial`."""
+        if self.adapter is None:
+            return None
+        states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
+        if initial and begins is not None:
+            states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
+        segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
+        return MemoryState(states, self._fingerprint, segments)
+
+    def _results(self, logits: Tensor, cache: Any, past_key_values: Past) -> dict[str, Any]:
+        """The graph's outputs."""
+        present: list[dict[str, Tensor]] = []
+        for i, past in enumerate(past_key_values):
+            present.append({})
+            if contract.CONV in past:
+                present[i][contract.CONV] = past[contract.CONV].clone()
+            if contract.KEY in past:
+                layer = cast(DynamicLayer, cache.layers[i])
+                present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
+            if contract.STATE in past:
+                present[i][contract.STATE] = cache.memory.layers[i]
+            if contract.SEGMENT in past:
+                present[i][contract.SEGMENT] = cache.memory.open_segments[i]
+        return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
+
+
+def _packed(valid: Tensor) -> Tensor:
+    """The order in which each row's valid tokens come first, int64 `[B, T]`."""
+    tokens = valid.shape[1]
+    numbers = torch.arange(tokens)
+    return torch.argsort(torch.where(valid, tokens - numbers, -numbers), descending=True)
+
+
+def segment_tags(write: Tensor, end: Tensor) -> Tensor:
+    """What `MemoryCache.segment_tags` takes, int8 `[B, T]`, from the masks of the graph, bool `[B, T]`."""
+    inside = torch.where(end, SegmentTag.LAST, SegmentTag.INSIDE)
+    return torch.where(write, inside, SegmentTag.OUTSIDE).to(torch.int8)  # int64 before: browsers have no Where of int8
+
+
+def _begins(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Rows whose past holds no token, bool `[B, 1, 1, 1]`: all their valid tokens are among the last."""
+    return (attention_mask.sum(-1) == attention_mask[:, -tokens:].sum(-1))[:, None, None, None]

@@ -1,0 +1,197 @@
+"""`deltamem_onnx.json`, the manifest of an ONNX folder: written, read, and refused where it is not valid."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
+from deltamem_tool.errors import ExportError
+from deltamem_tool.io.formats import is_newer, update_command
+from deltamem_tool.io.safe_json import parse_json, read_text
+from deltamem_tool.onnx.contract import DTYPES, LOGITS, MANIFEST_FILE, Interface, Layer, disagreement
+
+FORMAT = "deltamem-onnx"
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (3, FORMAT_VERSION)  # 3 had no packed keys and values
+
+MAX_VOCABULARY = 2**22  # the largest are of 2**18
+MAX_HEADS = MAX_WIDTH = 2**16  # of keys and values; the largest are of 128 heads, 576 wide
+MAX_LENGTH = 2**24  # tokens; the longest contexts are of ten million
+MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1  # `DeltaMemConfig.segment_width` at its largest
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the base's weights are quantised.
+
+    Args:
+        bits: 4 or 8 a weight.
+        group_size: so many weights of one output share a scale.
+        symmetric: whether their range has its zero in the middle; else they share a zero point too.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`deltamem_onnx.json`: what was exported, from what, and how well it agreed.
+
+    Args:
+        adapter: fingerprint of the adapter in the graph; memories of another one are refused.
+        mechanism: the adapter's `DeltaMemConfig` as a dictionary.
+        base_model: where the base came from, as the exporter was told; None if it was not.
+        model_type: the base's architecture.
+        target: what kind of runtime the graph is for.
+        quantize: how the base's weights are quantised; "none" if they are not.
+        quantization: the same in detail; None if they are not, and where an older folder is silent.
+        interface: what the graph takes and gives.
+        max_abs_diff: largest difference from PyTorch in float32 over logits and states, measured before the folder was
+            written; None if nothing was compared, because no runtime at hand had the graph's operators.
+        greedy_agreement: of a quantised graph, the share of PyTorch's greedy tokens that it chose too; else None.
+        packages: versions that made the graph.
+    """
+
+    adapter: str
+    mechanism: dict[str, Any]
+    base_model: str | None
+    model_type: str
+    target: str
+    quantize: str
+    quantization: Quantization | None
+    interface: Interface
+    max_abs_diff: float | None
+    greedy_agreement: float | None
+    packages: dict[str, str]
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of a folder, as `from_json`."""
+        try:
+            text = read_text(folder / MANIFEST_FILE)
+        except ValueError as error:
+            raise disagreement(f"It is not valid JSON: {error}") from error
+        return cls.from_json(text)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read the text of the file, the inverse of `to_json`.
+
+        Raises:
+            ExportError: the text is not JSON or of another format or version, or a field is missing or invalid.
+        """
+        try:
+            content = parse_json(text)
+        except ValueError as error:
+            raise disagreement(f"It is not valid JSON: {error}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise disagreement(f"It does not say that its format is {FORMAT!r}")
+        version = content.pop("format_version", None)
+        if type(version) is not int or version not in READABLE_VERSIONS:
+            raise _of_format(version, content.get("packages"))
+        values = _fields(cls, content, "the manifest")
+        interface = _fields(Interface, values["interface"], "interface")
+        _require(interface["logits"] in LOGITS, "interface.logits")
+        _require(_is_count(interface["vocab_size"], MAX_VOCABULARY), "interface.vocab_size")
+        _require(interface["dtype"] in DTYPES, "interface.dtype")
+        for name, longest in (("segment", MAX_SEGMENT), ("max_length", MAX_LENGTH), ("positions", MAX_LENGTH)):
+            value = interface[name]
+            _require(_is_count(value, longest) or (type(value) is int and value == 0), f"interface.{name}")
+        listed = interface["layers"]
+        _require(isinstance(listed, list) and 0 < len(listed) <= MAX_LAYERS, "interface.layers")
+        for name in ("genai", "packed"):
+            _require(isinstance(interface[name], bool), f"interface.{name}")
+        layers = tuple(_layer(layer) for layer in listed)
+        for name in ("adapter", "model_type", "target", "quantize"):
+            _require(isinstance(values[name], str) and bool(values[name]), name)
+        _require(isinstance(values["base_model"], str | None), "base_model")
+        for name in ("mechanism", "packages"):
+            _require(isinstance(values[name], dict), name)
+        for name, most in (("max_abs_diff", math.inf), ("greedy_agreement", 1.0)):
+            number = values[name]
+            holds = number is None or (
+                isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= most
+            )
+            _require(holds, name)
+        values["quantization"] = _quantization(values["quantization"])
+        return cls(**{**values, "interface": Interface(**{**interface, "layers": layers})})
+
+
+# What each number may be at most.
+_LAYER_SIZES = {
+    "key": (MAX_HEADS, MAX_WIDTH),
+    "value": (MAX_HEADS, MAX_WIDTH),
+    "state": (MAX_STATE_HEADS, MAX_RANK, MAX_RANK),
+}
+
+
+def _layer(content: Any) -> Layer:
+    layer = _fields(Layer, content, "layers")
+    sizes = {part: _sizes(layer[part], most, f"layers.{part}") for part, most in _LAYER_SIZES.items()}
+    _require((sizes["key"] is None) == (sizes["value"] is None), "layers.value")
+    _require(sizes["state"] is None or sizes["state"][1] == sizes["state"][2], "layers.state")
+    return Layer(**sizes)
+
+
+def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
+    """`content` as a tuple of as many sizes as `most` has, none above its own; None stays None."""
+    if content is None:
+        return None
+    _require(isinstance(content, list) and len(content) == len(most) and all(map(_is_count, content, most)), name)
+    return tuple(content)
+
+
+def _quantization(content: Any) -> Quantization | None:
+    if content is None:
+        return None
+    values = _fields(Quantization, content, "quantization")
+    for name in ("bits", "group_size"):
+        _require(_is_count(values[name], MAX_WIDTH), f"quantization.{name}")
+    _require(isinstance(values["symmetric"], bool), "quantization.symmetric")
+    return Quantization(**values)
+
+
+_ADDED = {"positions": 0, "packed": False, "quantization": None}  # what older folders do not have
+
+
+def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """The fields of `cls` in `content`; others, which a later release may add within one format, are ignored."""
+    if not isinstance(content, dict):
+        raise disagreement(f"{where} is not a JSON object")
+    names = [field.name for field in fields(cls)]
+    content = {**_ADDED, **content}
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise disagreement(f"In {where}, these fields are missing: {', '.join(missing)}")
+    return {name: content[name] for name in names}
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _require(holds: bool, name: str) -> None:
+    if not holds:
+        raise disagreement(f"Its value for {name} is not valid")
+
+
+def _of_format(version: Any, packages: Any) -> ExportError:
+    """The error for a folder of another format version, written by `packages`."""
+    written_by = packages.get("deltamem-tool") if isinstance(packages, dict) else None
+    return ExportError(
+        f"This ONNX folder is of format {version}.",
+        f"This version of deltamem reads format {FORMAT_VERSION}.",
+        f"Update deltamem-tool: {update_command(written_by)}"
+        if is_newer(version, FORMAT_VERSION)
+        else "Export the adapter again.",
+    )
