@@ -21,14 +21,14 @@ def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
     if dtype != contract.BFLOAT16:
         return OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device)
     here = OrtValue.ortvalue_from_numpy_with_onnx_type(np.array(array, order="C"), ELEMENT_TYPES[dtype])
-    return here if device == _CPU else _copied(here, device)
+    return here if device == _CPU else _moved(here, device)
 
 
 def on_host(value: OrtValue) -> NDArray[Any]:
     """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:
         return np.asarray(value.numpy())
-    here = value if value.device_name() == _CPU else _copied(value, _CPU)
+    here = value if value.device_name() == _CPU else _moved(value, _CPU)
     count = here.tensor_size_in_bytes()
     if count == 0:
         return np.zeros(here.shape(), np.uint16)
@@ -36,7 +36,14 @@ def on_host(value: OrtValue) -> NDArray[Any]:
     return np.frombuffer(bits, np.uint16).reshape(here.shape())
 
 
-def _copied(value: OrtValue, device: str) -> OrtValue:
+def _moved(value: OrtValue, device: str) -> OrtValue:
     copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device)
     onnxruntime.copy_tensors([value], [copy])
+    return copy
+
+
+def copied(value: OrtValue) -> OrtValue:
+    """The same numbers in a tensor of its own, on the same device, within which `copy_tensors` does not copy."""
+    copy = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), value.device_name())
+    copy.update_inplace(value)
     return copy

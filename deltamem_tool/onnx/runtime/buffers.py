@@ -1,0 +1,113 @@
+"""Keys and values that are written where they are, and who uses them.
+
+    Buffers        of one batch: keys and values, and what a decode step reads and writes
+    BufferLease    their use by conversations that share their columns
+    BufferedPast   some columns of the buffers, and a memory
+
+ONNX Runtime runs a graph several times before it has recorded it. Therefore a step must give the same when it is run
+again: keys and values may be written in place, states may not. They alternate between two slots of their buffers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from onnxruntime import OrtValue
+
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.runtime.ortvalue import copied
+
+if TYPE_CHECKING:
+    from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
+
+
+class Buffers:
+    """Keys and values of one batch, `[B, heads, N, width]` by input name, where decode steps are bound to them."""
+
+    def __init__(self, graph: BufferedGraph, batch: int, room: int) -> None:
+        self.batch, self.room = batch, room
+        self.lock = threading.RLock()
+        self.cache = {name: graph.zeros(name, batch, room) for name in graph.cache_names}
+        # What a step reads, what it writes, and the past whose memory is there, as long as somebody has it.
+        self.slots = [{name: graph.zeros(name, batch) for name in graph.memory_names} for _ in range(2)]
+        self.owners: list[weakref.ref[BufferedPast] | None] = [None, None]
+        # Ids, masks and the past's length, as far as their sizes stay.
+        self.inputs = {name: graph.zeros(name, batch) for name in graph.input_names if name != graph.growing}
+        self.logits = graph.zeros(contract.LOGITS_OUTPUT, batch)
+        self.bindings = [self._binding(graph, source) for source in range(2)]
+        self.options = [graph.run_options(next(graph.graph_ids)) for _ in range(2)]
+
+    def _binding(self, graph: BufferedGraph, source: int) -> Any:
+        """A step from one slot to the other. Inputs and outputs stay where they are for good."""
+        binding = graph.io_binding()
+        for name, value in (self.inputs | self.cache | self.slots[source]).items():
+            binding.bind_ortvalue_input(name, value)
+        written = self.cache | self.slots[1 - source]
+        for name in graph.output_names:
+            value = self.logits if name == contract.LOGITS_OUTPUT else written[contract.past_name(name)]
+            binding.bind_ortvalue_output(name, value)
+        return binding
+
+    def vacate(self, slot: int) -> None:
+        """Move the past that has its memory in `slot` to a copy."""
+        owner = self.owners[slot]
+        past = owner() if owner is not None else None
+        if past is not None:
+            past.memory = {name: copied(value) for name, value in past.memory.items()}
+        self.owners[slot] = None
+
+    def enter(self, slot: int, past: BufferedPast) -> None:
+        """Let `past` have its memory in `slot`."""
+        past.memory = self.slots[slot]
+        self.owners[slot] = weakref.ref(past)
+
+    def slot_of(self, past: BufferedPast) -> int:
+        """Return the slot of the memory of `past`, which moves into the first one if it is in none."""
+        for slot, owner in enumerate(self.owners):
+            if owner is not None and owner() is past:
+                return slot
+        self.vacate(0)
+        for name, value in past.memory.items():
+            self.slots[0][name].update_inplace(value)
+        return 0
+
+
+class BufferLease:
+    """The use of buffers by the pasts that share their columns. When these pasts are gone, `idle` gets the buffers."""
+
+    def __init__(self, buffers: Buffers, idle: list[Buffers] | None) -> None:
+        self.buffers = buffers
+        self.taken = 0  # columns that a call has written, or is writing
+        self.keep = None if idle is None else weakref.finalize(self, idle.append, buffers)  # for the next conversations
+        if self.keep is not None:
+            self.keep.atexit = False
+
+    def spoil(self) -> None:
+        """Keep the buffers from other conversations."""
+        if self.keep is not None:
+            self.keep.detach()
+
+
+class BufferedPast:
+    """A batch of conversations between two calls. Its content never changes; where its memory is may.
+
+    Args:
+        lease: the buffers that its keys and values are in.
+        mask: int64 `[B, P]`, of the tokens so far, 0 at padding. They take P columns, the first of the buffers; where
+            they are packed, each row's valid tokens take the first of these.
+        memory: states and open segments, by input name.
+    """
+
+    def __init__(self, lease: BufferLease, mask: NDArray[Any], memory: Mapping[str, OrtValue]) -> None:
+        self.lease = lease
+        self.mask = mask
+        self.memory = dict(memory)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return int(self.mask.shape[1])
