@@ -1,4 +1,4 @@
-"""Keys and values that are written in place, in buffers of a fixed length or that grow: what each row says alone."""
+"""Keys and values that are written in place, in buffers of a fixed length or that grow, and who shares them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime
 import pytest
-import torch
+from helpers.buffered_calls import called, content, fed, same
 from memory.test_static_cache import model_of
 
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.export import TOLERANCE
@@ -24,7 +23,7 @@ from deltamem_tool.onnx.export.interface import interface_of
 from deltamem_tool.onnx.export.targets import TARGETS
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.onnx.runtime.ortvalue import on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import on_host
 
 SHORT = Sampling(max_new_tokens=6)
 # The same sums in another order, of logits and states of order 10.
@@ -46,19 +45,6 @@ def graph(request, model, exported_with):
     columns = exported_with("fixed_columns", {}, target="portable", max_length=112)
     assert not columns.manifest.interface.packed
     return OnnxModel(columns.folder).graph
-
-
-@pytest.fixture
-def packed(qwen3):
-    """Two layers; buffers begin so small that conversations outgrow them."""
-    interface = qwen3.manifest.interface
-    assert interface.packed and not interface.max_length
-    return open_graph(qwen3.folder, interface)
-
-
-@pytest.fixture
-def small_rooms(monkeypatch):
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.FIRST_ROOM", 4)
 
 
 @pytest.fixture
@@ -85,37 +71,6 @@ def bound(monkeypatch):
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run_and_note)
     return seen
-
-
-def called(graph, tokens, past, writes=True):
-    """One call over `tokens`, int `[B, T]`, none of it padding."""
-    ids = np.array(tokens, np.int64)
-    mask = np.ones((len(ids), past.length + ids.shape[1]), np.int64)
-    return graph.step(ids, mask, np.full(ids.shape, writes), past)
-
-
-def called_with(graph, ids, mask, past):
-    """One call, all of whose tokens write; `mask` is `[B, P + T]`."""
-    return graph.step(ids, mask, np.ones(ids.shape, bool), past)
-
-
-def fed(graph, tokens, past):
-    """Logits of the last of `tokens`, which are fed one by one; and the past."""
-    for token in tokens:
-        logits, past = called(graph, [[token]], past)
-    return logits, past
-
-
-def content(graph, past):
-    """All that a past holds: keys and values of its columns, and its memory."""
-    cache = {name: on_host(value)[:, :, : past.length].copy() for name, value in past.lease.buffers.cache.items()}
-    return cache | {("state", i): state for i, state in graph.states(past).items()}
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert np.array_equal(found[name], array), name
 
 
 def test_the_graph_says_how_long_it_is(fixed, model):
@@ -355,143 +310,3 @@ def test_a_window_in_the_model_is_refused_where_attention_has_none():
         interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["cpu"], 63)
     with pytest.raises(ExportError, match="genai takes no --max-length"):
         interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["genai"], 64)
-
-
-def texts(rows, tokens):
-    """Random tokens, int64 `[rows, tokens]`."""
-    return np.random.default_rng(rows * tokens).integers(0, 256, (rows, tokens))
-
-
-def in_pytorch(exported, text):
-    """Logits `[T, V]` of all positions of one text, and the states after it: one call of the model."""
-    cache = MemoryCache(exported.model)
-    with torch.no_grad():
-        logits = exported.model(input_ids=torch.tensor(text)[None], cache=cache).logits[0].numpy()
-    return logits, {i: state[0].numpy() for i, state in cache.memory.layers.items()}
-
-
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, atol=CLOSE)
-
-
-def close_states(graph, past, row, expected):
-    for layer, state in graph.states(past).items():
-        close(state[row], expected[layer])
-
-
-def test_a_text_that_outgrows_its_buffers_goes_on_in_larger_ones(qwen3, packed, small_rooms):
-    text = texts(1, 40)[0]
-    logits, states = in_pytorch(qwen3, text)
-    past, end, rooms = packed.empty_past(1), 0, []
-    for tokens in (3, 1, 1, 1, 1, 1, 9, 1, 1, 14, 1, 6):
-        end += tokens
-        found, past = called(packed, text[None, end - tokens : end], past)
-        close(found[0, -1], logits[end - 1])
-        rooms.append(past.lease.buffers.room)
-    close_states(packed, past, 0, states)
-    assert end == len(text) and len(set(rooms)) > 2 and rooms == sorted(rooms)
-
-
-PADDING = {
-    "left": ["0011111", "1111111", "0000111"],
-    "right": ["1111100", "1111111", "1110000"],
-    "between": ["1010111", "1111111", "0110010"],
-}
-
-
-@pytest.mark.parametrize("first", PADDING)
-@pytest.mark.parametrize("second", PADDING)
-def test_rows_of_different_length_say_what_each_says_alone(qwen3, packed, small_rooms, first, second):
-    """Over prompts, single tokens, and tokens of some rows alone."""
-    masks = [PADDING[first], ["1", "1", "1"], ["1", "0", "1"], PADDING[second], ["1", "1", "0"], ["1", "1", "1"]]
-    valid = np.array([[int(digit) for digit in "".join(row)] for row in zip(*masks, strict=True)])
-    ids = texts(*valid.shape)
-    alone = [in_pytorch(qwen3, ids[row, valid[row] > 0]) for row in range(3)]
-    past, end = packed.empty_past(3), 0
-    for rows in masks:
-        call = slice(end, end + len(rows[0]))
-        end = call.stop
-        found, past = packed.step(ids[:, call], valid[:, :end], np.ones((3, len(rows[0])), bool), past)
-        for row, (logits, _) in enumerate(alone):
-            if valid[row, call].any():
-                close(found[row, -1], logits[valid[row, :end].sum() - 1])
-    for row, (_, states) in enumerate(alone):
-        close_states(packed, past, row, states)
-
-
-@pytest.mark.parametrize("masks", [[[1] * 6], [[1] * 6, [0, 0, 1, 1, 1, 1]]], ids=["one row", "two rows"])
-def test_what_lies_behind_the_tokens_is_not_read(packed, masks):
-    """Not a number, there: what another conversation has left, or nobody has written."""
-    mask = np.array(masks)
-    rows, new = texts(len(masks), 9), np.ones((len(masks), 3), np.int64)
-    whole = np.concatenate([mask, new], axis=1)
-    logits = []
-    for junk in (0, np.nan):
-        _, past = called_with(packed, rows[:, :6], mask, packed.empty_past(len(masks)))
-        for value in past.lease.buffers.cache.values():
-            array = on_host(value).copy()
-            for row, length in enumerate(mask.sum(1)):
-                array[row, :, length:] = junk
-            value.update_inplace(on_device(array, "float32", "cpu"))
-        one, past = called_with(packed, rows[:, 6:7], whole[:, :7], past)
-        two, _ = called_with(packed, rows[:, 7:], whole, past)
-        logits.append(np.concatenate([one, two]))
-    assert np.array_equal(*logits)
-
-
-def test_rows_of_different_length_are_joined_and_taken(qwen3, packed):
-    lengths, more = (5, 12, 2), texts(3, 6)
-    prompts = [texts(1, length)[0] for length in lengths]
-    alone = [in_pytorch(qwen3, np.concatenate([prompt, new])) for prompt, new in zip(prompts, more, strict=True)]
-    pasts = [called(packed, prompt[None], packed.empty_past(1))[1] for prompt in prompts]
-    past = packed.join(pasts)
-    assert past.mask.sum(1).tolist() == list(lengths) and past.length == max(lengths)
-    kept = past
-    for start, end in ((0, 1), (1, 4), (4, 5), (5, 6)):
-        mask = np.concatenate([past.mask, np.ones((3, end - start), np.int64)], axis=1)
-        found, past = called_with(packed, more[:, start:end], mask, past)
-        for row, (logits, _) in enumerate(alone):
-            close(found[row, -1], logits[lengths[row] + end - 1])
-    for row, (logits, states) in enumerate(alone):
-        close_states(packed, past, row, states)
-        taken = packed.take(kept, row, np.flatnonzero(kept.mask[row]))
-        assert taken.length == lengths[row]
-        same(content(packed, taken), content(packed, pasts[row]))
-        found, after = called(packed, more[row : row + 1], taken)
-        close(found[0, -1], logits[-1])
-        close_states(packed, after, 0, states)
-
-
-def test_tokens_between_are_taken_out(packed):
-    """Of a row with padding: the columns are those of the mask."""
-    mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    _, past = called_with(packed, texts(2, 6), mask, packed.empty_past(2))
-    taken = packed.take(past, 0, np.array([0, 2, 4]))  # the first and the fourth token, and padding
-    key = contract.carried_name(contract.PAST, 0, contract.KEY)
-    whole = on_host(past.lease.buffers.cache[key])[0]
-    assert taken.mask.tolist() == [[1, 0, 1]]
-    assert np.array_equal(on_host(taken.lease.buffers.cache[key])[0, :, :2], whole[:, [0, 3]])
-
-
-@pytest.mark.parametrize("valid", ["11111100000", "00000111111", "01100000000", "11111111111"])
-def test_the_last_logits_of_a_prompt_in_pieces_are_of_its_last_token(qwen3, packed, monkeypatch, valid):
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
-    mask, ids = np.array([[int(digit) for digit in valid]]), texts(1, 11)
-    logits, states = in_pytorch(qwen3, ids[mask > 0])
-    found, past = called_with(packed, ids, mask, packed.empty_past(1))
-    close(found[0, -1], logits[-1])
-    close_states(packed, past, 0, states)
-
-
-def test_prompts_of_a_batch_go_in_by_pieces(qwen3, packed, monkeypatch):
-    monkeypatch.setattr("deltamem_tool.onnx.runtime.buffered_graph.LONGEST_CALL", 4)
-    ids = texts(2, 16)
-    mask = np.ones_like(ids)
-    mask[0, 3:6] = mask[0, 12:] = mask[1, :3] = mask[1, 7:9] = 0
-    first, past = called_with(packed, ids[:, :6], mask[:, :6], packed.empty_past(2))
-    found, past = called_with(packed, ids[:, 6:], mask, past)
-    for row in range(2):
-        close(first[row, -1], in_pytorch(qwen3, ids[row, :6][mask[row, :6] > 0])[0][-1])
-        logits, states = in_pytorch(qwen3, ids[row, mask[row] > 0])
-        close_states(packed, past, row, states)
-        close(found[row, -1], logits[-1])
