@@ -9,7 +9,7 @@ from helpers.tiny import patched_model, tiny_model, tokens
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
 from deltamem_tool.memory.attach import adapter_of
-from deltamem_tool.onnx.export.fused_memory import FusedMemory
+from deltamem_tool.onnx.export.fused_memory import Constants, FusedMemory
 from deltamem_tool.training.validation import outcomes
 
 OPTIONS = {
@@ -54,9 +54,9 @@ def test_a_new_adapter_is_float32(default, tmp_path):
 @pytest.mark.parametrize("options", [OPTIONS["token"], OPTIONS["extras"]])
 def test_what_is_exported_is_the_same(default, options):
     layer = adapter_of(patched_model(**options)).layer(0)
-    expected = FusedMemory(layer).state_dict()
+    expected = FusedMemory(layer, Constants(layer.config)).state_dict()
     torch.set_default_dtype(default)
-    for name, weight in FusedMemory(layer).state_dict().items():
+    for name, weight in FusedMemory(layer, Constants(layer.config)).state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, expected[name]), name
 
 

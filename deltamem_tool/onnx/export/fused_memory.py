@@ -70,7 +70,7 @@ class Constants:
         self.groups = 3 if config.couple_lambda or config.update_rule == "no_lambda" else 4
         rows = config.state_heads * config.rank
         ceiling = torch.full((SLOTS, self.groups, rows), UNBOUNDED, dtype=torch.float32)
-        ceiling[:, 2:] = torch.tensor([SHUT, OPEN])[:, None, None]
+        ceiling[:, 2:] = torch.tensor([SHUT, OPEN], dtype=torch.float32)[:, None, None]
         shut = ceiling.clone()
         shut[:, 2:] = SHUT
         self.ceiling, self.shut = ceiling.flatten(1), shut.flatten(1)
