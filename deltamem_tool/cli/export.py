@@ -140,6 +140,11 @@ def command(
         click.echo(manifest.to_json(), nl=False)
     else:
         click.echo(f"{out}: {_agreement(manifest)}")
+        if not manifest.interface.packed and not TARGETS[target].is_standard:
+            click.echo(
+                f"The attention of {manifest.model_type} is not ONNX Runtime's operator: it is computed step by step, "
+                "which takes longer (docs/export.md)."
+            )
 
 
 def _agreement(manifest: Manifest) -> str:

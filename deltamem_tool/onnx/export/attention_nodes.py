@@ -16,10 +16,17 @@ import onnxruntime
 
 from deltamem_tool.onnx.contract import BATCH, TOKENS, Interface
 from deltamem_tool.onnx.export.attention import ATTENTION, ROTARY
-from deltamem_tool.onnx.export.graph_edits import constant, copy_dtype, given, initializer, producer, take_over
+from deltamem_tool.onnx.export.graph_edits import (
+    MICROSOFT,
+    constant,
+    copy_dtype,
+    given,
+    initializer,
+    producer,
+    take_over,
+)
 from deltamem_tool.onnx.export.layers import DOMAIN
 
-MICROSOFT = "com.microsoft"
 POSITIONS = "Positions"  # marks the positions of a call's tokens, int64 [B, T]
 # The operator's: of the width of a head that it turns, and of its tables', which are half as wide as what it turns.
 _ROTARY_MULTIPLE, _TABLE_MULTIPLE = 16, 8
@@ -261,8 +268,7 @@ def _as_model(
 def _place_rotary(graph: ir.Graph, node: ir.Node) -> None:
     """`RotaryEmbedding`, with the angles of this call's tokens for a table."""
     x, cos, sin = (given(node, position) for position in range(3))
-    flat = initializer(graph, "flat_angles", np.array([-1, cos.shape[-1]]) if cos.shape is not None else np.array([0]))
-    tables = [ir.node("Reshape", [angles, flat]) for angles in (cos, sin)]
+    tables = [ir.node("Flatten", [angles], attributes={"axis": 2}) for angles in (cos, sin)]
     shape = ir.node("Shape", [cos], attributes={"start": 0, "end": 2})
     count = ir.node("ReduceProd", [shape.outputs[0]], attributes={"keepdims": 0})
     zero, one = (initializer(graph, f"number_{n}", np.array(n)) for n in (0, 1))

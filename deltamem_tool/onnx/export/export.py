@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,12 +209,6 @@ def _write_graph(plan: _Plan, path: Path) -> None:
         require_standard(program, type(plan.model).__name__)
     plan.stage("Writing the graph")
     OnnxExporter.save_program(program, path)
-    # Give back what the fusions have packed together, more than half of the weights once more: onnxscript's matchers
-    # keep nodes that they have looked at, and with them the graph.
-    for graph in program.graphs():
-        for value in graph.initializers.values():
-            value.const_value = None
-    gc.collect()
     if plan.target.is_standard:
         check_file(path)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
 
 def given(node: ir.Node, position: int = 0) -> ir.Value:
     """An input that is not left out."""

@@ -20,9 +20,10 @@ from onnx_ir.passes import common
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.export.deduplicate import store_repeats_once
 from deltamem_tool.onnx.export.fused_memory import FusedMemory
-from deltamem_tool.onnx.export.quantized_matrices import MICROSOFT, QuantizedMatrices
-from deltamem_tool.onnx.export.repeats import initializer, store_repeats_once
+from deltamem_tool.onnx.export.graph_edits import MICROSOFT, initializer
+from deltamem_tool.onnx.export.quantized_matrices import QuantizedMatrices
 from deltamem_tool.onnx.manifest import Quantization
 
 # Operators that give nothing but values of their first input: in another shape, type or order, or fewer.

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from deltamem_tool.onnx.export.repeats import initializer
+from deltamem_tool.onnx.export.graph_edits import MICROSOFT, initializer
 from deltamem_tool.onnx.manifest import Quantization
 
 # Its import configures the root logger, for all messages of all libraries, unless that has a handler.
@@ -30,7 +30,6 @@ logging.getLogger().removeHandler(_handler)
 # ONNX Runtime's CPU provider quantises activations to int8, each row by itself in blocks, and multiplies whole numbers,
 # two to ten times as fast as float32 for one token. Others compute in the type of the activations.
 ACCURACY_LEVEL = 4
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from onnx_ir.passes import common as common_passes
 from deltamem_tool.errors import ExportError
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.graph_edits import (
+    MICROSOFT,
     constant,
     copy_dtype,
     given,
@@ -36,7 +37,6 @@ GATHERED_STATES = "gathered_states"
 PLAIN_ATTENTION = "plain_attention"
 
 SCAN, ATTENTION = "LinearAttention", "GroupQueryAttention"
-MICROSOFT = "com.microsoft"
 SWAPPED_HEADS = [0, 2, 1, 3]
 _SKIP_NORM = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization"}
 

@@ -12,8 +12,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer
 
+from deltamem_tool.cli.export import command
 from deltamem_tool.errors import DeltaMemError, ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.cache import MemoryCache
@@ -279,3 +281,17 @@ def test_a_manifest_of_another_graph_is_refused(qwen3, llama, tmp_path):
     (folder / contract.MANIFEST_FILE).write_text(manifest.to_json())
     with pytest.raises(ExportError, match="logits"):
         OnnxModel(folder)
+
+
+@pytest.mark.parametrize(
+    ("target", "packed", "told"), [("cpu", True, False), ("cpu", False, True), ("portable", False, False)]
+)
+def test_who_exports_is_told_that_attention_is_not_fused(qwen3, monkeypatch, tmp_path, target, packed, told):
+    interface = dataclasses.replace(qwen3.manifest.interface, packed=packed)
+    manifest = dataclasses.replace(qwen3.manifest, interface=interface)
+    monkeypatch.setattr("deltamem_tool.adapter.load.load", lambda *args, **options: qwen3.model)
+    monkeypatch.setattr("deltamem_tool.base_model.tokenizer.tokenizer_of", lambda *args, **options: qwen3.tokenizer)
+    monkeypatch.setattr(export, "export_onnx", lambda *args, **options: manifest)
+    out = CliRunner().invoke(command, ["adapter", "--base", "base", "--target", target, "--out", str(tmp_path / "out")])
+    assert out.exit_code == 0, out.output
+    assert ("is not ONNX Runtime's operator" in out.output) == told

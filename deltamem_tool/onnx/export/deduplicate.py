@@ -12,15 +12,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from deltamem_tool.onnx.export.graph_edits import initializer
+
 WORTH = 0.9  # what is stored then, of what was stored: little more is not worth a node
-
-
-def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
-    """Register a constant of the graph."""
-    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
-    value.dtype, value.shape = onnx_ir.DataType.from_numpy(array.dtype), onnx_ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def store_repeats_once(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> None:
