@@ -21,7 +21,8 @@ from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.evaluation import MEMORY_ONLY
-from deltamem_tool.evaluation.conditions import CONTROLS, STATE, EvalProtocol
+from deltamem_tool.evaluation.conditions import CONTROLS, PERMUTED_STATE, STATE, EvalProtocol
+from deltamem_tool.evaluation.memories import has_layers_to_permute
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.io.atomic import check_writable, write_whole
@@ -226,12 +227,15 @@ def make_run(job: Job, questions: Questions, report: Report) -> Run:
     on_gpu = torch.cuda.is_available()  # then the training was there too
     model = load(job.recipe.out)
     cast(torch.nn.Module, model).to("cuda" if on_gpu else "cpu")  # transformers hides the signature
+    controls = set(CONTROLS)
+    if not has_layers_to_permute(adapter_of(model).memory_shape):
+        controls.remove(PERMUTED_STATE)
     evaluation = evaluate(
         model,
         tokenizer_of(model),
         questions.task(),
         EvalProtocol.parse(MEMORY_ONLY),
-        only=(STATE, *CONTROLS),
+        only={STATE, *controls},
         report=lambda note, done, of: report(name, done, of, note),
     )
     metric = evaluation.metrics[0]

@@ -27,6 +27,7 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
     dates = sorted({run.date for run in every})
     environments = dict.fromkeys(map(_environment, every))
     episodes = every[0].episodes
+    controls = [name for name in CONTROLS if any(name in run.scores for run in every)]  # older runs have fewer
     paper = [f"paper: {ablation.paper_what}"] if ablation.paper else []
     facts = [_facts(count) for count in every[0].facts]
     columns = ["", "seeds", *facts, "all", "highest control", "parameters", "state", "minutes", *paper]
@@ -35,7 +36,7 @@ def markdown(ablation: Ablation, runs: Runs, changes: Sequence[str], plot: str) 
         "",
         f"Exact match of held-out facts from the memory alone, {episodes} conversations for each number of facts:",
         "the mean over the seeds, and below it the smallest and the largest. The highest control is the most that any",
-        f"seed reached, over all questions, with {_any_of(CONTROLS)}. Minutes are",
+        f"seed reached, over all questions, with {_any_of(controls)}. Minutes are",
         "processor time of training.",
         "",
         _row(columns),
@@ -72,7 +73,7 @@ def _command(ablation: Ablation, runs: Runs, changes: Sequence[str]) -> str:
 def _cells(ablation: Ablation, name: str, runs: Sequence[Run]) -> list[str]:
     label = f"**{name}** (reference)" if name == ablation.reference else f"**{name}**"
     by_facts = [[run.scores[STATE][i] for run in runs] for i in range(len(runs[0].facts))]
-    control = max(statistics.mean(run.scores[name]) for run in runs for name in CONTROLS)
+    control = max(statistics.mean(run.scores[name]) for run in runs for name in CONTROLS if name in run.scores)
     cells = [
         label,
         ", ".join(str(run.seed) for run in runs),

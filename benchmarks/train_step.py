@@ -42,7 +42,8 @@ from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import LoraOptions
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
+from deltamem_tool.training.baseline_steps import LoraStepModel
+from deltamem_tool.training.loss import EpisodeModel
 
 SEGMENT = 32  # tokens of a message, where the memory writes by messages
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,7 +15,7 @@ from deltamem_tool.io.safe_json import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "deltamem_config.json", "deltamem.safetensors"
 SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"  # how it was trained
-FORMAT = "deltamem-adapter"
+FORMAT, STATIC_FORMAT = "deltamem-adapter", "deltamem-static-adapter"  # the second: see `baselines.static`
 FORMAT_VERSION = 1
 MAX_TEXT = 4096  # characters of a name: the longest path that Linux takes
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,254}", re.ASCII)
@@ -46,8 +46,8 @@ class AdapterConfig:
     reference: dict[str, Any] | None  # what `reference.convert` has kept of the adapter that it read
 
 
-def read_config(folder: Path, name: str | Path) -> AdapterConfig:
-    """The config in `folder`, which the user knows as `name`.
+def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> AdapterConfig:
+    """The config in `folder`, which the user knows as `name`, of the format `expected`.
 
     Raises:
         AdapterError: the file is damaged, of a newer format, or not that of an adapter.
@@ -60,7 +60,13 @@ def read_config(folder: Path, name: str | Path) -> AdapterConfig:
     if not isinstance(content, dict):
         content = {}
     version = content.get("format_version")
-    if content.get("format") != FORMAT or type(version) is not int or version < 1:
+    if (content.get("format"), expected) == (STATIC_FORMAT, FORMAT):
+        raise AdapterError(
+            f"{name} has no memory.",
+            "It is a static adapter, with which a memory is compared: a constant stands for what is read from a state.",
+            "Use an adapter with a memory, and pass this one as `deltamem eval --static`.",
+        )
+    if content.get("format") != expected or type(version) is not int or version < 1:
         raise AdapterError(
             f"{name} is not an adapter folder.",
             f"{CONFIG_FILE} is of another format.",

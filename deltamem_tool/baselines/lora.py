@@ -1,6 +1,6 @@
 """LoRAs of PEFT on a base model: a new one to train, one of the memory's size to measure, a saved one to evaluate.
 
-`training.loss.LoraStepModel` is the step that trains one.
+`training.baseline_steps.LoraStepModel` is the step that trains one.
 """
 
 from __future__ import annotations

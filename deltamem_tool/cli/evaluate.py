@@ -44,8 +44,15 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
 @click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
 @click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
+@click.option("--static", type=NAME, help="Also the base model with this static adapter (`train --set static=true`).")
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the task, where it draws, and the intervals.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Of the task, where it draws, the permuted layers, and the intervals.",
+)
 @click.option(
     "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
 )
@@ -74,6 +81,7 @@ def command(
     bm25: bool,
     truncate: int | None,
     lora: str | None,
+    static: str | None,
     base: str | None,
     seed: int,
     batch_size: int,
@@ -89,8 +97,9 @@ def command(
     """Measure what the memory of MODEL is worth on a task, beside its controls.
 
     MODEL is an adapter (folder, Hub id or builtin:adapter) in PyTorch, or an ONNX folder in ONNX Runtime. Every
-    question is asked with the right memory, with none, with another history's, with corrections scaled to zero, of the
-    base model alone, and of the base model with everything in view; an ONNX folder leaves out what changes weights.
+    question is asked with the right memory, with zeros, with another history's, with the mean of 100 others', with the
+    right one's layers permuted, with corrections scaled to zero, of the base model alone, and of the base model with
+    everything in view; an ONNX folder leaves out what changes weights.
     """
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
     from deltamem_tool.io.atomic import check_writable
@@ -103,7 +112,8 @@ def command(
     check_runtime_options(runtime == ONNX, provider, base, trust_remote_code, device)
     options = _task_options(changes, data)
     only = None if conditions is None else [STATE, *conditions.split(",")]
-    baselines: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, "lora": lora}
+    on_base = {"lora": _lora(lora), "static": _static(static)}
+    baselines: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, **on_base}
     if task.startswith(HARNESS):
         ask = _ask_harness(task, protocol, options, limit, only, baselines, runtime)
         if click.get_current_context().get_parameter_source("batch_size") == ParameterSource.DEFAULT:
@@ -142,6 +152,7 @@ def command(
             report=lambda stage, done, of: bar.update(task_id, completed=done, total=of, note=stage),
         )
     settings = {"adapter": model, "conditions": conditions, "bm25": bm25, "truncate": truncate, "lora": lora}
+    settings |= {"static": static}
     settings |= {"limit": limit, "batch_size": batch_size}
     words, seconds = typed(click.get_current_context()), time.monotonic() - started
     run = run_json(loaded, evaluation, words, {**settings, **options}, seconds)
@@ -205,14 +216,14 @@ def _ask_harness(
     from deltamem_tool.evaluation.harness import check_options, conditions_of, find_harness, prepare
 
     check_options(protocol, bool(baselines["retrieved"] or baselines["truncate"]), runtime)
-    lora = _lora(baselines["lora"])
-    select(conditions_of(lora), only)
+    on_base = {"lora": baselines["lora"], "static": baselines["static"]}
+    select(conditions_of(**on_base), only)
     harness_tasks = prepare(find_harness(task, options), limit)
 
     def ask(model: Any, tokenizer: Any, **shared: Any) -> Evaluation:
         from deltamem_tool.evaluation.harness_run import evaluate_harness
 
-        return evaluate_harness(model, tokenizer, harness_tasks, lora=lora, **shared)
+        return evaluate_harness(model, tokenizer, harness_tasks, **on_base, **shared)
 
     return ask
 
@@ -235,13 +246,12 @@ def _ask_task(
     if ":" in task:
         sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a module beside the data
     chosen = find_task(task, options, {"seed": seed})
-    wanted = {**baselines, "lora": _lora(baselines["lora"])}
-    select(conditions_of(parsed, **wanted, runtime=runtime), only, runtime)
+    select(conditions_of(parsed, **baselines, runtime=runtime), only, runtime)
 
     def ask(model: Any, tokenizer: Any, **shared: Any) -> Evaluation:
         from deltamem_tool.evaluation.runner import evaluate
 
-        return evaluate(model, tokenizer, chosen, parsed, limit=limit, **wanted, **shared)
+        return evaluate(model, tokenizer, chosen, parsed, limit=limit, **baselines, **shared)
 
     return ask
 
@@ -250,6 +260,12 @@ def _lora(name: str | None) -> Any:
     from deltamem_tool.baselines.lora import Lora
 
     return None if name is None else Lora.read(name)
+
+
+def _static(name: str | None) -> Any:
+    from deltamem_tool.baselines.static import Static
+
+    return None if name is None else Static.read(name)
 
 
 def _print(evaluation: Evaluation, plot: Path | None, report: Path | None) -> None:

@@ -88,7 +88,9 @@ def command(
         click.echo(f"{result.skipped_rows} bad rows were left out.")
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s; {result.parameters:,} parameters in {result.adapter}.")
     click.echo(f"Loss {result.losses[0][1]:.3f} → {result.losses[-1][1]:.3f}.")
-    if chosen.lora is None:
+    if chosen.static:
+        click.echo(f"Next: deltamem eval ADAPTER --static {result.adapter}, with the adapter that it matches")
+    elif chosen.lora is None:
         click.echo(f"Next: deltamem eval {result.adapter} --task recall")
 
 

@@ -12,26 +12,38 @@ from deltamem_tool.evaluation import MEMORY_ONLY
 
 if TYPE_CHECKING:
     from deltamem_tool.baselines.lora import Lora
+    from deltamem_tool.baselines.static import Static
 
 # Memories.
-OWN, ZERO, DONOR, SCALE_ZERO = "own", "zero", "donor", "scale_zero"
+OWN, ZERO, DONOR, MEAN, PERMUTED, SCALE_ZERO = "own", "zero", "donor", "mean", "permuted", "scale_zero"
+MEAN_OF = 100  # histories whose memories are averaged, where there are so many others
 # What is in view before the question.
 NOTHING, WINDOW, ALL, RETRIEVED, TRUNCATED = "nothing", "window", "all", "retrieved", "truncated"
 STATE = "state"  # the condition that all others are compared with
 PYTORCH, ONNX = "pytorch", "onnx"  # runtimes
-NEED_PYTORCH = ("scale_zero", "no_adapter", "lora", "lora_full_context")
-CONTROLS = ("zero_state", "donor_state", "scale_zero")  # the adapter with a wrong memory, or with none to speak of
+NEED_PYTORCH = ("scale_zero", "no_adapter", "static", "lora", "lora_full_context")
+PERMUTED_STATE = "permuted_state"
+# The adapter with a wrong memory, or with none to speak of.
+CONTROLS = ("zero_state", "donor_state", "mean_state", PERMUTED_STATE, "scale_zero")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to ask. `memory` is None without the adapter; `view` is of the history; `lora` is on the base model."""
+    """One way to ask.
+
+    Args:
+        name: of the condition.
+        memory: what stands for the memory; None without the adapter.
+        view: what of the history is shown.
+        meaning: what it is, in words.
+        on_base: what is on the base model without the adapter.
+    """
 
     name: str
     memory: str | None
     view: str
     meaning: str
-    lora: Lora | None = None
+    on_base: Lora | Static | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,10 @@ def conditions_of(
     retrieved: bool = False,
     truncate: int | None = None,
     lora: Lora | None = None,
+    static: Static | None = None,
     runtime: str = PYTORCH,
+    others: int = MEAN_OF,
+    can_permute: bool = True,
 ) -> list[Condition]:
     """The state and its controls, which see what it sees; what the base does with that alone, and with everything.
 
@@ -80,8 +95,11 @@ def conditions_of(
         retrieved: also the base model with the passages in view that BM25 finds for the question.
         truncate: also the base model with the last messages within so many tokens in view.
         lora: also the base model with this on it, which sees what the state sees, and everything.
+        static: also the base model with this on it, which sees what the state sees.
         runtime: in ONNX Runtime the base model is the graph with a memory of zeros that is not written, so that "no
             adapter" would be the zero state again; and no weight of a graph can be changed.
+        others: of how many other histories' memories the mean is.
+        can_permute: whether the memory has layers that can change places.
     """
     view = protocol.view
     seen = {
@@ -94,12 +112,16 @@ def conditions_of(
     base = "a memory of zeros, which corrects nothing" if onnx else "the base model without adapter"
     conditions = [
         Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),
-        Condition(CONTROLS[0], ZERO, view, "the same with the memory set to zeros"),
-        Condition(CONTROLS[1], DONOR, view, "the same with the memory of another history"),
+        Condition("zero_state", ZERO, view, "the same with the memory set to zeros"),
+        Condition("donor_state", DONOR, view, "the same with the memory of another history"),
+        Condition("mean_state", MEAN, view, f"the same with the mean of the memories of {others} other histories"),
     ]
+    if can_permute:
+        meaning = "the right memory, in which every layer has the state of another layer"
+        conditions.append(Condition(PERMUTED_STATE, PERMUTED, view, meaning))
     if not onnx:
         conditions += [
-            Condition(CONTROLS[2], SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
+            Condition("scale_zero", SCALE_ZERO, view, "the right memory, with the corrections scaled to zero"),
             Condition("no_adapter", None, view, f"{base}, and {shown}"),
         ]
     if view != ALL:
@@ -110,6 +132,9 @@ def conditions_of(
     if truncate is not None:
         meaning = f"{base}, the last messages within {truncate} tokens in view"
         conditions.append(Condition("truncated", without, TRUNCATED, meaning))
+    if static is not None:
+        check_pytorch("static", runtime)
+        conditions.append(Condition("static", None, view, f"{static.description}, and {shown}", static))
     if lora is not None:
         check_pytorch("lora", runtime)
         base = f"the base model with the LoRA {lora.folder.name}"
@@ -123,12 +148,18 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
     """The conditions that are named, or all.
 
     Raises:
-        ConfigError: there is none of that name, or it needs PyTorch.
+        ConfigError: there is none of that name, or it needs PyTorch, or a memory of several layers.
     """
     known = {condition.name for condition in conditions}
     for name in sorted(set(only or ()) - known):
         if name in NEED_PYTORCH:
             check_pytorch(name, runtime)
+        if name == PERMUTED_STATE:
+            raise ConfigError(
+                f"The condition {name} needs a memory of several layers.",
+                "It gives every layer the state of another one, and here is none to give.",
+                "Leave this condition out.",
+            )
         raise ConfigError(
             f"There is no condition {name!r}.", f"The conditions are {', '.join(sorted(known))}.", "Name these."
         )

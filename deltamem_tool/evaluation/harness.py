@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from deltamem_tool.baselines.lora import Lora
+from deltamem_tool.baselines.static import Static
 from deltamem_tool.errors import ConfigError, DataError, first_line
 from deltamem_tool.evaluation import HARNESS, MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import NOTHING, OWN, PYTORCH, SCALE_ZERO, STATE, Condition
@@ -24,17 +25,20 @@ from deltamem_tool.evaluation.task import create_task
 from deltamem_tool.io.names import expand_user
 
 
-def conditions_of(lora: Lora | None = None) -> list[Condition]:
+def conditions_of(lora: Lora | None = None, static: Static | None = None) -> list[Condition]:
     """The state and its controls, as far as requests without a history have any.
 
     Args:
         lora: also the base model with this on it.
+        static: likewise.
     """
     conditions = [
         Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
         Condition("scale_zero", SCALE_ZERO, NOTHING, "the same with the corrections scaled to zero"),
         Condition("no_adapter", None, NOTHING, "the base model without adapter"),
     ]
+    if static is not None:
+        conditions.append(Condition("static", None, NOTHING, static.description, static))
     if lora is not None:
         conditions.append(Condition("lora", None, NOTHING, f"the base model with the LoRA {lora.folder.name}", lora))
     return conditions

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.baselines.lora import Lora
+from deltamem_tool.baselines.static import Static
 from deltamem_tool.config import check_seed
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
@@ -38,6 +39,7 @@ def evaluate_harness(
     *,
     only: Collection[str] | None = None,
     lora: Lora | None = None,
+    static: Static | None = None,
     batch_size: int = HARNESS_BATCH_SIZE,
     seed: int = 0,
     folder: Path | None = None,
@@ -55,6 +57,7 @@ def evaluate_harness(
         harness_tasks: the tasks with their documents.
         only: names of conditions, where not all are wanted.
         lora: the base model with this on it, beside the controls.
+        static: likewise.
         batch_size: requests at once.
         seed: of the intervals. The harness's own seeds stay what they are.
         folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
@@ -62,19 +65,22 @@ def evaluate_harness(
         report: called with (what is done, done, of).
 
     Raises:
-        AdapterError: `lora` is damaged, or of another base model.
+        AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
         ConfigError: a task cannot be scored so, or is to be rendered by a chat template that is not there.
         DataError: a prompt is too long for the model, or `folder` is of another run.
     """
     check_seed(seed)
     if lora is not None:
         lora.check_base(model)
+    if static is not None:
+        static.check(model)
     harness = harness_tasks.harness
     if harness.chat and tokenizer.chat_template is None:
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
-    conditions = select(conditions_of(lora), only)
+    conditions = select(conditions_of(lora, static), only)
     run_settings = {"task": harness.name, "protocol": AS_READ, ITEMS: harness_tasks.digest, **(settings or {})}
     run_settings |= {} if lora is None else {"lora": lora.fingerprint}
+    run_settings |= {} if static is None else {"static": static.fingerprint}
     answered, count = Records(folder, run_settings), 0
     for condition in conditions:
         for name, documents in harness_tasks.documents.items():

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.conditions import Condition
+from deltamem_tool.evaluation.memories import take_rows
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, TOKENS
-from deltamem_tool.evaluation.subject import Subject, take_rows
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.encode import RENDERED, padded

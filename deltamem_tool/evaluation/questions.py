@@ -1,4 +1,4 @@
-"""A task's items as a whole: that none is mixed up with another, whose memory stands in for whose, and their digest."""
+"""A task's items as a whole: none is mixed up with another, whose memories stand in for whose, and their digest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.conditions import MEAN_OF
 from deltamem_tool.evaluation.task import Item
 
 
@@ -29,13 +30,13 @@ def check(items: Sequence[Item]) -> None:
             raise DataError(problem, "Their answers would be mixed up.", "Give each its own.")
 
 
-def digest_of(items: Sequence[Item], everyone: Sequence[Item], donors: Mapping[str, str]) -> str:
+def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[str, Sequence[str]]) -> str:
     """SHA-256 over all that is asked, and the histories that it is asked with.
 
-    A limit may leave out a donor's items, which are still among `everyone`'s.
+    A limit may leave out items of `others`, which are still among `everyone`'s.
     """
     asked_histories = {item.history_id for item in items}
-    written = asked_histories | {donors[name] for name in asked_histories}
+    written = asked_histories.union(*(others[name] for name in asked_histories))
     digest = hashlib.sha256()
     for name, history in {item.history_id: _written(item) for item in everyone if item.history_id in written}.items():
         digest.update(json.dumps([name, *history]).encode())
@@ -51,8 +52,8 @@ def _written(item: Item) -> list[Any]:
     return [list(item.history), *([item.template_kwargs] if item.template_kwargs else [])]
 
 
-def donors_of(items: Sequence[Item]) -> dict[str, str]:
-    """The history whose memory stands in for each one's: the next one.
+def others_of(items: Sequence[Item]) -> dict[str, list[str]]:
+    """The histories whose memories stand in for each one's: the next ones, `MEAN_OF` or all. The first is its donor.
 
     Raises:
         DataError: there is one alone, or none.
@@ -64,4 +65,5 @@ def donors_of(items: Sequence[Item]) -> dict[str, str]:
             "The control is another history's memory.",
             "Use two histories or more.",
         )
-    return dict(zip(histories, [*histories[1:], histories[0]], strict=True))
+    count, around = min(MEAN_OF, len(histories) - 1), histories * 2
+    return {name: around[place : place + count] for place, name in enumerate(histories, start=1)}

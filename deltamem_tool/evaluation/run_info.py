@@ -68,7 +68,8 @@ def _of_torch(model: Any) -> _Description:
     adapter, device = adapter_of(model), model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     base = asdict(adapter.made_for) if isinstance(adapter.made_for, BaseModel) else None
-    return {"device": name, "dtype": str(model.dtype).removeprefix("torch.")}, adapter.config.to_dict(), base, ()
+    mechanism = {**adapter.config.to_dict(), "trained_parameters": adapter.num_parameters()}
+    return {"device": name, "dtype": str(model.dtype).removeprefix("torch.")}, mechanism, base, ()
 
 
 def _of_onnx(model: Any) -> _Description:

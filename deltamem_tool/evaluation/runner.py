@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.baselines.lora import Lora
+from deltamem_tool.baselines.static import Static
 from deltamem_tool.chat.engine import Engine
 from deltamem_tool.config import check_seed
 from deltamem_tool.evaluation import BATCH_SIZE
-from deltamem_tool.evaluation.conditions import DONOR, ONNX, ZERO, Condition, EvalProtocol, conditions_of, select
+from deltamem_tool.evaluation.conditions import (
+    DONOR,
+    MEAN,
+    ONNX,
+    PERMUTED,
+    ZERO,
+    Condition,
+    EvalProtocol,
+    conditions_of,
+    select,
+)
 from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
+from deltamem_tool.evaluation.memories import has_layers_to_permute, mean_rows, permute_layers
 from deltamem_tool.evaluation.prompts import Views
-from deltamem_tool.evaluation.questions import check, digest_of, donors_of
+from deltamem_tool.evaluation.questions import check, digest_of, others_of
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
-from deltamem_tool.evaluation.subject import Subject, take_rows
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.file import StoredMemory
@@ -39,6 +52,7 @@ def evaluate(
     retrieved: bool = False,
     truncate: int | None = None,
     lora: Lora | None = None,
+    static: Static | None = None,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
@@ -57,15 +71,16 @@ def evaluate(
         retrieved: BM25 beside the controls.
         truncate: the base model with the last messages within so many tokens, beside the controls.
         lora: the base model with this on it, beside the controls.
-        limit: only the first so many questions; donors are of all.
+        static: likewise.
+        limit: only the first so many questions; the histories of the controls are of all.
         batch_size: questions, or histories, at once.
-        seed: of the intervals.
+        seed: of the intervals, and of the order in which layers change places.
         folder: keeps records, and what they were made with; a run that stopped goes on from there.
         settings: what `folder` shall be of, beside the task and the protocol.
         report: called with (what is done, done, of).
 
     Raises:
-        AdapterError: `lora` is damaged, or of another base model.
+        AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
         ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; or `seed` is not one.
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
         ExportError: the log-probability of answers is asked for, and the graph has logits of the last position only.
@@ -83,23 +98,31 @@ def evaluate(
     """
     check_seed(seed)
     subject = Subject.of(model, tokenizer)
-    conditions = select(conditions_of(protocol, retrieved, truncate, lora, subject.runtime), only, subject.runtime)
+    can_permute = has_layers_to_permute(subject.engine.memory_shape)
+    baselines: dict[str, Any] = {"retrieved": retrieved, "truncate": truncate, "lora": lora, "static": static}
+    possible = partial(conditions_of, protocol, **baselines, runtime=subject.runtime, can_permute=can_permute)
+    select(possible(), only, subject.runtime)  # before anything is read
     if lora is not None and subject.model is not None:
         lora.check_base(subject.model)
+    if static is not None and subject.model is not None:
+        static.check(subject.model)
     everyone = task.items()
     check(everyone)
-    items, donors = everyone[:limit], donors_of(everyone)
-    asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, donors)}
-    asked |= settings or {}
+    items, others = everyone[:limit], others_of(everyone)
+    conditions = select(possible(others=len(others[everyone[0].history_id])), only, subject.runtime)
+    asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, others)}
+    asked |= {"seed": seed, **(settings or {})}
     asked |= {} if truncate is None else {"truncate": truncate}
     asked |= {} if lora is None else {"lora": lora.fingerprint}
+    asked |= {} if static is None else {"static": static.fingerprint}
     asked |= {"runtime": ONNX} if subject.runtime == ONNX else {}
     records = Records(folder, asked)
     left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in records]
     count = len(conditions) * len(items)
     done = count - len(left)
     tell = report or (lambda stage, done, of: None)
-    run = _Run(subject, task, Views(subject, protocol, _new_tokens(task), truncate), everyone, donors, batch_size, tell)
+    views = Views(subject, protocol, _new_tokens(task), truncate)
+    run = _Run(subject, task, views, everyone, others, seed, batch_size, tell)
     for new in run.records(left):
         done += records.add(new)
         tell("questions", done, count)
@@ -126,7 +149,8 @@ class _Run:
     task: Task | LikelihoodTask
     views: Views
     everyone: Sequence[Item]
-    donors: Mapping[str, str]
+    others: Mapping[str, Sequence[str]]  # histories, by the one that they stand in for
+    seed: int
     batch_size: int
     tell: Report
 
@@ -141,9 +165,8 @@ class _Run:
         histories, memories = self._memories(left)
         for condition, items in self._batches(left, prompts):
             texts = [prompts[condition.view, item.id] for item in items]
-            names = [self._history(condition, item) for item in items]
-            rows = [histories[name] for name in names if name is not None]  # all of them, or none
-            memory = take_rows(memories, rows) if memories is not None and rows else None
+            rows = [[histories[name] for name in self._read(condition, item)] for item in items]
+            memory = self._memory(condition, memories, rows)
             if is_by_likelihood(self.task):
                 scored = [to_score[condition.view, item.id] for item in items]
                 answers = [""] * len(items)
@@ -169,15 +192,25 @@ class _Run:
                 for item, answer, of_item, length in zip(items, answers, scores, lengths, strict=True)
             ]
 
-    def _history(self, condition: Condition, item: Item) -> str | None:
-        """Whose memory an item is asked with; None where it is nobody's."""
+    def _read(self, condition: Condition, item: Item) -> Sequence[str]:
+        """The histories whose memories an item is asked with: several where it is their mean, or none."""
         if condition.memory in (None, ZERO):
+            return ()
+        others = {DONOR: self.others[item.history_id][:1], MEAN: self.others[item.history_id]}
+        return others.get(condition.memory, (item.history_id,))
+
+    def _memory(
+        self, condition: Condition, memories: StoredMemory | None, rows: Sequence[Sequence[int]]
+    ) -> StoredMemory | None:
+        """A row for each question, of those `rows` of `memories` that it is asked with; None for zeros."""
+        if memories is None or not rows[0]:
             return None
-        return self.donors[item.history_id] if condition.memory == DONOR else item.history_id
+        memory = mean_rows(memories, rows)
+        return permute_layers(memory, self.seed) if condition.memory == PERMUTED else memory
 
     def _memories(self, left: Sequence[tuple[Condition, Item]]) -> tuple[dict[str, int], StoredMemory | None]:
         """Write the histories that are still asked about: the row of each, and their memories."""
-        wanted = {self._history(condition, item) for condition, item in left}
+        wanted = {name for condition, item in left for name in self._read(condition, item)}
         first = {item.history_id: item for item in reversed(self.everyone) if item.history_id in wanted}
         written = {item.history_id: first[item.history_id] for item in self.everyone if item.history_id in first}
         if not written:

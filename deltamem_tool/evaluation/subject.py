@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +16,7 @@ from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, SCALE_ZERO, Condition
+from deltamem_tool.evaluation.memories import take_rows
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.decoder_call import without_memory
 from deltamem_tool.memory.file import StoredMemory
@@ -97,7 +97,7 @@ class Subject:
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        """Change the model as the condition says inside the block: no adapter, a LoRA, or Δ = 0."""
+        """Change the model as the condition says inside the block: no adapter, another one, or Δ = 0."""
         if self.model is None:
             yield
             return
@@ -109,20 +109,11 @@ class Subject:
 def under(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
     """Change a model in PyTorch as `Subject.under` does."""
     if condition.memory is None:
-        with without_memory(), condition.lora.on(model) if condition.lora else nullcontext():
+        with without_memory(), condition.on_base.on(model) if condition.on_base else nullcontext():
             yield
     else:
         with _corrections_off(adapter_of(model)) if condition.memory == SCALE_ZERO else nullcontext():
             yield
-
-
-def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
-    """Copy the memory of some conversations, in the order of `rows`."""
-    states, segments = (
-        {layer: array[np.asarray(rows, np.int64)] for layer, array in part.items()}
-        for part in (memory.states, memory.open_segments)
-    )
-    return StoredMemory(states, segments, memory.adapter)
 
 
 @contextmanager

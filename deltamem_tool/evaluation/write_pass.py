@@ -8,7 +8,8 @@ from typing import Any
 from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation import BATCH_SIZE
-from deltamem_tool.evaluation.subject import Subject, take_rows
+from deltamem_tool.evaluation.memories import take_rows
+from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.encode import TaggedChat, batched, tagged
 from deltamem_tool.segments.messages import Message

@@ -21,8 +21,8 @@ from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attachment import ATTACHMENT, Attachment, attachment_of, find_attachment, hf_model
+from deltamem_tool.memory.corrections import BASE_SLICE_WIDTH
 from deltamem_tool.memory.hooks import hook_decoder, hook_layers
-from deltamem_tool.memory.layer import BASE_SLICE_WIDTH
 from deltamem_tool.memory.overrides import FORWARD, GENERATION, override, restore
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltamem_tool.config import BRANCHES, L2_EPS, DeltaMemConfig
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.memory.corrections import Corrections
 from deltamem_tool.ops.gates import gates, normalise, per_head, write_inputs
 from deltamem_tool.ops.recurrent import delta_step
 from deltamem_tool.ops.scan import delta_scan, full_precision, read_state
 from deltamem_tool.ops.segment_sums import means, segment_sums, summands
 
-INIT_GAIN = 0.05  # the length of a column of a "base_slice" Δ, and the factor on a "random" one
-BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
 # A token's gradient fades as what it wrote does: at λ = 0.82, 450 tokens later, it is in float32's denormals, where a
 # CPU's matrix products take many times as long; the base's backward pass is made of them. Adam squares gradients:
 # below 1e-19 they are zeros to it.
@@ -33,7 +32,7 @@ class LayerOutput(NamedTuple):
     write_gates: Tensor | None  # β [B, T, H, R] (or 1 for R), zero where nothing is written; None if nothing is at all
 
 
-class DeltaMemLayer(nn.Module):
+class DeltaMemLayer(Corrections):
     """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3).
 
     It computes in float32, whatever type its weights have been cast to.
@@ -48,8 +47,7 @@ class DeltaMemLayer(nn.Module):
     """
 
     def __init__(self, config: DeltaMemConfig, hidden_size: int, out_features: Mapping[str, int]) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.state_heads * config.rank
 
         def linear(wide: int, out: int, bias: bool = False) -> nn.Linear:
@@ -60,11 +58,7 @@ class DeltaMemLayer(nn.Module):
         self.value = linear(hidden_size, width)
         self.gate = linear(hidden_size, config.gate_width, bias=True)  # β's pre-activation
         self.decay = None if config.couple_lambda else linear(hidden_size, config.gate_width, bias=True)  # λ's
-        self.delta = nn.ModuleDict({branch: linear(width, out_features[branch]) for branch in config.branches})
-        # One raw scale, or one a branch in the order of BRANCHES; those of branches that are off stay unused.
-        scales = {"fixed": 0, "layer": 1, "branch": len(BRANCHES)}[config.delta_scale]
-        self.scale_raw = nn.Parameter(torch.empty(scales, dtype=torch.float32)) if scales else None
-        self.o_norm = nn.RMSNorm(out_features["o"], config.o_norm_eps, dtype=torch.float32) if config.o_norm else None
+        self.add_corrections(out_features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,32 +70,7 @@ class DeltaMemLayer(nn.Module):
         if self.decay is not None:
             nn.init.zeros_(self.decay.weight)
             nn.init.constant_(self.decay.bias, -self.config.beta_bias)
-        for branch in self.config.branches:
-            delta = self.delta_of(branch).weight
-            if self.config.delta_init == "random":
-                nn.init.kaiming_uniform_(delta, a=math.sqrt(5))
-                with torch.no_grad():
-                    delta.mul_(INIT_GAIN)
-            else:
-                nn.init.zeros_(delta)
-        if self.scale_raw is not None:
-            share = self.config.delta_scale_init / self.config.delta_scale_max
-            nn.init.constant_(self.scale_raw, math.log(share / (1 - share)))
-
-    def delta_of(self, branch: str) -> nn.Linear:
-        """Δ of one branch, `[out, H·R]`."""
-        return cast(nn.Linear, self.delta[branch])
-
-    @torch.no_grad()
-    def start_from_base(self, columns: Mapping[str, Tensor]) -> None:
-        """Fill the first columns of each Δ with the first columns of its branch's base weight, at a fixed length.
-
-        They are `[out, n]` by branch. The reference calls it `base_slice_fixed`.
-        """
-        for branch, weight in columns.items():
-            delta = self.delta_of(branch).weight
-            count = min(BASE_SLICE_WIDTH, self.config.rank, weight.shape[1])
-            delta[:, :count] = F.normalize(weight[:, :count].to(delta), dim=0, eps=L2_EPS) * INIT_GAIN
+        self.reset_corrections()
 
     def forward(
         self,
@@ -185,44 +154,6 @@ class DeltaMemLayer(nn.Module):
             raw.register_hook(_without_traces)  # type: ignore[no-untyped-call]  # of torch
         parts = torch.split(raw, [2 * width, width, *(gate.out_features for gate in gates)], dim=-1)
         return *parts[:2], *(part + gate.bias.float() for part, gate in zip(parts[2:], gates, strict=True))
-
-    def scaled(self, readings: Tensor) -> Tensor:
-        """Return (α/R) · r, times the layer's learned scale if there is one.
-
-        The readings are scaled and not Δ r, which is far longer, and once for every branch.
-        """
-        scale = self.config.scale
-        return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
-
-    def correction(self, branch: str, scaled: Tensor) -> Tensor:
-        """Return what `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`.
-
-        It is Δ r, times the branch's learned scale if there is one, and normalised where the o branch is.
-        """
-        with full_precision(scaled.device):
-            steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight.float())
-            if branch != "o" or self.o_norm is None:
-                return steer
-            return F.rms_norm(steer, self.o_norm.normalized_shape, self.o_norm.weight.float(), self.o_norm.eps)
-
-    def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
-        """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass where possible."""
-        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
-            return output + self.correction(branch, scaled).to(output.dtype)
-        with full_precision(scaled.device):
-            readings = self._for_branch(branch, scaled)
-            delta = self.delta_of(branch).weight.float()
-            # In a graph too: with two axes, ONNX Runtime's fusion of the norms that follow goes wrong.
-            if torch.compiler.is_exporting() or readings.shape[1] == 1:
-                return output + F.linear(readings, delta)
-            return torch.addmm(output.flatten(0, 1), readings.flatten(0, 1), delta.mT).view(output.shape)
-
-    def _for_branch(self, branch: str, scaled: Tensor) -> Tensor:
-        return scaled * self._learned_scale(BRANCHES.index(branch)) if self.config.delta_scale == "branch" else scaled
-
-    def _learned_scale(self, which: int) -> Tensor:
-        assert self.scale_raw is not None
-        return torch.sigmoid(self.scale_raw[which].float()) * self.config.delta_scale_max
 
 
 def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,11 @@ RULES: tuple[Rule, ...] = (
         lambda lora, adapter: lora is None or adapter is None,
         "a recipe trains a memory or a LoRA: leave out lora or adapter",
     ),
+    Rule(
+        ("static", "lora"),
+        lambda static, lora: lora is None or not static,
+        "a recipe trains a static adapter or a LoRA: leave out static or lora",
+    ),
     *(
         Rule(
             (key, "lora"),
@@ -285,10 +290,11 @@ class Recipe(_Options):
         base: folder or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
         out: the adapter folder to write.
         revision: of the base on the Hub.
-        adapter: an adapter folder to start from; `memory` is then its own.
+        adapter: an adapter folder to start from; `memory` is then its own. With `static`, a static adapter's.
         trust_remote_code: the base may run Python code of its own.
         memory: the mechanism.
         lora: trained in place of a memory.
+        static: train the static adapter that matches the memory, with a constant in place of what is read from a state.
 
     Raises:
         ConfigError: An option is out of range, or does not go with another one; all of them are named.
@@ -301,6 +307,7 @@ class Recipe(_Options):
     trust_remote_code: StrictBool = False
     memory: DeltaMemConfig = DeltaMemConfig()
     lora: LoraOptions | None = None
+    static: StrictBool = False
     data: DataOptions = DataOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
     training: TrainingOptions = TrainingOptions()

@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import Conv1D
-from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.baselines.lora import new_lora
+from deltamem_tool.baselines.static import Static, StaticAdapter
 from deltamem_tool.data.encode import IGNORED, VIEWS
 from deltamem_tool.data.store import EncodedEpisodes, EpisodeStatistics, in_memory
 from deltamem_tool.io.names import check_revision
@@ -97,7 +98,8 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     notes: list[str] = []
     processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
-    folder = None if recipe.adapter is None else read_adapter(recipe.adapter)
+    read = Static.read if recipe.static else read_adapter
+    folder = None if recipe.adapter is None else read(recipe.adapter)
     memory = recipe.memory if folder is None else folder.config
     skeleton = checkpoint.skeleton()
     base_parameters, base_bytes, largest = _base(skeleton, recipe, checkpoint.config, notes)
@@ -105,13 +107,18 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
         lora: nn.Module = new_lora(skeleton, recipe.lora)
         trained = sum(weight.numel() for weight in lora.parameters() if weight.requires_grad)
         memory_bytes, granularity = 0, "token"
+    elif recipe.static:
+        with torch.device("meta"):
+            static = StaticAdapter(memory, select_layers(attention_layers(skeleton), memory))
+        trained = sum(weight.numel() for weight in static.parameters())
+        memory_bytes, granularity = 0, "token"
     else:
         with torch.device("meta"):
             adapter = fresh_adapter(memory, select_layers(attention_layers(skeleton), memory), no_columns)
         shape = adapter.memory_shape
         numbers = sum(map(math.prod, shape.layers.values())) + len(adapter.layer_indices) * shape.segment_width
         memory_bytes = torch.float32.itemsize * numbers
-        if folder is not None:
+        if isinstance(folder, AdapterFolder):
             folder.check_shapes(shapes_of(adapter))
         trained, granularity = adapter.num_parameters(), memory.granularity
         if len(adapter.layer_indices) < len(attention_layers(skeleton)):

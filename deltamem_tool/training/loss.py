@@ -1,7 +1,7 @@
-"""The training loss (arXiv 2605.12357, section 3.4), of a memory and of the LoRA baseline.
+"""The training loss (arXiv 2605.12357, section 3.4).
 
 `EpisodeModel` writes the histories, answers from the memory alone, and returns the cross-entropy of the answers with
-what is added to it. `LoraStepModel` answers with the whole conversation in view.
+what is added to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
 from deltamem_tool.adapter.save import save_adapter
-from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.memory.attach import adapter_of, decoder_of
 from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.cache import MemoryCache
@@ -119,7 +118,7 @@ class EpisodeModel(nn.Module):
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.full_context(full_ids, full_mask, full_scored)
-            parts["kl"] = _divergence(teacher, logits) / _items(targets, num_items_in_batch)
+            parts["kl"] = divergence(teacher, logits) / item_count(targets, num_items_in_batch)
             loss = loss + self.objective.full_context_kl * parts["kl"]
         return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
 
@@ -194,59 +193,13 @@ class EpisodeModel(nn.Module):
         return recomputing(self.base) if self.recompute else contextlib.nullcontext()
 
 
-class LoraStepModel(nn.Module):
-    """One training step of a LoRA as a module. Only the LoRA's weights are registered."""
-
-    conditions = ("",)
-    accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
-
-    def __init__(self, model: Any, recompute: bool = False) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
-        self.recompute = recompute
-        self._model = (model,)  # in a tuple, so that it is not a submodule
-
-    @property
-    def lora(self) -> Any:
-        """The `peft.PeftModel`."""
-        return self._model[0]
-
-    def forward(
-        self,
-        full_ids: Tensor,
-        full_mask: Tensor | None,
-        full_scored: Tensor,
-        targets: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        **others: Any,
-    ) -> dict[str, Tensor]:
-        """Compute the loss of the answers `[N]` in whole conversations `[Q, F]`; `others` are for a memory."""
-        self.lora.train(self.training)  # its dropout
-        with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
-            logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
-        loss = answer_loss(logits, targets, num_items_in_batch)
-        return {"loss": loss, "answer": loss.detach()}
-
-    @torch.no_grad()
-    def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield logits `[N, V]`, with the conversation in view."""
-        self.lora.eval()
-        yield "", scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])
-
-    def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """Write PEFT's adapter folder, whole or not at all, with `files` beside."""
-        with folder_whole(out, overwrite) as staged:
-            self.lora.save_pretrained(staged)
-            for name, content in files.items():
-                (staged / name).write_bytes(content)
-
-
 def answer_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """Cross-entropy of logits `[N, V]`, summed over tokens and divided by `num_items`, by default N."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / _items(targets, num_items)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / item_count(targets, num_items)
 
 
-def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+def item_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    """What the loss is the mean over: `num_items`, by default the targets."""
     return len(targets) if num_items is None else num_items
 
 
@@ -272,7 +225,7 @@ def scored_logits(
     return logits
 
 
-def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher ‖ student), summed over tokens; logits `[N, V]`."""
     target, answer = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
     return F.kl_div(answer, target, reduction="sum", log_target=True)

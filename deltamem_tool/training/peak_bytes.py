@@ -24,13 +24,15 @@ from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.baselines.lora import new_lora
+from deltamem_tool.baselines.static import new_static
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.attach import fresh_adapter, hook
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
-from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
+from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
+from deltamem_tool.training.loss import EpisodeModel
 
 Report = Callable[[int, int], None]  # fake steps done, of how many
 
@@ -115,7 +117,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # _compat gives its n
         return output
 
 
-def step_peaks(step: EpisodeModel | LoraStepModel, base: nn.Module, shape: StepShape) -> dict[str, int]:
+def step_peaks(step: Step, base: nn.Module, shape: StepShape) -> dict[str, int]:
     """Run `step` forward and backward; of each phase the most bytes that were alive beyond weights and gradients.
 
     A phase is a pass of the model, or its part of the backward pass: in each of them what is alive grows linearly with
@@ -131,7 +133,8 @@ def step_peaks(step: EpisodeModel | LoraStepModel, base: nn.Module, shape: StepS
         segments = step.adapter.config.granularity != "token"
         batch = shape.batch(segments, full=step.objective.full_context_kl > 0)
     else:
-        batch = shape.batch(segments=False, full=True)
+        full = isinstance(step, LoraStepModel) or step.objective.full_context_kl > 0
+        batch = shape.batch(segments=False, full=full)
     step.train()
     with live, _phases(step, live) if isinstance(step, EpisodeModel) else nullcontext():
         live.enter("forward")
@@ -217,7 +220,12 @@ def _fake_peaks(
             return step_peaks(LoraStepModel(lora, training.gradient_checkpointing), base, shape)
         base.to_empty(device="cpu")
         everywhere = dataclasses.replace(memory, layers="all")
-        hook(base, fresh_adapter(everywhere, select_layers(attention_layers(base), everywhere), no_columns))
+        attention = select_layers(attention_layers(base), everywhere)
+        if recipe.static:
+            static = new_static(everywhere, attention, no_columns)
+            step = StaticStepModel(base, static, None, recipe.objective, training.gradient_checkpointing)
+            return step_peaks(step, base, shape)
+        hook(base, fresh_adapter(everywhere, attention, no_columns))
         chunks = (training.write_chunk, training.bptt, training.gradient_checkpointing)
         return step_peaks(EpisodeModel(base, recipe.objective, *chunks), base, shape)
 

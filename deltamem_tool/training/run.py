@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deltamem_tool.adapter.attach import attach
+from deltamem_tool.adapter.config_file import BaseModel
 from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
@@ -23,6 +24,7 @@ from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.limits import NO_LIMITS, Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
+from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
 from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.sources import read_episodes
@@ -35,8 +37,9 @@ from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
+from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
 from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
+from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
     checkpoint_to_resume,
     checkpoints,
@@ -180,7 +183,7 @@ def train(
     )
 
 
-def _trainer(recipe: Recipe, step: EpisodeModel | LoraStepModel, data: RunData, progress: Progress) -> EpisodeTrainer:
+def _trainer(recipe: Recipe, step: Step, data: RunData, progress: Progress) -> EpisodeTrainer:
     options, run = recipe.training, run_folder(recipe.out)
     args = training_arguments(options, data.steps, run)
     stop = [] if options.early_stop is None else [EarlyStop(options.early_stop)]
@@ -198,7 +201,7 @@ def _trainer(recipe: Recipe, step: EpisodeModel | LoraStepModel, data: RunData, 
 
 def _summary(
     recipe: Recipe,
-    step: EpisodeModel | LoraStepModel,
+    step: Step,
     data: RunData,
     trainer: EpisodeTrainer,
     interrupted: bool,
@@ -219,18 +222,34 @@ def _summary(
     )
 
 
-def step_model(recipe: Recipe) -> tuple[EpisodeModel | LoraStepModel, PreTrainedModel, PreTrainedTokenizerBase]:
+def step_model(recipe: Recipe) -> tuple[Step, PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what a recipe trains, the model that it is in, and the tokenizer."""
     options = recipe.training
-    if recipe.lora is not None:
+    if recipe.lora is not None or recipe.static:
         check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-        lora = new_lora(_loaded(checkpoint, recipe), recipe.lora, checkpoint.name, checkpoint.revision)
-        tokenizer = read_tokenizer(checkpoint.folder)
-        return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
+        model, tokenizer = _loaded(checkpoint, recipe), read_tokenizer(checkpoint.folder)
+        if recipe.lora is not None:
+            lora = new_lora(model, recipe.lora, checkpoint.name, checkpoint.revision)
+            return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
+        model.train(False)
+        made_for = base_of(checkpoint)
+        static = _static(recipe, checkpoint, made_for, model)
+        step = StaticStepModel(model, static, made_for, recipe.objective, options.gradient_checkpointing)
+        return step, model, tokenizer
     model, tokenizer = load_base(recipe)
     chunks = (options.write_chunk, options.bptt, options.gradient_checkpointing)
     return EpisodeModel(model, recipe.objective, *chunks), model, tokenizer
+
+
+def _static(recipe: Recipe, checkpoint: BaseCheckpoint, base: BaseModel, model: PreTrainedModel) -> StaticAdapter:
+    """The static adapter that a recipe starts from: a new one, or that of the folder `adapter`."""
+    if recipe.adapter is not None:
+        start = Static.read(recipe.adapter)
+        start.check_base(base)
+        return start.adapter_for(model)
+    layers = select_layers(attention_layers(model), recipe.memory)
+    return new_static(recipe.memory, layers, checkpoint.first_columns)
 
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

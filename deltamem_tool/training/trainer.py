@@ -35,7 +35,7 @@ from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.training.arguments import refused_by_trainer
-from deltamem_tool.training.loss import EpisodeModel, LoraStepModel
+from deltamem_tool.training.baseline_steps import Step
 from deltamem_tool.training.run_folder import BEST_FILE
 from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
@@ -79,7 +79,7 @@ class EpisodeSampler(Sampler[int]):
 
 
 class EpisodeTrainer(Trainer):
-    """transformers' Trainer for `EpisodeModel` and `LoraStepModel`.
+    """transformers' Trainer for the steps of `loss`.
 
     Args:
         order: as `EpisodeSampler` takes it.
@@ -87,7 +87,7 @@ class EpisodeTrainer(Trainer):
         run: the folder of the run.
     """
 
-    model: EpisodeModel | LoraStepModel
+    model: Step
     data_collator: Any  # an EpisodeCollator
 
     def __init__(self, *, order: str, validation: Sequence[Any] = (), run: Path, **kwargs: Any) -> None:

@@ -26,7 +26,7 @@ from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError, DataError
-from deltamem_tool.evaluation.subject import take_rows
+from deltamem_tool.evaluation.memories import take_rows
 
 
 def test_when_the_window_is_full_the_oldest_turns_leave(stopping):

@@ -48,6 +48,19 @@ def in_torch(memory):
     )
 
 
+def mean(memories):
+    layers = memories[0].layers
+    states = {layer: torch.stack([memory.layers[layer] for memory in memories]).mean(0) for layer in layers}
+    return MemoryState(states, memories[0].adapter, memories[0].open_segments)
+
+
+def swapped(memory):
+    """Of two layers: there is one way to permute them."""
+    first, second = memory.layers
+    states = {first: memory.layers[second], second: memory.layers[first]}
+    return MemoryState(states, memory.adapter, memory.open_segments)
+
+
 class Likely:
     name = "likely"
     by_likelihood = True
@@ -89,9 +102,12 @@ def test_every_condition_is_the_plain_loop(model, tokenizer):
     memories = {each.history_id: in_torch(memorise(subject, [each.history])) for each in task.items()}
     for record in found.records:
         (asked,) = [each for each in task.items() if each.id == record.item]
+        others = [memory for name, memory in memories.items() if name != asked.history_id]
         own = {
             "state": memories[asked.history_id],
             "donor_state": memories[donors[asked.history_id]],
+            "mean_state": mean(others),
+            "permuted_state": swapped(memories[asked.history_id]),
             "zero_state": adapter_of(model).empty_memory(1),
         }.get(record.condition)
         view = {"full_context": ALL, "bm25": RETRIEVED}.get(record.condition, NOTHING)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 TASK = Asked([item(number, question, sessions=1 + number % 2) for number in range(3) for question in range(2)])
 MEMORY = EvalProtocol.parse("memory")
-BOTH = ("state", "zero_state", "donor_state", "full_context", "bm25", "truncated")
+BOTH = ("state", "zero_state", "donor_state", "mean_state", "permuted_state", "full_context", "bm25", "truncated")
 
 
 @pytest.fixture(scope="module", params=["token", "message"])
@@ -51,7 +51,7 @@ def test_answers_records_and_scores_are_the_adapters(pair, tokenizer, protocol):
 
 def test_likelihoods_are_the_adapters(pair, tokenizer):
     model, onnx = pair
-    in_torch, in_onnx = (evaluate(each, tokenizer, Likely(), MEMORY, only=BOTH[:4]) for each in (model, onnx))
+    in_torch, in_onnx = (evaluate(each, tokenizer, Likely(), MEMORY, only=BOTH[:6]) for each in (model, onnx))
     for ours, theirs in zip(in_torch.records, in_onnx.records, strict=True):
         assert (ours.item, ours.condition) == (theirs.item, theirs.condition)
         assert theirs.scores[LOG_PROB] == pytest.approx(ours.scores[LOG_PROB], abs=TOLERANCE)
@@ -86,9 +86,8 @@ def test_the_command_takes_a_folder(pair):
     assert answer.exit_code == 0, answer.output
     payload = json.loads(answer.stdout)
     assert payload["run"]["options"]["runtime"] == "onnx" and payload["adapter"] == pair[1].adapter
-    assert {"onnxruntime", "onnxruntime-gpu"} & {*payload["run"]["versions"]} and list(payload["conditions"]) == list(
-        BOTH[:4]
-    )
+    assert {"onnxruntime", "onnxruntime-gpu"} & {*payload["run"]["versions"]}
+    assert list(payload["conditions"]) == list(BOTH[:6])
     for more, says in ((["--device", "cpu"], "only for an adapter"), (["--task", "lm_eval:ifeval"], "need PyTorch")):
         refused = CliRunner().invoke(command, [*words, *more])
         assert says in refused.output + str(refused.exception)

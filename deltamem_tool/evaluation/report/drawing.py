@@ -27,8 +27,11 @@ _STYLE: dict[str, dict[str, Any]] = {
     "full_context": {"color": "#555555", "marker": "s", "linestyle": "--"},
     "donor_state": {"color": "#c8553d", "marker": "^"},
     "zero_state": {"color": "#d9a404", "marker": "v"},
+    "mean_state": {"color": "#a63d97", "marker": "<"},
+    "permuted_state": {"color": "#1f7a8c", "marker": ">"},
     "scale_zero": {"color": "#7b6db5", "marker": "x"},
     "no_adapter": {"color": "#3d85c6", "marker": "+"},
+    "static": {"color": "#6f4e37", "marker": "p"},
     "bm25": {"color": "#8c6d46", "marker": "D", "linestyle": ":"},
 }
 # Conditions that are not named above take these in turn.
@@ -45,8 +48,11 @@ DARK = {
     "#555555": "#b4bac2",
     "#c8553d": "#f08a72",
     "#d9a404": "#f0c440",
+    "#a63d97": "#df8ad3",
+    "#1f7a8c": "#5fc0d3",
     "#7b6db5": "#b0a3ea",
     "#3d85c6": "#78b7f0",
+    "#6f4e37": "#c39b80",
     "#8c6d46": "#cba878",
     "#b0307c": "#ef86c2",
     "#2a8c9e": "#62cadc",

@@ -1,0 +1,44 @@
+"""Memories of several conversations: rows that are taken or averaged, and layers that change places."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.memory.file import MemoryShape, StoredMemory
+
+
+def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
+    """Copy the memory of some conversations, in the order of `rows`."""
+    index = np.asarray(rows, np.int64)
+    return _changed(memory, lambda array: array[index])
+
+
+def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemory:
+    """Average the memories of several conversations, as many as each entry of `rows` names, for a row of the result."""
+    index = np.asarray(rows, np.int64)  # [B, N]
+    return _changed(memory, lambda array: array[index].mean(1, dtype=np.float64).astype(np.float32))
+
+
+def has_layers_to_permute(shape: MemoryShape) -> bool:
+    """Whether a memory has several layers, and their states are of one shape."""
+    return len(shape.layers) > 1 and len(set(shape.layers.values())) == 1
+
+
+def permute_layers(memory: StoredMemory, seed: int) -> StoredMemory:
+    """Give every layer the state of another one: a cycle of all layers, drawn with `seed`."""
+    layers = sorted(memory.states)
+    cycle = random.Random(seed).sample(layers, len(layers))
+    source = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+    return replace(memory, states={layer: memory.states[source[layer]] for layer in layers})
+
+
+def _changed(memory: StoredMemory, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> StoredMemory:
+    states, segments = (
+        {layer: change(array) for layer, array in part.items()} for part in (memory.states, memory.open_segments)
+    )
+    return StoredMemory(states, segments, memory.adapter)
