@@ -79,6 +79,7 @@ def _expanded(name: str) -> str:
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Name = Annotated[Text, AfterValidator(_expanded)]  # of a file, a folder or a repository
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+Prompt = Annotated[str, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=1)]
 Facts = Annotated[int, Strict(), Field(ge=1, le=len(KIND_OF))]
@@ -91,6 +92,20 @@ Scheduler = Annotated[Text, _of_transformers(_schedulers, usual="cosine")]
 Optimizer = Annotated[Text, _of_transformers(_optimizers, usual="adamw_torch")]
 Reporter = Annotated[Text, _of_transformers(_reporters)]
 Pairs = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs)]
+
+# Options of `data.generated: facts` alone, with what they are unless said otherwise.
+_FACT_OPTIONS: dict[str, Any] = {
+    "chats_first": 0.0,
+    "chats_last": 1.0,
+    "chats_from": 0.0,
+    "chats_until": 0.5,
+    "talk_first": 0.0,
+    "talk_last": 1.0,
+    "bare_first": 0.0,
+    "bare_last": 0.0,
+    "third_person": 0.25,
+    "system": None,
+}
 
 # What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
 # the first of the keys that the recipe gives.
@@ -129,6 +144,11 @@ RULES: tuple[Rule, ...] = (
         "data.facts_first must not be above data.facts_last",
     ),
     Rule(
+        ("data.chats_from", "data.chats_until"),
+        lambda start, end: start <= end,
+        "data.chats_from must not be above data.chats_until",
+    ),
+    Rule(
         ("training.steps", "training.epochs"),
         lambda steps, epochs: steps is None or epochs is None,
         "training.steps and training.epochs exclude each other: leave out one of them",
@@ -158,6 +178,14 @@ RULES: tuple[Rule, ...] = (
             f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
         )
         for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
+    ),
+    *(
+        Rule(
+            (f"data.{name}", "data.generated"),
+            lambda value, generated, usual=usual: generated == "facts" or value == usual,
+            f"data.{name} is about natural facts: give data.generated: facts, or leave it out",
+        )
+        for name, usual in _FACT_OPTIONS.items()
     ),
     Rule(
         ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
@@ -216,7 +244,7 @@ class LoraOptions(_Options):
 
 @dataclass(frozen=True, config=OPTIONS)
 class DataOptions(_Options):
-    """Where episodes come from: `path`, or else generated dialogues."""
+    """Where episodes come from: `path`, or else they are generated: small dialogues, or natural facts."""
 
     SECTION: ClassVar[Key] = ("data",)
 
@@ -236,6 +264,19 @@ class DataOptions(_Options):
     growth: Share = 0.5  # share of training over which it grows
     fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
+    generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
+    chats_first: Share = _FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
+    chats_last: Share = _FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be
+    chats_from: Share = _FACT_OPTIONS["chats_from"]  # share of training at which it begins to grow,
+    chats_until: Share = _FACT_OPTIONS["chats_until"]  # and at which it has grown
+    talk_first: Weight = _FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement of a chat,
+    talk_last: Weight = _FACT_OPTIONS["talk_last"]  # which grow as the share of chats does
+    bare_first: Share = _FACT_OPTIONS[
+        "bare_first"
+    ]  # facts: share of values that are any word, whatever they are about,
+    bare_last: Share = _FACT_OPTIONS["bare_last"]  # which grows as the number of facts does
+    third_person: Share = _FACT_OPTIONS["third_person"]  # facts: share that is somebody else's than the user's
+    system: Prompt | None = _FACT_OPTIONS["system"]  # facts: the system prompt of all; None: a chat's own, or none
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -29,7 +29,6 @@ from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
-from deltamem_tool.data.synthetic import DialogueEpisodes
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
 from deltamem_tool.io.formats import versions
@@ -39,6 +38,7 @@ from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
 from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
 from deltamem_tool.training.estimate import step_seconds
+from deltamem_tool.training.generated import generated_episodes, held_out_episodes
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
     checkpoint_to_resume,
@@ -340,12 +340,10 @@ def run_data(
     batch = together * training.gradient_accumulation
     if data.path is None:
         assert training.steps is not None  # a recipe without a path has them
-        facts = (data.facts_first, data.facts_last, data.growth, data.fewest)
-        generated = DialogueEpisodes(training.steps * batch, together, training.seed, *facts, data.replies)
+        generated = generated_episodes(recipe, training.steps * batch, together)
         count = training.eval_episodes if training.eval_every is not None else 0
-        hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
-        held_out = DialogueEpisodes(count, count, training.seed, *hardest, held_out=True)
-        return RunData(generated, [held_out[i] for i in range(count)], collator, "as they come", batch, training.steps)
+        held_out = held_out_episodes(recipe, count)
+        return RunData(generated, held_out, collator, "as they come", batch, training.steps)
 
     def encoded(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
         """Episodes, and how many rows were left out."""

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from data.spoken_facts import answer_in
 from helpers.tiny import patched_model, write_jsonl
 from safetensors.torch import load_file
 from training.batches import episode_batch
@@ -15,6 +16,7 @@ from training.short_runs import changed, short_run, summary
 from deltamem_tool import DeltaMemError
 from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from deltamem_tool.data import dialogues
+from deltamem_tool.data.fact_words import is_held_out
 from deltamem_tool.data.store import EncodedEpisodes
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.memory.attach import adapter_of
@@ -131,6 +133,34 @@ def test_generated_dialogues_are_evaluated_on_facts_that_no_training_sees(recipe
 
     assert len(data.validation) == 6 and answers(data.validation) <= held_out
     assert not answers(data.training[i] for i in range(len(data.training))) & held_out
+
+
+def test_generated_facts_are_evaluated_when_grown_on_words_that_no_training_sees(recipe, tokenizer):
+    options = {
+        "facts_first": 1,
+        "facts_last": 4,
+        "fewest": 1.0,
+        "chats_last": 0.0,
+        "chats_until": 0.0,
+        "third_person": 0.0,
+    }
+    data = run_data(
+        changed(dataclasses.replace(recipe, data=DataOptions(generated="facts", **options)), steps=2),
+        tokenizer,
+        "token",
+        1,
+    )
+    training = [data.training[i] for i in range(len(data.training))]
+    assert len(training) == 8 and len(data.validation) == 6
+    assert [len(episode.exchanges) for episode in training[:4]] == [1] * 4
+    assert [len(episode.exchanges) for episode in data.validation] == [4] * 6
+    for episodes, held_out in ((training, False), (data.validation, True)):
+        said = [answer_in(exchange[-1]["content"]) for episode in episodes for exchange in episode.exchanges]
+        assert (
+            {is_held_out(spoken.attribute) for spoken in said}
+            == {is_held_out(spoken.value) for spoken in said}
+            == {held_out}
+        )
 
 
 # What is left of a run

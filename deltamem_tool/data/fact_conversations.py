@@ -1,0 +1,98 @@
+"""Natural facts in conversation: one message as short as can be, or a chat with small talk, replies and corrections."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from deltamem_tool.data.dialogues import Message, assistant, user
+from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, CHAT, PLAIN, SMALL_TALK, SYSTEMS, HeldOut, Phrases
+from deltamem_tool.data.facts import Fact, other_value
+
+FORMS: dict[str, Phrases] = {"plain": PLAIN, "chat": CHAT}
+_SYSTEM = 0.5  # probability that a chat has a system prompt,
+_CHANGED = 0.1  # that one of its facts is told wrongly first,
+_TOGETHER = 0.15  # that a message states the next fact too,
+_ASKED = 0.15  # and that a statement is followed by a question about what was told so far
+
+
+def system_prompt(rng: random.Random, form: str, given: str | None = None) -> list[Message]:
+    """Draw the system prompt of a conversation: the `given` one, or in a chat none or one of several."""
+    if given is None and form == "chat" and rng.random() < _SYSTEM:
+        given = rng.choice(SYSTEMS)
+    return [] if given is None else [{"role": "system", "content": given}]
+
+
+def telling(
+    rng: random.Random,
+    facts: Sequence[Fact],
+    form: str,
+    held_out: HeldOut,
+    talk: float = 0.0,
+    changed: float = _CHANGED,
+) -> list[Message]:
+    """Draw a conversation that states `facts` in order.
+
+    Args:
+        rng: what it is drawn with.
+        facts: what is true in the end.
+        form: "plain": one message. "chat": statements, replies, now and then a question and its answer, and with
+            probability `changed` one fact is first stated with another value and corrected later.
+        held_out: which words no training sees.
+        talk: mean number of turns of small talk before each statement of a chat.
+        changed: see `form`.
+    """
+    if form == "plain":
+        return [user(" ".join(fact.statement(rng, PLAIN, held_out) for fact in facts))]
+    told = [(fact, fact.statement(rng, CHAT, held_out)) for fact in facts]
+    if facts and rng.random() < changed:
+        index = rng.randrange(len(facts))
+        fact = facts[index]
+        stale = other_value(rng, fact, facts, held_out)
+        told[index] = (stale, stale.statement(rng, CHAT, held_out))
+        told.insert(rng.randint(index + 1, len(told)), (fact, fact.change(rng, held_out)))
+    remarks = _remarks(rng)
+    messages: list[Message] = []
+    known: dict[object, Fact] = {}
+    while told:
+        together = told[: 1 + (rng.random() < _TOGETHER)]
+        del told[: len(together)]
+        messages += _turns(rng, talk, remarks)
+        messages += acknowledged(rng, " ".join(sentence for _, sentence in together))
+        known |= {fact.key: fact for fact, _ in together}
+        if rng.random() < _ASKED:
+            messages += asking(rng, rng.choice(list(known.values())), form, held_out)
+    return messages
+
+
+def acknowledged(rng: random.Random, sentence: str) -> list[Message]:
+    """Draw a turn in which the user says a sentence."""
+    return [user(sentence), assistant(rng.choice(ACKNOWLEDGEMENTS))]
+
+
+def small_talk(rng: random.Random, turns: float) -> list[Message]:
+    """Draw turns that state no fact, `turns` in the mean: as many as its whole part, or one more."""
+    return _turns(rng, turns, _remarks(rng))
+
+
+def _turns(rng: random.Random, turns: float, remarks: Iterator[tuple[str, str]]) -> list[Message]:
+    pairs = itertools.islice(remarks, int(turns) + (rng.random() < turns % 1))
+    return [message for remark, reply in pairs for message in (user(remark), assistant(reply))]
+
+
+def _remarks(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Remarks and replies: none comes again before all have come."""
+    return itertools.cycle(rng.sample(SMALL_TALK, len(SMALL_TALK)))
+
+
+def asking(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
+    """Draw a question about a fact that was told, and its answer."""
+    phrases = FORMS[form]
+    return [user(fact.question(rng, phrases, held_out)), assistant(fact.answer(rng, phrases))]
+
+
+def asking_unknown(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
+    """Draw a question about a fact that was never told, and the answer that says so."""
+    phrases = FORMS[form]
+    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown(rng, phrases))]

@@ -1,0 +1,237 @@
+"""Episodes of natural facts: read back by their sentences alone, and compared with what should be in them."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from data.spoken_facts import answer_in, both, question_in, statements_in
+
+from deltamem_tool.data.fact_conversations import telling
+from deltamem_tool.data.fact_episodes import FactEpisodes, FactOptions, Growth
+from deltamem_tool.data.fact_words import (
+    ACKNOWLEDGEMENTS,
+    ATTRIBUTES,
+    CHAT,
+    CORRECTIONS,
+    EVERYTHING,
+    KINDS,
+    NAMES,
+    NOTHING,
+    PLAIN,
+    SMALL_TALK,
+    SYSTEMS,
+    WORDS,
+    HeldOut,
+    is_held_out,
+)
+from deltamem_tool.data.facts import never_told, sample_facts
+
+ATTRIBUTES_AT_LEAST, VALUES_AT_LEAST = 250, 200  # of a kind
+REMARKS, REPLIES = ({turn[side] for turn in SMALL_TALK} for side in (0, 1))
+STEADY = FactOptions(Growth(4, 4), Growth(0.5, 0.5), fewest=1.0, third_person=0.3, unanswerable=0.2)
+GROWING = FactOptions(
+    Growth(1, 5, 0.0, 0.6), Growth(0, 1, 0.3, 0.9), Growth(0, 2, 0.3, 0.9), Growth(0.8, 0.1, 0.0, 0.6), 0.5
+)
+
+
+def generated(episodes=300, seed=0, options=STEADY, held_out=NOTHING, batch_size=1):
+    return FactEpisodes(episodes, batch_size, seed, options, held_out)
+
+
+def is_chat(episode):
+    return any(message["role"] == "assistant" for message in episode.history)
+
+
+def read(episode):
+    """(what is stated, in order; what is asked, with its answer). All of an episode has to be understood."""
+    stated, asked = [], []
+    history = [message for message in episode.history if message["role"] != "system"]
+    for number, message in enumerate(history):
+        if message["role"] == "user" and message["content"] not in REMARKS:
+            said = statements_in(message["content"])
+            if said is None:
+                question, answer = question_in(message["content"]), answer_in(history[number + 1]["content"])
+                last = [fact for fact in stated if fact[:2] == question[:2]][-1]
+                assert answer[:3] == last[:3], message
+            else:
+                stated += said
+        elif message["role"] == "assistant":
+            said = message["content"]
+            assert said in ACKNOWLEDGEMENTS or said in REPLIES or answer_in(said) is not None
+    for exchange in episode.exchanges:
+        question, answer = (
+            read_in(message["content"])
+            for read_in, message in zip((question_in, answer_in), exchange[-2:], strict=True)
+        )
+        assert question[:2] == answer[:2], exchange
+        asked.append((question, answer))
+    return stated, asked
+
+
+def test_an_episode_depends_on_seed_and_number_alone():
+    first, again, other = generated(), generated(), generated(seed=1)
+    backwards = [again[index] for index in reversed(range(50))][::-1]
+    random.seed(3)
+    assert [first[index] for index in range(50)] == backwards
+    assert not any(first[index] == other[index] for index in range(50))
+    with pytest.raises(IndexError):
+        first[300]
+
+
+def test_numbers_grow_and_never_shrink():
+    growth = Growth(1, 6, 0.2, 0.7)
+    numbers = [growth.at(step / 100) for step in range(101)]
+    assert (
+        numbers == sorted(numbers)
+        and numbers[20] == 1
+        and numbers[45] == pytest.approx(3.5)
+        and set(numbers[70:]) == {6}
+    )
+    assert Growth(2, 5).at(0.0) == 5 and growth.ended().at(0.0) == 6
+    counts, chats, lengths = [], [], []
+    for episode in generated(2000, options=GROWING, batch_size=8):
+        counts.append(len(episode.exchanges))
+        chats.append(is_chat(episode))
+        lengths.append(sum(len(message["content"]) for message in episode.history))
+    assert all(len(set(row[n : n + 8])) == 1 for row in (counts, chats) for n in range(0, 2000, 8)), "a batch is alike"
+    tenths = range(0, 2000, 200)
+    most = [max(counts[n : n + 200]) for n in tenths]
+    assert most == sorted(most) and most[0] <= 2 and most[-1] == 5
+    assert min(counts[-400:]) == 3, "the half of five, at least"
+    shares = [sum(chats[n : n + 200]) / 200 for n in tenths]
+    assert shares[:3] == [0, 0, 0] and shares[3] < 0.4 < shares[7] and shares[9] == 1
+    assert sum(lengths[:200]) * 5 < sum(lengths[-200:])
+
+
+def test_every_fact_that_is_told_is_asked_for_and_answered_with_what_is_true_in_the_end():
+    corrected = open_questions = 0
+    for episode in generated(1500):
+        stated, asked = read(episode)
+        true = {spoken[:2]: spoken.value for spoken in stated}
+        answered = [answer for _, answer in asked if answer.value is not None]
+        assert {answer[:2]: answer.value for answer in answered} == true and len(answered) == len(true) == 4
+        assert not any(answer[:2] in true for _, answer in asked if answer.value is None), "what is not known was told"
+        corrected += len(stated) > len(true)
+        open_questions += len(asked) - len(answered)
+        questions = [message["content"] for exchange in episode.exchanges for message in exchange[-2:-1]]
+        assert all(exchange[-1]["role"] == "assistant" for exchange in episode.exchanges) and len(questions) == len(
+            asked
+        )
+    assert 0.03 < corrected / 1500 < 0.08, "a tenth of the chats, which are a half"
+    assert 0.17 < open_questions / (open_questions + 4 * 1500) < 0.23
+
+
+def test_a_correction_says_so_and_comes_after_what_it_corrects():
+    rng, forms = random.Random(0), set(both(CORRECTIONS))
+    for _ in range(200):
+        facts = sample_facts(rng, 3, NOTHING, third_person=0.3)
+        messages = telling(rng, facts, "chat", NOTHING, changed=1.0)
+        said = [spoken for message in messages[::2] for spoken in statements_in(message["content"]) or []]
+        (twice,) = [key for key, count in Counter(spoken[:2] for spoken in said).items() if count == 2]
+        stale, true = [spoken for spoken in said if spoken[:2] == twice]
+        assert true.frame in forms and stale.frame not in forms and true.value != stale.value
+        assert true.value in [fact.value for fact in facts] and stale.value not in [fact.value for fact in facts]
+
+
+@pytest.mark.slow
+def test_nothing_held_out_is_ever_trained():
+    options = FactOptions(Growth(1, 4), Growth(0.5, 0.5), Growth(0.2, 0.2), Growth(0.5, 0.2), 0.0, 0.3, 0.1)
+    attributes, values, frames, owners = set(), set(), set(), set()
+    for episode in generated(20_000, options=options):
+        stated, asked = read(episode)
+        said = [*stated, *(spoken for pair in asked for spoken in pair)]
+        attributes |= {spoken.attribute for spoken in said}
+        values |= {spoken.value for spoken in said if spoken.value is not None}
+        frames |= {spoken.frame for spoken in (*stated, *(question for question, _ in asked))}
+        owners |= {spoken.owner for spoken in said} - {"my", "the"}
+    assert not any(map(is_held_out, (*attributes, *values, *frames, *owners)))
+    assert len(attributes) == len({text for _, text in ATTRIBUTES[False]}), "and all of the rest is seen"
+    assert frames == {
+        text for part in (PLAIN, CHAT) for split in (part.statements, part.questions) for text in split[False]
+    } | set(CORRECTIONS[False])
+    assert len(values) > 20_000 and owners == set(NAMES[False])
+
+
+@pytest.mark.parametrize("part", ["attributes", "values", "phrasings"])
+def test_each_part_is_held_out_by_itself(part):
+    held_out = replace(NOTHING, **{part: True})
+    for episode in generated(150, options=replace(STEADY, bare=Growth(0.3, 0.3)), held_out=held_out):
+        stated, asked = read(episode)
+        said = [*stated, *(answer for _, answer in asked)]
+        assert {is_held_out(spoken.attribute) for spoken in said} == {held_out.attributes}
+        assert {is_held_out(spoken.value) for spoken in said if spoken.value is not None} == {held_out.values}
+        spoken_frames = [spoken.frame for spoken in (*stated, *(question for question, _ in asked))]
+        assert set(map(is_held_out, spoken_frames)) == {held_out.phrasings}
+
+
+def test_values_can_be_told_apart():
+    """No value occurs in what is said about another fact, which is what answers are scored by."""
+    for episode in generated(
+        500, options=replace(STEADY, facts=Growth(8, 8), bare=Growth(0.3, 0.3)), held_out=EVERYTHING
+    ):
+        _, asked = read(episode)
+        for question, answer in asked:
+            others = [other.value for _, other in asked if other.value is not None and other is not answer]
+            text = episode.exchanges[asked.index((question, answer))][-1]["content"]
+            assert not any(re.search(rf"\b{re.escape(value)}\b", text) for value in others)
+            assert answer.value is None or answer.value in text
+
+
+def test_what_was_never_told_is_half_of_the_time_like_what_was():
+    rng, kin = random.Random(0), 0
+    for _ in range(1000):
+        facts = sample_facts(rng, 2, EVERYTHING, third_person=0.3)
+        other = never_told(rng, facts, EVERYTHING, third_person=0.3)
+        assert other.key not in {fact.key for fact in facts} and is_held_out(other.attribute)
+        kin += other.kind in {fact.kind for fact in facts}
+    assert 450 < kin < 650
+
+
+def test_the_share_of_bare_words_is_that_of_the_options():
+    facts = [fact for n in range(300) for fact in sample_facts(random.Random(n), 4, NOTHING, bare=0.4)]
+    words = set(WORDS[False])
+    assert 0.35 < sum(fact.value in words for fact in facts) / len(facts) < 0.45
+    assert len({fact.value for fact in facts if fact.value in words}) > 400, "out of thousands"
+
+
+def test_there_are_many_attributes_and_of_every_kind_many_values():
+    assert len(ATTRIBUTES[False]) + len(ATTRIBUTES[True]) >= ATTRIBUTES_AT_LEAST
+    assert 0.1 < len(ATTRIBUTES[True]) / len(ATTRIBUTES[False]) < 0.3
+    for kind in KINDS:
+        for held_out in (False, True):
+            rng = random.Random(kind.name)
+            values = {kind.value(rng, held_out) for _ in range(4 * VALUES_AT_LEAST)}
+            assert len(values) >= VALUES_AT_LEAST / (4 if held_out else 1), kind.name
+            assert kind.attributes[held_out], kind.name
+
+
+def test_sentences_read_as_sentences():
+    texts = [
+        message["content"]
+        for held_out in (NOTHING, EVERYTHING)
+        for episode in generated(400, options=replace(GROWING, replies=0.3, unanswerable=0.2), held_out=held_out)
+        for message in (*episode.history, *(part for exchange in episode.exchanges for part in exchange))
+    ]
+    for text in texts:
+        assert text[0].isupper() and text[-1] in ".!?", text
+        assert not re.search(r"[{}]|\s\s|\s[.,!?]|[.,!?]{2}|\bi\b|\byou (prefers|likes|wants)\b", text), text
+        assert "Your" not in text or text.count("your") + text.count("Your") >= 1
+
+
+def test_the_system_prompt_of_a_chat_is_in_view_of_its_questions():
+    for episode in generated(200):
+        system = [message for message in episode.history if message["role"] == "system"]
+        assert all(
+            exchange[: len(system)] == system and len(exchange) == len(system) + 2 for exchange in episode.exchanges
+        )
+        assert not system or (is_chat(episode) and system[0]["content"] in SYSTEMS)
+    given = next(iter(generated(2, options=replace(STEADY, system=""))))
+    assert given.history[0] == {"role": "system", "content": ""}
+
+
+def test_words_are_held_out_whatever_their_case():
+    assert is_held_out("Rex Harper") == is_held_out("rex harper") and HeldOut() == NOTHING
