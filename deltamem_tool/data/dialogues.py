@@ -118,12 +118,15 @@ def telling(
     small_talk: float = 0.25,
     changed: float = 0.1,
     asked: float = 0.0,
+    unanswerable: float = 0.0,
 ) -> list[Message]:
     """Draw a conversation that states `facts` in order.
 
     Before each statement comes a turn of small talk with probability `small_talk`, and after it, with probability
-    `asked`, a question about something told so far, answered as it stands then. With probability `changed` one fact is
-    first stated with another value (of the same split) and corrected afterwards: `facts` holds what is true in the end.
+    `asked`, a question about something told so far, answered as it stands then. The share `unanswerable` of these
+    questions, one before the first statement among them, is about something that has not been told until then. With
+    probability `changed` one fact is first stated with another value (of the same split) and corrected afterwards:
+    `facts` holds what is true in the end.
     """
     statements = [(fact, fact.statement(rng)) for fact in facts]
     if facts and rng.random() < changed:
@@ -134,6 +137,8 @@ def telling(
         statements.insert(rng.randint(index + 1, len(statements)), (fact, fact.change(rng)))
     messages = []
     known: dict[str, Fact] = {}
+    if unanswerable and rng.random() < asked * unanswerable:
+        messages += asking_unknown(rng, never_told(rng, (), held_out))
     for fact, sentence in statements:
         if rng.random() < small_talk:
             remark, reply = rng.choice(SMALL_TALK)
@@ -141,7 +146,11 @@ def telling(
         messages += acknowledged(rng, sentence)
         known[fact.attribute] = fact
         if asked and rng.random() < asked:
-            messages += asking(rng, rng.choice(list(known.values())))
+            so_far = list(known.values())
+            if unanswerable and rng.random() < unanswerable:
+                messages += asking_unknown(rng, never_told(rng, so_far, held_out))
+            else:
+                messages += asking(rng, rng.choice(so_far))
     return messages
 
 
@@ -190,6 +199,21 @@ def alike(rng: random.Random, facts: Sequence[Fact], count: int, held_out: bool)
 def asking(rng: random.Random, fact: Fact) -> list[Message]:
     """Draw a question about one fact, and its answer."""
     return [user(fact.question(rng)), assistant(fact.answer)]
+
+
+def never_told(rng: random.Random, facts: Sequence[Fact], held_out: bool) -> Fact:
+    """Draw a fact about another attribute than those of `facts`: half of the time one of the kind of one of these."""
+    if facts and rng.random() < 0.5:
+        kind = KIND_OF[rng.choice(facts).attribute]
+        others = [a for a in kind.attributes if a not in {fact.attribute for fact in facts}]
+        if others:
+            return sample_value(rng, rng.choice(others), held_out)
+    return sample_value(rng, _other_attributes(rng, facts)[0], held_out)
+
+
+def asking_unknown(rng: random.Random, fact: Fact) -> list[Message]:
+    """Draw a question about a fact that was never stated, and the answer that says so."""
+    return [user(fact.question(rng)), assistant(fact.unknown)]
 
 
 def lexicon() -> list[str]:

@@ -20,6 +20,8 @@ class DialogueEpisodes(Dataset[Episode]):
     `facts_first` to `facts_last` within the first `growth` of all episodes, and down to 1, or to that ceiling times
     `fewest`. A batch has one number, so that its episodes are of like length. With probability `replies` an episode
     also holds a statement or a remark and its reply, so that with a memory the model still does what it did without.
+    Of all questions, those of the history too, the share `unanswerable` is about something that was not told, and the
+    answer says so.
     Episode i depends on `seed` and i alone. With `held_out`, of the facts that no training sees.
     """
 
@@ -34,10 +36,11 @@ class DialogueEpisodes(Dataset[Episode]):
         fewest: float = 0.0,
         replies: float = 0.0,
         held_out: bool = False,
+        unanswerable: float = 0.0,
     ) -> None:
         self.episodes, self.batch_size, self.seed, self.growth = episodes, batch_size, seed, growth
         self.facts_first, self.facts_last = facts_first, facts_last
-        self.fewest, self.replies, self.held_out = fewest, replies, held_out
+        self.fewest, self.replies, self.held_out, self.unanswerable = fewest, replies, held_out, unanswerable
 
     def __len__(self) -> int:
         return self.episodes
@@ -53,8 +56,11 @@ class DialogueEpisodes(Dataset[Episode]):
         most = int(ceiling) + (of_batch.random() < ceiling % 1)
         count = of_batch.randint(max(1, math.ceil(self.fewest * most)), most)
         facts = dialogues.sample_facts(rng, count, held_out=self.held_out)
-        history = dialogues.telling(rng, facts, held_out=self.held_out, asked=ASKED)
+        history = dialogues.telling(rng, facts, self.held_out, asked=ASKED, unanswerable=self.unanswerable)
         exchanges = [dialogues.asking(rng, fact) for fact in facts]
+        for _ in facts:
+            while self.unanswerable and rng.random() < self.unanswerable:  # so that it is the share of all questions
+                exchanges.append(dialogues.asking_unknown(rng, dialogues.never_told(rng, facts, self.held_out)))
         if self.replies and rng.random() < self.replies:
             replied = dialogues.sample_facts(rng, 1, held_out=self.held_out)
             exchanges.append(dialogues.telling(rng, replied, held_out=self.held_out)[:2])

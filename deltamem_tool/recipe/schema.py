@@ -131,7 +131,12 @@ RULES: tuple[Rule, ...] = (
             lambda value, lora: lora is None or value == 0,
             f"{key} is about a memory, and lora trains none: leave out one of them",
         )
-        for key in ("objective.write_sparsity", "objective.full_context_kl", "data.recent_turns")
+        for key in (
+            "objective.write_sparsity",
+            "objective.full_context_kl",
+            "objective.history_kl",
+            "data.recent_turns",
+        )
     ),
     Rule(
         ("objective.context_dropout", "data.recent_turns"),
@@ -264,6 +269,7 @@ class DataOptions(_Options):
     growth: Share = 0.5  # share of training over which it grows
     fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
+    unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
     generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
     chats_first: Share = _FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
     chats_last: Share = _FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be
@@ -289,6 +295,7 @@ class ObjectiveOptions(_Options):
     write_target: Share = 0.05
     context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
+    history_kl: Weight = 0.0  # weight of the divergence from the base of every token of the history, as it is written
 
 
 @dataclass(frozen=True, config=OPTIONS)

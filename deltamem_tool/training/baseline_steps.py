@@ -123,7 +123,7 @@ class StaticStepModel(nn.Module):
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.full_context(full_ids, full_mask, full_scored)
-            from_base = divergence(teacher, logits) / item_count(targets, num_items_in_batch)
+            from_base = divergence(teacher, logits).sum() / item_count(targets, num_items_in_batch)
             loss, parts["kl"] = loss + self.objective.full_context_kl * from_base, from_base.detach()
         return {"loss": loss, **parts}
 

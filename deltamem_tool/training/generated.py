@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.utils.data import Dataset
 
 from deltamem_tool.data.episode import Episode
@@ -17,15 +19,19 @@ def generated_episodes(recipe: Recipe, episodes: int, together: int) -> Dataset[
     if data.generated == "facts":
         return FactEpisodes(episodes, together, seed, fact_options(data))
     facts = (data.facts_first, data.facts_last, data.growth, data.fewest)
-    return DialogueEpisodes(episodes, together, seed, *facts, data.replies)
+    return DialogueEpisodes(episodes, together, seed, *facts, data.replies, unanswerable=data.unanswerable)
 
 
 def held_out_episodes(recipe: Recipe, count: int) -> list[Episode]:
-    """Generate what a run is evaluated with: as hard as episodes get, of words or pairs that no training sees."""
+    """Generate what a run is evaluated with: as hard as episodes get, of words or pairs that no training sees.
+
+    All of it needs the memory: nothing is unanswerable, and there are no replies that the base gives alone.
+    """
     data, seed = recipe.data, recipe.training.seed
     episodes: Dataset[Episode]
     if data.generated == "facts":
-        episodes = FactEpisodes(count, 1, seed, fact_options(data).ended(), EVERYTHING)
+        options = replace(fact_options(data).ended(), unanswerable=0.0, replies=0.0)
+        episodes = FactEpisodes(count, 1, seed, options, EVERYTHING)
     else:
         hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
         episodes = DialogueEpisodes(count, count, seed, *hardest, held_out=True)
@@ -42,6 +48,7 @@ def fact_options(data: DataOptions) -> FactOptions:
         bare=Growth(data.bare_first, data.bare_last, 0.0, data.growth),
         fewest=data.fewest,
         third_person=data.third_person,
+        unanswerable=data.unanswerable,
         replies=data.replies,
         system=data.system,
     )

@@ -11,7 +11,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,20 @@ from deltamem_tool.training.gradient_checkpointing import recomputing
 
 # What an answer is told from: the memory of its conversation, zeros, another conversation's memory.
 CONDITIONS = ("", "_zero", "_donor")
+
+
+class Written(NamedTuple):
+    """What a write pass gives.
+
+    Args:
+        memory: of B conversations.
+        gates: `[B, L]`, the mean β of each conversation's writes.
+        history_kl: `[B]`, the mean divergence from the base of each conversation's tokens; None where it has no weight.
+    """
+
+    memory: MemoryState
+    gates: Tensor
+    history_kl: Tensor | None = None
 
 
 class EpisodeModel(nn.Module):
@@ -103,31 +117,35 @@ class EpisodeModel(nn.Module):
 
         Returns:
             `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
-            `sparsity` and `kl` where they have a weight.
+            `sparsity`, `kl` and `history_kl` where they have a weight.
         """
         with self._layers(), self.adapter.in_training():
-            memory, gates = self.write(write_ids, write_mask, write_segment_tags)
+            memory, gates, history_kl = self.write(write_ids, write_mask, write_segment_tags)
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
         parts = {"gates": gates.mean(0)}
+        count = len(gates) if conversations is None else conversations
         if self.objective.write_sparsity:
-            of_conversation = (gates - self.objective.write_target).square().mean(1)
-            count = len(of_conversation) if conversations is None else conversations
-            parts["sparsity"] = of_conversation.sum() / count
+            parts["sparsity"] = (gates - self.objective.write_target).square().mean(1).sum() / count
             loss = loss + self.objective.write_sparsity * parts["sparsity"]
+        if history_kl is not None:
+            parts["history_kl"] = history_kl.sum() / count
+            loss = loss + self.objective.history_kl * parts["history_kl"]
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.full_context(full_ids, full_mask, full_scored)
-            parts["kl"] = divergence(teacher, logits) / item_count(targets, num_items_in_batch)
+            parts["kl"] = divergence(teacher, logits).sum() / item_count(targets, num_items_in_batch)
             loss = loss + self.objective.full_context_kl * parts["kl"]
         return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
 
-    def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> tuple[MemoryState, Tensor]:
-        """Write histories `[B, W]`: the memory after them, and the mean β `[B, L]` of each conversation's writes.
+    def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> Written:
+        """Write histories `[B, W]`.
 
         In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
         """
-        cache = MemoryCache(self.base)
+        diverges = self.objective.history_kl > 0 and torch.is_grad_enabled()
+        decoder = self.base if diverges else self.base.base_model  # without logits, unless they are compared
+        cache, of_base = MemoryCache(self.base), MemoryCache(self.base)
         cache.write_gates = {}
         length = ids.shape[1]
         chunk = self.write_chunk or length
@@ -136,28 +154,34 @@ class EpisodeModel(nn.Module):
         chunks = list(itertools.pairwise(bounds))
         positions = {}
         if len(chunks) == 1:
-            cache.layers = [_passing(layer) for layer in cache.layers]
+            cache.layers, of_base.layers = ([_passing(layer) for layer in each.layers] for each in (cache, of_base))
         elif self.bptt is not None and mask is not None and all(map(_holds_keys_alone, cache.layers)):
             # Recurrent layers read padding that comes first; theirs stays last, and short rows learn from fewer tokens.
             ids, mask, segments = _to_the_right(ids, mask, segments)
             if "position_ids" in inspect.signature(self.base.base_model.forward).parameters:
                 positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        divergences = []  # [B, T] of each chunk
         for number, (start, end) in enumerate(chunks):
             learns = self.bptt is None or number >= len(chunks) - self.bptt
             cache.segment_tags = None if segments is None else segments[:, start:end]
+            inputs = {
+                "input_ids": ids[:, start:end],
+                "attention_mask": None if mask is None else mask[:, :end],
+                "use_cache": True,
+                **{name: value[:, start:end] for name, value in positions.items()},
+            }
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                self.base.base_model(
-                    input_ids=ids[:, start:end],
-                    attention_mask=None if mask is None else mask[:, :end],
-                    cache=cache,
-                    use_cache=True,
-                    **{name: value[:, start:end] for name, value in positions.items()},
-                )
+                output = decoder(cache=cache, **inputs)
+            if diverges:
+                with torch.no_grad(), without_memory():
+                    teacher = self.base(cache=of_base, **inputs).logits
+                divergences.append(divergence(teacher, output.logits))
         assert cache.memory is not None  # the call has made one
         # A layer without an entry has not written: in no conversation a segment ended.
         nothing = ids.new_zeros(len(ids), 2, dtype=torch.float32)
         gates = torch.stack([cache.write_gates.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
-        return cache.memory, gates[..., 0] / gates[..., 1].clamp_min(1.0)
+        means = gates[..., 0] / gates[..., 1].clamp_min(1.0)
+        return Written(cache.memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
         """Read exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions `scored` alone.
@@ -178,7 +202,7 @@ class EpisodeModel(nn.Module):
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield logits `[N, V]` under each of `CONDITIONS`, for a batch of two conversations or more."""
-        memory, _ = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segment_tags"))
+        memory = self.write(batch["write_ids"], batch["write_mask"], batch.get("write_segment_tags")).memory
         rows, empty = batch["rows"], self.adapter.empty_memory(memory.batch_size)
         memories = (memory.select(rows), empty.select(rows), memory.select((rows + 1) % memory.batch_size))
         read = (batch["read_ids"], batch["read_mask"], batch["scored"])
@@ -226,9 +250,16 @@ def scored_logits(
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher ‖ student), summed over tokens; logits `[N, V]`."""
+    """KL(teacher ‖ student) of each token `[...]`; logits `[..., V]`."""
     target, answer = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
-    return F.kl_div(answer, target, reduction="sum", log_target=True)
+    return F.kl_div(answer, target, reduction="none", log_target=True).sum(-1)
+
+
+def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean `[B]` of values `[B, W]` over the tokens that are not padding."""
+    if mask is None:
+        return values.mean(1)
+    return (values * mask).sum(1) / mask.sum(1)
 
 
 def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -92,3 +92,36 @@ def test_a_change_follows_what_it_changes():
             (twice,) = {fact.attribute for fact in stated if [f.attribute for f in stated].count(fact.attribute) == 2}
             stale, true = [fact for fact in stated if fact.attribute == twice]
             assert true in facts and stale not in facts and stale in SPLITS[twice][held_out]
+
+
+UNKNOWN = {dialogues.UNKNOWN.format(a=attribute): attribute for attribute in KIND_OF}
+
+
+def unknown_in(messages):
+    """(place, attribute) of each answer that something was not told."""
+    answers = enumerate(message["content"] for message in messages)
+    return [(place, UNKNOWN[answer]) for place, answer in answers if answer in UNKNOWN]
+
+
+def test_unanswerable_questions_are_of_the_share_that_was_asked_for():
+    share, episodes = 0.25, 1500
+    assert not any(unknown_in(episode.history) for episode in generated(200))
+    answerable = unanswerable = alike = in_history = before_all = 0
+    for episode in generated(episodes, unanswerable=share):
+        told = {fact.attribute for fact in stated_in(episode.history)}
+        kinds = {KIND_OF[attribute].question for attribute in told}
+        unknown = [exchange for exchange in episode.exchanges if unknown_in(exchange)]
+        asked = [exchange for exchange in episode.exchanges if exchange not in unknown]
+        assert len(asked) == len(told)
+        for question, answer in unknown:
+            attribute = UNKNOWN[answer["content"]]
+            assert attribute not in told and attribute in question["content"]
+            alike += KIND_OF[attribute].question in kinds
+        answerable, unanswerable = answerable + len(asked), unanswerable + len(unknown)
+        for place, attribute in unknown_in(episode.history):
+            until_then = {fact.attribute for fact in stated_in(episode.history[:place])}
+            assert attribute not in until_then and attribute in episode.history[place - 1]["content"]
+            in_history, before_all = in_history + 1, before_all + (not until_then)
+    assert unanswerable / (answerable + unanswerable) == pytest.approx(share, abs=0.02)
+    assert 0.4 * unanswerable < alike < 0.8 * unanswerable  # of the kind of something told, and of others
+    assert in_history > before_all > 0

@@ -115,6 +115,65 @@ def test_every_value_is_held_out():
         assert all(dialogues.Fact(name, value) in held_out for name, value, _ in told(item))
 
 
+def is_unanswerable(item):
+    return item.group.endswith(", never told")
+
+
+@pytest.mark.parametrize("options", [{}, {"distractors": 5}, {"delay": 40, "between": "facts"}, {"kind": "changed"}])
+def test_an_unanswerable_question_is_about_something_that_was_never_told(options):
+    task = Recall([1, 4], 40, unanswerable=0.3, **options)
+    items = task.items()
+    alike = 0
+    assert [sum(is_unanswerable(item) for item in part) for part in (items[:40], items[40:])] == [12, 12]
+    for item in filter(is_unanswerable, items):
+        names = {name for name, *_ in told(item)}
+        (attribute,) = re.fullmatch(r"You have not told me about your (\w+)\.", item.answers[0]).groups()
+        assert attribute not in names and re.search(rf"\b{attribute}\b", item.question[-1]["content"])
+        alike += any(dialogues.KIND_OF[name] == dialogues.KIND_OF[attribute] for name in names)
+        assert task.score(item, item.answers[0])["exact"] == 1.0
+    assert alike > 0 and (options or alike < 24)  # of the kind of one that was told, and of others
+
+
+def test_answerable_conversations_are_those_of_the_task_without_the_option():
+    usual = {item.id: item for item in Recall([2, 6], 30).items()}
+    mixed = Recall([2, 6], 30, unanswerable=0.5).items()
+    assert [item.id for item in mixed] == list(usual)
+    for item in mixed:
+        same = usual[item.id]
+        assert item.history == same.history
+        assert (item == same) == (not is_unanswerable(item)) == (item.question == same.question)
+    assert {item.group for item in mixed} == {"2 facts", "2 facts, never told", "6 facts", "6 facts, never told"}
+    assert not any(map(is_unanswerable, usual.values())) and all(
+        map(is_unanswerable, Recall(2, 5, unanswerable=1).items())
+    )
+
+
+def test_a_false_answer_names_a_value_that_is_not_right():
+    task = Recall([2], 20, unanswerable=0.5)
+    assert task.metrics == ("exact", "false_answer")
+    answerable, unanswerable = (next(i for i in task.items() if is_unanswerable(i) == kind) for kind in (False, True))
+    (_, value), (attribute,) = asked(answerable), re.findall(r"(\w+)\.$", unanswerable.answers[0])
+    other = "Rex" if value != "Rex" else "Bella"
+    for item, answer, exact, false in [
+        (answerable, answerable.answers[0], 1.0, 0.0),
+        (answerable, f"It is {value}, I think.", 0.0, 0.0),
+        (answerable, f"Your dog is {other.lower()}!", 0.0, 1.0),
+        (answerable, f"Your dog is {value} or {other}.", 0.0, 1.0),
+        (answerable, "You have not told me about your dog.", 0.0, 0.0),
+        (unanswerable, unanswerable.answers[0], 1.0, 0.0),
+        (unanswerable, f"You have not told me about your {attribute}, but {other}.", 0.0, 1.0),
+        (unanswerable, f"Your {attribute} is {value}.", 0.0, 1.0),
+        (unanswerable, f"Your {attribute} is.", 0.0, 0.0),
+    ]:
+        assert task.score(item, answer) == {"exact": exact, "false_answer": false}, answer
+
+
+def test_metrics_are_the_same_for_all_questions_of_a_task():
+    task = Recall([2], 20, kind="changed", unanswerable=0.5)
+    assert task.metrics == ("exact", "old", "false_answer")
+    assert {tuple(task.score(item, "Okay.")) for item in task.items()} == {task.metrics}
+
+
 def test_sessions_cut_a_history_and_change_no_word():
     whole, cut = (Recall([6], 5, delay=[7], session=session).items() for session in (None, 4))
     for one, other in zip(whole, cut, strict=True):
@@ -140,6 +199,14 @@ def test_sessions_cut_a_history_and_change_no_word():
         ({"between": "tokens"}, "no between 'tokens'"),
         ({"facts": [30], "distractors": 7}, "37 of them are told"),
         ({"facts": [36], "delay": 1, "between": "facts"}, "none for the delay"),
+        ({"facts": [36], "unanswerable": 0.5}, "none for a question about none of them"),
+        ({"facts": [35], "delay": 1, "between": "facts", "unanswerable": 0.5}, "the delay and a question"),
+        ({"unanswerable": 1.1}, "unanswerable is a share, from 0 to 1"),
+        ({"unanswerable": -0.1}, "unanswerable is a share"),
+        ({"unanswerable": True}, "unanswerable is a share"),
+        ({"unanswerable": "some"}, "It is 'some'"),
+        ({"unanswerable": float("nan")}, "It is nan"),
+        ({"unanswerable": 0.3, "episodes": 1}, "leaves no question"),
     ],
 )
 def test_options_out_of_range(options, says):

@@ -103,7 +103,9 @@ def test_the_page_shows_the_figures_of_the_json(folder):
     assert shown[1].startswith(f"+{over['mean']:.2f}") and shown[2:] == [p_text(over["p_value"], 10), "10"]
     assert all(f"{line[0].upper()}{line[1:]}." in page.text for line in said["verdict"])
     assert said["group_differences"]["2 facts"]["donor_state"]["histories"] == 10
-    assert said["other_metrics"] == {"f1": said["overall"]}
+    assert said["other_metrics"] == {"f1": said["overall"]} and said["other_scores"] == {"f1": said["scores"]}
+    of_states = [row for row in page.rows if row[0] == "state" and len(row) == 4]
+    assert len(of_states) == 2 and of_states[0] == of_states[1], "f1 has a table by group too"
     markdown = (folder / "report.md").read_text()
     assert "| state | 0.75 (" in markdown and said["verdict"][0][4:] in markdown
 

@@ -118,6 +118,7 @@ def test_set_makes_what_was_not_there(tmp_path):
         ("data.max_write_tokens=0", "data.max_write_tokens"),
         ("data.max_read_tokens=-1", "data.max_read_tokens"),
         ("data.growth=2", "data.growth must be 1 or less, not 2"),
+        ("data.unanswerable=1", "data.unanswerable must be below 1, not 1"),
         ("training.steps='3'", "training.steps must be a whole number, not '3'"),
         ("training.steps=3.0", "training.steps must be a whole number, not 3.0"),
         ("training.learning_rate='2e-4'", "training.learning_rate must be a number"),
@@ -311,6 +312,7 @@ def test_a_lora_in_place_of_a_memory(recipe):
         ("adapter=c", "a memory or a LoRA: leave out lora or adapter"),
         ("objective.write_sparsity=0.1", "objective.write_sparsity is about a memory"),
         ("objective.full_context_kl=0.1", "objective.full_context_kl is about a memory"),
+        ("objective.history_kl=0.1", "objective.history_kl is about a memory"),
         ("data.recent_turns=1", "data.recent_turns is about a memory"),
     ]:
         with pytest.raises(ConfigError, match=says):

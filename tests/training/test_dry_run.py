@@ -215,7 +215,7 @@ VARIANTS = {
     "message": {"memory": {"granularity": "message"}},
     "recomputed": {"gradient_checkpointing": True},
     "in chunks": {"write_chunk": 32, "bptt": 2, "gradient_checkpointing": True},
-    "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1}},
+    "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1, "history_kl": 0.1}},
     "lora": {"lora": LoraOptions(rank=4)},
     "recomputed lora": {"lora": LoraOptions(rank=4, dropout=0.1), "gradient_checkpointing": True},
 }

@@ -150,7 +150,7 @@ def test_logits_are_the_models_own(name):
     model = other_model(name)
     batch = episode_batch()
     step = EpisodeModel(model)
-    memory, _ = step.write(batch["write_ids"], batch["write_mask"])
+    memory = step.write(batch["write_ids"], batch["write_mask"]).memory
     logits = step.answer(memory.select(batch["rows"]), batch["read_ids"], batch["read_mask"], batch["scored"])
     from deltamem_tool import MemoryCache
 
@@ -175,7 +175,8 @@ def test_chunks_are_one_call(name, granularity, chunk):
     options = {"granularity": granularity, "rank": 4}
     model = patched_model(**options) if name == "qwen3" else other_model(name, **options)
     batch = episode_batch(lengths=(12, 5), segments=granularity == "message")
-    same(gradients(model, batch, write_chunk=chunk), gradients(model, batch))
+    shared = {"objective": ObjectiveOptions(history_kl=0.5)}
+    same(gradients(model, batch, write_chunk=chunk, **shared), gradients(model, batch, **shared))
 
 
 def test_gradients_flow_through_the_last_chunks():
@@ -215,7 +216,7 @@ def test_recomputing_changes_nothing(name, granularity, chunks):
     options = {"granularity": granularity, "rank": 4}
     model = patched_model(**options) if name == "qwen3" else other_model(name, **options)
     batch = with_full_context(episode_batch(lengths=(12, 8), segments=granularity == "message"))
-    objective = ObjectiveOptions(write_sparsity=0.5, full_context_kl=0.5)
+    objective = ObjectiveOptions(write_sparsity=0.5, full_context_kl=0.5, history_kl=0.5)
     expected = gradients(model, batch, objective=objective, **chunks)
     same(gradients(model, batch, objective=objective, recompute=True, **chunks), expected)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -303,7 +304,7 @@ def test_divergence_is_from_the_base_with_everything_in_view():
 
     with torch.no_grad():
         step = EpisodeModel(model)
-        memory, _ = step.write(batch["write_ids"], batch["write_mask"])
+        memory = step.write(batch["write_ids"], batch["write_mask"]).memory
         said = step.answer(memory.select(batch["rows"]), batch["read_ids"], batch["read_mask"], batch["scored"])
         detach(model)
         whole = model(batch["full_ids"], attention_mask=batch["full_mask"]).logits
@@ -311,6 +312,22 @@ def test_divergence_is_from_the_base_with_everything_in_view():
     by_hand = (wanted * (wanted.log() - said.double().log_softmax(-1))).sum() / len(said)
     assert abs(output["kl"].item() - by_hand.item()) < LOSS_TOLERANCE
     assert abs(output["loss"].item() - output["answer"].item() - output["kl"].item()) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_the_history_diverges_from_the_base_while_it_is_written(chunk):
+    """Each history by itself, by the equations: with the memory that it writes, and with none that is written."""
+    model = patched_model(state_heads=2)
+    batch, means = episode_batch(lengths=(12, 5)), []
+    for ids, mask in zip(batch["write_ids"], batch["write_mask"], strict=True):
+        history = ids[mask.bool()].tolist()
+        said = naive_run(model, history)[0].log_softmax(-1)
+        wanted = naive_run(model, history, writes=[False] * len(history))[0].log_softmax(-1)
+        means.append((wanted.exp() * (wanted - said)).sum(-1).mean().item())
+    output = EpisodeModel(model, ObjectiveOptions(history_kl=0.5), write_chunk=chunk)(**batch)
+    expected = sum(means) / len(means)
+    assert abs(output["history_kl"].item() - expected) < LOSS_TOLERANCE < 0.01 * expected
+    assert abs(output["loss"].item() - output["answer"].item() - 0.5 * expected) < LOSS_TOLERANCE
 
 
 def test_the_teacher_gets_no_gradient_and_writes_nothing():
@@ -324,7 +341,7 @@ def test_the_teacher_gets_no_gradient_and_writes_nothing():
 def test_a_step_in_parts_is_a_step():
     """Losses that were divided by what the whole batch scores add up to the whole batch's."""
     model = patched_model()
-    objective = ObjectiveOptions(write_sparsity=0.7, full_context_kl=0.3)
+    objective = ObjectiveOptions(write_sparsity=0.7, full_context_kl=0.3, history_kl=0.4)
     whole = with_full_context(episode_batch())
     expected = gradients(model, whole, objective=objective)
     total, summed = 0.0, {}
@@ -365,5 +382,5 @@ def test_a_step_takes_no_fingerprint(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("deltamem_tool.memory.weights.hashlib", None)
         EpisodeModel(model)(**batch)["loss"].backward()
-    memory, _ = EpisodeModel(model).write(batch["write_ids"], batch["write_mask"])
+    memory = EpisodeModel(model).write(batch["write_ids"], batch["write_mask"]).memory
     assert memory.adapter == adapter.fingerprint and len(memory.adapter) == 64

@@ -35,7 +35,7 @@ def write_recipe(folder: Path, base: Path, batch: int, **training) -> Path:
         "out": str(folder / "adapter"),
         "memory": {"rank": 4, "state_heads": 2},
         "data": {"path": talks, "eval_path": talks, "max_write_tokens": 200, "max_read_tokens": 60},
-        "objective": {"write_sparsity": 0.5, "write_target": 0.1, "full_context_kl": 0.2},
+        "objective": {"write_sparsity": 0.5, "write_target": 0.1, "full_context_kl": 0.2, "history_kl": 0.3},
         "training": {"batch_size": batch, "gradient_accumulation": 2, "learning_rate": 1e-2, **training},
     }
     path = folder / "recipe.yaml"

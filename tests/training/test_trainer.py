@@ -55,7 +55,7 @@ def test_outcomes_are_those_of_each_conversation_by_itself():
                 memory = adapter_of(model).empty_memory(1)
                 if of is not None:
                     length = int(batch["write_mask"][of].sum())
-                    memory, _ = step.write(batch["write_ids"][of : of + 1, :length], None)
+                    memory = step.write(batch["write_ids"][of : of + 1, :length], None).memory
                 ids = batch["read_ids"][exchange : exchange + 1, : int(batch["read_mask"][exchange].sum())]
                 logits = step.answer(memory, ids, None, torch.arange(ids.shape[1])).log_softmax(-1)
             scored = [t for t, label in enumerate(batch["labels"][exchange].tolist()) if label >= 0]

@@ -39,8 +39,8 @@ def evaluation_json(
 ) -> dict[str, Any]:
     """What the file holds.
 
-    `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions, and `other_metrics`
-    the same of the metrics that do not decide.
+    `scores` has `[mean, low, high]` by condition, a group an entry, `overall` one of all questions; `other_scores` and
+    `other_metrics` have the same of the metrics that do not decide.
 
     Args:
         evaluation: what `evaluate` returned.
@@ -65,6 +65,10 @@ def evaluation_json(
         "conditions": {condition.name: condition.meaning for condition in evaluation.conditions},
         "scores": {name: [_row(evaluation, metric, name, group) for group in evaluation.groups] for name in names},
         "overall": {name: _row(evaluation, metric, name, None) for name in names},
+        "other_scores": {
+            other: {name: [_row(evaluation, other, name, group) for group in evaluation.groups] for name in names}
+            for other in others
+        },
         "other_metrics": {other: {name: _row(evaluation, other, name, None) for name in names} for other in others}
         | ({PERPLEXITY: {name: _perplexities(evaluation, name) for name in names}} if metric == LOG_PROB else {}),
         "differences": _differences(evaluation, None),

@@ -10,13 +10,16 @@ from deltamem_tool.data import dialogues
 from deltamem_tool.data.dialogues import Fact
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
-from deltamem_tool.evaluation.scoring.metrics import exact
+from deltamem_tool.evaluation.scoring.metrics import exact, normalise
 from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments.messages import Message
 
 STATED, CHANGED, CONTRADICTED = "stated", "changed", "contradicted"
 SMALL_TALK, OTHER_FACTS = "small_talk", "facts"
+EXACT, OLD, FALSE_ANSWER = "exact", "old", "false_answer"  # metrics
+NEVER_TOLD = "never told"  # in the names of groups
 _MOST = len(dialogues.KIND_OF)  # facts that a conversation can tell
+_VALUES = {normalise(value) for kind in dialogues.KINDS for value in kind.values}
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class ToldTwice(Item):
 class Recall:
     """`episodes` conversations for each number of `facts` and each `delay`.
 
-    Scored is whether the whole answer is the expected one, and of what was told twice also, as `old`, whether it is the
-    one with the first value.
+    Scored is whether the whole answer is the expected one; of what was told twice also, as `old`, whether it is the
+    one with the first value; and where some questions are `unanswerable` also, as `false_answer`, whether it names a
+    value that is not right.
 
     Args:
         facts: how many are told, one of which is asked for.
@@ -44,6 +48,8 @@ class Recall:
             there are any (a cat's, a horse's and a parrot's name where the dog's is asked for), then of the others'.
         session: a history is cut into sessions of so many turns, each of which is written in a context of its own; by
             default it is one.
+        unanswerable: in this share of the conversations, groups of their own, the question is about something that was
+            never told, half of the time of the kind of something that was. Right is the sentence that says so.
         seed: of all that is drawn.
 
     Raises:
@@ -63,6 +69,7 @@ class Recall:
         between: str = SMALL_TALK,
         distractors: int = 0,
         session: int | None = None,
+        unanswerable: float = 0.0,
     ) -> None:
         self._facts = _numbers("numbers of facts", facts, 1, _MOST)
         self._delays = _numbers("delays", delay, 0)
@@ -72,12 +79,16 @@ class Recall:
         self._kind = _one_of("kind", kind, (STATED, CHANGED, CONTRADICTED))
         self._between = _one_of("between", between, (SMALL_TALK, OTHER_FACTS))
         self._seed = seed
-        self.metrics: Sequence[str] = ("exact",) if kind == STATED else ("exact", "old")
-        count, room = max(self._facts) + self._distractors, _MOST - (between == OTHER_FACTS and max(self._delays) > 0)
-        if count > room:
+        self._unanswerable = _questions("unanswerable", unanswerable, self._episodes)
+        told_twice = [OLD] if kind != STATED else []
+        self.metrics: Sequence[str] = (EXACT, *told_twice, *([FALSE_ANSWER] if self._unanswerable else []))
+        count = max(self._facts) + self._distractors
+        others = ["the delay"] if between == OTHER_FACTS and max(self._delays) > 0 else []
+        others += ["a question about none of them"] if self._unanswerable else []
+        if count > _MOST - len(others):
             raise ConfigError(
                 f"There are {_MOST} facts to tell.",
-                f"{count} of them are told" + (", which leaves none for the delay." if room < _MOST else "."),
+                f"{count} of them are told" + (f", which leaves none for {' and '.join(others)}." if others else "."),
                 "Take fewer facts or distractors.",
             )
 
@@ -90,7 +101,11 @@ class Recall:
         group = f"{facts} fact{'s' * (facts > 1)}"
         if self._delays != [0]:
             group += f", {delay} turn{'s' * (delay != 1)} later"
-        return [self._item(rng, group, f"{group}, conversation {n}", facts, delay) for n in range(self._episodes)]
+        never_told = set(random.Random(f"{group}/{self._seed}").sample(range(self._episodes), self._unanswerable))
+        return [
+            self._item(rng, group, f"{group}, conversation {n}", facts, delay, n in never_told)
+            for n in range(self._episodes)
+        ]
 
     def _variant(self, delay: int) -> list[str]:
         """What sets it apart from the task without options, whose conversations stay as they are."""
@@ -98,7 +113,7 @@ class Recall:
         parts += [f"{delay} {self._between}"] if delay else []
         return parts + ([f"{self._distractors} distractors"] if self._distractors else [])
 
-    def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int) -> Item:
+    def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int, never_told: bool) -> Item:
         chosen = dialogues.sample_facts(rng, facts, held_out=True)
         asked = rng.choice(chosen)
         if self._distractors:
@@ -106,12 +121,18 @@ class Recall:
             chosen += dialogues.alike(rng, [asked, *others], self._distractors, held_out=True)
             rng.shuffle(chosen)
         messages, stale = self._messages(rng, chosen, asked)
+        other_rng = random.Random(f"{name}/{self._seed}")  # so that all other conversations stay as they are
+        unsaid = dialogues.never_told(other_rng, chosen, held_out=True) if never_told else None
         if delay and self._between == OTHER_FACTS:
-            messages += dialogues.other_facts(rng, chosen, delay, held_out=True)
+            told = chosen if unsaid is None else [*chosen, unsaid]
+            messages += dialogues.other_facts(rng, told, delay, held_out=True)
         else:
             messages += dialogues.small_talk(rng, delay)
-        question = [dialogues.user(asked.question(rng))]
-        item = Item(name, name, _sessions(messages, self._session), question, [asked.answer], group, name)
+        question, history = [dialogues.user(asked.question(rng))], _sessions(messages, self._session)
+        if unsaid is not None:
+            question = [dialogues.user(unsaid.question(other_rng))]
+            return Item(name, name, history, question, [unsaid.unknown], f"{group}, {NEVER_TOLD}", name)
+        item = Item(name, name, history, question, [asked.answer], group, name)
         return item if stale is None else ToldTwice(**vars(item), stale=stale.answer)
 
     def _messages(self, rng: random.Random, facts: Sequence[Fact], asked: Fact) -> tuple[list[Message], Fact | None]:
@@ -125,9 +146,18 @@ class Recall:
         return messages + dialogues.acknowledged(rng, anew), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """`exact`, and `old` of what was told twice."""
-        scores = {"exact": exact(answer, item.answers[0])}
-        return {**scores, "old": exact(answer, item.stale)} if isinstance(item, ToldTwice) else scores
+        """`exact`, and those of the other metrics that are asked for."""
+        scores = {EXACT: exact(answer, item.answers[0])}
+        if OLD in self.metrics:
+            scores[OLD] = exact(answer, item.stale) if isinstance(item, ToldTwice) else 0.0
+        if FALSE_ANSWER in self.metrics:
+            scores[FALSE_ANSWER] = float(bool(_values_in(answer) - _values_in(item.answers[0])))
+        return scores
+
+
+def _values_in(answer: str) -> set[str]:
+    """The values of all kinds that occur in an answer, as words."""
+    return {word for word in normalise(answer).split() if word in _VALUES}
 
 
 def _sessions(messages: Sequence[Message], turns: int | None) -> list[list[Message]]:
@@ -144,6 +174,19 @@ def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None
     if len(set(numbers)) < len(numbers):
         raise ConfigError(f"Of the {name}, one is there twice.", f"It is {value!r}.", "Leave it out.")
     return numbers
+
+
+def _questions(name: str, share: float, of: int) -> int:
+    """A share as a number of questions, at least one if it is above 0."""
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise ConfigError(f"{name} is a share, from 0 to 1.", f"It is {share!r}.", "Correct this option of the task.")
+    if share > 0 and round(share * of) == 0:
+        raise ConfigError(
+            f"{name} leaves no question.",
+            f"A share of {share} of {of} conversations is less than one.",
+            "Ask for more episodes, or a larger share.",
+        )
+    return round(share * of)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:
