@@ -69,6 +69,9 @@ BORROWED: dict[str, Name] = {
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": Name(
         "transformers.models.auto.modeling_auto", "the model types that see pictures", _NO_PUBLIC
     ),
+    "TENSOR_PROCESSORS": Name(
+        "transformers.modeling_gguf_pytorch_utils", "what a GGUF file's weights are rearranged by", _LOADING
+    ),
     "GenerationMode": Name("transformers.generation", "which way `generate` decodes", _NO_PUBLIC),
     "Conv1D": Name("transformers.pytorch_utils", "GPT-2's linear layer, whose weight is transposed", _NO_PUBLIC),
     # transformers: the Trainer

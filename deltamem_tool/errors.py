@@ -51,6 +51,10 @@ class DeltaMemError(Exception):
         self.what, self.why, self.next = what, why, next
 
 
+class OtherBaseWarning(UserWarning):
+    """An adapter runs on another base model than it was made for; the text says how far the two are apart."""
+
+
 class ConfigError(DeltaMemError, ValueError):
     """An option, a recipe or a combination of options is invalid."""
 

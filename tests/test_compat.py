@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 
+import numpy
 import onnx_ir
 import pytest
 import torch
@@ -58,6 +59,15 @@ def _renames() -> bool:
     return renamed == "model.norm.weight" and converted is None
 
 
+def _moves_rows_back() -> bool:
+    """Of a head with four rows, for rotary positions: neighbours in the file, halves in the model."""
+    process = _compat.TENSOR_PROCESSORS["llama"](config={"num_attention_heads": 1, "num_key_value_heads": 1}).process
+    weights = numpy.arange(4.0).reshape(4, 1)
+    names = ("blk.0.attn_q.weight", "blk.0.attn_v.weight")
+    rows = [process(weights=weights, name=name).weights[:, 0].tolist() for name in names]
+    return rows == [[0, 2, 1, 3], [0, 1, 2, 3]]
+
+
 def _blob_digest() -> bool:  # of an empty blob, as git has it
     return _compat.git_hash(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
@@ -99,6 +109,7 @@ FACTS: dict[str, Callable[[], bool]] = {
     "DynamicSlidingWindowLayer": lambda: issubclass(_compat.DynamicSlidingWindowLayer, _compat.DynamicLayer),
     "LinearAttentionCacheLayerMixin": lambda: _is_a_layer_class("LinearAttentionCacheLayerMixin"),
     "StaticLayer": lambda: _compat.StaticLayer(max_cache_len=5).max_cache_len == 5,
+    "TENSOR_PROCESSORS": _moves_rows_back,
     "GenerationMode": lambda: _compat.GenerationMode.ASSISTED_GENERATION in _compat.GenerationMode,
     "GradientCheckpointingLayer": lambda: issubclass(_compat.GradientCheckpointingLayer, nn.Module),
     "get_model_conversion_mapping": lambda: callable(_compat.get_model_conversion_mapping),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -10,9 +11,11 @@ from deltamem_tool._compat import commit_of_config
 from deltamem_tool.adapter.config_file import BaseModel
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint, fingerprint
-from deltamem_tool.errors import AdapterError, ArchitectureError, HubError
+from deltamem_tool.base_model.difference import relative_difference
+from deltamem_tool.base_model.gguf import source_of
+from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError, HubError, OtherBaseWarning
 from deltamem_tool.io.formats import MODEL_CONFIG_FILE
-from deltamem_tool.io.names import check_revision
+from deltamem_tool.io.names import check_revision, hub_name
 from deltamem_tool.memory.attach import adapter_of
 
 
@@ -22,11 +25,15 @@ def find_base(
     base: str | None = None,
     base_revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> tuple[BaseCheckpoint, BaseModel]:
     """The base model that `adapter` was made for, at `base` or where it has been recorded.
 
+    With `allow_other_base` another model is taken too, with an `OtherBaseWarning` that says how far its weights are
+    from those of the one that is recorded: it may be the checkpoint that a GGUF file was quantised from.
+
     Raises:
-        AdapterError: no place is known, or the model at that place is another one.
+        AdapterError: no place is known, or the model at that place is another one and is not allowed.
         HubError: there is no model at that place.
     """
     if not (base or recorded.name) and (Path(adapter) / MODEL_CONFIG_FILE).is_file():
@@ -43,13 +50,35 @@ def find_base(
     checkpoint = BaseCheckpoint(base or recorded.name, base_revision, trust_remote_code)
     actual = base_of(checkpoint)
     if (actual.model_type, actual.fingerprint) != (recorded.model_type, recorded.fingerprint):
-        raise AdapterError(
-            f"{adapter} was made for another base model.",
+        why = (
             f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
-            f"{checkpoint.name} is {actual.model_type}, weights {actual.fingerprint[:12]}….",
-            "Pass the base model it was made for.",
+            f"{checkpoint.name} is {actual.model_type}, weights {actual.fingerprint[:12]}…."
         )
+        difference = _difference(recorded, checkpoint, fetch=allow_other_base)
+        if not allow_other_base:
+            raise AdapterError(
+                f"{adapter} was made for another base model.",
+                f"{why} {difference}".strip(),
+                "Pass the base model it was made for, or allow this one: --allow-other-base (allow_other_base=True).",
+            )
+        warnings.warn(f"{adapter} runs on another base model. {why} {difference}", OtherBaseWarning, stacklevel=3)
     return checkpoint, actual
+
+
+def _difference(recorded: BaseModel, checkpoint: BaseCheckpoint, fetch: bool) -> str:
+    """How far the weights of `checkpoint` are from those of the recorded base, in a sentence.
+
+    "" where the recorded base is on the Hub, and is not to be fetched for it.
+    """
+    try:
+        if not recorded.name or (hub_name(recorded.name) is not None and not fetch):
+            return ""
+        share = relative_difference(BaseCheckpoint(recorded.name, recorded.revision), checkpoint)
+    except DeltaMemError as error:
+        return f"How far apart they are is not known: {error.what}"
+    if share is None:
+        return "Their attention layers have other shapes."
+    return f"The weights of their attention differ by {share:.2%} (root mean square)."
 
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
@@ -63,7 +92,7 @@ def base_of_model(model: PreTrainedModel) -> BaseModel:
     known = adapter_of(model).made_for
     if isinstance(known, BaseModel):
         return known
-    name = model.name_or_path or ""
+    name = source_of(model)
     if name:
         try:
             # A model of remote code is here, so its code has been trusted.

@@ -24,6 +24,7 @@ def load(
     base_revision: str | None = None,
     trust_remote_code: bool = False,
     register: bool = False,
+    allow_other_base: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load an adapter and its base model; return the model with its memory, in eval mode.
@@ -35,6 +36,8 @@ def load(
         base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
         trust_remote_code: whether Python files of the base model may run.
         register: make the adapter the model's submodule `deltamem`, as `attach` does.
+        allow_other_base: take another base model than the adapter was made for, if its shapes fit, with an
+            `OtherBaseWarning`: the checkpoint that a GGUF file was quantised from, say.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -51,7 +54,7 @@ def load(
         False
     """
     described = describe_adapter(path, revision)
-    checkpoint, actual_base = find_base(path, described.base, base, base_revision, trust_remote_code)
+    checkpoint, actual_base = find_base(path, described.base, base, base_revision, trust_remote_code, allow_other_base)
     with torch.device("meta"):
         expected = DeltaMemAdapter(described.config, select_layers(checkpoint.layers, described.config))
     described.check_shapes(shapes_of(expected))

@@ -16,6 +16,7 @@ from deltamem_tool.adapter.config_file import CONFIG_FILE, FORMAT, FORMAT_VERSIO
 from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.errors import AdapterError
 from deltamem_tool.io.atomic import folder_whole, resolve, write_whole
+from deltamem_tool.io.names import is_gguf
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.attachment import hf_model
@@ -72,8 +73,10 @@ def write_adapter(
         AdapterError: the adapter contains NaN or infinity, or `out` is the folder of the base model.
     """
     contents = contents_of(adapter, base, reference)
-    if base.name and Path(base.name).is_dir() and resolve(base.name) == resolve(out):
-        raise AdapterError(f"{out} is the base model itself.", "It would be replaced.", "Choose another folder.")
+    place = Path(base.name)
+    folder = place.parent if is_gguf(place) and place.is_file() else place
+    if base.name and folder.is_dir() and resolve(folder) == resolve(out):
+        raise AdapterError(f"{out} has the base model in it.", "It would be replaced.", "Choose another folder.")
     with folder_whole(out, overwrite) as staged:
         for name, content in {**contents, **(files or {})}.items():
             (staged / name).write_bytes(content)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -31,12 +29,15 @@ from deltamem_tool._compat import (
     rename_source_key,
 )
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
+from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_whole, find_gguf, location
 from deltamem_tool.base_model.layouts import Projection, features
+from deltamem_tool.base_model.stored_config import read_config, read_gguf_config
 from deltamem_tool.base_model.weights import WEIGHT_FILES, StoredWeights, files_of_index
-from deltamem_tool.errors import ArchitectureError, ConfigError, first_line
-from deltamem_tool.io.formats import MODEL_CONFIG_FILE, PEFT_CONFIG_FILE
-from deltamem_tool.io.names import commit_of, expand_name, hub_name, resolve_folder, short_name
-from deltamem_tool.io.safe_json import read_json
+from deltamem_tool.errors import ArchitectureError, ConfigError, HubError, first_line
+from deltamem_tool.io.names import commit_of, expand_name, fetch, hub_name, is_gguf, resolve_folder, short_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
 
 SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -59,48 +60,55 @@ def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[Attention
 
 
 class BaseCheckpoint:
-    """A folder of `save_pretrained`, or a Hub id. Its weights are fetched and opened when they are asked for.
+    """A folder of `save_pretrained`, a GGUF file, or either on the Hub.
+
+    The weights of a folder are fetched and opened when they are asked for.
 
     Args:
-        name: folder or Hub id: see `resolve`.
+        name: folder, file or Hub id: see `io.names`.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether Python files of the checkpoint may run.
 
     Raises:
         ArchitectureError: it is not a causal language model, or it needs code that is not trusted.
         HubError: there is no such folder or repository, or the Hub cannot be reached.
+        InstallationError: it is a GGUF file, and the package `gguf` is missing.
+
+    Attributes:
+        source: the folder, where at least the config and the tokenizer are; or the GGUF file.
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
         name = expand_name(name)
         hub = hub_name(name, revision)
-        self.name = name if hub is None else short_name(hub)
+        file = find_gguf(Path(name)) if hub is None else _fetch_gguf(hub)
+        self.name = str(file or name) if hub is None else short_name(hub)
         self.trust_remote_code = trust_remote_code
-        files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
-        self._folder = resolve_folder(str(name), revision, files, "checkpoint")
         self._is_here = hub is None
-        self.revision = commit_of(self._folder)
-        self.config = _read_config(self._folder, self.name, trust_remote_code)
+        self._gguf = None if file is None else GgufFile(file, self.name)
+        if file is None:
+            files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
+            self.source = resolve_folder(name, revision, files, "checkpoint")
+            self.config = read_config(self.source, self.name, trust_remote_code)
+        else:
+            self.source = file
+            self.config = read_gguf_config(file, self.name)
+        self.revision = commit_of(self.source)
 
     @cached_property
-    def folder(self) -> Path:
-        """Where the whole checkpoint is."""
-        if not self._is_here:
+    def _whole(self) -> Path:
+        """The folder or GGUF file, once all of it is here."""
+        if not self._is_here and self._gguf is None:
             for file in WEIGHT_FILES:
-                index = self._folder / file
+                index = self.source / file
                 wanted = [file]
                 if file.endswith(".json"):  # a small file: it has come already, if there is one
                     wanted = sorted(set(files_of_index(index).values())) if index.is_file() else []
                 if wanted:
                     resolve_folder(self.name, self.revision, wanted, "checkpoint")
-                    if (self._folder / wanted[0]).is_file():
+                    if (self.source / wanted[0]).is_file():
                         break
-        return self._folder
-
-    @property
-    def small_files(self) -> Path:
-        """Where at least the config and the tokenizer are: no weights are fetched for it."""
-        return self._folder
+        return self.source
 
     @property
     def _kind(self) -> Any:
@@ -138,8 +146,10 @@ class BaseCheckpoint:
         """
         _ = self._weights  # damaged files are named here, which transformers does not do
         options = {"dtype": "auto", **options, "trust_remote_code": self.trust_remote_code}
+        if self._gguf is not None:
+            options |= self._as_floats(options)
         try:
-            loaded: Any = self._kind.from_pretrained(self.folder, **options, output_loading_info=True)
+            loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
                 raise
@@ -157,7 +167,23 @@ class BaseCheckpoint:
                 f"The first is {missing[0]}; they would be random numbers.",
                 "Fetch the checkpoint again, or use another one.",
             )
+        if self._gguf is not None:  # transformers names the folder, which may have others
+            model.name_or_path = model.config.name_or_path = str(self.source)
         return model
+
+    def _as_floats(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What makes transformers load a GGUF file as a plain model, which can be trained and saved.
+
+        Raises:
+            ConfigError: the options ask for another quantisation.
+        """
+        if options.get("quantization_config") is not None:
+            raise ConfigError(
+                f"{self.name} cannot be quantised on loading.",
+                "transformers quantises no model that comes from a GGUF file.",
+                "Load it without, or use the model's original checkpoint.",
+            )
+        return {"quantization_config": GgufConfig(dequantize=True), "config": self.config}
 
     def read(self, weight: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """A part of one weight matrix, as stored; only that part is read from disk. `weight` is named as in the model.
@@ -221,12 +247,16 @@ class BaseCheckpoint:
         return sorted(stored for name, stored in self._stored_as.items() if name.startswith(f"{projection.name}."))
 
     @cached_property
-    def _weights(self) -> StoredWeights:
-        return StoredWeights(self.folder, self.name)
+    def _weights(self) -> StoredWeights | GgufWeights:
+        if self._gguf is not None:
+            return GgufWeights(self._gguf, self._skeleton)
+        return StoredWeights(self._whole, self.name)
 
     @cached_property
     def _stored_as(self) -> dict[str, str]:
         """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
+        if self._gguf is not None:
+            return {name: name for name in self._weights.names}
         model = self._skeleton
         parameters = model.state_dict()
         changes = get_model_conversion_mapping(model)
@@ -250,82 +280,21 @@ class BaseCheckpoint:
         return self.load(dtype="auto").state_dict()
 
 
-def _read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
-    stored = _config_on_disk(folder, name)
-    model_type = stored.get("model_type")
-    remote_code = isinstance(stored.get("auto_map"), dict)
-    if not isinstance(model_type, str):
-        raise ArchitectureError(
-            f"{name} is not a checkpoint.", f"{folder / 'config.json'} has no model_type.", "Use another folder."
-        )
-    if model_type not in CONFIG_MAPPING and not remote_code:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
-        raise ArchitectureError(
-            f"The architecture {model_type!r} of {name} is not known.",
-            f"Similar ones are {', '.join(near)}." if near else "No architecture of transformers has a similar name.",
-            "Use a checkpoint that transformers loads by itself, or update transformers.",
-        )
-    if remote_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
-        raise ArchitectureError(
-            f"The architecture {model_type!r} of {name} is Python code in the checkpoint.",
-            "That code could do anything on this machine; nothing of it has run.",
-            f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
-        )
-    causal = "AutoModelForCausalLM" in stored["auto_map"] if remote_code else False
-    decoders = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    if model_type not in decoders and not causal:
-        raise ArchitectureError(
-            f"{name} ({model_type}) is not a causal language model.",
-            "A memory is attached to decoder-only language models.",
-            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise ArchitectureError(
-            f"transformers cannot read {folder / 'config.json'}.",
-            f"{first_line(error)}.",
-            "Fetch the checkpoint again.",
-        ) from error
-    # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
-    head = (getattr(config, "architectures", None) or [""])[0]
-    usual = (decoders.get(model_type), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if head and not causal and not head.endswith(tuple(filter(None, usual))):
-        raise ArchitectureError(
-            f"{name} ({model_type}) is not a causal language model.",
-            f"Its checkpoint was made for {head}.",
-            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
-        )
-    return config
-
-
-def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
-    """`config.json`.
+def _fetch_gguf(hub: HfUri) -> Path | None:
+    """The file of `OWNER/NAME:FILE.gguf`, which is fetched unless it is in the Hub's cache; None for any other name.
 
     Raises:
-        ArchitectureError: the file is missing or damaged; if the folder is of another kind, the error names it.
+        ArchitectureError: it is one part of a model.
+        HubError: the repository or the file does not exist, or the Hub cannot be reached.
     """
-    file = folder / MODEL_CONFIG_FILE
-    if (folder / "model_index.json").is_file():
-        raise ArchitectureError(
-            f"{name} is a diffusion pipeline, not a causal language model.",
-            f"There is a model_index.json in {folder}.",
-            "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
-        )
-    if not file.is_file() and (folder / PEFT_CONFIG_FILE).is_file():
-        raise ArchitectureError(
-            f"{name} is a PEFT adapter, not a checkpoint.",
-            f"There is an {PEFT_CONFIG_FILE} in {folder}, and no {MODEL_CONFIG_FILE}.",
-            "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
-        )
+    if not is_gguf(hub.path_in_repo):
+        return None
+    check_whole(hub.path_in_repo)
+    file = fetch(replace(hub, path_in_repo=""), [hub.path_in_repo], "checkpoint") / hub.path_in_repo
     if not file.is_file():
-        raise ArchitectureError(
-            f"{name} is not a checkpoint.", f"There is no {MODEL_CONFIG_FILE} in {folder}.", "Use another folder."
+        raise HubError(
+            f"{hub.id} has no file {hub.path_in_repo}.",
+            "The repository is there.",
+            f"See https://huggingface.co/{hub.id}/tree/main for what it has.",
         )
-    try:
-        config = read_json(file, finite=False)  # transformers writes Infinity
-    except ValueError as error:
-        raise ArchitectureError(f"{file} is not JSON.", f"{error}.", "Fetch the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise ArchitectureError(f"{name} is not a checkpoint.", f"{file} has no model_type.", "Use another folder.")
-    return config
+    return file

@@ -6,24 +6,28 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltamem_tool.base_model.gguf import location, source_of
 from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
 
 def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a loaded model's base, as `read_tokenizer` has it."""
-    return read_tokenizer(model.name_or_path or "", for_chat=for_chat)
+    return read_tokenizer(source_of(model), for_chat=for_chat)
 
 
 def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer in a base model's folder; `for_chat`, it must have a chat template. Python files there do not run.
+    """The tokenizer in a base model's folder or GGUF file; `for_chat`, it must have a chat template.
+
+    Python files in the folder do not run.
 
     Raises:
-        ArchitectureError: the folder has no tokenizer, or the tokenizer has no chat template.
+        ArchitectureError: there is no tokenizer, or the tokenizer has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks on the terminal
-    except (OSError, ValueError) as error:
+        # Without trust_remote_code it would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(**location(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise ArchitectureError(
             f"{folder} has no tokenizer.", f"{first_line(error)}.", "Save the model's tokenizer beside it."
         ) from error

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.cli.encoding import print_everywhere
 from deltamem_tool.cli.streams import open_missing
 from deltamem_tool.cli.termination import interrupted_by_signals
-from deltamem_tool.errors import DeltaMemError, domain_error
+from deltamem_tool.errors import DeltaMemError, OtherBaseWarning, domain_error
 from deltamem_tool.io.cores import respect_quota
 
 COMMANDS = (
@@ -34,6 +35,7 @@ COMMANDS = (
     "push",
     "pull",
 )
+_FORMAT_WARNING = warnings.formatwarning  # Python's own
 _MODULES = {"eval": "evaluate"}  # files not named as their command
 # The extras that each command needs; the others need none.
 _EXTRAS: dict[str, tuple[str, ...]] = {
@@ -98,6 +100,8 @@ def main(command: click.Command = cli) -> None:
     respect_quota()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.formatwarning = _format_warning
     # On some processors its import warns of a missing package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -108,6 +112,15 @@ def main(command: click.Command = cli) -> None:
         if known is None:
             raise
         _fail(known)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Of our own warnings a user sees the text, of others where in the code they come from too."""
+    if issubclass(category, OtherBaseWarning):
+        return f"Warning: {message}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def _fail(error: DeltaMemError) -> None:

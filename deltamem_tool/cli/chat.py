@@ -12,6 +12,7 @@ from deltamem_tool.cli.options import (
     NAME,
     TEXT,
     UserPath,
+    allow_other_base,
     device,
     sampling_options,
     torch_device,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--system", type=TEXT, help="A system message before the first turn.")
 @sampling_options
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@allow_other_base
 @trust_remote_code
 @device
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
@@ -53,6 +55,7 @@ def command(
     window: int | None,
     system: str | None,
     base: str | None,
+    allow_other_base: bool,
     trust_remote_code: bool,
     device: str | None,
     provider: str | None,
@@ -67,7 +70,8 @@ def command(
     Example: deltamem chat builtin:adapter --memory me.safetensors
     """
     for_onnx = is_onnx(model)
-    check_runtime_options(for_onnx, provider, base, trust_remote_code, device)
+    for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
+    check_runtime_options(for_onnx, provider, **for_adapter, device=device)
     if memory_file is not None:
         check_writable(memory_file)
 
@@ -81,7 +85,7 @@ def command(
     if file is not None:
         file.read()  # what is wrong with it is an error before the model loads
     with STDERR.status("Loading the model", spinner=SPINNER):
-        engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, base, trust_remote_code, device)
+        engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, device, for_adapter)
         memory = None if file is None else file.read()  # another program may have written meanwhile
         conversation = Conversation(engine, memory, window=window)
     chat = Chat(conversation, chosen, system, file, out=STDOUT, notices=STDERR)
@@ -97,12 +101,9 @@ def command(
             sys.exit(1)
 
 
-def check_runtime_options(
-    is_onnx: bool, provider: str | None, base: str | None, trust_remote_code: bool, device: str | None
-) -> None:
-    """Raise if an option is for the other runtime."""
-    for_adapter = {"--base": base, "--trust-remote-code": trust_remote_code, "--device": device}
-    unusable = [name for name, value in for_adapter.items() if value]
+def check_runtime_options(is_onnx: bool, provider: str | None, **for_adapter: Any) -> None:
+    """Raise if an option is for the other runtime; `for_adapter` are those that an ONNX folder does not take."""
+    unusable = [f"--{name.replace('_', '-')}" for name, value in for_adapter.items() if value]
     if is_onnx and unusable:
         raise click.UsageError(f"{', '.join(unusable)}: only for an adapter; this is an ONNX folder.")
     if not is_onnx and provider:
@@ -116,7 +117,7 @@ def _onnx_engine(folder: str, provider: str | None) -> Engine:
     return OnnxModel(folder, provider or "cpu")
 
 
-def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> Engine:
+def _torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:
     check_installation("torch")
     import torch
 
@@ -127,7 +128,7 @@ def _torch_engine(adapter: str, base: str | None, trust_remote_code: bool, devic
 
     quiet_libraries()
     where = torch_device(device)
-    model = load(adapter, base=base, trust_remote_code=trust_remote_code)
+    model = load(adapter, **loading)
     cast(torch.nn.Module, model).to(where)  # transformers hides the signature
     return TorchModel(model, tokenizer_of(model, for_chat=False))
 

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from deltamem_tool.cli.chat import check_runtime_options
-from deltamem_tool.cli.options import NAME, SEED, UserPath, device, torch_device, trust_remote_code
+from deltamem_tool.cli.options import NAME, SEED, UserPath, allow_other_base, device, torch_device, trust_remote_code
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
@@ -46,6 +46,7 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
 @click.option("--static", type=NAME, help="Also the base model with this static adapter (`train --set static=true`).")
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@allow_other_base
 @click.option(
     "--seed",
     type=SEED,
@@ -83,6 +84,7 @@ def command(
     lora: str | None,
     static: str | None,
     base: str | None,
+    allow_other_base: bool,
     seed: int,
     batch_size: int,
     device: str | None,
@@ -109,7 +111,8 @@ def command(
     if report is not None and records is not None:
         raise click.UsageError("--report keeps the records too; leave out --records.")
     runtime = ONNX if is_onnx(model) else PYTORCH
-    check_runtime_options(runtime == ONNX, provider, base, trust_remote_code, device)
+    for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
+    check_runtime_options(runtime == ONNX, provider, **for_adapter, device=device)
     options = _task_options(changes, data)
     only = None if conditions is None else [STATE, *conditions.split(",")]
     on_base = {"lora": _lora(lora), "static": _static(static)}
@@ -139,7 +142,7 @@ def command(
         if runtime == ONNX:
             loaded, tokenizer, fingerprint = _load_onnx(model, provider)
         else:
-            loaded, tokenizer, fingerprint = _load(model, base, trust_remote_code, device)
+            loaded, tokenizer, fingerprint = _load(model, device, for_adapter)
         started = time.monotonic()
         evaluation = ask(
             loaded,
@@ -169,14 +172,14 @@ def command(
         _print(evaluation, plot, report)
 
 
-def _load(adapter: str, base: str | None, trust_remote_code: bool, device: str | None) -> tuple[Any, Any, str]:
+def _load(adapter: str, device: str | None, loading: dict[str, Any]) -> tuple[Any, Any, str]:
     """Load the model with its adapter, its tokenizer, and the adapter's fingerprint."""
     from deltamem_tool.adapter.load import load
     from deltamem_tool.base_model.tokenizer import tokenizer_of
     from deltamem_tool.memory.attach import adapter_of
 
     where = torch_device(device)
-    model: Any = load(adapter, base=base, trust_remote_code=trust_remote_code)
+    model: Any = load(adapter, **loading)
     model.to(where)
     return model, tokenizer_of(model), adapter_of(model).fingerprint
 

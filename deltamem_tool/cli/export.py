@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deltamem_tool.cli.options import NAME, UserPath, trust_remote_code
+from deltamem_tool.cli.options import NAME, UserPath, allow_other_base, trust_remote_code
 from deltamem_tool.onnx.contract import LOGITS, MIN_LENGTH
 from deltamem_tool.onnx.export.targets import (
     DTYPES,
@@ -25,6 +25,7 @@ from deltamem_tool.onnx.manifest import Manifest
 @click.argument("adapter", type=NAME)
 @click.option("--out", type=UserPath(path_type=Path), required=True, help="The folder to write.")
 @click.option("--base", type=NAME, help="Where the base model is, if not where the adapter says.")
+@allow_other_base
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
@@ -84,6 +85,7 @@ def command(
     adapter: str,
     out: Path,
     base: str | None,
+    allow_other_base: bool,
     target: str,
     dtype: str,
     quantize: str,
@@ -120,7 +122,13 @@ def command(
         from deltamem_tool.onnx.export.export import export_onnx
 
         name = base or read_adapter(adapter).base.name
-        model = load(adapter, base=base, trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
+        model = load(
+            adapter,
+            base=base,
+            allow_other_base=allow_other_base,
+            trust_remote_code=trust_remote_code,
+            dtype=getattr(torch, dtype),
+        )
         manifest = export_onnx(
             model,
             tokenizer_of(model, for_chat=False),

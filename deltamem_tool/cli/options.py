@@ -51,6 +51,11 @@ TEXT = _Text()
 trust_remote_code = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
 )
+allow_other_base = click.option(
+    "--allow-other-base",
+    is_flag=True,
+    help="Run the adapter on another base model than it was made for, such as the original of a GGUF file.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 window = click.option(
     "--window",

@@ -65,7 +65,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write a fresh adapter for the checkpoint BASE (a folder or a Hub id).
+    """Write a fresh adapter for the checkpoint BASE (a folder, a GGUF file or a Hub id).
 
     Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
     does, until the adapter is trained.

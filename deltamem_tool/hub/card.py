@@ -20,7 +20,7 @@ from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
-from deltamem_tool.io.names import BUILTIN
+from deltamem_tool.io.names import BUILTIN, on_hub
 from deltamem_tool.onnx.manifest import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
@@ -95,7 +95,7 @@ def _parsed(card: bytes) -> ModelCard:
 def _describe(data: Any, contents: Contents, repo_id: str, base: str | None, license: str | None) -> None:
     """Update a card's metadata."""
     if base is not None and not base.startswith(BUILTIN):
-        data.base_model = base
+        data.base_model = on_hub(base).id
         data.base_model_relation = "adapter"
     data.library_name = LIBRARY
     data.pipeline_tag = "text-generation"
@@ -173,7 +173,7 @@ def _base(base: Base) -> str:
     if base.name.startswith(BUILTIN):
         return "the small backbone that deltamem-tool ships"
     at = f" (revision `{base.revision}`)" if base.revision else ""
-    return f"[{base.name}](https://huggingface.co/{base.name}){at}"
+    return f"[{base.name}](https://huggingface.co/{on_hub(base.name).id}){at}"
 
 
 def _mechanism(config: DeltaMemConfig) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from deltamem_tool._compat import REGEX_COMMIT_OID
 from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents
-from deltamem_tool.io.names import BUILTIN, is_hub_path, on_hub, short_name
+from deltamem_tool.io.names import BUILTIN, is_gguf, is_hub_path, on_hub, short_name
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 
@@ -78,9 +78,15 @@ def _recorded(contents: Contents) -> Base:
     for folder in (path, *path.parents) if path.is_absolute() else ():
         owner_and_name = folder.name.removeprefix(_CACHED).split("--")
         if folder.name.startswith(_CACHED) and len(owner_and_name) == 2:
-            commits = [part for part in path.relative_to(folder).parts if REGEX_COMMIT_OID.fullmatch(part)]
-            return Base("/".join(owner_and_name), commits[0] if commits else revision)
-    is_name = name.startswith(BUILTIN) or is_hub_path(name) or (name.count("/") == 1 and not path.exists())
+            below = path.relative_to(folder).parts
+            commits = [part for part in below if REGEX_COMMIT_OID.fullmatch(part)]
+            commit = commits[0] if commits else revision
+            repository = "/".join(owner_and_name)
+            if is_gguf(name) and commits:
+                repository += f":{'/'.join(below[below.index(commits[0]) + 1 :])}"
+            return Base(repository, commit)
+    one_slash = name.partition(":")[0].count("/") == 1  # before the file in a repository, if there is one
+    is_name = name.startswith(BUILTIN) or is_hub_path(name) or (one_slash and not path.exists())
     return Base(name, revision) if is_name else Base(None, None)
 
 

@@ -1,7 +1,7 @@
 """Where a name leads: a folder here, a repository of the Hub, or something that the package ships.
 
-path/to/folder
-owner/name, owner/name@revision, owner/name@revision/folder, hf://owner/name/folder
+path/to/folder, path/to/file.gguf
+owner/name, owner/name@revision, owner/name@revision/folder, hf://owner/name/folder, owner/name:file.gguf
 builtin:name
 """
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
 ASSETS = Path(__file__).parents[1] / "assets"
 _HUB = "hf://"
+_GGUF = ".gguf"
+_GGUF_ON_HUB = re.compile(rf"(?:{_HUB})?(?![.~])([^/:@\\]+/[^/:@\\]+(?:@[^:]+)?):([^:]+\.gguf)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOTS = "snapshots"  # of the Hub's cache: below it is a folder for each commit
 
@@ -49,15 +51,26 @@ def expand_name(name: str | Path) -> str:
     return str(expand_user(name)) if str(name).startswith("~") or name == "" else str(name)
 
 
+def is_gguf(name: str | Path) -> bool:
+    """Whether a path, or a name on the Hub, is that of a GGUF file."""
+    return str(name).lower().endswith(_GGUF)
+
+
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     """`name` taken apart, with `revision` if it names none; None if it is not a valid Hub id, or a folder here.
+
+    The `path_in_repo` of `OWNER/NAME:FILE.gguf` is the file.
 
     Raises:
         HubError: `name` is an invalid Hub id, or names another revision than `revision`.
     """
+    gguf = _GGUF_ON_HUB.fullmatch(name)
+    if gguf and not Path(name).exists():
+        name = f"{_HUB}{gguf[1]}/{gguf[2]}"
     if not name.startswith(_HUB):
         # Without hf:// or a revision, a folder in a repository could be a path here that was mistyped.
         is_path = name.startswith((".", "/", "~")) or "\\" in name or name.partition("@")[0].count("/") != 1
+        is_path = is_path or is_gguf(name)
         if is_path or name.startswith(BUILTIN) or Path(name).exists():
             return None
     from huggingface_hub import parse_hf_uri
@@ -174,6 +187,8 @@ def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
 
 def short_name(hub: HfUri) -> str:
     """The name without its revision, as short as it can be: it leads to the same place again."""
+    if is_gguf(hub.path_in_repo):
+        return f"{hub.id}:{hub.path_in_repo}"
     return f"{_HUB}{hub.id}/{hub.path_in_repo}" if hub.path_in_repo else hub.id
 
 

@@ -335,7 +335,7 @@ class Recipe(_Options):
     """Everything that decides a training run.
 
     Args:
-        base: folder or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
+        base: folder, GGUF file or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
         out: the adapter folder to write.
         revision: of the base on the Hub.
         adapter: an adapter folder to start from; `memory` is then its own. With `static`, a static adapter's.

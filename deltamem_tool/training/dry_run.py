@@ -188,13 +188,14 @@ def _base(
 
 
 def _tokenizer(checkpoint: BaseCheckpoint) -> PreTrainedTokenizerBase | None:
-    """None where there is not one file of it: transformers would make an empty one from the config.
+    """None where a folder has not one file of it: transformers would make an empty one from the config.
 
     Raises:
         ArchitectureError: it cannot be used.
     """
-    folder = checkpoint.small_files
-    return read_tokenizer(folder) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
+    source = checkpoint.source
+    is_there = source.is_file() or any((source / name).is_file() for name in _TOKENIZER_FILES)
+    return read_tokenizer(source) if is_there else None
 
 
 def _tokens(recipe: Recipe, episodes: EncodedEpisodes) -> float:

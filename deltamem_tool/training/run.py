@@ -228,7 +228,7 @@ def step_model(recipe: Recipe) -> tuple[Step, PreTrainedModel, PreTrainedTokeniz
     if recipe.lora is not None or recipe.static:
         check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-        model, tokenizer = _loaded(checkpoint, recipe), read_tokenizer(checkpoint.folder)
+        model, tokenizer = _loaded(checkpoint, recipe), read_tokenizer(checkpoint.source)
         if recipe.lora is not None:
             lora = new_lora(model, recipe.lora, checkpoint.name, checkpoint.revision)
             return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
@@ -272,7 +272,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     else:
         attach(model, recipe.memory)
     adapter_of(model).made_for = base_of(checkpoint)
-    return model, read_tokenizer(checkpoint.folder)
+    return model, read_tokenizer(checkpoint.source)
 
 
 def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:

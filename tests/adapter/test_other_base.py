@@ -1,0 +1,114 @@
+"""An adapter that was made for a GGUF file, on the checkpoint that the file was made from."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+from cli.command import deltamem  # noqa: F401
+from helpers.publishing import onnx_folder
+from helpers.tiny import logits, randomise, save_checkpoint
+from helpers.tiny_gguf import tiny_gguf
+
+from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
+from deltamem_tool.adapter.create import create_adapter
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.difference import relative_difference
+from deltamem_tool.base_model.tokenizer import read_tokenizer
+from deltamem_tool.errors import AdapterError, OtherBaseWarning
+from deltamem_tool.memory.attach import adapter_of
+
+BRANCHES = ("q_proj", "k_proj", "v_proj", "o_proj")
+SMALL = 1e-6  # of a quotient of sums of float32
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A checkpoint in float32, and a file with its weights in 8 bits."""
+    tiny_gguf(tmp_path / "tiny.gguf", kind="Q8_0").save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
+
+
+@pytest.fixture
+def adapter(original, tmp_path):
+    model = BaseCheckpoint(str(tmp_path / "tiny.gguf")).load()
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def whole_difference(model, other) -> float:
+    """The same, of models in memory, whose weights have fewer columns than are read."""
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    weights = [(a.double(), b.double()) for (name, a), b in pairs if name.split(".")[-2] in BRANCHES]
+    return math.sqrt(sum((a - b).square().sum() for a, b in weights) / sum(b.square().sum() for _, b in weights))
+
+
+def test_how_far_apart_they_are(original, tmp_path):
+    quantised, plain = (BaseCheckpoint(str(place)) for place in (tmp_path / "tiny.gguf", original))
+    expected = whole_difference(quantised.load(), plain.load())
+    assert 0.001 < expected < 0.01
+    assert relative_difference(quantised, plain) == pytest.approx(
+        expected, rel=SMALL
+    )  # heads are narrower than COLUMNS
+    assert relative_difference(plain, plain) == 0
+    assert relative_difference(plain, BaseCheckpoint(str(save_checkpoint(tmp_path / "other")))) is None
+
+
+def test_it_is_refused_and_says_how_far_it_is(original, adapter, tmp_path):
+    share = relative_difference(BaseCheckpoint(str(tmp_path / "tiny.gguf")), BaseCheckpoint(str(original)))
+    with pytest.raises(AdapterError, match=f"another base model(.|\n)*differ by {share:.2%}(.|\n)*--allow-other-base"):
+        load(adapter, base=str(original))
+
+
+def test_it_runs_with_a_warning(original, adapter, tmp_path):
+    share = relative_difference(BaseCheckpoint(str(tmp_path / "tiny.gguf")), BaseCheckpoint(str(original)))
+    with pytest.warns(OtherBaseWarning, match=rf"tiny\.gguf.*original.*differ by {share:.2%}"):
+        model = load(adapter, base=str(original), allow_other_base=True)
+    expected = BaseCheckpoint(str(original)).load()
+    attach(expected, read_adapter(adapter).config).load_state_dict(adapter_of(model).state_dict())
+    assert torch.equal(logits(model), logits(expected))
+    save_adapter(model, tmp_path / "again")  # it is now for the model that it ran on
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_the_file_may_be_gone(original, adapter, tmp_path):
+    (tmp_path / "tiny.gguf").unlink()
+    with pytest.warns(OtherBaseWarning, match=r"How far apart they are is not known: .*tiny\.gguf"):
+        load(adapter, base=str(original), allow_other_base=True)
+
+
+def test_shapes_that_do_not_fit_are_refused(adapter, tmp_path):
+    other = save_checkpoint(tmp_path / "other")
+    with pytest.warns(OtherBaseWarning, match="other shapes"), pytest.raises(AdapterError, match="does not fit"):
+        load(adapter, base=str(other), allow_other_base=True)
+
+
+def test_the_base_it_was_made_for_needs_no_warning(adapter, tmp_path):
+    moved = shutil.copy(tmp_path / "tiny.gguf", tmp_path / "moved.gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(adapter, base=str(moved), allow_other_base=True)
+
+
+def test_the_command_says_it_in_a_line(original, tmp_path, deltamem, monkeypatch):  # noqa: F811
+    read_tokenizer(tmp_path / "tiny.gguf").save_pretrained(original)
+    create_adapter(str(tmp_path / "tiny.gguf"), DeltaMemConfig(rank=4), tmp_path / "adapter")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Is it mine?\n")))
+    options = ("--allow-other-base", "--max-new-tokens", "2")
+    with pytest.warns(OtherBaseWarning, match="differ by") as caught:
+        done = deltamem("chat", tmp_path / "adapter", "--base", original, *options)
+    assert done.code == 0
+    message = caught[0].message
+    assert warnings.formatwarning(message, OtherBaseWarning, "file.py", 1) == f"Warning: {message}\n"
+
+
+def test_it_is_not_an_option_of_an_onnx_folder(tmp_path, deltamem):  # noqa: F811
+    deltamem("chat", onnx_folder(tmp_path / "onnx"), "--allow-other-base").assert_short_error(
+        "--allow-other-base: only for an adapter", code=2
+    )
