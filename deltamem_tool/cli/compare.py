@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltamem_tool.cli.options import UserPath
+from deltamem_tool.cli.options import MARGIN, UserPath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,9 +21,10 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.command()
 @click.argument("a", type=UserPath(path_type=Path))
 @click.argument("b", type=UserPath(path_type=Path))
+@click.option("--margin", type=MARGIN, help="What a difference has to exceed to matter.")
 @click.option("--out", type=_FILE, help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
+def command(a: Path, b: Path, margin: float | None, out: Path | None, as_json: bool) -> None:
     """Say what changed from A to B, two evaluations: folders of `deltamem eval --report`, or evaluation.json files.
 
     Where both have records of the same questions, they are compared question by question, with intervals and a test;
@@ -34,7 +35,7 @@ def command(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
 
     if out is not None:
         check_writable(out)
-    comparison = compare(a, b)
+    comparison = compare(a, b, margin)
     payload = comparison.to_json()
     if out is not None:
         write_whole(out, (json.dumps(payload, indent=1) + "\n").encode())

@@ -13,7 +13,16 @@ import click
 from click.core import ParameterSource
 
 from deltamem_tool.cli.chat import check_runtime_options
-from deltamem_tool.cli.options import NAME, SEED, UserPath, allow_other_base, device, torch_device, trust_remote_code
+from deltamem_tool.cli.options import (
+    MARGIN,
+    NAME,
+    SEED,
+    UserPath,
+    allow_other_base,
+    device,
+    torch_device,
+    trust_remote_code,
+)
 from deltamem_tool.cli.typed import typed
 from deltamem_tool.evaluation import BATCH_SIZE, HARNESS, HARNESS_BATCH_SIZE, MEMORY_ONLY, RECALL
 
@@ -54,6 +63,7 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
     show_default=True,
     help="Of the task, where it draws, the permuted layers, and the intervals.",
 )
+@click.option("--margin", type=MARGIN, help="What a difference has to exceed to matter, kept with the answers.")
 @click.option(
     "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
 )
@@ -86,6 +96,7 @@ def command(
     base: str | None,
     allow_other_base: bool,
     seed: int,
+    margin: float | None,
     batch_size: int,
     device: str | None,
     trust_remote_code: bool,
@@ -150,13 +161,22 @@ def command(
             only=only,
             batch_size=batch_size,
             seed=seed,
+            margin=margin,
             folder=report or records,
             settings={"adapter": fingerprint, "seed": seed, "options": options},
             report=lambda stage, done, of: bar.update(task_id, completed=done, total=of, note=stage),
         )
-    settings = {"adapter": model, "conditions": conditions, "bm25": bm25, "truncate": truncate, "lora": lora}
-    settings |= {"static": static}
-    settings |= {"limit": limit, "batch_size": batch_size}
+    settings: dict[str, Any] = {
+        "adapter": model,
+        "conditions": conditions,
+        "bm25": bm25,
+        "truncate": truncate,
+        "lora": lora,
+        "static": static,
+        "limit": limit,
+        "batch_size": batch_size,
+        "margin": margin,
+    }
     words, seconds = typed(click.get_current_context()), time.monotonic() - started
     run = run_json(loaded, evaluation, words, {**settings, **options}, seconds)
     payload = evaluation_json(evaluation, fingerprint, _arguments(task, protocol, seed, data, changes, limit), run)

@@ -65,6 +65,7 @@ window = click.option(
 )
 
 SEED = click.IntRange(0, 2**32 - 1)  # as in a recipe
+MARGIN = click.FloatRange(min=0, min_open=True)
 
 device = click.option(
     "--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]"

@@ -24,6 +24,7 @@ from deltamem_tool.evaluation.harness import HarnessTasks, conditions_of
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
+from deltamem_tool.evaluation.scoring.statistics import check_margin
 from deltamem_tool.evaluation.subject import under
 
 AS_READ = "as it is read"  # in place of a protocol
@@ -42,6 +43,7 @@ def evaluate_harness(
     static: Static | None = None,
     batch_size: int = HARNESS_BATCH_SIZE,
     seed: int = 0,
+    margin: float | None = None,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     report: Report | None = None,
@@ -60,6 +62,7 @@ def evaluate_harness(
         static: likewise.
         batch_size: requests at once.
         seed: of the intervals. The harness's own seeds stay what they are.
+        margin: as `evaluate` takes it.
         folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
         settings: what `folder` shall be of, beside the tasks.
         report: called with (what is done, done, of).
@@ -70,6 +73,7 @@ def evaluate_harness(
         DataError: a prompt is too long for the model, or `folder` is of another run.
     """
     check_seed(seed)
+    check_margin(margin)
     if lora is not None:
         lora.check_base(model)
     if static is not None:
@@ -79,6 +83,7 @@ def evaluate_harness(
         raise ConfigError("The tokenizer has no chat template.", "", "Pass --set chat=false.")
     conditions = select(conditions_of(lora, static), only)
     run_settings = {"task": harness.name, "protocol": AS_READ, ITEMS: harness_tasks.digest, **(settings or {})}
+    run_settings |= {} if margin is None else {"margin": margin}
     run_settings |= {} if lora is None else {"lora": lora.fingerprint}
     run_settings |= {} if static is None else {"static": static.fingerprint}
     answered, count = Records(folder, run_settings), 0
@@ -90,7 +95,8 @@ def evaluate_harness(
     items = [item for documents in harness_tasks.documents.values() for item in documents]
     records = answered.of([condition.name for condition in conditions], items)
     metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
-    return Evaluation(harness.name, AS_READ, metrics, conditions, list(harness.names), records, seed, count)
+    groups = list(harness.names)
+    return Evaluation(harness.name, AS_READ, metrics, conditions, groups, records, seed, count, margin=margin)
 
 
 def _asked(

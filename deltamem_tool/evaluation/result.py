@@ -23,6 +23,7 @@ class Evaluation:
     seed: int
     asked: int = 0  # of the records, how many are of this run; the others were there
     runtime: str = PYTORCH
+    margin: float | None = None  # stated before, that a difference has to exceed to matter
 
     def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
         """Of a group, or of all: one a question, and the history of each, in the order of the items."""
@@ -49,7 +50,7 @@ class Evaluation:
         """In words: what the state adds to each of the others."""
         metric = self.metrics[0]
         unit = scale_of(metric).unit
-        return [verdict(in_words(name), self.difference(metric, name), unit) for name in self.others]
+        return [verdict(in_words(name), self.difference(metric, name), unit, self.margin) for name in self.others]
 
     @property
     def others(self) -> list[str]:

@@ -33,6 +33,7 @@ from deltamem_tool.evaluation.questions import check, digest_of, others_of
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
+from deltamem_tool.evaluation.scoring.statistics import check_margin
 from deltamem_tool.evaluation.subject import Subject
 from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
 from deltamem_tool.evaluation.write_pass import memorise
@@ -56,6 +57,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
+    margin: float | None = None,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     report: Report | None = None,
@@ -75,13 +77,14 @@ def evaluate(
         limit: only the first so many questions; the histories of the controls are of all.
         batch_size: questions, or histories, at once.
         seed: of the intervals, and of the order in which layers change places.
+        margin: what a difference has to exceed to matter; one of the settings of `folder`.
         folder: keeps records, and what they were made with; a run that stopped goes on from there.
         settings: what `folder` shall be of, beside the task and the protocol.
         report: called with (what is done, done, of).
 
     Raises:
         AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
-        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; or `seed` is not one.
+        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; or `seed` or `margin` is not one.
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
         ExportError: the log-probability of answers is asked for, and the graph has logits of the last position only.
 
@@ -97,6 +100,7 @@ def evaluate(
         1.0
     """
     check_seed(seed)
+    check_margin(margin)
     subject = Subject.of(model, tokenizer)
     can_permute = has_layers_to_permute(subject.engine.memory_shape)
     baselines: dict[str, Any] = {"retrieved": retrieved, "truncate": truncate, "lora": lora, "static": static}
@@ -112,6 +116,7 @@ def evaluate(
     conditions = select(possible(others=len(others[everyone[0].history_id])), only, subject.runtime)
     asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, others)}
     asked |= {"seed": seed, **(settings or {})}
+    asked |= {} if margin is None else {"margin": margin}
     asked |= {} if truncate is None else {"truncate": truncate}
     asked |= {} if lora is None else {"lora": lora.fingerprint}
     asked |= {} if static is None else {"static": static.fingerprint}
@@ -138,6 +143,7 @@ def evaluate(
         seed,
         len(left),
         subject.runtime,
+        margin,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from cli.command import deltamem  # noqa: F401  (a fixture)
 from evaluation.reported import evaluated, kept, share_of
 
-from deltamem_tool.errors import DataError
+from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.evaluation.report import compare as module
@@ -42,6 +42,21 @@ def folders(tmp_path_factory):
 def row_of(found, condition, group=None, is_gain=False):
     rows = found.gains if is_gain else found.rows
     return next(row for row in rows if (row.condition, row.group) == (condition, group))
+
+
+def test_a_margin_is_compared_with_whole_intervals(folders):
+    found = compare(folders / "a", folders / "b", 0.5)
+    places = {
+        (row["condition"], row["is_gain"]): row["beside_margin"]
+        for row in found.to_json()["differences"]
+        if row["group"] is None
+    }
+    assert places["state", False] == "within" and places["full_context", False] == "beyond"
+    assert "full context: B is 1.00 ± 0.15 higher than A, more than the margin of 0.5" in found.verdict()
+    without = compare(folders / "a", folders / "b").to_json()["differences"]
+    assert not any("beside_margin" in row for row in without)
+    with pytest.raises(ConfigError, match="margin is 0"):
+        compare(folders / "a", folders / "b", 0)
 
 
 def test_the_same_questions_are_paired(folders):

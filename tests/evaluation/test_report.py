@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def test_the_page_shows_the_figures_of_the_json(folder):
     assert len(of_states) == 2 and of_states[0] == of_states[1], "f1 has a table by group too"
     markdown = (folder / "report.md").read_text()
     assert "| state | 0.75 (" in markdown and said["verdict"][0][4:] in markdown
+
+
+def test_a_margin_is_in_the_figures_and_on_the_page(tmp_path):
+    """The state is right three times in four: beyond a margin of 0.2 over zeros, and of 0.6 it is undecided."""
+    for margin, place, words in ((0.2, "beyond", "more than"), (0.6, "undecided", "which may be within")):
+        folder = reported(tmp_path / place, replace(evaluated(), margin=margin))
+        said = read_evaluation(folder / "evaluation.json")
+        assert said["margin"] == margin and said["differences"]["zero_state"]["beside_margin"] == place
+        assert f"over zero state, {words} the margin of {margin}" in page_of(folder).text
+    few = reported(tmp_path / "few", replace(evaluated(questions=8), margin=0.2))
+    assert "beside_margin" not in read_evaluation(few / "evaluation.json")["differences"]["zero_state"]
+    assert "margin" not in read_evaluation(reported(tmp_path / "none", evaluated()) / "evaluation.json")
 
 
 @pytest.mark.parametrize("which", ["folder", "hostile"])

@@ -168,6 +168,28 @@ def test_a_folder_of_another_run_is_refused(model, tokenizer, task, tmp_path):
         evaluate(model, tokenizer, task, MEMORY, folder=tmp_path, settings={"adapter": "a"})
 
 
+def test_a_margin_is_stated_before(model, tokenizer, task, tmp_path, monkeypatch):
+    """A run that stops after its first answers has it, and is not gone on with with another one."""
+    own = subjects.Subject.ask
+
+    def stops(*inputs):
+        if (tmp_path / SETTINGS_FILE).exists():
+            raise KeyboardInterrupt
+        return own(*inputs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subjects.Subject, "ask", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, tokenizer, task, MEMORY, margin=0.25, folder=tmp_path, batch_size=2)
+    assert json.loads((tmp_path / SETTINGS_FILE).read_text())["margin"] == 0.25
+    assert evaluate(model, tokenizer, task, MEMORY, margin=0.25, folder=tmp_path).margin == 0.25
+    for other in (None, 0.1):
+        with pytest.raises(DataError, match="Its margin differ"):
+            evaluate(model, tokenizer, task, MEMORY, margin=other, folder=tmp_path)
+    with pytest.raises(ConfigError, match="margin is -1"):
+        evaluate(model, tokenizer, task, MEMORY, margin=-1)
+
+
 def test_a_changed_question_is_another_run(model, tokenizer, task, tmp_path):
     evaluate(model, tokenizer, task, MEMORY, only=("state",), folder=tmp_path)
     first, *rest = task.items()

@@ -7,7 +7,20 @@ import itertools
 import numpy as np
 import pytest
 
-from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, difference, estimate, is_clear, verdict
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.scoring.statistics import (
+    BEYOND,
+    FEWEST,
+    UNDECIDED,
+    WITHIN,
+    Difference,
+    beside_margin,
+    check_margin,
+    difference,
+    estimate,
+    is_clear,
+    verdict,
+)
 
 ALONE = [str(number) for number in range(400)]
 
@@ -66,6 +79,35 @@ def test_words():
     assert unclear == "over full context, the difference is not distinguishable from 0 (+0.01 ± 0.04)"
     few = difference([1.0] * 5, [0.0] * 5, ALONE[:5])
     assert few.p_value > 0.05 and verdict("zeros", few) == "over zeros, 5 histories are too few for a test (+1.00)"
+
+
+def test_an_interval_beside_a_margin():
+    """It is the whole interval that counts, on either side of 0; its ends may touch the margin from within."""
+    for low, high, place in (
+        (0.11, 0.3, BEYOND),
+        (-0.3, -0.11, BEYOND),
+        (0.1, 0.3, UNDECIDED),
+        (-0.05, 0.1, WITHIN),
+        (-0.1, 0.1, WITHIN),
+        (-0.11, 0.05, UNDECIDED),
+        (-0.3, 0.3, UNDECIDED),
+    ):
+        assert beside_margin(low, high, 0.1) == place
+    for margin in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="The margin is"):
+            check_margin(margin)
+
+
+def test_a_margin_in_words():
+    beyond, unclear = Difference(0.21, 0.17, 0.25, 0.001, 40), Difference(0.01, -0.03, 0.05, 0.4, 40)
+    adds = "the state adds 0.21 ± 0.04 over zeros"
+    assert verdict("zeros", beyond, margin=0.1) == f"{adds}, more than the margin of 0.1"
+    assert verdict("zeros", beyond, " nats", 0.2) == (
+        "the state adds 0.21 ± 0.04 nats over zeros, which may be within the margin of 0.2 nats or beyond it"
+    )
+    assert verdict("zeros", unclear, margin=0.05).endswith("(+0.01 ± 0.04), within the margin of 0.05")
+    few = difference([1.0] * 5, [0.0] * 5, ALONE[:5])
+    assert "margin" not in verdict("zeros", few, margin=0.1)
 
 
 def test_what_is_clear():

@@ -50,6 +50,7 @@ def deep(tmp_path_factory):
 def make_recipe(base: Path, out: Path = Path("adapter"), path: Path | None = None, lora=None, **options) -> Recipe:
     """`options` of the training, and those of other sections by their own names."""
     sections = {name: options.pop(name) for name in ("data", "objective", "memory") if name in options}
+    static = options.pop("static", False)
     usual = {"steps": 3, "batch_size": 2} if path is None else {"batch_size": 2}
     data = {
         "path": None if path is None else str(path),
@@ -63,6 +64,7 @@ def make_recipe(base: Path, out: Path = Path("adapter"), path: Path | None = Non
         out=str(out),
         memory=DeltaMemConfig() if lora else memory,
         lora=lora,
+        static=static,
         data=DataOptions(**data | sections.get("data", {})),
         objective=ObjectiveOptions(**sections.get("objective", {})),
         training=TrainingOptions(**usual | options),
@@ -217,6 +219,8 @@ VARIANTS = {
     "in chunks": {"write_chunk": 32, "bptt": 2, "gradient_checkpointing": True},
     "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1, "history_kl": 0.1}},
     "lora": {"lora": LoraOptions(rank=4)},
+    "static": {"static": True},
+    "static, kl": {"static": True, "objective": {"full_context_kl": 0.1}},
     "recomputed lora": {"lora": LoraOptions(rank=4, dropout=0.1), "gradient_checkpointing": True},
 }
 

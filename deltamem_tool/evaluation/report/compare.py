@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,16 @@ from deltamem_tool.evaluation.report.evaluation_file import EVALUATION_FILE, rea
 from deltamem_tool.evaluation.report.settings import COST, settings
 from deltamem_tool.evaluation.scoring.digits import plus_minus
 from deltamem_tool.evaluation.scoring.scales import scale_of
-from deltamem_tool.evaluation.scoring.statistics import FEWEST, Interval, difference, difference_of_means, is_clear
+from deltamem_tool.evaluation.scoring.statistics import (
+    FEWEST,
+    Interval,
+    beside_margin,
+    check_margin,
+    difference,
+    difference_of_means,
+    is_clear,
+    margin_words,
+)
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
@@ -54,6 +63,7 @@ class Row:
         condition: whose scores, or over which the state adds what `is_gain` says.
         group: None is all questions.
         p_value, histories: None where it is not paired.
+        margin: what the difference has to exceed to matter.
     """
 
     condition: str
@@ -67,6 +77,7 @@ class Row:
     p_value: float | None = None
     histories: int | None = None
     unit: str = ""
+    margin: float | None = None
 
     @property
     def label(self) -> str:
@@ -80,15 +91,22 @@ class Row:
         if self.histories is not None and self.histories < FEWEST:
             return f"{where}: {self.histories} histories are too few for a test ({self.mean:+.2f}{self.unit})"
         size = plus_minus(self.mean, self.low, self.high, is_signed=not self.is_clear)
+        beside = margin_words(self.low, self.high, self.margin, self.unit)
         if not self.is_clear:
-            return f"{where}: the difference is not distinguishable from 0 ({size}{self.unit})"
+            return f"{where}: the difference is not distinguishable from 0 ({size}{self.unit}){beside}"
         word = "higher" if self.mean > 0 else "lower"
-        return f"{where}: B is {size}{self.unit} {word} than A"
+        return f"{where}: B is {size}{self.unit} {word} than A{beside}"
 
     @property
     def is_clear(self) -> bool:
         """Whether the difference is told from 0."""
         return is_clear(self.low, self.high, self.p_value, self.histories)
+
+    def to_json(self) -> dict[str, Any]:
+        """With where it is beside the margin, if there is one, and enough histories to tell."""
+        if self.margin is None or (self.histories is not None and self.histories < FEWEST):
+            return asdict(self)
+        return {**asdict(self), "beside_margin": beside_margin(self.low, self.high, self.margin)}
 
 
 @dataclass(frozen=True)
@@ -162,17 +180,24 @@ class Comparison:
                 {"part": part, "name": name, "a": a, "b": b} for part, name, a, b in self.differing
             ],
             "notes": self.notes,
-            "differences": [asdict(row) for row in [*self.rows, *self.gains]],
+            "differences": [row.to_json() for row in [*self.rows, *self.gains]],
             "verdict": self.verdict(),
         }
 
 
-def compare(a: str | Path, b: str | Path) -> Comparison:
-    """Compare two reports, each a folder or its `evaluation.json`.
+def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Comparison:
+    """Compare two reports.
+
+    Args:
+        a: a folder, or its `evaluation.json`.
+        b: likewise.
+        margin: what a difference has to exceed to matter.
 
     Raises:
+        ConfigError: `margin` is not one.
         DataError: one cannot be read, or a difference between them would mean nothing.
     """
+    check_margin(margin)
     first, second = read_report(expand_user(a)), read_report(expand_user(b))
     unpaired = _unpaired(first, second)
     _check_alike(first, second, unpaired)
@@ -186,6 +211,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         for name in conditions
     ]
     gains = _gains(first, second, conditions, not unpaired) if same_groups else []
+    rows, gains = ([replace(row, margin=margin) for row in each] for each in (rows, gains))
     return Comparison(first, second, unpaired, groups, _differing(first, second), _alone(first, second), rows, gains)
 
 

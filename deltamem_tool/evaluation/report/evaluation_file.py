@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deltamem_tool._version import __version__
 from deltamem_tool.errors import DataError
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB, PERPLEXITY, perplexity
+from deltamem_tool.evaluation.scoring.statistics import FEWEST, Difference, beside_margin
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
@@ -74,13 +75,22 @@ def evaluation_json(
         "differences": _differences(evaluation, None),
         "group_differences": {group: _differences(evaluation, group) for group in evaluation.groups},
         "verdict": evaluation.verdict(),
+        **({} if evaluation.margin is None else {"margin": evaluation.margin}),
         **({} if run is None else {"run": dict(run)}),
     }
 
 
 def _differences(evaluation: Evaluation, group: str | None) -> dict[str, Any]:
     """Of the state to each of the others."""
-    return {name: asdict(evaluation.difference(evaluation.metrics[0], name, group)) for name in evaluation.others}
+    differences = {name: evaluation.difference(evaluation.metrics[0], name, group) for name in evaluation.others}
+    return {name: {**asdict(one), **_beside_margin(one, evaluation.margin)} for name, one in differences.items()}
+
+
+def _beside_margin(one: Difference, margin: float | None) -> dict[str, str]:
+    """Nothing where no margin was stated, or there are too few histories to tell."""
+    if margin is None or one.histories < FEWEST:
+        return {}
+    return {"beside_margin": beside_margin(one.low, one.high, margin)}
 
 
 def _row(evaluation: Evaluation, metric: str, condition: str, group: str | None) -> list[float]:

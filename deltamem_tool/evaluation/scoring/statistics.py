@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation.scoring.digits import plus_minus
 from deltamem_tool.evaluation.scoring.scales import SHARE, Scale
 
@@ -24,6 +25,7 @@ LEVEL = 0.95
 FEWEST = 6  # histories: the signs of five, all the same, are chance in 1 of 16
 ALPHA = 0.05  # above it, a difference is called not distinguishable from 0
 SMALLEST_P = 0.001  # that is shown as a number
+BEYOND, WITHIN, UNDECIDED = "beyond", "within", "undecided"  # where the interval of a difference is beside a margin
 
 Interval = Sequence[float]  # mean, low, high
 
@@ -111,15 +113,53 @@ def difference_of_means(ours: Interval, theirs: Interval) -> Estimate:
     )
 
 
-def verdict(against: str, difference: Difference, unit: str = "") -> str:
-    """The difference in words; `unit` is what it is counted in, with a space before it."""
+def check_margin(margin: float | None) -> None:
+    """Check that a margin, if there is one, is a size.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if margin is not None and not 0 < margin < math.inf:
+        raise ConfigError(f"The margin is {margin}.", "A difference is compared with it.", "Choose a number above 0.")
+
+
+def beside_margin(low: float, high: float, margin: float) -> str:
+    """Where the whole interval of a difference is: BEYOND the margin on either side, WITHIN it, or UNDECIDED."""
+    if low > margin or high < -margin:
+        return BEYOND
+    return WITHIN if -margin <= low and high <= margin else UNDECIDED
+
+
+def margin_words(low: float, high: float, margin: float | None, unit: str = "") -> str:
+    """The same as the end of a sentence about the difference; empty without a margin."""
+    if margin is None:
+        return ""
+    size = f"the margin of {margin:g}{unit}"
+    words = {
+        BEYOND: f"more than {size}",
+        WITHIN: f"within {size}",
+        UNDECIDED: f"which may be within {size} or beyond it",
+    }
+    return f", {words[beside_margin(low, high, margin)]}"
+
+
+def verdict(against: str, difference: Difference, unit: str = "", margin: float | None = None) -> str:
+    """The difference in words.
+
+    Args:
+        against: what it is to.
+        difference: of the state's scores.
+        unit: what it is counted in, with a space before it.
+        margin: what was stated before that it has to exceed to matter.
+    """
     if difference.histories < FEWEST:
         return f"over {against}, {difference.histories} histories are too few for a test ({difference.mean:+.2f}{unit})"
     text = plus_minus(difference.mean, difference.low, difference.high, is_signed=not difference.is_clear)
+    beside = margin_words(difference.low, difference.high, margin, unit)
     if not difference.is_clear:
-        return f"over {against}, the difference is not distinguishable from 0 ({text}{unit})"
+        return f"over {against}, the difference is not distinguishable from 0 ({text}{unit}){beside}"
     word = "adds" if difference.mean > 0 else "costs"
-    return f"the state {word} {text}{unit} over {against}"
+    return f"the state {word} {text}{unit} over {against}{beside}"
 
 
 def p_text(value: float | None, histories: int | None) -> str:
