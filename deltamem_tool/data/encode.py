@@ -118,6 +118,11 @@ class Encoder:
         most = self.limits.vocabulary or math.inf
         return next((token for token in tokens if token is not None and token < most), 0)
 
+    def takes_system(self, prompt: str) -> bool:
+        """Whether the chat template writes a conversation that begins with such a system prompt."""
+        talk = [{"role": role, "content": content} for role, content in (("system", prompt), ("user", "Hello."))]
+        return self._template.attempt(talk) is not None
+
     def options(self) -> dict[str, Any]:
         """All that decides the encoding besides the tokenizer."""
         names = ("max_write_tokens", "max_read_tokens", "granularity", "recent_turns", "full_context", "limits")

@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterator, Sequence
 
 from deltamem_tool.data.dialogues import Message, assistant, user
-from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, CHAT, PLAIN, SMALL_TALK, SYSTEMS, HeldOut, Phrases
-from deltamem_tool.data.facts import Fact, other_value
+from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, CHAT, PLAIN, SMALL_TALK, HeldOut, Phrases
+from deltamem_tool.data.facts import Fact, never_told, other_value
 
 FORMS: dict[str, Phrases] = {"plain": PLAIN, "chat": CHAT}
 _SYSTEM = 0.5  # probability that a chat has a system prompt,
@@ -17,10 +17,10 @@ _TOGETHER = 0.15  # that a message states the next fact too,
 _ASKED = 0.15  # and that a statement is followed by a question about what was told so far
 
 
-def system_prompt(rng: random.Random, form: str, given: str | None = None) -> list[Message]:
-    """Draw the system prompt of a conversation: the `given` one, or in a chat none or one of several."""
-    if given is None and form == "chat" and rng.random() < _SYSTEM:
-        given = rng.choice(SYSTEMS)
+def system_prompt(rng: random.Random, form: str, systems: Sequence[str], given: str | None = None) -> list[Message]:
+    """Draw the system prompt of a conversation: the `given` one, or in a chat none or one of `systems`."""
+    if given is None and systems and form == "chat" and rng.random() < _SYSTEM:
+        given = rng.choice(systems)
     return [] if given is None else [{"role": "system", "content": given}]
 
 
@@ -42,6 +42,7 @@ def telling(
         held_out: which words no training sees.
         talk: mean number of turns of small talk before each statement of a chat.
         changed: see `form`.
+        unanswerable: the share of the questions in a chat that are about something which has not been told.
     """
     if form == "plain":
         return [user(" ".join(fact.statement(rng, PLAIN, held_out) for fact in facts))]
@@ -62,7 +63,11 @@ def telling(
         messages += acknowledged(rng, " ".join(sentence for _, sentence in together))
         known |= {fact.key: fact for fact, _ in together}
         if rng.random() < _ASKED:
-            messages += asking(rng, rng.choice(list(known.values())), form, held_out)
+            so_far = list(known.values())
+            if unanswerable and rng.random() < unanswerable:
+                messages += asking_unknown(rng, never_told(rng, [*so_far, *facts], held_out), form, held_out)
+            else:
+                messages += asking(rng, rng.choice(so_far), form, held_out)
     return messages
 
 

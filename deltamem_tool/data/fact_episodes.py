@@ -17,7 +17,7 @@ from deltamem_tool.data.fact_conversations import (
     system_prompt,
     telling,
 )
-from deltamem_tool.data.fact_words import CHAT, NOTHING, HeldOut
+from deltamem_tool.data.fact_words import CHAT, NOTHING, SYSTEMS, HeldOut
 from deltamem_tool.data.facts import never_told, sample_facts
 
 
@@ -51,9 +51,10 @@ class FactOptions:
         bare: the share of values that are any word of the word list, whatever they are about.
         fewest: an episode has at least this share of the most facts there may be.
         third_person: the share of facts that are somebody else's than the user's.
-        unanswerable: the share of questions about something that was never told.
+        unanswerable: the share of questions, those of the history too, about something that was not told.
         replies: the share of episodes that also train a reply which needs no memory.
-        system: the system prompt of all; without one, chats have one of several or none.
+        system: the system prompt of all; without one, half of the chats have one of `systems`, if there are any.
+        systems: see there.
     """
 
     facts: Growth
@@ -65,6 +66,7 @@ class FactOptions:
     unanswerable: float = 0.0
     replies: float = 0.0
     system: str | None = None
+    systems: tuple[str, ...] = SYSTEMS
 
     def ended(self) -> FactOptions:
         """Return what they hold once all has grown."""
@@ -102,9 +104,9 @@ class FactEpisodes(Dataset[Episode]):
         share = (index - index % self.batch_size) / self.episodes
         count, form = self._of_batch(index // self.batch_size, share)
         facts = sample_facts(rng, count, held_out, options.third_person, options.bare.at(share))
-        system = system_prompt(rng, form, options.system)
-        talk = options.talk.at(share)
-        history = [*system, *telling(rng, facts, form, held_out, talk)]
+        system = system_prompt(rng, form, options.systems, options.system)
+        told = telling(rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable)
+        history = [*system, *told]
         exchanges = [asking(rng, fact, form, held_out) for fact in facts]
         for _ in facts:
             while options.unanswerable and rng.random() < options.unanswerable:  # so that it is the share of all

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -183,9 +183,14 @@ def encode_cached(
     return encoded
 
 
-def in_memory(episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool = False) -> EncodedEpisodes:
-    """Encode a few episodes without the cache; arguments and errors as in `encode_cached`."""
-    rows = list(_rows(episodes, encoder, skip_bad_rows))
+def in_memory(
+    episodes: Sequence[Episode] | Sequence[EncodedEpisode], encoder: Encoder, skip_bad_rows: bool = False
+) -> EncodedEpisodes:
+    """Encode a few episodes, if they are not, without the cache; arguments and errors as in `encode_cached`."""
+    if episodes and isinstance(episodes[0], EncodedEpisode):
+        rows = list(map(_row, cast(Sequence[EncodedEpisode], episodes)))
+    else:
+        rows = list(_rows(cast(Sequence[Episode], episodes), encoder, skip_bad_rows))
     columns = {name: [row.get(name) for row in rows] for name in _FEATURES}
     return EncodedEpisodes(datasets.Dataset.from_dict(columns, features=_FEATURES))
 
@@ -215,13 +220,17 @@ def encoding_fingerprint(episodes: Sequence[Episode], encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
+def _row(episode: EncodedEpisode) -> dict[str, Any]:
+    return vars(episode) | {view: [vars(exchange) for exchange in getattr(episode, view)] for view in VIEWS}
+
+
 def _rows(
     episodes: Sequence[Episode], encoder: Encoder, skip_bad_rows: bool, report: Report | None = None
 ) -> Iterator[dict[str, Any]]:
     skipped: list[DataError] = []
     for done, encoded in enumerate(encoder.attempt(episodes), start=1):
         if isinstance(encoded, EncodedEpisode):
-            yield vars(encoded) | {view: [vars(exchange) for exchange in getattr(encoded, view)] for view in VIEWS}
+            yield _row(encoded)
         elif skip_bad_rows:
             skipped.append(encoded)
             yield {"error": [encoded.what, encoded.why, encoded.next]}

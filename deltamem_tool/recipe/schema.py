@@ -184,6 +184,21 @@ RULES: tuple[Rule, ...] = (
         )
         for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
     ),
+    Rule(
+        ("data.mix", "data.path"),
+        lambda mix, path: mix == 0 or path is not None,
+        "data.mix is the share of generated episodes beside your own: give data.path, or leave it out",
+    ),
+    Rule(
+        ("data.mix", "data.group_by_length"),
+        lambda mix, grouped: mix == 0 or not grouped,
+        "data.group_by_length is about conversations of yours alone: leave out it or data.mix",
+    ),
+    Rule(
+        ("data.generated", "data.path", "data.mix"),
+        lambda generated, path, mix: generated == "dialogues" or path is None or mix > 0,
+        "with data.path nothing is generated: give data.mix, or leave out data.generated",
+    ),
     *(
         Rule(
             (f"data.{name}", "data.generated"),
@@ -249,7 +264,7 @@ class LoraOptions(_Options):
 
 @dataclass(frozen=True, config=OPTIONS)
 class DataOptions(_Options):
-    """Where episodes come from: `path`, or else they are generated: small dialogues, or natural facts."""
+    """Where episodes come from: `path`; or they are generated, as small dialogues or natural facts; or both."""
 
     SECTION: ClassVar[Key] = ("data",)
 
@@ -270,6 +285,7 @@ class DataOptions(_Options):
     fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
     unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
+    mix: ShareBelowOne = 0.0  # share of generated episodes among those of `path`
     generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
     chats_first: Share = _FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
     chats_last: Share = _FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be

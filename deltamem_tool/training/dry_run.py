@@ -31,7 +31,7 @@ from deltamem_tool.training.peak_bytes import Report, StepShape, activation_byte
 from deltamem_tool.training.run import run_data
 from deltamem_tool.training.trainer import steps_of
 
-SAMPLED = 64  # generated dialogues that are looked at, from the whole run
+SAMPLED = 64  # generated episodes that are looked at, from the whole run
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -142,7 +142,8 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
             epochs, tokens = steps / an_epoch, _tokens(recipe, episodes) / an_epoch
         else:
             generated, count = data.training, min(SAMPLED, len(data.training))
-            sample = [generated[i * len(generated) // count] for i in range(count)]
+            between = len(generated) // count  # each a bit later, since every other one may be a user's own
+            sample = [generated[i * len(generated) // count + i % between] for i in range(count)]
             episodes = in_memory(sample, data.collator.encoder, recipe.data.skip_bad_rows)
             tokens = _tokens(recipe, episodes) / len(episodes) * data.batch
             skipped += len(episodes.skipped)
@@ -159,7 +160,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
         share=trained / base_parameters,
         memory_bytes=memory_bytes,
         episodes=None if episodes is None else episodes.statistics(),
-        is_sample=recipe.data.path is None,
+        is_sample=recipe.data.path is None or recipe.data.mix > 0,
         skipped_rows=skipped,
         processes=processes,
         steps=steps,
@@ -216,7 +217,8 @@ def _largest_batch(recipe: Recipe, episodes: EncodedEpisodes | None) -> StepShap
     """The longest episodes; without data the longest that the recipe allows, every token of an exchange scored."""
     data, batch = recipe.data, recipe.training.batch_size
     if episodes is None:
-        exchanges = batch * (1 if data.path is not None else data.facts_last)
+        is_generated = data.path is None or data.mix > 0
+        exchanges = batch * (data.facts_last if is_generated else 1)
         full = data.max_write_tokens + data.max_read_tokens
         scored = exchanges * data.max_read_tokens
         return StepShape(batch, data.max_write_tokens, exchanges, data.max_read_tokens, full, scored)

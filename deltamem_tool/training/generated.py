@@ -1,4 +1,4 @@
-"""The episodes that a recipe without data of its own generates."""
+"""The episodes that a recipe generates."""
 
 from __future__ import annotations
 
@@ -6,31 +6,46 @@ from dataclasses import replace
 
 from torch.utils.data import Dataset
 
+from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.fact_episodes import FactEpisodes, FactOptions, Growth
-from deltamem_tool.data.fact_words import EVERYTHING
+from deltamem_tool.data.fact_words import EVERYTHING, SYSTEMS
 from deltamem_tool.data.synthetic import DialogueEpisodes
+from deltamem_tool.errors import DataError
 from deltamem_tool.recipe.schema import DataOptions, Recipe
 
+_TRIED = 64  # episodes, from the whole run
 
-def generated_episodes(recipe: Recipe, episodes: int, together: int) -> Dataset[Episode]:
-    """Generate what a run of so many episodes learns from, `together` of them in a batch."""
+
+def generated_episodes(recipe: Recipe, episodes: int, together: int, encoder: Encoder) -> Dataset[Episode]:
+    """Generate what a run of so many episodes learns from, `together` of them in a batch.
+
+    Raises:
+        DataError: the recipe gives a system prompt, and the chat template takes none; or of those episodes that are
+            tried, one has an exchange that is too long.
+    """
     data, seed = recipe.data, recipe.training.seed
     if data.generated == "facts":
-        return FactEpisodes(episodes, together, seed, fact_options(data))
-    facts = (data.facts_first, data.facts_last, data.growth, data.fewest)
-    return DialogueEpisodes(episodes, together, seed, *facts, data.replies, unanswerable=data.unanswerable)
+        facts = FactEpisodes(episodes, together, seed, fact_options(data, encoder))
+        tried = min(_TRIED, episodes)
+        encoder([facts[place * episodes // tried] for place in range(tried)])
+        return facts
+    numbers = (data.facts_first, data.facts_last, data.growth, data.fewest)
+    return DialogueEpisodes(episodes, together, seed, *numbers, data.replies, unanswerable=data.unanswerable)
 
 
-def held_out_episodes(recipe: Recipe, count: int) -> list[Episode]:
+def held_out_episodes(recipe: Recipe, count: int, encoder: Encoder) -> list[Episode]:
     """Generate what a run is evaluated with: as hard as episodes get, of words or pairs that no training sees.
 
     All of it needs the memory: nothing is unanswerable, and there are no replies that the base gives alone.
+
+    Raises:
+        DataError: as in `generated_episodes`.
     """
     data, seed = recipe.data, recipe.training.seed
     episodes: Dataset[Episode]
     if data.generated == "facts":
-        options = replace(fact_options(data).ended(), unanswerable=0.0, replies=0.0)
+        options = replace(fact_options(data, encoder).ended(), unanswerable=0.0, replies=0.0)
         episodes = FactEpisodes(count, 1, seed, options, EVERYTHING)
     else:
         hardest = (data.facts_last, data.facts_last, 0.0, data.fewest)
@@ -38,8 +53,15 @@ def held_out_episodes(recipe: Recipe, count: int) -> list[Episode]:
     return [episodes[index] for index in range(count)]
 
 
-def fact_options(data: DataOptions) -> FactOptions:
-    """What a recipe says of natural facts."""
+def fact_options(data: DataOptions, encoder: Encoder) -> FactOptions:
+    """What a recipe says of natural facts; chats have no system prompt where the chat template takes none.
+
+    Raises:
+        DataError: as in `generated_episodes`.
+    """
+    takes_system = encoder.takes_system(data.system or SYSTEMS[0])
+    if data.system is not None and not takes_system:
+        raise DataError("The chat template takes no system prompt.", "data.system gives one.", "Leave out data.system.")
     chats = (data.chats_from, data.chats_until)
     return FactOptions(
         facts=Growth(data.facts_first, data.facts_last, 0.0, data.growth),
@@ -51,4 +73,5 @@ def fact_options(data: DataOptions) -> FactOptions:
         unanswerable=data.unanswerable,
         replies=data.replies,
         system=data.system,
+        systems=SYSTEMS if takes_system else (),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
 from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
+from deltamem_tool.data.mixed import MixedEpisodes
 from deltamem_tool.data.sources import read_episodes
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
 from deltamem_tool.errors import ConfigError, DeltaMemError
@@ -86,8 +88,9 @@ class RunData:
 
     @property
     def statistics(self) -> dict[str, Any] | None:
-        """Sizes of the data; None where dialogues are generated."""
-        return asdict(self.training.statistics()) if isinstance(self.training, EncodedEpisodes) else None
+        """Sizes of the data; None where all of it is generated."""
+        own = self.training.conversations if isinstance(self.training, MixedEpisodes) else self.training
+        return asdict(own.statistics()) if isinstance(own, EncodedEpisodes) else None
 
 
 def train(
@@ -340,9 +343,9 @@ def run_data(
     batch = together * training.gradient_accumulation
     if data.path is None:
         assert training.steps is not None  # a recipe without a path has them
-        generated = generated_episodes(recipe, training.steps * batch, together)
+        generated = generated_episodes(recipe, training.steps * batch, together, encoder)
         count = training.eval_episodes if training.eval_every is not None else 0
-        held_out = held_out_episodes(recipe, count)
+        held_out = held_out_episodes(recipe, count, encoder)
         return RunData(generated, held_out, collator, "as they come", batch, training.steps)
 
     def encoded(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
@@ -358,6 +361,10 @@ def run_data(
         others, more = encoded(path, data.eval_split or "train", revision, 1.0)  # from the memory alone
         validation = [others[i] for i in range(min(len(others), training.eval_episodes))]
         skipped += more
-    steps = training.steps or steps_of(training.epochs or 1.0, len(episodes), batch)
+    steps = training.steps or steps_of(training.epochs or 1.0, math.ceil(len(episodes) / (1 - data.mix)), batch)
+    if data.mix:
+        generated = generated_episodes(recipe, steps * batch, together, encoder)
+        mixed = MixedEpisodes(episodes, generated, encoder, data.mix, training.seed)
+        return RunData(mixed, validation, collator, "as they come", batch, steps, skipped)
     order = "by length" if data.group_by_length else "shuffled"
     return RunData(episodes, validation, collator, order, batch, steps, skipped)

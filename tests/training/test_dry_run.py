@@ -142,6 +142,14 @@ def test_generated_dialogues_are_sampled_from_the_whole_run(quick, checkpoint, t
     assert dry_run(few).tokens_per_step == pytest.approx(tokens / 3)
 
 
+def test_of_mixed_episodes_both_parts_are_sampled(quick, checkpoint, chats):
+    data = {"path": str(chats), "mix": 0.5, "facts_first": 8, "facts_last": 8, "fewest": 1.0}
+    said = dry_run(make_recipe(checkpoint, steps=64, batch_size=4, data=data))
+    assert said.is_sample and said.episodes.episodes == 64 and said.epochs is None
+    own = said.episodes.exchanges - 64  # the seven more of each generated one
+    assert own == 7 * 32
+
+
 def test_processes_share_the_work(quick, checkpoint, chats, monkeypatch):
     alone = dry_run(make_recipe(checkpoint, path=chats))
     monkeypatch.setenv("WORLD_SIZE", "2")

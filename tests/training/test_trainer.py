@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -161,6 +162,39 @@ def test_generated_facts_are_evaluated_when_grown_on_words_that_no_training_sees
             == {is_held_out(spoken.value) for spoken in said}
             == {held_out}
         )
+
+
+def test_generated_episodes_are_mixed_with_those_of_a_file(recipe, tokenizer):
+    mixed = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, mix=0.25, generated="facts", max_read_tokens=400)
+    )
+    data = run_data(changed(mixed, steps=None, epochs=1.0), tokenizer, "token", 1)
+    assert data.steps == 8 and len(data.training) == 32, "24 of the file are three of four"
+    names = [data.training[i].where for i in range(32)]
+    assert sum(name.startswith("generated") for name in names) == 8 and len(set(names)) == 32
+    assert data.statistics["episodes"] == 24 and len(data.validation) == 6
+    assert train(mixed).steps == 6
+
+
+def test_an_exchange_that_is_too_long_is_found_before_the_first_step(recipe, tokenizer):
+    generated = dataclasses.replace(recipe, data=DataOptions(generated="facts", max_read_tokens=20))
+    with pytest.raises(
+        DeltaMemError, match=r"generated episode \d+: An exchange has \d+ tokens, more than max_read_tokens"
+    ):
+        run_data(generated, tokenizer, "token", 1)
+
+
+def test_a_template_without_system_prompts_gets_none(recipe, tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
+    )
+    chats = DataOptions(generated="facts", chats_first=1.0, chats_until=0.0)
+    data = run_data(dataclasses.replace(recipe, data=chats), refusing, "token", 1)
+    assert not any(message["role"] == "system" for i in range(24) for message in data.training[i].history)
+    given = dataclasses.replace(recipe, data=dataclasses.replace(chats, system="Be brief."))
+    with pytest.raises(DeltaMemError, match="takes no system prompt"):
+        run_data(given, refusing, "token", 1)
 
 
 # What is left of a run

@@ -1,0 +1,54 @@
+"""Conversations of a user's own, with generated episodes among them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.data import Dataset
+
+from deltamem_tool.data.encode import EncodedEpisode, Encoder
+from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.store import EncodedEpisodes
+
+
+class MixedEpisodes(Dataset[EncodedEpisode]):
+    """All episodes of a run, in their order: of any n of them, the whole part of `mix` · n are generated.
+
+    The conversations come epoch after epoch, each in an order of its own. Episode i depends on `seed` and i alone.
+
+    Args:
+        conversations: the user's own.
+        generated: of these, the i-th is taken where the i-th episode is a generated one.
+        encoder: for the generated ones.
+        mix: their share.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        conversations: EncodedEpisodes,
+        generated: Dataset[Episode],
+        encoder: Encoder,
+        mix: float,
+        seed: int,
+    ) -> None:
+        self.conversations, self.generated = conversations, generated
+        self.encoder, self.mix, self.seed = encoder, mix, seed
+        self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+
+    def __len__(self) -> int:
+        return len(self.generated)  # type: ignore[arg-type]  # a Dataset need not have a length; this one has
+
+    def __getitem__(self, index: int) -> EncodedEpisode:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        before = math.floor(index * self.mix)  # generated ones
+        if math.floor((index + 1) * self.mix) > before:
+            return self.encoder([self.generated[index]])[0]
+        epoch, place = divmod(index - before, len(self.conversations))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._order = epoch, torch.randperm(len(self.conversations), generator=generator).tolist()
+            self.conversations.set_epoch(epoch)
+        return self.conversations[self._order[1][place]]
