@@ -31,6 +31,7 @@ def telling(
     held_out: HeldOut,
     talk: float = 0.0,
     changed: float = _CHANGED,
+    unanswerable: float = 0.0,
 ) -> list[Message]:
     """Draw a conversation that states `facts` in order.
 
