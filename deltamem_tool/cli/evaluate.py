@@ -54,6 +54,7 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
 @click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
 @click.option("--static", type=NAME, help="Also the base model with this static adapter (`train --set static=true`).")
+@click.option("--write", is_flag=True, help="Questions and answers write into the memory too, as in a chat.")
 @click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
 @allow_other_base
 @click.option(
@@ -93,6 +94,7 @@ def command(
     truncate: int | None,
     lora: str | None,
     static: str | None,
+    write: bool,
     base: str | None,
     allow_other_base: bool,
     seed: int,
@@ -129,11 +131,11 @@ def command(
     on_base = {"lora": _lora(lora), "static": _static(static)}
     baselines: dict[str, Any] = {"retrieved": bm25, "truncate": truncate, **on_base}
     if task.startswith(HARNESS):
-        ask = _ask_harness(task, protocol, options, limit, only, baselines, runtime)
+        ask = _ask_harness(task, protocol, options, limit, only, baselines, write, runtime)
         if click.get_current_context().get_parameter_source("batch_size") == ParameterSource.DEFAULT:
             batch_size = HARNESS_BATCH_SIZE
     else:
-        ask = _ask_task(task, protocol, options, seed, limit, only, baselines, runtime)
+        ask = _ask_task(task, protocol, options, seed, limit, only, baselines, write, runtime)
 
     from deltamem_tool.cli.console import progress
     from deltamem_tool.evaluation.report.evaluation_file import evaluation_json, write_evaluation
@@ -173,6 +175,7 @@ def command(
         "truncate": truncate,
         "lora": lora,
         "static": static,
+        "write": write or None,
         "limit": limit,
         "batch_size": batch_size,
         "margin": margin,
@@ -232,13 +235,14 @@ def _ask_harness(
     limit: int | None,
     only: list[str] | None,
     baselines: dict[str, Any],
+    write: bool,
     runtime: str,
 ) -> Callable[..., Evaluation]:
     """Prepare tasks of lm-evaluation-harness; what cannot be asked is said before the model is loaded."""
     from deltamem_tool.evaluation.conditions import select
     from deltamem_tool.evaluation.harness import check_options, conditions_of, find_harness, prepare
 
-    check_options(protocol, bool(baselines["retrieved"] or baselines["truncate"]), runtime)
+    check_options(protocol, bool(baselines["retrieved"] or baselines["truncate"]), write, runtime)
     on_base = {"lora": baselines["lora"], "static": baselines["static"]}
     select(conditions_of(**on_base), only)
     harness_tasks = prepare(find_harness(task, options), limit)
@@ -259,6 +263,7 @@ def _ask_task(
     limit: int | None,
     only: list[str] | None,
     baselines: dict[str, Any],
+    write: bool,
     runtime: str,
 ) -> Callable[..., Evaluation]:
     """Prepare a task of ours or of one's own; what cannot be asked is said before the model is loaded."""
@@ -274,7 +279,7 @@ def _ask_task(
     def ask(model: Any, tokenizer: Any, **shared: Any) -> Evaluation:
         from deltamem_tool.evaluation.runner import evaluate
 
-        return evaluate(model, tokenizer, chosen, parsed, limit=limit, **baselines, **shared)
+        return evaluate(model, tokenizer, chosen, parsed, limit=limit, write=write, **baselines, **shared)
 
     return ask
 

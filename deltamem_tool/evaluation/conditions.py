@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Memories.
 OWN, ZERO, DONOR, MEAN, PERMUTED, SCALE_ZERO = "own", "zero", "donor", "mean", "permuted", "scale_zero"
+NEVER_WRITTEN = "never written"  # zeros, also where questions write
 MEAN_OF = 100  # histories whose memories are averaged, where there are so many others
 # What is in view before the question.
 NOTHING, WINDOW, ALL, RETRIEVED, TRUNCATED = "nothing", "window", "all", "retrieved", "truncated"
@@ -108,7 +109,7 @@ def conditions_of(
         ALL: "everything",
     }
     shown, onnx = seen[view], runtime != PYTORCH
-    without = ZERO if onnx else None
+    without = NEVER_WRITTEN if onnx else None
     base = "a memory of zeros, which corrects nothing" if onnx else "the base model without adapter"
     conditions = [
         Condition(STATE, OWN, view, f"the memory of the history, and {shown}"),

@@ -106,22 +106,29 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     return harness
 
 
-def check_options(protocol: str, baselines: bool, runtime: str) -> None:
+def check_options(protocol: str, baselines: bool, write: bool, runtime: str) -> None:
     """Refuse what tasks of lm-evaluation-harness cannot have.
 
     Args:
         protocol: its name.
         baselines: whether one that shows a part of the history is wanted.
+        write: whether questions shall write, as they always do here.
         runtime: of the model.
 
     Raises:
-        ConfigError: something is wanted that only a history has, or the model is an ONNX folder.
+        ConfigError: something is wanted that only a history has, or that is so anyway, or the model is an ONNX folder.
     """
     if runtime != PYTORCH:
         raise ConfigError(
             "Tasks of lm-evaluation-harness need PyTorch.",
             "The harness asks models of transformers, and this is an ONNX folder.",
             "Evaluate the adapter that was exported, or choose another task.",
+        )
+    if write:
+        raise ConfigError(
+            "In tasks of lm-evaluation-harness the questions always write.",
+            "The memory starts from zeros with every request, and is written as it is read.",
+            "Leave out --write.",
         )
     if protocol != MEMORY_ONLY or baselines:
         raise ConfigError(

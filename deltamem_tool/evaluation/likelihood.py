@@ -123,7 +123,7 @@ def log_probs(
     Args:
         subject: the model.
         rows: prompts and answers.
-        memory: a row for each of them, which prompt and answer read; neither writes. None for zeros.
+        memory: a row for each of them, which prompt and answer read, and write if `subject` says so. None for zeros.
         condition: what the model is like meanwhile.
 
     Raises:
@@ -134,7 +134,7 @@ def log_probs(
     with subject.under(condition):
         for part in _parts(subject, rows):
             memories = subject.memory_for(None if memory is None else take_rows(memory, part), len(part))
-            values += _log_probs(subject, [rows[row] for row in part], memories)
+            values += _log_probs(subject, [rows[row] for row in part], memories, subject.writes(condition))
     for row, logarithms in zip(rows, values, strict=True):
         if not all(map(math.isfinite, logarithms)):
             raise DataError(
@@ -164,17 +164,17 @@ def _width(rows: Sequence[ScoredAnswer]) -> int:
     return last if min(len(row.ids) for row in rows) > last else max(len(row.ids) for row in rows)
 
 
-def _log_probs(subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory) -> list[list[float]]:
+def _log_probs(subject: Subject, rows: Sequence[ScoredAnswer], memory: StoredMemory, write: bool) -> list[list[float]]:
     engine = subject.engine
     ids = padded([row.ids for row in rows], 0, "left").numpy()
     mask = padded([[1] * len(row.ids) for row in rows], 0, "left").numpy()
     first, last = ids.shape[1] - _width(rows), ids.shape[1] - 1  # nothing follows the last token
-    nothing = np.zeros(ids.shape, bool)
+    written = mask.astype(bool) & write
     past = engine.start(memory)
     for start, end in ((0, first), (first, last)) if first else ((0, last),):
-        never = nothing[:, start:end]  # written, or the end of a segment
-        ends = never if engine.memory_shape.segment_width else None
-        logits, past = engine.step(past, ids[:, start:end], mask[:, :end], never, ends, all_positions=end == last)
+        writes = written[:, start:end]
+        ends = np.zeros_like(writes) if engine.memory_shape.segment_width else None
+        logits, past = engine.step(past, ids[:, start:end], mask[:, :end], writes, ends, all_positions=end == last)
     likely = torch.from_numpy(logits).log_softmax(-1)  # [B, T - first - 1, V]
     values = likely.gather(2, torch.from_numpy(ids[:, first + 1 :, None]))[..., 0]
     return [values[number, -row.answer :].tolist() for number, row in enumerate(rows)]

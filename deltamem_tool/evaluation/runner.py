@@ -18,6 +18,7 @@ from deltamem_tool.evaluation import BATCH_SIZE
 from deltamem_tool.evaluation.conditions import (
     DONOR,
     MEAN,
+    NEVER_WRITTEN,
     ONNX,
     PERMUTED,
     ZERO,
@@ -54,6 +55,7 @@ def evaluate(
     truncate: int | None = None,
     lora: Lora | None = None,
     static: Static | None = None,
+    write: bool = False,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
@@ -74,6 +76,7 @@ def evaluate(
         truncate: the base model with the last messages within so many tokens, beside the controls.
         lora: the base model with this on it, beside the controls.
         static: likewise.
+        write: questions and answers write into the memory, as they do in a conversation.
         limit: only the first so many questions; the histories of the controls are of all.
         batch_size: questions, or histories, at once.
         seed: of the intervals, and of the order in which layers change places.
@@ -84,7 +87,8 @@ def evaluate(
 
     Raises:
         AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
-        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; or `seed` or `margin` is not one.
+        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; `seed` or `margin` is not one; or
+            questions shall write into a memory that writes by segments.
         DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
         ExportError: the log-probability of answers is asked for, and the graph has logits of the last position only.
 
@@ -101,7 +105,7 @@ def evaluate(
     """
     check_seed(seed)
     check_margin(margin)
-    subject = Subject.of(model, tokenizer)
+    subject = Subject.of(model, tokenizer, write)
     can_permute = has_layers_to_permute(subject.engine.memory_shape)
     baselines: dict[str, Any] = {"retrieved": retrieved, "truncate": truncate, "lora": lora, "static": static}
     possible = partial(conditions_of, protocol, **baselines, runtime=subject.runtime, can_permute=can_permute)
@@ -116,6 +120,7 @@ def evaluate(
     conditions = select(possible(others=len(others[everyone[0].history_id])), only, subject.runtime)
     asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, others)}
     asked |= {"seed": seed, **(settings or {})}
+    asked |= {"write": True} if write else {}
     asked |= {} if margin is None else {"margin": margin}
     asked |= {} if truncate is None else {"truncate": truncate}
     asked |= {} if lora is None else {"lora": lora.fingerprint}
@@ -200,7 +205,7 @@ class _Run:
 
     def _read(self, condition: Condition, item: Item) -> Sequence[str]:
         """The histories whose memories an item is asked with: several where it is their mean, or none."""
-        if condition.memory in (None, ZERO):
+        if condition.memory in (None, ZERO, NEVER_WRITTEN):
             return ()
         others = {DONOR: self.others[item.history_id][:1], MEAN: self.others[item.history_id]}
         return others.get(condition.memory, (item.history_id,))

@@ -15,7 +15,7 @@ from deltamem_tool.chat.engine import Engine, empty_memory
 from deltamem_tool.chat.generation import answer_prompts
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, SCALE_ZERO, Condition
+from deltamem_tool.evaluation.conditions import NEVER_WRITTEN, ONNX, PYTORCH, SCALE_ZERO, Condition
 from deltamem_tool.evaluation.memories import take_rows
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.decoder_call import without_memory
@@ -34,25 +34,39 @@ class Subject:
         engine: runs it.
         tokenizer: with a chat template.
         model: in PyTorch; None for an ONNX folder.
+        write: whether questions and answers write into the memory, as they do in a conversation.
     """
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | None
+    write: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
+    def of(
+        cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None, write: bool = False
+    ) -> Subject:
         """Take a model with a memory with its tokenizer, or an `OnnxModel`, whose folder has the tokenizer.
 
         Raises:
             ArchitectureError: the ONNX folder's tokenizer cannot be read.
-            ConfigError: a PyTorch model comes without its tokenizer.
+            ConfigError: a PyTorch model comes without its tokenizer; or questions shall write, and the memory writes by
+                segments.
         """
         if not isinstance(model, PreTrainedModel):
-            return cls(model, tokenizer or read_tokenizer(getattr(model, "folder", "")), None)
-        if tokenizer is None:
+            subject = cls(model, tokenizer or read_tokenizer(getattr(model, "folder", "")), None, write)
+        elif tokenizer is None:
             raise ConfigError("A PyTorch model is evaluated with its tokenizer.", "There is none.", "Pass `tokenizer`.")
-        return cls(TorchModel(model, tokenizer, takes_back=False), tokenizer, model)
+        else:
+            subject = cls(TorchModel(model, tokenizer, takes_back=False), tokenizer, model, write)
+        granularity = subject.engine.mechanism.granularity
+        if write and granularity != "token":
+            raise ConfigError(
+                "Questions cannot write into this memory.",
+                f"It writes {granularity} by {granularity}, and prompts are not marked with where one ends.",
+                "Leave out --write (write=True), or evaluate an adapter whose every token writes.",
+            )
+        return subject
 
     @property
     def runtime(self) -> str:
@@ -72,7 +86,7 @@ class Subject:
     def ask(
         self, prompts: Sequence[str], memory: StoredMemory | None, condition: Condition, max_new_tokens: int
     ) -> list[str]:
-        """Answer prompts greedily; they read the memory and do not write.
+        """Answer prompts greedily; they read the memory, and write if `writes` says so.
 
         Args:
             prompts: rendered, with the header of the answer.
@@ -85,9 +99,13 @@ class Subject:
         """
         with self.under(condition):
             rows = self.memory_for(memory, len(prompts))
-            answers = answer_prompts(self.engine, rows, self.tokens(prompts), max_new_tokens)
+            answers = answer_prompts(self.engine, rows, self.tokens(prompts), max_new_tokens, self.writes(condition))
         texts = (self.tokenizer.decode(list(answer.tokens), skip_special_tokens=True) for answer in answers)
         return [str(text).strip() for text in texts]
+
+    def writes(self, condition: Condition) -> bool:
+        """Whether questions and answers write under a condition: never where the base model is alone."""
+        return self.write and condition.memory not in (None, NEVER_WRITTEN)
 
     def memory_for(self, memory: StoredMemory | None, rows: int) -> StoredMemory:
         """`memory`, or zeros, bound to the adapter as it is now: with Δ = 0 it is another one."""

@@ -186,7 +186,9 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
         prepare(find_harness(f"lm_eval:{ELSEWHERE}", path))
     for protocol, retrieved in (("full", False), ("memory", True)):
         with pytest.raises(ConfigError, match="have no history"):
-            check_options(protocol, retrieved, PYTORCH)
+            check_options(protocol, retrieved, False, PYTORCH)
+    with pytest.raises(ConfigError, match="the questions always write"):
+        check_options("memory", False, True, PYTORCH)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
     attach(model, DeltaMemConfig(rank=4))
     story = prepare(find_harness(f"lm_eval:{STORY}", path), 1)
