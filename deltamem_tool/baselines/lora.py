@@ -83,7 +83,7 @@ def random_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> 
     parameters = sum(parameter.numel() for parameter in adapter.parameters())
     rank = max(1, round(parameters / of_rank_one))
     generator = torch.Generator().manual_seed(seed)
-    with _without_warnings():
+    with without_warnings():
         lora = new_lora(model, LoraOptions(rank=rank, targets=tuple(linears)))
     with torch.no_grad():
         for parameter in _lora_weights(lora):
@@ -98,7 +98,7 @@ def lora_parameters(lora: Any) -> int:
 
 def import_peft() -> None:
     """Import all that making a LoRA needs. PEFT itself imports more with its first one, for every kind of layer."""
-    with _without_warnings():
+    with without_warnings():
         peft = _peft()
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
 
@@ -243,7 +243,7 @@ class Lora:
 
     def for_inference(self, model: PreTrainedModel) -> Any:
         """As `put_on`, frozen and in the data type of the base model."""
-        with _without_warnings():
+        with without_warnings():
             return _in_dtype_of_base(self.put_on(model))
 
     def _load_weights(self, wrapped: Any) -> None:
@@ -254,7 +254,8 @@ class Lora:
             weights = load_file(self.folder / WEIGHTS_FILE)
         except SafetensorError as error:
             raise AdapterError(f"{self.folder / WEIGHTS_FILE} is damaged.", f"{error}.", _AGAIN) from error
-        expected = {name: weight.shape for name, weight in _peft().get_peft_model_state_dict(wrapped).items()}
+        with without_warnings():  # that the base has no config.json, where it is a GGUF file
+            expected = {name: weight.shape for name, weight in _peft().get_peft_model_state_dict(wrapped).items()}
         shapes = {name: weight.shape for name, weight in weights.items()}
         if expected != shapes:
             names = sorted(expected.keys() | shapes.keys())
@@ -291,7 +292,7 @@ def _in_dtype_of_base(lora: Any) -> Any:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Hide PEFT's warnings, such as those of what it uses of transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from deltamem_tool._compat import REGEX_COMMIT_OID
 from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.errors import HubError
 from deltamem_tool.hub.contents import Contents
-from deltamem_tool.io.names import BUILTIN, is_gguf, is_hub_path, on_hub, short_name
+from deltamem_tool.io.names import BUILTIN, hub_name, is_gguf, on_hub, short_name
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 
@@ -85,8 +85,7 @@ def _recorded(contents: Contents) -> Base:
             if is_gguf(name) and commits:
                 repository += f":{'/'.join(below[below.index(commits[0]) + 1 :])}"
             return Base(repository, commit)
-    one_slash = name.partition(":")[0].count("/") == 1  # before the file in a repository, if there is one
-    is_name = name.startswith(BUILTIN) or is_hub_path(name) or (one_slash and not path.exists())
+    is_name = name.startswith(BUILTIN) or hub_name(name) is not None
     return Base(name, revision) if is_name else Base(None, None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool.adapter.config_file import BaseModel
+from deltamem_tool.baselines.lora import without_warnings
 from deltamem_tool.baselines.static import StaticAdapter
 from deltamem_tool.io.atomic import folder_whole
 from deltamem_tool.recipe.load import ObjectiveOptions
@@ -64,7 +65,8 @@ class LoraStepModel(nn.Module):
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
         """Write PEFT's adapter folder, whole or not at all, with `files` beside."""
         with folder_whole(out, overwrite) as staged:
-            self.lora.save_pretrained(staged)
+            with without_warnings():  # that the base has no config.json, where it is a GGUF file
+                self.lora.save_pretrained(staged)
             for name, content in files.items():
                 (staged / name).write_bytes(content)
 

@@ -184,6 +184,27 @@ def test_a_base_in_the_hubs_cache_is_named_as_on_the_hub(as_writer, tmp_path):
     assert (base.name, base.revision) == (BASE, COMMIT)
 
 
+@pytest.mark.parametrize("file", ["tiny.gguf", "Q4/tiny.gguf"])
+def test_a_gguf_file_on_the_hub_is_the_base(file, as_writer, tmp_path):
+    """As it is recorded, and as transformers has it in the cache; the card's metadata have the repository alone."""
+    cached = tmp_path / "hub" / "models--someone--base" / "snapshots" / COMMIT / file
+    for name, revision in ((f"{BASE}:{file}", COMMIT), (str(cached), None)):
+        pushed = push(adapter_folder(tmp_path / f"adapter {revision}", name, revision), REPO)
+        base = read_adapter(pull(REPO).path).base
+        assert (base.name, base.revision) == (f"{BASE}:{file}", COMMIT)
+        assert f"base_model: {BASE}\n" in pushed.card
+        assert f"[{BASE}:{file}](https://huggingface.co/{BASE})" in pushed.card
+
+
+def test_a_gguf_file_of_this_machine_is_not(as_writer, tmp_path):
+    for name in ("models/tiny.gguf", str(tmp_path / "tiny.gguf")):
+        with pytest.raises(HubError, match="--base-model"):
+            push(adapter_folder(tmp_path / name.replace("/", " "), name, None), REPO)
+    push(adapter_folder(tmp_path / "adapter", name, None), REPO, base_model=f"{BASE}@{COMMIT}:tiny.gguf")
+    base = read_adapter(pull(REPO).path).base
+    assert (base.name, base.revision) == (f"{BASE}:tiny.gguf", COMMIT)
+
+
 def test_an_evaluation_of_another_adapter_is_refused(as_writer, tmp_path):
     folder = evaluated(adapter_folder(tmp_path / "adapter"), "0" * 64)
     with pytest.raises(HubError, match="another adapter"):

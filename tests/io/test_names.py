@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.io.names import expand_user
+from deltamem_tool.io.names import expand_user, hub_name, short_name
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -20,3 +20,35 @@ def test_a_name_that_no_file_can_have(name):
     with pytest.raises(ConfigError, match="is not a path"):
         expand_user(name)
     assert expand_user("caf\udce9") == Path("caf\udce9")  # bytes that are not UTF-8, as the command line gives them
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "file"),
+    [
+        ("someone/model:tiny.gguf", None, "tiny.gguf"),
+        ("someone/model:Q4/Tiny.GGUF", None, "Q4/Tiny.GGUF"),
+        ("someone/model@v1:tiny.gguf", "v1", "tiny.gguf"),
+        ("someone/model@refs/pr/1:tiny.gguf", "refs/pr/1", "tiny.gguf"),
+        ("hf://someone/model:tiny.gguf", None, "tiny.gguf"),
+        ("hf://someone/model/tiny.gguf", None, "tiny.gguf"),
+    ],
+)
+def test_a_gguf_file_on_the_hub(name, revision, file):
+    hub = hub_name(name)
+    assert hub is not None and (hub.id, hub.revision, hub.path_in_repo) == ("someone/model", revision, file)
+    assert short_name(hub) == f"someone/model:{file}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiny.gguf", "models/tiny.gguf", "./a:b.gguf", "~/a:b.gguf", "/a/b:c.gguf", "C:\\tiny.gguf", "a:b.gguf"],
+)
+def test_a_gguf_file_here(name):
+    assert hub_name(name) is None
+
+
+def test_a_file_here_goes_before_one_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "model:tiny.gguf").touch()
+    assert hub_name("someone/model:tiny.gguf") is None and hub_name("someone/model:other.gguf") is not None

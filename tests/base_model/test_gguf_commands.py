@@ -1,0 +1,90 @@
+"""From a GGUF file to an ONNX folder: every command takes it as it takes a folder with the same weights."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import yaml
+from cli.command import deltamem  # noqa: F401
+from helpers.tiny import listing
+from helpers.tiny_gguf import tiny_gguf
+from safetensors.torch import load_file
+
+from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.tokenizer import tokenizer_of
+
+MEMORY = {"memory": {"rank": 4, "delta_init": "base_slice"}}
+RECIPE = {
+    "data": {"max_write_tokens": 3000, "max_read_tokens": 400, "facts_first": 1, "facts_last": 1},
+    "training": {"steps": 1, "batch_size": 1},
+}
+POSITIONS = 8192  # a character is a token, nearly
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """A GGUF file, and a folder with the same weights and the same tokenizer."""
+    file, folder = tmp_path / "tiny.gguf", tmp_path / "folder"
+    tiny_gguf(file, kind="Q8_0", max_position_embeddings=POSITIONS)
+    model = BaseCheckpoint(str(file)).load()
+    model.save_pretrained(folder)
+    tokenizer_of(model).save_pretrained(folder)
+    return {"gguf": file, "folder": folder}
+
+
+def trained(deltamem, base, name, **sections):  # noqa: F811
+    """Train an adapter, or a LoRA, on `base`."""
+    out = base.with_name(name)
+    recipe = base.with_name(f"{name}.yaml")
+    contents = {**(sections or MEMORY), **RECIPE, "base": str(base), "out": str(out)}
+    recipe.write_text(yaml.safe_dump(contents))
+    dry = deltamem("train", recipe, "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    done = deltamem("train", recipe)
+    assert done.code == 0, done.err
+    return out, json.loads(dry.out)
+
+
+@pytest.mark.slow
+def test_every_command_takes_it(bases, tmp_path, deltamem, monkeypatch):  # noqa: F811
+    adapters, plans, scores, chats = {}, {}, {}, {}
+    for kind, base in bases.items():
+        adapters[kind], plans[kind] = trained(deltamem, base, f"of-{kind}")
+        recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--json")
+        done = deltamem("eval", adapters[kind], *recall)
+        assert done.code == 0, done.err
+        scores[kind] = json.loads(done.out)["scores"]
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"My dog is Rex.\nWho is my dog?\n")))
+        done = deltamem("chat", adapters[kind], "--max-new-tokens", "8")
+        assert done.code == 0, done.err
+        chats[kind] = done.out
+    weights = {kind: load_file(adapter / "deltamem.safetensors") for kind, adapter in adapters.items()}
+    assert all((weights["gguf"][name] == own).all() for name, own in weights["folder"].items())
+    assert plans["gguf"] == plans["folder"] and scores["gguf"] == scores["folder"] and chats["gguf"] == chats["folder"]
+    # Either base is that of both adapters.
+    assert deltamem("eval", adapters["gguf"], "--base", bases["folder"], *recall).code == 0
+    done = deltamem("export", adapters["gguf"], "--out", tmp_path / "onnx", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["base_model"] == "tiny.gguf"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"My dog is Rex.\nWho is my dog?\n")))
+    assert deltamem("chat", tmp_path / "onnx", "--max-new-tokens", "8").out == chats["gguf"]
+
+
+@pytest.mark.slow
+def test_a_lora_on_it(bases, deltamem):  # noqa: F811
+    adapter, _ = trained(deltamem, bases["gguf"], "adapter")
+    lora, _ = trained(deltamem, bases["gguf"], "lora", lora={"rank": 2})
+    recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--json")
+    done = deltamem("eval", adapter, "--lora", lora, *recall)
+    assert done.code == 0 and "lora" in json.loads(done.out)["scores"], done.err
+
+
+def test_its_folder_is_not_replaced(bases, tmp_path, deltamem):  # noqa: F811
+    (tmp_path / "own").mkdir()
+    file = bases["gguf"].rename(tmp_path / "own" / "tiny.gguf")
+    before = listing(tmp_path)
+    done = deltamem("patch", file, "--out", tmp_path / "own", "--overwrite")
+    done.assert_short_error("has the base model in it", "Choose another folder", code=1)
+    assert listing(tmp_path) == before
