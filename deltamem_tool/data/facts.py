@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from deltamem_tool.data.fact_words import ATTRIBUTES, CLAUSES, CORRECTIONS, NAMES, WORDS, HeldOut, Kind, Phrases
 
 SAME_ATTRIBUTE = 0.1  # probability that a fact is about an attribute of which another person's value is told too
+_TRIES = 20  # to draw a value that can be told from all others, before another attribute is taken
 _IGNORED = re.compile(r"\b(a|an|the)\b|[\W_]+")
 
 
@@ -126,6 +127,24 @@ def never_told(
             fact = Fact(told.kind, attribute, value, _owner(rng, told.kind, held_out, third_person))
         if _is_apart(fact, facts):
             return fact
+
+
+def alike(rng: random.Random, facts: Sequence[Fact], count: int, held_out: HeldOut) -> list[Fact]:
+    """Draw `count` facts of the user about other attributes than those of `facts`.
+
+    Those of the kind of the first of `facts` come before those of the others' kinds, and these before all others.
+    """
+    kinds = [fact.kind for fact in facts]
+    attributes = rng.sample(ATTRIBUTES[held_out.attributes], len(ATTRIBUTES[held_out.attributes]))
+    attributes.sort(key=lambda pair: kinds.index(pair[0]) if pair[0] in kinds else len(kinds))
+    told = list(facts)
+    for kind, attribute in attributes:
+        if len(told) == len(facts) + count:
+            break
+        if all(attribute != fact.attribute for fact in told):
+            drawn = (Fact(kind, attribute, kind.value(rng, held_out.values)) for _ in range(_TRIES))
+            told += [fact for fact in drawn if _is_apart(fact, told)][:1]
+    return told[len(facts) :]
 
 
 def _sample(rng: random.Random, facts: Sequence[Fact], held_out: HeldOut, third_person: float, bare: float) -> Fact:

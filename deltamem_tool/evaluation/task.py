@@ -16,7 +16,7 @@ from deltamem_tool.segments.messages import Message
 ENTRY_POINTS = "deltamem.tasks"  # the group in which another package names its tasks
 _HERE = "deltamem_tool.evaluation.tasks"
 TASKS = {
-    RECALL: f"{_HERE}.recall:Recall",
+    RECALL: f"{_HERE}.natural_recall:recall",
     "locomo": f"{_HERE}.locomo:LoCoMo",
     "hotpotqa": f"{_HERE}.hotpotqa:HotpotQA",
     "memoryagentbench": f"{_HERE}.memoryagentbench:MemoryAgentBench",

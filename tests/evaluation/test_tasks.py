@@ -118,7 +118,14 @@ def test_a_record_for_others_is_read_back(tmp_path):
     assert said["scores"]["state"] == [[1.0, 0.25, 1.0]] * 2 and said["questions"] == [4, 4]
     assert said["differences"]["donor_state"]["mean"] == 1.0
     assert "the state adds 1.00 ± 0.38 over donor state" in said["verdict"]
-    optional = {"differences", "group_differences", "other_metrics", "deltamem_version", "format_version"}
+    optional = {
+        "differences",
+        "group_differences",
+        "other_metrics",
+        "other_scores",
+        "deltamem_version",
+        "format_version",
+    }
     for name in said.keys() - optional:
         (tmp_path / "less.json").write_text(json.dumps({key: value for key, value in said.items() if key != name}))
         with pytest.raises(DataError, match=r"less.json"):

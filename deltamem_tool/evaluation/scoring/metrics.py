@@ -13,6 +13,11 @@ from typing import Any
 from deltamem_tool.errors import ConfigError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_DECLINES = re.compile(
+    r"(not|n't|never) (yet )?(been )?(told|know|say|said|mention|specif|provid|shared|given|sure|aware|available)"
+    r"|(not|n't) have (that|this|any|enough)"
+    r"|no (information|record|idea|mention)|unknown|unable to"
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -86,6 +91,21 @@ def contains(answer: str, right: str) -> float:
     MemoryAgentBench's `substring_exact_match_score`.
     """
     return float(normalise(right) in normalise(answer))
+
+
+def names(answer: str, value: str) -> bool:
+    """Whether a value occurs in the answer as whole words, once both are normalised."""
+    return f" {normalise(value)} " in f" {normalise(answer)} "
+
+
+def names_alone(answer: str, value: str, others: Sequence[str]) -> float:
+    """Whether a value occurs in the answer, and none of the others."""
+    return float(names(answer, value) and not any(names(answer, other) for other in others))
+
+
+def declines(answer: str) -> bool:
+    """Whether the answer says that something is not known, or was not told."""
+    return _DECLINES.search(answer.lower().replace("\u2019", "'")) is not None
 
 
 def best(metric: Callable[[str, str], float], answer: str, answers: Sequence[str]) -> float:

@@ -1,13 +1,16 @@
-"""Facts are told in a conversation, and one is asked for. Every fact is a held-out pair: no answer was trained."""
+"""Facts are told in a conversation, and one is asked for. Every fact is a held-out pair: no answer was trained.
+
+`NaturalRecall` asks the same of other facts (`natural_recall.py`).
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deltamem_tool.data import dialogues
-from deltamem_tool.data.dialogues import Fact
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.scoring.metrics import exact, normalise
@@ -18,15 +21,22 @@ STATED, CHANGED, CONTRADICTED = "stated", "changed", "contradicted"
 SMALL_TALK, OTHER_FACTS = "small_talk", "facts"
 EXACT, OLD, FALSE_ANSWER = "exact", "old", "false_answer"  # metrics
 NEVER_TOLD = "never told"  # in the names of groups
-_MOST = len(dialogues.KIND_OF)  # facts that a conversation can tell
 _VALUES = {normalise(value) for kind in dialogues.KINDS for value in kind.values}
 
 
 @dataclass(frozen=True)
-class ToldTwice(Item):
-    """A question about a fact of which another value, `stale`, was told before; it is the whole answer with it."""
+class AskedFact(Item):
+    """A question about a fact.
+
+    Args:
+        stale: of what was told twice, the answer that was right at first.
+        others: the values of the other facts that the conversation tells.
+        is_told: whether the fact was told at all.
+    """
 
     stale: str = ""
+    others: tuple[str, ...] = ()
+    is_told: bool = True
 
 
 class Recall:
@@ -58,6 +68,8 @@ class Recall:
 
     name = "recall"
     max_new_tokens = 24
+    _metric = EXACT
+    _most = len(dialogues.KIND_OF)  # facts that a conversation can tell
 
     def __init__(
         self,
@@ -71,23 +83,23 @@ class Recall:
         session: int | None = None,
         unanswerable: float = 0.0,
     ) -> None:
-        self._facts = _numbers("numbers of facts", facts, 1, _MOST)
+        self._facts = _numbers("numbers of facts", facts, 1, self._most)
         self._delays = _numbers("delays", delay, 0)
         (self._episodes,) = _numbers("episodes", episodes, 1)
         (self._distractors,) = _numbers("distractors", distractors, 0)
         self._session = None if session is None else _numbers("turns of a session", session, 1)[0]
-        self._kind = _one_of("kind", kind, (STATED, CHANGED, CONTRADICTED))
-        self._between = _one_of("between", between, (SMALL_TALK, OTHER_FACTS))
+        self._kind = one_of("kind", kind, (STATED, CHANGED, CONTRADICTED))
+        self._between = one_of("between", between, (SMALL_TALK, OTHER_FACTS))
         self._seed = seed
         self._unanswerable = _questions("unanswerable", unanswerable, self._episodes)
         told_twice = [OLD] if kind != STATED else []
-        self.metrics: Sequence[str] = (EXACT, *told_twice, *([FALSE_ANSWER] if self._unanswerable else []))
+        self.metrics: Sequence[str] = (self._metric, *told_twice, *([FALSE_ANSWER] if self._unanswerable else []))
         count = max(self._facts) + self._distractors
         others = ["the delay"] if between == OTHER_FACTS and max(self._delays) > 0 else []
         others += ["a question about none of them"] if self._unanswerable else []
-        if count > _MOST - len(others):
+        if count > self._most - len(others):
             raise ConfigError(
-                f"There are {_MOST} facts to tell.",
+                f"There are {self._most} facts to tell.",
                 f"{count} of them are told" + (f", which leaves none for {' and '.join(others)}." if others else "."),
                 "Take fewer facts or distractors.",
             )
@@ -114,45 +126,99 @@ class Recall:
         return parts + ([f"{self._distractors} distractors"] if self._distractors else [])
 
     def _item(self, rng: random.Random, group: str, name: str, facts: int, delay: int, never_told: bool) -> Item:
-        chosen = dialogues.sample_facts(rng, facts, held_out=True)
+        chosen = self._sample(rng, facts)
         asked = rng.choice(chosen)
         if self._distractors:
             others = [fact for fact in chosen if fact != asked]
-            chosen += dialogues.alike(rng, [asked, *others], self._distractors, held_out=True)
+            chosen += self._alike(rng, [asked, *others], self._distractors)
             rng.shuffle(chosen)
         messages, stale = self._messages(rng, chosen, asked)
         other_rng = random.Random(f"{name}/{self._seed}")  # so that all other conversations stay as they are
-        unsaid = dialogues.never_told(other_rng, chosen, held_out=True) if never_told else None
+        unsaid = self._never_told(other_rng, chosen) if never_told else None
+        said_later: list[str] = []
         if delay and self._between == OTHER_FACTS:
             told = chosen if unsaid is None else [*chosen, unsaid]
-            messages += dialogues.other_facts(rng, told, delay, held_out=True)
+            turns, said_later = self._other_facts(rng, told, delay)
+            messages += turns
         else:
-            messages += dialogues.small_talk(rng, delay)
-        question, history = [dialogues.user(asked.question(rng))], _sessions(messages, self._session)
+            messages += self._small_talk(rng, delay)
+        question = self._question(rng, asked)
         if unsaid is not None:
-            question = [dialogues.user(unsaid.question(other_rng))]
-            return Item(name, name, history, question, [unsaid.unknown], f"{group}, {NEVER_TOLD}", name)
-        item = Item(name, name, history, question, [asked.answer], group, name)
-        return item if stale is None else ToldTwice(**vars(item), stale=stale.answer)
+            question = self._question(other_rng, unsaid)
+        system, history = _sessions(messages, self._session)
+        return AskedFact(
+            id=name,
+            history_id=name,
+            history=history,
+            question=[*system, dialogues.user(question)],
+            answers=[self._answer(asked) if unsaid is None else self._unknown(unsaid)],
+            group=group if unsaid is None else f"{group}, {NEVER_TOLD}",
+            where=name,
+            stale="" if stale is None or unsaid is not None else self._answer(stale),
+            others=(*(fact.value for fact in chosen if fact != asked), *said_later),
+            is_told=unsaid is None,
+        )
 
-    def _messages(self, rng: random.Random, facts: Sequence[Fact], asked: Fact) -> tuple[list[Message], Fact | None]:
+    def _messages(self, rng: random.Random, facts: Sequence[Any], asked: Any) -> tuple[list[Message], Any]:
         """The conversation that tells `facts`; and what was said of the one that is `asked` before it was told anew."""
         if self._kind == STATED:
-            return dialogues.telling(rng, facts, held_out=True), None
-        stale = dialogues.sample_value(rng, asked.attribute, held_out=True, other_than=asked.value)
+            return self._telling(rng, facts), None
+        stale = self._other_value(rng, asked, facts)
         first = [stale if fact == asked else fact for fact in facts]
-        anew = asked.change(rng) if self._kind == CHANGED else asked.statement(rng)
-        messages = dialogues.telling(rng, first, held_out=True, changed=0.0)
-        return messages + dialogues.acknowledged(rng, anew), stale
+        return self._telling(rng, first, asked, is_change=self._kind == CHANGED), stale
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """`exact`, and those of the other metrics that are asked for."""
+        """The metric that decides, and those of the others that are asked for."""
+        assert isinstance(item, AskedFact)
         scores = {EXACT: exact(answer, item.answers[0])}
         if OLD in self.metrics:
-            scores[OLD] = exact(answer, item.stale) if isinstance(item, ToldTwice) else 0.0
+            scores[OLD] = exact(answer, item.stale) if item.stale else 0.0
         if FALSE_ANSWER in self.metrics:
             scores[FALSE_ANSWER] = float(bool(_values_in(answer) - _values_in(item.answers[0])))
         return scores
+
+    # What the conversations are made of; `facts` are of whatever kind `_sample` draws, and have a `value`.
+
+    def _sample(self, rng: random.Random, count: int) -> list[Any]:
+        return dialogues.sample_facts(rng, count, held_out=True)
+
+    def _alike(self, rng: random.Random, facts: Sequence[Any], count: int) -> list[Any]:
+        return dialogues.alike(rng, facts, count, held_out=True)
+
+    def _other_value(self, rng: random.Random, fact: Any, facts: Sequence[Any]) -> Any:
+        return dialogues.sample_value(rng, fact.attribute, held_out=True, other_than=fact.value)
+
+    def _never_told(self, rng: random.Random, facts: Sequence[Any]) -> Any:
+        return dialogues.never_told(rng, facts, held_out=True)
+
+    def _telling(
+        self, rng: random.Random, facts: Sequence[Any], anew: Any = None, is_change: bool = False
+    ) -> list[Message]:
+        """A conversation that tells `facts`, and at its end, if there is one, the fact `anew`."""
+        if anew is None:
+            return dialogues.telling(rng, facts, held_out=True)
+        sentence = anew.change(rng) if is_change else anew.statement(rng)
+        messages = dialogues.telling(rng, facts, held_out=True, changed=0.0)
+        return messages + dialogues.acknowledged(rng, sentence)
+
+    def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
+        return dialogues.small_talk(rng, turns)
+
+    def _other_facts(self, rng: random.Random, facts: Sequence[Any], turns: int) -> tuple[list[Message], list[str]]:
+        """Turns that tell other facts, and their values where these are scored."""
+        return dialogues.other_facts(rng, facts, turns, held_out=True), []
+
+    def _question(self, rng: random.Random, fact: Any) -> str:
+        question: str = fact.question(rng)
+        return question
+
+    def _answer(self, fact: Any) -> str:
+        answer: str = fact.answer
+        return answer
+
+    def _unknown(self, fact: Any) -> str:
+        unknown: str = fact.unknown
+        return unknown
 
 
 def _values_in(answer: str) -> set[str]:
@@ -160,9 +226,12 @@ def _values_in(answer: str) -> set[str]:
     return {word for word in normalise(answer).split() if word in _VALUES}
 
 
-def _sessions(messages: Sequence[Message], turns: int | None) -> list[list[Message]]:
-    size = len(messages) if turns is None else 2 * turns
-    return [list(messages[start : start + size]) for start in range(0, len(messages), size)]
+def _sessions(messages: Sequence[Message], turns: int | None) -> tuple[list[Message], list[list[Message]]]:
+    """The system prompt, if there is one, and the sessions, each of which begins with it."""
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    turned = messages[len(system) :]
+    size = len(turned) if turns is None else 2 * turns
+    return system, [[*system, *turned[start : start + size]] for start in range(0, len(turned), size)]
 
 
 def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None = None) -> list[int]:
@@ -176,20 +245,27 @@ def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None
     return numbers
 
 
-def _questions(name: str, share: float, of: int) -> int:
+def share(name: str, value: float) -> float:
+    """Check an option that is a share."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} is a share, from 0 to 1.", f"It is {value!r}.", "Correct this option of the task.")
+    return value
+
+
+def _questions(name: str, value: float, of: int) -> int:
     """A share as a number of questions, at least one if it is above 0."""
-    if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise ConfigError(f"{name} is a share, from 0 to 1.", f"It is {share!r}.", "Correct this option of the task.")
-    if share > 0 and round(share * of) == 0:
+    count = round(share(name, value) * of)
+    if value > 0 and count == 0:
         raise ConfigError(
             f"{name} leaves no question.",
-            f"A share of {share} of {of} conversations is less than one.",
+            f"A share of {value} of {of} conversations is less than one.",
             "Ask for more episodes, or a larger share.",
         )
-    return round(share * of)
+    return count
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> str:
+def one_of(name: str, value: str, known: Sequence[str]) -> str:
+    """Check an option that is one of a few words."""
     if value not in known:
         raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Write {', '.join(known)}.")
     return value

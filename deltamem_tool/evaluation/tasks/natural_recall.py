@@ -1,0 +1,186 @@
+"""Recall of natural facts: words, attributes and sentences by the hundreds, which training has seen or not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from deltamem_tool.data import fact_conversations, facts
+from deltamem_tool.data.dialogues import Message
+from deltamem_tool.data.fact_conversations import FORMS
+from deltamem_tool.data.fact_words import ATTRIBUTES, SYSTEMS, HeldOut
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation import EPISODES, FACTS
+from deltamem_tool.evaluation.scoring.metrics import declines, names_alone
+from deltamem_tool.evaluation.task import Item, create_task
+from deltamem_tool.evaluation.tasks.recall import (
+    FALSE_ANSWER,
+    OLD,
+    SMALL_TALK,
+    STATED,
+    AskedFact,
+    Recall,
+    one_of,
+    share,
+)
+
+CONTAINS = "contains"  # the metric that decides
+HELD_OUT = ("attributes", "values", "phrasings")
+DIALOGUES, NATURAL = "dialogues", "natural"  # words
+_OTHERS = 30  # facts between what was told and the question, before one of these changes
+
+
+def recall(words: str = DIALOGUES, seed: int = 0, **options: Any) -> Recall:
+    """Make the recall task of one kind of words: the shipped backbone's `dialogues`, or `natural` facts.
+
+    Raises:
+        ConfigError: there are no such words, or the task does not take the options.
+    """
+    kind = {DIALOGUES: Recall, NATURAL: NaturalRecall}[one_of("words", words, (DIALOGUES, NATURAL))]
+    task: Recall = create_task(kind, f"recall of {words}", {"seed": seed, **options}, None)
+    return task
+
+
+class NaturalRecall(Recall):
+    """`episodes` conversations for each number of `facts` and each `delay`, of natural facts.
+
+    Scored, as `contains`, is whether the answer has the value in it, and the value of no other fact that the
+    conversation tells; of what was told twice, as `old`, the same of the first value. Of a question that is
+    unanswerable, `contains` is whether the answer says that it does not know, in whatever words. `false_answer`
+    is every answer that is neither right nor says that it does not know.
+
+    Args:
+        facts: how many are told, one of which is asked for.
+        episodes: conversations of each.
+        seed: of all that is drawn.
+        kind: as in `Recall`.
+        delay: as in `Recall`.
+        between: as in `Recall`.
+        distractors: as in `Recall`.
+        session: as in `Recall`.
+        unanswerable: as in `Recall`.
+        held_out: of `attributes`, `values` and `phrasings`, those that are drawn from what no training sees; the
+            others are drawn from what training sees.
+        form: `chat`, or `plain`: the facts in one message.
+        talk: mean number of turns of small talk before each statement of a chat.
+        third_person: the share of facts that are somebody else's than the user's.
+        bare: the share of values that are any word, whatever they are about.
+        system: the system prompt of every conversation; false for none. By default half of the chats have one of
+            several.
+
+    Raises:
+        ConfigError: an option is out of range, options do not go together, or there are not so many facts.
+    """
+
+    max_new_tokens = 48
+    _metric = CONTAINS
+
+    def __init__(
+        self,
+        facts: Sequence[int] | int = FACTS,
+        episodes: int = EPISODES,
+        seed: int = 0,
+        kind: str = STATED,
+        delay: Sequence[int] | int = (0,),
+        between: str = SMALL_TALK,
+        distractors: int = 0,
+        session: int | None = None,
+        unanswerable: float = 0.0,
+        held_out: Sequence[str] = HELD_OUT,
+        form: str = "chat",
+        talk: float = 1.0,
+        third_person: float = 0.25,
+        bare: float = 0.0,
+        system: str | Literal[False] | None = None,
+    ) -> None:
+        parts = [held_out] if isinstance(held_out, str) else list(held_out)
+        self._held_out = HeldOut(**{one_of("held_out", part, HELD_OUT): True for part in parts})
+        self._most = len({attribute for _, attribute in ATTRIBUTES[self._held_out.attributes]})
+        super().__init__(facts, episodes, seed, kind, delay, between, distractors, session, unanswerable)
+        self._form = one_of("form", form, tuple(FORMS))
+        if form == "plain" and (kind != STATED or self._delays != [0] or session is not None):
+            raise ConfigError(
+                "A plain conversation is one message.",
+                "It has no correction, no delay and no sessions.",
+                "Leave out kind, delay and session, or use form=chat.",
+            )
+        self._talk = _number("talk", talk)
+        self._third_person, self._bare = share("third_person", third_person), share("bare", bare)
+        if not (system is None or system is False or isinstance(system, str)):
+            raise ConfigError("system is a text, or false.", f"It is {system!r}.", "Correct this option of the task.")
+        self._systems, self._system = ((), None) if system is False else (SYSTEMS, system)
+
+    def _variant(self, delay: int) -> list[str]:
+        return [NATURAL, *super()._variant(delay)]
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """`contains`, and those of the other metrics that are asked for."""
+        assert isinstance(item, AskedFact)
+        value, others, knows = item.answers[0], item.others, not declines(answer)
+        right = names_alone(answer, value, [*others, *filter(None, [item.stale])]) if item.is_told else float(not knows)
+        scores = {CONTAINS: right}
+        if OLD in self.metrics:
+            scores[OLD] = names_alone(answer, item.stale, [*others, value]) if item.stale else 0.0
+        if FALSE_ANSWER in self.metrics:
+            scores[FALSE_ANSWER] = float(knows and not right)
+        return scores
+
+    def _sample(self, rng: random.Random, count: int) -> list[Any]:
+        return facts.sample_facts(rng, count, self._held_out, self._third_person, self._bare)
+
+    def _alike(self, rng: random.Random, told: Sequence[Any], count: int) -> list[Any]:
+        return facts.alike(rng, told, count, self._held_out)
+
+    def _other_value(self, rng: random.Random, fact: Any, told: Sequence[Any]) -> Any:
+        return facts.other_value(rng, fact, told, self._held_out)
+
+    def _never_told(self, rng: random.Random, told: Sequence[Any]) -> Any:
+        return facts.never_told(rng, told, self._held_out, self._third_person)
+
+    def _telling(
+        self, rng: random.Random, told: Sequence[Any], anew: Any = None, is_change: bool = False
+    ) -> list[Message]:
+        messages = fact_conversations.system_prompt(rng, self._form, self._systems, self._system)
+        if anew is None:
+            return messages + fact_conversations.telling(rng, told, self._form, self._held_out, self._talk)
+        messages += fact_conversations.telling(rng, told, self._form, self._held_out, self._talk, changed=0.0)
+        phrases = FORMS[self._form]
+        sentence = anew.change(rng, self._held_out) if is_change else anew.statement(rng, phrases, self._held_out)
+        return messages + fact_conversations.acknowledged(rng, sentence)
+
+    def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
+        return fact_conversations.small_talk(rng, turns)
+
+    def _other_facts(self, rng: random.Random, told: Sequence[Any], turns: int) -> tuple[list[Message], list[str]]:
+        others = facts.alike(rng, told, min(turns, _OTHERS), self._held_out)
+        messages: list[Message] = []
+        values: list[str] = []
+        for turn in range(turns):
+            fact = others[turn % len(others)]
+            if turn < len(others):
+                sentence = fact.statement(rng, FORMS[self._form], self._held_out)
+            else:
+                fact = others[turn % len(others)] = facts.other_value(rng, fact, [*told, *others], self._held_out)
+                sentence = fact.change(rng, self._held_out)
+            messages += fact_conversations.acknowledged(rng, sentence)
+            values.append(fact.value)
+        return messages, values
+
+    def _question(self, rng: random.Random, fact: Any) -> str:
+        question: str = fact.question(rng, FORMS[self._form], self._held_out)
+        return question
+
+    def _answer(self, fact: Any) -> str:
+        value: str = fact.value
+        return value
+
+    def _unknown(self, fact: Any) -> str:
+        unknown: str = fact.unknown(random.Random(fact.attribute), FORMS[self._form])
+        return unknown
+
+
+def _number(name: str, value: float) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} is a number, 0 or more.", f"It is {value!r}.", "Correct this option of the task.")
+    return value

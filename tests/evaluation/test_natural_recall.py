@@ -1,0 +1,183 @@
+"""Recall of natural facts: what is told and asked, which words are held out, and what counts as right."""
+
+from __future__ import annotations
+
+import pytest
+from data.spoken_facts import IS, PREFERRED, both, question_in, statements_in
+
+from deltamem_tool.data.fact_words import ACKNOWLEDGEMENTS, ATTRIBUTES, CORRECTIONS, SMALL_TALK, WORDS, is_held_out
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.scoring.metrics import declines, names, names_alone
+from deltamem_tool.evaluation.task import find_task
+from deltamem_tool.evaluation.tasks.natural_recall import NaturalRecall
+from deltamem_tool.evaluation.tasks.recall import Recall
+
+REMARKS = {remark for remark, _ in SMALL_TALK}
+KIND = {**IS, **PREFERRED}
+
+
+def told(item):
+    """What the user states, in order, in all sessions."""
+    users = [message["content"] for session in item.history for message in session if message["role"] == "user"]
+    return [spoken for text in users if text not in REMARKS for spoken in statements_in(text) or []]
+
+
+def asked(item):
+    return question_in(item.question[-1]["content"])
+
+
+def test_the_task_of_other_words_is_found_by_an_option():
+    natural = find_task("recall", {"words": "natural", "facts": 2, "episodes": 3}, {"seed": 5})
+    assert isinstance(natural, NaturalRecall) and natural.metrics == ("contains",)
+    assert natural.items() == NaturalRecall(2, 3, seed=5).items() != NaturalRecall(2, 3).items()
+    usual = find_task("recall", {"facts": 2, "episodes": 3}, {"seed": 5})
+    assert type(usual) is Recall and usual.items() == Recall(2, 3, seed=5).items()
+
+
+def test_one_of_the_facts_is_asked_for_and_what_was_said_last_is_right():
+    for item in NaturalRecall([1, 4], 60).items():
+        said, question = told(item), asked(item)
+        assert len({spoken[:2] for spoken in said}) == int(item.group.split()[0])
+        assert [spoken.value for spoken in said if spoken[:2] == question[:2]][-1:] == list(item.answers)
+        assert sorted(item.others) == sorted(
+            {spoken[:2]: spoken.value for spoken in said if spoken[:2] != question[:2]}.values()
+        )
+        system = [message for message in item.history[0] if message["role"] == "system"]
+        assert list(item.question[:-1]) == system
+
+
+@pytest.mark.parametrize(
+    "held_out", [("attributes", "values", "phrasings"), ("attributes",), "values", ["phrasings"], ()]
+)
+def test_what_is_held_out_is_an_option(held_out):
+    for item in NaturalRecall(3, 25, held_out=held_out, bare=0.2).items():
+        said, question = told(item), asked(item)
+        for part, texts in {
+            "attributes": [spoken.attribute for spoken in (*said, question)],
+            "values": [spoken.value for spoken in said],
+            "phrasings": [spoken.frame for spoken in (*said, question)],
+        }.items():
+            assert set(map(is_held_out, texts)) == {part in held_out}, part
+
+
+@pytest.mark.parametrize(("kind", "corrected"), [("changed", True), ("contradicted", False)])
+def test_a_fact_that_is_told_twice(kind, corrected):
+    task = NaturalRecall(3, 40, kind=kind)
+    assert task.metrics == ("contains", "old")
+    for item in task.items():
+        question = asked(item)
+        old, new = [spoken for spoken in told(item) if spoken[:2] == question[:2]]
+        assert told(item)[-1] == new and (item.stale, item.answers) == (old.value, [new.value])
+        assert task.score(item, f"It is {new.value}.") == {"contains": 1.0, "old": 0.0}
+        assert task.score(item, f"It is {old.value}.") == {"contains": 0.0, "old": 1.0}
+        assert task.score(item, f"First {old.value}, then {new.value}.") == {"contains": 0.0, "old": 0.0}
+    corrections = set(both(CORRECTIONS))
+    assert {told(item)[-1].frame in corrections for item in task.items()} == {corrected}
+
+
+@pytest.mark.parametrize("between", ["small_talk", "facts"])
+def test_a_delay_comes_after_all_that_is_told(between):
+    for item in NaturalRecall(2, 8, delay=[0, 40], between=between, talk=0.0).items():
+        delay = int(item.group.split(", ")[1].split()[0])
+        users = [message["content"] for message in item.history[0] if message["role"] == "user"]
+        later, question = users[len(users) - delay :], asked(item)
+        if between == "small_talk":
+            assert set(later) <= REMARKS and len(set(later)) == min(delay, len(REMARKS))
+        else:
+            others = [spoken for text in later for spoken in statements_in(text)]
+            assert len(others) == delay and question[:2] not in {spoken[:2] for spoken in others}
+            assert {spoken.value for spoken in others} <= set(item.others)
+
+
+def test_distractors_are_of_the_asked_kind_first():
+    for item in NaturalRecall(1, 30, distractors=2, third_person=0.0).items():
+        kind = KIND[asked(item).attribute]
+        names = {spoken.attribute for spoken in told(item)}
+        assert len(names) == 3
+        assert sum(KIND[name] is kind for name in names) == min(3, len(kind.attributes[True]))
+
+
+def test_sessions_begin_with_the_system_prompt():
+    for item in NaturalRecall(4, 10, session=2, system="Be brief.").items():
+        assert all(session[0] == {"role": "system", "content": "Be brief."} for session in item.history)
+        assert {len(session) for session in item.history[:-1]} <= {5} and item.question[0]["role"] == "system"
+    silent = NaturalRecall(4, 20, system=False).items()
+    assert not any(message["role"] == "system" for item in silent for message in item.history[0])
+
+
+def test_plain_conversations_are_one_message():
+    for item in NaturalRecall(3, 10, form="plain", system="").items():
+        assert [message["role"] for message in item.history[0]] == ["system", "user"] and len(told(item)) == 3
+    words = set(WORDS[True])
+    assert all(item.answers[0] in words for item in NaturalRecall(1, 20, form="plain", bare=1).items())
+
+
+def test_what_was_never_told_is_declined_and_the_rest_stays_as_it_is():
+    plain, some = NaturalRecall(3, 40), NaturalRecall(3, 40, unanswerable=0.25)
+    assert some.metrics == ("contains", "false_answer")
+    unknown = [item for item in some.items() if not item.is_told]
+    assert len(unknown) == 10 and {item.group for item in unknown} == {"3 facts, never told"}
+    same = dict(zip([item.id for item in plain.items()], plain.items(), strict=True))
+    for item in some.items():
+        assert item.history == same[item.id].history
+        if item.is_told:
+            assert item == same[item.id]
+            assert some.score(item, item.answers[0]) == {"contains": 1.0, "false_answer": 0.0}
+            assert some.score(item, "You have not told me.") == {"contains": 0.0, "false_answer": 0.0}
+            assert some.score(item, item.others[0]) == {"contains": 0.0, "false_answer": 1.0}
+        else:
+            assert asked(item)[:2] not in {spoken[:2] for spoken in told(item)}
+            assert some.score(item, item.answers[0]) == {"contains": 1.0, "false_answer": 0.0}
+            assert some.score(item, "It is Oslo.") == {"contains": 0.0, "false_answer": 1.0}
+
+
+def test_a_value_is_named_by_its_words_alone():
+    assert names("Your gym is the Silver Otter!", "The Silver Otter") and names("At 7:45 pm.", "7:45 pm")
+    assert not names("It is 14:305.", "14:30") and not names("Oslofjord", "Oslo") and not names("", "Oslo")
+    assert names_alone("Ines Keller", "ines keller", ["Oslo"]) == 1.0
+    assert names_alone("Ines Keller or Oslo", "Ines Keller", ["Oslo"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_declined"),
+    [
+        ("You have not told me who your dentist is.", True),
+        ("I don't know what Anna prefers.", True),
+        ("I\u2019m not sure.", True),
+        ("You haven't mentioned it.", True),
+        ("I have no information about that.", True),
+        ("Your dentist is Ines Keller.", False),
+        ("You told me that your dentist is Ines Keller.", False),
+        ("Your favourite novel is The Forgotten Harbour.", False),
+        ("", False),
+    ],
+)
+def test_what_declines(answer, is_declined):
+    assert declines(answer) is is_declined
+
+
+def test_no_answer_that_was_generated_as_known_declines():
+    for item in NaturalRecall(4, 100).items():
+        assert not any(declines(f"Your {spoken.attribute} is {spoken.value}.") for spoken in told(item))
+    assert not any(map(declines, ACKNOWLEDGEMENTS))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"words": "nature"}, "no words 'nature'"),
+        ({"words": "natural", "fact": 3}, "does not take these options"),
+        ({"form": "chat"}, "does not take these options"),
+        ({"words": "natural", "held_out": ["names"]}, "no held_out 'names'"),
+        ({"words": "natural", "form": "talk"}, "no form 'talk'"),
+        ({"words": "natural", "talk": -1}, "talk is a number, 0 or more"),
+        ({"words": "natural", "bare": 2}, "bare is a share"),
+        ({"words": "natural", "third_person": "half"}, "third_person is a share"),
+        ({"words": "natural", "system": 3}, "system is a text, or false"),
+        ({"words": "natural", "form": "plain", "delay": 3}, "one message"),
+        ({"words": "natural", "facts": 999}, rf"go from 1 to {len({text for _, text in ATTRIBUTES[True]})}"),
+    ],
+)
+def test_options_out_of_range(options, says):
+    with pytest.raises(ConfigError, match=says):
+        find_task("recall", options)
