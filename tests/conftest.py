@@ -87,6 +87,17 @@ def smollm2():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The GGUF file that `smollm2` is made of; read only."""
+    from smollm2 import Unavailable, fetch_gguf
+
+    try:
+        return fetch_gguf()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
 # Made once for several tests, each of which is slow where it is the first: exports, a quickstart, processes.
 SLOW_FIXTURES = {"export_again", "exported_with", "fixed", "float16", "growths", "llama", "portable", "quickstart_run"}
 

