@@ -45,14 +45,17 @@ def telling(
         changed: see `form`.
         unanswerable: the share of the questions in a chat that are about something which has not been told.
     """
+    told = [
+        (fact, fact.statement(rng, phrasing))
+        for fact, phrasing in zip(facts, phrasings(rng, form, held_out), strict=False)
+    ]
     if form == "plain":
-        return [user(" ".join(fact.statement(rng, PLAIN, held_out) for fact in facts))]
-    told = [(fact, fact.statement(rng, CHAT, held_out)) for fact in facts]
+        return [user(" ".join(sentence for _, sentence in told))]
     if facts and rng.random() < changed:
         index = rng.randrange(len(facts))
         fact = facts[index]
         stale = other_value(rng, fact, facts, held_out)
-        told[index] = (stale, stale.statement(rng, CHAT, held_out))
+        told[index] = (stale, stating(rng, stale, form, held_out))
         told.insert(rng.randint(index + 1, len(told)), (fact, fact.change(rng, held_out)))
     remarks = _remarks(rng)
     messages: list[Message] = []
@@ -70,6 +73,17 @@ def telling(
             else:
                 messages += asking(rng, rng.choice(so_far), form, held_out)
     return messages
+
+
+def phrasings(rng: random.Random, form: str, held_out: HeldOut) -> Iterator[str]:
+    """Draw phrasings of statements: none comes again before all have come."""
+    known = FORMS[form].statements[held_out.phrasings]
+    return itertools.cycle(rng.sample(known, len(known)))
+
+
+def stating(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> str:
+    """Draw a sentence in which the user states a fact."""
+    return fact.statement(rng, next(phrasings(rng, form, held_out)))
 
 
 def acknowledged(rng: random.Random, sentence: str) -> list[Message]:

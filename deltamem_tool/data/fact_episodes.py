@@ -14,10 +14,11 @@ from deltamem_tool.data.fact_conversations import (
     asking,
     asking_unknown,
     small_talk,
+    stating,
     system_prompt,
     telling,
 )
-from deltamem_tool.data.fact_words import CHAT, NOTHING, SYSTEMS, HeldOut
+from deltamem_tool.data.fact_words import NOTHING, SYSTEMS, HeldOut
 from deltamem_tool.data.facts import never_told, sample_facts
 
 
@@ -114,7 +115,7 @@ class FactEpisodes(Dataset[Episode]):
                 exchanges.append(asking_unknown(rng, unsaid, form, held_out))
         if options.replies and rng.random() < options.replies:
             (replied,) = sample_facts(rng, 1, held_out, options.third_person)
-            statement = acknowledged(rng, replied.statement(rng, CHAT, held_out))
+            statement = acknowledged(rng, stating(rng, replied, "chat", held_out))
             exchanges.append(rng.choice((statement, small_talk(rng, 1))))
         return Episode(history, [system + exchange for exchange in exchanges], f"generated episode {index}")
 

@@ -31,9 +31,9 @@ class Fact:
         """What has one value."""
         return self.owner, self.attribute
 
-    def statement(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
-        """Draw a sentence in which the user states the fact."""
-        return self._said(rng, rng.choice(phrases.statements[held_out.phrasings]))
+    def statement(self, rng: random.Random, phrasing: str) -> str:
+        """Fill a sentence in which the user states the fact."""
+        return self._said(rng, phrasing)
 
     def change(self, rng: random.Random, held_out: HeldOut) -> str:
         """Draw a sentence in which the user corrects an earlier value."""

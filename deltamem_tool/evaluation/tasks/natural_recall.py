@@ -145,8 +145,9 @@ class NaturalRecall(Recall):
         if anew is None:
             return messages + fact_conversations.telling(rng, told, self._form, self._held_out, self._talk)
         messages += fact_conversations.telling(rng, told, self._form, self._held_out, self._talk, changed=0.0)
-        phrases = FORMS[self._form]
-        sentence = anew.change(rng, self._held_out) if is_change else anew.statement(rng, phrases, self._held_out)
+        if is_change:
+            return messages + fact_conversations.acknowledged(rng, anew.change(rng, self._held_out))
+        sentence = fact_conversations.stating(rng, anew, self._form, self._held_out)
         return messages + fact_conversations.acknowledged(rng, sentence)
 
     def _small_talk(self, rng: random.Random, turns: int) -> list[Message]:
@@ -159,7 +160,7 @@ class NaturalRecall(Recall):
         for turn in range(turns):
             fact = others[turn % len(others)]
             if turn < len(others):
-                sentence = fact.statement(rng, FORMS[self._form], self._held_out)
+                sentence = fact_conversations.stating(rng, fact, self._form, self._held_out)
             else:
                 fact = others[turn % len(others)] = facts.other_value(rng, fact, [*told, *others], self._held_out)
                 sentence = fact.change(rng, self._held_out)
