@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from deltamem_tool.evaluation.conditions import (
     ZERO,
     Condition,
     EvalProtocol,
+    check_pytorch,
     conditions_of,
     select,
 )
@@ -36,7 +37,7 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
 from deltamem_tool.evaluation.scoring.statistics import check_margin
 from deltamem_tool.evaluation.subject import Subject
-from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood
+from deltamem_tool.evaluation.task import Item, LikelihoodTask, Task, is_by_likelihood, reference_of
 from deltamem_tool.evaluation.write_pass import memorise
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.segments.messages import text_of
@@ -106,6 +107,10 @@ def evaluate(
     check_seed(seed)
     check_margin(margin)
     subject = Subject.of(model, tokenizer, write)
+    reference = reference_of(task)
+    if reference is not None:
+        check_pytorch(reference, subject.runtime)
+        only = only and {*only, reference}
     can_permute = has_layers_to_permute(subject.engine.memory_shape)
     baselines: dict[str, Any] = {"retrieved": retrieved, "truncate": truncate, "lora": lora, "static": static}
     possible = partial(conditions_of, protocol, **baselines, runtime=subject.runtime, can_permute=can_permute)
@@ -120,12 +125,15 @@ def evaluate(
     conditions = select(possible(others=len(others[everyone[0].history_id])), only, subject.runtime)
     asked: dict[str, Any] = {"task": task.name, "protocol": protocol.name, ITEMS: digest_of(items, everyone, others)}
     asked |= {"seed": seed, **(settings or {})}
-    asked |= {"write": True} if write else {}
-    asked |= {} if margin is None else {"margin": margin}
-    asked |= {} if truncate is None else {"truncate": truncate}
-    asked |= {} if lora is None else {"lora": lora.fingerprint}
-    asked |= {} if static is None else {"static": static.fingerprint}
-    asked |= {"runtime": ONNX} if subject.runtime == ONNX else {}
+    options = {
+        "write": write or None,
+        "margin": margin,
+        "truncate": truncate,
+        "lora": None if lora is None else lora.fingerprint,
+        "static": None if static is None else static.fingerprint,
+        "runtime": ONNX if subject.runtime == ONNX else None,
+    }
+    asked |= {name: value for name, value in options.items() if value is not None}
     records = Records(folder, asked)
     left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in records]
     count = len(conditions) * len(items)
@@ -133,7 +141,17 @@ def evaluate(
     tell = report or (lambda stage, done, of: None)
     views = Views(subject, protocol, _new_tokens(task), truncate)
     run = _Run(subject, task, views, everyone, others, seed, batch_size, tell)
-    for new in run.records(left):
+
+    def new_records() -> Iterator[list[Record]]:
+        """Those of the reference come first, and make its answers right."""
+        yield from run.records([(c, item) for c, item in left if c.name == reference])
+        rest = [(c, item) for c, item in left if c.name != reference]
+        if reference is not None:
+            right = {record.item: record.answer for record in records.of([reference], [item.id for item in items])}
+            rest = [(c, replace(item, answers=[right[item.id]])) for c, item in rest]
+        yield from run.records(rest)
+
+    for new in new_records():
         done += records.add(new)
         tell("questions", done, count)
     groups = list(dict.fromkeys(item.group for item in items))

@@ -21,6 +21,8 @@ TASKS = {
     "hotpotqa": f"{_HERE}.hotpotqa:HotpotQA",
     "memoryagentbench": f"{_HERE}.memoryagentbench:MemoryAgentBench",
     "perplexity": f"{_HERE}.perplexity:Perplexity",
+    "agreement": f"{_HERE}.agreement:Agreement",
+    "text": f"{_HERE}.text:Text",
 }
 
 
@@ -55,7 +57,11 @@ class Item:
 
 
 class Task(Protocol):
-    """A way to ask. `metrics` are the names that `score` gives, the one that decides first."""
+    """A way to ask. `metrics` are the names that `score` gives, the one that decides first.
+
+    A task may name a condition as its `reference`: what is answered under it is then right under the others, and the
+    items' `answers` are empty until it has been asked.
+    """
 
     @property
     def name(self) -> str:
@@ -101,6 +107,12 @@ class LikelihoodTask(Protocol):
 def is_by_likelihood(task: Task | LikelihoodTask) -> bool:
     """Whether a task scores log-probabilities."""
     return bool(getattr(task, "by_likelihood", False))
+
+
+def reference_of(task: Task | LikelihoodTask) -> str | None:
+    """The condition whose answers are right under the others, where a task has one."""
+    reference: str | None = getattr(task, "reference", None)
+    return reference
 
 
 def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Task | LikelihoodTask:

@@ -19,6 +19,7 @@ from deltamem_tool.errors import ConfigError, DataError, ExportError
 from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.evaluation.records import SETTINGS_FILE
 from deltamem_tool.evaluation.scoring.scales import LOG_PROB
+from deltamem_tool.evaluation.tasks.agreement import Agreement
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,11 @@ def test_what_changes_weights_is_refused(pair, name):
     lora = Lora(Path("lora"), None, None) if name == "lora" else None
     with pytest.raises(ConfigError, match=f"The condition {name} needs PyTorch.\n.*fixed.\nEvaluate the adapter"):
         evaluate(pair[1], None, TASK, MEMORY, only=("state", name), lora=lora)
+
+
+def test_the_base_s_answers_need_pytorch(pair):
+    with pytest.raises(ConfigError, match="The condition no_adapter needs PyTorch"):
+        evaluate(pair[1], None, Agreement(), MEMORY)
 
 
 def test_records_are_of_one_runtime(pair, tokenizer, tmp_path):

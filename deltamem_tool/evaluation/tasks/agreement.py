@@ -1,0 +1,79 @@
+"""What the base model answers: how often it is answered all the same, with a memory that has nothing to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.evaluation.scoring.metrics import exact
+from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
+
+QUESTIONS = Path(__file__).parents[2] / "assets" / "questions.txt"
+SAME, SAME_START = "same", "same_start"  # metrics
+
+
+class Agreement:
+    """Questions that no memory is needed for. Right is what the base model answers, greedily.
+
+    Scored is whether the whole answer is the same, and as `same_start` whether its first words are.
+
+    Args:
+        data: a text file with a question a line; by default 200 questions of this package.
+        history: conversations, as `deltamem train` reads them, whose histories the memories are written from; by
+            default they are generated, one for each question.
+        facts: that each generated one tells; with 0 the memory is empty.
+        start: how many words are the first.
+        new_tokens: the longest answer.
+        seed: of the generated conversations.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    name = "agreement"
+    metrics = (SAME, SAME_START)
+    reference = "no_adapter"
+
+    def __init__(
+        self,
+        data: str | None = None,
+        history: str | None = None,
+        facts: int = FACTS,
+        start: int = 8,
+        new_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        for option, value in (("words of the start", start), ("tokens of an answer", new_tokens)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"The {option} are a number from 1.", f"It is {value!r}.", "Correct it.")
+        self._data = needs_data(self.name, str(QUESTIONS) if data is None else data, "questions.txt", history=history)
+        self._history, self._facts, self._seed = history, facts, seed
+        self._start, self.max_new_tokens = start, new_tokens
+
+    def items(self) -> list[Item]:
+        """A question each."""
+        lines = [(number, line.strip()) for number, line in enumerate(read_text(self._data).splitlines(), start=1)]
+        asked = [(number, line) for number, line in lines if line]
+        talks = unrelated(len(asked), self._facts, self._seed, self._history)
+        return [
+            Item(
+                f"question {number}",
+                name,
+                history,
+                [{"role": "user", "content": line}],
+                [],  # the base model's answer, once it is known
+                "questions",
+                f"{self._data} line {number}",
+            )
+            for (number, line), (name, history) in zip(asked, talks, strict=True)
+        ]
+
+    def score(self, item: Item, answer: str) -> Mapping[str, float]:
+        """`same` and `same_start`; the base model's own answers have nothing to be compared with, and are right."""
+        if not item.answers:
+            return dict.fromkeys(self.metrics, 1.0)
+        (right,) = item.answers
+        same_start = answer.split()[: self._start] == right.split()[: self._start]
+        return {SAME: exact(answer, right), SAME_START: float(same_start)}

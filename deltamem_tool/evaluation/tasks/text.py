@@ -1,0 +1,60 @@
+"""How likely a text goes on as it does, with a memory that has nothing to do with it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from deltamem_tool.errors import ConfigError, DataError
+from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, read_text, unrelated
+
+_ASK = "Go on with this text:\n\n"
+
+
+class Text:
+    """A text file in passages: the first half of each is in view, the second is the answer whose likelihood is taken.
+
+    Args:
+        data: the file.
+        words: of a passage; what is left at the end and is shorter is left out.
+        history: conversations, as `deltamem train` reads them, whose histories the memories are written from; by
+            default they are generated, one for each passage.
+        facts: that each generated one tells; with 0 the memory is empty.
+        seed: of the generated conversations.
+
+    Raises:
+        ConfigError: there is no data, or an option is out of range.
+    """
+
+    name = "text"
+    by_likelihood: Literal[True] = True
+
+    def __init__(
+        self, data: str | None = None, words: int = 200, history: str | None = None, facts: int = FACTS, seed: int = 0
+    ) -> None:
+        if type(words) is not int or words < 2:
+            raise ConfigError("The words of a passage are a number from 2.", f"It is {words!r}.", "Correct it.")
+        self._data, self._words = needs_data(self.name, data, "text.txt", history=history), words
+        self._history, self._facts, self._seed = history, facts, seed
+
+    def items(self) -> list[Item]:
+        """A passage each."""
+        words, size = read_text(self._data).split(), self._words
+        passages = [words[start : start + size] for start in range(0, len(words) - size + 1, size)]
+        if not passages:
+            raise DataError(
+                f"{self._data} has no passage of {size} words.", f"It has {len(words)}.", "Use a longer text."
+            )
+        talks = unrelated(len(passages), self._facts, self._seed, self._history)
+        return [
+            Item(
+                f"passage {number}",
+                name,
+                history,
+                [{"role": "user", "content": _ASK + " ".join(passage[: size // 2])}],
+                [" ".join(passage[size // 2 :])],
+                "passages",
+                f"{self._data} passage {number}",
+            )
+            for number, (passage, (name, history)) in enumerate(zip(passages, talks, strict=True), start=1)
+        ]
