@@ -109,10 +109,10 @@ def _remarks(rng: random.Random) -> Iterator[tuple[str, str]]:
 def asking(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was told, and its answer."""
     phrases = FORMS[form]
-    return [user(fact.question(rng, phrases, held_out)), assistant(fact.answer(rng, phrases))]
+    return [user(fact.question(rng, phrases, held_out)), assistant(fact.answer(rng, phrases, held_out))]
 
 
 def asking_unknown(rng: random.Random, fact: Fact, form: str, held_out: HeldOut) -> list[Message]:
     """Draw a question about a fact that was never told, and the answer that says so."""
     phrases = FORMS[form]
-    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown(rng, phrases))]
+    return [user(fact.question(rng, phrases, held_out)), assistant(fact.unknown(rng, phrases, held_out))]

@@ -78,8 +78,8 @@ class FactOptions:
 class FactEpisodes(Dataset[Episode]):
     """Facts are told, then every one of them is asked for by itself.
 
-    The number of facts and the form are a batch's, so that its episodes are of like length. Episode i depends on
-    `seed`, the options and i alone.
+    The number of facts, the form, and whether a reply is trained are a batch's, so that its episodes are of like
+    length. Episode i depends on `seed`, the options and i alone.
 
     Args:
         episodes: how many.
@@ -103,7 +103,7 @@ class FactEpisodes(Dataset[Episode]):
             raise IndexError(index)
         options, held_out, rng = self.options, self.held_out, random.Random(f"{self.seed}/{index}")
         share = (index - index % self.batch_size) / self.episodes
-        count, form = self._of_batch(index // self.batch_size, share)
+        count, form, replies = self._of_batch(index // self.batch_size, share)
         facts = sample_facts(rng, count, held_out, options.third_person, options.bare.at(share))
         system = system_prompt(rng, form, options.systems, options.system)
         told = telling(rng, facts, form, held_out, options.talk.at(share), unanswerable=options.unanswerable)
@@ -113,15 +113,16 @@ class FactEpisodes(Dataset[Episode]):
             while options.unanswerable and rng.random() < options.unanswerable:  # so that it is the share of all
                 unsaid = never_told(rng, facts, held_out, options.third_person)
                 exchanges.append(asking_unknown(rng, unsaid, form, held_out))
-        if options.replies and rng.random() < options.replies:
+        if replies:
             (replied,) = sample_facts(rng, 1, held_out, options.third_person)
             statement = acknowledged(rng, stating(rng, replied, "chat", held_out))
             exchanges.append(rng.choice((statement, small_talk(rng, 1))))
         return Episode(history, [system + exchange for exchange in exchanges], f"generated episode {index}")
 
-    def _of_batch(self, batch: int, share: float) -> tuple[int, str]:
-        """The number of facts and the form of the episodes of a batch."""
+    def _of_batch(self, batch: int, share: float) -> tuple[int, str, bool]:
+        """The number of facts and the form of the episodes of a batch, and whether they train a reply."""
         rng, ceiling = random.Random(f"{self.seed}/batch {batch}"), self.options.facts.at(share)
         most = int(ceiling) + (rng.random() < ceiling % 1)
         count = rng.randint(max(1, math.ceil(self.options.fewest * most)), most)
-        return count, "chat" if rng.random() < self.options.chats.at(share) else "plain"
+        form = "chat" if rng.random() < self.options.chats.at(share) else "plain"
+        return count, form, rng.random() < self.options.replies

@@ -83,7 +83,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Phrases:
-    """Sentences of one form of conversation; a slot such as {fact} is filled with a clause."""
+    """Sentences of one form of conversation; a slot such as {fact} is filled with a clause.
+
+    The first of `answers`, and of `unknown`, is the usual one.
+    """
 
     statements: Split
     questions: Split

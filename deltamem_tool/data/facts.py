@@ -43,13 +43,13 @@ class Fact:
         """Draw a sentence in which the user asks for the value."""
         return self._said(rng, rng.choice(phrases.questions[held_out.phrasings]))
 
-    def answer(self, rng: random.Random, phrases: Phrases) -> str:
-        """Draw the assistant's answer where the fact was stated."""
-        return self._said(None, rng.choice(phrases.answers))
+    def answer(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
+        """Draw the assistant's answer where the fact was stated; the usual one, where phrasings are held out."""
+        return self._said(None, phrases.answers[0] if held_out.phrasings else rng.choice(phrases.answers))
 
-    def unknown(self, rng: random.Random, phrases: Phrases) -> str:
-        """Draw the assistant's answer where the fact was never stated."""
-        return self._said(None, rng.choice(phrases.unknown))
+    def unknown(self, rng: random.Random, phrases: Phrases, held_out: HeldOut) -> str:
+        """Draw the assistant's answer where the fact was never stated; likewise."""
+        return self._said(None, phrases.unknown[0] if held_out.phrasings else rng.choice(phrases.unknown))
 
     @property
     def topic(self) -> str:

@@ -228,6 +228,23 @@ def test_sentences_read_as_sentences():
         assert "Your" not in text or text.count("your") + text.count("Your") >= 1
 
 
+def test_replies_that_need_no_memory_are_a_batch_s():
+    options = replace(STEADY, unanswerable=0.0, replies=0.3)
+    trains = []
+    for episode in generated(800, options=options, batch_size=4):
+        replies = [exchange[-1]["content"] for exchange in episode.exchanges[4:]]
+        assert len(replies) <= 1 and set(replies) <= REPLIES | set(ACKNOWLEDGEMENTS)
+        trains.append(bool(replies))
+    assert all(len(set(trains[n : n + 4])) == 1 for n in range(0, 800, 4)) and 0.2 < sum(trains) / 800 < 0.4
+
+
+def test_where_phrasings_are_held_out_answers_are_the_usual_ones():
+    answers = Counter(answer.frame for episode in generated(50, held_out=EVERYTHING) for _, answer in read(episode)[1])
+    assert set(answers) == {"{Fact}.", "You have not told me {clause}."}
+    varied = Counter(answer.frame for episode in generated(200) for _, answer in read(episode)[1])
+    assert len(varied) == len({*CHAT.answers, *CHAT.unknown}) and varied.most_common(1)[0][0] == "{Fact}."
+
+
 def test_the_system_prompt_of_a_chat_is_in_view_of_its_questions():
     for episode in generated(200):
         system = [message for message in episode.history if message["role"] == "system"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from deltamem_tool.data import fact_conversations, facts
 from deltamem_tool.data.dialogues import Message
 from deltamem_tool.data.fact_conversations import FORMS
-from deltamem_tool.data.fact_words import ATTRIBUTES, SYSTEMS, HeldOut
+from deltamem_tool.data.fact_words import ATTRIBUTES, EVERYTHING, SYSTEMS, HeldOut
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.scoring.metrics import declines, names_alone
@@ -177,7 +177,7 @@ class NaturalRecall(Recall):
         return value
 
     def _unknown(self, fact: Any) -> str:
-        unknown: str = fact.unknown(random.Random(fact.attribute), FORMS[self._form])
+        unknown: str = fact.unknown(random.Random(0), FORMS[self._form], EVERYTHING)  # the usual words
         return unknown
 
 
