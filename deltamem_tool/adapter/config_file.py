@@ -66,6 +66,12 @@ def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> Adapt
             "It is a static adapter, with which a memory is compared: a constant stands for what is read from a state.",
             "Use an adapter with a memory, and pass this one as `deltamem eval --static`.",
         )
+    if (content.get("format"), expected) == (FORMAT, STATIC_FORMAT):
+        raise AdapterError(
+            f"{name} is not a static adapter.",
+            "It has a memory.",
+            "Train one with the recipe of this memory and `--set static=true`.",
+        )
     if content.get("format") != expected or type(version) is not int or version < 1:
         raise AdapterError(
             f"{name} is not an adapter folder.",

@@ -205,7 +205,8 @@ def _tokens(recipe: Recipe, episodes: EncodedEpisodes) -> float:
     if recipe.lora is not None:
         return float(full)
     dropout = recipe.objective.context_dropout if recent else 1.0
-    return float(sum(episodes.lengths) + (1 - dropout) * recent + dropout * alone)
+    written = 0 if recipe.static else sum(episodes.lengths)
+    return float(written + (1 - dropout) * recent + dropout * alone)
 
 
 def _lengths(episodes: EncodedEpisodes, view: str) -> pa.ChunkedArray:

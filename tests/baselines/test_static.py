@@ -25,7 +25,7 @@ from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.recipe.load import LoraOptions, ObjectiveOptions
 from deltamem_tool.segments.template import render
-from deltamem_tool.training import train
+from deltamem_tool.training import dry_run, train
 from deltamem_tool.training.baseline_steps import StaticStepModel
 
 MEMORY = EvalProtocol.parse("memory")
@@ -180,7 +180,7 @@ def test_it_is_no_adapter_with_a_memory_and_the_other_way_round(model, checkpoin
     with pytest.raises(AdapterError, match=r"has no memory.\n.*static adapter.*\n.*--static"):
         load(folder)
     create_adapter(str(checkpoint), CONFIG, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=r"is not an adapter folder|of another format"):
+    with pytest.raises(AdapterError, match=r"is not a static adapter.\nIt has a memory.\n.*static=true"):
         Static.read(tmp_path / "adapter")
 
 
@@ -203,6 +203,10 @@ def test_it_learns_from_the_same_episodes(recipe, options):
     on = train(changed(more, steps=2, eval_every=None)).losses
     assert on[0][1] < 0.95 * losses[0]
     assert Static.read(more.out).config == CONFIG
+    expected, memory = dry_run(recipe), dry_run(dataclasses.replace(recipe, static=False))
+    assert expected.trained_parameters == result.parameters < memory.trained_parameters
+    assert expected.memory_bytes == 0 and expected.tokens_per_step < memory.tokens_per_step
+    assert dry_run(more).trained_parameters == result.parameters
 
 
 def test_a_new_one_is_the_base_and_learns_all_the_same(checkpoint):
