@@ -5,6 +5,7 @@ transformers makes config, tokenizer and model of it, in floating point; `gguf` 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +146,8 @@ class GgufWeights:
         config = model.config.get_text_config(decoder=True)
         self._stored_as = _names_in(file, model, config.num_hidden_layers)
         for name, weight in model.state_dict().items():
-            # Some are stored as their transpose.
-            if name in self._stored_as and sorted(self.shape(name)) != sorted(weight.shape):
+            # Some are stored as their transpose, or without an axis of size 1.
+            if name in self._stored_as and math.prod(self.shape(name)) != weight.numel():
                 raise ArchitectureError(
                     f"{file.name} is not what transformers makes of its metadata.",
                     f"{self._stored_as[name]} is {self.shape(name)}, and {name} of the model {list(weight.shape)}.",

@@ -24,7 +24,7 @@ CONFIG = DeltaMemConfig(rank=4, branches=("q", "k", "v", "o"), delta_init="base_
 UNTRAINED = DeltaMemConfig(rank=4)  # which changes nothing
 ROUNDING = 1e-5  # of logits: the order of additions
 # transformers takes the width of Qwen3's heads for that of all published models.
-OPTIONS = {"llama": {}, "qwen3": {"head_dim": 128}}
+OPTIONS = {"llama": {}, "qwen3": {"head_dim": 128}, "gpt2": {}, "lfm2": {"block_auto_adjust_ff_dim": False}}
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_1")
 
 
@@ -44,7 +44,7 @@ def test_it_computes_what_was_written(name, tied, tmp_path):
     original = tiny_gguf(file, name, tie_word_embeddings=tied, **OPTIONS[name])
     loaded = BaseCheckpoint(str(file)).load()
     torch.testing.assert_close(logits(loaded), logits(original), rtol=0, atol=ROUNDING)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("kind", KINDS)
