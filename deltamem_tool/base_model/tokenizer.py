@@ -27,9 +27,11 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
     try:
         # Without trust_remote_code it would ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(**location(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers package raises nothing narrower
         raise ArchitectureError(
-            f"{folder} has no tokenizer.", f"{first_line(error)}.", "Save the model's tokenizer beside it."
+            f"{folder} has no tokenizer that can be read.",
+            f"{first_line(error)}.",
+            "Save the model's tokenizer beside it.",
         ) from error
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)

@@ -231,7 +231,8 @@ def step_model(recipe: Recipe) -> tuple[Step, PreTrainedModel, PreTrainedTokeniz
     if recipe.lora is not None or recipe.static:
         check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
-        model, tokenizer = _loaded(checkpoint, recipe), read_tokenizer(checkpoint.source)
+        tokenizer = read_tokenizer(checkpoint.source)  # first: what is wrong with it is known in a second
+        model = _loaded(checkpoint, recipe)
         if recipe.lora is not None:
             lora = new_lora(model, recipe.lora, checkpoint.name, checkpoint.revision)
             return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
@@ -266,6 +267,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         return model, tokenizer_of(model)
     check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
+    tokenizer = read_tokenizer(checkpoint.source)
     model = _loaded(checkpoint, recipe)
     model.train(False)
     if "quantization_config" in options:
@@ -275,7 +277,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     else:
         attach(model, recipe.memory)
     adapter_of(model).made_for = base_of(checkpoint)
-    return model, read_tokenizer(checkpoint.source)
+    return model, tokenizer
 
 
 def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:

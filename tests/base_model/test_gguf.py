@@ -199,6 +199,13 @@ def test_no_chat_template(tmp_path, deltamem):  # noqa: F811
     assert listing(tmp_path) == before
 
 
+def test_a_tokenizer_that_is_none(gguf):
+    """Merges make a token that the vocabulary does not have."""
+    gguf.write_bytes(gguf.read_bytes().replace("Ġmy".encode(), "Ġmz".encode()))
+    with pytest.raises(ArchitectureError, match=r"tiny\.gguf has no tokenizer(.|\n)*Ġmy"):
+        read_tokenizer(gguf)
+
+
 def test_metadata_of_another_model(tmp_path, refused):
     """The width of Qwen3's heads, which transformers does not read."""
     tiny_gguf(tmp_path / "tiny.gguf", "qwen3", head_dim=16)
