@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from deltamem_tool.config import PRESETS, DeltaMemConfig
 from deltamem_tool.errors import ConfigError, Key, Problem, config_error, problems_of, shown
 from deltamem_tool.io.names import expand_user
+from deltamem_tool.recipe.rules import broken
 from deltamem_tool.recipe.schema import (
     KNOWN,
     SECTIONS,
@@ -25,7 +26,6 @@ from deltamem_tool.recipe.schema import (
     ObjectiveOptions,
     Recipe,
     TrainingOptions,
-    broken,
 )
 from deltamem_tool.recipe.yaml_lines import Document, read_yaml
 

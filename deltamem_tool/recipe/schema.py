@@ -1,20 +1,21 @@
-"""What a recipe can say. pydantic checks each option by itself; RULES, what options must keep to together."""
+"""What a recipe can say. pydantic checks each option by itself; `rules`, what options must keep to together."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool
 from pydantic.dataclasses import dataclass
 
-from deltamem_tool.config import MAX_NUMBER, OPTIONS, CheckedOptions, DeltaMemConfig, Rule
+from deltamem_tool.config import MAX_NUMBER, OPTIONS, CheckedOptions, DeltaMemConfig
 from deltamem_tool.data.dialogues import KIND_OF
-from deltamem_tool.errors import ConfigError, Key, Known, Problem, shown
+from deltamem_tool.errors import ConfigError, Key, Known, shown
 from deltamem_tool.io.names import expand_name
+from deltamem_tool.recipe.rules import FACT_OPTIONS, broken
 
 MAX_LORA_RANK = 65_536  # the widest models have 16,384 numbers a token
 
@@ -93,145 +94,6 @@ Optimizer = Annotated[Text, _of_transformers(_optimizers, usual="adamw_torch")]
 Reporter = Annotated[Text, _of_transformers(_reporters)]
 Pairs = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs)]
 
-# Options of `data.generated: facts` alone, with what they are unless said otherwise.
-_FACT_OPTIONS: dict[str, Any] = {
-    "chats_first": 0.0,
-    "chats_last": 1.0,
-    "chats_from": 0.0,
-    "chats_until": 0.5,
-    "talk_first": 0.0,
-    "talk_last": 1.0,
-    "bare_first": 0.0,
-    "bare_last": 0.0,
-    "third_person": 0.25,
-    "system": None,
-}
-
-# What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
-# the first of the keys that the recipe gives.
-RULES: tuple[Rule, ...] = (
-    Rule(
-        ("lora", "memory"),
-        lambda lora, memory: lora is None or memory == DeltaMemConfig(),
-        "a recipe trains a memory or a LoRA: leave out lora or memory",
-    ),
-    Rule(
-        ("lora", "adapter"),
-        lambda lora, adapter: lora is None or adapter is None,
-        "a recipe trains a memory or a LoRA: leave out lora or adapter",
-    ),
-    Rule(
-        ("static", "lora"),
-        lambda static, lora: lora is None or not static,
-        "a recipe trains a static adapter or a LoRA: leave out static or lora",
-    ),
-    *(
-        Rule(
-            (key, "lora"),
-            lambda value, lora: lora is None or value == 0,
-            f"{key} is about a memory, and lora trains none: leave out one of them",
-        )
-        for key in (
-            "objective.write_sparsity",
-            "objective.full_context_kl",
-            "objective.history_kl",
-            "data.recent_turns",
-        )
-    ),
-    Rule(
-        ("objective.context_dropout", "data.recent_turns"),
-        lambda dropout, turns: dropout == 0 or turns >= 1,
-        "objective.context_dropout hides recent turns: data.recent_turns must be 1 or more",
-    ),
-    Rule(
-        ("data.facts_first", "data.facts_last"),
-        lambda first, last: first <= last,
-        "data.facts_first must not be above data.facts_last",
-    ),
-    Rule(
-        ("data.chats_from", "data.chats_until"),
-        lambda start, end: start <= end,
-        "data.chats_from must not be above data.chats_until",
-    ),
-    Rule(
-        ("training.steps", "training.epochs"),
-        lambda steps, epochs: steps is None or epochs is None,
-        "training.steps and training.epochs exclude each other: leave out one of them",
-    ),
-    Rule(
-        ("training.epochs", "training.steps", "data.path"),
-        lambda epochs, steps, path: path is not None or steps is not None,
-        "without data.path the dialogues are generated and have no end: give training.steps, or data.path",
-    ),
-    Rule(
-        ("training.bptt", "training.write_chunk"),
-        lambda bptt, chunk: bptt is None or chunk is not None,
-        "training.bptt counts chunks: give training.write_chunk",
-    ),
-    *(
-        Rule(
-            (key, "lora"),
-            lambda value, lora: lora is None or value is None,
-            f"{key} is about writing a memory, and lora trains none: leave out one of them",
-        )
-        for key in ("training.write_chunk", "training.bptt")
-    ),
-    *(
-        Rule(
-            (key, "data.path"),
-            lambda value, path: path is not None or value in (None, False, 0, "last"),
-            f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
-        )
-        for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
-    ),
-    Rule(
-        ("data.mix", "data.path"),
-        lambda mix, path: mix == 0 or path is not None,
-        "data.mix is the share of generated episodes beside your own: give data.path, or leave it out",
-    ),
-    Rule(
-        ("data.mix", "data.group_by_length"),
-        lambda mix, grouped: mix == 0 or not grouped,
-        "data.group_by_length is about conversations of yours alone: leave out it or data.mix",
-    ),
-    Rule(
-        ("data.generated", "data.path", "data.mix"),
-        lambda generated, path, mix: generated == "dialogues" or path is None or mix > 0,
-        "with data.path nothing is generated: give data.mix, or leave out data.generated",
-    ),
-    *(
-        Rule(
-            (f"data.{name}", "data.generated"),
-            lambda value, generated, usual=usual: generated == "facts" or value == usual,
-            f"data.{name} is about natural facts: give data.generated: facts, or leave it out",
-        )
-        for name, usual in _FACT_OPTIONS.items()
-    ),
-    Rule(
-        ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
-        lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
-        "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
-    ),
-    Rule(
-        ("training.early_stop", "training.eval_every"),
-        lambda stop, every: stop is None or every is not None,
-        "training.early_stop counts evaluations: give training.eval_every",
-    ),
-    *(
-        Rule(keys, rule.holds, rule.why.format(*keys))
-        for rule in DeltaMemConfig.RULES
-        for keys in [tuple(f"memory.{key}" for key in rule.keys)]
-    ),
-)
-
-
-def broken(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong by the rules whose options are all in `values`, which has them by dotted key."""
-    for keys, holds, why in RULES:
-        if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
-            yield Problem(tuple(tuple(key.split(".")) for key in keys), why)
-
-
 # Options
 
 
@@ -287,18 +149,16 @@ class DataOptions(_Options):
     unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
     mix: ShareBelowOne = 0.0  # share of generated episodes among those of `path`
     generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
-    chats_first: Share = _FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
-    chats_last: Share = _FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be
-    chats_from: Share = _FACT_OPTIONS["chats_from"]  # share of training at which it begins to grow,
-    chats_until: Share = _FACT_OPTIONS["chats_until"]  # and at which it has grown
-    talk_first: Weight = _FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement of a chat,
-    talk_last: Weight = _FACT_OPTIONS["talk_last"]  # which grow as the share of chats does
-    bare_first: Share = _FACT_OPTIONS[
-        "bare_first"
-    ]  # facts: share of values that are any word, whatever they are about,
-    bare_last: Share = _FACT_OPTIONS["bare_last"]  # which grows as the number of facts does
-    third_person: Share = _FACT_OPTIONS["third_person"]  # facts: share that is somebody else's than the user's
-    system: Prompt | None = _FACT_OPTIONS["system"]  # facts: the system prompt of all; None: a chat's own, or none
+    chats_first: Share = FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
+    chats_last: Share = FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be
+    chats_from: Share = FACT_OPTIONS["chats_from"]  # share of training at which it begins to grow,
+    chats_until: Share = FACT_OPTIONS["chats_until"]  # and at which it has grown
+    talk_first: Weight = FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement of a chat,
+    talk_last: Weight = FACT_OPTIONS["talk_last"]  # which grow as the share of chats does
+    bare_first: Share = FACT_OPTIONS["bare_first"]  # facts: share of values that are any word, whatever they are about,
+    bare_last: Share = FACT_OPTIONS["bare_last"]  # which grows as the number of facts does
+    third_person: Share = FACT_OPTIONS["third_person"]  # facts: share that is somebody else's than the user's
+    system: Prompt | None = FACT_OPTIONS["system"]  # facts: the system prompt of all; None: a chat's own, or none
 
 
 @dataclass(frozen=True, config=OPTIONS)

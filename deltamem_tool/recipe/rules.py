@@ -1,0 +1,147 @@
+"""What options of a recipe must keep to together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deltamem_tool.config import DeltaMemConfig, Rule
+from deltamem_tool.errors import Problem
+
+# Options of `data.generated: facts` alone, with what they are unless said otherwise.
+FACT_OPTIONS: dict[str, Any] = {
+    "chats_first": 0.0,
+    "chats_last": 1.0,
+    "chats_from": 0.0,
+    "chats_until": 0.5,
+    "talk_first": 0.0,
+    "talk_last": 1.0,
+    "bare_first": 0.0,
+    "bare_last": 0.0,
+    "third_person": 0.25,
+    "system": None,
+}
+
+# What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
+# the first of the keys that the recipe gives.
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("lora", "memory"),
+        lambda lora, memory: lora is None or memory == DeltaMemConfig(),
+        "a recipe trains a memory or a LoRA: leave out lora or memory",
+    ),
+    Rule(
+        ("lora", "adapter"),
+        lambda lora, adapter: lora is None or adapter is None,
+        "a recipe trains a memory or a LoRA: leave out lora or adapter",
+    ),
+    Rule(
+        ("static", "lora"),
+        lambda static, lora: lora is None or not static,
+        "a recipe trains a static adapter or a LoRA: leave out static or lora",
+    ),
+    *(
+        Rule(
+            (key, "lora"),
+            lambda value, lora: lora is None or value == 0,
+            f"{key} is about a memory, and lora trains none: leave out one of them",
+        )
+        for key in (
+            "objective.write_sparsity",
+            "objective.full_context_kl",
+            "objective.history_kl",
+            "data.recent_turns",
+        )
+    ),
+    Rule(
+        ("objective.context_dropout", "data.recent_turns"),
+        lambda dropout, turns: dropout == 0 or turns >= 1,
+        "objective.context_dropout hides recent turns: data.recent_turns must be 1 or more",
+    ),
+    Rule(
+        ("data.facts_first", "data.facts_last"),
+        lambda first, last: first <= last,
+        "data.facts_first must not be above data.facts_last",
+    ),
+    Rule(
+        ("data.chats_from", "data.chats_until"),
+        lambda start, end: start <= end,
+        "data.chats_from must not be above data.chats_until",
+    ),
+    Rule(
+        ("training.steps", "training.epochs"),
+        lambda steps, epochs: steps is None or epochs is None,
+        "training.steps and training.epochs exclude each other: leave out one of them",
+    ),
+    Rule(
+        ("training.epochs", "training.steps", "data.path"),
+        lambda epochs, steps, path: path is not None or steps is not None,
+        "without data.path the dialogues are generated and have no end: give training.steps, or data.path",
+    ),
+    Rule(
+        ("training.bptt", "training.write_chunk"),
+        lambda bptt, chunk: bptt is None or chunk is not None,
+        "training.bptt counts chunks: give training.write_chunk",
+    ),
+    *(
+        Rule(
+            (key, "lora"),
+            lambda value, lora: lora is None or value is None,
+            f"{key} is about writing a memory, and lora trains none: leave out one of them",
+        )
+        for key in ("training.write_chunk", "training.bptt")
+    ),
+    *(
+        Rule(
+            (key, "data.path"),
+            lambda value, path: path is not None or value in (None, False, 0, "last"),
+            f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
+        )
+        for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
+    ),
+    Rule(
+        ("data.mix", "data.path"),
+        lambda mix, path: mix == 0 or path is not None,
+        "data.mix is the share of generated episodes beside your own: give data.path, or leave it out",
+    ),
+    Rule(
+        ("data.mix", "data.group_by_length"),
+        lambda mix, grouped: mix == 0 or not grouped,
+        "data.group_by_length is about conversations of yours alone: leave out it or data.mix",
+    ),
+    Rule(
+        ("data.generated", "data.path", "data.mix"),
+        lambda generated, path, mix: generated == "dialogues" or path is None or mix > 0,
+        "with data.path nothing is generated: give data.mix, or leave out data.generated",
+    ),
+    *(
+        Rule(
+            (f"data.{name}", "data.generated"),
+            lambda value, generated, usual=usual: generated == "facts" or value == usual,
+            f"data.{name} is about natural facts: give data.generated: facts, or leave it out",
+        )
+        for name, usual in FACT_OPTIONS.items()
+    ),
+    Rule(
+        ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
+        lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
+        "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
+    ),
+    Rule(
+        ("training.early_stop", "training.eval_every"),
+        lambda stop, every: stop is None or every is not None,
+        "training.early_stop counts evaluations: give training.eval_every",
+    ),
+    *(
+        Rule(keys, rule.holds, rule.why.format(*keys))
+        for rule in DeltaMemConfig.RULES
+        for keys in [tuple(f"memory.{key}" for key in rule.keys)]
+    ),
+)
+
+
+def broken(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong by the rules whose options are all in `values`, which has them by dotted key."""
+    for keys, holds, why in RULES:
+        if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
+            yield Problem(tuple(tuple(key.split(".")) for key in keys), why)
