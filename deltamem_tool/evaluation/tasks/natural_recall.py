@@ -9,7 +9,7 @@ from typing import Any, Literal
 from deltamem_tool.data import fact_conversations, facts
 from deltamem_tool.data.dialogues import Message
 from deltamem_tool.data.fact_conversations import FORMS
-from deltamem_tool.data.fact_words import ATTRIBUTES, EVERYTHING, SYSTEMS, HeldOut
+from deltamem_tool.data.fact_words import EVERYTHING, SYSTEMS, HeldOut
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import EPISODES, FACTS
 from deltamem_tool.evaluation.scoring.metrics import declines, names_alone
@@ -75,6 +75,7 @@ class NaturalRecall(Recall):
 
     max_new_tokens = 48
     _metric = CONTAINS
+    _most = 64  # half of the attributes that are held out: values can still be told apart
 
     def __init__(
         self,
@@ -94,9 +95,8 @@ class NaturalRecall(Recall):
         bare: float = 0.0,
         system: str | Literal[False] | None = None,
     ) -> None:
-        parts = [held_out] if isinstance(held_out, str) else list(held_out)
+        parts: list[Any] = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
         self._held_out = HeldOut(**{one_of("held_out", part, HELD_OUT): True for part in parts})
-        self._most = len({attribute for _, attribute in ATTRIBUTES[self._held_out.attributes]})
         super().__init__(facts, episodes, seed, kind, delay, between, distractors, session, unanswerable)
         self._form = one_of("form", form, tuple(FORMS))
         if form == "plain" and (kind != STATED or self._delays != [0] or session is not None):

@@ -169,10 +169,9 @@ class Recall:
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """The metric that decides, and those of the others that are asked for."""
-        assert isinstance(item, AskedFact)
         scores = {EXACT: exact(answer, item.answers[0])}
         if OLD in self.metrics:
-            scores[OLD] = exact(answer, item.stale) if item.stale else 0.0
+            scores[OLD] = exact(answer, item.stale) if isinstance(item, AskedFact) and item.stale else 0.0
         if FALSE_ANSWER in self.metrics:
             scores[FALSE_ANSWER] = float(bool(_values_in(answer) - _values_in(item.answers[0])))
         return scores
