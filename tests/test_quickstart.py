@@ -11,6 +11,7 @@ import pytest
 from cli.command import deltamem  # noqa: F401
 from helpers.tiny import listing
 
+from deltamem_tool.evaluation.conditions import CONTROLS
 from deltamem_tool.memory.file import read_memory
 
 MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
@@ -29,7 +30,7 @@ def test_report(made):
     recall = report["recall"]
     at = recall["groups"].index("4 facts")
     assert recall["scores"]["state"][at][0] >= MIN_RECALL_AT_4
-    for control in ("zero_state", "donor_state", "scale_zero"):
+    for control in CONTROLS:
         assert max(mean for mean, *_ in recall["scores"][control]) <= MAX_CONTROL, control
     assert recall["scores"]["full_context"][at][0] >= 0.95
     assert report["onnx"]["max_abs_diff"] < 1e-3

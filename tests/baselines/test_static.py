@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from base_model.tiny_configs import tiny_config
+from baselines.statics import make_static, shaken
 from evaluation.asked import Asked, item
 from helpers.tiny import logits, randomise, tiny_model
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from deltamem_tool import DeltaMemConfig, attach, load
 from deltamem_tool.adapter.config_file import CONFIG_FILE, WEIGHTS_FILE
 from deltamem_tool.adapter.create import create_adapter
-from deltamem_tool.adapter.find_base import base_of_model
 from deltamem_tool.base_model.attention import attention_layers
 from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
 from deltamem_tool.errors import AdapterError, ConfigError, DataError
@@ -48,21 +48,7 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    return made(model, tmp_path_factory.mktemp("static") / "static")
-
-
-def made(model, folder, seed=0, config=CONFIG):
-    """A static adapter that matters, as `deltamem train` saves it."""
-    adapter = shaken(StaticAdapter(config, attention_layers(model)), seed)
-    adapter.save(folder, base_of_model(model), False, {})
-    return folder
-
-
-def shaken(adapter, seed=0):
-    torch.manual_seed(seed)
-    for weight in adapter.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
-    return adapter
+    return make_static(model, CONFIG, tmp_path_factory.mktemp("static") / "static")
 
 
 def answers(found, condition):
@@ -136,15 +122,15 @@ def test_records_are_of_one_static_adapter(model, tokenizer, folder, tmp_path):
     options = {"only": ("static",), "folder": tmp_path / "records"}
     first = evaluate(model, tokenizer, TASK, MEMORY, static=Static.read(folder), **options)
     assert evaluate(model, tokenizer, TASK, MEMORY, static=Static.read(folder), **options).records == first.records
-    other = Static.read(made(model, tmp_path / "other", seed=1))
+    other = Static.read(make_static(model, CONFIG, tmp_path / "other", seed=1))
     with pytest.raises(DataError, match="Its static differ"):
         evaluate(model, tokenizer, TASK, MEMORY, static=other, **options)
 
 
 def test_what_does_not_match_is_refused(model, tokenizer, folder, tmp_path):
     before = logits(model)
-    fewer = made(model, tmp_path / "fewer", config=dataclasses.replace(CONFIG, branches=("q", "o")))
-    wider = made(model, tmp_path / "wider", config=dataclasses.replace(CONFIG, rank=8))
+    fewer = make_static(model, dataclasses.replace(CONFIG, branches=("q", "o")), tmp_path / "fewer")
+    wider = make_static(model, dataclasses.replace(CONFIG, rank=8), tmp_path / "wider")
     for place, says in ((fewer, r"delta\.v"), (wider, r"delta\.q")):
         with pytest.raises(AdapterError, match=f"does not match the memory.*\n.*{says}"):
             evaluate(model, tokenizer, TASK, MEMORY, static=Static.read(place))

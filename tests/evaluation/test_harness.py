@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from baselines.loras import make_lora
+from baselines.statics import make_static
 from click.testing import CliRunner
 from evaluation.harness_tasks import ANSWER, CHOICE, ELSEWHERE, STORY, write_tasks
 from helpers.running import cache_of
@@ -20,6 +21,7 @@ from deltamem_tool import DeltaMemConfig, MemoryCache, attach
 from deltamem_tool._compat import cache_argument
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.baselines.lora import Lora
+from deltamem_tool.baselines.static import Static
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.errors import AdapterError, ConfigError, DataError, DeltaMemError
 from deltamem_tool.evaluation import harness_run
@@ -212,23 +214,31 @@ def test_a_model_that_gives_no_numbers_has_no_scores(folder, tokenizer, task):
         evaluate_harness(model, tokenizer, asked, only=[STATE])
 
 
-def test_a_lora_is_asked_beside_the_memory(tokenizer, checkpoint, prepared, folder, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "static"])
+def test_another_adapter_is_asked_beside_the_memory(kind, tokenizer, checkpoint, prepared, folder, tmp_path):
     """As it answers alone."""
-    lora = Lora.read(make_lora(checkpoint, tmp_path / "lora"))
     model, base = (AutoModelForCausalLM.from_pretrained(checkpoint).eval() for _ in range(2))
-    randomise(attach(model, DeltaMemConfig(rank=4)))
-    options = {"batch_size": 3, "lora": lora, "folder": tmp_path / "records"}
-    found = evaluate_harness(model, tokenizer, prepared, only=["lora"], **options)
-    with lora.on(base):
+    config = DeltaMemConfig(rank=4)
+    randomise(attach(model, config))
+    adapters = [
+        Lora.read(make_lora(checkpoint, tmp_path / f"lora{seed}", seed))
+        if kind == "lora"
+        else Static.read(make_static(model, config, tmp_path / f"static{seed}", seed))
+        for seed in range(2)
+    ]
+    options = {"batch_size": 3, kind: adapters[0], "folder": tmp_path / "records"}
+    found = evaluate_harness(model, tokenizer, prepared, only=[kind], **options)
+    with adapters[0].on(base):
         for record, (messages, row) in zip(found.records[:LIMIT], asked(folder), strict=True):
             alone = [choice_alone(base, tokenizer, messages, text) for text in row["choices"]]
             assert [float(value) for value, _ in json.loads(record.answer)] == pytest.approx(alone, abs=TOLERANCE)
         assert found.records[LIMIT].answer == answer_alone(base, tokenizer, asked(folder)[0][0])
-    other = replace(lora, base=str(tmp_path / "gone"))
-    with pytest.raises(AdapterError, match="cannot be compared"):
-        evaluate_harness(model, tokenizer, prepared, lora=other)
-    with pytest.raises(DataError, match="Its lora differ"):
-        evaluate_harness(model, tokenizer, prepared, **{**options, "lora": None})
+    gone = str(tmp_path / "gone") if kind == "lora" else replace(adapters[0].base, fingerprint="0" * 64)
+    with pytest.raises(AdapterError, match=r"cannot be compared|trained on another base model"):
+        evaluate_harness(model, tokenizer, prepared, **{kind: replace(adapters[0], base=gone)})
+    for other in (None, adapters[1]):
+        with pytest.raises(DataError, match=f"Its {kind} differ"):
+            evaluate_harness(model, tokenizer, prepared, **{**options, kind: other})
 
 
 def test_segments_need_messages(folder, tokenizer):

@@ -1,0 +1,24 @@
+"""Static adapters to evaluate."""
+
+from __future__ import annotations
+
+import torch
+
+from deltamem_tool.adapter.find_base import base_of_model
+from deltamem_tool.base_model.attention import attention_layers
+from deltamem_tool.baselines.static import StaticAdapter
+
+
+def shaken(adapter, seed=0):
+    """With weights that matter."""
+    torch.manual_seed(seed)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return adapter
+
+
+def make_static(model, config, folder, seed=0):
+    """One for a model with a memory, as `deltamem train` saves it."""
+    adapter = shaken(StaticAdapter(config, attention_layers(model)), seed)
+    adapter.save(folder, base_of_model(model), False, {})
+    return folder
