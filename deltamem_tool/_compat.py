@@ -309,6 +309,19 @@ def quiet_exporters() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def with_usual_progress() -> Iterator[None]:
+    """Let transformers' own switch for progress bars count for GGUF files, too, whose bar has another source.
+
+    Can go when it does.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as transformers_logging
+
+    with _set(modeling_gguf_pytorch_utils, "tqdm", transformers_logging.tqdm):
+        yield
+
+
 def peft_model(model: Any, config: Any) -> Any:
     """Call `peft.get_peft_model`, which changes `model` in place.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from deltamem_tool._compat import (
     WeightRenaming,
     get_model_conversion_mapping,
     rename_source_key,
+    with_usual_progress,
 )
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_whole, find_gguf, location
@@ -149,7 +151,8 @@ class BaseCheckpoint:
         if self._gguf is not None:
             options |= self._as_floats(options)
         try:
-            loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
+            with with_usual_progress() if self._gguf else nullcontext():
+                loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
                 raise

@@ -100,7 +100,6 @@ def main(command: click.Command = cli) -> None:
     respect_quota()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.formatwarning = _format_warning
     # On some processors its import warns of a missing package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

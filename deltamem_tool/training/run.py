@@ -267,6 +267,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         return model, tokenizer_of(model)
     check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
+    made_for = base_of(checkpoint)
     tokenizer = read_tokenizer(checkpoint.source)
     model = _loaded(checkpoint, recipe)
     model.train(False)
@@ -276,7 +277,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         hook(model, fresh_adapter(recipe.memory, layers, checkpoint.first_columns))
     else:
         attach(model, recipe.memory)
-    adapter_of(model).made_for = base_of(checkpoint)
+    adapter_of(model).made_for = made_for
     return model, tokenizer
 
 

@@ -11,6 +11,7 @@ from cli.command import deltamem  # noqa: F401
 from helpers.tiny import CHAT_TEMPLATE, listing, logits, randomise, save_checkpoint, weights_of
 from helpers.tiny_gguf import tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
 from deltamem_tool.adapter.create import create_adapter
@@ -132,6 +133,17 @@ def test_a_file_on_the_hub(hub, gguf, tmp_path):
         create_adapter("someone/tiny-GGUF:none.gguf", CONFIG, tmp_path / "none")
     with pytest.raises(ArchitectureError, match=r"OWNER/NAME:FILE\.gguf"):
         create_adapter("someone/tiny-GGUF", CONFIG, tmp_path / "none")
+
+
+def test_progress_is_shown_where_transformers_shows_its_own(gguf, capfd):
+    shown, before = [], logging.is_progress_bar_enabled()
+    for switch in (logging.enable_progress_bar, logging.disable_progress_bar):
+        switch()
+        BaseCheckpoint(str(gguf)).load()
+        shown.append("GGUF tensors" in capfd.readouterr().err)
+    if before:
+        logging.enable_progress_bar()
+    assert shown == [True, False]
 
 
 # What cannot be read

@@ -21,6 +21,7 @@ RECIPE = {
     "data": {"max_write_tokens": 3000, "max_read_tokens": 400, "facts_first": 1, "facts_last": 1},
     "training": {"steps": 1, "batch_size": 1},
 }
+FEW = ("--conditions", "zero_state")
 POSITIONS = 8192  # a character is a token, nearly
 
 
@@ -53,7 +54,7 @@ def test_every_command_takes_it(bases, tmp_path, deltamem, monkeypatch):  # noqa
     adapters, plans, scores, chats = {}, {}, {}, {}
     for kind, base in bases.items():
         adapters[kind], plans[kind] = trained(deltamem, base, f"of-{kind}")
-        recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--json")
+        recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", *FEW, "--json")
         done = deltamem("eval", adapters[kind], *recall)
         assert done.code == 0, done.err
         scores[kind] = json.loads(done.out)["scores"]
@@ -77,7 +78,7 @@ def test_every_command_takes_it(bases, tmp_path, deltamem, monkeypatch):  # noqa
 def test_a_lora_on_it(bases, deltamem):  # noqa: F811
     adapter, _ = trained(deltamem, bases["gguf"], "adapter")
     lora, _ = trained(deltamem, bases["gguf"], "lora", lora={"rank": 2})
-    recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--json")
+    recall = ("--task", "recall", "--set", "facts=[1]", "--set", "episodes=2", "--limit", "2", "--json")
     done = deltamem("eval", adapter, "--lora", lora, *recall)
     assert done.code == 0 and "lora" in json.loads(done.out)["scores"], done.err
 
