@@ -50,8 +50,19 @@ RULES: tuple[Rule, ...] = (
             "objective.write_sparsity",
             "objective.full_context_kl",
             "objective.history_kl",
+            "objective.addressing",
             "data.recent_turns",
         )
+    ),
+    Rule(
+        ("objective.addressing", "memory.granularity"),
+        lambda weight, granularity: weight == 0 or granularity == "token",
+        "objective.addressing compares the keys of tokens: memory.granularity must be token",
+    ),
+    Rule(
+        ("objective.addressing", "training.bptt"),
+        lambda weight, chunks: weight == 0 or chunks is None,
+        "objective.addressing compares the keys of whole histories: leave out training.bptt",
     ),
     Rule(
         ("objective.context_dropout", "data.recent_turns"),

@@ -172,6 +172,7 @@ class ObjectiveOptions(_Options):
     context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
     history_kl: Weight = 0.0  # weight of the divergence from the base of every token of the history, as it is written
+    addressing: Weight = 0.0  # weight of the contrastive loss by which queries find the keys of what they ask for
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -26,6 +26,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.decoder_call import without_memory
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.recipe.load import ObjectiveOptions
+from deltamem_tool.training.addressing import Addresses, HiddenStates, addressing_loss, hidden_states_of
 from deltamem_tool.training.gradient_checkpointing import recomputing
 
 # What an answer is told from: the memory of its conversation, zeros, another conversation's memory.
@@ -117,11 +118,13 @@ class EpisodeModel(nn.Module):
 
         Returns:
             `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
-            `sparsity`, `kl` and `history_kl` where they have a weight.
+            `sparsity`, `kl`, `history_kl` and `addressing` where they have a weight.
         """
-        with self._layers(), self.adapter.in_training():
+        with self._layers(), self.adapter.in_training(), self._hidden_states() as hidden:
             memory, gates, history_kl = self.write(write_ids, write_mask, write_segment_tags)
+            written = hidden.taken()
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
+            read = hidden.taken()
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
         parts = {"gates": gates.mean(0)}
         count = len(gates) if conversations is None else conversations
@@ -131,6 +134,10 @@ class EpisodeModel(nn.Module):
         if history_kl is not None:
             parts["history_kl"] = history_kl.sum() / count
             loss = loss + self.objective.history_kl * parts["history_kl"]
+        if self.objective.addressing:
+            addresses = Addresses.of(write_ids, write_mask, read_ids, scored, targets, rows)
+            parts["addressing"] = addressing_loss(self.adapter, written, read, write_mask, addresses).sum() / count
+            loss = loss + self.objective.addressing * parts["addressing"]
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.full_context(full_ids, full_mask, full_scored)
@@ -212,6 +219,10 @@ class EpisodeModel(nn.Module):
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
         """Write the adapter folder, whole or not at all, with `files` beside."""
         save_adapter(self.base, out, overwrite, files)
+
+    def _hidden_states(self) -> contextlib.AbstractContextManager[HiddenStates]:
+        """Of what is written and read, where they are compared."""
+        return hidden_states_of(self.adapter) if self.objective.addressing else contextlib.nullcontext(HiddenStates())
 
     def _layers(self) -> contextlib.AbstractContextManager[None]:
         return recomputing(self.base) if self.recompute else contextlib.nullcontext()

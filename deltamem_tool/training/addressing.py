@@ -1,0 +1,147 @@
+"""A loss that teaches a memory its addresses: what is asked finds the key under which it was told.
+
+What a delta rule reads is a sum of all values that were written, each weighted by how near its key is to the query. The
+answers' cross-entropy teaches first which values there are, and only long after that which key each of them is under;
+this term teaches the keys themselves. It is contrastive (InfoNCE, arXiv 1807.03748): the query of the token before an
+answer's token is to be nearer to the key of that same token in the history than to all other keys.
+
+Both are of hidden states that are taken as they come, so its gradients reach the query and key projections alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltamem_tool.memory.adapter import DeltaMemAdapter
+from deltamem_tool.memory.layer import DeltaMemLayer
+from deltamem_tool.ops.gates import normalise, per_head
+
+TEMPERATURE = 0.1  # of cosines
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """What N of a batch's scored tokens have to find.
+
+    Args:
+        asking: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before them.
+        rows: `[N]`, their conversations.
+        told: bool `[N, W]`, where in the history of their conversation they are.
+        weights: `[N]`, one over how often they are in it.
+    """
+
+    asking: Tensor
+    rows: Tensor
+    told: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        write_ids: Tensor,
+        write_mask: Tensor | None,
+        read_ids: Tensor,
+        scored: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+    ) -> Addresses:
+        """The scored tokens that the history holds, and that their exchange has not shown before.
+
+        Args are those of `data.collate.collate`, of B conversations: `[B, W]`, `[B, W]`, `[Q, T]`, `[N]`, `[N]`, `[Q]`.
+        """
+        length = read_ids.shape[1]
+        exchange, place = scored // length, scored % length
+        row = rows[exchange]
+        told = write_ids[row] == targets[:, None]
+        if write_mask is not None:
+            told = told & write_mask[row].bool()
+        before = torch.arange(length, device=place.device) <= place[:, None]
+        shown = ((read_ids[exchange] == targets[:, None]) & before).any(1)
+        times = told.sum(1)
+        kept = ~shown & (times > 0)
+        return cls(scored[kept], row[kept], told[kept], 1.0 / times[kept])
+
+
+@dataclass
+class HiddenStates:
+    """What entered each layer's memory, detached: `[B, T, D]` of every call, by layer."""
+
+    calls: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def taken(self) -> dict[int, Tensor]:
+        """Those of all calls since the last time, one after the other."""
+        joined = {layer: torch.cat(parts, dim=1) for layer, parts in self.calls.items()}
+        self.calls.clear()
+        return joined
+
+
+@contextmanager
+def hidden_states_of(adapter: DeltaMemAdapter) -> Iterator[HiddenStates]:
+    """Inside, what enters the memories of `adapter` is kept."""
+    kept = HiddenStates()
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            kept.calls.setdefault(layer, []).append(args[0].detach())
+
+        return hook
+
+    handles = [adapter.layer(layer).register_forward_pre_hook(keep(layer)) for layer in adapter.layer_indices]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def addressing_loss(
+    adapter: DeltaMemAdapter,
+    written: dict[int, Tensor],
+    read: dict[int, Tensor],
+    write_mask: Tensor | None,
+    addresses: Addresses,
+) -> Tensor:
+    """The mean over layers and heads, `[B]`: of each conversation the weighted mean over what it has to find.
+
+    A token is looked for among all tokens of its conversation, and among those that others of the batch look for.
+
+    Args:
+        adapter: whose queries and keys are compared.
+        written: hidden states of the histories `[B, W, D]`, by layer.
+        read: those of the exchanges `[Q, T, D]`.
+        write_mask: `[B, W]`.
+        addresses: what is looked for.
+    """
+    layers = [
+        _layer_loss(adapter.layer(layer), written[layer].float(), read[layer].float(), write_mask, addresses)
+        for layer in written
+    ]
+    losses = torch.stack(layers).mean(0) * addresses.weights  # [N]
+    size = next(iter(written.values())).shape[0]
+    sums, weights = (losses.new_zeros(size).index_add(0, addresses.rows, part) for part in (losses, addresses.weights))
+    return sums / weights.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _layer_loss(
+    layer: DeltaMemLayer, written: Tensor, read: Tensor, write_mask: Tensor | None, addresses: Addresses
+) -> Tensor:
+    """The mean over heads, `[N]`."""
+    rows, told = addresses.rows, addresses.told
+    queries = normalise(per_head(layer.query(read.flatten(0, 1)[addresses.asking, None]), layer.config))[:, 0]
+    keys = normalise(per_head(layer.key(written), layer.config))  # [B, W, H, R]
+    own = torch.einsum("nhr,nwhr->nhw", queries, keys[rows]) / TEMPERATURE
+    if write_mask is not None:
+        own = own.masked_fill(~write_mask.bool()[rows, None], -torch.inf)
+    # [P]: all that is looked for, once.
+    wanted = torch.zeros(keys.shape[:2], dtype=torch.int32, device=keys.device).index_add(0, rows, told.int())
+    row, column = wanted.nonzero(as_tuple=True)
+    others = torch.einsum("nhr,phr->nhp", queries, keys[row, column]) / TEMPERATURE
+    others = others.masked_fill((row == rows[:, None])[:, None], -torch.inf)  # they are among its own
+    found = own.masked_fill(~told[:, None], -torch.inf).logsumexp(-1)
+    return (torch.cat([own, others], dim=-1).logsumexp(-1) - found).mean(1)

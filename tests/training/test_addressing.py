@@ -1,0 +1,140 @@
+"""The loss that teaches addresses, held against a loop over its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.tiny import patched_model
+from training.batches import episode_batch
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.recipe.load import ObjectiveOptions, Recipe
+from deltamem_tool.training.addressing import TEMPERATURE, Addresses, hidden_states_of
+from deltamem_tool.training.loss import EpisodeModel
+
+TOLERANCE = 1e-5  # float32 against float64; the loss is about 3
+
+
+def telling_batch():
+    """Of four tokens one is told twice, one once, one in the other conversation alone, one once and in padding."""
+    batch = episode_batch()
+    told, read, targets = batch["write_ids"], batch["read_ids"], batch["targets"]
+    told[0, 1] = told[0, 5] = targets[0]
+    told[0, 3] = targets[1]
+    told[1, 2] = targets[2]
+    told[1, 1] = told[1, 6] = targets[3]
+    read[0, 0] = told[0, 0]
+    return batch
+
+
+def naive_addresses(batch):
+    """(asking, conversation, columns) of every scored token that has to be found."""
+    length = batch["read_ids"].shape[1]
+    found = []
+    for place, target in zip(batch["scored"].tolist(), batch["targets"].tolist(), strict=True):
+        exchange, column = divmod(place, length)
+        row = batch["rows"][exchange].item()
+        mask = batch["write_mask"][row].tolist()
+        columns = [w for w, token in enumerate(batch["write_ids"][row].tolist()) if token == target and mask[w]]
+        if columns and target not in batch["read_ids"][exchange, : column + 1].tolist():
+            found.append(((exchange, column), row, columns))
+    return found
+
+
+def naive_loss(model, batch):
+    adapter, addresses = adapter_of(model), naive_addresses(batch)
+    with torch.no_grad(), hidden_states_of(adapter) as hidden:
+        cache = MemoryCache(model)
+        model(batch["write_ids"], attention_mask=batch["write_mask"], cache=cache)
+        written = hidden.taken()
+        read_cache = MemoryCache(model, write=False)
+        read_cache.memory = cache.memory.select(batch["rows"])
+        model(batch["read_ids"], attention_mask=batch["read_mask"], cache=read_cache)
+        read = hidden.taken()
+    wanted = sorted({(row, column) for _, row, columns in addresses for column in columns})
+    by_row = {row: [] for row in range(len(batch["write_ids"]))}
+    for (exchange, place), row, columns in addresses:
+        losses = []
+        for index in adapter.layer_indices:
+            layer = adapter.layer(index)
+            for head in range(layer.config.state_heads):
+                cut = slice(head * layer.config.rank, (head + 1) * layer.config.rank)
+
+                def unit(weight, x, cut=cut):
+                    y = torch.tanh(weight[cut].double() @ x.double())
+                    return y / y.norm()
+
+                query = unit(layer.query.weight, read[index][exchange, place])
+                places = [(row, w) for w in range(batch["write_ids"].shape[1]) if batch["write_mask"][row, w]]
+                places += [each for each in wanted if each[0] != row]
+                scores = {
+                    each: math.exp(query @ unit(layer.key.weight, written[index][each]) / TEMPERATURE)
+                    for each in places
+                }
+                losses.append(math.log(sum(scores.values())) - math.log(sum(scores[row, w] for w in columns)))
+        by_row[row].append((sum(losses) / len(losses), 1 / len(columns)))
+    means = [sum(x * w for x, w in each) / sum(w for _, w in each) if each else 0.0 for each in by_row.values()]
+    return sum(means) / len(means)
+
+
+@torch.no_grad()
+def test_it_is_what_its_definition_says():
+    model, batch = patched_model(state_heads=2), telling_batch()
+    assert [columns for _, _, columns in naive_addresses(batch)] == [[1, 5], [3], [1]]
+    parts = EpisodeModel(model, ObjectiveOptions(addressing=2.0))(**batch)
+    assert abs(parts["addressing"].item() - naive_loss(model, batch)) < TOLERANCE
+    plain = EpisodeModel(model)(**batch)["loss"]
+    torch.testing.assert_close(parts["loss"], plain + 2.0 * parts["addressing"])
+
+
+def test_a_token_that_the_exchange_shows_is_not_looked_for():
+    batch = telling_batch()
+    place = batch["scored"][0].item()
+    batch["read_ids"].view(-1)[place - 1] = batch["targets"][0]
+    names = ("write_ids", "write_mask", "read_ids", "scored", "targets", "rows")
+    addresses = Addresses.of(**{name: batch[name] for name in names})
+    assert place not in addresses.asking.tolist()
+    assert len(addresses.asking) == len(naive_addresses(batch)) == 2
+
+
+def test_it_teaches_queries_and_keys_alone():
+    model, batch = patched_model(state_heads=2), telling_batch()
+    adapter, gradients = adapter_of(model), []
+    for weight in (0.0, 1.0):
+        adapter.zero_grad()
+        EpisodeModel(model, ObjectiveOptions(addressing=weight))(**batch)["loss"].backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapter.named_parameters()})
+    for name, before in gradients[0].items():
+        taught = name.split(".")[-2] in ("query", "key")
+        assert torch.allclose(before, gradients[1][name], atol=1e-6) != taught, name
+
+
+def test_recomputed_layers_and_chunks_change_nothing():
+    model, batch = patched_model(state_heads=2), telling_batch()
+    objective = ObjectiveOptions(addressing=1.0)
+    expected = EpisodeModel(model, objective)(**batch)["addressing"]
+    for options in ({"recompute": True}, {"write_chunk": 3}):
+        parts = EpisodeModel(model, objective, **options)(**batch)
+        torch.testing.assert_close(parts["addressing"], expected, atol=TOLERANCE, rtol=0)
+        parts["loss"].backward()
+
+
+def test_nothing_to_find_is_no_loss():
+    model, batch = patched_model(), episode_batch()
+    batch["write_ids"].fill_(0)
+    batch["targets"].fill_(1)
+    parts = EpisodeModel(model, ObjectiveOptions(addressing=1.0))(**batch)
+    assert parts["addressing"] == 0
+    parts["loss"].backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": {"granularity": "message"}}, {"training": {"bptt": 1, "write_chunk": 8}}]
+)
+def test_what_it_cannot_be_combined_with(options):
+    with pytest.raises(ConfigError, match="addressing"):
+        Recipe(base="b", out="o", objective={"addressing": 1.0}, **options)
