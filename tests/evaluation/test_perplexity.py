@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -235,6 +235,23 @@ def test_records_whose_answers_have_no_tokens_are_not_used(tmp_path):
         (folder / RECORDS_FILE).write_text("".join(json.dumps(asdict(record)) + "\n" for record in lines))
         compared = compare(whole, folder)
         assert "do not give the figures" in compared.unpaired and compared.overall[0].p_value is None
+
+
+def test_memories_of_something_else(talks, tmp_path):
+    """What is in view and what is scored stays, and each conversation has one memory."""
+    own = find_task("perplexity", {"data": talks, "turns": 2}).items()
+    (tmp_path / "others.jsonl").write_text(
+        json.dumps({"history": "My cat is Tom.", "prompt": "Hi.", "response": "Hello."})
+    )
+    for options, holds in (
+        ({"facts": 0}, lambda history: history == []),
+        ({"facts": 2}, lambda history: len(history) == 1 and len(history[0]) >= 2),
+        ({"history": str(tmp_path / "others.jsonl")}, lambda history: "Tom" in str(history)),
+    ):
+        items = find_task("perplexity", {"data": talks, "turns": 2, **options}).items()
+        assert [replace(item, history=one.history) for item, one in zip(items, own, strict=True)] == own
+        assert all(holds(item.history) for item in items)
+        assert all(items[number].history == items[number + 1].history for number in (0, 2))
 
 
 def test_the_command(tmp_path, checkpoint, talks):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation.task import Item, needs_data
+from deltamem_tool.evaluation.tasks.unrelated import FACTS, unrelated
 from deltamem_tool.segments.messages import Message
 
 
@@ -33,6 +35,10 @@ class Perplexity:
             .json file of LoCoMo's form, whose sessions are kept.
         turns: how many answers.
         split, revision: of a dataset of the Hub.
+        facts: the memories are written from conversations about something else instead, generated ones that tell so
+            many facts, as in the task `text`; with 0 they are empty.
+        history: likewise, from the conversations of this file.
+        seed: of the generated conversations.
 
     Raises:
         ConfigError: there is no data, or no turn to score.
@@ -42,16 +48,33 @@ class Perplexity:
     by_likelihood: Literal[True] = True
 
     def __init__(
-        self, data: str | None = None, turns: int = 1, split: str = "train", revision: str | None = None
+        self,
+        data: str | None = None,
+        turns: int = 1,
+        split: str = "train",
+        revision: str | None = None,
+        facts: int | None = None,
+        history: str | None = None,
+        seed: int = 0,
     ) -> None:
         if type(turns) is not int or turns < 1:
             raise ConfigError("The turns to score are a number from 1.", f"It is {turns!r}.", "Correct it.")
-        self._data = needs_data(self.name, data, "conversations.jsonl", split=split, revision=revision)
+        texts = {"split": split, "revision": revision, "history": history}
+        self._data = needs_data(self.name, data, "conversations.jsonl", **texts)
         self._turns, self._split, self._revision = turns, split, revision
+        self._facts, self._history, self._seed = facts, history, seed
 
     def items(self) -> list[Item]:
         """An answer each."""
-        return [item for talk in self._talks() for item in self._asked(talk)]
+        talks = list(self._talks())
+        if self._facts is None and self._history is None:
+            return [item for talk in talks for item in self._asked(talk)]
+        others = unrelated(len(talks), FACTS if self._facts is None else self._facts, self._seed, self._history)
+        return [
+            replace(item, history=history)
+            for talk, (_, history) in zip(talks, others, strict=True)
+            for item in self._asked(talk)
+        ]
 
     def _talks(self) -> Iterator[_Talk]:
         if Path(self._data).suffix.lower() == ".json":
