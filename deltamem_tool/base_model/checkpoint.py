@@ -27,8 +27,8 @@ from deltamem_tool._compat import (
     WeightConverter,
     WeightRenaming,
     get_model_conversion_mapping,
+    reading_gguf,
     rename_source_key,
-    with_usual_progress,
 )
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_whole, find_gguf, location
@@ -151,7 +151,7 @@ class BaseCheckpoint:
         if self._gguf is not None:
             options |= self._as_floats(options)
         try:
-            with with_usual_progress() if self._gguf else nullcontext():
+            with reading_gguf() if self._gguf else nullcontext():
                 loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:
