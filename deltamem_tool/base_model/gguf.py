@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltamem_tool._compat import TENSOR_PROCESSORS
 from deltamem_tool.base_model.weights import WEIGHT_FILES
 from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.io.installation import check_installation
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
-_ROWS_ALONE = (None, TENSOR_PROCESSORS["llama"])  # what transformers changes a matrix by, if only its rows move
 
 
 def location(source: str | Path) -> dict[str, Any]:
@@ -142,6 +140,8 @@ class GgufWeights:
     """
 
     def __init__(self, file: GgufFile, model: PreTrainedModel) -> None:
+        from deltamem_tool._compat import TENSOR_PROCESSORS  # for which transformers imports tokenizers
+
         self._file = file
         config = model.config.get_text_config(decoder=True)
         self._stored_as = _names_in(file, model, config.num_hidden_layers)
@@ -153,8 +153,9 @@ class GgufWeights:
                     f"{self._stored_as[name]} is {self.shape(name)}, and {name} of the model {list(weight.shape)}.",
                     "Use the model's original checkpoint: a folder of save_pretrained, or its Hub id.",
                 )
-        self._processor_class = TENSOR_PROCESSORS.get(file.architecture)
-        self._processor = None if self._processor_class is None else self._processor_class(config=config.to_dict())
+        processor = TENSOR_PROCESSORS.get(file.architecture)
+        self._keeps_columns = processor in (None, TENSOR_PROCESSORS["llama"])
+        self._processor = None if processor is None else processor(config=config.to_dict())
 
     @property
     def names(self) -> list[str]:
@@ -167,7 +168,7 @@ class GgufWeights:
 
         tensor = self._file.tensors[self._stored_as[name]]
         data = tensor.data  # `[out, bytes or numbers in]`, mapped from disk
-        if data.ndim == 2 and columns.stop is not None and self._processor_class in _ROWS_ALONE:
+        if data.ndim == 2 and columns.stop is not None and self._keeps_columns:
             of_block, bytes_of_block = GGML_QUANT_SIZES[tensor.tensor_type]
             data = data[:, : -(-columns.stop // of_block) * bytes_of_block // data.itemsize]
         weight = dequantize(np.ascontiguousarray(data), tensor.tensor_type)
