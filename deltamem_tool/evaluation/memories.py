@@ -20,8 +20,10 @@ def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
 
 def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemory:
     """Average the memories of several conversations, as many as each entry of `rows` names, for a row of the result."""
-    index = np.asarray(rows, np.int64)  # [B, N]
-    return _changed(memory, lambda array: array[index].mean(1, dtype=np.float64).astype(np.float32))
+    # One by one: of large states, all that are averaged would not fit at once.
+    return _changed(
+        memory, lambda array: np.stack([array[list(row)].mean(0, dtype=np.float64) for row in rows]).astype(np.float32)
+    )
 
 
 def has_layers_to_permute(shape: MemoryShape) -> bool:
