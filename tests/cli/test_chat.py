@@ -72,9 +72,9 @@ def test_options_of_the_command(here, deltamem, monkeypatch):
     done = deltamem("chat", "builtin:adapter", "--window", 64, "--max-new-tokens", 2, "--system", "Be kind.")
     assert done.code == 0 and "of 64" in done.out and "Cut after 2 tokens" in done.err
     assert "messages in view      3" in done.out
-    piped(monkeypatch, TOLD)
-    done = deltamem("chat", "builtin:adapter", "--stop", " to know")
-    assert (done.code, done.out) == (0, "Good\n")
+    piped(monkeypatch, f"{TOLD}\n{ASKED}\n")
+    done = deltamem("chat", "builtin:adapter", "--stop", " is")
+    assert done.code == 0 and done.out.endswith("\nYour dog\n") and ANSWER.startswith("Your dog is")
 
 
 def test_what_is_refused_before_the_model_loads(here, deltamem):
