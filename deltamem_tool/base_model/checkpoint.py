@@ -88,13 +88,13 @@ class BaseCheckpoint:
         self.trust_remote_code = trust_remote_code
         self._is_here = hub is None
         self._gguf = None if file is None else GgufFile(file, self.name)
-        if file is None:
+        if self._gguf is None:
             files = [*SMALL_FILES, "*.py"] if trust_remote_code else SMALL_FILES
             self.source = resolve_folder(name, revision, files, "checkpoint")
             self.config = read_config(self.source, self.name, trust_remote_code)
         else:
-            self.source = file
-            self.config = read_gguf_config(file, self.name)
+            self.source = self._gguf.path
+            self.config = read_gguf_config(self._gguf)
         self.revision = commit_of(self.source)
 
     @cached_property
@@ -151,7 +151,7 @@ class BaseCheckpoint:
         if self._gguf is not None:
             options |= self._as_floats(options)
         try:
-            with reading_gguf() if self._gguf else nullcontext():
+            with reading_gguf(self._gguf.reader) if self._gguf else nullcontext():
                 loaded: Any = self._kind.from_pretrained(**location(self._whole), **options, output_loading_info=True)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) is not None:

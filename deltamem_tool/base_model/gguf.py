@@ -104,13 +104,13 @@ class GgufFile:
                     f"{name} is not a GGUF file.", f"It does not begin with {_MAGIC.decode()}.", "Use another file."
                 )
         try:
-            reader = GGUFReader(path)
-            self.architecture = str(reader.fields["general.architecture"].contents())
+            self.reader = GGUFReader(path)
+            self.architecture = str(self.reader.fields["general.architecture"].contents())
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ArchitectureError(
                 f"{name} cannot be read.", f"{first_line(error)}.", "The file may be cut short: fetch it again."
             ) from error
-        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self.reader.tensors}
         self._check_formats()
 
     def _check_formats(self) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from deltamem_tool._compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from deltamem_tool.base_model.gguf import location
+from deltamem_tool._compat import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    reading_gguf,
+)
+from deltamem_tool.base_model.gguf import GgufFile, location
 from deltamem_tool.errors import ArchitectureError, first_line
 from deltamem_tool.io.formats import MODEL_CONFIG_FILE, PEFT_CONFIG_FILE
 from deltamem_tool.io.safe_json import read_json
@@ -69,21 +73,22 @@ def read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedC
     return config
 
 
-def read_gguf_config(file: Path, name: str) -> PretrainedConfig:
-    """The config that transformers makes of a GGUF file, which the user knows as `name`.
+def read_gguf_config(file: GgufFile) -> PretrainedConfig:
+    """The config that transformers makes of a GGUF file.
 
     Raises:
         ArchitectureError: transformers does not know its architecture, or it is not a causal language model.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(**location(file))
+        with reading_gguf(file.reader):
+            config: PretrainedConfig = AutoConfig.from_pretrained(**location(file.path))
     except _INVALID as error:
         raise ArchitectureError(
-            f"transformers cannot read the config of {name}.",
+            f"transformers cannot read the config of {file.name}.",
             f"{first_line(error)}.",
             "Use the model's original checkpoint: a folder of save_pretrained, or its Hub id.",
         ) from error
-    _check_causal(config.model_type, name)
+    _check_causal(config.model_type, file.name)
     return config
 
 
