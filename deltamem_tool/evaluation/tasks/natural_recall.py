@@ -111,8 +111,9 @@ class NaturalRecall(Recall):
             raise ConfigError("system is a text, or false.", f"It is {system!r}.", "Correct this option of the task.")
         self._systems, self._system = ((), None) if system is False else (SYSTEMS, system)
 
-    def _variant(self, delay: int) -> list[str]:
-        return [NATURAL, *super()._variant(delay)]
+    def variant(self, delay: int) -> list[str]:
+        """What sets its conversations apart from the other ones of the same seed."""
+        return [NATURAL, *super().variant(delay)]
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
         """`contains`, and those of the other metrics that are asked for."""

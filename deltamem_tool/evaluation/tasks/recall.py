@@ -109,7 +109,7 @@ class Recall:
         return [item for count in self._facts for delay in self._delays for item in self._conversations(count, delay)]
 
     def _conversations(self, facts: int, delay: int) -> list[Item]:
-        rng = random.Random("/".join(["recall", str(self._seed), str(facts), *self._variant(delay)]))
+        rng = random.Random("/".join(["recall", str(self._seed), str(facts), *self.variant(delay)]))
         group = f"{facts} fact{'s' * (facts > 1)}"
         if self._delays != [0]:
             group += f", {delay} turn{'s' * (delay != 1)} later"
@@ -119,7 +119,7 @@ class Recall:
             for n in range(self._episodes)
         ]
 
-    def _variant(self, delay: int) -> list[str]:
+    def variant(self, delay: int) -> list[str]:
         """What sets it apart from the task without options, whose conversations stay as they are."""
         parts = [] if self._kind == STATED else [self._kind]
         parts += [f"{delay} {self._between}"] if delay else []
