@@ -15,7 +15,7 @@ from deltamem_tool.base_model.difference import relative_difference
 from deltamem_tool.base_model.gguf import source_of
 from deltamem_tool.errors import AdapterError, ArchitectureError, DeltaMemError, HubError, OtherBaseWarning
 from deltamem_tool.io.formats import MODEL_CONFIG_FILE
-from deltamem_tool.io.names import check_revision, hub_name
+from deltamem_tool.io.names import check_revision, hub_name, is_cached
 from deltamem_tool.memory.attach import adapter_of
 
 
@@ -54,7 +54,7 @@ def find_base(
             f"It was made for {recorded.name} ({recorded.model_type}, weights {recorded.fingerprint[:12]}…); "
             f"{checkpoint.name} is {actual.model_type}, weights {actual.fingerprint[:12]}…."
         )
-        difference = _difference(recorded, checkpoint, fetch=allow_other_base)
+        difference = _difference(recorded, checkpoint, may_fetch=allow_other_base)
         if not allow_other_base:
             raise AdapterError(
                 f"{adapter} was made for another base model.",
@@ -65,13 +65,17 @@ def find_base(
     return checkpoint, actual
 
 
-def _difference(recorded: BaseModel, checkpoint: BaseCheckpoint, fetch: bool) -> str:
-    """How far the weights of `checkpoint` are from those of the recorded base, in a sentence.
+def _difference(recorded: BaseModel, checkpoint: BaseCheckpoint, may_fetch: bool) -> str:
+    """How far the weights of `checkpoint` are from those of the recorded base, in a sentence; "" if that is not here.
 
-    "" where the recorded base is on the Hub, and is not to be fetched for it.
+    Args:
+        recorded: the base that the adapter was made for.
+        checkpoint: another one.
+        may_fetch: whether the recorded base may be fetched from the Hub.
     """
     try:
-        if not recorded.name or (hub_name(recorded.name) is not None and not fetch):
+        hub = hub_name(recorded.name, recorded.revision)
+        if not recorded.name or (hub is not None and not may_fetch and not is_cached(hub)):
             return ""
         share = relative_difference(BaseCheckpoint(recorded.name, recorded.revision), checkpoint)
     except DeltaMemError as error:

@@ -185,6 +185,14 @@ def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
     return root / below
 
 
+def is_cached(hub: HfUri) -> bool:
+    """Whether the file that `hub` names is in the Hub's cache, of its revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = hub.path_in_repo
+    return bool(file) and isinstance(try_to_load_from_cache(hub.id, file, revision=hub.revision), str)
+
+
 def short_name(hub: HfUri) -> str:
     """The name without its revision, as short as it can be: it leads to the same place again."""
     if is_gguf(hub.path_in_repo):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 import warnings
 
 import pytest
 import torch
+from adapter.folders import change_config
 from cli.command import deltamem  # noqa: F401
 from helpers.publishing import onnx_folder
 from helpers.tiny import logits, randomise, save_checkpoint
 from helpers.tiny_gguf import tiny_gguf
 
 from deltamem_tool import DeltaMemConfig, attach, load, save_adapter
+from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
@@ -81,6 +84,26 @@ def test_the_file_may_be_gone(original, adapter, tmp_path):
     (tmp_path / "tiny.gguf").unlink()
     with pytest.warns(OtherBaseWarning, match=r"How far apart they are is not known: .*tiny\.gguf"):
         load(adapter, base=str(original), allow_other_base=True)
+
+
+def test_a_file_on_the_hub_is_fetched_on_the_users_word_alone(hub, original, adapter, tmp_path):
+    (tmp_path / "repository").mkdir()
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "repository")
+    base = {"name": "someone/tiny:tiny.gguf", "revision": hub.add_repo("someone/tiny", tmp_path / "repository")}
+    recorded = json.loads((adapter / CONFIG_FILE).read_text())["base"]
+    change_config(adapter, base=recorded | base)
+
+    def refusal() -> str:
+        with pytest.raises(AdapterError, match=r"someone/tiny:tiny\.gguf") as caught:
+            load(adapter, base=str(original))
+        return str(caught.value)
+
+    assert "differ by" not in refusal() and not hub.fetched()
+    with pytest.warns(OtherBaseWarning, match="differ by"):
+        load(adapter, base=str(original), allow_other_base=True)
+    assert hub.fetched() == ["someone/tiny/tiny.gguf"]
+    assert "differ by" in refusal()  # it is in the cache now
+    assert hub.fetched() == ["someone/tiny/tiny.gguf"]
 
 
 def test_shapes_that_do_not_fit_are_refused(adapter, tmp_path):

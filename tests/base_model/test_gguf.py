@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from cli.command import deltamem  # noqa: F401
+from gguf import GGMLQuantizationType
 from helpers.tiny import CHAT_TEMPLATE, listing, logits, randomise, save_checkpoint, weights_of
 from helpers.tiny_gguf import tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -194,6 +195,16 @@ def test_a_folder_with_several(gguf, refused):
 
 def test_a_file_that_is_not_there(gguf, refused):
     refused(gguf.with_name("none.gguf"), "none.gguf")
+
+
+def test_a_format_that_is_not_known(gguf, refused):
+    """Integers in place of float32: the number after a tensor's name and sizes says so."""
+    content, name = bytearray(gguf.read_bytes()), b"blk.0.attn_q.weight"
+    place = content.index(name) + len(name) + 4 + 2 * 8
+    assert content[place] == GGMLQuantizationType.F32
+    content[place] = GGMLQuantizationType.I32
+    gguf.write_bytes(content)
+    refused(gguf, "weights in the format I32", "Q8_0")
 
 
 def test_missing_weights(tmp_path):
