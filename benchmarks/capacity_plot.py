@@ -25,7 +25,7 @@ KEYS = {
 
 def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> None:
     """A panel a curve, measured and predicted; and below, what is left of a fact's reading."""
-    figure = _figure(3, 3)
+    figure = new_figure(3, 3)
     grid = figure.subplots(3, 3)
     for curve, axes in zip(curves, grid.flat, strict=False):
         mine = _of(points, curve)
@@ -57,12 +57,12 @@ def draw_adapter(points: Sequence[Any], curves: Sequence[Any], path: Path) -> No
     config = points[0]["config"]
     size = f"{config['state_heads']} × {config['rank']}×{config['rank']} a layer, {config['update_rule']}"
     figure.suptitle(f"{points[0]['name']}: {size}; {points[0]['episodes']} conversations a point", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(points: Sequence[Any], curves: Sequence[Any], path: Path) -> None:
     """A panel a curve, a colour an adapter: measured, and what random keys predict."""
-    figure = _figure(2, 3)
+    figure = new_figure(2, 3)
     grid = figure.subplots(2, 3)
     names = list(dict.fromkeys(point["name"] for point in points))
     colours = [colormaps["tab10"](number % 10) for number in range(len(names))]
@@ -76,7 +76,7 @@ def draw_comparison(points: Sequence[Any], curves: Sequence[Any], path: Path) ->
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 8), fontsize=9)
     figure.suptitle("Measured (solid), and predicted of the delta rule with random keys (dotted)", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _of(points: Sequence[Any], curve: Any) -> list[Any]:
@@ -104,13 +104,13 @@ def _finish(axes: Axes, curve: Any, of_what: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _figure(rows: int, columns: int) -> Figure:
+def new_figure(rows: int, columns: int) -> Figure:
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())

@@ -1,0 +1,257 @@
+"""How many pairs a state recalls (MQAR, arXiv 2312.04927), trained by itself, and what the delta rule predicts of it.
+
+    OMP_NUM_THREADS=1 python benchmarks/mqar.py --out benchmarks/results/DATE-mqar.md --plots docs
+
+One `DeltaMemLayer` of the shipped backbone's width, no backbone: `docs/capacity.md` says what it is given, and what is
+predicted. Each layer is added to the `.jsonl` beside OUT once it is trained, and a run that was cut off goes on from
+there. Tables and the figure are written anew at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import versions
+from mqar_plot import draw
+from mqar_task import (
+    BATCH,
+    FEWEST,
+    PAIRS,
+    QUESTIONS,
+    WATCHED,
+    WIDTH,
+    WORDS,
+    asked,
+    by_position,
+    first_gate,
+    mean_gate,
+    overlap,
+    predict,
+    recall,
+    recall_random_keys,
+    train,
+)
+
+from deltamem_tool.bench.timing import cpu_name
+from deltamem_tool.cli.console import progress
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.io.atomic import write_whole
+from deltamem_tool.ops.scan import use_implementation
+
+RANKS = (4, 8, 16, 32)
+STATES = (1, 2, 4, 8)
+SHIPPED = (8, 16)  # four layers of four 8×8 states, which are sixteen to a read-out that sums the layers' corrections
+SEEDS = 3  # of the shipped rank with the default rule; of all else the first alone
+DEFAULT = "no_lambda"  # the rule of the adapter that ships
+RULES: dict[str, dict[str, Any]] = {  # name: options beside those of a row of the grid, for layers of `SHIPPED`
+    DEFAULT: {},
+    "lambda_outside": {"update_rule": "lambda_outside"},
+    "standard": {"update_rule": "standard"},
+    "standard, own λ": {"update_rule": "standard", "couple_lambda": False},
+    "standard, β bias −4": {"update_rule": "standard", "beta_bias": -4.0},
+}
+
+STEPS = 200  # of training
+RELIABLE = 0.9  # recall from which a number of pairs counts as held
+
+Cell = dict[str, Any]  # one line of the .jsonl
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained for one line of the `.jsonl`."""
+
+    rank: int
+    states: int
+    rule: str  # of `RULES`
+    seed: int
+    steps: int
+
+    @property
+    def config(self) -> DeltaMemConfig:
+        options = {"update_rule": DEFAULT, **RULES[self.rule]}
+        return DeltaMemConfig(rank=self.rank, state_heads=self.states, branches=["o"], alpha=2.0 * self.rank, **options)
+
+    @property
+    def is_watched(self) -> bool:
+        return (self.rank, self.states) == SHIPPED
+
+
+def settings(steps: int) -> Iterator[Setting]:
+    """The shipped shape by every rule, the grid, and then the other seeds of the shipped rank."""
+    shipped = SHIPPED[0]
+    yield from (Setting(*SHIPPED, rule, 0, steps) for rule in RULES)
+    yield from (Setting(rank, states, DEFAULT, 0, steps) for rank in RANKS for states in STATES)
+    for seed in range(1, SEEDS):
+        yield from (Setting(shipped, states, DEFAULT, seed, steps) for states in (*STATES, SHIPPED[1]))
+
+
+def measure(setting: Setting) -> Cell:
+    """Train a layer, ask it at every number of pairs, and predict the same."""
+    start = time.process_time()
+    layer, words, curve = train(setting.config, setting.seed, setting.steps, setting.is_watched)
+    generator = torch.Generator().manual_seed(setting.seed + 2)
+    own, random = partial(recall, layer, words), partial(recall_random_keys, layer, words, generator)
+    cell = {**asdict(setting), "overlap": overlap(layer, words), "gate": mean_gate(layer, words), "pairs": list(PAIRS)}
+    for name, ask in (("trained", own), ("random keys", random)):
+        cell[name] = [asked(ask, words, pairs, generator) for pairs in PAIRS]
+        if setting.is_watched:
+            cell[f"{name}, by position"] = by_position(ask, words, generator)
+    counts = [(max(FEWEST, QUESTIONS // pairs), pairs) for pairs in PAIRS]
+    predictions = [predict(setting.config, *count, generator) for count in counts]
+    cell["predicted"] = [max((share, beta) for beta, share in each.items()) for each in predictions]
+    cell["first gate"] = [(each[first_gate(setting.config)],) for each in predictions]
+    seconds = time.process_time() - start
+    return {**cell, "curve": curve, "seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+
+
+def held(pairs: Sequence[int], recalls: Sequence[float]) -> float | None:
+    """How many pairs are recalled with `RELIABLE`, between two measured numbers on a logarithmic scale.
+
+    None where the fewest are not, infinity where the most still are.
+    """
+    if recalls[0] < RELIABLE:
+        return None
+    for (few, high), (many, low) in pairwise(zip(pairs, recalls, strict=True)):
+        if low < RELIABLE:
+            return few * (many / few) ** ((high - RELIABLE) / (high - low))
+    return math.inf
+
+
+def mean_of(cells: Sequence[Cell], name: str) -> list[float]:
+    """Recall at every number of pairs, the mean of the seeds."""
+    return [_mean([cell[name][n][0] for cell in cells]) for n in range(len(PAIRS))]
+
+
+def report(cells: Sequence[Cell], command: str) -> str:
+    """The results as Markdown."""
+    steps = cells[0]["steps"]
+    lines = [
+        f"# Multi-query associative recall, {max(cell['date'] for cell in cells)}",
+        "",
+        f"One layer of width {WIDTH}, {steps} steps of {BATCH} sequences, {WORDS} keys and as many values;",
+        f"{versions('torch')}; {cpu_name()}, {sum(cell['seconds'] for cell in cells) / 60:.1f} minutes of one thread.",
+        "",
+        f"`{command}`",
+        "",
+        "What is measured and predicted: [docs/capacity.md](../../docs/capacity.md#pairs-ranks-and-states).",
+        "",
+        "* trained: recall of the trained layer, mean of the seeds (least–most of them, where there are several)",
+        "* random keys: the trained layer with each pair's key and query turned together at random",
+        "* rule alone: nothing learned, random keys and codes, the best single β",
+        f"* held: pairs recalled with {RELIABLE}; R · H: keys that can be orthogonal in all states together",
+        "* overlap: mean squared product of two different trained keys, beside 1/R",
+        f"* ±: half an interval at 95 % of one seed, the widest of the row; {QUESTIONS} questions a point or more",
+        "",
+        *_grid(cells),
+        "",
+        f"## Rules, {SHIPPED[1]} states of {SHIPPED[0]}×{SHIPPED[0]}",
+        "",
+        f"* step N: recall of {WATCHED} pairs in training; first, 8th, last: then of the pair in that place",
+        "* β: the mean gate of the trained layer",
+        f"* alone: {WATCHED} pairs by the rule alone, at the layer's first β and at the best one",
+        "",
+        *_rules(cells),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _grid(cells: Sequence[Cell]) -> Iterator[str]:
+    yield _row(["R", "H", "seeds", "", *map(str, PAIRS), "held", "R · H", "overlap", "1/R", "±"])
+    yield _row(["---"] * (len(PAIRS) + 9))
+    shapes = [(rank, states) for rank in RANKS for states in STATES]
+    for rank, states in sorted([*shapes, SHIPPED]):
+        mine = of(cells, rank, states)
+        for name in ("trained", "random keys", "predicted"):
+            means = mean_of(mine, name)
+            texts = [f"{mean:.2f}" for mean in means]
+            if name == "trained":
+                spans = [[cell[name][n][0] for cell in mine] for n in range(len(PAIRS))]
+                texts = [
+                    f"**{text}** ({min(span):.2f}–{max(span):.2f})" if len(span) > 1 else f"**{text}**"
+                    for text, span in zip(texts, spans, strict=True)
+                ]
+                overlaps = _mean([cell["overlap"] for cell in mine])
+                widest = max(half for cell in mine for _, half in cell[name])
+                ends = [str(rank * states), f"{overlaps:.3f}", f"{1 / rank:.3f}", f"{widest:.2f}"]
+            else:
+                ends = [""] * 4
+            label = "rule alone" if name == "predicted" else name
+            yield _row([str(rank), str(states), str(len(mine)), label, *texts, held_text(means), *ends])
+
+
+def _rules(cells: Sequence[Cell]) -> Iterator[str]:
+    steps = [step for step, _ in next(cell["curve"] for cell in cells if cell["curve"])]
+    shown, watched = steps[1::2], PAIRS.index(WATCHED)
+    places = {"first": 0, "8th": WATCHED // 2 - 1, "last": WATCHED - 1}
+    heads = ["rule", "seeds", *(f"step {step}" for step in shown), *places, *(f"{pairs} pairs" for pairs in PAIRS), "β"]
+    yield _row([*heads, "alone, first β", "alone, best β"])
+    yield _row(["---"] * (len(heads) + 2))
+    for rule in RULES:
+        mine = of(cells, *SHIPPED, rule)
+        curve = [_mean([dict(cell["curve"])[step] for cell in mine]) for step in shown]
+        ends = [_mean([cell["trained, by position"][place] for cell in mine]) for place in places.values()]
+        recalls = [f"{recall:.2f}" for recall in (*curve, *ends, *mean_of(mine, "trained"))]
+        gate = _mean([cell["gate"] for cell in mine])
+        alone = [mean_of(mine, name)[watched] for name in ("first gate", "predicted")]
+        best = mine[0]["predicted"][watched][1]
+        yield _row([rule, str(len(mine)), *recalls, f"{gate:.2f}", f"{alone[0]:.2f}", f"{alone[1]:.2f} (β {best:.2f})"])
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def of(cells: Sequence[Cell], rank: int, states: int, rule: str = DEFAULT) -> list[Cell]:
+    return [cell for cell in cells if (cell["rank"], cell["states"], cell["rule"]) == (rank, states, rule)]
+
+
+def held_text(recalls: Sequence[float]) -> str:
+    number = held(PAIRS, recalls)
+    return "< 1" if number is None else f"> {PAIRS[-1]}" if math.isinf(number) else f"{number:.0f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+@click.command(help=(__doc__ or "").partition("\n")[0])
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Markdown file to write.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder of the PNG file.  [OUT's]")
+@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Training steps of a layer.")
+def main(out: Path, plots: Path | None, steps: int) -> None:
+    plots = plots or out.parent
+    for folder in (out.parent, plots):
+        folder.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".jsonl")
+    kept = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {Setting(**{name: cell[name] for name in Setting.__annotations__}): cell for cell in kept}
+    wanted = list(settings(steps))
+    with progress() as bar, use_implementation("recurrent"):  # at every rank the faster one with so few tokens
+        whole = bar.add_task("Layers", total=len(wanted), note="")
+        for setting in wanted:
+            bar.update(whole, note=f"{setting.states} × {setting.rank}×{setting.rank}, {setting.rule}")
+            if setting not in done:
+                done[setting] = measure(setting)
+                with log.open("a") as file:
+                    file.write(json.dumps(done[setting]) + "\n")
+            bar.advance(whole)
+    cells = [done[setting] for setting in wanted]
+    command = f"python benchmarks/mqar.py --steps {steps} --out OUT.md"
+    write_whole(out, report(cells, command).encode())
+    draw(cells, plots / "capacity-mqar.png")
+    click.echo(f"{out}, {log}, {plots / 'capacity-mqar.png'}")
+
+
+if __name__ == "__main__":
+    main()
