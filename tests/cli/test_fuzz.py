@@ -255,6 +255,7 @@ def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hu
     hub.add_repo("someone/adapter", adapter_folder(tmp_path / "pushed", "someone/base", hub.head("someone/base")))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "hf_write")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     endings = tmp_path / "endings"
     endings.mkdir()
     ends: Counter[str] = Counter()

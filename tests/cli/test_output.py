@@ -21,7 +21,8 @@ from deltamem_tool.cli.encoding import print_everywhere
 from deltamem_tool.cli.quickstart import _show
 from deltamem_tool.memory.file import StoredMemory, write_memory
 from deltamem_tool.memory.heatmap import heat_maps, norm_bars
-from deltamem_tool.quickstart import Quickstart, Remembered
+from deltamem_tool.quickstart.run import Quickstart
+from deltamem_tool.quickstart.talk import AskedAgain, Remembered
 
 ENCODINGS = ("cp1252", "ascii", "cp437", "shift_jis", "utf-8")
 ESCAPE = "\x1b["
@@ -175,12 +176,12 @@ def test_stages_are_for_terminals(monkeypatch):
 def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
     """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
     out = Path("[b]out[/b]")
-    remembered = Remembered([("Hi [/u].", "[red]")], [("Who [/q]?", "[a]", "[t]", "[/w]")])
+    remembered = Remembered([("Hi [/u].", "[red]")], [AskedAgain("Who [/q]?", "[a]", "[t]", False, "[/w]")])
     files = [out / name for name in ("adapter", "onnx", "memory", "recall.png", "loss.png", "report.json")]
     stream = Stream()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", "200")
-    _show(Quickstart(*files, 1, 2, evaluated(), "", 0.0, 1.0, remembered, {}))
+    _show(Quickstart(*files, 1, 2, evaluated(), "", (), 0.0, 1.0, 200, remembered, {}))
     text = stream.text()
     for word in ("[b]out[/b]/adapter", "[b]out[/b]/recall.png", "Hi [/u].", "[red]", "Who [/q]?", "[a] ✗ [t]", "[/w]"):
         assert word in text

@@ -27,6 +27,7 @@ ON_THE_BACKBONE = (
     "learn-msw",
     "learn-lora",
 )
+ON_SMOLLM2 = ("smollm2-135m-msw",)
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-8b": "Qwen/Qwen3-8B",
@@ -49,6 +50,9 @@ def test_a_recipe_of_this_repository(path):
     if path.stem in ON_THE_BACKBONE:
         assert read.base == "builtin:backbone" and read.training.steps
         return
+    if path.stem in ON_SMOLLM2:
+        assert (read.base, read.out) == ("HuggingFaceTB/SmolLM2-135M-Instruct", path.stem)
+        return
     model, _, way = path.stem.rpartition("-")
     assert (read.base, read.out) == (BASES[model], path.stem)
     assert read.training.batch_size * read.training.gradient_accumulation == 32
@@ -61,7 +65,7 @@ def test_a_recipe_of_this_repository(path):
 
 def test_the_recipes_there_are():
     names = {f"{model}-{way}" for model in BASES for way in PRESETS}
-    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", *ON_THE_BACKBONE}
+    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", *ON_THE_BACKBONE, *ON_SMOLLM2}
     said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = said["package-data"]["deltamem_tool.recipes"]
     assert "deltamem_tool.recipes" in said["packages"]

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from cli.command import deltamem  # noqa: F401
 from helpers.tiny import listing
+from helpers.tiny_gguf import tiny_gguf
 
+from deltamem_tool import DeltaMemError
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.evaluation.conditions import CONTROLS
+from deltamem_tool.io.names import resolve_folder
 from deltamem_tool.memory.file import read_memory
+from deltamem_tool.onnx.export.export import TOLERANCE
+from deltamem_tool.quickstart import run as module
+from deltamem_tool.quickstart.bases import BACKBONE, BASES, SMOLLM2
 
 MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
 MAX_CONTROL = 0.05
 MIN_AGREEMENT = 199 / 200
+SMALL = ("training.batch_size=2", "memory.layers=[3]")  # one layer of memory to trace
 
 
 @pytest.fixture(scope="module")
 def made(quickstart_run):
     report = json.loads((quickstart_run / "run" / "report.json").read_text())
     return quickstart_run, (quickstart_run / "stdout").read_text(), report
+
+
+def change_recipe(monkeypatch, *changes):
+    whole = module.load_recipe
+    monkeypatch.setattr(module, "load_recipe", lambda file, own, out: whole(file, [*own, *changes], out))
+
+
+def change_base(monkeypatch, name, **changes):
+    monkeypatch.setitem(BASES, name, replace(BASES[name], **changes))
 
 
 def test_report(made):
@@ -67,18 +86,12 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
 
 @pytest.mark.slow
 def test_the_training_path(tmp_path, monkeypatch):
-    """Without --fast, two small steps instead of all, fewer episodes, and one layer of memory to trace."""
-    from deltamem_tool import quickstart as module
-    from deltamem_tool.adapter.folder import read_adapter
+    """Without --fast, two small steps instead of all, and fewer episodes."""
 
-    whole_recipe = module.load_recipe
-    small = ["training.steps=2", "training.batch_size=2", "memory.layers=[3]"]
-    monkeypatch.setattr(module, "load_recipe", lambda file, out: whole_recipe(file, small, out))
-    monkeypatch.setattr(module, "FACTS", (1,))
-    monkeypatch.setattr(module, "EPISODES", 10)
-    monkeypatch.setattr(module, "AGREEMENT_EPISODES", 10)
+    change_recipe(monkeypatch, *SMALL)
+    change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
     told = []
-    made = module.quickstart(tmp_path / "run", report=lambda *progress: told.append(progress))
+    made = module.quickstart(tmp_path / "run", steps=2, report=lambda *progress: told.append(progress))
     assert {stage for stage, *_ in told} == {"patch", "train", "evaluate", "export", "remember"}
     assert set(made.seconds) == {stage for stage, *_ in told}
     assert made.adapter == tmp_path / "run" / "adapter"
@@ -87,11 +100,80 @@ def test_the_training_path(tmp_path, monkeypatch):
     assert {entry.name for entry in (tmp_path / "run").iterdir()} <= module.OWN
 
 
-def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
-    from deltamem_tool import DeltaMemError
-    from deltamem_tool import quickstart as module
+@pytest.mark.slow
+def test_another_base_and_other_words(tmp_path, monkeypatch):
+    """A tiny GGUF file stands for SmolLM2's, and nobody expects it to remember anything."""
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf(file, max_position_embeddings=8192)  # a character is a token, nearly
+    change_recipe(
+        monkeypatch,
+        "training.batch_size=2",
+        "memory.layers=[1]",
+        "data.max_write_tokens=3000",
+        "data.max_read_tokens=400",
+    )
+    few = {"facts": (1,), "episodes": 2, "agreement": (1, 2), "told": 1}
+    change_base(monkeypatch, SMOLLM2, fetch=lambda: str(file), **few)
+    made = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=1)
+    trained = read_adapter(made.adapter)
+    assert trained.base.name == str(file) and trained.config.branches == ("v", "o")
+    assert made.arguments == ("--set", "facts=[1]", "--set", "words=natural", "--set", "episodes=2")
+    report = json.loads(made.report.read_text())
+    assert report["recall"]["metric"] == "contains"
+    (asked,) = report["conversation"]["asked"]
+    assert asked["is_right"] == (asked["truth"] in asked["answer"])
 
-    def interrupted(recipe, report):
+    taken = module.quickstart(tmp_path / "taken", base=SMOLLM2, adapter=str(made.adapter))
+    assert taken.fingerprint == made.fingerprint and taken.loss_plot is None
+    assert json.loads(taken.report.read_text())["recall"]["scores"] == report["recall"]["scores"]
+
+
+@pytest.mark.slow
+def test_interrupted_training_goes_on(tmp_path, monkeypatch):
+    change_recipe(monkeypatch, *SMALL, "training.save_every=1")
+    change_base(monkeypatch, BACKBONE, facts=(1,), episodes=10, agreement=(1, 10))
+
+    def interrupt(stage, done, of, note):
+        if (stage, done) == ("train", 1):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="--resume"):
+        module.quickstart(tmp_path / "run", steps=4, report=interrupt)
+    told = []
+    made = module.quickstart(tmp_path / "run", steps=4, resume=True, report=lambda *progress: told.append(progress))
+    resumed = [done for stage, done, *_ in told if stage == "train"]
+    assert resumed[0] > 1 and resumed[-1] == 4
+    whole = module.quickstart(tmp_path / "whole", steps=4)
+    assert made.fingerprint == whole.fingerprint
+    with pytest.raises(DeltaMemError, match="nothing to resume"):
+        module.quickstart(tmp_path / "run", steps=4, resume=True)
+
+
+def test_overwrite_spares_the_adapter_that_is_taken(tmp_path):
+    folder = tmp_path / "run" / "adapter"
+    shutil.copytree(resolve_folder("builtin:adapter", None, [], "adapter"), folder)
+    before = listing(tmp_path)
+    with pytest.raises(DeltaMemError, match="would be removed"):
+        module.quickstart(tmp_path / "run", adapter=str(folder), overwrite=True)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(1800)
+def test_on_a_published_model(smollm2_gguf, tmp_path, monkeypatch):
+    """Two small steps, few questions, and two layers of memory: nothing is remembered yet."""
+    change_recipe(monkeypatch, "training.batch_size=2", "memory.layers=[28,29]")
+    change_base(monkeypatch, SMOLLM2, facts=(1,), episodes=3, agreement=(1, 2), told=1)
+    made = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=2)
+    assert read_adapter(made.adapter).base.name == str(smollm2_gguf)
+    assert made.max_abs_diff < TOLERANCE
+    (asked,) = made.remembered.answers
+    assert asked.answer and asked.without_memory
+
+
+def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
+
+    def interrupted(recipe, resume, report):
         raise DeltaMemError("Interrupted after step 1 of 2.", "Why.", "Run the same command with --resume to go on.")
 
     monkeypatch.setattr("deltamem_tool.training.train", interrupted)
@@ -103,12 +185,10 @@ def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
 
 
 def test_overwrite_spares_what_is_not_ours(tmp_path):
-    from deltamem_tool import DeltaMemError
-    from deltamem_tool.quickstart import quickstart
 
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DeltaMemError, match=r"thesis.tex"):
-        quickstart(tmp_path, fast=True, overwrite=True)
+        module.quickstart(tmp_path, fast=True, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

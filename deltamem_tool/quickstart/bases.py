@@ -1,0 +1,113 @@
+"""What a quickstart can run on: the backbone that the package ships, or a published chat model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deltamem_tool.base_model import smollm2
+from deltamem_tool.errors import ConfigError
+
+BACKBONE, SMOLLM2 = "builtin:backbone", "smollm2"
+PUBLISHED: str | None = None  # SmolLM2's trained adapter, by its id on the Hub; there is none yet
+
+
+@dataclass(frozen=True)
+class QuickstartBase:
+    """A base model, how a memory is trained for it, and what the memory is then asked.
+
+    Args:
+        name: in words.
+        recipe: a file of `recipes/`.
+        adapter: one that is trained already, shipped or on the Hub; None while there is none.
+        takes_adapter: whether that one is taken unless told otherwise, because training takes hours.
+        words: of the recall task.
+        facts: how many are told in the conversations of the recall task.
+        episodes: conversations for each of these.
+        agreement: how many are told in the conversations on which both runtimes are compared, and how many of these.
+        told: facts in the conversation that is remembered.
+        batch_size: conversations at once.
+        fetch: gives the checkpoint's name, and fetches it where it is not here.
+        size_to_fetch: says how much that would be, in words; None for nothing.
+        time: of a run on 2 CPU cores that trains, in words; `fast_time` of one that takes `adapter`.
+        fast_time: see there.
+    """
+
+    name: str
+    recipe: str
+    adapter: str | None
+    takes_adapter: bool
+    words: str
+    facts: tuple[int, ...]
+    episodes: int
+    agreement: tuple[int, int]
+    told: int
+    batch_size: int
+    fetch: Callable[[], str]
+    size_to_fetch: Callable[[], str | None]
+    time: str
+    fast_time: str
+
+
+BASES = {
+    BACKBONE: QuickstartBase(
+        name="the shipped backbone",
+        recipe="quickstart.yaml",
+        adapter="builtin:adapter",
+        takes_adapter=False,
+        words="dialogues",
+        facts=(1, 2, 4, 6, 8),
+        episodes=200,
+        agreement=(4, 200),
+        told=4,
+        batch_size=100,
+        fetch=lambda: BACKBONE,
+        size_to_fetch=lambda: None,
+        time="2 to 5 minutes, most of them training",
+        fast_time="less than a minute",
+    ),
+    SMOLLM2: QuickstartBase(
+        name=smollm2.NAME,
+        recipe="smollm2-135m-msw.yaml",
+        adapter=PUBLISHED,
+        takes_adapter=True,
+        words="natural",
+        facts=(1, 2, 4),
+        episodes=50,
+        agreement=(2, 20),
+        told=2,
+        batch_size=10,
+        fetch=smollm2.fetch,
+        size_to_fetch=smollm2.size_to_fetch,
+        time="2 to 4 hours, most of them training",
+        fast_time="an hour",
+    ),
+}
+
+
+def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, steps: int | None = None) -> str | None:
+    """Choose the adapter that a quickstart takes; None: it trains one.
+
+    Args:
+        base: one of BASES.
+        adapter: the one that is asked for.
+        fast: whether the one that is trained already is asked for.
+        steps: of the training that is asked for.
+
+    Raises:
+        ConfigError: the options do not go together, or no adapter is trained already.
+    """
+    if adapter is not None and fast:
+        raise ConfigError("fast and an adapter do not go together.", "Either says which adapter.", "Leave out one.")
+    if steps is not None and (fast or adapter is not None):
+        raise ConfigError("There are no steps.", "An adapter is taken, and none is trained.", "Leave out steps.")
+    known = BASES[base].adapter
+    if fast and known is None:
+        raise ConfigError(
+            f"No adapter for {BASES[base].name} is published yet.",
+            "There is none that could be taken instead of training one.",
+            "Leave out fast, or pass an adapter folder.",
+        )
+    if adapter is not None:
+        return adapter
+    return known if fast or (BASES[base].takes_adapter and steps is None) else None
