@@ -233,8 +233,9 @@ def _trained(recipe: Recipe, resume: bool, tell: Report) -> tuple[AdapterFolder,
     try:
         result = train(recipe, resume, report=report)
     except DeltaMemError as error:  # its advice is for `deltamem train`
-        again = "--resume" if checkpoints(run_folder(recipe.out)) else "--overwrite"
-        raise DeltaMemError(error.what, error.why, f"Run the quickstart again with {again}.") from error
+        go_on = "--resume to continue, or with " if checkpoints(run_folder(recipe.out)) else ""
+        again = f"Run the same command with {go_on}--overwrite to start again."
+        raise DeltaMemError(error.what, error.why, again) from error
     return read_adapter(result.adapter), result.losses
 
 
