@@ -39,8 +39,8 @@ class TrainingSummary:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, mean loss since the one before)."""
-        return [(int(row["step"]), row["loss"]) for row in self.log if "loss" in row]
+        """(step, mean cross-entropy of the answers since the one before); what else is learned is not in it."""
+        return [(int(row["step"]), row["answer"]) for row in self.log if "answer" in row]
 
     def files(self) -> dict[str, bytes]:
         """What goes into the adapter folder."""
@@ -74,12 +74,12 @@ def plot(log: Sequence[dict[str, float]]) -> bytes:
     figure.subplots_adjust(left=0.11, bottom=0.08, right=0.98, top=0.98, hspace=0.06)
     FigureCanvasAgg(figure)
     evaluated = [row for row in log if "eval_loss" in row]
-    trained = [row for row in log if "loss" in row]
+    trained = [row for row in log if "answer" in row]
     gates = [(row["step"], row["gates"]) for row in trained if "gates" in row]  # a LoRA has none, and no state
     axes = figure.subplots(2 if gates else 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 2 if gates else 1])
     loss = axes[0, 0]
     steps = [row["step"] for row in trained]
-    loss.plot(steps, [row["loss"] for row in trained], color="#9bbfb1", label="training")
+    loss.plot(steps, [row["answer"] for row in trained], color="#9bbfb1", label="training")
     for suffix, name in _CONDITIONS.items():
         if evaluated and f"eval_loss{suffix}" in evaluated[0]:
             values = [row[f"eval_loss{suffix}"] for row in evaluated]

@@ -41,7 +41,7 @@ from deltamem_tool.training.validation import batches_of, metrics, outcomes
 
 ORDERS = ("as they come", "shuffled", "by length")
 SHOWN_ROWS = 8  # source rows that an error names
-Report = Callable[[int, int, float | None], None]  # step, of how many, loss
+Report = Callable[[int, int, float | None], None]  # step, of how many, cross-entropy of the answers
 
 
 class EpisodeSampler(Sampler[int]):
@@ -260,8 +260,8 @@ class Progress(TrainerCallback):
             self.report(state.global_step, state.max_steps, self._loss)
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the loss for the next report."""
-        self._loss = (logs or {}).get("loss", self._loss)
+        """Keep the cross-entropy of the answers for the next report."""
+        self._loss = (logs or {}).get("answer", self._loss)
 
     @contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
