@@ -98,9 +98,9 @@ def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, s
         ConfigError: the options do not go together, or no adapter is trained already.
     """
     if adapter is not None and fast:
-        raise ConfigError("fast and an adapter do not go together.", "Either says which adapter.", "Leave out one.")
+        raise ConfigError("fast and adapter do not go together.", "Both say which adapter is taken.", "Leave one out.")
     if steps is not None and (fast or adapter is not None):
-        raise ConfigError("There are no steps.", "An adapter is taken, and none is trained.", "Leave out steps.")
+        raise ConfigError("steps is for training.", "An adapter is taken, and none is trained.", "Leave steps out.")
     known = BASES[base].adapter
     if fast and known is None:
         raise ConfigError(
