@@ -61,7 +61,8 @@ RULES: dict[str, dict[str, Any]] = {  # name: options beside those of a row of t
     "standard, β bias −4": {"update_rule": "standard", "beta_bias": -4.0},
 }
 
-STEPS = 200  # of training
+STEPS, RULE_STEPS = 200, 600  # of training, in the grid and for the comparison of rules
+SHOWN = (40, 80, 160, 320)  # steps in the table of rules, beside the last
 RELIABLE = 0.9  # recall from which a number of pairs counts as held
 
 Cell = dict[str, Any]  # one line of the .jsonl
@@ -87,13 +88,17 @@ class Setting:
         return (self.rank, self.states) == SHIPPED
 
 
-def settings(steps: int) -> Iterator[Setting]:
-    """The shipped shape by every rule, the grid, and then the other seeds of the shipped rank."""
-    shipped = SHIPPED[0]
-    yield from (Setting(*SHIPPED, rule, 0, steps) for rule in RULES)
-    yield from (Setting(rank, states, DEFAULT, 0, steps) for rank in RANKS for states in STATES)
-    for seed in range(1, SEEDS):
-        yield from (Setting(shipped, states, DEFAULT, seed, steps) for states in (*STATES, SHIPPED[1]))
+def rule_settings(steps: int) -> list[Setting]:
+    """The shipped shape by every rule."""
+    return [Setting(*SHIPPED, rule, 0, steps) for rule in RULES]
+
+
+def grid_settings(steps: int) -> list[Setting]:
+    """Every shape, and the other seeds of the shipped rank."""
+    shipped = [*STATES, SHIPPED[1]]
+    once = [Setting(rank, states, DEFAULT, 0, steps) for rank in RANKS for states in STATES]
+    again = [Setting(SHIPPED[0], states, DEFAULT, seed, steps) for seed in range(1, SEEDS) for states in shipped]
+    return [*once, Setting(*SHIPPED, DEFAULT, 0, steps), *again]
 
 
 def measure(setting: Setting) -> Cell:
@@ -133,44 +138,49 @@ def mean_of(cells: Sequence[Cell], name: str) -> list[float]:
     return [_mean([cell[name][n][0] for cell in cells]) for n in range(len(PAIRS))]
 
 
-def report(cells: Sequence[Cell], command: str) -> str:
+def report(grid: Sequence[Cell], rules: Sequence[Cell], command: str) -> str:
     """The results as Markdown."""
-    steps = cells[0]["steps"]
+    cells = [*grid, *rules]
     lines = [
         f"# Multi-query associative recall, {max(cell['date'] for cell in cells)}",
         "",
-        f"One layer of width {WIDTH}, {steps} steps of {BATCH} sequences, {WORDS} keys and as many values;",
+        f"One layer of width {WIDTH}, trained on {BATCH} sequences a step, {WORDS} keys and as many values;",
         f"{versions('torch')}; {cpu_name()}, {sum(cell['seconds'] for cell in cells) / 60:.1f} minutes of one thread.",
         "",
         f"`{command}`",
         "",
         "What is measured and predicted: [docs/capacity.md](../../docs/capacity.md#pairs-ranks-and-states).",
         "",
+        f"## Pairs, ranks and states: {grid[0]['steps']} steps",
+        "",
         "* trained: recall of the trained layer, mean of the seeds (least–most of them, where there are several)",
         "* random keys: the trained layer with each pair's key and query turned together at random",
         "* rule alone: nothing learned, random keys and codes, the best single β",
-        f"* held: pairs recalled with {RELIABLE}; R · H: keys that can be orthogonal in all states together",
+        "* R · H: keys that can be orthogonal in all states together",
         "* overlap: mean squared product of two different trained keys, beside 1/R",
         f"* ±: half an interval at 95 % of one seed, the widest of the row; {QUESTIONS} questions a point or more",
         "",
-        *_grid(cells),
+        *_grid(grid),
         "",
-        f"## Rules, {SHIPPED[1]} states of {SHIPPED[0]}×{SHIPPED[0]}",
+        f"Pairs recalled with {RELIABLE}: trained, (by the rule alone), [R · H]",
+        "",
+        *_held(grid),
+        "",
+        f"## Rules: {rules[0]['steps']} steps, {SHIPPED[1]} states of {SHIPPED[0]}×{SHIPPED[0]}",
         "",
         f"* step N: recall of {WATCHED} pairs in training; first, 8th, last: then of the pair in that place",
-        "* β: the mean gate of the trained layer",
+        f"* {PAIRS[0]} to {PAIRS[-1]}: recall of so many pairs, when trained; β: the trained layer's mean gate",
         f"* alone: {WATCHED} pairs by the rule alone, at the layer's first β and at the best one",
         "",
-        *_rules(cells),
+        *_rules(rules),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _grid(cells: Sequence[Cell]) -> Iterator[str]:
-    yield _row(["R", "H", "seeds", "", *map(str, PAIRS), "held", "R · H", "overlap", "1/R", "±"])
-    yield _row(["---"] * (len(PAIRS) + 9))
-    shapes = [(rank, states) for rank in RANKS for states in STATES]
-    for rank, states in sorted([*shapes, SHIPPED]):
+    yield _row(["R", "H", "seeds", "", *map(str, PAIRS), "R · H", "overlap", "1/R", "±"])
+    yield _row(["---"] * (len(PAIRS) + 8))
+    for rank, states in sorted({(cell["rank"], cell["states"]) for cell in cells}):
         mine = of(cells, rank, states)
         for name in ("trained", "random keys", "predicted"):
             means = mean_of(mine, name)
@@ -187,14 +197,28 @@ def _grid(cells: Sequence[Cell]) -> Iterator[str]:
             else:
                 ends = [""] * 4
             label = "rule alone" if name == "predicted" else name
-            yield _row([str(rank), str(states), str(len(mine)), label, *texts, held_text(means), *ends])
+            yield _row([str(rank), str(states), str(len(mine)), label, *texts, *ends])
+
+
+def _held(cells: Sequence[Cell]) -> Iterator[str]:
+    columns = sorted({cell["states"] for cell in cells})
+    yield _row(["R", *(f"H = {states}" for states in columns)])
+    yield _row(["---"] * (len(columns) + 1))
+    for rank in RANKS:
+        texts = []
+        for states in columns:
+            mine = of(cells, rank, states)
+            both = [held_text(mean_of(mine, name)) for name in ("trained", "predicted")] if mine else []
+            texts.append(f"**{both[0]}** ({both[1]}) [{rank * states}]" if both else "")
+        yield _row([str(rank), *texts])
 
 
 def _rules(cells: Sequence[Cell]) -> Iterator[str]:
     steps = [step for step, _ in next(cell["curve"] for cell in cells if cell["curve"])]
-    shown, watched = steps[1::2], PAIRS.index(WATCHED)
+    shown = [step for step in steps if step in SHOWN or step == steps[-1]]
+    watched = PAIRS.index(WATCHED)
     places = {"first": 0, "8th": WATCHED // 2 - 1, "last": WATCHED - 1}
-    heads = ["rule", "seeds", *(f"step {step}" for step in shown), *places, *(f"{pairs} pairs" for pairs in PAIRS), "β"]
+    heads = ["rule", *(f"step {step}" for step in shown), *places, *map(str, PAIRS), "β"]
     yield _row([*heads, "alone, first β", "alone, best β"])
     yield _row(["---"] * (len(heads) + 2))
     for rule in RULES:
@@ -205,7 +229,7 @@ def _rules(cells: Sequence[Cell]) -> Iterator[str]:
         gate = _mean([cell["gate"] for cell in mine])
         alone = [mean_of(mine, name)[watched] for name in ("first gate", "predicted")]
         best = mine[0]["predicted"][watched][1]
-        yield _row([rule, str(len(mine)), *recalls, f"{gate:.2f}", f"{alone[0]:.2f}", f"{alone[1]:.2f} (β {best:.2f})"])
+        yield _row([rule, *recalls, f"{gate:.2f}", f"{alone[0]:.2f}", f"{alone[1]:.2f} (β {best:.2f})"])
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -228,28 +252,29 @@ def _row(cells: Sequence[str]) -> str:
 @click.command(help=(__doc__ or "").partition("\n")[0])
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Markdown file to write.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder of the PNG file.  [OUT's]")
-@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Training steps of a layer.")
-def main(out: Path, plots: Path | None, steps: int) -> None:
+@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Training steps of the grid.")
+@click.option("--rule-steps", default=RULE_STEPS, show_default=True, type=click.IntRange(20), help="Of the rules.")
+def main(out: Path, plots: Path | None, steps: int, rule_steps: int) -> None:
     plots = plots or out.parent
     for folder in (out.parent, plots):
         folder.mkdir(parents=True, exist_ok=True)
     log = out.with_suffix(".jsonl")
     kept = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {Setting(**{name: cell[name] for name in Setting.__annotations__}): cell for cell in kept}
-    wanted = list(settings(steps))
+    grid, rules = grid_settings(steps), rule_settings(rule_steps)
     with progress() as bar, use_implementation("recurrent"):  # at every rank the faster one with so few tokens
-        whole = bar.add_task("Layers", total=len(wanted), note="")
-        for setting in wanted:
+        whole = bar.add_task("Layers", total=len(grid) + len(rules), note="")
+        for setting in (*grid, *rules):
             bar.update(whole, note=f"{setting.states} × {setting.rank}×{setting.rank}, {setting.rule}")
             if setting not in done:
                 done[setting] = measure(setting)
                 with log.open("a") as file:
                     file.write(json.dumps(done[setting]) + "\n")
             bar.advance(whole)
-    cells = [done[setting] for setting in wanted]
-    command = f"python benchmarks/mqar.py --steps {steps} --out OUT.md"
-    write_whole(out, report(cells, command).encode())
-    draw(cells, plots / "capacity-mqar.png")
+    command = f"python benchmarks/mqar.py --steps {steps} --rule-steps {rule_steps} --out OUT.md"
+    cells = [done[setting] for setting in grid], [done[setting] for setting in rules]
+    write_whole(out, report(*cells, command).encode())
+    draw(*cells, plots / "capacity-mqar.png")
     click.echo(f"{out}, {log}, {plots / 'capacity-mqar.png'}")
 
 

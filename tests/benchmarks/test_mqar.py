@@ -124,21 +124,17 @@ def test_pairs_that_are_held(recalls, held):
 
 
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
-    """All of the grid with one step each is minutes: two layers stand for it."""
-    wanted = [mqar.Setting(4, 1, "no_lambda", 0, 2), mqar.Setting(*mqar.SHIPPED, "no_lambda", 0, 2)]
-    monkeypatch.setattr(mqar, "RULES", {"no_lambda": {}})
-    monkeypatch.setattr(mqar, "RANKS", [4])
-    monkeypatch.setattr(mqar, "STATES", [1])
-    monkeypatch.setattr(mqar, "settings", lambda steps: iter(wanted))
-    monkeypatch.setattr(mqar_task, "WATCH_EVERY", 1)
+    """All of the grid is minutes: its smallest shape and the shipped one stand for it."""
+    for name, value in {"RULES": {"no_lambda": {}}, "RANKS": [4], "STATES": [1], "SEEDS": 1, "SHIPPED": (8, 2)}.items():
+        monkeypatch.setattr(mqar, name, value)
     out = tmp_path / "results.md"
-    arguments = ["--steps", "2", "--out", str(out)]
+    arguments = ["--steps", "1", "--rule-steps", str(mqar_task.WATCH_EVERY), "--out", str(out)]
     assert not CliRunner().invoke(mqar.main, arguments, catch_exceptions=False).exception
     log = out.with_suffix(".jsonl")
     cells = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [(cell["rank"], cell["rule"]) for cell in cells] == [(4, "no_lambda"), (8, "no_lambda")]
+    assert [(cell["rank"], cell["states"], cell["steps"]) for cell in cells] == [(4, 1, 1), (8, 2, 1), (8, 2, 20)]
     assert (tmp_path / "capacity-mqar.png").stat().st_size > 0
     first = out.read_text()
     monkeypatch.setattr(mqar, "measure", None)  # nothing is measured again
     assert not CliRunner().invoke(mqar.main, arguments, catch_exceptions=False).exception
-    assert out.read_text() == first and len(log.read_text().splitlines()) == 2
+    assert out.read_text() == first and len(log.read_text().splitlines()) == len(cells)
