@@ -96,6 +96,7 @@ def test_the_layer_reads_what_its_keys_and_queries_say():
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_layer_learns_to_recall_and_the_key_is_what_it_goes_by():
     layer, words, curve = mqar_task.train(config(states=16, alpha=16.0), 0, STEPS, watch=True)
     recall, _ = mqar_task.asked(lambda s: mqar_task.recall(layer, words, s), words, 4, drawn(3))
@@ -123,6 +124,7 @@ def test_pairs_that_are_held(recalls, held):
     assert mqar.held([1, 2], recalls) == (held if held is None else pytest.approx(held))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     """All of the grid is minutes: its smallest shape and the shipped one stand for it."""
     for name, value in {"RULES": {"no_lambda": {}}, "RANKS": [4], "STATES": [1], "SEEDS": 1, "SHIPPED": (8, 2)}.items():
