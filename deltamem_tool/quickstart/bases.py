@@ -79,8 +79,8 @@ BASES = {
         batch_size=10,
         fetch=smollm2.fetch,
         size_to_fetch=smollm2.size_to_fetch,
-        time="1 to 4 hours, most of them training",
-        fast_time="half an hour to an hour",
+        time="1 to 3 hours, most of them training",
+        fast_time="10 to 20 minutes",
     ),
 }
 
