@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from deltamem_tool.base_model import smollm2
 from deltamem_tool.errors import ConfigError
@@ -22,6 +23,7 @@ class QuickstartBase:
         adapter: one that is trained already, shipped or on the Hub; None while there is none.
         takes_adapter: whether that one is taken unless told otherwise, because training takes hours.
         words: of the recall task.
+        form: more options of the recall task: conversations are like those that the recipe trains on.
         facts: how many are told in the conversations of the recall task.
         episodes: conversations for each of these.
         agreement: how many are told in the conversations on which both runtimes are compared, and how many of these.
@@ -47,6 +49,7 @@ class QuickstartBase:
     size_to_fetch: Callable[[], str | None]
     time: str
     fast_time: str
+    form: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASES = {
@@ -81,6 +84,7 @@ BASES = {
         size_to_fetch=smollm2.size_to_fetch,
         time="1 to 3 hours, most of them training",
         fast_time="10 to 20 minutes",
+        form={"form": "plain", "system": ""},
     ),
 }
 

@@ -125,7 +125,7 @@ def quickstart(
         recalled = evaluate(
             model,
             tokenizer,
-            recall(kind.words, facts=kind.facts, episodes=kind.episodes),
+            recall(kind.words, facts=kind.facts, episodes=kind.episodes, **kind.form),
             EvalProtocol.parse(MEMORY_ONLY),
             batch_size=kind.batch_size,
             report=lambda what, done, of: tell("evaluate", done, of, what),
@@ -173,6 +173,7 @@ def _arguments(kind: QuickstartBase) -> tuple[str, ...]:
     options = [f"facts=[{','.join(map(str, kind.facts))}]"]
     options += [f"words={kind.words}"] if kind.words != DIALOGUES else []
     options += [f"episodes={kind.episodes}"] if kind.episodes != EPISODES else []
+    options += [f"{name}={json.dumps(value)}" for name, value in kind.form.items()]
     return tuple(word for option in options for word in ("--set", option))
 
 
@@ -244,7 +245,8 @@ def _agreement(
 ) -> float:
     """The share of held-out episodes on which both runtimes give the same answer."""
     facts, episodes = kind.agreement
-    task, protocol = recall(kind.words, seed=1, facts=facts, episodes=episodes), EvalProtocol.parse(MEMORY_ONLY)
+    task = recall(kind.words, seed=1, facts=facts, episodes=episodes, **kind.form)
+    protocol = EvalProtocol.parse(MEMORY_ONLY)
     options: dict[str, Any] = {"only": (STATE,), "batch_size": kind.batch_size}
     in_torch, in_onnx = (
         [record.answer for record in evaluate(each, tokenizer, task, protocol, **options).records]

@@ -67,7 +67,7 @@ class TrainingResult:
 
     adapter: Path
     steps: int
-    losses: list[tuple[int, float]]  # (step, mean loss since the one before)
+    losses: list[tuple[int, float]]  # (step, mean cross-entropy of the answers since the one before)
     seconds: float
     parameters: int
     skipped_rows: int = 0

@@ -117,7 +117,8 @@ def test_another_base_and_other_words(tmp_path, monkeypatch):
     made = module.quickstart(tmp_path / "run", base=SMOLLM2, steps=1)
     trained = read_adapter(made.adapter)
     assert trained.base.name == str(file) and trained.config.branches == ("v", "o")
-    assert made.arguments == ("--set", "facts=[1]", "--set", "words=natural", "--set", "episodes=2")
+    options = ["facts=[1]", "words=natural", "episodes=2", 'form="plain"', 'system=""']
+    assert made.arguments == tuple(word for option in options for word in ("--set", option))
     report = json.loads(made.report.read_text())
     assert report["recall"]["metric"] == "contains"
     (asked,) = report["conversation"]["asked"]
