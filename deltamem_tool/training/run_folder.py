@@ -13,10 +13,11 @@ from pathlib import Path
 from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import alone_in, write_whole
-from deltamem_tool.recipe.load import Recipe
+from deltamem_tool.recipe.load import Recipe, TrainingOptions
 
 RECIPE_FILE = "recipe.json"  # what the run was started with
 BEST_FILE = "best.safetensors"  # the weights of the best evaluation so far
+_DEFAULTS = Recipe(base="-", out="-", training=TrainingOptions(steps=1))  # but for what every run has said
 
 
 def run_folder(out: str | Path) -> Path:
@@ -90,7 +91,8 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     whole = checkpoints(run)
     if not whole or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
-    before = json.loads((run / RECIPE_FILE).read_text())
+    # An option that is newer than the run had its default in it.
+    before = comparable(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
     changed = [f"{key} was {before.get(key)}, is {start[key]}" for key in start if before.get(key) != start[key]]
     if changed:
         raise DeltaMemError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -71,6 +72,26 @@ def test_patience_goes_on_where_it_was(recipe, monkeypatch):
     with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
         train(run, report=interrupt)
     assert train(run, resume=True).steps == 8
+
+
+@pytest.mark.parametrize("now", [0.0, 1.0])
+def test_an_option_that_is_newer_than_the_run_was_its_default(now, recipe, tmp_path):
+    def interrupt(step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(DeltaMemError, match="Interrupted"):
+        train(recipe, report=interrupt)
+    said = tmp_path / "adapter.run" / "recipe.json"
+    options = json.loads(said.read_text())
+    assert options.pop("objective.addressing") == 0.0
+    said.write_text(json.dumps(options))
+    again = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, addressing=now))
+    if now:
+        with pytest.raises(DeltaMemError, match=r"addressing was 0\.0, is 1\.0"):
+            train(again, resume=True)
+    else:
+        assert train(again, resume=True).steps == recipe.training.steps
 
 
 @pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
