@@ -99,7 +99,7 @@ def evaluate(
         >>> from deltamem_tool.evaluation.conditions import EvalProtocol
         >>> from deltamem_tool.evaluation.tasks.recall import Recall
         >>> model = deltamem.load("builtin:adapter")
-        >>> task, protocol = Recall(facts=2, episodes=20), EvalProtocol.parse("memory")
+        >>> task, protocol = Recall(facts=1, episodes=20), EvalProtocol.parse("memory")
         >>> evaluation = deltamem.evaluate(model, tokenizer_of(model), task, protocol)
         >>> evaluation.estimate("exact", "state").mean
         1.0

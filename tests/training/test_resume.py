@@ -26,6 +26,16 @@ def recipe(checkpoint, tmp_path):
     return short_run(checkpoint, tmp_path)
 
 
+def interrupt_after(last):
+    """A report that is Ctrl-C after step `last`."""
+
+    def report(step, *_):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
 @pytest.mark.parametrize("early_stop", [None, 2])
 def test_a_run_that_was_killed_while_it_wrote_its_adapter(early_stop, recipe, monkeypatch):
     """Nothing is left to do: no step is done twice, and the best weights are still the best."""
@@ -65,23 +75,15 @@ def test_patience_goes_on_where_it_was(recipe, monkeypatch):
     monkeypatch.setattr(engine, "outcomes", lambda *args: {name: sums * 0 + 1 for name, sums in real(*args).items()})
     run = changed(recipe, steps=40, early_stop=3)
 
-    def interrupt(step, *_):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(DeltaMemError, match="Interrupted after step 5"):
-        train(run, report=interrupt)
+        train(run, report=interrupt_after(4))
     assert train(run, resume=True).steps == 8
 
 
 @pytest.mark.parametrize("now", [0.0, 1.0])
 def test_an_option_that_is_newer_than_the_run_was_its_default(now, recipe, tmp_path):
-    def interrupt(step, *_):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(DeltaMemError, match="Interrupted"):
-        train(recipe, report=interrupt)
+        train(recipe, report=interrupt_after(1))
     said = tmp_path / "adapter.run" / "recipe.json"
     options = json.loads(said.read_text())
     assert options.pop("objective.addressing") == 0.0
@@ -96,12 +98,8 @@ def test_an_option_that_is_newer_than_the_run_was_its_default(now, recipe, tmp_p
 
 @pytest.mark.parametrize("what", ["processes", "sha256 of data.path"])
 def test_what_a_run_was_started_with_must_be_the_same(what, recipe, tmp_path):
-    def interrupt(step, *_):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(DeltaMemError, match="Interrupted"):
-        train(recipe, report=interrupt)
+        train(recipe, report=interrupt_after(1))
     if what == "processes":
         said = tmp_path / "adapter.run" / "recipe.json"
         said.write_text(said.read_text().replace('"processes": 1', '"processes": 8'))
