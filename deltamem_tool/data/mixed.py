@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import Dataset
 
 from deltamem_tool.data.encode import EncodedEpisode, Encoder
-from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.fact_episodes import FactEpisodes
 from deltamem_tool.data.store import EncodedEpisodes
+from deltamem_tool.data.synthetic import DialogueEpisodes
 
 
 class MixedEpisodes(Dataset[EncodedEpisode]):
@@ -28,7 +29,7 @@ class MixedEpisodes(Dataset[EncodedEpisode]):
     def __init__(
         self,
         conversations: EncodedEpisodes,
-        generated: Dataset[Episode],
+        generated: DialogueEpisodes | FactEpisodes,
         encoder: Encoder,
         mix: float,
         seed: int,
@@ -38,7 +39,7 @@ class MixedEpisodes(Dataset[EncodedEpisode]):
         self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
 
     def __len__(self) -> int:
-        return len(self.generated)  # type: ignore[arg-type]  # a Dataset need not have a length; this one has
+        return len(self.generated)
 
     def __getitem__(self, index: int) -> EncodedEpisode:
         if not 0 <= index < len(self):

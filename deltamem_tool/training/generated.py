@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch.utils.data import Dataset
-
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.episode import Episode
 from deltamem_tool.data.fact_episodes import FactEpisodes, FactOptions, Growth
@@ -17,7 +15,9 @@ from deltamem_tool.recipe.schema import DataOptions, Recipe
 _TRIED = 64  # episodes, from the whole run
 
 
-def generated_episodes(recipe: Recipe, episodes: int, together: int, encoder: Encoder) -> Dataset[Episode]:
+def generated_episodes(
+    recipe: Recipe, episodes: int, together: int, encoder: Encoder
+) -> DialogueEpisodes | FactEpisodes:
     """Generate what a run of so many episodes learns from, `together` of them in a batch.
 
     Raises:
@@ -43,7 +43,7 @@ def held_out_episodes(recipe: Recipe, count: int, encoder: Encoder) -> list[Epis
         DataError: as in `generated_episodes`.
     """
     data, seed = recipe.data, recipe.training.seed
-    episodes: Dataset[Episode]
+    episodes: DialogueEpisodes | FactEpisodes
     if data.generated == "facts":
         options = replace(fact_options(data, encoder).ended(), unanswerable=0.0, replies=0.0)
         episodes = FactEpisodes(count, 1, seed, options, EVERYTHING)

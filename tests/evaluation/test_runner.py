@@ -28,13 +28,6 @@ MEMORY = EvalProtocol.parse("memory")
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    model = tiny_model(vocab_size=len(tokenizer))
-    randomise(attach(model, DeltaMemConfig(rank=4)))
-    return model
-
-
-@pytest.fixture(scope="module")
 def task():
     """Two questions about each of three histories, one of them longer."""
     return Asked([item(number, question, sessions=1 + number % 2) for number in range(3) for question in range(2)])

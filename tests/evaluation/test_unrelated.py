@@ -6,9 +6,9 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from helpers.tiny import randomise, tiny_model, write_jsonl
+from helpers.tiny import write_jsonl
 
-from deltamem_tool import DeltaMemConfig, attach
+from deltamem_tool import DeltaMemConfig
 from deltamem_tool.adapter.create import create_adapter
 from deltamem_tool.cli.evaluate import command
 from deltamem_tool.data import dialogues
@@ -24,13 +24,6 @@ from deltamem_tool.evaluation.tasks.unrelated import unrelated
 
 MEMORY = EvalProtocol.parse("memory")
 QUESTIONS = "What is my dog's name?\n\n  Where do I live?  \nWhat is my name?\n"
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    model = tiny_model(vocab_size=len(tokenizer))
-    randomise(attach(model, DeltaMemConfig(rank=4)))
-    return model
 
 
 @pytest.fixture(scope="module")

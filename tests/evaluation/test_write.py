@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluation.asked import Asked, item
 from evaluation.test_likelihood import TOLERANCE, Likely, in_torch
-from helpers.tiny import randomise, tiny_model
+from helpers.tiny import tiny_model
 
 from deltamem_tool import DeltaMemConfig, MemoryCache, OnnxModel, attach, export_onnx
 from deltamem_tool.errors import ConfigError, DataError
@@ -24,13 +24,6 @@ from deltamem_tool.segments.template import render
 MEMORY = EvalProtocol.parse("memory")
 TASK = Asked([item(number, sessions=1 + number % 2) for number in range(3)])
 BASES = ("no_adapter", "full_context", "bm25")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    model = tiny_model(vocab_size=len(tokenizer))
-    randomise(attach(model, DeltaMemConfig(rank=4)))
-    return model
 
 
 def answers(found, condition):
