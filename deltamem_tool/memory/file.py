@@ -74,6 +74,14 @@ class StoredMemory:
         empty = {layer: np.zeros_like(segment) for layer, segment in self.open_segments.items()}
         return StoredMemory(self.states | states, empty, self.adapter)
 
+    def row(self, number: int) -> StoredMemory:
+        """One of its conversations."""
+        states, segments = (
+            {layer: array[number : number + 1].copy() for layer, array in part.items()}
+            for part in (self.states, self.open_segments)
+        )
+        return StoredMemory(states, segments, self.adapter)
+
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays by their names in the file."""
         states = {f"layers.{layer}.state": state for layer, state in self.states.items()}

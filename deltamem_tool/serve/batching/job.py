@@ -1,0 +1,111 @@
+"""What a scheduler is asked to do, and what comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltamem_tool.chat.engine import Engine
+from deltamem_tool.chat.generation import Answer, Token
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.errors import ConfigError, DataError, DeltaMemError, MemoryStateError
+from deltamem_tool.memory.file import StoredMemory, check_memory
+
+
+class QueueFull(DeltaMemError):
+    """So many requests are waiting that another one would only wait in vain."""
+
+
+class DeadlineExceeded(DeltaMemError):
+    """A request was not answered in its time; nothing of it is kept."""
+
+
+class Cancelled(DeltaMemError):
+    """A request was cancelled, or the scheduler was closed before it was answered; nothing of it is kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request.
+
+    Args:
+        tenant: whose it is. Tenants take turns where requests wait.
+        memory: what it starts from, of one row.
+        tokens: the whole context, and which of its tokens write.
+        sampling: how the answer's tokens are chosen and where it ends.
+        answer_writes: whether they write.
+        deadline: when the answer is of no use any longer, by `time.monotonic()`; None for never.
+        prefix_key: jobs with the same key, memory and beginning share what was computed of it; None shares nothing.
+    """
+
+    tenant: str
+    memory: StoredMemory
+    tokens: tuple[Token, ...]
+    sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
+    answer_writes: bool = True
+    deadline: float | None = None
+    prefix_key: str | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def check(self, engine: Engine, ids: Collection[int]) -> None:
+        """Check that `engine`, whose tokens are `ids`, can run it.
+
+        Raises:
+            MemoryStateError: the memory is another adapter's, is not of one row, or contains NaN or infinity.
+            ConfigError: there are no tokens, or no room for an answer after them.
+            DataError: an id is not a token of the model's.
+        """
+        check_memory(self.memory.shape, self.memory.adapter, engine.memory_shape, engine.adapter)
+        for name, tensor in self.memory.tensors().items():
+            if len(tensor) != 1:
+                raise MemoryStateError(
+                    "A request starts from one memory.", f"This one holds {len(tensor)} rows.", "Pick one row."
+                )
+            if not np.isfinite(tensor).all():
+                raise MemoryStateError(
+                    "The memory contains NaN or infinity.", f"It is in {name}.", "Start from an earlier one."
+                )
+        if not self.tokens:
+            raise ConfigError("There is nothing to answer.", "The prompt has no tokens.", "Give it some text.")
+        if engine.max_length is not None and len(self.tokens) >= engine.max_length:
+            raise ConfigError(
+                f"The prompt is longer than the window of {engine.max_length} tokens.",
+                f"It has {len(self.tokens)}, and the answer needs one at least.",
+                "Shorten it.",
+            )
+        unknown = next((token.id for token in self.tokens if token.id not in ids), None)
+        if unknown is not None:
+            raise DataError(f"{unknown} is not a token of this model.", "", "Encode the text with its tokenizer.")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of a job that was answered.
+
+    Args:
+        answer: its text, its tokens and why it ended.
+        pending: of these tokens the ones that were not fed, and have not written: the last one where the answer ended
+            by its length; never what ended it otherwise.
+        memory: after all that was fed.
+        prompt_tokens: those of the job.
+        cached_tokens: how many of them an earlier job had computed.
+        waited: seconds in the queue.
+        first_token: seconds until the first token of the answer, the queue included.
+        seconds: all of them.
+    """
+
+    answer: Answer
+    pending: tuple[Token, ...]
+    memory: StoredMemory
+    prompt_tokens: int
+    cached_tokens: int
+    waited: float
+    first_token: float
+    seconds: float

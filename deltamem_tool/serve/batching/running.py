@@ -1,0 +1,73 @@
+"""A ticket's row while it is in the hands of the scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.chat.engine import Engine
+from deltamem_tool.chat.generation import AnswerStream, Row, feed
+from deltamem_tool.chat.sampling import Sampler
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.serve.batching.job import Completion
+from deltamem_tool.serve.batching.ticket import Ticket
+
+
+class Running:
+    """A row and its ticket.
+
+    Args:
+        engine: the model.
+        ticket: of a job that was checked.
+        ids: the tokens that an answer may have.
+    """
+
+    def __init__(self, engine: Engine, ticket: Ticket, ids: Collection[int]) -> None:
+        job, tokens = ticket.job, list(ticket.job.tokens)
+        limit = job.sampling.max_new_tokens
+        if engine.max_length is not None:
+            limit = min(limit, engine.max_length - len(tokens))
+        sampler = Sampler(job.sampling, np.array([token.id for token in tokens], np.int64), ids)
+        stream = AnswerStream(engine.text, job.sampling.stop, ticket.put)
+        self.ticket = ticket
+        self.row = Row(None, (), tokens, job.answer_writes, limit, sampler, stream)
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+
+    def feed_prompt(self, engine: Engine, most: int) -> NDArray[Any]:
+        """Feed at most so many tokens of the prompt, and return the logits `[1, V]` after them."""
+        row = self.row
+        if row.past is None:
+            row.past = engine.start(self.ticket.job.memory)
+        tokens = row.tokens[row.fed : row.fed + most]
+        logits, row.past, _ = feed(engine, row.past, np.ones((1, row.fed), np.int64), [tokens])
+        row.fed += len(tokens)
+        return logits
+
+    def take(self, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
+        """Choose the next token of the answer, from logits `[V]`.
+
+        Raises:
+            DeltaMemError: they contain NaN or infinity.
+        """
+        self.row.take(self.row.sampler.pick(logits), stop_tokens)
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+
+    def completion(self, memory: StoredMemory) -> Completion:
+        """The end of an answer, with the memory after it."""
+        now, submitted = time.monotonic(), self.ticket.submitted
+        return Completion(
+            answer=self.row.answer,
+            pending=tuple(self.row.tokens[self.row.fed :]),
+            memory=memory,
+            prompt_tokens=self.row.prompt,
+            cached_tokens=0,
+            waited=self._started - submitted,
+            first_token=(self._first_token or now) - submitted,
+            seconds=now - submitted,
+        )

@@ -1,0 +1,227 @@
+"""Continuous batching: a thread that owns the engine, and feeds whoever is there one step at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from deltamem_tool.chat.engine import Engine, Past
+from deltamem_tool.chat.generation import Batch
+from deltamem_tool.errors import DeltaMemError, domain_error, first_line
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job
+from deltamem_tool.serve.batching.running import Running
+from deltamem_tool.serve.batching.ticket import Ticket
+from deltamem_tool.serve.batching.waiting import FairQueue
+
+MAX_BATCH = 32
+MAX_QUEUE = 256
+PIECE = 256  # tokens
+
+
+@dataclass
+class Counters:
+    """What a scheduler is doing, and what it has done since it began. Written by its thread alone."""
+
+    waiting: int = 0
+    running: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    late: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, those that were not computed again
+    answer_tokens: int = 0
+    steps: int = 0  # of decoding
+    step_rows: int = 0  # of all of them together
+    step_seconds: float = 0.0
+
+
+class Scheduler:
+    """Answers jobs in one batch, which they join and leave between any two steps.
+
+    Each answer is what it would be alone. Prompts are fed in pieces between the steps, so that a long one does not
+    keep the others waiting.
+
+    Args:
+        engine: the model. Only the scheduler's thread calls it.
+        max_batch: the most rows that are fed together.
+        max_queue: the most jobs that wait for that.
+        piece: tokens of prompts between two steps.
+    """
+
+    def __init__(
+        self, engine: Engine, max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE, piece: int = PIECE
+    ) -> None:
+        self.engine = engine
+        self.counters = Counters()
+        self._ids = engine.text.ids | engine.stop_tokens
+        self._max_batch, self._piece = max_batch, piece
+        self._waiting = FairQueue(max_queue)
+        self._changed = threading.Condition()  # guards what waits, and the two that follow
+        self._open = True  # to new jobs
+        self._ending = False  # without an answer to those that are here
+        self._prompts: list[Running] = []  # not fed whole yet
+        self._answering: list[Running] = []  # the rows of the batch
+        self._batch: Batch | None = None
+        self._thread = threading.Thread(target=self._run, name="deltamem-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> Ticket:
+        """Accept a job.
+
+        Raises:
+            QueueFull: too many are waiting.
+            Cancelled: the scheduler is closed.
+            DeltaMemError: the job cannot be run: see `Job.check`.
+        """
+        job.check(self.engine, self._ids)
+        ticket = Ticket(job)
+        with self._changed:
+            if not self._open:
+                raise _closed()
+            self._waiting.put(ticket)
+            self.counters.waiting = len(self._waiting)
+            self._changed.notify()
+        return ticket
+
+    def close(self, drain: bool = False) -> None:
+        """End the thread: at the next step, or with `drain` when every job that was accepted has ended."""
+        with self._changed:
+            self._open, self._ending = False, not drain
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while self._admit():
+            try:
+                self._decode(self._feed_prompts())
+            except Exception as error:  # ONNX Runtime's have no common base, and a dead thread would answer nobody
+                self._fail(error)
+
+    def _admit(self) -> bool:
+        """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
+        with self._changed:
+            while self._open and not (self._waiting or self._running):
+                self._changed.wait()
+            gone = self._waiting.sweep()
+            room = self._max_batch - len(self._running)
+            new = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
+            ending = self._ending
+            if ending:
+                gone += [self._waiting.pop() for _ in range(len(self._waiting))]
+            self.counters.waiting = len(self._waiting)
+        self._prompts += [Running(self.engine, ticket, self._ids) for ticket in new]
+        for ticket in gone:
+            self._end(ticket, _reason(ticket) or _closed())
+        for group in (self._prompts, self._answering):
+            for running in list(group):
+                reason = _closed() if ending else _reason(running.ticket)
+                if reason is not None:
+                    group.remove(running)
+                    self._end(running.ticket, reason)
+        self.counters.running = len(self._running)
+        return self._open or bool(self._running or self._waiting)
+
+    @property
+    def _running(self) -> list[Running]:
+        return [*self._prompts, *self._answering]
+
+    def _feed_prompts(self) -> list[Running]:
+        """Feed `piece` tokens of prompts; return those that answer from now on."""
+        budget, joining = self._piece, list[Running]()
+        while self._prompts and budget > 0:
+            running = self._prompts[0]
+            before = running.row.fed
+            logits = running.feed_prompt(self.engine, budget)
+            budget -= running.row.fed - before
+            self.counters.prompt_tokens += running.row.fed - before
+            if running.row.fed == running.row.prompt:
+                self._prompts.remove(running)
+                joining += self._choose([running], logits, running.row.past)
+        return joining
+
+    def _decode(self, joining: Sequence[Running]) -> None:
+        """One token for each row that answers."""
+        before = self._batch
+        rows = [running.row for running in self._answering]
+        if joining or (before is not None and len(rows) < len(before.rows)):
+            if before is not None:
+                before.part()
+            self._answering += joining
+            rows = [running.row for running in self._answering]
+            self._batch = Batch.of(self.engine, rows) if rows else None
+        batch = self._batch
+        if batch is None:
+            return
+        began = time.perf_counter()
+        logits = batch.feed()
+        self._answering = self._choose(self._answering, logits, batch.past)
+        self.counters.steps += 1
+        self.counters.step_rows += len(rows)
+        self.counters.step_seconds += time.perf_counter() - began
+
+    def _choose(self, group: Sequence[Running], logits: NDArray[Any], past: Past) -> list[Running]:
+        """The next token of each row, from logits `[B, V]`; return the rows that go on. `past` is theirs together."""
+        going: list[Running] = []
+        memory: StoredMemory | None = None
+        for number, (running, of_row) in enumerate(zip(group, logits, strict=True)):
+            try:
+                running.take(of_row, self.engine.stop_tokens)
+            except DeltaMemError as error:
+                self._end(running.ticket, error)
+                continue
+            self.counters.answer_tokens += 1
+            if running.row.going:
+                going.append(running)
+                continue
+            memory = memory or self.engine.memory(past)
+            self.counters.completed += 1
+            running.ticket.put(running.completion(memory.row(number)))
+        return going
+
+    def _fail(self, error: Exception) -> None:
+        """End everybody in the batch; those who wait have a new one."""
+        for running in self._running:
+            self._end(running.ticket, domain_error(error) or _failed(error))
+        self._prompts, self._answering, self._batch = [], [], None
+
+    def _end(self, ticket: Ticket, error: DeltaMemError) -> None:
+        """End a ticket without an answer."""
+        if isinstance(error, Cancelled):
+            self.counters.cancelled += 1
+        elif isinstance(error, DeadlineExceeded):
+            self.counters.late += 1
+        else:
+            self.counters.failed += 1
+        ticket.put(error)
+
+
+def _reason(ticket: Ticket) -> DeltaMemError | None:
+    """Why a ticket must not go on."""
+    if ticket.cancelled:
+        return Cancelled("The request was cancelled.", "", "Nothing of it is kept.")
+    if ticket.job.late:
+        return DeadlineExceeded(
+            "The request was not answered in time.", "Its deadline has passed.", "Nothing of it is kept. Try again."
+        )
+    return None
+
+
+def _closed() -> Cancelled:
+    return Cancelled("The server is shutting down.", "It takes no more requests.", "Try again when it is back.")
+
+
+def _failed(error: Exception) -> DeltaMemError:
+    return DeltaMemError("The model failed.", f"{first_line(error)}.", "Nothing of the request is kept. Try again.")
