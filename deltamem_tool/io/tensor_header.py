@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 # A name, a type and a place take 120 bytes: a layer's memory has at most 15 tensors, and 1000 layers have 2 MB.
 MAX_HEADER_BYTES = 4 * 2**20
@@ -50,3 +51,25 @@ def read_header(path: Path) -> Header:
             return Header(tensors, file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"Its header is damaged, or the file is truncated ({error})") from error
+
+
+def header_of(content: bytes) -> Header:
+    """Return the header of a safetensors file's content.
+
+    Raises:
+        ValueError: The header is damaged, larger than `MAX_HEADER_BYTES`, or does not fit the content.
+    """
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    if MAX_HEADER_BYTES < length < len(content):
+        raise ValueError(f"Its header is larger than {MAX_HEADER_BYTES} bytes")
+    try:
+        deserialize(content)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise ValueError(f"Its header is damaged, or the file is truncated ({error})") from error
+    entries = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    metadata = entries.pop("__metadata__", None) or {}
+    tensors = {
+        name: TensorEntry(_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+        for name, entry in entries.items()
+    }
+    return Header(tensors, metadata)

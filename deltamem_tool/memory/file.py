@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 from deltamem_tool._version import __version__
 from deltamem_tool.config import DeltaMemConfig
@@ -23,7 +23,7 @@ from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.names import expand_user
-from deltamem_tool.io.tensor_header import Header, read_header
+from deltamem_tool.io.tensor_header import Header, header_of, read_header
 from deltamem_tool.ops.numpy_write import write_segment
 
 FORMAT = "deltamem-memory"
@@ -102,6 +102,15 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
     Raises:
         MemoryStateError: the memory contains NaN or infinity, so that the file could not be read again.
     """
+    write_whole(path, memory_bytes(memory))
+
+
+def memory_bytes(memory: StoredMemory) -> bytes:
+    """Return what a memory file contains.
+
+    Raises:
+        MemoryStateError: the memory contains NaN or infinity, so that the file could not be read again.
+    """
     tensors = memory.tensors()
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
@@ -114,7 +123,7 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
         "adapter": memory.adapter,
         "deltamem_version": __version__,
     }
-    write_whole(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
+    return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -148,33 +157,55 @@ def read_memory(path: str | Path) -> StoredMemory:
     try:
         header = read_header(path)
         _check_header(path, header)
-        tensors = load_file(path)
+        return _memory(path, header, load_file(path))
+    except MemoryStateError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, MemoryStateError):
-            raise
-        raise MemoryStateError(
-            f"{path} is not a memory file.", f"It cannot be read: {error}.", "Use another file."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def memory_from_bytes(content: bytes, name: str) -> StoredMemory:
+    """Read what a memory file contains; errors call it `name`.
+
+    Raises:
+        MemoryStateError: it is not a memory file's content, is of a newer format, or contains NaN.
+    """
+    try:
+        header = header_of(content)
+        _check_header(name, header)
+        return _memory(name, header, load(content))
+    except MemoryStateError:
+        raise
+    except (SafetensorError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str | Path, error: Exception) -> MemoryStateError:
+    return MemoryStateError(f"{name} is not a memory file.", f"It cannot be read: {error}.", "Use another file.")
+
+
+def _memory(name: str | Path, header: Header, tensors: dict[str, np.ndarray]) -> StoredMemory:
+    """The memory of tensors whose header is that of a memory file; it must be one that goes on."""
     parts: dict[str, dict[int, np.ndarray]] = {"state": {}, "segment": {}}
-    for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
+    for tensor_name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(tensor_name)
         assert match is not None  # or the header had been refused
         if not np.isfinite(tensor).all():
-            raise _damaged(path, f"The state {name!r} contains NaN or infinity")
+            raise _damaged(name, f"The state {tensor_name!r} contains NaN or infinity")
         parts[match[2]][int(match[1])] = tensor
     states, segments = (dict(sorted(part.items())) for part in parts.values())
     if len({state.shape[1:] for state in states.values()}) > 1 or any(
         s.shape[2] != s.shape[3] for s in states.values()
     ):
-        raise _damaged(path, "Its states are not square, or not of one size")
+        raise _damaged(name, "Its states are not square, or not of one size")
     if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
-        raise _damaged(path, "Its layers disagree on their open segments")
+        raise _damaged(name, "Its layers disagree on their open segments")
     if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
-        raise _damaged(path, "Its layers disagree on the number of conversations")
+        raise _damaged(name, "Its layers disagree on the number of conversations")
     return StoredMemory(states, segments, header.metadata["adapter"])
 
 
-def _check_header(path: Path, header: Header) -> None:
+def _check_header(path: str | Path, header: Header) -> None:
     """Check that a header is that of a memory file.
 
     Raises:
@@ -203,7 +234,7 @@ def _check_header(path: Path, header: Header) -> None:
         raise _damaged(path, "It contains no states or no fingerprint")
 
 
-def _damaged(path: Path, why: str) -> MemoryStateError:
+def _damaged(path: str | Path, why: str) -> MemoryStateError:
     return MemoryStateError(f"{path} is damaged.", f"{why}.", "Use another file.")
 
 

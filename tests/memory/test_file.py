@@ -53,6 +53,13 @@ def test_open_segments_are_saved_to_the_bit(segmented, tmp_path):
     assert loaded.nbytes == 3 * 2 * (2 * 4 * 4 + loaded.shape.segment_width) * 4
 
 
+def test_a_memory_of_bytes_is_that_of_the_file(segmented, tmp_path):
+    segmented.save(tmp_path / "m")
+    stored = memory_file.read_memory(tmp_path / "m")
+    for content in (memory_file.memory_bytes(stored), (tmp_path / "m").read_bytes()):
+        assert memory_file.memory_from_bytes(content, "this").digest() == stored.digest()
+
+
 def test_odd_numbers_survive(tmp_path):
     """Denormals, negative zero, the largest and the smallest."""
     numbers = torch.tensor([1e-45, -0.0, torch.finfo().max, torch.finfo().min])
@@ -124,6 +131,8 @@ def test_damaged_files_are_refused(memory, tmp_path, change, metadata, says):
     rewrite(tmp_path / "m", change, metadata)
     with pytest.raises(MemoryStateError, match=f"(?s){says}"):
         MemoryState.load(tmp_path / "m")
+    with pytest.raises(MemoryStateError, match=f"(?s){says}"):
+        memory_file.memory_from_bytes((tmp_path / "m").read_bytes(), "this")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +176,8 @@ def test_files_that_are_none_are_refused(memory, tmp_path):
         (tmp_path / "m").write_bytes(whole[:length])
         with pytest.raises(MemoryStateError, match="cannot be read"):
             MemoryState.load(tmp_path / "m")
+        with pytest.raises(MemoryStateError, match=r"this is not a memory file\.\nIt cannot be read"):
+            memory_file.memory_from_bytes(whole[:length], "this")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
