@@ -1,0 +1,112 @@
+"""A database and its transactions, whose failures are a store's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DatabaseError, InterfaceError, InternalError, OperationalError, TimeoutError
+
+from deltamem_tool.errors import first_line
+from deltamem_tool.serve.store.errors import StoreDamaged, StoreUnavailable
+
+LOCK_SECONDS = 5.0  # how long a transaction waits for another that holds its lock
+
+
+class Dialect(Protocol):
+    """What differs between databases."""
+
+    def engine(self) -> Engine:
+        """Return a pool of connections; a transaction of theirs with the option `writes` is going to write."""
+
+    def lock_set_up(self, connection: Connection) -> None:
+        """Hold off other programs that would create the tables, until the transaction ends."""
+
+    def erase(self, engine: Engine) -> bool:
+        """Take what is deleted out of the database's files, as far as it can; return whether none has it any more."""
+
+
+class Database:
+    """Connections to a database.
+
+    Args:
+        url: where it is; it is named in errors without its password.
+        dialect: what differs between databases.
+    """
+
+    def __init__(self, url: URL, dialect: Dialect) -> None:
+        self._name = url.render_as_string(hide_password=True)
+        self._dialect = dialect
+        with self._translated():
+            self._engine = dialect.engine()
+        self._writer = self._engine.execution_options(writes=True)
+
+    @property
+    def dialect(self) -> str:
+        """SQLAlchemy's name of it."""
+        return self._engine.dialect.name
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database.
+
+        Raises:
+            StoreUnavailable: the database cannot be reached, or is locked.
+            StoreDamaged: its file is damaged.
+        """
+        with self._translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that is committed at the end of the block, whole or not at all.
+
+        Raises:
+            StoreUnavailable: the database cannot be reached, is locked, or its disk is full.
+            StoreDamaged: its file is damaged.
+        """
+        with self._translated(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def set_up(self) -> Iterator[Connection]:
+        """`write`, while no other program is in a transaction of this kind."""
+        with self.write() as connection:
+            self._dialect.lock_set_up(connection)
+            yield connection
+
+    def erase(self) -> bool:
+        """Take what is deleted out of the database's files; return whether no file has it any more."""
+        with self._translated():
+            return self._dialect.erase(self._engine)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (OperationalError, InterfaceError, InternalError) as error:
+            raise self._unavailable(error.orig or error) from error
+        except TimeoutError as error:
+            raise self._unavailable(error) from error
+        except DatabaseError as error:
+            if type(error) is not DatabaseError:  # a mistake in a statement, or a row that is there already
+                raise
+            raise StoreDamaged(
+                f"The store {self._name} is damaged.",
+                f"{first_line(error.orig or error)}.",
+                "Restore it from a backup.",
+            ) from error
+
+    def _unavailable(self, error: BaseException) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"The store {self._name} cannot be used.",
+            f"{first_line(error)}.",
+            "Nothing was written. Try again once the database can be reached and has free space.",
+        )

@@ -1,0 +1,99 @@
+"""Encryption of what is stored: AES-256-GCM, bound to the row, so that no row passes for another.
+
+Content is encrypted: memories, turns, transcripts. Names, times, sizes and digests are not. Nonces are random, which
+is safe for some four thousand million writes with one key.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from typing import Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve.store.errors import StoreDamaged
+
+KEY_VARIABLE = "DELTAMEM_STORE_KEY"
+KEY_BYTES = 32
+NONCE_BYTES = 12
+
+
+class Cipher(Protocol):
+    """Content to the bytes that are stored, and back. `place` says what the content is and of which row."""
+
+    def seal(self, content: bytes, *place: str | int) -> bytes:
+        """Return the bytes to store."""
+
+    def open(self, sealed: bytes, *place: str | int) -> bytes:
+        """Return the content.
+
+        Raises:
+            StoreDamaged: the bytes are damaged, of another place, or of another key.
+        """
+
+
+class NoCipher:
+    """Stores content as it is."""
+
+    def seal(self, content: bytes, *place: str | int) -> bytes:
+        """Return `content`."""
+        return content
+
+    def open(self, sealed: bytes, *place: str | int) -> bytes:
+        """Return `sealed`."""
+        return sealed
+
+
+class AesGcm:
+    """Nonce and ciphertext, authenticated together with the place."""
+
+    def __init__(self, key: bytes) -> None:
+        self._aead = AESGCM(key)
+
+    def seal(self, content: bytes, *place: str | int) -> bytes:
+        """Return nonce and ciphertext."""
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + self._aead.encrypt(nonce, content, _associated(place))
+
+    def open(self, sealed: bytes, *place: str | int) -> bytes:
+        """Return the content.
+
+        Raises:
+            StoreDamaged: the bytes are damaged, of another place, or of another key.
+        """
+        try:
+            return self._aead.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _associated(place))
+        except (InvalidTag, ValueError) as error:  # ValueError: too short for a nonce
+            raise StoreDamaged(
+                "A row of the store cannot be decrypted.",
+                "It is damaged, was moved from another row, or was written with another key.",
+                "Restore the database from a backup, or delete this memory.",
+            ) from error
+
+
+def _associated(place: tuple[str | int, ...]) -> bytes:
+    return json.dumps(place).encode()
+
+
+def read_key(text: str) -> bytes:
+    """Return the key that `text` spells in base64.
+
+    Raises:
+        ConfigError: it is not 32 bytes in base64.
+    """
+    try:
+        key = base64.b64decode(text.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(
+            f"The key in {KEY_VARIABLE} is invalid.",
+            f"It must be {KEY_BYTES} bytes in base64.",
+            f"Make one: python -c 'import base64, os; print(base64.b64encode(os.urandom({KEY_BYTES})).decode())'",
+        )
+    return key

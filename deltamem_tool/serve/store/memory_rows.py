@@ -1,0 +1,197 @@
+"""Rows of memories and of their versions, within a transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, update
+
+from deltamem_tool.serve.store.content import digest_of, open_data, open_json, seal_json
+from deltamem_tool.serve.store.encryption import Cipher
+from deltamem_tool.serve.store.errors import Conflict
+from deltamem_tool.serve.store.records import (
+    ANY,
+    ExpectedVersion,
+    MemoryInfo,
+    Quota,
+    Receipt,
+    Stored,
+    VersionInfo,
+)
+from deltamem_tool.serve.store.schema import memories, responses, versions
+from deltamem_tool.serve.store.usage import check_quota, count, first_version
+
+_INFO = (
+    memories.c.id,
+    versions.c.version,
+    versions.c.digest,
+    versions.c.size,
+    memories.c.created_at,
+    versions.c.created_at.label("updated_at"),
+    memories.c.expires_at,
+)
+_VERSION = (versions.c.version, versions.c.digest, versions.c.size, versions.c.created_at)
+_OF_MEMORY = (versions.c.tenant == memories.c.tenant) & (versions.c.id == memories.c.id)
+
+
+def _alive(now: float) -> ColumnElement[bool]:
+    return or_(memories.c.expires_at.is_(None), memories.c.expires_at > now)
+
+
+def read_memory(
+    connection: Connection, cipher: Cipher, tenant: str, id: str, version: int | None, now: float
+) -> Stored | None:
+    """Return one version of a memory, the newest by default; None if there is none."""
+    row = connection.execute(
+        select(*_INFO, versions.c.turn, versions.c.data)
+        .join_from(memories, versions, _OF_MEMORY)
+        .where(memories.c.tenant == tenant, memories.c.id == id, _alive(now))
+        .where(versions.c.version == (memories.c.version if version is None else version))
+    ).one_or_none()
+    if row is None:
+        return None
+    place = (tenant, id, row.version)
+    turn = None if row.turn is None else open_json(cipher, row.turn, "turn", *place)
+    data = open_data(cipher, row.data, row.digest, "memory", *place)
+    info = MemoryInfo(*row[: len(_INFO)])
+    return Stored(**vars(info), data=data, turn=turn)
+
+
+def list_memories(
+    connection: Connection, tenant: str, after: str | None, limit: int, now: float
+) -> tuple[MemoryInfo, ...]:
+    """Return the memories of `tenant` in the order of their ids, from the one that comes after `after`."""
+    rows = (
+        select(*_INFO)
+        .join_from(memories, versions, _OF_MEMORY & (versions.c.version == memories.c.version))
+        .where(memories.c.tenant == tenant, _alive(now))
+        .order_by(memories.c.id)
+        .limit(limit)
+    )
+    if after is not None:
+        rows = rows.where(memories.c.id > after)
+    return tuple(MemoryInfo(*row) for row in connection.execute(rows))
+
+
+def list_versions(connection: Connection, tenant: str, id: str, now: float) -> tuple[VersionInfo, ...]:
+    """Return the versions of a memory that are kept, the newest first; empty if there is no such memory."""
+    rows = (
+        select(*_VERSION)
+        .join_from(memories, versions, _OF_MEMORY)
+        .where(memories.c.tenant == tenant, memories.c.id == id, _alive(now))
+        .order_by(versions.c.version.desc())
+    )
+    return tuple(VersionInfo(*row) for row in connection.execute(rows))
+
+
+def lock_memory(connection: Connection, tenant: str, id: str, now: float) -> Row[Any] | None:
+    """Return a memory's row, which nobody else changes until the transaction ends; one that has expired is deleted."""
+    row = connection.execute(
+        select(memories).where(memories.c.tenant == tenant, memories.c.id == id).with_for_update()
+    ).one_or_none()
+    if row is not None and row.expires_at is not None and row.expires_at <= now:
+        remove_memory(connection, row, now)
+        return None
+    return row
+
+
+def check_expected(row: Row[Any] | None, id: str, expected: ExpectedVersion) -> None:
+    """Check that a memory has the version that its writer knows.
+
+    Raises:
+        Conflict: it has another, or exists where it must not, or the other way round.
+    """
+    version = None if row is None else row.version
+    if expected is ANY or version == expected:
+        return
+    raise Conflict(
+        f"The memory {id!r} was changed meanwhile.",
+        f"It {'does not exist' if version is None else f'has version {version}'}, where "
+        f"{'none' if expected is None else f'version {expected}'} was expected.",
+        "Nothing was written. Read it again, and repeat the request.",
+    )
+
+
+def write_version(
+    connection: Connection,
+    cipher: Cipher,
+    row: Row[Any] | None,
+    *,
+    tenant: str,
+    id: str,
+    data: bytes,
+    turn: Mapping[str, Any] | None,
+    expires_at: float | None,
+    now: float,
+    keep: int,
+    quota: Quota,
+) -> Stored:
+    """Add a version to the memory of `row` (see `lock_memory`), or create it; all but the newest `keep` go.
+
+    Raises:
+        QuotaExceeded: it is more than `quota`.
+    """
+    if row is None:
+        version, created_at = first_version(connection, tenant), now
+        connection.execute(
+            insert(memories).values(
+                tenant=tenant,
+                id=id,
+                first_version=version,
+                version=version,
+                created_at=now,
+                expires_at=expires_at,
+            )
+        )
+    else:
+        version, created_at = row.version + 1, row.created_at
+        connection.execute(
+            update(memories)
+            .where(memories.c.tenant == tenant, memories.c.id == id)
+            .values(version=version, expires_at=expires_at)
+        )
+    place = (tenant, id, version)
+    digest = digest_of(data)
+    connection.execute(
+        insert(versions).values(
+            tenant=tenant,
+            id=id,
+            version=version,
+            digest=digest,
+            size=len(data),
+            created_at=now,
+            turn=None if turn is None else seal_json(cipher, turn, "turn", *place),
+            data=cipher.seal(data, "memory", *place),
+        )
+    )
+    outdated = (
+        delete(versions)
+        .where(versions.c.tenant == tenant, versions.c.id == id, versions.c.version <= version - keep)
+        .returning(versions.c.size)
+    )
+    more = len(data) - sum(connection.execute(outdated).scalars())
+    usage = count(connection, tenant, memories=int(row is None), size=more)
+    if row is None or more > 0:
+        check_quota(quota, usage)
+    return Stored(id, version, digest, len(data), created_at, now, expires_at, data, turn)
+
+
+def remove_memory(connection: Connection, row: Row[Any], now: float) -> Receipt:
+    """Delete the memory of `row` (see `lock_memory`), and the responses that were made with it."""
+    gone = [
+        VersionInfo(*version)
+        for version in connection.execute(
+            delete(versions).where(versions.c.tenant == row.tenant, versions.c.id == row.id).returning(*_VERSION)
+        )
+    ]
+    made_with = connection.execute(
+        delete(responses)
+        .where(responses.c.tenant == row.tenant, responses.c.memory == row.id)
+        .returning(responses.c.id, responses.c.size)
+    ).all()
+    connection.execute(delete(memories).where(memories.c.tenant == row.tenant, memories.c.id == row.id))
+    size = sum(version.size for version in gone) + sum(response.size for response in made_with)
+    count(connection, row.tenant, memories=-1, size=-size, deleted_version=row.version)
+    gone.sort(key=lambda version: -version.version)
+    return Receipt(row.tenant, row.id, tuple(gone), tuple(response.id for response in made_with), now, erased=False)

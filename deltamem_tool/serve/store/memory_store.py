@@ -1,0 +1,388 @@
+"""The memories of many tenants, each with its versions, and the snapshots after responses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve.store.database import Database, Dialect
+from deltamem_tool.serve.store.encryption import KEY_VARIABLE, AesGcm, NoCipher, read_key
+from deltamem_tool.serve.store.errors import Conflict, NotFound, StoreUnavailable
+from deltamem_tool.serve.store.memory_rows import (
+    check_expected,
+    list_memories,
+    list_versions,
+    lock_memory,
+    read_memory,
+    remove_memory,
+    write_version,
+)
+from deltamem_tool.serve.store.postgres import Postgres
+from deltamem_tool.serve.store.records import (
+    ANY,
+    ExpectedVersion,
+    MemoryInfo,
+    Quota,
+    Receipt,
+    Stored,
+    StoredResponse,
+    Usage,
+    VersionInfo,
+)
+from deltamem_tool.serve.store.response_rows import read_response, remove_response, write_response
+from deltamem_tool.serve.store.schema import memories, responses, set_up
+from deltamem_tool.serve.store.sqlite import Sqlite
+from deltamem_tool.serve.store.usage import read_usage
+
+KEEP_VERSIONS = 20
+MAX_NAME = 200  # characters of a tenant or an id
+EXPIRED_AT_ONCE = 1000  # memories, and responses, that one call of `expire` deletes
+TRIES = 3  # for a row that others create and delete meanwhile
+T = TypeVar("T")
+
+
+class MemoryStore:
+    """Memories in a database, by tenant and id. Every method may be called from any thread.
+
+    A change is committed when its method returns, and is not there at all when it raises. Where the environment has
+    `DELTAMEM_STORE_KEY` (32 bytes in base64), what is stored is encrypted with that key.
+
+    Args:
+        url: `sqlite:///FOLDER/FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
+        keep_versions: how many versions of each memory are kept.
+        quota: of each tenant.
+        clock: seconds since 1970.
+
+    Raises:
+        ConfigError: the URL or the key is invalid, or the store has another key, or other tables than this version's.
+        StoreUnavailable: the database cannot be reached.
+        StoreDamaged: the file is not a store.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        keep_versions: int = KEEP_VERSIONS,
+        quota: Quota | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if keep_versions < 1:
+            raise ConfigError("The number of versions to keep is invalid.", "It must be 1 or more.", "Correct it.")
+        key = os.environ.get(KEY_VARIABLE)
+        self._cipher = NoCipher() if key is None else AesGcm(read_key(key))
+        self._keep_versions = keep_versions
+        self._quota = quota or Quota()
+        self._clock = clock
+        self._database = _open(url)
+        with self._database.set_up() as connection:
+            set_up(connection, self._cipher)
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._database.close()
+
+    def ping(self) -> None:
+        """Check that the database answers.
+
+        Raises:
+            StoreUnavailable: it does not.
+        """
+        with self._database.read() as connection:
+            connection.execute(select(1))
+
+    def get(self, tenant: str, id: str, version: int | None = None) -> Stored | None:
+        """Return a memory's newest version, or the one that is asked for; None if there is none.
+
+        Raises:
+            StoreDamaged: it is not what was written.
+        """
+        _check_names(tenant, id)
+        with self._database.read() as connection:
+            return read_memory(connection, self._cipher, tenant, id, version, self._clock())
+
+    def put(
+        self,
+        tenant: str,
+        id: str,
+        data: bytes,
+        expected: ExpectedVersion = ANY,
+        turn: Mapping[str, Any] | None = None,
+        expires_at: float | None = None,
+    ) -> Stored:
+        """Write the next version of a memory, or its first.
+
+        Args:
+            tenant: whose memory.
+            id: its name.
+            data: a memory file's bytes.
+            expected: the version that it replaces; None if the memory must not exist, ANY for whatever is there.
+            turn: what of a conversation it has been fed; JSON.
+            expires_at: when the memory will be gone; None for never.
+
+        Raises:
+            Conflict: the memory has not the expected version.
+            QuotaExceeded: the tenant stores too much.
+            ConfigError: the tenant or the id is invalid as a name.
+        """
+        _check_names(tenant, id)
+
+        def write(connection: Connection) -> Stored:
+            return self._write(connection, tenant, id, data, expected, turn, expires_at)
+
+        return self._transact(write)
+
+    def delete(self, tenant: str, id: str, expected: ExpectedVersion = ANY) -> Receipt:
+        """Delete a memory, all its versions, and the responses that were made with it.
+
+        Raises:
+            NotFound: there is no such memory.
+            Conflict: it has not the expected version.
+        """
+        _check_names(tenant, id)
+
+        def remove(connection: Connection) -> Receipt:
+            now = self._clock()
+            row = lock_memory(connection, tenant, id, now)
+            if row is None:
+                raise _not_found("memory", id)
+            check_expected(row, id, expected)
+            return remove_memory(connection, row, now)
+
+        return self._erased(self._transact(remove))
+
+    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> tuple[MemoryInfo, ...]:
+        """Return up to `limit` memories of a tenant in the order of their ids, those after the id `after`."""
+        _check_names(tenant)
+        with self._database.read() as connection:
+            return list_memories(connection, tenant, after, limit, self._clock())
+
+    def versions(self, tenant: str, id: str) -> tuple[VersionInfo, ...]:
+        """Return the versions of a memory that are kept, the newest first.
+
+        Raises:
+            NotFound: there is no such memory.
+        """
+        _check_names(tenant, id)
+        with self._database.read() as connection:
+            found = list_versions(connection, tenant, id, self._clock())
+        if not found:
+            raise _not_found("memory", id)
+        return found
+
+    def restore(self, tenant: str, id: str, version: int, expected: ExpectedVersion = ANY) -> Stored:
+        """Write an earlier version of a memory as its next one.
+
+        Raises:
+            NotFound: there is no such memory, or no such version any more.
+            Conflict: the memory has not the expected version.
+            QuotaExceeded: the tenant stores too much.
+        """
+        _check_names(tenant, id)
+
+        def write(connection: Connection) -> Stored:
+            check_row = lock_memory(connection, tenant, id, self._clock())
+            check_expected(check_row, id, expected)
+            source = self._source(connection, tenant, id, version)
+            return self._write(connection, tenant, id, source.data, expected, source.turn, source.expires_at)
+
+        return self._transact(write)
+
+    def fork(self, tenant: str, id: str, new_id: str, version: int | None = None) -> Stored:
+        """Copy a memory's newest version, or the one that is asked for, to a new memory.
+
+        Raises:
+            NotFound: there is no such memory or version.
+            Conflict: the new one exists already.
+            QuotaExceeded: the tenant stores too much.
+        """
+        _check_names(tenant, id, new_id)
+
+        def write(connection: Connection) -> Stored:
+            source = self._source(connection, tenant, id, version)
+            return self._write(connection, tenant, new_id, source.data, None, source.turn, source.expires_at)
+
+        return self._transact(write)
+
+    def usage(self, tenant: str) -> Usage:
+        """Return what a tenant stores."""
+        _check_names(tenant)
+        with self._database.read() as connection:
+            return read_usage(connection, tenant)
+
+    def put_response(
+        self,
+        tenant: str,
+        response_id: str,
+        data: bytes,
+        transcript: Any,
+        memory: tuple[str, int] | None = None,
+        expires_at: float | None = None,
+    ) -> StoredResponse:
+        """Keep the memory after a response, and the conversation that goes on from there.
+
+        Args:
+            tenant: whose response.
+            response_id: its name, which must be new.
+            data: a memory file's bytes.
+            transcript: the conversation; JSON.
+            memory: id and version of the memory that it was made with, whose deletion deletes the response too.
+            expires_at: when the response will be gone; None for never.
+
+        Raises:
+            Conflict: there is such a response already, or the memory was deleted meanwhile.
+            QuotaExceeded: the tenant stores too much.
+        """
+        _check_names(tenant, response_id, *(memory or ())[:1])
+
+        def write(connection: Connection) -> StoredResponse:
+            return write_response(
+                connection,
+                self._cipher,
+                tenant=tenant,
+                id=response_id,
+                data=data,
+                transcript=transcript,
+                memory=memory,
+                expires_at=expires_at,
+                now=self._clock(),
+                quota=self._quota,
+            )
+
+        return self._transact(write)
+
+    def get_response(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """Return a response; None if there is none.
+
+        Raises:
+            StoreDamaged: it is not what was written.
+        """
+        _check_names(tenant, response_id)
+        with self._database.read() as connection:
+            return read_response(connection, self._cipher, tenant, response_id, self._clock())
+
+    def delete_response(self, tenant: str, response_id: str) -> Receipt:
+        """Delete a response.
+
+        Raises:
+            NotFound: there is no such response.
+        """
+        _check_names(tenant, response_id)
+        with self._database.write() as connection:
+            receipt = remove_response(connection, tenant, response_id, self._clock())
+        if receipt is None:
+            raise _not_found("response", response_id)
+        return self._erased(receipt)
+
+    def expire(self) -> int:
+        """Delete memories and responses that have expired, up to a thousand of each; return how many.
+
+        They are not there for the other methods from their time on; this takes them out of the database.
+        """
+        now = self._clock()
+        with self._database.read() as connection:
+            outdated = [
+                connection.execute(
+                    select(table.c.tenant, table.c.id).where(table.c.expires_at <= now).limit(EXPIRED_AT_ONCE)
+                ).all()
+                for table in (memories, responses)
+            ]
+        for tenant, id in outdated[0]:
+            with self._database.write() as connection:
+                lock_memory(connection, tenant, id, now)
+        for tenant, id in outdated[1]:
+            with self._database.write() as connection:
+                remove_response(connection, tenant, id, now)
+        number = sum(map(len, outdated))
+        if number:
+            self._database.erase()
+        return number
+
+    def _write(
+        self,
+        connection: Connection,
+        tenant: str,
+        id: str,
+        data: bytes,
+        expected: ExpectedVersion,
+        turn: Mapping[str, Any] | None,
+        expires_at: float | None,
+    ) -> Stored:
+        now = self._clock()
+        row = lock_memory(connection, tenant, id, now)
+        check_expected(row, id, expected)
+        return write_version(
+            connection,
+            self._cipher,
+            row,
+            tenant=tenant,
+            id=id,
+            data=data,
+            turn=turn,
+            expires_at=expires_at,
+            now=now,
+            keep=self._keep_versions,
+            quota=self._quota,
+        )
+
+    def _source(self, connection: Connection, tenant: str, id: str, version: int | None) -> Stored:
+        source = read_memory(connection, self._cipher, tenant, id, version, self._clock())
+        if source is None:
+            raise _not_found("memory or version", id)
+        return source
+
+    def _transact(self, change: Callable[[Connection], T]) -> T:
+        """Run `change` in a transaction, again where another program created the same row meanwhile."""
+        for _ in range(TRIES):
+            try:
+                with self._database.write() as connection:
+                    return change(connection)
+            except IntegrityError as error:
+                taken = error
+        raise Conflict(
+            "There is a memory or response of this name already.", "Another request created it.", "Use another name."
+        ) from taken
+
+    def _erased(self, receipt: Receipt) -> Receipt:
+        try:
+            return replace(receipt, erased=self._database.erase())
+        except StoreUnavailable:  # what is deleted is deleted, and the next deletion erases it too
+            return receipt
+
+
+def _open(url: str) -> Database:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    dialects: dict[str, Callable[..., Dialect]] = {"sqlite": Sqlite, "postgresql": Postgres, "postgres": Postgres}
+    backend = "" if parsed is None else parsed.drivername.partition("+")[0]
+    if parsed is None or backend not in dialects:
+        raise ConfigError(
+            "The store's URL is invalid.",
+            "It names neither SQLite nor PostgreSQL.",
+            "Use sqlite:///FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/DATABASE.",
+        )
+    return Database(parsed, dialects[backend](parsed))
+
+
+def _check_names(*names: str) -> None:
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise ConfigError(
+                "A name in the store is invalid.",
+                f"It must have 1 to {MAX_NAME} characters, all of them printable.",
+                "Use another name.",
+            )
+
+
+def _not_found(kind: str, id: str) -> NotFound:
+    return NotFound(f"There is no {kind} {id!r}.", "It was never there, was deleted, or has expired.", "Use another.")

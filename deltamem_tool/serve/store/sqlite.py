@@ -1,0 +1,89 @@
+"""SQLite: one file, one writer at a time, and nothing left of what is deleted."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL
+
+from deltamem_tool.errors import ConfigError, InstallationError
+from deltamem_tool.io.atomic import locked, resolve
+from deltamem_tool.serve.store.database import LOCK_SECONDS
+
+OLDEST_SQLITE = (3, 35)  # RETURNING
+CONNECTIONS = 16
+ERASE_PAUSE = 0.01  # seconds between two tries to empty the log
+
+
+class Sqlite:
+    """See `Dialect`."""
+
+    def __init__(self, url: URL) -> None:
+        if not url.database or url.database == ":memory:" or url.query:
+            raise ConfigError(
+                "The store's URL names no file.", "SQLite keeps a store in a file.", "Use sqlite:///FOLDER/FILE."
+            )
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            raise InstallationError(
+                f"SQLite {sqlite3.sqlite_version} is installed.",
+                f"A store needs {'.'.join(map(str, OLDEST_SQLITE))} or later.",
+                "Use a newer Python, or PostgreSQL.",
+            )
+        self._path = resolve(url.database)
+
+    def engine(self) -> Engine:
+        """Return a pool of connections to the file, which is created for its owner alone."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        # Readers do not wait for the writer. It is a property of the file, which one program changes at a time.
+        with locked(self._path), closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        engine = create_engine(
+            URL.create("sqlite", database=str(self._path)),
+            connect_args={"timeout": LOCK_SECONDS},
+            hide_parameters=True,
+            pool_size=CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=LOCK_SECONDS,
+        )
+        event.listen(engine, "connect", _connected)
+        event.listen(engine, "begin", _begun)
+        return engine
+
+    def lock_set_up(self, connection: Connection) -> None:
+        """Do nothing: a file has one writer at a time."""
+
+    def erase(self, engine: Engine) -> bool:
+        """Write the log into the file, where deleted bytes are zeros, and cut the log to nothing.
+
+        It waits for readers in other transactions, for as long as one waits for a lock.
+        """
+        until = time.monotonic() + LOCK_SECONDS
+        with engine.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection  # outside of a transaction
+            while driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(ERASE_PAUSE)
+        return True
+
+
+def _connected(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # `_begun` says when a transaction begins
+    for pragma in (
+        "synchronous = FULL",  # what is committed survives a loss of power
+        "secure_delete = ON",  # deleted bytes are overwritten with zeros
+        "temp_store = MEMORY",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begun(connection: Connection) -> None:
+    # A writer that began as a reader could not wait for another writer: what it has read would be out of date.
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

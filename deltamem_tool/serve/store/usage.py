@@ -1,0 +1,70 @@
+"""What each tenant stores, counted in the transaction that changes it."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, case, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from deltamem_tool.serve.store.errors import QuotaExceeded
+from deltamem_tool.serve.store.records import Quota, Usage
+from deltamem_tool.serve.store.schema import tenants
+
+
+def count(connection: Connection, tenant: str, *, memories: int = 0, size: int = 0, deleted_version: int = 0) -> Usage:
+    """Add to what `tenant` stores, and return the sums.
+
+    Args:
+        connection: in a transaction, which holds other writers of this tenant up from here on.
+        tenant: whose.
+        memories: how many more.
+        size: how many more bytes.
+        deleted_version: of a memory that is deleted.
+    """
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    new = insert(tenants).values(tenant=tenant, memories=memories, bytes=size, deleted_version=deleted_version)
+    highest = case(
+        (new.excluded.deleted_version > tenants.c.deleted_version, new.excluded.deleted_version),
+        else_=tenants.c.deleted_version,
+    )
+    added = new.on_conflict_do_update(
+        index_elements=[tenants.c.tenant],
+        set_={
+            "memories": tenants.c.memories + new.excluded.memories,
+            "bytes": tenants.c.bytes + new.excluded.bytes,
+            "deleted_version": highest,
+        },
+    ).returning(tenants.c.memories, tenants.c.bytes)
+    row = connection.execute(added).one()
+    return Usage(row.memories, row.bytes)
+
+
+def read_usage(connection: Connection, tenant: str) -> Usage:
+    """Return what `tenant` stores."""
+    row = connection.execute(
+        select(tenants.c.memories, tenants.c.bytes).where(tenants.c.tenant == tenant)
+    ).one_or_none()
+    return Usage(0, 0) if row is None else Usage(row.memories, row.bytes)
+
+
+def first_version(connection: Connection, tenant: str) -> int:
+    """Return the version with which a new memory of `tenant` begins: above all that were ever deleted."""
+    deleted = connection.execute(
+        select(tenants.c.deleted_version).where(tenants.c.tenant == tenant)
+    ).scalar_one_or_none()
+    return (deleted or 0) + 1
+
+
+def check_quota(quota: Quota, usage: Usage) -> None:
+    """Check what a tenant would store.
+
+    Raises:
+        QuotaExceeded: it is more than `quota`.
+    """
+    for most, stored, unit in (
+        (quota.memories, usage.memories, "memories"),
+        (quota.bytes, usage.bytes, "bytes of memories and responses"),
+    ):
+        if most is not None and stored > most:
+            raise QuotaExceeded(
+                f"There is no room for more {unit}.", f"The quota is {most:,}.", "Delete memories that are not needed."
+            )
