@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -12,6 +13,7 @@ from sqlalchemy.exc import DatabaseError, InterfaceError, InternalError, Operati
 
 from deltamem_tool.errors import first_line
 from deltamem_tool.serve.store.errors import StoreDamaged, StoreUnavailable
+from deltamem_tool.serve.store.overflow import OverflowPages
 
 LOCK_SECONDS = 5.0  # how long a transaction waits for another that holds its lock
 
@@ -24,6 +26,9 @@ class Dialect(Protocol):
 
     def lock_set_up(self, connection: Connection) -> None:
         """Hold off other programs that would create the tables, until the transaction ends."""
+
+    def overflow_pages(self) -> OverflowPages | None:
+        """Return how contents are wrapped, once there are tables; None if they are not."""
 
     def erase(self, engine: Engine) -> bool:
         """Take what is deleted out of the database's files, as far as it can; return whether none has it any more."""
@@ -43,11 +48,6 @@ class Database:
         with self._translated():
             self._engine = dialect.engine()
         self._writer = self._engine.execution_options(writes=True)
-
-    @property
-    def dialect(self) -> str:
-        """SQLAlchemy's name of it."""
-        return self._engine.dialect.name
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -78,6 +78,10 @@ class Database:
             self._dialect.lock_set_up(connection)
             yield connection
 
+    def overflow_pages(self) -> OverflowPages | None:
+        """Return how contents are wrapped; None if they are not."""
+        return self._dialect.overflow_pages()
+
     def erase(self) -> bool:
         """Take what is deleted out of the database's files; return whether no file has it any more."""
         with self._translated():
@@ -91,22 +95,25 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError, InternalError) as error:
-            raise self._unavailable(error.orig or error) from error
-        except TimeoutError as error:
-            raise self._unavailable(error) from error
-        except DatabaseError as error:
-            if type(error) is not DatabaseError:  # a mistake in a statement, or a row that is there already
+        except _UNAVAILABLE as error:
+            raise StoreUnavailable(
+                f"The store {self._name} cannot be used.",
+                f"{_reason(error)}.",
+                "Nothing was written. Try again once the database can be reached and has free space.",
+            ) from error
+        except (DatabaseError, sqlite3.DatabaseError) as error:
+            if type(error) not in _DAMAGED:
                 raise
             raise StoreDamaged(
-                f"The store {self._name} is damaged.",
-                f"{first_line(error.orig or error)}.",
-                "Restore it from a backup.",
+                f"The store {self._name} is damaged.", f"{_reason(error)}.", "Restore it from a backup."
             ) from error
 
-    def _unavailable(self, error: BaseException) -> StoreUnavailable:
-        return StoreUnavailable(
-            f"The store {self._name} cannot be used.",
-            f"{first_line(error)}.",
-            "Nothing was written. Try again once the database can be reached and has free space.",
-        )
+
+# What is raised outside of SQLAlchemy's statements is the driver's own.
+_UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError, sqlite3.OperationalError)
+_DAMAGED = (DatabaseError, sqlite3.DatabaseError)  # not their subclasses: a mistake in a statement, a row that exists
+
+
+def _reason(error: Exception) -> str:
+    """The database's own words."""
+    return first_line(getattr(error, "orig", None) or error)

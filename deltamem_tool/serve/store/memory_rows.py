@@ -7,8 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, update
 
-from deltamem_tool.serve.store.content import digest_of, open_data, open_json, seal_json
-from deltamem_tool.serve.store.encryption import Cipher
+from deltamem_tool.serve.store.contents import Contents, remove_contents
 from deltamem_tool.serve.store.errors import Conflict
 from deltamem_tool.serve.store.records import (
     ANY,
@@ -19,7 +18,7 @@ from deltamem_tool.serve.store.records import (
     Stored,
     VersionInfo,
 )
-from deltamem_tool.serve.store.schema import memories, responses, versions
+from deltamem_tool.serve.store.schema import contents, memories, responses, versions
 from deltamem_tool.serve.store.usage import check_quota, count, first_version
 
 _INFO = (
@@ -40,20 +39,19 @@ def _alive(now: float) -> ColumnElement[bool]:
 
 
 def read_memory(
-    connection: Connection, cipher: Cipher, tenant: str, id: str, version: int | None, now: float
+    connection: Connection, form: Contents, tenant: str, id: str, version: int | None, now: float
 ) -> Stored | None:
     """Return one version of a memory, the newest by default; None if there is none."""
     row = connection.execute(
-        select(*_INFO, versions.c.turn, versions.c.data)
+        select(*_INFO, contents.c.content)
         .join_from(memories, versions, _OF_MEMORY)
+        .join(contents, contents.c.key == versions.c.content)
         .where(memories.c.tenant == tenant, memories.c.id == id, _alive(now))
         .where(versions.c.version == (memories.c.version if version is None else version))
     ).one_or_none()
     if row is None:
         return None
-    place = (tenant, id, row.version)
-    turn = None if row.turn is None else open_json(cipher, row.turn, "turn", *place)
-    data = open_data(cipher, row.data, row.digest, "memory", *place)
+    data, turn = form.read(row.content, row.digest, "memory", tenant, id, row.version)
     info = MemoryInfo(*row[: len(_INFO)])
     return Stored(**vars(info), data=data, turn=turn)
 
@@ -115,7 +113,7 @@ def check_expected(row: Row[Any] | None, id: str, expected: ExpectedVersion) -> 
 
 def write_version(
     connection: Connection,
-    cipher: Cipher,
+    form: Contents,
     row: Row[Any] | None,
     *,
     tenant: str,
@@ -151,47 +149,47 @@ def write_version(
             .where(memories.c.tenant == tenant, memories.c.id == id)
             .values(version=version, expires_at=expires_at)
         )
-    place = (tenant, id, version)
-    digest = digest_of(data)
+    entry = form.write(connection, data, turn, "memory", tenant, id, version)
     connection.execute(
         insert(versions).values(
             tenant=tenant,
             id=id,
             version=version,
-            digest=digest,
-            size=len(data),
+            digest=entry.digest,
+            size=entry.size,
             created_at=now,
-            turn=None if turn is None else seal_json(cipher, turn, "turn", *place),
-            data=cipher.seal(data, "memory", *place),
+            content=entry.key,
         )
     )
-    outdated = (
+    outdated = connection.execute(
         delete(versions)
         .where(versions.c.tenant == tenant, versions.c.id == id, versions.c.version <= version - keep)
-        .returning(versions.c.size)
-    )
-    more = len(data) - sum(connection.execute(outdated).scalars())
+        .returning(versions.c.size, versions.c.content)
+    ).all()
+    remove_contents(connection, [row.content for row in outdated])
+    more = entry.size - sum(row.size for row in outdated)
     usage = count(connection, tenant, memories=int(row is None), size=more)
     if row is None or more > 0:
         check_quota(quota, usage)
-    return Stored(id, version, digest, len(data), created_at, now, expires_at, data, turn)
+    return Stored(id, version, entry.digest, entry.size, created_at, now, expires_at, data, turn)
 
 
 def remove_memory(connection: Connection, row: Row[Any], now: float) -> Receipt:
     """Delete the memory of `row` (see `lock_memory`), and the responses that were made with it."""
-    gone = [
-        VersionInfo(*version)
-        for version in connection.execute(
-            delete(versions).where(versions.c.tenant == row.tenant, versions.c.id == row.id).returning(*_VERSION)
-        )
-    ]
+    gone = connection.execute(
+        delete(versions)
+        .where(versions.c.tenant == row.tenant, versions.c.id == row.id)
+        .returning(*_VERSION, versions.c.content)
+    ).all()
     made_with = connection.execute(
         delete(responses)
         .where(responses.c.tenant == row.tenant, responses.c.memory == row.id)
-        .returning(responses.c.id, responses.c.size)
+        .returning(responses.c.id, responses.c.size, responses.c.content)
     ).all()
+    remove_contents(connection, [each.content for each in (*gone, *made_with)])
     connection.execute(delete(memories).where(memories.c.tenant == row.tenant, memories.c.id == row.id))
-    size = sum(version.size for version in gone) + sum(response.size for response in made_with)
+    size = sum(each.size for each in (*gone, *made_with))
     count(connection, row.tenant, memories=-1, size=-size, deleted_version=row.version)
-    gone.sort(key=lambda version: -version.version)
-    return Receipt(row.tenant, row.id, tuple(gone), tuple(response.id for response in made_with), now, erased=False)
+    newest_first = sorted((VersionInfo(*each[: len(_VERSION)]) for each in gone), key=lambda info: -info.version)
+    made = tuple(sorted(response.id for response in made_with))
+    return Receipt(row.tenant, row.id, tuple(newest_first), made, now, erased=False)

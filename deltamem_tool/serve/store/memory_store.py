@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError
 
 from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve.store.contents import Contents
 from deltamem_tool.serve.store.database import Database, Dialect
 from deltamem_tool.serve.store.encryption import KEY_VARIABLE, AesGcm, NoCipher, read_key
 from deltamem_tool.serve.store.errors import Conflict, NotFound, StoreUnavailable
@@ -78,13 +79,14 @@ class MemoryStore:
         if keep_versions < 1:
             raise ConfigError("The number of versions to keep is invalid.", "It must be 1 or more.", "Correct it.")
         key = os.environ.get(KEY_VARIABLE)
-        self._cipher = NoCipher() if key is None else AesGcm(read_key(key))
+        cipher = NoCipher() if key is None else AesGcm(read_key(key))
         self._keep_versions = keep_versions
         self._quota = quota or Quota()
         self._clock = clock
         self._database = _open(url)
         with self._database.set_up() as connection:
-            set_up(connection, self._cipher)
+            set_up(connection, cipher)
+        self._form = Contents(cipher, self._database.overflow_pages())
 
     def close(self) -> None:
         """Close the connections to the database."""
@@ -107,7 +109,7 @@ class MemoryStore:
         """
         _check_names(tenant, id)
         with self._database.read() as connection:
-            return read_memory(connection, self._cipher, tenant, id, version, self._clock())
+            return read_memory(connection, self._form, tenant, id, version, self._clock())
 
     def put(
         self,
@@ -246,7 +248,7 @@ class MemoryStore:
         def write(connection: Connection) -> StoredResponse:
             return write_response(
                 connection,
-                self._cipher,
+                self._form,
                 tenant=tenant,
                 id=response_id,
                 data=data,
@@ -267,7 +269,7 @@ class MemoryStore:
         """
         _check_names(tenant, response_id)
         with self._database.read() as connection:
-            return read_response(connection, self._cipher, tenant, response_id, self._clock())
+            return read_response(connection, self._form, tenant, response_id, self._clock())
 
     def delete_response(self, tenant: str, response_id: str) -> Receipt:
         """Delete a response.
@@ -321,7 +323,7 @@ class MemoryStore:
         check_expected(row, id, expected)
         return write_version(
             connection,
-            self._cipher,
+            self._form,
             row,
             tenant=tenant,
             id=id,
@@ -334,7 +336,7 @@ class MemoryStore:
         )
 
     def _source(self, connection: Connection, tenant: str, id: str, version: int | None) -> Stored:
-        source = read_memory(connection, self._cipher, tenant, id, version, self._clock())
+        source = read_memory(connection, self._form, tenant, id, version, self._clock())
         if source is None:
             raise _not_found("memory or version", id)
         return source

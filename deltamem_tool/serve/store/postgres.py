@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL
 
 from deltamem_tool.io.installation import check_installation
@@ -15,6 +13,8 @@ CONNECTIONS = 16
 SET_UP_LOCK = 0x64656C74616D656D  # "deltamem" in ASCII
 # A server that is gone without a word is noticed after these seconds, not after hours.
 PATIENCE = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+# What is committed survives a loss of power; nobody waits for a lock for ever.
+OPTIONS = f"-c synchronous_commit=on -c lock_timeout={int(LOCK_SECONDS * 1000)}"
 
 
 class Postgres:
@@ -26,30 +26,26 @@ class Postgres:
 
     def engine(self) -> Engine:
         """Return a pool of connections, each tried before it is used: the server may have been restarted."""
-        engine = create_engine(
+        settings = self._url.query
+        return create_engine(
             self._url,
-            connect_args={name: value for name, value in PATIENCE.items() if name not in self._url.query},
+            connect_args={**PATIENCE, **settings, "options": f"{OPTIONS} {settings.get('options', '')}"},
             hide_parameters=True,
             pool_size=CONNECTIONS,
             max_overflow=0,
             pool_timeout=LOCK_SECONDS,
             pool_pre_ping=True,
         )
-        event.listen(engine, "connect", _connected)
-        return engine
 
     def lock_set_up(self, connection: Connection) -> None:
         """Hold off other programs that would create the tables, until the transaction ends."""
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SET_UP_LOCK})
+
+    def overflow_pages(self) -> None:
+        """Return None: it does not erase."""
 
     def erase(self, engine: Engine) -> bool:
         """Vacuum the tables, and return False: files and log keep deleted bytes until others take their place."""
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             connection.execute(text(f"VACUUM {', '.join(metadata.tables)}"))
         return False
-
-
-def _connected(connection: Any, _: object) -> None:
-    connection.execute(f"SET lock_timeout = {int(LOCK_SECONDS * 1000)}")
-    connection.execute("SET synchronous_commit = on")
-    connection.commit()

@@ -6,18 +6,19 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from deltamem_tool.serve.store.content import digest_of, open_data, open_json, seal_json
-from deltamem_tool.serve.store.encryption import Cipher
+from deltamem_tool.serve.store.contents import Contents, remove_contents
 from deltamem_tool.serve.store.errors import Conflict
 from deltamem_tool.serve.store.memory_rows import lock_memory
 from deltamem_tool.serve.store.records import Quota, Receipt, StoredResponse
-from deltamem_tool.serve.store.schema import responses
+from deltamem_tool.serve.store.schema import contents, responses
 from deltamem_tool.serve.store.usage import check_quota, count
+
+_COLUMNS = (responses.c.memory, responses.c.digest, responses.c.created_at, responses.c.expires_at)
 
 
 def write_response(
     connection: Connection,
-    cipher: Cipher,
+    form: Contents,
     *,
     tenant: str,
     id: str,
@@ -42,47 +43,47 @@ def write_response(
                 "The response was made with it.",
                 "Nothing was written. Repeat the request.",
             )
-    digest = digest_of(data)
-    notes = seal_json(cipher, transcript, "transcript", tenant, id)
-    size = len(data) + len(notes)
+    entry = form.write(connection, data, transcript, "response", tenant, id)
     name = None if memory is None else memory[0]
     connection.execute(
         insert(responses).values(
             tenant=tenant,
             id=id,
             memory=name,
-            digest=digest,
-            size=size,
+            digest=entry.digest,
+            size=entry.size,
             created_at=now,
             expires_at=expires_at,
-            transcript=notes,
-            data=cipher.seal(data, "response", tenant, id),
+            content=entry.key,
         )
     )
-    check_quota(quota, count(connection, tenant, size=size))
-    return StoredResponse(id, name, digest, now, expires_at, data, transcript)
+    check_quota(quota, count(connection, tenant, size=entry.size))
+    return StoredResponse(id, name, entry.digest, now, expires_at, data, transcript)
 
 
-def read_response(connection: Connection, cipher: Cipher, tenant: str, id: str, now: float) -> StoredResponse | None:
+def read_response(connection: Connection, form: Contents, tenant: str, id: str, now: float) -> StoredResponse | None:
     """Return a response; None if there is none."""
     row = connection.execute(
-        select(responses)
+        select(*_COLUMNS, contents.c.content)
+        .join_from(responses, contents, contents.c.key == responses.c.content)
         .where(responses.c.tenant == tenant, responses.c.id == id)
         .where(or_(responses.c.expires_at.is_(None), responses.c.expires_at > now))
     ).one_or_none()
     if row is None:
         return None
-    data = open_data(cipher, row.data, row.digest, "response", tenant, id)
-    transcript = open_json(cipher, row.transcript, "transcript", tenant, id)
+    data, transcript = form.read(row.content, row.digest, "response", tenant, id)
     return StoredResponse(id, row.memory, row.digest, row.created_at, row.expires_at, data, transcript)
 
 
 def remove_response(connection: Connection, tenant: str, id: str, now: float) -> Receipt | None:
     """Delete a response; return None if there is none."""
-    size = connection.execute(
-        delete(responses).where(responses.c.tenant == tenant, responses.c.id == id).returning(responses.c.size)
-    ).scalar_one_or_none()
-    if size is None:
+    row = connection.execute(
+        delete(responses)
+        .where(responses.c.tenant == tenant, responses.c.id == id)
+        .returning(responses.c.size, responses.c.content)
+    ).one_or_none()
+    if row is None:
         return None
-    count(connection, tenant, size=-size)
+    remove_contents(connection, [row.content])
+    count(connection, tenant, size=-row.size)
     return Receipt(tenant, None, (), (id,), now, erased=False)

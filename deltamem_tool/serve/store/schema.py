@@ -62,6 +62,13 @@ memories = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
 )
+# By itself, so that its rows are of the form that `overflow` knows.
+contents = Table(
+    "deltamem_contents",
+    metadata,
+    Column("key", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("content", LargeBinary, nullable=False),
+)
 versions = Table(
     "deltamem_versions",
     metadata,
@@ -71,8 +78,7 @@ versions = Table(
     Column("digest", Text, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("created_at", Double, nullable=False),
-    Column("turn", LargeBinary),
-    Column("data", LargeBinary, nullable=False),
+    Column("content", BigInteger, nullable=False),  # the key of its row there
 )
 responses = Table(
     "deltamem_responses",
@@ -84,8 +90,7 @@ responses = Table(
     Column("size", BigInteger, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
-    Column("transcript", LargeBinary, nullable=False),
-    Column("data", LargeBinary, nullable=False),
+    Column("content", BigInteger, nullable=False),
 )
 Index("deltamem_memories_expiry", memories.c.expires_at, sqlite_where=memories.c.expires_at.is_not(None))
 Index("deltamem_responses_expiry", responses.c.expires_at, sqlite_where=responses.c.expires_at.is_not(None))

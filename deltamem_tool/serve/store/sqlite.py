@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL
 from deltamem_tool.errors import ConfigError, InstallationError
 from deltamem_tool.io.atomic import locked, resolve
 from deltamem_tool.serve.store.database import LOCK_SECONDS
+from deltamem_tool.serve.store.overflow import OverflowPages
 
 OLDEST_SQLITE = (3, 35)  # RETURNING
 CONNECTIONS = 16
@@ -39,10 +40,13 @@ class Sqlite:
     def engine(self) -> Engine:
         """Return a pool of connections to the file, which is created for its owner alone."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        # Readers do not wait for the writer. It is a property of the file, which one program changes at a time.
-        with locked(self._path), closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
+        with locked(self._path):
+            if not self._path.exists():  # whoever closes a file ends the locks that SQLite has on it in this process
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:
+                # Readers do not wait for the writer. It is a property of the file, which one program changes at a time.
+                connection.execute("PRAGMA journal_mode = WAL")
+                (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
         engine = create_engine(
             URL.create("sqlite", database=str(self._path)),
             connect_args={"timeout": LOCK_SECONDS},
@@ -57,6 +61,10 @@ class Sqlite:
 
     def lock_set_up(self, connection: Connection) -> None:
         """Do nothing: a file has one writer at a time."""
+
+    def overflow_pages(self) -> OverflowPages:
+        """Return how contents are wrapped for the file's size of pages."""
+        return OverflowPages(self._page_size)
 
     def erase(self, engine: Engine) -> bool:
         """Write the log into the file, where deleted bytes are zeros, and cut the log to nothing.

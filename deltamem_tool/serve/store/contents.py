@@ -1,0 +1,85 @@
+"""Contents of versions and responses: a memory and a note in JSON, encrypted where the store is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, delete, insert
+
+from deltamem_tool.serve.store.encryption import Cipher
+from deltamem_tool.serve.store.errors import StoreDamaged
+from deltamem_tool.serve.store.overflow import OverflowPages
+from deltamem_tool.serve.store.schema import contents
+
+_NOTE_LENGTH = struct.Struct("<Q")
+
+
+class Entry(NamedTuple):
+    """A content that is stored.
+
+    Args:
+        key: of its row.
+        digest: SHA-256 of the memory, in hexadecimal.
+        size: bytes of the memory and of the note.
+    """
+
+    key: int
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """How contents are written and read.
+
+    Args:
+        cipher: encrypts them.
+        pages: wraps them for SQLite; None for PostgreSQL.
+    """
+
+    cipher: Cipher
+    pages: OverflowPages | None
+
+    def write(self, connection: Connection, data: bytes, note: Any, *place: str | int) -> Entry:
+        """Add a content, of the row that `place` names."""
+        text = json.dumps(note, separators=(",", ":")).encode()
+        blob = self.cipher.seal(_NOTE_LENGTH.pack(len(text)) + text + data, *place)
+        if self.pages is not None:
+            blob = self.pages.wrap(blob)
+        key = connection.execute(insert(contents).values(content=blob).returning(contents.c.key)).scalar_one()
+        return Entry(key, hashlib.sha256(data).hexdigest(), len(text) + len(data))
+
+    def read(self, blob: bytes, digest: str, *place: str | int) -> tuple[bytes, Any]:
+        """Return the memory and the note of a row's content.
+
+        Raises:
+            StoreDamaged: they are not what was written there.
+        """
+        content = self.cipher.open(blob if self.pages is None else self.pages.unwrap(blob), *place)
+        try:
+            end = _NOTE_LENGTH.size + _NOTE_LENGTH.unpack_from(content)[0]
+            note, data = json.loads(content[_NOTE_LENGTH.size : end]), content[end:]
+        except (struct.error, ValueError) as error:
+            raise _damaged() from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged()
+        return data, note
+
+
+def remove_contents(connection: Connection, keys: Sequence[int]) -> None:
+    """Delete the contents with these keys."""
+    if keys:
+        connection.execute(delete(contents).where(contents.c.key.in_(keys)))
+
+
+def _damaged() -> StoreDamaged:
+    return StoreDamaged(
+        "A row of the store is damaged.",
+        "Its content does not have its digest.",
+        "Restore the database from a backup, or delete this memory.",
+    )

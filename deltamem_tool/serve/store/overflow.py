@@ -1,0 +1,63 @@
+"""Content as SQLite has to get it so that `secure_delete` leaves nothing of it.
+
+SQLite splits a long row: the first bytes stay in a leaf of the table's tree, the rest goes to pages of its own, which
+are overwritten with zeros when the row goes. What leaves cannot promise that: when rows move between them, copies
+remain in their free space. So content begins after more zeros than stay in a leaf, and ends with as many as it takes
+for SQLite to keep no more there than it must. The sums are those of https://www.sqlite.org/fileformat2.html (1.6).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from deltamem_tool.serve.store.errors import StoreDamaged
+
+_LENGTH = struct.Struct("<Q")
+
+
+class OverflowPages:
+    """Content to the blob of a row `(INTEGER PRIMARY KEY, BLOB)`, and back.
+
+    Args:
+        page: bytes of a page, all of which SQLite uses.
+    """
+
+    def __init__(self, page: int) -> None:
+        self._least = (page - 12) * 32 // 255 - 23  # bytes of a long row that stay in the leaf, at least
+        self._most = page - 35  # and at most
+        self._page = page - 4  # bytes of it in a page of its own
+
+    def wrap(self, content: bytes) -> bytes:
+        """Return `content` between zeros."""
+        blob = b"\0" * self._least + _LENGTH.pack(len(content)) + content
+        return blob + b"\0" * self._missing(len(blob))
+
+    def unwrap(self, blob: bytes) -> bytes:
+        """Return the content of `wrap`'s blob.
+
+        Raises:
+            StoreDamaged: it is not all there.
+        """
+        start = self._least + _LENGTH.size
+        length = _LENGTH.unpack_from(blob, self._least)[0] if len(blob) >= start else len(blob)
+        if start + length > len(blob):
+            raise StoreDamaged(
+                "A row of the store is damaged.", "It is cut off.", "Restore the database from a backup."
+            )
+        return blob[start : start + length]
+
+    def _missing(self, length: int) -> int:
+        """How many bytes more a blob of `length` must have so that no more than the least stay in the leaf."""
+        row = _row_bytes(length)
+        local = row if row <= self._most else self._least + (row - self._least) % self._page
+        return 0 if local == self._least or local > self._most else self._most + 1 - local
+
+
+def _row_bytes(blob: int) -> int:
+    """Bytes of a row: the length of its header, the types of the key and of the blob, and the blob."""
+    return 1 + 1 + _varint_bytes(2 * blob + 12) + blob
+
+
+def _varint_bytes(number: int) -> int:
+    """Bytes of SQLite's variable-length integer: seven bits each."""
+    return max(1, -(-number.bit_length() // 7))

@@ -1,0 +1,91 @@
+"""A PostgreSQL server of the tests' own, on a Unix socket in a temporary folder."""
+
+from __future__ import annotations
+
+import getpass
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ACCOUNTS = ("postgres", "nobody")  # what runs the server where the tests are root's, for whom it does not run
+DEBIAN = "/usr/lib/postgresql/*/bin"
+
+
+class PostgresServer:
+    """A running server; the test is skipped where PostgreSQL is not installed."""
+
+    def __init__(self) -> None:
+        self._programs = _programs()
+        self._account = _account()
+        self._folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path is short, and not below what is root's
+        shutil.chown(self._folder, self._account)
+        self._data = self._folder / "data"
+        self._names = (f"test{number}" for number in itertools.count())
+        self._run("initdb", "--auth=trust", "--username=deltamem", "--encoding=UTF8", "--no-sync", "-D", self._data)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers. What the tests end is the server, not the machine: it need not sync."""
+        options = f"-c listen_addresses= -c unix_socket_directories={self._folder} -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-D", self._data, "-l", self._folder / "log", "-o", options)
+
+    def stop(self) -> None:
+        """End it with the transactions that are running."""
+        self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self._data)
+
+    def kill(self) -> None:
+        """Kill it; it recovers from its log when it starts again."""
+        os.kill(int((self._data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
+
+    def remove(self) -> None:
+        """End it, and delete its files."""
+        self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
+        shutil.rmtree(self._folder)
+
+    def new_database(self) -> str:
+        """Create a database, and return its URL."""
+        name = next(self._names)
+        self._run("createdb", "--host", self._folder, "--username=deltamem", name)
+        return f"postgresql://deltamem@/{name}?host={self._folder}"
+
+    def _run(self, program: str, *arguments: object, check: bool = True) -> None:
+        done = subprocess.run(
+            [self._programs / program, *map(str, arguments)],
+            user=self._account,
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a pipe would stay open in the server
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+        )
+        if check and done.returncode:
+            log = self._folder / "log"
+            pytest.fail(f"{program} failed: {log.read_text() if log.exists() else ''}")
+
+
+def _programs() -> Path:
+    """The folder of PostgreSQL's programs."""
+    installed = shutil.which("initdb")
+    folders = [Path(installed).resolve().parent] if installed else sorted(Path("/").glob(DEBIAN[1:]))
+    if not folders:
+        pytest.skip("needs PostgreSQL (apt-get install postgresql)")
+    return folders[-1]
+
+
+def _account() -> str:
+    """Who runs the server."""
+    if os.geteuid() != 0:
+        return getpass.getuser()
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    account = next((name for name in ACCOUNTS if name in known), None)
+    if account is None:
+        pytest.skip("PostgreSQL does not run as root, and there is no account postgres or nobody")
+    return account
