@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.errors import ExportError
-from deltamem_tool.segments.boundaries import english, spans_of, tags_of
+from deltamem_tool.segments.boundaries import Span, Split, english, owners_of, spans_of, tags_of
 from deltamem_tool.segments.messages import Message, check_messages, text_of
 
 _MARK = "\ue000"
@@ -43,6 +43,15 @@ class Tags(NamedTuple):
 
     tags: list[int]
     ended: bool
+
+
+class _New(NamedTuple):
+    """New tokens and all spans of a rendering, in which the new ones begin at the character `start`."""
+
+    rendered: str
+    start: int
+    offsets: list[tuple[int, int]]
+    spans: list[Span]
 
 
 @dataclass(frozen=True)
@@ -134,17 +143,30 @@ class Transcript:
         Raises:
             DataError: the chat template does not let the end of a message be told.
         """
+        new = self._new(text, start, english if granularity == "sentence" else None)
+        tags = tags_of(new.rendered, new.offsets, [span for span in new.spans if span.end > new.start])
+        return Tags(tags, any(span.end == new.start and span.segment for span in new.spans))
+
+    def owners(self, text: ChatText, start: int) -> list[int]:
+        """Return which message each of the same tokens belongs to, by its number among those of the context.
+
+        Those of the answer's header belong to the message to come, what the template writes before all to the first.
+
+        Raises:
+            DataError: as in `tags`.
+        """
+        new = self._new(text, start, None)
+        return [max(0, owner - 1) for owner in owners_of(new.rendered, new.offsets, new.spans)]
+
+    def _new(self, text: ChatText, start: int, split: Split | None) -> _New:
         earlier, turn = self.turns[:-1], self.turns[-1]
         messages = [*self.system, *self._with_placeholders(earlier), *turn.messages]
-        split = english if granularity == "sentence" else None
         # As the template writes it now: the end is that of `rendered`, what comes before it may not be.
         rendered = text.render(messages)
         start += len(rendered) - len(self.rendered)
-        spans = spans_of(text.template, messages, rendered, True, split)
         encoding = text.tokenizer.encode(rendered[start:], add_special_tokens=False)
         offsets = [(start + first, start + last) for first, last in encoding.offsets]
-        tags = tags_of(rendered, offsets, [span for span in spans if span.end > start])
-        return Tags(tags, any(span.end == start and span.segment for span in spans))
+        return _New(rendered, start, offsets, spans_of(text.template, messages, rendered, True, split))
 
     def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
         """With the answer to the last turn."""

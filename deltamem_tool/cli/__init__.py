@@ -32,6 +32,7 @@ COMMANDS = (
     "export",
     "run",
     "chat",
+    "serve",
     "push",
     "pull",
 )
@@ -46,6 +47,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "patch": ("torch",),
     "quickstart": ("train", "eval", "export", "cpu"),
     "run": ("cpu",),
+    "serve": ("serve",),
     "train": ("train",),
 }
 

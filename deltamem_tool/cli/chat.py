@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, torch_engine
 from deltamem_tool.cli.options import (
     NAME,
     TEXT,
@@ -15,19 +16,15 @@ from deltamem_tool.cli.options import (
     allow_other_base,
     device,
     sampling_options,
-    torch_device,
     trust_remote_code,
     window,
 )
 from deltamem_tool.cli.termination import is_terminated
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.atomic import check_writable
-from deltamem_tool.io.installation import RUNTIME, check_installation
-from deltamem_tool.onnx.contract import MANIFEST_FILE
 from deltamem_tool.onnx.locate import is_onnx
 
 if TYPE_CHECKING:
-    from deltamem_tool.chat.engine import Engine
     from deltamem_tool.chat.repl import Chat
     from deltamem_tool.cli.terminal import Reader
 
@@ -85,7 +82,7 @@ def command(
     if file is not None:
         file.read()  # what is wrong with it is an error before the model loads
     with STDERR.status("Loading the model", spinner=SPINNER):
-        engine = _onnx_engine(model, provider) if for_onnx else _torch_engine(model, device, for_adapter)
+        engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
         memory = None if file is None else file.read()  # another program may have written meanwhile
         conversation = Conversation(engine, memory, window=window)
     chat = Chat(conversation, chosen, system, file, out=STDOUT, notices=STDERR)
@@ -99,38 +96,6 @@ def command(
         _pipe(chat)
         if chat.failures:
             sys.exit(1)
-
-
-def check_runtime_options(is_onnx: bool, provider: str | None, **for_adapter: Any) -> None:
-    """Raise if an option is for the other runtime; `for_adapter` are those that an ONNX folder does not take."""
-    unusable = [f"--{name.replace('_', '-')}" for name, value in for_adapter.items() if value]
-    if is_onnx and unusable:
-        raise click.UsageError(f"{', '.join(unusable)}: only for an adapter; this is an ONNX folder.")
-    if not is_onnx and provider:
-        raise click.UsageError(f"--provider: only for an ONNX folder, which has a {MANIFEST_FILE}.")
-
-
-def _onnx_engine(folder: str, provider: str | None) -> Engine:
-    check_installation(RUNTIME)
-    from deltamem_tool.onnx.runtime.engine import OnnxModel
-
-    return OnnxModel(folder, provider or "cpu")
-
-
-def _torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:
-    check_installation("torch")
-    import torch
-
-    from deltamem_tool.adapter.load import load
-    from deltamem_tool.base_model.tokenizer import tokenizer_of
-    from deltamem_tool.chat.torch_engine import TorchModel
-    from deltamem_tool.cli.console import quiet_libraries
-
-    quiet_libraries()
-    where = torch_device(device)
-    model = load(adapter, **loading)
-    cast(torch.nn.Module, model).to(where)  # transformers hides the signature
-    return TorchModel(model, tokenizer_of(model, for_chat=False))
 
 
 def _reader(chat: Chat, no_history: bool) -> Reader:

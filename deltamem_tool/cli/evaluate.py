@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deltamem_tool.cli.chat import check_runtime_options
+from deltamem_tool.cli.engines import check_runtime_options
 from deltamem_tool.cli.options import (
     MARGIN,
     NAME,

@@ -161,8 +161,7 @@ def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
 
 def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
     """The tags of tokens whose characters are `offsets`; byte-level tokens can share a character."""
-    ends = [span.end for span in spans]
-    owners = [bisect_right(ends, _place(text, start, end)) for start, end in offsets]
+    owners = owners_of(text, offsets, spans)
     if owners != sorted(owners):
         raise DataError(
             "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps it. {WITHOUT_TAGS}"
@@ -180,6 +179,12 @@ def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
             )
         tags[last] = SegmentTag.LAST
     return tags
+
+
+def owners_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
+    """The number of the span that each token belongs to."""
+    ends = [span.end for span in spans]
+    return [bisect_right(ends, _place(text, start, end)) for start, end in offsets]
 
 
 def _place(text: str, start: int, end: int) -> int:

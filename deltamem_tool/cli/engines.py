@@ -1,0 +1,48 @@
+"""The engine of a model that a command names: an adapter in PyTorch, or an ONNX folder in ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from deltamem_tool.cli.options import torch_device
+from deltamem_tool.io.installation import RUNTIME, check_installation
+from deltamem_tool.onnx.contract import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from deltamem_tool.chat.engine import Engine
+
+
+def check_runtime_options(is_onnx: bool, provider: str | None, **for_adapter: Any) -> None:
+    """Raise if an option is for the other runtime; `for_adapter` are those that an ONNX folder does not take."""
+    unusable = [f"--{name.replace('_', '-')}" for name, value in for_adapter.items() if value]
+    if is_onnx and unusable:
+        raise click.UsageError(f"{', '.join(unusable)}: only for an adapter; this is an ONNX folder.")
+    if not is_onnx and provider:
+        raise click.UsageError(f"--provider: only for an ONNX folder, which has a {MANIFEST_FILE}.")
+
+
+def onnx_engine(folder: str, provider: str | None) -> Engine:
+    """Return the engine of an ONNX folder."""
+    check_installation(RUNTIME)
+    from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+    return OnnxModel(folder, provider or "cpu")
+
+
+def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:
+    """Return the engine of an adapter, which `load` takes with the options `loading`."""
+    check_installation("torch")
+    import torch
+
+    from deltamem_tool.adapter.load import load
+    from deltamem_tool.base_model.tokenizer import tokenizer_of
+    from deltamem_tool.chat.torch_engine import TorchModel
+    from deltamem_tool.cli.console import quiet_libraries
+
+    quiet_libraries()
+    where = torch_device(device)
+    model = load(adapter, **loading)
+    cast(torch.nn.Module, model).to(where)  # transformers hides the signature
+    return TorchModel(model, tokenizer_of(model, for_chat=False))

@@ -1,0 +1,120 @@
+"""`deltamem serve`: many users and their memories over HTTP, as OpenAI's API has it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, torch_engine
+from deltamem_tool.cli.options import NAME, TEXT, UserPath, allow_other_base, device, trust_remote_code, window
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.onnx.locate import is_onnx
+
+KEYS_FILE = Path("deltamem-keys.txt")
+STORE_FILE = Path("deltamem-memories.sqlite")
+
+
+@click.command("serve")
+@click.argument("model", type=NAME, required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free.")
+@click.option(
+    "--api-keys",
+    "keys_file",
+    type=UserPath(dir_okay=False, path_type=Path),
+    help=f"The file of API keys: who may use the server.  [default of --new-key: {KEYS_FILE}]",
+)
+@click.option("--no-keys", is_flag=True, help="Answer everybody, even at an address that others can reach.")
+@click.option("--new-key", metavar="TENANT", type=TEXT, help="Add a key of TENANT to the file, print it, and end.")
+@click.option(
+    "--store",
+    "store_url",
+    type=TEXT,
+    help="Where the memories are: sqlite:///FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/DATABASE for several "
+    f"servers.  [default: {STORE_FILE} in this folder]",
+)
+@click.option("--model-name", type=TEXT, help="The model's name for clients.  [default: MODEL]")
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Answers at once.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait.")
+@click.option(
+    "--timeout",
+    "seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds in which a request has to be answered.",
+)
+@click.option("--keep-versions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each memory.")
+@click.option("--max-memories", type=click.IntRange(min=1), help="The most memories of a tenant.  [default: no bound]")
+@click.option("--max-bytes", type=click.IntRange(min=1), help="The most bytes of a tenant.  [default: no bound]")
+@window
+@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@allow_other_base
+@trust_remote_code
+@device
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
+def command(
+    model: str | None,
+    host: str,
+    port: int,
+    keys_file: Path | None,
+    no_keys: bool,
+    new_key: str | None,
+    store_url: str | None,
+    model_name: str | None,
+    max_batch: int,
+    max_queue: int,
+    seconds: float,
+    keep_versions: int,
+    max_memories: int | None,
+    max_bytes: int | None,
+    window: int | None,
+    base: str | None,
+    allow_other_base: bool,
+    trust_remote_code: bool,
+    device: str | None,
+    provider: str | None,
+) -> None:
+    """Serve MODEL to many users: an adapter (folder, Hub id or builtin:adapter), or an ONNX folder.
+
+    Clients of OpenAI's API talk to it. Each `user` has a memory, which is stored before an answer is complete.
+    SIGTERM ends the server when the requests that it has begun are answered.
+
+    Example: deltamem serve builtin:adapter
+    """
+    from deltamem_tool.serve import keys
+
+    if new_key is not None:
+        click.echo(keys.new_key(keys_file or KEYS_FILE, new_key))
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    for_onnx = is_onnx(model)
+    for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
+    check_runtime_options(for_onnx, provider, **for_adapter, device=device)
+
+    from deltamem_tool.cli.console import SPINNER, STDERR
+    from deltamem_tool.serve.app import build_app
+    from deltamem_tool.serve.batching.scheduler import Scheduler
+    from deltamem_tool.serve.server import bind, check_host, run
+    from deltamem_tool.serve.store import MemoryStore, Quota
+
+    check_host(host, keys_file is not None, no_keys)
+    api_keys = None if keys_file is None else keys.ApiKeys.read(keys_file)
+    listener = bind(host, port)
+    quota = Quota(max_memories, max_bytes)
+    store = MemoryStore(store_url or f"sqlite:///{STORE_FILE}", keep_versions=keep_versions, quota=quota)
+    with STDERR.status("Loading the model", spinner=SPINNER):
+        engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
+    if not engine.text.has_template:
+        raise ConfigError(
+            f"{model} cannot be served.", "It has no chat template.", "Serve a chat or instruct model's adapter."
+        )
+    scheduler = Scheduler(engine, max_batch, max_queue)
+    app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
+    where = listener.getsockname()[:2]
+    STDERR.print(f"Serving {model} at http://{where[0]}:{where[1]}/v1", highlight=False, soft_wrap=True)
+    with suppress(KeyboardInterrupt):  # uvicorn passes a signal on when all is done
+        run(app, listener)

@@ -1,0 +1,106 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.serve import health
+from deltamem_tool.serve.batching.scheduler import Scheduler
+from deltamem_tool.serve.errors import RequestError, error_response
+from deltamem_tool.serve.keys import ApiKeys
+from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.openai import chat, models
+from deltamem_tool.serve.service import Service
+from deltamem_tool.serve.store import MemoryStore
+from deltamem_tool.serve.turns import Turns
+
+REQUEST_SECONDS = 300.0  # in which a request has to be answered
+MAX_WAITING = 256  # requests for memories that are in use
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(
+    model: str,
+    scheduler: Scheduler,
+    store: MemoryStore,
+    keys: ApiKeys | None = None,
+    window: int | None = None,
+    seconds: float = REQUEST_SECONDS,
+    max_waiting: int = MAX_WAITING,
+) -> Starlette:
+    """Return the application. When it shuts down, it closes the scheduler and the store.
+
+    Args:
+        model: its name for clients.
+        scheduler: runs it.
+        store: has the memories.
+        keys: whose requests are answered; None for everybody's.
+        window: the most tokens of a context; None for as many as the model can.
+        seconds: in which a request has to be answered.
+        max_waiting: the most requests that wait for a memory that is in use.
+    """
+    locks = MemoryLocks(max_waiting)
+    service = Service(model, scheduler, store, keys, locks, Turns(scheduler, store, locks, window, seconds))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await run_sync(scheduler.close)
+            await run_sync(store.close)
+
+    app = Starlette(routes=_routes(), lifespan=lifespan, exception_handlers=_HANDLERS)
+    app.state.service = service
+    return app
+
+
+def _routes() -> list[Route]:
+    def route(method: str, path: str, handler: Handler) -> Route:
+        return Route(path, handler, methods=[method])
+
+    return [
+        route("POST", "/v1/chat/completions", chat.complete),
+        route("GET", "/v1/models", models.list_models),
+        route("GET", "/v1/models/{model:path}", models.get_model),
+        route("GET", "/health", health.health),
+        route("GET", "/ready", health.ready),
+    ]
+
+
+async def _domain_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DeltaMemError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+    return error_response(
+        RequestError(
+            what.get(error.status_code, f"{error.detail}."),
+            f"It was {request.method} {request.url.path}.",
+            "See /docs.",
+            status=error.status_code,
+            headers=dict(error.headers or {}),
+        )
+    )
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """A mistake of this program; what it was is in the log."""
+    return error_response(RequestError("The server failed.", "", "Nothing of the request is kept.", status=500))
+
+
+_HANDLERS: Any = {DeltaMemError: _domain_error, HTTPException: _http_error, Exception: _unexpected}

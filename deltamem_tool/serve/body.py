@@ -1,0 +1,125 @@
+"""Bodies of requests: read within limits, as JSON, and checked against what a request may say."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from deltamem_tool.io.safe_json import parse_json
+from deltamem_tool.segments.messages import is_unicode
+from deltamem_tool.serve.errors import RequestError
+
+MAX_BODY_BYTES = 4 * 2**20  # a conversation of a million tokens, or the memory of the largest model
+BODY_SECONDS = 30.0  # in which all of it must have come
+SHOWN_PROBLEMS = 3
+
+Model = TypeVar("Model", bound="Body")
+
+
+class Body(BaseModel):
+    """What a body may say: these fields of these types, and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+async def read_bytes(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        RequestError: it is larger than `limit`, or does not come in time.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise RequestError(
+                        "The body is too large.",
+                        f"At most {limit} bytes are read.",
+                        "Send less.",
+                        status=413,
+                        code="body_too_large",
+                    )
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise RequestError(
+            "The body did not come in time.", f"It has {BODY_SECONDS:g} seconds.", "Send it again.", status=408
+        ) from error
+    except ClientDisconnect as error:
+        raise RequestError("The client has gone.", "Its body is not complete.", "Send it again.") from error
+    return b"".join(chunks)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """Return the body of a request, a JSON object.
+
+    Raises:
+        RequestError: it is something else, is nested too deeply or too large, or has half of a surrogate pair in it.
+    """
+    content = await read_bytes(request)
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise RequestError(
+            "The body is not valid JSON.", f"{str(error).rstrip('.')}.", "Correct it.", code="invalid_json"
+        ) from error
+    if not isinstance(value, dict):
+        raise RequestError("The body is not a JSON object.", "", "Send an object.", code="invalid_json")
+    if not _is_unicode(value):
+        raise RequestError(
+            "The body is not Unicode text.",
+            "It has half of a surrogate pair in it.",
+            "Correct it.",
+            code="invalid_json",
+        )
+    return value
+
+
+def checked(model: type[Model], fields: dict[str, Any]) -> Model:
+    """Return `fields` as a `model`.
+
+    Raises:
+        RequestError: a field is unknown, is missing or has another type; it names the first of them as `param`.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> RequestError:
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    first = details[0]
+    problems = [f"{_path(detail['loc'])}: {detail['msg']}" for detail in details[:SHOWN_PROBLEMS]]
+    if len(details) > SHOWN_PROBLEMS:
+        problems.append(f"and {len(details) - SHOWN_PROBLEMS} more")
+    if first["type"] == "extra_forbidden":
+        name = _path(first["loc"])
+        return RequestError(
+            f"{name} is not known.", "This server has no such parameter.", "Leave it out.",
+            code="unknown_parameter", param=name,
+        )  # fmt: skip
+    return RequestError(
+        "The request is invalid.",
+        f"{'; '.join(problems)}.",
+        "Correct it.",
+        code="invalid_value",
+        param=_path(first["loc"]),
+    )
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _is_unicode(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_unicode(value)
+    if isinstance(value, dict):
+        return all(_is_unicode(key) and _is_unicode(part) for key, part in value.items())
+    return all(map(_is_unicode, value)) if isinstance(value, list) else True

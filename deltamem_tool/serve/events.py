@@ -1,0 +1,82 @@
+"""Server-sent events, to a client that may go, or stop reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import anyio
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deltamem_tool.errors import DeltaMemError
+
+SEND_SECONDS = 30.0  # after which a client that does not read is taken to be gone
+T = TypeVar("T")
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """Return one event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends events as they come. When the client goes, the generator is closed.
+
+    Args:
+        events: encoded; they raise no `DeltaMemError`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events, or stop when the client has gone."""
+
+        async def put(message: Any) -> None:
+            with anyio.fail_after(SEND_SECONDS):
+                await send(message)
+
+        async def stream() -> None:
+            async with aclosing(self._events) as events:
+                await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for chunk in events:
+                    await put({"type": "http.response.body", "body": chunk, "more_body": True})
+                await put({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await unless_gone(receive, stream())
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
+    """Return the result of `work`; cancel it, and return None, when the client goes or stops reading.
+
+    Raises:
+        DeltaMemError: as `work` does.
+    """
+    result: T | None = None
+    failure: DeltaMemError | None = None
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        try:
+            result = await work
+        except DeltaMemError as error:  # or it would come out in a group
+            failure = error
+        except TimeoutError:
+            pass
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return result

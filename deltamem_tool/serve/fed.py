@@ -1,0 +1,142 @@
+"""What of conversations a memory has been fed, so that a client may resend them and nothing is written twice.
+
+Kept are digests of messages, salted for each memory. A request is compared with the conversations that the memory
+knows: it may begin as one of them does, or in the middle of one, where the client has dropped the oldest messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deltamem_tool.segments.messages import Message, text_of
+
+MAX_DIGESTS = 512  # of all conversations; the oldest of them are forgotten
+MAX_SYSTEM = 16  # digests of system messages
+DIGEST_BYTES = 9  # one pair in 4e21 is the same by chance
+SALT_BYTES = 16
+SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation that was fed.
+
+    Args:
+        digests: of its messages, without those of the system; the last one is of an answer.
+        pending: how many of that answer's tokens were not fed.
+    """
+
+    digests: tuple[str, ...]
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What of a request's messages was fed before.
+
+    Args:
+        messages: of each message, whether it was.
+        talk: the conversation that it goes on with, by its number; None for a new one.
+        whole: whether all of that conversation is in the request.
+        newest: whether that conversation is the last one that was fed, and `whole`.
+    """
+
+    messages: tuple[bool, ...]
+    talk: int | None = None
+    whole: bool = False
+    newest: bool = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there is nothing new: the client tries again, or wants another answer."""
+        return all(self.messages)
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Never changed: `after` returns another one.
+
+    Args:
+        salt: of the digests.
+        talks: the one that was fed last is the last.
+        system: digests of system messages.
+    """
+
+    salt: str
+    talks: tuple[Talk, ...] = ()
+    system: tuple[str, ...] = ()
+
+    @classmethod
+    def nothing(cls) -> Fed:
+        """Of a memory that was not fed any conversation."""
+        return cls(secrets.token_hex(SALT_BYTES))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None) -> Fed:
+        """Read what `as_json` returned; None is `nothing`."""
+        if value is None:
+            return cls.nothing()
+        talks = tuple(Talk(tuple(talk["digests"]), talk["pending"]) for talk in value["talks"])
+        return cls(value["salt"], talks, tuple(value["system"]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        talks = [{"digests": list(talk.digests), "pending": talk.pending} for talk in self.talks]
+        return {"salt": self.salt, "talks": talks, "system": list(self.system)}
+
+    def known(self, messages: Sequence[Message]) -> Known:
+        """Return which of `messages` were fed.
+
+        The last one counts as new, unless the request repeats the last one that was fed: somebody may tell the same
+        thing once more, after another.
+        """
+        digests = self._digests(messages)
+        best, number = 0, None
+        for index, talk in enumerate(self.talks):
+            length = max(_common(digests, talk.digests[start:]) for start in range(len(talk.digests)))
+            if length >= max(best, 1):  # the newest of the longest
+                best, number = length, index
+        fed = () if number is None else self.talks[number].digests
+        last = number is not None and number == len(self.talks) - 1
+        repeats = last and best == len(digests) and digests == fed[:-1][-best:]
+        if best == len(digests) and not repeats:
+            best -= 1
+        whole = best > 0 and digests[:best] == fed[-best:]
+        flags, place = [], 0
+        for message in messages:
+            if message["role"] in SYSTEM_ROLES:
+                flags.append(self._digest(message) in self.system)
+            else:
+                flags.append(place < best)
+                place += 1
+        if repeats:
+            flags = [True] * len(flags)
+        return Known(tuple(flags), number if best > 0 else None, whole, whole and last)
+
+    def after(self, known: Known, messages: Sequence[Message], answer: str, pending: int) -> Fed:
+        """Return what was fed after a request and the answer to it, `pending` tokens of which were not."""
+        system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
+        system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]
+        digests = (*self._digests(messages), self._digest({"role": "assistant", "content": answer}))
+        talks = [talk for number, talk in enumerate(self.talks) if not (number == known.talk and known.whole)]
+        talks.append(Talk(digests, pending))
+        while len(talks) > 1 and sum(len(talk.digests) for talk in talks) > MAX_DIGESTS:
+            del talks[0]
+        return replace(self, talks=tuple(talks), system=tuple(system))
+
+    def _digests(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        return tuple(self._digest(message) for message in messages if message["role"] not in SYSTEM_ROLES)
+
+    def _digest(self, message: Message) -> str:
+        content = f"{message['role']}\n{text_of(message)}".encode()
+        return hashlib.blake2b(content, digest_size=DIGEST_BYTES, key=bytes.fromhex(self.salt)).hexdigest()
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many entries two lists begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,0 +1,134 @@
+"""`POST /v1/chat/completions`, whole or streamed."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from deltamem_tool.chat.generation import LENGTH
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.serve.body import Body, checked, read_object
+from deltamem_tool.serve.errors import failure_of
+from deltamem_tool.serve.events import EventStream, event
+from deltamem_tool.serve.names import MemoryName
+from deltamem_tool.serve.openai.parameters import (
+    MAX_MESSAGES,
+    MAX_STOP,
+    ChatMessage,
+    SamplingOptions,
+    check_last,
+    supported,
+)
+from deltamem_tool.serve.service import gone, service_of
+from deltamem_tool.serve.turns import Outcome, Request
+from deltamem_tool.serve.whose import MemoryOptions, whose
+
+MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class StreamOptions(Body):
+    """What a stream has in it; obfuscation is nothing that a client could see."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(SamplingOptions):
+    """The body of a chat completion."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: MemoryName | None = Field(default=None, description="The memory. None: it starts from zeros and is not kept.")
+    memory: MemoryOptions | None = None
+
+
+async def complete(http: HttpRequest) -> Response:
+    """`POST /v1/chat/completions`."""
+    service = service_of(http)
+    tenant = service.tenant_of(http)
+    body = checked(ChatRequest, supported(await read_object(http), set(ChatRequest.model_fields)))
+    service.check_model(body.model)
+    messages = [message.message() for message in body.messages]
+    check_last(messages)
+    request = Request(
+        whose(tenant, http.headers, body.user, body.memory),
+        messages,
+        body.sampling(body.max_completion_tokens or body.max_tokens, body.stop),
+    )
+    head = {"id": f"chatcmpl-{secrets.token_hex(16)}", "created": int(time.time()), "model": service.model}
+    if not body.stream:
+        outcome = await service.whole(http, request)
+        return gone() if outcome is None else JSONResponse(_completion(head, outcome))
+    events = service.turns.answer(request)
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    # What is wrong with the request is an error with a status, before anything is sent.
+    first = await service.first(http, events)
+    return gone() if first is None else EventStream(_chunks(head, first, events, usage))
+
+
+def _completion(head: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    message = {"role": "assistant", "content": outcome.completion.answer.text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(outcome)}
+    return {
+        **head,
+        "object": "chat.completion",
+        "choices": [choice],
+        "usage": _usage(outcome),
+        "deltamem": outcome.report,
+    }
+
+
+async def _chunks(
+    head: dict[str, Any], first: str | Outcome, events: AsyncGenerator[str | Outcome, None], usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The chunks of a stream. Its last ones come when the memory is stored; an error takes their place."""
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **others: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return event({**head, "object": "chat.completion.chunk", "choices": [choice], **others})
+
+    try:
+        async with aclosing(events):
+            yield chunk({"role": "assistant", "content": "", "refusal": None})
+            if isinstance(first, str):
+                yield chunk({"content": first})
+                async for piece in events:
+                    if not isinstance(piece, str):
+                        first = piece
+                        break
+                    yield chunk({"content": piece})
+        assert not isinstance(first, str)
+        yield chunk({}, _finish_reason(first), deltamem=first.report)
+        if usage:
+            yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(first)})
+    except DeltaMemError as error:
+        yield event(failure_of(error).body)
+    yield event("[DONE]")
+
+
+def _finish_reason(outcome: Outcome) -> str:
+    return "length" if outcome.completion.answer.why == LENGTH else "stop"
+
+
+def _usage(outcome: Outcome) -> dict[str, Any]:
+    completion = outcome.completion
+    answer = len(completion.answer.tokens)
+    return {
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": answer,
+        "total_tokens": completion.prompt_tokens + answer,
+        "prompt_tokens_details": {"cached_tokens": completion.cached_tokens},
+    }

@@ -1,0 +1,142 @@
+"""Parameters that OpenAI's API has: those that are honoured, and what is said of the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from deltamem_tool.chat.sampling import MAX_NEW_TOKENS, Sampling
+from deltamem_tool.segments.messages import Message
+from deltamem_tool.serve.body import Body
+from deltamem_tool.serve.errors import RequestError
+
+MAX_STOP = 16
+MAX_SEED = 2**63 - 1
+MAX_MESSAGES = 256  # of a request, and half of what `fed.MAX_DIGESTS` keeps
+
+# Parameters that are accepted with these values, which change nothing here, and refused with any other.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "max_tool_calls": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt": (),
+    "reasoning": ({},),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "text": ({}, {"format": {"type": "text"}}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# What tells OpenAI's servers where to keep a prompt and whom to blame.
+HINTS = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier")
+
+
+class TextPart(Body):
+    """A part of a content."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class ChatMessage(Body):
+    """A message. What OpenAI's client puts into an answer beside its text may be sent back where it is empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def message(self) -> Message:
+        """Return it as a chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class SamplingOptions(Body):
+    """How an answer is chosen."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2, description="By default 0: the likeliest token.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+
+    def sampling(self, max_new_tokens: int | None, stop: str | list[str] | None = None) -> Sampling:
+        """Return them with where the answer ends."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        seed = None if self.seed is None else self.seed % 2**64
+        return Sampling(max_new_tokens or MAX_NEW_TOKENS, seed=seed, stop=stops, **given)
+
+
+def check_last(messages: list[Message]) -> None:
+    """Check that somebody asks something.
+
+    Raises:
+        RequestError: the last message is the assistant's, or there is none but the system's.
+    """
+    if messages[-1]["role"] != "user":
+        raise RequestError(
+            "The last message is not the user's.",
+            "It is what is answered; an answer that was begun is not gone on with.",
+            "End with a message of the role user.",
+            code="invalid_value",
+            param="messages",
+        )
+
+
+def supported(body: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return the parameters of `body` that are honoured; without nulls, and without what changes nothing.
+
+    Raises:
+        RequestError: a parameter would change something and is not honoured.
+    """
+    honoured = {}
+    for name, value in body.items():
+        if value is None or (name in HINTS and name not in known):
+            continue
+        if name in known or name not in NEUTRAL:
+            honoured[name] = value
+        elif not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            accepted = " or ".join(map(repr, NEUTRAL[name]))
+            raise RequestError(
+                f"{name} is not supported.",
+                f"The only value that is accepted is {accepted}." if accepted else "",
+                "Leave it out.",
+                code="unsupported_parameter",
+                param=name,
+            )
+    return honoured
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)

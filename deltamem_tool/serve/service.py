@@ -1,0 +1,101 @@
+"""What the handlers of requests share: the model, the store, whose key it is, and the answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from starlette.requests import HTTPConnection
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from deltamem_tool.serve.batching.scheduler import Scheduler
+from deltamem_tool.serve.errors import RequestError
+from deltamem_tool.serve.events import unless_gone
+from deltamem_tool.serve.keys import ONLY_TENANT, ApiKeys
+from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.store import MemoryStore
+from deltamem_tool.serve.turns import Outcome, Request, Turns
+
+GONE = 499  # nginx's status of a client that went before it was answered; nobody receives it
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server's parts.
+
+    Args:
+        model: its name for clients.
+        scheduler: runs the model.
+        store: has the memories.
+        keys: whose requests are answered; None for everybody's.
+        locks: of the memories.
+        turns: answers requests.
+        created: when the server was started.
+    """
+
+    model: str
+    scheduler: Scheduler
+    store: MemoryStore
+    keys: ApiKeys | None
+    locks: MemoryLocks
+    turns: Turns
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def tenant_of(self, request: HTTPConnection) -> str:
+        """Return the tenant of a request.
+
+        Raises:
+            RequestError: its key is missing or wrong.
+        """
+        return ONLY_TENANT if self.keys is None else self.keys.tenant_of(request.headers)
+
+    def check_model(self, name: str) -> None:
+        """Check that the server has the model that a request names.
+
+        Raises:
+            RequestError: it has another.
+        """
+        if name != self.model:
+            raise RequestError(
+                f"The model {name!r} does not exist.",
+                f"This server has {self.model!r}.",
+                "Correct the name.",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+
+    async def whole(self, http: HttpRequest, request: Request) -> Outcome | None:
+        """Return the outcome of a request that is answered at once; None if the client has gone."""
+        return await unless_gone(http.receive, _outcome(self.turns.answer(request)))
+
+    async def first(self, http: HttpRequest, events: AsyncGenerator[str | Outcome, None]) -> str | Outcome | None:
+        """Return the first event of an answer that is streamed; None if the client has gone."""
+        first = await unless_gone(http.receive, anext(events))
+        if first is None:
+            await events.aclose()
+        return first
+
+
+async def _outcome(events: AsyncGenerator[str | Outcome, None]) -> Outcome:
+    outcome: Outcome | None = None
+    async with aclosing(events):
+        async for event in events:
+            if not isinstance(event, str):
+                outcome = event
+    assert outcome is not None
+    return outcome
+
+
+def gone() -> Response:
+    """Return the response to nobody."""
+    return Response(status_code=GONE)
+
+
+def service_of(request: HTTPConnection) -> Service:
+    """Return the service of the application that a request came to."""
+    service: Service = request.app.state.service
+    return service

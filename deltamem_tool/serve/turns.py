@@ -1,0 +1,257 @@
+"""One turn: whose memory, what is new, the answer, and the memory after it, stored before the answer is complete."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyio.to_thread import run_sync
+
+from deltamem_tool.chat.engine import Engine, empty_memory
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.memory.file import StoredMemory, check_memory, memory_bytes, memory_from_bytes
+from deltamem_tool.segments.messages import Message
+from deltamem_tool.serve.batching.job import Completion, Job
+from deltamem_tool.serve.batching.scheduler import Scheduler
+from deltamem_tool.serve.errors import RequestError
+from deltamem_tool.serve.fed import Fed
+from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.prompt import Asked, Prompt, build_prompt
+from deltamem_tool.serve.store import MemoryStore
+
+RESPONSE_PREFIX = "resp_"
+RESPONSE_SECONDS = 30 * 24 * 3600.0  # for which a response can be gone on from
+
+
+@dataclass(frozen=True)
+class Whose:
+    """The memory of a request.
+
+    Args:
+        tenant: the key's.
+        id: its name; None for one that starts from zeros and is not kept.
+        write: whether it changes.
+        source: the memory or response that it starts from, where it does not exist yet.
+        expires_in: seconds after which it is gone; None leaves its expiry as it is.
+    """
+
+    tenant: str
+    id: str | None = None
+    write: bool = True
+    source: str | None = None
+    expires_in: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks.
+
+    Args:
+        whose: which memory.
+        messages: all of the conversation that it sends.
+        sampling: how it is answered.
+        previous: the response whose conversation these messages go on with.
+        keep: whether the response can be gone on from.
+        instructions: a system message for this turn alone, which is not part of what is kept.
+    """
+
+    whose: Whose
+    messages: Sequence[Message]
+    sampling: Sampling
+    previous: str | None = None
+    keep: bool = False
+    instructions: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a turn, whose memory is stored.
+
+    Args:
+        completion: the answer.
+        version: of the memory; None where none is kept.
+        response_id: of the snapshot; None where none is kept.
+        prompt: what was fed.
+        whose: which memory.
+    """
+
+    completion: Completion
+    version: int | None
+    response_id: str | None
+    prompt: Prompt
+    whose: Whose
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What a client is told about its memory."""
+        return {
+            "memory": self.whose.id,
+            "version": self.version,
+            "messages_written": self.prompt.written,
+            "answer_written": self.prompt.answer_writes,
+            "messages_dropped": self.prompt.dropped,
+        }
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a turn starts.
+
+    Args:
+        memory: its state.
+        fed: what it was fed.
+        version: of the stored memory; None if there is none.
+        expires_at: its expiry.
+        earlier: the messages before those of the request.
+    """
+
+    memory: StoredMemory
+    fed: Fed
+    version: int | None = None
+    expires_at: float | None = None
+    earlier: tuple[Message, ...] = ()
+
+
+class Turns:
+    """Answers requests, each from its memory.
+
+    Args:
+        scheduler: runs the model.
+        store: has the memories.
+        locks: of the memories.
+        window: the most tokens of a context; None for as many as the model can.
+        seconds: in which a request has to be answered.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, store: MemoryStore, locks: MemoryLocks, window: int | None, seconds: float
+    ) -> None:
+        self.engine: Engine = scheduler.engine
+        self._scheduler, self._store, self._locks = scheduler, store, locks
+        self.window = self.engine.max_length if window is None else window
+        self._seconds = seconds
+
+    async def answer(self, request: Request) -> AsyncGenerator[str | Outcome, None]:
+        """Yield the answer piece by piece, and then, when the memory is stored, the outcome.
+
+        Whoever stops before the end closes the generator: nothing is kept then.
+
+        Raises:
+            DeltaMemError: the request cannot be answered; nothing of it is kept.
+        """
+        whose, deadline = request.whose, time.monotonic() + self._seconds
+        async with self._alone(whose):
+            start = await run_sync(self._start, request)
+            messages = [*start.earlier, *request.messages]
+            asked, prompt = await run_sync(self._prompt, request, start, messages)
+            job = Job(
+                whose.tenant,
+                prompt.memory,
+                prompt.tokens,
+                _within(request.sampling, prompt.room),
+                prompt.answer_writes,
+                deadline,
+                prefix_key=whose.tenant,
+            )
+            ticket = self._scheduler.submit(job)
+            try:
+                async for event in ticket:
+                    if isinstance(event, str):
+                        yield event
+                    else:
+                        outcome = await run_sync(self._commit, request, start, messages, asked, prompt, event)
+                        yield outcome
+            finally:
+                ticket.cancel()
+
+    def _alone(self, whose: Whose) -> Any:
+        """Requests that change one memory are in order."""
+        if whose.id is None or not whose.write:
+            return nullcontext()
+        return self._locks.hold(whose.tenant, whose.id)
+
+    def _start(self, request: Request) -> _Start:
+        whose = request.whose
+        snapshot = None if request.previous is None else self._response(whose.tenant, request.previous)
+        earlier = () if snapshot is None else tuple(snapshot.transcript["messages"])
+        stored = None if whose.id is None else self._store.get(whose.tenant, whose.id)
+        if stored is not None:
+            memory, fed = self._read(stored.data, whose.id), Fed.from_json(stored.turn)
+            return _Start(memory, fed, stored.version, stored.expires_at, earlier)
+        if snapshot is not None:
+            fed = Fed.from_json(snapshot.transcript["fed"])
+            return _Start(self._read(snapshot.data, request.previous), fed, earlier=earlier)
+        if whose.source is not None:
+            return self._seed(whose.tenant, whose.source)
+        return _Start(empty_memory(self.engine), Fed.nothing())
+
+    def _seed(self, tenant: str, source: str) -> _Start:
+        if source.startswith(RESPONSE_PREFIX):
+            snapshot = self._response(tenant, source)
+            return _Start(self._read(snapshot.data, source), Fed.from_json(snapshot.transcript["fed"]))
+        stored = self._store.get(tenant, source)
+        if stored is None:
+            raise RequestError(
+                f"There is no memory {source!r}.", "", "Correct memory.from.", status=404, code="memory_not_found",
+                param="memory.from",
+            )  # fmt: skip
+        return _Start(self._read(stored.data, source), Fed.from_json(stored.turn))
+
+    def _response(self, tenant: str, id: str) -> Any:
+        snapshot = self._store.get_response(tenant, id)
+        if snapshot is None:
+            raise RequestError(
+                f"Previous response with id {id!r} not found.",
+                "It was not stored, was deleted, or has expired.",
+                "Send the whole conversation.",
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
+        return snapshot
+
+    def _read(self, data: bytes, name: str | None) -> StoredMemory:
+        memory = memory_from_bytes(data, f"The memory {name!r}")
+        check_memory(memory.shape, memory.adapter, self.engine.memory_shape, self.engine.adapter)
+        return memory
+
+    def _prompt(self, request: Request, start: _Start, messages: Sequence[Message]) -> tuple[Asked, Prompt]:
+        if request.instructions is not None:
+            messages = [{"role": "system", "content": request.instructions}, *messages]
+        known = start.fed.known(messages)
+        pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
+        asked = Asked(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
+        return asked, build_prompt(self.engine, start.memory, asked, self.window)
+
+    def _commit(
+        self,
+        request: Request,
+        start: _Start,
+        messages: Sequence[Message],
+        asked: Asked,
+        prompt: Prompt,
+        completion: Completion,
+    ) -> Outcome:
+        whose, fed, version = request.whose, start.fed, start.version
+        if prompt.answer_writes:
+            fed = fed.after(asked.known, asked.messages, completion.answer.text, len(completion.pending))
+        data = memory_bytes(completion.memory)
+        if whose.id is not None and prompt.answer_writes:
+            expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in
+            version = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at).version
+        response_id = None
+        if request.keep:
+            response_id = RESPONSE_PREFIX + secrets.token_hex(24)
+            answer = {"role": "assistant", "content": completion.answer.text}
+            transcript = {"messages": [*messages, answer], "fed": fed.as_json()}
+            origin = None if whose.id is None or version is None else (whose.id, version)
+            expires_at = time.time() + RESPONSE_SECONDS
+            self._store.put_response(whose.tenant, response_id, data, transcript, origin, expires_at)
+        return Outcome(completion, version, response_id, prompt, whose)
+
+
+def _within(sampling: Sampling, room: int | None) -> Sampling:
+    return sampling if room is None else replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))

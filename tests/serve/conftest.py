@@ -1,0 +1,24 @@
+"""The models that servers of these tests have."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped adapter in PyTorch; read only."""
+    import deltamem_tool as deltamem
+    from deltamem_tool.base_model.tokenizer import tokenizer_of
+
+    model = deltamem.load("builtin:adapter")
+    return deltamem.TorchModel(model, tokenizer_of(model, for_chat=False))
+
+
+@pytest.fixture(scope="module")
+def server(shipped, tmp_path_factory):
+    """A server of the shipped adapter without keys."""
+    from serve.serving import serving
+
+    with serving(shipped, tmp_path_factory.mktemp("store")) as running:
+        yield running

@@ -1,0 +1,98 @@
+"""What a client resends is known, and what it tells is new."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltamem_tool.serve.fed import MAX_DIGESTS, Fed
+
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def talk(*texts, system=()):
+    """Messages of user and assistant in turn."""
+    roles = ("user", "assistant")
+    return [*system, *({"role": roles[n % 2], "content": text} for n, text in enumerate(texts))]
+
+
+def fed(*conversations, pending=0):
+    """After requests, each with its answer as the last text."""
+    state = Fed.nothing()
+    for texts in conversations:
+        messages = talk(*texts[:-1])
+        state = state.after(state.known(messages), messages, texts[-1], pending)
+    return state
+
+
+def new(state, messages):
+    """The texts that are new."""
+    known = state.known(messages)
+    return [message["content"] for message, was in zip(messages, known.messages, strict=True) if not was]
+
+
+FIRST = ("a", "A")
+SECOND = ("a", "A", "b", "B")
+
+
+@pytest.mark.parametrize(
+    ("before", "request_", "expected"),
+    [
+        ([], ("a",), ["a"]),
+        ([], ("a", "A", "b"), ["a", "A", "b"]),  # a history from elsewhere
+        ([FIRST], ("a", "A", "b"), ["b"]),
+        ([FIRST, SECOND], ("a", "A", "b", "B", "c"), ["c"]),
+        ([FIRST, SECOND], ("b", "B", "c"), ["c"]),  # the client has dropped the oldest
+        ([FIRST], ("b",), ["b"]),  # a client that sends the new message alone
+        ([FIRST], ("a",), []),  # a retry
+        ([FIRST, SECOND], ("a", "A", "b"), []),
+        ([FIRST, SECOND], ("b",), []),  # the same of a client that drops the oldest
+        ([FIRST, SECOND], ("a",), ["a"]),  # told once more
+        ([("a", "A"), ("b", "B")], ("a",), ["a"]),
+        ([("a", "A"), ("b", "B")], ("a", "A", "c"), ["c"]),  # two conversations in turn
+        ([FIRST, SECOND], ("a", "A", "x"), ["x"]),  # another second message
+        ([FIRST], ("a", "other", "b"), ["other", "b"]),  # another answer was taken
+        ([FIRST], ("a", "A", "a"), ["a"]),  # the same words again, later
+    ],
+)
+def test_what_is_new(before, request_, expected):
+    assert new(fed(*before), talk(*request_)) == expected
+
+
+def test_a_system_message_is_new_once():
+    state = Fed.nothing()
+    messages = talk("a", system=[SYSTEM])
+    assert new(state, messages) == ["be brief", "a"]
+    state = state.after(state.known(messages), messages, "A", 0)
+    assert new(state, talk("b", system=[SYSTEM])) == ["b"]
+    assert new(state, talk("a", "A", "b", system=[{**SYSTEM, "content": "be long"}])) == ["be long", "b"]
+
+
+def test_a_branch_leaves_the_other_known():
+    state = fed(FIRST, SECOND, ("a", "A", "x", "X"))
+    assert new(state, talk("a", "A", "b", "B", "c")) == ["c"]
+    assert new(state, talk("a", "A", "x", "X", "c")) == ["c"]
+
+
+def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
+    state = fed(FIRST, SECOND)
+    assert [len(known.digests) for known in state.talks] == [4]
+    known = state.known(talk(*SECOND, "c"))
+    assert known.newest and known.whole and known.talk == 0
+    assert not state.known(talk("a", "A", "x")).whole
+
+
+def test_json_there_and_back():
+    state = fed(FIRST, SECOND, ("z", "Z"), pending=1)
+    assert Fed.from_json(state.as_json()) == state
+    assert Fed.from_json(None).talks == ()
+
+
+def test_what_is_kept_is_bounded_and_says_nothing():
+    state = Fed.nothing()
+    for number in range(MAX_DIGESTS):
+        messages = talk(f"secret {number}")
+        state = state.after(state.known(messages), messages, "OK", 0)
+    assert sum(len(known.digests) for known in state.talks) <= MAX_DIGESTS
+    assert "secret" not in str(state.as_json())
+    other = fed(("a", "A"))
+    assert fed(("a", "A")).talks != other.talks  # another salt
