@@ -50,11 +50,15 @@ class PostgresServer:
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
         shutil.rmtree(self._folder)
 
-    def new_database(self) -> str:
-        """Create a database, and return its URL."""
+    def new_schema(self) -> str:
+        """Create a schema, and return the URL that names it: as good as a database of its own, and made faster."""
         name = next(self._names)
-        self._run("createdb", "--host", self._folder, "--username=deltamem", name)
-        return f"postgresql://deltamem@/{name}?host={self._folder}"
+        self.execute(f"CREATE SCHEMA {name}")
+        return f"postgresql://deltamem@/postgres?host={self._folder}&options=-csearch_path%3D{name}"
+
+    def execute(self, statement: str) -> None:
+        """Run a statement of SQL."""
+        self._run("psql", "-X", "-h", self._folder, "-U", "deltamem", "-d", "postgres", "-c", statement)
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> None:
         done = subprocess.run(

@@ -84,8 +84,12 @@ class MemoryStore:
         self._quota = quota or Quota()
         self._clock = clock
         self._database = _open(url)
-        with self._database.set_up() as connection:
-            set_up(connection, cipher)
+        try:
+            with self._database.set_up() as connection:
+                set_up(connection, cipher)
+        except BaseException:
+            self._database.close()
+            raise
         self._form = Contents(cipher, self._database.overflow_pages())
 
     def close(self) -> None:
