@@ -14,12 +14,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.serve import health
+from deltamem_tool.serve import health, memories
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError, error_response
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
-from deltamem_tool.serve.openai import chat, models
+from deltamem_tool.serve.openai import chat, models, responses
 from deltamem_tool.serve.service import Service
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Turns
@@ -72,6 +72,15 @@ def _routes() -> list[Route]:
 
     return [
         route("POST", "/v1/chat/completions", chat.complete),
+        route("POST", "/v1/responses", responses.create),
+        route("DELETE", "/v1/responses/{id}", responses.delete),
+        route("GET", "/v1/memories", memories.list_memories),
+        route("GET", "/v1/memories/{id}", memories.get_memory),
+        route("PUT", "/v1/memories/{id}", memories.put_memory),
+        route("DELETE", "/v1/memories/{id}", memories.delete_memory),
+        route("GET", "/v1/memories/{id}/versions", memories.list_versions),
+        route("POST", "/v1/memories/{id}/fork", memories.fork_memory),
+        route("POST", "/v1/memories/{id}/restore", memories.restore_memory),
         route("GET", "/v1/models", models.list_models),
         route("GET", "/v1/models/{model:path}", models.get_model),
         route("GET", "/health", health.health),

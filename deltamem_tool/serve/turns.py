@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import nullcontext
@@ -55,7 +54,7 @@ class Request:
         messages: all of the conversation that it sends.
         sampling: how it is answered.
         previous: the response whose conversation these messages go on with.
-        keep: whether the response can be gone on from.
+        keep_as: the name of the response, where others may go on from it; None for one that is not kept.
         instructions: a system message for this turn alone, which is not part of what is kept.
     """
 
@@ -63,7 +62,7 @@ class Request:
     messages: Sequence[Message]
     sampling: Sampling
     previous: str | None = None
-    keep: bool = False
+    keep_as: str | None = None
     instructions: str | None = None
 
 
@@ -74,14 +73,12 @@ class Outcome:
     Args:
         completion: the answer.
         version: of the memory; None where none is kept.
-        response_id: of the snapshot; None where none is kept.
         prompt: what was fed.
         whose: which memory.
     """
 
     completion: Completion
     version: int | None
-    response_id: str | None
     prompt: Prompt
     whose: Whose
 
@@ -242,15 +239,13 @@ class Turns:
         if whose.id is not None and prompt.answer_writes:
             expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in
             version = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at).version
-        response_id = None
-        if request.keep:
-            response_id = RESPONSE_PREFIX + secrets.token_hex(24)
+        if request.keep_as is not None:
             answer = {"role": "assistant", "content": completion.answer.text}
             transcript = {"messages": [*messages, answer], "fed": fed.as_json()}
             origin = None if whose.id is None or version is None else (whose.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
-            self._store.put_response(whose.tenant, response_id, data, transcript, origin, expires_at)
-        return Outcome(completion, version, response_id, prompt, whose)
+            self._store.put_response(whose.tenant, request.keep_as, data, transcript, origin, expires_at)
+        return Outcome(completion, version, prompt, whose)
 
 
 def _within(sampling: Sampling, room: int | None) -> Sampling:

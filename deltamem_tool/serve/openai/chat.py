@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.chat.generation import LENGTH
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.serve.body import Body, checked, read_object
+from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import failure_of
 from deltamem_tool.serve.events import EventStream, event
 from deltamem_tool.serve.names import MemoryName
@@ -22,7 +22,9 @@ from deltamem_tool.serve.openai.parameters import (
     MAX_MESSAGES,
     MAX_STOP,
     ChatMessage,
+    MaxTokens,
     SamplingOptions,
+    StreamOptions,
     check_last,
     supported,
 )
@@ -30,15 +32,7 @@ from deltamem_tool.serve.service import gone, service_of
 from deltamem_tool.serve.turns import Outcome, Request
 from deltamem_tool.serve.whose import MemoryOptions, whose
 
-MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class StreamOptions(Body):
-    """What a stream has in it; obfuscation is nothing that a client could see."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 class ChatRequest(SamplingOptions):

@@ -15,6 +15,8 @@ MAX_STOP = 16
 MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 256  # of a request, and half of what `fed.MAX_DIGESTS` keeps
 
+MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
+
 # Parameters that are accepted with these values, which change nothing here, and refused with any other.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -77,6 +79,13 @@ class ChatMessage(Body):
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class StreamOptions(Body):
+    """What a stream has in it; obfuscation is nothing that a client could see."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class SamplingOptions(Body):

@@ -1,0 +1,201 @@
+"""`/v1/responses`: each response is a snapshot of the memory after it, from which any number of others go on."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from anyio.to_thread import run_sync
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from deltamem_tool.chat.generation import LENGTH
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.serve.body import checked, read_object
+from deltamem_tool.serve.errors import RequestError, failure_of
+from deltamem_tool.serve.events import EventStream, event
+from deltamem_tool.serve.names import MemoryName
+from deltamem_tool.serve.openai.parameters import (
+    MAX_MESSAGES,
+    ChatMessage,
+    MaxTokens,
+    SamplingOptions,
+    StreamOptions,
+    check_last,
+    supported,
+)
+from deltamem_tool.serve.service import gone, service_of
+from deltamem_tool.serve.turns import RESPONSE_PREFIX, Outcome, Request
+from deltamem_tool.serve.whose import MemoryOptions, whose
+
+MAX_METADATA = 16  # pairs, as OpenAI has it
+
+
+class InputMessage(ChatMessage):
+    """A message of the input; an earlier output may be sent back as it was."""
+
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class ResponseRequest(SamplingOptions):
+    """The body of a response."""
+
+    model: str
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    )
+    instructions: str | None = None
+    max_output_tokens: MaxTokens | None = None
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+        Field(max_length=MAX_METADATA),
+    ] | None = None  # fmt: skip
+    previous_response_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    store: bool = Field(default=True, description="Whether the response can be gone on from.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    user: MemoryName | None = Field(default=None, description="The memory, as in chat completions.")
+    memory: MemoryOptions | None = None
+
+
+async def create(http: HttpRequest) -> Response:
+    """`POST /v1/responses`."""
+    service = service_of(http)
+    tenant = service.tenant_of(http)
+    body = checked(ResponseRequest, supported(await read_object(http), set(ResponseRequest.model_fields)))
+    service.check_model(body.model)
+    asked = body.input
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [part.message() for part in asked]
+    check_last(messages)
+    id = RESPONSE_PREFIX + secrets.token_hex(24)
+    request = Request(
+        whose(tenant, http.headers, body.user, body.memory),
+        messages,
+        body.sampling(body.max_output_tokens),
+        previous=body.previous_response_id,
+        keep_as=id if body.store else None,
+        instructions=body.instructions,
+    )
+    draft = _draft(id, service.model, body)
+    if not body.stream:
+        outcome = await service.whole(http, request)
+        return gone() if outcome is None else JSONResponse(_finished(draft, outcome))
+    events = service.turns.answer(request)
+    first = await service.first(http, events)
+    return gone() if first is None else EventStream(_events(draft, first, events))
+
+
+async def delete(http: HttpRequest) -> Response:
+    """`DELETE /v1/responses/{id}`."""
+    service = service_of(http)
+    tenant = service.tenant_of(http)
+    id = http.path_params["id"]
+    if not id.startswith(RESPONSE_PREFIX) or not id.isprintable():
+        raise RequestError(f"Response with id {id!r} not found.", status=404, code="response_not_found")
+    await run_sync(service.store.delete_response, tenant, id)
+    return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+
+def _draft(id: str, model: str, body: ResponseRequest) -> dict[str, Any]:
+    """A response that has no answer yet."""
+    return {
+        "id": id,
+        "object": "response",
+        "created_at": time.time(),
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": False,
+        "previous_response_id": body.previous_response_id,
+        "store": body.store,
+        "temperature": body.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "none",
+        "tools": [],
+        "top_p": body.top_p,
+        "truncation": body.truncation or "auto",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+def _item(draft: dict[str, Any], text: str, status: str) -> dict[str, Any]:
+    """The message that is all of a response's output."""
+    parts = [] if status == "in_progress" else [_part(text)]
+    id = f"msg_{draft['id'].removeprefix(RESPONSE_PREFIX)}"
+    return {"id": id, "type": "message", "status": status, "role": "assistant", "content": parts}
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _finished(draft: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    completion = outcome.completion
+    status = "incomplete" if completion.answer.why == LENGTH else "completed"
+    answer = len(completion.answer.tokens)
+    return {
+        **draft,
+        "status": status,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "output": [_item(draft, completion.answer.text, status)],
+        "usage": {
+            "input_tokens": completion.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": completion.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": answer,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": completion.prompt_tokens + answer,
+        },
+        "deltamem": outcome.report,
+    }
+
+
+async def _events(
+    draft: dict[str, Any], first: str | Outcome, events: AsyncGenerator[str | Outcome, None]
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream. Its last one comes when the memory is stored; a failure takes its place."""
+    numbers = iter(range(10**9))
+    item = _item(draft, "", "in_progress")
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+
+    def one(type: str, **fields: Any) -> bytes:
+        return event({"type": type, "sequence_number": next(numbers), **fields}, type)
+
+    try:
+        async with aclosing(events):
+            yield one("response.created", response=draft)
+            yield one("response.in_progress", response=draft)
+            yield one("response.output_item.added", output_index=0, item=item)
+            yield one("response.content_part.added", **place, part=_part(""))
+            if isinstance(first, str):
+                yield one("response.output_text.delta", **place, delta=first, logprobs=[])
+                async for piece in events:
+                    if not isinstance(piece, str):
+                        first = piece
+                        break
+                    yield one("response.output_text.delta", **place, delta=piece, logprobs=[])
+        assert not isinstance(first, str)
+        response = _finished(draft, first)
+        text = first.completion.answer.text
+        yield one("response.output_text.done", **place, text=text, logprobs=[])
+        yield one("response.content_part.done", **place, part=_part(text))
+        yield one("response.output_item.done", output_index=0, item=response["output"][0])
+        yield one(f"response.{response['status']}", response=response)
+    except DeltaMemError as error:
+        told = failure_of(error).body["error"]
+        failure = {"code": told["code"] or "server_error", "message": told["message"]}
+        yield one("response.failed", response={**draft, "status": "failed", "error": failure})

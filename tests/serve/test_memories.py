@@ -1,0 +1,186 @@
+"""Memories as a resource over HTTP."""
+
+from __future__ import annotations
+
+import httpx2
+import numpy as np
+import pytest
+from serve.serving import MODEL
+
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.memory.file import StoredMemory, memory_bytes, memory_from_bytes
+
+pytestmark = pytest.mark.server
+
+TELL, ASK = "My dog is Rex.", "What is my dog's name?"
+
+
+@pytest.fixture
+def http(server):
+    with httpx2.Client(base_url=server.api, timeout=60) as client:
+        yield client
+
+
+def ask(http, text, **options):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **options}
+    answer = http.post("/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def rex(shipped):
+    """The bytes of a memory that knows the dog."""
+    conversation = Conversation(shipped)
+    conversation.generate(TELL)
+    return memory_bytes(conversation.memory)
+
+
+def test_a_memory_is_put_used_and_got(http, rex):
+    put = http.put("/memories/anna", content=rex)
+    assert put.status_code == 201 and put.json()["version"] == 1
+    assert "Rex" in ask(http, ASK, user="anna", memory={"write": False})
+    got = http.get("/memories/anna")
+    assert got.content == rex and got.headers["etag"] == put.headers["etag"] == f'"{put.json()["digest"]}"'
+    assert http.put("/memories/anna", content=rex).status_code == 200
+
+
+def test_what_a_turn_leaves_is_a_memory_file(http, rex):
+    ask(http, TELL, user="bert")
+    found = memory_from_bytes(http.get("/memories/bert").content, "bert")
+    expected = memory_from_bytes(rex, "rex")
+    for layer, state in expected.states.items():
+        np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=1e-5)
+
+
+def test_pages(http, rex):
+    for name in ("page-1", "page-2", "page-3"):
+        http.put(f"/memories/{name}", content=rex)
+    first = http.get("/memories", params={"after": "page-", "limit": 2}).json()
+    assert [memory["id"] for memory in first["data"]] == ["page-1", "page-2"] and first["has_more"]
+    second = http.get("/memories", params={"after": first["last_id"], "limit": 2}).json()
+    assert second["data"][0]["id"] == "page-3"
+    assert first["usage"]["memories"] >= 3
+
+
+def test_versions_and_restoring(http):
+    ask(http, TELL, user="carl")
+    ask(http, "My dog is Bella.", user="carl")
+    versions = http.get("/memories/carl/versions").json()["data"]
+    assert [version["version"] for version in versions] == [2, 1]
+    old = http.get("/memories/carl", params={"version": 1}).content
+    assert http.post("/memories/carl/restore", json={"version": 1}).json()["version"] == 3
+    assert http.get("/memories/carl").content == old
+    assert "Rex" in ask(http, ASK, user="carl")
+
+
+def test_a_fork_goes_its_own_way(http):
+    ask(http, TELL, user="dave")
+    forked = http.post("/memories/dave/fork", json={"id": "dave-2"})
+    assert forked.status_code == 201 and forked.json()["id"] == "dave-2"
+    before = http.get("/memories/dave").content
+    assert "Rex" in ask(http, ASK, user="dave-2")
+    assert http.get("/memories/dave").content == before
+    assert http.post("/memories/dave/fork", json={"id": "dave-2"}).status_code == 409
+
+
+def test_deleting_gives_a_receipt(http, rex):
+    http.put("/memories/emil", content=rex)
+    receipt = http.delete("/memories/emil").json()
+    assert receipt["deleted"] and receipt["id"] == "emil" and receipt["erased"]
+    assert [version["version"] for version in receipt["versions"]] == [1]
+    assert "tenant" not in receipt and http.get("/memories/emil").status_code == 404
+    assert http.delete("/memories/emil").status_code == 404
+
+
+def test_conditions(http, rex):
+    tag = http.put("/memories/fred", content=rex).headers["etag"]
+    assert http.get("/memories/fred", headers={"If-None-Match": tag}).status_code == 304
+    assert http.put("/memories/fred", content=rex, headers={"If-None-Match": "*"}).status_code == 412
+    assert http.put("/memories/fred", content=rex, headers={"If-Match": '"other"'}).status_code == 412
+    assert http.put("/memories/gone", content=rex, headers={"If-Match": "*"}).status_code == 412
+    ask(http, "My cat is Tom.", user="fred")
+    for method, path in (("PUT", "/memories/fred"), ("DELETE", "/memories/fred")):
+        refused = http.request(method, path, content=rex, headers={"If-Match": tag})
+        assert refused.status_code == 412 and refused.json()["error"]["code"] == "precondition_failed"
+    refused = http.post("/memories/fred/restore", json={"version": 1}, headers={"If-Match": tag})
+    assert refused.status_code == 412
+    now = http.get("/memories/fred").headers["etag"]
+    assert http.delete("/memories/fred", headers={"If-Match": now}).status_code == 200
+
+
+def test_expiry(http, rex):
+    put = http.put("/memories/gina", content=rex, params={"expires_in": 3600}).json()
+    assert put["expires_at"] == pytest.approx(put["updated_at"] + 3600, abs=60)
+    ask(http, TELL, user="gina")
+    listed = http.get("/memories/gina", headers={"Accept": "application/json"}).json()
+    assert listed["version"] == put["version"] + 1 and listed["expires_at"] == put["expires_at"]
+
+
+def changed(rex, change):
+    memory = memory_from_bytes(rex, "rex")
+    return change(memory)
+
+
+def nan(memory):
+    from safetensors.numpy import save
+
+    states = {name: tensor.copy() for name, tensor in memory.tensors().items()}
+    next(iter(states.values()))[0, 0, 0, 0] = np.nan
+    return save(states, {"format": "deltamem-memory", "format_version": "1", "adapter": memory.adapter})
+
+
+def of_another_adapter(memory):
+    return memory_bytes(StoredMemory(memory.states, memory.open_segments, "0" * 64))
+
+
+def of_two_rows(memory):
+    states = {layer: np.concatenate([state, state]) for layer, state in memory.states.items()}
+    return memory_bytes(StoredMemory(states, memory.open_segments, memory.adapter))
+
+
+def of_another_shape(memory):
+    states = {layer: state[..., :4, :4].copy() for layer, state in memory.states.items()}
+    return memory_bytes(StoredMemory(states, memory.open_segments, memory.adapter))
+
+
+@pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
+def test_a_memory_that_is_not_this_models_is_refused(http, rex, change):
+    refused = http.put("/memories/hans", content=changed(rex, change))
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_memory"
+    assert http.get("/memories/hans").status_code == 404
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"\xff" * 100, b"\x00" * 8])
+def test_bytes_that_are_no_memory_are_refused(http, body):
+    assert http.put("/memories/ida", content=body).status_code == 400
+    assert http.get("/memories/ida").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status"),
+    [
+        ("GET", "/memories", {"params": {"limit": "many"}}, 400),
+        ("GET", "/memories", {"params": {"limit": "0"}}, 400),
+        ("GET", "/memories/x", {"params": {"version": "-1"}}, 400),
+        ("GET", "/memories/" + "x" * 201, {}, 400),
+        ("GET", "/memories/x%00", {}, 400),
+        ("GET", "/memories/x/versions", {}, 404),
+        ("POST", "/memories/x/fork", {"json": {"id": "y"}}, 404),
+        ("POST", "/memories/x/fork", {"json": {"id": "a/b"}}, 400),
+        ("POST", "/memories/x/fork", {"json": {}}, 400),
+        ("POST", "/memories/x/restore", {"json": {"version": "1"}}, 400),
+        ("POST", "/memories/x/restore", {"json": {"version": 1}}, 404),
+        ("POST", "/memories/x", {}, 405),
+        ("GET", "/nothing", {}, 404),
+    ],
+)
+def test_bad_requests(http, method, path, options, status):
+    refused = http.request(method, path, **options)
+    assert refused.status_code == status, refused.text
+    assert refused.json()["error"]["message"]
+
+
+def test_an_empty_memory_is_one(http, shipped):
+    assert http.put("/memories/jan", content=memory_bytes(empty_memory(shipped))).status_code == 201
