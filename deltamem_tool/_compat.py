@@ -55,8 +55,16 @@ BORROWED: dict[str, Name] = {
     "DynamicIndexedLayer": Name("transformers.cache_utils", "a layer that keeps an indexer's keys too", _LAYER),
     "DynamicLayer": Name("transformers.cache_utils", "a layer whose keys and values grow", _LAYER),
     "DynamicSlidingWindowLayer": Name("transformers.cache_utils", "one that keeps a window of them", _LAYER),
+    "LinearAttentionAndFullAttentionLayer": Name(
+        "transformers.cache_utils", "a layer that keeps both states and keys", _LAYER
+    ),
+    "LinearAttentionAndSlidingWindowAttentionLayer": Name(
+        "transformers.cache_utils", "one that keeps states and a window of keys", _LAYER
+    ),
+    "LinearAttentionLayer": Name("transformers.cache_utils", "a layer that keeps states alone", _LAYER),
     "LinearAttentionCacheLayerMixin": Name("transformers.cache_utils", "recurrent or convolutional states", _LAYER),
     "StaticLayer": Name("transformers.cache_utils", "a layer of a fixed length", _LAYER),
+    "ACT2FN": Name("transformers.activations", "activations by the names that configs have for them", _NO_PUBLIC),
     "GradientCheckpointingLayer": Name("transformers.modeling_layers", "what a decoder layer is", _LAYER),
     # transformers: checkpoints that are read without loading them
     "get_model_conversion_mapping": Name("transformers.conversion_mapping", "older names of weights", _LOADING),

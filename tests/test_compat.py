@@ -96,6 +96,11 @@ def _fuses() -> bool:
     return [node.op_type for node in model.graph] == ["FusedMatMul"]
 
 
+def _keeps_both(name: str, keys: str) -> bool:
+    parts = (_compat.LinearAttentionLayer, getattr(_compat, keys))
+    return all(issubclass(getattr(_compat, name), part) for part in parts)
+
+
 FACTS: dict[str, Callable[[], bool]] = {
     "scan": _counts_as_a_loop,
     "FakeTensor": _has_no_numbers,
@@ -107,10 +112,16 @@ FACTS: dict[str, Callable[[], bool]] = {
     "DynamicIndexedLayer": lambda: issubclass(_compat.DynamicIndexedLayer, _compat.DynamicLayer),
     "DynamicLayer": lambda: _grows(_compat.DynamicLayer()),
     "DynamicSlidingWindowLayer": lambda: issubclass(_compat.DynamicSlidingWindowLayer, _compat.DynamicLayer),
+    "LinearAttentionAndFullAttentionLayer": lambda: _keeps_both("LinearAttentionAndFullAttentionLayer", "DynamicLayer"),
+    "LinearAttentionAndSlidingWindowAttentionLayer": lambda: _keeps_both(
+        "LinearAttentionAndSlidingWindowAttentionLayer", "DynamicSlidingWindowLayer"
+    ),
+    "LinearAttentionLayer": lambda: issubclass(_compat.LinearAttentionLayer, _compat.LinearAttentionCacheLayerMixin),
     "LinearAttentionCacheLayerMixin": lambda: _is_a_layer_class("LinearAttentionCacheLayerMixin"),
     "StaticLayer": lambda: _compat.StaticLayer(max_cache_len=5).max_cache_len == 5,
     "TENSOR_PROCESSORS": _moves_rows_back,
     "GenerationMode": lambda: _compat.GenerationMode.ASSISTED_GENERATION in _compat.GenerationMode,
+    "ACT2FN": lambda: torch.equal(_compat.ACT2FN["silu"](torch.ones(1)), nn.functional.silu(torch.ones(1))),
     "GradientCheckpointingLayer": lambda: issubclass(_compat.GradientCheckpointingLayer, nn.Module),
     "get_model_conversion_mapping": lambda: callable(_compat.get_model_conversion_mapping),
     "WeightConverter": lambda: not issubclass(_compat.WeightConverter, _compat.WeightRenaming),

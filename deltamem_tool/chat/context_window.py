@@ -6,7 +6,7 @@ The oldest turns leave the context, and what they wrote stays in the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Place:
 
     Args:
         past: None where it can be had again, by cutting the next place's.
-        memory: of `past`, where that is None.
+        memory: of `past`, where the next place goes on from this one.
         tokens: those in the past.
         pending: those still to be fed: the last one generated, where none was asked for after it.
         foreign: whether the open segment in the memory is another conversation's.
@@ -40,6 +40,11 @@ class Place:
     tokens: tuple[int, ...] = ()
     pending: tuple[Token, ...] = ()
     foreign: bool = True
+
+    def earlier(self, engine: Engine) -> Place:
+        """This place, once there is a next one that goes on from it."""
+        past = None if engine.takes_back else self.past  # a hybrid's cannot be had by cutting
+        return replace(self, past=past, memory=engine.memory(self.past))
 
 
 def with_room(

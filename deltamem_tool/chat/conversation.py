@@ -139,7 +139,7 @@ class Conversation:
     def memory(self, memory: StoredMemory) -> None:
         _check_fits(self.engine, memory)
         past = self.engine.with_memory(self._place.past, memory)
-        former = replace(self._place, past=None, memory=self.memory)
+        former = self._place.earlier(self.engine)
         self._before, self._place = [*self._before, former], replace(self._place, past=past, foreign=True)
 
     @property
@@ -192,9 +192,10 @@ class Conversation:
         if not self._before:
             return False
         place = self._before.pop()
-        if place.past is None:
-            assert place.memory is not None
-            past = self.engine.take(self._place.past, 0, np.arange(len(place.tokens)))
+        if place.memory is not None:
+            past = place.past
+            if past is None:
+                past = self.engine.take(self._place.past, 0, np.arange(len(place.tokens)))
             place = replace(place, past=self.engine.with_memory(past, place.memory), memory=None)
         self._place = place
         return True
@@ -334,9 +335,9 @@ class _Turn:
         row, conversation, start = self.row, self.conversation, self._start
         place, before = conversation._place, conversation._before
         if start is place:  # nothing has left the context: it is the beginning of the new one
-            place = replace(place, past=None, memory=conversation.memory)
+            place = place.earlier(conversation.engine)
         else:  # it is kept whole; of such, which are large, one is enough
-            whole = [number for number, earlier in enumerate(before) if earlier.past is not None]
+            whole = [number for number, earlier in enumerate(before) if earlier.memory is None]
             before = before[whole[-1] + 1 if whole else 0 :]
         answer = row.answer
         after = Place(

@@ -28,6 +28,8 @@ class Engine(Protocol):
     mechanism: the adapter's options.
     memory_shape: what its memories measure.
     max_length: the most tokens that a past can hold, or that the model has positions for; None for any number.
+    takes_back: whether tokens can be taken out of a past. A hybrid, whose layers keep more than keys and values, cannot
+        do that.
     """
 
     text: ChatText
@@ -36,6 +38,7 @@ class Engine(Protocol):
     mechanism: DeltaMemConfig
     memory_shape: MemoryShape
     max_length: int | None
+    takes_back: bool
 
     def start(self, memory: StoredMemory) -> Past:
         """No tokens yet, and the given memory, a row for each conversation."""
@@ -74,7 +77,10 @@ class Engine(Protocol):
         """The same tokens with another memory."""
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
-        """One row, with those of its tokens that `columns`, indices, names; its memory as it is."""
+        """One row, with those of its tokens that `columns`, indices, names; its memory as it is.
+
+        Where `takes_back` is False these must be all of its tokens, or none.
+        """
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""

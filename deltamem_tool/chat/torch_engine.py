@@ -13,24 +13,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltamem_tool._compat import DynamicLayer, DynamicSlidingWindowLayer
+from deltamem_tool._compat import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.text import ChatText
+from deltamem_tool.chat.torch_states import States, fill_states, joined_states, keeping_all, states_of, states_of_row
 from deltamem_tool.errors import ArchitectureError
-from deltamem_tool.memory.attachment import attachment_of, hf_model
+from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, fill
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.segments.tags import SegmentTag
 
+# Layers of the cache: those that keep keys and values, or nothing, and all whose rows can be told apart.
+_KEYS_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+_SEPARABLE = (DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+
 
 @dataclass(frozen=True)
 class TorchPast:
-    """Keys and values `[B, heads, P, width]` by decoder layer, the memory, and what other layers keep."""
+    """What a conversation has said so far, of one row or several.
+
+    Args:
+        layers: keys and values `[B, heads, P, width]` by decoder layer.
+        memory: the memory.
+        states: states of convolutions and of linear attention `[B, …]` by decoder layer, see `torch_states`.
+        others: layers of the cache that keep something else.
+    """
 
     layers: Mapping[int, tuple[Tensor, Tensor]]
     memory: MemoryState
+    states: Mapping[int, States] = field(default_factory=dict)
     others: Mapping[int, Any] = field(default_factory=dict)
 
 
@@ -40,11 +59,9 @@ class TorchModel:
     Args:
         model: as `deltamem.load` gives it, in eval mode.
         tokenizer: its tokenizer, a fast one.
-        takes_back: whether tokens may be taken out of a past again, as a conversation needs it. Layers that keep more
-            than keys and values cannot do that.
 
     Raises:
-        ArchitectureError: the model has no memory, or its layers keep something other than keys and values.
+        ArchitectureError: the model has no memory.
         DataError: the tokenizer is a slow one.
 
     Example:
@@ -56,7 +73,7 @@ class TorchModel:
         (1, 4, 8, 8)
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, takes_back: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         adapter = attachment_of(model).adapter
         self.model = model
         self.text = ChatText.from_tokenizer(tokenizer)
@@ -67,19 +84,12 @@ class TorchModel:
         self._last, self._all = CallOptions(model, "last"), CallOptions(model, "all")
         self.max_length = self._last.positions
         self._vocabulary: int = cast(Any, model.get_input_embeddings()).weight.shape[0]
-        for layer in MemoryCache(model).layers if takes_back else ():
-            if not _keeps_keys_and_values(layer):
-                raise ArchitectureError(
-                    f"{type(hf_model(model)).__name__} cannot hold a conversation yet.",
-                    f"Its layers keep more than keys and values ({type(layer).__name__}), which cannot be taken back.",
-                    "Use `generate` with a MemoryCache.",
-                )
+        self.takes_back = all(type(layer) in _KEYS_ALONE for layer in MemoryCache(model).layers)
 
     def start(self, memory: StoredMemory) -> TorchPast:
         """See `Engine.start`."""
         return TorchPast({}, self._on_device(memory))
 
-    @torch.no_grad()
     def step(
         self,
         past: TorchPast,
@@ -91,29 +101,54 @@ class TorchModel:
     ) -> tuple[NDArray[Any], TorchPast]:
         """See `Engine.step`."""
         check_ids(self.text, input_ids, self._vocabulary)
+        mask, length = attention_mask.astype(bool), attention_mask.shape[1]
+        valid = mask[:, length - input_ids.shape[1] :]
+        if self.takes_back or valid.all():
+            return self._call(past, input_ids, attention_mask, write_mask, segment_end, all_positions)
+        # States change at padding, but where it is on the left of everything: each row goes by itself, without any.
+        pasts, logits_of_rows = [], []
+        for row, (columns, new) in enumerate(zip(mask, valid, strict=True)):
+            alone = self.take(past, row, np.flatnonzero(columns[: length - len(new)]))
+            if new.any():
+                ids, write = input_ids[row : row + 1, new], write_mask[row : row + 1, new]
+                end = None if segment_end is None else segment_end[row : row + 1, new]
+                ones = np.ones((1, int(columns.sum())), np.int64)
+                logits, alone = self._call(alone, ids, ones, write, end, all_positions=True)
+                logits_of_rows.append(logits[0])
+            pasts.append(_spread(alone, np.flatnonzero(columns), length))
+        logits = np.zeros((*valid.shape, logits_of_rows[0].shape[-1]), np.float32)
+        logits[valid] = np.concatenate(logits_of_rows)
+        last = [int(new[-1]) if len(new) else 0 for new in map(np.flatnonzero, valid)]
+        return (logits if all_positions else logits[np.arange(len(last)), last]), self.join(pasts)
+
+    @torch.no_grad()
+    def _call(
+        self,
+        past: TorchPast,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        segment_end: NDArray[Any] | None,
+        all_positions: bool,
+    ) -> tuple[NDArray[Any], TorchPast]:
+        """One call of the model."""
         device = self.model.device
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
         # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again.
-        cache.layers = [DynamicLayer() if _keeps_keys_and_values(layer) else layer for layer in cache.layers]
+        cache.layers = [keeping_all(layer) for layer in cache.layers]
         for index, other in past.others.items():
             cache.layers[index] = copy.deepcopy(other)
         for index, (keys, values) in past.layers.items():
             fill(cast(DynamicLayer, cache.layers[index]), keys, values)
+        for index, states in past.states.items():
+            fill_states(cache.layers[index], states)
         if segment_end is not None:
             tags = np.where(write_mask, np.where(segment_end, SegmentTag.LAST, SegmentTag.INSIDE), SegmentTag.OUTSIDE)
             cache.segment_tags = torch.from_numpy(tags).to(device, torch.int8)
         logits = (self._all if all_positions else self._last).logits(self.model, ids, mask, cache)
-        others = {index: layer for index, layer in enumerate(cache.layers) if type(layer) is not DynamicLayer}
-        layers = {
-            index: (layer.keys, layer.values)
-            for index, layer in enumerate(cast(list[DynamicLayer], cache.layers))
-            if index not in others and layer.keys is not None and layer.values is not None
-        }
         assert cache.memory is not None
-        return (logits if all_positions else logits[:, -1]).float().cpu().numpy(), TorchPast(
-            layers, cache.memory, others
-        )
+        return (logits if all_positions else logits[:, -1]).float().cpu().numpy(), _past_of(cache, cache.memory)
 
     def memory(self, past: TorchPast) -> StoredMemory:
         """See `Engine.memory`."""
@@ -135,7 +170,8 @@ class TorchModel:
             index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
             for index, (keys, values) in past.layers.items()
         }
-        return TorchPast(layers if len(columns) else {}, past.memory.select([row]))
+        states = states_of_row(past.states, row)
+        return TorchPast(layers if len(columns) else {}, past.memory.select([row]), states if len(columns) else {})
 
     def join(self, pasts: Sequence[TorchPast]) -> TorchPast:
         """See `Engine.join`."""
@@ -146,15 +182,19 @@ class TorchModel:
         shapes = next((past.layers for past in pasts if past.layers), {})
         layers = {}
         for index, examples in shapes.items():
-            empty = tuple(example[:1, :, :0] for example in examples)
-            parts = [past.layers.get(index, empty) for past in pasts]
+            empty = [example[:1, :, :0] for example in examples]
+            parts = [
+                past.layers.get(index) or tuple(x.expand(past.memory.batch_size, -1, -1, -1) for x in empty)
+                for past in pasts
+            ]
             length = max(keys.shape[2] for keys, _ in parts)
             padded = (
                 torch.cat([torch.nn.functional.pad(p[i], (0, 0, length - p[i].shape[2], 0)) for p in parts])
                 for i in range(2)
             )
             layers[index] = cast(tuple[Tensor, Tensor], tuple(padded))
-        return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]))
+        states = joined_states([(past.memory.batch_size, past.states) for past in pasts])
+        return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]), states)
 
     def _on_device(self, memory: StoredMemory) -> MemoryState:
         states, segments = (
@@ -169,12 +209,33 @@ def stop_tokens(model: PreTrainedModel, text: ChatText) -> frozenset[int]:
     return text.stop_tokens(getattr(model.generation_config, "eos_token_id", None))
 
 
-def _keeps_keys_and_values(layer: Any) -> bool:
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+def _past_of(cache: MemoryCache, memory: MemoryState) -> TorchPast:
+    """What the layers of `cache` keep."""
+    layers, states, others = {}, {}, {}
+    for index, layer in enumerate(cast(list[Any], cache.layers)):
+        if type(layer) not in _SEPARABLE:
+            others[index] = layer
+            continue
+        if isinstance(layer, LinearAttentionLayer):
+            states[index] = states_of(layer)
+        if getattr(layer, "keys", None) is not None:
+            layers[index] = (layer.keys, layer.values)
+    return TorchPast(layers, memory, states, others)
+
+
+def _spread(past: TorchPast, columns: NDArray[Any], length: int) -> TorchPast:
+    """A past of one row whose keys and values are at `columns` of so many; zeros elsewhere."""
+    layers = {}
+    for index, parts in past.layers.items():
+        spread = [part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in parts]
+        for whole, part in zip(spread, parts, strict=True):
+            whole[:, :, torch.from_numpy(columns)] = part
+        layers[index] = (spread[0], spread[1])
+    return replace(past, layers=layers)
 
 
 def _check_separable(past: TorchPast) -> None:
-    """Raise for a past that cannot be cut or joined: that of layers that keep more than keys and values."""
+    """Raise for a past that cannot be cut or joined: that of layers that keep what is not known here."""
     if past.others:
         raise ArchitectureError(
             "Rows and columns of this past cannot be taken out.",

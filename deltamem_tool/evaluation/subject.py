@@ -58,7 +58,7 @@ class Subject:
         elif tokenizer is None:
             raise ConfigError("A PyTorch model is evaluated with its tokenizer.", "There is none.", "Pass `tokenizer`.")
         else:
-            subject = cls(TorchModel(model, tokenizer, takes_back=False), tokenizer, model, write)
+            subject = cls(TorchModel(model, tokenizer), tokenizer, model, write)
         granularity = subject.engine.mechanism.granularity
         if write and granularity != "token":
             raise ConfigError(

@@ -17,6 +17,16 @@ Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H s
 | `present.{i}.recurrent_state`                  | float32 | [B, H, R, R]                  |
 | `present.{i}.segment`                          | float32 | [B, W]                        |
 
+| `past_key_values.{i}.conv_state`               | float32 | [B, channels, kernel − 1] |
+| `past_key_values.{i}.recurrent_state`, or      | float32 | [B, …]                    |
+| `.ssm_state` in a layer with a memory          |         |                           |
+
+and `present.{i}.…` of each, are states of the base's own, in layers that have convolutions or linear attention beside
+attention or instead of it (`Layer.convolutions`, `Layer.recurrent`): the last inputs of a convolution (a layer's second
+is `conv_state_1`, and so on), and a recurrent state. No memory file holds them, and a conversation begins with zeros.
+A layer without a memory may have a `recurrent_state` of the base; one with a memory has ours under that name. Padding
+changes neither, wherever it is.
+
 Where the adapter writes by segments (messages, sentences), `write_mask` says which tokens belong to one, and each is
 written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
 there is neither `segment_end` nor `segment`.
@@ -108,6 +118,7 @@ LOGITS_OUTPUT = "logits"
 PRESENT = "present"
 INITIAL = "initial"
 KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
+SSM = "ssm_state"  # what STATE is of the base, in a layer whose STATE is a memory
 
 MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
 LOGITS = ("last", "all")  # the last position's alone, or every position's
@@ -128,17 +139,34 @@ class Layer:
         key: number of heads and width of its keys; None where it keeps none.
         value: the same of its values.
         state: `(H, R, R)` of its memory; None where it has none.
+        convolutions: `(channels, kernel − 1)` of what each of the base's own convolutions keeps.
+        recurrent: sizes of the base's own recurrent state; None where it has none.
     """
 
     key: tuple[int, int] | None
     value: tuple[int, int] | None
     state: tuple[int, int, int] | None
+    convolutions: tuple[tuple[int, int], ...] = ()
+    recurrent: tuple[int, ...] | None = None
 
     @property
     def cache(self) -> dict[str, tuple[int, int]]:
         """(heads, width) of what its cache holds, by part."""
         parts = {KEY: self.key, VALUE: self.value}
         return {part: size for part, size in parts.items() if size is not None}
+
+    @property
+    def base_states(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the base's own states, by part."""
+        parts: dict[str, tuple[int, ...]] = {
+            f"{CONV}_{number}" if number else CONV: sizes for number, sizes in enumerate(self.convolutions)
+        }
+        return parts if self.recurrent is None else {**parts, self.recurrent_part: self.recurrent}
+
+    @property
+    def recurrent_part(self) -> str:
+        """What its own recurrent state is called."""
+        return STATE if self.state is None else SSM
 
 
 @dataclass(frozen=True)
@@ -178,6 +206,15 @@ class Interface:
         return {i: layer.state for i, layer in enumerate(self.layers) if layer.state is not None}
 
     @property
+    def base_states(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the base's own states, by the name of the input; empty where layers keep keys and values alone."""
+        return {
+            carried_name(PAST, i, part): sizes
+            for i, layer in enumerate(self.layers)
+            for part, sizes in layer.base_states.items()
+        }
+
+    @property
     def memory_bytes(self) -> int:
         """Of one conversation: its states and open segments, float32."""
         return sum(4 * (math.prod(shape) + self.segment) for shape in self.state_shapes.values())
@@ -212,6 +249,8 @@ class Interface:
         for i, layer in enumerate(self.layers):
             for part, (heads, width) in layer.cache.items():
                 tensors[carried_name(prefix, i, part)] = (self.dtype, (BATCH, heads, length, width))
+            for part, sizes in layer.base_states.items():
+                tensors[carried_name(prefix, i, part)] = (FLOAT32, (BATCH, *sizes))
             if layer.state is not None:
                 tensors[carried_name(prefix, i, STATE)] = (FLOAT32, (BATCH, *layer.state))
                 if self.segment:

@@ -133,6 +133,9 @@ _LAYER_SIZES = {
     "value": (MAX_HEADS, MAX_WIDTH),
     "state": (MAX_STATE_HEADS, MAX_RANK, MAX_RANK),
 }
+_CONVOLUTION_SIZES = (MAX_WIDTH, MAX_WIDTH)
+MAX_RECURRENT_AXES = 3
+MAX_CONVOLUTIONS = 8  # of one layer; the most are four
 
 
 def _layer(content: Any) -> Layer:
@@ -140,7 +143,15 @@ def _layer(content: Any) -> Layer:
     sizes = {part: _sizes(layer[part], most, f"layers.{part}") for part, most in _LAYER_SIZES.items()}
     _require((sizes["key"] is None) == (sizes["value"] is None), "layers.value")
     _require(sizes["state"] is None or sizes["state"][1] == sizes["state"][2], "layers.state")
-    return Layer(**sizes)
+    convolutions = layer["convolutions"]
+    _require(isinstance(convolutions, list) and len(convolutions) <= MAX_CONVOLUTIONS, "layers.convolutions")
+    of_each = [_sizes(one, _CONVOLUTION_SIZES, "layers.convolutions") for one in convolutions]
+    _require(None not in of_each, "layers.convolutions")
+    recurrent = layer["recurrent"]
+    axes = len(recurrent) if isinstance(recurrent, list) else 0
+    _require(recurrent is None or 0 < axes <= MAX_RECURRENT_AXES, "layers.recurrent")
+    recurrent = _sizes(recurrent, (MAX_WIDTH,) * axes, "layers.recurrent")
+    return Layer(**sizes, convolutions=tuple(of_each), recurrent=recurrent)
 
 
 def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
@@ -161,7 +172,8 @@ def _quantization(content: Any) -> Quantization | None:
     return Quantization(**values)
 
 
-_ADDED = {"positions": 0, "packed": False, "quantization": None}  # what older folders do not have
+# What older folders do not have.
+_ADDED: dict[str, Any] = {"positions": 0, "packed": False, "quantization": None, "convolutions": [], "recurrent": None}
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:

@@ -33,6 +33,48 @@ def _step(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
     return keep * state + change * k.transpose(-1, -2), torch.matmul(state, q)
 
 
+def portable_linear_attention(
+    rule: str,
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `onnx_scan.linear_attention`, of its rules "gated" and "gated_delta"."""
+    batch, tokens = query.shape[:2]
+    states, rank, width = state.shape[1:]
+    # A loop step's are columns: [T, B, heads, R, 1], and [T, B, N, ·, 1].
+    query, key = (x.view(batch, tokens, heads, rank, 1).repeat_interleave(states // heads, dim=2) for x in (query, key))
+    value = value.view(batch, tokens, states, width, 1)
+    keep = decay.exp().view(batch, tokens, states, -1, 1)
+    written = [] if beta is None else [beta.view(batch, tokens, states, 1, 1)]
+    state, reads = scan(
+        _attend if beta is None else _attend_by_delta,
+        state,
+        [x.transpose(0, 1) for x in (query, key, value, keep, *written)],
+    )
+    return reads.transpose(0, 1).reshape(batch, tokens, states * width), state
+
+
+def _attend(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """One token: the state `[B, N, R, V]` after it, and the reading `[B, N, V, 1]` of it."""
+    query, key, value, keep = token
+    state = keep * state + key * value.transpose(-1, -2)
+    return state, torch.matmul(state.transpose(-1, -2), query)
+
+
+def _attend_by_delta(state: Tensor, token: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same, where what the state says of the key already is not written."""
+    query, key, value, keep, beta = token
+    state = keep * state
+    change = beta * (value - torch.matmul(state.transpose(-1, -2), key))
+    state = state + key * change.transpose(-1, -2)
+    return state, torch.matmul(state.transpose(-1, -2), query)
+
+
 def portable_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results of `segment_sums`, float32.
 

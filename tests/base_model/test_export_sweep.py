@@ -33,7 +33,7 @@ CALLS = (5, 1, 4)  # tokens of each
 PADDING = 2  # tokens on the left of the second row
 DEPTH = 2  # layers: tracing takes seconds for each
 # Their layers are not all of one kind: two are made, and the memory is in the one with what they alone have.
-UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0]}
+UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0], **dict.fromkeys(("granitemoehybrid", "lfm2", "qwen3_5_text"), "all")}
 
 # What one has that the others have not.
 ONE_OF_A_KIND = {
@@ -43,7 +43,10 @@ ONE_OF_A_KIND = {
     "falcon": "one head of keys; a fused projection",
     "gemma3_text": "sliding windows",
     "gpt2": "learned positions; transposed weights",
+    "granitemoehybrid": "layers of Mamba 2; experts",
+    "lfm2": "layers of convolutions",
     "opt": "learned positions, counted in the mask",
+    "qwen3_5_text": "layers of the gated delta rule",
     "roberta": "positions that begin after the padding id",
 }
 COUNTS_PADDING = set(
@@ -136,7 +139,6 @@ def test_the_graph_computes_what_pytorch_computes(model_type: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
-        ("lfm2", "recurrent or convolutional states"),
         ("deepseek_v32", "the keys of an indexer"),
         ("big_bird", "cannot trace BigBirdForCausalLM"),
     ],

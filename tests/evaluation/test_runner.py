@@ -13,9 +13,7 @@ from evaluation.asked import Asked, item
 from helpers.tiny import base_parameters, randomise, tiny_model
 
 from deltamem_tool import DeltaMemConfig, attach
-from deltamem_tool.chat.engine import empty_memory
-from deltamem_tool.chat.torch_engine import TorchModel
-from deltamem_tool.errors import ArchitectureError, ConfigError, DataError
+from deltamem_tool.errors import ConfigError, DataError
 from deltamem_tool.evaluation import runner
 from deltamem_tool.evaluation import subject as subjects
 from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of
@@ -289,11 +287,9 @@ def test_what_is_counted(model, tokenizer, monkeypatch):
 
 
 def test_a_hybrid_is_evaluated(tokenizer, task):
-    """Its convolutions keep more than keys and values: enough for answers, but not for a conversation."""
+    """Its convolutions keep more than keys and values."""
     model = tiny_model("lfm2", vocab_size=len(tokenizer))
     randomise(attach(model, DeltaMemConfig(rank=4)))
-    with pytest.raises(ArchitectureError, match="cannot hold a conversation yet"):
-        TorchModel(model, tokenizer)
     found = evaluate(model, tokenizer, task, MEMORY)
     without = plain(tokenizer, task, context=False, name="lfm2")
     for condition in ("zero_state", "scale_zero", "no_adapter"):
@@ -304,18 +300,3 @@ def test_a_hybrid_is_evaluated(tokenizer, task):
     assert [answers(single, name) for name in ("state", "donor_state")] == [
         answers(found, name) for name in ("state", "donor_state")
     ]
-
-
-def test_a_past_of_a_hybrid_is_not_cut(tokenizer):
-    """Its convolutions would be dropped."""
-    model = tiny_model("lfm2", vocab_size=len(tokenizer))
-    attach(model, DeltaMemConfig(rank=4))
-    engine = TorchModel(model, tokenizer, takes_back=False)
-    ids = np.array([[5, 6, 7]])
-    mask = np.ones_like(ids)
-    start = engine.start(empty_memory(engine))
-    _, past = engine.step(start, ids, mask, mask.astype(bool))
-    with pytest.raises(ArchitectureError, match="cannot be taken out"):
-        engine.take(past, 0, np.array([0, 1]))
-    with pytest.raises(ArchitectureError, match="cannot be taken out"):
-        engine.join([past, past])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from deltamem_tool._compat import DynamicLayer, use_attention
+from deltamem_tool._compat import DummyLayer, DynamicLayer, LinearAttentionLayer, use_attention
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.layers import DOMAIN
@@ -64,20 +64,35 @@ class FusedAttention:
 
     def __init__(self, lengths: Lengths) -> None:
         self.lengths = lengths
-        self.layers: list[FusedLayer] = []
+        self.layers: dict[int, FusedLayer] = {}
+        self._may_rest: set[int] = set()  # layers that may be without attention
 
     @contextmanager
     def of(self, model: PreTrainedModel, cache: MemoryCache, past: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
         """Inside, calls of `model` with `cache` attend by the equation to the keys and values of `past`."""
         global _current
-        self.layers = [FusedLayer(one.get(contract.KEY), one.get(contract.VALUE)) for one in past]
-        cache.layers = list(self.layers)
+        kinds: list[Any] = [*cache.layers, *[None] * (len(past) - len(cache.layers))]
+        attending = [isinstance(kind, DynamicLayer) or not isinstance(kind, LinearAttentionLayer) for kind in kinds]
+        self.layers = {
+            i: (FusedHybridLayer if isinstance(kind, LinearAttentionLayer) else FusedLayer)(
+                one.get(contract.KEY), one.get(contract.VALUE)
+            )
+            for i, (kind, one) in enumerate(zip(kinds, past, strict=True))
+            if attending[i]
+        }
+        cache.layers = [self.layers.get(i, kind) for i, kind in enumerate(kinds)]
+        self._may_rest = {i for i, kind in enumerate(kinds) if isinstance(kind, DummyLayer)}
         _current, before = self, _current
         try:
             with use_attention(model, _NAME):
                 yield
         finally:
             _current = before
+
+    @property
+    def all_attended(self) -> bool:
+        """Whether every layer that keeps keys has given them to the equation."""
+        return all(layer.keys is not None for i, layer in self.layers.items() if i not in self._may_rest)
 
 
 class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
@@ -96,6 +111,14 @@ class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
     def get_seq_length(self) -> int:
         """0: positions are given."""
         return 0
+
+
+class FusedHybridLayer(LinearAttentionLayer, FusedLayer):  # type: ignore[misc]  # of transformers
+    """The same, of a layer that keeps states beside."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        FusedLayer.__init__(self, keys, values)
+        LinearAttentionLayer.__init__(self)
 
 
 def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
@@ -121,7 +144,7 @@ def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
             return str(error)
         except Exception as error:  # whatever is raised in a model that attends by itself, and is given no mask for it
             return f"it is the model's own, and fails without a mask ({type(error).__name__})"
-    if any(layer.keys is None for layer in fused.layers):
+    if not fused.all_attended:
         return "it is the model's own"
     allowed = _PROBE_TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
     difference = (actual - expected).abs().max()

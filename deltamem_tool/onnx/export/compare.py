@@ -211,11 +211,15 @@ def _in_pytorch(
 ) -> list[_Result]:
     """What PyTorch says in the conversations.
 
-    Where the graph's keys and values have no padding between them, PyTorch gets each row by itself: in a batch it
-    counts padding among the tokens of a window.
+    Where padding is nothing to the graph, PyTorch gets each row by itself: in a batch it counts padding among the
+    tokens of a window, and lets it change the states of a hybrid.
     """
     begin = _pytorch(model, interface, options)
-    return _run(interface, starts, partial(_begin_rows, begin) if interface.packed else begin, report)
+    return _run(interface, starts, partial(_begin_rows, begin) if _ignores_padding(interface) else begin, report)
+
+
+def _ignores_padding(interface: Interface) -> bool:
+    return interface.packed or bool(interface.base_states)
 
 
 def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:
@@ -273,7 +277,7 @@ def _padding_difference(model: PreTrainedModel, interface: Interface) -> float:
     A graph that is called as PyTorch is cannot tell. 0 for models that count padding themselves, and where rows have
     been compared one by one.
     """
-    if interface.packed:
+    if _ignores_padding(interface):
         return 0.0
     options, call = CallOptions(model, "all"), _conversation(PADDED_ROWS, interface)[0]
     if not options.takes_positions:

@@ -13,7 +13,10 @@ from deltamem_tool._compat import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     StaticLayer,
 )
 from deltamem_tool.errors import ExportError
@@ -47,6 +50,8 @@ def interface_of(
     with torch.no_grad():
         vocab_size = model(input_ids=tokens, cache=cache).logits.shape[-1]
     _check_caches(model, cache)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        _check_hybrid(model, target, max_length)
     packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
     if max_length:
         _check_fixed_length(model, target, max_length, packed)
@@ -62,7 +67,7 @@ def interface_of(
         # A layer that reads the keys of another one keeps none, and may have no place in the cache.
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
-        layers.append(Layer(key, value, cast(Any, states.get(i))))
+        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held)))
     return Interface(
         packed=packed,
         logits=logits,
@@ -85,13 +90,46 @@ def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
     return None if cached is None else (cached.shape[1], cached.shape[3])
 
 
+def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
+    """What a layer of the cache keeps of convolutions and of a recurrence: see `Layer`."""
+    if not isinstance(held, LinearAttentionCacheLayerMixin):
+        return (), None
+    # Of as many columns as a kernel has transformers keeps one that no later output depends on.
+    convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in held.conv_states.values() if x is not None)
+    recurrent = held.recurrent_states[0]
+    return convolutions, None if recurrent is None else tuple(recurrent.shape[1:])
+
+
+def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> None:
+    """Check what a model whose layers keep states of their own is exported for.
+
+    Raises:
+        ExportError: keys and values are to be of a fixed length, or the target's runtime feeds no such states.
+    """
+    if max_length:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported with a fixed length.",
+            "Its layers of linear attention or convolutions keep states, whose size is fixed as it is.",
+            "Leave --max-length out: what its attention keeps is written in place all the same.",
+        )
+    if target.genai:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported for the target {target.name}.",
+            "onnxruntime-genai finds the memory under the names of the states of the model's own layers.",
+            "Choose another target, such as cpu.",
+        )
+
+
 def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
     """Check that the graph can carry what the layers keep.
 
     Raises:
         ExportError: a layer of `cache` holds something other than the keys and values of every past token.
     """
-    carried = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    carried = (
+        *(DynamicLayer, DynamicSlidingWindowLayer, DummyLayer, LinearAttentionLayer),
+        *(LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
+    )
     for layer in cache.layers:
         if type(layer) not in carried:
             kind = next((why for base, why in _NOT_CARRIED.items() if isinstance(layer, base)), type(layer).__name__)
@@ -131,7 +169,4 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int,
         )
 
 
-_NOT_CARRIED = {
-    LinearAttentionCacheLayerMixin: "recurrent or convolutional states",
-    DynamicIndexedLayer: "the keys of an indexer",
-}
+_NOT_CARRIED = {DynamicIndexedLayer: "the keys of an indexer"}

@@ -193,13 +193,18 @@ def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tu
 
 def _layer_names(model: PreTrainedModel) -> dict[int, str]:
     """The decoder layers by index: the modules of the list that the attention modules are in."""
-    names = {}
+    names: dict[int, str] = {}
     for layer in attention_layers(model):
         parts = layer.name.split(".")
         position = next((i for i in range(len(parts) - 1, 0, -1) if parts[i] == str(layer.index)), None)
         if position is not None and isinstance(model.get_submodule(".".join(parts[:position])), nn.ModuleList):
-            names[layer.index] = ".".join(parts[: position + 1])
+            names |= _siblings(model, ".".join(parts[:position]))
     return names
+
+
+def _siblings(model: PreTrainedModel, parent: str) -> dict[int, str]:
+    """All modules of a list of layers: a hybrid has some without attention."""
+    return {int(number): f"{parent}.{number}" for number, _ in model.get_submodule(parent).named_children()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.attention import FusedAttention, Lengths
 from deltamem_tool.onnx.export.attention_nodes import POSITIONS
+from deltamem_tool.onnx.export.base_states import BaseStates, packed_order, states_of
 from deltamem_tool.onnx.export.layers import DOMAIN, Past, TracedLayers
+from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.segments.tags import SegmentTag
 
 
@@ -36,11 +38,12 @@ class Step(nn.Module):
         options: CallOptions,
         interface: Interface,
         layers: TracedLayers,
+        target: Target,
     ) -> None:
         super().__init__()
         self.model = model
+        self._interface, self._target = interface, target
         self._max_length = interface.max_length  # 0 where keys and values grow
-        self._packed = interface.packed
         self.adapter = adapter  # not part of the model's tree: registered here, its weights land in the graph
         self._fingerprint = "" if adapter is None else adapter.fingerprint
         self._options = options
@@ -64,7 +67,7 @@ class Step(nn.Module):
         past_length: Tensor | None = None,
     ) -> dict[str, Any]:
         """The graph's inputs to its outputs, as `contract` names them; those of layers are in lists of dictionaries."""
-        if self._packed:
+        if self._interface.packed:
             return self._packed_call(
                 input_ids, attention_mask, write_mask, past_key_values, segment_end, initial, past_length
             )
@@ -81,7 +84,8 @@ class Step(nn.Module):
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
-        with self.layers.marked():
+        states = BaseStates(attention_mask[:, -input_ids.shape[1] :].bool(), False, self._target)
+        with states.of(self.model, cache, self._interface.layers, past_key_values), self.layers.marked():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         return self._results(logits, cache, past_key_values)
 
@@ -105,7 +109,7 @@ class Step(nn.Module):
             valid = attention_mask.index_select(1, past_length + torch.arange(tokens)).bool()
             total = torch.full((), self._max_length, dtype=torch.int32)
             past = (attention_mask * (torch.arange(self._max_length) < past_length)).sum(-1)
-        numbers = _packed(valid)
+        numbers = packed_order(valid)
         input_ids = input_ids.gather(1, numbers)
         write, end = (None if mask is None else mask.gather(1, numbers) for mask in (write_mask, segment_end))
         packed_valid = torch.arange(tokens) < valid.sum(-1, keepdim=True)
@@ -118,7 +122,12 @@ class Step(nn.Module):
         last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
         kept = torch.argsort(numbers) if self._options.keeps_all else last
         attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
-        with attention.of(self.model, cache, past_key_values), self.layers.marked():
+        states = BaseStates(packed_valid, True, self._target)
+        with (
+            attention.of(self.model, cache, past_key_values),
+            states.of(self.model, cache, self._interface.layers, past_key_values),
+            self.layers.marked(),
+        ):
             logits = self._options.packed_logits(self.model, input_ids, positions, cache, kept)
         return self._results(logits, cache, past_key_values)
 
@@ -147,7 +156,8 @@ class Step(nn.Module):
         """What the call begins with; rows that begin a conversation, bool `[B, 1, 1, 1]`, with what is `initial`."""
         if self.adapter is None:
             return None
-        states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if contract.STATE in past}
+        shapes = self._interface.state_shapes  # other layers may have a recurrent state of the base's
+        states = {i: past[contract.STATE] for i, past in enumerate(past_key_values) if i in shapes and past}
         if initial and begins is not None:
             states = {i: torch.where(begins, initial[i][contract.STATE], state) for i, state in states.items()}
         segments = {i: past[contract.SEGMENT] for i, past in enumerate(past_key_values) if contract.SEGMENT in past}
@@ -158,23 +168,18 @@ class Step(nn.Module):
         present: list[dict[str, Tensor]] = []
         for i, past in enumerate(past_key_values):
             present.append({})
-            if contract.CONV in past:
+            if self._interface.genai and contract.CONV in past:
                 present[i][contract.CONV] = past[contract.CONV].clone()
             if contract.KEY in past:
                 layer = cast(DynamicLayer, cache.layers[i])
                 present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
-            if contract.STATE in past:
+            if self._interface.layers[i].base_states and past:
+                present[i] |= states_of(cache.layers[i], self._interface.layers[i])
+            if contract.STATE in past and self._interface.layers[i].state is not None:
                 present[i][contract.STATE] = cache.memory.layers[i]
             if contract.SEGMENT in past:
                 present[i][contract.SEGMENT] = cache.memory.open_segments[i]
         return {contract.LOGITS_OUTPUT: logits.float(), contract.PRESENT: present}
-
-
-def _packed(valid: Tensor) -> Tensor:
-    """The order in which each row's valid tokens come first, int64 `[B, T]`."""
-    tokens = valid.shape[1]
-    numbers = torch.arange(tokens)
-    return torch.argsort(torch.where(valid, tokens - numbers, -numbers), descending=True)
 
 
 def segment_tags(write: Tensor, end: Tensor) -> Tensor:

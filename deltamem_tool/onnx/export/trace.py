@@ -57,7 +57,7 @@ def traced(
     """
     layers = TracedLayers(model, adapter, interface, partial(_call_with_padding, model, adapter, options))
     with torch.no_grad(), use_implementation(target.scan), _fused(adapter, target, without):
-        step = Step(model, adapter, options, interface, layers)
+        step = Step(model, adapter, options, interface, layers, target)
         rotary = marked_rotary(model) if interface.packed else nullcontext()
         try:
             with rotary:

@@ -105,7 +105,7 @@ class BufferedGraph(LoadedGraph):
         self, batch: int, states: Mapping[int, NDArray[Any]] | None, segments: Mapping[int, NDArray[Any]] | None
     ) -> Past:
         initial = self.initial_values(batch, states)
-        return initial | self.memory_values(batch, None if initial else states, segments)
+        return self.base_values(batch) | initial | self.memory_values(batch, None if initial else states, segments)
 
     def with_memory(
         self, past: BufferedPast, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]
@@ -179,6 +179,8 @@ class BufferedGraph(LoadedGraph):
         """As `Graph.take`. The beginning of a single conversation stays in its buffers; all else is copied."""
         buffers = past.lease.buffers
         mask = past.mask[row : row + 1, columns]
+        if self.interface.base_states and mask.sum() != past.mask[row].sum():
+            raise ValueError("the states of a hybrid's own layers are those after all tokens of a row")
         with buffers.lock:
             if buffers.batch == 1 and np.array_equal(columns, np.arange(len(columns))):
                 return BufferedPast(past.lease, mask, {n: copied(value) for n, value in past.memory.items()})

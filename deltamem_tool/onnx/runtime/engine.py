@@ -78,6 +78,7 @@ class OnnxModel:
         _check_mechanism(self.mechanism, interface)
         self.memory_shape = MemoryShape(dict(interface.state_shapes), interface.segment)
         self.max_length = interface.room
+        self.takes_back = not interface.base_states
         self.graph: Any = open_graph(self.folder, interface, provider, threads, map_weights, cuda_graph)
 
     def start(self, memory: StoredMemory) -> Past:

@@ -116,6 +116,11 @@ class LoadedGraph:
                 values[name] = on_device(states[i], contract.FLOAT32, self.device)
         return values
 
+    def base_values(self, batch: int) -> Past:
+        """Zeros, which a conversation's states of the base's own begin with, by input name."""
+        sizes = self.interface.base_states
+        return self._on_device({name: np.zeros((batch, *of_row), np.float32) for name, of_row in sizes.items()})
+
     def states(self, past: Any) -> dict[int, NDArray[Any]]:
         """The memory in `past`: float32 `[B, H, R, R]` by layer, copied."""
         return self.memory_part(past, contract.STATE)
@@ -187,6 +192,7 @@ class Graph(LoadedGraph):
                 element = ELEMENT_TYPES[self.interface.dtype]
                 past[name] = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], element, self.device)
         initial = self.initial_values(batch, states)
+        past |= self.base_values(batch)
         return {**past, **initial, **self.memory_values(batch, None if initial else states, segments)}
 
     def with_memory(self, past: Past, states: Mapping[int, NDArray[Any]], segments: Mapping[int, NDArray[Any]]) -> Past:

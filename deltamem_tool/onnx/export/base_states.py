@@ -1,0 +1,260 @@
+"""The states of a hybrid's own layers, those of convolutions and of linear attention, while it is traced.
+
+transformers keeps them in the layers of the cache, and computes with a few functions of each model's module. While a
+model is traced, its cache begins with what the graph is given, and other functions stand in the place of those: a
+convolution or a recurrence is one operator of ONNX Runtime, or, for any other runtime, a `Conv` or a `Scan`. Padding
+leaves every state as it was, wherever it is; in transformers that is so on the left of a first call alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import ACT2FN, LinearAttentionLayer
+from deltamem_tool.memory.cache import MemoryCache
+from deltamem_tool.onnx.contract import Layer
+from deltamem_tool.onnx.export.targets import Target
+from deltamem_tool.ops.onnx_scan import linear_attention
+from deltamem_tool.ops.portable_scan import portable_linear_attention
+
+L2_EPSILON = 1e-6  # transformers'
+_OPERATOR_ACTIVATIONS = ("silu", "swish")  # of ONNX Runtime's convolution
+
+
+class BaseStates:
+    """The states of one call.
+
+    Args:
+        valid: bool `[B, T]`, tokens that are not padding.
+        in_front: whether each row's valid tokens come first.
+        target: what will run the graph.
+    """
+
+    def __init__(self, valid: Tensor, in_front: bool, target: Target) -> None:
+        self._valid, self._standard = valid, target.is_standard
+        self._order = None if in_front else packed_order(valid)
+        self._attend = portable_linear_attention if target.is_standard else linear_attention
+        # The last that `_append` was called for: its layer, what it gave, and the two parts of that.
+        self._held: LinearAttentionLayer = None
+        self._joined: tuple[Tensor, Tensor, Tensor] | None = None
+        self._scanned = 0  # heads of that layer
+
+    @contextmanager
+    def of(
+        self, model: PreTrainedModel, cache: MemoryCache, layers: Sequence[Layer], past: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[None]:
+        """Inside, `model` computes with the functions below, and `cache` begins with the states in `past`."""
+        for held, layer, states in zip(cache.layers, layers, past, strict=False):
+            if layer.base_states and states:  # a copy of another layer is given none
+                self._fill(held, layer, states)
+        functions: dict[str, Callable[..., Any]] = {
+            "causal_conv1d_fn": self._convolve,
+            "torch_chunk_gated_delta_rule": self._delta_rule,
+            "chunk_kimi_delta_attention": self._delta_rule,
+            "mamba2_chunk_scan": self._mamba2,
+            "mamba_selective_scan": self._mamba,
+        }
+        modules = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
+        originals = [
+            (module, name, vars(module)[name]) for module in modules for name in functions.keys() & vars(module)
+        ]
+        for module, name, _ in originals:
+            setattr(module, name, functions[name])
+        try:
+            yield
+        finally:
+            for module, name, original in originals:
+                setattr(module, name, original)
+
+    def _fill(self, held: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor]) -> None:
+        """Let `held` begin with `states`."""
+        parts = [states[part] for part in layer.base_states]
+        held.conv_states = dict(enumerate(parts[: len(layer.convolutions)]))
+        held.recurrent_states = {0: None if layer.recurrent is None else parts[-1]}
+        held.has_previous_state = dict.fromkeys(held.has_previous_state, True)
+        held.update_conv_state = partial(self._append, held)
+        held.update_recurrent_state = partial(_replace, held)
+
+    def _append(self, held: LinearAttentionLayer, x: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """`LinearAttentionLayer.update_conv_state`: inputs `[B, C, T]` behind those that are kept, packed."""
+        past, new = held.conv_states[state_idx], x.float()
+        if self._order is not None:
+            new = _columns(new, self._order)
+        joined = torch.cat([past, new], dim=-1)
+        # The last of the valid ones: a row's first is at the length of `past`.
+        last = self._valid.sum(-1, keepdim=True) + torch.arange(past.shape[-1])
+        held.conv_states[state_idx] = _columns(joined, last)
+        self._held, self._joined, self._scanned = held, (joined, past, new), 0
+        return joined
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
+    ) -> Tensor:
+        """`causal_conv1d_fn` of what `_append` has given, with weights `[C, K]`: its last T outputs `[B, C, T]`."""
+        assert self._joined is not None and x is self._joined[0]
+        _, past, new = self._joined
+        weights = weight.float().unsqueeze(1)
+        bias = None if bias is None else bias.float()
+        if self._standard:
+            output = F.conv1d(x, weights, bias, groups=x.shape[1])
+        else:
+            fused = activation if activation in _OPERATOR_ACTIVATIONS else None
+            output, _ = torch.onnx.ops.symbolic_multi_out(
+                "com.microsoft::CausalConvWithState",
+                [new, weights, bias, past],
+                {"activation": fused or "none"},
+                dtypes=[torch.float32, torch.float32],
+                shapes=[list(new.shape), list(past.shape)],
+                version=1,
+            )
+            activation = None if fused else activation
+        if activation is not None:
+            output = ACT2FN[activation](output)
+        if self._order is not None:
+            output = _columns(output, torch.argsort(self._order))
+        return output.to(weight.dtype)
+
+    def _delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`torch_chunk_gated_delta_rule`, or with a decay `g` `[B, T, H, R]` of each row `chunk_kimi_delta_attention`.
+
+        The other arguments are `[B, T, heads, ·]`, `beta` `[B, T, H]`; the state is `[B, H, R, V]`.
+        """
+        assert initial_state is not None
+        keys = [query.float(), key.float()]
+        if use_qk_l2norm_in_kernel:
+            keys = [x * torch.rsqrt((x * x).sum(-1, keepdim=True) + L2_EPSILON) for x in keys]
+        output, state = self._attend(
+            "gated_delta",
+            query.shape[2],
+            (keys[0] * query.shape[-1] ** -0.5).flatten(2),
+            keys[1].flatten(2),
+            value.float().flatten(2),
+            initial_state,
+            self._masked(g.float()).flatten(2),
+            self._masked(beta.float()),
+        )
+        return output.view(value.shape).to(query.dtype), state
+
+    def _mamba2(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`mamba2_chunk_scan`: input `[B, T, H, P]`, `B` and `C` `[B, T, groups, N]`, states `[B, H, P, N]`."""
+        assert initial_states is not None
+        x = hidden_states.float()
+        dt = _time_steps(dt, dt_bias, dt_softplus)
+        if dt_limit != (0.0, math.inf):
+            dt = dt.clamp(*dt_limit)
+        dt = self._masked(dt)
+        output, state = self._attend(
+            "gated",
+            B.shape[2],
+            C.float().flatten(2),
+            B.float().flatten(2),
+            (x * dt[..., None]).flatten(2),
+            initial_states.transpose(2, 3),
+            A.float() * dt,
+        )
+        output = output.view(x.shape)
+        return output if D is None else output + D[..., None] * x, state.transpose(2, 3)
+
+    def _mamba(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`mamba_selective_scan`: input, `dt` and `z` `[B, I, T]`, `B` and `C` `[B, N, T]`, `A` `[I, N]`.
+
+        It is given no state, and begins with zeros in transformers: here it is the layer's `[B, I, N]`, or where it is
+        called for each of several heads `[B, heads, I, N]`.
+        """
+        state = self._held.recurrent_states[0]
+        state = state if state.ndim == A.ndim + 1 else state[:, self._scanned]
+        self._scanned += 1
+        bias = None if delta_bias is None else delta_bias[:, None]
+        dt = self._masked(_time_steps(dt, bias, delta_softplus).transpose(1, 2))  # [B, T, I]
+        output, state = self._attend(
+            "gated",
+            1,
+            C.float().transpose(1, 2),
+            B.float().transpose(1, 2),
+            hidden_states.float().transpose(1, 2) * dt,
+            state.unsqueeze(-1),
+            (dt[..., None] * A).flatten(2),
+        )
+        output = output.transpose(1, 2)
+        if D is not None:
+            output = output + hidden_states * D[:, None]
+        return output if z is None else output * F.silu(z), state.squeeze(-1)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        """`x` `[B, T, …]`, 0 at padding: nothing decays and nothing is written."""
+        return x * self._valid.view(*self._valid.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+
+
+def states_of(held: LinearAttentionLayer, layer: Layer) -> dict[str, Tensor]:
+    """What a layer of the cache keeps after a call, by part."""
+    states = [*held.conv_states.values(), held.recurrent_states[0]]
+    return dict(zip(layer.base_states, states, strict=False))
+
+
+def packed_order(valid: Tensor) -> Tensor:
+    """The order in which each row's valid tokens come first, int64 `[B, T]`."""
+    tokens = valid.shape[1]
+    numbers = torch.arange(tokens)
+    return torch.argsort(torch.where(valid, tokens - numbers, -numbers), descending=True)
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """`x` `[B, C, N]` at `columns` `[B, K]`: `[B, C, K]`."""
+    return x.gather(2, columns.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def _replace(held: LinearAttentionLayer, state: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    """`LinearAttentionLayer.update_recurrent_state`."""
+    held.recurrent_states[state_idx] = state
+    return state
+
+
+def _time_steps(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    return (F.softplus(dt) if softplus else dt).float()

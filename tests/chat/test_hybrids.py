@@ -1,0 +1,73 @@
+"""Conversations in PyTorch with models whose layers keep more than keys and values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from chat.talking import OTHERS, TURNS, assert_same_memory, in_generate, say, seen
+from helpers.hybrids import HYBRIDS, hybrid
+from helpers.tiny import tiny_tokenizer
+
+from deltamem_tool.chat.context_window import with_room
+from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.torch_engine import TorchModel
+
+TOLERANCE = 1e-4  # of logits and states: transformers computes several tokens in another way than one
+ROUNDS = (TURNS, OTHERS)
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def engine(request) -> TorchModel:
+    tokenizer = tiny_tokenizer()
+    engine = TorchModel(hybrid(request.param, tokenizer), tokenizer)
+    engine.stop_tokens = frozenset()
+    return engine
+
+
+def test_greedy_turns_are_those_of_generate(engine):
+    conversation = Conversation(engine)
+    answers, memory = in_generate(engine, TURNS, 6)
+    assert say(conversation, *TURNS) == answers
+    for layer, state in conversation.memory.states.items():
+        np.testing.assert_allclose(state, memory.layers[layer].numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_together_each_is_as_if_alone(engine):
+    """Prompts of several lengths and answers that end at several times: padding on both sides of texts."""
+    together, alone = ([Conversation(engine) for _ in TURNS] for _ in range(2))
+    engine.stop_tokens = frozenset(range(0, len(engine.text.ids), 9))
+    try:
+        for contents in ROUNDS:
+            answers = generate_together(together, contents, Sampling(8))
+            expected = [one.generate(content, Sampling(8)) for one, content in zip(alone, contents, strict=True)]
+            assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+        assert len({len(answer.tokens) for answer in expected}) > 1
+    finally:
+        engine.stop_tokens = frozenset()
+    for one, other in zip(together, alone, strict=True):
+        assert_same_memory(one.memory, other.memory, TOLERANCE)
+
+
+def test_undone_turns_are_as_if_they_had_not_been(engine):
+    conversation = Conversation(engine)
+    say(conversation, TURNS[0])
+    before = seen(conversation)
+    answer = say(conversation, TURNS[1])
+    say(conversation, TURNS[2])
+    assert conversation.undo() and conversation.undo()
+    assert seen(conversation)[:2] == before[:2]
+    assert_same_memory(conversation.memory, before[2])
+    assert say(conversation, TURNS[1]) == answer
+
+
+def test_turns_that_left_the_context_are_not_in_its_states(engine):
+    """What stays is read again from the beginning, and nothing of it written."""
+    conversation = Conversation(engine)
+    say(conversation, *TURNS)
+    place = with_room(engine, conversation._place, 48, True, OTHERS[0], Sampling(6))
+    assert 0 < len(place.tokens) < len(conversation._place.tokens)
+    ids = np.array([place.tokens])
+    _, again = engine.step(engine.start(engine.memory(place.past)), ids, np.ones_like(ids), ids < 0)
+    next_id, mask = np.array([[7]]), np.ones((1, ids.shape[1] + 1), np.int64)
+    expected, found = (engine.step(past, next_id, mask, next_id < 0)[0] for past in (again, place.past))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)

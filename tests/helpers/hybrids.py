@@ -1,0 +1,24 @@
+"""Tiny hybrids: models some of whose layers have convolutions or linear attention beside attention or instead of it."""
+
+from __future__ import annotations
+
+import torch
+from base_model.tiny_configs import tiny_config
+from helpers.tiny import END, PAD, randomise
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamem_tool import DeltaMemConfig, attach
+
+# One of each kind: convolutions alone, gated delta rule, Mamba 2, both in one layer, layers without either.
+HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h")
+
+
+def hybrid(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
+    """A tiny model of the type with a memory that matters, for the tiny chat tokenizer."""
+    torch.manual_seed(0)
+    config = tiny_config(name)
+    config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), PAD, END
+    config.bos_token_id, config.max_position_embeddings = None, 512
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomise(attach(model, DeltaMemConfig(**{"rank": 4, "state_heads": 2, "branches": ("q", "o"), **options})))
+    return model
