@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from deltamem_tool.chat.context_window import ROOM_FOR_ANSWER
 from deltamem_tool.chat.engine import Engine
 from deltamem_tool.chat.generation import Token
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.file import StoredMemory
@@ -75,10 +76,11 @@ def build_prompt(engine: Engine, memory: StoredMemory, asked: Asked, window: int
         DataError: the chat template leaves something out, or does not let the segments be told.
     """
     system = next((n for n, message in enumerate(asked.messages) if message["role"] not in SYSTEM_ROLES), 0)
-    starts = [system, *_later_starts(asked, system)]
+    split = _known_end(asked, system)
+    starts = [system, *_later_starts(asked.messages, system, split)]
 
     def built(number: int) -> Prompt:
-        return _built(engine, memory, asked, system, starts[number])
+        return _built(engine, memory, asked, _cut(asked, system, starts[number], split))
 
     if window is None:
         return built(0)
@@ -96,104 +98,92 @@ def build_prompt(engine: Engine, memory: StoredMemory, asked: Asked, window: int
     return replace(prompt, room=window - len(prompt.tokens))
 
 
-def _later_starts(asked: Asked, system: int) -> list[int]:
-    """Where the context may begin instead of with the first message after those of the system: with a known turn."""
-    split = _known_end(asked, system)
-    messages = asked.messages
-    turns = [n for n in range(system + 1, split) if messages[n]["role"] == "user" != messages[n - 1]["role"]]
-    return [*turns, split] if split > system else []
+@dataclass(frozen=True)
+class _Cut:
+    """A request's messages in two parts.
+
+    Args:
+        read: those up to the last known answer; none where there is no such answer, or it has left the context.
+        new: the others.
+        known: of these, which the memory was fed.
+        dropped: how many have left the context.
+    """
+
+    read: Sequence[Message]
+    new: Sequence[Message]
+    known: Sequence[bool]
+    dropped: int
 
 
 def _known_end(asked: Asked, system: int) -> int:
-    """Where the messages after the last known answer begin; `system` where there is no answer that can be told."""
-    messages = asked.messages
-    for number in reversed(range(system + 1, len(messages))):
-        if messages[number]["role"] == "assistant" and all(asked.known.messages[system : number + 1]):
+    """Where the messages after the last known answer begin; `system` where there is no such answer."""
+    for number in reversed(range(system + 1, len(asked.messages))):
+        if asked.messages[number]["role"] == "assistant" and all(asked.known.messages[system : number + 1]):
             return number + 1
     return system
 
 
-def _built(engine: Engine, memory: StoredMemory, asked: Asked, system: int, start: int) -> Prompt:
-    """The prompt whose context begins with the system messages, and then with message `start`."""
-    text, messages = engine.text, asked.messages
-    split = _known_end(asked, system)
-    script, context = Transcript(), list[Token]()
-    earlier = [*messages[:system], *messages[start : split - 1]] if start < split else []
-    goes_on = len(earlier) > 0
-    if goes_on:
+def _later_starts(messages: Sequence[Message], system: int, split: int) -> list[int]:
+    """Where the context may begin instead: with a later known turn, or with what is after all of them."""
+    turns = [n for n in range(system + 1, split) if messages[n]["role"] == "user" != messages[n - 1]["role"]]
+    return [*turns, split] if split > system else []
+
+
+def _cut(asked: Asked, system: int, start: int, split: int) -> _Cut:
+    """The messages of the system, and those from `start` on."""
+    messages, known = asked.messages, asked.known.messages
+    if start < split:
+        return _Cut([*messages[:system], *messages[start:split]], messages[split:], known[split:], start - system)
+    return _Cut([], [*messages[:system], *messages[split:]], [*known[:system], *known[split:]], start - system)
+
+
+def _built(engine: Engine, memory: StoredMemory, asked: Asked, cut: _Cut) -> Prompt:
+    writes = asked.write and not asked.known.repeats
+    text, script, context = engine.text, Transcript(), list[Token]()
+    if cut.read:
+        *earlier, answer = cut.read
         script, fed = script.begin(text, earlier)
-        answer = text.encode(text_of(messages[split - 1]))
-        script = script.answered(text_of(messages[split - 1]), answer)
-        context = [Token(token, writes=False) for token in (*fed, *answer)]
+        said = text.encode(text_of(answer))
+        script = script.answered(text_of(answer), said)
+        context = [Token(token, writes=False) for token in (*fed, *said)]
     begin = len(script.head)
-    new = messages[split:] if goes_on else [*messages[:system], *messages[max(start, split) :]]
-    script, fed = script.begin(text, new)
-    flags = [*asked.known.messages[split:]] if goes_on else [
-        *asked.known.messages[:system], *asked.known.messages[max(start, split) :]
-    ]  # fmt: skip
-    writes = _writes(engine, script, begin, fed, flags, len(earlier) + goes_on) if asked.write else [False] * len(fed)
-    any_new = asked.write and not asked.known.repeats
-    continues = goes_on and asked.known.whole
-    if continues and any_new and asked.pending:
-        context[-asked.pending :] = [token._replace(writes=True) for token in context[-asked.pending :]]
-    if any_new and engine.memory_shape.segment_width:
-        memory, context, marked = _segmented(engine, memory, asked, script, begin, context, fed, writes, continues)
+    script, fed = script.begin(text, cut.new)
+    if not writes:
+        new = [Token(token, writes=False) for token in fed]
+        return Prompt(memory, (*context, *new), answer_writes=False, room=None, written=0, dropped=cut.dropped)
+    flags = _writes(text, script, begin, fed, cut)
+    goes_on = bool(cut.read) and asked.known.whole
+    pending = asked.pending if goes_on else 0
+    if pending:
+        context[-pending:] = [token._replace(writes=True) for token in context[-pending:]]
+    if engine.memory_shape.segment_width:
+        tags, ended = script.tags(text, engine.mechanism.granularity, begin)
+        # The memory's open segment is the last answer's. It goes on where this conversation was fed last.
+        if not (goes_on and asked.known.newest) or (ended and not pending):
+            memory = memory.end_segment(engine.mechanism)
+        if ended and pending:
+            context[-1] = context[-1]._replace(ends=True)
+        new = [
+            Token(token, flag and tag != SegmentTag.OUTSIDE, flag and tag == SegmentTag.LAST)
+            for token, flag, tag in zip(fed, flags, tags, strict=True)
+        ]
     else:
-        marked = [Token(*token) for token in zip(fed, writes, strict=True)]
-    return Prompt(
-        memory=memory,
-        tokens=(*context, *marked),
-        answer_writes=any_new,
-        room=None,
-        written=sum(not flag for flag in flags) if any_new else 0,
-        dropped=start - system,
-    )
+        new = [Token(token, flag) for token, flag in zip(fed, flags, strict=True)]
+    written = sum(not known for known in cut.known)
+    return Prompt(memory, (*context, *new), answer_writes=True, room=None, written=written, dropped=cut.dropped)
 
 
-def _writes(
-    engine: Engine, script: Transcript, begin: int, fed: Sequence[int], known: Sequence[bool], before: int
-) -> list[bool]:
-    """Which of the tokens of a turn write: those of messages that are not `known`, and the header of the answer.
+def _writes(text: ChatText, script: Transcript, begin: int, fed: Sequence[int], cut: _Cut) -> list[bool]:
+    """Which of the new tokens write: those of messages that are not known, and the header of the answer.
 
-    `before` is how many messages are before the turn's. The rest of the last answer's message, which comes first, is
-    new where the first message is. Where the template does not let the messages be told apart, all of them write.
+    What is first, the rest of the last answer's message, is as new as the first message. Where the template does not
+    let messages be told apart, all of them write.
     """
-    if not any(known):
+    if not any(cut.known):
         return [True] * len(fed)
-    if all(known):
-        return [False] * len(fed)
     try:
-        owners = script.owners(engine.text, begin)
+        owners = script.owners(text, begin)
     except DataError:
         return [True] * len(fed)
-    flags = [*known, False]
-    return [not flags[max(0, owner - before)] for owner in owners]
-
-
-def _segmented(
-    engine: Engine,
-    memory: StoredMemory,
-    asked: Asked,
-    script: Transcript,
-    begin: int,
-    context: list[Token],
-    fed: Sequence[int],
-    writes: Sequence[bool],
-    continues: bool,
-) -> tuple[StoredMemory, list[Token], list[Token]]:
-    """The same where the memory is written by segments: what starts it, the context and the marked new tokens.
-
-    The open segment of the memory is the last answer's. It goes on where this conversation was the last that was fed,
-    and ends before anything else is.
-    """
-    tags, ended = script.tags(engine.text, engine.mechanism.granularity, begin)
-    pending = asked.pending if continues else 0
-    if not (continues and asked.known.newest) or (ended and not pending):
-        memory = memory.end_segment(engine.mechanism)
-    if ended and pending:
-        context[-1] = context[-1]._replace(ends=True)
-    marked = [
-        Token(token, write and tag != SegmentTag.OUTSIDE, write and tag == SegmentTag.LAST)
-        for token, write, tag in zip(fed, writes, tags, strict=True)
-    ]
-    return memory, context, marked
+    known = [*cut.known, False]
+    return [not known[max(0, owner - len(cut.read))] for owner in owners]
