@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from deltamem_tool.base_model.limits import unknown_token
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.file import MemoryShape, StoredMemory
+
+if TYPE_CHECKING:
+    from deltamem_tool.chat.group import Group
 
 Past = Any  # KV cache and memory of a batch, as the engine keeps it; never changed
 
@@ -84,6 +87,9 @@ class Engine(Protocol):
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""
+
+    def group(self) -> Group:
+        """No rows yet, for many decode steps: rows come and go in between."""
 
 
 def check_ids(text: ChatText, input_ids: NDArray[Any], vocabulary: int | None) -> None:

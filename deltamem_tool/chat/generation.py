@@ -215,34 +215,25 @@ def answer_prompts(
         )
         for prompt in prompts
     ]
-    batch = Batch(engine, rows, engine.start(memory), np.zeros((len(rows), 0), np.int64))
+    batch = _Batch(engine, rows, engine.start(memory), np.zeros((len(rows), 0), np.int64))
     _go_on(batch, batch.feed(), engine.stop_tokens)
     return [row.answer for row in rows]
 
 
-class Batch:
-    """Rows that are fed together, padded on the left.
-
-    Args:
-        engine: the model.
-        rows: their conversations.
-        past: of all rows.
-        mask: int64 `[B, P]`, of the tokens in it, 0 at padding.
-    """
+class _Batch:
+    """Rows that are fed together, padded on the left."""
 
     def __init__(self, engine: Engine, rows: Sequence[Row], past: Past, mask: NDArray[Any]) -> None:
         self._engine = engine
-        self._state = rows, past, mask  # of the same call, whenever it is interrupted
+        self._state = rows, past, mask  # of the same call, whenever it is interrupted; mask int64 [B, P]
 
     @classmethod
-    def of(cls, engine: Engine, rows: Sequence[Row]) -> Batch:
-        """Rows whose pasts are their own, without padding that none of them needs."""
+    def of(cls, engine: Engine, rows: Sequence[Row]) -> _Batch:
         mask = _left_padded([[1] * (len(row.context) + row.fed) for row in rows], np.int64)
         return cls(engine, rows, engine.join([row.past for row in rows]), mask)
 
     @classmethod
-    def joined(cls, batches: Sequence[Batch]) -> Batch:
-        """All rows of `batches`."""
+    def joined(cls, batches: Sequence[_Batch]) -> _Batch:
         if len(batches) == 1:
             return batches[0]
         engine = batches[0]._engine
@@ -252,13 +243,7 @@ class Batch:
 
     @property
     def rows(self) -> Sequence[Row]:
-        """Those that are fed, ended ones too."""
         return self._state[0]
-
-    @property
-    def past(self) -> Past:
-        """Of all rows, after what was fed."""
-        return self._state[1]
 
     def feed(self) -> NDArray[Any]:
         """Logits `[B, V]` of `rows` after all tokens that were not fed yet; of rows that have ended they mean nothing.
@@ -269,7 +254,7 @@ class Batch:
         room, width = self._engine.max_length, max(len(row.tokens) - row.fed for row in self.rows if row.going)
         if room is not None and self._state[2].shape[1] + width > room:
             self.part()
-            self._state = Batch.of(self._engine, [row for row in self.rows if row.going])._state
+            self._state = _Batch.of(self._engine, [row for row in self.rows if row.going])._state
         rows, past, mask = self._state
         fresh = [row.tokens[row.fed :] if row.going else [] for row in rows]
         logits, *fed = feed(self._engine, past, mask, fresh)
@@ -299,10 +284,10 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
     """
     width = max(len(row.tokens) for row in rows)
     together = all(len(row.tokens) == width or not row.context for row in rows)
-    batches = [Batch.of(engine, rows)] if together else [Batch.of(engine, [row]) for row in rows]
+    batches = [_Batch.of(engine, rows)] if together else [_Batch.of(engine, [row]) for row in rows]
     try:
         logits = np.concatenate([batch.feed() for batch in batches])
-        batches = [Batch.joined(batches)]
+        batches = [_Batch.joined(batches)]
         _go_on(batches[0], logits, engine.stop_tokens)
     except KeyboardInterrupt:
         if any(row.fed == 0 for row in rows):
@@ -314,7 +299,7 @@ def answer_rows(engine: Engine, rows: Sequence[Row]) -> None:
         batch.part()
 
 
-def _go_on(batch: Batch, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
+def _go_on(batch: _Batch, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
     while True:
         for row, of_row in zip(batch.rows, logits, strict=True):
             if row.going:

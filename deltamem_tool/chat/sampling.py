@@ -75,9 +75,13 @@ class Sampler:
         sampling: how.
         context: the tokens before the answer, for the repetition penalty.
         ids: those that may be chosen: models often have logits for more, which mean no token.
+
+    Attributes:
+        is_greedy: whether it picks the likeliest token, whatever was said before.
     """
 
     def __init__(self, sampling: Sampling, context: NDArray[Any], ids: Collection[int]) -> None:
+        self.is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
         size = 1 + max([*ids, *context])
@@ -91,17 +95,37 @@ class Sampler:
         Raises:
             DeltaMemError: one that may be chosen has NaN or infinity, or all have minus infinity.
         """
-        seen, tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
-        allowed = np.where(tokens, logits, -np.inf)
+        self._seen, self._tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
+        allowed = np.where(self._tokens, logits, -np.inf)
         if not np.isfinite(allowed.max()):
             raise not_finite("The model's logits")
-        penalised = _penalised(allowed, seen, self._sampling.repetition_penalty)
+        penalised = _penalised(allowed, self._seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             token = int(penalised.argmax())
         else:
             token = int(self._random.choice(len(logits), p=_probabilities(penalised, self._sampling)))
         self._seen[token] = True
         return token
+
+
+class GreedySampler:
+    """Chooses a token of each of many answers at once, as a `Sampler` with `is_greedy` does of one.
+
+    Args:
+        ids: as in `Sampler`.
+    """
+
+    def __init__(self, ids: Collection[int]) -> None:
+        self._tokens = np.zeros(1 + max(ids), bool)
+        self._tokens[list(ids)] = True
+
+    def pick(self, logits: NDArray[Any]) -> list[int | None]:
+        """The next tokens, from logits `[B, V]`; None in a row for which `Sampler.pick` raises."""
+        self._tokens = _of_length(self._tokens, logits.shape[1])
+        allowed = np.where(self._tokens, logits, -np.inf)
+        tokens = allowed.argmax(axis=1)
+        finite = np.isfinite(allowed[np.arange(len(tokens)), tokens])
+        return tokens.tolist() if finite.all() else [int(t) if f else None for t, f in zip(tokens, finite, strict=True)]
 
 
 def not_finite(what: str) -> DeltaMemError:
@@ -127,7 +151,7 @@ def probabilities(logits: NDArray[Any], sampling: Sampling, context: NDArray[Any
 
 
 def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
-    return np.pad(mask[:length], (0, max(0, length - len(mask))))
+    return mask if len(mask) == length else np.pad(mask[:length], (0, max(0, length - len(mask))))
 
 
 def _penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from deltamem_tool._compat import (
     LinearAttentionLayer,
 )
 from deltamem_tool.chat.engine import check_ids
+from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat.torch_states import States, fill_states, joined_states, keeping_all, states_of, states_of_row
 from deltamem_tool.errors import ArchitectureError
@@ -195,6 +196,10 @@ class TorchModel:
             layers[index] = cast(tuple[Tensor, Tensor], tuple(padded))
         states = joined_states([(past.memory.batch_size, past.states) for past in pasts])
         return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]), states)
+
+    def group(self) -> Group:
+        """See `Engine.group`."""
+        return PaddedGroup(self)
 
     def _on_device(self, memory: StoredMemory) -> MemoryState:
         states, segments = (

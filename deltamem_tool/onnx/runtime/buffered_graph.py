@@ -27,7 +27,7 @@ from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.buffers import BufferedPast, BufferLease, Buffers
 from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache, joined_rows, one_row
-from deltamem_tool.onnx.runtime.ortvalue import copied, on_device, on_host
+from deltamem_tool.onnx.runtime.ortvalue import copied, on_device, on_host, wrapped
 
 NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id of a call that it shall neither record nor replay
 # Tokens. Attention takes room, and in ONNX Runtime's CPU provider time, for every pair of a token and a column, also
@@ -61,6 +61,9 @@ class BufferedGraph(LoadedGraph):
         options = {"enable_cuda_graph": "1"} if cuda_graph else {}
         super().__init__(folder, interface, provider, threads, map_weights, options)
         self.max_length = interface.max_length  # 0 where buffers can be of any length
+        described = interface.inputs() | interface.outputs()
+        self.types = {name: dtype for name, (dtype, _) in described.items()}
+        self._shapes = {name: shape for name, (_, shape) in described.items()}
         inputs = list(interface.inputs())
         self.growing = None if self.max_length else contract.ATTENTION_MASK  # the input whose size is not the step's
         self.cache_names = [name for name in inputs if is_cache(name)]
@@ -87,10 +90,20 @@ class BufferedGraph(LoadedGraph):
 
         Its numbers must be finite from the start: attention multiplies what it leaves out by zero.
         """
-        dtype, shape = (self.interface.inputs() | self.interface.outputs())[name]
+        array = self.zero_array(name, batch, room)
+        if self.device == "cpu":
+            return wrapped(array, self.types[name])  # whose pages the system gives when they are written
+        return on_device(array, self.types[name], self.device)
+
+    def zero_array(self, name: str, batch: int, room: int = 0) -> NDArray[Any]:
+        """As `zeros`, an array."""
         known = {contract.BATCH: batch, contract.TOKENS: 1, contract.PAST_TOKENS: room}
-        sizes = [known[s] if isinstance(s, str) else s for s in shape]
-        return on_device(np.zeros(sizes, np.uint16 if dtype == contract.BFLOAT16 else dtype), dtype, self.device)
+        sizes = [known[s] if isinstance(s, str) else s for s in self._shapes[name]]
+        return np.zeros(sizes, np.uint16 if self.types[name] == contract.BFLOAT16 else self.types[name])
+
+    def run_bound(self, binding: Any, options: onnxruntime.RunOptions | None = None) -> None:
+        """Call the graph with inputs and outputs that are bound."""
+        self._session.run_with_iobinding(binding, options)
 
     def empty_past(
         self,
@@ -260,7 +273,7 @@ class BufferedGraph(LoadedGraph):
                 binding.bind_cpu_input(name, array)
             else:
                 buffers.inputs[name].update_inplace(array)
-        self._session.run_with_iobinding(binding, buffers.options[source])
+        self.run_bound(binding, buffers.options[source])
         after = BufferedPast(past.lease, past.mask, {})
         buffers.enter(1 - source, after)
         return on_host(buffers.logits).copy(), after

@@ -13,10 +13,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from onnxruntime import OrtValue
+from onnxruntime import OrtValue, RunOptions
 
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime.ortvalue import copied
@@ -32,22 +33,44 @@ class Buffers:
         self.batch, self.room = batch, room
         self.lock = threading.RLock()
         self.cache = {name: graph.zeros(name, batch, room) for name in graph.cache_names}
-        # What a step reads, what it writes, and the past whose memory is there, as long as somebody has it.
-        self.slots = [{name: graph.zeros(name, batch) for name in graph.memory_names} for _ in range(2)]
         self.owners: list[weakref.ref[BufferedPast] | None] = [None, None]
-        # Ids, masks and the past's length, as far as their sizes stay.
-        self.inputs = {name: graph.zeros(name, batch) for name in graph.input_names if name != graph.growing}
-        self.logits = graph.zeros(contract.LOGITS_OUTPUT, batch)
-        self.bindings = [self._binding(graph, source) for source in range(2)]
-        self.options = [graph.run_options(next(graph.graph_ids)) for _ in range(2)]
+        self._graph = graph
 
-    def _binding(self, graph: BufferedGraph, source: int) -> Any:
+    # The rest is of decode steps; buffers of a prompt alone do without.
+
+    @cached_property
+    def slots(self) -> list[dict[str, OrtValue]]:
+        """What a step reads, what it writes, and the past whose memory is there, as long as somebody has it."""
+        return [{name: self._graph.zeros(name, self.batch) for name in self._graph.memory_names} for _ in range(2)]
+
+    @cached_property
+    def inputs(self) -> dict[str, OrtValue]:
+        """Ids, masks and the past's length, as far as their sizes stay."""
+        graph = self._graph
+        return {name: graph.zeros(name, self.batch) for name in graph.input_names if name != graph.growing}
+
+    @cached_property
+    def logits(self) -> OrtValue:
+        """Of one token."""
+        return self._graph.zeros(contract.LOGITS_OUTPUT, self.batch)
+
+    @cached_property
+    def bindings(self) -> list[Any]:
+        """Steps from the first slot to the second, and back."""
+        return [self._binding(source) for source in range(2)]
+
+    @cached_property
+    def options(self) -> list[RunOptions]:
+        """Of these steps."""
+        return [self._graph.run_options(next(self._graph.graph_ids)) for _ in range(2)]
+
+    def _binding(self, source: int) -> Any:
         """A step from one slot to the other. Inputs and outputs stay where they are for good."""
-        binding = graph.io_binding()
+        binding = self._graph.io_binding()
         for name, value in (self.inputs | self.cache | self.slots[source]).items():
             binding.bind_ortvalue_input(name, value)
         written = self.cache | self.slots[1 - source]
-        for name in graph.output_names:
+        for name in self._graph.output_names:
             value = self.logits if name == contract.LOGITS_OUTPUT else written[contract.past_name(name)]
             binding.bind_ortvalue_output(name, value)
         return binding

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from deltamem_tool.chat.engine import Past, check_ids
+from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.text import ChatText, read_json
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ConfigError, ExportError
@@ -18,6 +19,7 @@ from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.locate import find_onnx
 from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.buffered_graph import open_graph
+from deltamem_tool.onnx.runtime.slots import Slots
 
 
 class OnnxModel:
@@ -121,6 +123,10 @@ class OnnxModel:
     def join(self, pasts: Sequence[Past]) -> Past:
         """See `Engine.join`."""
         return self.graph.join(pasts)
+
+    def group(self) -> Group:
+        """See `Engine.group`."""
+        return Slots(self.graph, self.adapter) if Slots.fit(self.graph) else PaddedGroup(self)
 
 
 def _configured_ends(folder: Path) -> list[int]:

@@ -24,6 +24,13 @@ def on_device(array: NDArray[Any], dtype: str, device: str) -> OrtValue:
     return here if device == _CPU else _moved(here, device)
 
 
+def wrapped(array: NDArray[Any], dtype: str) -> OrtValue:
+    """The same memory as a tensor on the CPU; `array`, whose rows follow each other, holds bfloat16 as uint16."""
+    if dtype != contract.BFLOAT16:
+        return OrtValue.ortvalue_from_numpy(array)
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
+
+
 def on_host(value: OrtValue) -> NDArray[Any]:
     """Its numbers, uint16 for bfloat16. Read only: on the CPU they are not copied."""
     if value.element_type() != ELEMENT_TYPES[contract.BFLOAT16]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,26 @@ from numpy.typing import NDArray
 from deltamem_tool.chat.engine import Engine
 from deltamem_tool.chat.generation import AnswerStream, Row, feed
 from deltamem_tool.chat.sampling import Sampler
+from deltamem_tool.chat.text import ChatText
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Completion
 from deltamem_tool.serve.batching.ticket import Ticket
+
+
+class _TokenStream(AnswerStream):
+    """Gives tokens as they are: they become text where they are read."""
+
+    def __init__(self, text: ChatText, put: Callable[[int], object]) -> None:
+        super().__init__(text, (), None)
+        self._put = put
+
+    def push(self, token: int) -> bool:
+        """See `AnswerStream.push`."""
+        self._put(token)
+        return False
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 class Running:
@@ -32,7 +49,10 @@ class Running:
         if engine.max_length is not None:
             limit = min(limit, engine.max_length - len(tokens))
         sampler = Sampler(job.sampling, np.array([token.id for token in tokens], np.int64), ids)
-        stream = AnswerStream(engine.text, job.sampling.stop, ticket.put)
+        if job.sampling.stop:
+            stream = AnswerStream(engine.text, job.sampling.stop, ticket.put)
+        else:
+            stream = _TokenStream(engine.text, ticket.put)
         self.ticket = ticket
         self.row = Row(None, (), tokens, job.answer_writes, limit, sampler, stream)
         self._started = time.monotonic()
@@ -48,13 +68,15 @@ class Running:
         row.fed += len(tokens)
         return logits
 
-    def take(self, logits: NDArray[Any], stop_tokens: frozenset[int]) -> None:
-        """Choose the next token of the answer, from logits `[V]`.
+    def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> None:
+        """Choose the next token of the answer, from logits `[V]` whose `likeliest` token may be known.
 
         Raises:
             DeltaMemError: they contain NaN or infinity.
         """
-        self.row.take(self.row.sampler.pick(logits), stop_tokens)
+        sampler = self.row.sampler
+        known = likeliest if sampler.is_greedy else None
+        self.row.take(sampler.pick(logits) if known is None else known, stop_tokens)
         if self._first_token is None:
             self._first_token = time.monotonic()
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
-from deltamem_tool.chat.engine import Engine, Past
-from deltamem_tool.chat.generation import Batch
+from deltamem_tool.chat.engine import Engine
+from deltamem_tool.chat.sampling import GreedySampler
 from deltamem_tool.errors import DeltaMemError, domain_error, first_line
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job
 from deltamem_tool.serve.batching.running import Running
-from deltamem_tool.serve.batching.ticket import Ticket
+from deltamem_tool.serve.batching.ticket import Bell, Ticket
 from deltamem_tool.serve.batching.waiting import FairQueue
 
 MAX_BATCH = 32
@@ -61,14 +62,17 @@ class Scheduler:
         self.engine = engine
         self.counters = Counters()
         self._ids = engine.text.ids | engine.stop_tokens
+        self._greedy = GreedySampler(self._ids)
         self._max_batch, self._piece = max_batch, piece
         self._waiting = FairQueue(max_queue)
         self._changed = threading.Condition()  # guards what waits, and the two that follow
         self._open = True  # to new jobs
         self._ending = False  # without an answer to those that are here
         self._prompts: list[Running] = []  # not fed whole yet
-        self._answering: list[Running] = []  # the rows of the batch
-        self._batch: Batch | None = None
+        self._answering: list[Running] = []  # the rows of the group
+        self._leaving: set[int] = set()  # of these rows, those that have ended
+        self._group = engine.group()
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name="deltamem-scheduler", daemon=True)
         self._thread.start()
 
@@ -81,7 +85,7 @@ class Scheduler:
             DeltaMemError: the job cannot be run: see `Job.check`.
         """
         job.check(self.engine, self._ids)
-        ticket = Ticket(job)
+        ticket = Ticket(job, self.engine.text, self._bell)
         with self._changed:
             if not self._open:
                 raise _closed()
@@ -106,9 +110,13 @@ class Scheduler:
     def _run(self) -> None:
         while self._admit():
             try:
-                self._decode(self._feed_prompts())
+                joining = self._feed_prompts()
+                self._bell.ring()  # readers are at work while the engine is
+                self._decode(joining)
             except Exception as error:  # ONNX Runtime's have no common base, and a dead thread would answer nobody
                 self._fail(error)
+            self._bell.ring()
+        self._bell.ring()
 
     def _admit(self) -> bool:
         """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
@@ -125,77 +133,91 @@ class Scheduler:
         self._prompts += [Running(self.engine, ticket, self._ids) for ticket in new]
         for ticket in gone:
             self._end(ticket, _reason(ticket) or _closed())
-        for group in (self._prompts, self._answering):
-            for running in list(group):
-                reason = _closed() if ending else _reason(running.ticket)
-                if reason is not None:
-                    group.remove(running)
-                    self._end(running.ticket, reason)
+        for running in list(self._prompts):
+            reason = _closed() if ending else _reason(running.ticket)
+            if reason is not None:
+                self._prompts.remove(running)
+                self._end(running.ticket, reason)
+        for number, running in enumerate(self._answering):
+            reason = _closed() if ending else _reason(running.ticket)
+            if reason is not None and number not in self._leaving:
+                self._leaving.add(number)
+                self._end(running.ticket, reason)
         self.counters.running = len(self._running)
         return self._open or bool(self._running or self._waiting)
 
     @property
     def _running(self) -> list[Running]:
-        return [*self._prompts, *self._answering]
+        answering = (running for number, running in enumerate(self._answering) if number not in self._leaving)
+        return [*self._prompts, *answering]
 
     def _feed_prompts(self) -> list[Running]:
         """Feed `piece` tokens of prompts; return those that answer from now on."""
         budget, joining = self._piece, list[Running]()
         while self._prompts and budget > 0:
             running = self._prompts[0]
-            before = running.row.fed
+            row, before = running.row, running.row.fed
             logits = running.feed_prompt(self.engine, budget)
-            budget -= running.row.fed - before
-            self.counters.prompt_tokens += running.row.fed - before
-            if running.row.fed == running.row.prompt:
+            budget -= row.fed - before
+            self.counters.prompt_tokens += row.fed - before
+            if row.fed == row.prompt:
                 self._prompts.remove(running)
-                joining += self._choose([running], logits, running.row.past)
+                if self._choose(running, logits[0], None, partial(self.engine.memory, row.past)):
+                    joining.append(running)
         return joining
 
     def _decode(self, joining: Sequence[Running]) -> None:
         """One token for each row that answers."""
-        before = self._batch
-        rows = [running.row for running in self._answering]
-        if joining or (before is not None and len(rows) < len(before.rows)):
-            if before is not None:
-                before.part()
-            self._answering += joining
-            rows = [running.row for running in self._answering]
-            self._batch = Batch.of(self.engine, rows) if rows else None
-        batch = self._batch
-        if batch is None:
+        self._exchange(joining)
+        if not self._answering:
             return
         began = time.perf_counter()
-        logits = batch.feed()
-        self._answering = self._choose(self._answering, logits, batch.past)
+        rows = [running.row for running in self._answering]
+        logits = self._group.step([row.tokens[-1] for row in rows])
+        tokens = self._greedy.pick(logits)
+        for number, running in enumerate(self._answering):
+            running.row.fed += 1
+            if not self._choose(running, logits[number], tokens[number], partial(self._group.memory, number)):
+                self._leaving.add(number)
+        if len(self._leaving) == len(rows):
+            self._exchange(())  # nobody may come for a while
         self.counters.steps += 1
         self.counters.step_rows += len(rows)
         self.counters.step_seconds += time.perf_counter() - began
 
-    def _choose(self, group: Sequence[Running], logits: NDArray[Any], past: Past) -> list[Running]:
-        """The next token of each row, from logits `[B, V]`; return the rows that go on. `past` is theirs together."""
-        going: list[Running] = []
-        memory: StoredMemory | None = None
-        for number, (running, of_row) in enumerate(zip(group, logits, strict=True)):
-            try:
-                running.take(of_row, self.engine.stop_tokens)
-            except DeltaMemError as error:
-                self._end(running.ticket, error)
-                continue
-            self.counters.answer_tokens += 1
-            if running.row.going:
-                going.append(running)
-                continue
-            memory = memory or self.engine.memory(past)
-            self.counters.completed += 1
-            running.ticket.put(running.completion(memory.row(number)))
-        return going
+    def _exchange(self, joining: Sequence[Running]) -> None:
+        """Let rows leave and join the group."""
+        if not self._leaving and not joining:
+            return
+        pasts, lengths = [running.row.past for running in joining], [running.row.fed for running in joining]
+        for running in joining:
+            running.row.past = None
+        places = self._group.exchange(self._leaving, pasts, lengths)
+        self._answering = [*(self._answering[place] for place in places), *joining]
+        self._leaving.clear()
+
+    def _choose(
+        self, running: Running, logits: NDArray[Any], token: int | None, memory: Callable[[], StoredMemory]
+    ) -> bool:
+        """The next token of a row, as in `Running.take`; return whether the answer goes on after it."""
+        try:
+            running.take(logits, token, self.engine.stop_tokens)
+        except DeltaMemError as error:
+            self._end(running.ticket, error)
+            return False
+        self.counters.answer_tokens += 1
+        if running.row.going:
+            return True
+        self.counters.completed += 1
+        running.ticket.put(running.completion(memory()))
+        return False
 
     def _fail(self, error: Exception) -> None:
         """End everybody in the batch; those who wait have a new one."""
         for running in self._running:
             self._end(running.ticket, domain_error(error) or _failed(error))
-        self._prompts, self._answering, self._batch = [], [], None
+        self._prompts, self._answering, self._group = [], [], self.engine.group()
+        self._leaving.clear()
 
     def _end(self, ticket: Ticket, error: DeltaMemError) -> None:
         """End a ticket without an answer."""

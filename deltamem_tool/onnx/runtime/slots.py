@@ -1,0 +1,154 @@
+"""A group of rows in one set of buffers, in which a row that joins or leaves moves one other at most.
+
+    cache     [S, heads, N, width]   keys and values of S slots; a row's tokens are the first of its N columns
+    memory    [S, ...]               states and open segments, twice: a step reads one and writes the other
+
+The first B slots are the rows. A graph of packed keys and values takes them as they are, whatever their lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_tool.chat.generation import Token
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.onnx import contract
+from deltamem_tool.onnx.runtime.buffered_graph import FIRST_ROOM, BufferedGraph
+from deltamem_tool.onnx.runtime.buffers import BufferedPast
+from deltamem_tool.onnx.runtime.ortvalue import on_host, wrapped
+
+_COLUMNS = contract.INPUT_IDS, contract.WRITE_MASK, contract.SEGMENT_END  # the inputs of a `Token`
+
+
+class _Arrays:
+    """Buffers of `size` slots with `room` columns, and what runs steps in them."""
+
+    def __init__(self, graph: BufferedGraph, size: int, room: int) -> None:
+        self.size, self.room = size, room
+        self.cache = {name: graph.zero_array(name, size, room) for name in graph.cache_names}
+        self.memory = [{name: graph.zero_array(name, size) for name in graph.memory_names} for _ in range(2)]
+        self.source = 0  # of `memory`, what the next step reads
+        self.inputs = {name: graph.zero_array(name, size) for name in graph.input_names if name != graph.growing}
+        self.logits = graph.zero_array(contract.LOGITS_OUTPUT, size)
+        self._graph = graph
+        self._bindings: dict[tuple[int, int], Any] = {}  # by rows and source
+
+    def step(self, rows: int, mask: NDArray[Any]) -> NDArray[Any]:
+        """Feed what is in `inputs` to the first `rows` slots, whose tokens `mask` counts; return their logits."""
+        binding = self._binding(rows)
+        binding.bind_cpu_input(contract.ATTENTION_MASK, mask)
+        self._graph.run_bound(binding)
+        self.source = 1 - self.source
+        logits: NDArray[Any] = self.logits[:rows, -1]
+        return logits
+
+    def _binding(self, rows: int) -> Any:
+        """All that stays where it is for good: inputs and outputs but the mask."""
+        key = rows, self.source
+        if key not in self._bindings:
+            graph = self._graph
+            read, written = self.memory[self.source], self.memory[1 - self.source]
+            binding = self._bindings[key] = graph.io_binding()
+            for name, array in (self.inputs | self.cache | read).items():
+                binding.bind_ortvalue_input(name, wrapped(array[:rows], graph.types[name]))
+            outputs = {contract.past_name(name): name for name in graph.output_names}
+            for name, array in (self.cache | written).items():
+                binding.bind_ortvalue_output(outputs[name], wrapped(array[:rows], graph.types[name]))
+            binding.bind_ortvalue_output(contract.LOGITS_OUTPUT, wrapped(self.logits[:rows], contract.FLOAT32))
+        return self._bindings[key]
+
+
+class Slots:
+    """See `deltamem_tool.chat.group.Group`. For a graph on the CPU with packed keys and values of any length.
+
+    Args:
+        graph: what feeds the rows.
+        adapter: fingerprint of the adapter, for their memories.
+    """
+
+    def __init__(self, graph: BufferedGraph, adapter: str) -> None:
+        self._graph, self._adapter = graph, adapter
+        self._lengths: list[int] = []  # tokens of each row
+        self._arrays = _Arrays(graph, 0, 0)
+
+    @staticmethod
+    def fit(graph: Any) -> bool:
+        """Whether the rows of `graph` can be in slots."""
+        return isinstance(graph, BufferedGraph) and not graph.max_length and graph.device == "cpu"
+
+    def exchange(self, leaving: Collection[int], pasts: Sequence[BufferedPast], lengths: Sequence[int]) -> list[int]:
+        """See `Group.exchange`. The last row takes the place of one that leaves."""
+        places = list(range(len(self._lengths)))
+        for row in sorted(leaving, reverse=True):
+            places[row] = places[-1]
+            places.pop()
+            self._vacate(row)
+        if not places:
+            self._arrays = _Arrays(self._graph, 0, 0)  # whoever was long is gone
+        self._reserve(len(places) + len(pasts), max(lengths, default=0))
+        for past, length in zip(pasts, lengths, strict=True):
+            self._append(past, length)
+        return places
+
+    def step(self, tokens: Sequence[Token]) -> NDArray[Any]:
+        """See `Group.step`."""
+        rows, width = len(tokens), max(self._lengths) + 1
+        self._reserve(rows, width)
+        for name, column in zip(_COLUMNS, zip(*tokens, strict=True), strict=True):
+            if name in self._arrays.inputs:
+                self._arrays.inputs[name][:rows, 0] = column
+        self._lengths = [length + 1 for length in self._lengths]
+        mask = np.arange(width) >= width - np.array(self._lengths)[:, None]
+        return self._arrays.step(rows, mask.astype(np.int64))
+
+    def memory(self, row: int) -> StoredMemory:
+        """See `Group.memory`."""
+        states, segments = (self._memory_part(row, part) for part in (contract.STATE, contract.SEGMENT))
+        return StoredMemory(states, segments, self._adapter)
+
+    def _memory_part(self, row: int, part: str) -> dict[int, NDArray[Any]]:
+        names = {i: contract.carried_name(contract.PAST, i, part) for i in self._graph.interface.state_shapes}
+        arrays = self._arrays.memory[self._arrays.source]
+        return {i: arrays[name][row : row + 1].copy() for i, name in names.items() if name in arrays}
+
+    def _append(self, past: BufferedPast, length: int) -> None:
+        """A copy of a past of one row behind the others."""
+        row, arrays = len(self._lengths), self._arrays
+        self._lengths.append(length)
+        for name, value in past.lease.buffers.cache.items():
+            arrays.cache[name][row, :, :length] = on_host(value)[0, :, :length]
+        for name, value in past.memory.items():
+            arrays.memory[arrays.source][name][row] = on_host(value)[0]
+
+    def _vacate(self, row: int) -> None:
+        """Let the last row take the place of another, and leave nothing of it behind."""
+        last = len(self._lengths) - 1
+        for array in self._arrays.cache.values():
+            array[row, :, : self._lengths[row]] = 0
+            if row != last:
+                array[row, :, : self._lengths[last]] = array[last, :, : self._lengths[last]]
+                array[last, :, : self._lengths[last]] = 0
+        for array in self._arrays.memory[self._arrays.source].values():
+            array[row] = array[last]
+        self._lengths[row] = self._lengths[last]
+        self._lengths.pop()
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Have so many slots and columns at least; what is there is copied if that needs other buffers."""
+        old, limit = self._arrays, self._graph.interface.room
+        if rows <= old.size and columns <= old.room:
+            return
+        size = old.size if rows <= old.size else max(rows, 2 * old.size)
+        room = old.room if columns <= old.room else max(FIRST_ROOM, 2 * columns)
+        if limit is not None:
+            room = max(columns, min(room, limit))
+        new, rows = _Arrays(self._graph, size, room), len(self._lengths)
+        self._arrays = new
+        for name, array in old.cache.items():
+            new.cache[name][:rows, :, : old.room] = array[:rows]
+        for name, array in old.memory[old.source].items():
+            new.memory[new.source][name][:rows] = array[:rows]
