@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from cli.command import START
+from helpers.full_disk import small_files
 from helpers.tiny import listing, save_checkpoint, write_jsonl
 from transformers import BertConfig, T5Config
 
@@ -308,17 +307,6 @@ def test_a_damaged_memory_file(here, deltamem):
 
 
 # A full disk
-
-
-@contextmanager
-def small_files(limit: int):
-    """Inside, no file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_room_for_the_adapter(here, deltamem, checkpoint):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import resource
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 from cli.chatting import ANSWER, ASKED, TOLD, same
+from helpers.full_disk import small_files
 from helpers.tiny import listing
 
 from deltamem_tool.chat.engine import empty_memory
@@ -78,17 +77,6 @@ def test_what_is_no_memory_is_not_overwritten(talk, here):
     chat(TOLD)
     chat("/save me")  # a memory may be
     assert same(read_memory("me"), chat.conversation.memory)
-
-
-@contextmanager
-def small_files(limit: int):
-    """No file may grow beyond `limit` bytes: a full disk, for a user that need not be root."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_chat_goes_on_when_the_disk_is_full(talk, here):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 
 import click
 import pytest
 import torch
+from helpers.full_disk import small_files
 from helpers.parity_cases import FOLDER
 from helpers.tiny import listing
 
@@ -84,11 +84,7 @@ def test_bad_input(here, deltamem):
 def test_no_room(here, deltamem):
     assert deltamem("convert", ADAPTER, "--base", BASE, "--out", "ours").code == 0
     before = listing(here)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
+    with small_files(2000):
         done = deltamem("convert", "ours", "--to", "reference", "--out", "back")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     done.assert_short_error("disk is full", "half-written", code=1)
     assert listing(here) == before

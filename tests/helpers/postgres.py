@@ -24,17 +24,17 @@ class PostgresServer:
     def __init__(self) -> None:
         self._programs = _programs()
         self._account = _account()
-        self._folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path is short, and not below what is root's
-        shutil.chown(self._folder, self._account)
-        self._data = self._folder / "data"
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path is short, and not below what is root's
+        self.own(self.folder)
+        self._data = self.folder / "data"
         self._names = (f"test{number}" for number in itertools.count())
         self._run("initdb", "--auth=trust", "--username=deltamem", "--encoding=UTF8", "--no-sync", "-D", self._data)
         self.start()
 
     def start(self) -> None:
         """Start it, and wait until it answers. What the tests end is the server, not the machine: it need not sync."""
-        options = f"-c listen_addresses= -c unix_socket_directories={self._folder} -c fsync=off"
-        self._run("pg_ctl", "start", "-w", "-D", self._data, "-l", self._folder / "log", "-o", options)
+        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-D", self._data, "-l", self.folder / "log", "-o", options)
 
     def stop(self) -> None:
         """End it with the transactions that are running."""
@@ -48,30 +48,34 @@ class PostgresServer:
     def remove(self) -> None:
         """End it, and delete its files."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", self._data, check=False)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
+
+    def own(self, path: Path) -> None:
+        """Let the server write to `path`."""
+        shutil.chown(path, self._account)
 
     def new_schema(self) -> str:
         """Create a schema, and return the URL that names it: as good as a database of its own, and made faster."""
         name = next(self._names)
         self.execute(f"CREATE SCHEMA {name}")
-        return f"postgresql://deltamem@/postgres?host={self._folder}&options=-csearch_path%3D{name}"
+        return f"postgresql://deltamem@/postgres?host={self.folder}&options=-csearch_path%3D{name}"
 
     def execute(self, statement: str) -> None:
         """Run a statement of SQL."""
-        self._run("psql", "-X", "-h", self._folder, "-U", "deltamem", "-d", "postgres", "-c", statement)
+        self._run("psql", "-X", "-h", self.folder, "-U", "deltamem", "-d", "postgres", "-c", statement)
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> None:
         done = subprocess.run(
             [self._programs / program, *map(str, arguments)],
             user=self._account,
-            cwd=self._folder,
+            cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # a pipe would stay open in the server
             stderr=subprocess.DEVNULL,
             timeout=60,
         )
         if check and done.returncode:
-            log = self._folder / "log"
+            log = self.folder / "log"
             pytest.fail(f"{program} failed: {log.read_text() if log.exists() else ''}")
 
 

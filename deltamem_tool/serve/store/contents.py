@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, delete, insert
 
 from deltamem_tool.serve.store.encryption import Cipher
-from deltamem_tool.serve.store.errors import StoreDamaged
 from deltamem_tool.serve.store.overflow import OverflowPages
 from deltamem_tool.serve.store.schema import contents
 
@@ -48,11 +47,12 @@ class Contents:
     def write(self, connection: Connection, data: bytes, note: Any, *place: str | int) -> Entry:
         """Add a content, of the row that `place` names."""
         text = json.dumps(note, separators=(",", ":")).encode()
-        blob = self.cipher.seal(_NOTE_LENGTH.pack(len(text)) + text + data, *place)
+        digest = hashlib.sha256(data).hexdigest()
+        blob = self.cipher.seal(_NOTE_LENGTH.pack(len(text)) + text + data, *place, digest)
         if self.pages is not None:
             blob = self.pages.wrap(blob)
         key = connection.execute(insert(contents).values(content=blob).returning(contents.c.key)).scalar_one()
-        return Entry(key, hashlib.sha256(data).hexdigest(), len(text) + len(data))
+        return Entry(key, digest, len(text) + len(data))
 
     def read(self, blob: bytes, digest: str, *place: str | int) -> tuple[bytes, Any]:
         """Return the memory and the note of a row's content.
@@ -60,26 +60,12 @@ class Contents:
         Raises:
             StoreDamaged: they are not what was written there.
         """
-        content = self.cipher.open(blob if self.pages is None else self.pages.unwrap(blob), *place)
-        try:
-            end = _NOTE_LENGTH.size + _NOTE_LENGTH.unpack_from(content)[0]
-            note, data = json.loads(content[_NOTE_LENGTH.size : end]), content[end:]
-        except (struct.error, ValueError) as error:
-            raise _damaged() from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise _damaged()
-        return data, note
+        content = self.cipher.open(blob if self.pages is None else self.pages.unwrap(blob), *place, digest)
+        end = _NOTE_LENGTH.size + _NOTE_LENGTH.unpack_from(content)[0]
+        return content[end:], json.loads(content[_NOTE_LENGTH.size : end])
 
 
 def remove_contents(connection: Connection, keys: Sequence[int]) -> None:
     """Delete the contents with these keys."""
     if keys:
         connection.execute(delete(contents).where(contents.c.key.in_(keys)))
-
-
-def _damaged() -> StoreDamaged:
-    return StoreDamaged(
-        "A row of the store is damaged.",
-        "Its content does not have its digest.",
-        "Restore the database from a backup, or delete this memory.",
-    )

@@ -99,7 +99,7 @@ class Database:
             raise StoreUnavailable(
                 f"The store {self._name} cannot be used.",
                 f"{_reason(error)}.",
-                "Nothing was written. Try again once the database can be reached and has free space.",
+                "A change that was under way was made whole or not at all. Try again once the database can be used.",
             ) from error
         except (DatabaseError, sqlite3.DatabaseError) as error:
             if type(error) not in _DAMAGED:

@@ -1,4 +1,4 @@
-"""Encryption of what is stored: AES-256-GCM, bound to the row, so that no row passes for another.
+"""Seals of what is stored, each bound to its row, so that no row passes for another: AES-256-GCM, or a checksum.
 
 Content is encrypted: memories, turns, transcripts. Names, times, sizes and digests are not. Nonces are random, which
 is safe for some four thousand million writes with one key.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import os
 from typing import Protocol
@@ -21,6 +22,7 @@ from deltamem_tool.serve.store.errors import StoreDamaged
 KEY_VARIABLE = "DELTAMEM_STORE_KEY"
 KEY_BYTES = 32
 NONCE_BYTES = 12
+CHECKSUM_BYTES = 32
 
 
 class Cipher(Protocol):
@@ -37,16 +39,27 @@ class Cipher(Protocol):
         """
 
 
-class NoCipher:
-    """Stores content as it is."""
+class Checksum:
+    """Content as it is, after the SHA-256 of the place and of itself: it finds damage, but anybody can make one."""
 
     def seal(self, content: bytes, *place: str | int) -> bytes:
-        """Return `content`."""
-        return content
+        """Return checksum and content."""
+        return _checksum(content, place) + content
 
     def open(self, sealed: bytes, *place: str | int) -> bytes:
-        """Return `sealed`."""
-        return sealed
+        """Return the content.
+
+        Raises:
+            StoreDamaged: the bytes are damaged, or of another place.
+        """
+        content = sealed[CHECKSUM_BYTES:]
+        if sealed[:CHECKSUM_BYTES] != _checksum(content, place):
+            raise StoreDamaged(
+                "A row of the store is damaged.",
+                "It does not have its checksum.",
+                "Restore the database from a backup, or delete this memory.",
+            )
+        return content
 
 
 class AesGcm:
@@ -74,6 +87,10 @@ class AesGcm:
                 "It is damaged, was moved from another row, or was written with another key.",
                 "Restore the database from a backup, or delete this memory.",
             ) from error
+
+
+def _checksum(content: bytes, place: tuple[str | int, ...]) -> bytes:
+    return hashlib.sha256(_associated(place) + content).digest()
 
 
 def _associated(place: tuple[str | int, ...]) -> bytes:

@@ -22,7 +22,11 @@ class QuotaExceeded(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, is locked, or its disk is full. Nothing was written; a retry may succeed."""
+    """The database cannot be reached, is locked, or its disk is full.
+
+    What was there before is whole. The change was not made, unless the connection was lost just as it was committed:
+    who says which version it replaces learns that from a `Conflict` when trying again.
+    """
 
 
 class StoreDamaged(StoreError):

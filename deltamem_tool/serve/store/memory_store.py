@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.serve.store.contents import Contents
 from deltamem_tool.serve.store.database import Database, Dialect
-from deltamem_tool.serve.store.encryption import KEY_VARIABLE, AesGcm, NoCipher, read_key
+from deltamem_tool.serve.store.encryption import KEY_VARIABLE, AesGcm, Checksum, read_key
 from deltamem_tool.serve.store.errors import Conflict, NotFound, StoreUnavailable
 from deltamem_tool.serve.store.memory_rows import (
     check_expected,
@@ -79,7 +79,7 @@ class MemoryStore:
         if keep_versions < 1:
             raise ConfigError("The number of versions to keep is invalid.", "It must be 1 or more.", "Correct it.")
         key = os.environ.get(KEY_VARIABLE)
-        cipher = NoCipher() if key is None else AesGcm(read_key(key))
+        cipher = Checksum() if key is None else AesGcm(read_key(key))
         self._keep_versions = keep_versions
         self._quota = quota or Quota()
         self._clock = clock

@@ -20,7 +20,7 @@ from sqlalchemy import (
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.io.formats import is_newer
-from deltamem_tool.serve.store.encryption import KEY_VARIABLE, Cipher, NoCipher
+from deltamem_tool.serve.store.encryption import KEY_VARIABLE, Checksum, Cipher
 from deltamem_tool.serve.store.errors import StoreDamaged
 
 SCHEMA_VERSION = 1
@@ -101,17 +101,11 @@ def set_up(connection: Connection, cipher: Cipher) -> None:
     """Create the tables where there are none, or check that they are of this version and of this key.
 
     Raises:
-        StoreDamaged: a SQLite file belongs to another program.
         ConfigError: the tables are of another version, or `cipher` has not their key.
     """
-    tables = inspect(connection).get_table_names()
-    if about.name not in tables:
-        if tables and connection.dialect.name == "sqlite":  # a database of PostgreSQL may be shared with others
-            raise StoreDamaged(
-                "The file is a database of another program.", f"It has the table {tables[0]!r}.", "Use another file."
-            )
+    if not inspect(connection).has_table(about.name):
         metadata.create_all(connection)
-        check = None if isinstance(cipher, NoCipher) else cipher.seal(_KEY_CHECK, "key")
+        check = None if isinstance(cipher, Checksum) else cipher.seal(_KEY_CHECK, "key")
         connection.execute(insert(about).values(schema_version=SCHEMA_VERSION, key_check=check))
         return
     row = connection.execute(select(about)).one()
@@ -127,7 +121,7 @@ def set_up(connection: Connection, cipher: Cipher) -> None:
 
 
 def _check_key(check: bytes | None, cipher: Cipher) -> None:
-    plain = isinstance(cipher, NoCipher)
+    plain = isinstance(cipher, Checksum)
     if check is None and not plain:
         raise ConfigError(
             "The store is not encrypted.", f"{KEY_VARIABLE} is set.", "Unset it, or start with an empty database."

@@ -14,7 +14,9 @@ from sqlalchemy.engine import URL
 from deltamem_tool.errors import ConfigError, InstallationError
 from deltamem_tool.io.atomic import locked, resolve
 from deltamem_tool.serve.store.database import LOCK_SECONDS
+from deltamem_tool.serve.store.errors import StoreDamaged
 from deltamem_tool.serve.store.overflow import OverflowPages
+from deltamem_tool.serve.store.schema import about
 
 OLDEST_SQLITE = (3, 35)  # RETURNING
 CONNECTIONS = 16
@@ -44,6 +46,7 @@ class Sqlite:
             if not self._path.exists():  # whoever closes a file ends the locks that SQLite has on it in this process
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             with closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:
+                _check_owner(connection)
                 # Readers do not wait for the writer. It is a property of the file, which one program changes at a time.
                 connection.execute("PRAGMA journal_mode = WAL")
                 (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
@@ -79,6 +82,19 @@ class Sqlite:
                     return False
                 time.sleep(ERASE_PAUSE)
         return True
+
+
+def _check_owner(connection: sqlite3.Connection) -> None:
+    """Check that the file is empty or a store.
+
+    Raises:
+        StoreDamaged: it is the database of another program.
+    """
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    if tables and about.name not in tables:
+        raise StoreDamaged(
+            "The file is a database of another program.", f"It has the table {tables[0]!r}.", "Use another file."
+        )
 
 
 def _connected(connection: Any, _: object) -> None:
