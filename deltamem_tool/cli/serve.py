@@ -98,6 +98,7 @@ def command(
     from deltamem_tool.cli.console import SPINNER, STDERR
     from deltamem_tool.serve.app import build_app
     from deltamem_tool.serve.batching.scheduler import Scheduler
+    from deltamem_tool.serve.logs import log_as_json
     from deltamem_tool.serve.server import bind, check_host, run
     from deltamem_tool.serve.store import MemoryStore, Quota
 
@@ -114,6 +115,7 @@ def command(
         )
     scheduler = Scheduler(engine, max_batch, max_queue)
     app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
+    log_as_json()
     where = listener.getsockname()[:2]
     STDERR.print(f"Serving {model} at http://{where[0]}:{where[1]}/v1", highlight=False, soft_wrap=True)
     with suppress(KeyboardInterrupt):  # uvicorn passes a signal on when all is done

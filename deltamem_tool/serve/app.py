@@ -9,16 +9,19 @@ from typing import Any
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from deltamem_tool.errors import DeltaMemError
-from deltamem_tool.serve import health, memories
+from deltamem_tool.serve import health, memories, openapi
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError, error_response
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.logs import RequestLog
+from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.openai import chat, models, responses
 from deltamem_tool.serve.service import Service
 from deltamem_tool.serve.store import MemoryStore
@@ -50,8 +53,9 @@ def build_app(
         seconds: in which a request has to be answered.
         max_waiting: the most requests that wait for a memory that is in use.
     """
-    locks = MemoryLocks(max_waiting)
-    service = Service(model, scheduler, store, keys, locks, Turns(scheduler, store, locks, window, seconds))
+    locks, metrics = MemoryLocks(max_waiting), Metrics(scheduler)
+    turns = Turns(scheduler, store, locks, metrics, window, seconds)
+    service = Service(model, scheduler, store, keys, locks, turns, metrics)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -61,7 +65,8 @@ def build_app(
             await run_sync(scheduler.close)
             await run_sync(store.close)
 
-    app = Starlette(routes=_routes(), lifespan=lifespan, exception_handlers=_HANDLERS)
+    watched = [Middleware(RequestLog, metrics=metrics)]
+    app = Starlette(routes=_routes(), middleware=watched, lifespan=lifespan, exception_handlers=_HANDLERS)
     app.state.service = service
     return app
 
@@ -85,6 +90,9 @@ def _routes() -> list[Route]:
         route("GET", "/v1/models/{model:path}", models.get_model),
         route("GET", "/health", health.health),
         route("GET", "/ready", health.ready),
+        route("GET", "/metrics", health.metrics),
+        route("GET", "/openapi.json", openapi.openapi),
+        route("GET", "/docs", openapi.docs),
     ]
 
 

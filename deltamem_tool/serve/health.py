@@ -1,10 +1,10 @@
-"""`/health`: the process lives. `/ready`: it can answer."""
+"""`/health`: the process lives. `/ready`: it can answer. `/metrics`: what it does."""
 
 from __future__ import annotations
 
 from anyio.to_thread import run_sync
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.errors import error_response
@@ -23,3 +23,9 @@ async def ready(request: Request) -> JSONResponse:
     except DeltaMemError as error:
         return error_response(error)
     return JSONResponse({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """`GET /metrics`, in Prometheus' format."""
+    counted = service_of(request).metrics
+    return Response(counted.text(), headers={"Content-Type": counted.content_type})

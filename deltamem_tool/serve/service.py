@@ -16,6 +16,7 @@ from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.events import unless_gone
 from deltamem_tool.serve.keys import ONLY_TENANT, ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Outcome, Request, Turns
 
@@ -33,6 +34,7 @@ class Service:
         keys: whose requests are answered; None for everybody's.
         locks: of the memories.
         turns: answers requests.
+        metrics: what was counted.
         created: when the server was started.
     """
 
@@ -42,6 +44,7 @@ class Service:
     keys: ApiKeys | None
     locks: MemoryLocks
     turns: Turns
+    metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
 
     def tenant_of(self, request: HTTPConnection) -> str:

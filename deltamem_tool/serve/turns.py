@@ -19,6 +19,7 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.fed import Fed
 from deltamem_tool.serve.locks import MemoryLocks
+from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.prompt import Asked, Prompt, build_prompt
 from deltamem_tool.serve.store import MemoryStore
 
@@ -120,15 +121,22 @@ class Turns:
         scheduler: runs the model.
         store: has the memories.
         locks: of the memories.
+        metrics: counts.
         window: the most tokens of a context; None for as many as the model can.
         seconds: in which a request has to be answered.
     """
 
     def __init__(
-        self, scheduler: Scheduler, store: MemoryStore, locks: MemoryLocks, window: int | None, seconds: float
+        self,
+        scheduler: Scheduler,
+        store: MemoryStore,
+        locks: MemoryLocks,
+        metrics: Metrics,
+        window: int | None,
+        seconds: float,
     ) -> None:
         self.engine: Engine = scheduler.engine
-        self._scheduler, self._store, self._locks = scheduler, store, locks
+        self._scheduler, self._store, self._locks, self._metrics = scheduler, store, locks, metrics
         self.window = self.engine.max_length if window is None else window
         self._seconds = seconds
 
@@ -173,9 +181,10 @@ class Turns:
 
     def _start(self, request: Request) -> _Start:
         whose = request.whose
+        with self._metrics.store("get"):
+            stored = None if whose.id is None else self._store.get(whose.tenant, whose.id)
         snapshot = None if request.previous is None else self._response(whose.tenant, request.previous)
         earlier = () if snapshot is None else tuple(snapshot.transcript["messages"])
-        stored = None if whose.id is None else self._store.get(whose.tenant, whose.id)
         if stored is not None:
             memory, fed = self._read(stored.data, whose.id), Fed.from_json(stored.turn)
             return _Start(memory, fed, stored.version, stored.expires_at, earlier)
@@ -238,13 +247,16 @@ class Turns:
         data = memory_bytes(completion.memory)
         if whose.id is not None and prompt.answer_writes:
             expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in
-            version = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at).version
+            with self._metrics.store("put"):
+                put = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at)
+            version = put.version
         if request.keep_as is not None:
             answer = {"role": "assistant", "content": completion.answer.text}
             transcript = {"messages": [*messages, answer], "fed": fed.as_json()}
             origin = None if whose.id is None or version is None else (whose.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
             self._store.put_response(whose.tenant, request.keep_as, data, transcript, origin, expires_at)
+        self._metrics.completion(completion)
         return Outcome(completion, version, prompt, whose)
 
 

@@ -1,0 +1,84 @@
+"""One JSON object a line on stderr: what happened, and nothing of what anybody said or what a memory is called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltamem_tool.serve.metrics import Metrics
+
+LOGGER = logging.getLogger("deltamem.serve")
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as JSON; what is in its `fields` beside the rest."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_as_json() -> None:
+    """Send the server's log, and uvicorn's, to stderr as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in (LOGGER.name, "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class RequestLog:
+    """Logs each request when it has ended.
+
+    Args:
+        app: what answers it.
+        metrics: is told too.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and log it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, began = 500, time.perf_counter()  # unless something is answered
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            seconds = time.perf_counter() - began
+            path = _pattern(scope)
+            self._metrics.request(scope["method"], path, status, seconds)
+            fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            LOGGER.info("request", extra={"fields": fields})
+
+
+def _pattern(scope: Scope) -> str:
+    """The route's pattern: the path itself may name a memory."""
+    routes = scope["app"].routes
+    return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), "unknown")

@@ -1,0 +1,185 @@
+"""`/openapi.json`: what the server takes and gives, and `/docs`, the same as a page."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse
+
+from deltamem_tool._version import __version__
+from deltamem_tool.serve.memories import MAX_PAGE, MEDIA_TYPE, ForkRequest, RestoreRequest
+from deltamem_tool.serve.openai.chat import ChatRequest
+from deltamem_tool.serve.openai.responses import ResponseRequest
+from deltamem_tool.serve.store.memory_store import MAX_NAME
+from deltamem_tool.serve.whose import HEADER
+
+_REFERENCE = "#/components/schemas/{model}"
+_NAME = {"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": "^[^/\\x00-\\x1f]+$"}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_BYTES = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+_OBJECT = {"application/json": {"schema": {"type": "object"}}}
+_STREAM = {**_OBJECT, "text/event-stream": {"schema": {"type": "string"}}}
+
+
+class _Operation(NamedTuple):
+    """What is said of a method of a path."""
+
+    method: str
+    path: str
+    summary: str
+    errors: Sequence[int] = ()
+    status: int = 200
+    content: dict[str, Any] = _OBJECT
+    body: type[BaseModel] | dict[str, Any] | None = None
+    parameters: Sequence[dict[str, Any]] = ()
+    open: bool = False  # without a key
+
+
+def _query(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+def _header(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": {"type": "string", **schema}}
+
+
+_MEMORY = _header(HEADER, minLength=1, maxLength=MAX_NAME)
+_IF_MATCH, _IF_NONE = _header("If-Match"), _header("If-None-Match")
+_CHANGES = (404, 409, 412, 429, 503)
+_OPERATIONS = (
+    _Operation(
+        "post", "/v1/chat/completions", "Answer a conversation, from a memory.", (404, 409, 413, 429, 503, 504),
+        content=_STREAM, body=ChatRequest, parameters=(_MEMORY,),
+    ),
+    _Operation(
+        "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", (404, 409, 413, 429, 503, 504),
+        content=_STREAM, body=ResponseRequest, parameters=(_MEMORY,),
+    ),
+    _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", (404, 503)),
+    _Operation("get", "/v1/models", "List the model that is served."),
+    _Operation("get", "/v1/models/{model}", "Tell of the model.", (404,)),
+    _Operation(
+        "get", "/v1/memories", "List the memories.", (503,),
+        parameters=(_query("after", **_NAME), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
+    ),
+    _Operation(
+        "get", "/v1/memories/{id}", "Get a memory file.", (304, 404, 503), content={**_BYTES, **_OBJECT},
+        parameters=(_query("version", type="integer", minimum=1), _IF_NONE),
+    ),
+    _Operation(
+        "put", "/v1/memories/{id}", "Create or replace a memory by a memory file.", (201, 413, *_CHANGES),
+        body=_BYTES, parameters=(_query("expires_in", type="number", exclusiveMinimum=0), _IF_MATCH, _IF_NONE),
+    ),
+    _Operation(
+        "delete", "/v1/memories/{id}", "Delete a memory with all that was made of it; the answer is a receipt.",
+        _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
+    ),
+    _Operation("get", "/v1/memories/{id}/versions", "List the versions that are kept.", (404, 503)),
+    _Operation(
+        "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", (413, *_CHANGES), 201, body=ForkRequest
+    ),
+    _Operation(
+        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest.", (413, *_CHANGES),
+        body=RestoreRequest, parameters=(_IF_MATCH, _IF_NONE),
+    ),
+    _Operation("get", "/health", "Whether the process lives.", open=True),
+    _Operation("get", "/ready", "Whether it can answer.", (503,), open=True),
+    _Operation(
+        "get", "/metrics", "What it does, for Prometheus.", open=True,
+        content={"text/plain": {"schema": {"type": "string"}}},
+    ),
+)  # fmt: skip
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document."""
+    schemas: dict[str, Any] = {"Error": _ERROR}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in _OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "deltamem serve", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _described(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    named = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": f"{operation.method} {operation.path}",
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": _NAME} for name in named),
+            *operation.parameters,
+        ],
+        "responses": {str(operation.status): {"description": "Done.", "content": operation.content}},
+    }
+    statuses = operation.errors if operation.open else (400, 401, *operation.errors)
+    for status in statuses:
+        content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}}
+        described["responses"][str(status)] = (
+            {"description": "An error.", "content": content} if status >= 400 else {"description": "Done."}
+        )
+    if not operation.open:
+        described["security"] = [{"key": []}, {}]
+    if isinstance(operation.body, dict):
+        described["requestBody"] = {"required": True, "content": operation.body}
+    elif operation.body is not None:
+        schema = operation.body.model_json_schema(ref_template=_REFERENCE)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[operation.body.__name__] = schema
+        reference = {"$ref": _REFERENCE.format(model=operation.body.__name__)}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+    return described
+
+
+async def openapi(request: Request) -> JSONResponse:
+    """`GET /openapi.json`."""
+    return JSONResponse(document())
+
+
+async def docs(request: Request) -> HTMLResponse:
+    """`GET /docs`: the document as a page that needs nothing from elsewhere."""
+    schemas = document()["components"]["schemas"]
+    parts = []
+    for operation in _OPERATIONS:
+        title = f"<h2><code>{operation.method.upper()} {operation.path}</code></h2><p>{html.escape(operation.summary)}"
+        names = ", ".join(f"{parameter['name']} ({parameter['in']})" for parameter in operation.parameters)
+        body = ""
+        if isinstance(operation.body, type):
+            schema = json.dumps(schemas[operation.body.__name__]["properties"], indent=2)
+            body = f"<details><summary>Body</summary><pre>{html.escape(schema)}</pre></details>"
+        parts.append(f"{title} {html.escape(names)}</p>{body}")
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>deltamem serve</title>{_STYLE}"
+    return HTMLResponse(f"{page}<h1>deltamem serve {__version__}</h1><p>{_ABOUT}</p>{''.join(parts)}")
+
+
+_STYLE = "<style>body{font:16px sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}pre{overflow:auto}</style>"
+_ABOUT = 'OpenAI\'s API, with memories. As a document: <a href="/openapi.json">openapi.json</a>.'

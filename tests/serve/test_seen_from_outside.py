@@ -1,0 +1,96 @@
+"""What a server tells those who run it: metrics, logs, the document of its API."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serve.serving import MODEL
+
+from deltamem_tool.serve.app import build_app
+from deltamem_tool.serve.logs import LOGGER, JsonFormatter
+from deltamem_tool.serve.openapi import document
+
+pytestmark = pytest.mark.server
+
+SECRET, NAME = "xyzzy plugh", "quentin"
+
+
+def ask(server):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": SECRET}], "user": NAME}
+    assert httpx2.post(f"{server.api}/chat/completions", json=body, timeout=60).status_code == 200
+
+
+def samples(server):
+    text = httpx2.get(f"{server.url}/metrics").text
+    return {
+        (sample.name, sample.labels.get("path"), sample.labels.get("operation")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }, text
+
+
+def test_metrics_count_what_was_done(server):
+    before, _ = samples(server)
+    ask(server)
+    after, text = samples(server)
+
+    def more(*key):
+        return after[key] - before.get(key, 0)
+
+    assert more("deltamem_answers_total", None, None) == 1
+    assert more("deltamem_answer_tokens_total", None, None) >= 1
+    assert more("deltamem_requests_total", "/v1/chat/completions", None) == 1
+    assert more("deltamem_store_seconds_count", None, "put") == more("deltamem_store_seconds_count", None, "get") == 1
+    assert more("deltamem_first_token_seconds_count", None, None) == 1
+    assert after["deltamem_batch_requests", None, None] == after["deltamem_queue_requests", None, None] == 0
+    assert NAME not in text and "default" not in text
+
+
+def test_logs_say_what_happened_and_nothing_of_what_was_said(server, caplog):
+    LOGGER.propagate = True
+    with caplog.at_level(logging.INFO, LOGGER.name):
+        ask(server)
+        httpx2.get(f"{server.api}/memories/{NAME}")
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name == LOGGER.name]
+    logged = [json.loads(line) for line in lines]
+    assert [(line["method"], line["path"], line["status"]) for line in logged] == [
+        ("POST", "/v1/chat/completions", 200),
+        ("GET", "/v1/memories/{id}", 200),
+    ]
+    assert not any(word in line for line in lines for word in (*SECRET.split(), NAME))
+
+
+def test_an_exception_is_logged_as_json():
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        record = LOGGER.makeRecord("x", logging.ERROR, "", 0, "failed", (), (type(error), error, error.__traceback__))
+    line = json.loads(JsonFormatter().format(record))
+    assert line["level"] == "error" and "ValueError: broken" in line["exception"]
+
+
+def test_the_document_has_every_route(server):
+    got = httpx2.get(f"{server.url}/openapi.json").json()
+    assert got == document()
+    described = {(method.upper(), path) for path, methods in got["paths"].items() for method in methods}
+    app = build_app(MODEL, server.scheduler, server.store)
+    routes = {
+        (method, route.path.replace(":path", ""))
+        for route in app.routes
+        for method in route.methods
+        if method != "HEAD" and route.path not in ("/openapi.json", "/docs")
+    }
+    assert described == routes
+    text = json.dumps(got)
+    for part in text.split('"#/components/schemas/')[1:]:
+        assert part.partition('"')[0] in got["components"]["schemas"]
+
+
+def test_the_page_of_the_document_needs_nothing_from_elsewhere(server):
+    page = httpx2.get(f"{server.url}/docs").text
+    assert "/v1/chat/completions" in page and "http://" not in page and "https://" not in page
