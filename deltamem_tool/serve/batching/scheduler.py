@@ -120,6 +120,7 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
+        self.counters.running = len(self._running)
         with self._changed:
             while self._open and not (self._waiting or self._running):
                 self._changed.wait()
