@@ -88,6 +88,9 @@ class Engine(Protocol):
     def join(self, pasts: Sequence[Past]) -> Past:
         """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""
 
+    def size(self, past: Past) -> int:
+        """Bytes that a past takes."""
+
     def group(self) -> Group:
         """No rows yet, for many decode steps: rows come and go in between."""
 

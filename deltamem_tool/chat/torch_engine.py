@@ -197,6 +197,13 @@ class TorchModel:
         states = joined_states([(past.memory.batch_size, past.states) for past in pasts])
         return TorchPast(layers, MemoryState.stack([past.memory for past in pasts]), states)
 
+    def size(self, past: TorchPast) -> int:
+        """See `Engine.size`."""
+        tensors = [tensor for pair in past.layers.values() for tensor in pair]
+        tensors += [tensor for states in past.states.values() for tensor in states.values()]
+        tensors += [*past.memory.layers.values(), *past.memory.open_segments.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def group(self) -> Group:
         """See `Engine.group`."""
         return PaddedGroup(self)

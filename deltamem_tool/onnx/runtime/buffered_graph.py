@@ -188,6 +188,11 @@ class BufferedGraph(LoadedGraph):
             rows.append(self._call({name: array[row : row + 1] for name, array in feeds.items()}, alone))
         return np.concatenate([logits for logits, _ in rows]), self.join([after for _, after in rows])
 
+    def size(self, past: BufferedPast) -> int:
+        """As `Graph.size`, with all columns of its buffers."""
+        values = (*past.lease.buffers.cache.values(), *past.memory.values())
+        return sum(value.tensor_size_in_bytes() for value in values)
+
     def take(self, past: BufferedPast, row: int, columns: NDArray[Any]) -> BufferedPast:
         """As `Graph.take`. The beginning of a single conversation stays in its buffers; all else is copied."""
         buffers = past.lease.buffers

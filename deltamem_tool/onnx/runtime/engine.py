@@ -124,6 +124,10 @@ class OnnxModel:
         """See `Engine.join`."""
         return self.graph.join(pasts)
 
+    def size(self, past: Past) -> int:
+        """See `Engine.size`."""
+        return int(self.graph.size(past))
+
     def group(self) -> Group:
         """See `Engine.group`."""
         return Slots(self.graph, self.adapter) if Slots.fit(self.graph) else PaddedGroup(self)

@@ -227,6 +227,10 @@ class Graph(LoadedGraph):
         }
         return self._run(arrays, past)
 
+    def size(self, past: Past) -> int:
+        """Bytes that it takes."""
+        return sum(value.tensor_size_in_bytes() for value in past.values())
+
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         """One row `[1, ...]` of `past`, with the tokens at the indices `columns` only."""
         return self._on_device(one_row(past, row, columns))

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_tool.chat.engine import Engine
+from deltamem_tool.chat.engine import Engine, Past
 from deltamem_tool.chat.generation import AnswerStream, Row, feed
 from deltamem_tool.chat.sampling import Sampler
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Completion
+from deltamem_tool.serve.batching.prefix_cache import Prefix, PrefixCache, prefix_keys
 from deltamem_tool.serve.batching.ticket import Ticket
 
 
@@ -41,9 +42,14 @@ class Running:
         engine: the model.
         ticket: of a job that was checked.
         ids: the tokens that an answer may have.
+        piece: the most tokens of the prompt that are fed in one call.
+
+    Attributes:
+        row: where it is.
+        cached: tokens of the prompt that were in the cache.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket, ids: Collection[int]) -> None:
+    def __init__(self, engine: Engine, ticket: Ticket, ids: Collection[int], piece: int) -> None:
         job, tokens = ticket.job, list(ticket.job.tokens)
         limit = job.sampling.max_new_tokens
         if engine.max_length is not None:
@@ -55,18 +61,41 @@ class Running:
             stream = _TokenStream(engine.text, ticket.put)
         self.ticket = ticket
         self.row = Row(None, (), tokens, job.answer_writes, limit, sampler, stream)
+        self.cached = 0
+        self._memories: list[StoredMemory] = []  # after each piece of the prompt
+        self._whole_pieces: Past = None  # after the last of them, where that was not in the cache
+        self._piece, self._keys = piece, prefix_keys(job, piece)
         self._started = time.monotonic()
         self._first_token: float | None = None
 
-    def feed_prompt(self, engine: Engine, most: int) -> NDArray[Any]:
-        """Feed at most so many tokens of the prompt, and return the logits `[1, V]` after them."""
+    def begin(self, engine: Engine, cache: PrefixCache) -> None:
+        """Start from the memory, or from the longest beginning of the prompt that is in the cache."""
+        prefix = cache.longest(self._keys)
+        if prefix is None:
+            self.row.past = engine.start(self.ticket.job.memory)
+            return
+        self.row.past, self._memories = prefix.past, [*prefix.memories]
+        self.row.fed = self.cached = len(prefix.keys) * self._piece
+
+    def feed_piece(self, engine: Engine) -> NDArray[Any]:
+        """Feed the prompt up to the end of a piece, and return the logits `[1, V]` after it.
+
+        Pieces begin where those of any prompt do, so that a part of them in the cache is what would be computed again.
+        """
         row = self.row
-        if row.past is None:
-            row.past = engine.start(self.ticket.job.memory)
-        tokens = row.tokens[row.fed : row.fed + most]
+        tokens = row.tokens[row.fed : (row.fed // self._piece + 1) * self._piece]
         logits, row.past, _ = feed(engine, row.past, np.ones((1, row.fed), np.int64), [tokens])
         row.fed += len(tokens)
+        if row.fed <= len(self._keys) * self._piece:
+            self._memories.append(engine.memory(row.past))
+            self._whole_pieces = row.past
         return logits
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """What of the prompt the cache does not have yet."""
+        past = self._whole_pieces
+        return None if past is None else Prefix(self._keys, past, self._memories)
 
     def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> None:
         """Choose the next token of the answer, from logits `[V]` whose `likeliest` token may be known.
@@ -88,7 +117,7 @@ class Running:
             pending=tuple(self.row.tokens[self.row.fed :]),
             memory=memory,
             prompt_tokens=self.row.prompt,
-            cached_tokens=0,
+            cached_tokens=self.cached,
             waited=self._started - submitted,
             first_token=(self._first_token or now) - submitted,
             seconds=now - submitted,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ from deltamem_tool.chat.sampling import GreedySampler
 from deltamem_tool.errors import DeltaMemError, domain_error, first_line
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job
+from deltamem_tool.serve.batching.prefix_cache import PrefixCache
 from deltamem_tool.serve.batching.running import Running
 from deltamem_tool.serve.batching.ticket import Bell, Ticket
 from deltamem_tool.serve.batching.waiting import FairQueue
 
 MAX_BATCH = 32
 MAX_QUEUE = 256
-PIECE = 256  # tokens
+PIECE = 128  # tokens
+CACHE_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -35,8 +38,9 @@ class Counters:
     cancelled: int = 0
     late: int = 0
     failed: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of these, those that were not computed again
+    prompt_tokens: int = 0  # that were computed
+    cached_tokens: int = 0  # of prompts, that were not computed again
+    cache_bytes: int = 0
     answer_tokens: int = 0
     steps: int = 0  # of decoding
     step_rows: int = 0  # of all of them together
@@ -53,11 +57,17 @@ class Scheduler:
         engine: the model. Only the scheduler's thread calls it.
         max_batch: the most rows that are fed together.
         max_queue: the most jobs that wait for that.
-        piece: tokens of prompts between two steps.
+        piece: about so many tokens of prompts are fed between two steps.
+        cache_bytes: how much of prompts is kept for others that begin alike: see `Job.prefix_key`.
     """
 
     def __init__(
-        self, engine: Engine, max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE, piece: int = PIECE
+        self,
+        engine: Engine,
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
+        piece: int = PIECE,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.engine = engine
         self.counters = Counters()
@@ -73,6 +83,7 @@ class Scheduler:
         self._leaving: set[int] = set()  # of these rows, those that have ended
         self._group = engine.group()
         self._bell = Bell()
+        self._cache = PrefixCache(engine, piece, cache_bytes)
         self._thread = threading.Thread(target=self._run, name="deltamem-scheduler", daemon=True)
         self._thread.start()
 
@@ -131,7 +142,7 @@ class Scheduler:
             if ending:
                 gone += [self._waiting.pop() for _ in range(len(self._waiting))]
             self.counters.waiting = len(self._waiting)
-        self._prompts += [Running(self.engine, ticket, self._ids) for ticket in new]
+        self._prompts += [Running(self.engine, ticket, self._ids, self._piece) for ticket in new]
         for ticket in gone:
             self._end(ticket, _reason(ticket) or _closed())
         for running in list(self._prompts):
@@ -153,18 +164,26 @@ class Scheduler:
         return [*self._prompts, *answering]
 
     def _feed_prompts(self) -> list[Running]:
-        """Feed `piece` tokens of prompts; return those that answer from now on."""
-        budget, joining = self._piece, list[Running]()
-        while self._prompts and budget > 0:
+        """Feed prompts, the first that came first, for about `piece` tokens; return those that answer from now on."""
+        fed, joining = 0, list[Running]()
+        while self._prompts and fed < self._piece:
             running = self._prompts[0]
-            row, before = running.row, running.row.fed
-            logits = running.feed_prompt(self.engine, budget)
-            budget -= row.fed - before
+            row = running.row
+            if row.past is None:
+                running.begin(self.engine, self._cache)
+                self.counters.cached_tokens += running.cached
+            before = row.fed
+            logits = running.feed_piece(self.engine)
+            fed += row.fed - before
             self.counters.prompt_tokens += row.fed - before
             if row.fed == row.prompt:
                 self._prompts.remove(running)
                 if self._choose(running, logits[0], None, partial(self.engine.memory, row.past)):
                     joining.append(running)
+                prefix = running.prefix
+                if prefix is not None and math.isfinite(logits.max()):
+                    self._cache.put(prefix)
+                    self.counters.cache_bytes = self._cache.size
         return joining
 
     def _decode(self, joining: Sequence[Running]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 
 import numpy as np
+from helpers.conversations import TOLERANCE
 
 from deltamem_tool.chat.engine import Engine, empty_memory
 from deltamem_tool.chat.generation import Token
 from deltamem_tool.chat.sampling import Sampler, Sampling
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Job
-
-TOLERANCE = 2e-5  # the same sums in another order; a share of the largest number, or absolute where that is below 1
 
 
 def assert_close(found: StoredMemory, expected: StoredMemory) -> None:

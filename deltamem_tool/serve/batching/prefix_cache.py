@@ -1,0 +1,105 @@
+"""What was computed of prompts, kept for others that begin alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltamem_tool.chat.engine import Engine, Past
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.serve.batching.job import Job
+
+Key = (
+    bytes  # of a beginning of whole pieces: whose it is, the state it started from, its tokens and which of them write
+)
+
+
+def prefix_keys(job: Job, piece: int) -> list[Key]:
+    """Keys of the beginnings of one piece, two pieces, …, that leave a token to be fed; none without a prefix key."""
+    if job.prefix_key is None or len(job.tokens) <= piece:
+        return []
+    chain = hashlib.sha256(f"{job.memory.digest()} {job.prefix_key}".encode())
+    tokens = np.array(job.tokens, np.int64)
+    keys = []
+    for start in range(0, len(tokens) - piece, piece):
+        chain.update(tokens[start : start + piece].tobytes())
+        keys.append(chain.digest())
+    return keys
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A beginning of a prompt.
+
+    Args:
+        keys: of its own beginnings, one for each piece; the last is of all of it.
+        past: after all of it, of one row.
+        memories: after each piece.
+    """
+
+    keys: Sequence[Key]
+    past: Past
+    memories: Sequence[StoredMemory]
+
+
+class PrefixCache:
+    """Prefixes, of which the least recently used leave first. Not for several threads at once.
+
+    Args:
+        engine: which pasts are of.
+        piece: tokens.
+        room: bytes; 0 keeps nothing.
+    """
+
+    def __init__(self, engine: Engine, piece: int, room: int) -> None:
+        self._engine, self._piece, self._room = engine, piece, room
+        self._prefixes: OrderedDict[Key, Prefix] = OrderedDict()  # by the key of all of it
+        self._sizes: dict[Key, int] = {}
+        self._owners: dict[Key, Key] = {}  # of each beginning, the prefix that has it
+
+    def longest(self, keys: Sequence[Key]) -> Prefix | None:
+        """The longest beginning that is here."""
+        for count in range(len(keys), 0, -1):
+            owner = self._owners.get(keys[count - 1])
+            if owner is not None:
+                self._prefixes.move_to_end(owner)
+                return self._beginning(self._prefixes[owner], count)
+        return None
+
+    def _beginning(self, prefix: Prefix, count: int) -> Prefix:
+        if count == len(prefix.keys):
+            return prefix
+        past = self._engine.take(prefix.past, 0, np.arange(count * self._piece))
+        past = self._engine.with_memory(past, prefix.memories[count - 1])
+        return Prefix(prefix.keys[:count], past, prefix.memories[:count])
+
+    def put(self, prefix: Prefix) -> None:
+        """Keep a prefix, if there can be room for it, in place of those that it begins with."""
+        size = self._engine.size(prefix.past)
+        if size > self._room:
+            return
+        *shorter, whole = prefix.keys
+        for key in (*(shorter if self._engine.takes_back else ()), whole):
+            self._drop(key)
+            self._owners[key] = whole
+        self._prefixes[whole], self._sizes[whole] = prefix, size
+        while self.size > self._room:
+            self._drop(next(iter(self._prefixes)))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(self._sizes.values())
+
+    def _drop(self, whole: Key) -> None:
+        prefix = self._prefixes.pop(whole, None)
+        if prefix is None:
+            return
+        del self._sizes[whole]
+        for key in prefix.keys:
+            if self._owners.get(key) == whole:
+                del self._owners[key]

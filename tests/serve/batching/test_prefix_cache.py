@@ -1,0 +1,97 @@
+"""What a request shares with an earlier one is not computed again, and nothing else changes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from helpers.hybrids import hybrid
+from helpers.tiny import tiny_tokenizer
+from serve.batching.alone import answered_alone, assert_close, random_memory
+from serve.batching.conftest import torch_engine
+
+from deltamem_tool.chat.generation import Token
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.serve.batching.job import Job
+from deltamem_tool.serve.batching.scheduler import Scheduler
+
+PIECE = 8
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return torch_engine("token")
+
+
+def prompt(engine, length: int, **changes) -> Job:
+    """The first tokens of one and the same text, from one and the same memory."""
+    chance = random.Random(0)
+    memory, ids = random_memory(engine, chance), sorted(engine.text.ids - engine.stop_tokens)
+    tokens = [Token(chance.choice(ids), chance.random() < 0.8) for _ in range(64)]
+    if engine.memory_shape.segment_width:
+        tokens = [token._replace(ends=token.writes and chance.random() < 0.2) for token in tokens]
+    return replace(Job("a", memory, tuple(tokens[:length]), Sampling(6), prefix_key="a"), **changes)
+
+
+def assert_same_with_cache(engine, lengths, cached) -> None:
+    """Ask one after the other; so many tokens of each are in the cache, and its answer is the one without it."""
+    jobs = [prompt(engine, length) for length in lengths]
+    with Scheduler(engine, piece=PIECE) as scheduler, Scheduler(engine, piece=PIECE, cache_bytes=0) as plain:
+        ends = [scheduler.submit(job).result() for job in jobs]
+        expected = [plain.submit(job).result() for job in jobs]
+    assert [end.cached_tokens for end in ends] == cached
+    assert [end.cached_tokens for end in expected] == [0] * len(jobs)
+    for end, other, job in zip(ends, expected, jobs, strict=True):
+        assert end.answer == other.answer
+        assert end.memory.digest() == other.memory.digest()  # to the bit
+        tokens, memory = answered_alone(engine, job)
+        assert list(end.answer.tokens) == tokens
+        assert_close(end.memory, memory)
+
+
+@pytest.mark.slow
+def test_hits_are_the_same_to_the_bit(any_engine):
+    """Longer, shorter, as long, up to the end of a piece, and shorter than one."""
+    assert_same_with_cache(any_engine, [30, 50, 20, 20, 64, 17, 16, 8, 9], [0, 24, 16, 16, 48, 16, 8, 0, 8])
+
+
+@pytest.mark.slow
+def test_of_a_hybrid_only_the_whole_can_be_had(any_hybrid):
+    assert_same_with_cache(any_hybrid, [30, 50, 20, 30, 22], [0, 24, 0, 24, 16])
+
+
+@pytest.fixture(params=["lfm2", "qwen3_5_text"])
+def any_hybrid(request):
+    tokenizer = tiny_tokenizer()
+    return TorchModel(hybrid(request.param, tokenizer), tokenizer)
+
+
+def test_another_beginning_is_no_hit(engine):
+    job = prompt(engine, 30)
+    first, *rest = job.tokens
+    with Scheduler(engine, piece=PIECE) as scheduler:
+        scheduler.submit(job).result()
+        for other in (
+            replace(job, memory=random_memory(engine, random.Random(1))),
+            replace(job, prefix_key="b"),
+            replace(job, prefix_key=None),
+            replace(job, tokens=(first._replace(writes=not first.writes), *rest)),
+            replace(job, tokens=(first._replace(id=first.id + 1), *rest)),
+        ):
+            assert scheduler.submit(other).result().cached_tokens == 0
+        assert scheduler.submit(replace(job, tenant="b")).result().cached_tokens == 24
+
+
+def test_the_least_recently_used_leave_first(engine):
+    jobs = [prompt(engine, 30, memory=random_memory(engine, random.Random(seed))) for seed in range(3)]
+    with Scheduler(engine, piece=PIECE) as scheduler:
+        scheduler.submit(jobs[0]).result()
+        one = scheduler.counters.cache_bytes
+        scheduler.submit(prompt(engine, 40)).result()  # takes the place of what it begins with
+        assert one < scheduler.counters.cache_bytes
+    with Scheduler(engine, piece=PIECE, cache_bytes=2 * one) as scheduler:
+        hits = [scheduler.submit(jobs[i]).result().cached_tokens > 0 for i in (0, 1, 0, 2, 0, 1)]
+        assert hits == [False, False, True, False, True, False]
+        assert scheduler.counters.cache_bytes == 2 * one
