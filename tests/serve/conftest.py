@@ -1,4 +1,4 @@
-"""The models that servers of these tests have."""
+"""The models and the database that servers of these tests have."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def server(shipped, tmp_path_factory):
 
     with serving(shipped, tmp_path_factory.mktemp("store")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A running PostgreSQL."""
+    from helpers.postgres import PostgresServer
+
+    server = PostgresServer()
+    yield server
+    server.remove()

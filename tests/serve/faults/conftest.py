@@ -1,0 +1,50 @@
+"""The model that the servers of these tests have, and where their memories are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from subprocess import run
+
+import pytest
+from helpers.once import folder_once
+from serve.faults.server_process import ServerProcess
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """The shipped adapter as an ONNX folder, which a server loads in a second; read only."""
+
+    def export(out: Path) -> None:
+        command = [sys.executable, "-m", "deltamem_tool", "export", "builtin:adapter", "--out", str(out / "onnx")]
+        done = run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return folder_once(tmp_path_factory, "served", export) / "onnx"
+
+
+@pytest.fixture(scope="session")
+def engine(folder):
+    """The same model in this process, for what conversations alone say."""
+    from deltamem_tool.onnx.runtime.engine import OnnxModel
+
+    return OnnxModel(folder)
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """Starts servers of the model, each a process; what still runs at the end of the test is killed."""
+    servers = []
+
+    def start(store: str, *options: str) -> ServerProcess:
+        servers.append(ServerProcess(folder, store, tmp_path / f"server-{len(servers)}.log", options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path}/memories.sqlite"

@@ -1,0 +1,198 @@
+"""Users who tell and ask, each in order, over servers that fail; and what a conversation alone would have said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import httpx2
+import numpy as np
+from serve.faults.server_process import MODEL
+
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.memory.file import memory_from_bytes
+from deltamem_tool.serve.keys import ONLY_TENANT
+
+FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of how many requests the tests send
+TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
+RETRY = {409, 429, 503}  # what a client is told to try again after
+PAUSE = 0.05  # seconds until it does
+PATIENCE = 240.0  # seconds in which a request has to be answered at last
+NAMES = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno", "Max", "Coco", "Oscar", "Ruby")
+KINDS = ("dog", "cat", "horse", "parrot")
+
+
+def times(number: int) -> int:
+    """How many of something a test does under the load that is wanted."""
+    return max(1, round(number * FACTOR))
+
+
+@dataclass
+class Turn:
+    """One message of a user, and the answer that arrived."""
+
+    text: str
+    answer: str | None = None
+    version: int | None = None
+    written: int | None = None
+
+
+@dataclass
+class User:
+    """Somebody with a memory, whose next message follows the answer to the one before."""
+
+    name: str
+    turns: list[Turn]
+    rng: random.Random = field(default_factory=random.Random)
+
+    @property
+    def answered(self) -> list[Turn]:
+        return [turn for turn in self.turns if turn.answer is not None]
+
+
+def new_user(number: int, turns: int) -> User:
+    """A user who tells of animals and asks for their names; the same for the same number."""
+    rng = random.Random(number)
+    texts = []
+    for index in range(turns):
+        kind = rng.choice(KINDS)
+        fact = f"My {kind} is {rng.choice(NAMES)}."
+        texts.append(fact if index % 2 == 0 else f"What is my {kind}'s name?")
+    return User(f"user-{number}", [Turn(text) for text in texts], rng)
+
+
+class Load:
+    """Clients of servers.
+
+    Args:
+        urls: of the servers; a client that gets no answer from one tries another.
+        leaving: the share of requests whose client goes before the answer is complete, and asks again.
+        streaming: the share of requests that are streamed.
+    """
+
+    def __init__(self, urls: Sequence[str], leaving: float = 0.0, streaming: float = 0.5) -> None:
+        self.urls, self.leaving, self.streaming = list(urls), leaving, streaming
+        self.outcomes: Counter[str] = Counter()  # statuses and failures
+        self.number = 0  # of answers so far
+        self.stopped = False  # nobody sends any more
+
+    async def run(self, users: Sequence[User]) -> None:
+        """Send all messages of all users, every message until it is answered."""
+        # A connection for each request: one that is kept may be closed by the server just when it is used again.
+        limits = httpx2.Limits(max_keepalive_connections=0, max_connections=None)
+        async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE) as client:
+            async with asyncio.TaskGroup() as group:
+                for user in users:
+                    group.create_task(self._talk(client, user))
+
+    async def answers(self, number: int) -> None:
+        """Wait until there are so many answers."""
+        until = time.monotonic() + PATIENCE
+        while self.number < number:
+            assert time.monotonic() < until, dict(self.outcomes)
+            await asyncio.sleep(0.005)
+
+    async def _talk(self, client: httpx2.AsyncClient, user: User) -> None:
+        for turn in user.turns:
+            until = time.monotonic() + PATIENCE
+            for attempt in count(user.rng.randrange(len(self.urls))):
+                if self.stopped:
+                    return
+                assert time.monotonic() < until, dict(self.outcomes)
+                url = self.urls[attempt % len(self.urls)]
+                leaves = user.rng.random() < self.leaving
+                if await self._ask(client, url, user, turn, leaves):
+                    self.number += 1
+                    break
+                await asyncio.sleep(PAUSE * user.rng.random())
+
+    async def _ask(self, client: httpx2.AsyncClient, url: str, user: User, turn: Turn, leaves: bool) -> bool:
+        """Send a turn once; return whether it is answered."""
+        streamed = user.rng.random() < self.streaming
+        body = {"model": MODEL, "user": user.name, "messages": [{"role": "user", "content": turn.text}]}
+        request = self._streamed if streamed else self._whole
+        patience = user.rng.random() * 0.2 if leaves else None
+        try:
+            async with asyncio.timeout(patience):
+                return await request(client, f"{url}/v1/chat/completions", body, turn)
+        except TimeoutError:
+            self.outcomes["left"] += 1
+        except httpx2.TransportError as error:
+            self.outcomes[type(error).__name__] += 1
+        return False
+
+    async def _whole(self, client: httpx2.AsyncClient, url: str, body: dict, turn: Turn) -> bool:
+        response = await client.post(url, json=body)
+        if not self._good(response.status_code, response.text):
+            return False
+        answer = response.json()
+        self._arrived(turn, answer["choices"][0]["message"]["content"], answer["deltamem"])
+        return True
+
+    async def _streamed(self, client: httpx2.AsyncClient, url: str, body: dict, turn: Turn) -> bool:
+        text, report = "", None
+        async with client.stream("POST", url, json=body | {"stream": True}) as response:
+            if response.status_code != 200:
+                return self._good(response.status_code, (await response.aread()).decode())
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if not data or data == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    self.outcomes[chunk["error"]["code"]] += 1
+                    assert chunk["error"]["code"] in ("conflict", "store_unavailable", "shutting_down"), chunk
+                    return False
+                text += chunk["choices"][0]["delta"].get("content") or ""
+                report = chunk.get("deltamem", report)
+        if report is None:
+            self.outcomes["cut"] += 1
+            return False
+        self.outcomes["200"] += 1
+        self._arrived(turn, text, report)
+        return True
+
+    def _good(self, status: int, content: str) -> bool:
+        self.outcomes[str(status)] += 1
+        assert status == 200 or status in RETRY, content
+        return status == 200
+
+    def _arrived(self, turn: Turn, text: str, report: dict) -> None:
+        turn.answer, turn.version, turn.written = text, report["version"], report["messages_written"]
+
+
+def check_user(engine, store, user: User, unanswered: bool = False) -> None:
+    """Check that each answer of a user is what a conversation alone says, and the memory what is left of it.
+
+    Args:
+        engine: the model.
+        store: has the memory.
+        user: all of whose turns but the last ones are answered.
+        unanswered: whether the store may have one turn more than were answered: the client went, or the server was
+            killed, when it was stored and not answered yet.
+    """
+    stored = store.get(ONLY_TENANT, user.name)
+    number = 0 if stored is None else stored.version
+    answered = len(user.answered)
+    assert answered <= number <= answered + unanswered
+    memory = None
+    for turn in user.turns[:number]:
+        alone = Conversation(engine, memory)
+        expected = alone.generate(turn.text)
+        memory = alone.memory
+        if turn.answer is None:
+            continue
+        if not turn.written:  # it was written by an attempt whose answer did not arrive, and read by this one
+            expected = Conversation(engine, memory, write=False).generate(turn.text)
+        assert turn.answer == expected.text, user
+    if stored is not None:
+        found = memory_from_bytes(stored.data, user.name)
+        for layer, state in memory.states.items():
+            np.testing.assert_allclose(found.states[layer], state, rtol=0, atol=TOLERANCE)

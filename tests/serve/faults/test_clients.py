@@ -1,0 +1,97 @@
+"""Clients that go, that stop reading, and that send half of what they announce."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+
+import httpx2
+import pytest
+from serve.faults.load import Load, check_user, new_user, times
+from serve.faults.server_process import MODEL
+
+from deltamem_tool.serve.store import MemoryStore
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+USERS, TURNS = 16, 4
+SMALL_BUFFER = 4096  # bytes that a client which does not read takes
+
+
+def test_who_goes_before_the_answer_has_it_later_and_is_written_once(start, sqlite_url, engine):
+    server = start(sqlite_url, "--max-batch", "4")
+    users = [new_user(number, times(TURNS)) for number in range(USERS)]
+    load = Load([server.url], leaving=0.5)
+    asyncio.run(load.run(users))
+    assert load.outcomes["left"] > 0
+    store = MemoryStore(sqlite_url)
+    for user in users:
+        check_user(engine, store, user)
+    store.close()
+
+
+def send_head(server, path="/v1/chat/completions", length=None, body=b"", more=""):
+    """A connection on which a request was begun."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+    connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    length = len(body) if length is None else length
+    head = f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    connection.sendall(head.encode() + more.encode() + b"\r\n" + body)
+    return connection
+
+
+def body_of(user, text, **options) -> bytes:
+    return json.dumps(
+        {"model": MODEL, "user": user, "messages": [{"role": "user", "content": text}], **options}
+    ).encode()
+
+
+def test_half_a_request_writes_nothing_and_holds_nobody_up(start, sqlite_url, engine):
+    server = start(sqlite_url)
+    body = body_of("half", "My dog is Rex.")
+    halves = [send_head(server, length=len(body), body=body[: len(body) // 2]) for _ in range(100)]
+    for half in halves[:50]:
+        half.close()
+    port = int(server.url.rsplit(":", 1)[1])
+    heads = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    for head in heads:
+        head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")
+    users = [new_user(number, 1) for number in range(4)]
+    asyncio.run(Load([server.url]).run(users))
+    for connection in halves + heads:
+        connection.close()
+    server.terminate()
+    server.wait()
+    store = MemoryStore(sqlite_url)
+    assert {memory.id for memory in store.list("default")} == {user.name for user in users}
+    for user in users:
+        check_user(engine, store, user)
+    store.close()
+
+
+def test_who_stops_reading_holds_nobody_up(start, sqlite_url):
+    """Not their own memory either: the answer is stored, and the next request goes on from it."""
+    server = start(sqlite_url)
+    silent = [
+        send_head(server, body=body_of(f"silent-{number}", "My dog is Rex.", stream=True)) for number in range(32)
+    ]
+    store = MemoryStore(sqlite_url)
+    until = time.monotonic() + 60
+    while len(store.list("default")) < len(silent):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    store.close()
+    answer = httpx2.post(
+        f"{server.url}/v1/chat/completions",
+        content=body_of("silent-0", "What is my dog's name?"),
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    ).json()
+    assert answer["deltamem"]["version"] == 2 and "Rex" in answer["choices"][0]["message"]["content"]
+    server.terminate()
+    server.wait()
+    for connection in silent:
+        connection.close()

@@ -1,0 +1,89 @@
+"""A store that fails while users talk to a server, and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from pathlib import Path
+
+import httpx2
+import pytest
+from serve.faults.load import Load, check_user, new_user, times
+
+from deltamem_tool.serve.store import MemoryStore
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+USERS, TURNS = 16, 6
+DOWN_SECONDS = 1.0
+
+
+def everybody_was_answered(engine, url, users):
+    store = MemoryStore(url)
+    for user in users:
+        assert len(user.answered) == len(user.turns)
+        check_user(engine, store, user)
+    store.close()
+
+
+@pytest.mark.parametrize("way", ["stop", "kill"])
+def test_postgresql_is_restarted(way, start, postgres, engine):
+    url = postgres.new_schema()
+    server = start(url)
+    users = [new_user(number, times(TURNS)) for number in range(USERS)]
+    load = Load([server.url])
+
+    async def talk_and_restart():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run(users))
+            await load.answers(len(users) * times(TURNS) // 3)
+            await asyncio.to_thread(getattr(postgres, way))
+            await asyncio.sleep(DOWN_SECONDS)
+            async with httpx2.AsyncClient() as client:
+                assert (await client.get(f"{server.url}/health")).status_code == 200
+                assert (await client.get(f"{server.url}/ready", timeout=60)).status_code == 503
+            await asyncio.to_thread(postgres.start)
+
+    asyncio.run(talk_and_restart())
+    assert load.outcomes["503"] + load.outcomes["store_unavailable"] > 0
+    everybody_was_answered(engine, url, users)
+
+
+def test_a_disk_is_full_and_has_room_again(start, sqlite_url, engine):
+    """No file of the server's may grow for a while."""
+    server = start(sqlite_url)
+    users = [new_user(number, times(TURNS)) for number in range(USERS)]
+    load = Load([server.url])
+    log = Path(sqlite_url.removeprefix("sqlite:///") + "-wal")
+
+    async def talk_and_fill():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run(users))
+            await load.answers(len(users) * times(TURNS) // 3)
+            _, most = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (log.stat().st_size, most))
+            while not load.outcomes["503"] + load.outcomes["store_unavailable"]:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(DOWN_SECONDS)
+            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (most, most))
+
+    asyncio.run(talk_and_fill())
+    everybody_was_answered(engine, sqlite_url, users)
+
+
+def test_one_of_two_servers_is_killed(start, postgres, engine):
+    """They have one database; each user talks to both, and whoever finds one dead goes on with the other."""
+    url = postgres.new_schema()
+    servers = [start(url), start(url)]
+    users = [new_user(number, times(TURNS)) for number in range(USERS)]
+    load = Load([server.url for server in servers], leaving=0.1)
+
+    async def talk_and_kill():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run(users))
+            await load.answers(len(users) * times(TURNS) // 3)
+            servers[0].kill()
+
+    asyncio.run(talk_and_kill())
+    assert load.outcomes["ConnectError"] > 0
+    everybody_was_answered(engine, url, users)
