@@ -116,6 +116,7 @@ def command(
     scheduler = Scheduler(engine, max_batch, max_queue)
     app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
     log_as_json()
+    listener.listen()  # what comes from now on waits until uvicorn takes it
     where = listener.getsockname()[:2]
     STDERR.print(f"Serving {model} at http://{where[0]}:{where[1]}/v1", highlight=False, soft_wrap=True)
     with suppress(KeyboardInterrupt):  # uvicorn passes a signal on when all is done

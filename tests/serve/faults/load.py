@@ -87,10 +87,9 @@ class Load:
         """Send all messages of all users, every message until it is answered."""
         # A connection for each request: one that is kept may be closed by the server just when it is used again.
         limits = httpx2.Limits(max_keepalive_connections=0, max_connections=None)
-        async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE) as client:
-            async with asyncio.TaskGroup() as group:
-                for user in users:
-                    group.create_task(self._talk(client, user))
+        async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
+            for user in users:
+                group.create_task(self._talk(client, user))
 
     async def answers(self, number: int) -> None:
         """Wait until there are so many answers."""
