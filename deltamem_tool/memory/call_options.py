@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamem_tool._compat import DynamicLayer, StaticLayer, attention_implementation, cache_argument
+from deltamem_tool._compat import (
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+    attention_implementation,
+    cache_argument,
+)
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attachment import hf_model
@@ -45,6 +52,7 @@ class CallOptions:
                 'Export the logits of all positions (logits="all").',
             )
         self.takes_positions = "position_ids" in parameters  # if not, the model itself counts, with or without padding
+        self._starts_over = _starts_over(model)
         self._first_position = _first_position(model) if self.takes_positions else None
         positions = Limits.of(model.config).positions
         self.positions = None if positions is None else positions - (self._first_position or 0)  # tokens of a context
@@ -66,6 +74,8 @@ class CallOptions:
             cache: the keys, values and memory before the tokens.
             columns: int64 `[T]`, where in the mask the tokens are; None for its last.
         """
+        if self._starts_over and input_ids.shape[1] > 1 and _goes_on(cache):
+            return self._one_by_one(model, input_ids, attention_mask, cache)
         kwargs: dict[str, Any] = {self._cache: cache}
         if self._first_position is not None:
             kwargs["position_ids"] = self._first_position + _positions(attention_mask, input_ids.shape[1], columns)
@@ -76,6 +86,20 @@ class CallOptions:
         with _cut(_head_of(model), position):
             logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **kwargs).logits
         return logits if self._cuts or not self._last else logits[:, -1:]
+
+    def _one_by_one(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, cache: MemoryCache
+    ) -> Tensor:
+        """As `logits`, each token in a call of its own."""
+        write, tokens = cache.write, input_ids.shape[1]
+        of_tokens = []
+        for token in range(tokens):
+            if isinstance(write, Tensor):
+                cache.write = write[:, token : token + 1]
+            mask = attention_mask[:, : attention_mask.shape[1] - tokens + token + 1]
+            of_tokens.append(self.logits(model, input_ids[:, token : token + 1], mask, cache))
+        cache.write = write
+        return of_tokens[-1] if self._last else torch.cat(of_tokens, dim=1)
 
     @property
     def counts_positions(self) -> bool:
@@ -106,6 +130,19 @@ class CallOptions:
 def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
     """Return the index, among the last tokens, of each row's last that is not padding, int64 `[B]`; 0 where all are."""
     return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
+
+
+def _starts_over(model: PreTrainedModel) -> bool:
+    """Whether several tokens at once are the beginning of a text to `model`: its Mamba takes no state for them."""
+    modules = {type(part).__module__ for part in model.modules()}
+    return any("mamba_selective_scan" in vars(sys.modules[module]) for module in modules)
+
+
+def _goes_on(cache: MemoryCache) -> bool:
+    """Whether layers of `cache` have states of earlier tokens, which are numbers here and not what a graph is given."""
+    if torch.compiler.is_exporting():
+        return False
+    return any(isinstance(x, LinearAttentionLayer) and any(x.has_previous_state.values()) for x in cache.layers)
 
 
 def _head_of(model: PreTrainedModel) -> nn.Module | None:

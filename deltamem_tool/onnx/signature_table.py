@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -28,6 +28,17 @@ AFTERWARDS = {
     contract.SEGMENT: "what the open segment has gathered by then",
     contract.CONV: MEANINGS[contract.CONV],
 }
+# Of states of the base's own, by what their part begins with.
+BASE_MEANINGS = {
+    contract.CONV: "a convolution's last inputs, zeros at first",
+    contract.STATE: "the state of the base's linear attention, zeros at first",
+    contract.SSM: "the state of the base's linear attention, zeros at first",
+}
+BASE_AFTERWARDS = {
+    contract.CONV: "a convolution's last inputs by then",
+    contract.STATE: "the state of the base's linear attention by then",
+    contract.SSM: "the state of the base's linear attention by then",
+}
 LOGITS = {"last": "of the last position", "all": "of every position"}
 
 
@@ -44,7 +55,11 @@ class Row(NamedTuple):
 def rows(interface: Interface) -> list[Row]:
     """Every input and output of the graph, layers that follow each other and are alike as one."""
     tables = {"input": interface.inputs(), "default": interface.defaults(), "output": interface.outputs()}
-    return [row for kind, tensors in tables.items() for row in _rows(kind, tensors, _meanings(kind, interface))]
+    return [
+        row
+        for kind, tensors in tables.items()
+        for row in _rows(kind, tensors, _meanings(kind, interface), interface.base_states.keys())
+    ]
 
 
 def markdown(interface: Interface) -> str:
@@ -70,18 +85,29 @@ def _meanings(kind: str, interface: Interface) -> dict[str, str]:
     return {**meanings, **buffers, contract.ATTENTION_MASK: "1 for text, 0 for padding or nothing yet"}
 
 
-def _rows(kind: str, tensors: dict[str, tuple[str, Shape]], meanings: dict[str, str]) -> Iterator[Row]:
-    carried: dict[str, list[tuple[int, str, str, Shape]]] = {}  # by part: layer, prefix, type, shape
+def _rows(
+    kind: str, tensors: dict[str, tuple[str, Shape]], meanings: dict[str, str], base_states: Collection[str]
+) -> Iterator[Row]:
+    # By part, and whether it is of the base's own states: layer, prefix, type, shape.
+    carried: dict[tuple[str, bool], list[tuple[int, str, str, Shape]]] = {}
     for name, (dtype, shape) in tensors.items():
         if name in meanings:
             yield Row(kind, name, dtype, shape, meanings[name])
         else:
             prefix, layer, part = name.split(".")
-            carried.setdefault(part, []).append((int(layer), prefix, dtype, shape))
-    for part, entries in carried.items():
+            is_base = contract.carried_name(contract.PAST, int(layer), part) in base_states
+            carried.setdefault((part, is_base), []).append((int(layer), prefix, dtype, shape))
+    for (part, is_base), entries in carried.items():
+        meaning = _base_meaning(kind, part) if is_base else meanings[part]
         # Layers that follow each other share what remains when their place in the row is taken off their number.
         alike = groupby(enumerate(entries), key=lambda entry: (entry[1][0] - entry[0], entry[1][1:]))
         for (_, (prefix, dtype, shape)), run in alike:
             layers = [layer for _, (layer, *_) in run]
             span = str(layers[0]) if len(layers) == 1 else f"{{{layers[0]}…{layers[-1]}}}"
-            yield Row(kind, f"{prefix}.{span}.{part}", dtype, shape, meanings[part])
+            yield Row(kind, f"{prefix}.{span}.{part}", dtype, shape, meaning)
+
+
+def _base_meaning(kind: str, part: str) -> str:
+    """Of a state of the base's own; a layer's second convolution is `conv_state_1`."""
+    meanings = BASE_AFTERWARDS if kind == "output" else BASE_MEANINGS
+    return next(meaning for beginning, meaning in meanings.items() if part.startswith(beginning))

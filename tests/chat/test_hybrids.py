@@ -10,6 +10,7 @@ from helpers.tiny import tiny_tokenizer
 
 from deltamem_tool.chat.context_window import with_room
 from deltamem_tool.chat.conversation import Conversation, Sampling, generate_together
+from deltamem_tool.chat.engine import empty_memory
 from deltamem_tool.chat.torch_engine import TorchModel
 
 TOLERANCE = 1e-4  # of logits and states: transformers computes several tokens in another way than one
@@ -71,3 +72,17 @@ def test_turns_that_left_the_context_are_not_in_its_states(engine):
     next_id, mask = np.array([[7]]), np.ones((1, ids.shape[1] + 1), np.int64)
     expected, found = (engine.step(past, next_id, mask, next_id < 0)[0] for past in (again, place.past))
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["jamba", "zamba"])
+def test_several_tokens_go_on_from_the_states(name):
+    """Not from zeros, as transformers' Mamba does where it is given several tokens."""
+    tokenizer = tiny_tokenizer()
+    engine = TorchModel(hybrid(name, tokenizer), tokenizer)
+    ids = np.arange(10, 19)[None]
+    ones, start = np.ones_like(ids), engine.start(empty_memory(engine))
+    expected, whole = engine.step(start, ids, ones, ids > 0, all_positions=True)
+    first, past = engine.step(start, ids[:, :5], ones[:, :5], ids[:, :5] > 0, all_positions=True)
+    second, past = engine.step(past, ids[:, 5:], ones, ids[:, 5:] > 0, all_positions=True)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, rtol=0, atol=TOLERANCE)
+    assert_same_memory(engine.memory(past), engine.memory(whole), TOLERANCE)

@@ -13,12 +13,17 @@ from deltamem_tool import DeltaMemConfig, attach
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h")
 
 
-def hybrid(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
-    """A tiny model of the type with a memory that matters, for the tiny chat tokenizer."""
+def hybrid_base(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A tiny model of the type, for a tokenizer of `helpers.tiny`."""
     torch.manual_seed(0)
     config = tiny_config(name)
     config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), PAD, END
     config.bos_token_id, config.max_position_embeddings = None, 512
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def hybrid(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
+    """The same with a memory that matters."""
+    model = hybrid_base(name, tokenizer)
     randomise(attach(model, DeltaMemConfig(**{"rank": 4, "state_heads": 2, "branches": ("q", "o"), **options})))
     return model
