@@ -122,7 +122,7 @@ class GreedySampler:
     def pick(self, logits: NDArray[Any]) -> list[int | None]:
         """The next tokens, from logits `[B, V]`; None in a row for which `Sampler.pick` raises."""
         self._tokens = _of_length(self._tokens, logits.shape[1])
-        allowed = np.where(self._tokens, logits, -np.inf)
+        allowed = logits if self._tokens.all() else np.where(self._tokens, logits, -np.inf)
         tokens = allowed.argmax(axis=1)
         finite = np.isfinite(allowed[np.arange(len(tokens)), tokens])
         return tokens.tolist() if finite.all() else [int(t) if f else None for t, f in zip(tokens, finite, strict=True)]

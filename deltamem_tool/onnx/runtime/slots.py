@@ -146,9 +146,9 @@ class Slots:
         room = old.room if columns <= old.room else max(FIRST_ROOM, 2 * columns)
         if limit is not None:
             room = max(columns, min(room, limit))
-        new, rows = _Arrays(self._graph, size, room), len(self._lengths)
+        new, rows, used = _Arrays(self._graph, size, room), len(self._lengths), max(self._lengths, default=0)
         self._arrays = new
         for name, array in old.cache.items():
-            new.cache[name][:rows, :, : old.room] = array[:rows]
+            new.cache[name][:rows, :, :used] = array[:rows, :, :used]
         for name, array in old.memory[old.source].items():
             new.memory[new.source][name][:rows] = array[:rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -48,11 +47,6 @@ class Job:
     answer_writes: bool = True
     deadline: float | None = None
     prefix_key: str | None = None
-
-    @property
-    def late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def check(self, engine: Engine, ids: Collection[int]) -> None:
         """Check that `engine`, whose tokens are `ids`, can run it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -66,7 +67,7 @@ class Running:
         self._whole_pieces: Past = None  # after the last of them, where that was not in the cache
         self._piece, self._keys = piece, prefix_keys(job, piece)
         self._started = time.monotonic()
-        self._first_token: float | None = None
+        self._first_token = math.inf
 
     def begin(self, engine: Engine, cache: PrefixCache) -> None:
         """Start from the memory, or from the longest beginning of the prompt that is in the cache."""
@@ -97,17 +98,24 @@ class Running:
         past = self._whole_pieces
         return None if past is None else Prefix(self._keys, past, self._memories)
 
-    def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> None:
-        """Choose the next token of the answer, from logits `[V]` whose `likeliest` token may be known.
+    def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> bool:
+        """Choose the next token of the answer, and return whether the answer goes on after it.
+
+        Args:
+            logits: `[V]`.
+            likeliest: the token that a greedy sampler picks, if that is known.
+            stop_tokens: ids that end an answer.
 
         Raises:
-            DeltaMemError: they contain NaN or infinity.
+            DeltaMemError: the logits contain NaN or infinity.
         """
-        sampler = self.row.sampler
-        known = likeliest if sampler.is_greedy else None
-        self.row.take(sampler.pick(logits) if known is None else known, stop_tokens)
-        if self._first_token is None:
+        row = self.row
+        if likeliest is None or not row.sampler.is_greedy:
+            likeliest = row.sampler.pick(logits)
+        row.take(likeliest, stop_tokens)
+        if len(row.tokens) <= row.prompt + 1:
             self._first_token = time.monotonic()
+        return row.going
 
     def completion(self, memory: StoredMemory) -> Completion:
         """The end of an answer, with the memory after it."""
@@ -119,6 +127,6 @@ class Running:
             prompt_tokens=self.row.prompt,
             cached_tokens=self.cached,
             waited=self._started - submitted,
-            first_token=(self._first_token or now) - submitted,
+            first_token=self._first_token - submitted,
             seconds=now - submitted,
         )

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
@@ -41,10 +40,11 @@ class Counters:
     prompt_tokens: int = 0  # that were computed
     cached_tokens: int = 0  # of prompts, that were not computed again
     cache_bytes: int = 0
-    answer_tokens: int = 0
+    answer_tokens: int = 0  # of completed answers
     steps: int = 0  # of decoding
     step_rows: int = 0  # of all of them together
     step_seconds: float = 0.0
+    model_seconds: float = 0.0  # of these, in the engine
 
 
 class Scheduler:
@@ -131,37 +131,28 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
-        self.counters.running = len(self._running)
         with self._changed:
-            while self._open and not (self._waiting or self._running):
+            while self._open and not (self._waiting or self._prompts or self._answering):
+                self.counters.running = 0
                 self._changed.wait()
-            gone = self._waiting.sweep()
-            room = self._max_batch - len(self._running)
+            ending, now = self._ending, time.monotonic()
+            gone = self._waiting.sweep(math.inf if ending else now)
+            room = self._max_batch - len(self._prompts) - len(self._answering) + len(self._leaving)
             new = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
-            ending = self._ending
-            if ending:
-                gone += [self._waiting.pop() for _ in range(len(self._waiting))]
             self.counters.waiting = len(self._waiting)
-        self._prompts += [Running(self.engine, ticket, self._ids, self._piece) for ticket in new]
         for ticket in gone:
-            self._end(ticket, _reason(ticket) or _closed())
-        for running in list(self._prompts):
-            reason = _closed() if ending else _reason(running.ticket)
-            if reason is not None:
-                self._prompts.remove(running)
-                self._end(running.ticket, reason)
+            self._end(ticket, self._reason(ticket))
+        if new:
+            self._prompts += [Running(self.engine, ticket, self._ids, self._piece) for ticket in new]
+        for running in [running for running in self._prompts if ending or running.ticket.gone(now)]:
+            self._prompts.remove(running)
+            self._end(running.ticket, self._reason(running.ticket))
         for number, running in enumerate(self._answering):
-            reason = _closed() if ending else _reason(running.ticket)
-            if reason is not None and number not in self._leaving:
+            if (ending or running.ticket.gone(now)) and number not in self._leaving:
                 self._leaving.add(number)
-                self._end(running.ticket, reason)
-        self.counters.running = len(self._running)
-        return self._open or bool(self._running or self._waiting)
-
-    @property
-    def _running(self) -> list[Running]:
-        answering = (running for number, running in enumerate(self._answering) if number not in self._leaving)
-        return [*self._prompts, *answering]
+                self._end(running.ticket, self._reason(running.ticket))
+        self.counters.running = len(self._prompts) + len(self._answering) - len(self._leaving)
+        return self._open or bool(self._prompts or self._answering or self.counters.waiting)
 
     def _feed_prompts(self) -> list[Running]:
         """Feed prompts, the first that came first, for about `piece` tokens; return those that answer from now on."""
@@ -175,15 +166,15 @@ class Scheduler:
             before = row.fed
             logits = running.feed_piece(self.engine)
             fed += row.fed - before
-            self.counters.prompt_tokens += row.fed - before
             if row.fed == row.prompt:
                 self._prompts.remove(running)
-                if self._choose(running, logits[0], None, partial(self.engine.memory, row.past)):
+                if self._choose(running, logits[0], None, self.engine.memory, row.past):
                     joining.append(running)
                 prefix = running.prefix
                 if prefix is not None and math.isfinite(logits.max()):
                     self._cache.put(prefix)
                     self.counters.cache_bytes = self._cache.size
+        self.counters.prompt_tokens += fed
         return joining
 
     def _decode(self, joining: Sequence[Running]) -> None:
@@ -192,17 +183,15 @@ class Scheduler:
         if not self._answering:
             return
         began = time.perf_counter()
-        rows = [running.row for running in self._answering]
-        logits = self._group.step([row.tokens[-1] for row in rows])
-        tokens = self._greedy.pick(logits)
-        for number, running in enumerate(self._answering):
+        logits = self._group.step([running.row.tokens[-1] for running in self._answering])
+        self.counters.model_seconds += time.perf_counter() - began
+        likeliest, memory = self._greedy.pick(logits), self._group.memory
+        for number, (running, token) in enumerate(zip(self._answering, likeliest, strict=True)):
             running.row.fed += 1
-            if not self._choose(running, logits[number], tokens[number], partial(self._group.memory, number)):
+            if not self._choose(running, logits[number], token, memory, number):
                 self._leaving.add(number)
-        if len(self._leaving) == len(rows):
-            self._exchange(())  # nobody may come for a while
         self.counters.steps += 1
-        self.counters.step_rows += len(rows)
+        self.counters.step_rows += len(logits)
         self.counters.step_seconds += time.perf_counter() - began
 
     def _exchange(self, joining: Sequence[Running]) -> None:
@@ -217,27 +206,46 @@ class Scheduler:
         self._leaving.clear()
 
     def _choose(
-        self, running: Running, logits: NDArray[Any], token: int | None, memory: Callable[[], StoredMemory]
+        self,
+        running: Running,
+        logits: NDArray[Any],
+        likeliest: int | None,
+        memory: Callable[[Any], StoredMemory],
+        place: Any,
     ) -> bool:
-        """The next token of a row, as in `Running.take`; return whether the answer goes on after it."""
+        """The next token of a row, as in `Running.take`; return whether the answer goes on after it.
+
+        `memory` of `place` is what the row has at its end.
+        """
         try:
-            running.take(logits, token, self.engine.stop_tokens)
+            if running.take(logits, likeliest, self.engine.stop_tokens):
+                return True
         except DeltaMemError as error:
             self._end(running.ticket, error)
             return False
-        self.counters.answer_tokens += 1
-        if running.row.going:
-            return True
+        completion = running.completion(memory(place))
         self.counters.completed += 1
-        running.ticket.put(running.completion(memory()))
+        self.counters.answer_tokens += len(completion.answer.tokens)
+        running.ticket.put(completion)
         return False
 
     def _fail(self, error: Exception) -> None:
         """End everybody in the batch; those who wait have a new one."""
-        for running in self._running:
+        answering = (running for number, running in enumerate(self._answering) if number not in self._leaving)
+        for running in (*self._prompts, *answering):
             self._end(running.ticket, domain_error(error) or _failed(error))
         self._prompts, self._answering, self._group = [], [], self.engine.group()
         self._leaving.clear()
+
+    def _reason(self, ticket: Ticket) -> DeltaMemError:
+        """Why a ticket does not go on."""
+        if ticket.cancelled:
+            return Cancelled("The request was cancelled.", "", "Nothing of it is kept.")
+        if self._ending:
+            return _closed()
+        return DeadlineExceeded(
+            "The request was not answered in time.", "Its deadline has passed.", "Nothing of it is kept. Try again."
+        )
 
     def _end(self, ticket: Ticket, error: DeltaMemError) -> None:
         """End a ticket without an answer."""
@@ -248,17 +256,6 @@ class Scheduler:
         else:
             self.counters.failed += 1
         ticket.put(error)
-
-
-def _reason(ticket: Ticket) -> DeltaMemError | None:
-    """Why a ticket must not go on."""
-    if ticket.cancelled:
-        return Cancelled("The request was cancelled.", "", "Nothing of it is kept.")
-    if ticket.job.late:
-        return DeadlineExceeded(
-            "The request was not answered in time.", "Its deadline has passed.", "Nothing of it is kept. Try again."
-        )
-    return None
 
 
 def _closed() -> Cancelled:

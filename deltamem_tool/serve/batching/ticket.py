@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
@@ -58,6 +59,7 @@ class Ticket:
     def __init__(self, job: Job, text: ChatText, bell: Bell) -> None:
         self.job = job
         self.submitted = time.monotonic()
+        self._deadline = math.inf if job.deadline is None else job.deadline
         self._bell = bell
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._events: SimpleQueue[int | Event | DeltaMemError] = SimpleQueue()
@@ -68,6 +70,10 @@ class Ticket:
     def cancelled(self) -> bool:
         """Whether nobody waits for it any longer."""
         return self._cancelled
+
+    def gone(self, now: float) -> bool:
+        """Whether it was cancelled, or is late at `now`."""
+        return self._cancelled or now >= self._deadline
 
     def cancel(self) -> None:
         """Leave the queue, or the batch at the next step. Without effect on a job that has ended."""

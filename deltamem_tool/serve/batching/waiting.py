@@ -43,9 +43,9 @@ class FairQueue:
             self._tenants[tenant] = tickets
         return ticket
 
-    def sweep(self) -> list[Ticket]:
-        """Take out those that were cancelled or are late."""
-        gone = [t for tickets in self._tenants.values() for t in tickets if t.cancelled or t.job.late]
+    def sweep(self, now: float) -> list[Ticket]:
+        """Take out those that were cancelled or are late; all of them at `now` infinity."""
+        gone = [ticket for tickets in self._tenants.values() for ticket in tickets if ticket.gone(now)]
         for ticket in gone:
             tickets = self._tenants[ticket.job.tenant]
             tickets.remove(ticket)
