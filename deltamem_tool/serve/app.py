@@ -26,6 +26,7 @@ from deltamem_tool.serve.openai import chat, models, responses
 from deltamem_tool.serve.service import Service
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Turns
+from deltamem_tool.serve.web_page import page_routes
 
 REQUEST_SECONDS = 300.0  # in which a request has to be answered
 MAX_WAITING = 256  # requests for memories that are in use
@@ -65,8 +66,12 @@ def build_app(
             await run_sync(scheduler.close)
             await run_sync(store.close)
 
-    watched = [Middleware(RequestLog, metrics=metrics)]
-    app = Starlette(routes=_routes(), middleware=watched, lifespan=lifespan, exception_handlers=_HANDLERS)
+    app = Starlette(
+        routes=[*_routes(), *page_routes()],
+        middleware=[Middleware(RequestLog, metrics=metrics)],
+        lifespan=lifespan,
+        exception_handlers=_HANDLERS,
+    )
     app.state.service = service
     return app
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers.browser import CHROMIUM, needs_chromium
 from helpers.node import node_folder
 from helpers.once import folder_once
 
@@ -101,7 +101,6 @@ SAY = """<script type="module">
     form.requestSubmit();
   }, 10);
 </script>"""
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def site(example, folder, tmp_path):
 @pytest.mark.browser
 @pytest.mark.node
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (CHROMIUM names its program)")
+@needs_chromium
 def test_the_page_remembers(site, tmp_path):
     options = ("--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom")
     shown = subprocess.run([CHROMIUM, *options, site], capture_output=True, text=True, check=True, timeout=120).stdout

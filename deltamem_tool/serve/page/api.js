@@ -1,0 +1,105 @@
+// The server's public API. Addresses are relative to the page, which may be behind a proxy under a path of its own.
+
+const KEY = "deltamem-key"; // in sessionStorage: gone with the tab
+const MEDIA_TYPE = "application/vnd.safetensors";
+
+export class ApiError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status; // 0: no answer at all
+  }
+}
+
+export const setKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+
+const pathOf = (name) => `v1/memories/${encodeURIComponent(name)}`;
+const json = (body) => ({ body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+// The condition that a change finds the memory as the page has it; a null etag: that there is none yet.
+const unchanged = (etag) => (etag === null ? { "If-None-Match": "*" } : { "If-Match": etag });
+
+async function request(path, { headers, ...options } = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const authorization = key === null ? {} : { Authorization: `Bearer ${key}` };
+  let response;
+  try {
+    response = await fetch(path, { cache: "no-store", ...options, headers: { ...headers, ...authorization } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "The server cannot be reached.");
+  }
+  if (response.ok) return response;
+  const told = await response.json().catch(() => null);
+  throw new ApiError(response.status, told?.error?.message ?? `The server answered with status ${response.status}.`);
+}
+
+export const getModel = async () => (await (await request("v1/models")).json()).data[0];
+
+export async function listMemories(after) {
+  return (await request(after === null ? "v1/memories" : `v1/memories?after=${encodeURIComponent(after)}`)).json();
+}
+
+// A version of a memory as a memory file, or null where there is none.
+export async function getMemory(name, version = null) {
+  try {
+    const response = await request(version === null ? pathOf(name) : `${pathOf(name)}?version=${version}`);
+    const { headers } = response;
+    const digest = headers.get("ETag").replaceAll('"', "");
+    return { version: Number(headers.get("X-Deltamem-Version")), digest, bytes: await response.arrayBuffer() };
+  } catch (error) {
+    if (error.status === 404) return null;
+    throw error;
+  }
+}
+
+export const etagOf = (memory) => (memory === null ? null : `"${memory.digest}"`);
+
+export const listVersions = async (name) => (await (await request(`${pathOf(name)}/versions`)).json()).data;
+
+export const putMemory = (name, file, etag) =>
+  request(pathOf(name), { method: "PUT", body: file, headers: { "Content-Type": MEDIA_TYPE, ...unchanged(etag) } });
+
+export const deleteMemory = async (name, etag = null) =>
+  (await request(pathOf(name), { method: "DELETE", headers: etag === null ? {} : unchanged(etag) })).json();
+
+export const forkMemory = (name, id) => request(`${pathOf(name)}/fork`, { method: "POST", ...json({ id }) });
+
+export function restoreMemory(name, version, etag) {
+  const { body, headers } = json({ version });
+  return request(`${pathOf(name)}/restore`, { method: "POST", body, headers: { ...headers, ...unchanged(etag) } });
+}
+
+// Passes the answer's pieces to `onPiece`, and returns what the server says of the memory after it.
+export async function complete(model, messages, memory, signal, onPiece) {
+  const body = { model, messages, user: memory, stream: true };
+  const response = await request("v1/chat/completions", { method: "POST", signal, ...json(body) });
+  let report = null;
+  for await (const { error, choices, deltamem } of events(response.body)) {
+    if (error) throw new ApiError(response.status, error.message);
+    const [{ delta, finish_reason: finish }] = choices;
+    if (delta.content) onPiece(delta.content);
+    if (finish) report = { ...deltamem, finish };
+  }
+  if (report === null) throw new ApiError(0, "The connection broke before the answer was complete.");
+  return report;
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    let chunk;
+    try {
+      chunk = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      return; // broken off
+    }
+    if (chunk.done) return;
+    const lines = (rest + chunk.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: {")) yield JSON.parse(line.slice("data: ".length));
+    }
+  }
+}

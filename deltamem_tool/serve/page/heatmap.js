@@ -1,0 +1,30 @@
+// A layer's states as a heat map: one pixel an entry, which the style sheet enlarges. Rows are values, columns are keys.
+
+const GAP = 1; // pixels between two heads
+const WIDEST = 64; // pixels in which heads are side by side
+
+// The colours of −1, 0 and 1 as the style sheet has them for the light or the dark scheme.
+export function colours(element) {
+  const style = getComputedStyle(element);
+  return ["--negative", "--zero", "--positive"].map((name) =>
+    style.getPropertyValue(name).trim().split(/\s+/).map(Number),
+  );
+}
+
+// Draws on `canvas`; an entry of size `limit` has the full colour.
+export function draw(canvas, { heads, rank, values }, limit, [negative, zero, positive]) {
+  const columns = heads * (rank + GAP) <= WIDEST ? heads : Math.ceil(Math.sqrt(heads));
+  canvas.width = columns * (rank + GAP) - GAP;
+  canvas.height = Math.ceil(heads / columns) * (rank + GAP) - GAP;
+  const context = canvas.getContext("2d");
+  for (let head = 0; head < heads; head++) {
+    const image = context.createImageData(rank, rank);
+    for (let place = 0; place < rank * rank; place++) {
+      const share = limit ? values[head * rank * rank + place] / limit : 0;
+      const end = share < 0 ? negative : positive;
+      const colour = zero.map((from, channel) => Math.round(from + Math.abs(share) * (end[channel] - from)));
+      image.data.set([...colour, 255], place * 4);
+    }
+    context.putImageData(image, (head % columns) * (rank + GAP), Math.floor(head / columns) * (rank + GAP));
+  }
+}

@@ -1,0 +1,239 @@
+// The page: which memory is open, the conversation with it, and what the buttons do.
+
+import * as api from "./api.js";
+import { byId, confirmed, element } from "./dom.js";
+import { before } from "./history.js";
+import { showList, showMore } from "./list.js";
+import * as log from "./log.js";
+import { addressOf, openName } from "./open.js";
+import { showPicture, showVersions } from "./picture.js";
+
+const MOST_TURNS = 100; // that are sent again; what they wrote is in the memory
+const CHANGED = [409, 412]; // statuses that say that the memory is not as the page has it
+const words = byId("words");
+
+let model = null;
+let memory = null; // what the server has of the open one: { version, digest, bytes }, or null
+let versions = [];
+let answering = null; // the AbortController of a turn that is being answered
+// The turns of each memory's conversation, [{ user, answer, report, digest, first }]. They live as long as the page:
+// after a reload there is the memory alone.
+const talks = new Map();
+
+const talk = () => talks.get(openName()) ?? [];
+const lastTurn = () => {
+  const last = talk().at(-1);
+  return memory !== null && last?.digest === memory.digest ? last : null;
+};
+
+// Notices ---------------------------------------------------------------------------------------------------------
+
+function notice(text, kind = "note") {
+  const close = element("button", { type: "button", textContent: "Dismiss", onclick: clearNotice });
+  byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
+}
+
+const clearNotice = () => byId("notice").replaceChildren();
+
+function failed(error) {
+  if (!(error instanceof api.ApiError)) throw error;
+  notice(error.message, "error");
+  if (error.status === 401) {
+    byId("key-form").hidden = false;
+    byId("key").focus();
+  }
+}
+
+// Does `action` for a button, and shows what went wrong.
+const guarded = (action) => async (event) => {
+  event?.preventDefault();
+  clearNotice();
+  try {
+    await action();
+  } catch (error) {
+    failed(error);
+    if (CHANGED.includes(error.status)) await refresh();
+  }
+};
+
+// Showing ---------------------------------------------------------------------------------------------------------
+
+// Reads the open memory, and shows it; unless another one is opened meanwhile.
+async function refresh() {
+  const name = openName();
+  await showList(name);
+  const stored = await api.getMemory(name);
+  const history = stored === null ? [] : await api.listVersions(name);
+  const earlier = before(history);
+  const former = earlier && (await api.getMemory(name, earlier.version));
+  if (name !== openName()) return;
+  [memory, versions] = [stored, history];
+  showPicture(memory, former?.bytes ?? (lastTurn()?.first ? null : undefined));
+  showVersions(versions, (version) => guarded(() => restore(version))());
+  enable();
+}
+
+function enable() {
+  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering !== null;
+  for (const id of ["fork", "save", "forget"]) byId(id).disabled ||= memory === null;
+  byId("save").disabled = memory === null;
+  byId("undo").disabled ||= before(versions) === null && !lastTurn()?.first;
+  byId("send").hidden = answering !== null;
+  byId("stop").hidden = answering === null;
+}
+
+async function open() {
+  byId("name").textContent = openName();
+  document.title = `${openName()} – deltamem`;
+  [memory, versions] = [null, []];
+  log.show([], "Loading …");
+  await refresh();
+  showTalk();
+  words.focus();
+}
+
+function showTalk() {
+  const note =
+    memory === null
+      ? "This memory is empty. Tell it something, reload the page, and ask."
+      : "A new conversation. What was said before is not in view: the memory has it.";
+  log.show(talk(), talk().length ? null : note);
+}
+
+function beginTalk() {
+  talks.delete(openName());
+  showTalk();
+}
+
+// Turns -----------------------------------------------------------------------------------------------------------
+
+async function send() {
+  const user = words.value.trim();
+  if (!user || answering || model === null) return;
+  const turn = { user, answer: "", first: memory === null };
+  const [name, digest, earlier] = [openName(), memory?.digest, talk()];
+  const shown = log.add(user);
+  words.value = "";
+  answering = new AbortController();
+  enable();
+  try {
+    turn.report = await api.complete(model.id, messagesOf(earlier, user), name, answering.signal, (piece) => {
+      turn.answer += piece;
+      shown.append(piece);
+    });
+  } catch (error) {
+    shown.remove();
+    if (name === openName()) words.value = user;
+    if (error.name !== "AbortError") throw error;
+    await refresh();
+    notice(memory?.digest === digest ? "Stopped. The memory is as it was." : "Stopped too late: the memory has it.");
+    return;
+  } finally {
+    answering = null;
+    enable();
+    words.focus();
+  }
+  shown.finish(turn.answer, turn.report);
+  talks.set(name, [...earlier, turn]);
+  turn.digest = (await api.getMemory(name))?.digest;
+  await refresh();
+  if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
+}
+
+const messagesOf = (turns, user) => [
+  ...turns.slice(-MOST_TURNS).flatMap((turn) => [
+    { role: "user", content: turn.user },
+    { role: "assistant", content: turn.answer },
+  ]),
+  { role: "user", content: user },
+];
+
+// What changes the memory -----------------------------------------------------------------------------------------
+
+async function undo() {
+  const [name, last, earlier] = [openName(), lastTurn(), before(versions)];
+  if (earlier) await api.restoreMemory(name, earlier.version, api.etagOf(memory));
+  else await api.deleteMemory(name, api.etagOf(memory));
+  talks.set(name, last === null ? [] : talks.get(name).slice(0, -1));
+  await refresh();
+  showTalk();
+}
+
+async function restore(version) {
+  await api.restoreMemory(openName(), version, api.etagOf(memory));
+  await refresh();
+  beginTalk();
+}
+
+async function fork() {
+  byId("fork-name").value = "";
+  if (!(await confirmed(byId("fork-dialog")))) return;
+  const [copy, turns] = [byId("fork-name").value.trim(), talk()];
+  await api.forkMemory(openName(), copy);
+  talks.set(copy, turns);
+  location.hash = addressOf(copy);
+}
+
+function save() {
+  const address = URL.createObjectURL(new Blob([memory.bytes]));
+  element("a", { href: address, download: `${openName()}.safetensors` }).click();
+  URL.revokeObjectURL(address);
+}
+
+async function load() {
+  const [file] = byId("file").files;
+  byId("file").value = ""; // or the same file could not be chosen again
+  await api.putMemory(openName(), file, api.etagOf(memory));
+  await refresh();
+  beginTalk();
+}
+
+async function forget() {
+  if (!(await confirmed(byId("forget-dialog")))) return;
+  const name = openName();
+  const { versions: deleted } = await api.deleteMemory(name);
+  talks.delete(name);
+  await refresh();
+  showTalk();
+  notice(`Forgotten, with ${deleted.length} ${deleted.length === 1 ? "version" : "versions"}.`);
+}
+
+// Start -----------------------------------------------------------------------------------------------------------
+
+async function start() {
+  byId("forget-key").hidden = !api.hasKey();
+  model = await api.getModel();
+  byId("key-form").hidden = true;
+  byId("model").textContent = model.id;
+  await open();
+}
+
+async function useKey() {
+  api.setKey(byId("key").value);
+  byId("key").value = "";
+  await start();
+}
+
+function forgetKey() {
+  api.setKey(null);
+  location.reload();
+}
+
+const actions = { undo, fork, save, forget, more: showMore, begin: beginTalk, "forget-key": forgetKey };
+for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
+byId("load").onclick = () => byId("file").click();
+byId("file").onchange = guarded(load);
+byId("stop").onclick = () => answering?.abort();
+byId("composer").onsubmit = guarded(send);
+byId("key-form").onsubmit = guarded(useKey);
+byId("new-form").onsubmit = guarded(() => {
+  location.hash = addressOf(byId("new-name").value.trim());
+  byId("new-name").value = "";
+});
+words.onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  byId("composer").requestSubmit();
+};
+window.onhashchange = guarded(open);
+await guarded(start)();

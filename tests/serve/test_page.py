@@ -1,0 +1,407 @@
+"""The page of `deltamem serve` in a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import anyio
+import httpx2
+import numpy as np
+import pytest
+from helpers.browser import chromium, needs_chromium
+from playwright.sync_api import expect
+from serve.page import EMPTY, using
+from serve.serving import serving
+
+from deltamem_tool.memory.file import memory_from_bytes
+from deltamem_tool.serve.batching.job import QueueFull
+from deltamem_tool.serve.keys import ApiKeys
+from deltamem_tool.serve.web_page import FOLDER
+
+pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow, needs_chromium]
+
+TELL, ASK, NAME = "My dog is Rex.", "What is the name of my dog?", "Rex"
+TELL_ANOTHER, ANOTHER = "My dog is Bella.", "Bella"
+HTML = "<img src=x onerror=\"alert('said')\">"
+NARROW = {"width": 390, "height": 844}
+LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def user(browser, server):
+    with using(browser, server.url) as user:
+        yield user
+
+
+def stored(server, name):
+    return server.store.get("default", name)
+
+
+def versions(server, name):
+    return len(server.store.versions("default", name))
+
+
+def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user):
+    user.open("anna")
+    expect(user.page.get_by_text(EMPTY)).to_be_visible()
+    user.say(TELL)
+    user.reload()
+    expect(user.answers).to_have_count(0)
+    assert NAME in user.say(ASK)
+    user.page.get_by_label("New memory").fill("bert & <b>")
+    user.press("New")
+    user.wait("bert & <b>")
+    assert NAME not in user.say(ASK)
+    user.page.get_by_role("link", name="anna").click()
+    user.wait("anna")
+    expect(user.answers).to_have_count(1)  # its conversation is still there
+    user.page.go_back()
+    user.wait("bert & <b>")
+
+
+def test_a_conversation_is_in_view_until_a_new_one_is_begun(user, server):
+    user.open("carl")
+    user.say(TELL)
+    user.say(ASK)
+    assert versions(server, "carl") == 2
+    user.press("New conversation")
+    expect(user.answers).to_have_count(0)
+    expect(user.page.get_by_text("What was said before is not in view")).to_be_visible()
+    assert NAME in user.say(ASK)
+
+
+def test_undo_goes_back_turn_by_turn_to_no_memory(user, server):
+    user.open("dora")
+    for text in (TELL, TELL_ANOTHER, "My parrot is Kiwi."):
+        user.say(text)
+    digests = [version.digest for version in server.store.versions("default", "dora")]
+    user.undo()
+    assert stored(server, "dora").digest == digests[1]
+    expect(user.answers).to_have_count(2)
+    user.undo()
+    assert stored(server, "dora").digest == digests[2]
+    assert NAME in user.say(ASK)
+    user.undo()
+    user.undo()
+    expect(user.summary).to_have_text("Nothing is stored yet.")
+    expect(user.answers).to_have_count(0)
+    assert stored(server, "dora") is None
+    expect(user.button("Undo")).to_be_disabled()
+    assert NAME not in user.say(ASK)
+
+
+def test_undo_after_a_reload_and_restoring(user, server):
+    user.open("elsa")
+    user.say(TELL)
+    user.say(TELL_ANOTHER)
+    user.reload()
+    told = stored(server, "elsa").version
+    user.undo()
+    assert NAME in user.say(ASK)
+    user.page.get_by_text("Earlier versions").click()
+    user.press(f"Restore version {told}")
+    expect(user.answers).to_have_count(0)
+    assert ANOTHER in user.say(ASK)
+
+
+def test_a_fork_goes_on_with_the_conversation_by_itself(user, server):
+    user.open("fred")
+    user.say(TELL)
+    user.press("Fork")
+    user.page.get_by_label("Name of the copy").fill("fred 2")
+    user.page.keyboard.press("Enter")
+    user.wait("fred 2")
+    expect(user.answers).to_have_count(1)
+    user.say(TELL_ANOTHER)
+    assert [versions(server, name) for name in ("fred", "fred 2")] == [1, 2]
+    user.open("fred")
+    assert NAME in user.say(ASK)
+
+
+def test_saved_forgotten_and_loaded(user, server, tmp_path):
+    user.open("gina")
+    user.say(TELL)
+    with user.page.expect_download() as download:
+        user.press("Save")
+    assert download.value.suggested_filename == "gina.safetensors"
+    file = tmp_path / "gina.safetensors"
+    download.value.save_as(file)
+    assert file.read_bytes() == stored(server, "gina").data
+
+    user.press("Forget")
+    user.button("Cancel").locator("visible=true").click()
+    assert stored(server, "gina") is not None
+    user.press("Forget")
+    user.page.get_by_role("dialog").get_by_role("button", name="Forget").click()
+    user.sees("Forgotten, with 1 version.")
+    assert stored(server, "gina") is None
+    assert NAME not in user.say(ASK)
+
+    user.page.locator("#file").set_input_files(file)
+    expect(user.answers).to_have_count(0)
+    assert NAME in user.say(ASK)
+
+
+def test_a_file_that_is_not_a_memory_is_refused(user, server, tmp_path):
+    user.open("hugo")
+    user.say(TELL)
+    (tmp_path / "bad.safetensors").write_bytes(b"no memory")
+    user.page.locator("#file").set_input_files(tmp_path / "bad.safetensors")
+    user.sees("is not a memory file")
+    assert versions(server, "hugo") == 1
+
+
+# The picture
+
+
+def pixels(user, number):
+    """RGBA `[height, width, 4]` of a canvas."""
+    height, width, values = user.page.evaluate(
+        """number => {
+            const canvas = document.querySelectorAll("canvas")[number];
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return [canvas.height, canvas.width, [...data]];
+        }""",
+        number,
+    )
+    return np.array(values).reshape(height, width, 4)
+
+
+COLOURS = {
+    "light": ((33, 102, 172), (247, 247, 247), (178, 24, 43)),
+    "dark": ((110, 178, 245), (32, 36, 43), (250, 128, 114)),
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_shows_the_states_and_what_the_last_turn_changed(browser, server, scheme):
+    with using(browser, server.url, color_scheme=scheme) as user:
+        user.open(f"picture {scheme}")
+        user.say(TELL)
+        first = memory_from_bytes(stored(server, f"picture {scheme}").data, "first").states
+        check_picture(user, [first, first], COLOURS[scheme])
+        user.say(TELL_ANOTHER)
+        second = memory_from_bytes(stored(server, f"picture {scheme}").data, "second").states
+        change = {layer: second[layer] - first[layer] for layer in first}
+        check_picture(user, [second, change], COLOURS[scheme])
+        other = "dark" if scheme == "light" else "light"
+        user.page.emulate_media(color_scheme=other)
+        check_picture(user, [second, change], COLOURS[other])
+
+
+def check_picture(user, columns, palette):
+    """Each column has the states `[1, H, R, R]` of a layer in a canvas; a head is beside the other, a pixel between."""
+    negative, zero, positive = map(np.array, palette)
+    for column, states in enumerate(columns):
+        limit = max(np.abs(state).max() for state in states.values())
+        for place, layer in enumerate(sorted(states)):
+            number = len(columns) * place + column
+            shown = pixels(user, number)
+            for head, state in enumerate(states[layer][0]):
+                rank = len(state)
+                share = state.astype(np.float64)[..., None] / limit
+                colours = zero + np.abs(share) * (np.where(share < 0, negative, positive) - zero)
+                part = shown[:rank, head * (rank + 1) : head * (rank + 1) + rank]
+                assert np.abs(part[..., :3] - colours).max() <= 0.51  # rounded
+            label = user.page.locator("canvas").nth(number).get_attribute("aria-label")
+            norm = float(re.match(rf"layer {layer}, norm ([\d.e-]+),", label)[1])
+            assert norm == pytest.approx(np.linalg.norm(states[layer]), rel=0.006)  # three digits
+
+
+# What is said is text
+
+
+def test_html_that_is_said_is_text(user):
+    user.open(HTML)
+    user.say(HTML)
+    expect(user.page.locator("#log .user p")).to_have_text(HTML)
+    expect(user.page.locator("main img")).to_have_count(0)
+    user.reload()
+    expect(user.page.get_by_role("link", name="<img src=x")).to_be_visible()
+
+
+def test_html_that_a_model_says_is_text(user):
+    chunk = '{"choices": [{"delta": {"content": %s}, "finish_reason": %s}], "deltamem": {"messages_written": 0}}'
+    content = '"' + HTML.replace('"', '\\"') + '"'
+    events = [chunk % (content, "null"), chunk % ('""', '"stop"'), "[DONE]"]
+    body = "".join(f"data: {event}\n\n" for event in events)
+    user.page.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    user.open("ines")
+    assert user.say("Hello.") == HTML
+    expect(user.page.locator("main img")).to_have_count(0)
+
+
+def test_the_browser_is_told_to_run_nothing_else(server):
+    page = (FOLDER / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
+    for path in ["", *(f"page/{file.name}" for file in FOLDER.iterdir())]:
+        got = httpx2.get(f"{server.url}/{path}")
+        assert got.status_code == 200 and got.headers["x-content-type-options"] == "nosniff"
+        policy = got.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert httpx2.get(f"{server.url}/page/..%2Fapp.py").status_code == 404
+
+
+# Errors
+
+
+def test_a_server_with_keys_asks_for_one(browser, shipped, tmp_path):
+    keys = ApiKeys([(tenant, hashlib.sha256(f"key-{tenant}".encode()).hexdigest()) for tenant in ("one", "two")])
+    with serving(shipped, tmp_path, keys=keys) as server, using(browser, server.url) as user:
+        user.page.goto(server.url)
+        user.sees("The API key is missing or wrong.")
+        for key in ("key-three", "key-one"):
+            user.page.get_by_label("API key").fill(key)
+            user.press("Use")
+            expect(user.page.get_by_label("API key")).to_have_value("")
+        user.wait("me")
+        expect(user.notice).to_be_empty()
+        user.say(TELL)
+        user.reload()
+        assert NAME in user.say(ASK)
+        user.press("Forget the key")
+        user.page.get_by_label("API key").fill("key-two")
+        user.press("Use")
+        user.wait("me")
+        assert NAME not in user.say(ASK)
+        assert [server.store.usage(tenant).memories for tenant in ("one", "two")] == [1, 1]
+
+
+def test_a_busy_server(user, server, monkeypatch):
+    user.open("jens")
+
+    def full(job):
+        raise QueueFull("Too many requests are waiting.", "", "Try again soon.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.scheduler, "submit", full)
+        user.words.fill(TELL)
+        user.press("Send")
+        user.sees("Too many requests are waiting. Try again soon.")
+    expect(user.words).to_have_value(TELL)
+    expect(user.answers).to_have_count(0)
+    user.press("Send")
+    expect(user.summary).to_contain_text("version")
+    expect(user.notice).to_be_empty()
+
+
+def test_a_server_that_is_gone(browser, shipped, tmp_path):
+    with using(browser, "http://none") as user:
+        with serving(shipped, tmp_path) as server:
+            user.page.goto(server.url)
+            user.wait("me")
+            user.say(TELL)
+        user.words.fill(ASK)
+        user.press("Send")
+        user.sees("The server cannot be reached.")
+        expect(user.words).to_have_value(ASK)
+        expect(user.answers).to_have_count(1)
+        user.press("Undo")
+        user.sees("The server cannot be reached.")
+
+
+class Endless:
+    """An answer that does not end."""
+
+    cancelled = False
+
+    async def __aiter__(self):
+        yield "And so"
+        await anyio.sleep_forever()
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_an_answer_is_stopped(user, server, monkeypatch):
+    user.open("karl")
+    user.say(TELL)
+    ticket = Endless()
+    monkeypatch.setattr(server.scheduler, "submit", lambda job: ticket)
+    user.words.fill(TELL_ANOTHER)
+    user.press("Send")
+    expect(user.answers.nth(1).locator("p")).to_have_text("And so")
+    expect(user.button("Undo")).to_be_disabled()
+    user.press("Stop")
+    user.sees("Stopped. The memory is as it was.")
+    expect(user.words).to_have_value(TELL_ANOTHER)
+    expect(user.answers).to_have_count(1)
+    expect(user.button("Undo")).to_be_enabled()
+    assert ticket.cancelled and versions(server, "karl") == 1
+
+
+def test_a_memory_that_somebody_else_changed_is_not_undone_unseen(user, server):
+    user.open("lisa")
+    user.say(TELL)
+    user.say(TELL_ANOTHER)
+    first = server.store.versions("default", "lisa")[-1].version
+    restored = server.store.restore("default", "lisa", first).version
+    user.press("Undo")
+    user.sees("The memory is not as the request expects it.")
+    user.sees_version(restored)
+    assert stored(server, "lisa").version == restored
+
+
+# For everybody
+
+CONTRASTS = """() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = colour.map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    const [r, g, b, alpha = 1] = parse(getComputedStyle(element).backgroundColor);
+    return alpha || !element.parentElement ? [r, g, b] : ground(element.parentElement);
+  };
+  const texts = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
+    && !element.disabled && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return texts.map((element) => {
+    const pair = [parse(getComputedStyle(element).color), ground(element)].map(light).sort((a, b) => b - a);
+    return [element.textContent, (pair[0] + 0.05) / (pair[1] + 0.05)];
+  });
+}"""
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, canvas")]
+  .filter((element) => !(element.labels?.length || element.ariaLabel || element.textContent.trim()))
+  .map((element) => element.outerHTML)"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_and_has_a_name(browser, server, scheme):
+    with using(browser, server.url, color_scheme=scheme, viewport=NARROW) as user:
+        user.open(f"mia {scheme} " + "x" * 100)
+        user.say(TELL + " " + "x" * 200)
+        user.say(TELL)
+        user.page.get_by_text("Earlier versions").click()
+        user.page.locator("#file").set_input_files(FOLDER / "icon.svg")  # a notice
+        user.sees("is not a memory file")
+        texts = user.page.evaluate(CONTRASTS)
+        assert len(texts) > 20
+        assert [text for text in texts if text[1] < LEAST_CONTRAST] == []
+        assert user.page.evaluate(UNNAMED) == []
+        assert user.page.evaluate("document.documentElement.scrollWidth") == NARROW["width"]
+
+
+def test_by_keyboard_alone(user, server):
+    user.open("nora")
+    expect(user.words).to_be_focused()
+    keyboard = user.page.keyboard
+    keyboard.type("My dog")
+    keyboard.press("Shift+Enter")
+    keyboard.type("is Rex.")
+    keyboard.press("Enter")
+    expect(user.page.locator("#log .user p")).to_have_text("My dog\nis Rex.", use_inner_text=True)
+    expect(user.summary).to_contain_text("version")
+    expect(user.words).to_be_focused()
+    reached = set()
+    for _ in range(40):
+        keyboard.press("Tab")
+        reached.add(user.page.evaluate("document.activeElement.id"))
+    assert {"new-name", "begin", "log", "words", "send", "undo", "fork", "save", "load", "forget"} <= reached
