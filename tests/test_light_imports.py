@@ -37,6 +37,7 @@ CASES = [
     ("deltamem_tool.hub.push, deltamem_tool.hub.pull", (HEAVY | {"peft"}) - {"huggingface_hub"}),
     ("deltamem_tool.onnx.contract", HEAVY),
     ("deltamem_tool.quickstart.bases", HEAVY),
+    ("deltamem_tool.serve.store", HEAVY),
     ("deltamem_tool.onnx.runtime.engine", {"torch", "transformers"}),
 ]
 LIBRARIES = ("torch", "transformers.modeling_utils")  # what takes seconds

@@ -57,7 +57,8 @@ class MemoryStore:
     `DELTAMEM_STORE_KEY` (32 bytes in base64), what is stored is encrypted with that key.
 
     Args:
-        url: `sqlite:///FOLDER/FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
+        url: `sqlite:///FOLDER/FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`. With `?synchronous=normal` SQLite
+            does not wait for the disk at each commit: that is faster, and a loss of power can cost the last changes.
         keep_versions: how many versions of each memory are kept.
         quota: of each tenant.
         clock: seconds since 1970.

@@ -47,5 +47,5 @@ class Postgres:
     def erase(self, engine: Engine) -> bool:
         """Vacuum the tables, and return False: files and log keep deleted bytes until others take their place."""
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-            connection.execute(text(f"VACUUM {', '.join(metadata.tables)}"))
+            connection.execute(text(f"VACUUM (SKIP_LOCKED) {', '.join(metadata.tables)}"))
         return False

@@ -20,6 +20,8 @@ from deltamem_tool.serve.store.schema import about
 
 OLDEST_SQLITE = (3, 35)  # RETURNING
 CONNECTIONS = 16
+# Whether each commit waits for the disk: what is committed survives a loss of power, or the loss of a process alone.
+SYNCHRONOUS = ("full", "normal")
 ERASE_PAUSE = 0.01  # seconds between two tries to empty the log
 
 
@@ -27,9 +29,16 @@ class Sqlite:
     """See `Dialect`."""
 
     def __init__(self, url: URL) -> None:
-        if not url.database or url.database == ":memory:" or url.query:
+        if not url.database or url.database == ":memory:":
             raise ConfigError(
                 "The store's URL names no file.", "SQLite keeps a store in a file.", "Use sqlite:///FOLDER/FILE."
+            )
+        self._synchronous = url.query.get("synchronous", "full")
+        if url.query.keys() - {"synchronous"} or self._synchronous not in SYNCHRONOUS:
+            raise ConfigError(
+                "The store's URL has an option that is not known.",
+                f"SQLite has the option synchronous here, {' or '.join(SYNCHRONOUS)}.",
+                "Correct the part after the question mark.",
             )
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise InstallationError(
@@ -58,7 +67,7 @@ class Sqlite:
             max_overflow=0,
             pool_timeout=LOCK_SECONDS,
         )
-        event.listen(engine, "connect", _connected)
+        event.listen(engine, "connect", self._connected)
         event.listen(engine, "begin", _begun)
         return engine
 
@@ -83,6 +92,15 @@ class Sqlite:
                 time.sleep(ERASE_PAUSE)
         return True
 
+    def _connected(self, connection: Any, _: object) -> None:
+        connection.isolation_level = None  # `_begun` says when a transaction begins
+        for pragma in (
+            f"synchronous = {self._synchronous}",
+            "secure_delete = ON",  # deleted bytes are overwritten with zeros
+            "temp_store = MEMORY",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
 
 def _check_owner(connection: sqlite3.Connection) -> None:
     """Check that the file is empty or a store.
@@ -95,16 +113,6 @@ def _check_owner(connection: sqlite3.Connection) -> None:
         raise StoreDamaged(
             "The file is a database of another program.", f"It has the table {tables[0]!r}.", "Use another file."
         )
-
-
-def _connected(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # `_begun` says when a transaction begins
-    for pragma in (
-        "synchronous = FULL",  # what is committed survives a loss of power
-        "secure_delete = ON",  # deleted bytes are overwritten with zeros
-        "temp_store = MEMORY",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
 
 
 def _begun(connection: Connection) -> None:

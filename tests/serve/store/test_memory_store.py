@@ -166,7 +166,16 @@ def test_a_name_that_a_database_does_not_take_is_refused(store, name):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "memories.db", "sqlite://", "sqlite:///:memory:", "mysql://host/name", "sqlite:///a.db?mode=memory"]
+    "url",
+    [
+        "",
+        "memories.db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "mysql://host/name",
+        "sqlite:///a.db?mode=memory",
+        "sqlite:///a.db?synchronous=off",
+    ],
 )
 def test_a_url_that_is_not_a_store_is_refused(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

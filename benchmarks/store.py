@@ -1,0 +1,170 @@
+"""How long a store in SQLite takes to get and put one of many memories.
+
+Command: python benchmarks/store.py [--memories 1000000] [--bytes 4608] [--calls 2000] [--folder DIR] [--out FILE.md]
+
+4,608 bytes is about the memory file of the shipped adapter. Memories of random bytes are written in large transactions,
+as `put` writes their rows; then random ones are read and written again through `MemoryStore`, in turn with what the
+disk takes to make as many bytes safe by itself (a write and `fdatasync`), without which no commit can wait for it. Each
+way to commit has a store that is opened anew. Deletions come last: each cuts SQLite's log, which the next change has to
+begin again. `--folder` keeps the files, and takes the large one from there if it exists.
+"""
+
+import argparse
+import base64
+import os
+import platform
+import random
+import resource
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+
+from sqlalchemy import insert
+
+from deltamem_tool.bench.timing import in_turn
+from deltamem_tool.serve.store import KEY_VARIABLE, MemoryStore
+from deltamem_tool.serve.store.contents import Contents
+from deltamem_tool.serve.store.schema import memories, tenants, versions
+
+TENANTS = 100
+BATCH = 10_000  # memories in a transaction
+TURN = {"messages": ["0" * 64] * 4}  # what a server notes of a short conversation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memories", type=int, default=1_000_000)
+    parser.add_argument("--bytes", type=int, default=4608)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = run(folder, options.memories, options.bytes, options.calls)
+    print(report)
+    if options.out:
+        options.out.write_text(report + "\n", encoding="utf-8")
+
+
+def run(folder: Path, number: int, size: int, calls: int) -> str:
+    """The table, in Markdown."""
+    path = folder / f"{number}-memories-of-{size}.db"
+    filled = None
+    if not path.exists():
+        begun = time.perf_counter()
+        with closing(MemoryStore(f"sqlite:///{path}?synchronous=normal")) as store:
+            fill(store, number, size)
+        filled = time.perf_counter() - begun
+    rows = []
+    for title, query in (("waits for the disk (default)", ""), ("`synchronous=normal`", "?synchronous=normal")):
+        with closing(MemoryStore(f"sqlite:///{path}{query}")) as store:
+            rows.append((title, *measured(store, folder, number, size, calls)))
+    os.environ[KEY_VARIABLE] = base64.b64encode(bytes(32)).decode()
+    with closing(MemoryStore(f"sqlite:///{folder}/encrypted.db?synchronous=normal")) as store:
+        few = min(number, BATCH)
+        fill(store, few, size)
+        rows.append((f"the same, encrypted, {few:,} memories", *measured(store, folder, few, size, calls)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    load = os.getloadavg()[0]
+    lines = [
+        f"# A store of {number:,} memories in SQLite, {date.today()}",
+        "",
+        f"Memories of {size:,} bytes, {path.stat().st_size / 1e9:.1f} GB on disk"
+        + (f", written in {filled:.0f} s" if filled else "")
+        + f"; {calls:,} calls of each kind, in turn; milliseconds, median and 95th percentile. {platform.machine()},"
+        f" {os.cpu_count()} cores with a load of {load:.1f}; Python {platform.python_version()}, SQLite"
+        f" {sqlite3.sqlite_version}. Peak memory of the process: {peak:.0f} MB.",
+        "",
+        "| commit | get | put | delete | write and `fdatasync` alone |",
+        "|---|---|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def name_of(index: int) -> tuple[str, str]:
+    """Tenant and id of a memory."""
+    return f"tenant-{index % TENANTS}", f"user-{index:07}"
+
+
+def fill(store: MemoryStore, number: int, size: int) -> None:
+    """Write memories 0 to `number` to an empty store."""
+    form: Contents = store._form
+    now = time.time()
+    for start in range(0, number, BATCH):
+        with store._database.write() as connection:
+            indices = range(start, min(start + BATCH, number))
+            entries = [
+                form.write(connection, os.urandom(size), TURN, "memory", *name_of(index), 1) for index in indices
+            ]
+            names = [dict(zip(("tenant", "id"), name_of(index), strict=True)) for index in indices]
+            first = {"first_version": 1, "version": 1, "created_at": now}
+            connection.execute(insert(memories), [name | first for name in names])
+            connection.execute(
+                insert(versions),
+                [
+                    name | {"version": 1, "created_at": now, "content": key, "digest": digest, "size": length}
+                    for name, (key, digest, length) in zip(names, entries, strict=True)
+                ],
+            )
+        print(f"\r{start + len(indices):,} memories", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    with store._database.write() as connection:
+        rows = [{"tenant": f"tenant-{each}", "memories": number // TENANTS} for each in range(TENANTS)]
+        stored = number // TENANTS * (size + len(str(TURN)))
+        connection.execute(insert(tenants), [row | {"bytes": stored, "deleted_version": 0} for row in rows])
+
+
+def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: int) -> list[str]:
+    """Cells of the table."""
+    rng = random.Random(0)
+    data = os.urandom(size)
+    with (folder / "alone").open("wb", buffering=0) as file:
+
+        def get() -> float:
+            name = name_of(rng.randrange(number))
+            return timed(lambda: store.get(*name))
+
+        def put() -> float:
+            name = name_of(rng.randrange(number))
+            return timed(lambda: store.put(*name, data, turn=TURN))
+
+        def delete() -> float:
+            store.put("tenant-0", "temporary", data, turn=TURN)
+            return timed(lambda: store.delete("tenant-0", "temporary"))
+
+        def alone() -> float:
+            def write() -> None:
+                os.pwrite(file.fileno(), data, 0)
+                os.fdatasync(file.fileno())
+
+            return timed(write)
+
+        taken = in_turn({"get": get, "put": put, "alone": alone}, calls).values
+        taken["delete"] = [delete() for _ in range(max(2, calls // 10))]
+    return [spread(taken[name]) for name in ("get", "put", "delete", "alone")]
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def spread(seconds: list[float]) -> str:
+    """Median and 95th percentile in milliseconds."""
+    percentiles = statistics.quantiles(seconds, n=20)
+    return f"{statistics.median(seconds) * 1000:.2f}, {percentiles[-1] * 1000:.2f}"
+
+
+if __name__ == "__main__":
+    main()
