@@ -7,7 +7,7 @@ from sqlalchemy.engine import URL
 
 from deltamem_tool.io.installation import check_installation
 from deltamem_tool.serve.store.database import LOCK_SECONDS
-from deltamem_tool.serve.store.schema import metadata
+from deltamem_tool.serve.store.schema import contents
 
 CONNECTIONS = 16
 SET_UP_LOCK = 0x64656C74616D656D  # "deltamem" in ASCII
@@ -45,7 +45,7 @@ class Postgres:
         """Return None: it does not erase."""
 
     def erase(self, engine: Engine) -> bool:
-        """Vacuum the tables, and return False: files and log keep deleted bytes until others take their place."""
+        """Vacuum the contents, and return False: files and log keep deleted bytes until others take their place."""
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-            connection.execute(text(f"VACUUM (SKIP_LOCKED) {', '.join(metadata.tables)}"))
+            connection.execute(text(f"VACUUM (SKIP_LOCKED) {contents.name}"))
         return False
