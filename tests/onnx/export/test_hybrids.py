@@ -1,0 +1,99 @@
+"""What the graph of a hybrid takes and gives, and how the manifest says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from helpers.hybrids import hybrid
+from helpers.tiny import tiny_tokenizer
+
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.attach import adapter_of
+from deltamem_tool.memory.call_options import CallOptions
+from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.export.interface import interface_of
+from deltamem_tool.onnx.export.targets import target_of
+from deltamem_tool.onnx.manifest import Manifest
+from deltamem_tool.onnx.signature_table import rows
+
+
+def interface(name: str) -> Interface:
+    model = hybrid(name, tiny_tokenizer())
+    options = CallOptions(model, "last")
+    return interface_of(model, adapter_of(model), options, "last", target_of("cpu", "float32", "none"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "base", "memory"),
+    [
+        ("lfm2", 0, {"conv_state"}, False),
+        ("lfm2", 1, set(), True),
+        ("qwen3_5_text", 0, {"conv_state", "recurrent_state"}, False),
+        ("falcon_h1", 0, {"conv_state", "ssm_state"}, True),  # all in one layer
+    ],
+)
+def test_a_name_is_either_a_memorys_or_the_bases(name, layer, base, memory):
+    described = interface(name).layers[layer]
+    assert described.base_states.keys() == base and (described.state is not None) == memory
+
+
+def test_states_of_the_base_are_not_of_the_memory():
+    found = interface("falcon_h1")
+    inputs, own = found.inputs(), found.base_states
+    assert own.keys() <= inputs.keys() and all(inputs[name][0] == "float32" for name in own)
+    assert found.memory_bytes == sum(4 * 2 * 4 * 4 for layer in found.layers if layer.state)
+    meanings = {row.name.rpartition(".")[2]: row.meaning for row in rows(found) if row.kind == "input"}
+    assert "memory" in meanings["recurrent_state"]
+    assert "base" in meanings["ssm_state"] and "convolution" in meanings["conv_state"]
+
+
+def test_layers_with_states_of_the_base_are_described_apart():
+    """Under one name, in one table: layers of linear attention, and those with a memory."""
+    of_states = {row.meaning for row in rows(interface("qwen3_5_text")) if row.name.endswith("recurrent_state")}
+    assert {"memory" in meaning for meaning in of_states} == {True, False}
+
+
+def manifest(layers: tuple[Layer, ...]) -> dict:
+    described = dataclasses.replace(interface("lfm2"), layers=layers)
+    whole = Manifest("a", {}, None, "lfm2", "cpu", "none", None, described, 0.0, None, {})
+    return json.loads(whole.to_json())
+
+
+LAYERS = (
+    Layer((2, 8), (2, 8), (1, 4, 4)),
+    Layer(None, None, None, ((32, 2), (16, 3)), (4, 8, 8)),
+    Layer(None, None, None, (), (64, 8)),
+)
+
+
+def test_a_manifest_says_whose_each_state_is():
+    content = manifest(LAYERS)
+    assert Manifest.from_json(json.dumps(content)).interface.layers == LAYERS
+    for layer in content["interface"]["layers"]:  # as folders before had it
+        del layer["convolutions"], layer["recurrent"]
+    older = Manifest.from_json(json.dumps(content)).interface.layers
+    assert older[0] == LAYERS[0] and not older[1].base_states
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("convolutions", None),
+        ("convolutions", [[32]]),
+        ("convolutions", [[32, 2.5]]),
+        ("convolutions", [None]),
+        ("convolutions", [[32, 2]] * 9),
+        ("recurrent", []),
+        ("recurrent", [4, 0, 8]),
+        ("recurrent", [4, 8, 8, 8]),
+        ("recurrent", "4"),
+        ("recurrent", [2**40]),
+    ],
+)
+def test_states_that_cannot_be_are_refused(field, value):
+    content = manifest(LAYERS)
+    content["interface"]["layers"][1][field] = value
+    with pytest.raises(ExportError, match=rf"layers\.{field}"):
+        Manifest.from_json(json.dumps(content))
