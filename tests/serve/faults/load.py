@@ -24,7 +24,7 @@ FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of how many requests the
 TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
 RETRY = {409, 429, 503}  # what a client is told to try again after
 PAUSE = 0.05  # seconds until it does
-PATIENCE = 240.0  # seconds in which a request has to be answered at last
+PATIENCE = 240.0  # seconds in which somebody has to be answered at last
 NAMES = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno", "Max", "Coco", "Oscar", "Ruby")
 KINDS = ("dog", "cat", "horse", "parrot")
 
@@ -51,6 +51,8 @@ class User:
     name: str
     turns: list[Turn]
     rng: random.Random = field(default_factory=random.Random)
+    tenant: str = ONLY_TENANT
+    key: str = "none"
 
     @property
     def answered(self) -> list[Turn]:
@@ -60,12 +62,11 @@ class User:
 def new_user(number: int, turns: int) -> User:
     """A user who tells of animals and asks for their names; the same for the same number."""
     rng = random.Random(number)
-    texts = []
-    for index in range(turns):
+    texts = list[str]()
+    while len(texts) < turns:
         kind = rng.choice(KINDS)
-        fact = f"My {kind} is {rng.choice(NAMES)}."
-        texts.append(fact if index % 2 == 0 else f"What is my {kind}'s name?")
-    return User(f"user-{number}", [Turn(text) for text in texts], rng)
+        texts += [f"My {kind} is {rng.choice(NAMES)}.", f"What is my {kind}'s name?"]
+    return User(f"user-{number}", [Turn(text) for text in texts[:turns]], rng)
 
 
 class Load:
@@ -81,7 +82,6 @@ class Load:
         self.urls, self.leaving, self.streaming = list(urls), leaving, streaming
         self.outcomes: Counter[str] = Counter()  # statuses and failures
         self.number = 0  # of answers so far
-        self.stopped = False  # nobody sends any more
 
     async def run(self, users: Sequence[User]) -> None:
         """Send all messages of all users, every message until it is answered."""
@@ -93,8 +93,10 @@ class Load:
 
     async def answers(self, number: int) -> None:
         """Wait until there are so many answers."""
-        until = time.monotonic() + PATIENCE
+        before, until = self.number, time.monotonic() + PATIENCE
         while self.number < number:
+            if self.number > before:
+                before, until = self.number, time.monotonic() + PATIENCE
             assert time.monotonic() < until, dict(self.outcomes)
             await asyncio.sleep(0.005)
 
@@ -102,8 +104,6 @@ class Load:
         for turn in user.turns:
             until = time.monotonic() + PATIENCE
             for attempt in count(user.rng.randrange(len(self.urls))):
-                if self.stopped:
-                    return
                 assert time.monotonic() < until, dict(self.outcomes)
                 url = self.urls[attempt % len(self.urls)]
                 leaves = user.rng.random() < self.leaving
@@ -116,28 +116,29 @@ class Load:
         """Send a turn once; return whether it is answered."""
         streamed = user.rng.random() < self.streaming
         body = {"model": MODEL, "user": user.name, "messages": [{"role": "user", "content": turn.text}]}
+        headers = {"Authorization": f"Bearer {user.key}"}
         request = self._streamed if streamed else self._whole
         patience = user.rng.random() * 0.2 if leaves else None
         try:
             async with asyncio.timeout(patience):
-                return await request(client, f"{url}/v1/chat/completions", body, turn)
+                return await request(client, f"{url}/v1/chat/completions", headers, body, turn)
         except TimeoutError:
             self.outcomes["left"] += 1
         except httpx2.TransportError as error:
             self.outcomes[type(error).__name__] += 1
         return False
 
-    async def _whole(self, client: httpx2.AsyncClient, url: str, body: dict, turn: Turn) -> bool:
-        response = await client.post(url, json=body)
+    async def _whole(self, client: httpx2.AsyncClient, url: str, headers: dict, body: dict, turn: Turn) -> bool:
+        response = await client.post(url, headers=headers, json=body)
         if not self._good(response.status_code, response.text):
             return False
         answer = response.json()
         self._arrived(turn, answer["choices"][0]["message"]["content"], answer["deltamem"])
         return True
 
-    async def _streamed(self, client: httpx2.AsyncClient, url: str, body: dict, turn: Turn) -> bool:
+    async def _streamed(self, client: httpx2.AsyncClient, url: str, headers: dict, body: dict, turn: Turn) -> bool:
         text, report = "", None
-        async with client.stream("POST", url, json=body | {"stream": True}) as response:
+        async with client.stream("POST", url, headers=headers, json=body | {"stream": True}) as response:
             if response.status_code != 200:
                 return self._good(response.status_code, (await response.aread()).decode())
             async for line in response.aiter_lines():
@@ -177,7 +178,7 @@ def check_user(engine, store, user: User, unanswered: bool = False) -> None:
         unanswered: whether the store may have one turn more than were answered: the client went, or the server was
             killed, when it was stored and not answered yet.
     """
-    stored = store.get(ONLY_TENANT, user.name)
+    stored = store.get(user.tenant, user.name)
     number = 0 if stored is None else stored.version
     answered = len(user.answered)
     assert answered <= number <= answered + unanswered

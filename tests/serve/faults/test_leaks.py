@@ -1,0 +1,93 @@
+"""Nobody reads another's memory, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from itertools import cycle
+
+import httpx2
+import pytest
+from serve.faults.load import KINDS, Load, check_user, new_user, times
+from serve.faults.server_process import MODEL
+
+from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.serve.keys import new_key
+from deltamem_tool.serve.store import MemoryStore
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+USERS, TURNS = 64, 6
+TENANTS = ("acme", "globex", "initech", "umbrella")
+KNOWN = 0.5  # of the questions, at least so many are answered with what was told just before
+
+
+def recalled(user) -> list[bool]:
+    """Of each question, whether the answer has the name that was told just before it."""
+    pairs = zip(user.turns[::2], user.turns[1::2], strict=False)
+    return [told.text.split()[-1].rstrip(".") in asked.answer for told, asked in pairs]
+
+
+@pytest.mark.timeout(3600)
+def test_no_answer_and_no_memory_has_anything_of_another_user(start, sqlite_url, tmp_path, engine):
+    """Each is what a conversation alone gives, to the letter and to the bit of rounding.
+
+    Users of four tenants have the same names. They talk at once, go before they are answered, and the server is killed,
+    told to end and started again meanwhile. Strangers without a memory ask the same questions.
+    """
+    keys = tmp_path / "keys"
+    tenants = [(tenant, new_key(keys, tenant)) for tenant in TENANTS]
+    server = start(sqlite_url, "--api-keys", str(keys), "--max-batch", "16")
+    users = []
+    for number, (tenant, key) in zip(range(USERS), cycle(tenants), strict=False):
+        user = new_user(number, times(TURNS))
+        users.append(replace(user, name=f"user-{number // len(TENANTS)}", tenant=tenant, key=key))
+    load = Load([server.url], leaving=0.2)
+    strangers: dict[str, set[str]] = {}
+    number = USERS * times(TURNS)
+
+    async def talk():
+        async with asyncio.TaskGroup() as group:
+            talk = group.create_task(load.run(users))
+            others = group.create_task(ask_without_memory())
+            for share, crash in ((0.25, True), (0.5, False), (0.75, True)):
+                await load.answers(int(number * share))
+                if crash:
+                    server.kill()
+                else:
+                    server.terminate()
+                    await asyncio.to_thread(server.wait)
+                await asyncio.to_thread(server.start)
+            await talk
+            others.cancel()
+
+    async def ask_without_memory():
+        rng = random.Random(0)
+        headers = {"Authorization": f"Bearer {tenants[0][1]}"}
+        async with httpx2.AsyncClient(headers=headers, timeout=60) as client:
+            while True:
+                text = f"What is my {rng.choice(KINDS)}'s name?"
+                body = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
+                try:
+                    response = await client.post(f"{server.url}/v1/chat/completions", json=body)
+                except httpx2.TransportError:
+                    await asyncio.sleep(0.1)
+                    continue
+                assert response.status_code in (200, 503), response.text
+                if response.status_code == 200:
+                    answers = strangers.setdefault(text, set())
+                    answers.add(response.json()["choices"][0]["message"]["content"])
+
+    asyncio.run(talk())
+    assert load.outcomes["left"] > 0
+    for text, answers in strangers.items():
+        assert answers == {Conversation(engine).generate(text).text}
+    store = MemoryStore(sqlite_url)
+    for user in users:
+        check_user(engine, store, user)
+    for tenant in TENANTS:
+        assert len(store.list(tenant, limit=USERS + 1)) == USERS // len(TENANTS)
+    store.close()
+    known = [found for user in users for found in recalled(user)]
+    assert sum(known) >= KNOWN * len(known)  # there was something to be seen
