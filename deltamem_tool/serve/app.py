@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve import health, memories, openapi
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError, error_response
+from deltamem_tool.serve.expiry import expire_regularly
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.logs import RequestLog
@@ -60,9 +62,11 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        expiry = asyncio.create_task(expire_regularly(store))
         try:
             yield
         finally:
+            expiry.cancel()
             await run_sync(scheduler.close)
             await run_sync(store.close)
 

@@ -1,0 +1,23 @@
+"""What has expired is taken out of the store while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from anyio.to_thread import run_sync
+
+from deltamem_tool.serve.logs import LOGGER
+from deltamem_tool.serve.store import MemoryStore, StoreError
+
+EXPIRE_SECONDS = 60.0  # between two looks
+
+
+async def expire_regularly(store: MemoryStore, seconds: float = EXPIRE_SECONDS) -> None:
+    """Delete what has expired, again and again until it is cancelled; a store that fails is asked the next time."""
+    while True:
+        try:
+            while await run_sync(store.expire):  # so many at a time
+                pass
+        except StoreError as error:
+            LOGGER.warning("expired memories are not deleted: %s", error.what)
+        await asyncio.sleep(seconds)
