@@ -47,6 +47,24 @@ class Place:
         return replace(self, past=past, memory=engine.memory(self.past))
 
 
+def check_window(engine: Engine, window: int | None) -> None:
+    """Check that a context of so many tokens is possible.
+
+    Raises:
+        ConfigError: it is too small for anything, or larger than the engine's room.
+    """
+    if window is not None and window < 2:
+        raise ConfigError(
+            f"A window of {window} tokens is too small.", "A prompt and an answer need two.", "Choose a larger one."
+        )
+    if window is not None and engine.max_length is not None and window > engine.max_length:
+        raise ConfigError(
+            f"A window of {window} tokens is too large.",
+            f"This model has room for {engine.max_length}.",
+            "Choose a smaller one; an export of a fixed length can be made again with a larger --max-length.",
+        )
+
+
 def with_room(
     engine: Engine,
     place: Place,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltamem_tool.chat.context_window import Place, closed, with_room
+from deltamem_tool.chat.context_window import Place, check_window, closed, with_room
 from deltamem_tool.chat.engine import Engine, Past, empty_memory
 from deltamem_tool.chat.generation import (
     INTERRUPTED,
@@ -99,16 +99,7 @@ class Conversation:
     def __init__(
         self, engine: Engine, memory: StoredMemory | None = None, write: bool = True, window: int | None = None
     ) -> None:
-        if window is not None and window < 2:
-            raise ConfigError(
-                f"A window of {window} tokens is too small.", "A prompt and an answer need two.", "Choose a larger one."
-            )
-        if window is not None and engine.max_length is not None and window > engine.max_length:
-            raise ConfigError(
-                f"A window of {window} tokens is too large.",
-                f"This model has room for {engine.max_length}.",
-                "Choose a smaller one; an export of a fixed length can be made again with a larger --max-length.",
-            )
+        check_window(engine, window)
         if engine.memory_shape.segment_width and not engine.text.has_template:
             raise ConfigError(
                 f"This adapter writes by {engine.mechanism.granularity}, and the model cannot tell where one ends.",

@@ -95,6 +95,7 @@ def command(
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
 
+    from deltamem_tool.chat.context_window import check_window
     from deltamem_tool.cli.console import SPINNER, STDERR
     from deltamem_tool.serve.app import build_app
     from deltamem_tool.serve.batching.scheduler import Scheduler
@@ -104,20 +105,21 @@ def command(
 
     check_host(host, keys_file is not None, no_keys)
     api_keys = None if keys_file is None else keys.ApiKeys.read(keys_file)
-    listener = bind(host, port)
-    quota = Quota(max_memories, max_bytes)
-    store = MemoryStore(store_url or f"sqlite:///{STORE_FILE}", keep_versions=keep_versions, quota=quota)
-    with STDERR.status("Loading the model", spinner=SPINNER):
-        engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
-    if not engine.text.has_template:
-        raise ConfigError(
-            f"{model} cannot be served.", "It has no chat template.", "Serve a chat or instruct model's adapter."
-        )
-    scheduler = Scheduler(engine, max_batch, max_queue)
-    app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
-    log_as_json()
-    listener.listen()  # what comes from now on waits until uvicorn takes it
-    where = listener.getsockname()[:2]
-    STDERR.print(f"Serving {model} at http://{where[0]}:{where[1]}/v1", highlight=False, soft_wrap=True)
-    with suppress(KeyboardInterrupt):  # uvicorn passes a signal on when all is done
-        run(app, listener)
+    with bind(host, port) as listener:
+        with STDERR.status("Loading the model", spinner=SPINNER):
+            engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
+        if not engine.text.has_template:
+            raise ConfigError(
+                f"{model} cannot be served.", "It has no chat template.", "Serve a chat or instruct model's adapter."
+            )
+        check_window(engine, window)
+        quota = Quota(max_memories, max_bytes)
+        store = MemoryStore(store_url or f"sqlite:///{STORE_FILE}", keep_versions=keep_versions, quota=quota)
+        scheduler = Scheduler(engine, max_batch, max_queue)
+        app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
+        log_as_json()
+        listener.listen()  # what comes from now on waits until uvicorn takes it
+        where = listener.getsockname()[:2]
+        STDERR.print(f"Serving {model} at http://{where[0]}:{where[1]}/v1", highlight=False, soft_wrap=True)
+        with suppress(KeyboardInterrupt):  # uvicorn passes a signal on when all is done
+            run(app, listener)

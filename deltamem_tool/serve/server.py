@@ -39,7 +39,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there.
+    """Return a socket that can listen there.
 
     Raises:
         ConfigError: the address is not this machine's, or is in use.
