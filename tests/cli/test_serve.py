@@ -1,15 +1,12 @@
-"""`deltamem serve` as a process: what it refuses, and what is left when it ends."""
+"""The command `deltamem serve`: keys, the same memories after a restart, and what it refuses."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections import Counter
 from contextlib import contextmanager
 
 import httpx2
@@ -17,9 +14,7 @@ import openai
 import pytest
 from cli.command import START, in_a_process
 
-from deltamem_tool.memory.file import memory_from_bytes
 from deltamem_tool.serve.keys import KEY_PREFIX
-from deltamem_tool.serve.store import MemoryStore
 
 pytestmark = pytest.mark.server
 
@@ -54,11 +49,6 @@ def _url(process, log):
     raise AssertionError(log.read_text())
 
 
-def ask(url, text, **options):
-    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **options}
-    return httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=120)
-
-
 @pytest.mark.slow
 def test_keys_memories_over_a_restart_and_the_end(tmp_path):
     made = in_a_process("serve", "--new-key", "acme", "--api-keys", "keys", cwd=tmp_path)
@@ -78,57 +68,6 @@ def test_keys_memories_over_a_restart_and_the_end(tmp_path):
     assert "Rex" in answers[1]
     log = (tmp_path / "log").read_text()
     assert '"path": "/v1/chat/completions", "status": 200' in log and "Traceback" not in log and "Rex" not in log
-
-
-@pytest.mark.slow
-def test_what_was_begun_is_answered_when_the_server_is_told_to_end(tmp_path):
-    with served(tmp_path) as (process, url):
-        body = {"model": MODEL, "messages": [{"role": "user", "content": TELL}], "user": "anna", "stream": True}
-        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and '"version": 1' in rest[-2]
-        assert process.wait(60) == ENDED_BY_SIGTERM
-    store = MemoryStore(f"sqlite:///{tmp_path / 'deltamem-memories.sqlite'}")
-    assert store.get("default", "anna").version == 1
-
-
-@pytest.mark.slow
-def test_every_answered_turn_is_stored_when_the_server_is_killed(tmp_path):
-    answered, lock, over = Counter(), threading.Lock(), threading.Event()
-
-    def talk(url, user):
-        while not over.is_set():
-            try:
-                answer = ask(url, f"My dog is Rex {time.monotonic_ns()}.", user=user, max_tokens=8)
-            except httpx2.TransportError:
-                return
-            with lock:
-                answered[user] = max(answered[user], answer.json()["deltamem"]["version"])
-
-    with served(tmp_path) as (process, url):
-        threads = [threading.Thread(target=talk, args=(url, f"user-{n}")) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        until = time.monotonic() + START_SECONDS
-        while answered.total() < 60 and time.monotonic() < until:
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        over.set()
-        for thread in threads:
-            thread.join()
-    assert len(answered) == 8
-    store = MemoryStore(f"sqlite:///{tmp_path / 'deltamem-memories.sqlite'}")
-    for user, version in answered.items():
-        stored = store.get("default", user)
-        assert stored.version >= version
-        memory_from_bytes(stored.data, user)
-    store.close()
-    with served(tmp_path) as (_, url):
-        assert ask(url, TELL, user="user-0").json()["deltamem"]["version"] > answered["user-0"]
 
 
 @pytest.mark.parametrize(
