@@ -73,7 +73,7 @@ def test_a_conversation_is_in_view_until_a_new_one_is_begun(user, server):
     assert versions(server, "carl") == 2
     user.press("New conversation")
     expect(user.answers).to_have_count(0)
-    expect(user.page.get_by_text("What was said before is not in view")).to_be_visible()
+    expect(user.page.get_by_text("what was said before is in the memory alone")).to_be_visible()
     assert NAME in user.say(ASK)
 
 
@@ -256,11 +256,13 @@ def test_a_server_with_keys_asks_for_one(browser, shipped, tmp_path):
     keys = ApiKeys([(tenant, hashlib.sha256(f"key-{tenant}".encode()).hexdigest()) for tenant in ("one", "two")])
     with serving(shipped, tmp_path, keys=keys) as server, using(browser, server.url) as user:
         user.page.goto(server.url)
-        user.sees("The API key is missing or wrong.")
-        for key in ("key-three", "key-one"):
-            user.page.get_by_label("API key").fill(key)
-            user.press("Use")
-            expect(user.page.get_by_label("API key")).to_have_value("")
+        user.sees("This server asks for an API key.")
+        expect(user.words).to_be_hidden()
+        user.page.get_by_label("API key").fill("key-three")
+        user.press("Use")
+        user.sees("The API key is wrong.")
+        user.page.get_by_label("API key").fill("key-one")
+        user.press("Use")
         user.wait("me")
         expect(user.notice).to_be_empty()
         user.say(TELL)
@@ -335,6 +337,26 @@ def test_an_answer_is_stopped(user, server, monkeypatch):
     expect(user.answers).to_have_count(1)
     expect(user.button("Undo")).to_be_enabled()
     assert ticket.cancelled and versions(server, "karl") == 1
+
+
+def test_another_memory_is_opened_while_one_answers(user, server, monkeypatch):
+    user.open("olga")
+    user.say(TELL_ANOTHER)
+    user.open("paul")
+    with monkeypatch.context() as patched:
+        patched.setattr(server.scheduler, "submit", lambda job: Endless())
+        user.words.fill(TELL)
+        user.press("Send")
+        expect(user.answers.nth(0).locator("p")).to_have_text("And so")
+        user.page.get_by_role("link", name="olga").click()
+        user.wait("olga")
+        expect(user.answers).to_have_count(1)
+        expect(user.button("Forget")).to_be_disabled()
+        user.press("Stop")
+        user.sees("Stopped. The memory is as it was.")
+    expect(user.words).to_have_value("")
+    assert ANOTHER in user.say(ASK)
+    assert stored(server, "paul") is None and versions(server, "olga") == 2
 
 
 def test_a_memory_that_somebody_else_changed_is_not_undone_unseen(user, server):

@@ -13,17 +13,19 @@ const CHANGED = [409, 412]; // statuses that say that the memory is not as the p
 const words = byId("words");
 
 let model = null;
-let memory = null; // what the server has of the open one: { version, digest, bytes }, or null
+let memory; // what the server has of the open one: { version, digest, bytes }, or null; undefined until it was asked
 let versions = [];
 let answering = null; // the AbortController of a turn that is being answered
-// The turns of each memory's conversation, [{ user, answer, report, digest, first }]. They live as long as the page:
+// The turns of each memory's conversation, [{ user, answer, report, first }]. They live as long as the page:
 // after a reload there is the memory alone.
 const talks = new Map();
 
 const talk = () => talks.get(openName()) ?? [];
+// The turn that made the memory what it is, if it is of this conversation.
 const lastTurn = () => {
   const last = talk().at(-1);
-  return memory !== null && last?.digest === memory.digest ? last : null;
+  const made = versions.find(({ version }) => version === last?.report.version);
+  return made !== undefined && made.digest === memory.digest ? last : null;
 };
 
 // Notices ---------------------------------------------------------------------------------------------------------
@@ -37,11 +39,15 @@ const clearNotice = () => byId("notice").replaceChildren();
 
 function failed(error) {
   if (!(error instanceof api.ApiError)) throw error;
-  notice(error.message, "error");
-  if (error.status === 401) {
-    byId("key-form").hidden = false;
-    byId("key").focus();
-  }
+  if (error.status === 401) askForKey();
+  else notice(error.message, "error");
+}
+
+function askForKey() {
+  if (api.hasKey()) notice("The API key is wrong.", "error");
+  else notice("This server asks for an API key.");
+  byId("key-form").hidden = false;
+  byId("key").focus();
 }
 
 // Does `action` for a button, and shows what went wrong.
@@ -65,7 +71,8 @@ async function refresh() {
   const stored = await api.getMemory(name);
   const history = stored === null ? [] : await api.listVersions(name);
   const earlier = before(history);
-  const former = earlier && (await api.getMemory(name, earlier.version));
+  const isKnown = earlier !== null && earlier.digest === memory?.digest; // a turn was added to what is shown
+  const former = isKnown ? memory : earlier && (await api.getMemory(name, earlier.version));
   if (name !== openName()) return;
   [memory, versions] = [stored, history];
   showPicture(memory, former?.bytes ?? (lastTurn()?.first ? null : undefined));
@@ -75,8 +82,8 @@ async function refresh() {
 
 function enable() {
   for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering !== null;
-  for (const id of ["fork", "save", "forget"]) byId(id).disabled ||= memory === null;
-  byId("save").disabled = memory === null;
+  for (const id of ["fork", "save", "forget"]) byId(id).disabled ||= !memory;
+  byId("save").disabled = !memory;
   byId("undo").disabled ||= before(versions) === null && !lastTurn()?.first;
   byId("send").hidden = answering !== null;
   byId("stop").hidden = answering === null;
@@ -85,7 +92,7 @@ function enable() {
 async function open() {
   byId("name").textContent = openName();
   document.title = `${openName()} – deltamem`;
-  [memory, versions] = [null, []];
+  [memory, versions] = [undefined, []];
   log.show([], "Loading …");
   await refresh();
   showTalk();
@@ -96,7 +103,7 @@ function showTalk() {
   const note =
     memory === null
       ? "This memory is empty. Tell it something, reload the page, and ask."
-      : "A new conversation. What was said before is not in view: the memory has it.";
+      : "A new conversation: what was said before is in the memory alone.";
   log.show(talk(), talk().length ? null : note);
 }
 
@@ -110,6 +117,7 @@ function beginTalk() {
 async function send() {
   const user = words.value.trim();
   if (!user || answering || model === null) return;
+  if (memory === undefined) await refresh();
   const turn = { user, answer: "", first: memory === null };
   const [name, digest, earlier] = [openName(), memory?.digest, talk()];
   const shown = log.add(user);
@@ -126,7 +134,8 @@ async function send() {
     if (name === openName()) words.value = user;
     if (error.name !== "AbortError") throw error;
     await refresh();
-    notice(memory?.digest === digest ? "Stopped. The memory is as it was." : "Stopped too late: the memory has it.");
+    const stored = await api.getMemory(name);
+    notice(stored?.digest === digest ? "Stopped. The memory is as it was." : "Stopped too late: the memory has it.");
     return;
   } finally {
     answering = null;
@@ -135,7 +144,6 @@ async function send() {
   }
   shown.finish(turn.answer, turn.report);
   talks.set(name, [...earlier, turn]);
-  turn.digest = (await api.getMemory(name))?.digest;
   await refresh();
   if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
 }
@@ -204,6 +212,7 @@ async function start() {
   byId("forget-key").hidden = !api.hasKey();
   model = await api.getModel();
   byId("key-form").hidden = true;
+  document.querySelector("main").hidden = false;
   byId("model").textContent = model.id;
   await open();
 }
