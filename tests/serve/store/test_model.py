@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from sqlalchemy import func, select
 
 from deltamem_tool.serve.store import ANY, Conflict, NotFound, StoreError, Usage
+from deltamem_tool.serve.store.schema import contents
 
 KEPT = 3
 NO_NOTE = 4  # bytes of null
@@ -141,6 +143,9 @@ def test_random_calls_give_what_dictionaries_give(open_store):
         sizes = [len(data) + NO_NOTE for kept in model.memories.values() for data in kept.values()]
         sizes += [len(data) + len("[]") for data, _ in model.responses.values()]
         assert store.usage(tenant) == Usage(len(model.memories), sum(sizes))
+    with store._database.read() as connection:  # no content is left of what is gone
+        rows = connection.execute(select(func.count()).select_from(contents)).scalar_one()
+    assert rows == sum(len(model.responses) + sum(map(len, model.memories.values())) for model in models.values())
     succeeded = {name for name, result in seen if result is True}
     assert succeeded == {"put", "get", "delete", "restore", "fork", "put_response", "get_response", "delete_response"}
     assert {("put", Conflict), ("delete", Conflict), ("delete", NotFound), ("put_response", Conflict)} <= seen
