@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,10 +17,16 @@ from deltamem_tool.serve.store.errors import StoreDamaged, StoreUnavailable
 from deltamem_tool.serve.store.overflow import OverflowPages
 
 LOCK_SECONDS = 5.0  # how long a transaction waits for another that holds its lock
+TURN_SECONDS = 30.0  # how long one waits for the others of this process, where they write one after the other
 
 
 class Dialect(Protocol):
-    """What differs between databases."""
+    """What differs between databases.
+
+    one_writer: whether transactions that write come one after the other in any case.
+    """
+
+    one_writer: bool
 
     def engine(self) -> Engine:
         """Return a pool of connections; a transaction of theirs with the option `writes` is going to write."""
@@ -48,6 +55,7 @@ class Database:
         with self._translated():
             self._engine = dialect.engine()
         self._writer = self._engine.execution_options(writes=True)
+        self._turn = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -68,8 +76,25 @@ class Database:
             StoreUnavailable: the database cannot be reached, is locked, or its disk is full.
             StoreDamaged: its file is damaged.
         """
-        with self._translated(), self._writer.begin() as connection:
+        with self._in_turn(), self._translated(), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let writers of this process wait for each other, where the database would have them ask again and again."""
+        if not self._dialect.one_writer:
+            yield
+            return
+        if not self._turn.acquire(timeout=TURN_SECONDS):
+            raise StoreUnavailable(
+                f"The store {self._name} cannot be used.",
+                f"Other changes have kept it for {TURN_SECONDS:g} seconds.",
+                "Nothing was changed. Try again.",
+            )
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @contextmanager
     def set_up(self) -> Iterator[Connection]:

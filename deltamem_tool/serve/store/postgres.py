@@ -20,6 +20,8 @@ OPTIONS = f"-c synchronous_commit=on -c lock_timeout={int(LOCK_SECONDS * 1000)}"
 class Postgres:
     """See `Dialect`."""
 
+    one_writer = False
+
     def __init__(self, url: URL) -> None:
         check_installation("postgres")
         self._url = url.set(drivername="postgresql+psycopg")

@@ -28,6 +28,8 @@ ERASE_PAUSE = 0.01  # seconds between two tries to empty the log
 class Sqlite:
     """See `Dialect`."""
 
+    one_writer = True
+
     def __init__(self, url: URL) -> None:
         if not url.database or url.database == ":memory:":
             raise ConfigError(
