@@ -109,7 +109,7 @@ class Database:
 
     def erase(self) -> bool:
         """Take what is deleted out of the database's files; return whether no file has it any more."""
-        with self._translated():
+        with self._in_turn(), self._translated():
             return self._dialect.erase(self._engine)
 
     def close(self) -> None:

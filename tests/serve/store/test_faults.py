@@ -156,6 +156,7 @@ def test_a_full_file_system_leaves_what_is_there(tmp_path):
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_a_full_table_space_leaves_what_is_there(postgres):
     with small_disk(postgres.folder / "disk", megabytes=4) as disk:
         (disk / "space").mkdir()
