@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltamem_tool.errors import ConfigError, first_line
 
 MAX_HEADER_BYTES = 32 * 2**10
 DRAIN_SECONDS = 60  # for requests that are being answered when the server is told to end
+HEAD_SECONDS = 30.0  # in which a request's line and headers must have come
+DEAF_SECONDS = 60.0  # after which a client that takes nothing of an answer is cut off
 
 
 def check_host(host: str, has_keys: bool, no_keys: bool) -> None:
@@ -49,6 +53,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux, whose connections inherit it
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAF_SECONDS * 1000))
             listener.bind(address)
         except OSError:
             listener.close()
@@ -60,11 +66,42 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Http(H11Protocol):
+    """A connection by h11, whose headers are bounded. It is cut off where a request is begun and its head not ended."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._expect()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        super().connection_lost(exc)
+        if self._overdue is not None:
+            self._overdue.cancel()
+
+    def _expect(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+        self._overdue = self.loop.call_later(HEAD_SECONDS, self._check, self.cycle)
+
+    def _check(self, last: object) -> None:
+        if self.cycle is last and not self.transport.is_closing():  # which an idle one is by now
+            self.transport.abort()
+
+
 def config_of(app: Starlette) -> uvicorn.Config:
     """Return how uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        http="h11",  # whose headers are bounded
+        http=Http,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         access_log=False,
         log_config=None,
