@@ -8,6 +8,8 @@ The first B slots are the rows. A graph of packed keys and values takes them as 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ class _Arrays:
 
     def __init__(self, graph: BufferedGraph, size: int, room: int) -> None:
         self.size, self.room = size, room
-        self.cache = {name: graph.zero_array(name, size, room) for name in graph.cache_names}
+        self.cache = {name: _sparse(graph.zero_array(name, size, 0), room) for name in graph.cache_names}
         self.memory = [{name: graph.zero_array(name, size) for name in graph.memory_names} for _ in range(2)]
         self.source = 0  # of `memory`, what the next step reads
         self.inputs = {name: graph.zero_array(name, size) for name in graph.input_names if name != graph.growing}
@@ -62,6 +64,22 @@ class _Arrays:
         return self._bindings[key]
 
 
+def _sparse(like: NDArray[Any], room: int) -> NDArray[Any]:
+    """Zeros of the shape `like` with `room` columns, for which the system has pages when they are written.
+
+    Every slot has room for the longest row, and most rows are shorter. numpy would ask for pages of 2 MB, all of which
+    would be touched: half a second of zeros when a long row joins 31 short ones.
+    """
+    shape = (*like.shape[:2], room, *like.shape[3:])
+    size = math.prod(shape) * like.itemsize
+    if not size:
+        return np.zeros(shape, like.dtype)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # on Linux
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, like.dtype).reshape(shape)
+
+
 class Slots:
     """See `deltamem_tool.chat.group.Group`. For a graph on the CPU with packed keys and values of any length.
 
@@ -81,15 +99,21 @@ class Slots:
         return isinstance(graph, BufferedGraph) and not graph.max_length and graph.device == "cpu"
 
     def exchange(self, leaving: Collection[int], pasts: Sequence[BufferedPast], lengths: Sequence[int]) -> list[int]:
-        """See `Group.exchange`. The last row takes the place of one that leaves."""
-        places = list(range(len(self._lengths)))
-        for row in sorted(leaving, reverse=True):
-            places[row] = places[-1]
-            places.pop()
-            self._vacate(row)
-        if not places:
+        """See `Group.exchange`. The last rows take the places of those that leave."""
+        count = len(self._lengths) - len(leaving)
+        places = list(range(count))
+        if count:
+            holes = (row for row in places if row in leaving)
+            movers = (row for row in range(count, len(self._lengths)) if row not in leaving)
+            for hole, mover in zip(holes, movers, strict=True):
+                self._move(mover, hole)
+                places[hole] = mover
+            for row in range(count, len(self._lengths)):
+                self._wipe(row)
+        else:
             self._arrays = _Arrays(self._graph, 0, 0)  # whoever was long is gone
-        self._reserve(len(places) + len(pasts), max(lengths, default=0))
+        del self._lengths[count:]
+        self._reserve(count + len(pasts), max(lengths, default=0))
         for past, length in zip(pasts, lengths, strict=True):
             self._append(past, length)
         return places
@@ -124,18 +148,22 @@ class Slots:
         for name, value in past.memory.items():
             arrays.memory[arrays.source][name][row] = on_host(value)[0]
 
-    def _vacate(self, row: int) -> None:
-        """Let the last row take the place of another, and leave nothing of it behind."""
-        last = len(self._lengths) - 1
+    def _move(self, row: int, place: int) -> None:
+        """Put a row in the place of another."""
+        self._wipe(place)
+        length = self._lengths[place] = self._lengths[row]
+        for array in self._arrays.cache.values():
+            array[place, :, :length] = array[row, :, :length]
+        for array in self._arrays.memory[self._arrays.source].values():
+            array[place] = array[row]
+
+    def _wipe(self, row: int) -> None:
+        """Leave nothing of a row behind."""
         for array in self._arrays.cache.values():
             array[row, :, : self._lengths[row]] = 0
-            if row != last:
-                array[row, :, : self._lengths[last]] = array[last, :, : self._lengths[last]]
-                array[last, :, : self._lengths[last]] = 0
-        for array in self._arrays.memory[self._arrays.source].values():
-            array[row] = array[last]
-        self._lengths[row] = self._lengths[last]
-        self._lengths.pop()
+        for memory in self._arrays.memory:
+            for array in memory.values():
+                array[row] = 0
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Have so many slots and columns at least; what is there is copied if that needs other buffers."""

@@ -1,0 +1,228 @@
+"""What batching gives many users of one model, and what it costs beside the model: the scheduler alone, no server.
+
+Command: python benchmarks/serving.py [--folder DIR] [--users 32] [--tokens 64] [--long 1500] [--repeats 7]
+    [--threads 1] [--out FILE.md]
+
+The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. Every user asks once, from a
+memory of its own, and gets an answer of `--tokens` tokens, whatever they say. The same requests are answered one after
+the other and all at once, in turn in this process, and `engine.step` feeds as many rows by itself. Ratios are taken
+pair by pair, by the clock and of the processor's time, which other work on the machine changes less.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from common import PACKAGES, Seconds, compare, spread, timed, versions
+
+from deltamem_tool.bench.timing import cpu_name
+from deltamem_tool.chat.engine import Past, empty_memory
+from deltamem_tool.chat.generation import Token, feed
+from deltamem_tool.chat.group import PaddedGroup
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.chat.transcript import Transcript
+from deltamem_tool.memory.file import StoredMemory
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.serve.batching.job import Completion, Job
+from deltamem_tool.serve.batching.scheduler import PIECE, Scheduler
+
+BESIDE = 300  # tokens of each answer beside a long prompt
+Rows = list[tuple[str, ...]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--long", type=int, default=1500)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        report = run(options, options.folder or exported(Path(temporary) / "onnx"))
+    print(report)
+    if options.out:
+        options.out.write_text(report + "\n", encoding="utf-8")
+
+
+def exported(folder: Path) -> Path:
+    """The shipped adapter as an ONNX folder."""
+    from transformers import AutoTokenizer
+
+    import deltamem_tool
+
+    model = deltamem_tool.load("builtin:adapter")
+    deltamem_tool.export_onnx(model, AutoTokenizer.from_pretrained(model.name_or_path), folder)
+    return folder
+
+
+def run(options: argparse.Namespace, folder: Path) -> str:
+    """The tables, in Markdown."""
+    engine = OnnxModel(folder, threads=options.threads)
+    engine.stop_tokens = frozenset()  # answers of one length
+    jobs = [request(engine, user, options.tokens) for user in range(options.users)]
+    loads = os.getloadavg()[0]
+    with Scheduler(engine, max_batch=options.users, cache_bytes=0) as scheduler:
+        together, ratios = faster_together(scheduler, jobs, options.repeats)
+        beside, overhead = beside_the_model(scheduler, jobs, options.repeats)
+    moves = joining(engine, jobs, options.repeats)
+    stalls = longest_gaps(engine, jobs, options.long)
+    prompt = statistics.mean(len(job.tokens) for job in jobs)
+    return "\n".join(
+        [
+            f"# {options.users} users of one model, {date.today()}",
+            "",
+            f"{folder.name}: prompts of {prompt:.0f} tokens, answers of {options.tokens}; {options.repeats} repeats in"
+            f" turn; medians. {cpu_name()}, {options.threads} thread(s), {os.cpu_count()} cores with a load of"
+            f" {loads:.1f} to {os.getloadavg()[0]:.1f}; {versions(*PACKAGES)}.",
+            "",
+            *table(("requests", "tokens a second", "first token, median", "first token, p95"), together),
+            "",
+            f"At once against one at a time: {spread(ratios[0])} by the clock, {spread(ratios[1])} of the processor's"
+            " time (median, quartiles, range).",
+            "",
+            *table(("a decode step", "by the clock"), beside),
+            "",
+            f"The scheduler's step against `engine.step`: {spread(overhead[0])} by the clock, {spread(overhead[1])} of"
+            " the processor's time.",
+            "",
+            *table(("rows in", "one leaves and one joins", "a decode step"), moves),
+            "",
+            "These are of the processor's time.",
+            "",
+            f"While a prompt of {options.long} tokens is read beside {options.users - 1} answers:",
+            "",
+            *table(("pieces", "between two texts of another answer, median", "at most"), stalls),
+            "",
+            "These too.",
+        ]
+    )
+
+
+def table(head: Sequence[str], rows: Rows) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def request(engine: OnnxModel, user: int, tokens: int) -> Job:
+    """A question, from a memory that is nobody else's."""
+    _, ids = Transcript().begin(engine.text, f"My dog is called Rex and I am user {user}. What is my dog's name?")
+    numbers, empty = np.random.default_rng(user), empty_memory(engine)
+    states = {i: numbers.normal(0, 0.1, state.shape).astype(np.float32) for i, state in empty.states.items()}
+    memory = StoredMemory(states, empty.open_segments, empty.adapter)
+    return Job(f"tenant {user % 4}", memory, tuple(Token(id, True) for id in ids), Sampling(tokens))
+
+
+def one_at_a_time(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Completion]:
+    return [scheduler.submit(job).result() for job in jobs]
+
+
+def all_at_once(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Completion]:
+    tickets = [scheduler.submit(job) for job in jobs]
+    return [ticket.result() for ticket in tickets]
+
+
+def faster_together(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> tuple[Rows, list[list[float]]]:
+    ends: dict[str, list[Completion]] = {"one": [], "all": []}
+
+    def one() -> Seconds:
+        return timed(lambda: ends["one"].extend(one_at_a_time(scheduler, jobs)))
+
+    def together() -> Seconds:
+        return timed(lambda: ends["all"].extend(all_at_once(scheduler, jobs)))
+
+    medians, ratios = compare(one, together, repeats)
+    answers = {end.answer.tokens for end in ends["one"]}
+    if answers != {end.answer.tokens for end in ends["all"]}:
+        raise SystemExit("Answers differ: what is compared is not the same.")
+    rows = []
+    names = ("one at a time", f"{len(jobs)} at once")
+    for name, seconds, completions in zip(names, medians, ends.values(), strict=True):
+        tokens = sum(job.sampling.max_new_tokens for job in jobs)
+        first = [end.first_token * 1e3 for end in completions]
+        quantiles = np.quantile(first, (0.5, 0.95))
+        rows.append((name, f"{tokens / seconds:,.0f}", *(f"{value:.0f} ms" for value in quantiles)))
+    return rows, ratios
+
+
+def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> tuple[Rows, list[list[float]]]:
+    """A decode step of the scheduler, with all that it does for its rows, and of `engine.step`, with the same tokens.
+
+    The scheduler's are what answers take longer than their first tokens.
+    """
+    engine, steps = scheduler.engine, jobs[0].sampling.max_new_tokens - 1
+    first = [replace(job, sampling=Sampling(1)) for job in jobs]
+    prompts = [read(engine, job) for job in jobs]
+    answers = np.array([end.answer.tokens for end in all_at_once(scheduler, jobs)])
+    width = max(len(job.tokens) for job in jobs)
+    padded = np.array([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in jobs], np.int64)
+    writes = np.ones((len(jobs), 1), bool)
+
+    def decode(past: Past) -> None:
+        mask = padded
+        for number in range(steps):
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            past = engine.step(past, answers[:, number : number + 1], mask, writes)[1]
+
+    def alone() -> Seconds:
+        past = engine.join(prompts)
+        clock, of_processor = timed(lambda: decode(past))
+        return clock / steps, of_processor / steps
+
+    def scheduled() -> Seconds:
+        whole, beginning = (timed(lambda asked=asked: all_at_once(scheduler, asked)) for asked in (jobs, first))
+        return (whole[0] - beginning[0]) / steps, (whole[1] - beginning[1]) / steps
+
+    medians, ratios = compare(scheduled, alone, repeats)
+    rows = zip(("the scheduler's", "`engine.step`"), medians, strict=True)
+    return [(name, f"{seconds * 1e3:.2f} ms") for name, seconds in rows], ratios
+
+
+def read(engine: OnnxModel, job: Job) -> Past:
+    """The past of one row after its prompt."""
+    return feed(engine, engine.start(job.memory), np.zeros((1, 0), np.int64), [job.tokens])[1]
+
+
+def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
+    """What it costs that one row leaves and another joins, and what a step of all rows takes."""
+    pasts, lengths = [read(engine, job) for job in jobs], [len(job.tokens) for job in jobs]
+    tokens, rows = [Token(job.tokens[0].id, True) for job in jobs], []
+    for name, group in (("slots", engine.group()), ("copies of all rows", PaddedGroup(engine))):
+        group.exchange((), pasts, lengths)
+        exchanges, steps = [], []
+        for repeat in range(repeats):
+            steps.append(timed(lambda group=group: group.step(tokens))[1])
+            leaving = repeat % len(jobs)
+            exchanges.append(timed(lambda: group.exchange([leaving], pasts[:1], lengths[:1]))[1])  # noqa: B023
+        exchange, step = statistics.median(exchanges), statistics.median(steps)
+        rows.append((name, f"{exchange * 1e3:.2f} ms", f"{step * 1e3:.2f} ms"))
+    return rows
+
+
+def longest_gaps(engine: OnnxModel, jobs: Sequence[Job], length: int) -> Rows:
+    """How long another answer waits for a token while a long prompt is read: in pieces, and in one."""
+    *others, last = (replace(job, sampling=Sampling(BESIDE)) for job in jobs)
+    ids = [token.id for token in last.tokens]
+    long = replace(last, tokens=tuple(Token(ids[i % len(ids)], True) for i in range(length)))
+    rows = []
+    for name, piece in ((f"of {PIECE} tokens", PIECE), ("none", length)):
+        with Scheduler(engine, max_batch=len(jobs), piece=piece, cache_bytes=0) as scheduler:
+            watched = [iter(scheduler.submit(job)) for job in others][-1]
+            next(watched)
+            scheduler.submit(long)
+            gaps = np.diff([time.process_time() for _ in watched])
+        rows.append((name, f"{np.median(gaps) * 1e3:.1f} ms", f"{max(gaps) * 1e3:.0f} ms"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
