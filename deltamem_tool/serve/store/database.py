@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL
@@ -14,16 +13,18 @@ from sqlalchemy.exc import DatabaseError, InterfaceError, InternalError, Operati
 
 from deltamem_tool.errors import first_line
 from deltamem_tool.serve.store.errors import StoreDamaged, StoreUnavailable
+from deltamem_tool.serve.store.group_commit import GroupCommit
 from deltamem_tool.serve.store.overflow import OverflowPages
 
 LOCK_SECONDS = 5.0  # how long a transaction waits for another that holds its lock
-TURN_SECONDS = 30.0  # how long one waits for the others of this process, where they write one after the other
+T = TypeVar("T")
 
 
 class Dialect(Protocol):
     """What differs between databases.
 
-    one_writer: whether transactions that write come one after the other in any case.
+    one_writer: whether transactions that write come one after the other in any case, so that those of a process gain by
+        being one.
     """
 
     one_writer: bool
@@ -55,7 +56,7 @@ class Database:
         with self._translated():
             self._engine = dialect.engine()
         self._writer = self._engine.execution_options(writes=True)
-        self._turn = threading.Lock()
+        self._group = GroupCommit(self.write) if dialect.one_writer else None
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -76,25 +77,21 @@ class Database:
             StoreUnavailable: the database cannot be reached, is locked, or its disk is full.
             StoreDamaged: its file is damaged.
         """
-        with self._in_turn(), self._translated(), self._writer.begin() as connection:
+        with self._translated(), self._writer.begin() as connection:
             yield connection
 
-    @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        """Let writers of this process wait for each other, where the database would have them ask again and again."""
-        if not self._dialect.one_writer:
-            yield
-            return
-        if not self._turn.acquire(timeout=TURN_SECONDS):
-            raise StoreUnavailable(
-                f"The store {self._name} cannot be used.",
-                f"Other changes have kept it for {TURN_SECONDS:g} seconds.",
-                "Nothing was changed. Try again.",
-            )
-        try:
-            yield
-        finally:
-            self._turn.release()
+    def change(self, work: Callable[[Connection], T]) -> T:
+        """Return what `work` returns, when what it did is committed.
+
+        Raises:
+            StoreUnavailable: as in `write`.
+            StoreDamaged: the database's file is damaged.
+            Exception: what `work` raises; nothing of it is done.
+        """
+        if self._group is not None:
+            return self._group.run(work)
+        with self.write() as connection:
+            return work(connection)
 
     @contextmanager
     def set_up(self) -> Iterator[Connection]:
@@ -109,7 +106,7 @@ class Database:
 
     def erase(self) -> bool:
         """Take what is deleted out of the database's files; return whether no file has it any more."""
-        with self._in_turn(), self._translated():
+        with self._group.alone() if self._group is not None else nullcontext(), self._translated():
             return self._dialect.erase(self._engine)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, select
@@ -283,8 +284,8 @@ class MemoryStore:
             NotFound: there is no such response.
         """
         _check_names(tenant, response_id)
-        with self._database.write() as connection:
-            receipt = remove_response(connection, tenant, response_id, self._clock())
+        now = self._clock()
+        receipt = self._database.change(lambda connection: remove_response(connection, tenant, response_id, now))
         if receipt is None:
             raise _not_found("response", response_id)
         return self._erased(receipt)
@@ -303,11 +304,9 @@ class MemoryStore:
                 for table in (memories, responses)
             ]
         for tenant, id in outdated[0]:
-            with self._database.write() as connection:
-                lock_memory(connection, tenant, id, now)
+            self._database.change(partial(lock_memory, tenant=tenant, id=id, now=now))
         for tenant, id in outdated[1]:
-            with self._database.write() as connection:
-                remove_response(connection, tenant, id, now)
+            self._database.change(partial(remove_response, tenant=tenant, id=id, now=now))
         number = sum(map(len, outdated))
         if number:
             self._database.erase()
@@ -350,8 +349,7 @@ class MemoryStore:
         """Run `change` in a transaction, again where another program created the same row meanwhile."""
         for _ in range(TRIES):
             try:
-                with self._database.write() as connection:
-                    return change(connection)
+                return self._database.change(change)
             except IntegrityError as error:
                 taken = error
         raise Conflict(

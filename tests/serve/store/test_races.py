@@ -7,12 +7,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Barrier, Lock
+from threading import Barrier
 
 import pytest
 from serve.store import writer
 
-from deltamem_tool.serve.store import Conflict, MemoryStore, NotFound, Usage, sqlite
+from deltamem_tool.serve.store import Conflict, NotFound, Usage
 
 THREADS = 16
 PROCESSES = 4
@@ -98,27 +98,3 @@ def test_what_is_counted_is_what_is_stored(store):
     responses = [store.get_response("acme", f"{index} {step}") for index in range(THREADS) for step in range(10)]
     sizes += [len(response.data) + len("[]") for response in responses if response is not None]
     assert store.usage("acme") == Usage(len(names), sum(sizes))
-
-
-def test_writers_of_one_process_do_not_ask_sqlite_at_once(monkeypatch, tmp_path):
-    """SQLite would have them ask again and again, and some of them never get their turn while others come."""
-    asking, most, lock = 0, 0, Lock()
-    begun = sqlite._begun
-
-    def watched(connection):
-        nonlocal asking, most
-        writes = bool(connection.get_execution_options().get("writes"))
-        with lock:
-            asking += writes
-            most = max(most, asking)
-        try:
-            begun(connection)
-        finally:
-            with lock:
-                asking -= writes
-
-    monkeypatch.setattr(sqlite, "_begun", watched)
-    store = MemoryStore(f"sqlite:///{tmp_path}/memories.db")
-    versions = together(lambda index: store.put("acme", "ada", b"%d" % index).version)
-    store.close()
-    assert sorted(versions) == list(range(1, THREADS + 1)) and most == 1

@@ -1,0 +1,127 @@
+"""Changes that have to wait for each other are committed together: they all wait for the disk once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from deltamem_tool.serve.store.errors import StoreUnavailable
+
+T = TypeVar("T")
+TURN_SECONDS = 30.0  # how long a change waits for others
+MAX_TOGETHER = 64
+
+
+@dataclass(eq=False)
+class _Change:
+    work: Callable[[Connection], Any]
+    value: Any = None
+    error: BaseException | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class GroupCommit:
+    """Runs changes of many threads, one transaction at a time.
+
+    Whose turn it is runs all changes that are waiting in its transaction, each in a savepoint, so that one which raises
+    leaves the others as they are. None is answered before the transaction is committed.
+
+    Args:
+        transaction: begins one, and commits it at the end of the block.
+    """
+
+    def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
+        self._transaction = transaction
+        self._turn = threading.Lock()
+        self._guard = threading.Lock()  # of the list
+        self._waiting: list[_Change] = []
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        """Return what `work` returns, when it is committed.
+
+        Raises:
+            StoreUnavailable: the transaction fails, whoever's change it is that the database fails at, or others take
+                too long. Nothing was changed.
+            Exception: what `work` raises; nothing of it was changed.
+        """
+        change = _Change(work)
+        with self._guard:
+            self._waiting.append(change)
+        if self._turn.acquire(timeout=TURN_SECONDS):
+            try:
+                while not change.ended.is_set():
+                    self._run_waiting()
+            finally:
+                self._turn.release()
+        elif self._withdraw(change):
+            raise _late()
+        change.ended.wait()
+        if change.error is not None:
+            raise change.error
+        value: T = change.value
+        return value
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no change run during the block.
+
+        Raises:
+            StoreUnavailable: others take too long.
+        """
+        if not self._turn.acquire(timeout=TURN_SECONDS):
+            raise _late()
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _withdraw(self, change: _Change) -> bool:
+        """Take a change back, if nobody has begun to run it."""
+        with self._guard:
+            waits = change in self._waiting
+            if waits:
+                self._waiting.remove(change)
+        return waits
+
+    def _run_waiting(self) -> None:
+        """Run those that came first, in their order."""
+        with self._guard:
+            changes, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+        try:
+            with self._transaction() as connection:
+                for change in changes:
+                    _run(change, connection)
+        except BaseException as error:
+            for change in changes:
+                change.error = change.error or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for change in changes:
+                change.ended.set()
+
+
+def _late() -> StoreUnavailable:
+    return StoreUnavailable(
+        "The store cannot be used.",
+        f"Other changes have taken more than {TURN_SECONDS:g} seconds.",
+        "Nothing was changed. Try again.",
+    )
+
+
+def _run(change: _Change, connection: Connection) -> None:
+    try:
+        with connection.begin_nested():
+            change.value = change.work(connection)
+    except DBAPIError as error:
+        if not isinstance(error, IntegrityError):  # the database's: it may have ended the transaction
+            raise
+        change.error = error
+    except Exception as error:
+        change.error = error
