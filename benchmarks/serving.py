@@ -77,12 +77,13 @@ def run(options: argparse.Namespace, folder: Path) -> str:
     moves = joining(engine, jobs, options.repeats)
     stalls = longest_gaps(engine, jobs, options.long)
     prompt = statistics.mean(len(job.tokens) for job in jobs)
+    name = "The shipped adapter" if options.folder is None else options.folder.name
     return "\n".join(
         [
             f"# {options.users} users of one model, {date.today()}",
             "",
-            f"{folder.name}: prompts of {prompt:.0f} tokens, answers of {options.tokens}; {options.repeats} repeats in"
-            f" turn; medians. {cpu_name()}, {options.threads} thread(s), {os.cpu_count()} cores with a load of"
+            f"{name}: prompts of {prompt:.0f} tokens, answers of {options.tokens}; {options.repeats} repeats in turn;"
+            f" medians. {cpu_name()}, {options.threads} thread(s), {os.cpu_count()} cores with a load of"
             f" {loads:.1f} to {os.getloadavg()[0]:.1f}; {versions(*PACKAGES)}.",
             "",
             *table(("requests", "tokens a second", "first token, median", "first token, p95"), together),

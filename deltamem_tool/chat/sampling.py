@@ -122,10 +122,11 @@ class GreedySampler:
     def pick(self, logits: NDArray[Any]) -> list[int | None]:
         """The next tokens, from logits `[B, V]`; None in a row for which `Sampler.pick` raises."""
         self._tokens = _of_length(self._tokens, logits.shape[1])
-        allowed = logits if self._tokens.all() else np.where(self._tokens, logits, -np.inf)
-        tokens = allowed.argmax(axis=1)
-        finite = np.isfinite(allowed[np.arange(len(tokens)), tokens])
-        return tokens.tolist() if finite.all() else [int(t) if f else None for t, f in zip(tokens, finite, strict=True)]
+        tokens = logits.argmax(axis=1)
+        for row in np.flatnonzero(~self._tokens[tokens]):
+            tokens[row] = np.where(self._tokens, logits[row], -np.inf).argmax()
+        valid = self._tokens[tokens] & np.isfinite(logits[np.arange(len(tokens)), tokens])
+        return [token if of_row else None for token, of_row in zip(tokens.tolist(), valid.tolist(), strict=True)]
 
 
 def not_finite(what: str) -> DeltaMemError:

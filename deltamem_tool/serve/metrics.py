@@ -20,6 +20,7 @@ LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.
 _GAUGES = {
     "waiting": ("deltamem_queue_requests", "Requests that wait for a place in the batch."),
     "running": ("deltamem_batch_requests", "Requests in the batch."),
+    "cache_bytes": ("deltamem_prefix_cache_bytes", "Beginnings of prompts that are kept for others."),
 }
 _TOTALS = {
     "completed": ("deltamem_answers", "Answers that were completed."),
@@ -32,6 +33,7 @@ _TOTALS = {
     "steps": ("deltamem_steps", "Decode steps."),
     "step_rows": ("deltamem_step_rows", "Rows of all decode steps together."),
     "step_seconds": ("deltamem_step_seconds", "Seconds of all decode steps together."),
+    "model_seconds": ("deltamem_model_seconds", "Of these, seconds in the model."),
 }
 
 

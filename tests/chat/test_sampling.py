@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deltamem_tool.chat.sampling import Sampler, Sampling, probabilities
+from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, probabilities
 from deltamem_tool.errors import ConfigError, DeltaMemError
 
 VOCABULARY = 500
@@ -176,3 +176,22 @@ def test_options_at_the_edge_of_their_range_choose_a_token(options):
 def test_an_option_out_of_range_is_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_many_greedy_samplers_choose_as_each_alone():
+    """Whatever the logits of tokens that may be chosen, and of those that may not."""
+    random = np.random.default_rng(0)
+    ids = {7, 11, 300, *random.choice(400, 40).tolist()}
+    rows = random.normal(size=(400, VOCABULARY)).astype(np.float32)
+    for row in rows[:300]:
+        odd = random.choice([np.nan, np.inf, -np.inf], size=3)
+        row[random.choice(VOCABULARY, size=3)] = odd
+    rows[300:310] = -np.inf
+    expected = []
+    for row in rows:
+        try:
+            expected.append(Sampler(Sampling(), CONTEXT, ids).pick(row))
+        except DeltaMemError:
+            expected.append(None)
+    assert GreedySampler(ids).pick(rows) == expected
+    assert 10 < expected.count(None) < 200 and set(expected) <= {*ids, None}
