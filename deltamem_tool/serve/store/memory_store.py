@@ -197,8 +197,7 @@ class MemoryStore:
         _check_names(tenant, id)
 
         def write(connection: Connection) -> Stored:
-            check_row = lock_memory(connection, tenant, id, self._clock())
-            check_expected(check_row, id, expected)
+            check_expected(lock_memory(connection, tenant, id, self._clock()), id, expected)
             source = self._source(connection, tenant, id, version)
             return self._write(connection, tenant, id, source.data, expected, source.turn, source.expires_at)
 

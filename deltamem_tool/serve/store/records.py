@@ -92,7 +92,7 @@ class Receipt:
         id: of the memory; None where one response was deleted.
         versions: of the memory.
         responses: ids of the responses that went with it.
-        erased: whether the bytes are out of the database's files too. PostgreSQL cannot promise it, and SQLite not
+        erased: whether the content is out of the database's files too. PostgreSQL cannot promise it, and SQLite not
             while another program reads from the file.
     """
 
