@@ -3,7 +3,8 @@
 SQLite splits a long row: the first bytes stay in a leaf of the table's tree, the rest goes to pages of its own, which
 are overwritten with zeros when the row goes. What leaves cannot promise that: when rows move between them, copies
 remain in their free space. So content begins after more zeros than stay in a leaf, and ends with as many as it takes
-for SQLite to keep no more there than it must. (Names, times and digests have no such care.) The sums are those of https://www.sqlite.org/fileformat2.html (1.6).
+for SQLite to keep no more there than it must. (Names, times and digests have no such care.) The sums are those of
+https://www.sqlite.org/fileformat2.html (1.6).
 """
 
 from __future__ import annotations
