@@ -202,7 +202,7 @@ def check_picture(user, columns, palette):
     for column, states in enumerate(columns):
         limit = max(np.abs(state).max() for state in states.values())
         for place, layer in enumerate(sorted(states)):
-            number = len(columns) * place + column
+            number = len(states) * column + place
             shown = pixels(user, number)
             for head, state in enumerate(states[layer][0]):
                 rank = len(state)

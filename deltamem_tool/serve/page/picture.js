@@ -4,9 +4,11 @@ import { byId, element, timeOf } from "./dom.js";
 import { colours, draw } from "./heatmap.js";
 import { difference, largestOf, normOf, statesOf } from "./safetensors.js";
 
-const [picture, layers, history] = [byId("picture"), byId("layers"), byId("history")];
-let drawn = () => {}; // draws again, in the colours of another scheme
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn());
+const CELL = 8; // the largest size of an entry in pixels
+const [picture, history] = [byId("picture"), byId("history")];
+const [nowPart, changePart] = picture.children;
+let drawings = []; // the canvases, with what is drawn on them
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
 // `memory` is what is stored, or null. `former` is the file of the version before, null for zeros, or undefined where
 // none is kept.
@@ -14,33 +16,36 @@ export function showPicture(memory, former) {
   picture.hidden = memory === null;
   byId("summary").textContent =
     memory === null ? "Nothing is stored yet." : `version ${memory.version}, ${sizeOf(memory.bytes.byteLength)}`;
+  drawings = [];
   if (memory === null) return;
   const now = statesOf(memory.bytes);
-  const change = former === undefined ? [] : difference(now, former && statesOf(former));
-  picture.classList.toggle("single", former === undefined);
-  const pairs = [now, change].map((states) => [states, largestOf(states)]);
-  layers.replaceChildren();
-  const drawings = [];
-  for (const place of now.keys()) {
-    const row = element("tr");
-    for (const [states, limit] of pairs.filter(([states]) => states.length)) {
-      const [canvas, text] = [element("canvas"), labelOf(states[place])];
-      canvas.role = "img";
-      canvas.ariaLabel = `${text}, ${states[place].heads} of ${states[place].rank} × ${states[place].rank}`;
-      drawings.push([canvas, states[place], limit]);
-      row.append(element("td", {}, element("small", { textContent: text }), canvas));
-    }
-    layers.append(row);
+  showPart(nowPart, now);
+  changePart.hidden = former === undefined;
+  if (former !== undefined) showPart(changePart, difference(now, former && statesOf(former)));
+  drawAll();
+}
+
+function showPart(part, states) {
+  const limit = largestOf(states);
+  const layers = states.map((state) => {
+    const [canvas, name, norm] = [element("canvas"), `layer ${state.layer}, `, `norm ${short(normOf(state))}`];
+    canvas.role = "img";
+    canvas.ariaLabel = `${name}${norm}, ${state.heads} of ${state.rank} × ${state.rank}`;
+    drawings.push([canvas, state, limit]);
+    return element("li", {}, element("small", {}, name, element("span", { textContent: norm })), canvas);
+  });
+  const [list, scale] = [part.querySelector(".layers"), part.querySelector(".scale")];
+  list.replaceChildren(...layers);
+  scale.replaceChildren(`−${short(limit)}`, element("i"), short(limit));
+}
+
+function drawAll() {
+  const palette = colours(picture);
+  for (const [canvas, state, limit] of drawings) {
+    draw(canvas, state, limit, palette);
+    canvas.style.maxWidth = `${canvas.width * CELL}px`;
+    canvas.closest(".layers").style.setProperty("--least", `${(canvas.width * CELL) / 2}px`);
   }
-  for (const [number, scale] of picture.querySelectorAll(".scale").entries()) {
-    const limit = short(pairs[number][1]);
-    scale.replaceChildren(`−${limit}`, element("i"), limit);
-  }
-  drawn = () => {
-    const palette = colours(picture);
-    for (const [canvas, states, limit] of drawings) draw(canvas, states, limit, palette);
-  };
-  drawn();
 }
 
 // Calls `restore` with the version whose button is pressed.
@@ -56,6 +61,5 @@ export function showVersions(versions, restore) {
   );
 }
 
-const labelOf = (state) => `layer ${state.layer}, norm ${short(normOf(state))}`;
 const short = (number) => String(Number(number.toPrecision(3)));
 const sizeOf = (bytes) => (bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
