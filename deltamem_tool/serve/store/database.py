@@ -38,8 +38,8 @@ class Dialect(Protocol):
     def overflow_pages(self) -> OverflowPages | None:
         """Return how contents are wrapped, once there are tables; None if they are not."""
 
-    def erase(self, engine: Engine) -> bool:
-        """Take what is deleted out of the database's files, as far as it can; return whether none has it any more."""
+    def erase(self, engine: Engine) -> bool | None:
+        """Take what is deleted out of the database's files; return whether it is, or None where nobody can know."""
 
 
 class Database:
@@ -104,8 +104,8 @@ class Database:
         """Return how contents are wrapped; None if they are not."""
         return self._dialect.overflow_pages()
 
-    def erase(self) -> bool:
-        """Take what is deleted out of the database's files; return whether no file has it any more."""
+    def erase(self) -> bool | None:
+        """Take what is deleted out of the database's files; return whether it is, or None where nobody can know."""
         with self._group.alone() if self._group is not None else nullcontext(), self._translated():
             return self._dialect.erase(self._engine)
 

@@ -93,6 +93,7 @@ class MemoryStore:
             self._database.close()
             raise
         self._form = Contents(cipher, self._database.overflow_pages())
+        self._changed = True  # since the last erasing; also by a server before this one, which may have been killed
 
     def close(self) -> None:
         """Close the connections to the database."""
@@ -284,7 +285,7 @@ class MemoryStore:
         """
         _check_names(tenant, response_id)
         now = self._clock()
-        receipt = self._database.change(lambda connection: remove_response(connection, tenant, response_id, now))
+        receipt = self._transact(lambda connection: remove_response(connection, tenant, response_id, now))
         if receipt is None:
             raise _not_found("response", response_id)
         return self._erased(receipt)
@@ -292,7 +293,8 @@ class MemoryStore:
     def expire(self) -> int:
         """Delete memories and responses that have expired, up to a thousand of each; return how many.
 
-        They are not there for the other methods from their time on; this takes them out of the database.
+        They are not there for the other methods from their time on; this takes them out of the database, and what was
+        replaced or deleted since the last time out of its files. Call it now and then.
         """
         now = self._clock()
         with self._database.read() as connection:
@@ -303,12 +305,12 @@ class MemoryStore:
                 for table in (memories, responses)
             ]
         for tenant, id in outdated[0]:
-            self._database.change(partial(lock_memory, tenant=tenant, id=id, now=now))
+            self._transact(partial(lock_memory, tenant=tenant, id=id, now=now))
         for tenant, id in outdated[1]:
-            self._database.change(partial(remove_response, tenant=tenant, id=id, now=now))
+            self._transact(partial(remove_response, tenant=tenant, id=id, now=now))
         number = sum(map(len, outdated))
-        if number:
-            self._database.erase()
+        if self._changed:
+            self._erase()
         return number
 
     def _write(
@@ -348,7 +350,9 @@ class MemoryStore:
         """Run `change` in a transaction, again where another program created the same row meanwhile."""
         for _ in range(TRIES):
             try:
-                return self._database.change(change)
+                result = self._database.change(change)
+                self._changed = True
+                return result
             except IntegrityError as error:
                 taken = error
         raise Conflict(
@@ -356,10 +360,17 @@ class MemoryStore:
         ) from taken
 
     def _erased(self, receipt: Receipt) -> Receipt:
+        return replace(receipt, erased=self._erase() is True)
+
+    def _erase(self) -> bool | None:
+        self._changed = False
         try:
-            return replace(receipt, erased=self._database.erase())
-        except StoreUnavailable:  # what is deleted is deleted, and the next deletion erases it too
-            return receipt
+            erased = self._database.erase()
+        except StoreUnavailable:  # what is deleted is deleted, and the next time erases it too
+            erased = False
+        if erased is False:
+            self._changed = True
+        return erased
 
 
 def _open(url: str) -> Database:

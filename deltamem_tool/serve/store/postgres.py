@@ -46,8 +46,7 @@ class Postgres:
     def overflow_pages(self) -> None:
         """Return None: it does not erase."""
 
-    def erase(self, engine: Engine) -> bool:
-        """Vacuum the contents, and return False: files and log keep deleted bytes until others take their place."""
+    def erase(self, engine: Engine) -> None:
+        """Vacuum the contents, and return None: files and log keep deleted bytes until others take their place."""
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             connection.execute(text(f"VACUUM (SKIP_LOCKED) {contents.name}"))
-        return False

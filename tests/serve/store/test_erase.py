@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -73,6 +74,32 @@ def test_responses_and_what_expired_are_erased_too(store, tmp_path):
     assert left(tmp_path, markers) == []
 
 
+def test_what_is_replaced_is_erased_too(store, tmp_path):
+    rng = random.Random(0)
+    marker, data = marked(rng, 9216)
+    store.put("acme", "ada", data)
+    for _ in range(3):
+        store.put("acme", "ada", b"no state")
+    assert left(tmp_path, [marker])
+    store.expire()
+    assert left(tmp_path, [marker]) == []
+
+
+def test_what_a_killed_server_has_deleted_is_erased_by_the_next(store, tmp_path, tmp_path_factory):
+    rng = random.Random(0)
+    marker, data = marked(rng, 9216)
+    store.put("acme", "ada", data)
+    store._database.erase = lambda: False  # killed before
+    store.delete("acme", "ada")
+    found = tmp_path_factory.mktemp("found")
+    for file in tmp_path.iterdir():
+        shutil.copy(file, found)
+    assert left(found, [marker])
+    with closing(MemoryStore(f"sqlite:///{found}/memories.db")) as following:
+        assert following.expire() == 0
+        assert left(found, [marker]) == []
+
+
 @pytest.mark.slow
 def test_nothing_is_left_after_many_writes_and_deletions(store, tmp_path):
     """Rows move between pages when others come and go."""
@@ -111,9 +138,10 @@ def test_a_reader_delays_it_and_the_receipt_says_so(impatient, store, tmp_path):
         reader.execute("SELECT * FROM deltamem_memories").fetchall()
         assert not store.delete("acme", "ada").erased
         assert store.get("acme", "ada") is None
+        assert left(tmp_path, markers) == markers
         reader.execute("ROLLBACK")
-    assert store.delete("acme", "eve").erased
-    assert left(tmp_path, markers) == []
+    store.expire()
+    assert left(tmp_path, markers) == markers[1:]
 
 
 @pytest.mark.parametrize("page", [512, 1024, 4096, 65536])
