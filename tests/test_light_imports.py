@@ -39,6 +39,7 @@ CASES = [
     ("deltamem_tool.quickstart.bases", HEAVY),
     ("deltamem_tool.serve.store", HEAVY),
     ("deltamem_tool.onnx.runtime.engine", {"torch", "transformers"}),
+    ("deltamem_tool.serve.batching.scheduler", HEAVY),
 ]
 LIBRARIES = ("torch", "transformers.modeling_utils")  # what takes seconds
 # Each import is a fork's, of a process that has the libraries by then which the import may bring.
