@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -24,7 +25,10 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. When the client goes, the generator is closed.
+    """Sends events as they come, those that wait for the network together.
+
+    The generator does not wait for the client: what it has to finish is finished, however slowly somebody reads. When
+    the client goes, it is closed.
 
     Args:
         events: encoded; they raise no `DeltaMemError`.
@@ -39,23 +43,33 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events, or stop when the client has gone."""
+        await unless_gone(receive, self._stream(send))
 
-        async def put(message: Any) -> None:
-            with anyio.fail_after(SEND_SECONDS):
-                await send(message)
+    async def _stream(self, send: Send) -> None:
+        made, waiting = anyio.create_memory_object_stream[bytes](math.inf)
 
-        async def stream() -> None:
-            async with aclosing(self._events) as events:
-                await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async def make() -> None:
+            async with made, aclosing(self._events) as events:
                 async for chunk in events:
-                    await put({"type": "http.response.body", "body": chunk, "more_body": True})
-                await put({"type": "http.response.body", "body": b"", "more_body": False})
+                    made.send_nowait(chunk)
 
-        await unless_gone(receive, stream())
+        async def put(**message: Any) -> None:
+            with anyio.move_on_after(SEND_SECONDS) as limit:
+                await send(message)
+            if limit.cancelled_caught:  # it does not read
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group, waiting:
+            group.start_soon(make)
+            await put(type="http.response.start", status=self.status_code, headers=self.raw_headers)
+            async for chunk in waiting:
+                more = [waiting.receive_nowait() for _ in range(waiting.statistics().current_buffer_used)]
+                await put(type="http.response.body", body=b"".join((chunk, *more)), more_body=True)
+            await put(type="http.response.body", body=b"", more_body=False)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
-    """Return the result of `work`; cancel it, and return None, when the client goes or stops reading.
+    """Return the result of `work`; cancel it, and return None, when the client goes.
 
     Raises:
         DeltaMemError: as `work` does.
@@ -74,8 +88,6 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
             result = await work
         except DeltaMemError as error:  # or it would come out in a group
             failure = error
-        except TimeoutError:
-            pass
         group.cancel_scope.cancel()
     if failure is not None:
         raise failure

@@ -1,0 +1,97 @@
+"""Streams: whole for who reads, finished for who does not, and closed when the client goes."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve import events
+from deltamem_tool.serve.events import EventStream, event, unless_gone
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+class Made:
+    """A generator of three events, and how far it got."""
+
+    def __init__(self):
+        self.done, self.closed = False, False
+
+    async def events(self, forever=False):
+        try:
+            for number in range(3):
+                yield event({"number": number})
+                await anyio.sleep(0)
+            if forever:
+                await anyio.sleep_forever()
+            self.done = True
+        finally:
+            self.closed = True
+
+
+async def nobody_goes():
+    await anyio.sleep_forever()
+
+
+async def test_who_reads_gets_all():
+    made, sent = Made(), []
+
+    async def send(message):
+        sent.append(message)
+
+    await EventStream(made.events())({"type": "http"}, nobody_goes, send)
+    assert sent[0]["type"] == "http.response.start"
+    body = b"".join(message["body"] for message in sent[1:])
+    assert body == b"".join(event({"number": number}) for number in range(3))
+    assert [message["more_body"] for message in sent[1:]][-1] is False and made.done
+
+
+async def test_what_is_made_does_not_wait_for_who_does_not_read(monkeypatch):
+    monkeypatch.setattr(events, "SEND_SECONDS", 0.2)
+    made, done = Made(), []
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            while not made.done:
+                await anyio.sleep(0)
+            done.append(True)
+            await anyio.sleep_forever()
+
+    await EventStream(made.events())({"type": "http"}, nobody_goes, send)
+    assert done == [True] and made.closed
+
+
+async def test_who_goes_ends_what_is_made():
+    made, sent = Made(), []
+
+    async def goes():
+        while len(sent) < 2:
+            await anyio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await EventStream(made.events(forever=True))({"type": "http"}, goes, send)
+    assert made.closed and not made.done
+
+
+async def test_an_error_comes_out_as_it_is():
+    async def fails():
+        raise ConfigError("no", "", "")
+
+    with pytest.raises(ConfigError, match="no"):
+        await unless_gone(nobody_goes, fails())
+
+
+async def test_the_result_comes_out():
+    async def work():
+        return 7
+
+    assert await unless_gone(nobody_goes, work()) == 7
