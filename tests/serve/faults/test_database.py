@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
-from serve.faults.load import Load, check_user, new_user, times
+from serve.faults.load import Load, User, check_user, new_user, times
 
 from deltamem_tool.serve.store import MemoryStore
 
@@ -87,3 +88,17 @@ def test_one_of_two_servers_is_killed(start, postgres, engine):
     asyncio.run(talk_and_kill())
     assert load.outcomes["ConnectError"] > 0
     everybody_was_answered(engine, url, users)
+
+
+def test_clients_of_one_memory_on_two_servers(start, postgres, engine):
+    """Who loses a race is told so and tries again: each message is written once, in the order of the versions."""
+    url = postgres.new_schema()
+    servers = [start(url), start(url)]
+    clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
+    load = Load([server.url for server in servers])
+    asyncio.run(load.run(clients))
+    assert load.outcomes["409"] + load.outcomes["conflict"] > 0
+    turns = sorted((turn for client in clients for turn in client.turns), key=lambda turn: turn.version)
+    assert [turn.version for turn in turns] == list(range(1, len(turns) + 1))
+    assert {turn.written for turn in turns} == {1}
+    everybody_was_answered(engine, url, [User("shared", turns)])

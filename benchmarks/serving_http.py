@@ -1,0 +1,254 @@
+"""What HTTP costs beside the scheduler, how long users wait for a first token, and what stored memories take of RAM.
+
+Command: python benchmarks/serving_http.py [--folder DIR] [--users 32] [--tokens 64] [--rounds 6] [--stored 100000]
+    [--repeats 5] [--threads 1] [--out FILE.md]
+
+The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. The server is a process of its
+own, as `deltamem serve` runs it, with a SQLite store; only that its answers have `--tokens` tokens, whatever they say.
+The same requests go to a scheduler in another process. What is compared is the processor's time of these two processes
+alone: the clients', and other work on the machine, are not in it. Time to first token is by the clock.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+import numpy as np
+from common import PACKAGES, spread, versions
+from serving import all_at_once, exported, request, table
+from store import fill
+
+from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.onnx.runtime.engine import OnnxModel
+from deltamem_tool.serve.app import build_app
+from deltamem_tool.serve.batching.scheduler import Scheduler
+from deltamem_tool.serve.server import bind, run
+from deltamem_tool.serve.store import MemoryStore
+
+MODEL = "shipped"
+STATE_BYTES = 4608  # of a memory file of the shipped model, or about
+NUMBERS = itertools.count()  # no request is a repetition
+Times = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--stored", type=int, default=100_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        report = measure(options, options.folder or exported(Path(temporary) / "onnx"), Path(temporary))
+    print(report)
+    if options.out:
+        options.out.write_text(report + "\n", encoding="utf-8")
+
+
+class Process(NamedTuple):
+    """A process that does what it is told.
+
+    Args:
+        pid: its number.
+        url: of the server in it; empty for a scheduler.
+        pipe: to it: how many tokens a scheduler's answers shall have.
+    """
+
+    pid: int
+    url: str
+    pipe: Connection
+
+    def of_processor(self) -> float:
+        """Seconds of the processor that it has taken, by Linux' clock of another process (clock_getcpuclockid(3))."""
+        return time.clock_gettime((~self.pid << 3) | 2)
+
+
+def _serve(pipe: Connection, folder: Path, store: str, options: argparse.Namespace) -> None:
+    engine = OnnxModel(folder, threads=options.threads)
+    engine.stop_tokens = frozenset()
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
+    app = build_app(MODEL, Scheduler(engine, options.users), MemoryStore(store))
+    pipe.send(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    run(app, listener)
+
+
+def _schedule(pipe: Connection, folder: Path, store: str, options: argparse.Namespace) -> None:
+    engine = OnnxModel(folder, threads=options.threads)
+    engine.stop_tokens = frozenset()
+    pipe.send("")
+    with Scheduler(engine, options.users, cache_bytes=0) as scheduler:
+        while (tokens := pipe.recv()) is not None:
+            all_at_once(scheduler, [request(engine, user, tokens) for user in range(options.users)])
+            pipe.send(None)
+
+
+@contextmanager
+def process(work: Callable[..., None], folder: Path, store: str, options: argparse.Namespace) -> Iterator[Process]:
+    mine, its = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=work, args=(its, folder, store, options))
+    child.start()
+    try:
+        yield Process(child.pid or 0, mine.recv(), mine)
+    finally:
+        child.terminate()
+        child.join()
+
+
+def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
+    """The tables, in Markdown."""
+    load = os.getloadavg()[0]
+    store = f"sqlite:///{temporary / 'memories.sqlite'}"
+    with process(_schedule, folder, store, options) as scheduler, process(_serve, folder, store, options) as server:
+        costs, overheads = beside_the_scheduler(scheduler, server, options)
+        waits = first_tokens(server, options)
+    memory = ram(folder, temporary, options)
+    return "\n".join(
+        [
+            f"# A server of {options.users} users at once, {date.today()}",
+            "",
+            f"{folder.name}: answers of {options.tokens} tokens; {options.repeats} repeats in turn; medians."
+            f" {cpu_name()}, {options.threads} thread(s), {os.cpu_count()} cores with a load of {load:.1f} to"
+            f" {os.getloadavg()[0]:.1f}; {versions(*PACKAGES, 'uvicorn', 'starlette', 'sqlalchemy')}.",
+            "",
+            *table(("the processor's time of", "a decode step of all", "a request, but for its steps"), costs),
+            "",
+            "A decode step against the scheduler's: "
+            + "; ".join(f"{name} {spread(ratios)}" for name, ratios in overheads.items())
+            + " (median, quartiles, range).",
+            "",
+            *table(("answers of", "requests a second", "first token, median", "p95"), waits),
+            "",
+            *table(("memories in the store", "the process's own memory"), memory),
+        ]
+    )
+
+
+def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.Namespace) -> tuple[list, Times]:
+    """The processor's time of a decode step, and of the rest of a request, in each of the two processes."""
+
+    def scheduled(tokens: int) -> float:
+        before = scheduler.of_processor()
+        scheduler.pipe.send(tokens)
+        scheduler.pipe.recv()
+        return scheduler.of_processor() - before
+
+    def served(tokens: int, stream: bool) -> float:
+        before = server.of_processor()
+        asyncio.run(ask_all(server.url, options.users, 1, tokens, stream))
+        return server.of_processor() - before
+
+    def parts(call: Callable[[int], float]) -> tuple[float, float]:
+        short, long = call(1), call(options.tokens)
+        return (long - short) / (options.tokens - 1), short / options.users
+
+    sides: dict[str, Callable[[], tuple[float, float]]] = {
+        "the scheduler alone": lambda: parts(scheduled),
+        "the server, whole answers": lambda: parts(lambda tokens: served(tokens, stream=False)),
+        "the server, streamed": lambda: parts(lambda tokens: served(tokens, stream=True)),
+    }
+    values = in_turn(sides, options.repeats).values
+    rows = []
+    for name, pairs in values.items():
+        step, rest = (statistics.median(part) for part in zip(*pairs, strict=True))
+        rows.append((name, f"{step * 1e3:.2f} ms", f"{rest * 1e3:.2f} ms"))
+    alone, *others = values
+    ratios = {
+        name: [mine[0] / its[0] for mine, its in zip(values[name], values[alone], strict=True)] for name in others
+    }
+    return rows, ratios
+
+
+async def ask_all(url: str, users: int, rounds: int, tokens: int, stream: bool) -> list[float]:
+    """Every user asks so many times, one after the other; return the seconds until each first piece of an answer."""
+    waits = list[float]()
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(limits=limits, timeout=300) as client, asyncio.TaskGroup() as group:
+        for user in range(users):
+            group.create_task(_ask(client, url, user, rounds, tokens, stream, waits))
+    return waits
+
+
+async def _ask(
+    client: httpx2.AsyncClient, url: str, user: int, rounds: int, tokens: int, stream: bool, waits: list[float]
+) -> None:
+    text = f"My dog is called Rex and I am user {user}. What is my dog's name?"
+    for _ in range(rounds):
+        messages = [{"role": "user", "content": f"{text} This is question {next(NUMBERS)}."}]
+        body = {"model": MODEL, "messages": messages, "user": f"user-{user}", "max_tokens": tokens, "stream": stream}
+        began, first = time.perf_counter(), None
+        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
+            async for line in response.aiter_lines():
+                if first is None and stream and _has_text(line):
+                    first = time.perf_counter() - began
+        waits.append(time.perf_counter() - began if first is None else first)
+
+
+def _has_text(line: str) -> bool:
+    """Whether a line of a stream brings a piece of the answer."""
+    data = line.removeprefix("data: ")
+    return data.startswith("{") and bool(json.loads(data)["choices"][0]["delta"].get("content"))
+
+
+def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str, ...]]:
+    """How long users wait who ask again as soon as they are answered."""
+    rows = []
+    for tokens in (8, options.tokens):
+        began = time.perf_counter()
+        waits = asyncio.run(ask_all(server.url, options.users, options.rounds, tokens, stream=True))
+        rate = len(waits) / (time.perf_counter() - began)
+        quantiles = (f"{value * 1e3:.0f} ms" for value in np.quantile(waits, (0.5, 0.95)))
+        rows.append((f"{tokens} tokens", f"{rate:.1f}", *quantiles))
+    return rows
+
+
+def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tuple[str, ...]]:
+    """What `deltamem serve` takes that has answered the same requests over an empty store, and one of many memories."""
+    rows = []
+    for stored in (0, options.stored):
+        url = f"sqlite:///{temporary / f'stored-{stored}.sqlite'}"
+        store = MemoryStore(url)
+        fill(store, stored, STATE_BYTES)
+        store.close()
+        command = [sys.executable, "-m", "deltamem_tool", "serve", folder, "--model-name", MODEL, "--port", "0"]
+        with subprocess.Popen([*command, "--store", url], stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            address = next(filter(None, (re.search(r"http://[\d.:]+", line) for line in server.stderr)))[0]
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
+            asyncio.run(ask_all(address, options.users, options.rounds, 8, stream=True))
+            rows.append((f"{stored:,}", f"{own_memory(server.pid) / 1e6:.1f} MB"))
+            server.terminate()
+    return rows
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that only this process can hold."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+if __name__ == "__main__":
+    main()
