@@ -39,6 +39,7 @@ CASES = [
     ("deltamem_tool.quickstart.bases", HEAVY),
     ("deltamem_tool.serve.store", HEAVY),
     ("deltamem_tool.onnx.runtime.engine", {"torch", "transformers"}),
+    ("deltamem_tool.serve.app, deltamem_tool.serve.server", HEAVY),
     ("deltamem_tool.serve.batching.scheduler", HEAVY),
 ]
 LIBRARIES = ("torch", "transformers.modeling_utils")  # what takes seconds
