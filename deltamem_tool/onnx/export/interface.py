@@ -115,7 +115,7 @@ def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> No
     if target.genai:
         raise ExportError(
             f"{type(model).__name__} cannot be exported for the target {target.name}.",
-            "onnxruntime-genai finds the memory under the names of the states of the model's own layers.",
+            "onnxruntime-genai has one shape for all layers' states, and the memory's is another than the model's own.",
             "Choose another target, such as cpu.",
         )
 

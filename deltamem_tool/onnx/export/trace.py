@@ -34,6 +34,7 @@ from deltamem_tool.onnx.export.attention import marked_rotary
 from deltamem_tool.onnx.export.attention_nodes import place_attention
 from deltamem_tool.onnx.export.fused_memory import fused_memories
 from deltamem_tool.onnx.export.layers import TracedLayers
+from deltamem_tool.onnx.export.mixed_norms import split_mixed_norms
 from deltamem_tool.onnx.export.repeat import LayerRepeater, without_weights
 from deltamem_tool.onnx.export.step import Step
 from deltamem_tool.onnx.export.targets import Target
@@ -126,6 +127,7 @@ def _optimize(
         onnxscript.optimizer.optimize(program)
         if target.fusions is not None:
             fuse_for_onnxruntime(program, target.fusions)
+            split_mixed_norms(program.graph)
             place_attention(program.graph, interface)
     LayerRepeater(program.graph, layers.copies, own, weights).repeat()
     _order(program.graph, interface)

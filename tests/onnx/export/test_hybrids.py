@@ -13,6 +13,7 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx.contract import Interface, Layer
+from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.interface import interface_of
 from deltamem_tool.onnx.export.targets import target_of
 from deltamem_tool.onnx.manifest import Manifest
@@ -97,3 +98,12 @@ def test_states_that_cannot_be_are_refused(field, value):
     content["interface"]["layers"][1][field] = value
     with pytest.raises(ExportError, match=rf"layers\.{field}"):
         Manifest.from_json(json.dumps(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_a_hybrid_of_float16_computes_what_its_weights_say(name, tmp_path):
+    """The states of the base are float32 all the same; the export itself has compared it."""
+    tokenizer = tiny_tokenizer()
+    found = export_onnx(hybrid(name, tokenizer).half(), tokenizer, tmp_path / "onnx")
+    assert found.interface.dtype == "float16" and found.max_abs_diff is not None

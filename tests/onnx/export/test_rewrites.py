@@ -25,11 +25,13 @@ from deltamem_tool.onnx.export.base_graph import without_memory as plain_interfa
 from deltamem_tool.onnx.export.base_graph import write_plain
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.export.fused_memory import Constants, FusedMemory
+from deltamem_tool.onnx.export.mixed_norms import split_mixed_norms
 from deltamem_tool.onnx.export.rewrites import REWRITES, optimize
 from deltamem_tool.onnx.export.targets import TARGETS
 
 TOLERANCE = 1e-5  # of the lean memory, whose gates and norm are other formulas for the same numbers
 SAME = 1e-6  # of a rewrite that only moves things
+HALF = 5e-3  # a sum of float16 of numbers up to 4
 WIDTH, OUT = 16, {"q": 12, "k": 8, "v": 8, "o": 16}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -317,6 +319,37 @@ def test_reshapes_that_change_something_stay():
     optimize(after, TARGETS["cpu"])
     assert len(before.graph) - len(after.graph) == 2
     np.testing.assert_allclose(run(after)["y"], run(before)["y"], rtol=SAME, atol=SAME)
+
+
+MIXED_NORM = """
+<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>
+agraph (float[B,T,4] x, float[B,T,4] a, float[4] w) => (float[B,T,4] y, float16[B,T,4] z)
+{
+    x1 = Cast <to=10> (x)
+    a1 = Cast <to=10> (a)
+    y, m, d, z = com.microsoft.SkipSimplifiedLayerNormalization <epsilon=1e-5> (x1, a1, w)
+}
+"""
+
+
+def test_a_norm_of_float32_weights_takes_a_sum_of_float16():
+    model = parsed(MIXED_NORM)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="bound to different types"):
+        run(model)
+    split_mixed_norms(model.graph)
+    found = run(model)
+    random = np.random.default_rng(0)
+    x, a, w = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 4), (2, 5, 4), (4,)))
+    total = (x.astype(np.float16) + a.astype(np.float16)).astype(np.float32)
+    expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * w
+    np.testing.assert_allclose(found["z"].astype(np.float32), total, rtol=0, atol=HALF)
+    np.testing.assert_allclose(found["y"], expected, rtol=0, atol=HALF)
+
+
+def test_a_norm_of_one_type_stays_with_its_sum():
+    model = parsed(MIXED_NORM.replace("<to=10>", "<to=1>").replace("float16", "float"))
+    split_mixed_norms(model.graph)
+    assert [node.op_type for node in model.graph][-1] == "SkipSimplifiedLayerNormalization"
 
 
 def test_a_rewrite_that_there_is_not_is_refused():

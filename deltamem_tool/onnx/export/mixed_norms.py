@@ -1,0 +1,31 @@
+"""A repair of transformers' fusions, which make operators that ONNX Runtime refuses where a weight is not known yet.
+
+In half precision a norm whose weights are computed in float32 (Gemma's and Qwen3.5's 1 + w) comes out of them as one
+operator with the sum before it, and that operator takes one type only.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from deltamem_tool.onnx.export.graph_edits import copy_dtype, given, take_over
+
+_SKIP_NORM, _NORM = "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
+
+
+def split_mixed_norms(graph: ir.Graph) -> None:
+    """Make two operators again of each sum and norm whose types differ."""
+    for node in [node for node in graph if node.op_type == _SKIP_NORM]:
+        first, second, scale = (given(node, position) for position in range(3))
+        if first.dtype == second.dtype == scale.dtype:
+            continue
+        add = ir.node("Add", [first, second])
+        add.outputs[0].shape = first.shape
+        copy_dtype(first, add.outputs[0])
+        attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-5), "stash_type": 1}
+        norm = ir.node(_NORM, [add.outputs[0], scale], attributes=attributes)
+        graph.insert_before(node, [add, norm])
+        take_over(node.outputs[0], norm.outputs[0])
+        if len(node.outputs) > 3:
+            take_over(node.outputs[3], add.outputs[0])
+        graph.remove(node, safe=True)
