@@ -12,7 +12,13 @@ from deltamem_tool.serve.store.schema import contents
 CONNECTIONS = 16
 SET_UP_LOCK = 0x64656C74616D656D  # "deltamem" in ASCII
 # A server that is gone without a word is noticed after these seconds, not after hours.
-PATIENCE = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds; while something is sent, no connection is kept alive
+}
 # What is committed survives a loss of power; nobody waits for a lock for ever.
 OPTIONS = f"-c synchronous_commit=on -c lock_timeout={int(LOCK_SECONDS * 1000)}"
 

@@ -14,7 +14,7 @@ from serve.faults.server_process import MODEL
 
 from deltamem_tool.serve.store import MemoryStore
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
 
 USERS, TURNS = 16, 4
 SMALL_BUFFER = 4096  # bytes that a client which does not read takes

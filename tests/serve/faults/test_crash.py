@@ -11,7 +11,7 @@ from serve.faults.load import Load, check_user, new_user, times
 
 from deltamem_tool.serve.store import MemoryStore
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
 
 USERS, TURNS = 16, 6
 

@@ -13,7 +13,7 @@ from serve.faults.load import Load, User, check_user, new_user, times
 
 from deltamem_tool.serve.store import MemoryStore
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # with the export, on a busy machine
 
 USERS, TURNS = 16, 6
 DOWN_SECONDS = 1.0
@@ -95,6 +95,8 @@ def test_clients_of_one_memory_on_two_servers(start, postgres, engine):
     url = postgres.new_schema()
     servers = [start(url), start(url)]
     clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
+    for number, turn in enumerate(turn for client in clients for turn in client.turns):
+        turn.text += f" This is message {number}."  # who says the same as the one before tries again
     load = Load([server.url for server in servers])
     asyncio.run(load.run(clients))
     assert load.outcomes["409"] + load.outcomes["conflict"] > 0
