@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,7 +173,7 @@ class Turns:
             finally:
                 ticket.cancel()
 
-    def _alone(self, whose: Whose) -> Any:
+    def _alone(self, whose: Whose) -> AbstractAsyncContextManager[None]:
         """Requests that change one memory are in order."""
         if whose.id is None or not whose.write:
             return nullcontext()

@@ -152,6 +152,18 @@ def test_a_memory_that_is_not_this_models_is_refused(http, rex, change):
     assert http.get("/memories/hans").status_code == 404
 
 
+@pytest.mark.parametrize("change", [nan, of_another_adapter, of_two_rows, of_another_shape])
+def test_a_stored_memory_that_is_not_this_models_answers_nobody(http, server, rex, change):
+    """As after another adapter was served from the same store."""
+    name = f"kept-{change.__name__}"
+    before = server.store.put("default", name, changed(rex, change))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "user": name}
+    for options in ({}, {"stream": True}, {"user": "other", "memory": {"from": name}}):
+        refused = http.post("/chat/completions", json=body | options)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_memory"
+    assert server.store.get("default", name) == before and server.store.get("default", "other") is None
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b"\xff" * 100, b"\x00" * 8])
 def test_bytes_that_are_no_memory_are_refused(http, body):
     assert http.put("/memories/ida", content=body).status_code == 400
