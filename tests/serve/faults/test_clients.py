@@ -32,6 +32,18 @@ def test_who_goes_before_the_answer_has_it_later_and_is_written_once(start, sqli
     store.close()
 
 
+def test_who_comes_to_a_full_queue_is_told_so_and_answered_later(start, sqlite_url, engine):
+    server = start(sqlite_url, "--max-batch", "2", "--max-queue", "4")
+    users = [new_user(number, times(2)) for number in range(3 * USERS)]
+    load = Load([server.url])
+    asyncio.run(load.run(users))
+    assert load.outcomes["429"] > 0
+    store = MemoryStore(sqlite_url)
+    for user in users:
+        check_user(engine, store, user)
+    store.close()
+
+
 def send_head(server, path="/v1/chat/completions", length=None, body=b"", more=""):
     """A connection on which a request was begun."""
     connection = socket.socket()
