@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, select
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 
 from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve.store.connect import open_database
 from deltamem_tool.serve.store.contents import Contents
-from deltamem_tool.serve.store.database import Database, Dialect
 from deltamem_tool.serve.store.encryption import KEY_VARIABLE, AesGcm, Checksum, read_key
 from deltamem_tool.serve.store.errors import Conflict, NotFound, StoreUnavailable
 from deltamem_tool.serve.store.memory_rows import (
@@ -27,7 +26,6 @@ from deltamem_tool.serve.store.memory_rows import (
     remove_memory,
     write_version,
 )
-from deltamem_tool.serve.store.postgres import Postgres
 from deltamem_tool.serve.store.records import (
     ANY,
     ExpectedVersion,
@@ -41,7 +39,6 @@ from deltamem_tool.serve.store.records import (
 )
 from deltamem_tool.serve.store.response_rows import read_response, remove_response, write_response
 from deltamem_tool.serve.store.schema import memories, responses, set_up
-from deltamem_tool.serve.store.sqlite import Sqlite
 from deltamem_tool.serve.store.usage import read_usage
 
 KEEP_VERSIONS = 20
@@ -85,7 +82,7 @@ class MemoryStore:
         self._keep_versions = keep_versions
         self._quota = quota or Quota()
         self._clock = clock
-        self._database = _open(url)
+        self._database = open_database(url)
         try:
             with self._database.set_up() as connection:
                 set_up(connection, cipher)
@@ -371,22 +368,6 @@ class MemoryStore:
         if erased is False:
             self._changed = True
         return erased
-
-
-def _open(url: str) -> Database:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        parsed = None
-    dialects: dict[str, Callable[..., Dialect]] = {"sqlite": Sqlite, "postgresql": Postgres, "postgres": Postgres}
-    backend = "" if parsed is None else parsed.drivername.partition("+")[0]
-    if parsed is None or backend not in dialects:
-        raise ConfigError(
-            "The store's URL is invalid.",
-            "It names neither SQLite nor PostgreSQL.",
-            "Use sqlite:///FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/DATABASE.",
-        )
-    return Database(parsed, dialects[backend](parsed))
 
 
 def _check_names(*names: str) -> None:
