@@ -116,7 +116,8 @@ def command(
         quota = Quota(max_memories, max_bytes)
         store = MemoryStore(store_url or f"sqlite:///{STORE_FILE}", keep_versions=keep_versions, quota=quota)
         scheduler = Scheduler(engine, max_batch, max_queue)
-        app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue)
+        is_private = api_keys is None and not no_keys
+        app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue, is_private)
         log_as_json()
         listener.listen()  # what comes from now on waits until uvicorn takes it
         where = listener.getsockname()[:2]

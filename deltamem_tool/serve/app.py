@@ -25,6 +25,7 @@ from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.logs import RequestLog
 from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.openai import chat, models, responses
+from deltamem_tool.serve.origin import OwnPagesOnly
 from deltamem_tool.serve.service import Service
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Turns
@@ -44,6 +45,7 @@ def build_app(
     window: int | None = None,
     seconds: float = REQUEST_SECONDS,
     max_waiting: int = MAX_WAITING,
+    own_pages_only: bool = False,
 ) -> Starlette:
     """Return the application. When it shuts down, it closes the scheduler and the store.
 
@@ -55,6 +57,7 @@ def build_app(
         window: the most tokens of a context; None for as many as the model can.
         seconds: in which a request has to be answered.
         max_waiting: the most requests that wait for a memory that is in use.
+        own_pages_only: refuse what browsers send for pages of others: see `OwnPagesOnly`.
     """
     locks, metrics = MemoryLocks(max_waiting), Metrics(scheduler)
     turns = Turns(scheduler, store, locks, metrics, window, seconds)
@@ -70,9 +73,10 @@ def build_app(
             await run_sync(scheduler.close)
             await run_sync(store.close)
 
+    guard = [Middleware(OwnPagesOnly)] if own_pages_only else []
     app = Starlette(
         routes=[*_routes(), *page_routes()],
-        middleware=[Middleware(RequestLog, metrics=metrics)],
+        middleware=[Middleware(RequestLog, metrics=metrics), *guard],
         lifespan=lifespan,
         exception_handlers=_HANDLERS,
     )

@@ -1,0 +1,48 @@
+"""Pages of others cannot use a server without keys through the browser of somebody on its machine."""
+
+from __future__ import annotations
+
+import httpx2
+import pytest
+from serve.serving import MODEL, serving
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def server(shipped, tmp_path):
+    with serving(shipped, tmp_path, own_pages_only=True) as running:
+        yield running
+
+
+def said(server, **headers):
+    """The answer to a turn of `anna`, and how many memories there are then."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "user": "anna", "max_tokens": 1}
+    answer = httpx2.post(server.url + CHAT, json=body, headers=headers)
+    return answer, len(server.store.list("default"))
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},  # another program's page on this machine
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},  # a name that leads here
+        {"Host": "127.0.0.1.evil.example"},
+    ],
+)
+def test_what_comes_for_another_page_is_refused(server, headers):
+    answer, memories = said(server, **headers)
+    assert (answer.status_code, memories) == (403, 0)
+    assert answer.json()["error"]["type"] == "permission_error"
+
+
+@pytest.mark.server
+def test_programs_and_the_own_page_are_answered(server):
+    host = server.url.removeprefix("http://")
+    for headers in ({}, {"Origin": server.url}, {"Host": host.replace("127.0.0.1", "localhost")}):
+        answer, memories = said(server, **headers)
+        assert (answer.status_code, memories) == (200, 1), answer.text
