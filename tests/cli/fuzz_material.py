@@ -56,6 +56,8 @@ run onnx --prompt Hello. --prompt Who? --memory me.safetensors --temperature 0.7
 chat adapter --memory me.safetensors --max-new-tokens 2
 chat adapter --memory new.safetensors --system Be_brief. --window 60 --max-new-tokens 2 --top-k 3 --temperature 1
 chat onnx --memory new/x.safetensors --max-new-tokens 2 --stop e
+serve onnx --port 0 --store sqlite:///new.sqlite --max-batch 2 --keep-versions 3
+serve --new-key acme --api-keys new
 push adapter someone/new --base-model someone/base --dry-run
 push adapter someone/new --base-model someone/base --license mit --message m --json
 push onnx someone/new --base-model someone/base

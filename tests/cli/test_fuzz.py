@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 import deltamem_tool
 from deltamem_tool import cli
 from deltamem_tool.cli import COMMANDS
+from deltamem_tool.serve import server
 
 EXAMPLES = int(os.environ.get("DELTAMEM_FUZZ_EXAMPLES", "500"))
 # A command line that is still at work then was understood; it is interrupted, and must clean up.
@@ -191,6 +192,7 @@ def run_here(case: Case, interrupted: Path) -> Ending:
     out = io.TextIOWrapper(io.BytesIO(), case.encoding)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     signal.signal(signal.SIGALRM, enough)
+    server.run = enough  # a server that listens is at work
     code: Any = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # Again after a while: an exception in a callback of C goes nowhere.
