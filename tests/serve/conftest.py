@@ -32,3 +32,12 @@ def postgres():
     server = PostgresServer()
     yield server
     server.remove()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium."""
+    from helpers.browser import chromium
+
+    with chromium() as browser:
+        yield browser

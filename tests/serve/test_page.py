@@ -7,14 +7,12 @@ import re
 
 import anyio
 import httpx2
-import numpy as np
 import pytest
-from helpers.browser import chromium, needs_chromium
+from helpers.browser import needs_chromium
 from playwright.sync_api import expect
 from serve.page import EMPTY, using
 from serve.serving import serving
 
-from deltamem_tool.memory.file import memory_from_bytes
 from deltamem_tool.serve.batching.job import QueueFull
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.web_page import FOLDER
@@ -26,12 +24,6 @@ TELL_ANOTHER, ANOTHER = "My dog is Bella.", "Bella"
 HTML = "<img src=x onerror=\"alert('said')\">"
 NARROW = {"width": 390, "height": 844}
 LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -156,63 +148,6 @@ def test_a_file_that_is_not_a_memory_is_refused(user, server, tmp_path):
     user.page.locator("#file").set_input_files(tmp_path / "bad.safetensors")
     user.sees("is not a memory file")
     assert versions(server, "hugo") == 1
-
-
-# The picture
-
-
-def pixels(user, number):
-    """RGBA `[height, width, 4]` of a canvas."""
-    height, width, values = user.page.evaluate(
-        """number => {
-            const canvas = document.querySelectorAll("canvas")[number];
-            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-            return [canvas.height, canvas.width, [...data]];
-        }""",
-        number,
-    )
-    return np.array(values).reshape(height, width, 4)
-
-
-COLOURS = {
-    "light": ((33, 102, 172), (247, 247, 247), (178, 24, 43)),
-    "dark": ((110, 178, 245), (32, 36, 43), (250, 128, 114)),
-}
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_picture_shows_the_states_and_what_the_last_turn_changed(browser, server, scheme):
-    with using(browser, server.url, color_scheme=scheme) as user:
-        user.open(f"picture {scheme}")
-        user.say(TELL)
-        first = memory_from_bytes(stored(server, f"picture {scheme}").data, "first").states
-        check_picture(user, [first, first], COLOURS[scheme])
-        user.say(TELL_ANOTHER)
-        second = memory_from_bytes(stored(server, f"picture {scheme}").data, "second").states
-        change = {layer: second[layer] - first[layer] for layer in first}
-        check_picture(user, [second, change], COLOURS[scheme])
-        other = "dark" if scheme == "light" else "light"
-        user.page.emulate_media(color_scheme=other)
-        check_picture(user, [second, change], COLOURS[other])
-
-
-def check_picture(user, columns, palette):
-    """Each column has the states `[1, H, R, R]` of a layer in a canvas; a head is beside the other, a pixel between."""
-    negative, zero, positive = map(np.array, palette)
-    for column, states in enumerate(columns):
-        limit = max(np.abs(state).max() for state in states.values())
-        for place, layer in enumerate(sorted(states)):
-            number = len(states) * column + place
-            shown = pixels(user, number)
-            for head, state in enumerate(states[layer][0]):
-                rank = len(state)
-                share = state.astype(np.float64)[..., None] / limit
-                colours = zero + np.abs(share) * (np.where(share < 0, negative, positive) - zero)
-                part = shown[:rank, head * (rank + 1) : head * (rank + 1) + rank]
-                assert np.abs(part[..., :3] - colours).max() <= 0.51  # rounded
-            label = user.page.locator("canvas").nth(number).get_attribute("aria-label")
-            norm = float(re.match(rf"layer {layer}, norm ([\d.e-]+),", label)[1])
-            assert norm == pytest.approx(np.linalg.norm(states[layer]), rel=0.006)  # three digits
 
 
 # What is said is text
