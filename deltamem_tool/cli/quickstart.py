@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from deltamem_tool.cli.options import NAME, UserPath, allow_other_base
-from deltamem_tool.quickstart.bases import BACKBONE, BASES, adapter_to_take
+from deltamem_tool.io.names import BACKBONE
+from deltamem_tool.quickstart.bases import BASES, adapter_to_take
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -89,8 +90,6 @@ def _notes(base: str, taken: str | None, steps: int | None) -> Iterator[str]:
     kind = BASES[base]
     if steps is None:
         yield f"On 2 CPU cores this takes {kind.time if taken is None else kind.fast_time}."
-    if kind.takes_adapter and kind.adapter is None and taken is None:
-        yield f"No adapter for {kind.name} is published yet: one is trained."
     size = kind.size_to_fetch()
     if size is not None:
         yield f"{kind.name} is fetched once: {size}."

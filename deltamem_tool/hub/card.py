@@ -20,7 +20,7 @@ from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
-from deltamem_tool.io.names import BUILTIN, on_hub
+from deltamem_tool.io.names import BACKBONE, BUILTIN, on_hub
 from deltamem_tool.onnx.manifest import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
@@ -28,6 +28,7 @@ END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
 DATASET = "deltamem-"  # prefix of our tasks' names in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_TOY = "The backbone is a toy of 767 words: it shows the mechanism, and nothing else."
 _WRITTEN = {
     "token": "written at every token",
     "message": "written at the end of every message",
@@ -155,7 +156,7 @@ def _block(contents: Contents, repo_id: str, base: Base) -> str:
         training=_training(contents.training),
         scores=_scores(contents.evaluation),
         onnx=_onnx(contents.onnx),
-        scope="The backbone is a toy of 767 words: it shows the mechanism, and nothing else." if is_builtin else "",
+        scope=_TOY if base.name == BACKBONE else "",
         version=__version__,
     )
 

@@ -19,7 +19,8 @@ from deltamem_tool.errors import ConfigError, HubError
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
-BUILTIN = "builtin:"  # what the package ships is named builtin:backbone and builtin:adapter
+BUILTIN = "builtin:"  # begins the names of what the package ships, and of a base model that it fetches
+BACKBONE = f"{BUILTIN}backbone"
 ASSETS = Path(__file__).parents[1] / "assets"
 _HUB = "hf://"
 _GGUF = ".gguf"

@@ -8,9 +8,9 @@ from typing import Any
 
 from deltamem_tool.base_model import smollm2
 from deltamem_tool.errors import ConfigError
+from deltamem_tool.io.names import BACKBONE
 
-BACKBONE, SMOLLM2 = "builtin:backbone", "smollm2"
-PUBLISHED: str | None = None  # SmolLM2's trained adapter, by its id on the Hub; there is none yet
+SMOLLM2 = "smollm2"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class QuickstartBase:
     Args:
         name: in words.
         recipe: a file of `recipes/`.
-        adapter: one that is trained already, shipped or on the Hub; None while there is none.
+        adapter: one that is trained already.
         takes_adapter: whether that one is taken unless told otherwise, because training takes hours.
         words: of the recall task.
         form: more options of the recall task: conversations are like those that the recipe trains on.
@@ -37,7 +37,7 @@ class QuickstartBase:
 
     name: str
     recipe: str
-    adapter: str | None
+    adapter: str
     takes_adapter: bool
     words: str
     facts: tuple[int, ...]
@@ -72,7 +72,7 @@ BASES = {
     SMOLLM2: QuickstartBase(
         name=smollm2.NAME,
         recipe="smollm2-135m-msw.yaml",
-        adapter=PUBLISHED,
+        adapter="builtin:smollm2-adapter",
         takes_adapter=True,
         words="natural",
         facts=(1, 2, 4),
@@ -99,19 +99,12 @@ def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, s
         steps: of the training that is asked for.
 
     Raises:
-        ConfigError: the options do not go together, or no adapter is trained already.
+        ConfigError: the options do not go together.
     """
     if adapter is not None and fast:
         raise ConfigError("fast and adapter do not go together.", "Both say which adapter is taken.", "Leave one out.")
     if steps is not None and (fast or adapter is not None):
         raise ConfigError("steps is for training.", "An adapter is taken, and none is trained.", "Leave steps out.")
-    known = BASES[base].adapter
-    if fast and known is None:
-        raise ConfigError(
-            f"No adapter for {BASES[base].name} is published yet.",
-            "There is none that could be taken instead of training one.",
-            "Leave out fast, or pass an adapter folder.",
-        )
     if adapter is not None:
         return adapter
-    return known if fast or (BASES[base].takes_adapter and steps is None) else None
+    return BASES[base].adapter if fast or (BASES[base].takes_adapter and steps is None) else None

@@ -27,11 +27,11 @@ from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.natural_recall import DIALOGUES, recall
 from deltamem_tool.io.atomic import check_overwrite, write_whole
-from deltamem_tool.io.names import expand_user
+from deltamem_tool.io.names import BACKBONE, expand_user
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.engine import OnnxModel
-from deltamem_tool.quickstart.bases import BACKBONE, BASES, QuickstartBase, adapter_to_take
+from deltamem_tool.quickstart.bases import BASES, QuickstartBase, adapter_to_take
 from deltamem_tool.quickstart.talk import Remembered, remember, told_facts
 from deltamem_tool.recipe.load import Recipe, load_recipe, shipped_recipe
 

@@ -8,14 +8,8 @@ import pytest
 from cli.command import deltamem  # noqa: F401
 
 from deltamem_tool.errors import ConfigError, HubError
-from deltamem_tool.quickstart.bases import BACKBONE, BASES, SMOLLM2, adapter_to_take
-
-PUBLISHED = "somebody/smollm2-memory"
-
-
-@pytest.fixture
-def published(monkeypatch):
-    monkeypatch.setitem(BASES, SMOLLM2, replace(BASES[SMOLLM2], adapter=PUBLISHED))
+from deltamem_tool.io.names import BACKBONE
+from deltamem_tool.quickstart.bases import BASES, SMOLLM2, adapter_to_take
 
 
 def test_what_is_trained_already_is_taken_where_it_is_asked_for():
@@ -25,16 +19,8 @@ def test_what_is_trained_already_is_taken_where_it_is_asked_for():
     assert adapter_to_take(SMOLLM2, adapter="mine") == "mine"
 
 
-def test_one_is_trained_while_none_is_published(monkeypatch):
-    monkeypatch.setitem(BASES, SMOLLM2, replace(BASES[SMOLLM2], adapter=None))
-    assert adapter_to_take(SMOLLM2) is None
-    with pytest.raises(ConfigError, match="No adapter for SmolLM2-135M-Instruct is published yet"):
-        adapter_to_take(SMOLLM2, fast=True)
-
-
-@pytest.mark.usefixtures("published")
-def test_the_published_one_is_taken_instead_of_hours_of_training():
-    assert adapter_to_take(SMOLLM2) == PUBLISHED
+def test_the_trained_one_is_taken_instead_of_hours_of_training():
+    assert adapter_to_take(SMOLLM2) == "builtin:smollm2-adapter"
     assert adapter_to_take(SMOLLM2, steps=100) is None
 
 
@@ -51,9 +37,9 @@ def test_nothing_is_written_where_the_model_cannot_be_had(tmp_path, monkeypatch,
         raise HubError("SmolLM2 can be fetched from nowhere.", "There is no network.", "Connect to one.")
 
     monkeypatch.chdir(tmp_path)
-    base = replace(BASES[SMOLLM2], fetch=unavailable, size_to_fetch=lambda: "93 MB", adapter=None)
+    base = replace(BASES[SMOLLM2], fetch=unavailable, size_to_fetch=lambda: "93 MB")
     monkeypatch.setitem(BASES, SMOLLM2, base)
     done = deltamem("quickstart", "--base", "smollm2")
     assert done.code == 1 and "There is no network." in done.err and "Traceback" not in done.err
-    assert "is fetched once: 93 MB" in done.err and "No adapter for SmolLM2-135M-Instruct is published yet" in done.err
+    assert "is fetched once: 93 MB" in done.err
     assert list(tmp_path.iterdir()) == []

@@ -17,11 +17,11 @@ from helpers.tiny_gguf import tiny_gguf
 from deltamem_tool import DeltaMemError
 from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.evaluation.conditions import CONTROLS
-from deltamem_tool.io.names import resolve_folder
+from deltamem_tool.io.names import BACKBONE, resolve_folder
 from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import TOLERANCE
 from deltamem_tool.quickstart import run as module
-from deltamem_tool.quickstart.bases import BACKBONE, BASES, SMOLLM2
+from deltamem_tool.quickstart.bases import BASES, SMOLLM2
 
 MIN_RECALL_AT_4 = 0.85  # of the shipped adapter
 MAX_CONTROL = 0.05

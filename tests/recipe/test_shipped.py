@@ -27,7 +27,7 @@ ON_THE_BACKBONE = (
     "learn-msw",
     "learn-lora",
 )
-ON_SMOLLM2 = ("smollm2-135m-msw",)
+ON_SMOLLM2 = ("smollm2-135m-msw", "smollm2-135m-msw-chats", "smollm2-135m-msw-more")
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-8b": "Qwen/Qwen3-8B",
@@ -41,7 +41,7 @@ def test_a_recipe_of_this_repository(path):
     header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
     assert header is not None
     commands = re.findall(r"^#   (deltamem .*)$", header[0], flags=re.MULTILINE)
-    goes_on = path.stem.startswith("adapter")  # from what another recipe trained, whose command comes first
+    goes_on = read.adapter is not None  # from what another recipe trained, whose command comes first
     command, verb, *words = shlex.split(commands[-1 if goes_on else 0])
     assert (command, verb, words[0]) == ("deltamem", "train", f"recipes/{path.name}")
     load_recipe(path, words[2::2])

@@ -1,0 +1,35 @@
+"""What the adapter that ships for SmolLM2-135M-Instruct remembers, and that it needs no more than its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltamem_tool.adapter.folder import read_adapter
+from deltamem_tool.adapter.load import load
+from deltamem_tool.base_model.smollm2 import BUILTIN_NAME
+from deltamem_tool.base_model.tokenizer import tokenizer_of
+from deltamem_tool.evaluation.conditions import EvalProtocol
+from deltamem_tool.evaluation.runner import evaluate
+from deltamem_tool.evaluation.tasks.natural_recall import recall
+
+ADAPTER = "builtin:smollm2-adapter"
+MAX_BYTES = 5_000_000  # of what a clone and a wheel carry for it
+CONVERSATIONS = 16
+MIN_RECALL, MAX_CONTROL = 0.75, 0.1  # of one fact; an answer more is 0.06
+
+
+def test_it_is_small_and_names_its_base():
+    folder = read_adapter(ADAPTER)
+    assert folder.base.name == BUILTIN_NAME
+    assert sum(file.stat().st_size for file in folder.path.iterdir()) < MAX_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.usefixtures("smollm2_gguf")
+def test_it_recalls_what_no_training_had():
+    model = load(ADAPTER)
+    task = recall("natural", facts=(1,), episodes=CONVERSATIONS, form="plain", system="")
+    result = evaluate(model, tokenizer_of(model), task, EvalProtocol.parse("memory"), only=("state", "donor_state"))
+    assert result.estimate("contains", "state", "1 fact").mean >= MIN_RECALL
+    assert result.estimate("contains", "donor_state", "1 fact").mean <= MAX_CONTROL
