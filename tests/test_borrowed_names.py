@@ -24,6 +24,7 @@ SOURCES = sorted(
 LIBRARIES = ("transformers", "torch", "onnxscript", "onnxruntime", "huggingface_hub", "httpx2")
 # Documented, and there in every version that the bounds admit.
 PUBLIC = {
+    "httpx2",
     "huggingface_hub",
     "huggingface_hub.errors",
     "huggingface_hub.utils",

@@ -150,7 +150,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: 
         HubError: there is no such folder or repository, or the Hub refuses to send it.
     """
     if name.startswith(BUILTIN):
-        shipped = {f"{BUILTIN}{entry.name}": entry for entry in sorted(ASSETS.iterdir()) if entry.is_dir()}
+        shipped = {f"{BUILTIN}{file.parent.name}": file.parent for file in sorted(ASSETS.glob("*/*config.json"))}
         if name not in shipped:
             raise HubError(
                 f"The package does not ship {name}.", f"It ships {', '.join(shipped)}.", "Use one of these names."
