@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -84,10 +85,18 @@ class Step(nn.Module):
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
-        states = BaseStates(attention_mask[:, -input_ids.shape[1] :].bool(), False, self._target)
-        with states.of(self.model, cache, self._interface.layers, past_key_values), self.layers.marked():
+        with self._base_states(attention_mask, input_ids, cache, past_key_values), self.layers.marked():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         return self._results(logits, cache, past_key_values)
+
+    def _base_states(
+        self, attention_mask: Tensor, input_ids: Tensor, cache: MemoryCache, past: Past
+    ) -> AbstractContextManager[None]:
+        """A call of the model with the states of its own that `past` has; keys of a fixed length go without any."""
+        if self._max_length:
+            return nullcontext()
+        valid = attention_mask[:, -input_ids.shape[1] :].bool()
+        return BaseStates(valid, False, self._target).of(self.model, cache, self._interface.layers, past)
 
     def _packed_call(
         self,

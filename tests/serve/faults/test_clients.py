@@ -50,7 +50,7 @@ def send_head(server, path="/v1/chat/completions", length=None, body=b"", more="
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
     connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
     length = len(body) if length is None else length
-    head = f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
     connection.sendall(head.encode() + more.encode() + b"\r\n" + body)
     return connection
 

@@ -49,12 +49,12 @@ def until(condition) -> None:
 
 def test_who_does_not_read_is_cut_off(monkeypatch):
     with connected(monkeypatch, "DEAF_SECONDS") as (server, client):
-        client.sendall(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: server.server_state.total_requests == 1)
         until(lambda: not server.server_state.connections)
 
 
-@pytest.mark.parametrize("before", [b"", b"GET /missing HTTP/1.1\r\nHost: server\r\n\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("before", [b"", b"GET /missing HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
 def test_who_sends_half_a_head_is_cut_off(monkeypatch, before):
     with connected(monkeypatch, "HEAD_SECONDS") as (server, client):
         client.sendall(before)
