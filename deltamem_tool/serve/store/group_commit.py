@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ MAX_TOGETHER = 64
 class _Change:
     work: Callable[[Connection], Any]
     value: Any = None
-    error: BaseException | None = None
+    error: Exception | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -97,11 +97,11 @@ class GroupCommit:
             with self._transaction() as connection:
                 for change in changes:
                     _run(change, connection)
-        except BaseException as error:
-            for change in changes:
-                change.error = change.error or error
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:  # the transaction's, and so everybody's
+            _fail(changes, error)
+        except BaseException:  # the thread whose turn it is was interrupted, and no other
+            _fail(changes, _interrupted())
+            raise
         finally:
             for change in changes:
                 change.ended.set()
@@ -115,6 +115,17 @@ def _late() -> StoreUnavailable:
     )
 
 
+def _fail(changes: Sequence[_Change], error: Exception) -> None:
+    for change in changes:
+        change.error = change.error or error
+
+
+def _interrupted() -> StoreUnavailable:
+    return StoreUnavailable(
+        "The store cannot be used.", "The thread that commits was interrupted.", "Nothing was changed. Try again."
+    )
+
+
 def _run(change: _Change, connection: Connection) -> None:
     try:
         with connection.begin_nested():
@@ -123,5 +134,5 @@ def _run(change: _Change, connection: Connection) -> None:
         if not isinstance(error, IntegrityError):  # the database's: it may have ended the transaction
             raise
         change.error = error
-    except Exception as error:
+    except Exception as error:  # whatever `work` raises goes to the thread whose change it is
         change.error = error

@@ -111,6 +111,16 @@ def test_a_failure_of_the_database_ends_the_whole_transaction(numbers):
     assert numbers.all() == [-1]
 
 
+def test_who_is_interrupted_interrupts_no_other(numbers):
+    def interrupted(connection):
+        raise KeyboardInterrupt
+
+    found = numbers.together([lambda: numbers.add(1), lambda: numbers.group.run(interrupted), lambda: numbers.add(2)])
+    kinds = [type(error) for error in found[1:]]
+    assert sorted(kinds, key=str) == sorted([KeyboardInterrupt, StoreUnavailable, StoreUnavailable], key=str)
+    assert numbers.all() == [-1]
+
+
 def test_who_waits_too_long_is_told_and_changes_nothing(numbers, monkeypatch):
     monkeypatch.setattr(group_commit, "TURN_SECONDS", 0.05)
     with ThreadPoolExecutor(1) as threads:
