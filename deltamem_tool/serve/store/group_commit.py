@@ -122,7 +122,9 @@ def _fail(changes: Sequence[_Change], error: Exception) -> None:
 
 def _interrupted() -> StoreUnavailable:
     return StoreUnavailable(
-        "The store cannot be used.", "The thread that commits was interrupted.", "Nothing was changed. Try again."
+        "The store cannot be used.",
+        "The thread that commits was interrupted.",
+        "A change that was under way was made whole or not at all. Try again.",
     )
 
 
