@@ -29,6 +29,8 @@ def pixels(user, number):
     return np.array(values).reshape(height, width, 4)
 
 
+TWO_FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 COLOURS = {
     "light": ((33, 102, 172), (247, 247, 247), (178, 24, 43)),
     "dark": ((110, 178, 245), (32, 36, 43), (250, 128, 114)),
@@ -48,6 +50,7 @@ def test_the_picture_shows_the_states_and_what_the_last_turn_changed(browser, se
         check_picture(user, [second, change], COLOURS[scheme])
         other = "dark" if scheme == "light" else "light"
         user.page.emulate_media(color_scheme=other)
+        user.page.evaluate(TWO_FRAMES)  # the page hears of it before it draws a frame
         check_picture(user, [second, change], COLOURS[other])
 
 

@@ -59,12 +59,20 @@ def test_an_idle_server_says_that_it_is(server):
         assert time.monotonic() < until
 
 
+def requests_logged(caplog):
+    return [record for record in caplog.records if record.name == LOGGER.name]
+
+
 def test_logs_say_what_happened_and_nothing_of_what_was_said(server, caplog):
     LOGGER.propagate = True
     with caplog.at_level(logging.INFO, LOGGER.name):
         ask(server)
         httpx2.get(f"{server.api}/memories/{NAME}")
-    lines = [JsonFormatter().format(record) for record in caplog.records if record.name == LOGGER.name]
+        until = time.monotonic() + 10  # a line is written after its answer was sent
+        while len(requests_logged(caplog)) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    lines = [JsonFormatter().format(record) for record in requests_logged(caplog)]
     logged = [json.loads(line) for line in lines]
     assert [(line["method"], line["path"], line["status"]) for line in logged] == [
         ("POST", "/v1/chat/completions", 200),
