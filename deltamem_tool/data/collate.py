@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltamem_tool.data.encode import IGNORED, EncodedEpisode, EncodedExchange, Encoder
 from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.unrelated import UnrelatedExchanges
 from deltamem_tool.segments.encode import padded
 from deltamem_tool.segments.tags import SegmentTag
 
@@ -51,6 +52,21 @@ def collate(episodes: Sequence[EncodedEpisode], pad: int, segments: bool) -> dic
     return batch
 
 
+def collate_unrelated(exchanges: Sequence[EncodedExchange], pad: int) -> dict[str, Tensor]:
+    """Make the part of a batch that no memory is needed for, an exchange for each of its B episodes.
+
+    Returns:
+        `unrelated_ids`, `unrelated_mask` `[B, U]`; `unrelated_scored` `[M]`, flat places of them as `scored` has those
+        of `read_ids`.
+    """
+    ids = [exchange.ids for exchange in exchanges]
+    return {
+        "unrelated_ids": padded(ids, pad),
+        "unrelated_mask": _mask(ids),
+        "unrelated_scored": _before_scored(_labels(exchanges)),
+    }
+
+
 def _labels(exchanges: Sequence[EncodedExchange]) -> Tensor:
     return padded([exchange.labels for exchange in exchanges], IGNORED)
 
@@ -70,10 +86,14 @@ class EpisodeCollator:
     """Make batches for the Trainer as `collate` does, with `sources`: where each episode was read.
 
     Episodes that are not encoded yet are asked from the memory alone: context dropout is `EncodedEpisodes`' own.
+
+    Args:
+        encoder: of those.
+        unrelated: what else is asked of each episode's memory; see `collate_unrelated`.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, unrelated: UnrelatedExchanges | None = None) -> None:
+        self.encoder, self.unrelated = encoder, unrelated
 
     def __call__(self, episodes: Sequence[Episode] | Sequence[EncodedEpisode]) -> dict[str, Any]:
         """Make a batch of `episodes`."""
@@ -82,4 +102,6 @@ class EpisodeCollator:
         else:
             encoded = cast(list[EncodedEpisode], episodes)
         batch = collate(encoded, self.encoder.pad, self.encoder.granularity != "token")
+        if self.unrelated is not None:
+            batch |= collate_unrelated([self.unrelated.of(episode) for episode in encoded], self.encoder.pad)
         return {**batch, "sources": [episode.where for episode in encoded]}

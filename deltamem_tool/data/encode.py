@@ -146,6 +146,25 @@ class Encoder:
         for together in _parts(episodes):
             yield from self._together(together)
 
+    def exchanges(self, conversations: Sequence[tuple[str, list[Message]]]) -> list[EncodedExchange]:
+        """Encode conversations, each with its place, that no history comes before: the last message is the answer.
+
+        Raises:
+            DataError: one cannot be encoded; the error names it by its place.
+        """
+        encoded = []
+        for where, messages in conversations:
+            try:
+                asked = _asked(self._template, messages)
+                (encoding,) = self._tokenise([asked.text])
+                exchange = _labelled(asked, encoding)
+                self._check_length(exchange, asked.text)
+                self._check_ids(exchange.ids)
+            except DataError as error:
+                raise DataError(f"{where}: {error.what}", error.why, error.next) from error
+            encoded.append(exchange)
+        return encoded
+
     def _together(self, episodes: Sequence[Episode]) -> list[EncodedEpisode | DataError]:
         steps = [self._steps(episode) for episode in episodes]
         done: dict[int, EncodedEpisode | DataError] = {}
@@ -198,14 +217,7 @@ class Encoder:
 
     def _scored(self, asked: list[_Asked]) -> Generator[list[str], list[Any], list[EncodedExchange]]:
         encodings = yield [text for _, text in asked]
-        exchanges = []
-        for (prompt, _), encoding in zip(asked, encodings, strict=True):
-            labels = [
-                token if start >= len(prompt) else IGNORED
-                for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
-            ]
-            exchanges.append(EncodedExchange(encoding.ids, labels))
-        return exchanges
+        return list(map(_labelled, asked, encodings))
 
     def _recent(
         self, episode: Episode, alone: list[EncodedExchange]
@@ -266,6 +278,14 @@ class Encoder:
 def _asked(template: ChatTemplate, exchange: list[Message]) -> _Asked:
     prompt, answer = template.exchange(exchange)
     return _Asked(prompt, prompt + answer)
+
+
+def _labelled(asked: _Asked, encoding: Any) -> EncodedExchange:
+    labels = [
+        token if start >= len(asked.prompt) else IGNORED
+        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+    ]
+    return EncodedExchange(encoding.ids, labels)
 
 
 def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:

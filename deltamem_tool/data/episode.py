@@ -46,11 +46,7 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
     messages = _messages_of(row, where)
     template_kwargs = _template_kwargs(row, where)
     if supervise == "last" and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
-        raise DataError(
-            f"{where} asks nothing.",
-            "It does not end with an assistant's message.",
-            "End the conversation with an answer.",
-        )
+        raise _asks_nothing(where)
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     starts = [n for n, message in enumerate(turns) if message["role"] == "user"]
@@ -70,6 +66,24 @@ def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> 
             f"{where} has no history.", "There is nothing before its last turn.", "Use longer conversations."
         )
     return episodes
+
+
+def exchange_of(row: Mapping[str, Any], where: str) -> list[Message]:
+    """Read the whole conversation of one row, whose last message is the assistant's.
+
+    Raises:
+        DataError: the row is not such a conversation.
+    """
+    messages = _messages_of(row, where)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise _asks_nothing(where)
+    return messages
+
+
+def _asks_nothing(where: str) -> DataError:
+    return DataError(
+        f"{where} asks nothing.", "It does not end with an assistant's message.", "End the conversation with an answer."
+    )
 
 
 def used_columns(row: Mapping[str, Any]) -> set[str]:

@@ -14,9 +14,10 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from deltamem_tool.data.episode import Episode, episodes_of, used_columns
+from deltamem_tool.data.episode import Episode, episodes_of, exchange_of, used_columns
 from deltamem_tool.errors import DataError
 from deltamem_tool.io.names import expand_name, expand_user
+from deltamem_tool.segments.messages import Message
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _AS_PUBLISHED = "Use the file as its authors publish it."
@@ -78,6 +79,25 @@ def read_episodes(
     if unused:
         _LOG.warning("%s has columns that are not used: %s.", path, ", ".join(map(str, unused)))
     return Loaded(episodes, count, tuple(skipped))
+
+
+def read_exchanges(path: str | Path) -> list[tuple[str, list[Message]]]:
+    """Read conversations that are read as they are, with no history before them: the place of each, and its messages.
+
+    Args:
+        path: as of `read_episodes`.
+
+    Raises:
+        DataError: the data cannot be read, or a row is not a conversation that ends with the assistant's message.
+    """
+    exchanges = []
+    for where, row in _conversations(path, "train", None):
+        if isinstance(row, DataError):
+            raise row
+        exchanges.append((where, exchange_of(row, where)))
+    if not exchanges:
+        raise DataError(f"{path} has no conversations.", "It is empty.", "Use another file.")
+    return exchanges
 
 
 def read_rows(

@@ -50,9 +50,20 @@ RULES: tuple[Rule, ...] = (
             "objective.write_sparsity",
             "objective.full_context_kl",
             "objective.history_kl",
+            "objective.unrelated_kl",
             "objective.addressing",
             "data.recent_turns",
         )
+    ),
+    Rule(
+        ("objective.unrelated_kl", "static"),
+        lambda weight, static: weight == 0 or not static,
+        "objective.unrelated_kl is about a memory, and static trains none: leave out one of them",
+    ),
+    Rule(
+        ("objective.unrelated_kl", "data.unrelated"),
+        lambda weight, path: (weight == 0) == (path is None),
+        "data.unrelated is what objective.unrelated_kl is the weight of: give both, or leave out both",
     ),
     Rule(
         ("objective.addressing", "memory.granularity"),

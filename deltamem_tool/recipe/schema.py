@@ -147,6 +147,7 @@ class DataOptions(_Options):
     fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
     unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
+    unrelated: Name | None = None  # conversations that no memory is needed for, for objective.unrelated_kl
     mix: ShareBelowOne = 0.0  # share of generated episodes among those of `path`
     generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
     chats_first: Share = FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
@@ -172,6 +173,7 @@ class ObjectiveOptions(_Options):
     context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
     history_kl: Weight = 0.0  # weight of the divergence from the base of every token of the history, as it is written
+    unrelated_kl: Weight = 0.0  # weight of the divergence from the base of the answers in data.unrelated
     addressing: Weight = 0.0  # weight of the contrastive loss by which queries find the keys of what they ask for
 
 

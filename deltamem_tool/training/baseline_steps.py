@@ -124,13 +124,13 @@ class StaticStepModel(nn.Module):
         parts = {"answer": answer.detach()}
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
-            teacher = self.full_context(full_ids, full_mask, full_scored)
+            teacher = self.base_logits(full_ids, full_mask, full_scored)
             from_base = divergence(teacher, logits).sum() / item_count(targets, num_items_in_batch)
             loss, parts["kl"] = loss + self.objective.full_context_kl * from_base, from_base.detach()
         return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def full_context(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
+    def base_logits(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
         """Compute the base model's logits `[N, V]`, with the whole history in view."""
         for handle in self._handles:
             handle.remove()

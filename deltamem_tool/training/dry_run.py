@@ -131,11 +131,14 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     tokenizer = _tokenizer(checkpoint)
     steps, epochs = training.steps, None if training.steps else training.epochs or 1.0
     episodes, skipped, tokens = None, 0, None
+    unrelated = recipe.data.max_read_tokens if recipe.data.unrelated else 0
     if tokenizer is None:
         notes.append(f"No data: {recipe.base} has no tokenizer. Memory is that of the longest episodes allowed.")
     else:
         data = run_data(recipe, tokenizer, granularity, processes, limits=Limits.of(checkpoint.config))
         steps, skipped = data.steps, data.skipped_rows
+        if data.collator.unrelated is not None:
+            unrelated = len(data.collator.unrelated.longest.ids)
         if isinstance(data.training, EncodedEpisodes):
             episodes = data.training
             an_epoch = steps_of(1.0, len(episodes), data.batch)
@@ -149,7 +152,9 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
             skipped += len(episodes.skipped)
     activations: int | None = None
     try:
-        activations = activation_bytes(recipe, checkpoint, memory, _largest_batch(recipe, episodes), report) + largest
+        activations = (
+            activation_bytes(recipe, checkpoint, memory, _largest_batch(recipe, episodes, unrelated), report) + largest
+        )
     except RuntimeError as error:  # torch's, where the model's code needs numbers that fake tensors do not have
         why = (str(error).strip().splitlines() or [""])[0]
         notes.append(f"Activations: not computed ({type(error).__name__}: {why})")
@@ -214,19 +219,22 @@ def _lengths(episodes: EncodedEpisodes, view: str) -> pa.ChunkedArray:
     return pc.list_value_length(pc.struct_field(pc.list_flatten(episodes.column(view)), "ids"))
 
 
-def _largest_batch(recipe: Recipe, episodes: EncodedEpisodes | None) -> StepShape:
-    """The longest episodes; without data the longest that the recipe allows, every token of an exchange scored."""
+def _largest_batch(recipe: Recipe, episodes: EncodedEpisodes | None, unrelated: int) -> StepShape:
+    """The longest episodes; without data the longest that the recipe allows, every token of an exchange scored.
+
+    `unrelated` is the length of the longest exchange that no memory is needed for.
+    """
     data, batch = recipe.data, recipe.training.batch_size
     if episodes is None:
         is_generated = data.path is None or data.mix > 0
         exchanges = batch * (data.facts_last if is_generated else 1)
         full = data.max_write_tokens + data.max_read_tokens
         scored = exchanges * data.max_read_tokens
-        return StepShape(batch, data.max_write_tokens, exchanges, data.max_read_tokens, full, scored)
+        return StepShape(batch, data.max_write_tokens, exchanges, data.max_read_tokens, full, scored, unrelated)
     alone, recent, full = (pc.max(_lengths(episodes, view)).as_py() or 0 for view in VIEWS)
     exchanges = batch * pc.max(pc.list_value_length(episodes.column("exchanges"))).as_py()
     scored = batch * max(_scored(chunk).max() for chunk in episodes.column("exchanges").chunks)
-    return StepShape(batch, max(episodes.lengths), exchanges, max(alone, recent), full, int(scored))
+    return StepShape(batch, max(episodes.lengths), exchanges, max(alone, recent), full, int(scored), unrelated)
 
 
 def _scored(exchanges: pa.ListArray) -> np.ndarray:

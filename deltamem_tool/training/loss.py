@@ -94,6 +94,9 @@ class EpisodeModel(nn.Module):
         full_ids: Tensor | None = None,
         full_mask: Tensor | None = None,
         full_scored: Tensor | None = None,
+        unrelated_ids: Tensor | None = None,
+        unrelated_mask: Tensor | None = None,
+        unrelated_scored: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         conversations: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -112,19 +115,26 @@ class EpisodeModel(nn.Module):
             full_ids: `[Q, F]`, for the divergence.
             full_mask: `[Q, F]`.
             full_scored: `[N]`.
+            unrelated_ids: `[B, U]`, what no memory is needed for.
+            unrelated_mask: `[B, U]`.
+            unrelated_scored: `[M]`.
             num_items_in_batch: scored tokens that the loss is the mean over: of all micro-batches and processes that
                 make one step. By default those of this batch.
             conversations: the same for what is a mean over conversations.
 
         Returns:
             `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
-            `sparsity`, `kl`, `history_kl` and `addressing` where they have a weight.
+            `sparsity`, `kl`, `history_kl`, `unrelated_kl` and `addressing` where they have a weight.
         """
         with self._layers(), self.adapter.in_training(), self._hidden_states() as hidden:
             memory, gates, history_kl = self.write(write_ids, write_mask, write_segment_tags)
             written = hidden.taken()
             logits = self.answer(memory.select(rows), read_ids, read_mask, scored)
             read = hidden.taken()
+            others = None  # logits `[M, V]` of what no memory is needed for
+            if self.objective.unrelated_kl:
+                assert unrelated_ids is not None and unrelated_scored is not None
+                others = self.answer(memory, unrelated_ids, unrelated_mask, unrelated_scored)
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
         parts = {"gates": gates.mean(0)}
         count = len(gates) if conversations is None else conversations
@@ -140,9 +150,15 @@ class EpisodeModel(nn.Module):
             loss = loss + self.objective.addressing * parts["addressing"]
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
-            teacher = self.full_context(full_ids, full_mask, full_scored)
+            teacher = self.base_logits(full_ids, full_mask, full_scored)
             parts["kl"] = divergence(teacher, logits).sum() / item_count(targets, num_items_in_batch)
             loss = loss + self.objective.full_context_kl * parts["kl"]
+        if others is not None:
+            assert unrelated_ids is not None and unrelated_scored is not None
+            teacher = self.base_logits(unrelated_ids, unrelated_mask, unrelated_scored)
+            means = _row_means(divergence(teacher, others), unrelated_scored, unrelated_ids)
+            parts["unrelated_kl"] = means.sum() / count
+            loss = loss + self.objective.unrelated_kl * parts["unrelated_kl"]
         return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> Written:
@@ -201,8 +217,8 @@ class EpisodeModel(nn.Module):
         return scored_logits(self.base, ids, mask, scored, cache)
 
     @torch.no_grad()
-    def full_context(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
-        """Compute the base model's logits `[N, V]`, without a memory, with the whole history in view."""
+    def base_logits(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
+        """Compute the base model's logits `[N, V]`, without a memory."""
         with without_memory():
             return scored_logits(self.base, ids, mask, scored)
 
@@ -271,6 +287,13 @@ def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean(1)
     return (values * mask).sum(1) / mask.sum(1)
+
+
+def _row_means(values: Tensor, scored: Tensor, ids: Tensor) -> Tensor:
+    """The mean `[B]` of values `[M]` at the flat positions `scored` `[M]` of `ids` `[B, U]`."""
+    rows = scored // ids.shape[1]
+    sums, counts = (values.new_zeros(len(ids)).index_add(0, rows, each) for each in (values, torch.ones_like(values)))
+    return sums / counts
 
 
 def _to_the_right(ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -49,6 +49,7 @@ class StepShape:
     read: int  # tokens of an exchange
     full: int  # tokens of an exchange after its whole history
     scored: int  # tokens, of all exchanges together
+    unrelated: int = 0  # tokens of an exchange that no memory is needed for, all of them scored
 
     def batch(self, segments: bool, full: bool) -> dict[str, Tensor]:
         """Tensors as `data.collate` makes them, of one token, and without masks: nothing is padding."""
@@ -66,6 +67,9 @@ class StepShape:
             )
         if full:
             batch |= {"full_ids": ids(self.exchanges, self.full), "full_scored": ids(self.scored)}
+        if self.unrelated:
+            others = ids(self.conversations, self.unrelated)
+            batch |= {"unrelated_ids": others, "unrelated_mask": None, "unrelated_scored": others.flatten()}
         return batch
 
 
@@ -149,7 +153,7 @@ def step_peaks(step: Step, base: nn.Module, shape: StepShape) -> dict[str, int]:
 @contextmanager
 def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
     """Tell `live` when a pass begins, and when the backward pass comes to the write pass."""
-    methods = {name: getattr(step, name) for name in ("write", "answer", "full_context")}
+    methods = {name: getattr(step, name) for name in ("write", "answer", "base_logits")}
 
     def announced(name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

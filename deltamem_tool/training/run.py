@@ -29,8 +29,9 @@ from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
 from deltamem_tool.data.collate import EpisodeCollator
 from deltamem_tool.data.encode import Encoder
 from deltamem_tool.data.mixed import MixedEpisodes
-from deltamem_tool.data.sources import read_episodes
+from deltamem_tool.data.sources import read_episodes, read_exchanges
 from deltamem_tool.data.store import EncodedEpisodes, encode_cached
+from deltamem_tool.data.unrelated import UnrelatedExchanges
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
 from deltamem_tool.io.formats import versions
@@ -341,7 +342,10 @@ def run_data(
         full_context=recipe.objective.full_context_kl > 0 or recipe.lora is not None,
         limits=limits,
     )
-    collator = EpisodeCollator(encoder)
+    unrelated = None
+    if data.unrelated is not None:
+        unrelated = UnrelatedExchanges(encoder.exchanges(read_exchanges(data.unrelated)), training.seed)
+    collator = EpisodeCollator(encoder, unrelated)
     together = training.batch_size * processes
     batch = together * training.gradient_accumulation
     if data.path is None:

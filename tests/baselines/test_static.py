@@ -219,7 +219,7 @@ def test_the_teacher_goes_without_it(checkpoint):
     step = StaticStepModel(model, adapter, objective=ObjectiveOptions(full_context_kl=0.5))
     ids, scored = torch.arange(3, 9)[None], torch.tensor([2, 4])
     with_it = logits(model)
-    teacher = step.full_context(ids, None, scored)
+    teacher = step.base_logits(ids, None, scored)
     assert torch.equal(logits(model), with_it) and not torch.allclose(with_it, before)
     base = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -10,9 +11,13 @@ from data.talks import SYSTEM, TALK
 from data.test_encode import EPISODES
 
 from deltamem_tool.data.collate import EpisodeCollator, collate
+from deltamem_tool.data.dialogues import assistant, user
 from deltamem_tool.data.encode import IGNORED, Encoder
 from deltamem_tool.data.episode import Episode
+from deltamem_tool.data.sources import read_exchanges
 from deltamem_tool.data.synthetic import DialogueEpisodes
+from deltamem_tool.data.unrelated import UnrelatedExchanges
+from deltamem_tool.errors import DataError
 from deltamem_tool.segments.tags import SegmentTag
 
 KEYS = {"write_ids", "write_mask", "read_ids", "read_mask", "labels", "rows", "scored", "targets"}
@@ -88,3 +93,58 @@ def test_what_pads(tokenizer):
     assert Encoder(other, 10, 10).pad == 0
     batch = EpisodeCollator(Encoder(other, 10, 50))([Episode([SYSTEM, *TALK], [TALK[2:]])])
     assert (batch["read_mask"] == 1).all()
+
+
+OTHERS = [[user("What is rain?"), assistant("Water.")], [SYSTEM, user("Hello."), assistant("Hello to you.")]]
+
+
+def test_what_needs_no_memory_is_read_beside_each_episode(tokenizer):
+    encoder = Encoder(tokenizer, 1000, 1000)
+    exchanges = encoder.exchanges([(f"others:{n}", talk) for n, talk in enumerate(OTHERS, start=1)])
+    for exchange, talk in zip(exchanges, OTHERS, strict=True):
+        (alone,) = encoder([Episode([user("Hello.")], [talk])])[0].exchanges
+        assert exchange == alone
+    unrelated = UnrelatedExchanges(exchanges, seed=0)
+    encoded = encoder(EPISODES)
+    drawn = [unrelated.of(episode) for episode in encoded]
+    batch = EpisodeCollator(encoder, unrelated)(EPISODES)
+    assert_rows([exchange.ids for exchange in drawn], batch["unrelated_ids"], tokenizer.pad_token_id)
+    assert_rows([[1] * len(exchange.ids) for exchange in drawn], batch["unrelated_mask"], 0)
+    width = batch["unrelated_ids"].shape[1]
+    scored = [
+        row * width + place
+        for row, exchange in enumerate(drawn)
+        for place, label in enumerate(exchange.labels[1:])
+        if label != IGNORED
+    ]
+    assert batch["unrelated_scored"].tolist() == scored
+    assert set(EpisodeCollator(encoder)(EPISODES)) == set(batch) - {f"unrelated_{n}" for n in ("ids", "mask", "scored")}
+
+
+def test_what_is_drawn_depends_on_what_is_written_and_on_the_seed(tokenizer):
+    encoder = Encoder(tokenizer, 1000, 1000)
+    exchanges = encoder.exchanges([("", [user("Hello."), assistant(f"{n}.")]) for n in "12345"])
+    episodes = encoder([DialogueEpisodes(40, 4, 0, 1, 4, 0.5)[n] for n in range(40)])
+
+    def drawn(seed, order=1):
+        chosen = [exchanges.index(UnrelatedExchanges(exchanges, seed).of(episode)) for episode in episodes[::order]]
+        return chosen[::order]
+
+    assert drawn(0) == drawn(0, order=-1) != drawn(1)
+    assert set(drawn(0)) == set(range(len(exchanges)))
+
+
+def test_a_conversation_that_cannot_be_read_is_named(tokenizer, tmp_path):
+    encoder, file = Encoder(tokenizer, 1000, 20), tmp_path / "others.jsonl"
+    long = [user("Hello. " * 20), assistant("Hello.")]
+    with pytest.raises(DataError, match=r"^others:1: An exchange has \d+ tokens, more than max_read_tokens = 20"):
+        encoder.exchanges([("others:1", long)])
+    rows = [{"messages": OTHERS[0]}, {"prompt": "What is rain?", "response": "Water."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [talk for _, talk in read_exchanges(file)] == [OTHERS[0]] * 2
+    file.write_text(json.dumps({"messages": OTHERS[0][:1]}))
+    with pytest.raises(DataError, match=r"others.jsonl:1 asks nothing"):
+        read_exchanges(file)
+    file.write_text("")
+    with pytest.raises(DataError, match="has no conversations"):
+        read_exchanges(file)

@@ -186,12 +186,25 @@ def test_a_lora_in_place_of_a_memory(recipe):
         ("objective.write_sparsity=0.1", "objective.write_sparsity is about a memory"),
         ("objective.full_context_kl=0.1", "objective.full_context_kl is about a memory"),
         ("objective.history_kl=0.1", "objective.history_kl is about a memory"),
+        ("objective.unrelated_kl=0.1", "objective.unrelated_kl is about a memory"),
         ("data.recent_turns=1", "data.recent_turns is about a memory"),
     ]:
         with pytest.raises(ConfigError, match=says):
             load_recipe(recipe, [change])
     with pytest.raises(ConfigError, match="leave out lora or memory"):
         Recipe("a", "b", memory=DeltaMemConfig(rank=4), lora=LoraOptions(), training=TrainingOptions(steps=1))
+
+
+def test_what_needs_no_memory_has_a_weight(recipe):
+    recipe.write_text("base: a\nout: b\ntraining: {steps: 3}\n")
+    both = ["objective.unrelated_kl=0.5", "data.unrelated=answers.jsonl"]
+    read = load_recipe(recipe, both)
+    assert (read.objective.unrelated_kl, read.data.unrelated) == (0.5, "answers.jsonl")
+    for change in both:
+        with pytest.raises(ConfigError, match="give both, or leave out both"):
+            load_recipe(recipe, [change])
+    with pytest.raises(ConfigError, match=r"objective.unrelated_kl is about a memory, and static trains none"):
+        load_recipe(recipe, [*both, "static=true"])
 
 
 def test_how_long_a_run_goes_on(recipe):

@@ -39,6 +39,13 @@ def positions(labels: Tensor) -> dict[str, Tensor]:
     }
 
 
+def with_unrelated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Beside each conversation an exchange that no memory is needed for, of two and one scored tokens."""
+    ids, mask = tokens(2, 5, seed=2), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    scored = torch.tensor([2, 3, 5 + 1])
+    return batch | {"unrelated_ids": ids, "unrelated_mask": mask, "unrelated_scored": scored}
+
+
 def with_full_context(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each exchange after its whole history in one text."""
     texts, scored = [], []

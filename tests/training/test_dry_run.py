@@ -29,7 +29,7 @@ from deltamem_tool.training.peak_bytes import (
 )
 from deltamem_tool.training.run import run_data, step_model
 
-SHAPE = StepShape(conversations=2, write=96, exchanges=3, read=24, full=120, scored=18)
+SHAPE = StepShape(conversations=2, write=96, exchanges=3, read=24, full=120, scored=18, unrelated=30)
 LAYERS = 5  # more than the two models that are run without numbers have
 
 
@@ -226,6 +226,7 @@ VARIANTS = {
     "recomputed": {"gradient_checkpointing": True},
     "in chunks": {"write_chunk": 32, "bptt": 2, "gradient_checkpointing": True},
     "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1, "history_kl": 0.1}},
+    "unrelated": {"objective": {"unrelated_kl": 0.1}, "data": {"unrelated": "unrelated.jsonl"}},
     "lora": {"lora": LoraOptions(rank=4)},
     "static": {"static": True},
     "static, kl": {"static": True, "objective": {"full_context_kl": 0.1}},

@@ -7,7 +7,7 @@ import torch
 from helpers.naive_model import naive_run
 from helpers.tiny import VOCABULARY, base_parameters, patched_model, randomise, tokens
 from torch import nn
-from training.batches import episode_batch, positions, with_full_context
+from training.batches import episode_batch, positions, with_full_context, with_unrelated
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Lfm2Config, OPTConfig
 
 from deltamem_tool import DeltaMemConfig, attach
@@ -215,8 +215,8 @@ def test_gradients_flow_through_the_last_chunks():
 def test_recomputing_changes_nothing(name, granularity, chunks):
     options = {"granularity": granularity, "rank": 4}
     model = patched_model(**options) if name == "qwen3" else other_model(name, **options)
-    batch = with_full_context(episode_batch(lengths=(12, 8), segments=granularity == "message"))
-    objective = ObjectiveOptions(write_sparsity=0.5, full_context_kl=0.5, history_kl=0.5)
+    batch = with_unrelated(with_full_context(episode_batch(lengths=(12, 8), segments=granularity == "message")))
+    objective = ObjectiveOptions(write_sparsity=0.5, full_context_kl=0.5, history_kl=0.5, unrelated_kl=0.5)
     expected = gradients(model, batch, objective=objective, **chunks)
     same(gradients(model, batch, objective=objective, recompute=True, **chunks), expected)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -330,6 +330,41 @@ def test_the_history_diverges_from_the_base_while_it_is_written(chunk):
     assert abs(output["loss"].item() - output["answer"].item() - 0.5 * expected) < LOSS_TOLERANCE
 
 
+def test_what_needs_no_memory_diverges_from_the_base():
+    """By the equations: each exchange with the memory of its conversation, and with none; the mean of their means."""
+    model = patched_model(state_heads=2)
+    batch, means = with_unrelated(episode_batch()), []
+    for row, columns in enumerate(([2, 3], [1])):
+        history = batch["write_ids"][row][batch["write_mask"][row].bool()].tolist()
+        exchange = batch["unrelated_ids"][row][batch["unrelated_mask"][row].bool()].tolist()
+        reads = [False] * len(exchange)
+        said = naive_run(model, exchange, naive_run(model, history)[1], reads)[0].log_softmax(-1)
+        wanted = naive_run(model, exchange, writes=reads)[0].log_softmax(-1)
+        means.append((wanted.exp() * (wanted - said)).sum(-1)[columns].mean().item())
+    output = EpisodeModel(model, ObjectiveOptions(unrelated_kl=0.5))(**batch)
+    expected = sum(means) / len(means)
+    assert abs(output["unrelated_kl"].item() - expected) < LOSS_TOLERANCE < 0.01 * expected
+    assert abs(output["loss"].item() - output["answer"].item() - 0.5 * expected) < LOSS_TOLERANCE
+
+
+def test_the_divergence_of_what_needs_no_memory_is_learned():
+    """Steps against its gradients alone make it less."""
+    model = patched_model()
+    batch, objective = with_unrelated(episode_batch()), ObjectiveOptions(unrelated_kl=1.0)
+    step, divergences = EpisodeModel(model, objective), []
+    for _ in range(5):
+        adapter_of(model).zero_grad()
+        output = step(**batch)
+        divergences.append(output["unrelated_kl"].item())
+        (pushed, bare) = (gradients(model, batch, objective=o)[1] for o in (objective, ObjectiveOptions()))
+        slope = {name: pushed[name] - bare[name] for name in pushed}
+        size = sum(gradient.square().sum() for gradient in slope.values())
+        with torch.no_grad():
+            for name, parameter in adapter_of(model).named_parameters():
+                parameter -= 0.02 * slope[name] / size.sqrt()
+    assert divergences == sorted(divergences, reverse=True) and divergences[-1] < 0.9 * divergences[0]
+
+
 def test_the_teacher_gets_no_gradient_and_writes_nothing():
     model = patched_model()
     batch = with_full_context(episode_batch())
@@ -341,8 +376,8 @@ def test_the_teacher_gets_no_gradient_and_writes_nothing():
 def test_a_step_in_parts_is_a_step():
     """Losses that were divided by what the whole batch scores add up to the whole batch's."""
     model = patched_model()
-    objective = ObjectiveOptions(write_sparsity=0.7, full_context_kl=0.3, history_kl=0.4)
-    whole = with_full_context(episode_batch())
+    objective = ObjectiveOptions(write_sparsity=0.7, full_context_kl=0.3, history_kl=0.4, unrelated_kl=0.6)
+    whole = with_unrelated(with_full_context(episode_batch()))
     expected = gradients(model, whole, objective=objective)
     total, summed = 0.0, {}
     for row in (0, 1):
@@ -351,6 +386,9 @@ def test_a_step_in_parts_is_a_step():
         part |= {name: whole[name][mine] for name in ("read_ids", "read_mask", "labels")}
         part |= {"rows": torch.zeros(int(mine.sum()), dtype=torch.long)}
         part = with_full_context(part | positions(part["labels"]))
+        part |= {name: whole[name][row : row + 1] for name in ("unrelated_ids", "unrelated_mask")}
+        places, length = whole["unrelated_scored"], whole["unrelated_ids"].shape[1]
+        part["unrelated_scored"] = places[places // length == row] - row * length
         adapter_of(model).zero_grad()
         counts = {"num_items_in_batch": len(whole["targets"]), "conversations": 2}
         loss = EpisodeModel(model, objective)(**part, **counts)["loss"]
