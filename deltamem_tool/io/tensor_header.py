@@ -11,7 +11,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 # A name, a type and a place take 120 bytes: a layer's memory has at most 15 tensors, and 1000 layers have 2 MB.
 MAX_HEADER_BYTES = 4 * 2**20
-_LENGTH_BYTES = 8  # of the number that the file begins with: how long its header is
+LENGTH_BYTES = 8  # of the number that the file begins with: how long its header is
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -38,7 +38,7 @@ def read_header(path: Path) -> Header:
         ValueError: The header is damaged, larger than `MAX_HEADER_BYTES`, or does not fit the file.
     """
     with path.open("rb") as start:
-        length = int.from_bytes(start.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(start.read(LENGTH_BYTES), "little")
     if MAX_HEADER_BYTES < length < path.stat().st_size:
         raise ValueError(f"Its header is larger than {MAX_HEADER_BYTES} bytes")
     try:
@@ -59,14 +59,14 @@ def header_of(content: bytes) -> Header:
     Raises:
         ValueError: The header is damaged, larger than `MAX_HEADER_BYTES`, or does not fit the content.
     """
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
     if MAX_HEADER_BYTES < length < len(content):
         raise ValueError(f"Its header is larger than {MAX_HEADER_BYTES} bytes")
     try:
         deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(f"Its header is damaged, or the file is truncated ({error})") from error
-    entries = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    entries = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
     metadata = entries.pop("__metadata__", None) or {}
     tensors = {
         name: TensorEntry(_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))

@@ -9,6 +9,7 @@ read and write the same files.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.names import expand_user
-from deltamem_tool.io.tensor_header import Header, header_of, read_header
+from deltamem_tool.io.tensor_header import LENGTH_BYTES, Header, header_of, read_header
 from deltamem_tool.ops.numpy_write import write_segment
 
 FORMAT = "deltamem-memory"
@@ -123,7 +124,16 @@ def memory_bytes(memory: StoredMemory) -> bytes:
         "adapter": memory.adapter,
         "deltamem_version": __version__,
     }
-    return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata)
+    return _ordered(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
+
+
+def _ordered(content: bytes) -> bytes:
+    """`content` with its metadata by name, as safetensors has its tensors: the same memory is the same bytes."""
+    begin = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    header = json.loads(content[LENGTH_BYTES:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:LENGTH_BYTES] + text.ljust(begin - LENGTH_BYTES) + content[begin:]
 
 
 def check_replaceable(path: str | Path) -> None:

@@ -1,4 +1,7 @@
-"""The page at `/`: a chat beside its memory. Its files are in `page/`, and it uses nothing but the public API."""
+"""The page at `/`: a chat beside its memory. It uses nothing but the public API.
+
+Its files are in `page/`; what it shares with the page of `deltamem page` is served beside them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+
+from deltamem_tool.io import web_files
 
 FOLDER = Path(__file__).with_name("page")
 # Nothing from elsewhere, no inline script, and no text that becomes HTML.
@@ -38,6 +43,7 @@ class _Files(StaticFiles):
 def page_routes() -> list[Route]:
     """Return the routes of the page and of its files, which need no key."""
     files = _Files(directory=FOLDER)
+    files.all_directories += [web_files.PARTS, web_files.library()]
 
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)

@@ -80,7 +80,8 @@ def make_model(kind: str, layers: str | tuple[int, ...], depth: int = 2, **optio
         pad_token_id=None,
     )
     model = model_class(config).eval()
-    adapter = attach(model, DeltaMemConfig(rank=4, state_heads=2, branches=("q", "v", "o"), layers=layers, **options))
+    memory = {"rank": 4, "state_heads": 2, "branches": ("q", "v", "o"), "layers": layers, **options}
+    adapter = attach(model, DeltaMemConfig(**memory))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.3)

@@ -9,10 +9,11 @@ import anyio
 import httpx2
 import pytest
 from helpers.browser import needs_chromium
+from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
 from playwright.sync_api import expect
-from serve.page import EMPTY, using
 from serve.serving import serving
 
+from deltamem_tool.io import web_files
 from deltamem_tool.serve.batching.job import QueueFull
 from deltamem_tool.serve.keys import ApiKeys
 from deltamem_tool.serve.web_page import FOLDER
@@ -23,7 +24,6 @@ TELL, ASK, NAME = "My dog is Rex.", "What is the name of my dog?", "Rex"
 TELL_ANOTHER, ANOTHER = "My dog is Bella.", "Bella"
 HTML = "<img src=x onerror=\"alert('said')\">"
 NARROW = {"width": 390, "height": 844}
-LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
 
 
 @pytest.fixture
@@ -176,7 +176,8 @@ def test_html_that_a_model_says_is_text(user):
 def test_the_browser_is_told_to_run_nothing_else(server):
     page = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
-    for path in ["", *(f"page/{file.name}" for file in FOLDER.iterdir())]:
+    folders = (FOLDER, web_files.PARTS, web_files.library())
+    for path in ["", *(f"page/{file.name}" for folder in folders for file in folder.iterdir())]:
         got = httpx2.get(f"{server.url}/{path}")
         assert got.status_code == 200 and got.headers["x-content-type-options"] == "nosniff"
         policy = got.headers["content-security-policy"]
@@ -308,27 +309,6 @@ def test_a_memory_that_somebody_else_changed_is_not_undone_unseen(user, server):
 
 # For everybody
 
-CONTRASTS = """() => {
-  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
-    const [r, g, b] = colour.map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (element) => {
-    const [r, g, b, alpha = 1] = parse(getComputedStyle(element).backgroundColor);
-    return alpha || !element.parentElement ? [r, g, b] : ground(element.parentElement);
-  };
-  const texts = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
-    && !element.disabled && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
-  return texts.map((element) => {
-    const pair = [parse(getComputedStyle(element).color), ground(element)].map(light).sort((a, b) => b - a);
-    return [element.textContent, (pair[0] + 0.05) / (pair[1] + 0.05)];
-  });
-}"""
-UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, canvas")]
-  .filter((element) => !(element.labels?.length || element.ariaLabel || element.textContent.trim()))
-  .map((element) => element.outerHTML)"""
-
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_can_be_read_and_has_a_name(browser, server, scheme):
@@ -337,7 +317,7 @@ def test_everything_can_be_read_and_has_a_name(browser, server, scheme):
         user.say(TELL + " " + "x" * 200)
         user.say(TELL)
         user.page.get_by_text("Earlier versions").click()
-        user.page.locator("#file").set_input_files(FOLDER / "icon.svg")  # a notice
+        user.page.locator("#file").set_input_files(web_files.PARTS / "icon.svg")  # a notice
         user.sees("is not a memory file")
         texts = user.page.evaluate(CONTRASTS)
         assert len(texts) > 20

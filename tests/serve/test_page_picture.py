@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from helpers.browser import needs_chromium
-from serve.page import using
+from helpers.page_user import using
 
 from deltamem_tool.memory.file import memory_from_bytes
 

@@ -16,7 +16,7 @@ let model = null;
 let memory; // what the server has of the open one: { version, digest, bytes }, or null; undefined until it was asked
 let versions = [];
 let answering = null; // the AbortController of a turn that is being answered
-// The turns of each memory's conversation, [{ user, answer, report, first }]. They live as long as the page:
+// The turns of each memory's conversation, [{ user, answer, report, about, first }]. They live as long as the page:
 // after a reload there is the memory alone.
 const talks = new Map();
 
@@ -142,10 +142,18 @@ async function send() {
     enable();
     words.focus();
   }
-  shown.finish(turn.answer, turn.report);
+  turn.about = told(turn.report);
+  shown.finish(turn.answer, turn.about);
   talks.set(name, [...earlier, turn]);
   await refresh();
   if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
+}
+
+function told({ version, messages_written: written, messages_dropped: dropped, finish }) {
+  const parts = [written ? `written as version ${version}` : "nothing was written"];
+  if (dropped) parts.push(`the oldest ${dropped} messages are no longer in view`);
+  if (finish === "length") parts.push("cut off at the limit");
+  return parts.join(", ");
 }
 
 const messagesOf = (turns, user) => [

@@ -1,4 +1,4 @@
-"""The page of `deltamem serve` in Chromium, as somebody uses it."""
+"""The pages of `deltamem serve` and `deltamem page` in Chromium, as somebody uses them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from urllib.parse import quote_plus
 from playwright.sync_api import Browser, Locator, Page, expect
 
 EMPTY = "This memory is empty."
+LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
+# Every text that is shown, with its contrast to what is behind it; and what has no name.
+CONTRASTS = """() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = colour.map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    const [r, g, b, alpha = 1] = parse(getComputedStyle(element).backgroundColor);
+    return alpha || !element.parentElement ? [r, g, b] : ground(element.parentElement);
+  };
+  const texts = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
+    && !element.disabled && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return texts.map((element) => {
+    const pair = [parse(getComputedStyle(element).color), ground(element)].map(light).sort((a, b) => b - a);
+    return [element.textContent, (pair[0] + 0.05) / (pair[1] + 0.05)];
+  });
+}"""
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, canvas")]
+  .filter((element) => !(element.labels?.length || element.ariaLabel || element.textContent.trim()))
+  .map((element) => element.outerHTML)"""
 
 
 class User:

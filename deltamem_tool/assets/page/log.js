@@ -5,10 +5,10 @@ import { byId, element } from "./dom.js";
 const log = byId("log");
 const NEAR = 40; // pixels from the end within which the log follows the answer
 
-// Shows a conversation from its start, below a note if there is one.
+// Shows a conversation from its start, below a note if there is one. `about` says what became of a turn.
 export function show(turns, note) {
   log.replaceChildren(...(note === null ? [] : [element("li", { className: "note", textContent: note })]));
-  for (const { user, answer, report } of turns) add(user).finish(answer, report);
+  for (const { user, answer, about } of turns) add(user).finish(answer, about);
 }
 
 // A turn whose answer is to come.
@@ -26,9 +26,9 @@ export function add(user) {
       text.append(piece);
       if (follows) log.scrollTop = log.scrollHeight;
     },
-    finish(words, report) {
+    finish(words, told) {
       text.textContent = words;
-      about.textContent = told(report);
+      about.textContent = told;
       answer.ariaBusy = "false";
       log.scrollTop = log.scrollHeight;
     },
@@ -42,10 +42,3 @@ export function add(user) {
 }
 
 const who = (name) => element("b", { textContent: name });
-
-function told({ version, messages_written: written, messages_dropped: dropped, finish }) {
-  const parts = [written ? `written as version ${version}` : "nothing was written"];
-  if (dropped) parts.push(`the oldest ${dropped} messages are no longer in view`);
-  if (finish === "length") parts.push("cut off at the limit");
-  return parts.join(", ");
-}

@@ -1,0 +1,49 @@
+// A memory's states, and what the last turn changed in them: for each a heat map a layer.
+
+import { byId, element } from "./dom.js";
+import { colours, draw } from "./heatmap.js";
+import { difference, largestOf, normOf, statesOf } from "./states.js";
+
+const CELL = 8; // the largest size of an entry in pixels
+const picture = byId("picture");
+const [nowPart, changePart] = picture.children;
+let drawings = []; // the canvases, with what is drawn on them
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+// `memory` as the library reads it, or null. `former` is the one before, null for zeros, or undefined where none is kept.
+export function showLayers(memory, former) {
+  picture.hidden = memory === null;
+  drawings = [];
+  if (memory === null) return;
+  const now = statesOf(memory);
+  showPart(nowPart, now);
+  changePart.hidden = former === undefined;
+  if (former !== undefined) showPart(changePart, difference(now, former && statesOf(former)));
+  drawAll();
+}
+
+function showPart(part, states) {
+  const limit = largestOf(states);
+  const layers = states.map((state) => {
+    const [canvas, name, norm] = [element("canvas"), `layer ${state.layer}, `, `norm ${short(normOf(state))}`];
+    canvas.role = "img";
+    canvas.ariaLabel = `${name}${norm}, ${state.heads} of ${state.rank} × ${state.rank}`;
+    drawings.push([canvas, state, limit]);
+    return element("li", {}, element("small", {}, name, element("span", { textContent: norm })), canvas);
+  });
+  const [list, scale] = [part.querySelector(".layers"), part.querySelector(".scale")];
+  list.replaceChildren(...layers);
+  scale.replaceChildren(`−${short(limit)}`, element("i"), short(limit));
+}
+
+function drawAll() {
+  const palette = colours(picture);
+  for (const [canvas, state, limit] of drawings) {
+    draw(canvas, state, limit, palette);
+    canvas.style.maxWidth = `${canvas.width * CELL}px`;
+    canvas.closest(".layers").style.setProperty("--least", `${(canvas.width * CELL) / 2}px`);
+  }
+}
+
+const short = (number) => String(Number(number.toPrecision(3)));
+export const sizeOf = (bytes) => (bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);

@@ -1,0 +1,46 @@
+"""The JavaScript library of `web/` in Node, for tests."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from helpers.node import node_folder
+
+SCRIPTS = Path(__file__).parents[1] / "onnx" / "web"
+LIBRARY = Path(__file__).parents[2] / "web"
+
+
+def library_folder(out: Path) -> Path:
+    """The tests' scripts beside the library, where both find their packages."""
+    scripts = node_folder(SCRIPTS, out)
+    shutil.copytree(LIBRARY / "src", scripts / "src")
+    return scripts
+
+
+def in_node(scripts: Path, script: str, *arguments: str | Path, input: Any = None) -> Any:
+    """What the script writes as JSON, given `input` as JSON."""
+    command = ["node", script, *arguments]
+    done = subprocess.run(command, cwd=scripts, input=json.dumps(input), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def talk(scripts: Path, folder: Path, actions: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """A result for each action; `logits` float32 `[calls, V]` and `memory` bytes."""
+    results = in_node(scripts, "talk.mjs", folder, input={"options": options, "actions": actions})
+    for result in results:
+        if "logits" in result:
+            result["logits"] = np.frombuffer(base64.b64decode(result["logits"]), np.float32)
+            result["memory"] = base64.b64decode(result["memory"])
+    return results
+
+
+def text_of(content: bytes) -> str:
+    """Bytes as JSON takes them."""
+    return base64.b64encode(content).decode()

@@ -1,0 +1,53 @@
+// Has a conversation with the library of web/, for a test: node talk.mjs FOLDER < JSON
+//
+// Standard input has { options, actions } and standard output a result for each action. Bytes are in base64.
+import { readFile } from "node:fs/promises";
+import { text } from "node:stream/consumers";
+import { Conversation, DeltaMemError, readMemory, WebModel } from "./src/index.js";
+
+const [folder] = process.argv.slice(2);
+const { options, actions } = JSON.parse(await text(process.stdin));
+const read = (name) => readFile(`${folder}/${name}`).then((bytes) => new Uint8Array(bytes), missing);
+const results = [];
+let logits = [];
+try {
+  const model = await WebModel.load(read);
+  const step = model.step.bind(model);
+  model.step = async (...call) => {
+    const result = await step(...call);
+    logits.push(Buffer.from(Float32Array.from(result.logits).buffer));
+    return result;
+  };
+  const memory = options.memory && readMemory(bytes(options.memory));
+  const conversation = new Conversation(model, { ...options, ...(memory ? { memory } : {}) });
+  for (const { say, sampling, undo, forget, load } of actions) {
+    logits = [];
+    const pieces = [];
+    let answer;
+    if (say !== undefined) answer = await conversation.generate(say, sampling, { onText: (piece) => pieces.push(piece) });
+    if (undo) answer = { undone: await conversation.undo() };
+    if (forget) await conversation.forget();
+    if (load !== undefined) await conversation.setMemory(bytes(load));
+    results.push({
+      ...answer,
+      pieces,
+      context: conversation.context,
+      messages: conversation.messages,
+      logits: Buffer.concat(logits).toString("base64"),
+      memory: Buffer.from(await conversation.memoryBytes()).toString("base64"),
+    });
+  }
+} catch (error) {
+  if (!(error instanceof DeltaMemError)) throw error;
+  results.push({ error: error.name, what: error.what, why: error.why });
+}
+console.log(JSON.stringify(results));
+
+function missing(error) {
+  if (error.code === "ENOENT") return null;
+  throw error;
+}
+
+function bytes(base64) {
+  return new Uint8Array(Buffer.from(base64, "base64"));
+}

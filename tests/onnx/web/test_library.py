@@ -1,0 +1,101 @@
+"""The JavaScript library of `web/`: conversations in it, in Node, are Python's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.web_library import library_folder, talk, text_of
+
+from deltamem_tool import Conversation, OnnxModel
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.chat.torch_engine import TorchModel
+from deltamem_tool.memory.file import memory_bytes, memory_from_bytes
+
+pytestmark = [pytest.mark.node, pytest.mark.slow]
+
+TOLERANCE = 1e-4  # of logits and states in float32, over whole conversations
+INT4_TOLERANCE = 0.1  # of logits, to ONNX Runtime's CPU provider
+TURNS = ("My dog is Rex.", "I've moved to Zürich 🏔, and\n  have a cat.", "Who am I?")
+SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURNS[0]}]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    return library_folder(tmp_path_factory.mktemp("node") / "scripts")
+
+
+class Recorded:
+    """An engine whose logits are kept."""
+
+    def __init__(self, engine) -> None:
+        self._engine, self.logits = engine, []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def step(self, *arguments, **options):
+        logits, past = self._engine.step(*arguments, **options)
+        self.logits.append(logits[0])
+        return logits, past
+
+    def recorded(self):
+        logits, self.logits = np.concatenate(self.logits), []
+        return logits
+
+
+def assert_same_memory(content: bytes, expected, tolerance: float) -> None:
+    memory = memory_from_bytes(content, "what the library saved")
+    assert memory.adapter == expected.adapter and memory.shape == expected.shape
+    for name, tensor in memory.tensors().items():
+        np.testing.assert_allclose(tensor, expected.tensors()[name], rtol=0, atol=tolerance)
+
+
+def assert_same_turn(result, answer, engine, conversation, tolerance=TOLERANCE) -> None:
+    assert tuple(result["tokens"]) == answer.tokens
+    assert (result["text"], result["why"]) == (answer.text, answer.why)
+    assert "".join(result["pieces"]) == answer.text
+    logits = engine.recorded()
+    assert len(result["logits"]) == len(logits)
+    np.testing.assert_allclose(result["logits"], logits, rtol=0, atol=tolerance)
+    assert_same_memory(result["memory"], conversation.memory, TOLERANCE)
+    assert result["messages"] == conversation.messages
+    context = conversation.context
+    assert result["context"] == {name: getattr(context, name) for name in ("tokens", "window", "messages", "dropped")}
+
+
+MECHANISMS = {
+    "web": {},  # several states in a layer: MSW
+    "web_tsw": {"state_heads": 1},
+    "web_messages": {"granularity": "message", "couple_lambda": False},
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_conversations_are_pytorchs(exported_with, scripts, name):
+    """Prompts with a system message, answers that end by themselves and by their length, a memory from before."""
+    exported = exported_with(name, MECHANISMS[name], target="web")
+    engine = Recorded(TorchModel(exported.model, exported.tokenizer))
+    earlier = Conversation(engine)
+    earlier.generate("Before all that.", Sampling(4))
+    before = earlier.memory
+    engine.recorded()
+    conversation = Conversation(engine, before)
+    says = [SYSTEM, *TURNS[1:]]
+    results = talk(
+        scripts,
+        exported.folder,
+        [{"say": say, "sampling": {"maxNewTokens": 12}} for say in says],
+        memory=text_of(memory_bytes(before)),
+    )
+    for say, result in zip(says, results, strict=True):
+        assert_same_turn(result, conversation.generate(say, Sampling(12)), engine, conversation)
+
+
+@pytest.mark.parametrize("name", ["web", "web_messages"])
+def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, name):
+    exported = exported_with(f"{name}_int4", MECHANISMS[name], target="web", quantize="int4")
+    engine = Recorded(OnnxModel(exported.folder, threads=1))
+    conversation = Conversation(engine)
+    results = talk(scripts, exported.folder, [{"say": say, "sampling": {"maxNewTokens": 3}} for say in TURNS])
+    for say, result in zip(TURNS, results, strict=True):
+        assert_same_turn(result, conversation.generate(say, Sampling(3)), engine, conversation, INT4_TOLERANCE)

@@ -1,0 +1,106 @@
+// Which tokens of a chat belong to which segment; see deltamem_tool/segments/boundaries.py, which this follows.
+
+import { isBlank, trimStart } from "./characters.js";
+import { DataError } from "./errors.js";
+
+export const [OUTSIDE, INSIDE, LAST] = [0, 1, 2];
+const WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.';
+
+/**
+ * Characters from the end of the span before this one up to `end`.
+ *
+ * @typedef {object} Span
+ * @property {number} end
+ * @property {boolean} belongs to a segment
+ * @property {string} segment what that is called, if it ends here
+ */
+
+/**
+ * Split a rendering that ends with a generation prompt into spans, in order and without gaps: one a message.
+ *
+ * @param {import("./template.js").ChatTemplate} template
+ * @param {import("./template.js").Message[]} messages
+ * @param {string} text its rendering
+ * @returns {Span[]}
+ * @throws {DataError} where a message ends cannot be told
+ */
+export function spansOf(template, messages, text) {
+  const body = template.render(messages);
+  if (!text.startsWith(body)) {
+    throw new DataError(
+      `The chat template of ${template.name} renders the messages differently before a generation prompt.`,
+      "",
+      `Use another model. ${WITHOUT_TAGS}`,
+    );
+  }
+  const bounds = boundsOf(template, messages, body);
+  const spans = [{ end: bounds[0], belongs: false, segment: "" }];
+  for (const [index, { role }] of messages.entries()) {
+    const belongs = role !== "system";
+    spans.push({ end: bounds[index + 1], belongs, segment: belongs ? nameOf(messages, index) : "" });
+  }
+  spans.push({ end: text.length, belongs: true, segment: "" }); // the generation prompt: a segment that stays open
+  return spans;
+}
+
+// Where each message starts in `body`, and where the last one ends: one more than there are messages.
+function boundsOf(template, messages, body) {
+  const first = messages[0].role === "system" ? null : template.preamble(messages[0], body);
+  const bounds = [first ?? 0];
+  for (let index = 1; index < messages.length; index++) {
+    const bound = boundOf(template, messages, index, body);
+    if (bound === null || bound < bounds.at(-1)) {
+      throw new DataError(
+        `Where ${nameOf(messages, index - 1)} ends and ${nameOf(messages, index)} starts cannot be told in what the chat ` +
+          `template of ${template.name} renders.`,
+        "It renders earlier messages differently once later ones follow, or not at all without them.",
+        `Use a model whose template only appends. ${WITHOUT_TAGS}`,
+      );
+    }
+    bounds.push(bound);
+  }
+  return [...bounds, body.length];
+}
+
+// Where message `index` starts and the one before it ends, or null.
+function boundOf(template, messages, index, body) {
+  const earlier = template.attempt(messages.slice(0, index));
+  if (earlier !== null && body.startsWith(earlier)) return earlier.length;
+  const message = messages[index];
+  const found = template.content(messages, index, body);
+  const header = found === null ? null : template.header(message, found.before);
+  if (header !== null) return found.before.length - header.length;
+  const isAfterSystem = messages.slice(0, index).every(({ role }) => role === "system");
+  return isAfterSystem ? template.preamble(message, body) : null; // their text is within this message
+}
+
+/**
+ * The tags of tokens whose characters are `offsets`; byte-level tokens can share a character.
+ *
+ * @throws {DataError} a segment has no token of its own
+ */
+export function tagsOf(text, offsets, spans) {
+  const owners = offsets.map(([start, end]) => spans.findIndex((span) => span.end > placeOf(text, start, end)));
+  const tags = owners.map((owner) => (spans[owner].belongs ? INSIDE : OUTSIDE));
+  for (const [index, { segment }] of spans.entries()) {
+    if (!segment) continue;
+    const last = owners.lastIndexOf(index);
+    if (last < 0) {
+      throw new DataError(
+        `${segment[0].toUpperCase()}${segment.slice(1)} has no token of its own.`,
+        "The template writes nothing for it, or its characters are in tokens of the text before or after it.",
+        "Leave it out, or join it with another.",
+      );
+    }
+    tags[last] = LAST;
+  }
+  return tags;
+}
+
+// The character by which the token at `text[start:end]` belongs to a segment.
+function placeOf(text, start, end) {
+  const characters = text.slice(start, end);
+  return isBlank(characters) ? Math.min(start, text.length - 1) : end - trimStart(characters).length;
+}
+
+const nameOf = (messages, index) => `message ${index + 1} (${messages[index].role})`;

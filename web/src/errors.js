@@ -1,0 +1,33 @@
+// What can go wrong. Each error carries what failed, why, and what to do next, as in the Python package.
+
+const MAX_SENTENCE = 8000; // characters of a sentence, which may quote a stranger's file
+
+export class DeltaMemError extends Error {
+  /**
+   * @param {string} what failed
+   * @param {string} why
+   * @param {string} next what to do
+   */
+  constructor(what, why = "", next = "") {
+    [what, why, next] = [what, why, next].map((sentence) => sentence.slice(0, MAX_SENTENCE));
+    super([what, why, next].filter(Boolean).join("\n"));
+    this.name = new.target.name;
+    Object.assign(this, { what, why, next });
+  }
+}
+
+/** An option is invalid. */
+export class ConfigError extends DeltaMemError {}
+/** Messages cannot be read, or a chat template leaves out some of them. */
+export class DataError extends DeltaMemError {}
+/** A model folder is damaged, or cannot be run here. */
+export class ExportError extends DeltaMemError {}
+/** A memory is damaged, or does not fit the model. */
+export class MemoryStateError extends DeltaMemError {}
+/** A file cannot be fetched. */
+export class FetchError extends DeltaMemError {}
+/** A stored memory was changed by somebody else. */
+export class MemoryConflict extends DeltaMemError {}
+
+/** The first line of another library's message. */
+export const firstLine = (error) => String(error?.message ?? error).split("\n")[0].slice(0, 500);

@@ -1,0 +1,140 @@
+// The files of a model folder: fetched with progress, checked, and kept in the browser's Cache API.
+
+import { ExportError, FetchError } from "./errors.js";
+import { MANIFEST_FILE } from "./manifest.js";
+
+export const GRAPH_FILE = "model.onnx";
+export const DATA_FILE = "model.onnx.data";
+const REQUIRED = [MANIFEST_FILE, "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+const OPTIONAL = ["chat_template.jinja"];
+const MAX_GRAPH_BYTES = 256 * 2 ** 20;
+const MAX_DATA_BYTES = 2 ** 32; // what WebAssembly reaches
+const NOT_FOUND = [404, 410];
+
+/**
+ * Gives a file's content; null where there is none. At most `limit` bytes of it are read.
+ *
+ * @typedef {(name: string, limit: number) => Promise<Uint8Array | null>} Read
+ *
+ * @typedef {object} Progress
+ * @property {string} name of the file
+ * @property {number} loaded bytes
+ * @property {number | null} total bytes, where it is known
+ *
+ * @typedef {{ bytes: number, sha256: string }} Expected of a file's content
+ */
+
+/**
+ * Every file that a model needs; the graph and its weights under names of their own.
+ *
+ * @param {Read} read
+ * @throws {ExportError} one is missing or too large
+ */
+export async function readFolder(read) {
+  const files = {};
+  for (const name of [...REQUIRED, ...OPTIONAL]) {
+    const content = await checked(read, name, MAX_GRAPH_BYTES, OPTIONAL.includes(name));
+    if (content !== null) files[name] = content;
+  }
+  const graph = await checked(read, GRAPH_FILE, MAX_GRAPH_BYTES);
+  const weights = await checked(read, DATA_FILE, MAX_DATA_BYTES);
+  return { graph, weights, ...files };
+}
+
+async function checked(read, name, limit, isOptional = false) {
+  const content = await read(name, limit);
+  if (content === null && !isOptional) {
+    throw new ExportError("This is not a model folder.", `It lacks ${name}.`, "Make one with `deltamem export --target web`.");
+  }
+  if (content !== null && content.length > limit) throw tooLarge(name, limit);
+  return content;
+}
+
+/**
+ * Read the files below an address.
+ *
+ * @param {string | URL} base with a slash at its end
+ * @param {object} [options]
+ * @param {string | null} [options.cache] of the Cache API, where whole files are kept; null keeps none
+ * @param {Record<string, Expected>} [options.expected] by name: another content is refused
+ * @param {(progress: Progress) => void} [options.onProgress]
+ * @param {AbortSignal} [options.signal]
+ * @returns {Read}
+ */
+export function fetchedFrom(base, { cache = "deltamem", expected = {}, onProgress = () => {}, signal } = {}) {
+  return async (name, limit) => {
+    const url = new URL(name, new URL(base, globalThis.location?.href)).href;
+    const wanted = expected[name];
+    const store = cache === null ? null : await globalThis.caches?.open(cache).catch(() => null);
+    const kept = await store?.match(url);
+    if (kept) {
+      const content = await contentOf(kept, name, limit, onProgress);
+      if (await isExpected(content, wanted)) return content;
+    }
+    const response = await request(url, name, signal);
+    if (response === null) return null;
+    const content = await contentOf(response, name, limit, onProgress);
+    if (!(await isExpected(content, wanted))) {
+      throw new FetchError(
+        `${name} is not the file that it should be.`,
+        content.length === wanted.bytes ? "Its content has changed." : `It has ${content.length} of ${wanted.bytes} bytes.`,
+        "Load the page again; if that does not help, its host has to publish the folder again.",
+      );
+    }
+    await store?.put(url, new Response(content)).catch(() => {}); // a full disk: it is fetched again next time
+    return content;
+  };
+}
+
+async function request(url, name, signal) {
+  let response;
+  try {
+    response = await fetch(url, { signal, cache: "no-cache" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new FetchError(`${name} cannot be fetched.`, "Its host cannot be reached.", "Try again when there is a network.");
+  }
+  if (NOT_FOUND.includes(response.status)) return null;
+  if (response.ok) return response;
+  throw new FetchError(`${name} cannot be fetched.`, `The host answers with status ${response.status}.`, "Try again later.");
+}
+
+// At most `limit` bytes, and one more where there are.
+async function contentOf(response, name, limit, onProgress) {
+  const length = Number(response.headers.get("Content-Length"));
+  const isPlain = length > 0 && !response.headers.get("Content-Encoding"); // or it is the length of something else
+  const total = isPlain ? length : null;
+  const chunks = [];
+  let loaded = 0;
+  const reader = response.body.getReader();
+  for (;;) {
+    const { value, done } = await reader.read().catch(() => {
+      throw new FetchError(`${name} cannot be fetched.`, "The connection broke.", "Try again.");
+    });
+    if (done) break;
+    chunks.push(value);
+    loaded += value.length;
+    onProgress({ name, loaded, total });
+    if (loaded > limit) {
+      await reader.cancel();
+      throw tooLarge(name, limit);
+    }
+  }
+  const content = new Uint8Array(loaded);
+  let place = 0;
+  for (const chunk of chunks) {
+    content.set(chunk, place);
+    place += chunk.length;
+  }
+  return content;
+}
+
+async function isExpected(content, wanted) {
+  if (wanted === undefined) return true;
+  if (content.length !== wanted.bytes) return false;
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") === wanted.sha256;
+}
+
+const tooLarge = (name, limit) =>
+  new ExportError(`${name} is too large.`, `It has more than ${limit} bytes.`, "Use a smaller model.");

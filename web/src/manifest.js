@@ -1,0 +1,174 @@
+// `deltamem_onnx.json`: what a model folder's graph takes and gives. Read and refused as in deltamem_tool/onnx/manifest.py.
+
+import { ExportError, firstLine } from "./errors.js";
+import { isObject, parseJson } from "./json.js";
+
+export const MANIFEST_FILE = "deltamem_onnx.json";
+const FORMAT = "deltamem-onnx";
+const READABLE_VERSIONS = [3, 4];
+
+const MAX_VOCABULARY = 2 ** 22;
+const MAX_SIZE = 2 ** 16; // heads and width of keys and values, and of the base's own states
+const MAX_LENGTH = 2 ** 24; // tokens
+const MAX_LAYERS = 10_000;
+const MAX_STATE_HEADS = 256;
+const MAX_RANK = 64;
+const MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1;
+const MAX_CONVOLUTIONS = 8;
+const MAX_RECURRENT_AXES = 3;
+const GRANULARITIES = ["token", "message", "sentence"];
+const DTYPES = ["float32", "float16"]; // of keys and values, that ONNX Runtime Web has
+
+/**
+ * @typedef {object} Layer
+ * @property {number[] | null} key heads and width of its keys
+ * @property {number[] | null} value the same of its values
+ * @property {number[] | null} state [H, R, R] of its memory
+ * @property {number[][]} convolutions sizes of the base's own states
+ * @property {number[] | null} recurrent
+ *
+ * @typedef {object} Mechanism what the write of an open segment depends on
+ * @property {"token" | "message" | "sentence"} granularity
+ * @property {"standard" | "lambda_outside" | "no_lambda"} updateRule
+ * @property {boolean} coupleLambda
+ * @property {"row" | "head"} gates
+ *
+ * @typedef {object} Manifest
+ * @property {string} adapter fingerprint of the adapter; memories of another one are refused
+ * @property {string | null} baseModel
+ * @property {string} quantize
+ * @property {Mechanism} mechanism
+ * @property {number} vocabSize
+ * @property {"float32" | "float16"} dtype of keys and values
+ * @property {number} segment numbers that a layer keeps of an open segment; 0 where every token writes
+ * @property {number | null} positions how many tokens the model has positions for; null for any number
+ * @property {Layer[]} layers
+ */
+
+/**
+ * @param {Uint8Array} bytes of the file
+ * @returns {Manifest}
+ * @throws {ExportError} it is not a manifest, or of a graph that cannot run here
+ */
+export function readManifest(bytes) {
+  let content;
+  try {
+    content = parseJson(bytes);
+  } catch (error) {
+    throw disagreement(`It is not valid JSON: ${firstLine(error)}`);
+  }
+  if (!isObject(content) || content.format !== FORMAT) throw disagreement(`It does not say that its format is ${FORMAT}`);
+  if (!READABLE_VERSIONS.includes(content.format_version)) {
+    throw new ExportError(
+      `This model folder is of format ${JSON.stringify(content.format_version)}.`,
+      `This version of deltamem-web reads format ${READABLE_VERSIONS.at(-1)}.`,
+      "Update deltamem-web, or export the adapter again.",
+    );
+  }
+  const graph = content.interface;
+  require(isObject(graph), "interface");
+  require(Array.isArray(graph.layers) && graph.layers.length > 0 && graph.layers.length <= MAX_LAYERS, "interface.layers");
+  const manifest = {
+    adapter: text(content, "adapter"),
+    baseModel: content.base_model == null ? null : text(content, "base_model"),
+    quantize: text(content, "quantize"),
+    mechanism: readMechanism(content.mechanism),
+    vocabSize: count(graph.vocab_size, MAX_VOCABULARY, "interface.vocab_size"),
+    dtype: graph.dtype,
+    segment: graph.segment === 0 ? 0 : count(graph.segment, MAX_SEGMENT, "interface.segment"),
+    positions: graph.positions ? count(graph.positions, MAX_LENGTH, "interface.positions") : null,
+    layers: graph.layers.map(readLayer),
+  };
+  require(DTYPES.includes(manifest.dtype), "interface.dtype");
+  const shapes = manifest.layers.flatMap(({ state }) => (state === null ? [] : [String(state)]));
+  require(shapes.length > 0 && new Set(shapes).size === 1, "layers.state");
+  require((manifest.mechanism.granularity === "token") === (manifest.segment === 0), "interface.segment");
+  checkRunnable(graph);
+  return manifest;
+}
+
+function checkRunnable(graph) {
+  for (const [unfit, what] of [
+    [graph.genai, "onnxruntime-genai"],
+    [graph.max_length, "keys and values of a fixed length"],
+    [graph.logits !== "last", "logits of every position"],
+  ]) {
+    if (unfit) throw new ExportError(`This model folder is for ${what}.`, "", "Export the adapter with --target web.");
+  }
+}
+
+function readMechanism(content) {
+  require(isObject(content), "mechanism");
+  require(GRANULARITIES.includes(content.granularity), "mechanism.granularity");
+  require(["standard", "lambda_outside", "no_lambda"].includes(content.update_rule), "mechanism.update_rule");
+  require(typeof content.couple_lambda === "boolean", "mechanism.couple_lambda");
+  require(["row", "head"].includes(content.gates), "mechanism.gates");
+  const { granularity, update_rule: updateRule, couple_lambda: coupleLambda, gates } = content;
+  return { granularity, updateRule, coupleLambda, gates };
+}
+
+function readLayer(content) {
+  require(isObject(content), "layers");
+  const { convolutions = [], recurrent = null } = content;
+  const layer = {
+    key: sizes(content.key, [MAX_SIZE, MAX_SIZE], "layers.key"),
+    value: sizes(content.value, [MAX_SIZE, MAX_SIZE], "layers.value"),
+    state: sizes(content.state, [MAX_STATE_HEADS, MAX_RANK, MAX_RANK], "layers.state"),
+  };
+  require((layer.key === null) === (layer.value === null), "layers.value");
+  require(layer.state === null || layer.state[1] === layer.state[2], "layers.state");
+  require(Array.isArray(convolutions) && convolutions.length <= MAX_CONVOLUTIONS, "layers.convolutions");
+  layer.convolutions = convolutions.map((one) => sizes(one ?? [], [MAX_SIZE, MAX_SIZE], "layers.convolutions"));
+  require(recurrent === null || (recurrent.length > 0 && recurrent.length <= MAX_RECURRENT_AXES), "layers.recurrent");
+  layer.recurrent = sizes(recurrent, Array(recurrent?.length ?? 0).fill(MAX_SIZE), "layers.recurrent");
+  return layer;
+}
+
+/**
+ * What goes from call to call, by the name of the input.
+ *
+ * @param {Manifest} manifest
+ * @returns {Map<string, { kind: "cache" | "base" | "state" | "segment", layer: number, sizes: number[], type: string }>}
+ *   sizes: of one conversation; a cache's second is 0, for no tokens
+ */
+export function carriedTensors({ layers, segment, dtype }) {
+  const tensors = new Map();
+  layers.forEach((layer, index) => {
+    const add = (part, kind, sizes, type = "float32") =>
+      tensors.set(`past_key_values.${index}.${part}`, { kind, layer: index, sizes, type });
+    for (const part of ["key", "value"]) {
+      if (layer[part] !== null) add(part, "cache", [layer[part][0], 0, layer[part][1]], dtype);
+    }
+    layer.convolutions.forEach((sizes, number) => add(number ? `conv_state_${number}` : "conv_state", "base", sizes));
+    if (layer.recurrent !== null) add(layer.state === null ? "recurrent_state" : "ssm_state", "base", layer.recurrent);
+    if (layer.state !== null) {
+      add("recurrent_state", "state", layer.state);
+      if (segment) add("segment", "segment", [segment]);
+    }
+  });
+  return tensors;
+}
+
+function sizes(content, most, name) {
+  if (content === null || content === undefined) return null;
+  require(Array.isArray(content) && content.length === most.length, name);
+  return content.map((size, axis) => count(size, most[axis], name));
+}
+
+function count(value, most, name) {
+  require(Number.isInteger(value) && value > 0 && value <= most, name);
+  return value;
+}
+
+function text(content, name) {
+  require(typeof content[name] === "string" && content[name] !== "", name);
+  return content[name];
+}
+
+function require(holds, name) {
+  if (!holds) throw disagreement(`Its value for ${name} is not valid`);
+}
+
+export function disagreement(why) {
+  return new ExportError(`${MANIFEST_FILE} and this version or the graph disagree.`, `${why}.`, "Export the model again.");
+}

@@ -1,0 +1,224 @@
+// The memory file: states of all layers as safetensors, bound to the adapter that wrote them; see deltamem_tool/memory/file.py.
+
+import { MemoryStateError, firstLine } from "./errors.js";
+import { isObject, parseJson } from "./json.js";
+import { VERSION } from "./version.js";
+
+const FORMAT = "deltamem-memory";
+const FORMAT_VERSION = "1";
+const MAX_HEADER_BYTES = 4 * 2 ** 20;
+const MAX_FILE_BYTES = 2 ** 30;
+const LENGTH_BYTES = 8; // of the number that the file begins with: how long its header is
+const FLOAT_BYTES = 4;
+const TENSOR = /^layers\.(0|[1-9][0-9]{0,5})\.(state|segment)$/;
+const L2_EPS = 1e-6;
+
+/**
+ * @typedef {object} MemoryShape
+ * @property {number[]} layers indices, ascending
+ * @property {number} heads H
+ * @property {number} rank R
+ * @property {number} width W, numbers that a layer keeps of an open segment; 0 where every token writes
+ *
+ * @typedef {object} Memory
+ * @property {string} adapter fingerprint of the adapter that wrote it
+ * @property {number} rows conversations
+ * @property {MemoryShape} shape
+ * @property {Map<number, Float32Array>} states [rows, H, R, R] by layer
+ * @property {Map<number, Float32Array>} segments [rows, W] by layer; empty where every token writes
+ */
+
+/**
+ * Zeros, of one conversation.
+ *
+ * @param {MemoryShape} shape
+ * @param {string} adapter
+ * @returns {Memory}
+ */
+export function emptyMemory(shape, adapter) {
+  const zeros = (size) => new Map(size ? shape.layers.map((layer) => [layer, new Float32Array(size)]) : []);
+  return { adapter, rows: 1, shape, states: zeros(shape.heads * shape.rank ** 2), segments: zeros(shape.width) };
+}
+
+/**
+ * Read what a memory file contains.
+ *
+ * @param {ArrayBuffer | Uint8Array} file
+ * @param {string} [name] for errors
+ * @returns {Memory}
+ * @throws {MemoryStateError} it is damaged, of a newer format, not a memory, or contains NaN
+ */
+export function readMemory(file, name = "This file") {
+  const bytes = file instanceof Uint8Array ? file : new Uint8Array(file);
+  const { tensors, metadata, begin } = readHeader(bytes, name);
+  if (metadata.format !== FORMAT) throw refused(name, "Its metadata does not say that it is");
+  if (metadata.format_version !== FORMAT_VERSION) {
+    const why = `This version of deltamem-web reads format ${FORMAT_VERSION}.`;
+    throw new MemoryStateError(`${name} is of memory format ${metadata.format_version}.`, why, "Update deltamem-web.");
+  }
+  const parts = { state: new Map(), segment: new Map() };
+  const shapes = { state: new Map(), segment: new Map() };
+  for (const [tensor, { dtype, shape, from, to }] of tensors) {
+    const match = TENSOR.exec(tensor);
+    if (match === null || shape.length !== (match[2] === "state" ? 4 : 2) || dtype !== "F32") {
+      throw damaged(name, `Its tensor ${JSON.stringify(tensor)} is not a float32 state`);
+    }
+    const values = new Float32Array(bytes.slice(begin + from, begin + to).buffer);
+    if (!values.every(Number.isFinite)) throw damaged(name, `The state ${JSON.stringify(tensor)} contains NaN or infinity`);
+    parts[match[2]].set(Number(match[1]), values);
+    shapes[match[2]].set(Number(match[1]), shape);
+  }
+  if (!parts.state.size || typeof metadata.adapter !== "string") throw damaged(name, "It contains no states or no fingerprint");
+  const [[rows, heads, rank]] = shapes.state.values();
+  const [, width] = shapes.segment.values().next().value ?? [rows, 0];
+  const same = (part, expected) => [...shapes[part].values()].every((shape) => String(shape) === String(expected));
+  if (!same("state", [rows, heads, rank, rank])) throw damaged(name, "Its states are not square, or not of one size");
+  const layers = [...parts.state.keys()].sort((one, other) => one - other);
+  const open = [...parts.segment.keys()];
+  if (!same("segment", [rows, width]) || (open.length && String(open.sort((a, b) => a - b)) !== String(layers))) {
+    throw damaged(name, "Its layers disagree on their open segments");
+  }
+  const ordered = (part) => new Map(layers.filter((layer) => part.has(layer)).map((layer) => [layer, part.get(layer)]));
+  const shape = { layers, heads, rank, width };
+  return { adapter: metadata.adapter, rows, shape, states: ordered(parts.state), segments: ordered(parts.segment) };
+}
+
+/**
+ * What a memory file contains: the same bytes as in Python where the states are the same.
+ *
+ * @param {Memory} memory
+ * @returns {Uint8Array}
+ * @throws {MemoryStateError} it contains NaN or infinity, so that the file could not be read again
+ */
+export function memoryBytes({ adapter, rows, shape: { heads, rank, width }, states, segments }) {
+  const tensors = [
+    ...[...states].map(([layer, values]) => [`layers.${layer}.state`, [rows, heads, rank, rank], values]),
+    ...[...segments].map(([layer, values]) => [`layers.${layer}.segment`, [rows, width], values]),
+  ].sort(([one], [other]) => (one < other ? -1 : 1));
+  const metadata = { adapter, deltamem_version: VERSION, format: FORMAT, format_version: FORMAT_VERSION };
+  const header = { __metadata__: metadata };
+  let end = 0;
+  for (const [name, shape, values] of tensors) {
+    if (!values.every(Number.isFinite)) {
+      throw new MemoryStateError(
+        `The memory contains NaN or infinity: ${name}.`,
+        "It was not saved.",
+        "Start from an earlier one.",
+      );
+    }
+    header[name] = { dtype: "F32", shape, data_offsets: [end, (end += values.byteLength)] };
+  }
+  const text = new TextEncoder().encode(JSON.stringify(header));
+  const begin = LENGTH_BYTES + Math.ceil(text.length / LENGTH_BYTES) * LENGTH_BYTES;
+  const bytes = new Uint8Array(begin + end).fill(0x20, LENGTH_BYTES, begin);
+  new DataView(bytes.buffer).setBigUint64(0, BigInt(begin - LENGTH_BYTES), true);
+  bytes.set(text, LENGTH_BYTES);
+  for (const [name, , values] of tensors) {
+    bytes.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), begin + header[name].data_offsets[0]);
+  }
+  return bytes;
+}
+
+// The header of a safetensors file, in which tensors follow each other without gaps up to the end of the file.
+function readHeader(bytes, name) {
+  const unreadable = (why) => refused(name, `It cannot be read: ${why}`);
+  if (bytes.length > MAX_FILE_BYTES) throw unreadable(`it is larger than ${MAX_FILE_BYTES} bytes`);
+  if (bytes.length < LENGTH_BYTES) throw unreadable("it is truncated");
+  const length = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
+  const begin = LENGTH_BYTES + length;
+  if (length > MAX_HEADER_BYTES || begin > bytes.length) throw unreadable("its header is too large, or the file is truncated");
+  let header;
+  try {
+    header = parseJson(bytes.subarray(LENGTH_BYTES, begin));
+  } catch (error) {
+    throw unreadable(firstLine(error));
+  }
+  if (!isObject(header)) throw unreadable("its header is not an object");
+  const { __metadata__: metadata = {}, ...entries } = header;
+  const isText = (value) => typeof value === "string";
+  if (!isObject(metadata) || !Object.values(metadata).every(isText)) throw unreadable("its metadata are not texts");
+  const tensors = Object.entries(entries).map(([tensor, entry]) => {
+    const { dtype, shape, data_offsets: [from, to] = [] } = isObject(entry) ? entry : {};
+    const isShape = Array.isArray(shape) && shape.every((size) => Number.isSafeInteger(size) && size >= 0);
+    if (!isShape || ![from, to].every(Number.isSafeInteger)) throw unreadable("its header is damaged");
+    return [tensor, { dtype, shape, from, to }];
+  });
+  let end = 0;
+  for (const [, { shape, from, to }] of tensors.toSorted(([, one], [, other]) => one.from - other.from)) {
+    const size = shape.reduce((product, size) => product * size, FLOAT_BYTES);
+    if (from !== end || to !== from + size) throw unreadable("its header does not fit its tensors");
+    end = to;
+  }
+  if (begin + end !== bytes.length) throw unreadable("the file is truncated, or longer than its header says");
+  return { tensors, metadata, begin };
+}
+
+/**
+ * Check that a memory is one conversation's, and belongs to an adapter.
+ *
+ * @param {Memory} memory
+ * @param {MemoryShape} shape of the adapter's memories
+ * @param {string} adapter its fingerprint
+ * @throws {MemoryStateError} it does not
+ */
+export function checkMemory(memory, shape, adapter) {
+  const difference = ["layers", "heads", "rank", "width"].find((part) => String(memory.shape[part]) !== String(shape[part]));
+  const another = "Use the adapter that wrote it, or start from an empty memory.";
+  if (difference !== undefined) {
+    const why = `Its ${difference}: ${memory.shape[difference]}; the adapter's: ${shape[difference]}.`;
+    throw new MemoryStateError("This memory does not fit the adapter.", why, another);
+  }
+  if (memory.adapter !== adapter) {
+    const why = `It was written by the adapter ${memory.adapter.slice(0, 16)}…, this is ${adapter.slice(0, 16)}….`;
+    throw new MemoryStateError("This memory belongs to another adapter.", why, another);
+  }
+  if (memory.rows !== 1) {
+    const why = `This one holds ${memory.rows} rows.`;
+    throw new MemoryStateError("A conversation starts from one memory.", why, "Pick one row.");
+  }
+}
+
+/**
+ * Write the open segments, and begin anew; one without tokens writes nothing. As deltamem_tool/ops/numpy_write.py.
+ *
+ * @param {Memory} memory of one conversation
+ * @param {import("./manifest.js").Mechanism} mechanism
+ * @returns {Memory}
+ */
+export function endSegment(memory, mechanism) {
+  const states = new Map(memory.states);
+  for (const [layer, segment] of memory.segments) states.set(layer, written(memory, mechanism, states.get(layer), segment));
+  return { ...memory, states, segments: emptyMemory(memory.shape, memory.adapter).segments };
+}
+
+// S ← keep S − erase (S k) kᵀ + write v kᵀ with the means of the segment's tokens; gates act on rows.
+function written({ shape: { heads, rank } }, { updateRule, coupleLambda, gates }, state, segment) {
+  const tokens = segment.at(-1);
+  if (tokens === 0) return state;
+  const after = new Float32Array(state.length);
+  const gateWidth = gates === "row" ? heads * rank : heads;
+  const [keys, values, betas] = [0, heads * rank, 2 * heads * rank];
+  const mean = (place) => segment[place] / tokens;
+  for (let head = 0; head < heads; head++) {
+    const k = Float64Array.from({ length: rank }, (_, j) => Math.tanh(mean(keys + head * rank + j)));
+    const length = Math.max(Math.hypot(...k), L2_EPS);
+    for (let j = 0; j < rank; j++) k[j] /= length;
+    for (let i = 0; i < rank; i++) {
+      const gate = gates === "row" ? head * rank + i : head;
+      const write = sigmoid(mean(betas + gate));
+      const decayed = sigmoid(coupleLambda ? -mean(betas + gate) : mean(betas + gateWidth + gate)); // λ
+      const keep = updateRule === "no_lambda" ? 1 : decayed;
+      const erase = updateRule === "lambda_outside" ? write * decayed : write;
+      const row = (head * rank + i) * rank;
+      const read = k.reduce((sum, entry, j) => sum + state[row + j] * entry, 0);
+      const change = write * mean(values + head * rank + i) - erase * read;
+      for (let j = 0; j < rank; j++) after[row + j] = keep * state[row + j] + change * k[j];
+    }
+  }
+  return after;
+}
+
+const sigmoid = (x) => 0.5 * (1 + Math.tanh(0.5 * x)); // exp(−x) would overflow
+
+const refused = (name, why) => new MemoryStateError(`${name} is not a memory file.`, `${why}.`, "Use another file.");
+const damaged = (name, why) => new MemoryStateError(`${name} is damaged.`, `${why}.`, "Use another file.");

@@ -1,0 +1,204 @@
+// A model folder in ONNX Runtime Web, ready to talk: pass it to `Conversation`. One model serves many conversations.
+
+import { DataError, ExportError, firstLine } from "./errors.js";
+import { DATA_FILE, readFolder } from "./folder.js";
+import { carriedTensors, disagreement, MANIFEST_FILE, readManifest } from "./manifest.js";
+import { emptyMemory } from "./memory.js";
+import { runtimes } from "./packages.js";
+import { ChatText, readJson } from "./text.js";
+
+const LOGITS = "logits";
+const PRESENT = "present";
+const PAST = "past_key_values";
+
+/** @typedef {Record<string, import("onnxruntime-common").Tensor>} Past KV cache and memory, by input name; never changed */
+
+export class WebModel {
+  /**
+   * @param {import("./folder.js").Read} read gives the folder's files by name
+   * @param {object} [options]
+   * @param {"wasm" | "webgpu"} [options.provider] what computes; see `bestProvider`
+   * @param {Uint8Array} [options.runtime] the .wasm file of that build, where it is not to be fetched from beside it
+   * @returns {Promise<WebModel>}
+   * @throws {ExportError} a file is missing or damaged, or files disagree
+   */
+  static async load(read, { provider = "wasm", runtime } = {}) {
+    const { graph, weights, ...files } = await readFolder(read);
+    const manifest = readManifest(files[MANIFEST_FILE]);
+    const text = new ChatText(files);
+    const stopTokens = text.stopTokens(readJson(files, "generation_config.json").eos_token_id);
+    const ort = await runtimes[provider]();
+    ort.env.wasm.numThreads = 1;
+    if (runtime !== undefined) ort.env.wasm.wasmBinary = runtime;
+    let session;
+    try {
+      session = await ort.InferenceSession.create(graph, {
+        executionProviders: [provider],
+        externalData: [{ path: DATA_FILE, data: weights }],
+        logSeverityLevel: 3,
+        preferredOutputLocation: provider === "webgpu" ? outputLocations(manifest) : "cpu",
+      });
+    } catch (error) {
+      throw new ExportError(
+        `ONNX Runtime cannot load this model on ${provider}.`,
+        `${firstLine(error)}.`,
+        "Fetch the folder again, or export the adapter again.",
+      );
+    }
+    checkGraph(session.inputMetadata, manifest);
+    return new WebModel(ort, session, manifest, text, stopTokens, provider);
+  }
+
+  constructor(ort, session, manifest, text, stopTokens, provider) {
+    Object.assign(this, { text, stopTokens, provider });
+    this._ort = ort;
+    this._session = session;
+    this._carried = carriedTensors(manifest);
+    this._vocabSize = manifest.vocabSize;
+    this.adapter = manifest.adapter;
+    this.baseModel = manifest.baseModel;
+    this.quantize = manifest.quantize;
+    this.mechanism = manifest.mechanism;
+    this.maxLength = manifest.positions;
+    const layers = manifest.layers.flatMap(({ state }, layer) => (state === null ? [] : [layer]));
+    const [heads, rank] = manifest.layers[layers[0]].state;
+    /** @type {import("./memory.js").MemoryShape} */
+    this.memoryShape = { layers, heads, rank, width: manifest.segment };
+    /** Whether tokens can be taken out of a past: not of a hybrid's, whose layers keep more than keys and values. */
+    this.takesBack = [...this._carried.values()].every(({ kind }) => kind !== "base");
+    /** Ids that an answer may have. */
+    this.ids = new Set([...text.ids, ...stopTokens]);
+  }
+
+  /** Frees what the model holds. */
+  async close() {
+    await this._session.release();
+  }
+
+  emptyMemory() {
+    return emptyMemory(this.memoryShape, this.adapter);
+  }
+
+  /**
+   * No tokens yet, and the given memory.
+   *
+   * @returns {Past}
+   */
+  start(memory) {
+    const past = {};
+    for (const [name, { sizes, type }] of this._carried) {
+      const size = sizes.reduce((one, other) => one * other, 1);
+      past[name] = this._tensor(type, type === "float16" ? new Uint16Array(size) : new Float32Array(size), [1, ...sizes]);
+    }
+    return this.withMemory(past, memory);
+  }
+
+  /** The same tokens with another memory. */
+  withMemory(past, memory) {
+    const changed = { ...past };
+    for (const [name, { kind, layer, sizes }] of this._carried) {
+      const values = { state: memory.states, segment: memory.segments }[kind]?.get(layer);
+      if (values !== undefined) changed[name] = this._tensor("float32", Float32Array.from(values), [1, ...sizes]);
+    }
+    return changed;
+  }
+
+  /**
+   * Feed tokens.
+   *
+   * @param {Past} past of `length` tokens
+   * @param {number} length
+   * @param {import("./generation.js").Token[]} tokens
+   * @returns {Promise<{ logits: Float32Array, past: Past }>} logits after the last token
+   * @throws {DataError} an id is not one of the model's
+   */
+  async step(past, length, tokens) {
+    const unknown = tokens.find(({ id }) => id >= this._vocabSize);
+    if (unknown) throw new DataError(`The model has no token ${unknown.id}.`, "", "Use the tokenizer that it was made with.");
+    const bools = (part) => this._tensor("bool", Uint8Array.from(tokens, (token) => token[part]), [1, tokens.length]);
+    const all = length + tokens.length;
+    const { [LOGITS]: logits, ...present } = await this._session.run({
+      input_ids: this._tensor("int64", BigInt64Array.from(tokens, ({ id }) => BigInt(id)), [1, tokens.length]),
+      attention_mask: this._tensor("int64", new BigInt64Array(all).fill(1n), [1, all]),
+      write_mask: bools("writes"),
+      ...(this.memoryShape.width ? { segment_end: bools("ends") } : {}),
+      ...past,
+    });
+    const renamed = Object.entries(present).map(([name, tensor]) => [name.replace(PRESENT, PAST), tensor]);
+    return { logits: await logits.getData(true), past: Object.fromEntries(renamed) };
+  }
+
+  /**
+   * States and open segments, copied.
+   *
+   * @returns {Promise<import("./memory.js").Memory>}
+   */
+  async memory(past) {
+    const memory = this.emptyMemory();
+    for (const [name, { kind, layer }] of this._carried) {
+      const part = { state: memory.states, segment: memory.segments }[kind];
+      part?.set(layer, Float32Array.from(await past[name].getData()));
+    }
+    return memory;
+  }
+
+  /** `past` with its first `length` tokens alone; its memory as it is. */
+  async take(past, length) {
+    const shorter = { ...past };
+    for (const [name, { kind, type }] of this._carried) {
+      if (kind !== "cache") continue;
+      const [, heads, columns, width] = past[name].dims;
+      const values = await past[name].getData();
+      const kept = new values.constructor(heads * length * width);
+      for (let head = 0; head < heads; head++) {
+        const start = head * columns * width;
+        kept.set(values.subarray(start, start + length * width), head * length * width);
+      }
+      shorter[name] = this._tensor(type, kept, [1, heads, length, width]);
+    }
+    return shorter;
+  }
+
+  /** Frees what `past` holds on a GPU, save what `kept` shares with it. */
+  release(past, kept = {}) {
+    const shared = new Set(Object.values(kept));
+    for (const tensor of Object.values(past)) if (!shared.has(tensor)) tensor.dispose();
+  }
+
+  _tensor(type, values, dims) {
+    return new this._ort.Tensor(type, values, dims);
+  }
+}
+
+/** "webgpu" where there is a GPU for it, and "wasm" where there is none. */
+export async function bestProvider() {
+  const adapter = await globalThis.navigator?.gpu?.requestAdapter().catch(() => null);
+  return adapter && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm";
+}
+
+// What is carried stays on the GPU.
+function outputLocations(manifest) {
+  const names = [...carriedTensors(manifest).keys()].map((name) => name.replace(PAST, PRESENT));
+  return { [LOGITS]: "cpu", ...Object.fromEntries(names.map((name) => [name, "gpu-buffer"])) };
+}
+
+// The graph must take what the manifest says, and no more.
+function checkGraph(inputs, manifest) {
+  const expected = new Map([
+    ["input_ids", "int64"],
+    ["attention_mask", "int64"],
+    ["write_mask", "bool"],
+    ...(manifest.segment ? [["segment_end", "bool"]] : []),
+    ...[...carriedTensors(manifest)].map(([name, { type }]) => [name, type]),
+  ]);
+  const carried = carriedTensors(manifest);
+  for (const { name, type, shape } of inputs) {
+    if (expected.get(name) !== type) throw disagreement(`The graph has an input ${name} of type ${type}`);
+    const { sizes } = carried.get(name) ?? {};
+    if (sizes && !sizes.every((size, axis) => size === 0 || size === shape[axis + 1])) {
+      throw disagreement(`The graph's input ${name} is [${shape}]`);
+    }
+    expected.delete(name);
+  }
+  if (expected.size) throw disagreement(`The graph has no input ${[...expected.keys()][0]}`);
+}

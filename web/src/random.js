@@ -1,0 +1,67 @@
+// numpy's random generator, `default_rng(seed).random()`: PCG64 seeded by a SeedSequence. The same seed draws the same numbers.
+
+const [WORD, DOUBLE_WORD, QUAD_WORD] = [2n ** 32n - 1n, 2n ** 64n - 1n, 2n ** 128n - 1n];
+const MULTIPLIER = 0x2360ed051fc65da44385df649fccf645n;
+const POOL = 4; // words
+
+export class Random {
+  /** @param {number | null} seed whole, from 0; null for one of the system's */
+  constructor(seed) {
+    const entropy = seed === null ? [...crypto.getRandomValues(new Uint32Array(POOL))] : wordsOf(BigInt(seed));
+    const [high, low, incrementHigh, incrementLow] = seedWords(entropy);
+    this._increment = ((((incrementHigh << 64n) | incrementLow) << 1n) | 1n) & QUAD_WORD;
+    this._state = 0n;
+    this._step();
+    this._state = (this._state + ((high << 64n) | low)) & QUAD_WORD;
+    this._step();
+  }
+
+  /** From 0, below 1. */
+  next() {
+    this._step();
+    const folded = (this._state >> 64n) ^ (this._state & DOUBLE_WORD);
+    const turn = this._state >> 122n;
+    const bits = ((folded >> turn) | (folded << (64n - turn))) & DOUBLE_WORD;
+    return Number(bits >> 11n) / 2 ** 53;
+  }
+
+  _step() {
+    this._state = (this._state * MULTIPLIER + this._increment) & QUAD_WORD;
+  }
+}
+
+function wordsOf(number) {
+  const words = [];
+  for (; number > 0n; number >>= 32n) words.push(Number(number & WORD));
+  return words.length ? words : [0];
+}
+
+// Four numbers of 64 bits, from numpy's SeedSequence.
+function seedWords(entropy) {
+  let constant = 0x43b0d7e5;
+  const hash = (value) => {
+    value = (value ^ constant) >>> 0;
+    constant = Math.imul(constant, 0x931e8875) >>> 0;
+    value = Math.imul(value, constant) >>> 0;
+    return (value ^ (value >>> 16)) >>> 0;
+  };
+  const mix = (x, y) => {
+    const mixed = (Math.imul(0xca01f9dd, x) - Math.imul(0x4973f715, y)) >>> 0;
+    return (mixed ^ (mixed >>> 16)) >>> 0;
+  };
+  const pool = Array.from({ length: POOL }, (_, place) => hash(entropy[place] ?? 0));
+  for (let from = 0; from < POOL; from++) {
+    for (let to = 0; to < POOL; to++) if (from !== to) pool[to] = mix(pool[to], hash(pool[from]));
+  }
+  for (const word of entropy.slice(POOL)) {
+    for (let to = 0; to < POOL; to++) pool[to] = mix(pool[to], hash(word));
+  }
+  constant = 0x8b51f9dd;
+  const words = Array.from({ length: 2 * POOL }, (_, place) => {
+    let value = (pool[place % POOL] ^ constant) >>> 0;
+    constant = Math.imul(constant, 0x58f38ded) >>> 0;
+    value = Math.imul(value, constant) >>> 0;
+    return BigInt((value ^ (value >>> 16)) >>> 0);
+  });
+  return Array.from({ length: POOL }, (_, place) => words[2 * place] | (words[2 * place + 1] << 32n));
+}

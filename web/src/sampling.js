@@ -1,0 +1,161 @@
+// From logits to the next token, as in deltamem_tool/chat/sampling.py.
+
+import { ConfigError, DeltaMemError } from "./errors.js";
+import { Random } from "./random.js";
+
+/**
+ * How an answer is chosen and where it ends. The options are applied in the order of transformers' `generate`: repetition
+ * penalty, temperature, top-k, top-p, min-p.
+ *
+ * @typedef {object} Sampling
+ * @property {number} maxNewTokens the longest answer
+ * @property {number} temperature 0 takes the likeliest token; more makes the answer more varied
+ * @property {number} topK sample among so many likeliest tokens; 0 for all
+ * @property {number} topP sample among the likeliest tokens that hold this much probability together
+ * @property {number} minP sample among the tokens that have at least this share of the likeliest one's probability
+ * @property {number} repetitionPenalty of tokens that are in the context; 1 changes nothing
+ * @property {number | null} seed of the sampling; null takes a new one
+ * @property {string[]} stop texts that end the answer, which ends before them
+ */
+const DEFAULTS = {
+  maxNewTokens: 256,
+  temperature: 0,
+  topK: 0,
+  topP: 1,
+  minP: 0,
+  repetitionPenalty: 1,
+  seed: null,
+  stop: [],
+};
+
+/**
+ * @param {Partial<Sampling>} options
+ * @returns {Sampling}
+ * @throws {ConfigError} an option is unknown or out of range
+ */
+export function samplingOf(options) {
+  const sampling = { ...DEFAULTS, ...options };
+  const { maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop } = sampling;
+  for (const [holds, why] of [
+    [Object.keys(options).every((name) => name in DEFAULTS), `the options are ${Object.keys(DEFAULTS).join(", ")}`],
+    [Number.isInteger(maxNewTokens) && maxNewTokens >= 1, `maxNewTokens must be 1 or more, not ${maxNewTokens}`],
+    [temperature >= 0 && temperature < Infinity, `temperature must be 0 or more, not ${temperature}`],
+    [Number.isInteger(topK) && topK >= 0, `topK must be 0 (off) or more, not ${topK}`],
+    [topP > 0 && topP <= 1, `topP must be above 0 and at most 1, not ${topP}`],
+    [minP >= 0 && minP <= 1, `minP must be 0 to 1, not ${minP}`],
+    [repetitionPenalty > 0 && repetitionPenalty < Infinity, `repetitionPenalty must be above 0, not ${repetitionPenalty}`],
+    [seed === null || (Number.isSafeInteger(seed) && seed >= 0), `seed must be 0 or more, not ${seed}`],
+    [Array.isArray(stop) && stop.every((text) => typeof text === "string" && text), "stop must be a list of texts, none empty"],
+  ]) {
+    if (!holds) throw new ConfigError("Invalid sampling options.", `${why}.`, "Correct the option and try again.");
+  }
+  return sampling;
+}
+
+/** Chooses the tokens of one answer. */
+export class Sampler {
+  /**
+   * @param {Sampling} sampling
+   * @param {number[]} context the tokens before the answer, for the repetition penalty
+   * @param {Set<number>} ids those that may be chosen: models often have logits for more, which mean no token
+   */
+  constructor(sampling, context, ids) {
+    this._sampling = sampling;
+    this._random = new Random(sampling.seed);
+    this._seen = new Set(context);
+    this._ids = ids;
+  }
+
+  /**
+   * The next token.
+   *
+   * @param {Float32Array} logits
+   * @throws {DeltaMemError} one that may be chosen has NaN or infinity, or all have minus infinity
+   */
+  pick(logits) {
+    const scores = new Float64Array(logits.length).fill(-Infinity);
+    let largest = -Infinity;
+    for (const id of this._ids) {
+      if (id >= logits.length) continue;
+      scores[id] = logits[id];
+      largest = Number.isNaN(scores[id]) ? NaN : Math.max(largest, scores[id]);
+    }
+    if (!Number.isFinite(largest)) throw notFinite("The model's logits");
+    this._penalise(scores);
+    const token = this._sampling.temperature === 0 ? argmax(scores) : this._draw(probabilities(scores, this._sampling));
+    this._seen.add(token);
+    return token;
+  }
+
+  _penalise(scores) {
+    const penalty = this._sampling.repetitionPenalty;
+    if (penalty === 1) return;
+    for (const id of this._seen) {
+      if (id < scores.length) scores[id] = Math.min(scores[id] < 0 ? scores[id] * penalty : scores[id] / penalty, Number.MAX_VALUE);
+    }
+  }
+
+  // As `choice` of numpy's generator draws with probabilities.
+  _draw(chances) {
+    const sums = cumulative(chances);
+    const drawn = this._random.next();
+    return sums.findIndex((sum) => sum / sums.at(-1) > drawn);
+  }
+}
+
+/**
+ * What a token is drawn from at a temperature above 0; zero for tokens that are left out.
+ *
+ * @param {Float64Array} logits
+ * @param {Sampling} sampling
+ */
+export function probabilities(logits, { temperature, topK, topP, minP }) {
+  const largest = logits[argmax(logits)];
+  const scores = logits.map((logit) => (logit - largest) / temperature);
+  if (topK > 0 && topK < scores.length) {
+    const least = scores.toSorted()[scores.length - topK];
+    leaveOut(scores, (place) => scores[place] < least);
+  }
+  if (topP < 1) {
+    const chances = softmax(scores);
+    // Ascending, as transformers does: the tail is what is cut off, and never the likeliest.
+    const order = [...scores.keys()].sort((one, other) => scores[one] - scores[other] || one - other).slice(0, -1);
+    let sum = 0;
+    for (const place of order) if ((sum += chances[place]) <= 1 - topP) scores[place] = -Infinity;
+  }
+  if (minP > 0) {
+    const chances = softmax(scores);
+    const least = minP * chances[argmax(chances)];
+    leaveOut(scores, (place) => chances[place] < least);
+  }
+  return softmax(scores);
+}
+
+export const notFinite = (what) =>
+  new DeltaMemError(
+    `${what} contain NaN or infinity.`,
+    "The weights are damaged or overflow in half precision, or the memory that was read is not this model's.",
+    "Try another dtype or an earlier memory.",
+  );
+
+function leaveOut(scores, isOut) {
+  for (let place = 0; place < scores.length; place++) if (isOut(place)) scores[place] = -Infinity;
+}
+
+function argmax(values) {
+  let best = 0;
+  for (let place = 1; place < values.length; place++) if (values[place] > values[best]) best = place;
+  return best;
+}
+
+function cumulative(values) {
+  let sum = 0;
+  return values.map((value) => (sum += value));
+}
+
+function softmax(scores) {
+  const largest = scores[argmax(scores)];
+  const chances = scores.map((score) => Math.exp(score - largest));
+  const sum = chances.reduce((one, other) => one + other, 0);
+  return chances.map((chance) => chance / sum);
+}

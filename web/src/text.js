@@ -1,0 +1,173 @@
+// Text to tokens and back: tokenizer.json, the chat template, text as it streams. As deltamem_tool/chat/text.py.
+
+import { checkUnicode, trimStart } from "./characters.js";
+import { DataError, ExportError, firstLine } from "./errors.js";
+import { decodeText, isObject, parseJson } from "./json.js";
+import { offsetsOf } from "./offsets.js";
+import { Template, Tokenizer } from "./packages.js";
+import { ChatTemplate } from "./template.js";
+
+const MAX_TOKENIZER_BYTES = 256 * 2 ** 20;
+const MAX_TEMPLATE_BYTES = 2 ** 20; // the longest that we know, for tools, are of 20 kB
+
+/** A tokenizer and a chat template: how a model's messages become tokens. */
+export class ChatText {
+  /**
+   * @param {Record<string, Uint8Array | undefined>} files of a model folder, by name
+   * @throws {ExportError} a file cannot be read
+   */
+  constructor(files) {
+    const description = readJson(files, "tokenizer.json", MAX_TOKENIZER_BYTES);
+    const options = readJson(files, "tokenizer_config.json");
+    try {
+      // Without the options: they would change texts, which tokenizer.json alone does elsewhere.
+      this.tokenizer = new Tokenizer(description, {});
+    } catch (error) {
+      throw unreadable("tokenizer.json", error);
+    }
+    this._description = description;
+    this.ids = new Set(this.tokenizer.get_vocab(true).values());
+    this._specialTokens = {};
+    for (const [name, token] of Object.entries(options)) {
+      const content = isObject(token) ? token.content : token;
+      if (name.endsWith("_token") && typeof content === "string") this._specialTokens[name] = content;
+    }
+    const source = templateSource(files["chat_template.jinja"], options.chat_template);
+    this.template = source === null ? null : new ChatTemplate("this model", this._writer(source));
+  }
+
+  get hasTemplate() {
+    return this.template !== null;
+  }
+
+  _writer(source) {
+    let template;
+    try {
+      template = new Template(source);
+    } catch (error) {
+      throw unreadable("The chat template", error);
+    }
+    return (messages, generationPrompt) =>
+      template.render({ ...this._specialTokens, messages, add_generation_prompt: generationPrompt });
+  }
+
+  /**
+   * Ids that end an answer.
+   *
+   * @param {unknown} configured `eos_token_id` of the model's generation config
+   * @returns {Set<number>}
+   */
+  stopTokens(configured) {
+    const listed = configured == null ? [] : [configured].flat();
+    if (!listed.every(Number.isInteger)) throw unreadable("generation_config.json", "its eos_token_id is not a number or a list of them");
+    const ids = [...listed, this.tokenizer.token_to_id(this._specialTokens.eos_token ?? "")];
+    if (this.hasTemplate) {
+      // Of what the template writes as plain text, nothing can be told from an answer.
+      const [first] = this.encode(trimStart(this.template.closing()));
+      if (this.tokenizer.get_added_tokens_decoder().has(first)) ids.push(first);
+    }
+    return new Set(ids.filter((id) => id !== undefined));
+  }
+
+  /**
+   * The conversation as text, up to where the assistant speaks next.
+   *
+   * @throws {ExportError} there is no template, or it refuses the messages
+   * @throws {DataError} a message has no role or no text, or the template leaves out some of what is said
+   */
+  render(messages, generationPrompt = true) {
+    if (!this.hasTemplate) {
+      throw new ExportError("This model takes no messages.", "It has no chat template.", "Give it plain text instead.");
+    }
+    return this.template.render(messages, generationPrompt);
+  }
+
+  /**
+   * Token ids; `specialTokens` lets the tokenizer add what it puts around a text (templates spell it out).
+   *
+   * @returns {number[]}
+   */
+  encode(text, specialTokens = false) {
+    checkUnicode(text, "The text");
+    return text === "" && !specialTokens ? [] : this.tokenizer.encode(text, { add_special_tokens: specialTokens }).ids;
+  }
+
+  /**
+   * The characters of each token of `text`.
+   *
+   * @returns {[number, number][]}
+   * @throws {DataError} they cannot be told
+   */
+  offsets(text) {
+    const { tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+    return offsetsOf(text, tokens, this._description);
+  }
+
+  decode(ids) {
+    const options = { skip_special_tokens: true, clean_up_tokenization_spaces: false };
+    return ids.length ? this.tokenizer.decode(ids, options) : "";
+  }
+}
+
+/** Tokens in, text out, a character only when all of its bytes are there. */
+export class TextStream {
+  /** @param {ChatText} text */
+  constructor(text) {
+    this._text = text;
+    this._tokens = [];
+    this._start = 0; // from here on tokens are decoded: what was given last stays as context for what follows
+    this._end = 0; // the tokens before this one have come out
+  }
+
+  /** The text that `token` completes, often empty. */
+  push(token) {
+    this._tokens.push(token);
+    return this._new(true);
+  }
+
+  /** What was held back when no more tokens come. */
+  flush() {
+    return this._new(false);
+  }
+
+  _new(hold) {
+    const before = this._text.decode(this._tokens.slice(this._start, this._end));
+    const text = this._text.decode(this._tokens.slice(this._start));
+    if (hold && (text.length <= before.length || text.endsWith("\ufffd"))) return "";
+    [this._start, this._end] = [this._end, this._tokens.length];
+    return text.slice(before.length);
+  }
+}
+
+/**
+ * @param {Record<string, Uint8Array | undefined>} files
+ * @returns {Record<string, unknown>} a JSON object; empty if there is no such file
+ */
+export function readJson(files, name, limit) {
+  if (files[name] === undefined) return {};
+  let content;
+  try {
+    content = parseJson(files[name], { finite: false, limit });
+  } catch (error) {
+    throw unreadable(name, error);
+  }
+  if (!isObject(content)) throw unreadable(name, "it is not a JSON object");
+  return content;
+}
+
+// The template's source; of several, the one that is called default.
+function templateSource(file, inOptions) {
+  if (file !== undefined) {
+    try {
+      return decodeText(file, MAX_TEMPLATE_BYTES);
+    } catch (error) {
+      throw unreadable("The chat template", error);
+    }
+  }
+  const listed = Array.isArray(inOptions) ? inOptions.find((entry) => entry?.name === "default")?.template : inOptions;
+  const source = isObject(listed) ? listed.default : listed;
+  return typeof source === "string" ? source : null;
+}
+
+const unreadable = (part, why) =>
+  new ExportError(`${part} of this model folder cannot be read.`, `${firstLine(why)}.`, "Export the model again.");
