@@ -212,6 +212,15 @@ def hooks_of(module: Any) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
+def accelerate_hooks(module: Any) -> list[Any]:
+    """What accelerate does before and after the forward of `module`, to bring it weights and inputs.
+
+    Can go when accelerate lists its hooks under a public name.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
 def changes_of(tensors: Iterable[Any]) -> list[tuple[int, int]] | None:
     """What is another than before after one of `tensors` has been written to in place or been given other data.
 

@@ -328,6 +328,17 @@ def test_use_attention():
     assert _compat.attention_implementation(model.config) == "eager"
 
 
+def test_accelerate_hooks():
+    from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+
+    module, first, second = torch.nn.Linear(2, 2), AlignDevicesHook("cpu"), ModelHook()
+    assert _compat.accelerate_hooks(module) == []
+    add_hook_to_module(module, first)
+    assert _compat.accelerate_hooks(module) == [first]
+    add_hook_to_module(module, second, append=True)
+    assert _compat.accelerate_hooks(module) == [first, second]
+
+
 def test_hooks_of():
     module, before, after = torch.nn.Linear(2, 2), lambda *args: None, lambda *args: None
     module.register_forward_hook(after)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,8 +45,9 @@ def release(model: PreTrainedModel) -> None:
 def _with_parameters(original: Method) -> Method:
     """Make the adapter's parameters the model's own.
 
-    `parameters`, `zero_grad`, `requires_grad_` and `num_parameters` go by this method; DistributedDataParallel asks for
-    every module's own parameters, without `recurse`.
+    `parameters`, `zero_grad`, `requires_grad_` and `num_parameters` go by this method. Without `recurse` every module
+    has its own alone, which is what accelerate offloads; DistributedDataParallel, for which there are processes, asks
+    that way for all that it shall share.
     """
 
     @functools.wraps(original)
@@ -54,7 +56,8 @@ def _with_parameters(original: Method) -> Method:
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from original(self, prefix, recurse, remove_duplicate)
         attachment = find_attachment(cast(PreTrainedModel, self))
-        if attachment is not None:  # a shallow copy of a model that has been detached keeps the methods
+        # A shallow copy of a model that has been detached keeps the methods.
+        if attachment is not None and (recurse or torch.distributed.is_initialized()):
             name = f"{prefix}.{MODULE}" if prefix else MODULE
             yield from attachment.adapter.named_parameters(name, True, remove_duplicate)
 

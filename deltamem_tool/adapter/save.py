@@ -89,7 +89,9 @@ def contents_of(
 
     Raises:
         AdapterError: the adapter contains NaN or infinity.
+        ArchitectureError: accelerate has offloaded it with the base model.
     """
+    adapter.check_at_hand()
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from deltamem_tool.base_model.placement import at_hand
+
 
 @dataclass(frozen=True)
 class Span:
@@ -95,8 +97,9 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """The linear layer's weight, all branches in it."""
-        return cast(Tensor, self.linear.weight)
+        """The linear layer's weight, all branches in it; read from where accelerate keeps it, if it does."""
+        with at_hand(self.linear):
+            return cast(Tensor, self.linear.weight)
 
     @property
     def weight_name(self) -> str:

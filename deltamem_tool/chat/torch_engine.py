@@ -20,6 +20,7 @@ from deltamem_tool._compat import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.text import ChatText
@@ -89,7 +90,7 @@ class TorchModel:
 
     def start(self, memory: StoredMemory) -> TorchPast:
         """See `Engine.start`."""
-        return TorchPast({}, self._on_device(memory))
+        return TorchPast({}, self._on_devices(memory))
 
     def step(
         self,
@@ -133,7 +134,7 @@ class TorchModel:
         all_positions: bool,
     ) -> tuple[NDArray[Any], TorchPast]:
         """One call of the model."""
-        device = self.model.device
+        device = input_device(self.model)
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
         # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again.
@@ -161,16 +162,16 @@ class TorchModel:
 
     def with_memory(self, past: TorchPast, memory: StoredMemory) -> TorchPast:
         """See `Engine.with_memory`."""
-        return replace(past, memory=self._on_device(memory))
+        return replace(past, memory=self._on_devices(memory))
 
     def take(self, past: TorchPast, row: int, columns: NDArray[Any]) -> TorchPast:
         """See `Engine.take`."""
         _check_separable(past)
-        kept = torch.from_numpy(columns).to(self.model.device)
-        layers = {
-            index: (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
-            for index, (keys, values) in past.layers.items()
-        }
+        kept = torch.from_numpy(columns)
+        layers = {}
+        for index, (keys, values) in past.layers.items():
+            kept = kept.to(keys.device)  # one copy for all layers that are there
+            layers[index] = (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
         states = states_of_row(past.states, row)
         return TorchPast(layers if len(columns) else {}, past.memory.select([row]), states if len(columns) else {})
 
@@ -208,9 +209,10 @@ class TorchModel:
         """See `Engine.group`."""
         return PaddedGroup(self)
 
-    def _on_device(self, memory: StoredMemory) -> MemoryState:
+    def _on_devices(self, memory: StoredMemory) -> MemoryState:
+        adapter = attachment_of(self.model).adapter
         states, segments = (
-            {layer: torch.tensor(array, device=self.model.device) for layer, array in part.items()}
+            {layer: torch.tensor(array, device=adapter.device_of(layer)) for layer, array in part.items()}
             for part in (memory.states, memory.open_segments)
         )
         return MemoryState(states, memory.adapter, segments)

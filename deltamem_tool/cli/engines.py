@@ -11,7 +11,11 @@ from deltamem_tool.io.installation import RUNTIME, check_installation
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from deltamem_tool.chat.engine import Engine
+
+AUTO = "auto"  # a device, and transformers' name for a device map that it works out
 
 
 def check_runtime_options(is_onnx: bool, provider: str | None, **for_adapter: Any) -> None:
@@ -34,15 +38,24 @@ def onnx_engine(folder: str, provider: str | None) -> Engine:
 def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:
     """Return the engine of an adapter, which `load` takes with the options `loading`."""
     check_installation("torch")
-    import torch
-
-    from deltamem_tool.adapter.load import load
     from deltamem_tool.base_model.tokenizer import tokenizer_of
     from deltamem_tool.chat.torch_engine import TorchModel
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()
+    model = load_on(device, adapter, loading)
+    return TorchModel(model, tokenizer_of(model, for_chat=False))
+
+
+def load_on(device: str | None, adapter: str, loading: dict[str, Any]) -> PreTrainedModel:
+    """Load an adapter with its base on `device`, or where there is room for each layer: `AUTO`."""
+    import torch
+
+    from deltamem_tool.adapter.load import load
+
+    if device == AUTO:
+        return load(adapter, **loading, device_map=AUTO)
     where = torch_device(device)
     model = load(adapter, **loading)
     cast(torch.nn.Module, model).to(where)  # transformers hides the signature
-    return TorchModel(model, tokenizer_of(model, for_chat=False))
+    return model

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deltamem_tool.cli.engines import check_runtime_options
+from deltamem_tool.cli.engines import check_runtime_options, load_on
 from deltamem_tool.cli.options import (
     MARGIN,
     NAME,
@@ -20,7 +20,6 @@ from deltamem_tool.cli.options import (
     UserPath,
     allow_other_base,
     device,
-    torch_device,
     trust_remote_code,
 )
 from deltamem_tool.cli.typed import typed
@@ -197,13 +196,10 @@ def command(
 
 def _load(adapter: str, device: str | None, loading: dict[str, Any]) -> tuple[Any, Any, str]:
     """Load the model with its adapter, its tokenizer, and the adapter's fingerprint."""
-    from deltamem_tool.adapter.load import load
     from deltamem_tool.base_model.tokenizer import tokenizer_of
     from deltamem_tool.memory.attach import adapter_of
 
-    where = torch_device(device)
-    model: Any = load(adapter, **loading)
-    model.to(where)
+    model = load_on(device, adapter, loading)
     return model, tokenizer_of(model), adapter_of(model).fingerprint
 
 

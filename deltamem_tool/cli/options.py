@@ -68,7 +68,9 @@ SEED = click.IntRange(0, 2**32 - 1)  # as in a recipe
 MARGIN = click.FloatRange(min=0, min_open=True)
 
 device = click.option(
-    "--device", help="Where the model runs, such as cuda:1.  [default: cuda if there is one, or else cpu]"
+    "--device",
+    help="Where the model runs, such as cuda:1; `auto` spreads an adapter's base over GPUs, CPU and disk.  "
+    "[default: cuda if there is one, or else cpu]",
 )
 
 _SAMPLING = (

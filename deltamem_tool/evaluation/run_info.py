@@ -63,9 +63,10 @@ def _of_torch(model: Any) -> _Description:
     import torch
 
     from deltamem_tool.adapter.config_file import BaseModel
+    from deltamem_tool.base_model.placement import input_device
     from deltamem_tool.memory.attach import adapter_of
 
-    adapter, device = adapter_of(model), model.device
+    adapter, device = adapter_of(model), input_device(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     base = asdict(adapter.made_for) if isinstance(adapter.made_for, BaseModel) else None
     mechanism = {**adapter.config.to_dict(), "trained_parameters": adapter.num_parameters()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltamem_tool._compat import changes_of, parameters_of
 from deltamem_tool.base_model.attention import AttentionLayer
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ConfigError
+from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.memory.file import MemoryShape
 from deltamem_tool.memory.layer import DeltaMemLayer
 from deltamem_tool.memory.state import MemoryState
@@ -52,6 +52,8 @@ class DeltaMemAdapter(nn.Module):
         self.made_for: object | None = None  # the `adapter.BaseModel` of the folder that it was loaded from
         # The modules that have weights: to look for them at every call would take too long.
         self._leaves = [module for module in self.modules() if parameters_of([module])]
+        # Of each layer, what says where it is: an exporter puts others in the layers' place.
+        self._queries = {int(index): cast(DeltaMemLayer, layer).query for index, layer in self.layers.items()}
         # Computed of which changes, and of which data: as long as it is here, no other can be in its place.
         self._fingerprint: tuple[str, list[tuple[int, int]] | None, list[Tensor]] | None = None
 
@@ -70,17 +72,26 @@ class DeltaMemAdapter(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not type it; a fingerprint cannot be taken while a graph is traced
     def empty_memory(self, batch_size: int) -> MemoryState:
-        """Return zeros for `batch_size` conversations, on the adapter's device."""
+        """Return zeros for `batch_size` conversations, each layer's on the device of its weights."""
         shape = self.memory_shape
-        zeros = partial(torch.zeros, dtype=torch.float32, device=self.device)
-        states = {i: zeros(batch_size, *size) for i, size in shape.layers.items()}
-        segments = {i: zeros(batch_size, shape.segment_width) for i in states if shape.segment_width}
+        zeros = partial(torch.zeros, dtype=torch.float32)
+        states = {i: zeros(batch_size, *size, device=self.device_of(i)) for i, size in shape.layers.items()}
+        segments = {
+            i: zeros(batch_size, shape.segment_width, device=self.device_of(i)) for i in states if shape.segment_width
+        }
         return MemoryState(states, self.fingerprint, segments)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return cast(torch.device, parameters_of(self._leaves[:1])[0].device)
+    def device_of(self, index: int) -> torch.device:
+        """Where the weights of decoder layer `index` are."""
+        return self._queries[index].weight.device
+
+    def layer_on(self, index: int, device: torch.device) -> DeltaMemLayer:
+        """Return the module of decoder layer `index`, moved to `device` if it is elsewhere."""
+        layer = self.layer(index)
+        if self.device_of(index) != device:
+            with torch.inference_mode(False):
+                layer.to(device)
+        return layer
 
     def extra_repr(self) -> str:
         """Return the line that `print(adapter)` begins with."""
@@ -94,13 +105,18 @@ class DeltaMemAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """What a memory is bound to: see `fingerprint_of`. Computed again after a change."""
+        """What a memory is bound to: see `fingerprint_of`. Computed again after a change.
+
+        Raises:
+            ArchitectureError: accelerate has offloaded the adapter with the base model.
+        """
         if getattr(_THREAD, "trained", None) is self:
             return IN_TRAINING
         parameters = parameters_of(self._leaves)
         changes = changes_of(parameters)
         if self._fingerprint is not None and self._fingerprint[1] == changes:
             return self._fingerprint[0]
+        self.check_at_hand()
         fingerprint = fingerprint_of(
             self.config, {name: w.cpu().float().numpy() for name, w in self.state_dict().items()}
         )
@@ -108,6 +124,19 @@ class DeltaMemAdapter(nn.Module):
         counted = changes is not None and not any(parameter.is_inference() for parameter in parameters)
         self._fingerprint = (fingerprint, changes, data) if counted else None
         return fingerprint
+
+    def check_at_hand(self) -> None:
+        """Check that the weights are in memory.
+
+        Raises:
+            ArchitectureError: accelerate has offloaded the adapter with the base model.
+        """
+        if any(parameter.is_meta for parameter in parameters_of(self._leaves)):
+            raise ArchitectureError(
+                "The adapter was offloaded with the base model.",
+                "It is registered as a part of the model, and accelerate keeps its weights elsewhere between calls.",
+                "Offload the model first and attach or load then, or leave out register=True.",
+            )
 
     @contextmanager
     def in_training(self) -> Iterator[None]:

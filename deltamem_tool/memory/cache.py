@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from deltamem_tool._compat import DynamicLayer, StaticLayer
+from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.attachment import attachment_of
@@ -65,7 +66,7 @@ class MemoryCache(DynamicCache):
         self.write_gates: dict[int, Tensor] | None = None
         self.segment_tags: Tensor | None = None  # int8 [B, tokens to come]: see `SegmentTag`
         self._config: DeltaMemConfig = adapter.config
-        self._device_type = model.device.type
+        self._device_type = input_device(model).type
         self._window: int | None = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._fed = 0  # tokens, counted without a look at the device
         # Of the running `generate`, until it feeds its prompt.

@@ -20,6 +20,7 @@ from deltamem_tool._compat import (
     cache_argument,
 )
 from deltamem_tool.base_model.limits import Limits
+from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.cache import MemoryCache
@@ -159,7 +160,7 @@ def _cut(head: nn.Module | None, position: Tensor | None) -> Iterator[None]:
         return
 
     def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        index = position[..., None].expand(-1, -1, args[0].shape[-1])
+        index = position[..., None].expand(-1, -1, args[0].shape[-1]).to(args[0].device)
         return (args[0].gather(1, index), *args[1:])
 
     handle = head.register_forward_pre_hook(cut)
@@ -175,11 +176,12 @@ def _first_position(model: PreTrainedModel) -> int | None:
 
     None if it does neither: then it counts by itself.
     """
-    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    device = input_device(model)
+    ids = torch.tensor([[3, 4, 5]], device=device)
     expected = model(input_ids=ids, cache=MemoryCache(model)).logits
     padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     for first in (0, (padding or 0) + 1):
-        positions = first + torch.arange(3, device=model.device)[None]
+        positions = first + torch.arange(3, device=device)[None]
         if torch.allclose(model(ids, position_ids=positions, cache=MemoryCache(model)).logits, expected, atol=1e-5):
             return first
     return None

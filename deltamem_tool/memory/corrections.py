@@ -96,8 +96,9 @@ class Corrections(nn.Module):
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
         """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass where possible."""
-        if output.dtype != scaled.dtype or (branch == "o" and self.config.o_norm):
-            return output + self.correction(branch, scaled).to(output.dtype)
+        apart = output.dtype != scaled.dtype or output.device != scaled.device
+        if apart or (branch == "o" and self.config.o_norm):
+            return output + self.correction(branch, scaled).to(output)
         with full_precision(scaled.device):
             readings = self._for_branch(branch, scaled)
             delta = self.delta_of(branch).weight.float()

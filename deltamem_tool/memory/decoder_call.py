@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import local
 
+import torch
 from torch import Tensor
 
 from deltamem_tool.memory.cache import MemoryCache
@@ -29,6 +30,13 @@ class DecoderCall:
     states: dict[int, Tensor] = field(default_factory=dict)  # [B, H, R, R] by layer
     open_segments: dict[int, Tensor] = field(default_factory=dict)  # [B, W] by layer, where there are segments
     write_gates: dict[int, Tensor] = field(default_factory=dict)  # [B, 2] by layer, as `MemoryCache` has them
+
+    def move_masks(self, device: torch.device) -> None:
+        """Move the masks to a layer's device, if they are elsewhere: they go along with the hidden states."""
+        for name in ("read_mask", "write_mask", "segment_end"):
+            mask = getattr(self, name)
+            if isinstance(mask, Tensor) and mask.device != device:
+                setattr(self, name, mask.to(device))
 
 
 # What each thread runs, as `call`, and whether its models go without their memories, as `off`. Not a context variable:

@@ -123,9 +123,6 @@ def _begin_call(
     tokens = kwargs.get("input_ids")
     content = tokens if tokens is not None else kwargs["inputs_embeds"]
     batch, length = content.shape[:2]
-    if adapter.device != content.device:
-        with torch.inference_mode(False):
-            adapter.to(content.device)  # the adapter follows the model, which does not know of it
     memory = adapter.empty_memory(batch) if cache.memory is None else cache.memory
     _check_fit(memory, adapter, batch)
     past = None
@@ -143,8 +140,7 @@ def _begin_call(
     write_mask, segment_end = segment_tokens(
         adapter.config, cache.segment_tags, content, valid, writing_tokens(cache.write, valid, content)
     )
-    memory = memory.to(content.device).for_autograd()
-    run(DecoderCall(cache, memory, valid, write_mask, segment_end, length, past, outer=running()))
+    run(DecoderCall(cache, memory.for_autograd(), valid, write_mask, segment_end, length, past, outer=running()))
     return (), kwargs
 
 
@@ -201,8 +197,10 @@ def _before_attention(adapter: DeltaMemAdapter, index: int, module: nn.Module, a
             "Call the model, or its base model, as a whole.",
         )
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    layer, segment = adapter.layer(index), call.memory.open_segments.get(index)
-    output = layer(hidden, call.memory.layers[index], call.read_mask, call.write_mask, segment, call.segment_end)
+    # Weights and state follow the layer, wherever a device map has put it: the model does not know of them.
+    layer, (state, segment) = adapter.layer_on(index, hidden.device), call.memory.layer_on(index, hidden.device)
+    call.move_masks(hidden.device)
+    output = layer(hidden, state, call.read_mask, call.write_mask, segment, call.segment_end)
     call.readings[index], call.states[index] = layer.scaled(output.readings), output.state
     if output.open_segment is not None:
         call.open_segments[index] = output.open_segment
@@ -234,4 +232,4 @@ def _after_projection(
     layer = adapter.layer(index)
     if projection.is_whole:
         return layer.correct(branch, call.readings[index], output)
-    return output + projection.place(layer.correction(branch, call.readings[index])).to(output.dtype)
+    return output + projection.place(layer.correction(branch, call.readings[index])).to(output)

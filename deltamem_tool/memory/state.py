@@ -101,7 +101,7 @@ class MemoryState:
 
     @classmethod
     def stack(cls, memories: Sequence[MemoryState]) -> MemoryState:
-        """All rows of all `memories` as one batch, in order.
+        """All rows of all `memories` as one batch, in order, on the devices of the first.
 
         Raises:
             MemoryStateError: `memories` is empty, or they belong to different adapters.
@@ -111,17 +111,22 @@ class MemoryState:
         first = memories[0]
         for memory in memories[1:]:
             check_memory(memory.shape, memory.adapter, first.shape, first.adapter)
-        layers = {layer: torch.cat([memory.layers[layer] for memory in memories]) for layer in first.layers}
-        segments = {
-            layer: torch.cat([memory.open_segments[layer] for memory in memories]) for layer in first.open_segments
-        }
+        layers, segments = (
+            {layer: torch.cat([part[layer].to(tensor.device) for part in parts]) for layer, tensor in parts[0].items()}
+            for parts in ([memory.layers for memory in memories], [memory.open_segments for memory in memories])
+        )
         return cls(layers, first.adapter, segments)
 
     def to(self, device: torch.device | str) -> MemoryState:
-        """Move to a device."""
-        if next(iter(self.layers.values())).device == torch.device(device):
+        """Move all layers to one device."""
+        if all(state.device == torch.device(device) for state in self.layers.values()):
             return self
         return self._map(lambda tensor: tensor.to(device))
+
+    def layer_on(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """State and open segment of one layer, on a device; None where every token writes."""
+        segment = self.open_segments.get(layer)
+        return self.layers[layer].to(device), None if segment is None else segment.to(device)
 
     def for_autograd(self) -> MemoryState:
         """Itself, or where gradients are computed a copy of what was written in `torch.inference_mode()`."""

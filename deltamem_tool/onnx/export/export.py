@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import NotImplemented as NotImplementedByRuntime
 from deltamem_tool._compat import OnnxExporter
+from deltamem_tool.base_model.placement import is_spread
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.chat.torch_engine import stop_tokens
 from deltamem_tool.errors import ExportError
@@ -107,8 +108,8 @@ def export_onnx(
             each stage begins, and as it goes on.
 
     Raises:
-        ExportError: the model cannot be exported, ONNX Runtime does not compute what PyTorch computes, or there is no
-            rewrite of a name in `without`.
+        ExportError: the model cannot be exported, or is spread over devices or offloaded; ONNX Runtime does not compute
+            what PyTorch computes; or there is no rewrite of a name in `without`.
         ConfigError: the target takes no `memory`.
         MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
         DeltaMemError: `out` is there already.
@@ -130,6 +131,7 @@ def export_onnx(
     width = next(model.get_input_embeddings().parameters()).shape[-1]
     quantization = quantization_of(quantize, group_size, symmetric, width)
     _check_fast(tokenizer)
+    _check_in_one_place(model)
     if quantize != NO_QUANTIZATION:
         without = {*without, *JOIN_WEIGHTS}  # the memory's weights would be quantised with the base's
     tell = progress or (lambda stage, done, of: None)
@@ -191,6 +193,20 @@ def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{type(tokenizer).__name__} is a slow tokenizer.",
             "It has no tokenizer.json, which the folder needs.",
             "Load the fast one, or convert it with transformers.",
+        )
+
+
+def _check_in_one_place(model: PreTrainedModel) -> None:
+    """Check that all weights are there at once, and on one device: a graph holds them all.
+
+    Raises:
+        ExportError: accelerate spreads or offloads them.
+    """
+    if is_spread(model):
+        raise ExportError(
+            "The weights of this model are spread over devices, or offloaded.",
+            "A graph is traced with all of them in one place.",
+            "Load the adapter without device_map, on the CPU, as `deltamem export` does.",
         )
 
 

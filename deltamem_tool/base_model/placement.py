@@ -1,0 +1,40 @@
+"""Where a model runs that accelerate has spread over devices, or whose weights it keeps on the CPU or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import accelerate_hooks
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where `model` takes its tokens: the device of its first weights, or the one where these are brought for use."""
+    device = model.device
+    if device.type != "meta":
+        return device
+    embedding = model.get_input_embeddings()
+    devices = [getattr(hook, "execution_device", None) for hook in accelerate_hooks(embedding)]
+    return next((torch.device(place) for place in devices if place is not None), device)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate moves weights or hidden states while `model` runs."""
+    return any(accelerate_hooks(module) for module in model.modules())
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `module` itself are on the device where it runs, also those that are kept elsewhere."""
+    hooks = accelerate_hooks(module)
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)

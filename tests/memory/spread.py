@@ -1,0 +1,122 @@
+"""A base that is spread over two devices which this machine lacks: fake tensors on devices that are only pretended.
+
+They have a device and a shape and no numbers, and torch raises where operands of one operation are on two devices. What
+is registered here stays in the process, so that these functions run in one of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import send_to_device
+from helpers.tiny import tiny_model, tokens
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from deltamem_tool import DeltaMemConfig, MemoryCache, MemoryState, attach
+
+FIRST, SECOND = "pretended:0", "pretended:1"
+SPLIT = {"model.embed_tokens": FIRST, "model.layers.0": FIRST, "model.rotary_emb": FIRST}
+SPLIT |= {"model.layers.1": SECOND, "model.norm": SECOND, "lm_head": SECOND}
+Places = list[list[str]]  # the devices of what each layer has
+
+
+def move(module: nn.Module, device: str | torch.device) -> nn.Module:
+    """Do what torch's own `Module.to` does, which cannot move fake tensors."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    moved = tensor.detach().to(device)
+                    tensors[name] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
+    return module
+
+
+class Lacking:
+    """What torch asks about devices of a kind."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 2
+
+    def current_device(self) -> int:
+        return 0
+
+
+def seen() -> dict[str, Any]:
+    """What the functions below return."""
+    _setup_privateuseone_for_python_backend("pretended", Lacking())
+    by_message = {"granularity": "message", "branches": ("q", "k", "v", "o"), "o_norm": True}
+    with patch.object(nn.Module, "to", move), FakeTensorMode(), torch.no_grad():
+        return {"mixed": mixed(), "token": in_two_parts({}), "message": in_two_parts(by_message), "moved": moved()}
+
+
+def split(model, places: dict[str, str]) -> None:
+    """Do to fake tensors what accelerate's `dispatch_model` does to others."""
+
+    def bring(module, args, kwargs):
+        device = next(module.parameters()).device
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    for name, device in places.items():
+        module = model.get_submodule(name).to(device)
+        if list(module.parameters()):
+            module.register_forward_pre_hook(bring, with_kwargs=True)
+
+
+def places_of(memory: MemoryState, adapter) -> Places:
+    """Where each layer's state, open segment and weights are."""
+    parts = [part for part in (memory.layers, memory.open_segments) if part]
+    tensors = [(*(part[i] for part in parts), *adapter.layer(i).parameters()) for i in memory.layers]
+    return [sorted({str(tensor.device) for tensor in of_layer}) for of_layer in tensors]
+
+
+def in_two_parts(options: dict[str, Any]) -> list[Places]:
+    """Calls of a model whose two layers are on two devices; before the first of them, all is on the CPU."""
+    model = tiny_model()
+    adapter = attach(model, DeltaMemConfig(rank=4, **options))
+    split(model, SPLIT)
+    with adapter.in_training():  # there are no numbers for a fingerprint
+        cache, places = MemoryCache(model), [places_of(adapter.empty_memory(2), adapter)]
+        for past, length in ((0, 9), (9, 1), (10, 3)):
+            if options:
+                cache.segment_tags = torch.ones(2, length, dtype=torch.int8, device=FIRST)
+            mask = torch.ones(2, past + length, dtype=torch.long, device=FIRST)
+            model(tokens(2, length).to(FIRST), attention_mask=mask, cache=cache)
+            places.append(places_of(cache.memory, adapter))
+        places.append(places_of(adapter.empty_memory(2), adapter))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        places.append(places_of(cache.memory, adapter))
+        places.append(places_of(MemoryState.stack([cache.memory, cache.memory.to("cpu")]), adapter))
+    return places
+
+
+def moved() -> list[Places]:
+    """Calls of a model that moves from device to device."""
+    model, places = tiny_model(), []
+    adapter = attach(model, DeltaMemConfig(rank=4))
+    with adapter.in_training():
+        cache = MemoryCache(model)
+        for device in ("cpu", FIRST, SECOND):
+            model.to(device)
+            cache.layers = MemoryCache(model).layers  # keys and values stay behind
+            model(tokens(1, 5).to(device), cache=cache)
+            places.append(places_of(cache.memory, adapter))
+    return places
+
+
+def mixed() -> str:
+    """What torch says of operands on two devices."""
+    try:
+        torch.zeros(1, device=FIRST) + torch.zeros(1, device=SECOND)
+    except RuntimeError as error:
+        return str(error)
+    return ""
