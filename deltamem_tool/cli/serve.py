@@ -9,7 +9,6 @@ import click
 
 from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, torch_engine
 from deltamem_tool.cli.options import NAME, TEXT, UserPath, allow_other_base, device, trust_remote_code, window
-from deltamem_tool.errors import ConfigError
 from deltamem_tool.onnx.locate import is_onnx
 
 KEYS_FILE = Path("deltamem-keys.txt")
@@ -95,29 +94,31 @@ def command(
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
 
-    from deltamem_tool.chat.context_window import check_window
     from deltamem_tool.cli.console import SPINNER, STDERR
-    from deltamem_tool.serve.app import build_app
-    from deltamem_tool.serve.batching.scheduler import Scheduler
     from deltamem_tool.serve.logs import log_as_json
     from deltamem_tool.serve.server import bind, check_host, run
-    from deltamem_tool.serve.store import MemoryStore, Quota
+    from deltamem_tool.serve.settings import ServeSettings
 
     check_host(host, keys_file is not None, no_keys)
-    api_keys = None if keys_file is None else keys.ApiKeys.read(keys_file)
+    settings = ServeSettings(
+        model=model,
+        store=store_url or f"sqlite:///{STORE_FILE}",
+        api_keys=keys_file,
+        no_keys=no_keys,
+        model_name=model_name,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        timeout=seconds,
+        keep_versions=keep_versions,
+        max_memories=max_memories,
+        max_bytes=max_bytes,
+        window=window,
+    )
+    api_keys = settings.keys()
     with bind(host, port) as listener:
         with STDERR.status("Loading the model", spinner=SPINNER):
             engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
-        if not engine.text.has_template:
-            raise ConfigError(
-                f"{model} cannot be served.", "It has no chat template.", "Serve a chat or instruct model's adapter."
-            )
-        check_window(engine, window)
-        quota = Quota(max_memories, max_bytes)
-        store = MemoryStore(store_url or f"sqlite:///{STORE_FILE}", keep_versions=keep_versions, quota=quota)
-        scheduler = Scheduler(engine, max_batch, max_queue)
-        is_private = api_keys is None and not no_keys
-        app = build_app(model_name or model, scheduler, store, api_keys, window, seconds, max_queue, is_private)
+        app = settings.app(engine, api_keys)
         log_as_json()
         listener.listen()  # what comes from now on waits until uvicorn takes it
         where = listener.getsockname()[:2]
