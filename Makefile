@@ -21,7 +21,7 @@ types: ## mypy
 
 .PHONY: test
 test: ## the fast tests, of every room: under two minutes on two cores
-	$(PYTHON) -m pytest -n 2 -m 'not (slow or sweep or real_model or server or browser or node or gpu or docker)'
+	$(PYTHON) -m pytest -n 2 -m 'not (slow or sweep or real_model or server or browser or node or gpu or docker or ray)'
 
 .PHONY: test-all
 test-all: ## all tests

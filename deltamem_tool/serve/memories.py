@@ -102,6 +102,7 @@ async def delete_memory(request: Request) -> Response:
         current = await run_sync(service.store.get, tenant, id) if "if-match" in request.headers else None
         expected = _expected(request, current)
         receipt = await _conditional(request, lambda: service.store.delete(tenant, id, expected))
+        service.scheduler.forget(tenant, (id, *receipt.responses))
     return JSONResponse(receipt_json(receipt))
 
 

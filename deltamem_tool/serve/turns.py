@@ -66,6 +66,12 @@ class Request:
     keep_as: str | None = None
     instructions: str | None = None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The memories and responses that it has to do with."""
+        names = (self.whose.id, self.whose.source, self.previous, self.keep_as)
+        return frozenset(name for name in names if name is not None)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -161,6 +167,7 @@ class Turns:
                 prompt.answer_writes,
                 deadline,
                 prefix_key=whose.tenant,
+                names=request.names,
             )
             ticket = self._scheduler.submit(job)
             try:

@@ -196,3 +196,22 @@ def test_bad_requests(http, method, path, options, status):
 
 def test_an_empty_memory_is_one(http, shipped):
     assert http.put("/memories/jan", content=memory_bytes(empty_memory(shipped))).status_code == 201
+
+
+def test_what_was_computed_of_its_prompts_goes_with_a_memory(http, server):
+    """Of a long one, which is asked twice without writing: the second time it is in the cache."""
+    long = "hello " * 200
+
+    def cached(**options):
+        body = {"model": MODEL, "messages": [{"role": "user", "content": long}], "max_tokens": 1, **options}
+        return http.post("/chat/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    ask(http, TELL, user="cleo")
+    reading = {"user": "cleo", "memory": {"write": False}}
+    assert cached(**reading) == 0 and cached(**reading) > 0
+    state = http.get("/memories/cleo").content
+    before = server.scheduler.counters.cache_bytes
+    assert http.delete("/memories/cleo").status_code == 200
+    assert http.put("/memories/cleo", content=state).status_code == 201  # the same state
+    assert cached(**reading) == 0
+    assert server.scheduler.counters.cache_bytes <= before

@@ -38,6 +38,7 @@ class Job:
         answer_writes: whether they write.
         deadline: when the answer is of no use any longer, by `time.monotonic()`; None for never.
         prefix_key: jobs with the same key, memory and beginning share what was computed of it; None shares nothing.
+        names: of memories and responses; what was computed goes when one of them is forgotten.
     """
 
     tenant: str
@@ -47,6 +48,7 @@ class Job:
     answer_writes: bool = True
     deadline: float | None = None
     prefix_key: str | None = None
+    names: frozenset[str] = frozenset()
 
     def check(self, engine: Engine, ids: Collection[int]) -> None:
         """Check that `engine`, whose tokens are `ids`, can run it.

@@ -39,11 +39,15 @@ class Prefix:
         keys: of its own beginnings, one for each piece; the last is of all of it.
         past: after all of it, of one row.
         memories: after each piece.
+        tenant: whose it is.
+        names: see `Job`.
     """
 
     keys: Sequence[Key]
     past: Past
     memories: Sequence[StoredMemory]
+    tenant: str = ""
+    names: frozenset[str] = frozenset()
 
 
 class PrefixCache:
@@ -89,6 +93,12 @@ class PrefixCache:
         self._prefixes[whole], self._sizes[whole] = prefix, size
         while self.size > self._room:
             self._drop(next(iter(self._prefixes)))
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Drop the prefixes of jobs of a tenant that have this name."""
+        for whole, prefix in list(self._prefixes.items()):
+            if prefix.tenant == tenant and name in prefix.names:
+                self._drop(whole)
 
     @property
     def size(self) -> int:

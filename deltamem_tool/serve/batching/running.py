@@ -95,8 +95,14 @@ class Running:
     @property
     def prefix(self) -> Prefix | None:
         """What of the prompt the cache does not have yet."""
-        past = self._whole_pieces
-        return None if past is None else Prefix(self._keys, past, self._memories)
+        past, job = self._whole_pieces, self.ticket.job
+        return None if past is None else Prefix(self._keys, past, self._memories, job.tenant, job.names)
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Leave nothing to the cache, if the job is of this tenant and has this name."""
+        job = self.ticket.job
+        if job.tenant == tenant and name in job.names:
+            self._keys, self._whole_pieces = [], None
 
     def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> bool:
         """Choose the next token of the answer, and return whether the answer goes on after it.

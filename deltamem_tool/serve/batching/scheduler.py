@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ class Scheduler:
         self._greedy = GreedySampler(self._ids)
         self._max_batch, self._piece = max_batch, piece
         self._waiting = FairQueue(max_queue)
-        self._changed = threading.Condition()  # guards what waits, and the two that follow
+        self._changed = threading.Condition()  # guards what waits, and the three that follow
+        self._forgotten: list[tuple[str, str]] = []  # tenants and names
         self._open = True  # to new jobs
         self._ending = False  # without an answer to those that are here
         self._prompts: list[Running] = []  # not fed whole yet
@@ -105,6 +106,12 @@ class Scheduler:
             self._changed.notify()
         return ticket
 
+    def forget(self, tenant: str, names: Iterable[str]) -> None:
+        """Drop what is kept of prompts of jobs with these names, before the next step."""
+        with self._changed:
+            self._forgotten += [(tenant, name) for name in names]
+            self._changed.notify()
+
     def close(self, drain: bool = False) -> None:
         """End the thread: at the next step, or with `drain` when every job that was accepted has ended."""
         with self._changed:
@@ -132,7 +139,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
         with self._changed:
-            while self._open and not (self._waiting or self._prompts or self._answering):
+            while self._open and not (self._waiting or self._prompts or self._answering or self._forgotten):
                 self.counters.running = 0
                 self._changed.wait()
             ending, now = self._ending, time.monotonic()
@@ -140,6 +147,12 @@ class Scheduler:
             room = self._max_batch - len(self._prompts) - len(self._answering) + len(self._leaving)
             new = [self._waiting.pop() for _ in range(min(room, len(self._waiting)))]
             self.counters.waiting = len(self._waiting)
+            forgotten, self._forgotten = self._forgotten, []
+        for tenant, name in forgotten:
+            self._cache.forget(tenant, name)
+            for running in self._prompts:
+                running.forget(tenant, name)
+            self.counters.cache_bytes = self._cache.size
         for ticket in gone:
             self._end(ticket, self._reason(ticket))
         if new:

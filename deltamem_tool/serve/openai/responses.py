@@ -102,6 +102,7 @@ async def delete(http: HttpRequest) -> Response:
     if not id.startswith(RESPONSE_PREFIX) or not id.isprintable():
         raise RequestError(f"Response with id {id!r} not found.", status=404, code="response_not_found")
     await run_sync(service.store.delete_response, tenant, id)
+    service.scheduler.forget(tenant, [id])
     return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 

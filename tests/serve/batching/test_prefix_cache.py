@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,10 @@ from deltamem_tool.chat.generation import Token
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.serve.batching.job import Job
+from deltamem_tool.serve.batching.prefix_cache import PrefixCache
+from deltamem_tool.serve.batching.running import Running
 from deltamem_tool.serve.batching.scheduler import Scheduler
+from deltamem_tool.serve.batching.ticket import Bell, Ticket
 
 PIECE = 8
 
@@ -95,3 +99,39 @@ def test_the_least_recently_used_leave_first(engine):
         hits = [scheduler.submit(jobs[i]).result().cached_tokens > 0 for i in (0, 1, 0, 2, 0, 1)]
         assert hits == [False, False, True, False, True, False]
         assert scheduler.counters.cache_bytes == 2 * one
+
+
+def test_what_is_forgotten_is_computed_again(engine):
+    """And nothing of it is kept, whatever else is."""
+    job, other = prompt(engine, 30), prompt(engine, 30, memory=random_memory(engine, random.Random(1)))
+    jobs = [
+        replace(job, names=frozenset({"anna", "resp_1"})),
+        replace(other, names=frozenset({"ben"})),
+        replace(job, tenant="b", prefix_key="b", names=frozenset({"anna"})),
+    ]
+    with Scheduler(engine, piece=PIECE) as scheduler:
+        for each in jobs:
+            scheduler.submit(each).result()
+        before = scheduler.counters.cache_bytes
+        scheduler.forget("a", ["anna", "nobody"])
+        until = time.monotonic() + 20
+        while scheduler.counters.cache_bytes == before:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert scheduler.counters.cache_bytes == before * 2 // 3
+        assert [scheduler.submit(each).result().cached_tokens for each in jobs] == [0, 24, 24]
+
+
+def test_who_is_forgotten_while_a_prompt_is_read_leaves_nothing(engine):
+    job = prompt(engine, 60, names=frozenset({"anna"}))
+    running = Running(engine, Ticket(job, engine.text, Bell()), engine.text.ids, PIECE)
+    running.begin(engine, PrefixCache(engine, PIECE, 2**20))
+    for fed in range(3):
+        if fed == 1:
+            assert running.prefix is not None
+            running.forget("b", "anna")
+            running.forget("a", "ben")
+            assert running.prefix is not None
+            running.forget("a", "anna")
+        running.feed_piece(engine)
+    assert running.prefix is None

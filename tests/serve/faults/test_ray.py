@@ -1,0 +1,125 @@
+"""A Ray cluster of two replicas over PostgreSQL: one is killed while users talk, and each user has a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+from serve.faults.load import Load, User, check_user, new_user, times
+from serve.faults.server_process import MODEL
+from starlette.requests import Request
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.serve.store import MemoryStore
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'deltamem-tool[ray]'")
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # Ray's own, of its imports
+]
+
+USERS, TURNS = 16, 6
+
+
+@pytest.fixture(scope="module")
+def url(postgres):
+    return postgres.new_schema()
+
+
+@pytest.fixture(scope="module")
+def cluster(folder, url, tmp_path_factory):
+    from serve.faults.ray_cluster import RayCluster
+
+    log = tmp_path_factory.mktemp("ray") / "log"
+    cluster = RayCluster(log, model=str(folder), model_name=MODEL, store=url, replicas=2, no_keys=True)
+    yield cluster
+    cluster.end()
+
+
+def check_all(engine, url, users):
+    store = MemoryStore(url)
+    for user in users:
+        assert len(user.answered) == len(user.turns)
+        check_user(engine, store, user)
+    store.close()
+
+
+def test_requests_for_one_memory_come_to_one_replica(cluster, engine, url):
+    """They wait for each other there: over two servers some would lose a race, which is a conflict."""
+    clients = [replace(new_user(number, times(TURNS)), name="shared") for number in range(4)]
+    for number, turn in enumerate(turn for client in clients for turn in client.turns):
+        turn.text += f" This is message {number}."  # who says the same as the one before tries again
+    load = Load([cluster.url])
+    asyncio.run(load.run(clients))
+    assert load.outcomes == {"200": len(clients) * times(TURNS)}
+    turns = sorted((turn for client in clients for turn in client.turns), key=lambda turn: turn.version)
+    check_all(engine, url, [User("shared", turns)])
+
+
+def test_users_are_divided_among_the_replicas(cluster):
+    asyncio.run(Load([cluster.url]).run([replace(new_user(n, 1), name=f"divided-{n}") for n in range(USERS)]))
+    assert {process.pid for process in cluster.replicas} == cluster.answering
+
+
+def test_one_of_two_replicas_is_killed(cluster, engine, url):
+    """Who was being answered is told so, or sees half an answer, and asks again."""
+    users = [new_user(number, times(TURNS)) for number in range(USERS)]
+    load = Load([cluster.url], leaving=0.1)
+    before = {process.pid for process in cluster.replicas}
+
+    async def talk_and_kill():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run(users))
+            await load.answers(len(users) * times(TURNS) // 3)
+            cluster.kill_replica()
+
+    asyncio.run(talk_and_kill())
+    assert load.outcomes["503"] + load.outcomes["cut"] + load.outcomes["RemoteProtocolError"] > 0
+    assert {process.pid for process in cluster.replicas} != before
+    check_all(engine, url, users)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"store": "sqlite:///memories.sqlite"}, "Several replicas need"),
+        ({"no_keys": "false"}, "would answer anybody"),
+        ({"api_keys": "missing.txt"}, "does not exist"),
+        ({"replicas": "0"}, "replicas must be"),
+        ({"replica": "2"}, "did you mean replicas"),
+        ({"max_batch": "many"}, "max_batch is invalid"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(change, says):
+    from deltamem_tool.serve.ray_app import application
+
+    options = {"model": "onnx", "store": "postgresql://x/y", "no_keys": "true"}
+    assert application(options) is not None
+    with pytest.raises(ConfigError, match=says):
+        application(options | change)
+
+
+def session(path="/v1/chat/completions", body=b"{}", **headers):
+    from deltamem_tool.serve.ray_app import session_of
+
+    named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return session_of(Request({"type": "http", "path": path, "headers": named, "query_string": b""}), body)
+
+
+def test_what_names_a_memory_decides_where_a_request_goes():
+    anna = session(body=json.dumps({"user": "anna"}).encode())
+    assert anna == session(x_deltamem_memory="anna") == session("/v1/memories/anna/fork")
+    assert anna == session(body=b'{"user": "ben"}', x_deltamem_memory="anna")  # the header goes first, as in the server
+    assert (
+        len({anna, session(body=b'{"user": "ben"}'), session(x_deltamem_memory="anna", authorization="Bearer x")}) == 3
+    )
+    assert session(body=b'{"prompt_cache_key": "k"}') == session(body=b'{"prompt_cache_key": "k", "user": null}') != ""
+    assert "anna" not in anna
+    for body in (b"", b"{", b"[]", b'{"user": 7}', b'{"user": null}'):
+        assert session(body=body) == ""
