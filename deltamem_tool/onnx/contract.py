@@ -17,6 +17,13 @@ Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H s
 | `present.{i}.recurrent_state`                  | float32 | [B, H, R, R]                  |
 | `present.{i}.segment`                          | float32 | [B, W]                        |
 
+| `past_key_values.{i}.indexer_key`              | dtype   | [B, 1, P, width]              |
+| `present.{i}.indexer_key`                      | dtype   | [B, 1, P + T, width]          |
+
+are the keys of an indexer, in layers that have one to choose which tokens attention sees; `.compressor_kv`,
+`.compressor_gate`, `.indexer_kv` and `.indexer_gate` are what DeepSeek-V4 compresses (`Layer.columns`). They are the
+base's, have a column for every token as keys and values have, and are treated as these are.
+
 | `past_key_values.{i}.conv_state`               | float32 | [B, channels, kernel − 1] |
 | `past_key_values.{i}.recurrent_state`, or      | float32 | [B, …]                    |
 | `.ssm_state` in a layer with a memory          |         |                           |
@@ -47,7 +54,9 @@ Keys and values are packed (`Interface.packed`) where attention is ONNX Runtime'
 * Several rows take several tokens in their first call, and one in every later one. `runtime.buffered_graph` feeds rows
   one by one where a call has more.
 
-Elsewhere a column of keys and values belongs to a column of the mask, and the last logits to its last column.
+Elsewhere a column of keys and values belongs to a column of the mask, and the last logits to its last column. Where the
+base itself takes columns for positions (`Interface.row_by_row`), padding would count: `runtime.rows_graph` feeds each
+row in calls of its own.
 
 A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
 many tokens, which may be one tensor on both sides. Then
@@ -118,6 +127,10 @@ LOGITS_OUTPUT = "logits"
 PRESENT = "present"
 INITIAL = "initial"
 KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
+INDEXER_KEY = "indexer_key"
+# What a base may keep of every token beside keys and values.
+COLUMNS = (INDEXER_KEY, "compressor_kv", "compressor_gate", "indexer_kv", "indexer_gate")
+CACHE = (KEY, VALUE, *COLUMNS)  # what has a column for every token
 SSM = "ssm_state"  # what STATE is of the base, in a layer whose STATE is a memory
 
 MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
@@ -141,6 +154,7 @@ class Layer:
         state: `(H, R, R)` of its memory; None where it has none.
         convolutions: `(channels, kernel − 1)` of what each of the base's own convolutions keeps.
         recurrent: sizes of the base's own recurrent state; None where it has none.
+        columns: part and width of what else it keeps of every token.
     """
 
     key: tuple[int, int] | None
@@ -148,12 +162,14 @@ class Layer:
     state: tuple[int, int, int] | None
     convolutions: tuple[tuple[int, int], ...] = ()
     recurrent: tuple[int, ...] | None = None
+    columns: tuple[tuple[str, int], ...] = ()
 
     @property
     def cache(self) -> dict[str, tuple[int, int]]:
         """(heads, width) of what its cache holds, by part."""
         parts = {KEY: self.key, VALUE: self.value}
-        return {part: size for part, size in parts.items() if size is not None}
+        held = {part: size for part, size in parts.items() if size is not None}
+        return held | {part: (1, width) for part, width in self.columns}
 
     @property
     def base_states(self) -> dict[str, tuple[int, ...]]:
@@ -183,6 +199,7 @@ class Interface:
         max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
         positions: how many tokens the model has positions for; 0 for any number, and where an older folder is silent.
         packed: whether each row's keys and values lie at the front of their buffer, without padding; see above.
+        row_by_row: whether each row is fed by itself, without padding: the base takes columns for positions.
     """
 
     logits: str
@@ -194,6 +211,7 @@ class Interface:
     max_length: int = 0
     positions: int = 0
     packed: bool = False
+    row_by_row: bool = False
 
     @property
     def room(self) -> int | None:

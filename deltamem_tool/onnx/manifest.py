@@ -12,6 +12,7 @@ from deltamem_tool.config import MAX_LAYERS, MAX_RANK, MAX_STATE_HEADS
 from deltamem_tool.errors import ExportError
 from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import parse_json, read_text
+from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import DTYPES, LOGITS, MANIFEST_FILE, Interface, Layer, disagreement
 
 FORMAT = "deltamem-onnx"
@@ -109,7 +110,7 @@ class Manifest:
             _require(_is_count(value, longest) or (type(value) is int and value == 0), f"interface.{name}")
         listed = interface["layers"]
         _require(isinstance(listed, list) and 0 < len(listed) <= MAX_LAYERS, "interface.layers")
-        for name in ("genai", "packed"):
+        for name in ("genai", "packed", "row_by_row"):
             _require(isinstance(interface[name], bool), f"interface.{name}")
         layers = tuple(_layer(layer) for layer in listed)
         for name in ("adapter", "model_type", "target", "quantize"):
@@ -151,7 +152,15 @@ def _layer(content: Any) -> Layer:
     axes = len(recurrent) if isinstance(recurrent, list) else 0
     _require(recurrent is None or 0 < axes <= MAX_RECURRENT_AXES, "layers.recurrent")
     recurrent = _sizes(recurrent, (MAX_WIDTH,) * axes, "layers.recurrent")
-    return Layer(**sizes, convolutions=tuple(of_each), recurrent=recurrent)
+    return Layer(**sizes, convolutions=tuple(of_each), recurrent=recurrent, columns=_columns(layer["columns"]))
+
+
+def _columns(content: Any) -> tuple[tuple[str, int], ...]:
+    _require(isinstance(content, list), "layers.columns")
+    for one in content:
+        is_pair = isinstance(one, list) and len(one) == 2
+        _require(is_pair and one[0] in contract.COLUMNS and _is_count(one[1], MAX_WIDTH), "layers.columns")
+    return tuple((part, width) for part, width in content)
 
 
 def _sizes(content: Any, most: tuple[int, ...], name: str) -> Any:
@@ -173,7 +182,10 @@ def _quantization(content: Any) -> Quantization | None:
 
 
 # What older folders do not have.
-_ADDED: dict[str, Any] = {"positions": 0, "packed": False, "quantization": None, "convolutions": [], "recurrent": None}
+_ADDED: dict[str, Any] = {
+    **{"positions": 0, "packed": False, "quantization": None, "row_by_row": False},
+    **{"convolutions": [], "recurrent": None, "columns": []},
+}
 
 
 def _fields(cls: type, content: Any, where: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ MEANINGS = {
     contract.STATE: "the memory, zeros or a memory file's at first",
     contract.SEGMENT: "what the open segment has gathered, zeros at first",
     contract.CONV: "nothing: onnxruntime-genai looks for it",
+    contract.INDEXER_KEY: "the keys of an indexer, empty at first",
+    **dict.fromkeys(contract.COLUMNS[1:], "what the base compresses, empty at first"),
 }
 AFTERWARDS = {
     contract.KEY: "attention's keys, this call's too",
@@ -27,6 +29,8 @@ AFTERWARDS = {
     contract.STATE: "the memory after this call",
     contract.SEGMENT: "what the open segment has gathered by then",
     contract.CONV: MEANINGS[contract.CONV],
+    contract.INDEXER_KEY: "the keys of an indexer, this call's too",
+    **dict.fromkeys(contract.COLUMNS[1:], "what the base compresses, this call's too"),
 }
 # Of states of the base's own, by what their part begins with.
 BASE_MEANINGS = {

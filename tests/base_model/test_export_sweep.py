@@ -39,6 +39,7 @@ UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0], **dict.fromkeys(("granitemoehy
 ONE_OF_A_KIND = {
     "bart": "counts padding",
     "bloom": "no positions but ALiBi",
+    "deepseek_v32": "the keys of an indexer",
     "deepseek_v3": "latent keys, wider than the values; experts",
     "falcon": "one head of keys; a fused projection",
     "gemma3_text": "sliding windows",
@@ -139,7 +140,6 @@ def test_the_graph_computes_what_pytorch_computes(model_type: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
-        ("deepseek_v32", "the keys of an indexer"),
         ("big_bird", "cannot trace BigBirdForCausalLM"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from base_model.tiny_configs import tiny_config
+from base_model.tiny_configs import tiny_config, with_depth
 from helpers.tiny import END, PAD, randomise
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,12 +11,16 @@ from deltamem_tool import DeltaMemConfig, attach
 
 # One of each kind: convolutions alone, gated delta rule, Mamba 2, both in one layer, layers without either.
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h")
+# Types that keep something else beside keys and values, and how many layers show it: the keys of an indexer, by token
+# in blocks, what is compressed, and convolutions beside windows. All but the first take columns for positions.
+OTHER_CACHES = {"deepseek_v32": 1, "minimax_m3_vl_text": 2, "deepseek_v4": 3, "inkling_text": 2}
 
 
 def hybrid_base(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A tiny model of the type, for a tokenizer of `helpers.tiny`."""
     torch.manual_seed(0)
     config = tiny_config(name)
+    config = with_depth(config, OTHER_CACHES[name]) if name in OTHER_CACHES else config
     config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), PAD, END
     config.bos_token_id, config.max_position_embeddings = None, 512
     return AutoModelForCausalLM.from_config(config).eval()

@@ -20,6 +20,7 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.memory.call_options import CallOptions, last_valid
 from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.onnx.contract import Interface
+from deltamem_tool.onnx.export.choices import FirstOfEqual
 from deltamem_tool.onnx.export.step import segment_tags
 from deltamem_tool.onnx.runtime.buffered_graph import BufferedGraph
 from deltamem_tool.onnx.runtime.graph import Graph
@@ -219,7 +220,7 @@ def _in_pytorch(
 
 
 def _ignores_padding(interface: Interface) -> bool:
-    return interface.packed or bool(interface.base_states)
+    return interface.packed or interface.row_by_row or bool(interface.base_states)
 
 
 def _begin_rows(begin: Callable[[_Start], _Step], start: _Start) -> _Step:
@@ -258,7 +259,8 @@ def _pytorch(model: PreTrainedModel, interface: Interface, options: CallOptions)
             cache.write = _writes(interface, call).to(model.device)
             if interface.segment:
                 cache.segment_tags = segment_tags(call.write, call.last).to(model.device)
-            logits = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache)
+            with FirstOfEqual():
+                logits = options.logits(model, call.input_ids.to(model.device), mask.to(model.device), cache)
             if _of_rows(interface):
                 logits = logits[torch.arange(start.batch), last_valid(mask, call.valid.shape[1])][:, None]
             memory = cast(MemoryState, cache.memory)

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from deltamem_tool._compat import (
     DummyLayer,
-    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -26,6 +25,7 @@ from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.export.attention import can_fuse
+from deltamem_tool.onnx.export.cache_layers import can_carry, columns_of, counts_columns
 from deltamem_tool.onnx.export.targets import Target
 
 
@@ -52,6 +52,8 @@ def interface_of(
     _check_caches(model, cache)
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         _check_hybrid(model, target, max_length)
+    if any(map(can_carry, cache.layers)):
+        _check_columns(model, target, max_length)
     packed = target.fusions is not None and options.counts_positions and can_fuse(model, len(cache.layers))
     if max_length:
         _check_fixed_length(model, target, max_length, packed)
@@ -67,7 +69,8 @@ def interface_of(
         # A layer that reads the keys of another one keeps none, and may have no place in the cache.
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
-        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held)))
+        columns = tuple((part, x.shape[-1]) for part, x in columns_of(held).items())
+        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns))
     return Interface(
         packed=packed,
         logits=logits,
@@ -78,6 +81,7 @@ def interface_of(
         genai=target.genai,
         max_length=max_length,
         positions=options.positions or 0,
+        row_by_row=not packed and any(map(counts_columns, cache.layers)),
     )
 
 
@@ -120,6 +124,21 @@ def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> No
         )
 
 
+def _check_columns(model: PreTrainedModel, target: Target, max_length: int) -> None:
+    """Check what a model that keeps more of each token than keys and values is exported for.
+
+    Raises:
+        ExportError: keys and values are to be of a fixed length, or the target's runtime feeds nothing else.
+    """
+    if max_length or target.genai:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported " + ("with a fixed length." if max_length else "for genai."),
+            "Its layers keep more of each token than keys and values, such as the keys of an indexer, which "
+            + ("grows with the text." if max_length else "onnxruntime-genai does not feed."),
+            "Leave --max-length out." if max_length else "Choose another target, such as cpu.",
+        )
+
+
 def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
     """Check that the graph can carry what the layers keep.
 
@@ -131,11 +150,10 @@ def _check_caches(model: PreTrainedModel, cache: MemoryCache) -> None:
         *(LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
     )
     for layer in cache.layers:
-        if type(layer) not in carried:
-            kind = next((why for base, why in _NOT_CARRIED.items() if isinstance(layer, base)), type(layer).__name__)
+        if type(layer) not in carried and not can_carry(layer):
             raise ExportError(
                 f"{type(model).__name__} cannot be exported yet.",
-                f"Beside keys and values its layers keep {kind}, which the graph does not carry.",
+                f"Beside keys and values its layers keep {type(layer).__name__}, which the graph does not carry.",
                 "Run it in PyTorch, or export a model whose layers are all attention.",
             )
 
@@ -167,6 +185,3 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int,
             f"Some of its layers keep a window of the last tokens alone ({', '.join(sorted(other))}).",
             "Leave --max-length out: keys and values then grow.",
         )
-
-
-_NOT_CARRIED = {DynamicIndexedLayer: "the keys of an indexer"}

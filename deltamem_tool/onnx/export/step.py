@@ -20,6 +20,8 @@ from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.export.attention import FusedAttention, Lengths
 from deltamem_tool.onnx.export.attention_nodes import POSITIONS
 from deltamem_tool.onnx.export.base_states import BaseStates, packed_order, states_of
+from deltamem_tool.onnx.export.cache_layers import columns_of, fill_columns, traced_layer
+from deltamem_tool.onnx.export.choices import growing_choices
 from deltamem_tool.onnx.export.layers import DOMAIN, Past, TracedLayers
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.segments.tags import SegmentTag
@@ -79,13 +81,17 @@ class Step(nn.Module):
         begins = _begins(attention_mask, input_ids.shape[1]) if initial else None
         memory = self._memory(past_key_values, initial, begins)
         cache = self._cache(input_ids, valid, write_mask, segment_end, memory, self._max_length)
+        if not self._max_length:
+            cache.layers = [traced_layer(layer) for layer in cache.layers]
         for layer, past in zip(cache.layers, past_key_values, strict=False):
             if contract.KEY in past and past_length is None:
                 fill(cast(DynamicLayer, layer), past[contract.KEY], past[contract.VALUE])
+                fill_columns(layer, past)
             elif contract.KEY in past and past_length is not None:
                 keys, values = past[contract.KEY].clone(), past[contract.VALUE].clone()
                 fill_static(cast(StaticLayer, layer), keys, values, past_length[0].clone())
-        with self._base_states(attention_mask, input_ids, cache, past_key_values), self.layers.marked():
+        states = self._base_states(attention_mask, input_ids, cache, past_key_values)
+        with states, growing_choices(self.model), self.layers.marked():
             logits = self._options.logits(self.model, input_ids, attention_mask, cache, columns)
         return self._results(logits, cache, past_key_values)
 
@@ -182,6 +188,7 @@ class Step(nn.Module):
             if contract.KEY in past:
                 layer = cast(DynamicLayer, cache.layers[i])
                 present[i] |= {contract.KEY: cast(Tensor, layer.keys), contract.VALUE: cast(Tensor, layer.values)}
+                present[i] |= columns_of(cache.layers[i])
             if self._interface.layers[i].base_states and past:
                 present[i] |= states_of(cache.layers[i], self._interface.layers[i])
             if contract.STATE in past and self._interface.layers[i].state is not None:

@@ -28,6 +28,7 @@ from deltamem_tool.onnx.contract import Interface
 from deltamem_tool.onnx.runtime.buffers import BufferedPast, BufferLease, Buffers
 from deltamem_tool.onnx.runtime.graph import Graph, LoadedGraph, Past, is_cache, joined_rows, one_row
 from deltamem_tool.onnx.runtime.ortvalue import copied, on_device, on_host, wrapped
+from deltamem_tool.onnx.runtime.rows_graph import RowsGraph
 
 NOT_RECORDED = -1  # ONNX Runtime's gpu_graph_id of a call that it shall neither record nor replay
 # Tokens. Attention takes room, and in ONNX Runtime's CPU provider time, for every pair of a token and a column, also
@@ -339,7 +340,8 @@ def open_graph(
         raise _no_cuda_graph("Its keys and values grow with the text.", "Export it with --max-length.")
     if interface.max_length or interface.packed:
         return BufferedGraph(folder, interface, provider, threads, map_weights, cuda_graph)
-    return Graph(folder, interface, provider, threads, map_weights)
+    kind = RowsGraph if interface.row_by_row else Graph
+    return kind(folder, interface, provider, threads, map_weights)
 
 
 def _no_cuda_graph(why: str, next: str) -> ExportError:

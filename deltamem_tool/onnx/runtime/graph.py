@@ -281,8 +281,8 @@ def _threads(chosen: int | None) -> int:
 
 
 def is_cache(name: str) -> bool:
-    """Whether a carried tensor holds keys or values."""
-    return name.endswith((f".{contract.KEY}", f".{contract.VALUE}"))
+    """Whether a carried tensor has a column for every token, as keys and values have."""
+    return name.rpartition(".")[2] in contract.CACHE
 
 
 def _described(values: Sequence[Any]) -> dict[str, tuple[str, list[Any]]]:

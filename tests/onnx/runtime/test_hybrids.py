@@ -1,10 +1,11 @@
-"""Conversations of exported hybrids: what PyTorch says, alone and in batches, undone, joined and taken."""
+"""Conversations of exported models that keep more than keys and values: what PyTorch says, alone and in batches,
+undone, joined and taken."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.hybrids import HYBRIDS, hybrid
+from helpers.hybrids import HYBRIDS, OTHER_CACHES, hybrid
 from helpers.once import folder_once
 from helpers.tiny import tiny_tokenizer
 
@@ -20,11 +21,13 @@ TOLERANCE = 1e-4  # of states
 TURNS = ("my cat is Bella", "what is the name of my cat? tell me", "no")
 OTHERS = ("thank you", "and", "the name of my dog is Max, and that of my cat is Tom")
 PORTABLE = "portable"
+ENGINES = [
+    *((name, target) for name in HYBRIDS for target in ("cpu", PORTABLE)),
+    *((name, "cpu") for name in OTHER_CACHES),
+]
 
 
-@pytest.fixture(
-    scope="module", params=[(name, target) for name in HYBRIDS for target in ("cpu", PORTABLE)], ids="-".join
-)
+@pytest.fixture(scope="module", params=ENGINES, ids="-".join)
 def engines(request, tmp_path_factory) -> tuple[OnnxModel, TorchModel]:
     name, target = request.param
     tokenizer = tiny_tokenizer()
@@ -107,10 +110,22 @@ def test_padding_anywhere_changes_nothing(engines):
             np.testing.assert_allclose(logits[row], expected[0], rtol=0, atol=TOLERANCE)
 
 
-def test_a_row_is_not_taken_without_some_of_its_tokens(engines):
+def test_tokens_are_taken_back_where_nothing_but_columns_is_kept(engines):
     engine = engines[0]
-    assert not engine.takes_back
-    if engine.manifest.interface.packed:
+    assert engine.takes_back == (not engine.manifest.interface.base_states)
+    ids = np.array([[11, 12, 13, 14]])
+    if engine.takes_back:
+        start = Conversation(engine)._place.past
+        _, past = engine.step(start, ids[:, :3], np.ones((1, 3), np.int64), ids[:, :3] < 0)
+        logits = [
+            engine.step(one, ids[:, 2:], np.ones((1, 4), np.int64), ids[:, 2:] < 0)[0]
+            for one in (
+                engine.take(past, 0, np.array([0, 1])),
+                engine.step(start, ids[:, :2], np.ones((1, 2), np.int64), ids[:, :2] < 0)[1],
+            )
+        ]
+        np.testing.assert_allclose(*logits, rtol=0, atol=TOLERANCE)
+    elif engine.manifest.interface.packed:
         ids = np.array([[11, 12, 13]])
         _, past = engine.step(Conversation(engine)._place.past, ids, np.ones_like(ids), ids > 0)
         with pytest.raises(ValueError, match="after all tokens"):

@@ -1,0 +1,58 @@
+"""What a model chooses by `topk`, such as the tokens that attention sees, in a graph and beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def growing_choices(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` chooses `min(most, columns)` columns, however many columns there are.
+
+    Python's `min` compares the two while the model is traced, and one of them would be chosen for good.
+    """
+    modules = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
+    modules = [module for module in modules if "min" not in vars(module)]
+    for module in modules:
+        vars(module)["min"] = _smaller
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["min"]
+
+
+def _smaller(*values: Any, **kwargs: Any) -> Any:
+    """`min`, of two sizes the smaller one even if it is not known yet."""
+    sizes = len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values)
+    if sizes:
+        return torch.sym_min(*values)  # type: ignore[no-untyped-call]
+    return min(*values, **kwargs)
+
+
+class FirstOfEqual(TorchFunctionMode):
+    """Inside, `topk` chooses the first of equal values, as ONNX says; PyTorch chooses any of them.
+
+    An indexer's scores are often equal: they are zero where none of its heads has a positive one.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or what stands in the place of `topk`."""
+        return (_first_largest if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
+
+
+def _first_largest(
+    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Tensor, Tensor]:
+    found = torch.sort(input, dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((found.values.narrow(dim, 0, k), found.indices.narrow(dim, 0, k)))
