@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from deltamem_tool.base_model.placement import at_hand
+from deltamem_tool.base_model.sharding import is_split, local_part, whole
+from deltamem_tool.errors import ArchitectureError
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,23 @@ class Projection:
         return features(self.linear)[0]
 
     @property
+    def width(self) -> int:
+        """How wide the linear layer's output is, of all processes together."""
+        return features(self.linear)[1]
+
+    @property
     def out_features(self) -> int:
         """How wide the branch is."""
         return self.span.groups * (self._stop - self.span.start)
 
     @property
     def weight(self) -> Tensor:
-        """The linear layer's weight, all branches in it; read from where accelerate keeps it, if it does."""
+        """The linear layer's weight, all branches in it; read from where accelerate keeps it, if it does.
+
+        Where it is split over processes, all of them have to ask for it.
+        """
         with at_hand(self.linear):
-            return cast(Tensor, self.linear.weight)
+            return whole(cast(Tensor, self.linear.weight))
 
     @property
     def weight_name(self) -> str:
@@ -109,16 +121,32 @@ class Projection:
     @property
     def is_whole(self) -> bool:
         """Whether the branch is all that the linear layer puts out."""
-        return self.out_features == features(self.linear)[1]
+        return self.out_features == self.width
 
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is stored as `[in, out]`."""
         return is_transposed(self.linear)
 
+    @cached_property
+    def local_columns(self) -> Tensor:
+        """int64 `[local]`: which columns of the linear layer's output this process computes, where others have a share.
+
+        Raises:
+            ArchitectureError: the weight does not say.
+        """
+        weight = self.linear.weight
+        if not is_split(weight):
+            raise ArchitectureError(
+                f"Which part of {self.name} this process computes is not known.",
+                "Its output is narrower than its weight, which is not a DTensor.",
+                "Load the model without quantisation, or without tensor parallelism.",
+            )
+        return local_part(torch.arange(self.width), weight)
+
     @property
     def _group(self) -> int:
-        return features(self.linear)[1] // self.span.groups
+        return self.width // self.span.groups
 
     @property
     def _stop(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import accelerate_hooks
+from deltamem_tool.base_model.sharding import is_split
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -23,8 +24,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate moves weights or hidden states while `model` runs."""
-    return any(accelerate_hooks(module) for module in model.modules())
+    """Whether accelerate moves weights or hidden states while `model` runs, or processes share its weights."""
+    hooked = any(accelerate_hooks(module) for module in model.modules())
+    return hooked or any(is_split(weight) for weight in model.parameters())
 
 
 @contextmanager

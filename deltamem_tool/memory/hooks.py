@@ -229,7 +229,9 @@ def _after_projection(
         return None
     call = running()
     assert call is not None  # the attention's own hook has seen to it
-    layer = adapter.layer(index)
-    if projection.is_whole:
-        return layer.correct(branch, call.readings[index], output)
-    return output + projection.place(layer.correction(branch, call.readings[index])).to(output)
+    layer, readings = adapter.layer(index), call.readings[index]
+    is_here = output.shape[-1] == projection.width  # or others compute a part of it
+    if projection.is_whole and is_here:
+        return layer.correct(branch, readings, output)
+    correction = projection.place(layer.correction(branch, readings))
+    return output + (correction if is_here else correction.index_select(-1, projection.local_columns)).to(output)

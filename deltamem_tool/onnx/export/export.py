@@ -200,13 +200,13 @@ def _check_in_one_place(model: PreTrainedModel) -> None:
     """Check that all weights are there at once, and on one device: a graph holds them all.
 
     Raises:
-        ExportError: accelerate spreads or offloads them.
+        ExportError: accelerate spreads or offloads them, or processes share them.
     """
     if is_spread(model):
         raise ExportError(
-            "The weights of this model are spread over devices, or offloaded.",
+            "The weights of this model are spread over devices or processes, or offloaded.",
             "A graph is traced with all of them in one place.",
-            "Load the adapter without device_map, on the CPU, as `deltamem export` does.",
+            "Load the adapter without device_map and distributed_config, on the CPU, as `deltamem export` does.",
         )
 
 

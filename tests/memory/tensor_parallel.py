@@ -1,0 +1,63 @@
+"""What each of several processes runs that share the weights of a base."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import PAD, tiny_tokenizer, tokens
+from transformers import AutoModelForCausalLM, DistributedConfig
+
+from deltamem_tool import Conversation, DeltaMemConfig, MemoryCache, TorchModel, attach, export_onnx, load
+from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.errors import ExportError
+from deltamem_tool.memory.attach import adapter_of
+
+PROCESSES = 2
+
+
+def rank(number: int, folders: list[Path]) -> None:
+    """Write the results of one process; torchrun would set the same variables."""
+    environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": PROCESSES}
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    meeting = f"file://{folders[0].parent / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=PROCESSES)
+    try:
+        for folder in folders:
+            split = DistributedConfig(tp_plan="auto")
+            torch.save(results(folder, distributed_config=split), folder / f"rank-{number}.pt")
+            with pytest.raises(ExportError, match="devices or processes"):
+                export_onnx(load(folder / "adapter", distributed_config=split), tiny_tokenizer(), folder / "onnx")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def results(folder: Path, **options: Any) -> dict[str, Any]:
+    """Calls, answers and memories of the adapter in `folder`, and where a new one of its base starts from."""
+    model = load(folder / "adapter", **options)
+    tagged = adapter_of(model).config.granularity != "token"
+    tags = torch.tensor([[0, 1, 1, 2, 1, 1, 1, 2, 0, 1, 2, 1, 1]] * 2, dtype=torch.int8) if tagged else None
+    cache, ids = MemoryCache(model), tokens(2, 13)
+    cache.segment_tags = tags
+    with torch.no_grad():
+        pieces = [model(ids[:, start:end], cache=cache).logits for start, end in ((0, 7), (7, 8), (8, 13))]
+    memory = cache.memory
+    conversation = Conversation(TorchModel(model, tiny_tokenizer()))
+    answers = [conversation.generate(text, Sampling(max_new_tokens=4)).text for text in ("My dog is Rex.", "And?")]
+    start = {} if tagged else {"memory": memory.select([0])}
+    generated = model.generate(ids[:1], cache=MemoryCache(model, **start), max_new_tokens=4, pad_token_id=PAD)
+    weights = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.base_model.parameters()]
+    new = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
+    torch.manual_seed(0)
+    columns = attach(new, DeltaMemConfig(rank=4, branches=("q", "v", "o"), delta_init="base_slice")).state_dict()
+    return {
+        "logits": torch.cat(pieces, dim=1),
+        "states": [*memory.layers.values(), *memory.open_segments.values()],
+        "states of the chat": [torch.from_numpy(state) for state in conversation.memory.states.values()],
+        "columns": list(columns.values()),
+        "words": (answers, generated.tolist(), adapter_of(model).fingerprint),
+        "bytes": sum(weight.nbytes for weight in weights),
+    }

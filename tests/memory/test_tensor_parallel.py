@@ -1,0 +1,62 @@
+"""A base whose weights two processes share, by transformers' own plan: both say and remember what one says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.forked import forked
+from helpers.tiny import randomise, save_checkpoint, tiny_tokenizer
+from memory.tensor_parallel import PROCESSES, rank, results
+from transformers import AutoModelForCausalLM
+
+from deltamem_tool import DeltaMemConfig, attach, save_adapter
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-5  # float32: the processes add up the same products in another order
+# With o_norm, a Δo that is added in each process and then once more in their sum would show as well.
+CASES = {
+    "qwen3": {"branches": ("q", "k", "v", "o"), "o_norm": True, "delta_scale": "branch"},
+    "llama": {"branches": ("q", "k", "v", "o"), "granularity": "message", "state_heads": 2},
+}
+
+
+def make(folder: Path, name: str) -> Path:
+    """An adapter, and its base beside it."""
+    heads = {"num_key_value_heads": 2}  # what two processes can share
+    base = save_checkpoint(folder / "base", tiny_tokenizer(), name=name, **heads)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    randomise(attach(model, DeltaMemConfig(rank=4, **CASES[name])))
+    save_adapter(model, folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """For each case, what two processes found."""
+    base = tmp_path_factory.mktemp("parallel")
+    folders = {name: make(base / name, name) for name in CASES}
+    processes = [forked(rank, number, list(folders.values())) for number in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
+    return folders
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(folders, name):
+    one = results(folders[name])
+    two = [torch.load(folders[name] / f"rank-{number}.pt") for number in range(PROCESSES)]
+    for each in two:
+        assert each["words"] == one["words"]
+        assert each["bytes"] < 0.7 * one["bytes"]  # of so small a base, the embedding that both have is a large part
+        for kind in ("logits", "states", "states of the chat"):
+            torch.testing.assert_close(each[kind], one[kind], atol=TOLERANCE, rtol=0)
+        for found, expected in zip(each["columns"], one["columns"], strict=True):
+            assert torch.equal(found, expected)
+    for kind in ("logits", "states", "states of the chat"):
+        torch.testing.assert_close(two[0][kind], two[1][kind], atol=0, rtol=0)
