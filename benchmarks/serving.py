@@ -25,7 +25,7 @@ from common import PACKAGES, Seconds, compare, spread, timed, versions
 from deltamem_tool.bench.timing import cpu_name
 from deltamem_tool.chat.engine import Past, empty_memory
 from deltamem_tool.chat.generation import Token, feed
-from deltamem_tool.chat.group import PaddedGroup
+from deltamem_tool.chat.group import PaddedGroup, Part
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
 from deltamem_tool.memory.file import StoredMemory
@@ -158,26 +158,28 @@ def faster_together(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> 
 def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) -> tuple[Rows, list[list[float]]]:
     """A decode step of the scheduler, with all that it does for its rows, and of `engine.step`, with the same tokens.
 
-    The scheduler's are what answers take longer than their first tokens.
+    The scheduler's are what answers take longer than their first quarters.
     """
-    engine, steps = scheduler.engine, jobs[0].sampling.max_new_tokens - 1
-    first = [replace(job, sampling=Sampling(1)) for job in jobs]
+    engine, tokens = scheduler.engine, jobs[0].sampling.max_new_tokens
+    steps = tokens - tokens // 4
+    first = [replace(job, sampling=Sampling(tokens // 4)) for job in jobs]
     prompts = [read(engine, job) for job in jobs]
     answers = np.array([end.answer.tokens for end in all_at_once(scheduler, jobs)])
     width = max(len(job.tokens) for job in jobs)
     padded = np.array([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in jobs], np.int64)
     writes = np.ones((len(jobs), 1), bool)
 
-    def decode(past: Past) -> None:
-        mask = padded
-        for number in range(steps):
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-            past = engine.step(past, answers[:, number : number + 1], mask, writes)[1]
-
     def alone() -> Seconds:
-        past = engine.join(prompts)
-        clock, of_processor = timed(lambda: decode(past))
-        return clock / steps, of_processor / steps
+        past, mask, seconds = engine.join(prompts), padded, np.zeros(2)
+        for number in range(tokens):
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            arguments = past, answers[:, number : number + 1], mask, writes
+            began = time.perf_counter(), time.process_time()
+            past = engine.step(*arguments)[1]
+            if number >= tokens - steps:
+                seconds += time.perf_counter() - began[0], time.process_time() - began[1]
+        clock, of_processor = seconds / steps
+        return clock, of_processor
 
     def scheduled() -> Seconds:
         whole, beginning = (timed(lambda asked=asked: all_at_once(scheduler, asked)) for asked in (jobs, first))
@@ -195,15 +197,15 @@ def read(engine: OnnxModel, job: Job) -> Past:
 
 def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
     """What it costs that one row leaves and another joins, and what a step of all rows takes."""
-    pasts, lengths = [read(engine, job) for job in jobs], [len(job.tokens) for job in jobs]
+    parts = [Part(read(engine, job), 1, len(job.tokens), 0, len(job.tokens)) for job in jobs]
     tokens, rows = [Token(job.tokens[0].id, True) for job in jobs], []
     for name, group in (("slots", engine.group()), ("copies of all rows", PaddedGroup(engine))):
-        group.exchange((), pasts, lengths)
+        group.exchange((), parts)
         exchanges, steps = [], []
         for repeat in range(repeats):
             steps.append(timed(lambda group=group: group.step(tokens))[1])
             leaving = repeat % len(jobs)
-            exchanges.append(timed(lambda: group.exchange([leaving], pasts[:1], lengths[:1]))[1])  # noqa: B023
+            exchanges.append(timed(lambda: group.exchange([leaving], parts[:1]))[1])  # noqa: B023
         exchange, step = statistics.median(exchanges), statistics.median(steps)
         rows.append((name, f"{exchange * 1e3:.2f} ms", f"{step * 1e3:.2f} ms"))
     return rows

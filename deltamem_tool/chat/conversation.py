@@ -26,7 +26,7 @@ from deltamem_tool.chat.generation import (
     Token,
     answer_rows,
 )
-from deltamem_tool.chat.sampling import Sampler, Sampling
+from deltamem_tool.chat.sampling import Sampler, Sampling, token_mask
 from deltamem_tool.errors import ConfigError, DeltaMemError, MemoryStateError
 from deltamem_tool.io.atomic import resolve
 from deltamem_tool.memory.file import StoredMemory, check_memory, read_memory
@@ -294,7 +294,7 @@ class _Turn:
             sampler=Sampler(
                 sampling,
                 np.array([*start.tokens, *(token.id for token in fed)], np.int64),
-                engine.text.ids | engine.stop_tokens,
+                token_mask(engine.text.ids | engine.stop_tokens),
             ),
             stream=AnswerStream(engine.text, sampling.stop, on_text),
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.chat.engine import Engine, Past
-from deltamem_tool.chat.sampling import Sampler, Sampling
+from deltamem_tool.chat.sampling import Sampler, Sampling, token_mask
 from deltamem_tool.chat.text import ChatText, TextStream
 from deltamem_tool.memory.file import StoredMemory
 
@@ -29,6 +29,7 @@ class AnswerStream:
     def __init__(self, text: ChatText, stop: Sequence[str], on_text: Callable[[str], object] | None) -> None:
         self._stream = TextStream(text.tokenizer)
         self._stop = stop
+        self._longest = max(map(len, stop), default=0)
         self._on_text = on_text
         self._held = ""
         self._pieces: list[str] = []
@@ -53,13 +54,17 @@ class AnswerStream:
         self.end()
 
     def _add(self, piece: str) -> bool:
+        if not self._stop:
+            self._give(piece)
+            return False
         text = self._held + piece
         starts = [start for start in map(text.find, self._stop) if start >= 0]
         if starts:
             self._held = ""
             self._give(text[: min(starts)])
             return True
-        keep = next((n for n in range(len(text)) if any(stop.startswith(text[n:]) for stop in self._stop)), len(text))
+        ends = range(max(0, len(text) - self._longest), len(text))
+        keep = next((n for n in ends if any(stop.startswith(text[n:]) for stop in self._stop)), len(text))
         self._held = text[keep:]
         self._give(text[:keep])
         return False
@@ -202,7 +207,7 @@ def answer_prompts(
         max_new_tokens: the longest answer.
         write: whether prompts and answers write, too; the memory afterwards is not returned.
     """
-    sampling, ids = Sampling(max_new_tokens), engine.text.ids | engine.stop_tokens
+    sampling, valid = Sampling(max_new_tokens), token_mask(engine.text.ids | engine.stop_tokens)
     rows = [
         Row(
             past=None,
@@ -210,7 +215,7 @@ def answer_prompts(
             tokens=[Token(token, write) for token in prompt],
             answer_writes=write,
             limit=max_new_tokens if engine.max_length is None else min(max_new_tokens, engine.max_length - len(prompt)),
-            sampler=Sampler(sampling, np.array(prompt, np.int64), ids),
+            sampler=Sampler(sampling, np.array(prompt, np.int64), valid),
             stream=AnswerStream(engine.text, (), None),
         )
         for prompt in prompts

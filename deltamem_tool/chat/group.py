@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,44 @@ from deltamem_tool.chat.generation import Token
 from deltamem_tool.memory.file import StoredMemory
 
 
+class Part(NamedTuple):
+    """A row of a past.
+
+    Args:
+        past: of `rows` rows and `columns` columns.
+        rows: how many.
+        columns: how many.
+        row: which row.
+        length: tokens of that row, which are in its last columns.
+    """
+
+    past: Past
+    rows: int
+    columns: int
+    row: int
+    length: int
+
+    def alone(self, engine: Engine) -> Past:
+        """A past of this row and nothing else."""
+        if self.rows == 1:
+            return self.past
+        return engine.take(self.past, self.row, np.arange(self.columns - self.length, self.columns))
+
+    def memory(self, engine: Engine) -> StoredMemory:
+        """States and open segments of the row, copied."""
+        memory = engine.memory(self.past)
+        return memory if self.rows == 1 else memory.row(self.row)
+
+
 class Group(Protocol):
     """A batch that changes in place, unlike a past. For one thread."""
 
-    def exchange(self, leaving: Collection[int], pasts: Sequence[Past], lengths: Sequence[int]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
         """Let rows go, and let others join behind those that stay.
 
         Args:
             leaving: rows.
-            pasts: of one row each.
-            lengths: how many tokens each of them has.
+            joining: rows of other pasts.
 
         Returns:
             Which of the former rows is in each place now.
@@ -46,13 +74,13 @@ class PaddedGroup:
         self._past: Past = None
         self._lengths = np.zeros(0, np.int64)
 
-    def exchange(self, leaving: Collection[int], pasts: Sequence[Past], lengths: Sequence[int]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
         """See `Group.exchange`."""
         staying = [row for row in range(len(self._lengths)) if row not in leaving]
         parts = [] if not staying else [self._past] if not leaving else [self._taken(row) for row in staying]
-        parts += pasts
+        parts += [part.alone(self._engine) for part in joining]
         self._past = self._engine.join(parts) if parts else None
-        self._lengths = np.array([*self._lengths[staying], *lengths], np.int64)
+        self._lengths = np.array([*self._lengths[staying], *(part.length for part in joining)], np.int64)
         return staying
 
     def _taken(self, row: int) -> Past:

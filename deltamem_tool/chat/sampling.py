@@ -68,26 +68,32 @@ class Sampling:
                 raise ConfigError("Invalid sampling options.", f"{why}.", "Correct the option and try again.")
 
 
+def token_mask(ids: Collection[int]) -> NDArray[Any]:
+    """Which numbers are among `ids`: bool, up to the largest of them."""
+    mask = np.zeros(1 + max(ids), bool)
+    mask[list(ids)] = True
+    return mask
+
+
 class Sampler:
     """Chooses the tokens of one answer.
 
     Args:
         sampling: how.
         context: the tokens before the answer, for the repetition penalty.
-        ids: those that may be chosen: models often have logits for more, which mean no token.
+        valid: the `token_mask` of those that may be chosen: models often have logits for more, which mean no token.
 
     Attributes:
         is_greedy: whether it picks the likeliest token, whatever was said before.
     """
 
-    def __init__(self, sampling: Sampling, context: NDArray[Any], ids: Collection[int]) -> None:
+    def __init__(self, sampling: Sampling, context: NDArray[Any], valid: NDArray[Any]) -> None:
         self.is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        size = 1 + max([*ids, *context])
-        self._seen, self._tokens = np.zeros((2, size), bool)
+        self._seen = np.zeros(max(len(valid), 1 + int(context.max(initial=0))), bool)
         self._seen[context] = True
-        self._tokens[list(ids)] = True
+        self._tokens = valid
 
     def pick(self, logits: NDArray[Any]) -> int:
         """The next token, from logits `[V]`.
@@ -112,12 +118,11 @@ class GreedySampler:
     """Chooses a token of each of many answers at once, as a `Sampler` with `is_greedy` does of one.
 
     Args:
-        ids: as in `Sampler`.
+        valid: as in `Sampler`.
     """
 
-    def __init__(self, ids: Collection[int]) -> None:
-        self._tokens = np.zeros(1 + max(ids), bool)
-        self._tokens[list(ids)] = True
+    def __init__(self, valid: NDArray[Any]) -> None:
+        self._tokens = valid
 
     def pick(self, logits: NDArray[Any]) -> list[int | None]:
         """The next tokens, from logits `[B, V]`; None in a row for which `Sampler.pick` raises."""

@@ -173,9 +173,9 @@ class TextStream:
         self._start = 0  # from here on tokens are decoded: what was given last stays as context for what follows
         self._end = 0  # the tokens before this one have come out
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often empty."""
-        self._tokens.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that `tokens` complete, often empty."""
+        self._tokens += tokens
         return self._new(hold=True)
 
     def flush(self) -> str:

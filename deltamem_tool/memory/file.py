@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,16 @@ class StoredMemory:
             for part in (self.states, self.open_segments)
         )
         return StoredMemory(states, segments, self.adapter)
+
+    @classmethod
+    def stack(cls, memories: Sequence[StoredMemory]) -> StoredMemory:
+        """The conversations of all `memories`, which are of one adapter."""
+        first = memories[0]
+        states, segments = (
+            {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+            for parts in zip(*((memory.states, memory.open_segments) for memory in memories), strict=True)
+        )
+        return cls(states, segments, first.adapter)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays by their names in the file."""

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, probabilities
+from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, probabilities, token_mask
 from deltamem_tool.errors import ConfigError, DeltaMemError
 
 VOCABULARY = 500
@@ -89,7 +89,7 @@ def test_what_is_drawn_has_these_probabilities():
     draws, scores = 20_000, logits(0)
     sampling = Sampling(temperature=1.5, top_k=6, seed=0)
     chances = probabilities(scores, sampling, CONTEXT)
-    sampler = Sampler(sampling, CONTEXT, range(VOCABULARY))
+    sampler = Sampler(sampling, CONTEXT, token_mask(range(VOCABULARY)))
     counts = np.bincount([sampler.pick(scores) for _ in range(draws)], minlength=VOCABULARY)
     assert (counts[chances == 0] == 0).all()
     deviation = np.sqrt(draws * chances * (1 - chances))
@@ -99,18 +99,18 @@ def test_what_is_drawn_has_these_probabilities():
 def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
     scores = np.full(VOCABULARY, -5.0, np.float32)
     scores[[10, 20]] = 4.0, 3.0
-    greedy = Sampler(Sampling(), CONTEXT, range(VOCABULARY))
+    greedy = Sampler(Sampling(), CONTEXT, token_mask(range(VOCABULARY)))
     assert [greedy.pick(scores) for _ in range(3)] == [10, 10, 10]
-    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, range(VOCABULARY))
+    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask(range(VOCABULARY)))
     assert [penalised.pick(scores) for _ in range(3)] == [10, 20, 10]  # 4, then 3 against 2, then 2 against 1.5
-    after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), range(VOCABULARY))
+    after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), token_mask(range(VOCABULARY)))
     assert after.pick(scores) == 20  # 10 is in the context
 
 
 def test_only_tokens_are_chosen_whatever_the_logits_and_the_context():
     """Logits for less than the context's tokens, and for more than there are tokens."""
     for length in (90, 600):
-        sampler = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, [3, 50, 400])
+        sampler = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask([3, 50, 400]))
         scores = np.zeros(length, np.float32)
         scores[[3, 4, 50]] = 9.0, 100.0, 5.0
         assert [sampler.pick(scores) for _ in range(2)] == [50, 3]
@@ -128,7 +128,7 @@ def test_logits_that_are_no_numbers_are_an_error(options, damage):
         "no token is possible": -np.inf,
     }.get(damage, np.nan)
     with pytest.raises(DeltaMemError, match="NaN or infinity"):
-        Sampler(Sampling(**options), CONTEXT, range(VOCABULARY)).pick(scores)
+        Sampler(Sampling(**options), CONTEXT, token_mask(range(VOCABULARY))).pick(scores)
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
@@ -136,7 +136,7 @@ def test_tokens_that_a_model_rules_out_are_no_error(options):
     """Some models give minus infinity to what they never say; and what is no token means nothing."""
     scores = np.full(VOCABULARY, -np.inf, np.float32)
     scores[[10, 20]] = 1.0, np.nan
-    assert Sampler(Sampling(**options), CONTEXT, [5, 10, 30]).pick(scores) == 10
+    assert Sampler(Sampling(**options), CONTEXT, token_mask([5, 10, 30])).pick(scores) == 10
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_tokens_that_a_model_rules_out_are_no_error(options):
     ids=str,
 )
 def test_options_at_the_edge_of_their_range_choose_a_token(options):
-    assert 0 <= Sampler(Sampling(**options, seed=0), CONTEXT, range(VOCABULARY)).pick(logits(0)) < VOCABULARY
+    assert 0 <= Sampler(Sampling(**options, seed=0), CONTEXT, token_mask(range(VOCABULARY))).pick(logits(0)) < VOCABULARY
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_many_greedy_samplers_choose_as_each_alone():
     expected = []
     for row in rows:
         try:
-            expected.append(Sampler(Sampling(), CONTEXT, ids).pick(row))
+            expected.append(Sampler(Sampling(), CONTEXT, token_mask(ids)).pick(row))
         except DeltaMemError:
             expected.append(None)
-    assert GreedySampler(ids).pick(rows) == expected
+    assert GreedySampler(token_mask(ids)).pick(rows) == expected
     assert 10 < expected.count(None) < 200 and set(expected) <= {*ids, None}

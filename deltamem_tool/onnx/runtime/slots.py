@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_tool.chat.generation import Token
+from deltamem_tool.chat.group import Part
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.runtime.buffered_graph import FIRST_ROOM, BufferedGraph
@@ -24,6 +25,9 @@ from deltamem_tool.onnx.runtime.buffers import BufferedPast
 from deltamem_tool.onnx.runtime.ortvalue import on_host, wrapped
 
 _COLUMNS = contract.INPUT_IDS, contract.WRITE_MASK, contract.SEGMENT_END  # the inputs of a `Token`
+
+
+FIRST_SIZE = 8  # slots of the first buffers; those that are never used take no memory
 
 
 class _Arrays:
@@ -98,11 +102,11 @@ class Slots:
         """Whether the rows of `graph` can be in slots."""
         return isinstance(graph, BufferedGraph) and not graph.max_length and graph.device == "cpu"
 
-    def exchange(self, leaving: Collection[int], pasts: Sequence[BufferedPast], lengths: Sequence[int]) -> list[int]:
+    def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
         """See `Group.exchange`. The last rows take the places of those that leave."""
         count = len(self._lengths) - len(leaving)
         places = list(range(count))
-        if count:
+        if count or self._arrays.room <= FIRST_ROOM:
             holes = (row for row in places if row in leaving)
             movers = (row for row in range(count, len(self._lengths)) if row not in leaving)
             for hole, mover in zip(holes, movers, strict=True):
@@ -113,9 +117,9 @@ class Slots:
         else:
             self._arrays = _Arrays(self._graph, 0, 0)  # whoever was long is gone
         del self._lengths[count:]
-        self._reserve(count + len(pasts), max(lengths, default=0))
-        for past, length in zip(pasts, lengths, strict=True):
-            self._append(past, length)
+        self._reserve(count + len(joining), max((part.length for part in joining), default=0))
+        for part in joining:
+            self._append(part)
         return places
 
     def step(self, tokens: Sequence[Token]) -> NDArray[Any]:
@@ -139,14 +143,15 @@ class Slots:
         arrays = self._arrays.memory[self._arrays.source]
         return {i: arrays[name][row : row + 1].copy() for i, name in names.items() if name in arrays}
 
-    def _append(self, past: BufferedPast, length: int) -> None:
-        """A copy of a past of one row behind the others."""
-        row, arrays = len(self._lengths), self._arrays
+    def _append(self, part: Part) -> None:
+        """A copy of a row behind the others."""
+        past: BufferedPast = part.past
+        row, arrays, length = len(self._lengths), self._arrays, part.length
         self._lengths.append(length)
         for name, value in past.lease.buffers.cache.items():
-            arrays.cache[name][row, :, :length] = on_host(value)[0, :, :length]
+            arrays.cache[name][row, :, :length] = on_host(value)[part.row, :, :length]
         for name, value in past.memory.items():
-            arrays.memory[arrays.source][name][row] = on_host(value)[0]
+            arrays.memory[arrays.source][name][row] = on_host(value)[part.row]
 
     def _move(self, row: int, place: int) -> None:
         """Put a row in the place of another."""
@@ -170,7 +175,7 @@ class Slots:
         old, limit = self._arrays, self._graph.interface.room
         if rows <= old.size and columns <= old.room:
             return
-        size = old.size if rows <= old.size else max(rows, 2 * old.size)
+        size = old.size if rows <= old.size else max(rows, 2 * old.size, FIRST_SIZE)
         room = old.room if columns <= old.room else max(FIRST_ROOM, 2 * columns)
         if limit is not None:
             room = max(columns, min(room, limit))

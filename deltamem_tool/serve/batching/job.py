@@ -39,6 +39,7 @@ class Job:
         deadline: when the answer is of no use any longer, by `time.monotonic()`; None for never.
         prefix_key: jobs with the same key, memory and beginning share what was computed of it; None shares nothing.
         names: of memories and responses; what was computed goes when one of them is forgotten.
+        streamed: whether its reader gets the text in pieces; else all of it at the end, which costs less.
     """
 
     tenant: str
@@ -49,6 +50,7 @@ class Job:
     deadline: float | None = None
     prefix_key: str | None = None
     names: frozenset[str] = frozenset()
+    streamed: bool = True
 
     def check(self, engine: Engine, ids: Collection[int]) -> None:
         """Check that `engine`, whose tokens are `ids`, can run it.

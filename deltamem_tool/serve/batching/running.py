@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from deltamem_tool.chat.engine import Engine, Past
 from deltamem_tool.chat.generation import AnswerStream, Row, feed
+from deltamem_tool.chat.group import Part
 from deltamem_tool.chat.sampling import Sampler
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.memory.file import StoredMemory
@@ -21,19 +22,22 @@ from deltamem_tool.serve.batching.ticket import Ticket
 
 
 class _TokenStream(AnswerStream):
-    """Gives tokens as they are: they become text where they are read."""
+    """Gives tokens as they are: they become text where they are read. Without a reader they do so at the end."""
 
-    def __init__(self, text: ChatText, put: Callable[[int], object]) -> None:
-        super().__init__(text, (), None)
+    def __init__(self, text: ChatText, stop: Sequence[str], put: Callable[[Any], object] | None) -> None:
+        super().__init__(text, stop, None)
         self._put = put
+        self._tokens: list[int] = []  # without a reader
+        self._decode = text.tokenizer.decode
 
     def push(self, token: int) -> bool:
         """See `AnswerStream.push`."""
-        self._put(token)
+        (self._put or self._tokens.append)(token)
         return False
 
     def end(self) -> None:
         """Nothing is held back."""
+        self._give(self._decode(self._tokens))
 
 
 class Running:
@@ -42,24 +46,25 @@ class Running:
     Args:
         engine: the model.
         ticket: of a job that was checked.
-        ids: the tokens that an answer may have.
+        valid: the `token_mask` of those that an answer may have.
         piece: the most tokens of the prompt that are fed in one call.
 
     Attributes:
         row: where it is.
         cached: tokens of the prompt that were in the cache.
+        part: its row of a past, when the prompt was fed, until it joins a group.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket, ids: Collection[int], piece: int) -> None:
+    part: Part
+
+    def __init__(self, engine: Engine, ticket: Ticket, valid: NDArray[Any], piece: int) -> None:
         job, tokens = ticket.job, list(ticket.job.tokens)
         limit = job.sampling.max_new_tokens
         if engine.max_length is not None:
             limit = min(limit, engine.max_length - len(tokens))
-        sampler = Sampler(job.sampling, np.array([token.id for token in tokens], np.int64), ids)
-        if job.sampling.stop:
-            stream = AnswerStream(engine.text, job.sampling.stop, ticket.put)
-        else:
-            stream = _TokenStream(engine.text, ticket.put)
+        sampler = Sampler(job.sampling, np.array([token.id for token in tokens], np.int64), valid)
+        put = ticket.put if job.streamed else None
+        stream = (AnswerStream if job.sampling.stop else _TokenStream)(engine.text, job.sampling.stop, put)
         self.ticket = ticket
         self.row = Row(None, (), tokens, job.answer_writes, limit, sampler, stream)
         self.cached = 0
@@ -68,6 +73,11 @@ class Running:
         self._piece, self._keys = piece, prefix_keys(job, piece)
         self._started = time.monotonic()
         self._first_token = math.inf
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the prompt goes in as one piece, which is never in the cache, nor kept there."""
+        return self.row.prompt <= self._piece
 
     def begin(self, engine: Engine, cache: PrefixCache) -> None:
         """Start from the memory, or from the longest beginning of the prompt that is in the cache."""
@@ -90,6 +100,18 @@ class Running:
         if row.fed <= len(self._keys) * self._piece:
             self._memories.append(engine.memory(row.past))
             self._whole_pieces = row.past
+        self.part = Part(row.past, 1, row.fed, 0, row.fed)
+        return logits
+
+    @staticmethod
+    def feed_short(engine: Engine, together: Sequence[Running]) -> NDArray[Any]:
+        """Feed short prompts in one call, and return their logits `[B, V]`."""
+        rows = [running.row for running in together]
+        past = engine.start(StoredMemory.stack([running.ticket.job.memory for running in together]))
+        logits, past, mask = feed(engine, past, np.zeros((len(rows), 0), np.int64), [row.tokens for row in rows])
+        for number, running in enumerate(together):
+            running.row.fed = running.row.prompt
+            running.part = Part(past, *mask.shape, number, running.row.prompt)
         return logits
 
     @property

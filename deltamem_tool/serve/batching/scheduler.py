@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
 from deltamem_tool.chat.engine import Engine
-from deltamem_tool.chat.sampling import GreedySampler
+from deltamem_tool.chat.sampling import GreedySampler, token_mask
 from deltamem_tool.errors import DeltaMemError, domain_error, first_line
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, Job
@@ -72,7 +73,8 @@ class Scheduler:
         self.engine = engine
         self.counters = Counters()
         self._ids = engine.text.ids | engine.stop_tokens
-        self._greedy = GreedySampler(self._ids)
+        self._valid = token_mask(self._ids)
+        self._greedy = GreedySampler(self._valid)
         self._max_batch, self._piece = max_batch, piece
         self._waiting = FairQueue(max_queue)
         self._changed = threading.Condition()  # guards what waits, and the three that follow
@@ -156,7 +158,7 @@ class Scheduler:
         for ticket in gone:
             self._end(ticket, self._reason(ticket))
         if new:
-            self._prompts += [Running(self.engine, ticket, self._ids, self._piece) for ticket in new]
+            self._prompts += [Running(self.engine, ticket, self._valid, self._piece) for ticket in new]
         for running in [running for running in self._prompts if ending or running.ticket.gone(now)]:
             self._prompts.remove(running)
             self._end(running.ticket, self._reason(running.ticket))
@@ -171,24 +173,44 @@ class Scheduler:
         """Feed prompts, the first that came first, for about `piece` tokens; return those that answer from now on."""
         fed, joining = 0, list[Running]()
         while self._prompts and fed < self._piece:
-            running = self._prompts[0]
-            row = running.row
-            if row.past is None:
-                running.begin(self.engine, self._cache)
-                self.counters.cached_tokens += running.cached
-            before = row.fed
-            logits = running.feed_piece(self.engine)
-            fed += row.fed - before
-            if row.fed == row.prompt:
-                self._prompts.remove(running)
-                if self._choose(running, logits[0], None, self.engine.memory, row.past):
-                    joining.append(running)
-                prefix = running.prefix
-                if prefix is not None and math.isfinite(logits.max()):
-                    self._cache.put(prefix)
-                    self.counters.cache_bytes = self._cache.size
+            together = self._fed_together()
+            if not together[0].is_short and together[0].row.past is None:
+                together[0].begin(self.engine, self._cache)
+                self.counters.cached_tokens += together[0].cached
+            before = sum(running.row.fed for running in together)
+            if together[0].is_short:
+                logits = Running.feed_short(self.engine, together)
+            else:
+                logits = self._feed_piece(together[0])
+            fed += sum(running.row.fed for running in together) - before
+            for running, of_row in zip(together, logits, strict=True):
+                if running.row.fed == running.row.prompt:
+                    self._prompts.remove(running)
+                    if self._choose(running, of_row, None, partial(running.part.memory, self.engine)):
+                        joining.append(running)
         self.counters.prompt_tokens += fed
         return joining
+
+    def _fed_together(self) -> Sequence[Running]:
+        """The first prompt, and where it is short, those behind it that are, as many as one piece has room for."""
+        together, longest = list[Running](), 0
+        for running in self._prompts:
+            longest = max(longest, running.row.prompt)
+            if together and not (running.is_short and longest * (len(together) + 1) <= self._piece):
+                break
+            together.append(running)
+            if not running.is_short:
+                break
+        return together
+
+    def _feed_piece(self, running: Running) -> NDArray[Any]:
+        """Feed a piece of a long prompt, and return the logits `[1, V]` after it."""
+        logits = running.feed_piece(self.engine)
+        prefix = running.prefix
+        if prefix is not None and running.row.fed == running.row.prompt and math.isfinite(logits.max()):
+            self._cache.put(prefix)
+            self.counters.cache_bytes = self._cache.size
+        return logits
 
     def _decode(self, joining: Sequence[Running]) -> None:
         """One token for each row that answers."""
@@ -198,10 +220,10 @@ class Scheduler:
         began = time.perf_counter()
         logits = self._group.step([running.row.tokens[-1] for running in self._answering])
         self.counters.model_seconds += time.perf_counter() - began
-        likeliest, memory = self._greedy.pick(logits), self._group.memory
+        likeliest = self._greedy.pick(logits)
         for number, (running, token) in enumerate(zip(self._answering, likeliest, strict=True)):
             running.row.fed += 1
-            if not self._choose(running, logits[number], token, memory, number):
+            if not self._choose(running, logits[number], token, partial(self._group.memory, number)):
                 self._leaving.add(number)
         self.counters.steps += 1
         self.counters.step_rows += len(logits)
@@ -211,10 +233,11 @@ class Scheduler:
         """Let rows leave and join the group."""
         if not self._leaving and not joining:
             return
-        pasts, lengths = [running.row.past for running in joining], [running.row.fed for running in joining]
+        parts = [running.part for running in joining]
         for running in joining:
             running.row.past = None
-        places = self._group.exchange(self._leaving, pasts, lengths)
+            del running.part
+        places = self._group.exchange(self._leaving, parts)
         self._answering = [*(self._answering[place] for place in places), *joining]
         self._leaving.clear()
 
@@ -223,12 +246,11 @@ class Scheduler:
         running: Running,
         logits: NDArray[Any],
         likeliest: int | None,
-        memory: Callable[[Any], StoredMemory],
-        place: Any,
+        memory: Callable[[], StoredMemory],
     ) -> bool:
         """The next token of a row, as in `Running.take`; return whether the answer goes on after it.
 
-        `memory` of `place` is what the row has at its end.
+        `memory` is what the row has at its end.
         """
         try:
             if running.take(logits, likeliest, self.engine.stop_tokens):
@@ -236,7 +258,7 @@ class Scheduler:
         except DeltaMemError as error:
             self._end(running.ticket, error)
             return False
-        completion = running.completion(memory(place))
+        completion = running.completion(memory())
         self.counters.completed += 1
         self.counters.answer_tokens += len(completion.answer.tokens)
         running.ticket.put(completion)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from deltamem_tool.chat.generation import AnswerStream
-from deltamem_tool.chat.text import ChatText
+from deltamem_tool.chat.text import ChatText, TextStream
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.batching.job import Completion, Job
 
@@ -48,7 +47,7 @@ class Ticket:
     with it.
 
     Tokens become text where they are read, while the scheduler's thread goes on; but for answers with stop strings,
-    whose text says when they end.
+    whose text says when they end. The reader of a job that is not streamed is woken at its end alone.
 
     Args:
         job: what was accepted.
@@ -93,21 +92,24 @@ class Ticket:
 
     def __iter__(self) -> Iterator[Event]:
         reading = _Reading(self._text)
-        while not reading.ended:
-            yield from reading.take(self._events.get())
+        while reading.end is None:
+            if text := reading.take((self._events.get(), *self._arrived())):
+                yield text
+        yield reading.completion()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         reading, arrived = _Reading(self._text), asyncio.Event()
         self._reader = asyncio.get_running_loop(), arrived
-        while not reading.ended:
+        while True:
             arrived.clear()  # before the queue is read: what comes after that wakes again
-            for event in self._waiting():
-                for piece in reading.take(event):
-                    yield piece
-            if not reading.ended:
-                await arrived.wait()
+            if text := reading.take(self._arrived()):
+                yield text
+            if reading.end is not None:
+                break
+            await arrived.wait()
+        yield reading.completion()
 
-    def _waiting(self) -> Iterator[int | Event | DeltaMemError]:
+    def _arrived(self) -> Iterator[int | Event | DeltaMemError]:
         while True:
             try:
                 yield self._events.get_nowait()
@@ -116,25 +118,42 @@ class Ticket:
 
 
 class _Reading:
-    """What a reader makes of events."""
+    """What a reader makes of events.
+
+    Attributes:
+        end: the last of them, when it has come.
+    """
 
     def __init__(self, text: ChatText) -> None:
+        self._stream = TextStream(text.tokenizer)
         self._given: list[str] = []  # pieces of text
-        self._stream = AnswerStream(text, (), self._given.append)
-        self.ended = False
+        self.end: Completion | DeltaMemError | None = None
 
-    def take(self, event: int | Event | DeltaMemError) -> list[Event]:
-        """The events that `event` becomes."""
-        before = len(self._given)
-        if isinstance(event, int):
-            self._stream.push(event)
-        elif isinstance(event, str):
-            self._given.append(event)
-        else:
-            self.ended = True
-            if isinstance(event, DeltaMemError):
-                raise event
-            self._stream.end()
-            answer = replace(event.answer, text="".join(self._given))
-            return [*self._given[before:], replace(event, answer=answer)]
-        return [*self._given[before:]]
+    def take(self, events: Iterable[int | Event | DeltaMemError]) -> str:
+        """The text that `events` bring: those that have waited for the reader are one piece."""
+        tokens, pieces = list[int](), list[str]()
+        for event in events:
+            if isinstance(event, int):
+                tokens.append(event)
+            elif isinstance(event, str):
+                pieces.append(event)
+            else:
+                self.end = event
+        if tokens:
+            pieces.append(self._stream.push(*tokens))
+        if isinstance(self.end, Completion):
+            pieces.append(self._stream.flush())
+        self._given.append("".join(pieces))
+        return self._given[-1]
+
+    def completion(self) -> Completion:
+        """The end.
+
+        Raises:
+            DeltaMemError: it is one.
+        """
+        assert self.end is not None
+        if isinstance(self.end, DeltaMemError):
+            raise self.end
+        text = "".join(self._given)  # as it was given
+        return replace(self.end, answer=replace(self.end.answer, text=text)) if text else self.end

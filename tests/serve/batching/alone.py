@@ -9,7 +9,7 @@ from helpers.conversations import TOLERANCE
 
 from deltamem_tool.chat.engine import Engine, empty_memory
 from deltamem_tool.chat.generation import Token
-from deltamem_tool.chat.sampling import Sampler, Sampling
+from deltamem_tool.chat.sampling import Sampler, Sampling, token_mask
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Job
 
@@ -24,7 +24,8 @@ def assert_close(found: StoredMemory, expected: StoredMemory) -> None:
 def answered_alone(engine: Engine, job: Job) -> tuple[list[int], StoredMemory]:
     """The answer's tokens, with one that ended it, and the memory after all that was fed; there are no stop strings."""
     past, context, answer = engine.start(job.memory), 0, list[int]()
-    sampler = Sampler(job.sampling, np.array([token.id for token in job.tokens]), engine.text.ids | engine.stop_tokens)
+    valid = token_mask(engine.text.ids | engine.stop_tokens)
+    sampler = Sampler(job.sampling, np.array([token.id for token in job.tokens]), valid)
     new = list(job.tokens)
     while True:
         ids, writes, ends = (np.array([column]) for column in zip(*new, strict=True))
