@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, Awaitable
@@ -46,26 +47,35 @@ class EventStream(Response):
         await unless_gone(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
-        made, waiting = anyio.create_memory_object_stream[bytes](math.inf)
+        waiting, changed, ended = list[bytes](), asyncio.Event(), False
 
         async def make() -> None:
-            async with made, aclosing(self._events) as events:
+            nonlocal ended
+            async with aclosing(self._events) as events:
                 async for chunk in events:
-                    made.send_nowait(chunk)
+                    waiting.append(chunk)
+                    changed.set()
+            ended = True
+            changed.set()
 
         async def put(**message: Any) -> None:
-            with anyio.move_on_after(SEND_SECONDS) as limit:
-                await send(message)
+            limit.deadline = anyio.current_time() + SEND_SECONDS
+            await send(message)
+            limit.deadline = math.inf
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(make)
+            with anyio.CancelScope() as limit:
+                await put(type="http.response.start", status=self.status_code, headers=self.raw_headers)
+                more = True
+                while more:
+                    await changed.wait()
+                    changed.clear()
+                    body, more = b"".join(waiting), not ended
+                    waiting.clear()
+                    await put(type="http.response.body", body=body, more_body=more)
             if limit.cancelled_caught:  # it does not read
                 group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group, waiting:
-            group.start_soon(make)
-            await put(type="http.response.start", status=self.status_code, headers=self.raw_headers)
-            async for chunk in waiting:
-                more = [waiting.receive_nowait() for _ in range(waiting.statistics().current_buffer_used)]
-                await put(type="http.response.body", body=b"".join((chunk, *more)), more_body=True)
-            await put(type="http.response.body", body=b"", more_body=False)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:

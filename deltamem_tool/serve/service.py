@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import HTTPConnection
 from starlette.requests import Request as HttpRequest
@@ -73,7 +73,7 @@ class Service:
 
     async def whole(self, http: HttpRequest, request: Request) -> Outcome | None:
         """Return the outcome of a request that is answered at once; None if the client has gone."""
-        return await unless_gone(http.receive, _outcome(self.turns.answer(request)))
+        return await unless_gone(http.receive, _outcome(self.turns.answer(replace(request, streamed=False))))
 
     async def first(self, http: HttpRequest, events: AsyncGenerator[str | Outcome, None]) -> str | Outcome | None:
         """Return the first event of an answer that is streamed; None if the client has gone."""

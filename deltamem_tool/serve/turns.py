@@ -57,6 +57,7 @@ class Request:
         previous: the response whose conversation these messages go on with.
         keep_as: the name of the response, where others may go on from it; None for one that is not kept.
         instructions: a system message for this turn alone, which is not part of what is kept.
+        streamed: whether the answer comes in pieces.
     """
 
     whose: Whose
@@ -65,6 +66,7 @@ class Request:
     previous: str | None = None
     keep_as: str | None = None
     instructions: str | None = None
+    streamed: bool = True
 
     @property
     def names(self) -> frozenset[str]:
@@ -147,7 +149,7 @@ class Turns:
         self._seconds = seconds
 
     async def answer(self, request: Request) -> AsyncGenerator[str | Outcome, None]:
-        """Yield the answer piece by piece, and then, when the memory is stored, the outcome.
+        """Yield the answer, piece by piece if it is streamed, and then, when the memory is stored, the outcome.
 
         Whoever stops before the end closes the generator: nothing is kept then.
 
@@ -168,6 +170,7 @@ class Turns:
                 deadline,
                 prefix_key=whose.tenant,
                 names=request.names,
+                streamed=request.streamed,
             )
             ticket = self._scheduler.submit(job)
             try:

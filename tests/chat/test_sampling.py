@@ -150,7 +150,9 @@ def test_tokens_that_a_model_rules_out_are_no_error(options):
     ids=str,
 )
 def test_options_at_the_edge_of_their_range_choose_a_token(options):
-    assert 0 <= Sampler(Sampling(**options, seed=0), CONTEXT, token_mask(range(VOCABULARY))).pick(logits(0)) < VOCABULARY
+    assert (
+        0 <= Sampler(Sampling(**options, seed=0), CONTEXT, token_mask(range(VOCABULARY))).pick(logits(0)) < VOCABULARY
+    )
 
 
 @pytest.mark.parametrize(

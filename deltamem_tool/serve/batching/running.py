@@ -111,7 +111,7 @@ class Running:
         logits, past, mask = feed(engine, past, np.zeros((len(rows), 0), np.int64), [row.tokens for row in rows])
         for number, running in enumerate(together):
             running.row.fed = running.row.prompt
-            running.part = Part(past, *mask.shape, number, running.row.prompt)
+            running.part = Part(past, len(rows), mask.shape[1], number, running.row.prompt)
         return logits
 
     @property

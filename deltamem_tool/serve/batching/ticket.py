@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -14,28 +14,44 @@ from deltamem_tool.chat.text import ChatText, TextStream
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.batching.job import Completion, Job
 
-Event = str | Completion  # pieces of the answer's text, and then the end
+Event = int | str | Completion | DeltaMemError  # tokens or pieces of text, and then the end
+Readers = dict[asyncio.AbstractEventLoop, set[asyncio.Event]]
+# Between two pieces of a text. Of a small model, tokens come faster than anybody reads them, and to send each by itself
+# takes the server as much time as to compute it.
+PIECE_SECONDS = 0.04
 
 
 class Bell:
-    """Wakes coroutines that wait for events: one call for all of a loop, which many calls would keep busy."""
+    """Wakes coroutines that wait for events: one call for all of a loop, which many calls would keep busy.
 
-    def __init__(self) -> None:
-        self._waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    Args:
+        pause: seconds between two rings for those who can wait.
+    """
 
-    def add(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
-        """Wake who waits for `arrived` at the next ring."""
-        self._waiting.setdefault(loop, []).append(arrived)
+    def __init__(self, pause: float = PIECE_SECONDS) -> None:
+        self._at_once: Readers = {}
+        self._patient: Readers = {}
+        self._pause, self._rung = pause, -math.inf
+
+    def add(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, at_once: bool) -> None:
+        """Wake who waits for `arrived` at the next ring, or at the first one after a pause."""
+        readers = self._at_once if at_once else self._patient
+        readers.setdefault(loop, set()).add(arrived)
 
     def ring(self) -> None:
         """Wake them."""
-        for loop, events in self._waiting.items():
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_set_all, events)
-        self._waiting = {}
+        now = time.monotonic()
+        woken, self._at_once = [self._at_once], {}
+        if now - self._rung >= self._pause:
+            woken.append(self._patient)
+            self._patient, self._rung = {}, now
+        for readers in woken:
+            for loop, events in readers.items():
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(_set_all, events)
 
 
-def _set_all(events: Sequence[asyncio.Event]) -> None:
+def _set_all(events: Iterable[asyncio.Event]) -> None:
     for event in events:
         event.set()
 
@@ -61,7 +77,8 @@ class Ticket:
         self._deadline = math.inf if job.deadline is None else job.deadline
         self._bell = bell
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-        self._events: SimpleQueue[int | Event | DeltaMemError] = SimpleQueue()
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._is_new = True  # nothing has happened yet
         self._text = text
         self._cancelled = False
 
@@ -84,20 +101,21 @@ class Ticket:
         assert isinstance(last, Completion)
         return last
 
-    def put(self, event: int | Event | DeltaMemError) -> None:
+    def put(self, event: Event) -> None:
         """Add a token, a piece of text, or the end. For the scheduler, which rings the bell."""
         self._events.put(event)
         if self._reader is not None:
-            self._bell.add(*self._reader)
+            self._bell.add(*self._reader, at_once=self._is_new or not isinstance(event, int | str))
+        self._is_new = False
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[str | Completion]:
         reading = _Reading(self._text)
         while reading.end is None:
             if text := reading.take((self._events.get(), *self._arrived())):
                 yield text
         yield reading.completion()
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[str | Completion]:
         reading, arrived = _Reading(self._text), asyncio.Event()
         self._reader = asyncio.get_running_loop(), arrived
         while True:
@@ -109,7 +127,7 @@ class Ticket:
             await arrived.wait()
         yield reading.completion()
 
-    def _arrived(self) -> Iterator[int | Event | DeltaMemError]:
+    def _arrived(self) -> Iterator[Event]:
         while True:
             try:
                 yield self._events.get_nowait()
@@ -129,7 +147,7 @@ class _Reading:
         self._given: list[str] = []  # pieces of text
         self.end: Completion | DeltaMemError | None = None
 
-    def take(self, events: Iterable[int | Event | DeltaMemError]) -> str:
+    def take(self, events: Iterable[Event]) -> str:
         """The text that `events` bring: those that have waited for the reader are one piece."""
         tokens, pieces = list[int](), list[str]()
         for event in events:

@@ -43,3 +43,25 @@ def test_random_arrivals_and_departures(any_engine, seed, monkeypatch):
         tokens, memory = answered_alone(any_engine, jobs[number])
         assert list(end.answer.tokens) == tokens, number
         assert_close(end.memory, memory)
+
+
+def test_short_prompts_are_read_together(any_engine, monkeypatch):
+    chance = random.Random(5)
+    jobs = [random_job(any_engine, chance, longest=9) for _ in range(7)]
+    started, start = [], any_engine.start
+
+    def noted(memory):
+        started.append(len(next(iter(memory.states.values()))))
+        return start(memory)
+
+    monkeypatch.setattr(any_engine, "start", noted)
+    with Scheduler(any_engine, piece=32) as scheduler:
+        with scheduler._changed:  # all of them are there when it looks
+            tickets = [scheduler.submit(job) for job in jobs]
+        ends = [ticket.result() for ticket in tickets]
+        assert scheduler.counters.prompt_tokens == sum(len(job.tokens) for job in jobs)
+    assert max(started) > 2
+    for job, end in zip(jobs, ends, strict=True):
+        tokens, memory = answered_alone(any_engine, job)
+        assert list(end.answer.tokens) == tokens
+        assert_close(end.memory, memory)
