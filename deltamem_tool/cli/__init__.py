@@ -33,6 +33,7 @@ COMMANDS = (
     "run",
     "chat",
     "serve",
+    "page",
     "push",
     "pull",
 )
@@ -44,6 +45,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "convert": ("torch",),
     "eval": ("eval",),
     "export": ("export", "cpu"),
+    "page": ("cpu",),
     "patch": ("torch",),
     "quickstart": ("train", "eval", "export", "cpu"),
     "run": ("cpu",),

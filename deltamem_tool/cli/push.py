@@ -33,6 +33,8 @@ _FOLDER = UserPath(file_okay=False, path_type=Path)
 @click.option("--branch", help="Push to this branch, created if it does not exist.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
 @click.option("--message", help="Of the commit.")
+@click.option("--space", is_flag=True, help="Push a page of the ONNX folder too, a static Space: see `deltamem page`.")
+@click.option("--runtime", metavar="DIR", type=_FOLDER, help="With --space: as in `deltamem page`.")
 @click.option("--dry-run", is_flag=True, help="Send nothing: show what would change, and the card.")
 @json_option
 def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
@@ -47,7 +49,11 @@ def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options:
     from deltamem_tool.hub.push import push
 
     ask = None if as_json or dry_run or not sys.stdin.isatty() else _ask_license
-    result = push(folder, repo_id, dry_run=dry_run, ask_license=ask, **options)
+
+    def note(text: str) -> None:
+        STDERR.print(text, markup=False, highlight=False)
+
+    result = push(folder, repo_id, dry_run=dry_run, ask_license=ask, progress=note, **options)
     if as_json:
         click.echo(json.dumps({**asdict(result), "dry_run": dry_run}))
         return
@@ -91,6 +97,9 @@ def _show(result: PushResult, dry_run: bool) -> None:
         sent = sum(change.size for change in changed if change.kind != DELETED)
         click.echo(f"{len(changed)} of {len(result.changes)} files changed, {decimal(sent)} sent.")
     click.echo(result.url)
+    if result.space is not None:
+        sent = sum(change.size for change in result.space_changes if change.kind not in (SAME, DELETED))
+        click.echo(f"The page, {decimal(sent)} {'to send' if dry_run else 'sent'}: {result.space}")
 
 
 def _body(card: str) -> str:

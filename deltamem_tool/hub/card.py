@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from functools import cache
@@ -28,6 +29,7 @@ END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
 DATASET = "deltamem-"  # prefix of our tasks' names in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_SPACE = re.compile(r"\[Talk to it in your browser\]\((\S+)\)")  # as the template links it
 _TOY = "The backbone is a toy of 767 words: it shows the mechanism, and nothing else."
 _WRITTEN = {
     "token": "written at every token",
@@ -46,7 +48,9 @@ _TRAINING = {  # keys of training.json's recipe, and their names in the card
 }
 
 
-def write_card(contents: Contents, repo_id: str, base: Base, old: bytes | None, license: str | None) -> bytes:
+def write_card(
+    contents: Contents, repo_id: str, base: Base, old: bytes | None, license: str | None, space: str | None = None
+) -> bytes:
     """Write the card of the repository `repo_id`.
 
     Args:
@@ -55,14 +59,17 @@ def write_card(contents: Contents, repo_id: str, base: Base, old: bytes | None, 
         base: the base model as others find it.
         old: the present card; its metadata and all words outside the generated block are kept.
         license: identifier for the metadata; None keeps that of the old card.
+        space: address of its Space; None keeps that of the old card.
 
     Raises:
         HubError: the old card's metadata or marks are invalid.
     """
     card = _parsed(f"---\n\n---\n\n# {repo_id.partition('/')[2]}\n".encode() if old is None else old)
     text = card.text
+    linked = _SPACE.search(text)
+    space = space or (linked and linked[1])
     newline = "\r\n" if "\r\n" in text else "\n"
-    block = f"{BEGIN}\n\n{_block(contents, repo_id, base)}\n{END}".replace("\n", newline)
+    block = f"{BEGIN}\n\n{_block(contents, repo_id, base, space)}\n{END}".replace("\n", newline)
     if (text.count(BEGIN), text.count(END)) == (0, 0):
         card.text = text.rstrip() + 2 * newline + block + newline
     elif (text.count(BEGIN), text.count(END)) == (1, 1) and text.index(BEGIN) < text.index(END):
@@ -131,7 +138,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> list[EvalResult]:
     ]
 
 
-def _block(contents: Contents, repo_id: str, base: Base) -> str:
+def _block(contents: Contents, repo_id: str, base: Base, space: str | None) -> str:
     is_builtin = base.name is not None and base.name.startswith(BUILTIN)
     if contents.adapter is not None:
         config, count, memory_bytes = (
@@ -157,6 +164,7 @@ def _block(contents: Contents, repo_id: str, base: Base) -> str:
         scores=_scores(contents.evaluation),
         onnx=_onnx(contents.onnx),
         scope=_TOY if base.name == BACKBONE else "",
+        space=space,
         version=__version__,
     )
 

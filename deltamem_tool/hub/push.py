@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deltamem_tool.adapter.config_file import CONFIG_FILE
 from deltamem_tool.errors import DeltaMemError, HubError
@@ -12,8 +14,9 @@ from deltamem_tool.hub.card import has_license, write_card
 from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Contents, read_contents
 from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, RemoteTree, Repository
+from deltamem_tool.hub.space import Space, check_space
 from deltamem_tool.io.names import expand_user, fetch, hub_id, on_hub
-from deltamem_tool.onnx.contract import MANIFEST_FILE
+from deltamem_tool.onnx.contract import MANIFEST_FILE, MODEL_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 from deltamem_tool.onnx.manifest import Manifest
 
@@ -29,6 +32,8 @@ class PushResult:
         changes: one entry for each file.
         notes: what the user should know.
         card: the model card.
+        space: of the Space, if one was pushed.
+        space_changes: one entry for each of its files.
     """
 
     repo_id: str
@@ -37,6 +42,8 @@ class PushResult:
     changes: list[Change]
     notes: list[str] = field(default_factory=list)
     card: str = field(default="", repr=False)
+    space: str | None = None
+    space_changes: list[Change] = field(default_factory=list)
 
 
 def push(
@@ -53,6 +60,9 @@ def push(
     private: bool = False,
     dry_run: bool = False,
     ask_license: Callable[[], str | None] | None = None,
+    space: bool = False,
+    runtime: Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> PushResult:
     """Push an adapter folder, an ONNX folder, or both to the Hub.
 
@@ -72,12 +82,16 @@ def push(
         private: make a new repository private; an existing one must be private.
         dry_run: send nothing; return what would change.
         ask_license: called if neither `license` nor the card names one.
+        space: push a page of the ONNX folder too, as a static Space of the same name; the card links it.
+        runtime: npm's node_modules with the packages that the page needs; without it they are fetched once.
+        progress: called with what is being done.
 
     Raises:
         HubError: the Hub rejects the push, or its answer was lost; the message says which.
         AdapterError: the adapter is damaged; nothing was sent.
         ExportError: the ONNX folder is damaged; nothing was sent.
         DataError: the evaluation is damaged; nothing was sent.
+        ConfigError: a Space is to go with a branch or a pull request; nothing was sent.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -88,6 +102,8 @@ def push(
         >>> result.url.endswith("/someone/my-adapter")
         True
     """
+    if space:
+        check_space(branch, create_pr)
     repository = Repository(hub_id(repo_id), branch or MAIN, create_pr)
     paths = [None if path is None else expand_user(path) for path in (onnx, evaluation)]
     contents, base = with_public_base(read_contents(expand_user(folder), *paths), base_model)
@@ -104,18 +120,56 @@ def push(
     old = contents.card if contents.card is not None else repository.content(CARD_FILE, remote)
     if license is None and ask_license is not None and not (old and has_license(old)):
         license = ask_license()
-    card = write_card(described, repository.repo_id, base, old, license)
-    if not has_license(card):
-        notes.append("The model card names no licence: pass --license, such as apache-2.0, or add it to the card.")
-    files = {**contents.files, CARD_FILE: card}
-    changes = _changes(files, contents, remote)
-    if dry_run or all(change.kind == SAME for change in changes):
+    with ExitStack() as opened:
+        page = None
+        if space:
+            made = Path(opened.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
+            page = Space(
+                repository.repo_id,
+                _onnx_folder(contents, folder),
+                made,
+                license,
+                private,
+                runtime,
+                progress or (lambda _: None),
+            )
+        card = write_card(described, repository.repo_id, base, old, license, None if page is None else page.url)
+        if not has_license(card):
+            notes.append("The model card names no licence: pass --license, such as apache-2.0, or add it to the card.")
+        files = {**contents.files, CARD_FILE: card}
+        changes = _changes(files, contents, remote)
+        commit, url = remote.commit, repository.url
+        if not dry_run and any(change.kind != SAME for change in changes):
+            remote = repository.create(remote, private)
+            commit, url = repository.commit(files, changes, remote, message or f"Upload {' and '.join(contents.parts)}")
+        if not dry_run and page is not None:
+            page.push()
         return PushResult(
-            repository.repo_id, repository.url, None if dry_run else remote.commit, changes, notes, card.decode()
+            repo_id=repository.repo_id,
+            url=url,
+            commit=None if dry_run else commit,
+            changes=changes,
+            notes=notes,
+            card=card.decode(),
+            space=None if page is None else page.url,
+            space_changes=[] if page is None else page.changes,
         )
-    remote = repository.create(remote, private)
-    commit, url = repository.commit(files, changes, remote, message or f"Upload {' and '.join(contents.parts)}")
-    return PushResult(repository.repo_id, url, commit, changes, notes, card.decode())
+
+
+def _onnx_folder(contents: Contents, folder: str | Path) -> Path:
+    """Where the ONNX folder among `contents` is.
+
+    Raises:
+        HubError: there is none.
+    """
+    graph = contents.files.get(f"{ONNX_FOLDER}/{MODEL_FILE}")
+    if not isinstance(graph, Path):
+        raise HubError(
+            f"{folder} has no ONNX folder. Nothing was sent.",
+            "The page of a Space runs one.",
+            "Pass one with --onnx: `deltamem export ADAPTER --target web --out onnx-web`.",
+        )
+    return graph.parent
 
 
 def _described(contents: Contents, repository: Repository, remote: RemoteTree) -> tuple[Contents, list[str]]:

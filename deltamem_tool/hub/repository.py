@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from deltamem_tool._compat import RepoFile, git_hash, sha_fileobj
@@ -18,9 +19,13 @@ from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, may_have_lande
 
 LIBRARY = "deltamem-tool"
 MAIN = "main"
+MODEL, SPACE = "model", "space"  # kinds of repositories
 NEW, CHANGED, SAME, DELETED = "new", "changed", "same", "deleted"
 Files = Mapping[str, Path | bytes]  # by path in the repository
-_FROM_THE_START = {".gitattributes"}  # files of a new repository
+_FROM_THE_START = {  # files of a new repository
+    MODEL: {".gitattributes"},
+    SPACE: {".gitattributes", "README.md", "index.html", "style.css"},
+}
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,23 @@ def _is_same(content: Path | bytes, size: int, remote: RepoFile) -> bool:
 
 
 class Repository:
-    """A branch of a repository; with `create_pr`, changes become a pull request to it."""
+    """A branch of a repository; with `create_pr`, changes become a pull request to it.
 
-    def __init__(self, repo_id: str, branch: str = MAIN, create_pr: bool = False) -> None:
-        self.repo_id, self.branch, self.create_pr = repo_id, branch, create_pr
+    Args:
+        repo_id: `owner/name`.
+        branch: of it.
+        create_pr: whether changes are proposed.
+        kind: MODEL or SPACE, which is static.
+    """
+
+    def __init__(self, repo_id: str, branch: str = MAIN, create_pr: bool = False, kind: str = MODEL) -> None:
+        self.repo_id, self.branch, self.create_pr, self.kind = repo_id, branch, create_pr, kind
         self._api = HfApi(library_name=LIBRARY, library_version=__version__)
 
     @property
     def url(self) -> str:
         """The page of the branch."""
-        url = f"{self._api.endpoint}/{self.repo_id}"
+        url = f"{self._api.endpoint}/{'spaces/' if self.kind == SPACE else ''}{self.repo_id}"
         return url if self.branch == MAIN else f"{url}/tree/{self.branch}"
 
     def read(self) -> RemoteTree:
@@ -92,7 +104,7 @@ class Repository:
                 if self.branch == MAIN:
                     raise
                 info, has_branch = self._info(MAIN), False
-            entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha)
+            entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha, repo_type=self.kind)
             files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         except RepositoryNotFoundError:
             return RemoteTree(None)
@@ -100,9 +112,10 @@ class Repository:
             raise hub_error(error, self.repo_id, f"{self.repo_id} cannot be read. Nothing was sent.") from error
         return RemoteTree(info.sha, has_branch, bool(getattr(info, "private", False)), files)
 
-    def _info(self, revision: str) -> ModelInfo:
+    def _info(self, revision: str) -> Any:
         # Without a timeout the client would wait forever.
-        return self._api.model_info(self.repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return self._api.repo_info(self.repo_id, revision=revision, repo_type=self.kind, timeout=timeout)
 
     def content(self, path: str, remote: RemoteTree) -> bytes | None:
         """Return the bytes of a file; None if it does not exist.
@@ -114,7 +127,9 @@ class Repository:
             return None
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
-                file = self._api.hf_hub_download(self.repo_id, path, revision=remote.commit, local_dir=folder)
+                file = self._api.hf_hub_download(
+                    self.repo_id, path, revision=remote.commit, local_dir=folder, repo_type=self.kind
+                )
             except CLIENT_ERRORS as error:
                 raise hub_error(error, self.repo_id, f"{path} of {self.repo_id} cannot be read.") from error
             return Path(file).read_bytes()
@@ -128,16 +143,17 @@ class Repository:
         what = self.repo_id if remote.commit is None else f"The branch {self.branch} of {self.repo_id}"
         try:
             if remote.commit is None:
-                self._api.create_repo(self.repo_id, private=private or None)
+                sdk = "static" if self.kind == SPACE else None
+                self._api.create_repo(self.repo_id, private=private or None, repo_type=self.kind, space_sdk=sdk)
             if self.branch != MAIN and not remote.has_branch:
-                self._api.create_branch(self.repo_id, branch=self.branch, revision=remote.commit)
+                self._api.create_branch(self.repo_id, branch=self.branch, revision=remote.commit, repo_type=self.kind)
         except CLIENT_ERRORS as error:
             what = f"{what} cannot be created. None of your files was sent."
             raise hub_error(error, self.repo_id, what, writing=True) from error
         if remote.commit is not None:  # the parent of the new commit is the one that the files were compared with
             return replace(remote, has_branch=True)
         now = self.read()
-        if now.files.keys() - _FROM_THE_START:
+        if now.files.keys() - _FROM_THE_START[self.kind]:
             raise HubError(
                 f"{self.repo_id} was created by somebody else at the same time. None of your files was sent.",
                 "It already contains other files.",
@@ -165,6 +181,7 @@ class Repository:
                 revision=self.branch,
                 create_pr=self.create_pr,
                 parent_commit=remote.commit,
+                repo_type=self.kind,
             )
         except CLIENT_ERRORS as error:
             if local := system_error(error):

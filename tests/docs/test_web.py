@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.browser import CHROMIUM, needs_chromium
 from helpers.node import node_folder
-from helpers.once import folder_once
+from helpers.web_library import shipped_for_web
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
@@ -47,14 +47,7 @@ def example(tmp_path_factory) -> Path:
 def folder(tmp_path_factory) -> Path:
     """The shipped adapter for the web."""
 
-    def export(out: Path) -> None:
-        import deltamem_tool as deltamem
-        from deltamem_tool.base_model.tokenizer import tokenizer_of
-
-        model = deltamem.load("builtin:adapter")
-        deltamem.export_onnx(model, tokenizer_of(model, for_chat=False), out / "exported", target="web")
-
-    return folder_once(tmp_path_factory, "shipped_for_web", export) / "exported"
+    return shipped_for_web(tmp_path_factory)
 
 
 def in_node(script: Path, *arguments: str | Path) -> list[str]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fake_hub.server import HubServer
 
 _PARTS = {
-    "repo": r"(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)",
-    "web": r"(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)",
+    "repo": r"(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)",
+    "web": r"(?:(?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)",
     "path": r"(?P<path>.+)",
 }
 _Route = Callable[..., Reply]

@@ -122,9 +122,9 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model or dataset; `refs` has the full name of every branch, tag and pull request with its commit."""
+    """A model, dataset or Space; `refs` has the full name of every branch, tag and pull request with its commit."""
 
-    kind: str  # as in a path of the API: models or datasets
+    kind: str  # as in a path of the API: models, datasets or spaces
     id: str
     private: bool = False
     gated: bool = False

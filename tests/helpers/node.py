@@ -29,9 +29,7 @@ def node_folder(folder: Path, out: Path) -> Path:
 
     Skips the test where there is no Node, or npm does not get the packages.
     """
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("needs Node and npm")
-    modules = _fetched(folder)
+    modules = node_modules(folder)
     out.mkdir()
     for script in folder.glob("*.mjs"):
         shutil.copy(script, out)
@@ -39,8 +37,13 @@ def node_folder(folder: Path, out: Path) -> Path:
     return out
 
 
-def _fetched(folder: Path) -> Path:
-    """The node_modules of `folder`."""
+def node_modules(folder: Path) -> Path:
+    """The packages that the package-lock.json of `folder` names.
+
+    Skips the test where there is no Node, or npm does not get them.
+    """
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs Node and npm")
     lock = (folder / LOCK).read_bytes()
     cache = platformdirs.user_cache_path("deltamem-tests", appauthor=False)
     kept = cache / f"npm-{hashlib.sha256(lock).hexdigest()[:16]}"

@@ -9,6 +9,7 @@ from urllib.parse import quote_plus
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
+expect.set_options(timeout=60_000)  # a machine may be busy with other tests
 EMPTY = "This memory is empty."
 LEAST_CONTRAST = 4.5  # of WCAG 2.2, AA
 # Every text that is shown, with its contrast to what is behind it; and what has no name.
@@ -52,6 +53,12 @@ class User:
     def _logged(self, kind: str, text: str) -> None:
         if kind == "error" and not text.startswith("Failed to load resource"):  # an answer of the server
             self.problems.append(text)
+
+    def beside(self, url: str | None = None) -> User:
+        """Another tab of the same browser, at another address if there is one."""
+        other = User(self.page.context.new_page(), self._url if url is None else url)
+        other.problems = self.problems
+        return other
 
     def open(self, memory: str) -> None:
         """Go to the page of a memory, and wait until it is shown."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from helpers.node import node_folder
+from helpers.once import folder_once
 
 SCRIPTS = Path(__file__).parents[1] / "onnx" / "web"
 LIBRARY = Path(__file__).parents[2] / "web"
@@ -39,6 +41,19 @@ def talk(scripts: Path, folder: Path, actions: list[dict[str, Any]], **options: 
             result["logits"] = np.frombuffer(base64.b64decode(result["logits"]), np.float32)
             result["memory"] = base64.b64decode(result["memory"])
     return results
+
+
+def shipped_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped adapter as a folder for browsers; read only."""
+
+    def export(out: Path) -> None:
+        import deltamem_tool as deltamem
+        from deltamem_tool.base_model.tokenizer import tokenizer_of
+
+        model = deltamem.load("builtin:adapter")
+        deltamem.export_onnx(model, tokenizer_of(model, for_chat=False), out / "exported", target="web")
+
+    return folder_once(tmp_path_factory, "shipped_for_web", export) / "exported"
 
 
 def text_of(content: bytes) -> str:

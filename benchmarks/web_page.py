@@ -1,0 +1,144 @@
+"""What a page costs: its sizes, how long somebody waits for it, and its speed beside ONNX Runtime's on one thread.
+
+Command: python benchmarks/web_page.py FOLDER... --node-modules DIR [--prompt 128] [--decoded 32] [--repeats 3]
+    [--out FILE.md]
+
+FOLDER is what `deltamem export --target web` wrote, DIR npm's node_modules with the packages of `web/package.json`. A
+headless Chromium opens the page that `deltamem page` makes: cold, with nothing kept, and warm, when it is loaded again;
+both are wall time until the first answer is complete, from a host on this machine. Speed is processor time, in Node and
+in Python, of the same calls: a prompt, and tokens after it, one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from playwright.sync_api import sync_playwright
+
+from deltamem_tool import OnnxModel
+from deltamem_tool.bench.timing import cpu_name
+from deltamem_tool.chat.engine import empty_memory
+from deltamem_tool.io import web_files
+from deltamem_tool.page.build import make_page
+from deltamem_tool.page.runtime import PACKAGES
+
+MEGABYTE = 10**6
+TIMEOUT = 600_000  # milliseconds, of one answer
+FIRST = "My dog is Rex."
+
+
+def seconds_in_node(folder: Path, node_modules: Path, *numbers: int) -> dict[str, float]:
+    """The median of each, in WebAssembly."""
+    with tempfile.TemporaryDirectory() as scripts:
+        shutil.copytree(web_files.library(), Path(scripts, "src"))
+        shutil.copy(Path(__file__).with_name("web_speed.mjs"), scripts)
+        Path(scripts, "node_modules").symlink_to(node_modules.resolve())
+        command = ["node", "web_speed.mjs", folder.resolve(), *map(str, numbers)]
+        done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
+    return {name: statistics.median(times) for name, times in json.loads(done.stdout).items()}
+
+
+def seconds_native(folder: Path, prompt: int, decoded: int, repeats: int) -> dict[str, float]:
+    """The same in ONNX Runtime."""
+    model = OnnxModel(folder, threads=1)
+    ids = np.arange(prompt)[None] % 100
+    times: dict[str, list[float]] = {"prompt": [], "token": []}
+
+    def step(past, ids, length):
+        ends = np.zeros(ids.shape, bool) if model.memory_shape.segment_width else None
+        mask = np.ones((1, length + ids.shape[1]), np.int64)
+        return model.step(past, ids, mask, np.ones(ids.shape, bool), ends)[1]
+
+    for repeat in range(repeats + 1):
+        begin = time.process_time()
+        past = step(model.start(empty_memory(model)), ids, 0)
+        between = time.process_time()
+        for count in range(decoded):
+            past = step(past, ids[:, :1], prompt + count)
+        end = time.process_time()
+        if repeat:
+            times["prompt"].append(between - begin)
+            times["token"].append((end - between) / decoded)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Without a line for each request."""
+
+    def log_message(self, format, *arguments):
+        pass
+
+
+def waits(site: Path) -> tuple[float, float]:
+    """Seconds until the first answer is complete, cold and warm."""
+    handler = partial(Quiet, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        page = browser.new_page()
+        found = []
+        for visit in (lambda: page.goto(f"http://127.0.0.1:{server.server_port}/"), page.reload):
+            begin = time.perf_counter()
+            visit()
+            page.locator("#words").wait_for(timeout=TIMEOUT)
+            page.fill("#words", FIRST)
+            page.press("#words", "Enter")
+            page.locator("#log .answer[aria-busy=false]").wait_for(timeout=TIMEOUT)
+            found.append(time.perf_counter() - begin)
+        browser.close()
+        server.shutdown()
+    return found[0], found[1]
+
+
+def lines(folders: list[Path], node_modules: Path, prompt: int, decoded: int, repeats: int):
+    """The report."""
+    web_version = next(package.version for package in PACKAGES if package.name == "onnxruntime-web")
+    yield f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__} and onnxruntime-web {web_version}, one thread each."
+    yield ""
+    calls = f"prompt of {prompt}, wasm / native | a token, wasm / native | tokens a second in wasm"
+    yield f"| | model | page | first answer, cold | warm | {calls} | of native |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for folder in folders:
+        with tempfile.TemporaryDirectory() as made:
+            result = make_page(folder, Path(made, "site"), runtime=node_modules)
+            cold, warm = waits(result.path)
+        web = seconds_in_node(folder, node_modules, prompt, decoded, repeats)
+        native = seconds_native(folder, prompt, decoded, repeats)
+        yield (
+            f"| {folder.name} | {result.model_bytes / MEGABYTE:.1f} MB | {result.bytes / MEGABYTE:.1f} MB "
+            f"| {cold:.1f} s | {warm:.1f} s | {web['prompt'] * 1e3:.0f} / {native['prompt'] * 1e3:.0f} ms "
+            f"| {web['token'] * 1e3:.1f} / {native['token'] * 1e3:.1f} ms | {1 / web['token']:.0f} "
+            f"| {native['token'] / web['token']:.2f}× |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--node-modules", type=Path, required=True)
+    for name, default in (("prompt", 128), ("decoded", 32), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report = []
+    for line in lines(args.folders, args.node_modules, args.prompt, args.decoded, args.repeats):
+        print(line, flush=True)
+        report.append(line)
+    if args.out:
+        args.out.write_text("\n".join(report) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

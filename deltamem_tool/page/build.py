@@ -1,0 +1,172 @@
+"""Put the page together: its own files, the library of `web/`, npm's packages, and the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_tool.config import DeltaMemConfig
+from deltamem_tool.errors import ExportError
+from deltamem_tool.io import web_files
+from deltamem_tool.io.atomic import check_overwrite, folder_whole
+from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from deltamem_tool.onnx.contract import (
+    BFLOAT16,
+    DATA_FILE,
+    GENERATION_CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+)
+from deltamem_tool.onnx.locate import find_onnx
+from deltamem_tool.onnx.manifest import Manifest
+from deltamem_tool.onnx.runtime.validate import check_onnx_folder
+from deltamem_tool.page.runtime import FILES, WEBGPU_FILES, runtime_contents
+
+SITE = Path(__file__).with_name("site")
+SERVICE_FILE = "service.js"
+FILES_FILE = "files.json"  # what the page expects the large files to be
+MAX_DATA_BYTES = 2_145_386_496  # Chrome's largest ArrayBuffer
+# What the library reads of a model folder.
+MODEL_FILES = (
+    MODEL_FILE,
+    DATA_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    CHAT_TEMPLATE_FILE,
+)
+_SHELL, _VERSION = "const SHELL = [];", 'const VERSION = "";'  # lines of the service worker
+
+
+@dataclass(frozen=True)
+class PageResult:
+    """A page that was made.
+
+    Args:
+        path: its folder.
+        files: how many it has.
+        bytes: of all of them.
+        model_bytes: of the model's.
+        adapter: fingerprint of the adapter, whose memories it reads.
+    """
+
+    path: Path
+    files: int
+    bytes: int
+    model_bytes: int
+    adapter: str
+
+
+def make_page(
+    onnx: str | Path,
+    out: str | Path,
+    *,
+    runtime: Path | None = None,
+    webgpu: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> PageResult:
+    """Make a folder that any static host serves: a chat with the model, which runs in the visitor's browser.
+
+    Args:
+        onnx: an ONNX folder, one that has it under `onnx/`, or a Hub id.
+        out: the folder to make, whole or not at all.
+        runtime: npm's node_modules with the packages that the page needs; without it they are fetched once.
+        webgpu: whether it computes on a GPU where there is one; it is 27 MB smaller without.
+        overwrite: replace `out` if it exists.
+        progress: called with what is being done.
+
+    Raises:
+        ExportError: the ONNX folder is damaged, or cannot run in a browser.
+        InstallationError: the packages cannot be had.
+        DeltaMemError: `out` is there already.
+    """
+    check_overwrite(out, overwrite)
+    folder = find_onnx(onnx)
+    manifest = check_onnx_folder(folder)
+    check_runs_in_browser(manifest, folder)
+    packages = runtime_contents([*FILES, *(WEBGPU_FILES if webgpu else ())], runtime, progress)
+    with folder_whole(out, overwrite) as staged:
+        _write(staged, folder, packages)
+        sizes = {path.relative_to(staged): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
+    return PageResult(
+        path=Path(out),
+        files=len(sizes),
+        bytes=sum(sizes.values()),
+        model_bytes=sum(size for path, size in sizes.items() if path.parts[0] == "model"),
+        adapter=manifest.adapter,
+    )
+
+
+def check_runs_in_browser(manifest: Manifest, folder: Path) -> None:
+    """Check that the library of `web/` runs the folder.
+
+    Raises:
+        ExportError: it does not.
+    """
+    interface, mechanism = manifest.interface, DeltaMemConfig.from_dict(manifest.mechanism)
+    for unfit, why in (
+        (interface.genai, "It is for onnxruntime-genai"),
+        (interface.max_length, "Its keys and values are of a fixed length"),
+        (interface.logits != "last", "It has logits of every position"),
+        (interface.dtype == BFLOAT16, "It is in bfloat16"),
+        (mechanism.granularity == "sentence", "Its adapter writes by sentence, which the page does not"),
+        ((folder / DATA_FILE).stat().st_size > MAX_DATA_BYTES, f"Its weights have more than {MAX_DATA_BYTES} bytes"),
+    ):
+        if unfit:
+            raise ExportError(
+                f"{folder} does not run in a page.",
+                f"{why}.",
+                "Export the adapter with --target web and no other option.",
+            )
+
+
+def _write(out: Path, model: Path, packages: dict[str, bytes]) -> None:
+    for folder in (SITE, web_files.PARTS):
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+    shutil.copytree(web_files.library(), out / "library")
+    shutil.move(out / "packages.js", out / "library" / "packages.js")
+    for folder in ("runtime", "model"):
+        (out / folder).mkdir()
+    for name, content in packages.items():
+        (out / "runtime" / name).write_bytes(content)
+    for name in MODEL_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, out / "model" / name)
+    expected = {
+        "model": {name: _facts(out / "model" / name) for name in MODEL_FILES if (out / "model" / name).is_file()},
+        "runtime": {name: _facts(out / "runtime" / name) for name in packages if name.endswith(".wasm")},
+    }
+    (out / FILES_FILE).write_text(json.dumps({"expected": expected}, indent=1) + "\n", encoding="utf-8")
+    _write_service(out)
+
+
+def _write_service(out: Path) -> None:
+    """The list of what is kept for visits without a network; with another content it is another version."""
+    paths = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    shell = [path for path in paths if _is_shell(path)]
+    digests = {path: _facts(out / path)["sha256"] for path in shell}
+    version = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    script = (out / SERVICE_FILE).read_text(encoding="utf-8")
+    for line, written in (
+        (_SHELL, f"const SHELL = {json.dumps(['./', *shell])};"),
+        (_VERSION, f'const VERSION = "{version}";'),
+    ):
+        assert line in script
+        script = script.replace(line, written)
+    (out / SERVICE_FILE).write_text(script, encoding="utf-8")
+
+
+def _is_shell(path: str) -> bool:
+    return path != SERVICE_FILE and not path.startswith(("model/", "runtime/LICENSE")) and not path.endswith(".wasm")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}

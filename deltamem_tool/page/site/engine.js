@@ -1,0 +1,52 @@
+// The model in its thread, for the page.
+
+const WORKER = new URL("worker.js", document.baseURI).href;
+// What may be run: the page's own two scripts for threads.
+const scripts = globalThis.trustedTypes?.createPolicy("deltamem", { createScriptURL }) ?? { createScriptURL };
+const SERVICE = new URL("service.js", document.baseURI).href;
+const blob = URL.createObjectURL(new Blob([`import ${JSON.stringify(WORKER)};`], { type: "text/javascript" }));
+
+function createScriptURL(url) {
+  if (url === blob || url === SERVICE) return url;
+  throw new TypeError(`${url} is not a script of this page`);
+}
+
+/** An error of the model's: what failed, why, and what to do next. */
+export class EngineError extends Error {
+  constructor({ name, message, what, why, next }) {
+    super(what === null ? message : [what, why, next].filter(Boolean).join(" "));
+    this.name = name;
+    this.isExpected = what !== null || name === "AbortError";
+  }
+}
+
+// By a blob, the thread has the policy of this page: it cannot fetch from elsewhere either.
+const worker = new Worker(scripts.createScriptURL(blob), { type: "module" });
+const waiting = new Map();
+let calls = 0;
+
+worker.onmessage = ({ data: { id, progress, result, error } }) => {
+  const { resolve, reject, report } = waiting.get(id);
+  if (progress !== undefined) return report(progress);
+  waiting.delete(id);
+  if (error === undefined) resolve(result);
+  else reject(new EngineError(error));
+};
+worker.onerror = (event) => {
+  const message = `The model's thread has failed: ${event.message ?? "it could not be loaded"}`;
+  for (const { reject } of waiting.values()) reject(new EngineError({ name: "Error", message, what: null }));
+  waiting.clear();
+};
+
+/** Has `call` of worker.js done; what it tells meanwhile goes to `report`. */
+export function ask(call, argument, report = () => {}) {
+  const id = ++calls;
+  return new Promise((resolve, reject) => {
+    waiting.set(id, { resolve, reject, report });
+    worker.postMessage({ id, call, argument });
+  });
+}
+
+/** Keeps the page for visits without a network; where the browser does not let it, there are none. */
+export const keepOffline = () =>
+  navigator.serviceWorker?.register(scripts.createScriptURL(SERVICE)).catch((error) => console.info(error.message));

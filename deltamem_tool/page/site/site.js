@@ -1,0 +1,266 @@
+// The page: which memory is open, the conversation with it, and what the buttons do. Memories are in IndexedDB.
+
+import { byId, confirmed, element } from "./dom.js";
+import { ask, EngineError, keepOffline } from "./engine.js";
+import { showLayers, sizeOf } from "./layers.js";
+import { DeltaMemError } from "./library/errors.js";
+import { readMemory } from "./library/memory.js";
+import { MemoryStore } from "./library/store.js";
+import * as log from "./log.js";
+import { showList } from "./memories.js";
+import { addressOf, openName } from "./open.js";
+
+const words = byId("words");
+const told = new BroadcastChannel("deltamem"); // to the other tabs: which memory has changed
+
+let store;
+let adapter;
+let answering = false;
+// What this tab knows of each memory: { stored, unstored, turns: [{ user, answer, about }] }. `unstored` are the bytes of
+// what could not be stored, or null.
+const talks = new Map();
+
+const talk = () => talks.get(openName());
+const versionOf = (stored) => stored?.version ?? 0;
+
+// Notices ---------------------------------------------------------------------------------------------------------
+
+function notice(text, kind = "note") {
+  const close = element("button", { type: "button", textContent: "Dismiss", onclick: clearNotice });
+  byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
+}
+
+const clearNotice = () => byId("notice").replaceChildren();
+
+function failed(error) {
+  const isExpected = error instanceof DeltaMemError || (error instanceof EngineError && error.isExpected);
+  notice(error.message.replaceAll("\n", " "), "error");
+  if (!isExpected) throw error;
+}
+
+// Does `action` for a button, and shows what went wrong.
+const guarded = (action) => async (event) => {
+  event?.preventDefault();
+  clearNotice();
+  try {
+    await action();
+  } catch (error) {
+    failed(error);
+  }
+};
+
+// One tab after the other: what one writes, the next one goes on from.
+const alone = (name, action) =>
+  navigator.locks ? navigator.locks.request(`deltamem ${adapter} ${name}`, action) : action();
+
+// Showing ---------------------------------------------------------------------------------------------------------
+
+function show() {
+  if (talk() === undefined) return; // it is being opened
+  const { stored, unstored } = talk();
+  const bytes = unstored ?? stored?.bytes;
+  const version = unstored ? "not stored" : `version ${versionOf(stored)}`;
+  byId("summary").textContent = bytes ? `${version}, ${sizeOf(bytes.length)}` : "Nothing is stored yet.";
+  const former = unstored ? stored?.bytes : stored?.former.at(-1);
+  showLayers(bytes ? readMemory(bytes) : null, former ? readMemory(former) : null);
+  for (const button of document.querySelectorAll("[data-changes]")) button.disabled = answering;
+  byId("save").disabled = !bytes;
+  byId("undo").disabled ||= !bytes;
+  byId("forget").disabled ||= !bytes;
+  byId("send").hidden = answering;
+  byId("stop").hidden = !answering;
+}
+
+function showTalk() {
+  const { stored, turns } = talk();
+  const note = stored
+    ? "A new conversation: what was said before is in the memory alone."
+    : "This memory is empty. Tell it something, reload the page, and ask.";
+  log.show(turns, turns.length ? null : note);
+}
+
+// Reads the open memory, and the list, anew. A conversation goes on from what another tab has made of the memory.
+async function refresh() {
+  const name = openName();
+  const stored = await store.get(name);
+  const known = talks.get(name);
+  if (known === undefined) {
+    await ask("begin", { name, bytes: stored?.bytes });
+    talks.set(name, { stored, unstored: null, turns: [] });
+  } else if (versionOf(known.stored) !== versionOf(stored) || known.stored?.updated !== stored?.updated) {
+    await ask("put", { name, bytes: stored?.bytes ?? null });
+    Object.assign(known, { stored, unstored: null });
+  }
+  await showList(store, name);
+  if (name === openName()) show();
+}
+
+async function open() {
+  byId("name").textContent = openName();
+  document.title = `${openName()} – deltamem`;
+  await refresh();
+  showTalk();
+  words.focus();
+}
+
+async function beginTalk() {
+  const name = openName();
+  const known = talk();
+  await ask("begin", { name, bytes: known.unstored ?? known.stored?.bytes });
+  known.turns = [];
+  showTalk();
+}
+
+// Turns -----------------------------------------------------------------------------------------------------------
+
+async function send() {
+  const user = words.value.trim();
+  if (!user || answering) return;
+  const name = openName();
+  const shown = log.add(user);
+  words.value = "";
+  answering = true;
+  show();
+  try {
+    await alone(name, async () => {
+      await refresh();
+      talks.get(name).turns.push(await answered(name, user, shown));
+    });
+  } catch (error) {
+    shown.remove();
+    if (name === openName()) words.value = user;
+    if (error.name !== "AbortError") throw error;
+    notice("Stopped. The memory is as it was.");
+  } finally {
+    answering = false;
+    show();
+    words.focus();
+  }
+  told.postMessage(name);
+  await showList(store, openName());
+  if (name === openName() && !shown.isShown) showTalk(); // another memory was opened meanwhile, and this one again
+}
+
+async function answered(name, user, shown) {
+  let answer = "";
+  const said = await ask("say", { name, content: user }, ({ piece }) => {
+    answer += piece;
+    shown.append(piece);
+  });
+  const known = talks.get(name);
+  const parts = [];
+  try {
+    known.stored = await store.put(name, said.bytes, versionOf(known.stored));
+    known.unstored = null;
+    navigator.storage?.persist?.(); // or a browser that is short of room may delete what it stores
+    parts.push(`written as version ${known.stored.version}`);
+  } catch (error) {
+    if (!(error instanceof DeltaMemError)) throw error;
+    known.unstored = said.bytes;
+    parts.push("not stored");
+    failed(error);
+  }
+  if (said.context.dropped) parts.push(`the oldest ${said.context.dropped} messages are no longer in view`);
+  if (said.answer.why === "length") parts.push("cut off at the limit");
+  if (said.answer.why === "interrupted") parts.push("stopped");
+  const turn = { user, answer, about: parts.join(", ") };
+  shown.finish(turn.answer, turn.about);
+  return turn;
+}
+
+// What changes the memory -----------------------------------------------------------------------------------------
+
+// Has `change` done to the stored memory, and the conversation go on from it.
+async function changed(change) {
+  const name = openName();
+  await alone(name, async () => {
+    const known = talks.get(name);
+    known.stored = await change(name, versionOf(await store.get(name)), known);
+    known.unstored = null;
+  });
+  told.postMessage(name);
+  await showList(store, openName());
+  show();
+  showTalk();
+}
+
+const undo = () =>
+  changed(async (name, version, known) => {
+    const stored = known.unstored === null ? await store.back(name, version) : known.stored;
+    const { undone } = await ask("put", { name, bytes: stored?.bytes ?? null, isUndo: true });
+    if (undone) known.turns.pop();
+    return stored;
+  });
+
+async function load() {
+  const [file] = byId("file").files;
+  byId("file").value = ""; // or the same file could not be chosen again
+  const bytes = await ask("check", { bytes: new Uint8Array(await file.arrayBuffer()) });
+  await changed(async (name, version, known) => {
+    const stored = await store.put(name, bytes, version);
+    await ask("begin", { name, bytes });
+    known.turns.length = 0;
+    return stored;
+  });
+}
+
+async function forget() {
+  if (!(await confirmed(byId("forget-dialog")))) return;
+  await changed(async (name, version, known) => {
+    await store.delete(name);
+    await ask("begin", { name, bytes: null });
+    known.turns.length = 0;
+    return null;
+  });
+  notice("Forgotten.");
+}
+
+function save() {
+  const { unstored, stored } = talk();
+  const address = URL.createObjectURL(new Blob([unstored ?? stored.bytes]));
+  element("a", { href: address, download: `${openName()}.safetensors` }).click();
+  URL.revokeObjectURL(address);
+}
+
+// Start -----------------------------------------------------------------------------------------------------------
+
+async function start() {
+  const files = await (await fetch("files.json", { cache: "no-cache" })).json();
+  const onlyWasm = new URLSearchParams(location.search).get("provider") === "wasm";
+  const loaded = new Map();
+  const model = await ask("load", { base: document.baseURI, expected: files.expected, onlyWasm }, ({ name, ...progress }) => {
+    loaded.set(name, progress);
+    const sum = [...loaded.values()].reduce((all, { loaded }) => all + loaded, 0);
+    byId("loaded").textContent = `${sizeOf(sum)}: ${name}`;
+  });
+  byId("loaded").textContent = "";
+  ({ adapter } = model);
+  store = await MemoryStore.open(adapter);
+  const computes = model.provider === "webgpu" ? "WebGPU" : "WebAssembly";
+  byId("model").textContent = [model.baseModel, computes].filter(Boolean).join(", ");
+  byId("loading").hidden = true;
+  document.querySelector("main").hidden = false;
+  await open();
+  await keepOffline();
+}
+
+const actions = { undo, save, forget, begin: beginTalk };
+for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
+byId("load").onclick = () => byId("file").click();
+byId("file").onchange = guarded(load);
+byId("stop").onclick = () => ask("stop");
+byId("composer").onsubmit = guarded(send);
+byId("new-form").onsubmit = guarded(() => {
+  location.hash = addressOf(byId("new-name").value.trim());
+  byId("new-name").value = "";
+});
+words.onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  byId("composer").requestSubmit();
+};
+window.onhashchange = guarded(open);
+told.onmessage = guarded(async () => {
+  if (!answering && store) await refresh();
+});
+await guarded(start)();

@@ -1,0 +1,173 @@
+"""`deltamem page`: the folder is there whole or not at all, and nothing in it is another file than was tested."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import tarfile
+
+import pytest
+from helpers.node import node_modules
+from helpers.tiny import listing
+from helpers.web_library import LIBRARY, SCRIPTS
+from page.hosting import hosting
+
+from deltamem_tool.errors import DeltaMemError, ExportError, InstallationError
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE
+from deltamem_tool.page import runtime
+from deltamem_tool.page.build import make_page
+from deltamem_tool.page.runtime import FILES, PACKAGES, WEBGPU_FILES, Package, RuntimeFile, runtime_contents
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def packages():
+    return node_modules(SCRIPTS)
+
+
+def test_the_packages_are_those_of_the_library_and_the_tests():
+    locked = [
+        json.loads((folder / "package-lock.json").read_text("utf-8"))["packages"] for folder in (LIBRARY, SCRIPTS)
+    ]
+    for package in PACKAGES:
+        for entries in locked:
+            entry = entries[f"node_modules/{package.name}"]
+            assert (entry["version"], entry["integrity"]) == (package.version, f"sha512-{package.sha512}")
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_the_page_is_whole_and_asks_nobody_else(folder, packages, tmp_path):
+    result = make_page(folder, tmp_path / "site", runtime=packages)
+    site = tmp_path / "site"
+    assert result.bytes == sum(listing(site).values()) and 40 * MEGABYTE < result.bytes < 50 * MEGABYTE
+    expected = json.loads((site / "files.json").read_text("utf-8"))["expected"]
+    for part, files in expected.items():
+        for name, facts in files.items():
+            content = (site / part / name).read_bytes()
+            assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert DATA_FILE in expected["model"] and len(expected["runtime"]) == 2
+    own = [
+        path for path in site.rglob("*") if path.suffix in (".js", ".html", ".css") and path.parent.name != "runtime"
+    ]
+    assert len(own) > 20
+    for path in own:
+        text = path.read_text("utf-8")
+        assert not re.search(r"(?<!xmlns=\")https?://(?!arxiv)|\sstyle=|\son\w+=\"|eval\(|innerHTML", text), path
+    shell = json.loads(re.search(r"const SHELL = (.*);", (site / "service.js").read_text("utf-8"))[1])
+    assert all((site / path).exists() for path in shell)
+    assert {"./", "index.html", "site.js", "library/index.js", "files.json", "runtime/jinja.js"} <= set(shell)
+    assert not any(path.startswith("model/") or path.endswith(".wasm") for path in shell)
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_without_webgpu_it_is_smaller(folder, packages, tmp_path):
+    result = make_page(folder, tmp_path / "site", runtime=packages, webgpu=False)
+    assert result.bytes < 20 * MEGABYTE
+    assert not list((tmp_path / "site").rglob("*webgpu*")) + list((tmp_path / "site").rglob("*asyncify*"))
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_what_fails_leaves_nothing(folder, packages, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(DeltaMemError, match="already there"):
+        make_page(folder, tmp_path / "taken", runtime=packages)
+    with pytest.raises(InstallationError, match="does not have @huggingface/jinja"):
+        make_page(folder, tmp_path / "site", runtime=tmp_path)
+    changed = tmp_path / "changed"
+    for file in FILES:
+        path = changed / file.package.name / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(packages / file.package.name / file.path, path)
+    (changed / "onnxruntime-web/dist/ort.wasm.bundle.min.mjs").write_text("alert(1)")
+    with pytest.raises(InstallationError, match=r"is another file than that of onnxruntime-web 1\."):
+        make_page(folder, tmp_path / "site", runtime=changed)
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / DATA_FILE).write_bytes((folder / DATA_FILE).read_bytes()[:-1])
+    with pytest.raises(ExportError):
+        make_page(damaged, tmp_path / "site", runtime=packages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed", "damaged", "taken"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"interface": {"max_length": 64}}, "of a fixed length"),
+        ({"interface": {"logits": "all"}}, "logits of every position"),
+        ({"interface": {"dtype": "bfloat16"}}, "in bfloat16"),
+        ({"mechanism": {"granularity": "sentence"}}, "by sentence"),
+    ],
+)
+def test_folders_that_no_browser_runs_are_refused(folder, tmp_path, change, why):
+    other = shutil.copytree(folder, tmp_path / "other")
+    manifest = json.loads((other / MANIFEST_FILE).read_text("utf-8"))
+    for part, values in change.items():
+        manifest[part] |= values
+    (other / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ExportError, match=why):
+        make_page(other, tmp_path / "site", runtime=tmp_path)
+    assert not (tmp_path / "site").exists()
+
+
+# What is fetched
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry of npm with one package, whose one file is fetched."""
+    content = b"export const one = 1;\n"
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tarball:
+        entry = tarfile.TarInfo("package/dist/one.js")
+        entry.size = len(content)
+        tarball.addfile(entry, io.BytesIO(content))
+    package = Package("@some/one", "1.0.0", base64.b64encode(hashlib.sha512(archive.getvalue()).digest()).decode())
+    path = tmp_path / "registry" / package.address
+    path.parent.mkdir(parents=True)
+    path.write_bytes(archive.getvalue())
+    monkeypatch.setattr(runtime.platformdirs, "user_cache_path", lambda *names, **options: tmp_path / "cache")
+    with hosting(tmp_path / "registry") as address:
+        monkeypatch.setenv(runtime.REGISTRY_VARIABLE, f"{address}/")
+        yield path, RuntimeFile("one.js", package, "dist/one.js", hashlib.sha256(content).hexdigest()), content
+
+
+def test_packages_are_fetched_once(registry):
+    tarball, file, content = registry
+    said = []
+    assert runtime_contents([file], progress=said.append) == {"one.js": content}
+    tarball.unlink()
+    assert runtime_contents([file], progress=said.append) == {"one.js": content}
+    assert said == ["Fetching @some/one 1.0.0 from npm"]
+
+
+def test_another_package_is_refused(registry, tmp_path):
+    tarball, file, _ = registry
+    tarball.write_bytes(tarball.read_bytes() + b" ")
+    with pytest.raises(InstallationError, match="not the package that was tested"):
+        runtime_contents([file])
+    tarball.unlink()
+    with pytest.raises(InstallationError, match=r"(?s)cannot be fetched from npm.*404"):
+        runtime_contents([file])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cached_file_that_was_changed_is_fetched_again(registry, tmp_path):
+    _, file, content = registry
+    runtime_contents([file])
+    (kept,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    kept.write_bytes(b"alert(1)")
+    assert runtime_contents([file]) == {"one.js": content}
+
+
+def test_every_file_is_named_once():
+    names = [file.name for file in (*FILES, *WEBGPU_FILES)]
+    assert len(set(names)) == len(names)

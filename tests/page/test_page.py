@@ -1,0 +1,238 @@
+"""The page of `deltamem page` in a browser: the model runs there, and the memories stay there."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.browser import needs_chromium
+from helpers.node import node_modules
+from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
+from helpers.web_library import SCRIPTS
+from page.hosting import hosting
+from playwright.sync_api import expect
+
+from deltamem_tool import Conversation, OnnxModel
+from deltamem_tool.memory.file import memory_bytes, memory_from_bytes
+from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE
+from deltamem_tool.page.build import make_page
+
+pytestmark = [pytest.mark.browser, pytest.mark.node, pytest.mark.slow, needs_chromium]
+
+TELL, ASK, NAME = "My dog is Rex.", "What is the name of my dog?", "Rex"
+NARROW = {"width": 390, "height": 844}
+TOLERANCE = 1e-4  # of states, to ONNX Runtime's CPU provider
+STORED = """async name => {
+  const request = indexedDB.open("deltamem", 1);
+  const database = await new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+  const all = database.transaction("memories").objectStore("memories").getAll();
+  const memories = await new Promise((resolve) => (all.onsuccess = () => resolve(all.result)));
+  database.close();
+  const memory = memories.find((memory) => memory.name === name);
+  return memory ? [memory.version, btoa(String.fromCharCode(...memory.bytes))] : null;
+}"""
+
+
+@pytest.fixture(scope="module")
+def sites(folder, tmp_path_factory):
+    """The page at /one/; at /two/ that of another adapter, which is the same but for its name."""
+    root = tmp_path_factory.mktemp("sites")
+    other = shutil.copytree(folder, root / "other")
+    manifest = json.loads((other / MANIFEST_FILE).read_text("utf-8"))
+    (other / MANIFEST_FILE).write_text(json.dumps({**manifest, "adapter": "f" * 64}), encoding="utf-8")
+    packages = node_modules(SCRIPTS)
+    make_page(folder, root / "one", runtime=packages)
+    make_page(other, root / "two", runtime=packages, webgpu=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def host(sites):
+    with hosting(sites) as address:
+        yield address
+
+
+@pytest.fixture
+def user(browser, host):
+    with using(browser, f"{host}/one") as user:
+        yield user
+
+
+def stored(user, name):
+    """Version and content of a memory file in the browser."""
+    found = user.page.evaluate(STORED, name)
+    return found and (found[0], base64.b64decode(found[1]))
+
+
+def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, folder, host):
+    asked = set()
+    user.page.on("request", lambda request: asked.add(request.url))
+    user.open("anna")
+    expect(user.page.get_by_text(EMPTY)).to_be_visible()
+    told = user.say(TELL)
+    conversation = Conversation(OnnxModel(folder, threads=1))
+    assert told == conversation.generate(TELL).text
+    version, content = stored(user, "anna")
+    for name, tensor in memory_from_bytes(content, "it").tensors().items():
+        np.testing.assert_allclose(tensor, conversation.memory.tensors()[name], rtol=0, atol=TOLERANCE)
+    user.reload()
+    expect(user.answers).to_have_count(0)
+    assert NAME in user.say(ASK)
+    assert version == 1 and stored(user, "anna")[0] == 2
+    user.page.get_by_label("New memory").fill("bert & <b>")
+    user.press("New")
+    user.wait("bert & <b>")
+    assert NAME not in user.say(ASK)
+    user.page.get_by_role("link", name="anna").click()
+    user.wait("anna")
+    expect(user.answers).to_have_count(1)  # its conversation is still there
+    assert {address.partition("/one/")[0] for address in asked if not address.startswith("blob:")} == {host}
+
+
+def test_it_may_ask_nobody_else_from_its_thread_either(user, host):
+    user.open("anna")
+    elsewhere = host.replace("127.0.0.1", "localhost")
+    ask = "url => fetch(url, { mode: 'no-cors' }).then(() => 'answered', () => 'refused')"
+    assert user.page.evaluate(ask, f"{host}/one/index.html") == "answered"
+    assert user.page.evaluate(ask, f"{elsewhere}/one/index.html") == "refused"
+    (thread,) = user.page.workers
+    assert thread.evaluate(ask, f"{host}/one/index.html") == "answered"
+    assert thread.evaluate(ask, f"{elsewhere}/one/index.html") == "refused"
+    user.problems = [problem for problem in user.problems if "Content Security Policy" not in problem]
+
+
+def test_undone_saved_forgotten_and_loaded(user, folder, tmp_path):
+    user.open("dora")
+    user.say(TELL)
+    first = stored(user, "dora")[1]
+    user.say("My dog is Bella.")
+    user.undo()
+    expect(user.answers).to_have_count(1)
+    assert stored(user, "dora")[1] == first
+    with user.page.expect_download() as download:
+        user.press("Save")
+    file = tmp_path / "dora.safetensors"
+    download.value.save_as(file)
+    conversation = Conversation(OnnxModel(folder, threads=1))
+    conversation.load_memory(file)
+    assert file.read_bytes() == first == memory_bytes(conversation.memory)
+    user.reload()
+    user.undo()  # from before the reload
+    expect(user.summary).to_have_text("Nothing is stored yet.")
+    assert stored(user, "dora") is None and NAME not in user.say(ASK)
+    user.press("Forget")
+    user.page.get_by_role("dialog").get_by_role("button", name="Forget").click()
+    user.sees("Forgotten.")
+    assert stored(user, "dora") is None
+    user.page.locator("#file").set_input_files(file)
+    user.sees_version(1)
+    assert stored(user, "dora")[1] == first and NAME in user.say(ASK)
+
+
+def test_files_that_are_not_this_adapters_memory_are_refused(user, folder, tmp_path):
+    user.open("emil")
+    other, damaged = tmp_path / "other.safetensors", tmp_path / "damaged.safetensors"
+    content = memory_bytes(Conversation(OnnxModel(folder, threads=1)).memory)
+    adapter = memory_from_bytes(content, "it").adapter.encode()
+    other.write_bytes(content.replace(adapter, b"0" * len(adapter)))
+    damaged.write_bytes(content[:-1])
+    for file, why in ((other, "belongs to another adapter"), (damaged, "is not a memory file")):
+        user.page.locator("#file").set_input_files(file)
+        user.sees(why)
+    assert stored(user, "emil") is None
+
+
+def test_two_tabs_on_one_memory(user, browser, host):
+    user.open("fritz")
+    second = user.beside()
+    second.open("fritz")
+    user.say(TELL)
+    second.sees_version(1)
+    assert NAME in second.say(ASK)
+    user.sees_version(2)
+    for tab, words in ((user, "My cat is Bella."), (second, "My parrot is Kiwi.")):  # at once
+        tab.words.fill(words)
+        tab.words.press("Enter")
+    for tab in (user, second):
+        expect(tab.answers).to_have_count(2)
+        tab.sees_version(4)
+    assert stored(user, "fritz")[0] == 4
+    second.press("Undo")
+    second.sees_version(5)
+    user.sees_version(5)
+
+
+def test_a_full_storage_loses_no_memory(user):
+    user.open("gina")
+    session = user.page.context.new_cdp_session(user.page)
+    origin = user.page.evaluate("location.origin")
+    session.send("Storage.overrideQuotaForOrigin", {"origin": origin, "quotaSize": 1})
+    user.say(TELL)
+    user.sees("The browser's storage is full.")
+    expect(user.summary).to_contain_text("not stored")
+    assert stored(user, "gina") is None
+    with user.page.expect_download():
+        user.press("Save")
+    session.send("Storage.overrideQuotaForOrigin", {"origin": origin})
+    assert NAME in user.say(ASK)
+    user.sees_version(1)
+
+
+def test_a_model_that_is_cut_short_is_refused(browser, sites):
+    cut = shutil.copytree(sites / "one", sites / "cut")
+    content = (cut / "model" / DATA_FILE).read_bytes()
+    (cut / "model" / DATA_FILE).write_bytes(content[: len(content) // 2])
+    with hosting(cut) as address, using(browser, address) as user:
+        user.page.goto(address)
+        user.sees(f"{DATA_FILE} is not the file that it should be. It has {len(content) // 2} of {len(content)} bytes.")
+        expect(user.page.locator("main")).to_be_hidden()
+
+
+def test_the_page_of_another_adapter_does_not_see_the_memories(user, host):
+    user.open("hanna")
+    user.say(TELL)
+    other = user.beside(f"{host}/two")
+    other.open("hanna")
+    expect(other.page.locator("#memories a")).to_have_count(1)
+    expect(other.page.get_by_text(EMPTY)).to_be_visible()
+    assert NAME not in other.say(ASK)
+    assert NAME in user.say(ASK)
+
+
+def test_without_a_network_after_the_first_visit(browser, sites):
+    with using(browser, "") as user:
+        with hosting(sites) as address:
+            user.page.goto(f"{address}/one/#memory=ida")
+            user.wait("ida")
+            user.say(TELL)
+            user.page.evaluate("navigator.serviceWorker.ready.then(() => null)")
+        user.reload()
+        assert NAME in user.say(ASK)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_and_has_a_name(browser, host, scheme):
+    with using(browser, f"{host}/one", color_scheme=scheme, viewport=NARROW) as user:
+        user.open(f"mia {scheme} " + "x" * 100)
+        user.say(TELL + " " + "x" * 200)
+        texts = user.page.evaluate(CONTRASTS)
+        assert len(texts) > 15
+        assert [text for text in texts if text[1] < LEAST_CONTRAST] == []
+        assert user.page.evaluate(UNNAMED) == []
+        assert user.page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+
+
+def test_by_keyboard_alone(user):
+    user.open("nora")
+    expect(user.words).to_be_focused()
+    user.page.keyboard.type(TELL)
+    user.page.keyboard.press("Enter")
+    user.sees_version(1)
+    for name in ("Send", "Undo"):
+        user.page.keyboard.press("Tab")
+        expect(user.button(name)).to_be_focused()
+    user.page.keyboard.press("Enter")
+    expect(user.summary).to_have_text("Nothing is stored yet.")
