@@ -50,10 +50,10 @@ def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options:
 
     ask = None if as_json or dry_run or not sys.stdin.isatty() else _ask_license
 
-    def note(text: str) -> None:
+    def show_progress(text: str) -> None:
         STDERR.print(text, markup=False, highlight=False)
 
-    result = push(folder, repo_id, dry_run=dry_run, ask_license=ask, progress=note, **options)
+    result = push(folder, repo_id, dry_run=dry_run, ask_license=ask, progress=show_progress, **options)
     if as_json:
         click.echo(json.dumps({**asdict(result), "dry_run": dry_run}))
         return

@@ -132,8 +132,8 @@ def _write(out: Path, model: Path, packages: dict[str, bytes]) -> None:
         shutil.copytree(folder, out, dirs_exist_ok=True)
     shutil.copytree(web_files.library(), out / "library")
     shutil.move(out / "packages.js", out / "library" / "packages.js")
-    for folder in ("runtime", "model"):
-        (out / folder).mkdir()
+    for part in ("runtime", "model"):
+        (out / part).mkdir()
     for name, content in packages.items():
         (out / "runtime" / name).write_bytes(content)
     for name in MODEL_FILES:

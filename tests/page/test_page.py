@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.browser import needs_chromium
+from helpers.browser import chromium, needs_chromium
 from helpers.node import node_modules
 from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
 from helpers.web_library import SCRIPTS
@@ -25,6 +25,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.node, pytest.mark.slow, needs_chr
 TELL, ASK, NAME = "My dog is Rex.", "What is the name of my dog?", "Rex"
 NARROW = {"width": 390, "height": 844}
 TOLERANCE = 1e-4  # of states, to ONNX Runtime's CPU provider
+SWIFTSHADER = (
+    "--enable-unsafe-webgpu",
+    "--enable-features=Vulkan",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-unsafe-swiftshader",
+)
 STORED = """async name => {
   const request = indexedDB.open("deltamem", 1);
   const database = await new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
@@ -90,6 +96,21 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, fold
     user.wait("anna")
     expect(user.answers).to_have_count(1)  # its conversation is still there
     assert {address.partition("/one/")[0] for address in asked if not address.startswith("blob:")} == {host}
+
+
+def test_it_computes_on_webgpu_as_well(folder, host):
+    """By SwiftShader, a driver that computes on the processor and comes with Chromium."""
+    with chromium(*SWIFTSHADER) as browser, using(browser, host) as user:
+        user.page.goto(f"{host}/one/?provider=webgpu#memory=anna")
+        user.wait("anna")
+        if not user.page.evaluate("navigator.gpu.requestAdapter().then(Boolean)"):
+            pytest.skip("this Chromium has no adapter for WebGPU")
+        expect(user.page.locator("#model")).to_have_text("WebGPU")
+        conversation = Conversation(OnnxModel(folder, threads=1))
+        for words in (TELL, ASK):
+            assert user.say(words) == conversation.generate(words).text
+        for name, tensor in memory_from_bytes(stored(user, "anna")[1], "it").tensors().items():
+            np.testing.assert_allclose(tensor, conversation.memory.tensors()[name], rtol=0, atol=TOLERANCE)
 
 
 def test_it_may_ask_nobody_else_from_its_thread_either(user, host):

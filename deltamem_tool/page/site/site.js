@@ -226,9 +226,9 @@ function save() {
 
 async function start() {
   const files = await (await fetch("files.json", { cache: "no-cache" })).json();
-  const onlyWasm = new URLSearchParams(location.search).get("provider") === "wasm";
+  const wanted = new URLSearchParams(location.search).get("provider");
   const loaded = new Map();
-  const model = await ask("load", { base: document.baseURI, expected: files.expected, onlyWasm }, ({ name, ...progress }) => {
+  const model = await ask("load", { base: document.baseURI, expected: files.expected, wanted }, ({ name, ...progress }) => {
     loaded.set(name, progress);
     const sum = [...loaded.values()].reduce((all, { loaded }) => all + loaded, 0);
     byId("loaded").textContent = `${sizeOf(sum)}: ${name}`;

@@ -20,17 +20,18 @@ const conversations = new Map(); // by the memory's name
 let stop = new AbortController();
 
 const calls = {
-  async load({ base, expected, onlyWasm }, report) {
-    let provider = onlyWasm || !expected.runtime[RUNTIMES.webgpu] ? "wasm" : await bestProvider();
+  // `wanted` is a provider that the address names, or null.
+  async load({ base, expected, wanted }, report) {
+    const hasBoth = RUNTIMES.webgpu in expected.runtime;
+    const provider = wanted in RUNTIMES ? wanted : hasBoth ? await bestProvider() : "wasm";
     try {
       model = await load(base, expected, provider, report);
     } catch (error) {
-      if (provider === "wasm" || !(error instanceof DeltaMemError)) throw error;
-      provider = "wasm"; // a GPU that cannot hold it
-      model = await load(base, expected, provider, report);
+      if (provider === (wanted ?? "wasm") || !(error instanceof DeltaMemError)) throw error;
+      model = await load(base, expected, "wasm", report); // the GPU cannot hold it
     }
     const { adapter, baseModel, quantize } = model;
-    return { adapter, baseModel, quantize, provider };
+    return { adapter, baseModel, quantize, provider: model.provider };
   },
 
   // Begins a conversation with the memory of a file, or with none.
