@@ -59,3 +59,13 @@ def shipped_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_of(content: bytes) -> str:
     """Bytes as JSON takes them."""
     return base64.b64encode(content).decode()
+
+
+def in_javascript(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of sampling by their names there."""
+
+    def camel(name: str) -> str:
+        first, *others = name.split("_")
+        return first + "".join(word.capitalize() for word in others)
+
+    return {camel(name): value for name, value in options.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.web_library import library_folder, talk, text_of
+from helpers.web_library import in_javascript, library_folder, talk, text_of
 
 from deltamem_tool import Conversation, OnnxModel
 from deltamem_tool.chat.sampling import Sampling
@@ -99,3 +99,36 @@ def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts,
     results = talk(scripts, exported.folder, [{"say": say, "sampling": {"maxNewTokens": 3}} for say in TURNS])
     for say, result in zip(TURNS, results, strict=True):
         assert_same_turn(result, conversation.generate(say, Sampling(3)), engine, conversation, INT4_TOLERANCE)
+
+
+SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5}
+WINDOW = 170  # the first two turns fit in
+
+
+def test_a_window_undo_and_sampling_are_pytorchs(exported_with, scripts):
+    exported = exported_with("web", {}, target="web")
+    engine = Recorded(TorchModel(exported.model, exported.tokenizer))
+    conversation = Conversation(engine, window=WINDOW)
+    turns = ((TURNS[0], {}), (TURNS[1], SAMPLED), (TURNS[2], {"stop": ("a", "e", "\x02")}), (TURNS[2], SAMPLED))
+    steps = [*turns, "undo", "undo", "undo", turns[2], "forget", turns[1]]
+    dropped = []
+    for step, result in zip(
+        steps, talk(scripts, exported.folder, list(map(action_of, steps)), window=WINDOW), strict=True
+    ):
+        if isinstance(step, str):
+            done = getattr(conversation, step)()
+            assert step == "forget" or result["undone"] is done is True
+            assert_same_memory(result["memory"], conversation.memory, TOLERANCE)
+            assert result["messages"] == conversation.messages
+        else:
+            words, options = step
+            assert_same_turn(result, conversation.generate(words, Sampling(8, **options)), engine, conversation)
+        dropped.append(conversation.context.dropped)
+    assert max(dropped) > 0 == min(dropped)
+
+
+def action_of(step):
+    if isinstance(step, str):
+        return {step: True}
+    words, options = step
+    return {"say": words, "sampling": {"maxNewTokens": 8, **in_javascript(options)}}

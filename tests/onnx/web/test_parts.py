@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.web_library import LIBRARY, SCRIPTS, in_node, library_folder, text_of
+from helpers.web_library import LIBRARY, SCRIPTS, in_javascript, in_node, library_folder, text_of
 from tokenizers import Tokenizer
 
 import deltamem_tool
@@ -132,18 +132,10 @@ def test_tokens_are_drawn_as_in_python(part):
         sampler = Sampler(Sampling(**options), np.array(context), ids)
         expected.append([sampler.pick(logits) for _ in range(count)])
     arguments = [
-        {"logits": logits.tolist(), "context": context, "ids": ids, "count": count, "options": _in_javascript(options)}
+        {"logits": logits.tolist(), "context": context, "ids": ids, "count": count, "options": in_javascript(options)}
         for options in SAMPLINGS
     ]
     assert part("sampling", arguments) == expected
-
-
-def _in_javascript(options):
-    def camel(name):
-        first, *others = name.split("_")
-        return first + "".join(word.capitalize() for word in others)
-
-    return {camel(name): value for name, value in options.items()}
 
 
 def test_impossible_samplings_are_refused(part):
