@@ -9,9 +9,10 @@ trap 'rm -rf "$environment"' EXIT
 python3 -m venv "$environment"
 "$environment/bin/pip" install --quiet uv
 
-write() { # FILE RESOLUTION
-    "$environment/bin/uv" pip compile pyproject.toml --output-file "$1" --resolution "$2" --all-extras --upgrade --quiet \
+write() { # FILE RESOLUTION EXTRAS
+    "$environment/bin/uv" pip compile pyproject.toml --output-file "$1" --resolution "$2" "${@:3}" --upgrade --quiet \
         --universal --python-version 3.11 --no-annotate --custom-compile-command "make constraints"
 }
-write constraints.txt highest
-write constraints-lowest.txt lowest-direct
+write constraints.txt highest --all-extras
+# Without Ray, which needs newer packages than the others do.
+write constraints-lowest.txt lowest-direct --extra cpu --extra harness --extra test

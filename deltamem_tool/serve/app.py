@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve import health, memories, openapi
@@ -91,6 +91,7 @@ def _routes() -> list[Route]:
     return [
         route("POST", "/v1/chat/completions", chat.complete),
         route("POST", "/v1/responses", responses.create),
+        route("GET", "/v1/responses/{id}", responses.retrieve),
         route("DELETE", "/v1/responses/{id}", responses.delete),
         route("GET", "/v1/memories", memories.list_memories),
         route("GET", "/v1/memories/{id}", memories.get_memory),
@@ -116,6 +117,10 @@ async def _domain_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # which knows of one of the path's methods alone
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
     what = {404: "There is nothing at this path.", 405: "This path does not take this method."}
     return error_response(
         RequestError(
@@ -123,7 +128,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
             f"It was {request.method} {request.url.path}.",
             "See /docs.",
             status=error.status_code,
-            headers=dict(error.headers or {}),
+            headers=headers,
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from deltamem_tool.io.safe_json import parse_json
@@ -17,6 +17,14 @@ BODY_SECONDS = 30.0  # in which all of it must have come
 SHOWN_PROBLEMS = 3
 
 Model = TypeVar("Model", bound="Body")
+
+
+def _whole(value: Any) -> Any:
+    """5.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # of an integer, after its bounds
 
 
 class Body(BaseModel):

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from deltamem_tool.errors import MemoryStateError
 from deltamem_tool.memory.file import check_memory, memory_from_bytes
-from deltamem_tool.serve.body import Body, checked, read_bytes, read_object
+from deltamem_tool.serve.body import WHOLE, Body, checked, read_bytes, read_object
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.names import MemoryName
 from deltamem_tool.serve.service import Service, service_of
@@ -26,7 +26,7 @@ MAX_PAGE = 1000
 MAX_VERSION = 2**53
 
 T = TypeVar("T")
-Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
+Version = Annotated[int, Field(ge=1, le=MAX_VERSION), WHOLE]
 _NAME, _VERSION = TypeAdapter(MemoryName), TypeAdapter(Version)
 _LIMIT, _SECONDS = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_PAGE)]), TypeAdapter(Annotated[float, Field(gt=0)])
 

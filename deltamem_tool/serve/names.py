@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, StringConstraints
+from pydantic import AfterValidator, StringConstraints, WithJsonSchema
 
 from deltamem_tool.serve.store.memory_store import MAX_NAME
+
+# `check_name` as a regular expression of JSON Schema's: the space is the only one of its kind that is printable.
+NAME_SCHEMA: dict[str, Any] = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_NAME,
+    "pattern": r"^(?!\.\.?$)([^/\p{C}\p{Z}]| )+$",
+}
 
 
 def check_name(name: str) -> str:
@@ -20,4 +28,9 @@ def check_name(name: str) -> str:
     return name
 
 
-MemoryName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME), AfterValidator(check_name)]
+MemoryName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_NAME),
+    AfterValidator(check_name),
+    WithJsonSchema(NAME_SCHEMA),
+]

@@ -14,13 +14,13 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from deltamem_tool._version import __version__
 from deltamem_tool.serve.memories import MAX_PAGE, MEDIA_TYPE, ForkRequest, RestoreRequest
+from deltamem_tool.serve.names import NAME_SCHEMA
 from deltamem_tool.serve.openai.chat import ChatRequest
 from deltamem_tool.serve.openai.responses import ResponseRequest
 from deltamem_tool.serve.store.memory_store import MAX_NAME
 from deltamem_tool.serve.whose import HEADER
 
 _REFERENCE = "#/components/schemas/{model}"
-_NAME = {"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": "^[^/\\x00-\\x1f]+$"}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -39,7 +39,12 @@ _ERROR = {
 }
 _BYTES = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
-_STREAM = {**_OBJECT, "text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {  # one of a stream's
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+_STREAM = {**_OBJECT, "text/event-stream": {"schema": _EVENT}}
 
 
 class _Operation(NamedTuple):
@@ -76,12 +81,13 @@ _OPERATIONS = (
         "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", (404, 409, 413, 429, 503, 504),
         content=_STREAM, body=ResponseRequest, parameters=(_MEMORY,),
     ),
+    _Operation("get", "/v1/responses/{id}", "Get a response that was stored.", (404, 503)),
     _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", (404, 503)),
     _Operation("get", "/v1/models", "List the model that is served."),
     _Operation("get", "/v1/models/{model}", "Tell of the model.", (404,)),
     _Operation(
         "get", "/v1/memories", "List the memories.", (503,),
-        parameters=(_query("after", **_NAME), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
+        parameters=(_query("after", **NAME_SCHEMA), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
     ),
     _Operation(
         "get", "/v1/memories/{id}", "Get a memory file.", (304, 404, 503), content={**_BYTES, **_OBJECT},
@@ -136,7 +142,7 @@ def _described(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]
         "summary": operation.summary,
         "operationId": f"{operation.method} {operation.path}",
         "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": _NAME} for name in named),
+            *({"name": name, "in": "path", "required": True, "schema": NAME_SCHEMA} for name in named),
             *operation.parameters,
         ],
         "responses": {str(operation.status): {"description": "Done.", "content": operation.content}},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyio.to_thread import run_sync
 
@@ -46,6 +46,13 @@ class Whose:
     expires_in: float | None = None
 
 
+class Keep(NamedTuple):
+    """A response that is kept: its name, and what it is as JSON when the turn has ended."""
+
+    id: str
+    response: Callable[[Outcome], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Request:
     """What a client asks.
@@ -55,7 +62,7 @@ class Request:
         messages: all of the conversation that it sends.
         sampling: how it is answered.
         previous: the response whose conversation these messages go on with.
-        keep_as: the name of the response, where others may go on from it; None for one that is not kept.
+        keep: the response, where others may go on from it; None for one that is not kept.
         instructions: a system message for this turn alone, which is not part of what is kept.
         streamed: whether the answer comes in pieces.
     """
@@ -64,14 +71,15 @@ class Request:
     messages: Sequence[Message]
     sampling: Sampling
     previous: str | None = None
-    keep_as: str | None = None
+    keep: Keep | None = None
     instructions: str | None = None
     streamed: bool = True
 
     @property
     def names(self) -> frozenset[str]:
         """The memories and responses that it has to do with."""
-        names = (self.whose.id, self.whose.source, self.previous, self.keep_as)
+        kept = None if self.keep is None else self.keep.id
+        names = (self.whose.id, self.whose.source, self.previous, kept)
         return frozenset(name for name in names if name is not None)
 
 
@@ -260,14 +268,16 @@ class Turns:
             with self._metrics.store("put"):
                 put = self._store.put(whose.tenant, whose.id, data, start.version, fed.as_json(), expires_at)
             version = put.version
-        if request.keep_as is not None:
+        outcome = Outcome(completion, version, prompt, whose)
+        if request.keep is not None:
+            response = request.keep.response(outcome)
             answer = {"role": "assistant", "content": completion.answer.text}
-            transcript = {"messages": [*messages, answer], "fed": fed.as_json()}
+            transcript = {"messages": [*messages, answer], "fed": fed.as_json(), "response": response}
             origin = None if whose.id is None or version is None else (whose.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
-            self._store.put_response(whose.tenant, request.keep_as, data, transcript, origin, expires_at)
+            self._store.put_response(whose.tenant, request.keep.id, data, transcript, origin, expires_at)
         self._metrics.completion(completion)
-        return Outcome(completion, version, prompt, whose)
+        return outcome
 
 
 def _within(sampling: Sampling, room: int | None) -> Sampling:

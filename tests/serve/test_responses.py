@@ -86,12 +86,30 @@ def test_an_answer_that_is_cut_is_incomplete(client):
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
 
 
+def test_what_was_stored_can_be_had_again(client):
+    told = ask(client, TELL, metadata={"a": "b"}, user="rosa")
+    assert client.responses.retrieve(told.id) == told
+    with client.responses.stream(model=MODEL, input=ASK, previous_response_id=told.id) as stream:
+        final = stream.get_final_response()
+    again = client.responses.retrieve(final.id)
+    assert again.output_text == final.output_text and again.usage == final.usage
+    unstored = ask(client, TELL, store=False)
+    for id in (unstored.id, "resp_none", "other", "resp_" + "x" * 200):
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            client.responses.retrieve(id)
+    with pytest.raises(openai.BadRequestError, match="stream is not supported"):
+        client.responses.retrieve(told.id, stream=True)
+    with pytest.raises(openai.BadRequestError, match="include is not supported"):
+        client.responses.retrieve(told.id, include=["message.output_text.logprobs"])
+
+
 def test_deleting(client, server):
     told = ask(client, TELL)
     client.responses.delete(told.id)
     assert snapshot(server, told) is None
-    with pytest.raises(openai.NotFoundError):
-        client.responses.delete(told.id)
+    for again in (client.responses.delete, client.responses.retrieve):
+        with pytest.raises(openai.NotFoundError):
+            again(told.id)
 
 
 def test_the_output_may_be_sent_back_as_input(client):

@@ -17,36 +17,29 @@ from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import failure_of
 from deltamem_tool.serve.events import EventStream, event
-from deltamem_tool.serve.names import MemoryName
 from deltamem_tool.serve.openai.parameters import (
     MAX_MESSAGES,
     MAX_STOP,
+    AnswerRequest,
     ChatMessage,
     MaxTokens,
-    SamplingOptions,
-    StreamOptions,
     check_last,
     supported,
 )
 from deltamem_tool.serve.service import gone, service_of
 from deltamem_tool.serve.turns import Outcome, Request
-from deltamem_tool.serve.whose import MemoryOptions, whose
+from deltamem_tool.serve.whose import whose
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class ChatRequest(SamplingOptions):
+class ChatRequest(AnswerRequest):
     """The body of a chat completion."""
 
-    model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: MemoryName | None = Field(default=None, description="The memory. None: it starts from zeros and is not kept.")
-    memory: MemoryOptions | None = None
 
 
 async def complete(http: HttpRequest) -> Response:

@@ -8,14 +8,16 @@ from pydantic import Field
 
 from deltamem_tool.chat.sampling import MAX_NEW_TOKENS, Sampling
 from deltamem_tool.segments.messages import Message
-from deltamem_tool.serve.body import Body
+from deltamem_tool.serve.body import WHOLE, Body
 from deltamem_tool.serve.errors import RequestError
+from deltamem_tool.serve.names import MemoryName
+from deltamem_tool.serve.whose import MemoryOptions
 
 MAX_STOP = 16
 MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 256  # of a request, and half of what `fed.MAX_DIGESTS` keeps
 
-MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
+MaxTokens = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 # Parameters that are accepted with these values, which change nothing here, and refused with any other.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -93,10 +95,10 @@ class SamplingOptions(Body):
 
     temperature: float | None = Field(default=None, ge=0, le=2, description="By default 0: the likeliest token.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31)
+    top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), WHOLE] | None = None
 
     def sampling(self, max_new_tokens: int | None, stop: str | list[str] | None = None) -> Sampling:
         """Return them with where the answer ends."""
@@ -105,6 +107,16 @@ class SamplingOptions(Body):
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         seed = None if self.seed is None else self.seed % 2**64
         return Sampling(max_new_tokens or MAX_NEW_TOKENS, seed=seed, stop=stops, **given)
+
+
+class AnswerRequest(SamplingOptions):
+    """What the bodies of chat completions and of responses have in common."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: MemoryName | None = Field(default=None, description="The memory. None: it starts from zeros and is not kept.")
+    memory: MemoryOptions | None = None
 
 
 def check_last(messages: list[Message]) -> None:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
@@ -18,19 +19,18 @@ from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import RequestError, failure_of
 from deltamem_tool.serve.events import EventStream, event
-from deltamem_tool.serve.names import MemoryName
 from deltamem_tool.serve.openai.parameters import (
     MAX_MESSAGES,
+    AnswerRequest,
     ChatMessage,
     MaxTokens,
-    SamplingOptions,
-    StreamOptions,
     check_last,
     supported,
 )
 from deltamem_tool.serve.service import gone, service_of
-from deltamem_tool.serve.turns import RESPONSE_PREFIX, Outcome, Request
-from deltamem_tool.serve.whose import MemoryOptions, whose
+from deltamem_tool.serve.store.memory_store import MAX_NAME
+from deltamem_tool.serve.turns import RESPONSE_PREFIX, Keep, Outcome, Request
+from deltamem_tool.serve.whose import whose
 
 MAX_METADATA = 16  # pairs, as OpenAI has it
 
@@ -44,10 +44,9 @@ class InputMessage(ChatMessage):
     phase: str | None = None
 
 
-class ResponseRequest(SamplingOptions):
+class ResponseRequest(AnswerRequest):
     """The body of a response."""
 
-    model: str
     input: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -60,11 +59,7 @@ class ResponseRequest(SamplingOptions):
     ] | None = None  # fmt: skip
     previous_response_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     store: bool = Field(default=True, description="Whether the response can be gone on from.")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    user: MemoryName | None = Field(default=None, description="The memory, as in chat completions.")
-    memory: MemoryOptions | None = None
 
 
 async def create(http: HttpRequest) -> Response:
@@ -76,16 +71,15 @@ async def create(http: HttpRequest) -> Response:
     asked = body.input
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [part.message() for part in asked]
     check_last(messages)
-    id = RESPONSE_PREFIX + secrets.token_hex(24)
+    draft = _draft(RESPONSE_PREFIX + secrets.token_hex(24), service.model, body)
     request = Request(
         whose(tenant, http.headers, body.user, body.memory),
         messages,
         body.sampling(body.max_output_tokens),
         previous=body.previous_response_id,
-        keep_as=id if body.store else None,
+        keep=Keep(draft["id"], partial(_finished, draft)) if body.store else None,
         instructions=body.instructions,
     )
-    draft = _draft(id, service.model, body)
     if not body.stream:
         outcome = await service.whole(http, request)
         return gone() if outcome is None else JSONResponse(_finished(draft, outcome))
@@ -94,16 +88,44 @@ async def create(http: HttpRequest) -> Response:
     return gone() if first is None else EventStream(_events(draft, first, events))
 
 
+async def retrieve(http: HttpRequest) -> Response:
+    """`GET /v1/responses/{id}`: a response that was stored, as it was answered."""
+    service = service_of(http)
+    tenant, id = service.tenant_of(http), _id(http)
+    given = [name.removesuffix("[]") for name, value in http.query_params.items() if value != "false"]
+    unsupported = next((name for name in given if name in ("include", "starting_after", "stream")), None)
+    if unsupported is not None:
+        raise RequestError(
+            f"{unsupported} is not supported.",
+            "A response is returned whole.",
+            "Leave it out.",
+            code="unsupported_parameter",
+            param=unsupported,
+        )
+    stored = await run_sync(service.store.get_response, tenant, id)
+    if stored is None:
+        raise _missing(id)
+    return JSONResponse(stored.transcript["response"])
+
+
 async def delete(http: HttpRequest) -> Response:
     """`DELETE /v1/responses/{id}`."""
     service = service_of(http)
-    tenant = service.tenant_of(http)
-    id = http.path_params["id"]
-    if not id.startswith(RESPONSE_PREFIX) or not id.isprintable():
-        raise RequestError(f"Response with id {id!r} not found.", status=404, code="response_not_found")
+    tenant, id = service.tenant_of(http), _id(http)
     await run_sync(service.store.delete_response, tenant, id)
     service.scheduler.forget(tenant, [id])
     return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+
+def _id(http: HttpRequest) -> str:
+    id: str = http.path_params["id"]
+    if not id.startswith(RESPONSE_PREFIX) or not id.isprintable() or len(id) > MAX_NAME:
+        raise _missing(id)
+    return id
+
+
+def _missing(id: str) -> RequestError:
+    return RequestError(f"Response with id {id!r} not found.", status=404, code="response_not_found")
 
 
 def _draft(id: str, model: str, body: ResponseRequest) -> dict[str, Any]:
