@@ -13,7 +13,7 @@ from deltamem_tool.cli.options import UserPath, json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.recipe.load import Recipe
-    from deltamem_tool.training import DryRun
+    from deltamem_tool.training import BaseShare, DryRun
 
 
 @click.command()
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it is there.")
 @click.option("--dry-run", is_flag=True, help="Train nothing: say how long it takes, on how much, in how much memory.")
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Of a dry run: what each of N processes needs.")
 @json_option
 def command(
     recipe: str,
@@ -35,11 +36,13 @@ def command(
     resume: bool,
     overwrite: bool,
     dry_run: bool,
+    processes: int | None,
     as_json: bool,
 ) -> None:
     """Train an adapter as RECIPE (YAML) says. Only the adapter learns.
 
-    Several GPUs: torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE
+    Several GPUs: torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE, and with --set training.shard=fsdp2 a
+    base that fits on none of them.
 
     Example: deltamem train recipes/quickstart.yaml --set training.steps=100
 
@@ -49,6 +52,8 @@ def command(
 
     if dry_run and (resume or overwrite):
         raise click.UsageError("--dry-run writes nothing: leave out --resume and --overwrite.")
+    if processes is not None and not dry_run:
+        raise click.UsageError("--processes is about a dry run; torchrun or accelerate launch starts processes.")
     settings = list(changes)
     if bptt is not None:
         settings.append(f"training.bptt={bptt}")
@@ -56,7 +61,7 @@ def command(
         settings.append("data.skip_bad_rows=true")
     chosen = load_recipe(recipe, settings, out)
     if dry_run:
-        _dry_run(recipe, chosen, as_json)
+        _dry_run(recipe, chosen, processes, as_json)
         return
 
     import datasets
@@ -78,7 +83,13 @@ def command(
             beside = "" if chosen.training.eval_every is None else ", without the evaluations"
             bar.console.print(f"{steps:,} steps: {in_words(seconds)}{beside}.", highlight=False)
 
-        result = train(chosen, resume, overwrite, report, encoding, expecting)
+        def sharded(share: BaseShare) -> None:
+            bar.console.print(
+                f"Each of {share.processes} processes holds {_size(share.held)} of the base's {_size(share.total)}.",
+                highlight=False,
+            )
+
+        result = train(chosen, resume, overwrite, report, encoding, expecting, sharded)
     if not result.is_main:
         return
     if as_json:
@@ -94,7 +105,7 @@ def command(
         click.echo(f"Next: deltamem eval {result.adapter} --task recall")
 
 
-def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:
+def _dry_run(path: str, recipe: Recipe, processes: int | None, as_json: bool) -> None:
     from deltamem_tool.cli.console import progress
     from deltamem_tool.training import dry_run
 
@@ -104,7 +115,7 @@ def _dry_run(path: str, recipe: Recipe, as_json: bool) -> None:
         def report(done: int, of: int) -> None:
             bar.update(task, completed=done, total=of, note="a step without numbers")
 
-        result = dry_run(recipe, report)
+        result = dry_run(recipe, report, processes)
     if not result.is_main:
         return
     if as_json:
@@ -147,7 +158,11 @@ def _lines(figures: DryRun) -> Iterator[tuple[str, str]]:
         processes = f", in {figures.processes} processes" if figures.processes > 1 else ""
         yield "tokens a step", f"{figures.tokens_per_step:,.1f}{processes}"
     peak = figures.peak
-    yield "weights of the base", _size(peak.weights)
+    if peak.gathered:
+        yield "weights of the base", f"{_size(peak.weights)}, its part of {_size(figures.base_bytes)}"
+        yield "weights gathered to compute", _size(peak.gathered)
+    else:
+        yield "weights of the base", _size(peak.weights)
     yield "adapter, gradients, optimizer", " + ".join(map(_size, (peak.adapter, peak.gradients, peak.optimizer)))
     if peak.activations is not None and peak.total is not None:
         yield "activations", f"{_size(peak.activations)} at most"

@@ -199,6 +199,7 @@ class TrainingOptions(_Options):
     save_every: Count | None = None  # steps between checkpoints; None: twenty checkpoints a run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as it is stored
     quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen base
+    shard: Literal["none", "fsdp2"] = "none"  # the frozen base, over the processes of a launcher
     attention: Text | None = None  # attn_implementation of the base
     gradient_checkpointing: StrictBool = False
     write_chunk: Count | None = None  # tokens of the write pass in one call; None: all

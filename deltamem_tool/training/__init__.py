@@ -3,5 +3,6 @@
 from deltamem_tool.training.dry_run import DryRun, PeakMemory, dry_run
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run import TrainingResult, train
+from deltamem_tool.training.sharding import BaseShare
 
-__all__ = ["DryRun", "EpisodeModel", "PeakMemory", "TrainingResult", "dry_run", "train"]
+__all__ = ["BaseShare", "DryRun", "EpisodeModel", "PeakMemory", "TrainingResult", "dry_run", "train"]

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, integrations
 
 from deltamem_tool._compat import use_one_gpu
 from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
 from deltamem_tool.recipe.load import TrainingOptions
+from deltamem_tool.training.launch import on_cpus
 
-_LOGGER = logging.getLogger(__name__)
-_SPLITTING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # set by `accelerate launch`
 LOGGED = 100  # times that a run says where it is
 CHECKPOINTS = 20  # that a run writes, where its recipe does not say
-
-
-def processes() -> PartialState:
-    """Those that a launcher has started, on GPUs if there are any, else on CPUs; or this one.
-
-    They run data parallel. What FSDP and ZeRO split, gradients and optimizer states, is a few megabytes for an adapter;
-    the frozen base is no part of it. So a launcher's wish for them is noted and left aside.
-    """
-    wished = [name for name, flag in _SPLITTING.items() if os.environ.pop(flag, "false").lower() == "true"]
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the recipe's dtype is the base's, and the memory is float32
-    state = PartialState(cpu=True) if _on_cpus() else PartialState()
-    if wished and state.is_main_process:
-        _LOGGER.warning(
-            "%s splits what is trained, here a few megabytes: this run is data parallel (DDP) instead. Every process "
-            "holds the frozen base; training.quantize makes that smaller.",
-            " and ".join(wished),
-        )
-    return state
-
-
-def _on_cpus() -> bool:
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return launched and not torch.accelerator.is_available()
 
 
 def training_arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
@@ -74,7 +47,7 @@ def refused_by_trainer(key: str) -> Iterator[None]:
 def _arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(run),
-        use_cpu=_on_cpus(),
+        use_cpu=on_cpus(),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,

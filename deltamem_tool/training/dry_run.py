@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool._compat import Conv1D
@@ -27,8 +27,10 @@ from deltamem_tool.data.store import EncodedEpisodes, EpisodeStatistics, in_memo
 from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import fresh_adapter
 from deltamem_tool.recipe.load import Recipe
+from deltamem_tool.training.episodes import run_data
+from deltamem_tool.training.launch import asks_to_shard, check_shards, processes_of_launch
 from deltamem_tool.training.peak_bytes import Report, StepShape, activation_bytes, base_dtype, no_columns
-from deltamem_tool.training.run import run_data
+from deltamem_tool.training.sharding import sharded_bytes
 from deltamem_tool.training.trainer import steps_of
 
 SAMPLED = 64  # generated episodes that are looked at, from the whole run
@@ -53,7 +55,8 @@ class PeakMemory:
     are None where they could not be computed.
     """
 
-    weights: int  # of the frozen base
+    weights: int  # of the frozen base, or this process's part of it
+    gathered: int  # of a base that processes share: weights that are whole while they compute
     adapter: int
     gradients: int
     optimizer: int
@@ -67,6 +70,7 @@ class DryRun:
 
     trained_parameters: int
     base_parameters: int
+    base_bytes: int
     share: float  # of the trained parameters in the base's
     memory_bytes: int  # of one conversation's state
     episodes: EpisodeStatistics | None  # of the data, or of a sample of generated dialogues; None without a tokenizer
@@ -81,7 +85,7 @@ class DryRun:
     is_main: bool = True  # of the processes of a launch, one speaks
 
 
-def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
+def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None = None) -> DryRun:
     """Compute what `train(recipe)` would do.
 
     The base's weights are not needed: its config is enough for parameters and memory, and its tokenizer for the rest.
@@ -90,6 +94,7 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     Args:
         recipe: of the run.
         report: follows the fake steps that memory is computed with, (done, of how many).
+        processes: how many there would be; by default those of this launch.
 
     Raises:
         DeltaMemError: the recipe cannot be run.
@@ -97,12 +102,21 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     notes: list[str] = []
-    processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
+    training = recipe.training
+    shards = asks_to_shard(recipe)
+    processes = processes_of_launch() if processes is None else processes
+    if shards:
+        check_shards(recipe, processes)
     read = Static.read if recipe.static else read_adapter
     folder = None if recipe.adapter is None else read(recipe.adapter)
     memory = recipe.memory if folder is None else folder.config
     skeleton = checkpoint.skeleton()
-    base_parameters, base_bytes, largest = _base(skeleton, recipe, checkpoint.config, notes)
+    weights = _base(skeleton, recipe, checkpoint.config, notes)
+    base_parameters = sum(weight.numel() for weight in skeleton.parameters())
+    base_bytes, largest = round(sum(weights.bytes_of.values())), weights.largest
+    held, gathered = base_bytes, 0
+    if shards:
+        held, gathered = sharded_bytes(skeleton, weights.bytes_of, processes)
     if recipe.lora is not None:
         lora: nn.Module = new_lora(skeleton, recipe.lora)
         trained = sum(weight.numel() for weight in lora.parameters() if weight.requires_grad)
@@ -158,10 +172,11 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     except RuntimeError as error:  # torch's, where the model's code needs numbers that fake tensors do not have
         why = (str(error).strip().splitlines() or [""])[0]
         notes.append(f"Activations: not computed ({type(error).__name__}: {why})")
-    sizes = (base_bytes, 4 * trained, 4 * trained, ADAMW * trained)
+    sizes = (held, gathered, 4 * trained, 4 * trained, ADAMW * trained)
     return DryRun(
         trained_parameters=trained,
         base_parameters=base_parameters,
+        base_bytes=base_bytes,
         share=trained / base_parameters,
         memory_bytes=memory_bytes,
         episodes=None if episodes is None else episodes.statistics(),
@@ -177,20 +192,24 @@ def dry_run(recipe: Recipe, report: Report | None = None) -> DryRun:
     )
 
 
-def _base(
-    skeleton: PreTrainedModel, recipe: Recipe, config: PretrainedConfig, notes: list[str]
-) -> tuple[int, int, int]:
-    """Parameters of the base, bytes of its weights, and bytes of the largest that is unpacked while it is used."""
+@dataclass(frozen=True)
+class _Weights:
+    bytes_of: dict[Tensor, float]  # of each weight of the base
+    largest: int  # bytes of the largest that is unpacked while it is used
+
+
+def _base(skeleton: PreTrainedModel, recipe: Recipe, config: PretrainedConfig, notes: list[str]) -> _Weights:
     width = base_dtype(recipe, config).itemsize
-    count = sum(weight.numel() for weight in skeleton.parameters())
     if getattr(config, "quantization_config", None):
         notes.append("The base is stored quantised: its weights are counted as if they were not.")
+    bytes_of: dict[Tensor, float] = {weight: weight.numel() * width for weight in skeleton.parameters()}
     bytes_each = _QUANTISED.get(recipe.training.quantize)
     if bytes_each is None:
-        return count, count * width, 0
+        return _Weights(bytes_of, 0)
     head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]  # it has no hints
-    packed = [m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    return count, round((count - sum(packed)) * width + sum(packed) * bytes_each), max(packed, default=0) * width
+    packed = [m.weight for m in skeleton.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    bytes_of |= {weight: weight.numel() * bytes_each for weight in packed}
+    return _Weights(bytes_of, max((weight.numel() for weight in packed), default=0) * width)
 
 
 def _tokenizer(checkpoint: BaseCheckpoint) -> PreTrainedTokenizerBase | None:

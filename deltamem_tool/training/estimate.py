@@ -15,7 +15,12 @@ LONG = 30.0  # seconds: a step that takes less is measured again, without what i
 
 
 def step_seconds(
-    step: nn.Module, episodes: Sequence[Any], collator: EpisodeCollator, batch_size: int, device: torch.device
+    step: nn.Module,
+    episodes: Sequence[Any],
+    collator: EpisodeCollator,
+    batch_size: int,
+    device: torch.device,
+    together: bool = False,
 ) -> float:
     """Measure the seconds that forward and backward take for a batch from the middle of `episodes`.
 
@@ -27,13 +32,14 @@ def step_seconds(
         collator: makes a batch of them.
         batch_size: episodes of a batch.
         device: where the step runs.
+        together: all processes measure, since they need each other for a step, and so all of them do it twice.
     """
     start = max(0, len(episodes) // 2 - batch_size // 2)
     batch = collator([episodes[i] for i in range(start, min(start + batch_size, len(episodes)))])
     tensors = {name: part.to(device) for name, part in batch.items() if isinstance(part, Tensor)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seconds = _measure(step, tensors, device)
-        if seconds < LONG:
+        if together or seconds < LONG:
             seconds = _measure(step, tensors, device)
     return seconds
 

@@ -28,6 +28,7 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.recipe.load import ObjectiveOptions
 from deltamem_tool.training.addressing import Addresses, HiddenStates, addressing_loss, hidden_states_of
 from deltamem_tool.training.gradient_checkpointing import recomputing
+from deltamem_tool.training.sharding import after, is_sharded, with_common_length
 
 # What an answer is told from: the memory of its conversation, zeros, another conversation's memory.
 CONDITIONS = ("", "_zero", "_donor")
@@ -167,7 +168,11 @@ class EpisodeModel(nn.Module):
         In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
         """
         diverges = self.objective.history_kl > 0 and torch.is_grad_enabled()
-        decoder = self.base if diverges else self.base.base_model  # without logits, unless they are compared
+        sharded = is_sharded(self.base)
+        # Without logits, unless they are compared; FSDP gathers weights in calls of the whole model alone.
+        decoder = self.base if diverges or sharded else self.base.base_model
+        if sharded and self.write_chunk is not None:
+            ids, mask, segments = with_common_length(ids, mask, segments)
         cache, of_base = MemoryCache(self.base), MemoryCache(self.base)
         cache.write_gates = {}
         length = ids.shape[1]
@@ -183,7 +188,7 @@ class EpisodeModel(nn.Module):
             ids, mask, segments = _to_the_right(ids, mask, segments)
             if "position_ids" in inspect.signature(self.base.base_model.forward).parameters:
                 positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-        divergences = []  # [B, T] of each chunk
+        divergences, ends = [], []  # [B, T] of each chunk; logits of those that learn
         for number, (start, end) in enumerate(chunks):
             learns = self.bptt is None or number >= len(chunks) - self.bptt
             cache.segment_tags = None if segments is None else segments[:, start:end]
@@ -193,8 +198,11 @@ class EpisodeModel(nn.Module):
                 "use_cache": True,
                 **{name: value[:, start:end] for name, value in positions.items()},
             }
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            some = _one_token(ids[:, start:end], mask, start) if sharded and not diverges else None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns), logits_at(self.base, some):
                 output = decoder(cache=cache, **inputs)
+            if sharded and output.logits.requires_grad:
+                ends.append(output.logits)
             if diverges:
                 with torch.no_grad(), without_memory():
                     teacher = self.base(cache=of_base, **inputs).logits
@@ -204,7 +212,8 @@ class EpisodeModel(nn.Module):
         nothing = ids.new_zeros(len(ids), 2, dtype=torch.float32)
         gates = torch.stack([cache.write_gates.get(layer, nothing) for layer in self.adapter.layer_indices], dim=1)
         means = gates[..., 0] / gates[..., 1].clamp_min(1.0)
-        return Written(cache.memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
+        memory = after(ends, cache.memory) if ends else cache.memory
+        return Written(memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
         """Read exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions `scored` alone.
@@ -261,19 +270,34 @@ def scored_logits(
 
     They are of the model's own head, with whatever it does to its logits, which gets to see these positions alone.
     """
+    options = {} if cache is None else {"cache": cache}
+    with logits_at(model, scored):
+        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options)
+    logits: Tensor = output.logits.squeeze(0)
+    return logits
+
+
+@contextlib.contextmanager
+def logits_at(model: PreTrainedModel, scored: Tensor | None) -> Iterator[None]:
+    """Inside, the model makes logits `[1, N, V]` at the flat positions `scored` `[N]` alone; None is all."""
 
     def select(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored].unsqueeze(0)
+        if scored is not None:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored].unsqueeze(0)
         return output
 
     handle = decoder_of(hf_model(model)).register_forward_hook(select)
     try:
-        options = {} if cache is None else {"cache": cache}
-        output = cast(nn.Module, model)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options)
+        yield
     finally:
         handle.remove()
-    logits: Tensor = output.logits.squeeze(0)
-    return logits
+
+
+def _one_token(ids: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    """The flat position `[1]` of a token of `ids` `[B, T]` that is not padding; they begin at `start` of the mask."""
+    if mask is None:
+        return ids.new_zeros(1)
+    return mask[:, start : start + ids.shape[1]].flatten().argmax().view(1)
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:

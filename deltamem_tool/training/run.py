@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,26 +21,21 @@ from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
-from deltamem_tool.base_model.limits import NO_LIMITS, Limits
+from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
 from deltamem_tool.baselines.static import Static, StaticAdapter, new_static
-from deltamem_tool.data.collate import EpisodeCollator
-from deltamem_tool.data.encode import Encoder
-from deltamem_tool.data.mixed import MixedEpisodes
-from deltamem_tool.data.sources import read_episodes, read_exchanges
-from deltamem_tool.data.store import EncodedEpisodes, encode_cached
-from deltamem_tool.data.unrelated import UnrelatedExchanges
 from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.io.atomic import check_overwrite, free_name, is_free, resolve, taken_meanwhile
 from deltamem_tool.io.formats import versions
 from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import adapter_of, fresh_adapter, hook
 from deltamem_tool.recipe.load import Recipe
-from deltamem_tool.training.arguments import processes, tensorboard, training_arguments
+from deltamem_tool.training.arguments import tensorboard, training_arguments
 from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
+from deltamem_tool.training.episodes import RunData, run_data
 from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.generated import generated_episodes, held_out_episodes
+from deltamem_tool.training.launch import Launch, launched, naming_lost_processes
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
     checkpoint_to_resume,
@@ -52,13 +46,13 @@ from deltamem_tool.training.run_folder import (
     start_of,
     step_of,
 )
+from deltamem_tool.training.sharding import BaseShare, base_share, fsdp_config, is_sharded
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
     EpisodeTrainer,
     Progress,
     Report,
-    steps_of,
 )
 
 
@@ -75,25 +69,6 @@ class TrainingResult:
     is_main: bool = True  # of the processes of a run, one speaks
 
 
-@dataclass(frozen=True)
-class RunData:
-    """What a run learns from and is evaluated with."""
-
-    training: Any  # a Dataset
-    validation: Sequence[Any]
-    collator: EpisodeCollator
-    order: str  # as `EpisodeSampler` takes it
-    batch: int  # episodes of a step, on all processes
-    steps: int
-    skipped_rows: int = 0
-
-    @property
-    def statistics(self) -> dict[str, Any] | None:
-        """Sizes of the data; None where all of it is generated."""
-        own = self.training.conversations if isinstance(self.training, MixedEpisodes) else self.training
-        return asdict(own.statistics()) if isinstance(own, EncodedEpisodes) else None
-
-
 def train(
     recipe: Recipe,
     resume: bool = False,
@@ -101,12 +76,14 @@ def train(
     report: Report | None = None,
     encoding: Callable[[int, int], None] | None = None,
     expecting: Callable[[int, float], None] | None = None,
+    sharded: Callable[[BaseShare], None] | None = None,
 ) -> TrainingResult:
     """Run a recipe and write its adapter folder.
 
     It runs on one device, the first GPU that CUDA_VISIBLE_DEVICES shows or else the CPU; under `torchrun` or
-    `accelerate launch`, on one a process. Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C
-    ends the run after the step it is in, with a checkpoint and the adapter so far written.
+    `accelerate launch`, on one a process, which may share the base (FSDP2). Checkpoints go to the folder `<out>.run`
+    and are removed at the end. Ctrl-C ends the run after the step it is in, with a checkpoint and the adapter so far
+    written.
 
     Args:
         recipe: what to run.
@@ -116,10 +93,11 @@ def train(
         encoding: called while episodes are encoded, before the first step, (done, of how many).
         expecting: called before the first step with the number of steps to come and about how many seconds they will
             take, evaluations not counted; to measure that costs up to two steps.
+        sharded: called in the main process with what each process holds of a base that they share.
 
     Raises:
-        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted; or another program made `out`
-            meanwhile, and the adapter is beside it.
+        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted, or lost another process; or
+            another program made `out` meanwhile, and the adapter is beside it.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -129,7 +107,8 @@ def train(
         >>> deltamem.load("my-adapter").config.model_type
         'qwen3'
     """
-    out, run, state = Path(recipe.out), run_folder(recipe.out), processes()
+    launch = launched(recipe)
+    out, run, state = Path(recipe.out), run_folder(recipe.out), launch.state
     start = start_of(recipe, state.num_processes)
     checkpoint = checkpoint_to_resume(run, start) if resume else None
     check_overwrite(out, overwrite or resume)
@@ -141,19 +120,24 @@ def train(
         )
     started = time.monotonic()
     set_seed(recipe.training.seed)
-    step, model, tokenizer = step_model(recipe)
+    step, model, tokenizer = step_model(recipe, launch)
+    share = base_share(model) if launch.shards else None
+    if share is not None and sharded is not None and state.is_main_process:
+        sharded(share)
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
-    with removed_if_empty(run):  # the Trainer makes it
-        trainer = _trainer(recipe, step, data, progress)
+    with removed_if_empty(run), naming_lost_processes(run):  # the Trainer makes the folder
+        trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):
             cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature
         at_end = checkpoint is not None and trainer.is_at_end(checkpoint)
-        if expecting is not None and state.is_main_process and not at_end:
+        if expecting is not None and (state.is_main_process or launch.shards) and not at_end:
             options, to_come = recipe.training, data.steps - (0 if checkpoint is None else step_of(checkpoint))
-            seconds = step_seconds(step, data.training, data.collator, options.batch_size, trainer.args.device)
-            expecting(to_come, to_come * options.gradient_accumulation * seconds)
+            measured = (step, data.training, data.collator, options.batch_size, trainer.args.device)
+            seconds = step_seconds(*measured, together=launch.shards)
+            if state.is_main_process:
+                expecting(to_come, to_come * options.gradient_accumulation * seconds)
         state.wait_for_everyone()
         with opened(run, start, resume) if state.is_main_process else nullcontext(), progress.stopping_on_interrupt():
             state.wait_for_everyone()
@@ -166,7 +150,7 @@ def train(
             if not interrupted and state.is_main_process:
                 trainer.take_best()
             state.wait_for_everyone()
-    summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started)
+    summary = _summary(recipe, step, data, trainer, interrupted, time.monotonic() - started, share)
     place = out if overwrite or resume or is_free(resolve(out)) else free_name(out)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -187,7 +171,7 @@ def train(
     )
 
 
-def _trainer(recipe: Recipe, step: Step, data: RunData, progress: Progress) -> EpisodeTrainer:
+def _trainer(recipe: Recipe, step: Step, data: RunData, progress: Progress, shards: bool) -> EpisodeTrainer:
     options, run = recipe.training, run_folder(recipe.out)
     args = training_arguments(options, data.steps, run)
     stop = [] if options.early_stop is None else [EarlyStop(options.early_stop)]
@@ -200,6 +184,7 @@ def _trainer(recipe: Recipe, step: Step, data: RunData, progress: Progress) -> E
         callbacks=[progress, *stop, *tensorboard(options, Path(f"{Path(recipe.out)}.logs"), args.process_index == 0)],
         order=data.order,
         run=run,
+        shards=shards,
     )
 
 
@@ -210,6 +195,7 @@ def _summary(
     trainer: EpisodeTrainer,
     interrupted: bool,
     seconds: float,
+    share: BaseShare | None,
 ) -> TrainingSummary:
     return TrainingSummary(
         recipe=named_recipe(recipe),
@@ -218,6 +204,7 @@ def _summary(
         seconds=seconds,
         processes=trainer.args.world_size,
         device=trainer.args.device.type,
+        shard=share,
         parameters=sum(parameter.numel() for parameter in step.parameters()),
         episodes=data.statistics,
         skipped_rows=data.skipped_rows,
@@ -226,14 +213,14 @@ def _summary(
     )
 
 
-def step_model(recipe: Recipe) -> tuple[Step, PreTrainedModel, PreTrainedTokenizerBase]:
+def step_model(recipe: Recipe, launch: Launch | None = None) -> tuple[Step, PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what a recipe trains, the model that it is in, and the tokenizer."""
     options = recipe.training
     if recipe.lora is not None or recipe.static:
         check_revision(recipe.base, recipe.revision)
         checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
         tokenizer = read_tokenizer(checkpoint.source)  # first: what is wrong with it is known in a second
-        model = _loaded(checkpoint, recipe)
+        model = _loaded(checkpoint, recipe, launch)
         if recipe.lora is not None:
             lora = new_lora(model, recipe.lora, checkpoint.name, checkpoint.revision)
             return LoraStepModel(lora, options.gradient_checkpointing), lora, tokenizer
@@ -242,7 +229,7 @@ def step_model(recipe: Recipe) -> tuple[Step, PreTrainedModel, PreTrainedTokeniz
         static = _static(recipe, checkpoint, made_for, model)
         step = StaticStepModel(model, static, made_for, recipe.objective, options.gradient_checkpointing)
         return step, model, tokenizer
-    model, tokenizer = load_base(recipe)
+    model, tokenizer = load_base(recipe, launch)
     chunks = (options.write_chunk, options.bptt, options.gradient_checkpointing)
     return EpisodeModel(model, recipe.objective, *chunks), model, tokenizer
 
@@ -257,9 +244,9 @@ def _static(recipe: Recipe, checkpoint: BaseCheckpoint, base: BaseModel, model: 
     return new_static(recipe.memory, layers, checkpoint.first_columns)
 
 
-def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(recipe: Recipe, launch: Launch | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model with a memory that a recipe trains, and its tokenizer."""
-    options = _loading(recipe)
+    options = _loading(recipe, launch)
     if recipe.adapter is not None:
         trust = recipe.trust_remote_code
         model = load(
@@ -270,10 +257,10 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
     made_for = base_of(checkpoint)
     tokenizer = read_tokenizer(checkpoint.source)
-    model = _loaded(checkpoint, recipe)
+    model = _loaded(checkpoint, recipe, launch)
     model.train(False)
-    if "quantization_config" in options:
-        # Where a Δ starts from the base's weights, from those that were quantised.
+    if options.keys() & {"quantization_config", "distributed_config"}:
+        # Where a Δ starts from the base's weights, from those on disk: in memory they are quantised, or in parts.
         layers = select_layers(attention_layers(model), recipe.memory)
         hook(model, fresh_adapter(recipe.memory, layers, checkpoint.first_columns))
     else:
@@ -282,13 +269,13 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return model, tokenizer
 
 
-def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:
+def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -> PreTrainedModel:
     """Load the base model.
 
     Raises:
         ConfigError: its weights would be float16, in which small gradients are zeros.
     """
-    model = checkpoint.load(**_loading(recipe))
+    model = checkpoint.load(**_loading(recipe, launch))
     if model.dtype == torch.float16 and not _is_placed(model):
         raise ConfigError(
             f"{checkpoint.name} is stored in float16.",
@@ -298,7 +285,7 @@ def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _loading(recipe: Recipe) -> dict[str, Any]:
+def _loading(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
     """What `from_pretrained` is to do with the frozen weights."""
     training = recipe.training
     options: dict[str, Any] = {"dtype": training.dtype}
@@ -311,67 +298,12 @@ def _loading(recipe: Recipe) -> dict[str, Any]:
             load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
         )
         options["device_map"] = {"": PartialState().device}
+    if launch is not None and launch.shards:
+        skeleton = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code).skeleton()
+        options["distributed_config"] = fsdp_config(skeleton, launch.processes, launch.offloads)
     return options
 
 
 def _is_placed(model: PreTrainedModel) -> bool:
-    """Quantised weights are where they were loaded."""
-    return bool(getattr(model, "is_quantized", False))
-
-
-def run_data(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    granularity: str,
-    processes: int,
-    report: Callable[[int, int], None] | None = None,
-    limits: Limits = NO_LIMITS,
-) -> RunData:
-    """Read, check and encode the episodes of a recipe for a model of `limits`; `report` follows the encoding.
-
-    Raises:
-        DataError: a row is not a conversation, or cannot be encoded.
-    """
-    data, training = recipe.data, recipe.training
-    encoder = Encoder(
-        tokenizer,
-        data.max_write_tokens,
-        data.max_read_tokens,
-        granularity,
-        recent_turns=data.recent_turns,
-        full_context=recipe.objective.full_context_kl > 0 or recipe.lora is not None,
-        limits=limits,
-    )
-    unrelated = None
-    if data.unrelated is not None:
-        unrelated = UnrelatedExchanges(encoder.exchanges(read_exchanges(data.unrelated)), training.seed)
-    collator = EpisodeCollator(encoder, unrelated)
-    together = training.batch_size * processes
-    batch = together * training.gradient_accumulation
-    if data.path is None:
-        assert training.steps is not None  # a recipe without a path has them
-        generated = generated_episodes(recipe, training.steps * batch, together, encoder)
-        count = training.eval_episodes if training.eval_every is not None else 0
-        held_out = held_out_episodes(recipe, count, encoder)
-        return RunData(generated, held_out, collator, "as they come", batch, training.steps)
-
-    def encoded(path: str, split: str, revision: str | None, dropout: float) -> tuple[EncodedEpisodes, int]:
-        """Episodes, and how many rows were left out."""
-        rows = read_episodes(path, split, revision, data.supervise, data.skip_bad_rows)
-        episodes = encode_cached(rows.episodes, encoder, data.skip_bad_rows, report, dropout, training.seed)
-        return episodes, len(rows.skipped) + len(episodes.skipped)
-
-    episodes, skipped = encoded(data.path, data.split, data.revision, recipe.objective.context_dropout)
-    validation: Sequence[Any] = ()
-    if training.eval_every is not None:
-        path, revision = (data.path, data.revision) if data.eval_path is None else (data.eval_path, None)
-        others, more = encoded(path, data.eval_split or "train", revision, 1.0)  # from the memory alone
-        validation = [others[i] for i in range(min(len(others), training.eval_episodes))]
-        skipped += more
-    steps = training.steps or steps_of(training.epochs or 1.0, math.ceil(len(episodes) / (1 - data.mix)), batch)
-    if data.mix:
-        generated = generated_episodes(recipe, steps * batch, together, encoder)
-        mixed = MixedEpisodes(episodes, generated, encoder, data.mix, training.seed)
-        return RunData(mixed, validation, collator, "as they come", batch, steps, skipped)
-    order = "by length" if data.group_by_length else "shuffled"
-    return RunData(episodes, validation, collator, order, batch, steps, skipped)
+    """Weights that are quantised or sharded are where they were loaded."""
+    return bool(getattr(model, "is_quantized", False)) or is_sharded(model)

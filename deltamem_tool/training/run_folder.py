@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from deltamem_tool._compat import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINER_STATE_NAME
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import alone_in, write_whole
 from deltamem_tool.recipe.load import Recipe, TrainingOptions
@@ -86,21 +87,46 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     """Find the last checkpoint of a run that was started with the same `start_of`.
 
     Raises:
-        DeltaMemError: there is no whole checkpoint, or the recipe, the data or the number of processes has changed.
+        DeltaMemError: there is no whole checkpoint, or the recipe, the data or the number of episodes of a step has
+            changed.
     """
     whole = checkpoints(run)
     if not whole or not (run / RECIPE_FILE).is_file():
         raise DeltaMemError(f"There is nothing to resume in {run}.", "It has no checkpoint.", "Start without --resume.")
     # An option that is newer than the run had its default in it.
     before = comparable(_DEFAULTS) | json.loads((run / RECIPE_FILE).read_text())
-    changed = [f"{key} was {before.get(key)}, is {start[key]}" for key in start if before.get(key) != start[key]]
+    free = {"training.shard"} | (_BATCH if _batches(before) == _batches(start) else set())
+    changed = [
+        f"{key} was {before.get(key)}, is {start[key]}"
+        for key in start
+        if before.get(key) != start[key] and key not in free
+    ]
     if changed:
         raise DeltaMemError(
             f"The run in {run} was started with other settings.",
             "; ".join(changed) + ".",
-            "Resume with the same recipe, --set, data and processes, or start again with another --out.",
+            "Resume with the same recipe, --set and data, and with processes, training.batch_size and "
+            f"training.gradient_accumulation that make {_batches(before)}; or start again with another --out.",
+        )
+    if not (whole[-1] / SAFE_WEIGHTS_NAME).is_file():
+        raise DeltaMemError(
+            f"{whole[-1]} is not a checkpoint of this command.",
+            f"It has no {SAFE_WEIGHTS_NAME}; another program may have written its weights in parts.",
+            "Start again with another --out.",
         )
     return whole[-1]
+
+
+# What may change if a step has the same episodes.
+_BATCH = {"processes", "training.batch_size", "training.gradient_accumulation"}
+
+
+def _batches(start: Mapping[str, Any]) -> str:
+    """What a step learns from; generated episodes are alike within what all processes take at once."""
+    together = start["processes"] * start["training.batch_size"]
+    episodes = together * start["training.gradient_accumulation"]
+    is_generated = start["data.path"] is None or start["data.mix"] > 0
+    return f"{episodes} episodes a step" + (f", {together} at once" if is_generated else "")
 
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:

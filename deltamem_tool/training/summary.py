@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from deltamem_tool.adapter.config_file import PLOT_FILE, SUMMARY_FILE
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.run_folder import comparable
+from deltamem_tool.training.sharding import BaseShare
 
 _CONDITIONS = {"": "the state", "_zero": "zeros", "_donor": "another's state"}
 _COLOURS = {"": "#0b6e4f", "_zero": "#d9a404", "_donor": "#c8553d"}
@@ -35,6 +36,7 @@ class TrainingSummary:
     episodes: dict[str, Any] | None  # statistics of the data
     skipped_rows: int
     log: list[dict[str, float]] = field(repr=False)  # of the Trainer, a row an entry
+    shard: BaseShare | None = None  # what each process held of a base that they shared
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -85,18 +85,21 @@ class EpisodeTrainer(Trainer):
         order: as `EpisodeSampler` takes it.
         validation: episodes to evaluate with; each as the collator takes it.
         run: the folder of the run.
+        shards: whether processes share the base model.
     """
 
     model: Step
     data_collator: Any  # an EpisodeCollator
 
-    def __init__(self, *, order: str, validation: Sequence[Any] = (), run: Path, **kwargs: Any) -> None:
+    def __init__(
+        self, *, order: str, validation: Sequence[Any] = (), run: Path, shards: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs, eval_dataset=cast(Any, validation or None))
         evaluates = self.args.eval_strategy != "no"
         self.validation = batches_of(validation, self.args.per_device_train_batch_size) if evaluates else []
         self.remove_callback(PrinterCallback)
         setattr(self, TRAIN_SAMPLER, self.train_sampler)
-        self.order, self.run = order, run
+        self.order, self.run, self.shards = order, run, shards
         self.sampler: EpisodeSampler | None = None
         self.add_callback(_TellEpoch(self))
         self._parts: list[dict[str, Tensor]] = []  # of the loss, since it was last logged
@@ -174,11 +177,15 @@ class EpisodeTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
-        mine = self.validation[self.args.process_index :: self.args.world_size]
-        batches = map(self.data_collator, mine)
-        device = self.args.device
-        tensors = ({name: part.to(device) for name, part in batch.items() if name != "sources"} for batch in batches)
-        total = outcomes(self.model, tensors)
+        rank, processes, device = self.args.process_index, self.args.world_size, self.args.device
+
+        def tensors(batch: Sequence[Any]) -> dict[str, Tensor]:
+            return {name: part.to(device) for name, part in self.data_collator(batch).items() if name != "sources"}
+
+        total = outcomes(self.model, map(tensors, self.validation[rank::processes]))
+        left = len(self.validation) % processes
+        if self.shards and 0 < left <= rank:  # the others cannot compute their last batch without this process
+            outcomes(self.model, [tensors(self.validation[0])])
         if self.args.world_size > 1:  # a process that has had no batch adds zeros
             total = {name: self.accelerator.reduce(sums.to(device)) for name, sums in total.items()}
         figures = metrics(total)

@@ -57,8 +57,8 @@ def make_recipe(base, out, path=None, **options):
 def test_it_learns_and_only_the_adapter_changes(recipe, checkpoint, monkeypatch, tmp_path):
     models = []
 
-    def watched(of):
-        models.append(loaded(of))
+    def watched(*of):
+        models.append(loaded(*of))
         models.append({name: weight.clone() for name, weight in adapter_of(models[0][0]).state_dict().items()})
         return models[0]
 

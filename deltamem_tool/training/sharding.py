@@ -1,0 +1,115 @@
+"""FSDP2 of the frozen base: transformers shards it while it loads, and each process reads its own part.
+
+The adapter is no part of that: it is whole in every process, and its gradients are reduced as in data parallel
+training.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from deltamem_tool._compat import GradientCheckpointingLayer
+from deltamem_tool.memory.state import MemoryState
+
+
+@dataclass(frozen=True)
+class BaseShare:
+    """What processes hold of a sharded base, in bytes."""
+
+    total: int  # of the whole base
+    held: int  # by the process that holds the most, while nothing computes
+    processes: int
+
+
+def fsdp_config(skeleton: nn.Module, processes: int, offloads: bool = False) -> dict[str, Any]:
+    """Make a `distributed_config` of transformers, in which each decoder layer is a group of its own."""
+    names = [name for name, module in skeleton.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+    return {
+        "fsdp_size": processes,
+        "fsdp_plan": dict.fromkeys(sorted(layers), "free_full_weight"),
+        "fsdp_cpu_offload": offloads,
+    }
+
+
+def sharded_bytes(skeleton: PreTrainedModel, bytes_of: Mapping[Tensor, float], processes: int) -> tuple[int, int]:
+    """What one of `processes` holds of a base, and what it gathers at most to compute, in bytes.
+
+    A weight is divided by its rows, of which the first process has one more where they do not come out even. Layers
+    are freed once they have run, but one is gathered while the one before it runs; the output head is kept.
+    """
+    held = sum(math.ceil(w.shape[0] / processes) / w.shape[0] * size for w, size in bytes_of.items())
+    layers = [module for module in skeleton.modules() if isinstance(module, GradientCheckpointingLayer)]
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
+    is_tied = head is not None and embedding.weight is head.weight
+    freed = [[*module.parameters()] for module in (*layers, *([] if is_tied else [embedding]))]
+    sizes = [sum(bytes_of[weight] for weight in group) for group in freed]
+    kept = sum(bytes_of.values()) - sum(sizes)
+    if is_tied:  # transformers has FSDP gather it for the embedding and for the head
+        kept += bytes_of[head.weight]
+    return round(held), round(kept + 2 * max(sizes))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of `model` are spread over processes."""
+    return isinstance(model, FSDPModule)
+
+
+def base_share(model: nn.Module) -> BaseShare:
+    """Measure what the processes hold of a sharded `model`; all of them have to ask."""
+    weights = list(model.parameters())
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    held = torch.tensor(sum(part.nbytes for part in parts), device=parts[0].device)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return BaseShare(sum(weight.nbytes for weight in weights), int(held), dist.get_world_size())
+
+
+def with_common_length(
+    ids: Tensor, mask: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad `[B, W]` on the right to the longest of all processes: in chunks, all of them then make as many calls.
+
+    Every call gathers weights, for which the processes wait for each other.
+    """
+    longest = torch.tensor(ids.shape[1], device=ids.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    more = (0, int(longest) - ids.shape[1])
+    mask = torch.ones_like(ids) if mask is None else mask
+    return F.pad(ids, more), F.pad(mask, more), None if segments is None else F.pad(segments, more)
+
+
+def after(ends: Sequence[Tensor], memory: MemoryState) -> MemoryState:
+    """A memory whose gradients reach the calls that have written it by way of their `ends`, what they returned.
+
+    FSDP gathers a layer's weights for the backward pass when the gradient of its output comes. States leave a layer
+    by another way: the last one's output would have none. Now it has zeros.
+    """
+    layers = list(memory.layers)
+    states = _After.apply(len(ends), *ends, *(memory.layers[layer] for layer in layers))  # type: ignore[no-untyped-call]
+    return MemoryState(dict(zip(layers, states, strict=True)), memory.adapter, memory.open_segments)
+
+
+class _After(torch.autograd.Function):
+    """`count` ends and values in, the values out; the gradients of the ends are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.ends = [(end.shape, end.dtype, end.device) for end in tensors[:count]]
+        return tuple(value.view_as(value) for value in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.ends]
+        return None, *zeros, *gradients

@@ -1,0 +1,51 @@
+"""What the processes of a launch run: functions that a forked process can import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
+
+from deltamem_tool.recipe.load import Recipe
+from deltamem_tool.training import train
+from deltamem_tool.training.sharding import is_sharded
+
+
+def trained(recipes: list[Recipe], notes: Path) -> None:
+    """Train one after the other; `notes` gets a line a recipe, of the main process."""
+    torch.set_num_threads(1)
+    for recipe in recipes:
+        shares = []
+        with whole_bytes() as whole:
+            result = train(recipe, sharded=shares.append)
+        if os.environ["RANK"] == "0":
+            share = dataclasses.asdict(shares[0])
+            with notes.open("a") as file:
+                file.write(json.dumps({"losses": result.losses, "share": share, "whole": max(whole)}) + "\n")
+
+
+@contextmanager
+def whole_bytes() -> Iterator[list[int]]:
+    """Bytes of the base's weights that are whole, at each time that an attention module of it runs."""
+    models: list[PreTrainedModel] = []
+    sizes: list[int] = []
+
+    def look(module: torch.nn.Module, args: tuple) -> None:
+        if isinstance(module, PreTrainedModel) and is_sharded(module):
+            models[:] = [module]
+        elif hasattr(module, "q_proj"):
+            sizes.append(sum(w.nbytes for w in models[0].parameters() if not isinstance(w, DTensor)))
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield sizes
+    finally:
+        handle.remove()

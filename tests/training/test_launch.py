@@ -1,0 +1,56 @@
+"""What a launcher's configuration asks for is had, or refused; never something else in its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltamem_tool.errors import ConfigError
+from deltamem_tool.recipe.load import Recipe, TrainingOptions
+from deltamem_tool.training.launch import asks_to_shard, check_shards, launched
+
+
+def recipe(**training) -> Recipe:
+    return Recipe(base="base", out="out", training=TrainingOptions(steps=1, **training))
+
+
+def test_fsdp2_by_either_way(monkeypatch):
+    assert not asks_to_shard(recipe())
+    assert asks_to_shard(recipe(shard="fsdp2"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asks_to_shard(recipe())
+
+
+@pytest.mark.parametrize("variable", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_another_engine_is_refused(variable, monkeypatch):
+    """DeepSpeed's ZeRO-3 among them: data parallel in its place would not fit on a GPU."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ConfigError, match="is not supported") as raised:
+        launched(recipe())
+    assert "recipes/accelerate/fsdp2.yaml" in raised.value.next
+
+
+def test_the_first_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ConfigError, match=r"^FSDP 1 is not supported\."):
+        launched(recipe())
+
+
+def test_one_process_shares_with_nobody():
+    with pytest.raises(ConfigError, match=r"^FSDP2 needs several processes, and this is the only one\."):
+        launched(recipe(shard="fsdp2"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"^8 processes were started for 2 GPUs\."):
+        launched(recipe())
+
+
+def test_int8_is_not_sharded():
+    check_shards(recipe(quantize="nf4"), 2)
+    with pytest.raises(ConfigError, match=r"^An int8 base cannot be sharded\."):
+        check_shards(recipe(quantize="int8"), 2)

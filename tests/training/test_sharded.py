@@ -1,0 +1,103 @@
+"""Processes that share the base model (FSDP2) learn what one learns that has all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.processes import together
+from helpers.tiny import save_checkpoint
+from safetensors.torch import load_file
+from training.sharded_runs import trained
+from training.talks import write_talks
+from transformers import AutoModelForCausalLM
+
+from deltamem_tool import DeltaMemConfig
+from deltamem_tool.adapter.config_file import SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.recipe.load import DataOptions, ObjectiveOptions, Recipe, TrainingOptions
+from deltamem_tool.training import dry_run, train
+
+pytestmark = pytest.mark.slow
+
+SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.03
+STEPS = 20
+PROCESSES = 2
+
+
+def with_training(recipe: Recipe, **training) -> Recipe:
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **training))
+
+
+def shared(recipe: Recipe, out: Path) -> Recipe:
+    """The same run on two processes that share the base."""
+    batch = recipe.training.batch_size // PROCESSES
+    return dataclasses.replace(with_training(recipe, batch_size=batch, shard="fsdp2"), out=str(out))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bases")
+    tied = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    return {
+        "llama": save_checkpoint(folder / "llama", tokenizer, name="llama", num_hidden_layers=4),
+        "tied": save_checkpoint(folder / "tied", tokenizer, name="qwen3", **tied),
+    }
+
+
+@pytest.fixture(scope="module")
+def recipes(bases, tmp_path_factory):
+    """Of each kind of run one, for one process."""
+    folder = tmp_path_factory.mktemp("one")
+    talks = str(write_talks(folder / "talks.jsonl"))
+    whole = Recipe(
+        base=str(bases["llama"]),
+        out=str(folder / "whole"),
+        memory=DeltaMemConfig(rank=4, state_heads=2, delta_init="base_slice"),
+        data=DataOptions(path=talks, eval_path=talks, max_write_tokens=200, max_read_tokens=60),
+        objective=ObjectiveOptions(write_sparsity=0.5, write_target=0.1, full_context_kl=0.2),
+        training=TrainingOptions(steps=STEPS, batch_size=4, learning_rate=3e-3, eval_every=10, eval_episodes=6),
+    )
+    chunks = dataclasses.replace(
+        with_training(whole, steps=4, write_chunk=16, bptt=2, gradient_checkpointing=True, gradient_accumulation=2),
+        base=str(bases["tied"]),
+        out=str(folder / "chunks"),
+        memory=DeltaMemConfig(rank=4, granularity="message"),
+        objective=ObjectiveOptions(history_kl=0.3),
+    )
+    return [whole, chunks]
+
+
+def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
+    """One of the runs starts Δ from the base's weights, is evaluated with three batches on two processes, and compares
+    with the base; the other writes in chunks, of which the processes' conversations take unlike numbers, and recomputes
+    layers of a base with tied embeddings."""
+    notes = tmp_path / "notes"
+    pairs = [(recipe, shared(recipe, tmp_path / Path(recipe.out).name)) for recipe in recipes]
+    together(PROCESSES, trained, [two for _, two in pairs], notes)
+    for (one, two), line in zip(pairs, notes.read_text().splitlines(), strict=True):
+        note = json.loads(line)
+        result = train(one)
+        for (step, expected), (_, found) in zip(result.losses, note["losses"], strict=True):
+            assert abs(expected - found) < SAME_TOLERANCE, f"the loss of step {step} is {found}, not {expected}"
+        weights = load_file(Path(one.out) / WEIGHTS_FILE)
+        found = load_file(Path(two.out) / WEIGHTS_FILE)
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+        logs = [json.loads((Path(recipe.out) / SUMMARY_FILE).read_text())["log"] for recipe in (one, two)]
+        evaluated = [[row for row in log if "eval_loss" in row] for log in logs]
+        for before, after in zip(*evaluated, strict=True):  # donors are of the same batch, which is another
+            for key in ("eval_loss", "eval_loss_zero"):
+                assert abs(before[key] - after[key]) < 10 * SAME_TOLERANCE, key
+        share, planned = note["share"], dry_run(two, processes=PROCESSES)
+        assert (planned.base_bytes, planned.peak.weights) == (share["total"], share["held"])
+        assert share["total"] / PROCESSES <= share["held"] < share["total"] / PROCESSES + largest_layer(one.base)
+        assert 0 < note["whole"] <= planned.peak.gathered
+
+
+def largest_layer(base: str) -> int:
+    """Bytes of a decoder layer."""
+    layers = AutoModelForCausalLM.from_pretrained(base).base_model.layers
+    return max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
