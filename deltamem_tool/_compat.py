@@ -16,11 +16,13 @@ import functools
 import inspect
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from deltamem_tool.errors import MemoryStateError
@@ -324,6 +326,22 @@ def quiet_exporters() -> Iterator[None]:
     finally:
         torch_logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def with_small_constants() -> Iterator[None]:
+    """Inside, onnxscript's optimizer does not take small constants for zero.
+
+    It drops a sum with a constant of at most 1e-8, and with it the epsilon of some norms: an embedding of zeros is not
+    a number then. Can go when its patterns match a zero exactly.
+    """
+    from onnxscript.rewriter import _matcher
+
+    def is_close(number: float, constant: float, *, rel_tol: float, abs_tol: float) -> bool:
+        return math.isclose(number, constant, rel_tol=rel_tol)
+
+    with _set(_matcher, "math", SimpleNamespace(isclose=is_close)):
+        yield
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy
 import onnx_ir
@@ -266,6 +267,25 @@ def test_without_stack_traces():
     with _compat.without_stack_traces():
         assert getattr(config, "do_not_emit_stack_traces", True)
     assert not getattr(config, "do_not_emit_stack_traces", False)
+
+
+def test_with_small_constants():
+    import onnx
+    import onnx_ir
+    import onnxscript.optimizer
+
+    graph = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]>
+        g (float[2] x) => (float[2] y) { e = Constant<value_float = 1e-9>() z = Constant<value_float = 0.0>()
+                                         a = Add(x, e) y = Add(a, z) }"""
+    )
+    sums = {}
+    for name, context in (("kept", _compat.with_small_constants()), ("dropped", nullcontext())):
+        model = onnx_ir.serde.deserialize_model(graph)
+        with context:
+            onnxscript.optimizer.optimize(model)
+        sums[name] = [node.op_type for node in model.graph].count("Add")
+    assert sums == {"kept": 1, "dropped": 0}
 
 
 def test_quiet_exporters(capsys, caplog):

@@ -192,12 +192,17 @@ def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tu
 
 
 def _layer_names(model: PreTrainedModel) -> dict[int, str]:
-    """The decoder layers by index: the modules of the list that the attention modules are in."""
+    """The decoder layers by index: the modules of the list that the attention modules are in.
+
+    Empty if a layer of the model has several attention modules, whose indices are then not its own.
+    """
     names: dict[int, str] = {}
     for layer in attention_layers(model):
         parts = layer.name.split(".")
         position = next((i for i in range(len(parts) - 1, 0, -1) if parts[i] == str(layer.index)), None)
-        if position is not None and isinstance(model.get_submodule(".".join(parts[:position])), nn.ModuleList):
+        if position is None:
+            return {}
+        if isinstance(model.get_submodule(".".join(parts[:position])), nn.ModuleList):
             names |= _siblings(model, ".".join(parts[:position]))
     return names
 

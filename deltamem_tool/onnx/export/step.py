@@ -52,6 +52,11 @@ class Step(nn.Module):
         self._options = options
         self.layers = layers
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of a context; None where nothing limits them."""
+        return self._options.positions
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """None, for the exporter, which would cast every input to the type of the first one.
 

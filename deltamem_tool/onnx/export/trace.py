@@ -22,6 +22,7 @@ from deltamem_tool._compat import (
     OnnxExporter,
     fuse_for_onnxruntime,
     quiet_exporters,
+    with_small_constants,
     without_stack_traces,
 )
 from deltamem_tool.errors import ExportError
@@ -38,6 +39,7 @@ from deltamem_tool.onnx.export.mixed_norms import split_mixed_norms
 from deltamem_tool.onnx.export.repeat import LayerRepeater, without_weights
 from deltamem_tool.onnx.export.step import Step
 from deltamem_tool.onnx.export.targets import Target
+from deltamem_tool.onnx.export.tensor_modes import InOnnx, every_expert
 from deltamem_tool.ops.scan import use_implementation
 
 
@@ -61,7 +63,7 @@ def traced(
         step = Step(model, adapter, options, interface, layers, target)
         rotary = marked_rotary(model) if interface.packed else nullcontext()
         try:
-            with rotary:
+            with rotary, every_expert(model), InOnnx():
                 return _graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
             raise ExportError(
@@ -73,7 +75,7 @@ def traced(
 
 def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model:
     """`step`, whose arguments are called what the inputs of `interface` are, as a graph for `target`."""
-    inputs, axes = _sample(interface, step.layers.copies)
+    inputs, axes = _sample(interface, step.layers.copies, step.positions)
     # Guards that a model's own shape checks leave behind need not hold for the graph: the comparison decides.
     config = OnnxConfig(
         dynamic_shapes=axes,
@@ -84,7 +86,13 @@ def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model
     weights: dict[str, Tensor] = {}
     for named in (step.named_parameters, step.named_buffers):
         weights |= dict(named(remove_duplicate=False))
-    with quiet_exporters(), without_stack_traces(), _without_collection(), step.layers.without_copies():
+    with (
+        quiet_exporters(),
+        without_stack_traces(),
+        with_small_constants(),
+        _without_collection(),
+        step.layers.without_copies(),
+    ):
         # Any module will do.
         program = cast(onnx_ir.Model, OnnxExporter().export(cast(PreTrainedModel, step.eval()), inputs, config).program)
         _optimize(program, step.layers, weights, interface, target)
@@ -173,14 +181,20 @@ def _fused(adapter: DeltaMemAdapter | None, target: Target, without: Collection[
         adapter.layers.update(originals)
 
 
-def _sample(interface: Interface, copies: Collection[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sample(
+    interface: Interface, copies: Collection[int], positions: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments to trace with, and which of their axes vary; none for layers that are `copies`.
 
-    Sizes of 0 and 1 would be taken for constants.
+    Sizes of 0 and 1 would be taken for constants. Lengths are such that a context of `positions` holds both: what a
+    model does beyond its positions is not traced.
     """
     sizes = {contract.BATCH: 2, contract.TOKENS: 3, contract.PAST_TOKENS: 4, contract.ALL_TOKENS: 7}
+    longest = None if positions is None else max(positions - 2, sizes[contract.PAST_TOKENS])
+    dims = {name: Dim(name, max=longest) for name in (contract.TOKENS, contract.PAST_TOKENS)}
+    dims[contract.BATCH] = Dim(contract.BATCH)
     # The mask's length is the sum of two others, which torch cannot be told: it finds out.
-    dims = {name: Dim.DYNAMIC if name == contract.ALL_TOKENS else Dim(name) for name in sizes}
+    dims[contract.ALL_TOKENS] = Dim.DYNAMIC
     nested = (contract.PAST, contract.INITIAL) if interface.defaults() else (contract.PAST,)
     inputs: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}
     axes: dict[str, Any] = {prefix: [{} for _ in interface.layers] for prefix in nested}

@@ -47,6 +47,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
         ("smollm3", {1: 0, 2: 0}),  # the last one turns nothing
         ("ernie4_5_moe", {2: 1, 3: 1}),  # the first has no experts
         ("diffllama", {}),  # every layer has a constant of its own
+        ("longcat_flash", {}),  # two attention modules in each
         ("gemma4_text", {}),  # windows, and keys of other layers
     ],
 )

@@ -1,0 +1,49 @@
+"""Calls that stand in for others while a model is traced give the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from base_model.test_export_sweep import patched
+from torch import Tensor
+
+from deltamem_tool.onnx.export.tensor_modes import InOnnx, every_expert
+
+TOLERANCE = 1e-5  # float32, sums in another order
+
+
+@pytest.mark.parametrize("part", [(slice(None), None), (Ellipsis, slice(1, 3)), 1])
+def test_parts_of_complex_numbers(part: object):
+    numbers = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    with InOnnx():
+        found = numbers[part]
+    assert torch.equal(found, numbers[part])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3), 0), ((2, 3), -1), ((1, 3), 0)])
+def test_an_axis_is_squeezed_only_if_it_is_of_size_1(shape: tuple[int, ...], axis: int):
+    x = torch.zeros(shape)
+    with InOnnx():
+        assert x.squeeze(axis).shape == torch.zeros(shape).squeeze(axis).shape
+
+
+@pytest.mark.parametrize(("model_type", "computed"), [("dbrx", 8), ("longcat_flash", 2), ("qwen3_moe", 0)])
+def test_a_loop_over_chosen_experts_goes_over_all_of_them(
+    model_type: str, computed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """All eight of DBRX; LongCat asks which have tokens, which it knows here; Qwen3's are not in a loop."""
+    model = patched(model_type, 1)
+    experts = next(part for name, part in model.named_modules() if name.endswith("experts"))
+    random = torch.Generator().manual_seed(0)
+    width = model.get_input_embeddings().weight.shape[-1]
+    x, weights = torch.randn(5, width, generator=random), torch.rand(5, 1, generator=random)
+    index = torch.tensor([0, 2, 2, 0, 2])[:, None]  # and no token chooses the others
+    calls = []
+    add = Tensor.index_add_
+    with torch.no_grad():
+        expected = experts(x, index, weights)
+        monkeypatch.setattr(Tensor, "index_add_", lambda *args: calls.append(1) or add(*args))
+        with every_expert(model):
+            found = experts(x, index, weights)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert len(calls) == computed and "forward" not in vars(experts)
