@@ -52,9 +52,12 @@ def command(
     from ablation_plan import read_ablation
 
     from deltamem_tool.cli.console import progress
+    from deltamem_tool.evaluation.processes import Processes, join_launched
 
     plans = [read_ablation(file) for file in ablations]
-    with progress() as bar:
+    join_launched()
+    is_main = Processes.of(None).is_main
+    with progress(hidden=not is_main) as bar:
         whole = bar.add_task("Runs", total=None, note="")
         part = bar.add_task("", total=None, note="", visible=False)  # until there is a run to make
 
@@ -65,6 +68,8 @@ def command(
             bar.update(whole, completed=done, total=of)
 
         result = ablate(plans, out, seeds, Questions(facts, episodes), changes, keep_adapters, report, ended)
+    if not is_main:
+        return
     for job in result.unkept:
         click.echo(f"No adapter of {job.name}: an earlier command made the run, and did not keep it.", err=True)
     if result.unkept:

@@ -23,6 +23,7 @@ from deltamem_tool.errors import ConfigError, DeltaMemError
 from deltamem_tool.evaluation import MEMORY_ONLY
 from deltamem_tool.evaluation.conditions import CONTROLS, PERMUTED_STATE, STATE, EvalProtocol
 from deltamem_tool.evaluation.memories import has_layers_to_permute
+from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.runner import evaluate
 from deltamem_tool.evaluation.tasks.recall import Recall
 from deltamem_tool.io.atomic import check_writable, write_whole
@@ -170,21 +171,25 @@ def ablate(
         DeltaMemError: a recipe is invalid, `out` cannot be written, or a run failed.
     """
     check_writable(out / "table")
+    processes = Processes.of(None)
     jobs = plan_jobs(ablations, seeds, changes, questions, out)
     unique = {job.key: job for job in jobs.values()}
-    runs = read_runs(out)
+    runs = processes.of_main(read_runs(out) if processes.is_main else {})
     for number, (key, job) in enumerate(unique.items(), start=1):
         if key not in runs:
             runs[key] = make_run(job, questions, report or (lambda name, done, of, note: None))
-            append_run(out, runs[key])
-            if not keep_adapters:
-                shutil.rmtree(job.recipe.out)
-            _write(ablations, out, seeds, jobs, runs, changes)
+            processes.all(None)  # all have done with the adapter
+            if processes.is_main:
+                append_run(out, runs[key])
+                if not keep_adapters:
+                    shutil.rmtree(job.recipe.out)
+                _write(ablations, out, seeds, jobs, runs, changes)
         if ended is not None:
             ended(number, len(unique))
-    _write(ablations, out, seeds, jobs, runs, changes)
-    with suppress(OSError):  # not empty: it holds adapters
-        (out / ADAPTERS).rmdir()
+    if processes.is_main:
+        _write(ablations, out, seeds, jobs, runs, changes)
+        with suppress(OSError):  # not empty: it holds adapters
+            (out / ADAPTERS).rmdir()
     unkept = [job for job in unique.values() if keep_adapters and not Path(job.recipe.out).exists()]
     return AblationResult([runs[key] for key in unique], unkept)
 

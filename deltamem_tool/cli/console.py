@@ -30,8 +30,8 @@ SPINNER = "line" if STDERR.options.ascii_only else "dots"
 
 
 @contextmanager
-def progress(transient: bool = False) -> Iterator[Progress]:
-    """Show progress on stderr, `transient` or for good, and turn off the libraries' own bars and warnings."""
+def progress(transient: bool = False, hidden: bool = False) -> Iterator[Progress]:
+    """Show progress on stderr, `transient` or for good or not at all; turn off the libraries' own bars and warnings."""
     quiet_libraries()
     columns = (
         SpinnerColumn(SPINNER),
@@ -41,7 +41,8 @@ def progress(transient: bool = False) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=STDERR, transient=transient, disable=transient and not STDERR.is_terminal) as bar:
+    disabled = hidden or (transient and not STDERR.is_terminal)
+    with Progress(*columns, console=STDERR, transient=transient, disable=disabled) as bar:
         yield bar
 
 

@@ -116,6 +116,7 @@ def command(
     everything in view; an ONNX folder leaves out what changes weights.
     """
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
+    from deltamem_tool.evaluation.processes import Processes, join_launched
     from deltamem_tool.io.atomic import check_writable
     from deltamem_tool.io.pictures import picture_format
     from deltamem_tool.onnx.locate import is_onnx
@@ -149,7 +150,11 @@ def command(
             check_writable(file)
     if report is not None:
         check_folder(report)
-    with progress() as bar:
+    where = join_launched()
+    if where is not None and device is None and runtime == PYTORCH:
+        device = str(where)
+    processes = Processes.of(None)
+    with progress(hidden=not processes.is_main) as bar:
         task_id = bar.add_task("Evaluation", total=None, note="")
         if runtime == ONNX:
             loaded, tokenizer, fingerprint = _load_onnx(model, provider)
@@ -167,6 +172,8 @@ def command(
             settings={"adapter": fingerprint, "seed": seed, "options": options},
             report=lambda stage, done, of: bar.update(task_id, completed=done, total=of, note=stage),
         )
+    if not processes.is_main:
+        return
     settings: dict[str, Any] = {
         "adapter": model,
         "conditions": conditions,

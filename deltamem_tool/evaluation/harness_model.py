@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltamem_tool.base_model.limits import unknown_token
+from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.chat.sampling import not_finite
 from deltamem_tool.errors import DataError
 from deltamem_tool.memory.attachment import find_attachment
@@ -45,6 +46,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         # Not the base tokenizer itself: the harness sets its padding.
         bos = False if chat else None
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=bos)
+        self._device = input_device(model)
         self._vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
         if self.tokenizer.pad_token_id >= self._vocabulary:
             self.tokenizer.pad_token_id = 0  # any that the model has: a mask hides it

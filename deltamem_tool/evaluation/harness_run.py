@@ -21,6 +21,7 @@ from deltamem_tool.errors import ConfigError
 from deltamem_tool.evaluation import HARNESS_BATCH_SIZE
 from deltamem_tool.evaluation.conditions import Condition, in_words, select
 from deltamem_tool.evaluation.harness import HarnessTasks, conditions_of
+from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
 from deltamem_tool.evaluation.result import Evaluation
 from deltamem_tool.evaluation.runner import Report
@@ -86,14 +87,21 @@ def evaluate_harness(
     run_settings |= {} if margin is None else {"margin": margin}
     run_settings |= {} if lora is None else {"lora": lora.fingerprint}
     run_settings |= {} if static is None else {"static": static.fingerprint}
-    answered, count = Records(folder, run_settings), 0
-    for condition in conditions:
-        for name, documents in harness_tasks.documents.items():
-            if all((condition.name, item) in answered for item in documents):
-                continue
-            count += answered.add(_asked(model, tokenizer, harness_tasks, name, condition, batch_size, report))
+    processes = Processes.of(model)
+    answered = Records(folder, run_settings, processes)
     items = [item for documents in harness_tasks.documents.values() for item in documents]
-    records = answered.of([condition.name for condition in conditions], items)
+    count = sum((condition.name, item) not in answered for condition in conditions for item in items)
+    lacking = [
+        (condition, name)
+        for condition in conditions
+        for name, documents in harness_tasks.documents.items()
+        if not all((condition.name, item) in answered for item in documents)
+    ]
+    # The harness makes its own batches of a task, which stay what they are.
+    for condition, name in processes.part(lacking):
+        answered.add(_asked(model, tokenizer, harness_tasks, name, condition, batch_size, report))
+    answered.gather()
+    records = answered.settle([condition.name for condition in conditions], items)
     metrics = [name for name in records[0].scores if all(name in record.scores for record in records)]
     groups = list(harness.names)
     return Evaluation(harness.name, AS_READ, metrics, conditions, groups, records, seed, count, margin=margin)

@@ -18,6 +18,15 @@ def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
     return _changed(memory, lambda array: array[index])
 
 
+def join_rows(memories: Sequence[StoredMemory]) -> StoredMemory:
+    """All conversations of several memories of one adapter, in order."""
+    states, segments = (
+        {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+        for parts in ([memory.states for memory in memories], [memory.open_segments for memory in memories])
+    )
+    return StoredMemory(states, segments, memories[0].adapter)
+
+
 def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemory:
     """Average the memories of several conversations, as many as each entry of `rows` names, for a row of the result."""
     # One by one: of large states, all that are averaged would not fit at once.

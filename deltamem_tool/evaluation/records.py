@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_tool.errors import DataError
+from deltamem_tool.evaluation.processes import ALONE, Processes
 from deltamem_tool.io.atomic import check_writable, locked, write_whole
 from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
@@ -78,9 +79,19 @@ class RecordFolder:
             if not place.exists():
                 write_whole(place, (json.dumps(self._settings, indent=1) + "\n").encode())
             with (self.folder / RECORDS_FILE).open("ab") as file:
-                file.write(b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records))
+                file.write(_lines(records))
                 file.flush()
                 os.fsync(file.fileno())
+
+    def sort(self, records: Sequence[Record]) -> None:
+        """Write these first, in their order; what else is there comes after them, by condition and item."""
+        file = self.folder / RECORDS_FILE
+        with locked(self.folder / SETTINGS_FILE):
+            asked = {_key(record) for record in records}
+            others = [record for record in read_records(file) if _key(record) not in asked]
+            content = _lines([*records, *sorted(others, key=_key)])
+            if content != file.read_bytes():
+                write_whole(file, content)
 
     def _check_settings(self) -> None:
         place, wanted = self.folder / SETTINGS_FILE, self._settings
@@ -105,36 +116,61 @@ class Records:
     """Records by condition and item: those that a folder has from before, and those that come.
 
     Args:
-        folder: keeps them; None where nothing is kept.
+        folder: keeps them; None where nothing is kept. Several processes use one.
         settings: as in `RecordFolder`.
+        processes: those that ask; what is there already is what the first of them finds.
 
     Raises:
         DataError, DeltaMemError: as `RecordFolder`, or a record there is damaged.
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._kept = None if folder is None else RecordFolder(folder, settings)
         self._records: dict[tuple[str, str], Record] = {}
-        if self._kept is not None:
-            self._remember(self._kept.read())
+        stored = self._kept.read() if self._kept is not None and processes.is_main else []
+        self._remember(processes.of_main(stored))
 
     def __contains__(self, condition_and_item: tuple[str, str]) -> bool:
         return condition_and_item in self._records
 
     def add(self, records: Iterable[Record]) -> int:
         """Those that are new; how many they are."""
-        new = [record for record in records if (record.condition, record.item) not in self]
-        if self._kept is not None:
+        new = [record for record in records if _key(record) not in self]
+        if self._kept is not None and (self._processes.share or self._processes.is_main):
             self._kept.add(new)
         self._remember(new)
         return len(new)
+
+    def gather(self) -> None:
+        """Take in what the other processes have added."""
+        for records in self._processes.all(list(self._records.values())):
+            self._remember(records)
+
+    def settle(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
+        """Return the records in this order, in which the folder has them from now on; others of it come after them.
+
+        The order in which they came says which process was faster, and where a run stopped.
+        """
+        records = self.of(conditions, items)
+        if self._kept is not None and self._processes.is_main:
+            self._kept.sort(records)
+        return records
 
     def of(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
         """In this order; all are there."""
         return [self._records[condition, item] for condition in conditions for item in items]
 
     def _remember(self, records: Iterable[Record]) -> None:
-        self._records |= {(record.condition, record.item): record for record in records}
+        self._records |= {_key(record): record for record in records}
+
+
+def _key(record: Record) -> tuple[str, str]:
+    return record.condition, record.item
+
+
+def _lines(records: Iterable[Record]) -> bytes:
+    return b"".join(json.dumps(asdict(record)).encode() + b"\n" for record in records)
 
 
 def read_records(file: Path) -> list[Record]:
@@ -145,7 +181,7 @@ def read_records(file: Path) -> list[Record]:
     """
     lines = file.read_bytes().splitlines()
     records = [_record(line, f"{file} line {number}") for number, line in enumerate(lines, start=1)]
-    return list({(record.condition, record.item): record for record in records}.values())
+    return list({_key(record): record for record in records}.values())
 
 
 def _settings(place: Path) -> dict[str, Any]:

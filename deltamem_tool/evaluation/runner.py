@@ -28,8 +28,9 @@ from deltamem_tool.evaluation.conditions import (
     conditions_of,
     select,
 )
-from deltamem_tool.evaluation.likelihood import log_probs, mean_log_prob, scored_answers
-from deltamem_tool.evaluation.memories import has_layers_to_permute, mean_rows, permute_layers
+from deltamem_tool.evaluation.likelihood import ScoredAnswer, log_probs, mean_log_prob, scored_answers
+from deltamem_tool.evaluation.memories import has_layers_to_permute, join_rows, mean_rows, permute_layers
+from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.prompts import Views
 from deltamem_tool.evaluation.questions import check, digest_of, others_of
 from deltamem_tool.evaluation.records import ITEMS, Record, Records
@@ -66,6 +67,8 @@ def evaluate(
     report: Report | None = None,
 ) -> Evaluation:
     """Ask every question of `task` under every condition of `protocol`.
+
+    In a process group of torch, where every process has to call it, each asks a share; all get the whole result.
 
     Args:
         model: a model with its adapter, as `load` gives it, or an `OnnxModel`.
@@ -134,26 +137,18 @@ def evaluate(
         "runtime": ONNX if subject.runtime == ONNX else None,
     }
     asked |= {name: value for name, value in options.items() if value is not None}
-    records = Records(folder, asked)
-    left = [(c, item) for c in conditions for item in items if (c.name, item.id) not in records]
-    count = len(conditions) * len(items)
-    done = count - len(left)
+    processes = Processes.of(subject.model)
+    records = Records(folder, asked, processes)
+    before = sum((c.name, item.id) in records for c in conditions for item in items)
     tell = report or (lambda stage, done, of: None)
     views = Views(subject, protocol, _new_tokens(task), truncate)
-    run = _Run(subject, task, views, everyone, others, seed, batch_size, tell)
-
-    def new_records() -> Iterator[list[Record]]:
-        """Those of the reference come first, and make its answers right."""
-        yield from run.records([(c, item) for c, item in left if c.name == reference])
-        rest = [(c, item) for c, item in left if c.name != reference]
-        if reference is not None:
-            right = {record.item: record.answer for record in records.of([reference], [item.id for item in items])}
-            rest = [(c, replace(item, answers=[right[item.id]])) for c, item in rest]
-        yield from run.records(rest)
-
-    for new in new_records():
-        done += records.add(new)
-        tell("questions", done, count)
+    run = _Run(subject, task, views, everyone, others, seed, batch_size, tell, records, processes)
+    names = [item.id for item in items]
+    if reference is not None:  # its records come first, and make its answers right
+        run.ask([(c, item) for c in conditions for item in items if c.name == reference])
+        right = {record.item: record.answer for record in records.of([reference], names)}
+        items = [replace(item, answers=[right[item.id]]) for item in items]
+    run.ask([(c, item) for c in conditions for item in items if c.name != reference])
     groups = list(dict.fromkeys(item.group for item in items))
     metrics = [LOG_PROB] if is_by_likelihood(task) else list(cast(Task, task).metrics)
     return Evaluation(
@@ -162,9 +157,9 @@ def evaluate(
         metrics,
         conditions,
         groups,
-        records.of([c.name for c in conditions], [item.id for item in items]),
+        records.settle([c.name for c in conditions], names),
         seed,
-        len(left),
+        len(conditions) * len(items) - before,
         subject.runtime,
         margin,
     )
@@ -182,44 +177,74 @@ class _Run:
     seed: int
     batch_size: int
     tell: Report
+    records: Records
+    processes: Processes
 
-    def records(self, left: Sequence[tuple[Condition, Item]]) -> Iterator[list[Record]]:
-        """The records of what is `left` to be asked, a batch at a time."""
-        if not left:
+    def ask(self, pairs: Sequence[tuple[Condition, Item]]) -> None:
+        """Ask what has no record yet, a batch at a time; each process a share of the batches.
+
+        The digits of an answer's score depend on what else was in its batch. So batches are made of all `pairs`,
+        whatever is there already, and their histories are written in batches of all that they read.
+        """
+        lacking = [pair for pair in pairs if self._lacks(*pair)]
+        if not lacking:
             return
         # Once for all conditions with this view; what is too long is named now.
-        shown = {(condition.view, item.id): item for condition, item in left}
+        shown = {(condition.view, item.id): item for condition, item in pairs}
         prompts = {(view, name): self.views.prompt(item, view) for (view, name), item in shown.items()}
         to_score = scored_answers(self.subject, shown, prompts) if is_by_likelihood(self.task) else {}
-        histories, memories = self._memories(left)
-        for condition, items in self._batches(left, prompts):
-            texts = [prompts[condition.view, item.id] for item in items]
-            rows = [[histories[name] for name in self._read(condition, item)] for item in items]
-            memory = self._memory(condition, memories, rows)
-            if is_by_likelihood(self.task):
-                scored = [to_score[condition.view, item.id] for item in items]
-                answers = [""] * len(items)
-                scores = [mean_log_prob(row) for row in log_probs(self.subject, scored, memory, condition)]
-            else:
-                limit = items[0].new_tokens or _new_tokens(self.task)  # of a batch, they are the same
-                answers = self.subject.ask(texts, memory, condition, limit)
-                task = cast(Task, self.task)
-                scores = [dict(task.score(item, answer)) for item, answer in zip(items, answers, strict=True)]
-            lengths = map(len, self.subject.tokens(texts))
-            yield [
-                Record(
-                    item=item.id,
-                    history=item.history_id,
-                    group=item.group,
-                    condition=condition.name,
-                    question=text_of(item.question[-1]),
-                    answer=answer,
-                    right=list(item.answers),
-                    scores=of_item,
-                    prompt_tokens=length,
-                )
-                for item, answer, of_item, length in zip(items, answers, scores, lengths, strict=True)
-            ]
+        batches = [batch for batch in self._batches(pairs, prompts) if any(self._lacks(batch[0], i) for i in batch[1])]
+        histories, memories = self._memories(
+            pairs, [(condition, item) for condition, items in batches for item in items]
+        )
+        share = self.processes.part(batches)
+        done = sum(not self._lacks(*pair) for pair in pairs)
+        count = done + sum(self._lacks(condition, item) for condition, items in share for item in items)
+        for condition, items in share:
+            done += self.records.add(self._answered(condition, items, prompts, to_score, histories, memories))
+            self.tell("questions", done, count)
+        self.records.gather()
+
+    def _lacks(self, condition: Condition, item: Item) -> bool:
+        return (condition.name, item.id) not in self.records
+
+    def _answered(
+        self,
+        condition: Condition,
+        items: Sequence[Item],
+        prompts: Mapping[tuple[str, str], str],
+        to_score: Mapping[tuple[str, str], ScoredAnswer],
+        histories: Mapping[str, int],
+        memories: StoredMemory | None,
+    ) -> list[Record]:
+        """The records of one batch."""
+        texts = [prompts[condition.view, item.id] for item in items]
+        rows = [[histories[name] for name in self._read(condition, item)] for item in items]
+        memory = self._memory(condition, memories, rows)
+        if is_by_likelihood(self.task):
+            scored = [to_score[condition.view, item.id] for item in items]
+            answers = [""] * len(items)
+            scores = [mean_log_prob(row) for row in log_probs(self.subject, scored, memory, condition)]
+        else:
+            limit = items[0].new_tokens or _new_tokens(self.task)  # of a batch, they are the same
+            answers = self.subject.ask(texts, memory, condition, limit)
+            task = cast(Task, self.task)
+            scores = [dict(task.score(item, answer)) for item, answer in zip(items, answers, strict=True)]
+        lengths = map(len, self.subject.tokens(texts))
+        return [
+            Record(
+                item=item.id,
+                history=item.history_id,
+                group=item.group,
+                condition=condition.name,
+                question=text_of(item.question[-1]),
+                answer=answer,
+                right=list(item.answers),
+                scores=of_item,
+                prompt_tokens=length,
+            )
+            for item, answer, of_item, length in zip(items, answers, scores, lengths, strict=True)
+        ]
 
     def _read(self, condition: Condition, item: Item) -> Sequence[str]:
         """The histories whose memories an item is asked with: several where it is their mean, or none."""
@@ -237,32 +262,43 @@ class _Run:
         memory = mean_rows(memories, rows)
         return permute_layers(memory, self.seed) if condition.memory == PERMUTED else memory
 
-    def _memories(self, left: Sequence[tuple[Condition, Item]]) -> tuple[dict[str, int], StoredMemory | None]:
-        """Write the histories that are still asked about: the row of each, and their memories."""
-        wanted = {name for condition, item in left for name in self._read(condition, item)}
-        first = {item.history_id: item for item in reversed(self.everyone) if item.history_id in wanted}
-        written = {item.history_id: first[item.history_id] for item in self.everyone if item.history_id in first}
-        if not written:
-            return {}, None
-        memory = memorise(
-            self.subject,
-            [item.history for item in written.values()],
-            self.batch_size,
-            lambda done, of: self.tell("histories written", done, of),
-            [item.where for item in written.values()],
-            [item.template_kwargs for item in written.values()],
-        )
-        return {history: row for row, history in enumerate(written)}, memory
+    def _memories(
+        self, pairs: Sequence[tuple[Condition, Item]], asked: Sequence[tuple[Condition, Item]]
+    ) -> tuple[dict[str, int], StoredMemory | None]:
+        """Write the histories that are `asked` about: the row of each, and their memories.
+
+        They are in batches of all that `pairs` read, of which each process writes some.
+        """
+        read, needed = ({name for pair in some for name in self._read(*pair)} for some in (pairs, asked))
+        first = {item.history_id: item for item in reversed(self.everyone) if item.history_id in read}
+        items = [first[name] for name in dict.fromkeys(item.history_id for item in self.everyone) if name in first]
+        batches = [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
+        batches = [batch for batch in batches if any(item.history_id in needed for item in batch)]
+        share = [item for batch in self.processes.part(batches) for item in batch]
+        memory = None
+        if share:
+            memory = memorise(
+                self.subject,
+                [item.history for item in share],
+                self.batch_size,
+                lambda done, of: self.tell("histories written", done, of),
+                [item.where for item in share],
+                [item.template_kwargs for item in share],
+            )
+        parts = self.processes.all(([item.history_id for item in share], memory))
+        written = [part for _, part in parts if part is not None]
+        names = [name for names, _ in parts for name in names]
+        return {name: row for row, name in enumerate(names)}, join_rows(written) if written else None
 
     def _batches(
-        self, left: Sequence[tuple[Condition, Item]], prompts: Mapping[tuple[str, str], str]
+        self, pairs: Sequence[tuple[Condition, Item]], prompts: Mapping[tuple[str, str], str]
     ) -> Iterator[tuple[Condition, list[Item]]]:
         """Condition by condition, answers of one limit and prompts of like length together.
 
         The longest come first: what does not fit fails at once.
         """
-        for condition in dict.fromkeys(condition for condition, _ in left):
-            items = [item for one, item in left if one == condition]
+        for condition in dict.fromkeys(condition for condition, _ in pairs):
+            items = [item for one, item in pairs if one == condition]
             default = _new_tokens(self.task)
             for limit in dict.fromkeys(item.new_tokens or default for item in items):
                 alike = [item for item in items if (item.new_tokens or default) == limit]

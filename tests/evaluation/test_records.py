@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from deltamem_tool.errors import DataError
-from deltamem_tool.evaluation.records import Record, RecordFolder
+from deltamem_tool.evaluation.records import RECORDS_FILE, Record, RecordFolder
 
 RECORD = Record("one", "history", "", "state", "Who?", "Ann", ["Ann"], {"exact": 1.0}, 7)
 
@@ -26,3 +26,16 @@ def test_a_question_that_two_programs_asked_counts_once(tmp_path):
     for folder, item in ((first, "one"), (second, "one"), (second, "two")):
         folder.add([replace(RECORD, item=item)])
     assert [record.item for record in first.read()] == ["one", "two"]
+
+
+def test_records_are_in_order_at_the_end(tmp_path):
+    """Whatever came first, and with what another program has asked after them."""
+    folder = RecordFolder(tmp_path / "records", {"seed": 1})
+    one, two, three = (replace(RECORD, item=item) for item in ("one", "two", "three"))
+    other = replace(RECORD, condition="zero_state")
+    folder.add([three, other, one, two])
+    folder.sort([one, two])
+    assert folder.read() == [one, two, three, other]
+    content = (tmp_path / "records" / RECORDS_FILE).read_bytes()
+    folder.sort([one, two])
+    assert (tmp_path / "records" / RECORDS_FILE).read_bytes() == content

@@ -1,0 +1,79 @@
+"""Several processes of one evaluation, as `accelerate launch` and torchrun start them: each asks a share of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from deltamem_tool.base_model.sharding import is_split
+
+_T = TypeVar("_T")
+PATIENCE = timedelta(days=30)  # who is done first waits; a launcher ends all processes once one has failed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those of an evaluation, and which of them this is.
+
+    Args:
+        number: of this process, from 0.
+        count: how many there are.
+        share: whether each asks a part; or all ask everything together, as where they share a base's weights.
+    """
+
+    number: int = 0
+    count: int = 1
+    share: bool = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | None) -> Processes:
+        """Those of the process group, if there is one, which evaluate `model`; None is an ONNX folder."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return cls()
+        together = model is not None and any(is_split(weight) for weight in model.parameters())
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), share=not together)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that reports."""
+        return self.number == 0
+
+    def part(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Return what this process is to do of `items`."""
+        return items[self.number :: self.count] if self.share else items
+
+    def all(self, value: _T) -> list[_T]:
+        """Return the `value` of every process that has one of its own, in order; wait for the last of them."""
+        if self.count == 1 or not self.share:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def of_main(self, value: _T) -> _T:
+        """Return the `value` of the first process."""
+        if self.count == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+ALONE = Processes()
+
+
+def join_launched() -> torch.device | None:
+    """Join the processes that a launcher has started; where this one is to run, or None if it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    device: torch.device = state.device
+    return device

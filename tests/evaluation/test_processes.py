@@ -1,0 +1,90 @@
+"""`deltamem eval` in several processes leaves what one leaves, byte for byte; killed and resumed too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from helpers.tiny import randomise, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from deltamem_tool import DeltaMemConfig, attach, save_adapter
+from deltamem_tool.cli import cli
+from deltamem_tool.data import dialogues
+from deltamem_tool.evaluation.records import RECORDS_FILE
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "deltamem_tool")
+BATCH = "4"  # of histories and questions of many lengths: what is in a batch shows in the last digits
+# When a run was, how long it took, and how many answers were there before it.
+OF_ONE_RUN = re.compile(rb"\d{4}-\d\d-\d\d[T ][\d:]+|[\d.]+ s for \d+ answers( \(.*?\))?|\"(seconds|asked)\": [\d.]+")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, checkpoint):
+    """An adapter, and talks of many lengths."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    randomise(attach(model, DeltaMemConfig(rank=4)))
+    save_adapter(model, folder / "adapter")
+    talks = []
+    for number in range(30):
+        said = [f"My lucky number is {number * turn}." for turn in range(1, 3 + number % 5)]
+        talks.append([message for text in said for message in (dialogues.user(text), dialogues.assistant(text))])
+    write_jsonl(folder / "talks.jsonl", talks)
+    return folder
+
+
+def options(report: str) -> list[str]:
+    task = ["--task", "perplexity", "--data", "talks.jsonl", "--batch-size", BATCH]
+    return ["eval", "adapter", *task, "--report", report, "--json"]
+
+
+def launched(folder: Path) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    run = [sys.executable, "-m", *LAUNCH, *options("two/report")]
+    return subprocess.Popen(run, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in each file of a report, without what is of one run."""
+    return {path.name: OF_ONE_RUN.sub(b"", path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_two_processes_that_were_killed_leave_what_one_leaves(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    one = CliRunner().invoke(cli, options("one/report"), prog_name="deltamem")
+    assert one.exit_code == 0, one.output
+    expected, records = (Path(name) / "report" / RECORDS_FILE for name in ("one", "two"))
+    process = launched(folder)
+    while not records.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    kill(process)
+    before = len(records.read_bytes().splitlines())
+    assert 0 < before < len(expected.read_bytes().splitlines())  # it was in the middle
+    process = launched(folder)
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    said = json.loads(stdout)  # of one process alone, or it would not be JSON
+    assert said["run"]["cost"]["asked"] < said["run"]["cost"]["answers"]
+    assert records.read_bytes() == expected.read_bytes()
+    found, whole = (contents(path.parent) for path in (records, expected))
+    assert len(found) == 5 and found == whole
