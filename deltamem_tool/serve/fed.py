@@ -16,6 +16,7 @@ from deltamem_tool.segments.messages import Message, text_of
 
 MAX_DIGESTS = 512  # of all conversations; the oldest of them are forgotten
 MAX_SYSTEM = 16  # digests of system messages
+MAX_KEYS = 32  # digests of idempotency keys
 DIGEST_BYTES = 9  # one pair in 4e21 is the same by chance
 SALT_BYTES = 16
 SYSTEM_ROLES = ("system", "developer")
@@ -64,11 +65,13 @@ class Fed:
         salt: of the digests.
         talks: the one that was fed last is the last.
         system: digests of system messages.
+        keys: digests of the idempotency keys that requests had, the last one last.
     """
 
     salt: str
     talks: tuple[Talk, ...] = ()
     system: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @classmethod
     def nothing(cls) -> Fed:
@@ -81,18 +84,19 @@ class Fed:
         if value is None:
             return cls.nothing()
         talks = tuple(Talk(tuple(talk["digests"]), talk["pending"]) for talk in value["talks"])
-        return cls(value["salt"], talks, tuple(value["system"]))
+        return cls(value["salt"], talks, tuple(value["system"]), tuple(value.get("keys", ())))
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON."""
         talks = [{"digests": list(talk.digests), "pending": talk.pending} for talk in self.talks]
-        return {"salt": self.salt, "talks": talks, "system": list(self.system)}
+        return {"salt": self.salt, "talks": talks, "system": list(self.system), "keys": list(self.keys)}
 
-    def known(self, messages: Sequence[Message]) -> Known:
+    def known(self, messages: Sequence[Message], key: str | None = None) -> Known:
         """Return which of `messages` were fed.
 
-        The last one counts as new, unless the request repeats the last one that was fed: somebody may tell the same
-        thing once more, after another.
+        The last one counts as new, unless the request is sent again. Its idempotency key says so, if it has one: it is
+        an earlier request's. Without, it repeats the last one that was fed: somebody may tell the same thing once more
+        after another, but two who tell the same one after the other cannot be told from one who tries again.
         """
         digests = self._digests(messages)
         best, number = 0, None
@@ -103,7 +107,9 @@ class Fed:
         fed = () if number is None else self.talks[number].digests
         last = number is not None and number == len(self.talks) - 1
         repeats = last and best == len(digests) and digests == fed[:-1][-best:]
-        if best == len(digests) and not repeats:
+        if key is not None:
+            repeats = self._digest_of(key) in self.keys
+        if best and best == len(digests) and not repeats:
             best -= 1
         whole = best > 0 and digests[:best] == fed[-best:]
         flags, place = [], 0
@@ -117,7 +123,9 @@ class Fed:
             flags = [True] * len(flags)
         return Known(tuple(flags), number if best > 0 else None, whole, whole and last)
 
-    def after(self, known: Known, messages: Sequence[Message], answer: str, pending: int) -> Fed:
+    def after(
+        self, known: Known, messages: Sequence[Message], answer: str, pending: int, key: str | None = None
+    ) -> Fed:
         """Return what was fed after a request and the answer to it, `pending` tokens of which were not."""
         system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
         system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]
@@ -126,14 +134,18 @@ class Fed:
         talks.append(Talk(digests, pending))
         while len(talks) > 1 and sum(len(talk.digests) for talk in talks) > MAX_DIGESTS:
             del talks[0]
-        return replace(self, talks=tuple(talks), system=tuple(system))
+        keys = self.keys if key is None else (*self.keys, self._digest_of(key))[-MAX_KEYS:]
+        return replace(self, talks=tuple(talks), system=tuple(system), keys=keys)
 
     def _digests(self, messages: Sequence[Message]) -> tuple[str, ...]:
         return tuple(self._digest(message) for message in messages if message["role"] not in SYSTEM_ROLES)
 
     def _digest(self, message: Message) -> str:
-        content = f"{message['role']}\n{text_of(message)}".encode()
-        return hashlib.blake2b(content, digest_size=DIGEST_BYTES, key=bytes.fromhex(self.salt)).hexdigest()
+        return self._digest_of(f"{message['role']}\n{text_of(message)}")
+
+    def _digest_of(self, text: str) -> str:
+        salt = bytes.fromhex(self.salt)
+        return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES, key=salt).hexdigest()
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from deltamem_tool._version import __version__
 from deltamem_tool.serve.memories import MAX_PAGE, MEDIA_TYPE, ForkRequest, RestoreRequest
 from deltamem_tool.serve.names import NAME_SCHEMA
 from deltamem_tool.serve.openai.chat import ChatRequest
+from deltamem_tool.serve.openai.parameters import KEY_HEADER
 from deltamem_tool.serve.openai.responses import ResponseRequest
 from deltamem_tool.serve.store.memory_store import MAX_NAME
 from deltamem_tool.serve.whose import HEADER
@@ -70,16 +71,17 @@ def _header(name: str, **schema: Any) -> dict[str, Any]:
 
 
 _MEMORY = _header(HEADER, minLength=1, maxLength=MAX_NAME)
+_KEY = _header(KEY_HEADER)
 _IF_MATCH, _IF_NONE = _header("If-Match"), _header("If-None-Match")
 _CHANGES = (404, 409, 412, 429, 503)
 _OPERATIONS = (
     _Operation(
         "post", "/v1/chat/completions", "Answer a conversation, from a memory.", (404, 409, 413, 429, 503, 504),
-        content=_STREAM, body=ChatRequest, parameters=(_MEMORY,),
+        content=_STREAM, body=ChatRequest, parameters=(_MEMORY, _KEY),
     ),
     _Operation(
         "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", (404, 409, 413, 429, 503, 504),
-        content=_STREAM, body=ResponseRequest, parameters=(_MEMORY,),
+        content=_STREAM, body=ResponseRequest, parameters=(_MEMORY, _KEY),
     ),
     _Operation("get", "/v1/responses/{id}", "Get a response that was stored.", (404, 503)),
     _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", (404, 503)),

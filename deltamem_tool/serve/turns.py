@@ -65,6 +65,7 @@ class Request:
         keep: the response, where others may go on from it; None for one that is not kept.
         instructions: a system message for this turn alone, which is not part of what is kept.
         streamed: whether the answer comes in pieces.
+        key: the same where the request is sent again; None if the client says nothing of that.
     """
 
     whose: Whose
@@ -74,6 +75,7 @@ class Request:
     keep: Keep | None = None
     instructions: str | None = None
     streamed: bool = True
+    key: str | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -245,7 +247,7 @@ class Turns:
     def _prompt(self, request: Request, start: _Start, messages: Sequence[Message]) -> tuple[Asked, Prompt]:
         if request.instructions is not None:
             messages = [{"role": "system", "content": request.instructions}, *messages]
-        known = start.fed.known(messages)
+        known = start.fed.known(messages, request.key)
         pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
         asked = Asked(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
         return asked, build_prompt(self.engine, start.memory, asked, self.window)
@@ -261,7 +263,8 @@ class Turns:
     ) -> Outcome:
         whose, fed, version = request.whose, start.fed, start.version
         if prompt.answer_writes:
-            fed = fed.after(asked.known, asked.messages, completion.answer.text, len(completion.pending))
+            pending = len(completion.pending)
+            fed = fed.after(asked.known, asked.messages, completion.answer.text, pending, request.key)
         data = memory_bytes(completion.memory)
         if whose.id is not None and prompt.answer_writes:
             expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in

@@ -93,6 +93,14 @@ def test_what_is_resent_is_not_written_again(client, server):
     assert ask(client, *history, user(ASK), user="gail").deltamem["messages_written"] == 3
 
 
+def test_an_idempotency_key_tells_who_tries_again(client):
+    def written(key):
+        answer = ask(client, user(TELL), user="hugo", extra_headers={"Idempotency-Key": key})
+        return answer.deltamem["messages_written"], answer.deltamem["version"]
+
+    assert [written(key) for key in ("one", "one", "two", "one")] == [(1, 1), (0, 1), (1, 2), (0, 2)]
+
+
 def test_a_request_that_must_not_write_does_not(client, server):
     ask(client, user(TELL), user="hugo")
     before = server.store.get("default", "hugo")

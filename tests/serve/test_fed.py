@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltamem_tool.serve.fed import MAX_DIGESTS, Fed
+from deltamem_tool.serve.fed import MAX_DIGESTS, MAX_KEYS, Fed
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -56,6 +56,24 @@ SECOND = ("a", "A", "b", "B")
 )
 def test_what_is_new(before, request_, expected):
     assert new(fed(*before), talk(*request_)) == expected
+
+
+def test_a_key_says_what_is_sent_again():
+    """Two clients that say the same one after the other, and one that tries again when another has said something."""
+    state, messages = Fed.nothing(), talk("a")
+    for key in ("1", "2"):
+        known = state.known(messages, key)
+        assert not known.repeats and not any(known.messages)
+        state = state.after(known, messages, "A", 0, key)
+        assert state.known(messages, key).repeats
+    other = talk("b")
+    state = state.after(state.known(other, "3"), other, "B", 0, "3")
+    assert Fed.from_json(state.as_json()).known(messages, "1").repeats
+    assert new(state, messages) == ["a"]
+    assert not state.known(other, "4").repeats
+    for number in range(MAX_KEYS):
+        state = state.after(state.known(other, f"x{number}"), other, "B", 0, f"x{number}")
+    assert len(state.keys) == MAX_KEYS and not state.known(messages, "1").repeats
 
 
 def test_a_system_message_is_new_once():

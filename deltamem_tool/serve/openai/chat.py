@@ -18,6 +18,7 @@ from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import failure_of
 from deltamem_tool.serve.events import EventStream, event
 from deltamem_tool.serve.openai.parameters import (
+    KEY_HEADER,
     MAX_MESSAGES,
     MAX_STOP,
     AnswerRequest,
@@ -54,6 +55,7 @@ async def complete(http: HttpRequest) -> Response:
         whose(tenant, http.headers, body.user, body.memory),
         messages,
         body.sampling(body.max_completion_tokens or body.max_tokens, body.stop),
+        key=http.headers.get(KEY_HEADER),
     )
     head = {"id": f"chatcmpl-{secrets.token_hex(16)}", "created": int(time.time()), "model": service.model}
     if not body.stream:

@@ -17,6 +17,8 @@ MAX_STOP = 16
 MAX_SEED = 2**63 - 1
 MAX_MESSAGES = 256  # of a request, and half of what `fed.MAX_DIGESTS` keeps
 
+KEY_HEADER = "idempotency-key"  # of a request, which a client that sends it again repeats
+
 MaxTokens = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 # Parameters that are accepted with these values, which change nothing here, and refused with any other.

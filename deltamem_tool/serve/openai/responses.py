@@ -20,6 +20,7 @@ from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import RequestError, failure_of
 from deltamem_tool.serve.events import EventStream, event
 from deltamem_tool.serve.openai.parameters import (
+    KEY_HEADER,
     MAX_MESSAGES,
     AnswerRequest,
     ChatMessage,
@@ -79,6 +80,7 @@ async def create(http: HttpRequest) -> Response:
         previous=body.previous_response_id,
         keep=Keep(draft["id"], partial(_finished, draft)) if body.store else None,
         instructions=body.instructions,
+        key=http.headers.get(KEY_HEADER),
     )
     if not body.stream:
         outcome = await service.whole(http, request)

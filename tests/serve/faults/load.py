@@ -17,6 +17,7 @@ import numpy as np
 from serve.faults.server_process import MODEL
 
 from deltamem_tool.chat.conversation import Conversation
+from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.memory.file import memory_from_bytes
 from deltamem_tool.serve.keys import ONLY_TENANT
 
@@ -24,6 +25,8 @@ FACTOR = float(os.environ.get("DELTAMEM_LOAD", "1"))  # of how many requests the
 TOLERANCE = 1e-5  # of states in float32: a batch computes them in another order
 RETRY = {409, 429, 503}  # what a client is told to try again after
 PAUSE = 0.05  # seconds until it does
+LENGTH = 16  # tokens of an answer at most: who has told a lot may be answered at length, and all of it is compared
+SAMPLING = Sampling(LENGTH)
 PATIENCE = 240.0  # seconds in which somebody has to be answered at last
 NAMES = ("Rex", "Bella", "Luna", "Rocky", "Milo", "Bruno", "Max", "Coco", "Oscar", "Ruby")
 KINDS = ("dog", "cat", "horse", "parrot")
@@ -84,12 +87,16 @@ class Load:
         self.number = 0  # of answers so far
 
     async def run(self, users: Sequence[User]) -> None:
-        """Send all messages of all users, every message until it is answered."""
+        """Send all messages of all users at once, every message until it is answered."""
+        await self.run_groups([[user] for user in users])
+
+    async def run_groups(self, groups: Sequence[Sequence[User]]) -> None:
+        """`run` with the users of each group one after the other."""
         # A connection for each request: one that is kept may be closed by the server just when it is used again.
         limits = httpx2.Limits(max_keepalive_connections=0, max_connections=None)
         async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
-            for user in users:
-                group.create_task(self._talk(client, user))
+            for users in groups:
+                group.create_task(self._talk_in_turn(client, users))
 
     async def answers(self, number: int) -> None:
         """Wait until there are so many answers."""
@@ -99,6 +106,10 @@ class Load:
                 before, until = self.number, time.monotonic() + PATIENCE
             assert time.monotonic() < until, dict(self.outcomes)
             await asyncio.sleep(0.005)
+
+    async def _talk_in_turn(self, client: httpx2.AsyncClient, users: Sequence[User]) -> None:
+        for user in users:
+            await self._talk(client, user)
 
     async def _talk(self, client: httpx2.AsyncClient, user: User) -> None:
         for turn in user.turns:
@@ -115,7 +126,8 @@ class Load:
     async def _ask(self, client: httpx2.AsyncClient, url: str, user: User, turn: Turn, leaves: bool) -> bool:
         """Send a turn once; return whether it is answered."""
         streamed = user.rng.random() < self.streaming
-        body = {"model": MODEL, "user": user.name, "messages": [{"role": "user", "content": turn.text}]}
+        messages = [{"role": "user", "content": turn.text}]
+        body = {"model": MODEL, "user": user.name, "messages": messages, "max_completion_tokens": LENGTH}
         headers = {"Authorization": f"Bearer {user.key}"}
         request = self._streamed if streamed else self._whole
         patience = user.rng.random() * 0.2 if leaves else None
@@ -185,12 +197,12 @@ def check_user(engine, store, user: User, unanswered: bool = False) -> None:
     memory = None
     for turn in user.turns[:number]:
         alone = Conversation(engine, memory)
-        expected = alone.generate(turn.text)
+        expected = alone.generate(turn.text, SAMPLING)
         memory = alone.memory
         if turn.answer is None:
             continue
         if not turn.written:  # it was written by an attempt whose answer did not arrive, and read by this one
-            expected = Conversation(engine, memory, write=False).generate(turn.text)
+            expected = Conversation(engine, memory, write=False).generate(turn.text, SAMPLING)
         assert turn.answer == expected.text, user
     if stored is not None:
         found = memory_from_bytes(stored.data, user.name)
