@@ -114,7 +114,7 @@ def lines(folders: list[Path], node_modules: Path, prompt: int, decoded: int, re
         with tempfile.TemporaryDirectory() as made:
             result = make_page(folder, Path(made, "site"), runtime=node_modules)
             cold, warm = waits(result.path)
-        web = seconds_in_node(folder, node_modules, prompt, decoded, repeats)
+            web = seconds_in_node(result.path / "model", node_modules, prompt, decoded, repeats)
         native = seconds_native(folder, prompt, decoded, repeats)
         yield (
             f"| {folder.name} | {result.model_bytes / MEGABYTE:.1f} MB | {result.bytes / MEGABYTE:.1f} MB "

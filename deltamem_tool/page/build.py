@@ -26,10 +26,12 @@ from deltamem_tool.onnx.locate import find_onnx
 from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.validate import check_onnx_folder
 from deltamem_tool.page.runtime import FILES, WEBGPU_FILES, runtime_contents
+from deltamem_tool.page.unpacked import write_unpacked
 
 SITE = Path(__file__).with_name("site")
 SERVICE_FILE = "service.js"
 FILES_FILE = "files.json"  # what the page expects the large files to be
+UNPACKED_FILE = "model.wasm.onnx"  # instead of `MODEL_FILE` in WebAssembly, where it is quantised
 MAX_DATA_BYTES = 2_145_386_496  # Chrome's largest ArrayBuffer
 # What the library reads of a model folder.
 MODEL_FILES = (
@@ -139,8 +141,9 @@ def _write(out: Path, model: Path, packages: dict[str, bytes]) -> None:
     for name in MODEL_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, out / "model" / name)
+    write_unpacked(model / MODEL_FILE, out / "model" / UNPACKED_FILE)
     expected = {
-        "model": {name: _facts(out / "model" / name) for name in MODEL_FILES if (out / "model" / name).is_file()},
+        "model": {file.name: _facts(file) for file in sorted((out / "model").iterdir())},
         "runtime": {name: _facts(out / "runtime" / name) for name in packages if name.endswith(".wasm")},
     }
     (out / FILES_FILE).write_text(json.dumps({"expected": expected}, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 import { ExportError, FetchError } from "./errors.js";
 import { MANIFEST_FILE } from "./manifest.js";
 
-export const GRAPH_FILE = "model.onnx";
+const GRAPH_FILE = "model.onnx";
 export const DATA_FILE = "model.onnx.data";
 const REQUIRED = [MANIFEST_FILE, "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
 const OPTIONAL = ["chat_template.jinja"];
@@ -28,15 +28,16 @@ const NOT_FOUND = [404, 410];
  * Every file that a model needs; the graph and its weights under names of their own.
  *
  * @param {Read} read
+ * @param {string} [graphFile]
  * @throws {ExportError} one is missing or too large
  */
-export async function readFolder(read) {
+export async function readFolder(read, graphFile = GRAPH_FILE) {
   const files = {};
   for (const name of [...REQUIRED, ...OPTIONAL]) {
     const content = await checked(read, name, MAX_GRAPH_BYTES, OPTIONAL.includes(name));
     if (content !== null) files[name] = content;
   }
-  const graph = await checked(read, GRAPH_FILE, MAX_GRAPH_BYTES);
+  const graph = await checked(read, graphFile, MAX_GRAPH_BYTES);
   const weights = await checked(read, DATA_FILE, MAX_DATA_BYTES);
   return { graph, weights, ...files };
 }

@@ -18,12 +18,13 @@ export class WebModel {
    * @param {import("./folder.js").Read} read gives the folder's files by name
    * @param {object} [options]
    * @param {"wasm" | "webgpu"} [options.provider] what computes; see `bestProvider`
+   * @param {string} [options.graph] its file, where it is not model.onnx
    * @param {Uint8Array} [options.runtime] the .wasm file of that build, where it is not to be fetched from beside it
    * @returns {Promise<WebModel>}
    * @throws {ExportError} a file is missing or damaged, or files disagree
    */
-  static async load(read, { provider = "wasm", runtime } = {}) {
-    const { graph, weights, ...files } = await readFolder(read);
+  static async load(read, { provider = "wasm", graph: graphFile, runtime } = {}) {
+    const { graph, weights, ...files } = await readFolder(read, graphFile);
     const manifest = readManifest(files[MANIFEST_FILE]);
     const text = new ChatText(files);
     const stopTokens = text.stopTokens(readJson(files, "generation_config.json").eos_token_id);
@@ -36,6 +37,7 @@ export class WebModel {
         executionProviders: [provider],
         externalData: [{ path: DATA_FILE, data: weights }],
         logSeverityLevel: 3,
+        extra: { session: { disable_quant_qdq: "1" } }, // weights of a few bits become float32 once, not at every call
         preferredOutputLocation: provider === "webgpu" ? outputLocations(manifest) : "cpu",
       });
     } catch (error) {

@@ -13,6 +13,7 @@ import {
 
 const RUNTIMES = { wasm: "ort-wasm-simd-threaded.wasm", webgpu: "ort-wasm-simd-threaded.asyncify.wasm" };
 const MAX_RUNTIME_BYTES = 2 ** 27;
+const UNPACKED = "model.wasm.onnx"; // the graph that is faster there, where the model is quantised
 const CACHE = "deltamem-model";
 
 let model;
@@ -73,7 +74,9 @@ async function load(base, expected, provider, report) {
   const options = { cache: CACHE, onProgress: report };
   const read = fetchedFrom(new URL("runtime/", base), { ...options, expected: expected.runtime });
   const runtime = await read(file, MAX_RUNTIME_BYTES);
-  return WebModel.load(fetchedFrom(new URL("model/", base), { ...options, expected: expected.model }), { provider, runtime });
+  const graph = provider === "wasm" && UNPACKED in expected.model ? UNPACKED : undefined;
+  const files = fetchedFrom(new URL("model/", base), { ...options, expected: expected.model });
+  return WebModel.load(files, { provider, runtime, graph });
 }
 
 onmessage = async ({ data: { id, call, argument } }) => {

@@ -2,24 +2,26 @@
 //
 // Standard input has { options, actions } and standard output a result for each action. Bytes are in base64.
 import { readFile } from "node:fs/promises";
+import path from "node:path";
 import { text } from "node:stream/consumers";
 import { Conversation, DeltaMemError, readMemory, WebModel } from "./src/index.js";
 
 const [folder] = process.argv.slice(2);
 const { options, actions } = JSON.parse(await text(process.stdin));
-const read = (name) => readFile(`${folder}/${name}`).then((bytes) => new Uint8Array(bytes), missing);
+const read = (name) => readFile(path.resolve(folder, name)).then((bytes) => new Uint8Array(bytes), missing);
 const results = [];
 let logits = [];
 try {
-  const model = await WebModel.load(read);
+  const { graph, ...rest } = options;
+  const model = await WebModel.load(read, { graph });
   const step = model.step.bind(model);
   model.step = async (...call) => {
     const result = await step(...call);
     logits.push(Buffer.from(Float32Array.from(result.logits).buffer));
     return result;
   };
-  const memory = options.memory && readMemory(bytes(options.memory));
-  const conversation = new Conversation(model, { ...options, ...(memory ? { memory } : {}) });
+  const memory = rest.memory && readMemory(bytes(rest.memory));
+  const conversation = new Conversation(model, { ...rest, ...(memory ? { memory } : {}) });
   for (const { say, sampling, undo, forget, load } of actions) {
     logits = [];
     const pieces = [];

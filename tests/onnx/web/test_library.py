@@ -10,6 +10,8 @@ from deltamem_tool import Conversation, OnnxModel
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.memory.file import memory_bytes, memory_from_bytes
+from deltamem_tool.onnx.contract import MODEL_FILE
+from deltamem_tool.page.unpacked import write_unpacked
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
@@ -91,12 +93,20 @@ def test_conversations_are_pytorchs(exported_with, scripts, name):
         assert_same_turn(result, conversation.generate(say, Sampling(12)), engine, conversation)
 
 
+@pytest.mark.parametrize("unpacked", [False, True])
 @pytest.mark.parametrize("name", ["web", "web_messages"])
-def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, name):
+def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, name, unpacked, tmp_path):
+    """With the graph as it is, and with that of a page, whose weights become float32 when it is loaded."""
     exported = exported_with(f"{name}_int4", MECHANISMS[name], target="web", quantize="int4")
+    options = {}
+    if unpacked:
+        assert write_unpacked(exported.folder / MODEL_FILE, tmp_path / "unpacked.onnx")
+        options["graph"] = str(tmp_path / "unpacked.onnx")
     engine = Recorded(OnnxModel(exported.folder, threads=1))
     conversation = Conversation(engine)
-    results = talk(scripts, exported.folder, [{"say": say, "sampling": {"maxNewTokens": 3}} for say in TURNS])
+    results = talk(
+        scripts, exported.folder, [{"say": say, "sampling": {"maxNewTokens": 3}} for say in TURNS], **options
+    )
     for say, result in zip(TURNS, results, strict=True):
         assert_same_turn(result, conversation.generate(say, Sampling(3)), engine, conversation, INT4_TOLERANCE)
 
