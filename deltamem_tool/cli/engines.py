@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from deltamem_tool.chat.engine import Engine
 
-AUTO = "auto"  # a device, and transformers' name for a device map that it works out
+# What `--device` takes beside devices: where there is room for each layer, and a share of each layer a process.
+AUTO, TENSOR_PARALLEL = "auto", "tp"
 
 
 def check_runtime_options(is_onnx: bool, provider: str | None, **for_adapter: Any) -> None:
@@ -43,18 +44,26 @@ def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> E
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()
+    if device == TENSOR_PARALLEL:
+        raise click.UsageError(f"--device {TENSOR_PARALLEL}: only `deltamem eval` runs in several processes.")
     model = load_on(device, adapter, loading)
     return TorchModel(model, tokenizer_of(model, for_chat=False))
 
 
 def load_on(device: str | None, adapter: str, loading: dict[str, Any]) -> PreTrainedModel:
-    """Load an adapter with its base on `device`, or where there is room for each layer: `AUTO`."""
+    """Load an adapter with its base on `device`, which may be `AUTO` or `TENSOR_PARALLEL`."""
     import torch
 
     from deltamem_tool.adapter.load import load
 
     if device == AUTO:
-        return load(adapter, **loading, device_map=AUTO)
+        return load(adapter, **loading, device_map="auto")
+    if device == TENSOR_PARALLEL:
+        from transformers import DistributedConfig
+
+        if not torch.distributed.is_initialized():
+            raise click.UsageError(f"--device {device}: start it with torchrun or accelerate launch.")
+        return load(adapter, **loading, distributed_config=DistributedConfig(tp_plan="auto"))
     where = torch_device(device)
     model = load(adapter, **loading)
     cast(torch.nn.Module, model).to(where)  # transformers hides the signature

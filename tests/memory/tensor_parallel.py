@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.asked import Asked, item
 from helpers.tiny import PAD, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, DistributedConfig
 
-from deltamem_tool import Conversation, DeltaMemConfig, MemoryCache, TorchModel, attach, export_onnx, load
+from deltamem_tool import Conversation, DeltaMemConfig, MemoryCache, TorchModel, attach, evaluate, export_onnx, load
 from deltamem_tool.chat.sampling import Sampling
+from deltamem_tool.cli.engines import load_on
 from deltamem_tool.errors import ExportError
+from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.memory.attach import adapter_of
 
 PROCESSES = 2
@@ -28,16 +31,22 @@ def rank(number: int, folders: list[Path]) -> None:
     try:
         for folder in folders:
             split = DistributedConfig(tp_plan="auto")
-            torch.save(results(folder, distributed_config=split), folder / f"rank-{number}.pt")
+            torch.save(results(folder, "tp", distributed_config=split), folder / f"rank-{number}.pt")
             with pytest.raises(ExportError, match="devices or processes"):
                 export_onnx(load(folder / "adapter", distributed_config=split), tiny_tokenizer(), folder / "onnx")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def results(folder: Path, **options: Any) -> dict[str, Any]:
-    """Calls, answers and memories of the adapter in `folder`, and where a new one of its base starts from."""
-    model = load(folder / "adapter", **options)
+def results(folder: Path, device: str, **options: Any) -> dict[str, Any]:
+    """Calls, answers and memories of the adapter in `folder`, and where a new one of its base starts from.
+
+    Args:
+        folder: has the adapter and its base; gets the records of an evaluation.
+        device: as `deltamem eval` takes it.
+        options: which say the same of a base.
+    """
+    model = load_on(device, str(folder / "adapter"), {})
     tagged = adapter_of(model).config.granularity != "token"
     tags = torch.tensor([[0, 1, 1, 2, 1, 1, 1, 2, 0, 1, 2, 1, 1]] * 2, dtype=torch.int8) if tagged else None
     cache, ids = MemoryCache(model), tokens(2, 13)
@@ -47,6 +56,8 @@ def results(folder: Path, **options: Any) -> dict[str, Any]:
     memory = cache.memory
     conversation = Conversation(TorchModel(model, tiny_tokenizer()))
     answers = [conversation.generate(text, Sampling(max_new_tokens=4)).text for text in ("My dog is Rex.", "And?")]
+    task, protocol = Asked([item(number, sessions=1 + number % 2) for number in range(5)]), EvalProtocol.parse("memory")
+    evaluated = evaluate(model, tiny_tokenizer(), task, protocol, batch_size=2, folder=folder / f"records-{device}")
     start = {} if tagged else {"memory": memory.select([0])}
     generated = model.generate(ids[:1], cache=MemoryCache(model, **start), max_new_tokens=4, pad_token_id=PAD)
     weights = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.base_model.parameters()]
@@ -58,6 +69,6 @@ def results(folder: Path, **options: Any) -> dict[str, Any]:
         "states": [*memory.layers.values(), *memory.open_segments.values()],
         "states of the chat": [torch.from_numpy(state) for state in conversation.memory.states.values()],
         "columns": list(columns.values()),
-        "words": (answers, generated.tolist(), adapter_of(model).fingerprint),
+        "words": (answers, generated.tolist(), adapter_of(model).fingerprint, evaluated.records),
         "bytes": sum(weight.nbytes for weight in weights),
     }

@@ -12,6 +12,7 @@ from memory.tensor_parallel import PROCESSES, rank, results
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, attach, save_adapter
+from deltamem_tool.evaluation.records import RECORDS_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +50,10 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(folders, name):
-    one = results(folders[name])
-    two = [torch.load(folders[name] / f"rank-{number}.pt") for number in range(PROCESSES)]
+    one = results(folders[name], "cpu")
+    two = [torch.load(folders[name] / f"rank-{number}.pt", weights_only=False) for number in range(PROCESSES)]
+    alone, together = ((folders[name] / f"records-{device}" / RECORDS_FILE).read_bytes() for device in ("cpu", "tp"))
+    assert alone == together  # one of the two has written them
     for each in two:
         assert each["words"] == one["words"]
         assert each["bytes"] < 0.7 * one["bytes"]  # of so small a base, the embedding that both have is a large part
