@@ -5,7 +5,8 @@ Command: python benchmarks/store.py [--memories 1000000] [--bytes 4608] [--calls
 4,608 bytes is about the memory file of the shipped adapter. Memories of random bytes are written in large transactions,
 as `put` writes their rows; then random ones are read and written again through `MemoryStore`, in turn with what the
 disk takes to make as many bytes safe by itself (a write and `fdatasync`), without which no commit can wait for it. Each
-way to commit has a store that is opened anew. Deletions come last: each cuts SQLite's log, which the next change has to
+way to commit has a store that is opened anew. Then so many threads put at once, whose changes are committed together.
+Deletions come last: each cuts SQLite's log, which the next change has to
 begin again. Beside the clock there is the time of the processor, which other work on the machine hardly changes and
 which has no waits for the disk. `--folder` keeps the files, and takes the large one from there if it exists.
 """
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import date
 from pathlib import Path
@@ -36,6 +38,7 @@ from deltamem_tool.serve.store.schema import memories, tenants, versions
 Seconds = tuple[float, float]  # by the clock, and of the processor
 TENANTS = 100
 BATCH = 10_000  # memories in a transaction
+AT_ONCE = 32  # threads that put
 TURN = {"messages": ["0" * 64] * 4}  # what a server notes of a short conversation
 
 
@@ -86,8 +89,8 @@ def run(folder: Path, number: int, size: int, calls: int) -> str:
         f" {os.cpu_count()} cores with a load of {load:.1f}; Python {platform.python_version()}, SQLite"
         f" {sqlite3.sqlite_version}. Peak memory of the process: {peak:.0f} MB.",
         "",
-        "| commit | get | put | delete | write and `fdatasync` alone |",
-        "|---|---|---|---|---|",
+        f"| commit | get | put | {AT_ONCE} puts at once, a put | delete | write and `fdatasync` alone |",
+        "|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     return "\n".join(lines)
@@ -140,6 +143,13 @@ def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: in
             name = name_of(rng.randrange(number))
             return timed(lambda: store.put(*name, data, turn=TURN))
 
+        def together() -> Seconds:
+            names = [name_of(index) for index in rng.sample(range(number), AT_ONCE)]
+            clock, processor = time.perf_counter(), time.process_time()
+            for _ in pool.map(lambda name: store.put(*name, data, turn=TURN), names):
+                pass
+            return (time.perf_counter() - clock) / AT_ONCE, (time.process_time() - processor) / AT_ONCE
+
         def delete() -> Seconds:
             store.put("tenant-0", "temporary", data, turn=TURN)
             return timed(lambda: store.delete("tenant-0", "temporary"))
@@ -152,8 +162,10 @@ def measured(store: MemoryStore, folder: Path, number: int, size: int, calls: in
             return timed(write)
 
         taken = in_turn({"get": get, "put": put, "alone": alone}, calls).values
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            taken["together"] = [together() for _ in range(max(2, calls // AT_ONCE))]
         taken["delete"] = [delete() for _ in range(max(2, calls // 10))]
-    return [spread(taken[name]) for name in ("get", "put", "delete", "alone")]
+    return [spread(taken[name]) for name in ("get", "put", "together", "delete", "alone")]
 
 
 def timed(call: Callable[[], object]) -> Seconds:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from deltamem_tool.cli.options import torch_device
-from deltamem_tool.io.installation import RUNTIME, check_installation
+from deltamem_tool.io.installation import RUNTIME, check_installation, is_installed
 from deltamem_tool.onnx.contract import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -34,6 +34,27 @@ def onnx_engine(folder: str, provider: str | None) -> Engine:
     from deltamem_tool.onnx.runtime.engine import OnnxModel
 
     return OnnxModel(folder, provider or "cpu")
+
+
+def shipped_engine(name: str) -> Engine | None:
+    """Return the engine, in ONNX Runtime, of an adapter that the package ships; it is exported the first time.
+
+    None where `name` is another, or what runs or exports it is not installed.
+    """
+    from deltamem_tool.cli.console import STDERR, quiet_libraries, stages
+    from deltamem_tool.onnx.export.shipped import export_shipped, is_shipped, shipped_folder
+
+    if not is_shipped(name) or not is_installed(RUNTIME):
+        return None
+    folder = shipped_folder(name)
+    if not folder.is_dir():
+        if not is_installed("export"):
+            return None
+        quiet_libraries()
+        STDERR.print(f"Exporting {name} for ONNX Runtime, once, to {folder}", highlight=False, soft_wrap=True)
+        with stages() as report:
+            export_shipped(name, report)
+    return onnx_engine(str(folder), None)
 
 
 def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:

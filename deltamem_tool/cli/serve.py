@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, torch_engine
+from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, shipped_engine, torch_engine
 from deltamem_tool.cli.options import NAME, TEXT, UserPath, allow_other_base, device, trust_remote_code, window
 from deltamem_tool.onnx.locate import is_onnx
 
@@ -81,6 +81,9 @@ def command(
     Clients of OpenAI's API talk to it. Each `user` has a memory, which is stored before an answer is complete.
     SIGTERM ends the server when the requests that it has begun are answered.
 
+    What the package ships is exported once, and runs in ONNX Runtime, where the extra export is installed and no
+    --device is given.
+
     Example: deltamem serve builtin:adapter
     """
     from deltamem_tool.serve import keys
@@ -116,8 +119,10 @@ def command(
     )
     api_keys = settings.keys()
     with bind(host, port) as listener:
-        with STDERR.status("Loading the model", spinner=SPINNER):
-            engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
+        engine = None if device or any(for_adapter.values()) else shipped_engine(model)
+        if engine is None:
+            with STDERR.status("Loading the model", spinner=SPINNER):
+                engine = onnx_engine(model, provider) if for_onnx else torch_engine(model, device, for_adapter)
         app = settings.app(engine, api_keys)
         log_as_json()
         listener.listen()  # what comes from now on waits until uvicorn takes it

@@ -57,6 +57,15 @@ def check_installation(*extras: str) -> None:
             _check_torch(required["torch"])  # last: it takes seconds
 
 
+def is_installed(*extras: str) -> bool:
+    """Whether `check_installation` finds nothing wrong."""
+    try:
+        check_installation(*extras)
+    except InstallationError:
+        return False
+    return True
+
+
 def _required(extra: str) -> Iterator[Requirement]:
     """What `extra` brings on this machine beside what every installation has, or for "" that.
 

@@ -19,6 +19,7 @@ from deltamem_tool.serve.keys import KEY_PREFIX
 pytestmark = pytest.mark.server
 
 MODEL = "builtin:adapter"
+IN_PYTORCH = MODEL, "--device", "cpu"  # or it would be exported first: see tests/onnx/export/test_shipped.py
 TELL, ASK = "My dog is Rex.", "What is my dog's name?"
 START_SECONDS = 120
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM  # as every command ends
@@ -30,7 +31,10 @@ def served(folder, *arguments):
     log = folder / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [*START, "serve", MODEL, "--port", "0", *arguments], cwd=folder, stderr=stderr, stdout=subprocess.DEVNULL
+            [*START, "serve", *IN_PYTORCH, "--port", "0", *arguments],
+            cwd=folder,
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
         )
     try:
         yield process, _url(process, log)
@@ -104,5 +108,5 @@ def test_a_port_that_is_taken(deltamem, tmp_path, monkeypatch):
 )
 def test_what_is_refused_when_the_model_is_there(deltamem, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    deltamem("serve", MODEL, "--port", "0", *arguments).assert_short_error(words)
+    deltamem("serve", *IN_PYTORCH, "--port", "0", *arguments).assert_short_error(words)
     assert not list(tmp_path.iterdir())
