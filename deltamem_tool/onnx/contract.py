@@ -31,8 +31,9 @@ base's, have a column for every token as keys and values have, and are treated a
 and `present.{i}.…` of each, are states of the base's own, in layers that have convolutions or linear attention beside
 attention or instead of it (`Layer.convolutions`, `Layer.recurrent`): the last inputs of a convolution (a layer's second
 is `conv_state_1`, and so on), and a recurrent state. No memory file holds them, and a conversation begins with zeros.
-A layer without a memory may have a `recurrent_state` of the base; one with a memory has ours under that name. Padding
-changes neither, wherever it is.
+`.ple_conv_state` `[B, channels, columns]` and `.ple_tokens` `[B, tokens]`, ids in float32, are of embeddings of n-grams
+(`Layer.ngrams`). A layer without a memory may have a `recurrent_state` of the base; one with a memory has ours under
+that name. Padding changes none of them, wherever it is.
 
 Where the adapter writes by segments (messages, sentences), `write_mask` says which tokens belong to one, and each is
 written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
@@ -131,6 +132,7 @@ INDEXER_KEY = "indexer_key"
 # What a base may keep of every token beside keys and values.
 COLUMNS = (INDEXER_KEY, "compressor_kv", "compressor_gate", "indexer_kv", "indexer_gate")
 CACHE = (KEY, VALUE, *COLUMNS)  # what has a column for every token
+PLE_CONV, PLE_TOKENS = "ple_conv_state", "ple_tokens"
 SSM = "ssm_state"  # what STATE is of the base, in a layer whose STATE is a memory
 
 MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
@@ -155,6 +157,8 @@ class Layer:
         convolutions: `(channels, kernel − 1)` of what each of the base's own convolutions keeps.
         recurrent: sizes of the base's own recurrent state; None where it has none.
         columns: part and width of what else it keeps of every token.
+        ngrams: `(channels, columns)` of what a convolution of embeddings of n-grams keeps, and how many tokens they
+            look back at; None where it has none.
     """
 
     key: tuple[int, int] | None
@@ -163,6 +167,7 @@ class Layer:
     convolutions: tuple[tuple[int, int], ...] = ()
     recurrent: tuple[int, ...] | None = None
     columns: tuple[tuple[str, int], ...] = ()
+    ngrams: tuple[int, int, int] | None = None
 
     @property
     def cache(self) -> dict[str, tuple[int, int]]:
@@ -177,6 +182,8 @@ class Layer:
         parts: dict[str, tuple[int, ...]] = {
             f"{CONV}_{number}" if number else CONV: sizes for number, sizes in enumerate(self.convolutions)
         }
+        if self.ngrams is not None:
+            parts |= {PLE_CONV: self.ngrams[:2], PLE_TOKENS: self.ngrams[2:]}
         return parts if self.recurrent is None else {**parts, self.recurrent_part: self.recurrent}
 
     @property

@@ -132,6 +132,7 @@ class Manifest:
 _LAYER_SIZES = {
     "key": (MAX_HEADS, MAX_WIDTH),
     "value": (MAX_HEADS, MAX_WIDTH),
+    "ngrams": (MAX_WIDTH,) * 3,
     "state": (MAX_STATE_HEADS, MAX_RANK, MAX_RANK),
 }
 _CONVOLUTION_SIZES = (MAX_WIDTH, MAX_WIDTH)
@@ -184,7 +185,7 @@ def _quantization(content: Any) -> Quantization | None:
 # What older folders do not have.
 _ADDED: dict[str, Any] = {
     **{"positions": 0, "packed": False, "quantization": None, "row_by_row": False},
-    **{"convolutions": [], "recurrent": None, "columns": []},
+    **{"convolutions": [], "recurrent": None, "columns": [], "ngrams": None},
 }
 
 

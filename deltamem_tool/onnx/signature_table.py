@@ -37,11 +37,15 @@ BASE_MEANINGS = {
     contract.CONV: "a convolution's last inputs, zeros at first",
     contract.STATE: "the state of the base's linear attention, zeros at first",
     contract.SSM: "the state of the base's linear attention, zeros at first",
+    contract.PLE_CONV: "the last inputs of the convolution of n-grams, zeros at first",
+    contract.PLE_TOKENS: "the last tokens, for n-grams, zeros at first",
 }
 BASE_AFTERWARDS = {
     contract.CONV: "a convolution's last inputs by then",
     contract.STATE: "the state of the base's linear attention by then",
     contract.SSM: "the state of the base's linear attention by then",
+    contract.PLE_CONV: "the last inputs of the convolution of n-grams by then",
+    contract.PLE_TOKENS: "the last tokens by then",
 }
 LOGITS = {"last": "of the last position", "all": "of every position"}
 

@@ -12,8 +12,8 @@ from deltamem_tool import DeltaMemConfig, attach
 # One of each kind: convolutions alone, gated delta rule, Mamba 2, both in one layer, layers without either.
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h")
 # Types that keep something else beside keys and values, and how many layers show it: the keys of an indexer, by token
-# in blocks, what is compressed, and convolutions beside windows. All but the first take columns for positions.
-OTHER_CACHES = {"deepseek_v32": 1, "minimax_m3_vl_text": 2, "deepseek_v4": 3, "inkling_text": 2}
+# and in blocks, what is compressed, convolutions beside windows, and n-grams. All but the first are fed row by row.
+OTHER_CACHES = dict(deepseek_v32=1, minimax_m3_vl_text=2, deepseek_v4=3, inkling_text=2, qwen4_exp_text=2)
 
 
 def hybrid_base(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import ACT2FN, LinearAttentionLayer
 from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx.contract import Layer
+from deltamem_tool.onnx.export.blocks import end_of_text, without_loops
 from deltamem_tool.onnx.export.targets import Target
 from deltamem_tool.ops.onnx_scan import linear_attention
 from deltamem_tool.ops.portable_scan import portable_linear_attention
@@ -38,10 +40,11 @@ class BaseStates:
         valid: bool `[B, T]`, tokens that are not padding.
         in_front: whether each row's valid tokens come first.
         target: what will run the graph.
+        past: int64 `[B]`, tokens of each row before the call.
     """
 
-    def __init__(self, valid: Tensor, in_front: bool, target: Target) -> None:
-        self._valid, self._standard = valid, target.is_standard
+    def __init__(self, valid: Tensor, in_front: bool, target: Target, past: Tensor) -> None:
+        self._valid, self._standard, self._past = valid, target.is_standard, past
         self._order = None if in_front else packed_order(valid)
         self._attend = portable_linear_attention if target.is_standard else linear_attention
         # The last that `_append` was called for: its layer, what it gave, and the two parts of that.
@@ -54,9 +57,10 @@ class BaseStates:
         self, model: PreTrainedModel, cache: MemoryCache, layers: Sequence[Layer], past: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[None]:
         """Inside, `model` computes with the functions below, and `cache` begins with the states in `past`."""
+        end = end_of_text(model)
         for held, layer, states in zip(cache.layers, layers, past, strict=False):
             if layer.base_states and states:  # a copy of another layer is given none
-                self._fill(held, layer, states)
+                self._fill(held, layer, states, end)
         functions: dict[str, Callable[..., Any]] = {
             "causal_conv1d_fn": self._convolve,
             "torch_chunk_gated_delta_rule": self._delta_rule,
@@ -71,23 +75,33 @@ class BaseStates:
         for module, name, _ in originals:
             setattr(module, name, functions[name])
         try:
-            yield
+            with without_loops(model), _SlicedWindows():
+                yield
         finally:
             for module, name, original in originals:
                 setattr(module, name, original)
 
-    def _fill(self, held: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor]) -> None:
-        """Let `held` begin with `states`."""
+    def _fill(self, held: LinearAttentionLayer, layer: Layer, states: Mapping[str, Tensor], end: int) -> None:
+        """Let `held` begin with `states`; where a text has fewer tokens than are kept, `end` is before it."""
         parts = [states[part] for part in layer.base_states]
-        held.conv_states = dict(enumerate(parts[: len(layer.convolutions)]))
-        held.recurrent_states = {0: None if layer.recurrent is None else parts[-1]}
+        recurrent = None if layer.recurrent is None else parts.pop()
+        if layer.ngrams is not None:
+            tokens = parts[-1]
+            is_token = torch.arange(tokens.shape[1]) >= tokens.shape[1] - self._past[:, None]
+            parts[-1] = torch.where(is_token, tokens.long(), end)
+        held.conv_states, held.recurrent_states = dict(enumerate(parts)), {0: recurrent}
         held.has_previous_state = dict.fromkeys(held.has_previous_state, True)
         held.update_conv_state = partial(self._append, held)
         held.update_recurrent_state = partial(_replace, held)
 
     def _append(self, held: LinearAttentionLayer, x: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """`LinearAttentionLayer.update_conv_state`: inputs `[B, C, T]` behind those that are kept, packed."""
-        past, new = held.conv_states[state_idx], x.float()
+        past = held.conv_states[state_idx]
+        if x.ndim == 2:  # tokens
+            joined = torch.cat([past, x], dim=-1)
+            held.conv_states[state_idx] = joined[:, -past.shape[1] :]
+            return joined
+        new = x.float()
         if self._order is not None:
             new = _columns(new, self._order)
         joined = torch.cat([past, new], dim=-1)
@@ -230,10 +244,26 @@ class BaseStates:
         return x * self._valid.view(*self._valid.shape, *[1] * (x.ndim - 2)).to(x.dtype)
 
 
+class _SlicedWindows(TorchFunctionMode):
+    """Inside, `unfold` stacks slices; a view of what is there several times cannot be traced for every length."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or what stands in the place of `unfold`."""
+        return (_windows if func is Tensor.unfold else func)(*args, **(kwargs or {}))
+
+
+def _windows(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    last = x.shape[dimension] - size + 1
+    index = [slice(None)] * (dimension % x.ndim)
+    return torch.stack([x[(*index, slice(first, first + last, step))] for first in range(size)], dim=-1)
+
+
 def states_of(held: LinearAttentionLayer, layer: Layer) -> dict[str, Tensor]:
     """What a layer of the cache keeps after a call, by part."""
     states = [*held.conv_states.values(), held.recurrent_states[0]]
-    return dict(zip(layer.base_states, states, strict=False))
+    return {part: state.float() for part, state in zip(layer.base_states, states, strict=False)}
 
 
 def packed_order(valid: Tensor) -> Tensor:

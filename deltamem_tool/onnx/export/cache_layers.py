@@ -91,5 +91,7 @@ def fill_columns(held: Any, past: Mapping[str, Tensor]) -> None:
         held.given = {part: past[part] for part in contract.COLUMNS if part in past}
     elif contract.INDEXER_KEY in past and isinstance(held, DynamicIndexedLayer):
         held.indexer_keys, held.is_indexer_initialized = past[contract.INDEXER_KEY].squeeze(1), True
+        # Qwen4's rotates them by it, and rows without padding count columns. Of time, height and width alike.
+        held.indexer_position_ids = torch.arange(held.indexer_keys.shape[1]).expand(3, held.indexer_keys.shape[0], -1)
     elif contract.INDEXER_KEY in past:
         setattr(held, _KEYS, past[contract.INDEXER_KEY])

@@ -22,7 +22,7 @@ def growing_choices(model: PreTrainedModel) -> Iterator[None]:
     modules = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
     modules = [module for module in modules if "min" not in vars(module)]
     for module in modules:
-        vars(module)["min"] = _smaller
+        vars(module)["min"] = growing_min
     try:
         yield
     finally:
@@ -30,7 +30,7 @@ def growing_choices(model: PreTrainedModel) -> Iterator[None]:
             del vars(module)["min"]
 
 
-def _smaller(*values: Any, **kwargs: Any) -> Any:
+def growing_min(*values: Any, **kwargs: Any) -> Any:
     """`min`, of two sizes the smaller one even if it is not known yet."""
     sizes = len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values)
     if sizes:

@@ -25,6 +25,7 @@ from deltamem_tool.memory.call_options import CallOptions
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.contract import Interface, Layer
 from deltamem_tool.onnx.export.attention import can_fuse
+from deltamem_tool.onnx.export.blocks import has_blocks
 from deltamem_tool.onnx.export.cache_layers import can_carry, columns_of, counts_columns
 from deltamem_tool.onnx.export.targets import Target
 
@@ -70,7 +71,7 @@ def interface_of(
         held = cache.layers[i] if i < len(cache.layers) else None
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         columns = tuple((part, x.shape[-1]) for part, x in columns_of(held).items())
-        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns))
+        layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns, _ngrams(held)))
     return Interface(
         packed=packed,
         logits=logits,
@@ -81,7 +82,7 @@ def interface_of(
         genai=target.genai,
         max_length=max_length,
         positions=options.positions or 0,
-        row_by_row=not packed and any(map(counts_columns, cache.layers)),
+        row_by_row=not packed and (has_blocks(model) or any(map(counts_columns, cache.layers))),
     )
 
 
@@ -99,9 +100,19 @@ def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...
     if not isinstance(held, LinearAttentionCacheLayerMixin):
         return (), None
     # Of as many columns as a kernel has transformers keeps one that no later output depends on.
-    convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in held.conv_states.values() if x is not None)
+    states = {0: held.conv_states[0]} if _ngrams(held) else held.conv_states
+    convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in states.values() if x is not None)
     recurrent = held.recurrent_states[0]
     return convolutions, None if recurrent is None else tuple(recurrent.shape[1:])
+
+
+def _ngrams(held: Any) -> tuple[int, int, int] | None:
+    """What a layer of the cache keeps of embeddings of n-grams: see `Layer`."""
+    states = list(held.conv_states.values()) if isinstance(held, LinearAttentionCacheLayerMixin) else []
+    if not states or states[-1] is None or states[-1].ndim != 2:
+        return None
+    *_, convolution, tokens = states
+    return convolution.shape[1], convolution.shape[2], tokens.shape[1]
 
 
 def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> None:

@@ -107,7 +107,10 @@ class Step(nn.Module):
         if self._max_length:
             return nullcontext()
         valid = attention_mask[:, -input_ids.shape[1] :].bool()
-        return BaseStates(valid, False, self._target).of(self.model, cache, self._interface.layers, past)
+        before = attention_mask.sum(-1) - valid.sum(-1)
+        return BaseStates(valid, self._interface.row_by_row, self._target, before).of(
+            self.model, cache, self._interface.layers, past
+        )
 
     def _packed_call(
         self,
@@ -142,7 +145,7 @@ class Step(nn.Module):
         last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)
         kept = torch.argsort(numbers) if self._options.keeps_all else last
         attention = FusedAttention(Lengths(past, (past + tokens - 1).int(), total))
-        states = BaseStates(packed_valid, True, self._target)
+        states = BaseStates(packed_valid, True, self._target, past)
         with (
             attention.of(self.model, cache, past_key_values),
             states.of(self.model, cache, self._interface.layers, past_key_values),

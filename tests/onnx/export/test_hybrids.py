@@ -67,6 +67,7 @@ LAYERS = (
     Layer(None, None, None, ((32, 2), (16, 3)), (4, 8, 8)),
     Layer(None, None, None, (), (64, 8)),
     Layer((1, 8), (1, 8), None, columns=(("compressor_kv", 16), ("compressor_gate", 16))),
+    Layer(None, None, None, ((32, 3),), (4, 8, 8), ngrams=(64, 9, 2)),
 )
 
 
@@ -74,7 +75,7 @@ def test_a_manifest_says_whose_each_state_is():
     content = manifest(LAYERS)
     assert Manifest.from_json(json.dumps(content)).interface.layers == LAYERS
     for layer in content["interface"]["layers"]:  # as folders before had it
-        del layer["convolutions"], layer["recurrent"], layer["columns"]
+        del layer["convolutions"], layer["recurrent"], layer["columns"], layer["ngrams"]
     older = Manifest.from_json(json.dumps(content)).interface.layers
     assert older[0] == LAYERS[0] and not older[1].base_states
 
@@ -92,6 +93,8 @@ def test_a_manifest_says_whose_each_state_is():
         ("recurrent", [4, 8, 8, 8]),
         ("recurrent", "4"),
         ("recurrent", [2**40]),
+        ("ngrams", [64, 9]),
+        ("ngrams", [64, 9, 0]),
         ("columns", None),
         ("columns", ["indexer_key"]),
         ("columns", [["key", 8]]),

@@ -1,0 +1,102 @@
+"""Qwen4's choice of blocks and its embeddings of n-grams, without loops over tokens, while a model is traced.
+
+Its indexer takes the mean of the keys of each block of a few tokens, and chooses blocks for every token by itself. What
+is below does so for all of them, for rows without padding.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltamem_tool.onnx.export.choices import growing_min
+
+_NGRAMS = "Qwen4ExpTextNGramEmbedding"
+_PLE_CONVOLUTION = 1  # the number of its state
+
+
+def has_blocks(model: PreTrainedModel) -> bool:
+    """Whether what is below stands in for methods of `model`: then its rows may have no padding."""
+    return any(type(part).__name__ in _METHODS for part in model.modules())
+
+
+def end_of_text(model: PreTrainedModel) -> int:
+    """The token that stands for those before a text, where n-grams are embedded; 0 where none are."""
+    embeddings: list[Any] = [part for part in model.modules() if type(part).__name__ == _NGRAMS]
+    return int(embeddings[0].eos_token_id) if embeddings else 0
+
+
+@contextmanager
+def without_loops(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the methods below are those of the modules in `model`."""
+    kinds = {type(part) for part in model.modules() if type(part).__name__ in _METHODS}
+    originals = [(kind, name, vars(kind)[name]) for kind in kinds for name in _METHODS[kind.__name__]]
+    for kind, name, _ in originals:
+        setattr(kind, name, _METHODS[kind.__name__][name])
+    try:
+        yield
+    finally:
+        for kind, name, original in originals:
+            setattr(kind, name, original)
+
+
+def _chosen_tokens(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, cache: Any
+) -> Tensor:
+    """The tokens that each token sees, bool `[B, 1, T, N]`: those of the best whole blocks, and of the open one."""
+    batch, tokens, _ = hidden_states.shape
+    rotate = vars(sys.modules[type(self).__module__])["apply_rotary_pos_emb"]
+    q, keys = self.index_qk_proj(hidden_states).split(
+        [self.index_n_heads * self.index_head_dim, self.index_head_dim], dim=-1
+    )
+    cos, sin = position_embeddings
+    q = self.q_layernorm(q.reshape(batch, tokens, -1, self.index_head_dim))
+    q = rotate(q, cos=cos[:, -tokens:], sin=sin[:, -tokens:], unsqueeze_dim=2)
+    keys = cache.update_indexer(keys, self.layer_idx)  # [B, N, width]
+    size, columns = self.compress_ratio, keys.shape[1]
+    blocks = columns // size + 1  # with one that is not whole
+    pooled, cos, sin = (
+        F.pad(x, (0, 0, 0, blocks * size - columns)).view(batch, blocks, size, -1) for x in (keys, cos, sin)
+    )
+    pooled = self.k_layernorm(pooled.float().mean(2).to(keys.dtype))
+    pooled = rotate(pooled[:, :, None], cos=cos[:, :, 0], sin=sin[:, :, 0], unsqueeze_dim=2)[:, :, 0]
+    scores = torch.relu(q.float() @ pooled.float().transpose(1, 2)[:, None]).sum(2) / math.sqrt(self.index_head_dim)
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    whole = seen.sum(-1).squeeze(1)[..., None] // size  # [B, T, 1], blocks that each token sees wholly
+    is_whole = torch.arange(blocks) < whole
+    best = scores.masked_fill(~is_whole, -torch.inf).topk(growing_min(self.block_topk, blocks), dim=-1).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & is_whole
+    block = torch.arange(columns) // size
+    tokens_chosen: Tensor = chosen.index_select(-1, block) | (block >= whole)
+    return tokens_chosen[:, None]
+
+
+def _shifted(self: Any, token_ids: Tensor, shift: int) -> Tensor:
+    """`token_ids` `[B, N]` as they were `shift` tokens before, and the end of a text where one ended since."""
+    shifted = token_ids
+    for distance in range(1, shift + 1):
+        before = F.pad(token_ids, (distance, 0), value=self.eos_token_id)[:, : token_ids.shape[1]]
+        shifted = before if distance == 1 else torch.where(shifted == self.eos_token_id, shifted, before)
+    return shifted
+
+
+def _short_convolution(self: Any, hidden_states: Tensor, cache: Any) -> Tensor:
+    """The convolution of `[B, T, C]` behind what is kept, which is as long as it reaches back."""
+    convolution: nn.Conv1d = self.conv1d
+    joined = cache.update_conv_state(hidden_states.transpose(1, 2), self.layer_idx, state_idx=_PLE_CONVOLUTION)
+    return F.silu(convolution(joined.to(convolution.weight.dtype))).transpose(1, 2)
+
+
+_METHODS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "Qwen4ExpTextQSAIndexer": {"forward": _chosen_tokens},
+    _NGRAMS: {"_shift_right_ignore_eos": _shifted},
+    "Qwen4ExpTextPLELayer": {"_short_conv": _short_convolution},
+}
