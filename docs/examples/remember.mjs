@@ -8,16 +8,18 @@ export async function load(read, provider = "wasm") {
   const json = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
   const tokenizer = new Tokenizer(await json("tokenizer.json"), await json("tokenizer_config.json"));
   const { eos_token_id } = await json("generation_config.json"); // an id, or a list of them
+  const { layers } = (await json("deltamem_onnx.json")).interface; // a hybrid has recurrent states of its own, too
+  const memory = layers.flatMap(({ state }, i) => (state ? [`past_key_values.${i}.recurrent_state`] : []));
   const session = await ort.InferenceSession.create(new Uint8Array(await read("model.onnx")), {
     executionProviders: [provider],
     externalData: [{ path: "model.onnx.data", data: new Uint8Array(await read("model.onnx.data")) }],
     preferredOutputLocation: provider === "webgpu" ? "gpu-buffer" : "cpu", // what is carried stays on the GPU
   });
-  return { ort, tokenizer, session, stop: [eos_token_id].flat() };
+  return { ort, tokenizer, session, memory, stop: [eos_token_id].flat() };
 }
 
 // The answer to `prompt` from an empty context and `states`, and the states after it.
-export async function answer({ ort, tokenizer, session, stop }, prompt, states = {}) {
+export async function answer({ ort, tokenizer, session, memory, stop }, prompt, states = {}) {
   let past = {};
   for (const { name, type, shape } of session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."))) {
     const dims = [1, ...shape.slice(1).map((size) => (typeof size === "number" ? size : 0))];
@@ -44,7 +46,7 @@ export async function answer({ ort, tokenizer, session, stop }, prompt, states =
     tokens = [token];
   }
   const kept = {};
-  for (const name in past) name.endsWith(".recurrent_state") ? (kept[name] = past[name]) : past[name].dispose();
+  for (const name in past) memory.includes(name) ? (kept[name] = past[name]) : past[name].dispose();
   return { text: tokenizer.decode(generated), states: kept };
 }
 
