@@ -24,7 +24,19 @@ from deltamem_tool.evaluation.records import RECORDS_FILE
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "deltamem_tool")
+# Without a GPU too, --multi_gpu is what starts several processes; with --cpu it would be one.
+LAUNCH = (
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "-m",
+    "deltamem_tool",
+)
 BATCH = "4"  # of histories and questions of many lengths: what is in a batch shows in the last digits
 # When a run was, how long it took, and how many answers were there before it.
 OF_ONE_RUN = re.compile(rb"\d{4}-\d\d-\d\d[T ][\d:]+|[\d.]+ s for \d+ answers( \(.*?\))?|\"(seconds|asked)\": [\d.]+")
@@ -57,10 +69,14 @@ def launched(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(run, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def kill(process: subprocess.Popen) -> None:
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+def kill(process: subprocess.Popen) -> int:
+    """Kill what a launcher has started, and it; how many evaluate."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    evaluating = sum("deltamem_tool" in each.cmdline() for each in started)
+    for each in (*started, process):
         each.kill()
     process.communicate()
+    return evaluating
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +93,7 @@ def test_two_processes_that_were_killed_leave_what_one_leaves(folder, monkeypatc
     while not records.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    kill(process)
+    assert kill(process) == 2
     before = len(records.read_bytes().splitlines())
     assert 0 < before < len(expected.read_bytes().splitlines())  # it was in the middle
     process = launched(folder)
