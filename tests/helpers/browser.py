@@ -18,12 +18,12 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (CH
 
 
 @contextmanager
-def chromium(*options: str) -> Iterator[Browser]:
-    """A headless browser that Playwright drives, with command-line `options`."""
+def chromium() -> Iterator[Browser]:
+    """A headless browser that Playwright drives."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(options))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
         try:
             yield browser
         finally:

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.browser import chromium, needs_chromium
+from helpers.browser import CHROMIUM, needs_chromium
 from helpers.node import node_modules
 from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
 from helpers.web_library import SCRIPTS
@@ -98,9 +98,15 @@ def test_what_was_told_is_known_after_a_reload_and_to_no_other_memory(user, fold
     assert {address.partition("/one/")[0] for address in asked if not address.startswith("blob:")} == {host}
 
 
-def test_it_computes_on_webgpu_as_well(folder, host):
-    """By SwiftShader, a driver that computes on the processor and comes with Chromium."""
-    with chromium(*SWIFTSHADER) as browser, using(browser, host) as user:
+@pytest.fixture
+def with_webgpu(browser):
+    """A browser with SwiftShader, a driver that computes on the processor and comes with Chromium."""
+    with browser.browser_type.launch(executable_path=CHROMIUM, args=list(SWIFTSHADER)) as another:
+        yield another
+
+
+def test_it_computes_on_webgpu_as_well(with_webgpu, folder, host):
+    with using(with_webgpu, host) as user:
         user.page.goto(f"{host}/one/?provider=webgpu#memory=anna")
         user.wait("anna")
         if not user.page.evaluate("navigator.gpu.requestAdapter().then(Boolean)"):
@@ -234,14 +240,15 @@ def test_without_a_network_after_the_first_visit(browser, sites):
         assert NAME in user.say(ASK)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read_and_has_a_name(browser, host, scheme):
-    with using(browser, f"{host}/one", color_scheme=scheme, viewport=NARROW) as user:
-        user.open(f"mia {scheme} " + "x" * 100)
+def test_everything_can_be_read_and_has_a_name(browser, host):
+    with using(browser, f"{host}/one", viewport=NARROW) as user:
+        user.open("mia " + "x" * 100)
         user.say(TELL + " " + "x" * 200)
-        texts = user.page.evaluate(CONTRASTS)
-        assert len(texts) > 15
-        assert [text for text in texts if text[1] < LEAST_CONTRAST] == []
+        for scheme in ("light", "dark"):
+            user.page.emulate_media(color_scheme=scheme)
+            texts = user.page.evaluate(CONTRASTS)
+            assert len(texts) > 15
+            assert [text for text in texts if text[1] < LEAST_CONTRAST] == []
         assert user.page.evaluate(UNNAMED) == []
         assert user.page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
 

@@ -7,7 +7,8 @@ const CACHE = PREFIX + VERSION;
 
 addEventListener("install", (event) => {
   const requests = SHELL.map((path) => new Request(path, { cache: "no-cache" }));
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(requests)));
+  const kept = caches.open(CACHE).then((cache) => cache.addAll(requests));
+  event.waitUntil(kept.then(() => skipWaiting())); // the next visit has the new page, whole as this one is by now
 });
 
 addEventListener("activate", (event) => {

@@ -94,10 +94,9 @@ def test_conversations_are_pytorchs(exported_with, scripts, name):
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
-@pytest.mark.parametrize("name", ["web", "web_messages"])
-def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, name, unpacked, tmp_path):
+def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts, unpacked, tmp_path):
     """With the graph as it is, and with that of a page, whose weights become float32 when it is loaded."""
-    exported = exported_with(f"{name}_int4", MECHANISMS[name], target="web", quantize="int4")
+    exported = exported_with("web_int4", {}, target="web", quantize="int4")
     options = {}
     if unpacked:
         assert write_unpacked(exported.folder / MODEL_FILE, tmp_path / "unpacked.onnx")
