@@ -185,8 +185,14 @@ class BaseCheckpoint:
         """What makes transformers load a GGUF file as a plain model, which can be trained and saved.
 
         Raises:
-            ConfigError: the options ask for another quantisation.
+            ConfigError: the options ask for another quantisation, or for shards.
         """
+        if options.get("distributed_config") is not None:
+            raise ConfigError(
+                f"{self.name} cannot be sharded on loading.",
+                "transformers reads a GGUF file as a whole.",
+                "Use the model's original checkpoint.",
+            )
         if options.get("quantization_config") is not None:
             raise ConfigError(
                 f"{self.name} cannot be quantised on loading.",

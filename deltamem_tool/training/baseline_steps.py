@@ -54,7 +54,7 @@ class LoraStepModel(nn.Module):
         with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
         loss = answer_loss(logits, targets, num_items_in_batch)
-        return {"loss": loss, "answer": loss.detach()}
+        return {"loss": loss, "answer": loss.detach().clone()}  # the Trainer changes the loss in place
 
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +121,7 @@ class StaticStepModel(nn.Module):
         with recomputing(self.base) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.base, read_ids, read_mask, scored)
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
-        parts = {"answer": answer.detach()}
+        parts = {"answer": answer.detach().clone()}  # the Trainer changes the loss in place
         if self.objective.full_context_kl:
             assert full_ids is not None and full_scored is not None
             teacher = self.base_logits(full_ids, full_mask, full_scored)

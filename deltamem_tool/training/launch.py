@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
 from deltamem_tool.recipe.load import Recipe
 
 SHARD_COMMAND = "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m deltamem_tool train RECIPE"
+LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds that are waited for a process to be gone, and between two looks
 # Engines that `accelerate launch` says to use by these variables.
 _FSDP = "ACCELERATE_USE_FSDP"
 _REFUSED = {
@@ -123,22 +128,51 @@ def check_shards(recipe: Recipe, processes: int) -> None:
             "The recipe or accelerate's configuration says to shard the base.",
             f"Run {SHARD_COMMAND}, with two processes or more.",
         )
-    if recipe.training.quantize == "int8":
+    if recipe.training.quantize != "none":
         raise ConfigError(
-            "An int8 base cannot be sharded.",
-            "bitsandbytes keeps a second reference to int8 weights, which FSDP2 does not see.",
-            "Set training.quantize to nf4 or none.",
+            "A quantised base cannot be sharded.",
+            "transformers divides weights by their rows while it loads them, and packed weights have none.",
+            "Set training.quantize to none, or training.shard to none.",
+        )
+    if recipe.lora is not None:
+        raise ConfigError(
+            "A LoRA is not trained on a sharded base.",
+            "Its weights are inside of the base's layers.",
+            "Leave out lora, or train it without sharding.",
         )
 
 
 @contextmanager
-def naming_lost_processes(run: Path) -> Iterator[None]:
-    """Say of an error of torch.distributed inside that another process has ended; `run` has the checkpoints."""
+def naming_lost_processes(launch: Launch, run: Path) -> Iterator[None]:
+    """Say which process has ended where an error inside comes of that; `run` has the checkpoints."""
+    mine = (launch.state.process_index, socket.gethostname(), os.getpid())
+    members = gather_object([mine]) if launch.processes > 1 else [mine]
     try:
         yield
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:  # gloo has no type of its own
+        lost = _lost(members)
+        if not lost and not isinstance(error, torch.distributed.DistError):
+            raise
         raise DeltaMemError(
-            "Another process of this run has ended.",
+            f"Process {', '.join(lost)} of this run has ended." if lost else "Another process of this run has ended.",
             f"{first_line(error)}.",
-            f"The launcher names it. Whole checkpoints are in {run}; --resume goes on from the last.",
+            f"Whole checkpoints are in {run}: --resume goes on from the last.",
         ) from error
+
+
+def _lost(members: Sequence[tuple[int, str, int]]) -> list[str]:
+    """Those on this machine that are gone, after a moment in which one that is killed may still be there."""
+    here = [(rank, pid) for rank, host, pid in members if host == socket.gethostname() and pid != os.getpid()]
+    for _ in range(int(LOST_WITHIN / LOST_AGAIN) if here else 0):
+        lost = [f"{rank} (pid {pid})" for rank, pid in here if not _runs(pid)]
+        if lost:
+            return lost
+        time.sleep(LOST_AGAIN)
+    return []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

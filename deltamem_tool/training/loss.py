@@ -160,7 +160,9 @@ class EpisodeModel(nn.Module):
             means = _row_means(divergence(teacher, others), unrelated_scored, unrelated_ids)
             parts["unrelated_kl"] = means.sum() / count
             loss = loss + self.objective.unrelated_kl * parts["unrelated_kl"]
-        return {"loss": loss, "answer": answer.detach(), **{name: part.detach() for name, part in parts.items()}}
+        # A copy: the Trainer multiplies the loss in place by the number of processes.
+        answer = answer.detach().clone()
+        return {"loss": loss, "answer": answer, **{name: part.detach() for name, part in parts.items()}}
 
     def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> Written:
         """Write histories `[B, W]`.

@@ -127,7 +127,7 @@ def train(
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
-    with removed_if_empty(run), naming_lost_processes(run):  # the Trainer makes the folder
+    with removed_if_empty(run), naming_lost_processes(launch, run):  # the Trainer makes the folder
         trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):
             cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature

@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -27,9 +28,16 @@ SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|t
 PAD, END = 0, 1
 VOCABULARY = 96  # of models that need no tokenizer
 ARCHITECTURES = ("qwen3", "llama", "smollm3")
-_CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig, "smollm3": SmolLM3Config, "lfm2": Lfm2Config}
+_CONFIGS = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+    "smollm3": SmolLM3Config,
+    "lfm2": Lfm2Config,
+}
 # What is special in each: heads wider than the hidden size, grouped keys, a layer without positions, a convolution.
 _OWN = {
+    "qwen2": {"num_key_value_heads": 2},  # biases of q, k and v
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 1},
     "smollm3": {"num_key_value_heads": 4, "no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},

@@ -9,12 +9,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.config import PRESETS
 from deltamem_tool.recipe.load import load_recipe, shipped_recipe
 
 ROOT = Path(__file__).parents[2]
+SHARDED = "qwen2.5-72b-instruct-msw"  # which several processes run
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 ON_THE_BACKBONE = (
@@ -33,9 +35,10 @@ BASES = {
     "qwen3-8b": "Qwen/Qwen3-8B",
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
+PROCESSES = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["num_processes"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != SHARDED], ids=lambda path: path.stem)
 def test_a_recipe_of_this_repository(path):
     read = load_recipe(path)
     header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
@@ -63,9 +66,21 @@ def test_a_recipe_of_this_repository(path):
         assert (read.objective.write_sparsity, read.objective.write_target) == (0.01, 0.05)
 
 
+def test_the_recipe_of_a_base_that_is_shared():
+    path = shipped_recipe(f"{SHARDED}.yaml")
+    read = load_recipe(path)
+    assert (read.base, read.out, read.training.shard) == ("Qwen/Qwen2.5-72B-Instruct", SHARDED, "fsdp2")
+    assert read.training.batch_size * read.training.gradient_accumulation * PROCESSES == 32
+    assert (read.training.dtype, read.training.gradient_checkpointing) == ("bfloat16", True)
+    assert read.memory == DeltaMemConfig.preset("msw", alpha=16)
+    header = path.read_text(encoding="utf-8").partition("\nbase:")[0]
+    assert "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m deltamem_tool train" in header
+    assert f"recipes/{path.name} --dry-run --processes {PROCESSES}" in header and "emory: " in header
+
+
 def test_the_recipes_there_are():
     names = {f"{model}-{way}" for model in BASES for way in PRESETS}
-    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", *ON_THE_BACKBONE, *ON_SMOLLM2}
+    assert {path.stem for path in RECIPES} == names | {"qwen3-4b-instruct-lora", SHARDED, *ON_THE_BACKBONE, *ON_SMOLLM2}
     said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = said["package-data"]["deltamem_tool.recipes"]
     assert "deltamem_tool.recipes" in said["packages"]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training import train
 from deltamem_tool.training.sharding import is_sharded
@@ -30,6 +31,15 @@ def trained(recipes: list[Recipe], notes: Path) -> None:
             share = dataclasses.asdict(shares[0])
             with notes.open("a") as file:
                 file.write(json.dumps({"losses": result.losses, "share": share, "whole": max(whole)}) + "\n")
+
+
+def loses_another(recipe: Recipe, errors: Path) -> None:
+    """Train, and write what ends the run to `errors`."""
+    torch.set_num_threads(1)
+    try:
+        train(recipe)
+    except DeltaMemError as error:
+        errors.write_text(str(error))
 
 
 @contextmanager

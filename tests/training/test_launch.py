@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltamem_tool.errors import ConfigError
-from deltamem_tool.recipe.load import Recipe, TrainingOptions
+from deltamem_tool.recipe.load import LoraOptions, Recipe, TrainingOptions
 from deltamem_tool.training.launch import asks_to_shard, check_shards, launched
 
 
@@ -50,7 +50,13 @@ def test_more_processes_than_gpus(monkeypatch):
         launched(recipe())
 
 
-def test_int8_is_not_sharded():
-    check_shards(recipe(quantize="nf4"), 2)
-    with pytest.raises(ConfigError, match=r"^An int8 base cannot be sharded\."):
-        check_shards(recipe(quantize="int8"), 2)
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_quantised_base_is_not_sharded(quantize):
+    check_shards(recipe(), 2)
+    with pytest.raises(ConfigError, match=r"^A quantised base cannot be sharded\."):
+        check_shards(recipe(quantize=quantize), 2)
+
+
+def test_a_lora_is_not_trained_on_shards():
+    with pytest.raises(ConfigError, match=r"^A LoRA is not trained on a sharded base\."):
+        check_shards(Recipe(base="base", out="out", lora=LoraOptions(), training=TrainingOptions(steps=1)), 2)

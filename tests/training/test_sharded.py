@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import together
+from helpers.processes import started, together
 from helpers.tiny import save_checkpoint
 from safetensors.torch import load_file
-from training.sharded_runs import trained
+from training.sharded_runs import loses_another, trained
 from training.talks import write_talks
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.adapter.config_file import SUMMARY_FILE, WEIGHTS_FILE
+from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.recipe.load import DataOptions, ObjectiveOptions, Recipe, TrainingOptions
 from deltamem_tool.training import dry_run, train
+from deltamem_tool.training.run_folder import checkpoints, run_folder
 
 pytestmark = pytest.mark.slow
 
 SAME_TOLERANCE = 1e-5  # float32; weights move by about 0.03
 STEPS = 20
 PROCESSES = 2
+LIMIT = 60  # seconds in which a process has to notice that another one has died
 
 
 def with_training(recipe: Recipe, **training) -> Recipe:
@@ -67,7 +71,9 @@ def recipes(bases, tmp_path_factory):
         memory=DeltaMemConfig(rank=4, granularity="message"),
         objective=ObjectiveOptions(history_kl=0.3),
     )
-    return [whole, chunks]
+    fixed = {"static": True, "objective": ObjectiveOptions(), "out": str(folder / "static")}
+    static = dataclasses.replace(with_training(whole, steps=2, eval_every=None), **fixed)
+    return [whole, chunks, static]
 
 
 def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
@@ -95,6 +101,32 @@ def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
         assert (planned.base_bytes, planned.peak.weights) == (share["total"], share["held"])
         assert share["total"] / PROCESSES <= share["held"] < share["total"] / PROCESSES + largest_layer(one.base)
         assert 0 < note["whole"] <= planned.peak.gathered
+
+
+def test_a_process_dies(recipes, tmp_path):
+    """The other one says which, soon; the last checkpoint is whole, and one process goes on from it to the same end."""
+    whole = dataclasses.replace(with_training(recipes[0], eval_every=None, save_every=2), objective=ObjectiveOptions())
+    one = dataclasses.replace(whole, out=str(tmp_path / "one"))
+    two = shared(whole, tmp_path / "two")
+    run, errors = run_folder(two.out), tmp_path / "errors"
+    processes = started(PROCESSES, loses_another, two, errors)
+    while not checkpoints(run):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.05)
+    processes[1].kill()
+    processes[0].join(LIMIT)
+    assert processes[0].exitcode == 0
+    assert errors.read_text().startswith(f"Process 1 (pid {processes[1].pid}) of this run has ended.")
+    assert len(checkpoints(run)) == len(list(run.glob("checkpoint-*")))
+    alone = with_training(two, shard="none", gradient_accumulation=PROCESSES)
+    with pytest.raises(DeltaMemError, match="processes was 2, is 1") as raised:
+        train(with_training(alone, gradient_accumulation=1), resume=True)
+    assert "that make 4 episodes a step" in raised.value.next
+    train(alone, resume=True)
+    train(one)
+    weights, found = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, alone))
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
 
 
 def largest_layer(base: str) -> int:
