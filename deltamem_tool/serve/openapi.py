@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 
 from deltamem_tool._version import __version__
+from deltamem_tool.serve import answers
 from deltamem_tool.serve.memories import MAX_PAGE, MEDIA_TYPE, ForkRequest, RestoreRequest
 from deltamem_tool.serve.names import NAME_SCHEMA
 from deltamem_tool.serve.openai.chat import ChatRequest
@@ -22,30 +23,15 @@ from deltamem_tool.serve.store.memory_store import MAX_NAME
 from deltamem_tool.serve.whose import HEADER
 
 _REFERENCE = "#/components/schemas/{model}"
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
 _BYTES = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
-_OBJECT = {"application/json": {"schema": {"type": "object"}}}
-_EVENT = {  # one of a stream's
-    "type": "object",
-    "required": ["data"],
-    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-}
-_STREAM = {**_OBJECT, "text/event-stream": {"schema": _EVENT}}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _streamed(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**_json(schema), "text/event-stream": {"schema": answers.EVENT}}
 
 
 class _Operation(NamedTuple):
@@ -54,9 +40,9 @@ class _Operation(NamedTuple):
     method: str
     path: str
     summary: str
+    content: dict[str, Any]
     errors: Sequence[int] = ()
     status: int = 200
-    content: dict[str, Any] = _OBJECT
     body: type[BaseModel] | dict[str, Any] | None = None
     parameters: Sequence[dict[str, Any]] = ()
     open: bool = False  # without a key
@@ -76,46 +62,49 @@ _IF_MATCH, _IF_NONE = _header("If-Match"), _header("If-None-Match")
 _CHANGES = (404, 409, 412, 429, 503)
 _OPERATIONS = (
     _Operation(
-        "post", "/v1/chat/completions", "Answer a conversation, from a memory.", (404, 409, 413, 429, 503, 504),
-        content=_STREAM, body=ChatRequest, parameters=(_MEMORY, _KEY),
+        "post", "/v1/chat/completions", "Answer a conversation, from a memory.", _streamed(answers.COMPLETION),
+        (404, 409, 429, 503, 504), body=ChatRequest, parameters=(_MEMORY, _KEY),
     ),
     _Operation(
-        "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", (404, 409, 413, 429, 503, 504),
-        content=_STREAM, body=ResponseRequest, parameters=(_MEMORY, _KEY),
+        "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", _streamed(answers.RESPONSE),
+        (404, 409, 429, 503, 504), body=ResponseRequest, parameters=(_MEMORY, _KEY),
     ),
-    _Operation("get", "/v1/responses/{id}", "Get a response that was stored.", (404, 503)),
-    _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", (404, 503)),
-    _Operation("get", "/v1/models", "List the model that is served."),
-    _Operation("get", "/v1/models/{model}", "Tell of the model.", (404,)),
+    _Operation("get", "/v1/responses/{id}", "Get a response that was stored.", _json(answers.RESPONSE), (404, 503)),
+    _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", _json(answers.RESPONSE_DELETED), (404, 503)),
+    _Operation("get", "/v1/models", "List the model that is served.", _json(answers.MODELS)),
+    _Operation("get", "/v1/models/{model}", "Tell of the model.", _json(answers.MODEL), (404,)),
     _Operation(
-        "get", "/v1/memories", "List the memories.", (503,),
+        "get", "/v1/memories", "List the memories.", _json(answers.MEMORIES), (503,),
         parameters=(_query("after", **NAME_SCHEMA), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
     ),
     _Operation(
-        "get", "/v1/memories/{id}", "Get a memory file.", (304, 404, 503), content={**_BYTES, **_OBJECT},
+        "get", "/v1/memories/{id}", "Get a memory file.", {**_BYTES, **_json(answers.MEMORY)}, (304, 404, 503),
         parameters=(_query("version", type="integer", minimum=1), _IF_NONE),
     ),
     _Operation(
-        "put", "/v1/memories/{id}", "Create or replace a memory by a memory file.", (201, 413, *_CHANGES),
+        "put", "/v1/memories/{id}", "Create or replace a memory by a memory file.", _json(answers.MEMORY),
+        (201, *_CHANGES),
         body=_BYTES, parameters=(_query("expires_in", type="number", exclusiveMinimum=0), _IF_MATCH, _IF_NONE),
     ),
     _Operation(
         "delete", "/v1/memories/{id}", "Delete a memory with all that was made of it; the answer is a receipt.",
-        _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
-    ),
-    _Operation("get", "/v1/memories/{id}/versions", "List the versions that are kept.", (404, 503)),
-    _Operation(
-        "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", (413, *_CHANGES), 201, body=ForkRequest
+        _json(answers.RECEIPT), _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
     ),
     _Operation(
-        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest.", (413, *_CHANGES),
-        body=RestoreRequest, parameters=(_IF_MATCH, _IF_NONE),
+        "get", "/v1/memories/{id}/versions", "List the versions that are kept.", _json(answers.VERSIONS), (404, 503)
     ),
-    _Operation("get", "/health", "Whether the process lives.", open=True),
-    _Operation("get", "/ready", "Whether it can answer.", (503,), open=True),
     _Operation(
-        "get", "/metrics", "What it does, for Prometheus.", open=True,
-        content={"text/plain": {"schema": {"type": "string"}}},
+        "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", _json(answers.MEMORY), _CHANGES, 201,
+        body=ForkRequest,
+    ),
+    _Operation(
+        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest.", _json(answers.MEMORY),
+        _CHANGES, body=RestoreRequest, parameters=(_IF_MATCH, _IF_NONE),
+    ),
+    _Operation("get", "/health", "Whether the process lives.", _json(answers.STATUS), open=True),
+    _Operation("get", "/ready", "Whether it can answer.", _json(answers.STATUS), (503,), open=True),
+    _Operation(
+        "get", "/metrics", "What it does, for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, open=True
     ),
 )  # fmt: skip
 
@@ -123,7 +112,7 @@ _OPERATIONS = (
 @functools.cache
 def document() -> dict[str, Any]:
     """Return the OpenAPI document."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
+    schemas: dict[str, Any] = {"Error": answers.ERROR}
     paths: dict[str, dict[str, Any]] = {}
     for operation in _OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _described(operation, schemas)
@@ -147,14 +136,12 @@ def _described(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]
             *({"name": name, "in": "path", "required": True, "schema": NAME_SCHEMA} for name in named),
             *operation.parameters,
         ],
-        "responses": {str(operation.status): {"description": "Done.", "content": operation.content}},
+        "responses": {str(operation.status): _answer(operation.status, operation.content)},
     }
-    statuses = operation.errors if operation.open else (400, 401, *operation.errors)
-    for status in statuses:
-        content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}}
-        described["responses"][str(status)] = (
-            {"description": "An error.", "content": content} if status >= 400 else {"description": "Done."}
-        )
+    of_key = () if operation.open else (400, 401)
+    of_body = () if operation.body is None else (408, 413)
+    for status in sorted({403, *of_key, *of_body, *operation.errors}):
+        described["responses"][str(status)] = _answer(status, operation.content)
     if not operation.open:
         described["security"] = [{"key": []}, {}]
     if isinstance(operation.body, dict):
@@ -166,6 +153,14 @@ def _described(operation: _Operation, schemas: dict[str, Any]) -> dict[str, Any]
         reference = {"$ref": _REFERENCE.format(model=operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     return described
+
+
+def _answer(status: int, content: dict[str, Any]) -> dict[str, Any]:
+    if status < 300:
+        return {"description": "Done.", "content": content}
+    if status < 400:
+        return {"description": "Nothing has changed."}
+    return {"description": "An error.", "content": _json({"$ref": _REFERENCE.format(model="Error")})}
 
 
 async def openapi(request: Request) -> JSONResponse:
