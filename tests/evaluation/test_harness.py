@@ -28,6 +28,7 @@ from deltamem_tool.evaluation import harness_run
 from deltamem_tool.evaluation.conditions import PYTORCH, STATE
 from deltamem_tool.evaluation.harness import check_options, find_harness, prepare
 from deltamem_tool.evaluation.harness_run import SCORE, evaluate_harness
+from deltamem_tool.evaluation.processes import Processes
 from deltamem_tool.evaluation.records import RECORDS_FILE
 from deltamem_tool.memory.attach import adapter_of
 from deltamem_tool.memory.attachment import find_attachment
@@ -156,6 +157,27 @@ def test_scores_are_paired_by_document(found):
     assert documents == same and len(set(documents)) == 2 * LIMIT
     apart = found.difference(SCORE, "no_adapter")
     assert apart.histories == 2 * LIMIT and apart.mean == pytest.approx((sum(state) - sum(base)) / (2 * LIMIT))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_asks_every_second_task(model, tokenizer, prepared, found, monkeypatch, number):
+    """One of two processes, which gets the other's records at the end."""
+
+    class OneOfTwo(Processes):
+        def all(self, own):
+            own = {(record.condition, record.item) for record in own}
+            return [[record for record in found.records if (record.condition, record.item) not in own]]
+
+        def of_main(self, value):
+            return value
+
+    process, own, units = OneOfTwo(number, 2), harness_run._asked, []
+    monkeypatch.setattr(harness_run.Processes, "of", lambda model: process)
+    monkeypatch.setattr(
+        harness_run, "_asked", lambda *inputs: units.append((inputs[4].name, inputs[3])) or own(*inputs)
+    )
+    assert evaluate_harness(model, tokenizer, prepared, batch_size=3).records == found.records
+    assert units == [(c.name, name) for c in found.conditions for name in (CHOICE, ANSWER)][number::2]
 
 
 def test_a_run_that_stopped_goes_on(model, tokenizer, prepared, tmp_path, monkeypatch, capfd, caplog):
