@@ -74,6 +74,7 @@ def run(options: argparse.Namespace, folder: Path) -> str:
     with Scheduler(engine, max_batch=options.users, cache_bytes=0) as scheduler:
         together, ratios = faster_together(scheduler, jobs, options.repeats)
         beside, overhead = beside_the_model(scheduler, jobs, options.repeats)
+    ceiling = model_alone(engine, jobs, options.repeats)
     moves = joining(engine, jobs, options.repeats)
     stalls = longest_gaps(engine, jobs, options.long)
     prompt = statistics.mean(len(job.tokens) for job in jobs)
@@ -90,6 +91,10 @@ def run(options: argparse.Namespace, folder: Path) -> str:
             "",
             f"At once against one at a time: {spread(ratios[0])} by the clock, {spread(ratios[1])} of the processor's"
             " time (median, quartiles, range).",
+            "",
+            f"The model's own steps, {options.users} of one row against one of all: {spread(ceiling[0])} by the clock,"
+            f" {spread(ceiling[1])} of the processor's time. What is around the model can only spare"
+            " something beside these.",
             "",
             *table(("a decode step", "by the clock"), beside),
             "",
@@ -190,6 +195,29 @@ def beside_the_model(scheduler: Scheduler, jobs: Sequence[Job], repeats: int) ->
     return [(name, f"{seconds * 1e3:.2f} ms") for name, seconds in rows], ratios
 
 
+def model_alone(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> list[list[float]]:
+    """What batching gives in the model's own steps, after the prompts: as many steps of one row as there are jobs."""
+    parts, token = [part(engine, job) for job in jobs], Token(jobs[0].tokens[0].id, True)
+
+    def steps(rows: int) -> Seconds:
+        group = engine.group()
+        group.exchange((), parts[:rows])
+        group.step([token] * rows)  # which binds its buffers
+        return timed(lambda: [group.step([token] * rows) for _ in range(count)])
+
+    def one_row() -> Seconds:
+        clock, of_processor = zip(*(steps(1) for _ in jobs), strict=True)
+        return sum(clock), sum(of_processor)
+
+    count = jobs[0].sampling.max_new_tokens // 4
+    return compare(one_row, lambda: steps(len(jobs)), repeats)[1]
+
+
+def part(engine: OnnxModel, job: Job) -> Part:
+    """A row after its prompt."""
+    return Part(read(engine, job), 1, len(job.tokens), 0, len(job.tokens))
+
+
 def read(engine: OnnxModel, job: Job) -> Past:
     """The past of one row after its prompt."""
     return feed(engine, engine.start(job.memory), np.zeros((1, 0), np.int64), [job.tokens])[1]
@@ -197,7 +225,7 @@ def read(engine: OnnxModel, job: Job) -> Past:
 
 def joining(engine: OnnxModel, jobs: Sequence[Job], repeats: int) -> Rows:
     """What it costs that one row leaves and another joins, and what a step of all rows takes."""
-    parts = [Part(read(engine, job), 1, len(job.tokens), 0, len(job.tokens)) for job in jobs]
+    parts = [part(engine, job) for job in jobs]
     tokens, rows = [Token(job.tokens[0].id, True) for job in jobs], []
     for name, group in (("slots", engine.group()), ("copies of all rows", PaddedGroup(engine))):
         group.exchange((), parts)
