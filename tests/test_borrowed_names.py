@@ -36,6 +36,7 @@ PUBLIC = {
     "torch.export",
     "torch.nn",
     "torch.nn.functional",
+    "torch.overrides",
     "torch.profiler",
     "torch.utils.checkpoint",
     "torch.utils.data",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import without_compilation
-from deltamem_tool.base_model.attention import AttentionLayer
+from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError
@@ -65,6 +65,8 @@ def _undo(attachment: Attachment) -> None:
     vars(attachment.model).pop(ATTACHMENT, None)
     for module, ours in attachment.overrides:
         restore(module, ours)
+    for attention in attachment.made_causal:
+        vars(attention)["is_causal"] = False
     _forget_graphs()
 
 
@@ -93,6 +95,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     try:
         hook_layers(attachment)
         hook_decoder(attachment, decoder)
+        _attend_causally(attachment)
         attachment.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
         base = without_compilation(model.base_model)
         if base not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
@@ -103,6 +106,18 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     except BaseException:
         _undo(attachment)
         raise
+
+
+def _attend_causally(attachment: Attachment) -> None:
+    """Let no token of a text without padding see later ones, which some models do with SDPA.
+
+    transformers leaves the mask out there, and PaliGemma's attention says that it is not causal: what it sees in both
+    directions is marked for it by token types. With them, with padding and without SDPA it is given a mask.
+    """
+    modules = [layer.module for layer in attention_layers(attachment.model)]
+    attachment.made_causal = [module for module in modules if vars(module).get("is_causal") is False]
+    for module in attachment.made_causal:
+        vars(module)["is_causal"] = True
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

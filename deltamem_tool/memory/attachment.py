@@ -31,6 +31,7 @@ class Attachment:
     # What leads from the model to the modules of these hooks: parent, name and child.
     path: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     overrides: list[tuple[nn.Module, dict[str, MethodType]]] = field(default_factory=list)  # what was set, by name
+    made_causal: list[nn.Module] = field(default_factory=list)  # attention that said that it is not
 
     @property
     def has_moved(self) -> bool:
