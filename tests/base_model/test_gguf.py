@@ -240,6 +240,11 @@ def test_quantised_on_loading(gguf):
         BaseCheckpoint(str(gguf)).load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
+def test_sharded_on_loading(gguf):
+    with pytest.raises(ConfigError, match="cannot be sharded on loading"):
+        BaseCheckpoint(str(gguf)).load(distributed_config={"fsdp_size": 2})
+
+
 def test_without_the_package(gguf, refused, monkeypatch):
     installed = sys.modules["deltamem_tool.io.installation"].version
 

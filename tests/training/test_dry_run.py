@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import END, PAD, base_parameters, listing, save_checkpoint, tiny_config, write_jsonl
+from safetensors.torch import load_file
 
 from deltamem_tool import DeltaMemConfig
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
@@ -157,6 +158,19 @@ def test_processes_share_the_work(quick, checkpoint, chats, monkeypatch):
     both = dry_run(make_recipe(checkpoint, path=chats))
     assert (alone.steps, both.steps, both.processes, both.is_main) == (4, 2, 2, False)
     assert both.tokens_per_step == pytest.approx(2 * alone.tokens_per_step)
+
+
+def test_processes_share_the_base(quick, deep):
+    """Of the deep base eight processes hold an eighth each; what does not divide by eight is rounded up."""
+    alone, shared = dry_run(make_recipe(deep)), dry_run(make_recipe(deep, shard="fsdp2"), processes=8)
+    assert alone.peak.weights == alone.base_bytes == shared.base_bytes
+    weights = load_file(deep / "model.safetensors")
+    assert shared.peak.weights == sum(-(-weight.shape[0] // 8) * weight[0].nbytes for weight in weights.values())
+    layer = sum(weight.nbytes for name, weight in weights.items() if ".layers.0." in name)
+    head = sum(weights[name].nbytes for name in ("lm_head.weight", "model.norm.weight"))
+    assert shared.peak.gathered == 2 * layer + head
+    assert shared.peak.total == alone.peak.total - alone.peak.weights + shared.peak.weights + shared.peak.gathered
+    assert shared.processes == 8 and shared.is_main
 
 
 def test_bad_rows_and_missing_files_are_what_they_are_in_training(quick, checkpoint, chats, tmp_path):
