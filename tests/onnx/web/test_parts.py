@@ -17,7 +17,7 @@ from helpers.web_library import LIBRARY, SCRIPTS, in_javascript, in_node, librar
 from tokenizers import Tokenizer
 
 import deltamem_tool
-from deltamem_tool.chat.sampling import Sampler, Sampling
+from deltamem_tool.chat.sampling import Sampler, Sampling, token_mask
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.file import StoredMemory, memory_bytes, memory_from_bytes
@@ -129,7 +129,7 @@ def test_tokens_are_drawn_as_in_python(part):
     context, ids, count = [1, 5, 9], [*range(50), 70], 30
     expected = []
     for options in SAMPLINGS:
-        sampler = Sampler(Sampling(**options), np.array(context), ids)
+        sampler = Sampler(Sampling(**options), np.array(context), token_mask(ids))
         expected.append([sampler.pick(logits) for _ in range(count)])
     arguments = [
         {"logits": logits.tolist(), "context": context, "ids": ids, "count": count, "options": in_javascript(options)}
