@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import GradientCheckpointingLayer
+from deltamem_tool.base_model.sharding import is_split
 from deltamem_tool.memory.state import MemoryState
 
 
@@ -70,7 +70,7 @@ def is_sharded(model: nn.Module) -> bool:
 def base_share(model: nn.Module) -> BaseShare:
     """Measure what the processes hold of a sharded `model`; all of them have to ask."""
     weights = list(model.parameters())
-    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    parts = [weight.to_local() if is_split(weight) else weight for weight in weights]
     held = torch.tensor(sum(part.nbytes for part in parts), device=parts[0].device)
     dist.all_reduce(held, dist.ReduceOp.MAX)
     return BaseShare(sum(weight.nbytes for weight in weights), int(held), dist.get_world_size())
