@@ -25,6 +25,8 @@ from deltamem_tool.errors import ExportError
 from deltamem_tool.memory.attachment import hf_model
 from deltamem_tool.memory.cache import MemoryCache
 
+_PADDING_TOLERANCE = 1e-2  # of logits, by their size: more than half precision's rounding mostly is
+
 
 class CallOptions:
     """How `model` is called, in the graph and beside it.
@@ -101,6 +103,25 @@ class CallOptions:
             of_tokens.append(self.logits(model, input_ids[:, token : token + 1], mask, cache))
         cache.write = write
         return of_tokens[-1] if self._last else torch.cat(of_tokens, dim=1)
+
+    @torch.no_grad()
+    def loses_padding(self, model: PreTrainedModel) -> bool:
+        """Whether `model`, which takes positions, sees padding of an earlier call as if it were tokens.
+
+        GIT's mask is moved by a picture's tokens from the second call on, whether or not there is a picture.
+        """
+        if not self.takes_positions:
+            return False
+        ids = torch.tensor([[3, 3, 4, 5]], device=input_device(model))
+        logits = []
+        for padding in (0, 1):
+            cache, text = MemoryCache(model), ids[:, 1 - padding :]
+            mask = torch.ones_like(text)
+            mask[:, :padding] = 0
+            self.logits(model, text[:, :-1], mask[:, :-1], cache)
+            logits.append(self.logits(model, text[:, -1:], mask, cache).float())
+        alone, padded = logits
+        return bool((padded - alone).abs().max() > _PADDING_TOLERANCE * alone.abs().max())
 
     @property
     def counts_positions(self) -> bool:

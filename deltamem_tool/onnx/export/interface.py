@@ -72,6 +72,8 @@ def interface_of(
         key, value = (_heads_and_width(getattr(held, name, None)) for name in ("keys", "values"))
         columns = tuple((part, x.shape[-1]) for part, x in columns_of(held).items())
         layers.append(Layer(key, value, cast(Any, states.get(i)), *_base_states(held), columns, _ngrams(held)))
+    own_states = any(layer.base_states for layer in layers)  # which padding changes in PyTorch, and not in the graph
+    loses_padding = not (packed or own_states or max_length or target.genai) and options.loses_padding(model)
     return Interface(
         packed=packed,
         logits=logits,
@@ -82,7 +84,7 @@ def interface_of(
         genai=target.genai,
         max_length=max_length,
         positions=options.positions or 0,
-        row_by_row=not packed and (has_blocks(model) or any(map(counts_columns, cache.layers))),
+        row_by_row=not packed and (has_blocks(model) or any(map(counts_columns, cache.layers)) or loses_padding),
     )
 
 
