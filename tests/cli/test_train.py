@@ -1,0 +1,40 @@
+"""`deltamem train` on a base that processes share: what a dry run says, and what is refused in a few lines."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from helpers.tiny import save_checkpoint
+
+from deltamem_tool.training import peak_bytes
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    base = save_checkpoint(tmp_path / "base")
+    path = tmp_path / "recipe.yaml"
+    training = {"steps": 2, "shard": "fsdp2"}
+    path.write_text(yaml.safe_dump({"base": str(base), "out": str(tmp_path / "adapter"), "training": training}))
+    return path
+
+
+def test_a_dry_run_says_what_each_process_needs(deltamem, recipe, monkeypatch):
+    monkeypatch.setattr(peak_bytes, "step_peaks", lambda *_: {"forward": 1})
+    done = deltamem("train", recipe, "--dry-run", "--processes", 8)
+    assert done.code == 0
+    assert "its part of" in done.out and "weights gathered to compute" in done.out
+
+
+def test_one_process_is_too_few(deltamem, recipe):
+    for words in ([], ["--dry-run"]):
+        deltamem("train", recipe, *words).assert_short_error("FSDP2 needs several processes", "accelerate launch")
+
+
+def test_processes_are_started_by_a_launcher(deltamem, recipe):
+    deltamem("train", recipe, "--processes", 2).assert_short_error("--processes is about a dry run", code=2)
+
+
+def test_zero_is_refused(deltamem, recipe, monkeypatch):
+    """No data parallel run where a configuration of accelerate asks for ZeRO-3."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    deltamem("train", recipe).assert_short_error("DeepSpeed is not supported.", "FSDP2 shards the base", code=1)
