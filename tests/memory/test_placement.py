@@ -117,7 +117,7 @@ def test_a_new_memory_starts_from_columns_that_are_on_disk(folder, tmp_path):
 
 
 def test_what_cannot_be_done_with_offloaded_weights_is_refused(folder, tmp_path):
-    with pytest.raises(ExportError, match="spread over devices, or offloaded"):
+    with pytest.raises(ExportError, match="spread over devices or processes, or offloaded"):
         export_onnx(by_a_map(folder, DISK), tiny_tokenizer(), tmp_path / "onnx")
     model = patched_model()
     registered = tiny_model()
