@@ -51,8 +51,8 @@ PUBLIC = {
 }
 # Methods that lm-evaluation-harness documents as those which a model class overrides.
 HARNESS_METHODS = {"_loglikelihood_tokens", "_model_generate"}
-NEED_EXTRAS = {"deltamem_tool.evaluation.harness_model"}
-HAS_EXTRAS = importlib.util.find_spec("lm_eval") is not None
+# Modules that need what an extra brings.
+NEED_EXTRAS = {"deltamem_tool.evaluation.harness_model": "lm_eval", "deltamem_tool.serve.ray_app": "ray"}
 PRIVATE = re.compile(r"_[a-z]\w*")
 
 
@@ -154,11 +154,15 @@ def test_nothing_is_borrowed_elsewhere(path):
     assert borrowed_in(path.read_text()) == []
 
 
+def _lacks_extra(module):
+    return module in NEED_EXTRAS and importlib.util.find_spec(NEED_EXTRAS[module]) is None
+
+
 @pytest.mark.slow  # it imports everything
 def test_no_private_method_is_overridden():
     found = []
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
-        if module.name.endswith("__main__") or (module.name in NEED_EXTRAS and not HAS_EXTRAS):
+        if module.name.endswith("__main__") or _lacks_extra(module.name):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if not isinstance(kind, type) or kind.__module__ != module.name:
