@@ -137,8 +137,11 @@ class TorchModel:
         device = input_device(self.model)
         ids, mask, write = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, write_mask))
         cache = MemoryCache(self.model, past.memory, write)
-        # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again.
-        cache.layers = [keeping_all(layer) for layer in cache.layers]
+        # Layers with a window keep everything, too, and their mask hides it: else nothing could be cut off again. Not
+        # beside layers that cannot: one mask may be that of them all.
+        layers = [keeping_all(layer) for layer in cache.layers]
+        if all(type(layer) in _SEPARABLE for layer in layers):
+            cache.layers = layers
         for index, other in past.others.items():
             cache.layers[index] = copy.deepcopy(other)
         for index, (keys, values) in past.layers.items():
