@@ -172,11 +172,11 @@ class Ingress:
             return
         try:
             body = await read_bytes(Request(scope, receive))
-            await unless_gone(receive, self._answered_by_replica(scope, body, send))
+            await unless_gone(receive, self._forward(scope, body, send))
         except DeltaMemError as error:
             await error_response(error)(scope, receive, send)
 
-    async def _answered_by_replica(self, scope: Scope, body: bytes, send: Send) -> None:
+    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
         """Send a replica's messages.
 
         Raises:
