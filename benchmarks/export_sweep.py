@@ -133,7 +133,7 @@ def table(results: list[dict]) -> str:
     for result in sorted(results, key=lambda result: result["type"]):
         if "plain" in result:
             padded = f"{result['padded']:.1e}" if result["padded"] <= TOLERANCE else "counts padding"
-            traced = f"{result['traced']} of {result['layers']}"
+            traced = f"{result['traced']} of {result['layers']}" if result["layers"] else "all"
             lines.append(
                 f"| `{result['type']}` | {result['plain']:.1e} | {padded} | {traced} | {result['attention']} | |"
             )
