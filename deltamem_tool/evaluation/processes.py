@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from transformers import PreTrainedModel
-
-from deltamem_tool.base_model.sharding import is_split
+if TYPE_CHECKING:  # reports of evaluations are compared without torch
+    import torch
+    from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
 PATIENCE = timedelta(days=30)  # who is done first waits; a launcher ends all processes once one has failed
@@ -34,6 +33,10 @@ class Processes:
     @classmethod
     def of(cls, model: PreTrainedModel | None) -> Processes:
         """Those of the process group, if there is one, which evaluate `model`; None is an ONNX folder."""
+        import torch
+
+        from deltamem_tool.base_model.sharding import is_split
+
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return cls()
         together = model is not None and any(is_split(weight) for weight in model.parameters())
@@ -52,6 +55,8 @@ class Processes:
         """Return the `value` of every process that has one of its own, in order; wait for the last of them."""
         if self.count == 1 or not self.share:
             return [value]
+        import torch
+
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
@@ -60,6 +65,8 @@ class Processes:
         """Return the `value` of the first process."""
         if self.count == 1:
             return value
+        import torch
+
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
@@ -72,6 +79,7 @@ def join_launched() -> torch.device | None:
     """Join the processes that a launcher has started; where this one is to run, or None if it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
+    import torch
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
