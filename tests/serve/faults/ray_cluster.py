@@ -49,7 +49,9 @@ class RayCluster:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        # Of lines that are alike, Ray would print one.
+        options_of_ray = {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, **options_of_ray}
         with log.open("w") as out:
             arguments = json.dumps([port, self._folder.name, options])
             self._process = psutil.Popen(
@@ -77,10 +79,6 @@ class RayCluster:
         """The processes that have the model."""
         processes = self._process.children(recursive=True)
         return [process for process in processes if "ServeReplica:default:Replica" in " ".join(process.cmdline())]
-
-    def kill_replica(self) -> None:
-        """Kill one of them, as a machine that fails does."""
-        self.replicas[0].kill()
 
     def end(self) -> None:
         """End all of its processes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ pytestmark = [
 ]
 
 USERS, TURNS = 16, 6
+LOG_SECONDS = 60  # until Ray has brought what a replica has logged
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +66,27 @@ def test_requests_for_one_memory_come_to_one_replica(cluster, engine, url):
 
 def test_users_are_divided_among_the_replicas(cluster):
     asyncio.run(Load([cluster.url]).run([replace(new_user(n, 1), name=f"divided-{n}") for n in range(USERS)]))
-    assert {process.pid for process in cluster.replicas} == cluster.answering
+    until = time.monotonic() + LOG_SECONDS
+    while cluster.answering != {process.pid for process in cluster.replicas}:
+        assert time.monotonic() < until, cluster.answering
+        time.sleep(0.5)
 
 
 def test_one_of_two_replicas_is_killed(cluster, engine, url):
     """Who was being answered is told so, or sees half an answer, and asks again."""
     users = [new_user(number, times(TURNS)) for number in range(USERS)]
     load = Load([cluster.url], leaving=0.1)
-    before = {process.pid for process in cluster.replicas}
+    before = cluster.replicas  # looking for them takes longer than an answer
 
     async def talk_and_kill():
         async with asyncio.TaskGroup() as group:
             group.create_task(load.run(users))
             await load.answers(len(users) * times(TURNS) // 3)
-            cluster.kill_replica()
+            before[0].kill()
 
     asyncio.run(talk_and_kill())
-    assert load.outcomes["503"] + load.outcomes["cut"] + load.outcomes["RemoteProtocolError"] > 0
-    assert {process.pid for process in cluster.replicas} != before
+    assert set(load.outcomes) - {"200", "left"}, load.outcomes  # who was being answered
+    assert not before[0].is_running() and before[1].is_running()
     check_all(engine, url, users)
 
 
