@@ -110,6 +110,7 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": [f"{kind}_attention" for kind in DEEPSEEK_V4],
         "num_key_value_heads": 1,  # the only number it knows
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "hc_sinkhorn_iters": 2,  # one after the other in the graph
         "partial_rotary_factor": 0.5,
         "o_groups": 2,
     },
