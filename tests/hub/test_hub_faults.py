@@ -121,7 +121,7 @@ def test_the_seed_chooses_the_byte():
 
 def test_what_the_server_cannot_do_is_heard_of():
     with HubServer() as server:
-        assert httpx2.get(f"{server.endpoint}/api/spaces/a/b").status_code == 501
+        assert httpx2.get(f"{server.endpoint}/api/collections/a/b").status_code == 501
     with pytest.raises(json.JSONDecodeError), HubServer() as server:
         server.add_repo(REPO, {})
         headers = {"Authorization": "Bearer hf_write"}
