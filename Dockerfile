@@ -33,6 +33,7 @@ WORKDIR /src
 COPY pyproject.toml README.md ./
 COPY deltamem_tool deltamem_tool
 COPY recipes recipes
+COPY web/src web/src
 RUN pip install --no-deps --prefix /package .
 
 FROM base

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from inspect import isfunction
 from pathlib import Path
 
 import pytest
+from helpers.extras import lacks_extra
 
 import deltamem_tool
 from deltamem_tool import _compat
@@ -51,8 +51,6 @@ PUBLIC = {
 }
 # Methods that lm-evaluation-harness documents as those which a model class overrides.
 HARNESS_METHODS = {"_loglikelihood_tokens", "_model_generate"}
-# Modules that need what an extra brings.
-NEED_EXTRAS = {"deltamem_tool.evaluation.harness_model": "lm_eval", "deltamem_tool.serve.ray_app": "ray"}
 PRIVATE = re.compile(r"_[a-z]\w*")
 
 
@@ -154,15 +152,11 @@ def test_nothing_is_borrowed_elsewhere(path):
     assert borrowed_in(path.read_text()) == []
 
 
-def _lacks_extra(module):
-    return module in NEED_EXTRAS and importlib.util.find_spec(NEED_EXTRAS[module]) is None
-
-
 @pytest.mark.slow  # it imports everything
 def test_no_private_method_is_overridden():
     found = []
     for module in pkgutil.walk_packages(deltamem_tool.__path__, "deltamem_tool."):
-        if module.name.endswith("__main__") or _lacks_extra(module.name):
+        if module.name.endswith("__main__") or lacks_extra(module.name):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if not isinstance(kind, type) or kind.__module__ != module.name:

@@ -182,7 +182,7 @@ def test_a_batch_of_segments_is_its_rows(by_message):
         found = generate_together(together, contents, Sampling(NEW))
         assert found == [one.generate(text, Sampling(NEW)) for one, text in zip(alone, contents, strict=True)]
         for one, other in zip(together, alone, strict=True):
-            other_state = by_message._on_device(other.memory)
+            other_state = by_message._on_devices(other.memory)
             assert_close(one.memory, other_state)
 
 

@@ -171,7 +171,7 @@ def test_the_steps_make_an_image_that_works(folder):
 def assert_package_is_whole(image: Image):
     (installed,) = image.path(image.env["VIRTUAL_ENV"]).glob("lib/python*/site-packages/deltamem_tool")
     files = {file.relative_to(installed).as_posix() for file in installed.rglob("*") if file.is_file()}
-    parts = {"deltamem_tool": "", "recipes": "recipes/"}
+    parts = {"deltamem_tool": "", "recipes": "recipes/", "web/src": "web/"}
     wanted = {at + file.relative_to(ROOT / part).as_posix() for part, at in parts.items() for file in sent(ROOT, part)}
     wanted = {file for file in wanted if not file.startswith("recipes/ablations/")}  # for a script of benchmarks/
     assert _without(".pyc", files) == _without(".md", wanted)

@@ -1,0 +1,12 @@
+"""Modules of the package that need what an extra brings."""
+
+from __future__ import annotations
+
+import importlib.util
+
+_NEED = {"deltamem_tool.evaluation.harness_model": "lm_eval", "deltamem_tool.serve.ray_app": "ray"}
+
+
+def lacks_extra(module: str) -> bool:
+    """Whether what `module` needs is not installed."""
+    return module in _NEED and importlib.util.find_spec(_NEED[module]) is None
