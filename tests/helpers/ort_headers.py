@@ -40,7 +40,7 @@ def ort_include() -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """Put the package's files into `package` of `folder`, by lists of packages of its own; the machine's stay as they are."""
+    """Put the package's files into `package` of `folder`; the machine's own lists of packages stay as they are."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         pytest.skip(f"needs ONNX Runtime's headers ({VARIABLE}), or apt to fetch Debian's {PACKAGE}")
     known = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
