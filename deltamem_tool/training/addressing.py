@@ -34,12 +34,14 @@ class Addresses:
         rows: `[N]`, their conversations.
         told: bool `[N, W]`, where in the history of their conversation they are.
         weights: `[N]`, one over how often they are in it.
+        wanted: `[P]` and `[P]`, conversations and places in them of all that is told, once.
     """
 
     asking: Tensor
     rows: Tensor
     told: Tensor
     weights: Tensor
+    wanted: tuple[Tensor, Tensor]
 
     @classmethod
     def of(
@@ -65,7 +67,25 @@ class Addresses:
         shown = ((read_ids[exchange] == targets[:, None]) & before).any(1)
         times = told.sum(1)
         kept = ~shown & (times > 0)
-        return cls(scored[kept], row[kept], told[kept], 1.0 / times[kept])
+        row, told = row[kept], told[kept]
+        everything = torch.zeros(write_ids.shape, dtype=torch.int32, device=told.device).index_add(0, row, told.int())
+        wanted_rows, places = everything.nonzero(as_tuple=True)
+        return cls(scored[kept], row, told, 1.0 / times[kept], (wanted_rows, places))
+
+    @classmethod
+    def most(
+        cls,
+        write_ids: Tensor,
+        write_mask: Tensor | None,
+        read_ids: Tensor,
+        scored: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+    ) -> Addresses:
+        """As many as there can be: all scored tokens, each told in a place of its own. It looks at no values."""
+        row = rows[scored // read_ids.shape[1]]
+        told = write_ids[row] == targets[:, None]
+        return cls(scored, row, told, torch.ones_like(row, dtype=torch.float32), (row, torch.zeros_like(row)))
 
 
 @dataclass
@@ -138,10 +158,8 @@ def _layer_loss(
     own = torch.einsum("nhr,nwhr->nhw", queries, keys[rows]) / TEMPERATURE
     if write_mask is not None:
         own = own.masked_fill(~write_mask.bool()[rows, None], -torch.inf)
-    # [P]: all that is looked for, once.
-    wanted = torch.zeros(keys.shape[:2], dtype=torch.int32, device=keys.device).index_add(0, rows, told.int())
-    row, column = wanted.nonzero(as_tuple=True)
-    others = torch.einsum("nhr,phr->nhp", queries, keys[row, column]) / TEMPERATURE
+    row, place = addresses.wanted
+    others = torch.einsum("nhr,phr->nhp", queries, keys[row, place]) / TEMPERATURE
     others = others.masked_fill((row == rows[:, None])[:, None], -torch.inf)  # they are among its own
     found = own.masked_fill(~told[:, None], -torch.inf).logsumexp(-1)
     return (torch.cat([own, others], dim=-1).logsumexp(-1) - found).mean(1)

@@ -60,6 +60,7 @@ class EpisodeModel(nn.Module):
     """
 
     conditions = CONDITIONS
+    addresses = staticmethod(Addresses.of)
     accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
 
     def __init__(
@@ -146,7 +147,7 @@ class EpisodeModel(nn.Module):
             parts["history_kl"] = history_kl.sum() / count
             loss = loss + self.objective.history_kl * parts["history_kl"]
         if self.objective.addressing:
-            addresses = Addresses.of(write_ids, write_mask, read_ids, scored, targets, rows)
+            addresses = self.addresses(write_ids, write_mask, read_ids, scored, targets, rows)
             parts["addressing"] = addressing_loss(self.adapter, written, read, write_mask, addresses).sum() / count
             loss = loss + self.objective.addressing * parts["addressing"]
         if self.objective.full_context_kl:

@@ -31,6 +31,7 @@ from deltamem_tool.memory.state import MemoryState
 from deltamem_tool.ops.scan import use_implementation
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.segments.tags import SegmentTag
+from deltamem_tool.training.addressing import Addresses
 from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
 from deltamem_tool.training.loss import EpisodeModel
 
@@ -152,7 +153,10 @@ def step_peaks(step: Step, base: nn.Module, shape: StepShape) -> dict[str, int]:
 
 @contextmanager
 def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
-    """Tell `live` when a pass begins, and when the backward pass comes to the write pass."""
+    """Tell `live` when a pass begins, and when the backward pass comes to the write pass.
+
+    Which tokens have an address depends on values; it is as many as can be.
+    """
     methods = {name: getattr(step, name) for name in ("write", "answer", "base_logits")}
 
     def announced(name: str) -> Callable[..., Any]:
@@ -168,13 +172,13 @@ def _phases(step: EpisodeModel, live: LiveBytes) -> Iterator[None]:
                 state.register_hook(lambda _: live.enter("write, backward"))  # type: ignore[no-untyped-call]
         return announced("answer")(memory, *args)
 
-    announcing: dict[str, Any] = {name: announced(name) for name in methods} | {"answer": answer}
-    for name, method in announcing.items():
+    own: dict[str, Any] = {name: announced(name) for name in methods} | {"answer": answer, "addresses": Addresses.most}
+    for name, method in own.items():
         setattr(step, name, method)
     try:
         yield
     finally:
-        for name in methods:
+        for name in own:
             delattr(step, name)  # the class's own shows again
 
 

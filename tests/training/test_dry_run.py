@@ -241,6 +241,7 @@ VARIANTS = {
     "in chunks": {"write_chunk": 32, "bptt": 2, "gradient_checkpointing": True},
     "kl": {"objective": {"full_context_kl": 0.1, "write_sparsity": 0.1, "history_kl": 0.1}},
     "unrelated": {"objective": {"unrelated_kl": 0.1}, "data": {"unrelated": "unrelated.jsonl"}},
+    "addressing": {"objective": {"addressing": 1.0}},
     "lora": {"lora": LoraOptions(rank=4)},
     "static": {"static": True},
     "static, kl": {"static": True, "objective": {"full_context_kl": 0.1}},
