@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-from collections.abc import AsyncGenerator, Awaitable
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -15,14 +15,22 @@ from starlette.types import Receive, Scope, Send
 
 from deltamem_tool.errors import DeltaMemError
 
-SEND_SECONDS = 30.0  # after which a client that does not read is taken to be gone
+SEND_SECONDS = 30.0  # after which, or twice that, a client that does not read is taken to be gone
 T = TypeVar("T")
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def event(data: Any, name: str | None = None) -> bytes:
     """Return one event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    text = data if isinstance(data, str) else _JSON.encode(data)
     return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
+
+
+def events_of(data: Callable[[str], Any]) -> Callable[[str], bytes]:
+    """Return what makes the events of `data(text)`: all but the text is encoded once."""
+    mark = secrets.token_hex()
+    before, after = event(data(mark)).split(_JSON.encode(mark).encode())
+    return lambda text: before + _JSON.encode(text).encode() + after
 
 
 class EventStream(Response):
@@ -48,6 +56,7 @@ class EventStream(Response):
 
     async def _stream(self, send: Send) -> None:
         waiting, changed, ended = list[bytes](), asyncio.Event(), False
+        sends, sending = 0, False
 
         async def make() -> None:
             nonlocal ended
@@ -58,24 +67,31 @@ class EventStream(Response):
             ended = True
             changed.set()
 
+        async def watch() -> None:
+            before = -1
+            while not sending or sends > before:
+                before = sends
+                await anyio.sleep(SEND_SECONDS)
+            group.cancel_scope.cancel()  # it does not read
+
         async def put(**message: Any) -> None:
-            limit.deadline = anyio.current_time() + SEND_SECONDS
+            nonlocal sends, sending
+            sends, sending = sends + 1, True
             await send(message)
-            limit.deadline = math.inf
+            sending = False
 
         async with anyio.create_task_group() as group:
             group.start_soon(make)
-            with anyio.CancelScope() as limit:
-                await put(type="http.response.start", status=self.status_code, headers=self.raw_headers)
-                more = True
-                while more:
-                    await changed.wait()
-                    changed.clear()
-                    body, more = b"".join(waiting), not ended
-                    waiting.clear()
-                    await put(type="http.response.body", body=body, more_body=more)
-            if limit.cancelled_caught:  # it does not read
-                group.cancel_scope.cancel()
+            group.start_soon(watch)
+            await put(type="http.response.start", status=self.status_code, headers=self.raw_headers)
+            more = True
+            while more:
+                await changed.wait()
+                changed.clear()
+                body, more = b"".join(waiting), not ended
+                waiting.clear()
+                await put(type="http.response.body", body=body, more_body=more)
+            group.cancel_scope.cancel()
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:

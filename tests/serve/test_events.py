@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import anyio
 import pytest
 
 from deltamem_tool.errors import ConfigError
 from deltamem_tool.serve import events
-from deltamem_tool.serve.events import EventStream, event, unless_gone
+from deltamem_tool.serve.events import EventStream, event, events_of, unless_gone
 
 pytestmark = pytest.mark.anyio
 
@@ -15,6 +17,15 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend():
     return "asyncio"
+
+
+@pytest.mark.parametrize("text", ["", 'a "b"\n\\', "\u2028é\U0001f436", "\x00\x1f"])
+def test_events_of_texts_are_those_that_are_encoded_whole(text):
+    def data(text):
+        return {"model": 'm"', "choices": [{"delta": {"content": text}, "finish_reason": None}]}
+
+    made = events_of(data)(text)
+    assert made == event(data(text)) and json.loads(made.removeprefix(b"data: ")) == data(text)
 
 
 class Made:
@@ -65,6 +76,39 @@ async def test_what_is_made_does_not_wait_for_who_does_not_read(monkeypatch):
 
     await EventStream(made.events())({"type": "http"}, nobody_goes, send)
     assert done == [True] and made.closed
+
+
+async def test_who_reads_slowly_gets_all(monkeypatch):
+    """Longer than the patience in all, in pieces that are not."""
+    monkeypatch.setattr(events, "SEND_SECONDS", 0.1)
+    sent = []
+
+    async def slow():
+        for number in range(6):
+            yield event({"number": number})
+            await anyio.sleep(0.1)
+
+    async def send(message):
+        await anyio.sleep(0.02)
+        sent.append(message)
+
+    await EventStream(slow())({"type": "http"}, nobody_goes, send)
+    assert sent[-1]["more_body"] is False and b"".join(m["body"] for m in sent[1:]).count(b"number") == 6
+
+
+async def test_who_waits_long_for_a_piece_is_not_cut_off(monkeypatch):
+    monkeypatch.setattr(events, "SEND_SECONDS", 0.05)
+    sent = []
+
+    async def late():
+        await anyio.sleep(0.3)
+        yield event("late")
+
+    async def send(message):
+        sent.append(message)
+
+    await EventStream(late())({"type": "http"}, nobody_goes, send)
+    assert sent[-1]["body"] == event("late")
 
 
 async def test_who_goes_ends_what_is_made():

@@ -17,21 +17,20 @@ from deltamem_tool.serve.batching.job import Completion, Job
 Event = int | str | Completion | DeltaMemError  # tokens or pieces of text, and then the end
 Readers = dict[asyncio.AbstractEventLoop, set[asyncio.Event]]
 # Between two pieces of a text. Of a small model, tokens come faster than anybody reads them, and to send each by itself
-# takes the server as much time as to compute it.
+# takes the server as much time as to compute it. Where other programs have the processor, the clock does not say how
+# much was computed: a piece, which costs some 60 µs, comes after so much work for each reader too, or after long.
 PIECE_SECONDS = 0.04
+PIECE_WORK = 0.00125  # seconds of the processor's
+LONGEST_PIECE_SECONDS = 0.2
 
 
 class Bell:
-    """Wakes coroutines that wait for events: one call for all of a loop, which many calls would keep busy.
+    """Wakes coroutines that wait for events: one call for all of a loop, which many calls would keep busy."""
 
-    Args:
-        pause: seconds between two rings for those who can wait.
-    """
-
-    def __init__(self, pause: float = PIECE_SECONDS) -> None:
+    def __init__(self) -> None:
         self._at_once: Readers = {}
         self._patient: Readers = {}
-        self._pause, self._rung = pause, -math.inf
+        self._rung = self._worked = -math.inf  # by the clock and the processor's, when the patient were woken
 
     def add(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, at_once: bool) -> None:
         """Wake who waits for `arrived` at the next ring, or at the first one after a pause."""
@@ -40,15 +39,20 @@ class Bell:
 
     def ring(self) -> None:
         """Wake them."""
-        now = time.monotonic()
         woken, self._at_once = [self._at_once], {}
-        if now - self._rung >= self._pause:
+        now, work = time.monotonic(), time.process_time()
+        if self._have_waited(now - self._rung, work - self._worked):
             woken.append(self._patient)
-            self._patient, self._rung = {}, now
+            self._patient, self._rung, self._worked = {}, now, work
         for readers in woken:
             for loop, events in readers.items():
                 with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(_set_all, events)
+
+    def _have_waited(self, seconds: float, work: float) -> bool:
+        """Whether the patient have waited for long enough."""
+        enough = PIECE_WORK * sum(map(len, self._patient.values()))
+        return seconds >= PIECE_SECONDS and (work >= enough or seconds >= LONGEST_PIECE_SECONDS)
 
 
 def _set_all(events: Iterable[asyncio.Event]) -> None:

@@ -16,7 +16,7 @@ from deltamem_tool.chat.generation import LENGTH
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.serve.body import checked, read_object
 from deltamem_tool.serve.errors import failure_of
-from deltamem_tool.serve.events import EventStream, event
+from deltamem_tool.serve.events import EventStream, event, events_of
 from deltamem_tool.serve.openai.parameters import (
     KEY_HEADER,
     MAX_MESSAGES,
@@ -85,22 +85,24 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     """The chunks of a stream. Its last ones come when the memory is stored; an error takes their place."""
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **others: Any) -> bytes:
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **others: Any) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return event({**head, "object": "chat.completion.chunk", "choices": [choice], **others})
+        return {**head, "object": "chat.completion.chunk", "choices": [choice], **others}
+
+    of_piece = events_of(lambda piece: chunk({"content": piece}))
 
     try:
         async with aclosing(events):
-            yield chunk({"role": "assistant", "content": "", "refusal": None})
+            yield event(chunk({"role": "assistant", "content": "", "refusal": None}))
             if isinstance(first, str):
-                yield chunk({"content": first})
+                yield of_piece(first)
                 async for piece in events:
                     if not isinstance(piece, str):
                         first = piece
                         break
-                    yield chunk({"content": piece})
+                    yield of_piece(piece)
         assert not isinstance(first, str)
-        yield chunk({}, _finish_reason(first), deltamem=first.report)
+        yield event(chunk({}, _finish_reason(first), deltamem=first.report))
         if usage:
             yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(first)})
     except DeltaMemError as error:

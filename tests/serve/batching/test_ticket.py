@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from chat.talking import make_engine
@@ -13,7 +14,7 @@ from serve.batching.test_scheduler import job_of
 from deltamem_tool.chat.conversation import Conversation
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.serve.batching.scheduler import Scheduler
-from deltamem_tool.serve.batching.ticket import Bell
+from deltamem_tool.serve.batching.ticket import LONGEST_PIECE_SECONDS, PIECE_SECONDS, Bell
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +43,50 @@ def test_pieces_that_wait_for_their_reader_are_one(engine):
     assert piece == end.answer.text == Conversation(engine).generate("hello there", Sampling(30)).text
 
 
-def test_the_first_piece_and_the_end_do_not_wait_for_a_pause(engine):
+def test_the_first_piece_and_the_end_do_not_wait_for_a_pause(engine, monkeypatch):
     job = job_of(engine, "hello there", 30)
 
     async def read(ticket):
         return [event async for event in ticket]
 
     with Scheduler(engine) as scheduler:
-        scheduler._bell = Bell(pause=math.inf)
         scheduler._bell.ring()  # from now on it pauses
+        monkeypatch.setattr("deltamem_tool.serve.batching.ticket.PIECE_SECONDS", math.inf)
         *pieces, end = asyncio.run(read(scheduler.submit(job)))
     assert 1 <= len(pieces) <= 2 and "".join(pieces) == end.answer.text
 
 
-def test_a_bell_wakes_the_patient_after_its_pause():
-    async def rung(pause):
-        bell, loop = Bell(pause), asyncio.get_running_loop()
+BUSY, STARVED = 1.0, 0.1  # of the processor, for each second by the clock
+SOON, LATER = PIECE_SECONDS * 1.01, LONGEST_PIECE_SECONDS * 1.01
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "readers", "woken"),
+    [
+        (PIECE_SECONDS / 2, BUSY, 1, False),
+        (SOON, BUSY, 1, True),
+        (SOON, STARVED, 1, True),
+        (SOON, BUSY, 32, True),
+        (SOON, STARVED, 32, False),  # hardly anything was computed in between
+        (LATER, STARVED, 32, True),
+        (SOON, BUSY, 100, False),  # to wake them takes longer than what was computed
+        (LATER, BUSY, 1000, True),
+    ],
+)
+def test_the_patient_wait_for_the_clock_and_for_what_waking_them_costs(monkeypatch, seconds, share, readers, woken):
+    now = SimpleNamespace(monotonic=lambda: 0.0, process_time=lambda: 0.0)
+    monkeypatch.setattr("deltamem_tool.serve.batching.ticket.time", now)
+
+    async def rung():
+        bell, loop = Bell(), asyncio.get_running_loop()
         bell.ring()
-        soon, later = asyncio.Event(), asyncio.Event()
+        soon, later = asyncio.Event(), [asyncio.Event() for _ in range(readers)]
         bell.add(loop, soon, at_once=True)
-        bell.add(loop, later, at_once=False)
+        for arrived in later:
+            bell.add(loop, arrived, at_once=False)
+        now.monotonic, now.process_time = lambda: seconds, lambda: seconds * share
         bell.ring()
         await asyncio.wait_for(soon.wait(), 60)
-        return later.is_set()
+        return {arrived.is_set() for arrived in later}
 
-    assert not asyncio.run(rung(math.inf))
-    assert asyncio.run(rung(0.0))
+    assert asyncio.run(rung()) == {woken}
