@@ -105,11 +105,11 @@ class Sampler:
         allowed = np.where(self._tokens, logits, -np.inf)
         if not np.isfinite(allowed.max()):
             raise not_finite("The model's logits")
-        penalised = _penalised(allowed, self._seen, self._sampling.repetition_penalty)
+        scores = penalised(allowed, self._seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
-            token = int(penalised.argmax())
+            token = int(scores.argmax())
         else:
-            token = int(self._random.choice(len(logits), p=_probabilities(penalised, self._sampling)))
+            token = int(self._random.choice(len(logits), p=probabilities(scores, self._sampling)))
         self._seen[token] = True
         return token
 
@@ -143,33 +143,27 @@ def not_finite(what: str) -> DeltaMemError:
     )
 
 
-def probabilities(logits: NDArray[Any], sampling: Sampling, context: NDArray[Any]) -> NDArray[Any]:
-    """What a token is drawn from at a temperature above 0: float64 `[V]`, zero for tokens that are left out.
-
-    Args:
-        logits: `[V]`.
-        sampling: which are left out, and how flat the rest is.
-        context: tokens before, for the repetition penalty.
-    """
-    seen = np.zeros(len(logits), bool)
-    seen[context] = True
-    return _probabilities(_penalised(logits, seen, sampling.repetition_penalty), sampling)
-
-
 def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
     return mask if len(mask) == length else np.pad(mask[:length], (0, max(0, length - len(mask))))
 
 
-def _penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
+def penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
+    """Logits `[V]` after the penalty for tokens in the mask `seen`: float64, or as they are without a penalty."""
     if penalty == 1:
         return logits
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # of a penalty near 0 or without end
-        penalised = np.where(logits < 0, logits * penalty, logits / penalty)
-    return np.where(seen, np.minimum(penalised, np.finfo(np.float64).max), logits)
+        changed = np.where(logits < 0, logits * penalty, logits / penalty)
+    return np.where(seen, np.minimum(changed, np.finfo(np.float64).max), logits)
 
 
-def _probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
+def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
+    """What a token is drawn from at a temperature above 0: float64 `[V]`, zero for tokens that are left out.
+
+    Args:
+        logits: `[V]`, after the repetition penalty.
+        sampling: which are left out, and how flat the rest is.
+    """
     scores = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # of a temperature near 0, at which all but the likeliest are left out
         scores = (scores - scores.max()) / sampling.temperature

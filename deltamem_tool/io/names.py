@@ -132,11 +132,6 @@ def hub_id(name: str) -> str:
     return hub.id
 
 
-def is_hub_path(name: str) -> bool:
-    """Whether it says by itself that it is on the Hub."""
-    return name.startswith(_HUB)
-
-
 def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
     """The local folder of a name; from the Hub, only files that match `files` come, into the Hub's cache.
 

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, probabilities, token_mask
+from deltamem_tool.chat.sampling import GreedySampler, Sampler, Sampling, penalised, probabilities, token_mask
 from deltamem_tool.errors import ConfigError, DeltaMemError
 
 VOCABULARY = 500
@@ -41,6 +41,12 @@ def logits(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, VOCABULARY).astype(np.float32)
 
 
+def of_the_package(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
+    seen = np.zeros(VOCABULARY, bool)
+    seen[CONTEXT] = True
+    return probabilities(penalised(scores, seen, sampling.repetition_penalty), sampling)
+
+
 def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Its own processors, in the order in which `generate` has them."""
     processors = LogitsProcessorList()
@@ -61,7 +67,7 @@ def in_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(options, seed):
     sampling = Sampling(**{"temperature": 1.0, **options})
-    found, expected = probabilities(logits(seed), sampling, CONTEXT), in_transformers(logits(seed), sampling)
+    found, expected = of_the_package(logits(seed), sampling), in_transformers(logits(seed), sampling)
     assert np.array_equal(found > 0, expected > 0)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
@@ -88,7 +94,7 @@ def test_what_is_drawn_has_these_probabilities():
     """Of 20,000 draws, each token's share is within five standard deviations."""
     draws, scores = 20_000, logits(0)
     sampling = Sampling(temperature=1.5, top_k=6, seed=0)
-    chances = probabilities(scores, sampling, CONTEXT)
+    chances = of_the_package(scores, sampling)
     sampler = Sampler(sampling, CONTEXT, token_mask(range(VOCABULARY)))
     counts = np.bincount([sampler.pick(scores) for _ in range(draws)], minlength=VOCABULARY)
     assert (counts[chances == 0] == 0).all()
@@ -101,8 +107,8 @@ def test_greedy_takes_the_likeliest_and_the_penalty_counts_what_was_said():
     scores[[10, 20]] = 4.0, 3.0
     greedy = Sampler(Sampling(), CONTEXT, token_mask(range(VOCABULARY)))
     assert [greedy.pick(scores) for _ in range(3)] == [10, 10, 10]
-    penalised = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask(range(VOCABULARY)))
-    assert [penalised.pick(scores) for _ in range(3)] == [10, 20, 10]  # 4, then 3 against 2, then 2 against 1.5
+    with_penalty = Sampler(Sampling(repetition_penalty=2.0), CONTEXT, token_mask(range(VOCABULARY)))
+    assert [with_penalty.pick(scores) for _ in range(3)] == [10, 20, 10]  # 4, then 3 against 2, then 2 against 1.5
     after = Sampler(Sampling(repetition_penalty=2.0), np.array([10]), token_mask(range(VOCABULARY)))
     assert after.pick(scores) == 20  # 10 is in the context
 
