@@ -32,7 +32,7 @@ smoke: ## what every user does, once: it has to work with any versions that the 
 	scripts/smoke.sh
 
 .PHONY: docs
-docs: ## write docs/cli.md and docs/api.md from the code
+docs: ## write docs/cli.md, docs/recipe.md and docs/api.md from the code
 	$(PYTHON) scripts/reference.py
 
 .PHONY: architectures

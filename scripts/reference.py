@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the commands' help, and docs/api.md from the public names' docstrings.
+"""Write docs/cli.md from the commands' help, docs/api.md from the public names' docstrings, and docs/recipe.md from the
+recipe's schema.
 
     make docs
 
@@ -7,10 +8,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
+import re
 import sys
 import textwrap
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +22,7 @@ import click
 
 import deltamem_tool
 from deltamem_tool.cli import COMMANDS, cli
+from deltamem_tool.recipe import schema
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH = 100
@@ -53,6 +58,77 @@ def api_page() -> str:
                 if not method.startswith("_") and _is_documented(value):
                     lines += ["", f"### {name}.{method}", "", *_entry(method, value)]
     return "\n".join(lines) + "\n"
+
+
+# The types of `deltamem_tool.recipe.schema`, in words.
+TYPES = {
+    "Count": "1 or more",
+    "Facts": f"1 to {len(schema.KIND_OF)}",
+    "Name": "a path or a Hub id",
+    "Optimizer": "a name of the Trainer's",
+    "Pairs": "a mapping",
+    "Positive": "above 0",
+    "Prompt": "text",
+    "Reporter": "a name of the Trainer's",
+    "Scheduler": "a name of the Trainer's",
+    "Seed": "0 to 2³² − 1",
+    "Share": "0 to 1",
+    "ShareBelowOne": "0 to 1, not 1 itself",
+    "StrictBool": "`true`, `false`",
+    "Text": "text",
+    "Weight": "0 or more",
+    "Whole": "0 or more",
+}
+
+
+def recipe_page() -> str:
+    """Every key of a recipe: its values, its default, and what the schema says of it."""
+    tree = ast.parse(inspect.getsource(schema))
+    source = inspect.getsource(schema).splitlines()
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    lines = ["# The keys of a recipe", "", WRITTEN_BY, ""]
+    lines += ["`--set section.key=value` changes any of them. [training.md](training.md) says what most are for."]
+    for title, kind in {"": schema.Recipe, **schema.SECTIONS}.items():
+        lines += ["", f"## `{title}`" if title else "## At the top", ""]
+        if kind.__name__ not in classes:  # the mechanism's, which are those of an adapter
+            lines += [
+                f"The options of `{kind.__name__}` ([api.md](api.md)), and `preset`: `tsw`, `ssw` or `msw`, which"
+            ]
+            lines += ["the others change."]
+            continue
+        summary, _, rest = (inspect.getdoc(kind) or "").partition("\n")
+        of_arguments = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", rest, re.MULTILINE))
+        lines += [summary, "", "| key | values | default | |", "|---|---|---|---|"]
+        defaults = {entry.name: entry.default for entry in fields(kind)}
+        for node in classes[kind.__name__].body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in defaults:
+                name = node.target.id
+                said = of_arguments.get(name) or source[node.lineno - 1].partition("  # ")[2]
+                cells = [f"`{name}`", _values(ast.unparse(node.annotation)), _default(defaults[name]), said]
+                lines.append(f"| {' | '.join(' '.join(cell.split()) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _values(annotation: str) -> str:
+    """The type of a key in words."""
+    annotation = annotation.removesuffix(" | None")
+    if literal := re.fullmatch(r"Literal\[(.*)\]", annotation):
+        return ", ".join(f"`{value}`" for value in ast.literal_eval(f"({literal[1]},)"))
+    if limited := re.fullmatch(r"Annotated\[Count, Field\(le=(\w+)\)\]", annotation):
+        return f"1 to {getattr(schema, limited[1])}"
+    if annotation == "Texts" or annotation.startswith("tuple["):
+        return "a list"
+    return TYPES.get(annotation, "a section")
+
+
+def _default(value: Any) -> str:
+    if value is MISSING:
+        return "needed"
+    if is_dataclass(value) or value is None or value == ():
+        return ""
+    if isinstance(value, bool | tuple):
+        return f"`{json.dumps(value)}`"
+    return f"`{value}`"
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
@@ -111,7 +187,7 @@ def _code(text: str) -> list[str]:
     return ["```text", *(line.rstrip() for line in text.splitlines()), "```"]
 
 
-PAGES = {DOCS / "cli.md": cli_page, DOCS / "api.md": api_page}
+PAGES = {DOCS / "cli.md": cli_page, DOCS / "api.md": api_page, DOCS / "recipe.md": recipe_page}
 
 if __name__ == "__main__":
     pages = {path: page() for path, page in PAGES.items()}

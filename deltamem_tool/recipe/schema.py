@@ -118,10 +118,10 @@ class LoraOptions(_Options):
 
     SECTION: ClassVar[Key] = ("lora",)
 
-    rank: Annotated[Count, Field(le=MAX_LORA_RANK)] = 8
-    alpha: Positive = 16.0
-    dropout: ShareBelowOne = 0.0
-    targets: Texts = ("q_proj", "o_proj")
+    rank: Annotated[Count, Field(le=MAX_LORA_RANK)] = 8  # numbers a token between the two matrices of a correction
+    alpha: Positive = 16.0  # corrections are scaled by alpha / rank
+    dropout: ShareBelowOne = 0.0  # probability that a number on the way in is left out
+    targets: Texts = ("q_proj", "o_proj")  # names of the modules that are corrected
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -131,19 +131,19 @@ class DataOptions(_Options):
     SECTION: ClassVar[Key] = ("data",)
 
     path: Name | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
-    split: Text = "train"
+    split: Text = "train"  # of a dataset on the Hub
     revision: Text | None = None  # of a dataset on the Hub
-    eval_path: Name | None = None
-    eval_split: Text | None = None
+    eval_path: Name | None = None  # other conversations than those of `path`, for training.eval_every
+    eval_split: Text | None = None  # of eval_path, or else of `path`; train if nothing is said
     supervise: Literal["last", "all"] = "last"  # which of the assistant's turns are answers to learn
     recent_turns: Whole = 0  # turns before the question that the read pass may see too
-    skip_bad_rows: StrictBool = False
-    group_by_length: StrictBool = False
-    max_write_tokens: Count = 8192
-    max_read_tokens: Count = 512
+    skip_bad_rows: StrictBool = False  # leave out rows that are not conversations, and count them
+    group_by_length: StrictBool = False  # put histories of similar length into a batch
+    max_write_tokens: Count = 8192  # longer histories lose their beginning
+    max_read_tokens: Count = 512  # longer exchanges are an error
     facts_first: Facts = 2  # generated: the most facts in an episode at the start of training
-    facts_last: Facts = 6  # and once grown
-    growth: Share = 0.5  # share of training over which it grows
+    facts_last: Facts = 6  # and once the number has grown
+    growth: Share = 0.5  # share of training over which the number of facts grows
     fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
     replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
     unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
@@ -151,15 +151,15 @@ class DataOptions(_Options):
     mix: ShareBelowOne = 0.0  # share of generated episodes among those of `path`
     generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
     chats_first: Share = FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
-    chats_last: Share = FACT_OPTIONS["chats_last"]  # and once grown; the others are as short as can be
-    chats_from: Share = FACT_OPTIONS["chats_from"]  # share of training at which it begins to grow,
+    chats_last: Share = FACT_OPTIONS["chats_last"]  # and once it has grown; the others are as short as can be
+    chats_from: Share = FACT_OPTIONS["chats_from"]  # share of training at which the share of chats begins to grow,
     chats_until: Share = FACT_OPTIONS["chats_until"]  # and at which it has grown
     talk_first: Weight = FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement of a chat,
     talk_last: Weight = FACT_OPTIONS["talk_last"]  # which grow as the share of chats does
     bare_first: Share = FACT_OPTIONS["bare_first"]  # facts: share of values that are any word, whatever they are about,
     bare_last: Share = FACT_OPTIONS["bare_last"]  # which grows as the number of facts does
     third_person: Share = FACT_OPTIONS["third_person"]  # facts: share that is somebody else's than the user's
-    system: Prompt | None = FACT_OPTIONS["system"]  # facts: the system prompt of all; None: a chat's own, or none
+    system: Prompt | None = FACT_OPTIONS["system"]  # facts: the system prompt of all; by default a chat's own, or none
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -169,7 +169,7 @@ class ObjectiveOptions(_Options):
     SECTION: ClassVar[Key] = ("objective",)
 
     write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of what is written from write_target
-    write_target: Share = 0.05
+    write_target: Share = 0.05  # the mean β that write_sparsity asks for
     context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
     history_kl: Weight = 0.0  # weight of the divergence from the base of every token of the history, as it is written
@@ -183,31 +183,31 @@ class TrainingOptions(_Options):
 
     SECTION: ClassVar[Key] = ("training",)
 
-    steps: Count | None = None
-    epochs: Positive | None = None
+    steps: Count | None = None  # of the optimizer
+    epochs: Positive | None = None  # times that all conversations are gone through
     batch_size: Count = 32  # of one process
-    gradient_accumulation: Count = 1
-    learning_rate: Positive = 2e-4
-    scheduler: Scheduler = "cosine"
-    scheduler_options: Pairs = ()  # a mapping in the file; dict(scheduler_options) gives it back
-    optimizer: Optimizer = "adamw_torch"
-    optimizer_options: Text | None = None
-    warmup: ShareBelowOne = 0.1  # share of the steps
-    weight_decay: Weight = 0.0
-    max_grad_norm: Weight = 1.0
-    seed: Seed = 42
-    save_every: Count | None = None  # steps between checkpoints; None: twenty checkpoints a run
+    gradient_accumulation: Count = 1  # batches a step
+    learning_rate: Positive = 2e-4  # the highest one, after the warmup
+    scheduler: Scheduler = "cosine"  # how the learning rate falls
+    scheduler_options: Pairs = ()  # of the scheduler, by name
+    optimizer: Optimizer = "adamw_torch"  # what makes a step of gradients
+    optimizer_options: Text | None = None  # of the optimizer, as the Trainer's optim_args
+    warmup: ShareBelowOne = 0.1  # share of the steps in which the learning rate rises
+    weight_decay: Weight = 0.0  # what AdamW takes off the weights
+    max_grad_norm: Weight = 1.0  # longer gradients are cut to this norm; 0: none are
+    seed: Seed = 42  # of fresh weights, generated episodes and order
+    save_every: Count | None = None  # steps between checkpoints; by default twenty checkpoints a run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as it is stored
-    quantize: Literal["none", "int8", "nf4"] = "none"  # the frozen base
+    quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base, by bitsandbytes
     shard: Literal["none", "fsdp2"] = "none"  # the frozen base, over the processes of a launcher
     attention: Text | None = None  # attn_implementation of the base
-    gradient_checkpointing: StrictBool = False
-    write_chunk: Count | None = None  # tokens of the write pass in one call; None: all
-    bptt: Count | None = None  # chunks at the end through which gradients flow; None: all
-    eval_every: Count | None = None  # steps
-    eval_episodes: Count = 64
-    early_stop: Count | None = None  # evaluations without improvement
-    report_to: tuple[Reporter, ...] = ()
+    gradient_checkpointing: StrictBool = False  # run each layer again in the backward pass, which saves memory
+    write_chunk: Count | None = None  # tokens of the write pass in one call; by default all
+    bptt: Count | None = None  # chunks at the end through which gradients flow; by default all
+    eval_every: Count | None = None  # steps between evaluations; by default there are none
+    eval_episodes: Count = 64  # episodes of an evaluation
+    early_stop: Count | None = None  # evaluations without improvement after which the run ends
+    report_to: tuple[Reporter, ...] = ()  # where figures go, as the Trainer's report_to
 
 
 @dataclass(frozen=True, config=OPTIONS)

@@ -1,4 +1,4 @@
-"""docs/cli.md and docs/api.md are what the code says."""
+"""docs/cli.md, docs/recipe.md and docs/api.md are what the code says."""
 
 from __future__ import annotations
 
