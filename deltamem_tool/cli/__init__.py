@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import click
+from click.exceptions import NoSuchCommand
 
 from deltamem_tool._version import __version__
 from deltamem_tool.cli.encoding import print_everywhere
@@ -19,24 +20,24 @@ from deltamem_tool.cli.termination import interrupted_by_signals
 from deltamem_tool.errors import DeltaMemError, OtherBaseWarning, domain_error
 from deltamem_tool.io.cores import respect_quota
 
-COMMANDS = (
-    "quickstart",
-    "architectures",
-    "patch",
-    "convert",
-    "inspect",
-    "train",
-    "eval",
-    "compare",
-    "bench",
-    "export",
-    "run",
-    "chat",
-    "serve",
-    "page",
-    "push",
-    "pull",
-)
+COMMANDS = {  # and what `deltamem --help` says of them
+    "quickstart": "Train a small model's memory, export it, and talk to it.",
+    "architectures": "List the model types that take a memory.",
+    "patch": "Write a fresh adapter for a base model.",
+    "convert": "Convert an adapter of the reference implementation, or back.",
+    "inspect": "Describe an adapter, an ONNX folder or a memory file.",
+    "train": "Train an adapter as a recipe says.",
+    "eval": "Measure what a memory is worth, beside its controls.",
+    "compare": "Say what changed between two evaluations.",
+    "bench": "Measure what a memory costs, beside a LoRA.",
+    "export": "Write an adapter and its base model as an ONNX graph.",
+    "run": "Answer prompts with an ONNX folder, without PyTorch.",
+    "chat": "Chat with an adapter or an ONNX folder.",
+    "serve": "Serve many users, each with a memory.",
+    "page": "Make a page with a chat that runs in the browser.",
+    "push": "Publish an adapter on the Hub.",
+    "pull": "Fetch an adapter from the Hub, and check it.",
+}
 _FORMAT_WARNING = warnings.formatwarning  # Python's own
 _MODULES = {"eval": "evaluate"}  # files not named as their command
 # The extras that each command needs; the others need none.
@@ -64,6 +65,18 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         return _command(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except NoSuchCommand as error:  # click knows only commands that are imported
+            raise NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
 
 @functools.cache
