@@ -168,7 +168,8 @@ def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
         "parameters": folder.num_parameters(),
         "memory_bytes": folder.memory_bytes,
     }
-    return document, [_facts(path, _flat(document))]
+    facts = document | {"mechanism": asdict(folder.config)}  # by the names of the options, not by the file's
+    return document, [_facts(path, _flat(facts))]
 
 
 def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
@@ -196,5 +197,7 @@ def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for name, value in document.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
-        else:
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", ", ".join(map(str, value))
+        elif value is not None:
             yield f"{prefix}{name}", value

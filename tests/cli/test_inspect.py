@@ -196,6 +196,13 @@ def test_memories_that_cannot_be_compared(here, deltamem, change, says):
     assert listing(here) == before
 
 
+def test_an_adapter_as_people_read_it(here, deltamem):
+    """By the names of the options of `deltamem patch`, and without what is not known."""
+    shown = deltamem("inspect", "builtin:adapter").out
+    assert "mechanism.branches" in shown and "q, o" in shown and "mechanism.heads" not in shown and "None" not in shown
+    assert json.loads(deltamem("inspect", "builtin:adapter", "--json").out)["mechanism"]["heads"] == ["q", "o"]
+
+
 def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
     assert deltamem("patch", checkpoint, "--out", "adapter").code == 0
     written("memory")
@@ -242,6 +249,6 @@ def test_memories_are_inspected_without_torch(here, plot):
         "except SystemExit as ended: assert not ended.code\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "onnxruntime", "huggingface_hub"} | (set() if plot else {"matplotlib"})
     assert not heavy & set(done.stdout.splitlines()[-1].split())
