@@ -55,7 +55,7 @@ def test_greedy_turns_are_those_of_generate(changes):
 
 def test_it_needs_neither_torch_nor_onnx_runtime():
     code = "import sys, deltamem_tool.chat.conversation; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "onnxruntime"} & set(done.stdout.split())
 
 

@@ -96,5 +96,5 @@ def test_it_imports_nothing_heavy():
         "except SystemExit as ended: assert not ended.code\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "onnx", "onnxruntime"} & set(done.stdout.splitlines()[-1].split())

@@ -37,6 +37,12 @@ main(command)
 """
 
 
+def heed_signals() -> None:
+    """A process in the background of a shell ignores Ctrl-C, and one under nohup a terminal that is closed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_half_written(tmp_path, number, code):
     with subprocess.Popen(
@@ -45,7 +51,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, number, code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     ) as process:
         assert process.stdout.readline() == "writing False\n" and len(listing(tmp_path)) == 2
         process.send_signal(number)
@@ -67,5 +73,5 @@ def test_what_is_ignored_stays_so(tmp_path):
 
 
 def test_children_of_a_pool_end_without_a_word(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORKING], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

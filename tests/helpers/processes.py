@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from helpers.forked import forked
+from torch.distributed import TCPStore
 
 
-def started(count: int, target: Callable, *args) -> list[BaseProcess]:
+@contextmanager
+def started(count: int, target: Callable, *args) -> Iterator[list[BaseProcess]]:
     """Start `target(*args)` in `count` processes, with the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [forked(_run, rank, count, port, target, args) for rank in range(count)]
+    # They meet in a store of this process, as under torchrun: a port that is chosen for one of theirs could be taken.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [forked(_run, rank, count, store.port, target, args) for rank in range(count)]
     for process in processes:
         process.start()
-    return processes
+    yield processes
 
 
 def together(count: int, target: Callable, *args) -> None:
     """Run `target(*args)` in `count` processes; all of them succeed."""
-    processes = started(count, target, *args)
-    for process in processes:
-        process.join()
+    with started(count, target, *args) as processes:
+        for process in processes:
+            process.join()
     assert [process.exitcode for process in processes] == [0] * count
 
 
 def _run(rank: int, count: int, port: int, target: Callable, args: tuple) -> None:
     of_all = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in {**of_all, "RANK": rank, "LOCAL_RANK": rank}.items()}
+    of_this = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ |= {name: str(value) for name, value in (of_all | of_this).items()}
     target(*args)

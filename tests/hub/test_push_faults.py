@@ -7,7 +7,6 @@ import _thread
 import random
 import re
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -314,20 +313,40 @@ def test_a_slow_hub(at_hub, adapter, monkeypatch):
     assert files(at_hub) == new
 
 
+class InAHurry(Client):
+    """It waits for the answer to a commit for a moment only."""
+
+    def send(self, request, **options):
+        if "/commit/" in request.url.path:
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 0.5)
+        return super().send(request, **options)
+
+
 def test_a_commit_that_lands_late(at_hub, adapter, monkeypatch):
     """The client has long gone, and has looked too."""
     new = finished(at_hub, adapter)
-    at_hub.fail("/commit/", delay(1.5))
+    gone, landed, reply = threading.Event(), threading.Event(), at_hub.answer
+
+    def reply_late(request):
+        if not request.matches(STAGES["commit"]):
+            return reply(request)
+        gone.wait()
+        late = reply(request)
+        landed.set()
+        return late
+
+    monkeypatch.setattr(at_hub, "answer", reply_late)
     with monkeypatch.context() as patch:
-        patch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", lambda: Client(timeout=0.5))
+        patch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", InAHurry)
         _http.close_session()
-        error = refused(adapter)
+        try:
+            error = refused(adapter)
+            assert files(at_hub) == OLD
+        finally:
+            gone.set()
     _http.close_session()
     assert "answer was lost" in error.what and "so far" in error.what and "in time" in error.why
-    assert files(at_hub) == OLD
-    deadline = time.monotonic() + 20
-    while files(at_hub) == OLD and time.monotonic() < deadline:
-        time.sleep(0.05)
+    landed.wait()
     at_hub.requests.clear()
     assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
     assert not at_hub.asked("^(POST|PUT)")

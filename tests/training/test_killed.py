@@ -1,8 +1,7 @@
-"""A run that is killed at any moment, and resumed, ends where it would have ended: to the bit."""
+"""A run that is killed while it writes a checkpoint, and resumed, ends where it would have ended: to the bit."""
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import yaml
 from helpers.forked import forked
 from safetensors.torch import load_file
-from training.slow_writes import train_slowly
+from training.halted import train_until
 from training.talks import write_talks
 
 from deltamem_tool.adapter.config_file import WEIGHTS_FILE
@@ -21,7 +20,7 @@ from deltamem_tool.training.run_folder import checkpoints
 
 pytestmark = pytest.mark.slow
 
-KILLS = 2
+FILES = (1, 6)  # of a run: half of it is written when the kill comes, in the first checkpoint and in a later one
 
 
 def recipe(folder: Path, base: Path) -> Path:
@@ -53,33 +52,21 @@ def recipe(folder: Path, base: Path) -> Path:
     return path
 
 
-def begun(run: Path) -> set[Path]:
-    """Checkpoints that are there, whole or not; the folder of the run may just be made or taken away."""
-    try:
-        return set(run.glob("checkpoint-*"))
-    except FileNotFoundError:
-        return set()
-
-
-def test_killed_at_any_moment(checkpoint, tmp_path):
+def test_killed_in_the_middle_of_a_checkpoint(checkpoint, tmp_path):
     train(load_recipe(recipe(tmp_path / "whole", checkpoint)))
-    killed = recipe(tmp_path / "killed", checkpoint)
-    rng, left = random.Random(0), []
+    killed, halted = recipe(tmp_path / "killed", checkpoint), tmp_path / "halted"
     run = tmp_path / "killed" / "adapter.run"
-    for kill in range(KILLS):
-        before = begun(run)
-        process = forked(train_slowly, killed, bool(checkpoints(run)))
+    for number, file in enumerate(FILES):
+        process = forked(train_until, killed, bool(checkpoints(run)), file, halted)
         process.start()
-        # A new folder says that a checkpoint is being written: the first kill comes right then, others later.
-        while process.is_alive() and not (begun(run) - before):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3) if kill else 0.03)
-        assert process.is_alive()
+        while not halted.exists():
+            assert process.is_alive()
+            time.sleep(0.01)
         process.kill()
         process.join()
-        left.append(len(begun(run)) - len(checkpoints(run)))
-    assert any(left), "no kill came while a checkpoint was written"
-    train(load_recipe(killed), resume=bool(checkpoints(run)))
+        halted.unlink()
+        assert len(checkpoints(run)) == number == len(list(run.glob("checkpoint-*"))) - 1
+    train(load_recipe(killed), resume=True)
     expected, found = (load_file(tmp_path / name / "adapter" / WEIGHTS_FILE) for name in ("whole", "killed"))
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), f"{name} differs by {(found[name] - weight).abs().max()}"

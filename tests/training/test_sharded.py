@@ -109,12 +109,12 @@ def test_a_process_dies(recipes, tmp_path):
     one = dataclasses.replace(whole, out=str(tmp_path / "one"))
     two = shared(whole, tmp_path / "two")
     run, errors = run_folder(two.out), tmp_path / "errors"
-    processes = started(PROCESSES, loses_another, two, errors)
-    while not checkpoints(run):
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.05)
-    processes[1].kill()
-    processes[0].join(LIMIT)
+    with started(PROCESSES, loses_another, two, errors) as processes:
+        while not checkpoints(run):
+            assert all(process.is_alive() for process in processes)
+            time.sleep(0.05)
+        processes[1].kill()
+        processes[0].join(LIMIT)
     assert processes[0].exitcode == 0
     assert errors.read_text().startswith(f"Process 1 (pid {processes[1].pid}) of this run has ended.")
     assert len(checkpoints(run)) == len(list(run.glob("checkpoint-*")))

@@ -260,7 +260,6 @@ def chat(folder: Path, memory: Path, questions) -> str:
         input="\n".join(questions) + "\n",
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
