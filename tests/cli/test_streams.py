@@ -22,23 +22,21 @@ def test_a_stream_that_is_closed_is_as_if_nobody_listened(tmp_path, closed, show
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
 
 
-@pytest.mark.slow
-def test_a_chat_without_streams_remembers(tmp_path):
+def test_a_chat_without_streams_remembers(quickstart_onnx, tmp_path):
     said = "echo 'By the way, my dog is Bella.'"
     script = f'{said} | "$@" --memory me >&- 2>&- && "$@" --memory me <&-'
-    words = [*START, "chat", "builtin:adapter"]
+    words = [*START, "chat", quickstart_onnx]
     done = subprocess.run(["sh", "-c", script, "sh", *words], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "") and "me is loaded" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_reader_that_leaves_costs_no_memory(tmp_path):
+def test_a_reader_that_leaves_costs_no_memory(quickstart_onnx, tmp_path):
     """As `| head -c 1`: the answer goes on, and what was said is remembered."""
     from deltamem_tool.memory.file import read_memory
 
     for memory in ("read", "left"):
         with subprocess.Popen(
-            [*START, "chat", "builtin:adapter", "--memory", memory],
+            [*START, "chat", quickstart_onnx, "--memory", memory],
             cwd=tmp_path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
