@@ -35,9 +35,9 @@ from deltamem_tool import cli
 from deltamem_tool.cli import COMMANDS
 from deltamem_tool.serve import server
 
-EXAMPLES = int(os.environ.get("DELTAMEM_FUZZ_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("DELTAMEM_FUZZ_EXAMPLES", "250"))
 # A command line that is still at work then was understood; it is interrupted, and must clean up.
-SECONDS, LONG = 1.5, 15.0
+SECONDS, LONG = 1.0, 15.0
 
 NUMBERS = ["-1", "0", "1", "2", "7", "65", "1000000000000000000", "0.5", "-0.0", "1e400", "nan", "inf", "９", "0x10"]
 WORDS = [
