@@ -14,7 +14,7 @@ from helpers.tiny import listing
 
 from deltamem_tool.memory.file import read_memory
 
-TYPES = ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h")
+TYPES = ("qwen3_5_text", "nemotron_h")  # a gated delta rule with convolutions; Mamba 2 and layers without either
 STEPS = 20
 LINES = ("my dog is Rex", "what is the name of my dog?", "thank you")
 OPTIONS = ("--max-new-tokens", "8")

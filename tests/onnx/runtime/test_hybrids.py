@@ -22,8 +22,8 @@ TURNS = ("my cat is Bella", "what is the name of my cat? tell me", "no")
 OTHERS = ("thank you", "and", "the name of my dog is Max, and that of my cat is Tom")
 PORTABLE = "portable"
 ENGINES = [
-    *((name, target) for name in HYBRIDS for target in ("cpu", PORTABLE)),
-    *((name, "cpu") for name in OTHER_CACHES),
+    *((name, "cpu") for name in (*HYBRIDS, *OTHER_CACHES)),
+    *((name, PORTABLE) for name in ("lfm2", "qwen3_5_text", "falcon_h1")),  # each kind of state in standard operators
 ]
 
 
