@@ -26,13 +26,22 @@ from deltamem_tool.cli.options import NAME, UserPath, json_option
     show_default=True,
     help="Compute on a GPU where there is one; the page is 27 MB larger.",
 )
+@click.option(
+    "--cdn",
+    metavar="ADDRESS",
+    help="Have browsers fetch the packages from this CDN of npm's, such as https://cdn.jsdelivr.net/npm, and run none "
+    "that is another than was tested.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option
-def command(onnx: str, out: Path, runtime: Path | None, webgpu: bool, overwrite: bool, as_json: bool) -> None:
+def command(
+    onnx: str, out: Path, runtime: Path | None, webgpu: bool, cdn: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Make a page of ONNX_DIR for any static host: a chat that runs, and keeps its memories, in the visitor's browser.
 
     ONNX_DIR is what `deltamem export --target web` wrote, or the id of a repository that has one. The page asks nobody
-    but its own host, and works without a network after the first visit. Try it: python -m http.server -d site
+    but its own host, and the CDN where it has one; it works without a network after the first visit. Try it:
+    python -m http.server -d site
 
     Example: deltamem page onnx-web --out site
     """
@@ -44,7 +53,7 @@ def command(onnx: str, out: Path, runtime: Path | None, webgpu: bool, overwrite:
     def note(text: str) -> None:
         STDERR.print(text, markup=False, highlight=False)
 
-    result = make_page(onnx, out, runtime=runtime, webgpu=webgpu, overwrite=overwrite, progress=note)
+    result = make_page(onnx, out, runtime=runtime, webgpu=webgpu, cdn=cdn, overwrite=overwrite, progress=note)
     if as_json:
         click.echo(json.dumps({**asdict(result), "path": str(result.path)}))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ExportError
+from deltamem_tool.errors import ConfigError, ExportError
 from deltamem_tool.io import web_files
 from deltamem_tool.io.atomic import check_overwrite, folder_whole
 from deltamem_tool.io.formats import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -25,11 +26,12 @@ from deltamem_tool.onnx.contract import (
 from deltamem_tool.onnx.locate import find_onnx
 from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.onnx.runtime.validate import check_onnx_folder
-from deltamem_tool.page.runtime import FILES, WEBGPU_FILES, runtime_contents
+from deltamem_tool.page.runtime import FILES, SENTENCE_FILES, WEBGPU_FILES, RuntimeFile, runtime_contents
 from deltamem_tool.page.unpacked import write_unpacked
 
 SITE = Path(__file__).with_name("site")
 SERVICE_FILE = "service.js"
+PAGE_FILE = "index.html"
 FILES_FILE = "files.json"  # what the page expects the large files to be
 UNPACKED_FILE = "model.wasm.onnx"  # instead of `MODEL_FILE` in WebAssembly, where it is quantised
 MAX_DATA_BYTES = 2_145_386_496  # Chrome's largest ArrayBuffer
@@ -43,7 +45,11 @@ MODEL_FILES = (
     GENERATION_CONFIG_FILE,
     CHAT_TEMPLATE_FILE,
 )
-_SHELL, _VERSION = "const SHELL = [];", 'const VERSION = "";'  # lines of the service worker
+_PACKAGES, _CDN_PACKAGES = "packages.js", "packages.cdn.js"  # one of them becomes that of the library
+# Lines in which something is written.
+_SHELL, _VERSION, _FILES = "const SHELL = [];", 'const VERSION = "";', "const FILES = {};"
+_SCRIPTS, _CONNECTIONS = "script-src 'self'", "connect-src 'self'"
+_ADDRESS = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w.@~-]+)*/?", re.ASCII)  # nothing that a policy or HTML would read
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def make_page(
     *,
     runtime: Path | None = None,
     webgpu: bool = True,
+    cdn: str | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> PageResult:
@@ -81,21 +88,33 @@ def make_page(
         out: the folder to make, whole or not at all.
         runtime: npm's node_modules with the packages that the page needs; without it they are fetched once.
         webgpu: whether it computes on a GPU where there is one; it is 27 MB smaller without.
+        cdn: address of a CDN of npm's packages, which has the file `dist/x.js` of version 1 of `p` at `p@1/dist/x.js`
+            below it. The browser fetches the packages there and runs none that is another file than was tested; without
+            it they are in the folder, and the page asks nobody but its own host.
         overwrite: replace `out` if it exists.
         progress: called with what is being done.
 
     Raises:
         ExportError: the ONNX folder is damaged, or cannot run in a browser.
         InstallationError: the packages cannot be had.
+        ConfigError: `cdn` is not an address.
         DeltaMemError: `out` is there already.
     """
     check_overwrite(out, overwrite)
+    if cdn is not None and not _ADDRESS.fullmatch(cdn):
+        raise ConfigError(
+            f"{cdn} is not the address of a CDN.",
+            "It goes into the page's policy as it is.",
+            "Pass an address of letters, digits and slashes, such as https://cdn.example.org/npm.",
+        )
     folder = find_onnx(onnx)
     manifest = check_onnx_folder(folder)
     check_runs_in_browser(manifest, folder)
-    packages = runtime_contents([*FILES, *(WEBGPU_FILES if webgpu else ())], runtime, progress)
+    by_sentence = DeltaMemConfig.from_dict(manifest.mechanism).granularity == "sentence"
+    wanted = [*FILES, *(WEBGPU_FILES if webgpu else ()), *(SENTENCE_FILES if by_sentence else ())]
+    packages = runtime_contents(wanted, runtime, progress)
     with folder_whole(out, overwrite) as staged:
-        _write(staged, folder, packages)
+        _write(staged, folder, {file.name: file for file in wanted}, packages, cdn)
         sizes = {path.relative_to(staged): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
     return PageResult(
         path=Path(out),
@@ -112,13 +131,12 @@ def check_runs_in_browser(manifest: Manifest, folder: Path) -> None:
     Raises:
         ExportError: it does not.
     """
-    interface, mechanism = manifest.interface, DeltaMemConfig.from_dict(manifest.mechanism)
+    interface = manifest.interface
     for unfit, why in (
         (interface.genai, "It is for onnxruntime-genai"),
         (interface.max_length, "Its keys and values are of a fixed length"),
         (interface.logits != "last", "It has logits of every position"),
         (interface.dtype == BFLOAT16, "It is in bfloat16"),
-        (mechanism.granularity == "sentence", "Its adapter writes by sentence, which the page does not"),
         ((folder / DATA_FILE).stat().st_size > MAX_DATA_BYTES, f"Its weights have more than {MAX_DATA_BYTES} bytes"),
     ):
         if unfit:
@@ -129,47 +147,76 @@ def check_runs_in_browser(manifest: Manifest, folder: Path) -> None:
             )
 
 
-def _write(out: Path, model: Path, packages: dict[str, bytes]) -> None:
+def _write(out: Path, model: Path, files: dict[str, RuntimeFile], packages: dict[str, bytes], cdn: str | None) -> None:
     for folder in (SITE, web_files.PARTS):
         shutil.copytree(folder, out, dirs_exist_ok=True)
     shutil.copytree(web_files.library(), out / "library")
-    shutil.move(out / "packages.js", out / "library" / "packages.js")
-    for part in ("runtime", "model"):
-        (out / part).mkdir()
-    for name, content in packages.items():
-        (out / "runtime" / name).write_bytes(content)
+    runtime = {name: _facts(content) for name, content in packages.items()}
+    if cdn is None:
+        _keep_packages(out, packages)
+    else:
+        for name, facts in runtime.items():
+            facts["url"] = f"{cdn.rstrip('/')}/{files[name].cdn_path}"
+        _name_cdn(out, runtime, cdn)
+    (out / "model").mkdir()
     for name in MODEL_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, out / "model" / name)
     write_unpacked(model / MODEL_FILE, out / "model" / UNPACKED_FILE)
     expected = {
-        "model": {file.name: _facts(file) for file in sorted((out / "model").iterdir())},
-        "runtime": {name: _facts(out / "runtime" / name) for name in packages if name.endswith(".wasm")},
+        "model": {file.name: _facts_of(file) for file in sorted((out / "model").iterdir())},
+        "runtime": {name: facts for name, facts in runtime.items() if name.endswith(".wasm")},
     }
     (out / FILES_FILE).write_text(json.dumps({"expected": expected}, indent=1) + "\n", encoding="utf-8")
     _write_service(out)
+
+
+def _keep_packages(out: Path, packages: dict[str, bytes]) -> None:
+    """Have the page find the packages in its own folder."""
+    (out / _CDN_PACKAGES).unlink()
+    (out / _PACKAGES).rename(out / "library" / _PACKAGES)
+    (out / "runtime").mkdir()
+    for name, content in packages.items():
+        (out / "runtime" / name).write_bytes(content)
+
+
+def _name_cdn(out: Path, runtime: dict[str, dict[str, Any]], cdn: str) -> None:
+    """Have the page fetch the packages from the CDN and nowhere else; what it has checked, it runs from a blob."""
+    (out / _PACKAGES).unlink()
+    (out / _CDN_PACKAGES).rename(out / "library" / _PACKAGES)
+    modules = {name: facts for name, facts in runtime.items() if name.endswith("js")}
+    _write_in(out / "library" / _PACKAGES, {_FILES: f"const FILES = {json.dumps(modules)};"})
+    address = f"{cdn.rstrip('/')}/"
+    _write_in(out / PAGE_FILE, {_SCRIPTS: f"{_SCRIPTS} blob:", _CONNECTIONS: f"{_CONNECTIONS} {address}"})
+
+
+def _write_in(file: Path, written: dict[str, str]) -> None:
+    """Put something else in place of what stands once in `file`."""
+    text = file.read_text(encoding="utf-8")
+    for former, new in written.items():
+        assert text.count(former) == 1
+        text = text.replace(former, new)
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_service(out: Path) -> None:
     """The list of what is kept for visits without a network; with another content it is another version."""
     paths = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     shell = [path for path in paths if _is_shell(path)]
-    digests = {path: _facts(out / path)["sha256"] for path in shell}
+    digests = {path: _facts_of(out / path)["sha256"] for path in shell}
     version = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
-    script = (out / SERVICE_FILE).read_text(encoding="utf-8")
-    for line, written in (
-        (_SHELL, f"const SHELL = {json.dumps(['./', *shell])};"),
-        (_VERSION, f'const VERSION = "{version}";'),
-    ):
-        assert line in script
-        script = script.replace(line, written)
-    (out / SERVICE_FILE).write_text(script, encoding="utf-8")
+    lines = {_SHELL: f"const SHELL = {json.dumps(['./', *shell])};", _VERSION: f'const VERSION = "{version}";'}
+    _write_in(out / SERVICE_FILE, lines)
 
 
 def _is_shell(path: str) -> bool:
     return path != SERVICE_FILE and not path.startswith(("model/", "runtime/LICENSE")) and not path.endswith(".wasm")
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _facts(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _facts_of(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}

@@ -64,6 +64,11 @@ class RuntimeFile:
     path: str
     sha256: str
 
+    @property
+    def cdn_path(self) -> str:
+        """Below the address of a CDN of npm's packages."""
+        return f"{self.package.name}@{self.package.version}/{self.path}"
+
 
 _JINJA = Package(
     "@huggingface/jinja",
@@ -80,7 +85,12 @@ _ORT = Package(
     "1.30.0",
     "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
 )
-PACKAGES = (_JINJA, _TOKENIZERS, _ORT)
+_SENTENCEX = Package(
+    "sentencex-wasm",
+    "0.1.31",
+    "fzHf8TMt3YNINIx+aF2NLnkY5JADmxhs/nGIyV7gen41n6YHuA8A8/oHVEg88IJ9lXV6TG0kvgwNJZiiRkVP4A==",
+)
+PACKAGES = (_JINJA, _TOKENIZERS, _ORT, _SENTENCEX)
 
 
 def _of_ort(name: str, sha256: str) -> RuntimeFile:
@@ -109,6 +119,24 @@ WEBGPU_FILES = (
     _of_ort("ort.webgpu.bundle.min.mjs", "0730816731ce2cdfb06f273da065d4a1c7091eb9d1756a83b2916c8a89d015e2"),
     _of_ort("ort-wasm-simd-threaded.asyncify.wasm", "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da"),
 )
+# With them it splits texts into sentences, where the adapter writes by sentence.
+SENTENCE_FILES = (
+    RuntimeFile(
+        "sentencex_wasm.js",
+        _SENTENCEX,
+        "sentencex_wasm.js",
+        "91cd634a188f90049043258c56c64311da4d63b427914fc5633ed0041c65d2e3",
+    ),
+    RuntimeFile(
+        "sentencex_wasm_bg.wasm",
+        _SENTENCEX,
+        "sentencex_wasm_bg.wasm",
+        "71bb80e70322706ebb74915f64184f4e219248340142c5bbd43f63f08396c60a",
+    ),
+    RuntimeFile(
+        "LICENSE-sentencex", _SENTENCEX, "LICENSE", "d6d192c000d71eb9364a2b884d76b5742ebe5bc8d17f93a0e14dba59e4c909ea"
+    ),
+)
 
 
 def runtime_contents(
@@ -117,7 +145,7 @@ def runtime_contents(
     """The content of each file, by its name in the page's folder.
 
     Args:
-        files: of `FILES` and `WEBGPU_FILES`.
+        files: of `FILES`, `WEBGPU_FILES` and `SENTENCE_FILES`.
         node_modules: where npm has put the packages; without it they are fetched from npm's registry, or from that of
             the variable `npm_config_registry`, into the user's cache, once.
         progress: called before something is fetched.

@@ -11,6 +11,12 @@ from pathlib import Path
 
 
 class _Quiet(SimpleHTTPRequestHandler):
+    """Pages of other hosts may read the files, as those of a CDN."""
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
     def log_message(self, format: str, *arguments: object) -> None:
         pass
 

@@ -12,15 +12,24 @@ import tarfile
 
 import pytest
 from helpers.node import node_modules
+from helpers.publishing import onnx_folder
 from helpers.tiny import listing
 from helpers.web_library import LIBRARY, SCRIPTS
 from page.hosting import hosting
 
-from deltamem_tool.errors import DeltaMemError, ExportError, InstallationError
+from deltamem_tool.errors import ConfigError, DeltaMemError, ExportError, InstallationError
 from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE
-from deltamem_tool.page import runtime
-from deltamem_tool.page.build import make_page
-from deltamem_tool.page.runtime import FILES, PACKAGES, WEBGPU_FILES, Package, RuntimeFile, runtime_contents
+from deltamem_tool.page import build, runtime
+from deltamem_tool.page.build import FILES_FILE, PAGE_FILE, make_page
+from deltamem_tool.page.runtime import (
+    FILES,
+    PACKAGES,
+    SENTENCE_FILES,
+    WEBGPU_FILES,
+    Package,
+    RuntimeFile,
+    runtime_contents,
+)
 
 MEGABYTE = 10**6
 
@@ -104,7 +113,6 @@ def test_what_fails_leaves_nothing(folder, packages, tmp_path):
         ({"interface": {"max_length": 64}}, "of a fixed length"),
         ({"interface": {"logits": "all"}}, "logits of every position"),
         ({"interface": {"dtype": "bfloat16"}}, "in bfloat16"),
-        ({"mechanism": {"granularity": "sentence"}}, "by sentence"),
     ],
 )
 def test_folders_that_no_browser_runs_are_refused(folder, tmp_path, change, why):
@@ -116,6 +124,61 @@ def test_folders_that_no_browser_runs_are_refused(folder, tmp_path, change, why)
     with pytest.raises(ExportError, match=why):
         make_page(other, tmp_path / "site", runtime=tmp_path)
     assert not (tmp_path / "site").exists()
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """An ONNX folder that no test runs."""
+    return onnx_folder(tmp_path / "graph")
+
+
+@pytest.fixture
+def few_bytes(monkeypatch):
+    """The packages of npm are a few bytes here."""
+
+    def contents(files, *others):
+        return {file.name: file.name.encode() for file in files}
+
+    monkeypatch.setattr(build, "runtime_contents", contents)
+
+
+def test_texts_are_split_where_the_adapter_writes_by_sentence_alone(graph, few_bytes, tmp_path):
+    make_page(graph, tmp_path / "by-token")
+    manifest = json.loads((graph / MANIFEST_FILE).read_text("utf-8"))
+    manifest["mechanism"]["granularity"] = "sentence"
+    (graph / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    make_page(graph, tmp_path / "by-sentence")
+    runtimes = [{path.name for path in (tmp_path / name / "runtime").iterdir()} for name in ("by-token", "by-sentence")]
+    assert runtimes[1] - runtimes[0] == {file.name for file in SENTENCE_FILES} and runtimes[0] < runtimes[1]
+
+
+CDN = "https://cdn.example.org/npm"
+
+
+def test_a_cdn_is_named_with_the_hash_of_every_file(graph, few_bytes, tmp_path):
+    make_page(graph, tmp_path / "site", cdn=CDN)
+    site = tmp_path / "site"
+    assert not (site / "runtime").exists() and not (site / "packages.cdn.js").exists()
+    policy = re.search(
+        r'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', (site / PAGE_FILE).read_text("utf-8")
+    )
+    assert f"connect-src 'self' {CDN}/;" in policy[1] and policy[1].count("://") == 1
+    modules = json.loads(re.search(r"const FILES = (.*);", (site / "library" / "packages.js").read_text("utf-8"))[1])
+    binaries = json.loads((site / FILES_FILE).read_text("utf-8"))["expected"]["runtime"]
+    for file in (*FILES, *WEBGPU_FILES):
+        if file.name.startswith("LICENSE"):
+            continue
+        facts = (binaries if file.name.endswith(".wasm") else modules)[file.name]
+        assert facts["sha256"] == hashlib.sha256(file.name.encode()).hexdigest()
+        assert facts["url"] == f"{CDN}/{file.package.name}@{file.package.version}/{file.path}"
+
+
+@pytest.mark.parametrize(
+    "address", ["cdn", "ftp://cdn.org", "https://cdn.org/npm?x", "https://a b", 'https://a";x', ""]
+)
+def test_what_is_not_the_address_of_a_cdn_is_refused(tmp_path, address):
+    with pytest.raises(ConfigError, match="is not the address of a CDN"):
+        make_page(tmp_path, tmp_path / "site", cdn=address)
 
 
 # What is fetched
@@ -169,5 +232,5 @@ def test_a_cached_file_that_was_changed_is_fetched_again(registry, tmp_path):
 
 
 def test_every_file_is_named_once():
-    names = [file.name for file in (*FILES, *WEBGPU_FILES)]
+    names = [file.name for file in (*FILES, *WEBGPU_FILES, *SENTENCE_FILES)]
     assert len(set(names)) == len(names)

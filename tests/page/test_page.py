@@ -11,14 +11,16 @@ import pytest
 from helpers.browser import CHROMIUM, needs_chromium
 from helpers.node import node_modules
 from helpers.page_user import CONTRASTS, EMPTY, LEAST_CONTRAST, UNNAMED, using
+from helpers.tiny import randomise, tiny_model, tiny_tokenizer
 from helpers.web_library import SCRIPTS
 from page.hosting import hosting
 from playwright.sync_api import expect
 
-from deltamem_tool import Conversation, OnnxModel
+from deltamem_tool import Conversation, DeltaMemConfig, OnnxModel, attach, export_onnx
 from deltamem_tool.memory.file import memory_bytes, memory_from_bytes
 from deltamem_tool.onnx.contract import DATA_FILE, MANIFEST_FILE
 from deltamem_tool.page.build import make_page
+from deltamem_tool.page.runtime import PACKAGES
 
 pytestmark = [pytest.mark.browser, pytest.mark.node, pytest.mark.slow, needs_chromium]
 
@@ -238,6 +240,76 @@ def test_without_a_network_after_the_first_visit(browser, sites):
             user.page.evaluate("navigator.serviceWorker.ready.then(() => null)")
         user.reload()
         assert NAME in user.say(ASK)
+
+
+@pytest.fixture(scope="module")
+def by_sentence(tmp_path_factory):
+    """A tiny model whose memory writes by sentence."""
+    folder = tmp_path_factory.mktemp("by_sentence") / "onnx"
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    randomise(attach(model, DeltaMemConfig(rank=4, granularity="sentence")))
+    export_onnx(model, tokenizer, folder, target="web")
+    return folder
+
+
+def test_an_adapter_that_writes_by_sentence(browser, by_sentence, tmp_path):
+    make_page(by_sentence, tmp_path / "site", runtime=node_modules(SCRIPTS), webgpu=False)
+    conversation = Conversation(OnnxModel(by_sentence, threads=1))
+    with hosting(tmp_path / "site") as address, using(browser, address) as user:
+        user.open("piet")
+        for words in ("My dog is Rex. My cat is Bella!", "Is Dr. Who a dog? No."):
+            assert user.say(words) == conversation.generate(words).text
+        for name, tensor in memory_from_bytes(stored(user, "piet")[1], "it").tensors().items():
+            np.testing.assert_allclose(tensor, conversation.memory.tensors()[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def from_cdn(folder, tmp_path_factory):
+    """The host of a page, and a folder that is its CDN."""
+    root = tmp_path_factory.mktemp("cdn")
+    packages = node_modules(SCRIPTS)
+    for package in PACKAGES:
+        path = root / "npm" / f"{package.name}@{package.version}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(packages / package.name)
+    with hosting(root) as cdn:
+        make_page(folder, root / "site", runtime=packages, webgpu=False, cdn=f"{cdn}/npm")
+        with hosting(root / "site") as address:
+            yield address, root / "npm", cdn
+
+
+def test_packages_come_from_a_cdn_and_are_kept(browser, from_cdn):
+    address, _, cdn = from_cdn
+    asked = set()
+    with using(browser, address) as user:
+        user.page.on("request", lambda request: asked.add(request.url))
+        user.open("olga")
+        user.say(TELL)
+        elsewhere = {url for url in asked if not url.startswith((address, "blob:"))}
+        assert len(elsewhere) == 4 and all(url.startswith(f"{cdn}/npm/") for url in elsewhere)
+        asked.clear()
+        user.reload()
+        assert NAME in user.say(ASK)
+        assert not any(url.startswith(cdn) for url in asked)
+
+
+def test_another_package_from_the_cdn_is_not_run(browser, from_cdn):
+    address, npm, _ = from_cdn
+    jinja = next(package for package in PACKAGES if package.name.endswith("jinja"))
+    folder = npm / f"{jinja.name}@{jinja.version}"
+    original = folder.resolve()
+    folder.unlink()
+    shutil.copytree(original, folder)
+    script = folder / "dist" / "index.js"
+    content = script.read_bytes()
+    script.write_bytes(content.replace(b"class", b"CLASS", 1))
+    with using(browser, address) as user:
+        user.page.goto(address)
+        user.sees("jinja.js is not the file that it should be. Its content has changed.")
+        expect(user.page.locator("main")).to_be_hidden()
+    shutil.rmtree(folder)
+    folder.symlink_to(original)
 
 
 def test_everything_can_be_read_and_has_a_name(browser, host):

@@ -1,6 +1,6 @@
 // Which tokens of a chat belong to which segment; see deltamem_tool/segments/boundaries.py, which this follows.
 
-import { isBlank, trimStart } from "./characters.js";
+import { isBlank, trim, trimStart } from "./characters.js";
 import { DataError } from "./errors.js";
 
 export const [OUTSIDE, INSIDE, LAST] = [0, 1, 2];
@@ -16,15 +16,16 @@ const WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.';
  */
 
 /**
- * Split a rendering that ends with a generation prompt into spans, in order and without gaps: one a message.
+ * Split a rendering that ends with a generation prompt into spans, in order and without gaps.
  *
  * @param {import("./template.js").ChatTemplate} template
  * @param {import("./template.js").Message[]} messages
  * @param {string} text its rendering
+ * @param {import("./sentences.js").Split | null} split null leaves messages whole
  * @returns {Span[]}
  * @throws {DataError} where a message ends cannot be told
  */
-export function spansOf(template, messages, text) {
+export function spansOf(template, messages, text, split) {
   const body = template.render(messages);
   if (!text.startsWith(body)) {
     throw new DataError(
@@ -35,9 +36,21 @@ export function spansOf(template, messages, text) {
   }
   const bounds = boundsOf(template, messages, body);
   const spans = [{ end: bounds[0], belongs: false, segment: "" }];
-  for (const [index, { role }] of messages.entries()) {
-    const belongs = role !== "system";
-    spans.push({ end: bounds[index + 1], belongs, segment: belongs ? nameOf(messages, index) : "" });
+  for (const [index, { role, content }] of messages.entries()) {
+    const [start, end] = bounds.slice(index, index + 2);
+    const name = nameOf(messages, index);
+    if (role === "system") {
+      spans.push({ end, belongs: false, segment: "" });
+    } else if (split === null || isBlank(content)) {
+      spans.push({ end, belongs: true, segment: name });
+    } else {
+      const starts = sentenceStarts(template, messages, index, body, start, end, split);
+      for (const [number, first] of starts.entries()) {
+        const following = starts[number + 1] ?? end;
+        const words = trim(body.slice(first, following)).slice(0, 60);
+        spans.push({ end: following, belongs: true, segment: `sentence "${words}" of ${name}` });
+      }
+    }
   }
   spans.push({ end: text.length, belongs: true, segment: "" }); // the generation prompt: a segment that stays open
   return spans;
@@ -72,6 +85,37 @@ function boundOf(template, messages, index, body) {
   if (header !== null) return found.before.length - header.length;
   const isAfterSystem = messages.slice(0, index).every(({ role }) => role === "system");
   return isAfterSystem ? template.preamble(message, body) : null; // their text is within this message
+}
+
+// Where in `body` the sentences of message `index` start, whose text is `body.slice(start, end)`.
+function sentenceStarts(template, messages, index, body, start, end, split) {
+  const { begin, said } = saidOf(template, messages, index, body, start, end);
+  if (isBlank(said)) return [begin];
+  const starts = [];
+  let position = 0;
+  for (const piece of split(said)) {
+    const place = said.indexOf(piece, position);
+    if (place < 0) throw new DataError(`The split of ${nameOf(messages, index)} is not of its text.`, "", WITHOUT_TAGS);
+    if (!isBlank(piece)) starts.push(begin + place);
+    position = place + piece.length;
+  }
+  return starts;
+}
+
+// Where the content of message `index` begins, and what of it the template writes.
+function saidOf(template, messages, index, body, start, end) {
+  const found = template.content(messages, index, body);
+  if (found !== null && body.endsWith(found.after)) {
+    const [begin, stop] = [found.before.length, body.length - found.after.length];
+    const isWithin = start <= begin && begin <= stop && stop <= end;
+    const said = body.slice(begin, stop);
+    if (isWithin && messages[index].content.includes(said)) return { begin, said };
+  }
+  throw new DataError(
+    `Where the chat template of ${template.name} writes the content of ${nameOf(messages, index)} cannot be told.`,
+    "The template changes the content, or writes something else around it than around another content.",
+    'Use an adapter of granularity "message".',
+  );
 }
 
 /**

@@ -45,13 +45,6 @@ export class Conversation {
         "Use a chat model, or an adapter that writes every token.",
       );
     }
-    if (model.mechanism.granularity === "sentence") {
-      throw new ConfigError(
-        "This adapter writes by sentence, which does not run here.",
-        "Texts are split into sentences by a library that is not in this package.",
-        "Use an adapter that writes by token or by message, or run this one in Python.",
-      );
-    }
     checkMemory(memory, model.memoryShape, model.adapter);
     Object.assign(this, { model, write, window });
     this._place = beginning(model, memory);
@@ -199,7 +192,7 @@ export class Conversation {
     if (!write || !model.memoryShape.width) {
       return { past: start.past, prompt: [...start.pending, ...tokens.map((id) => ({ id, writes: write, ends: false }))] };
     }
-    const { tags, ended } = transcript.tags(model.text, start.transcript.head.length);
+    const { tags, ended } = transcript.tags(model.text, start.transcript.head.length, model.split);
     const pending = [...start.pending];
     const past = start.foreign || (ended && !pending.length) ? await this._closed(start.past) : start.past;
     if (ended && pending.length) pending.push({ ...pending.pop(), ends: true });

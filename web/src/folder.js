@@ -21,7 +21,7 @@ const NOT_FOUND = [404, 410];
  * @property {number} loaded bytes
  * @property {number | null} total bytes, where it is known
  *
- * @typedef {{ bytes: number, sha256: string }} Expected of a file's content
+ * @typedef {{ bytes: number, sha256: string, url?: string }} Expected of a file's content; and where it is, if elsewhere
  */
 
 /**
@@ -64,8 +64,8 @@ async function checked(read, name, limit, isOptional = false) {
  */
 export function fetchedFrom(base, { cache = "deltamem", expected = {}, onProgress = () => {}, signal } = {}) {
   return async (name, limit) => {
-    const url = new URL(name, new URL(base, globalThis.location?.href)).href;
     const wanted = expected[name];
+    const url = new URL(wanted?.url ?? name, new URL(base, globalThis.location?.href)).href;
     const store = cache === null ? null : await globalThis.caches?.open(cache).catch(() => null);
     const kept = await store?.match(url);
     if (kept) {

@@ -5,6 +5,7 @@ import { DATA_FILE, readFolder } from "./folder.js";
 import { carriedTensors, disagreement, MANIFEST_FILE, readManifest } from "./manifest.js";
 import { emptyMemory } from "./memory.js";
 import { runtimes } from "./packages.js";
+import { sentenceSplitter } from "./sentences.js";
 import { ChatText, readJson } from "./text.js";
 
 const LOGITS = "logits";
@@ -20,13 +21,14 @@ export class WebModel {
    * @param {"wasm" | "webgpu"} [options.provider] what computes; see `bestProvider`
    * @param {string} [options.graph] its file, where it is not model.onnx
    * @param {Uint8Array} [options.runtime] the .wasm file of that build, where it is not to be fetched from beside it
+   * @param {Uint8Array} [options.sentences] sentencex_wasm_bg.wasm, likewise; of use where the adapter writes by sentence
    * @returns {Promise<WebModel>}
    * @throws {ExportError} a file is missing or damaged, or files disagree
    */
-  static async load(read, { provider = "wasm", graph: graphFile, runtime } = {}) {
+  static async load(read, { provider = "wasm", graph: graphFile, runtime, sentences } = {}) {
     const { graph, weights, ...files } = await readFolder(read, graphFile);
     const manifest = readManifest(files[MANIFEST_FILE]);
-    const text = new ChatText(files);
+    const text = await ChatText.load(files);
     const stopTokens = text.stopTokens(readJson(files, "generation_config.json").eos_token_id);
     const ort = await runtimes[provider]();
     ort.env.wasm.numThreads = 1;
@@ -48,11 +50,12 @@ export class WebModel {
       );
     }
     checkGraph(session.inputMetadata, manifest);
-    return new WebModel(ort, session, manifest, text, stopTokens, provider);
+    const split = manifest.mechanism.granularity === "sentence" ? await sentenceSplitter(sentences) : null;
+    return new WebModel(ort, session, manifest, text, stopTokens, provider, split);
   }
 
-  constructor(ort, session, manifest, text, stopTokens, provider) {
-    Object.assign(this, { text, stopTokens, provider });
+  constructor(ort, session, manifest, text, stopTokens, provider, split) {
+    Object.assign(this, { text, stopTokens, provider, split });
     this._ort = ort;
     this._session = session;
     this._carried = carriedTensors(manifest);

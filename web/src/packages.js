@@ -1,7 +1,10 @@
 // The packages that the library needs. A page without a bundler has a file of its own in place of this one.
 
-export { Template } from "@huggingface/jinja";
-export { Tokenizer } from "@huggingface/tokenizers";
+export const jinja = () => import("@huggingface/jinja");
+export const tokenizers = () => import("@huggingface/tokenizers");
+
+/** Splits texts into sentences. */
+export const sentencex = () => import("sentencex-wasm");
 
 /** ONNX Runtime has a build for each provider. */
 export const runtimes = {

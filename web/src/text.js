@@ -4,7 +4,7 @@ import { checkUnicode, trimStart } from "./characters.js";
 import { DataError, ExportError, firstLine } from "./errors.js";
 import { decodeText, isObject, parseJson } from "./json.js";
 import { offsetsOf } from "./offsets.js";
-import { Template, Tokenizer } from "./packages.js";
+import { jinja, tokenizers } from "./packages.js";
 import { ChatTemplate } from "./template.js";
 
 const MAX_TOKENIZER_BYTES = 256 * 2 ** 20;
@@ -14,9 +14,15 @@ const MAX_TEMPLATE_BYTES = 2 ** 20; // the longest that we know, for tools, are 
 export class ChatText {
   /**
    * @param {Record<string, Uint8Array | undefined>} files of a model folder, by name
+   * @returns {Promise<ChatText>}
    * @throws {ExportError} a file cannot be read
    */
-  constructor(files) {
+  static async load(files) {
+    const [{ Tokenizer }, { Template }] = await Promise.all([tokenizers(), jinja()]);
+    return new ChatText(files, Tokenizer, Template);
+  }
+
+  constructor(files, Tokenizer, Template) {
     const description = readJson(files, "tokenizer.json", MAX_TOKENIZER_BYTES);
     const options = readJson(files, "tokenizer_config.json");
     try {
@@ -33,14 +39,14 @@ export class ChatText {
       if (name.endsWith("_token") && typeof content === "string") this._specialTokens[name] = content;
     }
     const source = templateSource(files["chat_template.jinja"], options.chat_template);
-    this.template = source === null ? null : new ChatTemplate("this model", this._writer(source));
+    this.template = source === null ? null : new ChatTemplate("this model", this._writer(source, Template));
   }
 
   get hasTemplate() {
     return this.template !== null;
   }
 
-  _writer(source) {
+  _writer(source, Template) {
     let template;
     try {
       template = new Template(source);

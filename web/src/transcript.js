@@ -89,16 +89,17 @@ export class Transcript {
    * The tags of the tokens of `rendered` from the character `start` on, where a turn begins; and whether the segment
    * before ends where they begin, so that none of them ends it.
    *
+   * @param {import("./sentences.js").Split | null} split where sentences are segments; null where messages are
    * @returns {{ tags: number[], ended: boolean }}
    * @throws {DataError} the chat template does not let the end of a message be told
    */
-  tags(text, start) {
+  tags(text, start, split) {
     const messages = [...this.system, ...withPlaceholders(this.turns.slice(0, -1)), ...this.turns.at(-1).messages];
     // As the template writes it now: the end is that of `rendered`, what comes before it may not be.
     const rendered = text.render(messages);
     start += rendered.length - this.rendered.length;
     const offsets = text.offsets(rendered.slice(start)).map(([first, last]) => [start + first, start + last]);
-    const spans = spansOf(text.template, messages, rendered);
+    const spans = spansOf(text.template, messages, rendered, split);
     const tags = tagsOf(rendered, offsets, spans.filter(({ end }) => end > start));
     return { tags, ended: spans.some(({ end, segment }) => end === start && segment) };
   }

@@ -1,7 +1,8 @@
 // In place of the library's own: the same packages, from the files beside it.
 
-export { Template } from "../runtime/jinja.js";
-export { Tokenizer } from "../runtime/tokenizers.min.mjs";
+export const jinja = () => import("../runtime/jinja.js");
+export const tokenizers = () => import("../runtime/tokenizers.min.mjs");
+export const sentencex = () => import("../runtime/sentencex_wasm.js");
 
 export const runtimes = {
   wasm: () => import("../runtime/ort.wasm.bundle.min.mjs"),

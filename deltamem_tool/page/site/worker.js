@@ -12,6 +12,7 @@ import {
 } from "./library/index.js";
 
 const RUNTIMES = { wasm: "ort-wasm-simd-threaded.wasm", webgpu: "ort-wasm-simd-threaded.asyncify.wasm" };
+const SENTENCES = "sentencex_wasm_bg.wasm"; // there where the adapter writes by sentence
 const MAX_RUNTIME_BYTES = 2 ** 27;
 const UNPACKED = "model.wasm.onnx"; // the graph that is faster there, where the model is quantised
 const CACHE = "deltamem-model";
@@ -74,9 +75,10 @@ async function load(base, expected, provider, report) {
   const options = { cache: CACHE, onProgress: report };
   const read = fetchedFrom(new URL("runtime/", base), { ...options, expected: expected.runtime });
   const runtime = await read(file, MAX_RUNTIME_BYTES);
+  const sentences = SENTENCES in expected.runtime ? await read(SENTENCES, MAX_RUNTIME_BYTES) : undefined;
   const graph = provider === "wasm" && UNPACKED in expected.model ? UNPACKED : undefined;
   const files = fetchedFrom(new URL("model/", base), { ...options, expected: expected.model });
-  return WebModel.load(files, { provider, runtime, graph });
+  return WebModel.load(files, { provider, runtime, graph, sentences });
 }
 
 onmessage = async ({ data: { id, call, argument } }) => {

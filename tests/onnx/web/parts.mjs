@@ -1,9 +1,11 @@
 // Parts of the library of web/, for a test: node parts.mjs PART < JSON, a result for each entry of a list.
+import { readFile } from "node:fs/promises";
 import { text } from "node:stream/consumers";
 import { fetchedFrom } from "./src/folder.js";
 import { DeltaMemError, memoryBytes, readMemory, VERSION, WebModel } from "./src/index.js";
 import { endSegment } from "./src/memory.js";
 import { Random } from "./src/random.js";
+import { sentenceSplitter } from "./src/sentences.js";
 import { Sampler, samplingOf } from "./src/sampling.js";
 import { ChatText } from "./src/text.js";
 
@@ -27,15 +29,20 @@ const parts = {
     return Array.from({ length: count }, () => sampler.pick(Float32Array.from(logits)));
   },
   // Files of a model folder, in base64: what the tokenizer makes of texts, and the template of messages.
-  text: ({ files, texts, messages }) => {
+  text: async ({ files, texts, messages }) => {
     const content = Object.fromEntries(Object.entries(files).map(([name, file]) => [name, bytesOf(file)]));
-    const chat = new ChatText(content);
+    const chat = await ChatText.load(content);
     return {
       ids: texts.map((text) => chat.encode(text)),
       offsets: texts.map((text) => chat.offsets(text)),
       rendered: messages.map((messages) => chat.render(messages)),
       stop: [...chat.stopTokens(null)],
     };
+  },
+  // The sentences of texts.
+  sentences: async (texts) => {
+    const split = await sentenceSplitter(await readFile("node_modules/sentencex-wasm/sentencex_wasm_bg.wasm"));
+    return texts.map(split);
   },
   // What loading a folder says; files that are null are missing.
   load: async ({ files }) => {

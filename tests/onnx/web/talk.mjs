@@ -13,7 +13,8 @@ const results = [];
 let logits = [];
 try {
   const { graph, ...rest } = options;
-  const model = await WebModel.load(read, { graph });
+  const sentences = await readFile("node_modules/sentencex-wasm/sentencex_wasm_bg.wasm"); // fetch of Node takes no file
+  const model = await WebModel.load(read, { graph, sentences });
   const step = model.step.bind(model);
   model.step = async (...call) => {
     const result = await step(...call);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.hybrids import hybrid
+from helpers.tiny import tiny_tokenizer
 from helpers.web_library import in_javascript, library_folder, talk, text_of
 
 from deltamem_tool import Conversation, OnnxModel
@@ -11,13 +13,15 @@ from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.torch_engine import TorchModel
 from deltamem_tool.memory.file import memory_bytes, memory_from_bytes
 from deltamem_tool.onnx.contract import MODEL_FILE
+from deltamem_tool.onnx.export.export import export_onnx
+from deltamem_tool.onnx.manifest import Manifest
 from deltamem_tool.page.unpacked import write_unpacked
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
 TOLERANCE = 1e-4  # of logits and states in float32, over whole conversations
 INT4_TOLERANCE = 0.1  # of logits, to ONNX Runtime's CPU provider
-TURNS = ("My dog is Rex.", "I've moved to Zürich 🏔, and\n  have a cat.", "Who am I?")
+TURNS = ("My dog is Rex.", "I've moved to Zürich 🏔, and\n  have a cat.  Her name? Dr. Who! ", "Who am I?")
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURNS[0]}]
 
 
@@ -69,6 +73,7 @@ MECHANISMS = {
     "web": {},  # several states in a layer: MSW
     "web_tsw": {"state_heads": 1},
     "web_messages": {"granularity": "message", "couple_lambda": False},
+    "web_sentences": {"granularity": "sentence"},
 }
 
 
@@ -108,6 +113,24 @@ def test_conversations_in_int4_are_those_of_onnx_runtime(exported_with, scripts,
     )
     for say, result in zip(TURNS, results, strict=True):
         assert_same_turn(result, conversation.generate(say, Sampling(3)), engine, conversation, INT4_TOLERANCE)
+
+
+def test_a_hybrids_conversations_are_pytorchs(scripts, tmp_path):
+    """Convolutions and recurrent states of the base: they go on from turn to turn, and back where one is undone."""
+    tokenizer = tiny_tokenizer()
+    model = hybrid("qwen3_5_text", tokenizer)
+    export_onnx(model, tokenizer, tmp_path / "onnx", target="web")
+    layers = Manifest.read(tmp_path / "onnx").interface.layers
+    assert any(layer.convolutions for layer in layers) and any(layer.recurrent for layer in layers)
+    engine = Recorded(TorchModel(model, tokenizer))
+    conversation = Conversation(engine)
+    steps = [("my cat is Bella", {}), ("no", {}), "undo", ("what is the name of my cat?", {})]
+    for step, result in zip(steps, talk(scripts, tmp_path / "onnx", list(map(action_of, steps))), strict=True):
+        if step == "undo":
+            assert conversation.undo() and result["undone"]
+            assert_same_memory(result["memory"], conversation.memory, TOLERANCE)
+        else:
+            assert_same_turn(result, conversation.generate(step[0], Sampling(8)), engine, conversation)
 
 
 SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5}

@@ -21,9 +21,11 @@ from deltamem_tool.chat.sampling import Sampler, Sampling, token_mask
 from deltamem_tool.chat.text import ChatText
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.memory.file import StoredMemory, memory_bytes, memory_from_bytes
+from deltamem_tool.segments.boundaries import english
 
 pytestmark = pytest.mark.node
 
+DOCS = Path(__file__).parents[3] / "docs"
 BACKBONE = Path(deltamem_tool.__file__).parent / "assets" / "backbone"
 TOLERANCE = 1e-6  # of a segment's write: float32 here, rounded float64 there
 
@@ -166,6 +168,21 @@ def test_text_is_that_of_python(part):
     chat = ChatText.from_folder(folder)
     assert result["rendered"] == [chat.render(messages) for messages in MESSAGES]
     assert set(result["stop"]) == chat.stop_tokens(None)
+
+
+ODD_WORDS = (
+    'Dr. Mr. U.S. e.g. a.m. Ph.D. No. 3.14 $5.50 5% 1. 2) A. Café 你好。 次\uff01 🙂 … ... ?! why? no! "hi" (and.) [1] '
+    "• - — ; : www.example.com me@x.org I'm It's \u201cso.\u201d \u2018x\u2019 \u00a0 \u2028 \r\n \n\n \n \t dog is the"
+).split(" ")
+RANDOM_TEXTS = 2000
+
+
+def test_sentences_are_those_of_python(part):
+    """Of this repository's documents, and of words that end no sentence, or seem to, in any order."""
+    random = np.random.default_rng(0)
+    texts = [path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))]
+    texts += [" ".join(random.choice(ODD_WORDS, random.integers(1, 40))) for _ in range(RANDOM_TEXTS)]
+    assert part("sentences", [texts]) == [[english(text) for text in texts]]
 
 
 MANIFEST = {
