@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -83,6 +83,14 @@ class Engine(Protocol):
         """One row, with those of its tokens that `columns`, indices, names; its memory as it is.
 
         Where `takes_back` is False these must be all of its tokens, or none.
+        """
+
+    def keep(self, past: Past, columns: Mapping[int, NDArray[Any]]) -> Past:
+        """Some rows of a batch, as `take` and `join` would give them.
+
+        Args:
+            past: of more rows.
+            columns: of each row that is kept, indices of all of its tokens, which are in the last columns.
         """
 
     def join(self, pasts: Sequence[Past]) -> Past:

@@ -77,15 +77,15 @@ class PaddedGroup:
     def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
         """See `Group.exchange`."""
         staying = [row for row in range(len(self._lengths)) if row not in leaving]
-        parts = [] if not staying else [self._past] if not leaving else [self._taken(row) for row in staying]
+        parts = [] if not staying else [self._past] if not leaving else [self._kept(staying)]
         parts += [part.alone(self._engine) for part in joining]
         self._past = self._engine.join(parts) if parts else None
         self._lengths = np.array([*self._lengths[staying], *(part.length for part in joining)], np.int64)
         return staying
 
-    def _taken(self, row: int) -> Past:
+    def _kept(self, rows: Sequence[int]) -> Past:
         width = self._lengths.max()
-        return self._engine.take(self._past, row, np.arange(width - self._lengths[row], width))
+        return self._engine.keep(self._past, {row: np.arange(width - self._lengths[row], width) for row in rows})
 
     def step(self, tokens: Sequence[Token]) -> NDArray[Any]:
         """See `Group.step`."""

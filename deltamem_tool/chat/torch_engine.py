@@ -24,7 +24,7 @@ from deltamem_tool.base_model.placement import input_device
 from deltamem_tool.chat.engine import check_ids
 from deltamem_tool.chat.group import Group, PaddedGroup
 from deltamem_tool.chat.text import ChatText
-from deltamem_tool.chat.torch_states import States, fill_states, joined_states, keeping_all, states_of, states_of_row
+from deltamem_tool.chat.torch_states import States, fill_states, joined_states, keeping_all, states_of, states_of_rows
 from deltamem_tool.errors import ArchitectureError
 from deltamem_tool.memory.attachment import attachment_of
 from deltamem_tool.memory.cache import MemoryCache
@@ -175,8 +175,18 @@ class TorchModel:
         for index, (keys, values) in past.layers.items():
             kept = kept.to(keys.device)  # one copy for all layers that are there
             layers[index] = (keys[row : row + 1].index_select(2, kept), values[row : row + 1].index_select(2, kept))
-        states = states_of_row(past.states, row)
+        states = states_of_rows(past.states, [row])
         return TorchPast(layers if len(columns) else {}, past.memory.select([row]), states if len(columns) else {})
+
+    def keep(self, past: TorchPast, columns: Mapping[int, NDArray[Any]]) -> TorchPast:
+        """See `Engine.keep`. One copy a layer: with one a row, a large batch would wait for thousands of small ones."""
+        _check_separable(past)
+        rows, first = [*columns], int(min(of_row[0] for of_row in columns.values()))
+        kept, layers = torch.tensor(rows), {}
+        for index, (keys, values) in past.layers.items():
+            kept = kept.to(keys.device)
+            layers[index] = (keys[:, :, first:].index_select(0, kept), values[:, :, first:].index_select(0, kept))
+        return TorchPast(layers, past.memory.select(rows), states_of_rows(past.states, rows))
 
     def join(self, pasts: Sequence[TorchPast]) -> TorchPast:
         """See `Engine.join`."""

@@ -48,9 +48,9 @@ def keeping_all(layer: Any) -> Any:
     return layer
 
 
-def states_of_row(states: Mapping[int, States], row: int) -> dict[int, States]:
-    """One row of the states by layer."""
-    return {i: {name: x[row : row + 1] for name, x in of_layer.items()} for i, of_layer in states.items()}
+def states_of_rows(states: Mapping[int, States], rows: Sequence[int]) -> dict[int, States]:
+    """Some rows of the states by layer."""
+    return {i: {name: x[rows] for name, x in of_layer.items()} for i, of_layer in states.items()}
 
 
 def joined_states(rows: Sequence[tuple[int, Mapping[int, States]]]) -> dict[int, States]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,10 @@ class OnnxModel:
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
         """See `Engine.take`."""
         return self.graph.take(past, row, columns)
+
+    def keep(self, past: Past, columns: Mapping[int, NDArray[Any]]) -> Past:
+        """See `Engine.keep`."""
+        return self.join([self.take(past, row, of_row) for row, of_row in columns.items()])
 
     def join(self, pasts: Sequence[Past]) -> Past:
         """See `Engine.join`."""
