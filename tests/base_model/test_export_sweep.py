@@ -34,24 +34,21 @@ CALLS = (5, 1, 4)  # tokens of each
 PADDING = 2  # tokens on the left of the second row
 DEPTH = 2  # layers: tracing takes seconds for each
 # Their layers are not all of one kind: two are made, and the memory is in the one with what they alone have.
-UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0], **dict.fromkeys(("granitemoehybrid", "lfm2", "qwen3_5_text"), "all")}
+UNLIKE = {"deepseek_v3": [1], "gemma3_text": [0]}
 
-# What one has that the others have not.
+# What one has that the others have not. Layers of convolutions or linear attention, and indexers, are in
+# tests/onnx/runtime/test_hybrids.py.
 ONE_OF_A_KIND = {
     "bart": "counts padding",
     "bloom": "no positions but ALiBi",
     "dbrx": "a loop over experts",
-    "deepseek_v32": "the keys of an indexer",
     "deepseek_v3": "latent keys, wider than the values; experts",
     "falcon": "one head of keys; a fused projection",
     "gemma3_text": "sliding windows",
     "gpt2": "learned positions; transposed weights",
     "gpt_neo": "a mask as long as its positions",
-    "granitemoehybrid": "layers of Mamba 2; experts",
-    "lfm2": "layers of convolutions",
     "llama4_text": "complex rotary numbers",
     "opt": "learned positions, counted in the mask",
-    "qwen3_5_text": "layers of the gated delta rule",
     "roberta": "positions that begin after the padding id",
 }
 COUNTS_PADDING = set(
