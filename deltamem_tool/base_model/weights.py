@@ -62,7 +62,11 @@ class StoredWeights:
         return list(self._file_of)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Return a part of one weight; all of it where it is not a matrix."""
+        """Return a part of one weight; all of it where it is not a matrix.
+
+        Raises:
+            ArchitectureError: the file is missing, truncated or not safetensors.
+        """
         file = self.folder / self._file_of[name]
         if file.suffix == ".safetensors":
             try:

@@ -70,6 +70,10 @@ def write_whole(path: str | Path, content: bytes) -> None:
     A file that is there keeps its mode and its owner, and a symbolic link stays one: the file that it leads to is
     written. What a rename would break is written in place: a file with several names, a mount point, a file in a
     folder that is read-only, a device or a pipe.
+
+    Raises:
+        OSError: the folder or the file cannot be written, or the disk is full. A file is then as it was, unless it is
+            written in place.
     """
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)

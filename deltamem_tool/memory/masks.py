@@ -18,7 +18,11 @@ OUTSIDE, LAST = int(SegmentTag.OUTSIDE), int(SegmentTag.LAST)
 
 
 def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tensor | None:
-    """Return which of this call's tokens are not padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`."""
+    """Return which of this call's tokens are not padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`.
+
+    Raises:
+        MemoryStateError: the mask has other axes or another length.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -41,7 +45,11 @@ def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tens
 
 
 def writing_tokens(write: bool | Tensor, read_mask: Tensor | None, content: Tensor) -> Tensor | bool:
-    """Return which of this call's tokens write, bool `[B, T]`; True for all, False for none."""
+    """Return which of this call's tokens write, bool `[B, T]`; True for all, False for none.
+
+    Raises:
+        MemoryStateError: the mask `write` does not have the tokens' shape, `[B, T]`.
+    """
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
             raise MemoryStateError(
@@ -59,6 +67,9 @@ def segment_tokens(
     """Return which of this call's tokens belong to a segment and which end one, bool `[B, T]` each.
 
     Where every token writes, or without tags, they are `write_mask` and None.
+
+    Raises:
+        MemoryStateError: every token writes and there are tags, or they are not a tensor `[B, T]` of `SegmentTag`s.
     """
     if config.granularity == "token":
         if tags is not None:
@@ -152,7 +163,11 @@ def _has_numbers(value: Any) -> TypeGuard[Tensor]:
 
 
 def check_writes_tokens(config: DeltaMemConfig) -> None:
-    """Check that a call needs no cache: without one, where a memory writes by segments, nothing would be written."""
+    """Check that a call needs no cache: without one, where a memory writes by segments, nothing would be written.
+
+    Raises:
+        MemoryStateError: the memory writes by messages or sentences.
+    """
     if config.granularity != "token":
         raise MemoryStateError(
             f"This memory writes by {config.granularity}, and nothing says where one ends.",

@@ -102,6 +102,9 @@ def delta_scan(
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
         float32.
+
+    Raises:
+        ValueError: shapes do not fit each other, or there is no implementation of that name.
     """
     tokens = {"q": q, "k": k, "v": v, "log_keep": log_keep, "erase": erase, "write": write}
     _check_shapes(tokens, state)

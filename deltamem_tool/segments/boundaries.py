@@ -160,7 +160,11 @@ def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
 
 
 def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
-    """The tags of tokens whose characters are `offsets`; byte-level tokens can share a character."""
+    """The tags of tokens whose characters are `offsets`; byte-level tokens can share a character.
+
+    Raises:
+        DataError: tokens are not in the order of the text, or a segment has no token of its own.
+    """
     owners = owners_of(text, offsets, spans)
     if owners != sorted(owners):
         raise DataError(

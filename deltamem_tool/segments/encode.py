@@ -136,7 +136,11 @@ def tagged(
     generation_prompt: bool = False,
     split: Split | None = None,
 ) -> TaggedChat:
-    """`tag_chat` with a template of the tokenizer that is at hand."""
+    """`tag_chat` with a template of the tokenizer that is at hand.
+
+    Raises:
+        ConfigError, DataError: as `tag_chat`.
+    """
     if granularity not in GRANULARITIES:
         raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
     if split is not None and granularity != "sentence":
@@ -161,7 +165,11 @@ def tagged(
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> int:
-    """Return the token to pad `rows` with: the padding token, or else the end token."""
+    """Return the token to pad `rows` with: the padding token, or else the end token.
+
+    Raises:
+        DataError: rows differ in length, and the tokenizer has neither.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None and len({len(row) for row in rows}) > 1:
         raise DataError(

@@ -245,7 +245,11 @@ def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None
 
 
 def share(name: str, value: float) -> float:
-    """Check an option that is a share."""
+    """Check an option that is a share.
+
+    Raises:
+        ConfigError: it is not a number from 0 to 1.
+    """
     if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ConfigError(f"{name} is a share, from 0 to 1.", f"It is {value!r}.", "Correct this option of the task.")
     return value
@@ -264,7 +268,11 @@ def _questions(name: str, value: float, of: int) -> int:
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> str:
-    """Check an option that is one of a few words."""
+    """Check an option that is one of a few words.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
     if value not in known:
         raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Write {', '.join(known)}.")
     return value

@@ -38,7 +38,11 @@ class Text:
         self._history, self._facts, self._seed = history, facts, seed
 
     def items(self) -> list[Item]:
-        """A passage each."""
+        """A passage each.
+
+        Raises:
+            DataError: the text is shorter than one passage.
+        """
         words, size = read_text(self._data).split(), self._words
         passages = [words[start : start + size] for start in range(0, len(words) - size + 1, size)]
         if not passages:

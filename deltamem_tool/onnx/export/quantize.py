@@ -108,6 +108,11 @@ class _Columns:
         return bool(matches)
 
     def check_all_found(self) -> None:
+        """Check that every column of the memory was in the graph.
+
+        Raises:
+            ExportError: one was not, so that it may have been quantised.
+        """
         missing = sum(len(columns.keys() - self._found) for columns in self._by_length.values())
         if missing:
             raise ExportError(
