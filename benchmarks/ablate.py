@@ -51,8 +51,9 @@ def command(
     from ablation import Questions, ablate
     from ablation_plan import read_ablation
 
+    from deltamem_tool.base_model.launch import join_launched
     from deltamem_tool.cli.console import progress
-    from deltamem_tool.evaluation.processes import Processes, join_launched
+    from deltamem_tool.evaluation.processes import Processes
 
     plans = [read_ablation(file) for file in ablations]
     join_launched()

@@ -16,6 +16,7 @@ CASES = [
     ("deltamem_tool", HEAVY),
     ("deltamem_tool.errors, deltamem_tool.config, deltamem_tool.io.atomic, deltamem_tool.data.dialogues", HEAVY),
     ("deltamem_tool.recipe.load", HEAVY),
+    ("deltamem_tool.base_model.launch", HEAVY),
     ("deltamem_tool.base_model.limits", HEAVY),
     ("deltamem_tool.base_model.support", HEAVY),
     ("deltamem_tool.io.names", HEAVY),

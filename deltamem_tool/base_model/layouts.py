@@ -162,6 +162,14 @@ class Projection:
         grouped: Tensor = correction.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # as above
         return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
 
+    def as_wide_as(self, output: Tensor, correction: Tensor) -> Tensor:
+        """Of the branch's `correction`, `[..., out]`, what to add to `output` of the linear layer.
+
+        That is all, or the part of this process where others compute the rest.
+        """
+        placed = correction if self.is_whole else self.place(correction)
+        return placed if output.shape[-1] == self.width else placed.index_select(-1, self.local_columns)
+
 
 def _separate(q: str, k: str, v: str, o: str, **options: Any) -> Layout:
     """Four linear layers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -18,6 +18,15 @@ def is_split(weight: Any) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(weight, DTensor)
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether processes compute each layer of `model` together: they share its weights, and not by FSDP2."""
+    if not any(is_split(weight) for weight in model.parameters()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def whole(weight: Tensor) -> Tensor:

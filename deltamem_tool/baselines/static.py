@@ -130,8 +130,7 @@ def _add(
     static: StaticLayer, branch: str, projection: Projection, module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
     """Correct what a projection puts out."""
-    offset = static.offset(branch)
-    return output + (offset if projection.is_whole else projection.place(offset)).to(output.dtype)
+    return output + projection.as_wide_as(output, static.offset(branch)).to(output.dtype)
 
 
 @dataclass(frozen=True)

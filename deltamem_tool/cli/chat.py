@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, torch_engine
+from deltamem_tool.cli.engines import (
+    TENSOR_PARALLEL,
+    check_runtime_options,
+    follow_engine,
+    follows,
+    onnx_engine,
+    torch_engine,
+)
 from deltamem_tool.cli.options import (
     NAME,
     TEXT,
@@ -69,6 +76,9 @@ def command(
     for_onnx = is_onnx(model)
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
+    if follows(device):
+        follow_engine(model, for_adapter)
+        return
     if memory_file is not None:
         check_writable(memory_file)
 
@@ -91,7 +101,7 @@ def command(
             file.write(conversation.memory)  # a disk that is full says so now
         chat.notice(f"{file.path} is {'new' if memory is None else 'loaded'}, and written after every turn.")
     if sys.stdin.isatty():
-        _talk(chat, _reader(chat, no_history))
+        _talk(chat, _reader(chat, no_history), goes_on=device != TENSOR_PARALLEL)
     else:
         _pipe(chat)
         if chat.failures:
@@ -111,10 +121,16 @@ def _reader(chat: Chat, no_history: bool) -> Reader:
         return Reader(COMMANDS, None)
 
 
-def _talk(chat: Chat, reader: Reader) -> None:
-    """Lines from a terminal, until it is over."""
-    chat.notice("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
-    while not chat.over and not is_terminated():
+def _talk(chat: Chat, reader: Reader, goes_on: bool) -> None:
+    """Lines from a terminal, until it is over.
+
+    Args:
+        chat: what takes them.
+        reader: where they come from.
+        goes_on: whether the chat does after Ctrl-C in an answer. A launcher ends its processes then, soon.
+    """
+    chat.notice(f"/help lists the commands. Ctrl-C stops an answer{'' if goes_on else ' and leaves'}, Ctrl-D leaves.")
+    while not chat.over and not is_terminated() and (goes_on or not chat.interrupted):
         try:
             line = reader.read()
         except EOFError:
@@ -127,6 +143,8 @@ def _talk(chat: Chat, reader: Reader) -> None:
             chat.handle(line)
         except KeyboardInterrupt:
             chat.notice("Stopped.")
+            if not goes_on:
+                break
 
 
 def _pipe(chat: Chat) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from deltamem_tool.base_model.launch import join_launched, number_in_launch
 from deltamem_tool.cli.options import torch_device
 from deltamem_tool.io.installation import RUNTIME, check_installation, is_installed
 from deltamem_tool.onnx.contract import MANIFEST_FILE
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deltamem_tool.chat.engine import Engine
+    from deltamem_tool.chat.torch_engine import TorchModel
 
 # What `--device` takes beside devices: where there is room for each layer, and a share of each layer a process.
 AUTO, TENSOR_PARALLEL = "auto", "tp"
@@ -58,15 +60,46 @@ def shipped_engine(name: str) -> Engine | None:
 
 
 def torch_engine(adapter: str, device: str | None, loading: dict[str, Any]) -> Engine:
-    """Return the engine of an adapter, which `load` takes with the options `loading`."""
+    """Return the engine of an adapter, which `load` takes with the options `loading`.
+
+    With `TENSOR_PARALLEL` it is the first process that asks for one; the others are to `follow_engine`.
+    """
+    if device != TENSOR_PARALLEL:
+        return _torch_model(adapter, device, loading)
+    model = _joined_model(adapter, loading)
+    from deltamem_tool.chat.led_model import LedModel
+
+    led = LedModel(model)
+    click.get_current_context().call_on_close(led.close)
+    return led
+
+
+def follows(device: str | None) -> bool:
+    """Whether this process does as another one does, and nothing else."""
+    return device == TENSOR_PARALLEL and number_in_launch() > 0
+
+
+def follow_engine(adapter: str, loading: dict[str, Any]) -> None:
+    """Do what the first process does with its `torch_engine`, until it has ended."""
+    model = _joined_model(adapter, loading)
+    from deltamem_tool.chat.led_model import follow
+
+    follow(model)
+
+
+def _joined_model(adapter: str, loading: dict[str, Any]) -> TorchModel:
+    check_installation("torch")
+    join_launched()
+    return _torch_model(adapter, TENSOR_PARALLEL, loading)
+
+
+def _torch_model(adapter: str, device: str | None, loading: dict[str, Any]) -> TorchModel:
     check_installation("torch")
     from deltamem_tool.base_model.tokenizer import tokenizer_of
     from deltamem_tool.chat.torch_engine import TorchModel
     from deltamem_tool.cli.console import quiet_libraries
 
     quiet_libraries()
-    if device == TENSOR_PARALLEL:
-        raise click.UsageError(f"--device {TENSOR_PARALLEL}: only `deltamem eval` runs in several processes.")
     model = load_on(device, adapter, loading)
     return TorchModel(model, tokenizer_of(model, for_chat=False))
 

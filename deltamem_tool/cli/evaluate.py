@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from deltamem_tool.evaluation.result import Evaluation
 
 _FILE = UserPath(dir_okay=False, path_type=Path)
+GO_ON = "With --records or --report, the same command goes on from the answers that are there."
 
 
 @click.command("eval")
@@ -115,8 +117,9 @@ def command(
     right one's layers permuted, with corrections scaled to zero, of the base model alone, and of the base model with
     everything in view; an ONNX folder leaves out what changes weights.
     """
+    from deltamem_tool.base_model.launch import join_launched, members, naming_lost
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
-    from deltamem_tool.evaluation.processes import Processes, join_launched
+    from deltamem_tool.evaluation.processes import Processes
     from deltamem_tool.io.atomic import check_writable
     from deltamem_tool.io.pictures import picture_format
     from deltamem_tool.onnx.locate import is_onnx
@@ -154,7 +157,8 @@ def command(
     if where is not None and device is None and runtime == PYTORCH:
         device = str(where)
     processes = Processes.of(None)
-    with progress(hidden=not processes.is_main) as bar:
+    together = nullcontext() if where is None else naming_lost(members(), GO_ON)
+    with progress(hidden=not processes.is_main) as bar, together:
         task_id = bar.add_task("Evaluation", total=None, note="")
         if runtime == ONNX:
             loaded, tokenizer, fingerprint = _load_onnx(model, provider)

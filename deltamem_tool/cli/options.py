@@ -70,7 +70,7 @@ MARGIN = click.FloatRange(min=0, min_open=True)
 device = click.option(
     "--device",
     help="Where the model runs, such as cuda:1; `auto` spreads an adapter's base over GPUs, CPU and disk, and with "
-    "`tp` the processes of an evaluation share its weights.  [default: cuda if there is one, or else cpu]",
+    "`tp` the processes of a launch (torchrun) share its weights.  [default: cuda if there is one, or else cpu]",
 )
 
 _SAMPLING = (

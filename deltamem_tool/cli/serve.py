@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from deltamem_tool.cli.engines import check_runtime_options, onnx_engine, shipped_engine, torch_engine
+from deltamem_tool.cli.engines import (
+    check_runtime_options,
+    follow_engine,
+    follows,
+    onnx_engine,
+    shipped_engine,
+    torch_engine,
+)
 from deltamem_tool.cli.options import NAME, TEXT, UserPath, allow_other_base, device, trust_remote_code, window
 from deltamem_tool.onnx.locate import is_onnx
 
@@ -96,6 +103,9 @@ def command(
     for_onnx = is_onnx(model)
     for_adapter = {"base": base, "allow_other_base": allow_other_base, "trust_remote_code": trust_remote_code}
     check_runtime_options(for_onnx, provider, **for_adapter, device=device)
+    if follows(device):
+        follow_engine(model, for_adapter)
+        return
 
     from deltamem_tool.cli.console import SPINNER, STDERR
     from deltamem_tool.serve.logs import log_as_json

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # reports of evaluations are compared without torch
-    import torch
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
-PATIENCE = timedelta(days=30)  # who is done first waits; a launcher ends all processes once one has failed
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def join_launched() -> torch.device | None:
-    """Join the processes that a launcher has started; where this one is to run, or None if it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-    device: torch.device = state.device
-    return device

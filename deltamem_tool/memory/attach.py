@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from deltamem_tool._compat import without_compilation
 from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
 from deltamem_tool.base_model.layouts import Projection
+from deltamem_tool.base_model.sharding import is_tensor_parallel
 from deltamem_tool.config import DeltaMemConfig
-from deltamem_tool.errors import ArchitectureError
+from deltamem_tool.errors import ArchitectureError, ConfigError
 from deltamem_tool.memory.adapter import DeltaMemAdapter
 from deltamem_tool.memory.attachment import ATTACHMENT, Attachment, attachment_of, find_attachment, hf_model
 from deltamem_tool.memory.corrections import BASE_SLICE_WIDTH
@@ -96,6 +97,9 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         hook_layers(attachment)
         hook_decoder(attachment, decoder)
         _attend_causally(attachment)
+        if is_tensor_parallel(model):
+            trained = [weight for weight in adapter.parameters() if weight.requires_grad]
+            attachment.handles += [weight.register_hook(_refuse_gradient) for weight in trained]  # type: ignore[no-untyped-call]  # torch has no types
         attachment.overrides.append((cast(nn.Module, model), override(model, GENERATION)))
         base = without_compilation(model.base_model)
         if base not in (model, decoder):  # its own `forward` would rename a cache before the decoder's hook
@@ -106,6 +110,19 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     except BaseException:
         _undo(attachment)
         raise
+
+
+def _refuse_gradient(gradient: Tensor) -> Tensor:
+    """Refuse to train where this gradient is only of what this process has computed of each layer.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "An adapter is not trained under tensor parallelism.",
+        "Each process would have the gradients of its own share of every layer.",
+        "Share the base by FSDP2 instead: training.shard: fsdp2 in a recipe of deltamem train.",
+    )
 
 
 def _attend_causally(attachment: Attachment) -> None:

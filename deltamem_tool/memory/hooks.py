@@ -230,8 +230,6 @@ def _after_projection(
     call = running()
     assert call is not None  # the attention's own hook has seen to it
     layer, readings = adapter.layer(index), call.readings[index]
-    is_here = output.shape[-1] == projection.width  # or others compute a part of it
-    if projection.is_whole and is_here:
+    if projection.is_whole and output.shape[-1] == projection.width:
         return layer.correct(branch, readings, output)
-    correction = projection.place(layer.correction(branch, readings))
-    return output + (correction if is_here else correction.index_select(-1, projection.local_columns)).to(output)
+    return output + projection.as_wide_as(output, layer.correction(branch, readings)).to(output)

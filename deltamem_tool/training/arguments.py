@@ -11,9 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, integrations
 
 from deltamem_tool._compat import use_one_gpu
+from deltamem_tool.base_model.launch import on_cpus
 from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
 from deltamem_tool.recipe.load import TrainingOptions
-from deltamem_tool.training.launch import on_cpus
 
 LOGGED = 100  # times that a run says where it is
 CHECKPOINTS = 20  # that a run writes, where its recipe does not say

@@ -18,6 +18,7 @@ from deltamem_tool.adapter.folder import AdapterFolder, read_adapter
 from deltamem_tool.adapter.load import shapes_of
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.launch import processes_of_launch
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.baselines.lora import new_lora
@@ -28,7 +29,7 @@ from deltamem_tool.io.names import check_revision
 from deltamem_tool.memory.attach import fresh_adapter
 from deltamem_tool.recipe.load import Recipe
 from deltamem_tool.training.episodes import run_data
-from deltamem_tool.training.launch import asks_to_shard, check_shards, processes_of_launch
+from deltamem_tool.training.launch import asks_to_shard, check_shards
 from deltamem_tool.training.peak_bytes import Report, StepShape, activation_bytes, base_dtype, no_columns
 from deltamem_tool.training.sharding import sharded_bytes
 from deltamem_tool.training.trainer import steps_of

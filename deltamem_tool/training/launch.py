@@ -1,25 +1,18 @@
-"""The processes that a launcher has started, and whether they share one base model or have one each."""
+"""Whether the processes of a launch share one base model or have one each."""
 
 from __future__ import annotations
 
 import os
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
-from deltamem_tool.errors import ConfigError, DeltaMemError, first_line
+from deltamem_tool.base_model.launch import join, processes_of_launch
+from deltamem_tool.errors import ConfigError
 from deltamem_tool.recipe.load import Recipe
 
 SHARD_COMMAND = "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m deltamem_tool train RECIPE"
-LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds that are waited for a process to be gone, and between two looks
 # Engines that `accelerate launch` says to use by these variables.
 _FSDP = "ACCELERATE_USE_FSDP"
 _REFUSED = {
@@ -59,20 +52,8 @@ def launched(recipe: Recipe) -> Launch:
     # the memory is float32.
     for variable in (_FSDP, "ACCELERATE_MIXED_PRECISION"):
         os.environ.pop(variable, None)
-    try:
-        state = PartialState(cpu=True) if on_cpus() else PartialState()
-    except torch.distributed.DistError as error:
-        raise DeltaMemError(
-            f"The {count} processes of this run did not find each other.",
-            f"{first_line(error)}.",
-            "Start as many as the launcher's configuration says, with the same address and port.",
-        ) from error
+    state = join()
     return Launch(state, shards, offloads)
-
-
-def processes_of_launch() -> int:
-    """How many processes the launcher of this one has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def asks_to_shard(recipe: Recipe) -> bool:
@@ -99,11 +80,6 @@ def asks_to_shard(recipe: Recipe) -> bool:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
-
-
-def on_cpus() -> bool:
-    """Whether several processes run without GPUs."""
-    return processes_of_launch() > 1 and not torch.accelerator.is_available()
 
 
 def _check_devices(processes: int) -> None:
@@ -140,39 +116,3 @@ def check_shards(recipe: Recipe, processes: int) -> None:
             "Its weights are inside of the base's layers.",
             "Leave out lora, or train it without sharding.",
         )
-
-
-@contextmanager
-def naming_lost_processes(launch: Launch, run: Path) -> Iterator[None]:
-    """Say which process has ended where an error inside comes of that; `run` has the checkpoints."""
-    mine = (launch.state.process_index, socket.gethostname(), os.getpid())
-    members = gather_object([mine]) if launch.processes > 1 else [mine]
-    try:
-        yield
-    except RuntimeError as error:  # gloo has no type of its own
-        lost = _lost(members)
-        if not lost and not isinstance(error, torch.distributed.DistError):
-            raise
-        raise DeltaMemError(
-            f"Process {', '.join(lost)} of this run has ended." if lost else "Another process of this run has ended.",
-            f"{first_line(error)}.",
-            f"Whole checkpoints are in {run}: --resume goes on from the last.",
-        ) from error
-
-
-def _lost(members: Sequence[tuple[int, str, int]]) -> list[str]:
-    """Those on this machine that are gone, after a moment in which one that is killed may still be there."""
-    here = [(rank, pid) for rank, host, pid in members if host == socket.gethostname() and pid != os.getpid()]
-    for _ in range(int(LOST_WITHIN / LOST_AGAIN) if here else 0):
-        lost = [f"{rank} (pid {pid})" for rank, pid in here if not _runs(pid)]
-        if lost:
-            return lost
-        time.sleep(LOST_AGAIN)
-    return []
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -21,6 +21,7 @@ from deltamem_tool.adapter.find_base import base_of
 from deltamem_tool.adapter.load import load
 from deltamem_tool.base_model.attention import attention_layers, select_layers
 from deltamem_tool.base_model.checkpoint import BaseCheckpoint
+from deltamem_tool.base_model.launch import members, naming_lost
 from deltamem_tool.base_model.limits import Limits
 from deltamem_tool.base_model.tokenizer import read_tokenizer, tokenizer_of
 from deltamem_tool.baselines.lora import new_lora
@@ -35,7 +36,7 @@ from deltamem_tool.training.arguments import tensorboard, training_arguments
 from deltamem_tool.training.baseline_steps import LoraStepModel, StaticStepModel, Step
 from deltamem_tool.training.episodes import RunData, run_data
 from deltamem_tool.training.estimate import step_seconds
-from deltamem_tool.training.launch import Launch, launched, naming_lost_processes
+from deltamem_tool.training.launch import Launch, launched
 from deltamem_tool.training.loss import EpisodeModel
 from deltamem_tool.training.run_folder import (
     checkpoint_to_resume,
@@ -127,7 +128,8 @@ def train(
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
-    with removed_if_empty(run), naming_lost_processes(launch, run):  # the Trainer makes the folder
+    advice = f"Whole checkpoints are in {run}: --resume goes on from the last."
+    with removed_if_empty(run), naming_lost(members(), advice):  # the Trainer makes the folder
         trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):
             cast(nn.Module, model).to(trainer.args.device)  # transformers hides the signature

@@ -1,0 +1,170 @@
+"""The processes that a launcher has started, torchrun or `accelerate launch`: how they meet, and which has ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from deltamem_tool.errors import DeltaMemError, InstallationError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+MEET_WITHIN = timedelta(minutes=10)  # torch would wait for half an hour
+PATIENCE = timedelta(days=30)  # who is done first waits; a launcher ends all processes once one has failed
+LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds that are waited for a process to be gone, and between two looks
+
+
+def processes_of_launch() -> int:
+    """How many processes the launcher of this one has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number_in_launch() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def on_cpus() -> bool:
+    """Whether several processes run without GPUs."""
+    import torch
+
+    return processes_of_launch() > 1 and not torch.accelerator.is_available()
+
+
+def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> PartialState:
+    """Join the processes of a launch, on GPUs if there are any, else on CPUs; or be the only one.
+
+    Args:
+        patience: how long one waits for another in an exchange; None is torch's own.
+        within: how long all of them may take to come.
+
+    Raises:
+        DeltaMemError: some did not come.
+        InstallationError: accelerate is not installed.
+    """
+    import torch
+
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InstallationError(
+            "Several processes need accelerate, which is not installed.",
+            "It comes with the extra 'train' of deltamem-tool.",
+            "pip install 'deltamem-tool[train]'",
+        ) from error
+
+    count = processes_of_launch()
+    try:
+        # Kept until all have joined: one of the processes serves it.
+        store = None if count == 1 or torch.distributed.is_initialized() else _met(count, within)
+        state = PartialState(cpu=on_cpus(), **({} if patience is None else {"timeout": patience}))
+        del store
+    except torch.distributed.DistError as error:
+        raise _not_met(f"The {count} processes of this run did not find each other.", first_line(error)) from error
+    return state
+
+
+def join_launched() -> torch.device | None:
+    """Join the processes of a launch, for as long as it takes; where this one is to run, or None if it is alone."""
+    if processes_of_launch() == 1:
+        return None
+    device: torch.device = join(PATIENCE).device
+    return device
+
+
+def _met(count: int, within: timedelta) -> Any:
+    """Wait for all processes where they are to meet; None where the launcher has not said where that is.
+
+    Raises:
+        DeltaMemError: some did not come; it says which.
+    """
+    import torch
+
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        return None
+    number, host, port = number_in_launch(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first process
+    is_master = number == 0 and not served
+    keys = [f"deltamem/{each}" for each in range(count)]
+    store: Any = None
+    missing = [0]
+    try:
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # a name that torch documents and does not list
+            host, port, count, is_master, within, wait_for_workers=False, multi_tenant=True
+        )
+        store.set(keys[number], "here")
+        store.wait(keys, within)
+    except torch.distributed.DistError as error:
+        if store is not None:
+            missing = [each for each, key in enumerate(keys) if not store.check([key])]
+        elif is_master or served:
+            raise
+        raise _not_met(
+            f"Process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of the {count} of this run did "
+            "not come.",
+            f"It was waited for at {host}:{port} for {within.total_seconds():.0f} seconds",
+        ) from error
+    return store
+
+
+def _not_met(what: str, why: str) -> DeltaMemError:
+    return DeltaMemError(
+        what, f"{why}.", "Start as many as the launcher's configuration says, with the same address and port."
+    )
+
+
+Member = tuple[int, str, int]  # its number, host and process id
+
+
+def members() -> list[Member]:
+    """Return all processes of the launch that have joined; all of them have to ask."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    mine = (number_in_launch(), socket.gethostname(), os.getpid())
+    return list(gather_object([mine])) if PartialState().num_processes > 1 else [mine]
+
+
+@contextmanager
+def naming_lost(processes: Sequence[Member], advice: str) -> Iterator[None]:
+    """Say which of `processes` has ended where an error inside comes of that, and what to do next: `advice`."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own
+        lost = _lost(processes)
+        if not lost and not isinstance(error, DistError):
+            raise
+        raise DeltaMemError(
+            f"Process {', '.join(lost)} of this run has ended." if lost else "Another process of this run has ended.",
+            f"{first_line(error)}.",
+            advice,
+        ) from error
+
+
+def _lost(processes: Sequence[Member]) -> list[str]:
+    """Those on this machine that are gone, after a moment in which one that is killed may still be there."""
+    here = [(number, pid) for number, host, pid in processes if host == socket.gethostname() and pid != os.getpid()]
+    for _ in range(int(LOST_WITHIN / LOST_AGAIN) if here else 0):
+        lost = [f"{number} (pid {pid})" for number, pid in here if not _runs(pid)]
+        if lost:
+            return lost
+        time.sleep(LOST_AGAIN)
+    return []
+
+
+def _runs(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,209 @@
+"""Conversations on a base whose weights several processes share: the first one leads, and the others do as it does.
+
+The first talks, draws tokens and writes files. What it asks of the model needs all of them, each of which has its part
+of every past: so it tells the others, which do the same in the same order, and know of nothing else.
+"""
+
+from __future__ import annotations
+
+import signal
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from deltamem_tool.base_model.launch import PATIENCE, members, naming_lost
+from deltamem_tool.chat.group import Group, PaddedGroup
+from deltamem_tool.chat.torch_engine import TorchModel, TorchPast
+from deltamem_tool.errors import DeltaMemError
+from deltamem_tool.memory.file import StoredMemory
+
+ADVICE = "Start all of them again; a memory file has what was said until then."
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a past in what is told: each process has its own part of it."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A call of a method that returns a past, last or alone."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    number: int  # of the past that comes of it
+    dropped: Sequence[int]  # pasts that nobody has any more
+
+
+class _LedPast:
+    """A past of all processes; it has the part of this one."""
+
+    def __init__(self, number: int, part: TorchPast) -> None:
+        self.number, self.part = number, part
+
+
+class LedModel:
+    """The `Engine` of the first process; every other one is in `follow` meanwhile.
+
+    Args:
+        model: of this process. All processes have to make theirs, this class or `follow`, at the same time.
+    """
+
+    def __init__(self, model: TorchModel) -> None:
+        self.text, self.stop_tokens, self.max_length = model.text, model.stop_tokens, model.max_length
+        self.adapter, self.mechanism, self.memory_shape = model.adapter, model.mechanism, model.memory_shape
+        self.takes_back = model.takes_back
+        self._model = model
+        self._channel = _Channel()
+        self._numbers = count()
+        self._dropped: deque[int] = deque()
+        self._is_broken = False
+        # All is told and done in one thread: in one order, whoever asks, and whole, whatever interrupts who asks.
+        self._thread = ThreadPoolExecutor(1, "led-model")
+
+    def start(self, memory: StoredMemory) -> _LedPast:
+        """See `Engine.start`."""
+        return self._past_of("start", memory)
+
+    def step(
+        self,
+        past: _LedPast,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        write_mask: NDArray[Any],
+        segment_end: NDArray[Any] | None = None,
+        all_positions: bool = False,
+    ) -> tuple[NDArray[Any], _LedPast]:
+        """See `Engine.step`."""
+        arguments = (past, input_ids, attention_mask, write_mask, segment_end, all_positions)
+        logits, after = self._in_all("step", *arguments)
+        return logits, after
+
+    def memory(self, past: _LedPast) -> StoredMemory:
+        """See `Engine.memory`; it is the same in every process."""
+        return self._model.memory(past.part)
+
+    def with_memory(self, past: _LedPast, memory: StoredMemory) -> _LedPast:
+        """See `Engine.with_memory`."""
+        return self._past_of("with_memory", past, memory)
+
+    def take(self, past: _LedPast, row: int, columns: NDArray[Any]) -> _LedPast:
+        """See `Engine.take`."""
+        return self._past_of("take", past, row, columns)
+
+    def keep(self, past: _LedPast, columns: Mapping[int, NDArray[Any]]) -> _LedPast:
+        """See `Engine.keep`."""
+        return self._past_of("keep", past, columns)
+
+    def join(self, pasts: Sequence[_LedPast]) -> _LedPast:
+        """See `Engine.join`."""
+        return self._past_of("join", list(pasts))
+
+    def size(self, past: _LedPast) -> int:
+        """See `Engine.size`; of the part of this process."""
+        return self._model.size(past.part)
+
+    def group(self) -> Group:
+        """See `Engine.group`."""
+        return PaddedGroup(self)
+
+    def close(self) -> None:
+        """Let the other processes go."""
+        if not self._is_broken:
+            self._thread.submit(self._channel.tell, None).result()
+        self._thread.shutdown()
+
+    def _past_of(self, method: str, *arguments: Any) -> _LedPast:
+        past: _LedPast = self._in_all(method, *arguments)[-1]
+        return past
+
+    def _in_all(self, method: str, *arguments: Any) -> tuple[Any, ...]:
+        return self._thread.submit(self._do, method, arguments).result()
+
+    def _do(self, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._is_broken:
+            raise DeltaMemError(
+                "The processes of this run are no longer in step.", "An earlier call has failed in one of them.", ADVICE
+            )
+        number = next(self._numbers)
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        told = _with_pasts(arguments, _LedPast, lambda past: _Place(past.number))
+        own = _with_pasts(arguments, _LedPast, lambda past: past.part)
+        self._is_broken = True  # until it is known that the others have done the same
+        with self._channel.naming_lost():
+            self._channel.tell(_Order(method, told, number, dropped))
+            try:
+                *results, part = _as_tuple(getattr(self._model, method)(*own))
+            except DeltaMemError:  # about the arguments, which are those of all
+                self._is_broken = False
+                raise
+        self._is_broken = False
+        past = _LedPast(number, part)
+        weakref.finalize(past, self._dropped.append, number)
+        return (*results, past)
+
+
+def follow(model: TorchModel) -> None:
+    """Do as the `LedModel` of the first process does, until it is closed.
+
+    Signals that end a command are left to the first process, which may have something to write.
+
+    Raises:
+        DeltaMemError: the first process has ended without a word.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    channel, parts = _Channel(), dict[int, TorchPast]()
+    with channel.naming_lost():
+        while (order := channel.hear()) is not None:
+            for number in order.dropped:
+                del parts[number]
+            arguments = _with_pasts(order.arguments, _Place, lambda place: parts[place.number])
+            with suppress(DeltaMemError):  # the first process says what is wrong, and has no such past either
+                parts[order.number] = _as_tuple(getattr(model, order.method)(*arguments))[-1]
+
+
+class _Channel:
+    """From the first process to all others; all have to make theirs together."""
+
+    def __init__(self) -> None:
+        # On the CPU, whatever the model runs on: who waits for a word there keeps no GPU busy.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._members = members()
+
+    def tell(self, order: _Order | None) -> None:
+        dist.broadcast_object_list([order], src=0, group=self._group)
+
+    def hear(self) -> _Order | None:
+        heard: list[_Order | None] = [None]
+        dist.broadcast_object_list(heard, src=0, group=self._group)
+        return heard[0]
+
+    def naming_lost(self) -> AbstractContextManager[None]:
+        return naming_lost(self._members, ADVICE)
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _with_pasts(arguments: Sequence[Any], kind: type, replaced: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """`arguments` with another thing for each of a `kind`, alone or in a list."""
+
+    def each(value: Any) -> Any:
+        if isinstance(value, kind):
+            return replaced(value)
+        return [each(item) for item in value] if isinstance(value, list) else value
+
+    return tuple(map(each, arguments))
