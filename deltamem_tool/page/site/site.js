@@ -1,6 +1,7 @@
 // The page: which memory is open, the conversation with it, and what the buttons do. Memories are in IndexedDB.
 
-import { byId, confirmed, element } from "./dom.js";
+import { connect, guardedBy, notice, saveAs } from "./controls.js";
+import { byId, confirmed } from "./dom.js";
 import { ask, EngineError, keepOffline } from "./engine.js";
 import { showLayers, sizeOf } from "./layers.js";
 import { DeltaMemError } from "./library/errors.js";
@@ -8,7 +9,7 @@ import { readMemory } from "./library/memory.js";
 import { MemoryStore } from "./library/store.js";
 import * as log from "./log.js";
 import { showList } from "./memories.js";
-import { addressOf, openName } from "./open.js";
+import { openName } from "./open.js";
 
 const words = byId("words");
 const told = new BroadcastChannel("deltamem"); // to the other tabs: which memory has changed
@@ -23,14 +24,7 @@ const talks = new Map();
 const talk = () => talks.get(openName());
 const versionOf = (stored) => stored?.version ?? 0;
 
-// Notices ---------------------------------------------------------------------------------------------------------
-
-function notice(text, kind = "note") {
-  const close = element("button", { type: "button", textContent: "Dismiss", onclick: clearNotice });
-  byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
-}
-
-const clearNotice = () => byId("notice").replaceChildren();
+// What went wrong --------------------------------------------------------------------------------------------------
 
 function failed(error) {
   const isExpected = error instanceof DeltaMemError || (error instanceof EngineError && error.isExpected);
@@ -38,16 +32,7 @@ function failed(error) {
   if (!isExpected) throw error;
 }
 
-// Does `action` for a button, and shows what went wrong.
-const guarded = (action) => async (event) => {
-  event?.preventDefault();
-  clearNotice();
-  try {
-    await action();
-  } catch (error) {
-    failed(error);
-  }
-};
+const guarded = guardedBy(failed);
 
 // One tab after the other: what one writes, the next one goes on from.
 const alone = (name, action) =>
@@ -192,9 +177,7 @@ const undo = () =>
     return stored;
   });
 
-async function load() {
-  const [file] = byId("file").files;
-  byId("file").value = ""; // or the same file could not be chosen again
+async function load(file) {
   const bytes = await ask("check", { bytes: new Uint8Array(await file.arrayBuffer()) });
   await changed(async (name, version, known) => {
     const stored = await store.put(name, bytes, version);
@@ -217,9 +200,7 @@ async function forget() {
 
 function save() {
   const { unstored, stored } = talk();
-  const address = URL.createObjectURL(new Blob([unstored ?? stored.bytes]));
-  element("a", { href: address, download: `${openName()}.safetensors` }).click();
-  URL.revokeObjectURL(address);
+  saveAs(openName(), unstored ?? stored.bytes);
 }
 
 // Start -----------------------------------------------------------------------------------------------------------
@@ -244,21 +225,8 @@ async function start() {
   await keepOffline();
 }
 
-const actions = { undo, save, forget, begin: beginTalk };
-for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
-byId("load").onclick = () => byId("file").click();
-byId("file").onchange = guarded(load);
+connect(guarded, { send, load, undo, save, forget, begin: beginTalk });
 byId("stop").onclick = () => ask("stop");
-byId("composer").onsubmit = guarded(send);
-byId("new-form").onsubmit = guarded(() => {
-  location.hash = addressOf(byId("new-name").value.trim());
-  byId("new-name").value = "";
-});
-words.onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  byId("composer").requestSubmit();
-};
 window.onhashchange = guarded(open);
 told.onmessage = guarded(async () => {
   if (!answering && store) await refresh();

@@ -1,7 +1,8 @@
 // The page: which memory is open, the conversation with it, and what the buttons do.
 
 import * as api from "./api.js";
-import { byId, confirmed, element } from "./dom.js";
+import { connect, guardedBy, notice, saveAs } from "./controls.js";
+import { byId, confirmed } from "./dom.js";
 import { before } from "./history.js";
 import { showList, showMore } from "./list.js";
 import * as log from "./log.js";
@@ -28,19 +29,13 @@ const lastTurn = () => {
   return made !== undefined && made.digest === memory.digest ? last : null;
 };
 
-// Notices ---------------------------------------------------------------------------------------------------------
+// What went wrong --------------------------------------------------------------------------------------------------
 
-function notice(text, kind = "note") {
-  const close = element("button", { type: "button", textContent: "Dismiss", onclick: clearNotice });
-  byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
-}
-
-const clearNotice = () => byId("notice").replaceChildren();
-
-function failed(error) {
+async function failed(error) {
   if (!(error instanceof api.ApiError)) throw error;
   if (error.status === 401) askForKey();
   else notice(error.message, "error");
+  if (CHANGED.includes(error.status)) await refresh();
 }
 
 function askForKey() {
@@ -50,17 +45,7 @@ function askForKey() {
   byId("key").focus();
 }
 
-// Does `action` for a button, and shows what went wrong.
-const guarded = (action) => async (event) => {
-  event?.preventDefault();
-  clearNotice();
-  try {
-    await action();
-  } catch (error) {
-    failed(error);
-    if (CHANGED.includes(error.status)) await refresh();
-  }
-};
+const guarded = guardedBy(failed);
 
 // Showing ---------------------------------------------------------------------------------------------------------
 
@@ -191,14 +176,10 @@ async function fork() {
 }
 
 function save() {
-  const address = URL.createObjectURL(new Blob([memory.bytes]));
-  element("a", { href: address, download: `${openName()}.safetensors` }).click();
-  URL.revokeObjectURL(address);
+  saveAs(openName(), memory.bytes);
 }
 
-async function load() {
-  const [file] = byId("file").files;
-  byId("file").value = ""; // or the same file could not be chosen again
+async function load(file) {
   await api.putMemory(openName(), file, api.etagOf(memory));
   await refresh();
   beginTalk();
@@ -236,21 +217,8 @@ function forgetKey() {
   location.reload();
 }
 
-const actions = { undo, fork, save, forget, more: showMore, begin: beginTalk, "forget-key": forgetKey };
-for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
-byId("load").onclick = () => byId("file").click();
-byId("file").onchange = guarded(load);
+connect(guarded, { send, load, undo, fork, save, forget, more: showMore, begin: beginTalk, "forget-key": forgetKey });
 byId("stop").onclick = () => answering?.abort();
-byId("composer").onsubmit = guarded(send);
 byId("key-form").onsubmit = guarded(useKey);
-byId("new-form").onsubmit = guarded(() => {
-  location.hash = addressOf(byId("new-name").value.trim());
-  byId("new-name").value = "";
-});
-words.onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  byId("composer").requestSubmit();
-};
 window.onhashchange = guarded(open);
 await guarded(start)();

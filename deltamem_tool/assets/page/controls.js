@@ -1,0 +1,50 @@
+// What a page says above all else, and the buttons and fields that every page has.
+
+import { byId, element } from "./dom.js";
+import { addressOf } from "./open.js";
+
+export const clearNotice = () => byId("notice").replaceChildren();
+
+export function notice(text, kind = "note") {
+  const close = element("button", { type: "button", textContent: "Dismiss", onclick: clearNotice });
+  byId("notice").replaceChildren(element("p", { className: kind, textContent: text }), close);
+}
+
+// Gives a function that does its action for a button; `failed` shows what went wrong.
+export const guardedBy = (failed) => (action) => async (event) => {
+  event?.preventDefault();
+  clearNotice();
+  try {
+    await action();
+  } catch (error) {
+    await failed(error);
+  }
+};
+
+// Offers the bytes of a memory as a file.
+export function saveAs(name, bytes) {
+  const address = URL.createObjectURL(new Blob([bytes]));
+  element("a", { href: address, download: `${name}.safetensors` }).click();
+  URL.revokeObjectURL(address);
+}
+
+// Connects each button of `actions`, by its id, and the fields; `load` is given the file that was chosen.
+export function connect(guarded, { send, load, ...actions }) {
+  for (const [id, action] of Object.entries(actions)) byId(id).onclick = guarded(action);
+  byId("load").onclick = () => byId("file").click();
+  byId("file").onchange = guarded(async () => {
+    const [file] = byId("file").files;
+    byId("file").value = ""; // or the same file could not be chosen again
+    await load(file);
+  });
+  byId("composer").onsubmit = guarded(send);
+  byId("words").onkeydown = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("composer").requestSubmit();
+  };
+  byId("new-form").onsubmit = guarded(() => {
+    location.hash = addressOf(byId("new-name").value.trim());
+    byId("new-name").value = "";
+  });
+}
