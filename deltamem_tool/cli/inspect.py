@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamem_tool.cli.options import NAME, UserPath
+from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.atomic import check_writable, resolve
 from deltamem_tool.io.installation import check_installation
@@ -168,7 +169,7 @@ def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
         "parameters": folder.num_parameters(),
         "memory_bytes": folder.memory_bytes,
     }
-    facts = document | {"mechanism": asdict(folder.config)}  # by the names of the options, not by the file's
+    facts = document | {"mechanism": asdict(folder.config)}
     return document, [_facts(path, _flat(facts))]
 
 
@@ -185,11 +186,12 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
     document = {"kind": "onnx", **asdict(manifest)}
     table = Table(title="Inputs and outputs of the graph")
     for column in ("", "name", "type", "shape", "what"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=column == "name", overflow="fold")  # a size is told by its whole name
     for row in rows(manifest.interface):
         shape = ", ".join(map(str, row.shape))
         table.add_row(row.kind, Text(row.name), row.type, Text(f"[{shape}]"), row.meaning)
     facts = {name: value for name, value in document.items() if name != "interface"}
+    facts["mechanism"] = DeltaMemConfig.current_names(manifest.mechanism)
     return document, [_facts(path, _flat(facts)), table]
 
 
