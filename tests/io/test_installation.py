@@ -1,6 +1,6 @@
 """What is wrong with the installed packages is said before anything runs, and stops only what needs them.
 
-Other versions are files in front of the real ones on the path of a process: what pip would have left.
+Other versions are files in front of the real ones on the path: what pip would have left.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.command import Done, in_a_process
+from cli.command import Done, deltamem, in_a_process  # noqa: F401  (the second is a fixture)
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -27,6 +27,14 @@ def installed(folder: Path, name: str, version: str) -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.fixture
+def in_front(tmp_path, monkeypatch):
+    """A folder in front of the installed packages, and the one in which commands run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -62,19 +70,19 @@ NEEDS_EVERYTHING = [
 
 @pytest.mark.parametrize("version", ["5.22.0", "5.25.0", "6.0.0.dev0"])
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING[:2])
-def test_transformers_of_another_version(process, tmp_path, words, version):
-    installed(tmp_path, "transformers", version)
+def test_transformers_of_another_version(in_front, deltamem, words, version):  # noqa: F811
+    installed(in_front, "transformers", version)
     bounds = BOUNDS["transformers"]
-    process(*words.split()).assert_short_error(
+    deltamem(*words.split()).assert_short_error(
         f"transformers {version} is installed", f"pip install 'transformers{bounds}'", IGNORE, code=1
     )
 
 
 @pytest.mark.parametrize("words", NEEDS_EVERYTHING)
-def test_a_package_of_another_version(process, tmp_path, words):
-    installed(tmp_path, "numpy", "1.26.0")
+def test_a_package_of_another_version(in_front, deltamem, words):  # noqa: F811
+    installed(in_front, "numpy", "1.26.0")
     bounds = BOUNDS["numpy"]
-    process(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)
+    deltamem(*words.split()).assert_short_error("numpy 1.26.0 is installed", f"pip install 'numpy{bounds}'", code=1)
 
 
 def test_what_does_not_need_it_works(process, tmp_path):
