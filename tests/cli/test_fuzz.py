@@ -251,6 +251,7 @@ def import_everything() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 2 * EXAMPLES)  # or a busy machine, or 20,000 lines, would end it
 @pytest.mark.filterwarnings("ignore")  # an interrupted command closes nothing
 def test_no_command_line_ends_in_a_traceback(material, tmp_path, monkeypatch, hub):
     source, right = material
