@@ -45,7 +45,8 @@ _TOKENIZER_FILES = (
 )
 ADAMW = 8  # bytes of optimizer state a trained parameter: two float32 moments
 # Bytes of a weight that bitsandbytes has quantised: int8 has a float32 a row beside, nf4 one a 64 weights.
-_QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+SCALE = 4 / 64
+_QUANTISED = {"int8": 1.0, "nf4": 0.5 + SCALE}
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None 
     held, gathered = base_bytes, 0
     if shards:
         held, gathered = sharded_bytes(skeleton, weights.bytes_of, processes)
+        held += round(weights.scales * (1 - 1 / processes))  # a process has all of them
     if recipe.lora is not None:
         lora: nn.Module = new_lora(skeleton, recipe.lora)
         trained = sum(weight.numel() for weight in lora.parameters() if weight.requires_grad)
@@ -197,6 +199,7 @@ def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None 
 class _Weights:
     bytes_of: dict[Tensor, float]  # of each weight of the base
     largest: int  # bytes of the largest that is unpacked while it is used
+    scales: float = 0.0  # bytes of the scales of nf4, which `bytes_of` has too
 
 
 def _base(skeleton: PreTrainedModel, recipe: Recipe, config: PretrainedConfig, notes: list[str]) -> _Weights:
@@ -210,7 +213,8 @@ def _base(skeleton: PreTrainedModel, recipe: Recipe, config: PretrainedConfig, n
     head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]  # it has no hints
     packed = [m.weight for m in skeleton.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     bytes_of |= {weight: weight.numel() * bytes_each for weight in packed}
-    return _Weights(bytes_of, max((weight.numel() for weight in packed), default=0) * width)
+    scales = SCALE * sum(weight.numel() for weight in packed) if recipe.training.quantize == "nf4" else 0.0
+    return _Weights(bytes_of, max((weight.numel() for weight in packed), default=0) * width, scales)
 
 
 def _tokenizer(checkpoint: BaseCheckpoint) -> PreTrainedTokenizerBase | None:

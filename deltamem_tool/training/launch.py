@@ -104,11 +104,11 @@ def check_shards(recipe: Recipe, processes: int) -> None:
             "The recipe or accelerate's configuration says to shard the base.",
             f"Run {SHARD_COMMAND}, with two processes or more.",
         )
-    if recipe.training.quantize != "none":
+    if recipe.training.quantize == "int8":
         raise ConfigError(
-            "A quantised base cannot be sharded.",
-            "transformers divides weights by their rows while it loads them, and packed weights have none.",
-            "Set training.quantize to none, or training.shard to none.",
+            "A base in int8 cannot be sharded.",
+            "bitsandbytes keeps the scales of its rows in the weight, and FSDP2 makes a plain one of that.",
+            "Set training.quantize to nf4 or none, or training.shard to none.",
         )
     if recipe.lora is not None:
         raise ConfigError(

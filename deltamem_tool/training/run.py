@@ -47,7 +47,7 @@ from deltamem_tool.training.run_folder import (
     start_of,
     step_of,
 )
-from deltamem_tool.training.sharding import BaseShare, base_share, fsdp_config, is_sharded
+from deltamem_tool.training.sharding import BaseShare, base_share, fsdp_config, is_sharded, shard_packed
 from deltamem_tool.training.summary import TrainingSummary, named_recipe
 from deltamem_tool.training.trainer import (
     EarlyStop,
@@ -254,6 +254,7 @@ def load_base(recipe: Recipe, launch: Launch | None = None) -> tuple[PreTrainedM
         model = load(
             recipe.adapter, base=recipe.base, base_revision=recipe.revision, trust_remote_code=trust, **options
         )
+        _prepare_packed(model, launch)
         return model, tokenizer_of(model)
     check_revision(recipe.base, recipe.revision)
     checkpoint = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code)
@@ -278,6 +279,7 @@ def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -
         ConfigError: its weights would be float16, in which small gradients are zeros.
     """
     model = checkpoint.load(**_loading(recipe, launch))
+    _prepare_packed(model, launch)
     if model.dtype == torch.float16 and not _is_placed(model):
         raise ConfigError(
             f"{checkpoint.name} is stored in float16.",
@@ -285,6 +287,16 @@ def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -
             "Set training.dtype to bfloat16 or float32.",
         )
     return model
+
+
+def _prepare_packed(model: PreTrainedModel, launch: Launch | None) -> None:
+    """Have the weights of a quantised `model` stay as they are, or shard them as they are."""
+    for module in cast(nn.Module, model).modules():
+        # On CPUs that have it, a call without gradients would pack weights anew, in a form that gradients do not pass.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # a Module has no such attribute for mypy
+    if launch is not None and launch.shards and not is_sharded(model):
+        shard_packed(model, launch.state.device, launch.offloads)
 
 
 def _loading(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
@@ -300,7 +312,7 @@ def _loading(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
             load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
         )
         options["device_map"] = {"": PartialState().device}
-    if launch is not None and launch.shards:
+    elif launch is not None and launch.shards:
         skeleton = BaseCheckpoint(recipe.base, recipe.revision, recipe.trust_remote_code).skeleton()
         options["distributed_config"] = fsdp_config(skeleton, launch.processes, launch.offloads)
     return options

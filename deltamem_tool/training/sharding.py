@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import GradientCheckpointingLayer
@@ -44,8 +44,20 @@ def fsdp_config(skeleton: nn.Module, processes: int, offloads: bool = False) -> 
     }
 
 
+def shard_packed(model: PreTrainedModel, device: torch.device, offloads: bool = False) -> None:
+    """Shard a base that bitsandbytes has packed to nf4, and that is whole in every process, in place.
+
+    While they load, packed weights cannot be divided: they have no rows yet. Their scales stay whole.
+    """
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offloads else {}
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh, **policy)
+
+
 def sharded_bytes(skeleton: PreTrainedModel, bytes_of: Mapping[Tensor, float], processes: int) -> tuple[int, int]:
-    """What one of `processes` holds of a base, and what it gathers at most to compute, in bytes.
+    """What one of `processes` holds of what is divided of a base, and what it gathers at most to compute, in bytes.
 
     A weight is divided by its rows, of which the first process has one more where they do not come out even. Layers
     are freed once they have run, but one is gathered while the one before it runs; the output head is kept.
@@ -71,9 +83,11 @@ def base_share(model: nn.Module) -> BaseShare:
     """Measure what the processes hold of a sharded `model`; all of them have to ask."""
     weights = list(model.parameters())
     parts = [weight.to_local() if is_split(weight) else weight for weight in weights]
-    held = torch.tensor(sum(part.nbytes for part in parts), device=parts[0].device)
+    states: list[Any] = [getattr(module, "quant_state", None) for module in model.modules()]
+    scales: int = sum(state.absmax.nbytes for state in states if state is not None)  # which each process has all of
+    held = torch.tensor(scales + sum(part.nbytes for part in parts), device=parts[0].device)
     dist.all_reduce(held, dist.ReduceOp.MAX)
-    return BaseShare(sum(weight.nbytes for weight in weights), int(held), dist.get_world_size())
+    return BaseShare(scales + sum(weight.nbytes for weight in weights), int(held), dist.get_world_size())
 
 
 def with_common_length(

@@ -33,6 +33,14 @@ def trained(recipes: list[Recipe], notes: Path) -> None:
                 file.write(json.dumps({"losses": result.losses, "share": share, "whole": max(whole)}) + "\n")
 
 
+def trained_apart(recipe: Recipe, notes: Path) -> None:
+    """Train with the whole base in each process; `notes` gets the losses."""
+    torch.set_num_threads(1)
+    result = train(recipe)
+    if result.is_main:
+        notes.write_text(json.dumps(result.losses))
+
+
 def loses_another(recipe: Recipe, errors: Path) -> None:
     """Train, and write what ends the run to `errors`."""
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 from helpers.processes import started, together
 from helpers.tiny import save_checkpoint
 from safetensors.torch import load_file
-from training.sharded_runs import loses_another, trained
+from training.sharded_runs import loses_another, trained, trained_apart
 from training.talks import write_talks
 from transformers import AutoModelForCausalLM
 
@@ -48,6 +48,8 @@ def bases(tmp_path_factory, tokenizer):
     return {
         "llama": save_checkpoint(folder / "llama", tokenizer, name="llama", num_hidden_layers=4),
         "tied": save_checkpoint(folder / "tied", tokenizer, name="qwen3", **tied),
+        # In nf4: two blocks of 64 weights are in every row, and a block of its own in every part.
+        "wide": save_checkpoint(folder / "wide", tokenizer, name="llama", hidden_size=128, intermediate_size=256),
     }
 
 
@@ -101,6 +103,37 @@ def test_two_processes_that_share_a_base_equal_one(recipes, tmp_path):
         assert (planned.base_bytes, planned.peak.weights) == (share["total"], share["held"])
         assert share["total"] / PROCESSES <= share["held"] < share["total"] / PROCESSES + largest_layer(one.base)
         assert 0 < note["whole"] <= planned.peak.gathered
+
+
+def test_a_base_in_nf4_is_shared(recipes, bases, tmp_path):
+    """Each process has its part of the packed weights, and all of their scales."""
+    more = {"quantize": "nf4", "gradient_checkpointing": True, "eval_every": None}
+    base, notes = str(bases["wide"]), tmp_path / "notes"
+    one = dataclasses.replace(with_training(recipes[0], **more), base=base, out=str(tmp_path / "one"))
+    two = shared(one, tmp_path / "two")
+    together(PROCESSES, trained, [two], notes)
+    note, result = json.loads(notes.read_text()), train(one)
+    for (step, expected), (_, found) in zip(result.losses, note["losses"], strict=True):
+        assert abs(expected - found) < SAME_TOLERANCE, f"the loss of step {step} is {found}, not {expected}"
+    weights, found = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, two))
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, atol=SAME_TOLERANCE, rtol=0)
+    share, planned = note["share"], dry_run(two, processes=PROCESSES)
+    assert (planned.base_bytes, planned.peak.weights) == (share["total"], share["held"])
+    assert share["held"] < share["total"] / PROCESSES + largest_layer(base)
+    assert 0 < note["whole"] <= planned.peak.gathered
+
+
+def test_two_processes_with_a_base_each_log_the_losses_of_one(recipes, tmp_path):
+    """Data parallel: episodes of many lengths, of which each process has other ones."""
+    few = with_training(recipes[0], steps=3, eval_every=None)
+    one, two = (dataclasses.replace(few, out=str(tmp_path / name)) for name in ("one", "two"))
+    notes = tmp_path / "notes"
+    together(PROCESSES, trained_apart, with_training(two, batch_size=few.training.batch_size // PROCESSES), notes)
+    found, expected = json.loads(notes.read_text()), train(one).losses
+    assert len(expected) == 3
+    for (step, loss), (_, other) in zip(expected, found, strict=True):
+        assert abs(loss - other) < SAME_TOLERANCE, f"the loss of step {step} is {other}, not {loss}"
 
 
 def test_a_process_dies(recipes, tmp_path):
