@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
+from evaluation.evaluated import loses_another
+from helpers.processes import started
 from helpers.tiny import randomise, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +39,7 @@ LAUNCH = (
     "-m",
     "deltamem_tool",
 )
+LIMIT = 60  # seconds in which a process has to notice that another one has died
 BATCH = "4"  # of histories and questions of many lengths: what is in a batch shows in the last digits
 # When a run was, how long it took, and how many answers were there before it.
 OF_ONE_RUN = re.compile(rb"\d{4}-\d\d-\d\d[T ][\d:]+|[\d.]+ s for \d+ answers( \(.*?\))?|\"(seconds|asked)\": [\d.]+")
@@ -104,3 +107,18 @@ def test_two_processes_that_were_killed_leave_what_one_leaves(folder, monkeypatc
     assert records.read_bytes() == expected.read_bytes()
     found, whole = (contents(path.parent) for path in (records, expected))
     assert len(found) == 5 and found == whole
+
+
+def test_a_process_dies(folder, tmp_path):
+    """The other one says which, and how to go on."""
+    records, errors = folder / "lost" / "report" / RECORDS_FILE, tmp_path / "errors"
+    with started(2, loses_another, folder, options("lost/report"), errors) as processes:
+        while not records.exists():
+            assert all(process.is_alive() for process in processes)
+            time.sleep(0.01)
+        processes[1].kill()
+        processes[0].join(LIMIT)
+        assert processes[0].exitcode == 0
+    what, _, advice = errors.read_text().splitlines()
+    assert what == f"Process 1 (pid {processes[1].pid}) of this run has ended."
+    assert "goes on from the answers that are there" in advice and records.read_bytes()
