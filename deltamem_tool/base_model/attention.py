@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltamem_tool._compat import without_compilation
 from deltamem_tool.base_model.layouts import LAYOUTS, UNSUPPORTED, Layout, Projection, features, find
+from deltamem_tool.base_model.sharding import is_split
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError
 
@@ -43,6 +46,27 @@ class AttentionLayer:
                 f"Use the branches {', '.join(self.projections)}, or other layers.",
             )
         return self.projections[branch]
+
+
+def check_heads(model: PreTrainedModel) -> None:
+    """Check that processes which share the weights of `model` by tensor parallelism have whole heads.
+
+    Raises:
+        ArchitectureError: they would cut some.
+    """
+    text: Any = model.config.get_text_config(decoder=True)
+    heads: int = text.num_attention_heads
+    key_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    projections = attention_layers(model)[0].projections
+    for branch, kind, count in (("q", "query", heads), ("k", "key", key_heads)):
+        projection = projections.get(branch)
+        weight = None if projection is None or not projection.is_whole else projection.linear.weight
+        if is_split(weight) and count % weight.device_mesh.size():
+            raise ArchitectureError(
+                f"{weight.device_mesh.size()} processes cannot share the {kind} heads of this model.",
+                f"It has {count} in a layer, and each process needs as many as the others.",
+                f"Start a number of processes that divides {math.gcd(heads, key_heads)}.",
+            )
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_tool._compat import without_compilation
-from deltamem_tool.base_model.attention import AttentionLayer, attention_layers
+from deltamem_tool.base_model.attention import AttentionLayer, attention_layers, check_heads
 from deltamem_tool.base_model.layouts import Projection
 from deltamem_tool.base_model.sharding import is_tensor_parallel
 from deltamem_tool.config import DeltaMemConfig
@@ -98,6 +98,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
         hook_decoder(attachment, decoder)
         _attend_causally(attachment)
         if is_tensor_parallel(model):
+            check_heads(model)
             trained = [weight for weight in adapter.parameters() if weight.requires_grad]
             attachment.handles += [weight.register_hook(_refuse_gradient) for weight in trained]  # type: ignore[no-untyped-call]  # torch has no types
         attachment.overrides.append((cast(nn.Module, model), override(model, GENERATION)))

@@ -18,7 +18,7 @@ from deltamem_tool.baselines.lora import Lora
 from deltamem_tool.baselines.static import Static
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.cli.engines import load_on
-from deltamem_tool.errors import ConfigError, ExportError
+from deltamem_tool.errors import ArchitectureError, ConfigError, ExportError
 from deltamem_tool.evaluation.conditions import EvalProtocol
 from deltamem_tool.memory.attach import adapter_of
 
@@ -96,6 +96,15 @@ def results(folder: Path, device: str, **options: Any) -> dict[str, Any]:
         "words": (answers, generated, adapter_of(model).fingerprint, evaluated.records),
         "bytes": sum(weight.nbytes for weight in weights),
     }
+
+
+def refused(folder: Path) -> None:
+    """Load a base whose four query heads three processes cannot share."""
+    torch.set_num_threads(1)
+    join_launched()
+    with pytest.raises(ArchitectureError, match="3 processes cannot share the query heads of this model") as raised:
+        load(folder / "adapter", distributed_config=DistributedConfig(tp_plan="auto"))
+    assert raised.value.next == "Start a number of processes that divides 2."
 
 
 def exact(folders: list[Path]) -> None:

@@ -12,7 +12,7 @@ from baselines.statics import make_static
 from helpers.forked import forked
 from helpers.processes import together
 from helpers.tiny import randomise, save_checkpoint, tiny_tokenizer
-from memory.tensor_parallel import PROCESSES, exact, in_float64, rank, results
+from memory.tensor_parallel import PROCESSES, exact, in_float64, rank, refused, results
 from transformers import AutoModelForCausalLM
 
 from deltamem_tool import DeltaMemConfig, attach, save_adapter
@@ -75,6 +75,10 @@ def test_two_processes_equal_one(folders, name):
             assert torch.equal(found, expected)
     for kind in ("logits", *STATES):
         torch.testing.assert_close(two[0][kind], two[1][kind], atol=0, rtol=0)
+
+
+def test_heads_are_not_cut(tmp_path):
+    together(3, refused, make(tmp_path, "qwen3"))
 
 
 def test_two_processes_are_exact_in_float64(tmp_path):
