@@ -117,6 +117,8 @@ def _facts(title: str, lines: Iterable[tuple[str, Any]]) -> Table:
     from rich.text import Text
 
     table = Table(title=Text(title), show_header=False)  # not markup: a name may have brackets
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # a fingerprint is to be copied
     for name, value in lines:
         table.add_row(name, Text(str(value)))
     return table
