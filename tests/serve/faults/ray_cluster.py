@@ -30,6 +30,7 @@ port, folder, options = json.loads(sys.argv[1])
 ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder)
 serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(application(options))
+print(json.dumps("running"), flush=True)
 while True:
     time.sleep(60)
 """
@@ -63,6 +64,9 @@ class RayCluster:
             time.sleep(1)
 
     def _answers(self) -> bool:
+        """Whether all replicas run: who asks when one does comes to another one when there are more."""
+        if '"running"\n' not in self._log.read_text():
+            return False
         try:
             return httpx2.get(f"{self.url}/ready", timeout=30).status_code == 200
         except httpx2.TransportError:
