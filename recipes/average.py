@@ -2,8 +2,7 @@
 
 Command: python recipes/average.py FIRST SECOND OUT [--share 0.5]
 
-What the second has learned and what the first could do before both last longer than half of the way (arXiv 2109.01903).
-The weights are kept in float16.
+Half way it keeps most of what each of the two can do (arXiv 2109.01903, of other models). The weights are float16.
 """
 
 from __future__ import annotations

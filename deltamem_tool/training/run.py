@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,10 +291,11 @@ def _loaded(checkpoint: BaseCheckpoint, recipe: Recipe, launch: Launch | None) -
 
 def _prepare_packed(model: PreTrainedModel, launch: Launch | None) -> None:
     """Have the weights of a quantised `model` stay as they are, or shard them as they are."""
-    for module in cast(nn.Module, model).modules():
+    modules: Iterable[Any] = cast(nn.Module, model).modules()
+    for module in modules:
         # On CPUs that have it, a call without gradients would pack weights anew, in a form that gradients do not pass.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # a Module has no such attribute for mypy
+            module.support_avx512bf16_for_cpu = False
     if launch is not None and launch.shards and not is_sharded(model):
         shard_packed(model, launch.state.device, launch.offloads)
 
