@@ -165,6 +165,7 @@ def _adapter(path: str) -> tuple[dict[str, Any], list[Table]]:
     folder = read_adapter(path)
     document = {
         "kind": "adapter",
+        "fingerprint": folder.fingerprint,
         "base": asdict(folder.base),
         "mechanism": folder.config.to_dict(),
         "layers": folder.layer_indices,

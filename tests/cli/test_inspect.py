@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.tiny import listing
 
+from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.memory import plot as memory_picture
 from deltamem_tool.memory.file import StoredMemory, write_memory
 
@@ -200,7 +201,10 @@ def test_an_adapter_as_people_read_it(here, deltamem):
     """By the names of the options of `deltamem patch`, and without what is not known."""
     shown = deltamem("inspect", "builtin:adapter").out
     assert "mechanism.branches" in shown and "q, o" in shown and "mechanism.heads" not in shown and "None" not in shown
-    assert json.loads(deltamem("inspect", "builtin:adapter", "--json").out)["mechanism"]["heads"] == ["q", "o"]
+    document = json.loads(deltamem("inspect", "builtin:adapter", "--json").out)
+    assert document["mechanism"]["heads"] == ["q", "o"]
+    fingerprint = read_adapter("builtin:adapter").fingerprint  # to be held against a memory's
+    assert document["fingerprint"] == fingerprint and fingerprint[:32] in shown
 
 
 def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
