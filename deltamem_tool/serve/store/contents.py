@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, insert
+from sqlalchemy import Connection, bindparam, delete, insert
 
 from deltamem_tool.serve.store.encryption import Cipher
 from deltamem_tool.serve.store.overflow import OverflowPages
 from deltamem_tool.serve.store.schema import contents
 
 _NOTE_LENGTH = struct.Struct("<Q")
+_ADD = insert(contents).returning(contents.c.key)
+_REMOVE = delete(contents).where(contents.c.key.in_(bindparam("keys", expanding=True)))
 
 
 class Entry(NamedTuple):
@@ -51,7 +53,7 @@ class Contents:
         blob = self.cipher.seal(_NOTE_LENGTH.pack(len(text)) + text + data, *place, digest)
         if self.pages is not None:
             blob = self.pages.wrap(blob)
-        key = connection.execute(insert(contents).values(content=blob).returning(contents.c.key)).scalar_one()
+        key = connection.execute(_ADD, {"content": blob}).scalar_one()
         return Entry(key, digest, len(text) + len(data))
 
     def read(self, blob: bytes, digest: str, *place: str | int) -> tuple[bytes, Any]:
@@ -68,4 +70,4 @@ class Contents:
 def remove_contents(connection: Connection, keys: Sequence[int]) -> None:
     """Delete the contents with these keys."""
     if keys:
-        connection.execute(delete(contents).where(contents.c.key.in_(keys)))
+        connection.execute(_REMOVE, {"keys": keys})

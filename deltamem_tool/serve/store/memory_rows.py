@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, update
+from sqlalchemy import BindParameter, ColumnElement, Connection, Row, bindparam, delete, insert, or_, select, update
 
 from deltamem_tool.serve.store.contents import Contents, remove_contents
 from deltamem_tool.serve.store.errors import Conflict
@@ -34,21 +34,39 @@ _VERSION = (versions.c.version, versions.c.digest, versions.c.size, versions.c.c
 _OF_MEMORY = (versions.c.tenant == memories.c.tenant) & (versions.c.id == memories.c.id)
 
 
-def _alive(now: float) -> ColumnElement[bool]:
+def _alive(now: float | BindParameter[float]) -> ColumnElement[bool]:
     return or_(memories.c.expires_at.is_(None), memories.c.expires_at > now)
+
+
+# What every turn runs is built once: that takes SQLAlchemy longer than SQLite takes to run it.
+_MINE = (memories.c.tenant == bindparam("of_tenant"), memories.c.id == bindparam("of_id"))
+_READ = (
+    select(*_INFO, contents.c.content)
+    .join_from(memories, versions, _OF_MEMORY)
+    .join(contents, contents.c.key == versions.c.content)
+    .where(*_MINE, _alive(bindparam("now", type_=memories.c.expires_at.type)))
+)
+_READ_NEWEST = _READ.where(versions.c.version == memories.c.version)
+_READ_VERSION = _READ.where(versions.c.version == bindparam("of_version"))
+_LOCK = select(memories).where(*_MINE).with_for_update()
+_ADD, _CHANGE = insert(memories), update(memories).where(*_MINE)
+_ADD_VERSION = insert(versions)
+_REMOVE_OUTDATED = (
+    delete(versions)
+    .where(versions.c.tenant == bindparam("of_tenant"), versions.c.id == bindparam("of_id"))
+    .where(versions.c.version <= bindparam("last"))
+    .returning(versions.c.size, versions.c.content)
+)
 
 
 def read_memory(
     connection: Connection, form: Contents, tenant: str, id: str, version: int | None, now: float
 ) -> Stored | None:
     """Return one version of a memory, the newest by default; None if there is none."""
-    row = connection.execute(
-        select(*_INFO, contents.c.content)
-        .join_from(memories, versions, _OF_MEMORY)
-        .join(contents, contents.c.key == versions.c.content)
-        .where(memories.c.tenant == tenant, memories.c.id == id, _alive(now))
-        .where(versions.c.version == (memories.c.version if version is None else version))
-    ).one_or_none()
+    statement, which = _READ_NEWEST, {"of_tenant": tenant, "of_id": id, "now": now}
+    if version is not None:
+        statement, which = _READ_VERSION, which | {"of_version": version}
+    row = connection.execute(statement, which).one_or_none()
     if row is None:
         return None
     data, turn = form.read(row.content, row.digest, "memory", tenant, id, row.version)
@@ -85,9 +103,7 @@ def list_versions(connection: Connection, tenant: str, id: str, now: float) -> t
 
 def lock_memory(connection: Connection, tenant: str, id: str, now: float) -> Row[Any] | None:
     """Return a memory's row, which nobody else changes until the transaction ends; one that has expired is deleted."""
-    row = connection.execute(
-        select(memories).where(memories.c.tenant == tenant, memories.c.id == id).with_for_update()
-    ).one_or_none()
+    row = connection.execute(_LOCK, {"of_tenant": tenant, "of_id": id}).one_or_none()
     if row is not None and row.expires_at is not None and row.expires_at <= now:
         remove_memory(connection, row, now)
         return None
@@ -130,42 +146,19 @@ def write_version(
     Raises:
         QuotaExceeded: it is more than `quota`.
     """
+    place = {"of_tenant": tenant, "of_id": id}
+    new = {"tenant": tenant, "id": id, "created_at": now}
     if row is None:
         version, created_at = first_version(connection, tenant), now
-        connection.execute(
-            insert(memories).values(
-                tenant=tenant,
-                id=id,
-                first_version=version,
-                version=version,
-                created_at=now,
-                expires_at=expires_at,
-            )
-        )
+        lifetime = {"first_version": version, "version": version, "expires_at": expires_at}
+        connection.execute(_ADD, new | lifetime)
     else:
         version, created_at = row.version + 1, row.created_at
-        connection.execute(
-            update(memories)
-            .where(memories.c.tenant == tenant, memories.c.id == id)
-            .values(version=version, expires_at=expires_at)
-        )
+        connection.execute(_CHANGE, place | {"version": version, "expires_at": expires_at})
     entry = form.write(connection, data, turn, "memory", tenant, id, version)
-    connection.execute(
-        insert(versions).values(
-            tenant=tenant,
-            id=id,
-            version=version,
-            digest=entry.digest,
-            size=entry.size,
-            created_at=now,
-            content=entry.key,
-        )
-    )
-    outdated = connection.execute(
-        delete(versions)
-        .where(versions.c.tenant == tenant, versions.c.id == id, versions.c.version <= version - keep)
-        .returning(versions.c.size, versions.c.content)
-    ).all()
+    content = {"version": version, "digest": entry.digest, "size": entry.size, "content": entry.key}
+    connection.execute(_ADD_VERSION, new | content)
+    outdated = connection.execute(_REMOVE_OUTDATED, place | {"last": version - keep}).all()
     remove_contents(connection, [row.content for row in outdated])
     more = entry.size - sum(row.size for row in outdated)
     usage = count(connection, tenant, memories=int(row is None), size=more)

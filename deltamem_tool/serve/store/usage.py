@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, case, select
+from functools import cache
+
+from sqlalchemy import Connection, Executable, bindparam, case, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from deltamem_tool.serve.store.errors import QuotaExceeded
 from deltamem_tool.serve.store.records import Quota, Usage
 from deltamem_tool.serve.store.schema import tenants
+
+_OF_TENANT = tenants.c.tenant == bindparam("of_tenant")
+_READ = select(tenants.c.memories, tenants.c.bytes).where(_OF_TENANT)
+_READ_DELETED = select(tenants.c.deleted_version).where(_OF_TENANT)
 
 
 def count(connection: Connection, tenant: str, *, memories: int = 0, size: int = 0, deleted_version: int = 0) -> Usage:
@@ -20,13 +26,20 @@ def count(connection: Connection, tenant: str, *, memories: int = 0, size: int =
         size: how many more bytes.
         deleted_version: of a memory that is deleted.
     """
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    new = insert(tenants).values(tenant=tenant, memories=memories, bytes=size, deleted_version=deleted_version)
+    new = {"tenant": tenant, "memories": memories, "bytes": size, "deleted_version": deleted_version}
+    row = connection.execute(_add(connection.dialect.name), new).one()
+    return Usage(row.memories, row.bytes)
+
+
+@cache
+def _add(dialect: str) -> Executable:
+    """The statement of `count`, which is each database's own."""
+    new = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(tenants)
     highest = case(
         (new.excluded.deleted_version > tenants.c.deleted_version, new.excluded.deleted_version),
         else_=tenants.c.deleted_version,
     )
-    added = new.on_conflict_do_update(
+    return new.on_conflict_do_update(
         index_elements=[tenants.c.tenant],
         set_={
             "memories": tenants.c.memories + new.excluded.memories,
@@ -34,23 +47,17 @@ def count(connection: Connection, tenant: str, *, memories: int = 0, size: int =
             "deleted_version": highest,
         },
     ).returning(tenants.c.memories, tenants.c.bytes)
-    row = connection.execute(added).one()
-    return Usage(row.memories, row.bytes)
 
 
 def read_usage(connection: Connection, tenant: str) -> Usage:
     """Return what `tenant` stores."""
-    row = connection.execute(
-        select(tenants.c.memories, tenants.c.bytes).where(tenants.c.tenant == tenant)
-    ).one_or_none()
+    row = connection.execute(_READ, {"of_tenant": tenant}).one_or_none()
     return Usage(0, 0) if row is None else Usage(row.memories, row.bytes)
 
 
 def first_version(connection: Connection, tenant: str) -> int:
     """Return the version with which a new memory of `tenant` begins: above all that were ever deleted."""
-    deleted = connection.execute(
-        select(tenants.c.deleted_version).where(tenants.c.tenant == tenant)
-    ).scalar_one_or_none()
+    deleted = connection.execute(_READ_DELETED, {"of_tenant": tenant}).scalar_one_or_none()
     return (deleted or 0) + 1
 
 
