@@ -1,4 +1,4 @@
-"""What HTTP costs beside the scheduler, how long users wait for a first token, and what stored memories take of RAM.
+"""What HTTP costs beside the scheduler, what many users gain, how long they wait, and what stored memories take of RAM.
 
 Command: python benchmarks/serving_http.py [--folder DIR] [--users 32] [--tokens 64] [--rounds 6] [--stored 100000]
     [--repeats 5] [--threads 1] [--out FILE.md]
@@ -12,8 +12,6 @@ of the cores. What the server's loop takes by itself has less of that. Time to f
 
 import argparse
 import asyncio
-import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -23,17 +21,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx2
 import numpy as np
 from common import PACKAGES, spread, versions
 from serving import all_at_once, exported, request, table
+from serving_clients import MODEL, official, plain
 from store import fill
 
 from deltamem_tool.bench.timing import cpu_name, in_turn
@@ -43,10 +42,10 @@ from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.server import bind, run
 from deltamem_tool.serve.store import MemoryStore
 
-MODEL = "shipped"
 STATE_BYTES = 4608  # of a memory file of the shipped model, or about
-NUMBERS = itertools.count()  # no request is a repetition
 COSTS = "the processor's time of", "a decode step of all", "of it, the loop's", "a request, but for its steps"
+GAINS = "requests", "tokens a second", "the server's, a request", "the clients', a request", "of a core"
+Clients = Callable[[str, int, int, int, bool], Coroutine[None, None, list[float]]]
 Times = dict[str, list[float]]
 Seconds = tuple[float, float]  # of the processor: of a process, and of its first thread
 
@@ -129,6 +128,7 @@ def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
     store = f"sqlite:///{temporary / 'memories.sqlite'}"
     with process(_schedule, folder, store, options) as scheduler, process(_serve, folder, store, options) as server:
         costs, overheads = beside_the_scheduler(scheduler, server, options)
+        gains, gain = together(server, options)
         waits = first_tokens(server, options)
     memory = ram(folder, temporary, options)
     return "\n".join(
@@ -144,6 +144,11 @@ def measure(options: argparse.Namespace, folder: Path, temporary: Path) -> str:
             "A decode step against the scheduler's: "
             + "; ".join(f"{name} {spread(ratios)}" for name, ratios in overheads.items())
             + " (median, quartiles, range).",
+            "",
+            *table(GAINS, gains),
+            "",
+            f"All at once against one at a time, with plain clients: {spread(gain[0])} by the clock, {spread(gain[1])}"
+            " of the server's processor time.",
             "",
             *table(("answers of", "requests a second", "first token, median", "p95"), waits),
             "",
@@ -166,7 +171,7 @@ def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.
 
     def served(tokens: int, stream: bool) -> Seconds:
         before = server.of_processor(), server.of_loop()
-        asyncio.run(ask_all(server.url, options.users, 1, tokens, stream))
+        asyncio.run(plain(server.url, options.users, 1, tokens, stream))
         return server.of_processor() - before[0], server.of_loop() - before[1]
 
     def parts(call: Callable[[int], Seconds]) -> tuple[float, float, float]:
@@ -191,37 +196,35 @@ def beside_the_scheduler(scheduler: Process, server: Process, options: argparse.
     return rows, ratios
 
 
-async def ask_all(url: str, users: int, rounds: int, tokens: int, stream: bool) -> list[float]:
-    """Every user asks so many times, one after the other; return the seconds until each first piece of an answer."""
-    waits = list[float]()
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(limits=limits, timeout=300) as client, asyncio.TaskGroup() as group:
-        for user in range(users):
-            group.create_task(_ask(client, url, user, rounds, tokens, stream, waits))
-    return waits
+def together(server: Process, options: argparse.Namespace) -> tuple[list[tuple[str, ...]], list[list[float]]]:
+    """Tokens a second of one user, and of all at once, with whole answers; and the gain, by the clock and in work.
 
+    The last column is what the clients take meanwhile of the cores that the server could have.
+    """
 
-async def _ask(
-    client: httpx2.AsyncClient, url: str, user: int, rounds: int, tokens: int, stream: bool, waits: list[float]
-) -> None:
-    text = f"My dog is called Rex and I am user {user}. What is my dog's name?"
-    for _ in range(rounds):
-        messages = [{"role": "user", "content": f"{text} This is question {next(NUMBERS)}."}]
-        body = {"model": MODEL, "messages": messages, "user": f"user-{user}", "max_tokens": tokens, "stream": stream}
-        began, first = time.perf_counter(), None
-        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
-            async for line in response.aiter_lines():
-                if first is None and stream and _has_text(line):
-                    first = time.perf_counter() - began
-        waits.append(time.perf_counter() - began if first is None else first)
+    requests = options.users * options.rounds
 
+    def ask(clients: Clients, users: int) -> tuple[float, float, float]:
+        began = time.perf_counter(), server.of_processor(), time.process_time()
+        asyncio.run(clients(server.url, users, requests // users, options.tokens, False))
+        ended = time.perf_counter(), server.of_processor(), time.process_time()
+        clock, its, mine = ((end - begin) / requests for begin, end in zip(began, ended, strict=True))
+        return clock, its, mine
 
-def _has_text(line: str) -> bool:
-    """Whether a line of a stream brings a piece of the answer."""
-    data = line.removeprefix("data: ")
-    return data.startswith("{") and bool(json.loads(data)["choices"][0]["delta"].get("content"))
+    sides = {
+        f"{users_name}, {name}": partial(ask, clients, users)
+        for name, clients in (("plain", plain), ("OpenAI's client", official))
+        for users_name, users in (("one at a time", 1), (f"{options.users} at once", options.users))
+    }
+    values = in_turn(sides, options.repeats).values
+    rows = []
+    for name, taken in values.items():
+        clock, its, mine = (statistics.median(part) for part in zip(*taken, strict=True))
+        times = f"{its * 1e3:.1f} ms", f"{mine * 1e3:.2f} ms", f"{mine / clock:.2f}"
+        rows.append((name, f"{options.tokens / clock:,.0f}", *times))
+    one, all_users, *_ = values.values()
+    pairs = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(one, all_users, strict=True)]
+    return rows, [list(kind) for kind in zip(*pairs, strict=True)][:2]
 
 
 def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -229,7 +232,7 @@ def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str
     rows = []
     for tokens in (8, options.tokens):
         began = time.perf_counter()
-        waits = asyncio.run(ask_all(server.url, options.users, options.rounds, tokens, stream=True))
+        waits = asyncio.run(plain(server.url, options.users, options.rounds, tokens, stream=True))
         rate = len(waits) / (time.perf_counter() - began)
         quantiles = (f"{value * 1e3:.0f} ms" for value in np.quantile(waits, (0.5, 0.95)))
         rows.append((f"{tokens} tokens", f"{rate:.1f}", *quantiles))
@@ -239,7 +242,7 @@ def first_tokens(server: Process, options: argparse.Namespace) -> list[tuple[str
 def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tuple[str, ...]]:
     """What `deltamem serve` takes that has answered the same requests over an empty store, and one of many memories."""
     rows = []
-    for stored in (0, options.stored):
+    for stored in sorted({0, options.stored}):
         url = f"sqlite:///{temporary / f'stored-{stored}.sqlite'}"
         store = MemoryStore(url)
         fill(store, stored, STATE_BYTES)
@@ -249,7 +252,7 @@ def ram(folder: Path, temporary: Path, options: argparse.Namespace) -> list[tupl
             assert server.stderr is not None
             address = next(filter(None, (re.search(r"http://[\d.:]+", line) for line in server.stderr)))[0]
             threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
-            asyncio.run(ask_all(address, options.users, options.rounds, 8, stream=True))
+            asyncio.run(plain(address, options.users, options.rounds, 8, stream=True))
             rows.append((f"{stored:,}", f"{own_memory(server.pid) / 1e6:.1f} MB"))
             server.terminate()
     return rows
