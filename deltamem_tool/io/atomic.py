@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.io.names import expand_user
+
+UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
 
 
 @contextmanager
@@ -44,11 +47,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as opened:
         try:
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opened.callback(os.close, _locked_at_once(folder))
         except BlockingIOError as error:
             raise DeltaMemError(
                 f"Another program is writing to {folder}.",
@@ -58,6 +57,24 @@ def alone_in(folder: Path) -> Iterator[None]:
         except (OSError, ImportError):  # Windows has no fcntl
             pass
         yield
+
+
+def _locked_at_once(folder: Path) -> int:
+    """Lock `folder` without waiting, for as long as the descriptor that is returned is open.
+
+    Raises:
+        BlockingIOError: another program has locked it.
+        OSError, ImportError: the file system, or Windows, has no locks.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 # A file that cannot be staged beside: in a read-only folder, or a mount point, whose name belongs to the mount.
@@ -176,7 +193,8 @@ def resolve(path: str | Path) -> Path:
 def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
-    A folder that is there already keeps its mode and its owner, and so do its files.
+    A folder that is there already keeps its mode and its owner, and so do its files. What a program that was killed has
+    left of the same folder is removed.
 
     Raises:
         DeltaMemError: `check_overwrite` says so; or the name was taken while the block ran.
@@ -185,8 +203,8 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     former = _identity(path)
-    staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    _remove_unfinished(path)
+    with _staging(path) as staged:
         yield staged
         for file in staged.rglob("*"):
             if file.is_file():
@@ -198,9 +216,30 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _swap(staged, path)
         else:
             _name(staged, path)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, locked where there are locks, which is removed if the block fails."""
+    with ExitStack() as opened:
+        staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            with suppress(OSError, ImportError):
+                opened.callback(os.close, _locked_at_once(staged))
+                staged = staged.rename(f"{staged}{UNFINISHED}")  # once it is locked: nobody takes it for a left one
+            yield staged
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what programs have left that were killed while they wrote the folder `path`: they lock it no longer."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+        with suppress(OSError, ImportError):
+            descriptor = _locked_at_once(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

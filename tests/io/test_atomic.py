@@ -18,6 +18,16 @@ from helpers.tiny import listing
 from deltamem_tool.errors import ConfigError, DeltaMemError, domain_error
 from deltamem_tool.io.atomic import check_overwrite, check_writable, folder_whole, resolve, write_whole
 
+# A program that writes half of the folder that it is told.
+WRITING = """
+import sys, time
+from deltamem_tool.io.atomic import folder_whole
+
+with folder_whole(sys.argv[1]) as staged:
+    (staged / "half").write_text("written")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
 OTHER = 12345  # nobody's number
 needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
 
@@ -181,6 +191,28 @@ def test_a_pipe_is_written_into(tmp_path):
     assert "cannot be read or written" in str(domain_error(nobody_reads.value))
     program = "from deltamem_tool.io.atomic import *; check_writable('/dev/stdout'); write_whole('/dev/stdout', b'new')"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"new"
+
+
+# What a program leaves that is killed
+
+
+def test_what_a_killed_program_has_left_of_a_folder_is_removed_when_it_is_written_again(tmp_path):
+    """And nothing of a program that is still writing it, nor what only has a similar name."""
+    killed = subprocess.Popen([sys.executable, "-c", WRITING, tmp_path / "onnx"], stdout=subprocess.PIPE)
+    assert killed.stdout is not None and killed.stdout.readline()
+    killed.kill()
+    killed.communicate()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".onnx.") and (left / "half").exists()
+    (tmp_path / ".onnx.backup-1").mkdir()
+    with folder_whole(tmp_path / "other"):
+        assert left.exists()
+    with folder_whole(tmp_path / "onnx") as first:
+        assert not left.exists()
+        with folder_whole(tmp_path / "onnx", overwrite=True) as second:
+            assert first.is_dir() and second.is_dir()
+        (tmp_path / "onnx").rmdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"onnx", "other", ".onnx.backup-1"}
 
 
 # What comes to be in the meantime
