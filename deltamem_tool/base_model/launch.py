@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from deltamem_tool.errors import DeltaMemError, InstallationError, first_line
+from deltamem_tool.errors import ConfigError, DeltaMemError, InstallationError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,22 @@ def on_cpus() -> bool:
     return processes_of_launch() > 1 and not torch.accelerator.is_available()
 
 
+def check_started() -> None:
+    """Check that `accelerate launch` has started the processes that it was told to start.
+
+    Told of several, it says where they are to meet; on CPUs it then starts a single one, which has no number.
+
+    Raises:
+        ConfigError: it has started one of several.
+    """
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch was told to start several processes, and has started one.",
+            "That is all it does on CPUs.",
+            "Start them with torchrun --nproc-per-node N -m deltamem_tool, or give it --num_processes 1.",
+        )
+
+
 def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> PartialState:
     """Join the processes of a launch, on GPUs if there are any, else on CPUs; or be the only one.
 
@@ -46,10 +62,13 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
         within: how long all of them may take to come.
 
     Raises:
+        ConfigError: as `check_started`.
         DeltaMemError: some did not come.
         InstallationError: accelerate is not installed.
     """
     import torch
+
+    check_started()
 
     try:
         from accelerate import PartialState
@@ -72,7 +91,12 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
 
 
 def join_launched() -> torch.device | None:
-    """Join the processes of a launch, for as long as it takes; where this one is to run, or None if it is alone."""
+    """Join the processes of a launch, for as long as it takes; where this one is to run, or None if it is alone.
+
+    Raises:
+        ConfigError, DeltaMemError, InstallationError: as `join`.
+    """
+    check_started()
     if processes_of_launch() == 1:
         return None
     device: torch.device = join(PATIENCE).device

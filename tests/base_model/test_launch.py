@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from datetime import timedelta
 
@@ -10,8 +11,8 @@ import pytest
 from helpers.processes import together
 
 from base_model.launches import waits
-from deltamem_tool.base_model.launch import join
-from deltamem_tool.errors import InstallationError
+from deltamem_tool.base_model.launch import join, join_launched
+from deltamem_tool.errors import ConfigError, InstallationError
 
 COUNT, LIMIT = 3, timedelta(seconds=4)
 
@@ -34,3 +35,24 @@ def test_what_they_meet_by_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InstallationError, match="accelerate, which is not installed"):
         join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [1, 2])
+def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(told, tmp_path):
+    """One that it was told to start goes on alone; of two it is an error, since it would do the work of both."""
+    script = tmp_path / "joins.py"
+    script.write_text("from deltamem_tool.base_model.launch import join\nprint('alone:', join().num_processes == 1)\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(told), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    is_refused = "told to start several processes, and has started one" in done.stderr
+    assert ("alone: True" in done.stdout, is_refused) == (told == 1, told == 2), done.stderr
+
+
+def test_a_command_that_joins_no_others_says_it_too(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join_launched() is None
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ConfigError, match=r"has started one\.[\s\S]*torchrun"):
+        join_launched()
