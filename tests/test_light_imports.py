@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -88,3 +89,12 @@ def imported(tmp_path_factory) -> dict[str, set[str]]:
 @pytest.mark.parametrize(("module", "without"), CASES)
 def test_what_a_room_does_not_import(imported, module, without):
     assert not without & imported[module]
+
+
+@pytest.mark.slow
+def test_a_task_that_is_not_there_is_said_before_transformers_loads():
+    """PyTorch is imported, to see whether it can be."""
+    words = ["-X", "importtime", "-m", "deltamem_tool", "eval", "builtin:adapter", "--task", "nothing"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
+    assert "There is no task 'nothing'" in done.stderr and done.returncode == 1
+    assert not re.search(r"\| +(transformers|peft|accelerate)$", done.stderr, re.MULTILINE)

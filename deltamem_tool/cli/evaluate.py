@@ -292,15 +292,19 @@ def _ask_task(
 
 
 def _lora(name: str | None) -> Any:
+    if name is None:
+        return None
     from deltamem_tool.baselines.lora import Lora
 
-    return None if name is None else Lora.read(name)
+    return Lora.read(name)
 
 
 def _static(name: str | None) -> Any:
+    if name is None:
+        return None
     from deltamem_tool.baselines.static import Static
 
-    return None if name is None else Static.read(name)
+    return Static.read(name)
 
 
 def _print(evaluation: Evaluation, plot: Path | None, report: Path | None) -> None:
