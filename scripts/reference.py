@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import re
 import sys
 import textwrap
@@ -190,6 +191,7 @@ def _code(text: str) -> list[str]:
 PAGES = {DOCS / "cli.md": cli_page, DOCS / "api.md": api_page, DOCS / "recipe.md": recipe_page}
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command does
     pages = {path: page() for path, page in PAGES.items()}
     if "--check" in sys.argv:
         stale = [path.name for path, page in pages.items() if path.read_text(encoding="utf-8") != page]
