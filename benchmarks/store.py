@@ -73,8 +73,9 @@ def run(folder: Path, number: int, size: int, calls: int) -> str:
         with closing(MemoryStore(f"sqlite:///{path}{query}")) as store:
             rows.append((title, *measured(store, folder, number, size, calls)))
     os.environ[KEY_VARIABLE] = base64.b64encode(bytes(32)).decode()
-    with closing(MemoryStore(f"sqlite:///{folder}/encrypted.db?synchronous=normal")) as store:
-        few = min(number, BATCH)
+    few, encrypted = min(number, BATCH), folder / "encrypted.db"
+    encrypted.unlink(missing_ok=True)
+    with closing(MemoryStore(f"sqlite:///{encrypted}?synchronous=normal")) as store:
         fill(store, few, size)
         rows.append((f"the same, encrypted, {few:,} memories", *measured(store, folder, few, size, calls)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
