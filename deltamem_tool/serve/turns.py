@@ -168,9 +168,7 @@ class Turns:
         """
         whose, deadline = request.whose, time.monotonic() + self._seconds
         async with self._alone(whose):
-            start = await run_sync(self._start, request)
-            messages = [*start.earlier, *request.messages]
-            asked, prompt = await run_sync(self._prompt, request, start, messages)
+            start, asked, prompt = await run_sync(self._prepare, request)
             job = Job(
                 whose.tenant,
                 prompt.memory,
@@ -188,7 +186,7 @@ class Turns:
                     if isinstance(event, str):
                         yield event
                     else:
-                        outcome = await run_sync(self._commit, request, start, messages, asked, prompt, event)
+                        outcome = await run_sync(self._commit, request, start, asked, prompt, event)
                         yield outcome
             finally:
                 ticket.cancel()
@@ -244,19 +242,21 @@ class Turns:
         check_memory(memory.shape, memory.adapter, self.engine.memory_shape, self.engine.adapter)
         return memory
 
-    def _prompt(self, request: Request, start: _Start, messages: Sequence[Message]) -> tuple[Asked, Prompt]:
+    def _prepare(self, request: Request) -> tuple[_Start, Asked, Prompt]:
+        """Where the turn starts, and what is fed."""
+        start = self._start(request)
+        messages = [*start.earlier, *request.messages]
         if request.instructions is not None:
             messages = [{"role": "system", "content": request.instructions}, *messages]
         known = start.fed.known(messages, request.key)
         pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
         asked = Asked(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
-        return asked, build_prompt(self.engine, start.memory, asked, self.window)
+        return start, asked, build_prompt(self.engine, start.memory, asked, self.window)
 
     def _commit(
         self,
         request: Request,
         start: _Start,
-        messages: Sequence[Message],
         asked: Asked,
         prompt: Prompt,
         completion: Completion,
@@ -275,7 +275,8 @@ class Turns:
         if request.keep is not None:
             response = request.keep.response(outcome)
             answer = {"role": "assistant", "content": completion.answer.text}
-            transcript = {"messages": [*messages, answer], "fed": fed.as_json(), "response": response}
+            messages = [*start.earlier, *request.messages, answer]
+            transcript = {"messages": messages, "fed": fed.as_json(), "response": response}
             origin = None if whose.id is None or version is None else (whose.id, version)
             expires_at = time.time() + RESPONSE_SECONDS
             self._store.put_response(whose.tenant, request.keep.id, data, transcript, origin, expires_at)
