@@ -187,15 +187,23 @@ def _onnx(path: str) -> tuple[dict[str, Any], list[Table]]:
 
     manifest = Manifest.read(find_onnx(path))
     document = {"kind": "onnx", **asdict(manifest)}
-    table = Table(title="Inputs and outputs of the graph")
-    for column in ("", "name", "type", "shape", "what"):
-        table.add_column(column, no_wrap=column == "name", overflow="fold")  # a size is told by its whole name
+    tables = {kind: Table(title=title, show_header=False, show_lines=True) for kind, title in _KINDS.items()}
+    for table in tables.values():
+        table.add_column(no_wrap=True, overflow="fold")  # a size is told by its whole name
+        table.add_column()
     for row in rows(manifest.interface):
         shape = ", ".join(map(str, row.shape))
-        table.add_row(row.kind, Text(row.name), row.type, Text(f"[{shape}]"), row.meaning)
+        tables[row.kind].add_row(Text(row.name), Text(f"{row.type} [{shape}]\n{row.meaning}"))
     facts = {name: value for name, value in document.items() if name != "interface"}
     facts["mechanism"] = DeltaMemConfig.current_names(manifest.mechanism)
-    return document, [_facts(path, _flat(facts)), table]
+    return document, [_facts(path, _flat(facts)), *(table for table in tables.values() if table.rows)]
+
+
+_KINDS = {  # of `signature_table.Row`
+    "input": "Inputs of the graph",
+    "default": "Inputs of the graph that can be left out",
+    "output": "Outputs of the graph",
+}
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,4 +213,4 @@ def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         elif isinstance(value, list | tuple):
             yield f"{prefix}{name}", ", ".join(map(str, value))
         elif value is not None:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", f"{value:,}" if type(value) is int else value

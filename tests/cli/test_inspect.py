@@ -13,6 +13,9 @@ from helpers.tiny import listing
 from deltamem_tool.adapter.folder import read_adapter
 from deltamem_tool.memory import plot as memory_picture
 from deltamem_tool.memory.file import StoredMemory, write_memory
+from deltamem_tool.onnx.contract import MANIFEST_FILE, REQUIRED_FILES, Interface, Layer
+from deltamem_tool.onnx.manifest import Manifest
+from deltamem_tool.onnx.signature_table import rows
 
 ADAPTER = "0123456789abcdef" * 4
 
@@ -205,6 +208,20 @@ def test_an_adapter_as_people_read_it(here, deltamem):
     assert document["mechanism"]["heads"] == ["q", "o"]
     fingerprint = read_adapter("builtin:adapter").fingerprint  # to be held against a memory's
     assert document["fingerprint"] == fingerprint and fingerprint[:32] in shown
+
+
+def test_an_onnx_folder_in_a_narrow_terminal(here, deltamem, monkeypatch):
+    """No name, size or word of the graph's tensors is cut or broken in its middle."""
+    monkeypatch.setenv("COLUMNS", "80")
+    interface = Interface("last", 151_936, "float32", 25, (Layer((8, 128), (8, 128), (1, 8, 8)),) * 36)
+    manifest = Manifest(ADAPTER, {}, "base", "qwen3", "cpu", "none", None, interface, 1e-5, None, {})
+    for name in REQUIRED_FILES:
+        (here / name).write_text(manifest.to_json() if name == MANIFEST_FILE else "")
+    shown = deltamem("inspect", ".").out
+    words = {word for line in shown.splitlines() for word in line.replace("│", " ").split()}
+    for row in rows(interface):
+        shape = f"[{', '.join(map(str, row.shape))}]"
+        assert {row.name, row.type, *shape.split(), *row.meaning.split()} <= words, row
 
 
 def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
