@@ -2,7 +2,8 @@
 
 Command: python recipes/average.py FIRST SECOND OUT [--share 0.5]
 
-Half way it keeps most of what each of the two can do (arXiv 2109.01903, of other models). The weights are float16.
+Between the two it keeps most of what each of the two can do (arXiv 2109.01903, of other models). The weights are
+float16.
 """
 
 from __future__ import annotations
