@@ -11,25 +11,18 @@ that `deltamem eval --task agreement` asks.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from pathlib import Path
 
 import click
-import torch
+from own_texts import BATCH, SYSTEM, Base, arguments, write_rows
 
-from deltamem_tool.base_model.checkpoint import BaseCheckpoint
-from deltamem_tool.base_model.tokenizer import read_tokenizer
 from deltamem_tool.cli.console import progress
 from deltamem_tool.data.fact_conversations import stating
 from deltamem_tool.data.fact_words import NOTHING, SMALL_TALK, SYSTEMS
 from deltamem_tool.data.facts import sample_facts
 from deltamem_tool.evaluation.tasks.agreement import QUESTIONS
-from deltamem_tool.io.atomic import write_whole
-from deltamem_tool.segments.template import ChatTemplate
 
-BATCH = 32
-SYSTEM = 0.5  # probability that one has a system prompt before it, half of them an empty one
 REMARKS = 0.2  # share of remarks
 
 TEMPLATES = {
@@ -124,18 +117,10 @@ def remarks(count: int, seed: int) -> list[str]:
 
 
 @click.command()
-@click.argument("base")
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--count", type=click.IntRange(min=1), default=1280, show_default=True, help="How many.")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="The longest answer.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@arguments(count=1280, new_tokens=64)
 def main(base: str, out: Path, count: int, new_tokens: int, seed: int) -> None:
     """Write what BASE answers to COUNT questions and remarks."""
-    checkpoint = BaseCheckpoint(base)
-    model, tokenizer = checkpoint.load(dtype=torch.bfloat16), read_tokenizer(checkpoint.source)
-    tokenizer.padding_side = "left"
-    template, rng = ChatTemplate.of(tokenizer), random.Random(seed)
-    torch.manual_seed(seed)
+    model, rng = Base(base, seed), random.Random(seed)
     talks = []
     said = remarks(round(REMARKS * count), seed)
     for text in rng.sample([*said, *questions(count - len(said), seed)], count):
@@ -150,17 +135,12 @@ def main(base: str, out: Path, count: int, new_tokens: int, seed: int) -> None:
         task = bar.add_task("Answering", total=count, note="")
         for number, start in enumerate(range(0, count, BATCH)):
             part = talks[start : start + BATCH]
-            prompts = [template.render(talk, generation_prompt=True) for talk in part]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-            with torch.inference_mode():
-                ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=number % 2 == 1, top_k=0)
-            answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers = model.answers([model.prompt(talk) for talk in part], new_tokens, do_sample=number % 2 == 1)
             for talk, answer in zip(part, answers, strict=True):
                 if answer.strip():
-                    rows.append({"messages": [*talk, {"role": "assistant", "content": answer}]})
+                    rows.append([*talk, {"role": "assistant", "content": answer}])
             bar.update(task, completed=start + len(part))
-    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    click.echo(f"{len(rows)} answers in {out}")
+    write_rows(out, rows, "answers")
 
 
 if __name__ == "__main__":
