@@ -1,4 +1,4 @@
-"""The command `deltamem`: commands are registered here, one file each, and errors become three lines."""
+"""The `deltamem` command: registers the subcommands, one file each, and prints errors in three lines."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from deltamem_tool.errors import DeltaMemError, OtherBaseWarning, domain_error
 from deltamem_tool.io.cores import respect_quota
 
 COMMANDS = {  # and what `deltamem --help` says of them
-    "quickstart": "Train a small model's memory, export it, and talk to it.",
-    "architectures": "List the model types that take a memory.",
-    "patch": "Write a fresh adapter for a base model.",
-    "convert": "Convert an adapter of the reference implementation, or back.",
+    "quickstart": "Train a memory for a small model, export it, and chat with it.",
+    "architectures": "List the model types that support a memory.",
+    "patch": "Create a new adapter for a base model.",
+    "convert": "Convert an adapter from or to the reference implementation's format.",
     "inspect": "Describe an adapter, an ONNX folder or a memory file.",
-    "train": "Train an adapter as a recipe says.",
-    "eval": "Measure what a memory is worth, beside its controls.",
-    "compare": "Say what changed between two evaluations.",
-    "bench": "Measure what a memory costs, beside a LoRA.",
-    "export": "Write an adapter and its base model as an ONNX graph.",
+    "train": "Train an adapter from a recipe.",
+    "eval": "Measure what a memory is worth, compared with controls.",
+    "compare": "Compare two evaluations.",
+    "bench": "Measure what a memory costs, compared with a LoRA.",
+    "export": "Export an adapter and its base model as an ONNX graph.",
     "run": "Answer prompts with an ONNX folder, without PyTorch.",
     "chat": "Chat with an adapter or an ONNX folder.",
-    "serve": "Serve many users, each with a memory.",
-    "page": "Make a page with a chat that runs in the browser.",
+    "serve": "Serve a model to many users, each with their own memory.",
+    "page": "Build a web page with a chat that runs in the browser.",
     "push": "Publish an adapter on the Hub.",
-    "pull": "Fetch an adapter from the Hub, and check it.",
+    "pull": "Fetch an adapter from the Hub and check it.",
 }
 _FORMAT_WARNING = warnings.formatwarning  # Python's own
 _MODULES = {"eval": "evaluate"}  # files not named as their command
@@ -56,7 +56,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 class _Commands(click.Group):
-    """Imports a command when it is needed, so that `deltamem --help` does not wait for any."""
+    """A group that imports a command only when it is needed, so that `deltamem --help` imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -133,7 +133,7 @@ def main(command: click.Command = cli) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Of our own warnings a user sees the text, of others where in the code they come from too."""
+    """Show the text alone for our own warnings, and the place in the code too for others."""
     if issubclass(category, OtherBaseWarning):
         return f"Warning: {message}\n"
     return _FORMAT_WARNING(message, category, filename, lineno, line)

@@ -1,4 +1,4 @@
-"""`deltamem architectures`: which model types take a memory."""
+"""`deltamem architectures`: list the model types that support a memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @click.command("architectures")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print a list with an object for every model type.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with one object per model type.")
 def command(name: str | None, as_json: bool) -> None:
-    """List the model types of transformers, and what a memory can do in each.
+    """List the model types of transformers and the memory features that each supports.
 
-    With NAME, only those that have it in their name. A checkpoint's type is the `model_type` of its config.json.
+    With NAME, list only the types whose name contains it. A checkpoint's type is the `model_type` in its config.json.
     """
     types = types_named(name) if name else supported_types()
     if as_json:

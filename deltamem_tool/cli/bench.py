@@ -1,4 +1,4 @@
-"""`deltamem bench`: what a memory costs."""
+"""`deltamem bench`: measure what a memory costs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,43 @@ from pathlib import Path
 import click
 
 from deltamem_tool.bench import BASE, DECODED, LORA, MEMORY, MODELS, ONNX, PROMPTS, PYTORCH, REPEATS, RUNTIMES
-from deltamem_tool.cli.options import NAME, SEED, UserPath, device, torch_device, trust_remote_code, whole_numbers
+from deltamem_tool.cli.options import (
+    NAME,
+    SEED,
+    UserPath,
+    single_device,
+    torch_device,
+    trust_remote_code,
+    whole_numbers,
+)
 from deltamem_tool.io.cores import MAX_THREADS
 from deltamem_tool.onnx.export.targets import DTYPES
 
 
 @click.command("bench")
 @click.argument("adapter", type=NAME)
-@click.option("--base", type=NAME, help="Where the base model is, if not where the adapter says.")
+@click.option("--base", type=NAME, help="Folder or Hub id of the base model, if not the recorded one.")
 @click.option(
     "--models",
     default=",".join(MODELS),
     show_default=True,
-    help=f"What to compare: {BASE} alone, {BASE} with the {MEMORY}, {BASE} with a {LORA}.",
+    help=f"Models to compare: the {BASE} model alone, with the {MEMORY}, and with a {LORA}.",
 )
 @click.option(
     "--lora",
     type=NAME,
     metavar="DIR",
-    help="A LoRA saved by PEFT.  [default: a random one of the memory's size on q and o]",
+    help="LoRA saved by PEFT.  [default: a random one of the memory's size on q and o]",
 )
 @click.option(
-    "--runtimes", help=f"Of {','.join(RUNTIMES)}.  [default: {PYTORCH}; with --onnx both]", metavar="NAME,NAME"
+    "--runtimes",
+    help=f"Runtimes, out of {','.join(RUNTIMES)}.  [default: {PYTORCH}; with --onnx both]",
+    metavar="NAME,NAME",
 )
 @click.option(
     "--onnx",
     metavar="DIR",
-    help=f"An export of ADAPTER; the other models are exported too. Without it, --runtimes {ONNX} exports all.",
+    help=f"ONNX folder of ADAPTER; the other models are exported too. Without it, --runtimes {ONNX} exports all.",
 )
 @click.option(
     "--prompt",
@@ -42,24 +52,38 @@ from deltamem_tool.onnx.export.targets import DTYPES
     default=",".join(map(str, PROMPTS)),
     show_default=True,
     metavar="N,N",
-    help="Tokens of the prompts.",
+    help="Prompt lengths, in tokens.",
 )
 @click.option(
-    "--decode", default=DECODED, show_default=True, type=click.IntRange(1), help="Tokens after the first one."
+    "--decode",
+    default=DECODED,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of tokens to generate after the first one.",
 )
-@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Conversations at once.")
-@click.option("--repeats", default=REPEATS, show_default=True, type=click.IntRange(1), help="Of everything, in turn.")
+@click.option(
+    "--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Number of conversations at once."
+)
+@click.option(
+    "--repeats",
+    default=REPEATS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of repeats of each measurement.",
+)
 @click.option(
     "--threads",
     type=click.IntRange(1, MAX_THREADS),
-    help="On the CPU, of one call.  [default: OMP_NUM_THREADS, or the usable cores]",
+    help="CPU threads per call.  [default: OMP_NUM_THREADS, or the usable cores]",
 )
-@device
+@single_device
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Of the base's weights.  [default: the export's or the checkpoint's]"
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Data type of the base model's weights.  [default: the export's or the checkpoint's]",
 )
-@click.option("--no-peak", is_flag=True, help="Leave out peak memory, which takes a process for each row.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of tokens, order and random weights.")
+@click.option("--no-peak", is_flag=True, help="Skip peak memory, which needs a separate process for each row.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed for tokens, order and weights.")
 @trust_remote_code
 @click.option(
     "--out", type=UserPath(dir_okay=False, path_type=Path), help="Write the result as JSON, with every repeat."
@@ -85,11 +109,11 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what ADAPTER's memory costs, beside the base model and a LoRA.
+    """Measure what ADAPTER's memory costs, compared with the base model and a LoRA.
 
-    Tokens per second of prompt and of answer, time to the first token, peak memory, and the size of a memory file. All
-    models are visited in turn, in one process and in an order drawn anew each time, so that ratios hold on a machine
-    whose times do not.
+    Reports tokens per second for the prompt and the answer, time to the first token, peak memory, and the size of a
+    memory file. All models are measured in turn in one process, in a new random order each time, so that their ratios
+    hold on a machine whose absolute times do not.
     """
     from deltamem_tool.bench.setting import Setting
 

@@ -1,4 +1,4 @@
-"""`deltamem chat`: talk to an adapter in PyTorch, or to an ONNX folder in ONNX Runtime."""
+"""`deltamem chat`: chat with an adapter in PyTorch, or with an ONNX folder in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -42,17 +42,19 @@ if TYPE_CHECKING:
     "--memory",
     "memory_file",
     type=UserPath(dir_okay=False, path_type=Path),
-    help="Start from this memory file, and write it after every turn. It is made if it is not there.",
+    help="Memory file to start from. It is written after every turn, and created if it does not exist.",
 )
 @window
-@click.option("--system", type=TEXT, help="A system message before the first turn.")
+@click.option("--system", type=TEXT, help="System message before the first turn.")
 @sampling_options
-@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@click.option("--base", type=NAME, help="Folder or Hub id of an adapter's base model, if not the recorded one.")
 @allow_other_base
 @trust_remote_code
 @device
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
-@click.option("--no-history", is_flag=True, help="Keep no file of the lines that are typed.")
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), help="Execution provider for an ONNX folder.  [default: cpu]"
+)
+@click.option("--no-history", is_flag=True, help="Do not keep a history file of the lines you type.")
 def command(
     model: str,
     memory_file: Path | None,
@@ -68,8 +70,8 @@ def command(
 ) -> None:
     """Chat with MODEL: an adapter (folder, Hub id or builtin:adapter) in PyTorch, or an ONNX folder in ONNX Runtime.
 
-    /help lists what can be typed besides messages. Ctrl-C stops an answer, Ctrl-D leaves. Without a terminal, every
-    line of stdin is one message, and nothing but the answers goes to stdout.
+    In the chat, /help lists the commands, Ctrl-C stops an answer, and Ctrl-D leaves. If stdin is not a terminal, each
+    of its lines is one message, and only the answers go to stdout.
 
     Example: deltamem chat builtin:adapter --memory me.safetensors
     """

@@ -1,4 +1,4 @@
-"""`deltamem compare`: two evaluations beside each other."""
+"""`deltamem compare`: compare two evaluations."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.command()
 @click.argument("a", type=UserPath(path_type=Path))
 @click.argument("b", type=UserPath(path_type=Path))
-@click.option("--margin", type=MARGIN, help="What a difference has to exceed to matter.")
+@click.option("--margin", type=MARGIN, help="Margin that a difference must exceed to matter.")
 @click.option("--out", type=_FILE, help="Write the result as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(a: Path, b: Path, margin: float | None, out: Path | None, as_json: bool) -> None:
-    """Say what changed from A to B, two evaluations: folders of `deltamem eval --report`, or evaluation.json files.
+    """Compare two evaluations and print what changed from A to B.
 
-    Where both have records of the same questions, they are compared question by question, with intervals and a test;
-    otherwise by their means alone, and the answer says so.
+    A and B are folders of `deltamem eval --report`, or evaluation.json files. If both have records of the same
+    questions, they are compared question by question, with intervals and a test. Otherwise only their means are
+    compared, and the output says so.
     """
     from deltamem_tool.evaluation.report.compare import compare
     from deltamem_tool.io.atomic import check_writable, write_whole
@@ -53,7 +54,7 @@ def command(a: Path, b: Path, margin: float | None, out: Path | None, as_json: b
 
 
 def _table(comparison: Comparison) -> Table:
-    """A row a condition, in a section for each group."""
+    """One row per condition, in a section for each group."""
     from rich.markup import escape
     from rich.table import Table
 

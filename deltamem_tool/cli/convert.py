@@ -1,4 +1,4 @@
-"""`deltamem convert`: adapters of the reference implementation, to and fro."""
+"""`deltamem convert`: convert adapters from and to the reference implementation's format."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from deltamem_tool.cli.options import NAME, UserPath, json_option
 @click.argument("src", type=NAME)
 @click.option("--out", required=True, type=UserPath(), help="Adapter folder to write.")
 @click.option(
-    "--base", type=NAME, help="Base model, a folder or a Hub id; --to reference finds the recorded one by itself."
+    "--base", type=NAME, help="Base model, a folder or a Hub id; with --to reference, the recorded one by default."
 )
 @click.option(
     "--to",
     type=click.Choice(["deltamem", "reference"]),
     default="deltamem",
     show_default=True,
-    help="Whose format to write.",
+    help="Format to write.",
 )
 @click.option("--revision", help="Branch, tag or commit of SRC on the Hub.")
 @click.option("--base-revision", help="Branch, tag or commit of the base model on the Hub.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option
 def command(
     src: str,
@@ -37,10 +37,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Convert SRC, an adapter of the reference implementation, to one of deltamem; or back.
+    """Convert SRC, an adapter of the reference implementation, to deltamem's format, or back.
 
-    SRC is a folder or a Hub id. Both ways keep every bit. The reference does not record which model an adapter was
-    trained on: name it with --base.
+    SRC is a folder or a Hub id. The conversion keeps every bit in both directions. The reference implementation does
+    not record which model an adapter was trained on, so name it with --base.
     """
     from deltamem_tool.adapter.reference.convert import convert
     from deltamem_tool.cli.console import quiet_libraries

@@ -1,4 +1,4 @@
-"""`deltamem eval`: what the memory of an adapter or an ONNX folder is worth, beside its controls."""
+"""`deltamem eval`: measure what the memory of an adapter or an ONNX folder is worth, compared with controls."""
 
 from __future__ import annotations
 
@@ -39,49 +39,70 @@ GO_ON = "With --records or --report, the same command goes on from the answers t
     "--task",
     default=RECALL,
     show_default=True,
-    help="A task's name, package.module:Class of your own, or lm_eval:NAME,NAME of lm-evaluation-harness.",
+    help="Name of a task, your own package.module:Class, or lm_eval:NAME,NAME for lm-evaluation-harness.",
 )
 @click.option(
     "--protocol",
     default=MEMORY_ONLY,
     show_default=True,
-    help="What is in view besides the memory: memory (nothing), window:N (the last messages within N tokens) or full.",
+    help="Context besides the memory: memory (none), window:N (the last messages within N tokens) or full.",
 )
-@click.option("--data", type=NAME, help="What the task reads: a file, a folder, or a dataset's id on the Hub.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the task; repeatable.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many questions.")
-@click.option("--conditions", help="Only these, beside the state, such as zero_state,donor_state.  [default: all]")
-@click.option("--bm25", is_flag=True, help="Also the base model with what BM25 finds in the history.")
-@click.option("--truncate", type=click.IntRange(1), help="Also the base model with the last messages within N tokens.")
-@click.option("--lora", type=NAME, help="Also the base model with this LoRA, a folder of PEFT or a Hub id.")
-@click.option("--static", type=NAME, help="Also the base model with this static adapter (`train --set static=true`).")
-@click.option("--write", is_flag=True, help="Questions and answers write into the memory too, as in a chat.")
-@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@click.option("--data", type=NAME, help="Data for the task: a file, a folder, or the id of a dataset on the Hub.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set an option of the task; repeatable.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Ask only the first N questions.  [default: all]")
+@click.option(
+    "--conditions", help="Conditions to run besides the state, such as zero_state,donor_state.  [default: all]"
+)
+@click.option("--bm25", is_flag=True, help="Also run the base model with the passages that BM25 finds in the history.")
+@click.option(
+    "--truncate",
+    type=click.IntRange(1),
+    help="Also run the base model with the last messages within N tokens.",
+    metavar="N",
+)
+@click.option("--lora", type=NAME, help="Also run the base model with this LoRA, a PEFT folder or a Hub id.")
+@click.option(
+    "--static", type=NAME, help="Also run the base model with this static adapter (`train --set static=true`)."
+)
+@click.option("--write", is_flag=True, help="Let questions and answers write into the memory too, as in a chat.")
+@click.option("--base", type=NAME, help="Folder or Hub id of an adapter's base model, if not the recorded one.")
 @allow_other_base
 @click.option(
     "--seed",
     type=SEED,
     default=0,
     show_default=True,
-    help="Of the task, where it draws, the permuted layers, and the intervals.",
+    help="Random seed for the task, the permuted layers and the intervals.",
 )
-@click.option("--margin", type=MARGIN, help="What a difference has to exceed to matter, kept with the answers.")
 @click.option(
-    "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Conversations at once."
+    "--margin", type=MARGIN, help="Margin that a difference must exceed to matter; recorded with the answers."
+)
+@click.option(
+    "--batch-size",
+    default=BATCH_SIZE,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of conversations at once.",
 )
 @device
 @trust_remote_code
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
 @click.option(
-    "--records", type=UserPath(file_okay=False, path_type=Path), help="Keep every answer here; go on from it."
+    "--provider", type=click.Choice(["cpu", "cuda"]), help="Execution provider for an ONNX folder.  [default: cpu]"
+)
+@click.option(
+    "--records",
+    type=UserPath(file_okay=False, path_type=Path),
+    help="Record every answer in this folder, and resume from the answers in it.",
 )
 @click.option(
     "--report",
     type=UserPath(file_okay=False, path_type=Path),
-    help="Write a page, the same in Markdown, and JSON here, beside every answer; go on from there.",
+    help="Write an HTML page, the same in Markdown, JSON and every answer to this folder, and resume from it.",
 )
-@click.option("--plot", type=_FILE, help="Draw the result; the name says the format: .png, .svg, .pdf, .jpg, …")
-@click.option("--out", type=_FILE, help="Write the result as JSON, which a push describes.")
+@click.option(
+    "--plot", type=_FILE, help="Plot the result to FILE; its extension sets the format: .png, .svg, .pdf, .jpg, …"
+)
+@click.option("--out", type=_FILE, help="Write the result as JSON, for the model card of `deltamem push`.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
@@ -110,12 +131,15 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what the memory of MODEL is worth on a task, beside its controls.
+    """Measure what the memory of MODEL is worth on a task, compared with controls.
 
-    MODEL is an adapter (folder, Hub id or builtin:adapter) in PyTorch, or an ONNX folder in ONNX Runtime. Every
-    question is asked with the right memory, with zeros, with another history's, with the mean of 100 others', with the
-    right one's layers permuted, with corrections scaled to zero, of the base model alone, and of the base model with
-    everything in view; an ONNX folder leaves out what changes weights.
+    MODEL is an adapter (folder, Hub id or builtin:adapter), which runs in PyTorch, or an ONNX folder, which runs in
+    ONNX Runtime.
+
+    Every question is asked under each of these conditions: with the right memory, with a memory of zeros, with the
+    memory of another history, with the mean memory of 100 other histories, with the layers of the right memory
+    permuted, with the corrections scaled to zero, with the base model alone, and with the base model and the full
+    context. An ONNX folder leaves out the conditions that change weights.
     """
     from deltamem_tool.base_model.launch import join_launched, members, naming_lost
     from deltamem_tool.evaluation.conditions import ONNX, PYTORCH, STATE
@@ -245,7 +269,7 @@ def _ask_harness(
     write: bool,
     runtime: str,
 ) -> Callable[..., Evaluation]:
-    """Prepare tasks of lm-evaluation-harness; what cannot be asked is said before the model is loaded."""
+    """Prepare tasks of lm-evaluation-harness, and report what cannot be asked before the model is loaded."""
     from deltamem_tool.evaluation.conditions import select
     from deltamem_tool.evaluation.harness import check_options, conditions_of, find_harness, prepare
 
@@ -273,7 +297,7 @@ def _ask_task(
     write: bool,
     runtime: str,
 ) -> Callable[..., Evaluation]:
-    """Prepare a task of ours or of one's own; what cannot be asked is said before the model is loaded."""
+    """Prepare a built-in task or the user's own, and report what cannot be asked before the model is loaded."""
     from deltamem_tool.evaluation.conditions import EvalProtocol, conditions_of, select
     from deltamem_tool.evaluation.task import find_task
 
@@ -325,7 +349,7 @@ def _print(evaluation: Evaluation, plot: Path | None, report: Path | None) -> No
 def _arguments(
     task: str, protocol: str, seed: int, data: str | None, changes: Sequence[str], limit: int | None
 ) -> list[str]:
-    """What asks the same questions; of a path, its last part."""
+    """Return the arguments that ask the same questions, with the last part of each path."""
     arguments = ["--task", task, "--protocol", protocol, "--seed", str(seed)]
     if data is not None:
         arguments += ["--data", Path(data).name if Path(data).exists() else data]

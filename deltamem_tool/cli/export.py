@@ -1,4 +1,4 @@
-"""`deltamem export`: base model and adapter as an ONNX folder."""
+"""`deltamem export`: export a base model and its adapter as an ONNX folder."""
 
 from __future__ import annotations
 
@@ -23,63 +23,63 @@ from deltamem_tool.onnx.manifest import Manifest
 
 @click.command("export")
 @click.argument("adapter", type=NAME)
-@click.option("--out", type=UserPath(path_type=Path), required=True, help="The folder to write.")
-@click.option("--base", type=NAME, help="Where the base model is, if not where the adapter says.")
+@click.option("--out", type=UserPath(path_type=Path), required=True, help="ONNX folder to write.")
+@click.option("--base", type=NAME, help="Folder or Hub id of the base model, if not the recorded one.")
 @allow_other_base
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
     default=next(iter(TARGETS)),
     show_default=True,
-    help="What will run the graph: cpu and cuda are ONNX Runtime, by its fused operators for either; portable is any "
-    "runtime, by standard ONNX operators alone; web is onnxruntime-web, in browsers; genai is onnxruntime-genai.",
+    help="Runtime for the graph. cpu and cuda: ONNX Runtime, with its fused operators for each; portable: any runtime, "
+    "with standard ONNX operators only; web: onnxruntime-web, in browsers; genai: onnxruntime-genai.",
 )
 @click.option(
     "--logits",
     type=click.Choice(LOGITS),
     default=LOGITS[0],
     show_default=True,
-    help="Logits of the last position, or of every one.",
+    help="Return the logits of the last position, or of all positions.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=MIN_LENGTH),
     metavar="N",
-    help="Keys and values of a fixed length, with room for N tokens, which CUDA graphs need. By default they grow.",
+    help="Give keys and values a fixed length of N tokens, as CUDA graphs need. By default they grow.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default=DTYPES[0],
     show_default=True,
-    help="Of the base's weights and of keys and values; the memory is float32 whatever they are.",
+    help="Data type of the base model's weights and of keys and values. The memory is always float32.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(list(QUANTIZATIONS)),
     default=NO_QUANTIZATION,
     show_default=True,
-    help="The base's weights in 8 or 4 bits, embedding and logits' matrix among them. The memory stays float32.",
+    help="Quantise the base model's weights to 8 or 4 bits, including embedding and LM head. The memory stays float32.",
 )
 @click.option(
     "--group-size",
     type=click.Choice(list(map(str, GROUP_SIZES))),
-    help=f"With --quantize: so many weights share a scale. Small groups are more accurate, large ones smaller and "
-    f"faster.  [default: {GROUP_SIZE}]",
+    help=f"With --quantize: number of weights that share a scale. Small groups are more accurate, large ones smaller "
+    f"and faster.  [default: {GROUP_SIZE}]",
 )
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help=f"With --quantize: without zero points, or with one a group.  [default: "
+    help=f"With --quantize: use no zero points, or one per group.  [default: "
     f"{'symmetric' if SYMMETRIC else 'asymmetric'}]",
 )
 @click.option(
     "--memory",
     type=UserPath(path_type=Path),
-    help="For genai: a memory file that conversations start from. Other graphs take it when they run.",
+    help="For genai: memory file that conversations start from. Other graphs take one at run time.",
 )
 @trust_remote_code
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the folder's manifest as JSON.")
 def command(
     adapter: str,
@@ -98,7 +98,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the base model with ADAPTER, a folder or Hub id, as an ONNX graph that carries the memory."""
+    """Export the base model with ADAPTER (a folder or Hub id) as one ONNX graph that carries the memory."""
     from deltamem_tool.cli.console import stages
     from deltamem_tool.io.atomic import check_overwrite
 

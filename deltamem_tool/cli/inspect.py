@@ -1,4 +1,4 @@
-"""`deltamem inspect`: the contents of a folder or a file."""
+"""`deltamem inspect`: describe a folder or a file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ if TYPE_CHECKING:
 @click.option(
     "--plot",
     type=UserPath(dir_okay=False, path_type=Path),
-    help="Draw a memory's states, or what changed; the name says the format: .png, .svg, .pdf, .jpg, …",
+    help="Plot a memory's states, or the changes, to FILE; its extension sets the format: .png, .svg, .pdf, .jpg, …",
 )
-@click.option("--row", type=click.IntRange(min=0), help="Conversation that table and picture show.  [default: 0]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, of a memory with all its conversations.")
+@click.option(
+    "--row",
+    type=click.IntRange(min=0),
+    help="Index of the conversation that the table and the plot show.  [default: 0]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; for a memory file, of all its conversations.")
 def command(path: str, other: str | None, plot: Path | None, row: int | None, as_json: bool) -> None:
     """Describe PATH: an adapter folder, an ONNX folder, a Hub id of either, or a memory file.
 
-    With a second memory file, OTHER, show what changed from PATH to OTHER.
+    With a second memory file OTHER, show what changed from PATH to OTHER.
     """
     if Path(path).is_file():
         document, tables = _memory(path, other, plot, row or 0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class UserPath(click.Path):
-    """A path, a leading `~` of which is the home folder: after `--out=`, a shell leaves it."""
+    """A path whose leading `~` means the home folder; after `--out=`, a shell does not expand it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path as `click.Path` does."""
@@ -36,7 +36,7 @@ NAME = _Name()
 
 
 class _Text(click.ParamType[str]):
-    """What a model is told; without the byte-order mark of a file that it may come from."""
+    """Text for a model, without the byte-order mark that a file may begin with."""
 
     name = "text"
 
@@ -49,28 +49,32 @@ class _Text(click.ParamType[str]):
 TEXT = _Text()
 
 trust_remote_code = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python files of the base model, where its architecture is one."
+    "--trust-remote-code",
+    is_flag=True,
+    help="Allow the base model to run its own Python files, where these define its architecture.",
 )
 allow_other_base = click.option(
     "--allow-other-base",
     is_flag=True,
-    help="Run the adapter on another base model than it was made for, such as the original of a GGUF file.",
+    help="Allow a base model other than the one the adapter was made for, such as the original of a GGUF file.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
-    help="The most tokens of context. The oldest turns leave it; the memory keeps their trace.  [default: as many as "
-    "the model has positions, or the --max-length of an export]",
+    help="Maximum number of tokens in the context. When it is full, the oldest turns leave it; the memory keeps a "
+    "trace of them.  [default: the model's maximum length, or the --max-length of an export]",
 )
 
 SEED = click.IntRange(0, 2**32 - 1)  # as in a recipe
 MARGIN = click.FloatRange(min=0, min_open=True)
 
+_DEFAULT_DEVICE = "[default: cuda if available, else cpu]"
+single_device = click.option("--device", help=f"Device for the models, such as cuda:1.  {_DEFAULT_DEVICE}")
 device = click.option(
     "--device",
-    help="Where the model runs, such as cuda:1; `auto` spreads an adapter's base over GPUs, CPU and disk, and with "
-    "`tp` the processes of a launch (torchrun) share its weights.  [default: cuda if there is one, or else cpu]",
+    help="Device for the model, such as cuda:1. `auto` spreads an adapter's base model over GPUs, CPU and disk; `tp` "
+    f"shards it over the processes of a torchrun launch (tensor parallelism).  {_DEFAULT_DEVICE}",
 )
 
 _SAMPLING = (
@@ -79,48 +83,50 @@ _SAMPLING = (
         type=click.IntRange(min=1),
         default=MAX_NEW_TOKENS,
         show_default=True,
-        help="The longest answer.",
+        help="Maximum length of an answer, in tokens.",
     ),
     click.option(
-        "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="Sampling temperature; 0 picks the most likely token.",
     ),
     click.option(
         "--top-k",
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Sample among so many likeliest tokens; 0: all.",
+        help="Sample among the k most likely tokens; 0 means all.",
     ),
     click.option(
         "--top-p",
         type=click.FloatRange(min=0, max=1, min_open=True),
         default=1.0,
         show_default=True,
-        help="Sample among the likeliest tokens that hold this much probability.",
+        help="Sample among the most likely tokens whose probabilities add up to this.",
     ),
     click.option(
         "--min-p",
         type=click.FloatRange(min=0, max=1),
         default=0.0,
         show_default=True,
-        help="Sample among tokens with at least this share of the likeliest one's probability.",
+        help="Sample among tokens with at least this fraction of the most likely token's probability.",
     ),
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(min=0, min_open=True),
         default=1.0,
         show_default=True,
-        help="Above 1: tokens of the context become less likely.",
+        help="Above 1, tokens already in the context become less likely.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), help="Of the sampling.  [default: a new one]"),
-    click.option(
-        "--stop", type=TEXT, multiple=True, help="A text that ends the answer, which ends before it; can be repeated."
-    ),
+    click.option("--seed", type=click.IntRange(min=0), help="Random seed for sampling.  [default: a new one]"),
+    click.option("--stop", type=TEXT, multiple=True, help="Stop string: the answer ends before it; repeatable."),
 )
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each field of `Sampling`."""
+    """Add an option for each field of `Sampling` to a command."""
     for option in reversed(_SAMPLING):
         command = option(command)
     return command

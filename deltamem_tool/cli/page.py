@@ -1,4 +1,4 @@
-"""`deltamem page`: a page that runs an ONNX folder in the visitor's browser."""
+"""`deltamem page`: build a web page that runs an ONNX folder in the visitor's browser."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from deltamem_tool.cli.options import NAME, UserPath, json_option
 
 @click.command("page")
 @click.argument("onnx", metavar="ONNX_DIR", type=NAME)
-@click.option("--out", type=UserPath(path_type=Path), required=True, help="The folder to make.")
+@click.option("--out", type=UserPath(path_type=Path), required=True, help="Folder to write the page to.")
 @click.option(
     "--runtime",
     metavar="DIR",
     type=UserPath(file_okay=False, path_type=Path),
-    help="npm's node_modules with the packages that the page needs.  [default: fetch them from npm, once]",
+    help="node_modules folder of npm with the packages that the page needs.  [default: fetch them from npm, once]",
 )
 @click.option(
     "--webgpu/--no-webgpu",
     default=True,
     show_default=True,
-    help="Compute on a GPU where there is one; the page is 27 MB larger.",
+    help="Use a GPU if there is one; this makes the page 27 MB larger.",
 )
 @click.option(
     "--cdn",
     metavar="ADDRESS",
-    help="Have browsers fetch the packages from this CDN of npm's, such as https://cdn.jsdelivr.net/npm, and run none "
-    "that is another than was tested.",
+    help="Let browsers fetch the packages from this npm CDN, such as https://cdn.jsdelivr.net/npm; packages that "
+    "differ from the tested ones do not run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option
 def command(
     onnx: str, out: Path, runtime: Path | None, webgpu: bool, cdn: str | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Make a page of ONNX_DIR for any static host: a chat that runs, and keeps its memories, in the visitor's browser.
+    """Build a web page with a chat that runs ONNX_DIR, and keeps its memories, in the visitor's browser.
 
-    ONNX_DIR is what `deltamem export --target web` wrote, or the id of a repository that has one. The page asks nobody
-    but its own host, and the CDN where it has one; it works without a network after the first visit. Try it:
-    python -m http.server -d site
+    ONNX_DIR is a folder written by `deltamem export --target web`, or the id of a repository that has one. Any static
+    host can serve the page. It contacts only its own host, and the CDN if you set one, and works offline after the
+    first visit. To try it: python -m http.server -d site
 
     Example: deltamem page onnx-web --out site
     """

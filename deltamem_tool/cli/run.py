@@ -1,4 +1,4 @@
-"""`deltamem run`: talk to an ONNX folder."""
+"""`deltamem run`: answer prompts with an ONNX folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ _FILE = UserPath(dir_okay=False, path_type=Path)
 @click.command("run")
 @click.argument("onnx_dir", type=NAME)
 @click.option(
-    "--prompt", "prompts", type=TEXT, multiple=True, required=True, help="What to say; repeat it for further turns."
+    "--prompt", "prompts", type=TEXT, multiple=True, required=True, help="User message; repeat it for further turns."
 )
-@click.option("--system", type=TEXT, help="A system message before the first turn.")
-@click.option("--memory", "memory_file", type=_FILE, help="Start from this memory file.")
-@click.option("--save-memory", type=_FILE, help="Write the memory there afterwards.")
+@click.option("--system", type=TEXT, help="System message before the first turn.")
+@click.option("--memory", "memory_file", type=_FILE, help="Memory file to start from.")
+@click.option("--save-memory", type=_FILE, help="File to write the memory to afterwards.")
 @sampling_options
 @window
 @click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs the graph."
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider for the graph.",
 )
-@click.option("--map-weights", is_flag=True, help="Leave weights in their file: loads at once, slower on prompts.")
+@click.option("--map-weights", is_flag=True, help="Memory-map the weights: loads at once, but prompts are slower.")
 @click.option(
     "--threads",
     type=click.IntRange(1, MAX_THREADS),
-    help="Of one call of the graph.  [default: ORT_INTRA_OP_NUM_THREADS or OMP_NUM_THREADS, or else the usable cores]",
+    help="Threads per call.  [default: ORT_INTRA_OP_NUM_THREADS or OMP_NUM_THREADS, or else the usable cores]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 def command(
@@ -49,7 +53,7 @@ def command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Answer with the model in ONNX_DIR, an ONNX folder or a Hub id, in ONNX Runtime and without PyTorch."""
+    """Answer prompts with ONNX_DIR (an ONNX folder or a Hub id), in ONNX Runtime and without PyTorch."""
     from deltamem_tool.memory.file import check_replaceable, read_memory
     from deltamem_tool.memory.shared_file import SharedMemoryFile
 

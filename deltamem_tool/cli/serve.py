@@ -1,4 +1,4 @@
-"""`deltamem serve`: many users and their memories over HTTP, as OpenAI's API has it."""
+"""`deltamem serve`: serve many users, each with their own memory, over HTTP with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,43 +24,75 @@ STORE_FILE = Path("deltamem-memories.sqlite")
 
 @click.command("serve")
 @click.argument("model", type=NAME, required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 picks a free one.",
+)
 @click.option(
     "--api-keys",
     "keys_file",
     type=UserPath(dir_okay=False, path_type=Path),
-    help=f"The file of API keys: who may use the server.  [default of --new-key: {KEYS_FILE}]",
+    help=f"File of the API keys that the server accepts.  [default for --new-key: {KEYS_FILE}]",
 )
-@click.option("--no-keys", is_flag=True, help="Answer everybody, even at an address that others can reach.")
-@click.option("--new-key", metavar="TENANT", type=TEXT, help="Add a key of TENANT to the file, print it, and end.")
+@click.option(
+    "--no-keys", is_flag=True, help="Accept requests without a key, even at an address that others can reach."
+)
+@click.option("--new-key", metavar="TENANT", type=TEXT, help="Add a key for TENANT to the file, print it, and exit.")
 @click.option(
     "--store",
     "store_url",
     type=TEXT,
-    help="Where the memories are: sqlite:///FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/DATABASE for several "
-    f"servers.  [default: {STORE_FILE} in this folder]",
+    help="Database of the memories: sqlite:///FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/DATABASE for several "
+    f"servers.  [default: {STORE_FILE} in the current folder]",
 )
-@click.option("--model-name", type=TEXT, help="The model's name for clients.  [default: MODEL]")
-@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Answers at once.")
-@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait.")
+@click.option("--model-name", type=TEXT, help="Model name that clients see.  [default: MODEL]")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Maximum batch size: answers generated at once.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Maximum number of waiting requests.",
+)
 @click.option(
     "--timeout",
     "seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=300.0,
     show_default=True,
-    help="Seconds in which a request has to be answered.",
+    help="Time limit for a request, in seconds.",
 )
-@click.option("--keep-versions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each memory.")
-@click.option("--max-memories", type=click.IntRange(min=1), help="The most memories of a tenant.  [default: no bound]")
-@click.option("--max-bytes", type=click.IntRange(min=1), help="The most bytes of a tenant.  [default: no bound]")
+@click.option(
+    "--keep-versions",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Number of versions to keep of each memory.",
+)
+@click.option(
+    "--max-memories", type=click.IntRange(min=1), help="Maximum number of memories per tenant.  [default: no limit]"
+)
+@click.option(
+    "--max-bytes", type=click.IntRange(min=1), help="Maximum storage per tenant, in bytes.  [default: no limit]"
+)
 @window
-@click.option("--base", type=NAME, help="Where an adapter's base model is, if not where the adapter says.")
+@click.option("--base", type=NAME, help="Folder or Hub id of an adapter's base model, if not the recorded one.")
 @allow_other_base
 @trust_remote_code
 @device
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="What runs an ONNX folder.  [default: cpu]")
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), help="Execution provider for an ONNX folder.  [default: cpu]"
+)
 def command(
     model: str | None,
     host: str,
@@ -85,11 +117,11 @@ def command(
 ) -> None:
     """Serve MODEL to many users: an adapter (folder, Hub id or builtin:adapter), or an ONNX folder.
 
-    Clients of OpenAI's API talk to it. Each `user` has a memory, which is stored before an answer is complete.
-    SIGTERM ends the server when the requests that it has begun are answered.
+    The server implements OpenAI's API. Each `user` has their own memory, which is stored before an answer is complete.
+    On SIGTERM, the server finishes the requests that it has begun, and exits.
 
-    What the package ships is exported once, and runs in ONNX Runtime, where the extra export is installed and no
-    --device is given.
+    A shipped adapter is exported once and runs in ONNX Runtime, if the extra `export` is installed and you do not pass
+    --device.
 
     Example: deltamem serve builtin:adapter
     """

@@ -1,4 +1,4 @@
-"""`deltamem train`: an adapter, as a recipe says."""
+"""`deltamem train`: train an adapter from a recipe."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=UserPath())
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
 @click.option("--out", type=UserPath(), help="Adapter folder to write, instead of the recipe's.")
-@click.option("--bptt", type=int, metavar="N", help="Gradients flow through the last N chunks of the write pass.")
-@click.option("--skip-bad-rows", is_flag=True, help="Leave out rows that are not conversations, and count them.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it is there.")
-@click.option("--dry-run", is_flag=True, help="Train nothing: say how long it takes, on how much, in how much memory.")
-@click.option("--processes", type=click.IntRange(1), metavar="N", help="Of a dry run: what each of N processes needs.")
+@click.option("--bptt", type=int, metavar="N", help="Backpropagate through only the last N chunks of the write pass.")
+@click.option("--skip-bad-rows", is_flag=True, help="Skip rows that are not conversations, and count them.")
+@click.option("--resume", is_flag=True, help="Resume from the last checkpoint of an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace the adapter folder if it exists.")
+@click.option(
+    "--dry-run", is_flag=True, help="Do not train; print the steps, the data and the memory that training takes."
+)
+@click.option(
+    "--processes", type=click.IntRange(1), metavar="N", help="With --dry-run: print what each of N processes needs."
+)
 @json_option
 def command(
     recipe: str,
@@ -39,14 +43,14 @@ def command(
     processes: int | None,
     as_json: bool,
 ) -> None:
-    """Train an adapter as RECIPE (YAML) says. Only the adapter learns.
+    """Train an adapter as described in RECIPE, a YAML file. Only the adapter's weights are trained.
 
-    Several GPUs: torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE, and with --set training.shard=fsdp2 a
-    base that fits on none of them.
+    To train on several GPUs, run torchrun --nproc-per-node 8 -m deltamem_tool train RECIPE. If the base model does not
+    fit on one of them, add --set training.shard=fsdp2.
+
+    --dry-run needs only the base model's config to compute parameters and memory, and its tokenizer for the rest.
 
     Example: deltamem train recipes/quickstart.yaml --set training.steps=100
-
-    With --dry-run the base's config is enough to compute parameters and memory, and its tokenizer for the rest.
     """
     from deltamem_tool.recipe.load import load_recipe
 
@@ -136,7 +140,7 @@ def _dry_run(path: str, recipe: Recipe, processes: int | None, as_json: bool) ->
 
 
 def _lines(figures: DryRun) -> Iterator[tuple[str, str]]:
-    """The rows of the table; what is not known is not among them, but in the notes."""
+    """Yield the rows of the table. What is not known is left out; the notes say why."""
     yield "parameters", f"{figures.trained_parameters:,}, {figures.share:.2%} of the base's {figures.base_parameters:,}"
     if figures.memory_bytes:
         yield "state of a conversation", f"{figures.memory_bytes:,} bytes"
