@@ -65,16 +65,16 @@ def api_page() -> str:
 TYPES = {
     "Count": "1 or more",
     "Facts": f"1 to {len(schema.KIND_OF)}",
-    "Name": "a path or a Hub id",
-    "Optimizer": "a name of the Trainer's",
+    "Name": "a path or Hub id",
+    "Optimizer": "a name that the Trainer knows",
     "Pairs": "a mapping",
     "Positive": "above 0",
     "Prompt": "text",
-    "Reporter": "a name of the Trainer's",
-    "Scheduler": "a name of the Trainer's",
+    "Reporter": "a name that the Trainer knows",
+    "Scheduler": "a name that the Trainer knows",
     "Seed": "0 to 2³² − 1",
     "Share": "0 to 1",
-    "ShareBelowOne": "0 to 1, not 1 itself",
+    "ShareBelowOne": "0 to 1, excluding 1",
     "StrictBool": "`true`, `false`",
     "Text": "text",
     "Weight": "0 or more",
@@ -87,15 +87,16 @@ def recipe_page() -> str:
     tree = ast.parse(inspect.getsource(schema))
     source = inspect.getsource(schema).splitlines()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    lines = ["# The keys of a recipe", "", WRITTEN_BY, ""]
-    lines += ["`--set section.key=value` changes any of them. [training.md](training.md) says what most are for."]
+    lines = ["# Recipe reference", "", WRITTEN_BY, ""]
+    lines += ["A recipe is the YAML file of a training run. This page lists its keys; [training.md](training.md)"]
+    lines += ["explains how to use them. On the command line, `--set section.key=value` changes any of them."]
     for title, kind in {"": schema.Recipe, **schema.SECTIONS}.items():
-        lines += ["", f"## `{title}`" if title else "## At the top", ""]
+        lines += ["", f"## `{title}`" if title else "## Top level", ""]
         if kind.__name__ not in classes:  # the mechanism's, which are those of an adapter
             lines += [
-                f"The options of `{kind.__name__}` ([api.md](api.md)), and `preset`: `tsw`, `ssw` or `msw`, which"
+                f"The options of `{kind.__name__}` ([api.md](api.md)), and `preset`: `tsw`, `ssw` or `msw`, whose"
             ]
-            lines += ["the others change."]
+            lines += ["options the others override."]
             continue
         summary, _, rest = (inspect.getdoc(kind) or "").partition("\n")
         of_arguments = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", rest, re.MULTILINE))
@@ -124,7 +125,7 @@ def _values(annotation: str) -> str:
 
 def _default(value: Any) -> str:
     if value is MISSING:
-        return "needed"
+        return "required"
     if is_dataclass(value) or value is None or value == ():
         return ""
     if isinstance(value, bool | tuple):

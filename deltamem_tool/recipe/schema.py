@@ -114,100 +114,100 @@ class _Options(metaclass=CheckedOptions):
 
 @dataclass(frozen=True, config=OPTIONS)
 class LoraOptions(_Options):
-    """A LoRA of PEFT in place of a memory, to compare with."""
+    """A LoRA (PEFT) to train in place of a memory, as a baseline."""
 
     SECTION: ClassVar[Key] = ("lora",)
 
-    rank: Annotated[Count, Field(le=MAX_LORA_RANK)] = 8  # numbers a token between the two matrices of a correction
+    rank: Annotated[Count, Field(le=MAX_LORA_RANK)] = 8  # rank of a correction
     alpha: Positive = 16.0  # corrections are scaled by alpha / rank
-    dropout: ShareBelowOne = 0.0  # probability that a number on the way in is left out
-    targets: Texts = ("q_proj", "o_proj")  # names of the modules that are corrected
+    dropout: ShareBelowOne = 0.0  # dropout probability of a correction's input
+    targets: Texts = ("q_proj", "o_proj")  # names of the modules to correct
 
 
 @dataclass(frozen=True, config=OPTIONS)
 class DataOptions(_Options):
-    """Where episodes come from: `path`; or they are generated, as small dialogues or natural facts; or both."""
+    """Where episodes come from: conversations of `path`, generated dialogues or natural facts, or both."""
 
     SECTION: ClassVar[Key] = ("data",)
 
-    path: Name | None = None  # a JSONL or parquet file of conversations, or a dataset's id on the Hub
-    split: Text = "train"  # of a dataset on the Hub
-    revision: Text | None = None  # of a dataset on the Hub
-    eval_path: Name | None = None  # other conversations than those of `path`, for training.eval_every
-    eval_split: Text | None = None  # of eval_path, or else of `path`; train if nothing is said
-    supervise: Literal["last", "all"] = "last"  # which of the assistant's turns are answers to learn
-    recent_turns: Whole = 0  # turns before the question that the read pass may see too
-    skip_bad_rows: StrictBool = False  # leave out rows that are not conversations, and count them
-    group_by_length: StrictBool = False  # put histories of similar length into a batch
+    path: Name | None = None  # JSONL or parquet file of conversations, or id of a dataset on the Hub
+    split: Text = "train"  # split of a dataset on the Hub
+    revision: Text | None = None  # revision of a dataset on the Hub
+    eval_path: Name | None = None  # conversations for training.eval_every, other than those of `path`
+    eval_split: Text | None = None  # split of eval_path, or else of `path`; by default train
+    supervise: Literal["last", "all"] = "last"  # assistant turns to train: the last one, or all
+    recent_turns: Whole = 0  # turns before the question that the read pass sees too
+    skip_bad_rows: StrictBool = False  # skip rows that are not conversations, and count them
+    group_by_length: StrictBool = False  # batch histories of similar length
     max_write_tokens: Count = 8192  # longer histories lose their beginning
     max_read_tokens: Count = 512  # longer exchanges are an error
-    facts_first: Facts = 2  # generated: the most facts in an episode at the start of training
-    facts_last: Facts = 6  # and once the number has grown
-    growth: Share = 0.5  # share of training over which the number of facts grows
-    fewest: Share = 0.0  # generated: an episode has at least this share of the most facts there may be
-    replies: Share = 0.0  # generated: share of the episodes that also train a reply which needs no memory
-    unanswerable: ShareBelowOne = 0.0  # generated: share of the questions about something that was never told
-    unrelated: Name | None = None  # conversations that no memory is needed for, for objective.unrelated_kl
+    facts_first: Facts = 2  # generated: largest number of facts in an episode at the start of training
+    facts_last: Facts = 6  # generated: the same, once it has grown
+    growth: Share = 0.5  # generated: share of training over which the number of facts grows
+    fewest: Share = 0.0  # generated: an episode has at least this share of the largest number of facts
+    replies: Share = 0.0  # generated: share of episodes that also train a reply which needs no memory
+    unanswerable: ShareBelowOne = 0.0  # generated: share of questions about something that was never told
+    unrelated: Name | None = None  # conversations that need no memory, for objective.unrelated_kl
     mix: ShareBelowOne = 0.0  # share of generated episodes among those of `path`
-    generated: Literal["dialogues", "facts"] = "dialogues"  # the words of the shipped backbone, or any tokenizer's
-    chats_first: Share = FACT_OPTIONS["chats_first"]  # facts: share of whole chats at the start of training,
-    chats_last: Share = FACT_OPTIONS["chats_last"]  # and once it has grown; the others are as short as can be
-    chats_from: Share = FACT_OPTIONS["chats_from"]  # share of training at which the share of chats begins to grow,
-    chats_until: Share = FACT_OPTIONS["chats_until"]  # and at which it has grown
-    talk_first: Weight = FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement of a chat,
-    talk_last: Weight = FACT_OPTIONS["talk_last"]  # which grow as the share of chats does
-    bare_first: Share = FACT_OPTIONS["bare_first"]  # facts: share of values that are any word, whatever they are about,
-    bare_last: Share = FACT_OPTIONS["bare_last"]  # which grows as the number of facts does
-    third_person: Share = FACT_OPTIONS["third_person"]  # facts: share that is somebody else's than the user's
-    system: Prompt | None = FACT_OPTIONS["system"]  # facts: the system prompt of all; by default a chat's own, or none
+    generated: Literal["dialogues", "facts"] = "dialogues"  # dialogues suit the shipped backbone, facts any model
+    chats_first: Share = FACT_OPTIONS["chats_first"]  # facts: share of episodes that are chats, at the start
+    chats_last: Share = FACT_OPTIONS["chats_last"]  # facts: the same, at the end; the others are plain
+    chats_from: Share = FACT_OPTIONS["chats_from"]  # facts: share of training after which it begins to grow
+    chats_until: Share = FACT_OPTIONS["chats_until"]  # facts: share of training after which it has grown
+    talk_first: Weight = FACT_OPTIONS["talk_first"]  # facts: mean turns of small talk before a statement, at the start
+    talk_last: Weight = FACT_OPTIONS["talk_last"]  # facts: the same, at the end; grows with the share of chats
+    bare_first: Share = FACT_OPTIONS["bare_first"]  # facts: share of values that are unrelated words, at the start
+    bare_last: Share = FACT_OPTIONS["bare_last"]  # facts: the same, at the end; changes with the number of facts
+    third_person: Share = FACT_OPTIONS["third_person"]  # facts: share of facts about other people than the user
+    system: Prompt | None = FACT_OPTIONS["system"]  # facts: system prompt of all; default: a chat's own, or none
 
 
 @dataclass(frozen=True, config=OPTIONS)
 class ObjectiveOptions(_Options):
-    """What is learned beside the answers."""
+    """Additional terms of the loss, beside the cross-entropy of the answers."""
 
     SECTION: ClassVar[Key] = ("objective",)
 
-    write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of what is written from write_target
-    write_target: Share = 0.05  # the mean β that write_sparsity asks for
-    context_dropout: Share = 0.0  # probability that the recent turns are hidden from the read pass
+    write_sparsity: Weight = 0.0  # weight of the squared distance of the mean β of writes from write_target
+    write_target: Share = 0.05  # mean β that write_sparsity aims at
+    context_dropout: Share = 0.0  # probability of hiding the recent turns from the read pass
     full_context_kl: Weight = 0.0  # weight of the divergence from the base with the whole history in its context
-    history_kl: Weight = 0.0  # weight of the divergence from the base of every token of the history, as it is written
-    unrelated_kl: Weight = 0.0  # weight of the divergence from the base of the answers in data.unrelated
+    history_kl: Weight = 0.0  # weight of the divergence from the base over all tokens of the history, as it is written
+    unrelated_kl: Weight = 0.0  # weight of the divergence from the base over the answers in data.unrelated
     addressing: Weight = 0.0  # weight of the contrastive loss by which queries find the keys of what they ask for
 
 
 @dataclass(frozen=True, config=OPTIONS)
 class TrainingOptions(_Options):
-    """How long, how fast and on what. `steps` or `epochs`; conversations with neither are gone through once."""
+    """Duration, optimizer and hardware. With neither `steps` nor `epochs`: one pass over `data.path`."""
 
     SECTION: ClassVar[Key] = ("training",)
 
-    steps: Count | None = None  # of the optimizer
-    epochs: Positive | None = None  # times that all conversations are gone through
-    batch_size: Count = 32  # of one process
-    gradient_accumulation: Count = 1  # batches a step
-    learning_rate: Positive = 2e-4  # the highest one, after the warmup
-    scheduler: Scheduler = "cosine"  # how the learning rate falls
-    scheduler_options: Pairs = ()  # of the scheduler, by name
-    optimizer: Optimizer = "adamw_torch"  # what makes a step of gradients
-    optimizer_options: Text | None = None  # of the optimizer, as the Trainer's optim_args
+    steps: Count | None = None  # optimizer steps
+    epochs: Positive | None = None  # passes over all conversations
+    batch_size: Count = 32  # episodes per batch and process
+    gradient_accumulation: Count = 1  # batches per step
+    learning_rate: Positive = 2e-4  # peak learning rate, after the warmup
+    scheduler: Scheduler = "cosine"  # schedule of the learning rate
+    scheduler_options: Pairs = ()  # options of the scheduler, by name
+    optimizer: Optimizer = "adamw_torch"  # optimizer
+    optimizer_options: Text | None = None  # options of the optimizer, as the Trainer's optim_args
     warmup: ShareBelowOne = 0.1  # share of the steps in which the learning rate rises
-    weight_decay: Weight = 0.0  # what AdamW takes off the weights
-    max_grad_norm: Weight = 1.0  # longer gradients are cut to this norm; 0: none are
-    seed: Seed = 42  # of fresh weights, generated episodes and order
-    save_every: Count | None = None  # steps between checkpoints; by default twenty checkpoints a run
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as it is stored
-    quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base, by bitsandbytes
-    shard: Literal["none", "fsdp2"] = "none"  # the frozen base, over the processes of a launcher
+    weight_decay: Weight = 0.0  # weight decay of AdamW
+    max_grad_norm: Weight = 1.0  # longer gradients are clipped to this norm; 0: no clipping
+    seed: Seed = 42  # seed of fresh weights, generated episodes and their order
+    save_every: Count | None = None  # steps between checkpoints; by default twenty checkpoints per run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # dtype of the frozen base; auto: as stored
+    quantize: Literal["none", "int8", "nf4"] = "none"  # quantise the frozen base with bitsandbytes
+    shard: Literal["none", "fsdp2"] = "none"  # shard the frozen base over the processes of a launcher
     attention: Text | None = None  # attn_implementation of the base
     gradient_checkpointing: StrictBool = False  # run each layer again in the backward pass, which saves memory
-    write_chunk: Count | None = None  # tokens of the write pass in one call; by default all
-    bptt: Count | None = None  # chunks at the end through which gradients flow; by default all
-    eval_every: Count | None = None  # steps between evaluations; by default there are none
-    eval_episodes: Count = 64  # episodes of an evaluation
-    early_stop: Count | None = None  # evaluations without improvement after which the run ends
-    report_to: tuple[Reporter, ...] = ()  # where figures go, as the Trainer's report_to
+    write_chunk: Count | None = None  # tokens per call of the write pass; by default all
+    bptt: Count | None = None  # number of last chunks through which gradients flow; by default all
+    eval_every: Count | None = None  # steps between evaluations; by default no evaluation
+    eval_episodes: Count = 64  # episodes per evaluation
+    early_stop: Count | None = None  # end the run after this many evaluations without improvement
+    report_to: tuple[Reporter, ...] = ()  # where to report figures, as the Trainer's report_to
 
 
 @dataclass(frozen=True, config=OPTIONS)
@@ -215,14 +215,14 @@ class Recipe(_Options):
     """Everything that decides a training run.
 
     Args:
-        base: folder, GGUF file or Hub id of the frozen model; `builtin:backbone` is the one the package ships.
-        out: the adapter folder to write.
-        revision: of the base on the Hub.
-        adapter: an adapter folder to start from; `memory` is then its own. With `static`, a static adapter's.
-        trust_remote_code: the base may run Python code of its own.
-        memory: the mechanism.
-        lora: trained in place of a memory.
-        static: train the static adapter that matches the memory, with a constant in place of what is read from a state.
+        base: folder, GGUF file or Hub id of the frozen model; `builtin:backbone` is the one in the package.
+        out: adapter folder to write.
+        revision: revision of the base on the Hub.
+        adapter: adapter folder to start from, which then decides `memory`. With `static`, a static adapter.
+        trust_remote_code: allow the base to run its own Python code.
+        memory: options of the mechanism.
+        lora: options of a LoRA to train in place of a memory.
+        static: train the static adapter that matches the memory, with a learned constant in place of each reading.
 
     Raises:
         ConfigError: An option is out of range, or does not go with another one; all of them are named.
