@@ -1,7 +1,7 @@
 """What batching gives many users of one model, and what it costs beside the model: the scheduler alone, no server.
 
 Command: python benchmarks/serving.py [--folder DIR] [--users 32] [--tokens 64] [--long 1500] [--repeats 7]
-    [--threads 1] [--out FILE.md]
+    [--threads N] [--out FILE.md]
 
 The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. Every user asks once, from a
 memory of its own, and gets an answer of `--tokens` tokens, whatever they say. The same requests are answered one after
@@ -28,6 +28,7 @@ from deltamem_tool.chat.generation import Token, feed
 from deltamem_tool.chat.group import PaddedGroup, Part
 from deltamem_tool.chat.sampling import Sampling
 from deltamem_tool.chat.transcript import Transcript
+from deltamem_tool.io.cores import default_threads
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.serve.batching.job import Completion, Job
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--long", type=int, default=1500)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

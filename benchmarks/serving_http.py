@@ -1,7 +1,7 @@
 """What HTTP costs beside the scheduler, what many users gain, how long they wait, and what stored memories take of RAM.
 
 Command: python benchmarks/serving_http.py [--folder DIR] [--users 32] [--tokens 64] [--rounds 6] [--stored 100000]
-    [--repeats 5] [--threads 1] [--out FILE.md]
+    [--repeats 5] [--threads N] [--out FILE.md]
 
 The model is the shipped adapter as an ONNX graph for the CPU, or the one in `--folder`. The server is a process of its
 own, as `deltamem serve` runs it, with a SQLite store; only that its answers have `--tokens` tokens, whatever they say.
@@ -36,6 +36,7 @@ from serving_clients import MODEL, official, plain
 from store import fill
 
 from deltamem_tool.bench.timing import cpu_name, in_turn
+from deltamem_tool.io.cores import default_threads
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.serve.app import build_app
 from deltamem_tool.serve.batching.scheduler import Scheduler
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--stored", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -31,7 +31,7 @@ Row = tuple[str, Any]  # its place, and its content or the DataError that says w
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedEpisodes:
     """The episodes of `rows` rows, without those of `skipped`."""
 
     episodes: list[Episode]
@@ -45,7 +45,7 @@ def read_episodes(
     revision: str | None = None,
     supervise: str = "last",
     skip_bad_rows: bool = False,
-) -> Loaded:
+) -> LoadedEpisodes:
     """Read all episodes of a file, or of a dataset of the Hub. Columns that are not used are named in the log.
 
     Args:
@@ -78,7 +78,7 @@ def read_episodes(
         raise DataError(f"{path} has no conversations.", why, "Use another file.")
     if unused:
         _LOG.warning("%s has columns that are not used: %s.", path, ", ".join(map(str, unused)))
-    return Loaded(episodes, count, tuple(skipped))
+    return LoadedEpisodes(episodes, count, tuple(skipped))
 
 
 def read_exchanges(path: str | Path) -> list[tuple[str, list[Message]]]:

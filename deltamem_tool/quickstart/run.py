@@ -32,7 +32,7 @@ from deltamem_tool.memory.file import read_memory
 from deltamem_tool.onnx.export.export import export_onnx
 from deltamem_tool.onnx.runtime.engine import OnnxModel
 from deltamem_tool.quickstart.bases import BASES, QuickstartBase, adapter_to_take
-from deltamem_tool.quickstart.talk import Remembered, remember, told_facts
+from deltamem_tool.quickstart.talk import TalkResult, remember, told_facts
 from deltamem_tool.recipe.load import Recipe, load_recipe, shipped_recipe
 
 ADAPTER, FRESH, ONNX, MEMORY = "adapter", "fresh-adapter", "onnx", "memory.safetensors"
@@ -60,7 +60,7 @@ class Quickstart:
     max_abs_diff: float
     answer_agreement: float
     compared: int  # conversations of which that is the share
-    remembered: Remembered
+    remembered: TalkResult
     seconds: dict[str, float]
 
 

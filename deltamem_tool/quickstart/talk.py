@@ -43,7 +43,7 @@ class ToldFact:
 
 
 @dataclass(frozen=True)
-class AskedAgain:
+class SecondAnswer:
     """A question of the second conversation, and what was answered with the memory and without."""
 
     question: str
@@ -54,11 +54,11 @@ class AskedAgain:
 
 
 @dataclass
-class Remembered:
+class TalkResult:
     """The two conversations."""
 
     exchanges: list[tuple[str, str]] = field(default_factory=list)  # (user, model) of the first
-    answers: list[AskedAgain] = field(default_factory=list)
+    answers: list[SecondAnswer] = field(default_factory=list)
 
 
 def told_facts(words: str, count: int, seed: int = 3) -> list[ToldFact]:
@@ -83,9 +83,9 @@ def told_facts(words: str, count: int, seed: int = 3) -> list[ToldFact]:
 
 def remember(
     engine: Engine, memory_file: Path, told: list[ToldFact], report: Callable[[int, int], None] | None = None
-) -> Remembered:
+) -> TalkResult:
     """One conversation tells facts and saves its memory; a second has an empty context and only the file."""
-    remembered, first = Remembered(), Conversation(engine)
+    remembered, first = TalkResult(), Conversation(engine)
     sampling = Sampling(max_new_tokens=_TASKS[told[0].words].max_new_tokens)
     done = 0
 
@@ -103,7 +103,7 @@ def remember(
     for fact in told:
         answer = _answer(Conversation(engine, memory, write=False), fact.question, sampling)
         without = _answer(Conversation(engine, write=False), fact.question, sampling)
-        again = AskedAgain(fact.question, answer, fact.truth, fact.is_right(answer), without)
+        again = SecondAnswer(fact.question, answer, fact.truth, fact.is_right(answer), without)
         remembered.answers.append(again)
         tell()
     return remembered

@@ -72,8 +72,8 @@ def spans_of(
         elif split is None or not isinstance(content, str) or not content.strip():
             spans.append(Span(end, True, name))
         else:
-            begin, said = _said(template, messages, index, body, start, end)
-            starts = [begin + at for at in _sentence_starts(said, split, name)] if said.strip() else [begin]
+            begin, written = _written_content(template, messages, index, body, start, end)
+            starts = [begin + at for at in _sentence_starts(written, split, name)] if written.strip() else [begin]
             for first, following in zip(starts, [*starts[1:], end], strict=True):
                 spans.append(Span(following, True, f"Sentence {body[first:following].strip()[:60]!r} of {name}"))
     spans.append(Span(len(text), belongs=True))  # the generation prompt, if any: a segment that stays open
@@ -104,22 +104,22 @@ def _bound(template: ChatTemplate, messages: Sequence[Message], index: int, body
     if earlier is not None and body.startswith(earlier):
         return len(earlier)
     message = messages[index]
-    found = template.content(messages, index, body)
-    header = None if found is None else template.header(message, found.before)
-    if found is not None and header is not None:
-        return len(found.before) - len(header)
+    place = template.content(messages, index, body)
+    header = None if place is None else template.header(message, place.before)
+    if place is not None and header is not None:
+        return len(place.before) - len(header)
     if all(other["role"] == "system" for other in messages[:index]):
         return template.preamble(message, body)  # their text is within this message
     return None
 
 
-def _said(
+def _written_content(
     template: ChatTemplate, messages: Sequence[Message], index: int, body: str, start: int, end: int
 ) -> tuple[int, str]:
     """Where the content of the message in `body[start:end]` begins, and what of it the template writes."""
-    found = template.content(messages, index, body)
-    if found is not None and body.endswith(found.after):
-        begin, stop = len(found.before), len(body) - len(found.after)
+    place = template.content(messages, index, body)
+    if place is not None and body.endswith(place.after):
+        begin, stop = len(place.before), len(body) - len(place.after)
         if start <= begin <= stop <= end and body[begin:stop] in messages[index]["content"]:
             return begin, body[begin:stop]
     raise DataError(
@@ -135,18 +135,18 @@ def english(text: str) -> list[str]:
     return sentences
 
 
-def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
-    """Where in `said`, which is not blank, its sentences start. `name` is the message's."""
+def _sentence_starts(content: str, split: Split, name: str) -> list[int]:
+    """Where in `content`, which is not blank, its sentences start. `name` is the message's."""
     starts, position = [], 0
-    pieces = split(said)
+    pieces = split(content)
     if isinstance(pieces, str):
         raise DataError(f"The split of {name} is one string.", f"It is {pieces[:60]!r}.", "Return a list of sentences.")
     for piece in pieces:
-        at = said.find(piece, position) if isinstance(piece, str) and piece else -1
+        at = content.find(piece, position) if isinstance(piece, str) and piece else -1
         if at < 0:
             raise DataError(
                 f"The split of {name} has the piece {piece!r}, which is not in what is left of the content.",
-                f"Left is {said[position : position + 60]!r}.",
+                f"Left is {content[position : position + 60]!r}.",
                 "Return pieces of the text in their order, none of them empty.",
             )
         if not piece.isspace():
@@ -154,7 +154,7 @@ def _sentence_starts(said: str, split: Split, name: str) -> list[int]:
         position = at + len(piece)
     if not starts:
         raise DataError(
-            f"The split of {name} finds no sentence.", f"The content is {said[:60]!r}.", "Return at least one piece."
+            f"The split of {name} finds no sentence.", f"The content is {content[:60]!r}.", "Return at least one piece."
         )
     return starts
 

@@ -152,9 +152,9 @@ class ChatTemplate:
         """
         if not any(m.get("content", "") is None for m in messages):
             return text
-        told = [{**m, "content": _NOTHING} if m.get("content", "") is None else m for m in messages]
+        filled = [{**m, "content": _NOTHING} if m.get("content", "") is None else m for m in messages]
         try:
-            other = self._written(told, generation_prompt)
+            other = self._written(filled, generation_prompt)
         except Refusal:
             return text
         return other.replace(_NOTHING, "") if other.replace(_NOTHING, "None") == text else text
@@ -258,11 +258,11 @@ class ChatTemplate:
                     "Use a tokenizer whose template writes an answer after its prompt.",
                 )
             answer = text[len(place.before) :]
-        said = text_of(messages[-1])
-        if "".join(said.split()) not in "".join(answer.split()):  # white space is the template's
+        given = text_of(messages[-1])
+        if "".join(given.split()) not in "".join(answer.split()):  # white space is the template's
             raise DataError(
                 f"The chat template of {self.name} writes another answer than was given.",
-                f"Given: {said[:80]!r}; written: {answer[:80]!r}.",
+                f"Given: {given[:80]!r}; written: {answer[:80]!r}.",
                 "Change the answer, such as by leaving its thinking out, or use another model's template.",
             )
         return prompt, answer

@@ -58,7 +58,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Fed:
+class FedHistory:
     """Never changed: `after` returns another one.
 
     Args:
@@ -74,12 +74,12 @@ class Fed:
     keys: tuple[str, ...] = ()
 
     @classmethod
-    def nothing(cls) -> Fed:
+    def nothing(cls) -> FedHistory:
         """Of a memory that was not fed any conversation."""
         return cls(secrets.token_hex(SALT_BYTES))
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any] | None) -> Fed:
+    def from_json(cls, value: Mapping[str, Any] | None) -> FedHistory:
         """Read what `as_json` returned; None is `nothing`."""
         if value is None:
             return cls.nothing()
@@ -125,7 +125,7 @@ class Fed:
 
     def after(
         self, known: Known, messages: Sequence[Message], answer: str, pending: int, key: str | None = None
-    ) -> Fed:
+    ) -> FedHistory:
         """Return what was fed after a request and the answer to it, `pending` tokens of which were not."""
         system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
         system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]

@@ -57,8 +57,8 @@ class ApiKeys:
         """
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
-        found = [tenant for tenant, known in self._tenants if hmac.compare_digest(digest, known)]
-        if scheme.lower() != "bearer" or not found:
+        matches = [tenant for tenant, known in self._tenants if hmac.compare_digest(digest, known)]
+        if scheme.lower() != "bearer" or not matches:
             raise RequestError(
                 "The API key is missing or wrong.",
                 "",
@@ -67,7 +67,7 @@ class ApiKeys:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return found[0]
+        return matches[0]
 
 
 def new_key(path: str | Path, tenant: str) -> str:

@@ -18,7 +18,7 @@ from deltamem_tool.serve.body import WHOLE, Body, checked, read_bytes, read_obje
 from deltamem_tool.serve.errors import RequestError
 from deltamem_tool.serve.names import MemoryName
 from deltamem_tool.serve.service import Service, service_of
-from deltamem_tool.serve.store import ANY, Conflict, ExpectedVersion, MemoryInfo, Receipt, Stored
+from deltamem_tool.serve.store import ANY, Conflict, ExpectedVersion, MemoryInfo, MemoryVersion, Receipt
 
 MEDIA_TYPE = "application/vnd.safetensors"
 PAGE = 100
@@ -185,7 +185,7 @@ def _names(request: Request, header: str, memory: MemoryInfo | None) -> bool:
     return memory is not None and ("*" in tags or _etag(memory) in tags)
 
 
-def _expected(request: Request, current: Stored | None) -> ExpectedVersion:
+def _expected(request: Request, current: MemoryVersion | None) -> ExpectedVersion:
     """The version that a change must find, by the headers `If-Match` and `If-None-Match`.
 
     Raises:

@@ -41,7 +41,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRequest:
     """A request.
 
     Args:
@@ -59,7 +59,7 @@ class Asked:
     max_new_tokens: int
 
 
-def build_prompt(engine: Engine, memory: StoredMemory, asked: Asked, window: int | None) -> Prompt:
+def build_prompt(engine: Engine, memory: StoredMemory, request: PromptRequest, window: int | None) -> Prompt:
     """Return what to feed; where the window is too small for all, without the oldest of the messages that are known.
 
     What they wrote stays in the memory.
@@ -67,7 +67,7 @@ def build_prompt(engine: Engine, memory: StoredMemory, asked: Asked, window: int
     Args:
         engine: the model.
         memory: what the request starts from.
-        asked: the request.
+        request: the request.
         window: the most tokens of a context, the answer's too.
 
     Raises:
@@ -75,16 +75,16 @@ def build_prompt(engine: Engine, memory: StoredMemory, asked: Asked, window: int
         ExportError: the chat template refuses the messages.
         DataError: the chat template leaves something out, or does not let the segments be told.
     """
-    system = next((n for n, message in enumerate(asked.messages) if message["role"] not in SYSTEM_ROLES), 0)
-    split = _known_end(asked, system)
-    starts = [system, *_later_starts(asked.messages, system, split)]
+    system = next((n for n, message in enumerate(request.messages) if message["role"] not in SYSTEM_ROLES), 0)
+    split = _known_end(request, system)
+    starts = [system, *_later_starts(request.messages, system, split)]
 
     def built(number: int) -> Prompt:
-        return _built(engine, memory, asked, _cut(asked, system, starts[number], split))
+        return _built(engine, memory, request, _cut(request, system, starts[number], split))
 
     if window is None:
         return built(0)
-    room = max(1, min(asked.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
+    room = max(1, min(request.max_new_tokens, int(window * ROOM_FOR_ANSWER)))
     first = bisect_left(range(len(starts)), True, key=lambda number: len(built(number).tokens) + room <= window)
     prompt = built(min(first, len(starts) - 1))
     if len(prompt.tokens) >= window:
@@ -115,10 +115,10 @@ class _Cut:
     dropped: int
 
 
-def _known_end(asked: Asked, system: int) -> int:
+def _known_end(request: PromptRequest, system: int) -> int:
     """Where the messages after the last known answer begin; `system` where there is no such answer."""
-    for number in reversed(range(system + 1, len(asked.messages))):
-        if asked.messages[number]["role"] == "assistant" and all(asked.known.messages[system : number + 1]):
+    for number in reversed(range(system + 1, len(request.messages))):
+        if request.messages[number]["role"] == "assistant" and all(request.known.messages[system : number + 1]):
             return number + 1
     return system
 
@@ -129,37 +129,37 @@ def _later_starts(messages: Sequence[Message], system: int, split: int) -> list[
     return [*turns, split] if split > system else []
 
 
-def _cut(asked: Asked, system: int, start: int, split: int) -> _Cut:
+def _cut(request: PromptRequest, system: int, start: int, split: int) -> _Cut:
     """The messages of the system, and those from `start` on."""
-    messages, known = asked.messages, asked.known.messages
+    messages, known = request.messages, request.known.messages
     if start < split:
         return _Cut([*messages[:system], *messages[start:split]], messages[split:], known[split:], start - system)
     return _Cut([], [*messages[:system], *messages[split:]], [*known[:system], *known[split:]], start - system)
 
 
-def _built(engine: Engine, memory: StoredMemory, asked: Asked, cut: _Cut) -> Prompt:
-    writes = asked.write and not asked.known.repeats
+def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _Cut) -> Prompt:
+    writes = request.write and not request.known.repeats
     text, script, context = engine.text, Transcript(), list[Token]()
     if cut.read:
         *earlier, answer = cut.read
         script, fed = script.begin(text, earlier)
-        said = text.encode(text_of(answer))
-        script = script.answered(text_of(answer), said)
-        context = [Token(token, writes=False) for token in (*fed, *said)]
+        answer_ids = text.encode(text_of(answer))
+        script = script.answered(text_of(answer), answer_ids)
+        context = [Token(token, writes=False) for token in (*fed, *answer_ids)]
     begin = len(script.head)
     script, fed = script.begin(text, cut.new)
     if not writes:
         new = [Token(token, writes=False) for token in fed]
         return Prompt(memory, (*context, *new), answer_writes=False, room=None, written=0, dropped=cut.dropped)
     flags = _writes(text, script, begin, fed, cut)
-    goes_on = bool(cut.read) and asked.known.whole
-    pending = asked.pending if goes_on else 0
+    goes_on = bool(cut.read) and request.known.whole
+    pending = request.pending if goes_on else 0
     if pending:
         context[-pending:] = [token._replace(writes=True) for token in context[-pending:]]
     if engine.memory_shape.segment_width:
         tags, ended = script.tags(text, engine.mechanism.granularity, begin)
         # The memory's open segment is the last answer's. It goes on where this conversation was fed last.
-        if not (goes_on and asked.known.newest) or (ended and not pending):
+        if not (goes_on and request.known.newest) or (ended and not pending):
             memory = memory.end_segment(engine.mechanism)
         if ended and pending:
             context[-1] = context[-1]._replace(ends=True)

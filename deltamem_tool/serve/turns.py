@@ -17,10 +17,10 @@ from deltamem_tool.segments.messages import Message
 from deltamem_tool.serve.batching.job import Completion, Job
 from deltamem_tool.serve.batching.scheduler import Scheduler
 from deltamem_tool.serve.errors import RequestError
-from deltamem_tool.serve.fed import Fed
+from deltamem_tool.serve.fed import FedHistory
 from deltamem_tool.serve.locks import MemoryLocks
 from deltamem_tool.serve.metrics import Metrics
-from deltamem_tool.serve.prompt import Asked, Prompt, build_prompt
+from deltamem_tool.serve.prompt import Prompt, PromptRequest, build_prompt
 from deltamem_tool.serve.store import MemoryStore
 
 RESPONSE_PREFIX = "resp_"
@@ -126,7 +126,7 @@ class _Start:
     """
 
     memory: StoredMemory
-    fed: Fed
+    fed: FedHistory
     version: int | None = None
     expires_at: float | None = None
     earlier: tuple[Message, ...] = ()
@@ -168,7 +168,7 @@ class Turns:
         """
         whose, deadline = request.whose, time.monotonic() + self._seconds
         async with self._alone(whose):
-            start, asked, prompt = await run_sync(self._prepare, request)
+            start, prompt_request, prompt = await run_sync(self._prepare, request)
             job = Job(
                 whose.tenant,
                 prompt.memory,
@@ -186,7 +186,7 @@ class Turns:
                     if isinstance(event, str):
                         yield event
                     else:
-                        outcome = await run_sync(self._commit, request, start, asked, prompt, event)
+                        outcome = await run_sync(self._commit, request, start, prompt_request, prompt, event)
                         yield outcome
             finally:
                 ticket.cancel()
@@ -204,26 +204,26 @@ class Turns:
         snapshot = None if request.previous is None else self._response(whose.tenant, request.previous)
         earlier = () if snapshot is None else tuple(snapshot.transcript["messages"])
         if stored is not None:
-            memory, fed = self._read(stored.data, whose.id), Fed.from_json(stored.turn)
+            memory, fed = self._read(stored.data, whose.id), FedHistory.from_json(stored.turn)
             return _Start(memory, fed, stored.version, stored.expires_at, earlier)
         if snapshot is not None:
-            fed = Fed.from_json(snapshot.transcript["fed"])
+            fed = FedHistory.from_json(snapshot.transcript["fed"])
             return _Start(self._read(snapshot.data, request.previous), fed, earlier=earlier)
         if whose.source is not None:
             return self._seed(whose.tenant, whose.source)
-        return _Start(empty_memory(self.engine), Fed.nothing())
+        return _Start(empty_memory(self.engine), FedHistory.nothing())
 
     def _seed(self, tenant: str, source: str) -> _Start:
         if source.startswith(RESPONSE_PREFIX):
             snapshot = self._response(tenant, source)
-            return _Start(self._read(snapshot.data, source), Fed.from_json(snapshot.transcript["fed"]))
+            return _Start(self._read(snapshot.data, source), FedHistory.from_json(snapshot.transcript["fed"]))
         stored = self._store.get(tenant, source)
         if stored is None:
             raise RequestError(
                 f"There is no memory {source!r}.", "", "Correct memory.from.", status=404, code="memory_not_found",
                 param="memory.from",
             )  # fmt: skip
-        return _Start(self._read(stored.data, source), Fed.from_json(stored.turn))
+        return _Start(self._read(stored.data, source), FedHistory.from_json(stored.turn))
 
     def _response(self, tenant: str, id: str) -> Any:
         snapshot = self._store.get_response(tenant, id)
@@ -242,7 +242,7 @@ class Turns:
         check_memory(memory.shape, memory.adapter, self.engine.memory_shape, self.engine.adapter)
         return memory
 
-    def _prepare(self, request: Request) -> tuple[_Start, Asked, Prompt]:
+    def _prepare(self, request: Request) -> tuple[_Start, PromptRequest, Prompt]:
         """Where the turn starts, and what is fed."""
         start = self._start(request)
         messages = [*start.earlier, *request.messages]
@@ -250,21 +250,21 @@ class Turns:
             messages = [{"role": "system", "content": request.instructions}, *messages]
         known = start.fed.known(messages, request.key)
         pending = 0 if known.talk is None else start.fed.talks[known.talk].pending
-        asked = Asked(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
-        return start, asked, build_prompt(self.engine, start.memory, asked, self.window)
+        prompt_request = PromptRequest(messages, known, pending, request.whose.write, request.sampling.max_new_tokens)
+        return start, prompt_request, build_prompt(self.engine, start.memory, prompt_request, self.window)
 
     def _commit(
         self,
         request: Request,
         start: _Start,
-        asked: Asked,
+        prompt_request: PromptRequest,
         prompt: Prompt,
         completion: Completion,
     ) -> Outcome:
         whose, fed, version = request.whose, start.fed, start.version
         if prompt.answer_writes:
             pending = len(completion.pending)
-            fed = fed.after(asked.known, asked.messages, completion.answer.text, pending, request.key)
+            fed = fed.after(prompt_request.known, prompt_request.messages, completion.answer.text, pending, request.key)
         data = memory_bytes(completion.memory)
         if whose.id is not None and prompt.answer_writes:
             expires_at = start.expires_at if whose.expires_in is None else time.time() + whose.expires_in

@@ -30,18 +30,18 @@ class Addresses:
     """What N of a batch's scored tokens have to find.
 
     Args:
-        asking: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before them.
+        query_places: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before them.
         rows: `[N]`, their conversations.
-        told: bool `[N, W]`, where in the history of their conversation they are.
+        positives: bool `[N, W]`, where in the history of their conversation they are.
         weights: `[N]`, one over how often they are in it.
-        wanted: `[P]` and `[P]`, conversations and places in them of all that is told, once.
+        key_places: `[P]` and `[P]`, rows and positions in the histories of all positives, each of them once.
     """
 
-    asking: Tensor
+    query_places: Tensor
     rows: Tensor
-    told: Tensor
+    positives: Tensor
     weights: Tensor
-    wanted: tuple[Tensor, Tensor]
+    key_places: tuple[Tensor, Tensor]
 
     @classmethod
     def of(
@@ -60,17 +60,18 @@ class Addresses:
         length = read_ids.shape[1]
         exchange, place = scored // length, scored % length
         row = rows[exchange]
-        told = write_ids[row] == targets[:, None]
+        positives = write_ids[row] == targets[:, None]
         if write_mask is not None:
-            told = told & write_mask[row].bool()
+            positives = positives & write_mask[row].bool()
         before = torch.arange(length, device=place.device) <= place[:, None]
         shown = ((read_ids[exchange] == targets[:, None]) & before).any(1)
-        times = told.sum(1)
+        times = positives.sum(1)
         kept = ~shown & (times > 0)
-        row, told = row[kept], told[kept]
-        everything = torch.zeros(write_ids.shape, dtype=torch.int32, device=told.device).index_add(0, row, told.int())
-        wanted_rows, places = everything.nonzero(as_tuple=True)
-        return cls(scored[kept], row, told, 1.0 / times[kept], (wanted_rows, places))
+        row, positives = row[kept], positives[kept]
+        counts = torch.zeros(write_ids.shape, dtype=torch.int32, device=positives.device)
+        counts = counts.index_add(0, row, positives.int())
+        key_rows, places = counts.nonzero(as_tuple=True)
+        return cls(scored[kept], row, positives, 1.0 / times[kept], (key_rows, places))
 
     @classmethod
     def most(
@@ -84,8 +85,8 @@ class Addresses:
     ) -> Addresses:
         """As many as there can be: all scored tokens, each told in a place of its own. It looks at no values."""
         row = rows[scored // read_ids.shape[1]]
-        told = write_ids[row] == targets[:, None]
-        return cls(scored, row, told, torch.ones_like(row, dtype=torch.float32), (row, torch.zeros_like(row)))
+        positives = write_ids[row] == targets[:, None]
+        return cls(scored, row, positives, torch.ones_like(row, dtype=torch.float32), (row, torch.zeros_like(row)))
 
 
 @dataclass
@@ -152,14 +153,14 @@ def _layer_loss(
     layer: DeltaMemLayer, written: Tensor, read: Tensor, write_mask: Tensor | None, addresses: Addresses
 ) -> Tensor:
     """The mean over heads, `[N]`."""
-    rows, told = addresses.rows, addresses.told
-    queries = normalise(per_head(layer.query(read.flatten(0, 1)[addresses.asking, None]), layer.config))[:, 0]
+    rows, positives = addresses.rows, addresses.positives
+    queries = normalise(per_head(layer.query(read.flatten(0, 1)[addresses.query_places, None]), layer.config))[:, 0]
     keys = normalise(per_head(layer.key(written), layer.config))  # [B, W, H, R]
-    own = torch.einsum("nhr,nwhr->nhw", queries, keys[rows]) / TEMPERATURE
+    logits = torch.einsum("nhr,nwhr->nhw", queries, keys[rows]) / TEMPERATURE
     if write_mask is not None:
-        own = own.masked_fill(~write_mask.bool()[rows, None], -torch.inf)
-    row, place = addresses.wanted
-    others = torch.einsum("nhr,phr->nhp", queries, keys[row, place]) / TEMPERATURE
-    others = others.masked_fill((row == rows[:, None])[:, None], -torch.inf)  # they are among its own
-    found = own.masked_fill(~told[:, None], -torch.inf).logsumexp(-1)
-    return (torch.cat([own, others], dim=-1).logsumexp(-1) - found).mean(1)
+        logits = logits.masked_fill(~write_mask.bool()[rows, None], -torch.inf)
+    row, place = addresses.key_places
+    negatives = torch.einsum("nhr,phr->nhp", queries, keys[row, place]) / TEMPERATURE
+    negatives = negatives.masked_fill((row == rows[:, None])[:, None], -torch.inf)  # these are in `logits`
+    matched = logits.masked_fill(~positives[:, None], -torch.inf).logsumexp(-1)
+    return (torch.cat([logits, negatives], dim=-1).logsumexp(-1) - matched).mean(1)

@@ -22,7 +22,7 @@ from deltamem_tool.cli.quickstart import _show
 from deltamem_tool.memory.file import StoredMemory, write_memory
 from deltamem_tool.memory.heatmap import heat_maps, norm_bars
 from deltamem_tool.quickstart.run import Quickstart
-from deltamem_tool.quickstart.talk import AskedAgain, Remembered
+from deltamem_tool.quickstart.talk import SecondAnswer, TalkResult
 
 ENCODINGS = ("cp1252", "ascii", "cp437", "shift_jis", "utf-8")
 ESCAPE = "\x1b["
@@ -176,7 +176,7 @@ def test_stages_are_for_terminals(monkeypatch):
 def test_brackets_in_names_and_answers_are_no_markup(monkeypatch):
     """What quickstart prints; `[/b]` would be an error of rich, and `[b]` would be gone."""
     out = Path("[b]out[/b]")
-    remembered = Remembered([("Hi [/u].", "[red]")], [AskedAgain("Who [/q]?", "[a]", "[t]", False, "[/w]")])
+    remembered = TalkResult([("Hi [/u].", "[red]")], [SecondAnswer("Who [/q]?", "[a]", "[t]", False, "[/w]")])
     files = [out / name for name in ("adapter", "onnx", "memory", "recall.png", "loss.png", "report.json")]
     stream = Stream()
     monkeypatch.setattr(sys, "stdout", stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltamem_tool.serve.fed import MAX_DIGESTS, MAX_KEYS, Fed
+from deltamem_tool.serve.fed import MAX_DIGESTS, MAX_KEYS, FedHistory
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -17,7 +17,7 @@ def talk(*texts, system=()):
 
 def fed(*conversations, pending=0):
     """After requests, each with its answer as the last text."""
-    state = Fed.nothing()
+    state = FedHistory.nothing()
     for texts in conversations:
         messages = talk(*texts[:-1])
         state = state.after(state.known(messages), messages, texts[-1], pending)
@@ -60,7 +60,7 @@ def test_what_is_new(before, request_, expected):
 
 def test_a_key_says_what_is_sent_again():
     """Two clients that say the same one after the other, and one that tries again when another has said something."""
-    state, messages = Fed.nothing(), talk("a")
+    state, messages = FedHistory.nothing(), talk("a")
     for key in ("1", "2"):
         known = state.known(messages, key)
         assert not known.repeats and not any(known.messages)
@@ -68,7 +68,7 @@ def test_a_key_says_what_is_sent_again():
         assert state.known(messages, key).repeats
     other = talk("b")
     state = state.after(state.known(other, "3"), other, "B", 0, "3")
-    assert Fed.from_json(state.as_json()).known(messages, "1").repeats
+    assert FedHistory.from_json(state.as_json()).known(messages, "1").repeats
     assert new(state, messages) == ["a"]
     assert not state.known(other, "4").repeats
     for number in range(MAX_KEYS):
@@ -77,7 +77,7 @@ def test_a_key_says_what_is_sent_again():
 
 
 def test_a_system_message_is_new_once():
-    state = Fed.nothing()
+    state = FedHistory.nothing()
     messages = talk("a", system=[SYSTEM])
     assert new(state, messages) == ["be brief", "a"]
     state = state.after(state.known(messages), messages, "A", 0)
@@ -101,12 +101,12 @@ def test_a_conversation_that_goes_on_takes_the_place_of_its_beginning():
 
 def test_json_there_and_back():
     state = fed(FIRST, SECOND, ("z", "Z"), pending=1)
-    assert Fed.from_json(state.as_json()) == state
-    assert Fed.from_json(None).talks == ()
+    assert FedHistory.from_json(state.as_json()) == state
+    assert FedHistory.from_json(None).talks == ()
 
 
 def test_what_is_kept_is_bounded_and_says_nothing():
-    state = Fed.nothing()
+    state = FedHistory.nothing()
     for number in range(MAX_DIGESTS):
         messages = talk(f"secret {number}")
         state = state.after(state.known(messages), messages, "OK", 0)

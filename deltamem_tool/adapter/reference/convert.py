@@ -57,7 +57,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
-class Converted:
+class Conversion:
     """What `convert` has written."""
 
     path: Path
@@ -75,7 +75,7 @@ def convert(
     revision: str | None = None,
     base_revision: str | None = None,
     overwrite: bool = False,
-) -> Converted:
+) -> Conversion:
     """Write the adapter `src` to the folder `dst` in the other format: from the reference implementation's, or `to` it.
 
     Both ways keep every bit: what was converted and comes back has the same tensors (values, dtypes, order) and the
@@ -119,7 +119,7 @@ def convert(
 
 def _from_reference(
     src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
-) -> Converted:
+) -> Conversion:
     check_revision(src, revision)
     folder = resolve_folder(src, revision, [REFERENCE_CONFIG, REFERENCE_WEIGHTS], "adapter")
     for name in (REFERENCE_CONFIG, REFERENCE_WEIGHTS):
@@ -156,12 +156,12 @@ def _from_reference(
     if len(by_count) > 1:
         origin["other_dtypes"] = {name: dtype for name, dtype in dtypes.items() if dtype != by_count[0]}
     write_adapter(adapter, base_model, dst, overwrite, origin)
-    return Converted(dst, "deltamem", base_model, adapter.num_parameters(), by_count)
+    return Conversion(dst, "deltamem", base_model, adapter.num_parameters(), by_count)
 
 
 def _to_reference(
     src: str, dst: Path, base: str | None, revision: str | None, base_revision: str | None, overwrite: bool
-) -> Converted:
+) -> Conversion:
     if Path(src).is_dir() and not _is_ours(Path(src)) and (Path(src) / REFERENCE_CONFIG).is_file():
         raise AdapterError(
             f"{src} is already an adapter of the reference implementation.",
@@ -188,7 +188,7 @@ def _to_reference(
         torch.save(tensors, staged / REFERENCE_WEIGHTS)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     count = sum(tensor.numel() for tensor in tensors.values())
-    return Converted(dst, "reference", base_model, count, tuple(name for name, _ in dtypes.most_common()))
+    return Conversion(dst, "reference", base_model, count, tuple(name for name, _ in dtypes.most_common()))
 
 
 def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:

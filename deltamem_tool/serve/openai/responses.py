@@ -221,6 +221,6 @@ async def _events(
         yield one("response.output_item.done", output_index=0, item=response["output"][0])
         yield one(f"response.{response['status']}", response=response)
     except DeltaMemError as error:
-        told = failure_of(error).body["error"]
-        failure = {"code": told["code"] or "server_error", "message": told["message"]}
+        payload = failure_of(error).body["error"]
+        failure = {"code": payload["code"] or "server_error", "message": payload["message"]}
         yield one("response.failed", response={**draft, "status": "failed", "error": failure})

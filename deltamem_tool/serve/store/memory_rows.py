@@ -13,9 +13,9 @@ from deltamem_tool.serve.store.records import (
     ANY,
     ExpectedVersion,
     MemoryInfo,
+    MemoryVersion,
     Quota,
     Receipt,
-    Stored,
     VersionInfo,
 )
 from deltamem_tool.serve.store.schema import contents, memories, responses, versions
@@ -61,7 +61,7 @@ _REMOVE_OUTDATED = (
 
 def read_memory(
     connection: Connection, form: Contents, tenant: str, id: str, version: int | None, now: float
-) -> Stored | None:
+) -> MemoryVersion | None:
     """Return one version of a memory, the newest by default; None if there is none."""
     statement, which = _READ_NEWEST, {"of_tenant": tenant, "of_id": id, "now": now}
     if version is not None:
@@ -71,7 +71,7 @@ def read_memory(
         return None
     data, turn = form.read(row.content, row.digest, "memory", tenant, id, row.version)
     info = MemoryInfo(*row[: len(_INFO)])
-    return Stored(**vars(info), data=data, turn=turn)
+    return MemoryVersion(**vars(info), data=data, turn=turn)
 
 
 def list_memories(
@@ -140,7 +140,7 @@ def write_version(
     now: float,
     keep: int,
     quota: Quota,
-) -> Stored:
+) -> MemoryVersion:
     """Add a version to the memory of `row` (see `lock_memory`), or create it; all but the newest `keep` go.
 
     Raises:
@@ -164,7 +164,7 @@ def write_version(
     usage = count(connection, tenant, memories=int(row is None), size=more)
     if row is None or more > 0:
         check_quota(quota, usage)
-    return Stored(id, version, entry.digest, entry.size, created_at, now, expires_at, data, turn)
+    return MemoryVersion(id, version, entry.digest, entry.size, created_at, now, expires_at, data, turn)
 
 
 def remove_memory(connection: Connection, row: Row[Any], now: float) -> Receipt:

@@ -30,9 +30,9 @@ from deltamem_tool.serve.store.records import (
     ANY,
     ExpectedVersion,
     MemoryInfo,
+    MemoryVersion,
     Quota,
     Receipt,
-    Stored,
     StoredResponse,
     Usage,
     VersionInfo,
@@ -105,7 +105,7 @@ class MemoryStore:
         with self._database.read() as connection:
             connection.execute(select(1))
 
-    def get(self, tenant: str, id: str, version: int | None = None) -> Stored | None:
+    def get(self, tenant: str, id: str, version: int | None = None) -> MemoryVersion | None:
         """Return a memory's newest version, or the one that is asked for; None if there is none.
 
         Raises:
@@ -123,7 +123,7 @@ class MemoryStore:
         expected: ExpectedVersion = ANY,
         turn: Mapping[str, Any] | None = None,
         expires_at: float | None = None,
-    ) -> Stored:
+    ) -> MemoryVersion:
         """Write the next version of a memory, or its first.
 
         Args:
@@ -141,7 +141,7 @@ class MemoryStore:
         """
         _check_names(tenant, id)
 
-        def write(connection: Connection) -> Stored:
+        def write(connection: Connection) -> MemoryVersion:
             return self._write(connection, tenant, id, data, expected, turn, expires_at)
 
         return self._transact(write)
@@ -184,7 +184,7 @@ class MemoryStore:
             raise _not_found("memory", id)
         return found
 
-    def restore(self, tenant: str, id: str, version: int, expected: ExpectedVersion = ANY) -> Stored:
+    def restore(self, tenant: str, id: str, version: int, expected: ExpectedVersion = ANY) -> MemoryVersion:
         """Write an earlier version of a memory as its next one.
 
         Raises:
@@ -194,14 +194,14 @@ class MemoryStore:
         """
         _check_names(tenant, id)
 
-        def write(connection: Connection) -> Stored:
+        def write(connection: Connection) -> MemoryVersion:
             check_expected(lock_memory(connection, tenant, id, self._clock()), id, expected)
             source = self._source(connection, tenant, id, version)
             return self._write(connection, tenant, id, source.data, expected, source.turn, source.expires_at)
 
         return self._transact(write)
 
-    def fork(self, tenant: str, id: str, new_id: str, version: int | None = None) -> Stored:
+    def fork(self, tenant: str, id: str, new_id: str, version: int | None = None) -> MemoryVersion:
         """Copy a memory's newest version, or the one that is asked for, to a new memory.
 
         Raises:
@@ -211,7 +211,7 @@ class MemoryStore:
         """
         _check_names(tenant, id, new_id)
 
-        def write(connection: Connection) -> Stored:
+        def write(connection: Connection) -> MemoryVersion:
             source = self._source(connection, tenant, id, version)
             return self._write(connection, tenant, new_id, source.data, None, source.turn, source.expires_at)
 
@@ -319,7 +319,7 @@ class MemoryStore:
         expected: ExpectedVersion,
         turn: Mapping[str, Any] | None,
         expires_at: float | None,
-    ) -> Stored:
+    ) -> MemoryVersion:
         now = self._clock()
         row = lock_memory(connection, tenant, id, now)
         check_expected(row, id, expected)
@@ -337,7 +337,7 @@ class MemoryStore:
             quota=self._quota,
         )
 
-    def _source(self, connection: Connection, tenant: str, id: str, version: int | None) -> Stored:
+    def _source(self, connection: Connection, tenant: str, id: str, version: int | None) -> MemoryVersion:
         source = read_memory(connection, self._form, tenant, id, version, self._clock())
         if source is None:
             raise _not_found("memory or version", id)

@@ -53,7 +53,7 @@ class MemoryInfo:
 
 
 @dataclass(frozen=True)
-class Stored(MemoryInfo):
+class MemoryVersion(MemoryInfo):
     """A version of a memory.
 
     Args:
