@@ -1,4 +1,4 @@
-"""The mechanism's options: everything that says what an adapter computes, nothing about how it is trained or run."""
+"""The options of the mechanism: everything that defines what an adapter computes, but not how it is trained or run."""
 
 from __future__ import annotations
 
@@ -142,25 +142,28 @@ class DeltaMemConfig(metaclass=CheckedOptions):
     """Options of δ-mem (arXiv 2605.12357). The defaults are the paper's token-state write on q and o.
 
     Args:
-        rank: R, rows and columns of a state.
-        state_heads: H, states side by side in every layer; 1 is the paper's TSW, 4 its MSW.
-        branches: which projections of attention the reading corrects, out of q, k, v, o. Files have it as "heads".
+        rank: R; a state has R rows and R columns.
+        state_heads: H, the number of states per layer; 1 is the paper's TSW, 4 its MSW.
+        branches: attention projections that the reading corrects, out of q, k, v, o. Called "heads" in files.
         alpha: corrections are scaled by alpha / rank.
-        layers: indices of the decoder layers that get a memory; or "all" attention layers; or so many of them at the
-            "front:12", in the "middle:12", at the "back:12".
-        granularity: what is written at once. Every "token" (TSW, MSW), or the mean of a segment when it ends: a chat
-            "message" (SSW), or a "sentence".
+        layers: decoder layers that get a memory: a list of indices, "all" attention layers, or a number of them at the
+            front, in the middle or at the back, such as "front:12", "middle:12" or "back:12".
+        granularity: unit that is written at once. With "token" (TSW, MSW) every token writes. With "message" (SSW) or
+            "sentence", the mean of a chat message or of a sentence is written when it ends.
         update_rule: how the gates λ and β keep, erase and write; see `ops.gates.gates`.
-        couple_lambda: λ = 1 − β; or else λ has a projection of its own.
+        couple_lambda: use λ = 1 − β. If False, λ has a projection of its own.
         gates: one gate per "row" of a state, or one per "head".
-        beta_bias: initial bias of the write gate's pre-activation, sigmoid(-1.5) = 0.18; an own λ starts at
-            its negative.
-        delta_init: a fresh Δ is "zero" (outputs are exactly the base's), "random", or starts from normalised columns of
-            the branch's own base weight ("base_slice", the paper's training runs).
-        delta_scale: corrections have no further scale ("fixed"), or a learned one per "layer" or "branch":
-            sigmoid(raw) · delta_scale_max, at first delta_scale_init.
-        o_norm: RMSNorm, with a weight and o_norm_eps, on the correction of the o branch. It undoes alpha and learned
+        beta_bias: initial bias of the write gate's pre-activation; sigmoid(-1.5) = 0.18. If λ has a projection of its
+            own, its bias starts at the negative of this value.
+        delta_init: initial value of Δ: "zero" (outputs are exactly those of the base model), "random", or "base_slice",
+            normalised columns of the base weight of the same branch, as in the paper's training runs.
+        delta_scale: scale of the corrections besides alpha / rank: none ("fixed"), or a learned one per "layer" or
+            "branch", which is sigmoid(raw) · delta_scale_max.
+        delta_scale_init: initial value of a learned scale.
+        delta_scale_max: upper bound of a learned scale.
+        o_norm: apply RMSNorm, with a learned weight, to the correction of the o branch. It cancels alpha and learned
             scales there.
+        o_norm_eps: epsilon of that RMSNorm.
 
     Raises:
         ConfigError: an option is out of range.
@@ -214,10 +217,10 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DeltaMemConfig:
-        """The paper's settings of "tsw", "ssw" or "msw", with `changes`.
+        """Return the paper's settings of "tsw", "ssw" or "msw", overridden by `changes`.
 
         Raises:
-            ConfigError: there is no such preset, or a change does not hold.
+            ConfigError: there is no such preset, or a changed option is invalid.
         """
         if name not in PRESETS:
             raise ConfigError(f"There is no preset {name!r}.", "", f"The presets are: {', '.join(PRESETS)}.")
@@ -225,37 +228,37 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
     @property
     def layer_part(self) -> tuple[str, int] | None:
-        """("front" | "middle" | "back", how many) where `layers` names a part; None where it does not."""
+        """("front" | "middle" | "back", number of layers) if `layers` names a part; None otherwise."""
         match = _PARTS.fullmatch(self.layers) if isinstance(self.layers, str) else None
         return (match[1], int(match[2])) if match else None
 
     @property
     def scale(self) -> float:
-        """α/R, the factor on every correction."""
+        """α/R, the factor of every correction."""
         return self.alpha / self.rank
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """(H, R, R) of one layer's state, which is float32."""
+        """(H, R, R), the shape of one layer's state, which is float32."""
         return self.state_heads, self.rank, self.rank
 
     @property
     def gate_width(self) -> int:
-        """How many gates of one kind a token has."""
+        """Number of gates of one kind per token."""
         return self.state_heads * (self.rank if self.gates == "row" else 1)
 
     @property
     def segment_width(self) -> int:
-        """How many numbers one layer keeps of an open segment; 0 where every token writes.
+        """Number of values that one layer keeps of an open segment; 0 if every token writes.
 
-        They are sums of the pre-activations of key, value and gates, and the count of its tokens.
+        They are the sums of the pre-activations of key, value and gates, and the number of tokens.
         """
         if self.granularity == "token":
             return 0
         return 2 * self.state_heads * self.rank + (1 if self.couple_lambda else 2) * self.gate_width + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary with the names that files have, the inverse of `from_dict`."""
+        """Return a JSON-serialisable dictionary with the names used in files; the inverse of `from_dict`."""
         in_files = {name: older for older, name in self.OLDER_NAMES.items()}
         return {
             in_files.get(name, name): list(value) if isinstance(value, tuple) else value
@@ -264,10 +267,10 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DeltaMemConfig:
-        """Return the options of a file, or of keyword arguments.
+        """Make a config from the options in a file, or from keyword arguments.
 
         Raises:
-            ConfigError: An option is unknown, given under two names, or out of range.
+            ConfigError: an option is unknown, given under two names, or out of range.
         """
         return cls(**cls.current_names(options))
 

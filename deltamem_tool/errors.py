@@ -1,16 +1,16 @@
-"""What can go wrong, as users meet it.
+"""The errors that users see.
 
     DeltaMemError
-    ├── ConfigError         an option or a recipe that cannot be
-    ├── ArchitectureError   a base model that cannot take a memory
-    ├── AdapterError        an adapter folder that is damaged, or does not fit the base model
-    ├── MemoryStateError    a memory that is damaged, or does not fit the adapter, the batch or the layers
-    ├── DataError           training or evaluation data that cannot be read
-    ├── ExportError         an ONNX folder that is damaged, or a graph that does not compute what PyTorch computes
-    ├── HubError            a repository of the Hub that cannot be read or written
-    └── InstallationError   a package that is missing, broken, or of a version that deltamem does not work with
+    ├── ConfigError         an option or a recipe is invalid
+    ├── ArchitectureError   the base model does not support a memory
+    ├── AdapterError        an adapter folder is damaged, or does not fit the base model
+    ├── MemoryStateError    a memory is damaged, or does not fit the adapter, the batch or the layers
+    ├── DataError           training or evaluation data cannot be read
+    ├── ExportError         an ONNX folder is damaged, or a graph does not compute what PyTorch computes
+    ├── HubError            a repository on the Hub cannot be read or written
+    └── InstallationError   a package is missing, broken, or has an unsupported version
 
-Each carries what failed, why, and what to do next; the command line prints those three and nothing else.
+Each of them says what failed, why, and what to do next. The command line prints these three lines and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ MAX_SENTENCE = 8000  # characters of a sentence, which may quote a stranger's fi
 
 
 class DeltaMemError(Exception):
-    """`what` failed, `why`, and what to do `next`: one sentence each.
+    """The base class of all errors that deltamem raises for users.
+
+    Args:
+        what: what failed, in one sentence.
+        why: why it failed; may be empty.
+        next: what to do next; may be empty.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -52,7 +57,7 @@ class DeltaMemError(Exception):
 
 
 class OtherBaseWarning(UserWarning):
-    """An adapter runs on another base model than it was made for; the text says how far the two are apart."""
+    """An adapter runs on a base model other than the one it was made for; the text says how much the two differ."""
 
 
 class ConfigError(DeltaMemError, ValueError):
@@ -60,7 +65,7 @@ class ConfigError(DeltaMemError, ValueError):
 
 
 class ArchitectureError(DeltaMemError, ValueError):
-    """The base model cannot have a memory, or not the one that is asked for."""
+    """The base model does not support a memory, or not with these options."""
 
 
 class AdapterError(DeltaMemError):

@@ -48,9 +48,9 @@ def api_page() -> str:
         "",
         WRITTEN_BY,
         "",
-        "The names of `import deltamem_tool as deltamem`; nothing heavy is imported",
+        "The public names of `import deltamem_tool as deltamem`. Libraries such as PyTorch are imported only when you",
     ]
-    lines += ["before one of them is used."]
+    lines += ["use a name that needs them."]
     for name in sorted(set(deltamem_tool.__all__) - {"__version__"}, key=str.lower):
         thing = getattr(deltamem_tool, name)
         lines += ["", f"## deltamem.{name}", "", *_entry(name, thing)]

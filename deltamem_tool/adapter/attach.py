@@ -1,4 +1,4 @@
-"""Attach a new memory to a causal language model, and detach it."""
+"""Attach a new memory to a causal language model, or detach it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from deltamem_tool.memory.attachment import hf_model
 
 
 def attach(model: PreTrainedModel, config: DeltaMemConfig | None = None, register: bool = False) -> DeltaMemAdapter:
-    """Give `model` a new memory and freeze its own weights.
+    """Attach a new memory to `model` and freeze the model's own weights.
 
-    `model.parameters()` and `print(model)` then include the adapter, and `model.save_pretrained` and `push_to_hub`
-    write it in place of the base model. The base keeps its state dict and the names of its modules.
+    Afterwards, `model.parameters()` and `print(model)` include the adapter, and `model.save_pretrained` and
+    `push_to_hub` write the adapter in place of the base model. The base model keeps its state dict and module names.
 
     Args:
         model: a decoder-only causal language model, or a `PeftModel` of one.
-        config: the mechanism; the paper's token-state write by default.
-        register: make the adapter the model's submodule `deltamem`, as PEFT makes LoRA layers submodules. It is then
-            part of the state dict, of what `save_pretrained` writes, and of every wrapper of the model, and is moved
-            and cast with the model.
+        config: options of the mechanism; by default the paper's token-state write.
+        register: register the adapter as the model's submodule `deltamem`, as PEFT does with LoRA layers. The adapter
+            is then part of the state dict, of the files that `save_pretrained` writes, and of every wrapper of the
+            model, and it is moved and cast with the model.
 
     Returns:
-        The adapter, whose parameters are the only ones that train.
+        The adapter, which has the only trainable parameters.
 
     Raises:
-        ArchitectureError: the model is of a type that cannot have a memory, or has one.
+        ArchitectureError: the model's type does not support a memory, or the model already has one.
         ConfigError: the options do not fit the model.
 
     Example:
         >>> import deltamem_tool as deltamem
         >>> model = deltamem.load("builtin:adapter")
-        >>> deltamem.detach(model)  # now it is as AutoModelForCausalLM.from_pretrained returns it
+        >>> deltamem.detach(model)  # the plain base model, as AutoModelForCausalLM.from_pretrained returns it
         >>> adapter = deltamem.attach(model, deltamem.DeltaMemConfig(rank=4))
         >>> adapter.num_parameters() == model.num_parameters(only_trainable=True)
         True
@@ -67,7 +67,7 @@ def _first_columns(projection: Projection, count: int) -> Tensor:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Remove the memory: the base is as it was before, and trainable where it was.
+    """Remove the memory from `model`, and restore which of its weights are trainable.
 
     Raises:
         ArchitectureError: the model has no memory.

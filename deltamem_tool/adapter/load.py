@@ -1,4 +1,4 @@
-"""An adapter folder, loaded onto the base model that it was made for."""
+"""Load an adapter folder onto its base model."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ def load(
     allow_other_base: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load an adapter and its base model; return the model with its memory, in eval mode.
+    """Load an adapter and its base model, and return the model with its memory, in eval mode.
 
     Args:
         path: adapter folder or Hub id.
-        base: where the base model is, if not where the adapter says.
+        base: folder or Hub id of the base model; by default the one recorded in the adapter.
         revision: branch, tag or commit of the adapter on the Hub.
-        base_revision: of the base model on the Hub; by default the recorded one, where `base` is the recorded one too.
-        trust_remote_code: whether Python files of the base model may run.
-        register: make the adapter the model's submodule `deltamem`, as `attach` does.
-        allow_other_base: take another base model than the adapter was made for, if its shapes fit, with an
-            `OtherBaseWarning`: the checkpoint that a GGUF file was quantised from, say.
+        base_revision: branch, tag or commit of the base model on the Hub; by default the recorded one, if the base
+            model is the recorded one too.
+        trust_remote_code: allow the base model to run its own Python files.
+        register: register the adapter as the model's submodule `deltamem`, as in `attach`.
+        allow_other_base: allow a base model other than the one the adapter was made for, such as the checkpoint that a
+            GGUF file was quantised from. Its shapes must fit; an `OtherBaseWarning` is issued.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:

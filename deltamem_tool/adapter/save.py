@@ -25,7 +25,18 @@ from deltamem_tool.memory.attachment import hf_model
 def save_adapter(
     model: PreTrainedModel, path: str | Path, overwrite: bool = False, files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the adapter of a `model` with a memory as a folder, whole or not at all, with `files` beside it.
+    """Write the adapter of a model with a memory as a folder, whole or not at all.
+
+    Args:
+        model: a model with a memory.
+        path: folder to write.
+        overwrite: replace `path` if it exists.
+        files: contents of further files to put into the folder, by file name.
+
+    Raises:
+        AdapterError: the adapter contains NaN or infinity, or `path` is the folder of the base model.
+        ArchitectureError: accelerate has offloaded the adapter with the base model.
+        DeltaMemError: `path` exists, or cannot be written.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -62,12 +73,12 @@ def write_adapter(
     """Write the folder.
 
     Args:
-        adapter: what to write.
-        base: the model it was made for.
-        out: the folder.
-        overwrite: replace it if it exists.
-        reference: goes into the config as it is, for the way back to the reference's format.
-        files: contents by name, written beside.
+        adapter: the adapter.
+        base: the base model that it was made for.
+        out: folder to write.
+        overwrite: replace `out` if it exists.
+        reference: stored in the config as is, to convert back to the reference implementation's format.
+        files: contents of further files to put into the folder, by file name.
 
     Raises:
         AdapterError: the adapter contains NaN or infinity, or `out` is the folder of the base model.
@@ -85,7 +96,7 @@ def write_adapter(
 def contents_of(
     adapter: DeltaMemAdapter, base: BaseModel, reference: Mapping[str, Any] | None = None
 ) -> dict[str, bytes]:
-    """Return what is in each file of the folder.
+    """Return the contents of each file of the folder.
 
     Raises:
         AdapterError: the adapter contains NaN or infinity.

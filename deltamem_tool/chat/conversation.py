@@ -1,6 +1,6 @@
-"""Turns of one conversation, its context and its memory, in any runtime. No torch and no ONNX Runtime.
+"""A conversation with a model that has a memory, in any runtime. Imports neither torch nor ONNX Runtime.
 
-The context is what the model attends to, a KV cache that grows by every token; the memory is of a fixed size and keeps
+The context is what the model attends to: a KV cache that grows with every token. The memory has a fixed size and keeps
 a trace of what has left the context.
 """
 
@@ -52,13 +52,13 @@ DEFAULTS = Sampling()
 
 @dataclass(frozen=True)
 class Context:
-    """What the model attends to.
+    """The part of a conversation that the model attends to.
 
     Args:
-        tokens: how many.
-        window: how many it may hold; None for any number.
-        messages: how many of the conversation's messages are in it.
-        dropped: how many have left it.
+        tokens: number of tokens in the context.
+        window: maximum number of tokens; None for no limit.
+        messages: number of the conversation's messages that are in the context.
+        dropped: number of messages that have left it.
     """
 
     tokens: int
@@ -68,19 +68,21 @@ class Context:
 
 
 class Conversation:
-    """One conversation. Not for several threads at once; the engine is.
+    """One conversation with a model that has a memory.
+
+    A conversation must be used from one thread at a time. Its engine can serve several threads.
 
     Args:
-        engine: `OnnxModel` or `TorchModel`.
-        memory: what it remembers from before; nothing by default.
-        write: whether its tokens write.
-        window: the most tokens that its context may hold; by default as many as the engine can. When an answer might
+        engine: an `OnnxModel` or a `TorchModel`.
+        memory: memory to start from; empty by default.
+        write: whether the tokens of this conversation write into the memory.
+        window: maximum number of tokens in the context; by default as many as the engine supports. If an answer might
             not fit, the oldest turns leave the context, and what they wrote stays in the memory.
 
     Raises:
-        MemoryStateError: `memory` is another adapter's, or does not fit, or is not of one conversation.
-        ConfigError: the window is too small for anything, or larger than the engine's room; or the adapter's segments
-            need a chat template.
+        MemoryStateError: `memory` belongs to another adapter, does not fit, or holds more than one conversation.
+        ConfigError: the window is too small to use, or larger than the engine supports; or the adapter writes by
+            segments, which needs a chat template that the model lacks.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -117,12 +119,12 @@ class Conversation:
 
     @property
     def memory(self) -> StoredMemory:
-        """States float32 `[1, H, R, R]` and open segments `[1, W]` by layer.
+        """The memory: by layer, states float32 `[1, H, R, R]` and open segments `[1, W]`.
 
-        Another may be put in its place; the context stays, and `undo` takes it back.
+        You can assign another memory. The context stays as it is, and `undo` restores the former memory.
 
         Raises:
-            MemoryStateError: the other does not fit; nothing has changed then.
+            MemoryStateError: the assigned memory does not fit; nothing has changed.
         """
         return self.engine.memory(self._place.past)
 
@@ -135,7 +137,7 @@ class Conversation:
 
     @property
     def context(self) -> Context:
-        """How much of the conversation the model attends to."""
+        """How much of the conversation is in the model's context."""
         script = self._place.transcript
         messages, dropped = (sum(len(turn.messages) + 1 for turn in turns) for turns in (script.turns, script.dropped))
         tokens = len(self._place.tokens) + len(self._place.pending)
@@ -143,42 +145,42 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """Everything that was said since it began or was told to forget, whether it is still in the context or not."""
+        """All messages since the start or the last `forget`, including those that have left the context."""
         return self._place.transcript.messages
 
     def save_memory(self, path: str | Path) -> None:
-        """Write a memory file, whole or not at all, which every runtime loads.
+        """Write the memory to a file that every runtime can load. The file is written whole or not at all.
 
         Raises:
-            MemoryConflict: this conversation has loaded the file, and another program has changed it since; the memory
-                is in a file beside it.
-            MemoryStateError: it holds NaN or infinity.
+            MemoryConflict: this conversation loaded the file and another program has changed it since. The memory was
+                written to another file beside it.
+            MemoryStateError: the memory contains NaN or infinity.
         """
         loaded = self.loaded.get(resolve(path))
         (loaded or SharedMemoryFile(path)).write(self.memory, replace=loaded is None)
 
     def load_memory(self, path: str | Path) -> None:
-        """Put the memory of a file in place of this one; the context stays, and `undo` takes it back.
+        """Replace the memory with that of a file. The context stays as it is, and `undo` restores the former memory.
 
         Raises:
-            MemoryStateError: the file is missing or damaged, or does not fit; nothing has changed then.
+            MemoryStateError: the file is missing, damaged or does not fit; nothing has changed.
         """
         file = SharedMemoryFile(path)
         self.memory = file.read() or read_memory(path)  # which says that there is no file
         self.loaded[resolve(path)] = file
 
     def forget(self) -> None:
-        """Start from nothing: the memory zeros, the context empty. It cannot be undone."""
+        """Reset the memory to zeros and empty the context. This cannot be undone."""
         self._place = Place(self.engine.start(empty_memory(self.engine)), None)
         self._before.clear()
 
     def undo(self) -> bool:
-        """Take back the last turn or the memory loaded since: memory, context and messages are as they were before.
+        """Undo the last turn or the last change of memory, and restore memory, context and messages from before it.
 
-        So can those before be, but none from before the last but one time that turns left the context.
+        Further calls undo earlier turns, but none from before the second-to-last time that turns left the context.
 
         Returns:
-            False if there is none.
+            False if there is nothing to undo.
         """
         if not self._before:
             return False
@@ -197,23 +199,27 @@ class Conversation:
         sampling: Sampling = DEFAULTS,
         on_text: Callable[[str], object] | None = None,
     ) -> Answer:
-        """Go on with the conversation and answer.
+        """Add messages to the conversation and generate an answer.
 
-        Tokens are fed as `generate` of transformers feeds them: the last one generated is not, and where it stops the
-        answer, the chat template's next rendering supplies the end of the turn. A KeyboardInterrupt ends the answer;
-        what was said until then stays. (One that comes before the prompt is fed is raised, and nothing has changed.)
+        Tokens are fed as in transformers' `generate`: the last generated token is not fed. If it was a stop token, the
+        chat template supplies the end of the turn when it renders the next one.
+
+        A KeyboardInterrupt ends the answer, and the conversation keeps the text generated so far. If it comes before
+        the prompt is fed, it is raised and nothing has changed.
 
         Args:
-            content: new messages, or a string: one user message where the model has a chat template, else plain text.
-            sampling: how tokens are chosen and where the answer ends.
-            on_text: called with each piece of text as it is completed.
+            content: new messages, or a string. A string is one user message if the model has a chat template, and plain
+                text otherwise.
+            sampling: how tokens are chosen and when the answer ends.
+            on_text: called with each piece of text as soon as it is complete.
 
         Raises:
             ConfigError: the prompt is longer than the window.
-            ExportError: the chat template refuses the messages, or does not write them after the last answer; or there
+            ExportError: the chat template rejects the messages or does not render them after the last answer, or there
                 is nothing to answer.
-            DataError: a message has no role, or something else than text, or the chat template leaves it out. Whatever
-                is raised, nothing has changed.
+            DataError: a message has no role, its content is not text, or the chat template leaves it out.
+
+        Whatever is raised, nothing has changed.
         """
         turn = _Turn(self, content, sampling, on_text)
         answer_rows(self.engine, [turn.row])
@@ -226,20 +232,22 @@ def generate_together(
     sampling: Sampling = DEFAULTS,
     on_text: Callable[[int, str], object] | None = None,
 ) -> list[Answer]:
-    """`Conversation.generate` for several conversations of one engine, one call of the model for all of them.
+    """Run `Conversation.generate` for several conversations of one engine, as one batch.
 
-    Afterwards each of them is as if it had been alone (models that count padding as positions, such as BART's, aside).
-    All of them go on, or none: whatever is raised, by a callback too, every one is as it was.
+    Each conversation ends up as if it had run alone, except with models that count padding as positions, such as
+    BART's. Either all conversations continue or none does: if anything is raised, even by a callback, all of them are
+    unchanged.
 
     Args:
-        conversations: different ones.
-        contents: of each, as in `Conversation.generate`.
-        sampling: of all; each draws from the seed by itself.
-        on_text: called with the number of the conversation, from 0, and a piece of its text.
+        conversations: distinct conversations.
+        contents: content for each of them, as in `Conversation.generate`.
+        sampling: options for all of them; each draws from the seed by itself.
+        on_text: called with the index of a conversation, from 0, and a piece of its text.
 
     Raises:
-        ConfigError: they are not different conversations of one engine, or their contents are not as many; or as in
-            `Conversation.generate`, for the conversation that is named.
+        ConfigError: the conversations are not distinct, do not share an engine, or differ in number from `contents`.
+
+    Other errors are those of `Conversation.generate`; the message names the conversation.
     """
     engines = {id(conversation.engine) for conversation in conversations}
     if len(conversations) != len(contents) or len(engines) != 1 or len(set(map(id, conversations))) < len(contents):
@@ -266,7 +274,7 @@ class _Outcome(NamedTuple):
 
 
 class _Turn:
-    """A turn that is being answered; its conversation does not change."""
+    """A turn in progress. The conversation itself does not change until the turn is committed."""
 
     def __init__(
         self,
@@ -322,7 +330,7 @@ class _Turn:
         ]
 
     def outcome(self) -> _Outcome:
-        """How the conversation goes on from here."""
+        """Return the conversation's state after this turn."""
         row, conversation, start = self.row, self.conversation, self._start
         place, before = conversation._place, conversation._before
         if start is place:  # nothing has left the context: it is the beginning of the new one
@@ -343,7 +351,7 @@ class _Turn:
 
 
 def _commit(turns: Sequence[_Turn]) -> list[Answer]:
-    """All conversations go on, or none: what can fail comes first, and Ctrl-C in the middle takes the others back."""
+    """Apply all turns or none: what can fail comes first, and Ctrl-C in between reverts the turns already applied."""
     conversations, outcomes = [turn.conversation for turn in turns], [turn.outcome() for turn in turns]
     former = [(conversation._place, conversation._before) for conversation in conversations]
     done = False

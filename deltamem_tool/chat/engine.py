@@ -1,4 +1,4 @@
-"""What a runtime has to do for conversations: ONNX Runtime and PyTorch each have a class that does it."""
+"""The interface between conversations and a runtime, implemented once for ONNX Runtime and once for PyTorch."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Past = Any  # KV cache and memory of a batch, as the engine keeps it; never chan
 class Engine(Protocol):
     """A loaded model.
 
-    Every call returns new pasts and leaves the old ones as they are, so that one engine serves many conversations from
-    many threads.
+    A past is the KV cache and the memory of a batch. Every call returns new pasts and leaves the old ones unchanged, so
+    that one engine can serve many conversations from many threads.
 
-    text: tokens and chat template.
-    stop_tokens: ids that end an answer.
-    adapter: fingerprint of the adapter, which its memories belong to.
-    mechanism: the adapter's options.
-    memory_shape: what its memories measure.
-    max_length: the most tokens that a past can hold, or that the model has positions for; None for any number.
-    takes_back: whether tokens can be taken out of a past. A hybrid, whose layers keep more than keys and values, cannot
-        do that.
+    text: tokenizer and chat template.
+    stop_tokens: token ids that end an answer.
+    adapter: fingerprint of the adapter, to which its memories are bound.
+    mechanism: options of the adapter.
+    memory_shape: shapes of its memories.
+    max_length: maximum number of tokens in a past, or of positions in the model; None for no limit.
+    takes_back: whether tokens can be removed from a past. A hybrid model, whose layers keep more than keys and values,
+        does not support that.
     """
 
     text: ChatText
@@ -44,7 +44,7 @@ class Engine(Protocol):
     takes_back: bool
 
     def start(self, memory: StoredMemory) -> Past:
-        """No tokens yet, and the given memory, a row for each conversation."""
+        """Return a past without tokens, with the given memory: one row per conversation."""
 
     def step(
         self,
@@ -55,59 +55,59 @@ class Engine(Protocol):
         segment_end: NDArray[Any] | None = None,
         all_positions: bool = False,
     ) -> tuple[NDArray[Any], Past]:
-        """Feed tokens.
+        """Feed tokens to the model.
 
         Args:
-            past: of B rows and P tokens.
+            past: a past with B rows of P tokens.
             input_ids: int64 `[B, T]`.
             attention_mask: int64 `[B, P + T]`, 0 at padding.
-            write_mask: bool `[B, T]`, which tokens write or belong to a segment; padding never does.
-            segment_end: bool `[B, T]`, which tokens end a segment; None where every token writes.
-            all_positions: return the logits of every position, not of the last alone.
+            write_mask: bool `[B, T]`, the tokens that write or belong to a segment; padding never does.
+            segment_end: bool `[B, T]`, the tokens that end a segment; None if every token writes.
+            all_positions: return the logits of every position instead of the last one only.
 
         Returns:
-            Logits `[B, V]` of the last position, or `[B, T, V]`, float32; and the past of P + T tokens.
+            Logits float32 `[B, V]` of the last position, or `[B, T, V]`; and the past of P + T tokens.
 
         Raises:
-            DataError: an id is not one of the model's.
-            ExportError: `all_positions` is set, and the graph has logits of the last position only.
+            DataError: a token id is unknown to the model.
+            ExportError: `all_positions` is set, but the graph has the logits of the last position only.
         """
 
     def memory(self, past: Past) -> StoredMemory:
-        """States and open segments, copied."""
+        """Return a copy of the memory: states and open segments."""
 
     def with_memory(self, past: Past, memory: StoredMemory) -> Past:
-        """The same tokens with another memory."""
+        """Return the past with the same tokens and another memory."""
 
     def take(self, past: Past, row: int, columns: NDArray[Any]) -> Past:
-        """One row, with those of its tokens that `columns`, indices, names; its memory as it is.
+        """Return one row with the tokens at the indices `columns`, and its memory unchanged.
 
-        Where `takes_back` is False these must be all of its tokens, or none.
+        If `takes_back` is False, these must be all of its tokens, or none.
         """
 
     def keep(self, past: Past, columns: Mapping[int, NDArray[Any]]) -> Past:
-        """Some rows of a batch, as `take` and `join` would give them.
+        """Return some rows of a batch, as `take` and `join` would.
 
         Args:
-            past: of more rows.
-            columns: of each row that is kept, indices of all of its tokens, which are in the last columns.
+            past: the past of the whole batch.
+            columns: for each row to keep, the indices of all of its tokens, which are in the last columns.
         """
 
     def join(self, pasts: Sequence[Past]) -> Past:
-        """The rows of all `pasts` as one batch; shorter ones are padded on the left, which the mask has to say."""
+        """Return the rows of all `pasts` as one batch. Shorter rows are padded on the left, and need a mask there."""
 
     def size(self, past: Past) -> int:
-        """Bytes that a past takes."""
+        """Return the size of a past in bytes."""
 
     def group(self) -> Group:
-        """No rows yet, for many decode steps: rows come and go in between."""
+        """Return a group without rows, for many decode steps between which rows can join and leave."""
 
 
 def check_ids(text: ChatText, input_ids: NDArray[Any], vocabulary: int | None) -> None:
-    """Check that a model with so many embeddings knows all of `input_ids`.
+    """Check that all of `input_ids` are within a vocabulary of this size.
 
     Raises:
-        DataError: it does not.
+        DataError: one of them is not.
     """
     largest = int(input_ids.max(initial=0))
     if vocabulary is not None and largest >= vocabulary:
@@ -115,7 +115,7 @@ def check_ids(text: ChatText, input_ids: NDArray[Any], vocabulary: int | None) -
 
 
 def empty_memory(engine: Engine) -> StoredMemory:
-    """Zeros, of one conversation."""
+    """Return a memory of zeros for one conversation."""
     shape = engine.memory_shape
     states = {layer: np.zeros((1, *sizes), np.float32) for layer, sizes in shape.layers.items()}
     segments = {layer: np.zeros((1, shape.segment_width), np.float32) for layer in shape.layers if shape.segment_width}

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or sampled as transformers samples. No torch."""
+"""Choose the next token from logits: greedily, or by sampling as transformers does. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ MAX_NEW_TOKENS = 256  # of an answer, unless told otherwise
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is chosen and where it ends.
+    """How the tokens of an answer are chosen, and when it ends.
 
     The options are applied in the order of transformers' `generate`: repetition penalty, temperature, top-k, top-p,
     min-p.
 
     Args:
-        max_new_tokens: the longest answer.
-        temperature: 0 takes the likeliest token; more makes the answer more varied.
-        top_k: sample among so many likeliest tokens; 0 for all.
-        top_p: sample among the likeliest tokens that hold this much probability together.
-        min_p: sample among the tokens that have at least this share of the likeliest one's probability.
-        repetition_penalty: positive logits of tokens that are in the context are divided by it, negative ones
-            multiplied; 1 changes nothing.
-        seed: of the sampling; None takes a new one.
-        stop: texts that end the answer, which ends before them.
+        max_new_tokens: maximum length of an answer, in tokens.
+        temperature: 0 picks the most likely token; higher values make answers more varied.
+        top_k: sample among the `top_k` most likely tokens; 0 means all.
+        top_p: sample among the most likely tokens whose probabilities add up to `top_p`.
+        min_p: sample among tokens with at least this fraction of the most likely token's probability.
+        repetition_penalty: positive logits of tokens in the context are divided by it, and negative ones multiplied;
+            1 changes nothing.
+        seed: random seed for sampling; None draws a new one.
+        stop: stop strings; the answer ends before the first one.
 
     Raises:
         ConfigError: an option is out of range.
@@ -69,7 +69,7 @@ class Sampling:
 
 
 def token_mask(ids: Collection[int]) -> NDArray[Any]:
-    """Which numbers are among `ids`: bool, up to the largest of them."""
+    """Return a bool mask of the token ids in `ids`, as long as the largest of them requires."""
     mask = np.zeros(1 + max(ids), bool)
     mask[list(ids)] = True
     return mask
@@ -79,12 +79,12 @@ class Sampler:
     """Chooses the tokens of one answer.
 
     Args:
-        sampling: how.
-        context: the tokens before the answer, for the repetition penalty.
-        valid: the `token_mask` of those that may be chosen: models often have logits for more, which mean no token.
+        sampling: the options.
+        context: tokens before the answer, for the repetition penalty.
+        valid: `token_mask` of the tokens that may be chosen. Models often have more logits than tokens.
 
     Attributes:
-        is_greedy: whether it picks the likeliest token, whatever was said before.
+        is_greedy: whether it picks the most likely token, whatever the context is.
     """
 
     def __init__(self, sampling: Sampling, context: NDArray[Any], valid: NDArray[Any]) -> None:
@@ -96,10 +96,10 @@ class Sampler:
         self._tokens = valid
 
     def pick(self, logits: NDArray[Any]) -> int:
-        """The next token, from logits `[V]`.
+        """Return the next token, from logits `[V]`.
 
         Raises:
-            DeltaMemError: one that may be chosen has NaN or infinity, or all have minus infinity.
+            DeltaMemError: the logit of a valid token is NaN or infinity, or those of all are minus infinity.
         """
         self._seen, self._tokens = (_of_length(mask, len(logits)) for mask in (self._seen, self._tokens))
         allowed = np.where(self._tokens, logits, -np.inf)
@@ -115,7 +115,7 @@ class Sampler:
 
 
 class GreedySampler:
-    """Chooses a token of each of many answers at once, as a `Sampler` with `is_greedy` does of one.
+    """Chooses one token for each of many answers, as a `Sampler` with `is_greedy` does for a single one.
 
     Args:
         valid: as in `Sampler`.
@@ -125,7 +125,7 @@ class GreedySampler:
         self._tokens = valid
 
     def pick(self, logits: NDArray[Any]) -> list[int | None]:
-        """The next tokens, from logits `[B, V]`; None in a row for which `Sampler.pick` raises."""
+        """Return the next tokens, from logits `[B, V]`; None for a row in which `Sampler.pick` would raise."""
         self._tokens = _of_length(self._tokens, logits.shape[1])
         tokens = logits.argmax(axis=1)
         for row in np.flatnonzero(~self._tokens[tokens]):
@@ -135,7 +135,7 @@ class GreedySampler:
 
 
 def not_finite(what: str) -> DeltaMemError:
-    """The error for `what` a model has computed, and what it cannot go on with."""
+    """Return the error for `what` a model has computed that contains NaN or infinity."""
     return DeltaMemError(
         f"{what} contain NaN or infinity.",
         "The weights are damaged or overflow in half precision, or the memory that was read is not this model's.",
@@ -148,7 +148,7 @@ def _of_length(mask: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 def penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
-    """Logits `[V]` after the penalty for tokens in the mask `seen`: float64, or as they are without a penalty."""
+    """Return logits `[V]` after the penalty for tokens in the mask `seen`: float64, or unchanged if it is 1."""
     if penalty == 1:
         return logits
     logits = logits.astype(np.float64)
@@ -158,11 +158,11 @@ def penalised(logits: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArr
 
 
 def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
-    """What a token is drawn from at a temperature above 0: float64 `[V]`, zero for tokens that are left out.
+    """Return the probabilities to draw from at a temperature above 0: float64 `[V]`, zero for excluded tokens.
 
     Args:
         logits: `[V]`, after the repetition penalty.
-        sampling: which are left out, and how flat the rest is.
+        sampling: options that exclude tokens, and the temperature.
     """
     scores = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # of a temperature near 0, at which all but the likeliest are left out

@@ -1,4 +1,4 @@
-"""Run a model with a memory in PyTorch: the engine for conversations that `onnx.runtime` is in ONNX Runtime."""
+"""The engine that runs conversations in PyTorch, as `onnx.runtime` does in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _SEPARABLE = (DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAnd
 
 @dataclass(frozen=True)
 class TorchPast:
-    """What a conversation has said so far, of one row or several.
+    """The past of one or more conversations.
 
     Args:
         layers: keys and values `[B, heads, P, width]` by decoder layer.
         memory: the memory.
         states: states of convolutions and of linear attention `[B, …]` by decoder layer, see `torch_states`.
-        others: layers of the cache that keep something else.
+        others: cache layers that keep something else.
     """
 
     layers: Mapping[int, tuple[Tensor, Tensor]]
@@ -56,15 +56,17 @@ class TorchPast:
 
 
 class TorchModel:
-    """A model with a memory, ready to talk: pass it to `Conversation`. One serves many conversations and threads.
+    """A model with a memory that runs in PyTorch: pass it to `Conversation`.
+
+    One instance serves many conversations and threads.
 
     Args:
-        model: as `deltamem.load` gives it, in eval mode.
-        tokenizer: its tokenizer, a fast one.
+        model: a model as returned by `deltamem.load`, in eval mode.
+        tokenizer: its tokenizer, which must be a fast one.
 
     Raises:
         ArchitectureError: the model has no memory.
-        DataError: the tokenizer is a slow one.
+        DataError: the tokenizer is not a fast one.
 
     Example:
         >>> import deltamem_tool as deltamem

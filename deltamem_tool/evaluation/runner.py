@@ -68,33 +68,36 @@ def evaluate(
 ) -> Evaluation:
     """Ask every question of `task` under every condition of `protocol`.
 
-    In a process group of torch, where every process has to call it, each asks a share; all get the whole result.
+    In a torch process group, every process must call this function. Each process asks a share of the questions, and all
+    of them return the whole result.
 
     Args:
-        model: a model with its adapter, as `load` gives it, or an `OnnxModel`.
-        tokenizer: the model's; None for an `OnnxModel`, whose folder has it.
-        task: what is asked.
-        protocol: what is in view beside the memory.
-        only: names of conditions, where not all are wanted.
-        retrieved: BM25 beside the controls.
-        truncate: the base model with the last messages within so many tokens, beside the controls.
-        lora: the base model with this on it, beside the controls.
-        static: likewise.
-        write: questions and answers write into the memory, as they do in a conversation.
-        limit: only the first so many questions; the histories of the controls are of all.
-        batch_size: questions, or histories, at once.
-        seed: of the intervals, and of the order in which layers change places.
-        margin: what a difference has to exceed to matter; one of the settings of `folder`.
-        folder: keeps records, and what they were made with; a run that stopped goes on from there.
-        settings: what `folder` shall be of, beside the task and the protocol.
-        report: called with (what is done, done, of).
+        model: a model with its adapter, as returned by `load`, or an `OnnxModel`.
+        tokenizer: the model's tokenizer; None for an `OnnxModel`, which has its own.
+        task: the questions.
+        protocol: what is in the context besides the memory.
+        only: names of the conditions to run; all by default.
+        retrieved: also run the base model with passages that BM25 finds.
+        truncate: also run the base model with the last messages within this many tokens.
+        lora: also run the base model with this LoRA.
+        static: also run the base model with this static adapter.
+        write: let questions and answers write into the memory, as in a conversation.
+        limit: ask only this many questions, from the first. The controls still use the histories of all questions.
+        batch_size: number of questions, or of histories, at once.
+        seed: random seed for the intervals and for the permutation of layers.
+        margin: margin that a difference must exceed to matter; one of the settings recorded in `folder`.
+        folder: folder for the records and the settings they were made with. An interrupted run resumes from it.
+        settings: further settings that a run in `folder` must match, besides the task and the protocol.
+        report: called with the current stage, how much of it is done, and the total.
 
     Raises:
-        AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
-        ConfigError: a condition needs PyTorch, and `model` is an ONNX folder; `seed` or `margin` is not one; or
-            questions shall write into a memory that writes by segments.
-        DataError: an item cannot be asked, or there are too few histories; or `folder` is of another run.
-        ExportError: the log-probability of answers is asked for, and the graph has logits of the last position only.
+        AdapterError: `lora` or `static` is damaged or belongs to another base model, or `static` does not match the
+            memory.
+        ConfigError: a condition needs PyTorch but `model` is an ONNX folder; `seed` or `margin` is invalid; or `write`
+            is set for a memory that writes by segments.
+        DataError: a question cannot be asked, there are too few histories, or `folder` belongs to another run.
+        ExportError: the task needs the log-probability of answers, but the graph has only the logits of the last
+            position.
 
     Example:
         >>> import deltamem_tool as deltamem

@@ -1,4 +1,4 @@
-"""Fetch an adapter, an ONNX folder, or both from the Hub, and check them."""
+"""Fetch an adapter, an ONNX folder, or both from the Hub and check them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ class PullResult:
 def pull(
     repo_id: str, revision: str | None = None, out: str | Path | None = None, overwrite: bool = False
 ) -> PullResult:
-    """Fetch the adapter and the ONNX folder of a repository into the Hub's cache, and no other file.
+    """Fetch the adapter and the ONNX folder of a repository from the Hub and check them.
+
+    Only these files and the model card are fetched. They go to the Hub's cache.
 
     Args:
-        repo_id: `owner/name`, perhaps with `@revision`.
-        revision: branch, tag or commit, if `repo_id` does not name it.
-        out: a folder to copy them to, all or none.
+        repo_id: `owner/name`, optionally with `@revision`.
+        revision: branch, tag or commit, if `repo_id` does not include it.
+        out: folder to copy the files to, all of them or none.
         overwrite: replace `out` if it exists.
 
     Raises:
-        HubError: the repository cannot be read, or contains neither part.
+        HubError: the repository cannot be read, or contains neither an adapter nor an ONNX folder.
         AdapterError: the adapter is damaged; `out` was not written.
         ExportError: the ONNX folder is damaged; `out` was not written.
         DataError: the evaluation is damaged; `out` was not written.

@@ -1,4 +1,4 @@
-"""Push the contents of a folder to a repository of the Hub, in one commit with a model card."""
+"""Push a folder to a repository on the Hub, in one commit with a model card."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from deltamem_tool.onnx.manifest import Manifest
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was pushed, or in a dry run would be.
+    """The result of a push, or of a dry run.
 
     Args:
         repo_id: `owner/name`.
-        url: of the repository, the branch, or the pull request.
-        commit: the one with these files; None in a dry run.
-        changes: one entry for each file.
-        notes: what the user should know.
+        url: URL of the repository, the branch, or the pull request.
+        commit: the commit with these files; None in a dry run.
+        changes: one entry per file.
+        notes: notes for the user.
         card: the model card.
-        space: of the Space, if one was pushed.
-        space_changes: one entry for each of its files.
+        space: URL of the Space, if one was pushed.
+        space_changes: one entry per file of the Space.
     """
 
     repo_id: str
@@ -67,31 +67,32 @@ def push(
     """Push an adapter folder, an ONNX folder, or both to the Hub.
 
     The commit is made only if nobody else has changed the branch since the push began. Files that have not changed are
-    not sent; files of a part that no longer exist here are deleted there; all others are left alone.
+    not sent. Files of the adapter or the ONNX folder that no longer exist locally are deleted from the repository. All
+    other files in it are left alone.
 
     Args:
-        folder: an adapter folder, perhaps with an ONNX folder `onnx` in it; or an ONNX folder, which goes into `onnx/`.
+        folder: an adapter folder, which may contain an ONNX folder `onnx`; or an ONNX folder, which goes into `onnx/`.
         repo_id: `owner/name`; created if it does not exist.
-        onnx: an ONNX folder of the same adapter that is elsewhere.
-        base_model: the base's Hub id, perhaps with `@revision`, where the adapter records a folder of this machine.
-        evaluation: what `deltamem eval --out` wrote, if it is not `evaluation.json` in `folder`.
-        license: identifier for the card, such as "apache-2.0".
-        branch: created from `main` if it does not exist.
-        create_pr: propose the commit as a pull request.
-        message: of the commit.
+        onnx: an ONNX folder of the same adapter, if it is not in `folder`.
+        base_model: Hub id of the base model, optionally with `@revision`, if the adapter records a local folder.
+        evaluation: file written by `deltamem eval --out`; by default `evaluation.json` in `folder`.
+        license: licence identifier for the model card, such as "apache-2.0".
+        branch: branch to push to, created from `main` if it does not exist.
+        create_pr: open a pull request with the commit.
+        message: commit message.
         private: make a new repository private; an existing one must be private.
         dry_run: send nothing; return what would change.
-        ask_license: called if neither `license` nor the card names one.
-        space: push a page of the ONNX folder too, as a static Space of the same name; the card links it.
-        runtime: npm's node_modules with the packages that the page needs; without it they are fetched once.
-        progress: called with what is being done.
+        ask_license: called for the licence if neither `license` nor the model card names one.
+        space: also push a web page of the ONNX folder, as a static Space of the same name that the model card links to.
+        runtime: node_modules folder of npm with the packages that the page needs; by default they are fetched once.
+        progress: called with a description of each step.
 
     Raises:
-        HubError: the Hub rejects the push, or its answer was lost; the message says which.
+        HubError: the Hub rejected the push, or its answer was lost; the message says which.
         AdapterError: the adapter is damaged; nothing was sent.
         ExportError: the ONNX folder is damaged; nothing was sent.
         DataError: the evaluation is damaged; nothing was sent.
-        ConfigError: a Space is to go with a branch or a pull request; nothing was sent.
+        ConfigError: `space` is combined with a branch or a pull request; nothing was sent.
 
     Example:
         >>> import deltamem_tool as deltamem

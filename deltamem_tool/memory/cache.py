@@ -1,4 +1,4 @@
-"""The KV cache of a model together with its memory: what carries a memory through `generate()`."""
+"""The KV cache of a model together with its memory, to carry the memory through `generate()`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from deltamem_tool.memory.state import MemoryState
 class MemoryCache(DynamicCache):
     """The KV cache of a model together with its memory: pass it to the model as `cache`.
 
-    After beam search `memory` holds the states of the beams that were still running, not of the sequences returned.
+    If the adapter writes by segments (messages or sentences), set `segment_tags` before a call to the tags that
+    `deltamem.encode_chat` returns. They say which segment the next tokens belong to. Without them, tokens join the open
+    segment, as generated tokens do. `end_segment()` writes the open segment.
+
+    After beam search, `memory` holds the states of the beams that were still running, not those of the returned
+    sequences.
 
     Args:
-        model: a model that `attach` or `load` has given a memory.
-        memory: the memory to start from; None starts from zeros. It is not changed: the new one is `cache.memory`.
+        model: a model with a memory, from `attach` or `load`.
+        memory: memory to start from; None starts from zeros. It is not changed: the new memory is `cache.memory`.
         write: whether tokens write. A bool `[B, T]` tensor is a mask over the tokens of one call.
-        max_length: allocate transformers' static cache, of this many tokens, which torch.compile needs; None grows with
-            the text.
-
-    Where the adapter writes by segments (a message, a sentence), set `segment_tags` before a call, to what
-    `deltamem.encode_chat` returns: it says which segment the next tokens belong to. Without it tokens join the open
-    segment, as generated ones do. `end_segment()` writes the open segment.
+        max_length: allocate transformers' static cache with room for this many tokens, as torch.compile needs. With
+            None, the cache grows with the text.
 
     Raises:
         MemoryStateError: `memory` belongs to another adapter, has other layers, heads or rank, or contains NaN.
@@ -80,7 +81,7 @@ class MemoryCache(DynamicCache):
 
     @property
     def segments(self) -> Tensor | None:
-        """What `segment_tags` was called in 0.1."""
+        """The old name of `segment_tags`, from version 0.1."""
         return self.segment_tags
 
     @segments.setter
@@ -91,7 +92,7 @@ class MemoryCache(DynamicCache):
         """Write the open segment of every conversation that has one.
 
         Raises:
-            MemoryStateError: the adapter writes every token by itself, or all open segments are empty.
+            MemoryStateError: the adapter writes every token separately, or all open segments are empty.
         """
         if self._config.granularity == "token":
             raise MemoryStateError(
@@ -109,16 +110,16 @@ class MemoryCache(DynamicCache):
         self.memory = MemoryState(layers, self.memory.adapter, segments)
 
     def begin_generation(self, max_length: int | None, copies: int) -> None:
-        """Note that `generate` starts: no row has ended.
+        """Record that `generate` starts and that no row has ended.
 
         Args:
-            max_length: its `max_length`, of prompt and answer; None if it feeds the prompt in pieces.
-            copies: how many of each row it will feed.
+            max_length: the `max_length` of `generate`, for prompt and answer; None if it feeds the prompt in pieces.
+            copies: number of copies of each row that it feeds.
         """
         self._finished, self._step, self._max_length, self._copies = None, None, max_length, copies
 
     def finish(self, done: Tensor) -> None:
-        """Note which rows a stopping criterion of `generate` has ended: they will no longer read or write.
+        """Record the rows that a stopping criterion of `generate` has ended. They no longer read or write.
 
         Args:
             done: bool `[B]`.
@@ -126,15 +127,15 @@ class MemoryCache(DynamicCache):
         self._finished = done if self._finished is None else self._finished | done
 
     def begin_step(self, content: Tensor, valid: Tensor | None, given: int = 0) -> None:
-        """Note what `generate` feeds next.
+        """Record the tokens that `generate` feeds next.
 
         Args:
             content: token ids `[B, T]` or embeddings `[B, T, D]`.
-            valid: bool `[B, T]`, tokens that are not padding; None for all.
-            given: tokens of the prompt, those that the cache holds already included.
+            valid: bool `[B, T]`, the tokens that are not padding; None for all.
+            given: number of tokens in the prompt, including those already in the cache.
 
         Raises:
-            MemoryStateError: there is no room for the longest answer.
+            MemoryStateError: there is no room for an answer of the maximum length.
         """
         if self._max_length is not None:
             self.check_room(content.shape[1] + self._max_length - given - 1)  # the last one is not fed
@@ -149,7 +150,7 @@ class MemoryCache(DynamicCache):
 
     @property
     def length(self) -> int:
-        """How many tokens the layers hold that keep them all, without waiting for a GPU; 0 if none does."""
+        """Number of tokens in the layers that keep all of them, without waiting for a GPU; 0 if no layer does."""
         layers = (
             layer
             for layer in cast(list[Any], self.layers)
@@ -159,7 +160,7 @@ class MemoryCache(DynamicCache):
         return self._fed if isinstance(length, Tensor) and length.device.type != "cpu" else int(length)
 
     def drop_after(self, length: int) -> None:
-        """Take back what a call that failed has left in its first layers, where they keep all keys and values."""
+        """Remove what a failed call has left in its first layers, if these keep all keys and values."""
         for number, layer in enumerate(cast(list[Any], self.layers)):
             if type(layer) is DynamicLayer and layer.get_seq_length() > length:
                 if length == 0:
@@ -170,10 +171,10 @@ class MemoryCache(DynamicCache):
                 layer.cumulative_length.fill_(length)  # elsewhere what a compiled graph has fed was not counted
 
     def check_room(self, tokens: int) -> None:
-        """Check that the static layers have room for so many more tokens; others grow, or keep a window.
+        """Check that the static layers have room for this many more tokens. Other layers grow, or keep a window.
 
         Raises:
-            MemoryStateError: they do not.
+            MemoryStateError: there is not enough room.
         """
         rooms = [
             layer.max_cache_len
@@ -191,19 +192,20 @@ class MemoryCache(DynamicCache):
             )
 
     def count(self, tokens: int) -> None:
-        """Note that so many tokens are in the cache now."""
+        """Record that this many more tokens are in the cache."""
         self._fed += tokens
 
     def take_step(self) -> tuple[Tensor | None] | None:
-        """Return which tokens of the call that `begin_step` has announced belong to the conversation.
+        """Return the mask of the tokens recorded by `begin_step`, and clear it.
 
-        They are bool `[B, T]`, or None for all, in a tuple; None where nothing was announced.
+        The mask is bool `[B, T]`, or None for all tokens, in a tuple. None instead of a tuple means that nothing was
+        recorded.
         """
         step, self._step = self._step, None
         return step
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, of keys and values, memory and segment tags."""
+        """Select the rows `beam_idx` of keys and values, memory and segment tags."""
         self._take_keys(beam_idx.long())
         if self.memory is not None:
             self.memory = self.memory.select(beam_idx)
@@ -213,11 +215,11 @@ class MemoryCache(DynamicCache):
             self._finished = self._finished.index_select(0, beam_idx.to(self._finished.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Take the rows `indices`."""
+        """Select the rows `indices`, as `reorder_cache` does."""
         self.reorder_cache(indices)  # all that static layers can do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, the copies of a row side by side."""
+        """Repeat every row; the copies of a row are adjacent."""
         if self.get_seq_length() > 0:  # empty layers have no rows to repeat
             keys = next(keys for layer in self.layers if (keys := getattr(layer, "keys", None)) is not None)
             self._take_keys(torch.arange(len(keys)).repeat_interleave(repeats))
@@ -227,26 +229,26 @@ class MemoryCache(DynamicCache):
             self.segment_tags = self.segment_tags.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
-        """Forget everything, the memory too."""
+        """Clear the cache, including the memory."""
         super().reset()  # type: ignore[no-untyped-call]  # of transformers
         self.memory, self.segment_tags, self._finished, self._step, self._fed = None, None, None, None, 0
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` compiles decode steps by itself.
+        """Whether `generate` compiles decode steps automatically.
 
-        Not on a GPU, where it would record them as CUDA graphs, which keep their outputs in one place: a memory taken
-        from `cache.memory` would change at the next step.
+        It does not on a GPU. There it would record them as CUDA graphs, which reuse their output buffers, so that a
+        memory taken from `cache.memory` would change at the next step.
         """
         return super().is_compileable and self._device_type != "cuda"
 
     @property
     def is_croppable(self) -> bool:
-        """False: a memory cannot forget tokens."""
+        """Always False: a memory cannot forget tokens."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise MemoryStateError: a memory cannot forget tokens."""
+        """Always raise MemoryStateError: a memory cannot forget tokens."""
         raise takes_tokens_back()
 
     def _take_keys(self, rows: Tensor) -> None:
@@ -254,7 +256,7 @@ class MemoryCache(DynamicCache):
 
 
 def takes_tokens_back() -> MemoryStateError:
-    """The error for what feeds tokens that it does not keep."""
+    """Return the error for decoding methods that feed tokens and then discard them."""
     return MemoryStateError(
         "A memory cannot forget its last tokens.",
         "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",

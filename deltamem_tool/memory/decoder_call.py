@@ -1,4 +1,4 @@
-"""One run of a decoder with a memory: what its `hooks` read and fill, one for each thread."""
+"""The data of one forward pass of a decoder with a memory, which `hooks` reads and fills; one per thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamem_tool.memory.state import MemoryState
 
 @dataclass
 class DecoderCall:
-    """One run of the decoder. What it started from does not change while it runs, so that a layer may run twice."""
+    """One forward pass of the decoder. Its starting values do not change during it, so that a layer may run twice."""
 
     cache: MemoryCache
     memory: MemoryState
@@ -32,7 +32,7 @@ class DecoderCall:
     write_gates: dict[int, Tensor] = field(default_factory=dict)  # [B, 2] by layer, as `MemoryCache` has them
 
     def move_masks(self, device: torch.device) -> None:
-        """Move the masks to a layer's device, if they are elsewhere: they go along with the hidden states."""
+        """Move the masks to a layer's device if they are elsewhere: they follow the hidden states."""
         for name in ("read_mask", "write_mask", "segment_end"):
             mask = getattr(self, name)
             if isinstance(mask, Tensor) and mask.device != device:
@@ -45,12 +45,12 @@ _THREAD = local()
 
 
 def running() -> DecoderCall | None:
-    """Return what this thread runs."""
+    """Return the forward pass that this thread runs, or None."""
     return getattr(_THREAD, "call", None)
 
 
 def run(call: DecoderCall | None) -> None:
-    """Have this thread run `call` from now on."""
+    """Set the forward pass that this thread runs."""
     _THREAD.call = call
 
 
@@ -61,7 +61,9 @@ def is_off() -> bool:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Run models with a memory as their base models, in this thread: nothing is read, corrected or written.
+    """Run models without their memory, as plain base models, in this thread.
+
+    Nothing is read from the memory, corrected, or written to it.
 
     Example:
         >>> import deltamem_tool as deltamem

@@ -1,4 +1,4 @@
-"""The memory of conversations, as a value."""
+"""The memory of a batch of conversations, as an immutable value."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from deltamem_tool.memory.file import MemoryShape, StoredMemory, check_memory, r
 
 
 class MemoryState:
-    """The states of all layers of one batch of conversations. Never changed in place: every method returns a new one.
+    """The memory of a batch of conversations: the states of all layers.
+
+    A memory is never changed in place: every method returns a new one.
 
     Args:
-        layers: float32 `[B, H, R, R]` by decoder layer index, indexed [value row, key column].
+        layers: states, float32 `[B, H, R, R]` by decoder layer index; the last two axes are value row and key column.
         adapter: fingerprint of the adapter that the states belong to.
-        open_segments: where the adapter writes by segments, float32 `[B, W]` by layer: the sums over the tokens of the
-            open segment, their number last (W is `DeltaMemConfig.segment_width`). Empty where every token writes.
+        open_segments: for an adapter that writes by segments, float32 `[B, W]` by layer: the sums over the tokens of
+            the open segment, then their number. W is `DeltaMemConfig.segment_width`. Empty if every token writes.
 
     Raises:
-        MemoryStateError: a tensor is not float32 of that shape, or the layers disagree on B.
+        MemoryStateError: a tensor does not have that dtype or shape, or the layers have different batch sizes.
 
     Example:
         >>> import torch
@@ -67,41 +69,41 @@ class MemoryState:
 
     @property
     def nbytes(self) -> int:
-        """The size of all tensors together."""
+        """Total size of all tensors, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.layers.values(), *self.open_segments.values()))
 
     @property
     def shape(self) -> MemoryShape:
-        """`(H, R, R)` by layer, and W."""
+        """Shape of the memory: `(H, R, R)` by layer, and W."""
         segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: tuple(state.shape[1:]) for layer, state in self.layers.items()}, segment)
 
     @property
     def open_tokens(self) -> Tensor:
-        """int64 `[B]`: how many tokens of each conversation wait for their segment to end."""
+        """Number of tokens in the open segment of each conversation, int64 `[B]`."""
         if not self.open_segments:
             return torch.zeros(self.batch_size, dtype=torch.int64)
         return next(iter(self.open_segments.values()))[:, -1].long()
 
     def norms(self) -> dict[int, Tensor]:
-        """The Frobenius norm of every state, `[B, H]` by layer."""
+        """Return the Frobenius norm of every state, `[B, H]` by layer."""
         return {layer: state.flatten(2).norm(dim=2) for layer, state in self.layers.items()}
 
     def clone(self) -> MemoryState:
-        """An independent copy, cut off from autograd."""
+        """Return an independent copy, detached from autograd."""
         return self._map(lambda tensor: tensor.detach().clone())
 
     def fork(self, copies: int) -> MemoryState:
-        """Every row `copies` times, the copies of a row side by side: `[B·copies, H, R, R]`."""
+        """Repeat every row `copies` times, to `[B·copies, H, R, R]`; the copies of a row are adjacent."""
         return self._map(lambda tensor: tensor.repeat_interleave(copies, dim=0))
 
     def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
-        """The given rows, in the given order, repeats allowed."""
+        """Select rows in the given order; rows can be repeated."""
         return self._map(lambda tensor: tensor.index_select(0, torch.as_tensor(rows, device=tensor.device)))
 
     @classmethod
     def stack(cls, memories: Sequence[MemoryState]) -> MemoryState:
-        """All rows of all `memories` as one batch, in order, on the devices of the first.
+        """Concatenate all rows of `memories` into one batch, in order, on the devices of the first.
 
         Raises:
             MemoryStateError: `memories` is empty, or they belong to different adapters.
@@ -124,18 +126,18 @@ class MemoryState:
         return self._map(lambda tensor: tensor.to(device))
 
     def layer_on(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """State and open segment of one layer, on a device; None where every token writes."""
+        """Return state and open segment of one layer, on a device; the segment is None if every token writes."""
         segment = self.open_segments.get(layer)
         return self.layers[layer].to(device), None if segment is None else segment.to(device)
 
     def for_autograd(self) -> MemoryState:
-        """Itself, or where gradients are computed a copy of what was written in `torch.inference_mode()`."""
+        """Return this memory, or a copy if gradients are enabled and it was written in `torch.inference_mode()`."""
         if torch.is_grad_enabled() and any(state.is_inference() for state in self.layers.values()):
             return self._map(torch.clone)
         return self
 
     def check_finite(self) -> None:
-        """Check that all numbers are finite.
+        """Check that all values are finite.
 
         Raises:
             MemoryStateError: a state contains NaN or infinity.
@@ -148,7 +150,7 @@ class MemoryState:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all; `load` gives the same bits back.
+        """Write the memory to a safetensors file, whole or not at all. `load` returns the same bits.
 
         Raises:
             MemoryStateError: the memory contains NaN or infinity.
@@ -164,7 +166,7 @@ class MemoryState:
         """Read a memory file.
 
         Raises:
-            MemoryStateError: the file is missing or damaged, or of a newer format.
+            MemoryStateError: the file is missing or damaged, or has a newer format.
         """
         stored = read_memory(path)
         states, segments = (

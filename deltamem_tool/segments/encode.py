@@ -1,4 +1,4 @@
-"""Chats as the tensors of one call: token ids, masks, and the segment tags where a memory writes by segments."""
+"""Encode chats as the tensors of one call: token ids, masks, and segment tags for memories that write by segments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RENDERED = {"add_special_tokens": False, "split_special_tokens": False, "verbose
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """Conversations as the tensors of one call. Padding has mask 0 and tag SegmentTag.OUTSIDE."""
+    """Conversations as the tensors of one model call. Padding has mask 0 and tag SegmentTag.OUTSIDE."""
 
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # int64 [B, T]
@@ -31,7 +31,7 @@ class ChatTokens:
 
 
 class TaggedChat(NamedTuple):
-    """One conversation: its rendering, and token ids and tags of one length T."""
+    """One conversation: its rendered text, and its token ids and tags, both of length T."""
 
     text: str
     input_ids: list[int]
@@ -47,20 +47,20 @@ def encode_chat(
     split: Split | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatTokens:
-    """One conversation (B = 1) or several become tokens and tags `[B, T]`.
+    """Encode one conversation (B = 1) or several as token ids, masks and segment tags `[B, T]`.
 
     Args:
-        tokenizer: with a chat template; a fast one, unless granularity is "token".
-        conversations: messages, or lists of messages.
+        tokenizer: a tokenizer with a chat template. It must be a fast one, unless granularity is "token".
+        conversations: a list of messages, or a list of such lists.
         granularity: "token", "message" or "sentence".
         add_generation_prompt: end with the header of the assistant's next message.
-        padding_side: "left" or "right"; padded with the padding token, or else with the end token.
-        split: how "sentence" splits a message's content, as `tag_chat` has it.
-        template_kwargs: what the template is given besides the messages: `tools`, or variables of its own.
+        padding_side: "left" or "right". The padding token is used, or the end token if there is none.
+        split: function that splits a message's content for "sentence", as in `tag_chat`.
+        template_kwargs: further arguments for the chat template, such as `tools`, or variables of its own.
 
     Raises:
-        ConfigError: an option has no such value.
-        DataError: as in `tag_chat`, or there is nothing to encode, or no token to pad with.
+        ConfigError: an option has an invalid value.
+        DataError: there is nothing to encode, or no token to pad with; or an error of `tag_chat`.
 
     Example:
         >>> import deltamem_tool as deltamem
@@ -108,22 +108,24 @@ def tag_chat(
     add_generation_prompt: bool = False,
     split: Split | None = None,
 ) -> TaggedChat:
-    """One conversation as text, token ids and tags. At granularity "token" every token is tagged SegmentTag.LAST.
+    """Encode one conversation as text, token ids and tags.
+
+    At granularity "token", every token is tagged SegmentTag.LAST.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
         messages: the conversation.
         granularity: "token", "message" or "sentence".
         add_generation_prompt: end with the header of the assistant's next message.
-        split: gets the content as it is rendered (templates may strip it) and returns its sentences in order; what lies
-            between two of them joins the first, and so does one of whitespace alone. English rules by default. Content
-            that is no string (None, a list of parts) or that is blank is one sentence.
+        split: function that takes the content as rendered (templates may strip it) and returns its sentences in order;
+            English rules by default. Text between two sentences joins the first of them, and so does a sentence of
+            whitespace. Content that is blank or not a string (None, a list of parts) is one sentence.
 
     Raises:
-        ConfigError: `granularity` is unknown, or `split` is given where nothing is split.
-        DataError: there is no message or no chat template; the tokenizer has no character offsets; the template refuses
-            the conversation, or does not let the end of a message be told; a message or a sentence has no token of its
-            own; `split` returns what is not in the content.
+        ConfigError: `granularity` is unknown, or `split` is given but nothing is split.
+        DataError: there is no message or no chat template; the tokenizer has no character offsets; the template rejects
+            the conversation, or does not show where a message ends; a message or a sentence has no token of its own; or
+            `split` returns text that is not in the content.
     """
     return tagged(tokenizer, ChatTemplate.of(tokenizer), messages, granularity, add_generation_prompt, split)
 

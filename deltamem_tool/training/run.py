@@ -1,4 +1,4 @@
-"""A training run from its recipe to its adapter folder. The base model is frozen."""
+"""A training run, from its recipe to its adapter folder. The base model is frozen."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from deltamem_tool.training.trainer import (
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has made."""
+    """The result of a training run."""
 
     adapter: Path
     steps: int
@@ -79,26 +79,27 @@ def train(
     expecting: Callable[[int, float], None] | None = None,
     sharded: Callable[[BaseShare], None] | None = None,
 ) -> TrainingResult:
-    """Run a recipe and write its adapter folder.
+    """Train an adapter from a recipe and write its folder.
 
-    It runs on one device, the first GPU that CUDA_VISIBLE_DEVICES shows or else the CPU; under `torchrun` or
-    `accelerate launch`, on one a process, which may share the base (FSDP2). Checkpoints go to the folder `<out>.run`
-    and are removed at the end. Ctrl-C ends the run after the step it is in, with a checkpoint and the adapter so far
-    written.
+    Training uses one device: the first GPU in CUDA_VISIBLE_DEVICES, or else the CPU. Under `torchrun` or
+    `accelerate launch`, each process uses one device, and the processes can share the base model (FSDP2).
+
+    Checkpoints go to the folder `<out>.run` and are removed at the end. Ctrl-C ends the run after the current step, and
+    a checkpoint and the adapter so far are written.
 
     Args:
-        recipe: what to run.
-        resume: go on from the last checkpoint.
+        recipe: the recipe.
+        resume: resume from the last checkpoint.
         overwrite: replace the adapter folder and the checkpoints of another run.
         report: called after each step with the step, the number of steps, and the last loss.
-        encoding: called while episodes are encoded, before the first step, (done, of how many).
-        expecting: called before the first step with the number of steps to come and about how many seconds they will
-            take, evaluations not counted; to measure that costs up to two steps.
-        sharded: called in the main process with what each process holds of a base that they share.
+        encoding: called with the number of episodes that are encoded and their total, before the first step.
+        expecting: called before the first step with the number of remaining steps and the seconds that they are
+            estimated to take, without evaluations. The estimate costs up to two steps.
+        sharded: called in the main process with the share of the base model that each process holds.
 
     Raises:
-        DeltaMemError: the recipe cannot be run, or the run diverged or was interrupted, or lost another process; or
-            another program made `out` meanwhile, and the adapter is beside it.
+        DeltaMemError: the recipe cannot be run; the run diverged, was interrupted or lost another process; or another
+            program created `out` in the meantime, and the adapter was written beside it.
 
     Example:
         >>> import deltamem_tool as deltamem

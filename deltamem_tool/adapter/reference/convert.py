@@ -76,24 +76,24 @@ def convert(
     base_revision: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write the adapter `src` to the folder `dst` in the other format: from the reference implementation's, or `to` it.
+    """Convert an adapter from the reference implementation's format to deltamem's, or back.
 
-    Both ways keep every bit: what was converted and comes back has the same tensors (values, dtypes, order) and the
-    same config.
+    The conversion keeps every bit in both directions: an adapter that is converted and converted back has the same
+    tensors (values, dtypes, order) and the same config.
 
     Args:
         src: folder or Hub id of the adapter.
         dst: folder to write, whole or not at all.
-        base: folder or Hub id of the base model. The reference does not record it, so it must be given; to convert back
-            it need not be, as long as it is where the adapter says.
-        to: "deltamem" or "reference".
+        base: folder or Hub id of the base model. The reference implementation does not record it, so it is required
+            when `to` is "deltamem". When `to` is "reference", it defaults to the one that the adapter records.
+        to: format to write, "deltamem" or "reference".
         revision: branch, tag or commit of the adapter on the Hub.
-        base_revision: of the base model on the Hub.
-        overwrite: replace `dst`.
+        base_revision: branch, tag or commit of the base model on the Hub.
+        overwrite: replace `dst` if it exists.
 
     Raises:
-        AdapterError: `src` is damaged, not an adapter of the other format, or has what would be lost; or does not fit
-            `base`. Differences are named.
+        AdapterError: `src` is damaged, is not an adapter of the other format, contains something that the conversion
+            would lose, or does not fit `base`. The message names the differences.
         ArchitectureError: `base` cannot be loaded, or the reference implementation does not support it.
         DeltaMemError: `dst` exists, or cannot be written.
 

@@ -1,4 +1,4 @@
-"""Write a model with a memory as an ONNX folder, and compare it with PyTorch before anyone sees it."""
+"""Export a model with a memory as an ONNX folder, and compare it with PyTorch before the folder appears."""
 
 from __future__ import annotations
 
@@ -82,37 +82,40 @@ def export_onnx(
     without: Collection[str] = (),
     progress: Callable[[str, int, int], object] | None = None,
 ) -> Manifest:
-    """Write `out`, whole or not at all: graph, weights, manifest, tokenizer, configs. See `contract` for its interface.
+    """Export a model with a memory as an ONNX folder: graph, weights, manifest, tokenizer and configs.
 
-    The graph runs conversations through ONNX Runtime and through `model` before the folder takes its name. It is
-    quantised after that, and what this costs is measured. Where no runtime here has the operators of the target, the
-    manifest has no `max_abs_diff`: nothing was compared.
+    The folder is written whole or not at all. `onnx.contract` describes the interface of the graph. Before the folder
+    appears, conversations run through both ONNX Runtime and `model`, and the results are compared. Quantisation comes
+    after that, and the difference it makes is measured. If no runtime on this machine has the operators of the target,
+    nothing is compared, and the manifest has no `max_abs_diff`.
 
     Args:
-        model: a model with a memory, in the type that the graph shall have.
-        tokenizer: its tokenizer; the folder needs a tokenizer.json.
-        out: the folder.
-        target: a name in `targets.TARGETS`: what will run the graph.
-        quantize: "int4" or "int8" for the base's weights in so many bits; the memory stays float32.
-        group_size: weights of one output that share a scale when quantised: 16, 32, 64, 128 or 256. It divides the
-            model's width.
+        model: a model with a memory, in the data type that the graph is to have.
+        tokenizer: its tokenizer; it must have a tokenizer.json.
+        out: folder to write.
+        target: runtime for the graph, a name in `targets.TARGETS`.
+        quantize: "int4" or "int8" to quantise the base model's weights to 4 or 8 bits, "none" not to. The memory stays
+            float32.
+        group_size: number of quantised weights of one output that share a scale: 16, 32, 64, 128 or 256. It must divide
+            the model's width.
         symmetric: quantise without zero points.
-        logits: "last" for the last position's alone, "all" for every position's.
-        max_length: room for so many tokens in keys and values that keep their place; 0 for those that grow.
-        memory: a memory file that conversations of a graph for onnxruntime-genai start from; other graphs take the
-            state as an input.
-        base_model: where the base came from, for the manifest; say nothing that only this machine knows.
-        overwrite: replace a folder that is there.
-        without: rewrites of the graph to leave out, names in `rewrites.REWRITES`.
-        progress: called with a stage, how much of it is done, and how much there is (0 where that is not counted): as
-            each stage begins, and as it goes on.
+        logits: "last" for the logits of the last position only, "all" for those of every position.
+        max_length: fixed length of keys and values, in tokens; 0 lets them grow.
+        memory: memory file that conversations start from, for onnxruntime-genai. Other graphs take the state as an
+            input.
+        base_model: where the base model comes from, for the manifest. Do not pass a path that is only valid on this
+            machine.
+        overwrite: replace `out` if it exists.
+        without: names of graph rewrites in `rewrites.REWRITES` to leave out.
+        progress: called with the stage, how much of it is done, and the total (0 if it is not counted), when a stage
+            begins and as it progresses.
 
     Raises:
-        ExportError: the model cannot be exported, or is spread over devices or offloaded; ONNX Runtime does not compute
-            what PyTorch computes; or there is no rewrite of a name in `without`.
-        ConfigError: the target takes no `memory`.
+        ExportError: the model cannot be exported, is spread over devices or is offloaded; ONNX Runtime does not compute
+            what PyTorch computes; or `without` contains an unknown name.
+        ConfigError: `memory` is given for a target that does not take it.
         MemoryStateError: the memory is missing or damaged, or does not fit the adapter.
-        DeltaMemError: `out` is there already.
+        DeltaMemError: `out` already exists.
 
     Example:
         >>> import deltamem_tool as deltamem

@@ -1,4 +1,4 @@
-"""Run an ONNX folder: an engine for conversations in ONNX Runtime, without PyTorch."""
+"""The engine that runs conversations with an ONNX folder, in ONNX Runtime and without PyTorch."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from deltamem_tool.onnx.runtime.slots import Slots
 
 
 class OnnxModel:
-    """An ONNX folder, ready to talk: pass it to `Conversation`. One model serves many conversations and threads.
+    """A model in an ONNX folder that runs in ONNX Runtime: pass it to `Conversation`.
+
+    One instance serves many conversations and threads.
 
     Args:
-        folder: what `deltamem export` wrote, a folder that has it under `onnx/`, or a Hub id: see `resolve`.
-        provider: what runs the graph, "cpu" or "cuda".
-        threads: of one call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the cores that this process
-            may use.
-        map_weights: leave the weights in their file, of a graph that is not quantised: see `Graph`.
-        cuda_graph: record and replay decode steps, of a graph of fixed length on CUDA, from one thread: see
-            `BufferedGraph`.
+        folder: a folder written by `deltamem export`, a folder that has one under `onnx/`, or a Hub id.
+        provider: execution provider, "cpu" or "cuda".
+        threads: threads per call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the number of cores
+            that this process may use.
+        map_weights: memory-map the weights, which must not be quantised: see `LoadedGraph`.
+        cuda_graph: record decode steps as CUDA graphs and replay them. This needs a graph of fixed length on CUDA, and
+            all calls must come from one thread: see `BufferedGraph`.
 
     Raises:
-        ExportError: a file is missing or damaged, files disagree, or the provider is not to be had.
-        ConfigError: weights that are quantised are to stay in their file.
-        HubError: the Hub does not give it.
+        ExportError: a file is missing or damaged, files contradict each other, or the provider is not available.
+        ConfigError: `map_weights` is set, but the weights are quantised.
+        HubError: the folder cannot be fetched from the Hub.
 
     Example:
         >>> import deltamem_tool as deltamem

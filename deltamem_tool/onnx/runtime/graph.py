@@ -1,4 +1,4 @@
-"""One graph in ONNX Runtime: loaded, checked, and run so that what it carries from call to call stays on its device."""
+"""Load a graph in ONNX Runtime, check it, and run it so that cache and memory stay on its device between calls."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _TYPES = {
 
 
 class LoadedGraph:
-    """`model.onnx` in an ONNX Runtime session, checked against its interface: what `Graph` and `BufferedGraph` share.
+    """`model.onnx` in an ONNX Runtime session, checked against its interface: the base of `Graph` and `BufferedGraph`.
 
     Args:
-        folder: where the graph and its weights are.
-        interface: the inputs and outputs that the graph must have.
-        provider: "cpu" or "cuda".
-        threads: for one call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the cores that this process
-            may use.
-        map_weights: leave the weights in their file, which the system maps into memory page by page. It loads in
-            a fraction of a second and takes no memory of its own; a prompt took 1.6 times as long, an answer as long as
-            before. By default ONNX Runtime packs them anew for the processor.
-        provider_options: ONNX Runtime's own for the provider, beside `providers.OPTIONS`.
+        folder: folder with the graph and its weights.
+        interface: inputs and outputs that the graph must have.
+        provider: execution provider, "cpu" or "cuda".
+        threads: threads per call; by default `ORT_INTRA_OP_NUM_THREADS`, `OMP_NUM_THREADS`, or the number of cores
+            that this process may use.
+        map_weights: memory-map the weights from their file instead of having ONNX Runtime repack them for the CPU. The
+            graph then loads in a fraction of a second, and the weights need no memory of their own. A prompt took 1.6
+            times as long; answers took no longer.
+        provider_options: further options of ONNX Runtime for the provider, besides `providers.OPTIONS`.
 
     Raises:
         ExportError: the graph cannot be loaded or differs from `interface`, or the provider is not available.
@@ -176,7 +176,7 @@ class LoadedGraph:
 
 
 class Graph(LoadedGraph):
-    """A graph whose keys and values grow: every call gives new ones, and leaves the old ones as they are."""
+    """A graph whose keys and values grow: every call returns new ones and leaves the old ones unchanged."""
 
     def empty_past(
         self,
