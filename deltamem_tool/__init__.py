@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: the command line and the ONNX runtime must not wait for torch."""
+    """Import a name on first use, so that the command line and ONNX Runtime do not have to wait for torch."""
     from importlib import import_module
 
     if name in _HOME:

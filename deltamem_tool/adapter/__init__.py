@@ -1,4 +1,4 @@
-"""Adapter folders: written, read, loaded onto their base model, converted from and to the reference's.
+"""Adapter folders: write, read, load onto the base model, and convert from and to the reference implementation.
 
-The module that is trained is `memory.adapter.DeltaMemAdapter`.
+The trained module itself is `memory.adapter.DeltaMemAdapter`.
 """

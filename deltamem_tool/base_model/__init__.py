@@ -1,1 +1,1 @@
-"""The model that a memory goes onto: its checkpoint, its attention layers, and which types are supported."""
+"""The base model of a memory: its checkpoint, its attention layers, and the supported model types."""

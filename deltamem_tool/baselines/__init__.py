@@ -1,1 +1,1 @@
-"""What a memory is compared with: a LoRA on the same base model, and retrieval with BM25."""
+"""Baselines for a memory: a LoRA or a static adapter on the same base model, and retrieval with BM25."""

@@ -1,6 +1,6 @@
-"""What a memory costs: speed, peak memory and sizes, beside the base model and a LoRA.
+"""Measure what a memory costs: speed, peak memory and sizes, compared with the base model and a LoRA.
 
-The defaults of `deltamem bench` are here, where nothing heavy is imported.
+The defaults of `deltamem bench` are defined here, where nothing heavy is imported.
 """
 
 BASE, MEMORY, LORA = "base", "memory", "lora"

@@ -1,1 +1,4 @@
-"""Conversations with a memory, over either runtime: what is said, fed, generated. Only `torch_engine` needs torch."""
+"""Conversations with a memory, in PyTorch or ONNX Runtime. Only `torch_engine` needs torch.
+
+Start with `conversation.Conversation` and `engine.Engine`, the interface that it needs from a runtime.
+"""

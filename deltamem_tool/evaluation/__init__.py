@@ -1,6 +1,8 @@
-"""What the memory is worth: tasks, protocols, conditions, and how sure a figure is.
+"""Evaluation of a memory: tasks, protocols, conditions, and the uncertainty of the results.
 
-What commands take by default is spelled here, where nothing heavy is imported.
+A task asks questions, a protocol says what is in the context besides the memory, and conditions compare the memory with
+its controls. Start with `runner.evaluate`. The defaults of the commands are defined here, where nothing heavy is
+imported.
 """
 
 RECALL, MEMORY_ONLY = "recall", "memory"  # the task and the protocol, unless told otherwise

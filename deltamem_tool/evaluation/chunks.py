@@ -1,4 +1,4 @@
-"""A long text in chunks of whole sentences, as MemoryAgentBench's `chunk_text_into_sentences` cuts it."""
+"""Split a long text into chunks of whole sentences, like `chunk_text_into_sentences` of MemoryAgentBench."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer can rest on: which memory, and which part of the history in view."""
+"""The conditions of an evaluation: which memory is used, and which part of the history is in the context."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CONTROLS = ("zero_state", "donor_state", "mean_state", PERMUTED_STATE, "scale_ze
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to ask.
+    """One condition under which questions are asked.
 
     Args:
-        name: of the condition.
-        memory: what stands for the memory; None without the adapter.
-        view: what of the history is shown.
-        meaning: what it is, in words.
-        on_base: what is on the base model without the adapter.
+        name: name of the condition.
+        memory: the memory that is used; None means the base model without the adapter.
+        view: the part of the history that is in the context.
+        meaning: description of the condition.
+        on_base: LoRA or static adapter on the base model, if the adapter is not used.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Condition:
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """What is in view besides the memory.
+    """What is in the context besides the memory.
 
-    Nothing, the last messages of the history that are within `window` tokens, or all of it.
+    It is nothing, the last messages of the history within `window` tokens, or all of the history.
     """
 
     name: str
@@ -60,10 +60,10 @@ class EvalProtocol:
 
     @classmethod
     def parse(cls, text: str) -> EvalProtocol:
-        """`memory`, `window:N` or `full`.
+        """Parse `memory`, `window:N` or `full`.
 
         Raises:
-            ConfigError: it is none of these.
+            ConfigError: the text is none of these.
         """
         match = re.fullmatch(r"window:([1-9]\d{0,8})", text)
         if match:

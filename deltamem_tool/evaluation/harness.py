@@ -1,9 +1,9 @@
-"""General ability with the memory on: tasks of lm-evaluation-harness, by its own API.
+"""Tasks of lm-evaluation-harness, which measure general ability with the memory on, run through its own API.
 
-Its documents have no history. The memory starts from zeros with every request and is written as the request is read,
-so what is compared is the adapter, with its corrections scaled to zero, and the base model alone: document by document,
-with the statistics of the other tasks, a document being a history of its own. Another history's memory, or a full
-context, cannot be.
+The documents of the harness have no history. For every request, the memory starts from zeros and is written while the
+request is read. So the conditions are the adapter, the adapter with its corrections scaled to zero, and the base model
+alone. They are compared document by document, with the statistics of the other tasks; each document counts as a history
+of its own. Conditions with the memory of another history or with a full context are not possible.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model with a memory, as lm-evaluation-harness asks it: every request starts from zeros, in any batch."""
+"""A model with a memory for lm-evaluation-harness. Every request starts from zeros, whatever its batch."""
 
 from __future__ import annotations
 

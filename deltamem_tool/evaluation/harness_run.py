@@ -1,4 +1,4 @@
-"""Documents of lm-evaluation-harness, asked under each condition."""
+"""Ask the documents of lm-evaluation-harness under each condition."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How likely an answer is under a condition: the log-probability of each of its tokens after the prompt.
+"""The likelihood of an answer under a condition: the log-probability of each of its tokens after the prompt.
 
-An answer's own tokens are those that hold a character of it. What the template writes before it (header, an empty
-thought) is given, and what it writes after it (the end of the turn) is not scored: it says nothing about the content,
-and it would count for more the shorter an answer is.
+The tokens of an answer are those that contain a character of it. Text that the template writes before the answer (a
+header, an empty thought) belongs to the prompt. Text that it writes after the answer (the end of the turn) is not
+scored: it says nothing about the content, and would weigh more the shorter an answer is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memories of several conversations: rows that are taken or averaged, and layers that change places."""
+"""Operations on the memories of several conversations: select or average rows, and permute layers."""
 
 from __future__ import annotations
 

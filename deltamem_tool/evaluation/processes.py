@@ -1,4 +1,4 @@
-"""Several processes of one evaluation, as `accelerate launch` and torchrun start them: each asks a share of it."""
+"""Split an evaluation over the processes that `accelerate launch` or torchrun has started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a history is shown before the question: nothing, its last tokens, all of it, or what BM25 finds in it."""
+"""The part of a history shown before the question: nothing, its last tokens, all of it, or passages BM25 finds."""
 
 from __future__ import annotations
 

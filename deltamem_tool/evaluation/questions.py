@@ -1,4 +1,4 @@
-"""A task's items as a whole: none is mixed up with another, whose memories stand in for whose, and their digest."""
+"""Checks on all items of a task, the choice of histories that stand in for others, and a digest of the items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked and answered, question by question, kept in a folder so that a long run goes on where it stopped."""
+"""The record of every question and answer, kept in a folder so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ITEMS = "items"  # among the settings: a digest of all that is asked
 
 @dataclass(frozen=True)
 class Record:
-    """One question under one condition."""
+    """The answer to one question under one condition."""
 
     item: str
     history: str

@@ -1,4 +1,4 @@
-"""What an evaluation found: every answer, and what they come to."""
+"""The result of an evaluation: all answers, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltamem_tool.evaluation.scoring.statistics import Difference, Estimate, di
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every answer, and what they come to."""
+    """All answers of an evaluation, and the figures computed from them."""
 
     task: str
     protocol: str
@@ -26,17 +26,17 @@ class Evaluation:
     margin: float | None = None  # stated before, that a difference has to exceed to matter
 
     def scores(self, metric: str, condition: str, group: str | None = None) -> tuple[list[float], list[str]]:
-        """Of a group, or of all: one a question, and the history of each, in the order of the items."""
+        """Return the score and the history of each question, of one group or of all, in the order of the items."""
         some = [r for r in self.records if r.condition == condition and group in (None, r.group)]
         return [record.scores[metric] for record in some], [record.history for record in some]
 
     def weights(self, metric: str, condition: str, group: str | None = None) -> list[float] | None:
-        """How much each of `scores` counts; None where all count the same."""
+        """Return the weight of each of `scores`; None if all weigh the same."""
         weight = scale_of(metric).weight
         return self.scores(weight, condition, group)[0] if weight else None
 
     def estimate(self, metric: str, condition: str, group: str | None = None) -> Estimate:
-        """The mean of a metric under a condition, with its interval."""
+        """Return the mean of a metric under a condition, with its interval."""
         weights = self.weights(metric, condition, group)
         return estimate(*self.scores(metric, condition, group), self.seed, scale_of(metric), weights)
 

@@ -1,4 +1,4 @@
-"""The part `run` of evaluation.json: what somebody needs who wants to do the evaluation again."""
+"""The `run` section of evaluation.json: everything needed to repeat the evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_json(
     options: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Describe a run without a path of the machine that did it.
+    """Describe a run, without local paths.
 
     Args:
         model: a model with its adapter, or an ONNX folder.

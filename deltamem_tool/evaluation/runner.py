@@ -1,4 +1,4 @@
-"""A task under a protocol: its histories are written once, then its questions are asked under every condition."""
+"""Run a task under a protocol: write its histories once, then ask its questions under every condition."""
 
 from __future__ import annotations
 

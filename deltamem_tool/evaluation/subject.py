@@ -1,4 +1,4 @@
-"""The model that is evaluated: an adapter in PyTorch, or an ONNX folder."""
+"""The model under evaluation: an adapter in PyTorch, or an ONNX folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: items with a history, a question, and what answers it rightly; and where tasks are found."""
+"""The interface of a task, whose items have a history, a question and correct answers; and how tasks are found."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ class Item:
     """One question.
 
     Args:
-        id: names it in records, the same in every run.
-        history_id: items of one history share its memory; resampling takes a history's items together.
-        history: sessions, oldest first. What the memory is written from, and what a protocol may show of it.
-        question: messages that are shown in every condition; the last is the user's.
-        answers: each of them is right.
-        group: what the report tells apart, such as "4 facts" or "multi-hop".
-        where: file and place, for errors.
-        query: what retrieval looks for: the question without instructions; the last message by default.
-        new_tokens: how long the answer may be; the task's `max_new_tokens` by default.
-        template_kwargs: what the chat template is given besides the messages, `tools` for example; the same for all
-            items of a history.
+        id: name of the item in records; the same in every run.
+        history_id: name of the history. Items of one history share its memory, and are resampled together.
+        history: sessions, oldest first. The memory is written from them, and a protocol may show some of them.
+        question: messages that are shown in every condition; the last one is the user's.
+        answers: correct answers; any of them counts.
+        group: group in the report, such as "4 facts" or "multi-hop".
+        where: file and position, for error messages.
+        query: query for retrieval, which is the question without instructions; the last message by default.
+        new_tokens: maximum length of the answer, in tokens; the task's `max_new_tokens` by default.
+        template_kwargs: further arguments for the chat template, such as `tools`; the same for all items of a history.
     """
 
     id: str
@@ -57,10 +56,10 @@ class Item:
 
 
 class Task(Protocol):
-    """A way to ask. `metrics` are the names that `score` gives, the one that decides first.
+    """A task. `metrics` are the names of the scores that `score` returns; the first one decides.
 
-    A task may name a condition as its `reference`: what is answered under it is then right under the others, and the
-    items' `answers` are empty until it has been asked.
+    A task may name a condition as its `reference`. The answers under that condition are then the correct ones for all
+    other conditions, and the `answers` of the items are empty until it has been asked.
     """
 
     @property
@@ -87,9 +86,9 @@ class Task(Protocol):
 
 
 class LikelihoodTask(Protocol):
-    """A task that generates nothing: scored is the log-probability of each item's first answer after its question.
+    """A task that generates nothing and scores the log-probability of each item's first answer after its question.
 
-    `by_likelihood` is True, and `items` is as a `Task` has it; metrics and scores are the same for all such tasks.
+    `by_likelihood` is True, and `items` is that of a `Task`. Metrics and scores are the same for all such tasks.
     """
 
     @property
@@ -105,26 +104,26 @@ class LikelihoodTask(Protocol):
 
 
 def is_by_likelihood(task: Task | LikelihoodTask) -> bool:
-    """Whether a task scores log-probabilities."""
+    """Return whether a task scores log-probabilities."""
     return bool(getattr(task, "by_likelihood", False))
 
 
 def reference_of(task: Task | LikelihoodTask) -> str | None:
-    """The condition whose answers are right under the others, where a task has one."""
+    """Return the condition whose answers are the correct ones for the others, or None."""
     reference: str | None = getattr(task, "reference", None)
     return reference
 
 
 def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Task | LikelihoodTask:
-    """A task by its name here, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
+    """Find a task by its built-in name, by an entry point of the group `deltamem.tasks`, or as `package.module:Class`.
 
     Args:
-        name: see above.
-        options: keyword arguments of the class.
-        offered: those that it is given where it takes them, and `options` has none.
+        name: name of the task.
+        options: keyword arguments for the class.
+        offered: further keyword arguments, passed if the class takes them and `options` does not set them.
 
     Raises:
-        ConfigError: there is none, or it does not take these options.
+        ConfigError: there is no such task, or it does not take these options.
     """
     others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
     place = {**others, **TASKS}.get(name, name)

@@ -1,4 +1,4 @@
-"""Histories written into memories: sessions one after the other, each in a context of its own."""
+"""Write histories into memories, session by session, each session in a context of its own."""
 
 from __future__ import annotations
 

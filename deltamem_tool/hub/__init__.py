@@ -1,1 +1,1 @@
-"""Adapters and ONNX folders on the Hub: push, pull, and the model card."""
+"""Push adapters and ONNX folders to the Hub, pull them, and write the model card."""

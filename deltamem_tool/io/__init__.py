@@ -1,1 +1,1 @@
-"""Files, names and versions: what every room reads and writes with."""
+"""Files, names and versions: helpers that the rest of the package reads and writes with."""

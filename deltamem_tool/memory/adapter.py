@@ -1,4 +1,4 @@
-"""The adapter: the modules of all layers, which are what is trained and saved."""
+"""The adapter: the modules of all layers with a memory, which are trained and saved."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _THREAD = local()  # the adapter that each thread trains, as `trained`
 
 
 class DeltaMemAdapter(nn.Module):
-    """The modules of all layers that have a memory: everything that is trained and saved.
+    """The modules of all layers with a memory: everything that is trained and saved.
 
-    It is float32. It may be cast to another type, which rounds its weights; the memory is computed in float32 all the
-    same, and a saved adapter is float32 again.
+    The weights are float32. You can cast the adapter to another dtype, which rounds its weights. The memory is still
+    computed in float32, and a saved adapter is float32 again.
 
-    Its parameters are not registered in the base model, so the base's state dict stays its own.
+    The parameters are not registered in the base model, so the state dict of the base model does not change.
     """
 
     @torch.inference_mode(False)  # where it is on, nothing that is made could be trained or would count its changes

@@ -1,7 +1,7 @@
-"""Put an adapter on a causal language model with hooks, and take it off.
+"""Attach an adapter to a causal language model with hooks, and detach it.
 
-The base keeps its modules, names and weights, and nothing about a conversation is kept on the model. What runs in a
-call of the decoder is in `hooks`.
+The base model keeps its modules, names and weights, and the model holds nothing about a conversation. `hooks` has the
+code that runs in a call of the decoder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fresh_adapter(
 
 
 def unhook(model: PreTrainedModel) -> None:
-    """Remove the memory: the hooks are gone, and the base is trainable where it was before."""
+    """Remove the memory and its hooks, and restore which weights of the base model are trainable."""
     attachment = attachment_of(model)
     _undo(attachment)
     vars(hf_model(model)).pop(ATTACHMENT, None)  # it may be a shallow copy of the model that had the memory
@@ -84,7 +84,7 @@ def adapter_of(model: PreTrainedModel) -> DeltaMemAdapter:
 
 
 def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
-    """Put `adapter` on `model` and freeze the model's own weights; or leave it as it is, where that fails.
+    """Hook `adapter` into `model` and freeze the model's own weights. If that fails, the model is unchanged.
 
     Raises:
         ArchitectureError: the model has a memory, or lacks layers of the adapter.

@@ -1,4 +1,4 @@
-"""The attachment that `attach` puts on a model."""
+"""The record that `attach` keeps on a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTACHMENT = "_deltamem_attachment"  # the attribute of the model
 
 @dataclass
 class Attachment:
-    """All that `detach` has to undo."""
+    """Everything that `detach` has to undo."""
 
     model: PreTrainedModel
     adapter: DeltaMemAdapter

@@ -1,4 +1,4 @@
-"""One call of a model on a cache that holds given keys and values: in PyTorch and where a graph is traced."""
+"""Call a model on a cache with given keys and values, in PyTorch and while a graph is traced."""
 
 from __future__ import annotations
 

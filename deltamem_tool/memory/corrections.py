@@ -1,4 +1,4 @@
-"""What readings add to a layer's attention: Δ of every branch, learned scales, and a norm."""
+"""The corrections that readings add to a layer's attention: Δ of every branch, learned scales, and a norm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE_SLICE_WIDTH = 8  # how many columns of Δ "base_slice" fills at most
 
 
 class Corrections(nn.Module):
-    """Corrections of one layer's branches, in float32, whatever type its weights have been cast to.
+    """Corrections of one layer's branches, in float32, whatever dtype its weights have been cast to.
 
     Args:
         config: the mechanism.

@@ -1,9 +1,9 @@
-"""The memory file: states of all layers as safetensors, bound to the adapter that wrote them. No torch.
+"""The memory file: the states of all layers as safetensors, bound to the adapter that wrote them. Imports no torch.
 
-For each layer a tensor `layers.{i}.state`, float32 `[B, H, R, R]`, and where the adapter writes by segments
-`layers.{i}.segment`, float32 `[B, W]`: what the open segment has gathered, its number of tokens last. The metadata
-holds the format version, the adapter's fingerprint, and the version of deltamem that wrote it. PyTorch and ONNX Runtime
-read and write the same files.
+Each layer has a tensor `layers.{i}.state`, float32 `[B, H, R, R]`. If the adapter writes by segments, it also has
+`layers.{i}.segment`, float32 `[B, W]`: the sums of the open segment, then its number of tokens. The metadata holds the
+format version, the fingerprint of the adapter, and the version of deltamem that wrote the file. Both PyTorch and ONNX
+Runtime read and write these files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class MemoryShape:
-    """What a memory's arrays measure for one conversation.
+    """Shapes of a memory's arrays for one conversation.
 
     Args:
         layers: `(H, R, R)` by layer index.
-        segment_width: W, numbers that a layer keeps of an open segment; 0 where every token writes.
+        segment_width: W, the number of values that a layer keeps of an open segment; 0 if every token writes.
     """
 
     layers: dict[int, tuple[int, ...]]
@@ -50,12 +50,12 @@ class MemoryShape:
 
 @dataclass(frozen=True)
 class StoredMemory:
-    """A memory file's content.
+    """The content of a memory file.
 
     Args:
         states: float32 `[B, H, R, R]` by layer index.
-        open_segments: float32 `[B, W]` by layer index; empty where every token writes.
-        adapter: fingerprint of the adapter that wrote it.
+        open_segments: float32 `[B, W]` by layer index; empty if every token writes.
+        adapter: fingerprint of the adapter that wrote the memory.
     """
 
     states: dict[int, np.ndarray]
@@ -118,7 +118,7 @@ def write_memory(path: str | Path, memory: StoredMemory) -> None:
 
 
 def memory_bytes(memory: StoredMemory) -> bytes:
-    """Return what a memory file contains.
+    """Return a memory as the bytes of a memory file.
 
     Raises:
         MemoryStateError: the memory contains NaN or infinity, so that the file could not be read again.
@@ -148,7 +148,7 @@ def _ordered(content: bytes) -> bytes:
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Check that `path` is free, or is a memory file, which may be replaced.
+    """Check that `path` does not exist, or is a memory file, which may be replaced.
 
     Raises:
         MemoryStateError: `path` exists and is not a memory file.
@@ -186,7 +186,7 @@ def read_memory(path: str | Path) -> StoredMemory:
 
 
 def memory_from_bytes(content: bytes, name: str) -> StoredMemory:
-    """Read what a memory file contains; errors call it `name`.
+    """Read a memory from the bytes of a memory file; error messages call it `name`.
 
     Raises:
         MemoryStateError: it is not a memory file's content, is of a newer format, or contains NaN.

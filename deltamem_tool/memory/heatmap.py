@@ -1,7 +1,7 @@
-"""A memory as text in a terminal: a bar of each layer's norm, and states as small heat maps. No torch.
+"""Show a memory in a terminal: a bar for the norm of each layer, and states as small heat maps. Imports no torch.
 
-A heat map's character is the upper half block: its foreground is one entry and its background the one below, so that
-an entry is about square. Where the terminal has no colours, entries are numbers.
+A heat map is drawn with the upper half block character: its foreground colour is one entry and its background colour
+the entry below, so that an entry is about square. In a terminal without colours, entries are printed as numbers.
 """
 
 from __future__ import annotations

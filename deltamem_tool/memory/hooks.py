@@ -1,7 +1,7 @@
-"""What runs while a decoder with a memory runs.
+"""The hooks that run in a forward pass of a decoder with a memory.
 
-One `DecoderCall` (of this thread, so that threads do not meet) holds the states that a call started from and the states
-that it has made; the hooks read and fill it, and the cache takes the new states when the decoder has finished.
+A `DecoderCall`, one per thread, holds the states that the call started from and the states that it computes. The hooks
+read and fill it. When the decoder has finished, the cache takes the new states.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is in a memory, and what has changed from one to another, in numbers for JSON. No torch."""
+"""Describe a memory, or the changes between two memories, in numbers for JSON. Imports no torch."""
 
 from __future__ import annotations
 

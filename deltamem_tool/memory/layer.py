@@ -1,4 +1,4 @@
-"""The module of one attention layer: hidden states and a state in, readings and the next state out."""
+"""The module of one attention layer. It takes hidden states and a state, and returns readings and the next state."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class LayerOutput(NamedTuple):
 
 
 class DeltaMemLayer(Corrections):
-    """One layer's projections, gates and corrections (arXiv 2605.12357, sections 3.1 to 3.3).
+    """The projections, gates and corrections of one layer (arXiv 2605.12357, sections 3.1 to 3.3).
 
-    It computes in float32, whatever type its weights have been cast to.
+    It computes in float32, whatever dtype its weights have been cast to.
 
-    Shapes: hidden states `[B, T, D]`, state `[B, H, R, R]` indexed [value row, key column], readings `[B, T, H·R]`,
-    open segment `[B, W]` with W = `config.segment_width`: what its tokens have added up, and their number.
+    Shapes: hidden states `[B, T, D]`; state `[B, H, R, R]`, indexed [value row, key column]; readings `[B, T, H·R]`;
+    open segment `[B, W]` with W = `config.segment_width`, the sums over its tokens and their number.
 
     Args:
         config: the mechanism.
@@ -81,16 +81,16 @@ class DeltaMemLayer(Corrections):
         open_segment: Tensor | None = None,
         segment_end: Tensor | None = None,
     ) -> LayerOutput:
-        """Read for every token from the state before it, then write.
+        """For every token, read from the state before it, then write.
 
         Args:
-            hidden: `[B, T, D]`, what enters self-attention.
+            hidden: `[B, T, D]`, the input of self-attention.
             state: `[B, H, R, R]` before the first token.
-            read_mask: bool `[B, T]`, tokens that read (others get zeros); None for all.
-            write_mask: bool `[B, T]`, tokens that write, or that belong to a segment; True for all, False for none,
-                which leaves state and open segment as they are.
-            open_segment: `[B, W]`, the sums before the first token; None where every token writes.
-            segment_end: bool `[B, T]`, tokens that end a segment, all of them in `write_mask`; None for none.
+            read_mask: bool `[B, T]`, the tokens that read (others get zeros); None for all.
+            write_mask: bool `[B, T]`, the tokens that write or belong to a segment; True for all, False for none, which
+                leaves state and open segment unchanged.
+            open_segment: `[B, W]`, the sums before the first token; None if every token writes.
+            segment_end: bool `[B, T]`, the tokens that end a segment, all of them in `write_mask`; None for none.
         """
         x = hidden.float()
         if x.shape[1] == 1 and read_mask is None and write_mask is True and segment_end is None:

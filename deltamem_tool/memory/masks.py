@@ -1,4 +1,4 @@
-"""Which tokens of a call read, which write, and which end a segment."""
+"""Masks of a call: which tokens read, which write, and which end a segment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of a model that `attach` overrides: `generate`, `forward`, and what `generate` calls."""
+"""The methods of a model that `attach` overrides: `generate`, `forward`, and methods that `generate` calls."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A memory as a picture: every state of one conversation as a small heat map. No torch.
+"""Plot a memory: every state of one conversation as a small heat map. Imports no torch.
 
-All panels of one kind share a colour scale that is symmetric around 0, so that their strengths can be compared by eye.
+All panels of one kind share a colour scale that is symmetric around 0, so that you can compare them by eye.
 """
 
 from __future__ import annotations

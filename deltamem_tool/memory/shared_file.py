@@ -1,4 +1,4 @@
-"""A memory file that other programs may write as well: none of them loses what another has written."""
+"""A memory file that several programs may write, without one of them overwriting what another has written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from deltamem_tool.memory.file import StoredMemory, read_memory, write_memory
 
 
 class SharedMemoryFile:
-    """A memory file, and what this program has last read from it or written to it.
+    """A memory file, together with the content that this program last read from it or wrote to it.
 
     Args:
-        path: it need not exist.
+        path: path of the file, which need not exist.
     """
 
     def __init__(self, path: str | Path) -> None:

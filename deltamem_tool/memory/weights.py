@@ -1,4 +1,4 @@
-"""The weights of an adapter by name: their shapes, and the fingerprint that a memory is bound to. No torch."""
+"""The weights of an adapter: their shapes by name, and the fingerprint that binds memories to it. Imports no torch."""
 
 from __future__ import annotations
 

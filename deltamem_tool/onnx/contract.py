@@ -1,4 +1,4 @@
-"""What an ONNX folder holds and what its graph takes and gives: every name, type, shape and file, spelled here alone.
+"""The interface of an ONNX folder: its files, and the names, types and shapes of all inputs and outputs of its graph.
 
 Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H state heads of rank R.
 
@@ -20,58 +20,61 @@ Shapes: B conversations, P past tokens, T tokens of this call, V vocabulary, H s
 | `past_key_values.{i}.indexer_key`              | dtype   | [B, 1, P, width]              |
 | `present.{i}.indexer_key`                      | dtype   | [B, 1, P + T, width]          |
 
-are the keys of an indexer, in layers that have one to choose which tokens attention sees; `.compressor_kv`,
-`.compressor_gate`, `.indexer_kv` and `.indexer_gate` are what DeepSeek-V4 compresses (`Layer.columns`). They are the
-base's, have a column for every token as keys and values have, and are treated as these are.
+are the keys of an indexer, in layers that use one to choose the tokens that attention sees. `.compressor_kv`,
+`.compressor_gate`, `.indexer_kv` and `.indexer_gate` are the inputs of DeepSeek-V4's compression (`Layer.columns`). All
+of these belong to the base model. They have a column for every token, as keys and values do, and are treated alike.
 
 | `past_key_values.{i}.conv_state`               | float32 | [B, channels, kernel − 1] |
 | `past_key_values.{i}.recurrent_state`, or      | float32 | [B, …]                    |
 | `.ssm_state` in a layer with a memory          |         |                           |
 
-and `present.{i}.…` of each, are states of the base's own, in layers that have convolutions or linear attention beside
-attention or instead of it (`Layer.convolutions`, `Layer.recurrent`): the last inputs of a convolution (a layer's second
-is `conv_state_1`, and so on), and a recurrent state. No memory file holds them, and a conversation begins with zeros.
-`.ple_conv_state` `[B, channels, columns]` and `.ple_tokens` `[B, tokens]`, ids in float32, are of embeddings of n-grams
-(`Layer.ngrams`). A layer without a memory may have a `recurrent_state` of the base; one with a memory has ours under
-that name. Padding changes none of them, wherever it is.
+and `present.{i}.…` of each, are states of the base model, in layers that have convolutions or linear attention besides
+attention or instead of it (`Layer.convolutions`, `Layer.recurrent`). They are the last inputs of a convolution (the
+second convolution of a layer has `conv_state_1`, and so on), and a recurrent state. Memory files do not contain them,
+and a conversation begins with zeros. `.ple_conv_state` `[B, channels, columns]` and `.ple_tokens` `[B, tokens]` (ids in
+float32) belong to n-gram embeddings (`Layer.ngrams`). In a layer without a memory, `recurrent_state` may be that of the
+base model; in a layer with a memory, it is the memory's. Padding changes none of these states, wherever it is.
 
-Where the adapter writes by segments (messages, sentences), `write_mask` says which tokens belong to one, and each is
-written at its end; `segment` holds what the open one has gathered, its number of tokens last. Where every token writes,
-there is neither `segment_end` nor `segment`.
+If the adapter writes by segments (messages or sentences), `write_mask` marks the tokens that belong to a segment, and
+each segment is written at its end. `segment` holds the sums of the open segment, then its number of tokens. If every
+token writes, there is neither `segment_end` nor `segment`.
 
-A graph for onnxruntime-genai has what that package feeds, and no more. It marks no tokens, so there is no `write_mask`:
-every token writes. It finds a layer's state by a `past_key_values.{i}.conv_state`, float32 [B, 1, 1], that goes through
-to `present.{i}.conv_state`. And it begins with zeros, so where the past holds no tokens the state is that of an input
-which has a default and can be set by an adapter file of ONNX Runtime: `initial.{i}.recurrent_state`, float32
-[1, H, R, R]. It pads on the right: the last logits are those of each row's last valid token, packed or not.
+A graph for onnxruntime-genai has only the inputs that this package feeds. It marks no tokens, so there is no
+`write_mask`, and every token writes. It finds the state of a layer by a `past_key_values.{i}.conv_state`, float32
+[B, 1, 1], which is passed through to `present.{i}.conv_state`. It begins with zeros; so if the past holds no tokens,
+the state is taken from the input `initial.{i}.recurrent_state`, float32 [1, H, R, R], which has a default and can be
+set by an adapter file of ONNX Runtime. It pads on the right, so the last logits are those of each row's last valid
+token, packed or not.
 
-Keys and values are packed (`Interface.packed`) where attention is ONNX Runtime's `GroupQueryAttention`:
+Keys and values are packed (`Interface.packed`) if attention is ONNX Runtime's `GroupQueryAttention`:
 
-* Each row's valid tokens take the first columns of its keys and values, in order, wherever the mask has its padding: on
-  the left, on the right or between. What lies behind them is not read.
-* They may be longer than the text. A past of exactly P columns comes back with P + T. One of N columns, where N is at
-  least P + T, comes back with N, and may be one tensor on both sides: new tokens are written in place.
+* The valid tokens of each row take the first columns of its keys and values, in order, wherever the mask has its
+  padding: on the left, on the right or in between. Columns behind them are not read.
+* Keys and values may be longer than the text. A past of exactly P columns is returned with P + T columns. A past of N
+  columns, with N at least P + T, is returned with N columns. Input and output may then be the same tensor: new tokens
+  are written in place.
 * The last logits are those of each row's last valid token in the call.
-* Several rows take several tokens in their first call, and one in every later one. `runtime.buffered_graph` feeds rows
-  one by one where a call has more.
+* Several rows accept several tokens in their first call, and one token in every later call. If a call has more,
+  `runtime.buffered_graph` feeds the rows one by one.
 
-Elsewhere a column of keys and values belongs to a column of the mask, and the last logits to its last column. Where the
-base itself takes columns for positions (`Interface.row_by_row`), padding would count: `runtime.rows_graph` feeds each
-row in calls of its own.
+Otherwise, a column of keys and values corresponds to a column of the mask, and the last logits to its last column. If
+the base model uses columns as positions (`Interface.row_by_row`), padding would count, so `runtime.rows_graph` feeds
+each row in calls of its own.
 
-A graph of fixed length (`Interface.max_length` is N, not 0) takes and gives keys and values of N columns: room for so
-many tokens, which may be one tensor on both sides. Then
+A graph of fixed length (`Interface.max_length` is N, not 0) takes and returns keys and values with N columns, enough
+for N tokens. Input and output may be the same tensor. Then
 
 | `attention_mask` (1 text, 0 padding or nothing yet)        | int64   | [B, N]                  |
 | `past_length` (how many columns of the mask are taken)     | int64   | [1]                     |
 | `past_key_values.{i}.key`, `.value`, `present.{i}.…`       | dtype   | [B, kv_heads, N, width] |
 
-and the columns of the mask from `past_length` on are those of the call's tokens. Packed keys and values take several
-rows with one token only. Others go into the columns of the mask, and what later columns hold must be finite numbers.
+and the columns of the mask from `past_length` on are those of the call's tokens. Packed keys and values accept several
+rows only with one token each. Keys and values that are not packed go into the columns of the mask, and later columns
+must hold finite numbers.
 
-Positions are counted in the attention mask, so padding takes none (save in models that take no positions, such as
-BART's decoder, which count columns). Heads and width of keys and of values are each layer's own. Layers without a
-memory have no `recurrent_state`; layers that read another one's keys have no `key` and `value`.
+Positions are counted in the attention mask, so padding takes no position. Models that take no positions, such as BART's
+decoder, are an exception: they count columns. The number of heads and the width of keys and values can differ by layer.
+Layers without a memory have no `recurrent_state`; layers that read the keys of another layer have no `key` and `value`.
 """
 
 from __future__ import annotations
@@ -151,14 +154,14 @@ class Layer:
     """One decoder layer.
 
     Args:
-        key: number of heads and width of its keys; None where it keeps none.
-        value: the same of its values.
-        state: `(H, R, R)` of its memory; None where it has none.
-        convolutions: `(channels, kernel − 1)` of what each of the base's own convolutions keeps.
-        recurrent: sizes of the base's own recurrent state; None where it has none.
-        columns: part and width of what else it keeps of every token.
-        ngrams: `(channels, columns)` of what a convolution of embeddings of n-grams keeps, and how many tokens they
-            look back at; None where it has none.
+        key: number of heads and width of its keys; None if it keeps none.
+        value: number of heads and width of its values; None if it keeps none.
+        state: `(H, R, R)` of its memory; None if it has none.
+        convolutions: `(channels, kernel − 1)` of the state of each convolution of the base model.
+        recurrent: sizes of the recurrent state of the base model; None if it has none.
+        columns: name and width of further values that it keeps for every token.
+        ngrams: `(channels, columns)` of the state of a convolution of n-gram embeddings, and the number of tokens that
+            these look back at; None if it has none.
     """
 
     key: tuple[int, int] | None
@@ -194,19 +197,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Interface:
-    """What the graph takes and gives.
+    """The inputs and outputs of a graph.
 
     Args:
         logits: "last" or "all".
         vocab_size: V.
-        dtype: of keys and values.
-        segment: W, numbers that a layer keeps of an open segment; 0 where every token writes.
-        layers: one entry a decoder layer.
-        genai: whether onnxruntime-genai feeds it.
-        max_length: N, columns of keys and values, where they are of a fixed length; 0 where they grow.
-        positions: how many tokens the model has positions for; 0 for any number, and where an older folder is silent.
-        packed: whether each row's keys and values lie at the front of their buffer, without padding; see above.
-        row_by_row: whether each row is fed by itself, without padding: the base takes columns for positions.
+        dtype: data type of keys and values.
+        segment: W, the number of values that a layer keeps of an open segment; 0 if every token writes.
+        layers: one entry per decoder layer.
+        genai: whether the graph is for onnxruntime-genai.
+        max_length: N, the number of columns of keys and values with a fixed length; 0 if they grow.
+        positions: maximum number of positions of the model; 0 for no limit, and in older folders that do not say.
+        packed: whether the keys and values of each row are at the front of their buffer, without padding; see above.
+        row_by_row: whether each row is fed by itself, without padding, because the base uses columns as positions.
     """
 
     logits: str
@@ -322,7 +325,7 @@ def past_name(present: str) -> str:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Check that a folder has every file that is required.
+    """Check that an ONNX folder has all required files.
 
     Raises:
         ExportError: there is no such folder, or a file is missing.

@@ -1,4 +1,4 @@
-"""Where an ONNX folder is: here, beside an adapter, or in a repository of the Hub."""
+"""Find an ONNX folder: a local folder, one beside an adapter, or one in a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ONNX_FOLDER = "onnx"  # in a repository that may hold an adapter too
 
 
 def find_onnx(name: str | Path) -> Path:
-    """The local folder of an ONNX folder, or of the `onnx` in a folder or repository; from the Hub it is fetched.
+    """Return the local path of an ONNX folder, or of the `onnx` in a folder or repository; fetch it from the Hub.
 
     Raises:
         ExportError: a file is missing.
-        HubError: nothing is there.
+        HubError: there is no such folder or repository.
     """
     hub = hub_name(str(name))
     patterns = [*FILES, *(f"{ONNX_FOLDER}/{file}" for file in FILES)]
@@ -27,7 +27,7 @@ def find_onnx(name: str | Path) -> Path:
 
 
 def is_onnx(name: str | Path) -> bool:
-    """Whether a folder or repository is for ONNX Runtime: it holds an ONNX folder, and no adapter beside it."""
+    """Return whether a folder or repository is for ONNX Runtime: it has an ONNX folder and no adapter beside it."""
     hub = hub_name(str(name))
     manifests = [MANIFEST_FILE, f"{ONNX_FOLDER}/{MANIFEST_FILE}"]
     folder = expand_user(name) if hub is None else fetch(hub, [CONFIG_FILE, *manifests], "adapter or ONNX folder")

@@ -1,4 +1,4 @@
-"""`deltamem_onnx.json`, the manifest of an ONNX folder: written, read, and refused where it is not valid."""
+"""Write, read and validate `deltamem_onnx.json`, the manifest of an ONNX folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1  # `DeltaMemConfig.segment_widt
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base's weights are quantised.
+    """How the weights of the base model are quantised.
 
     Args:
-        bits: 4 or 8 a weight.
-        group_size: so many weights of one output share a scale.
-        symmetric: whether their range has its zero in the middle; else they share a zero point too.
+        bits: bits per weight, 4 or 8.
+        group_size: number of weights of one output that share a scale.
+        symmetric: whether the range is symmetric around zero. If not, the weights of a group also share a zero point.
     """
 
     bits: int
@@ -42,21 +42,21 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`deltamem_onnx.json`: what was exported, from what, and how well it agreed.
+    """The content of `deltamem_onnx.json`: what was exported, from what, and how well it agrees with PyTorch.
 
     Args:
-        adapter: fingerprint of the adapter in the graph; memories of another one are refused.
+        adapter: fingerprint of the adapter in the graph; memories of other adapters are rejected.
         mechanism: the adapter's `DeltaMemConfig` as a dictionary.
-        base_model: where the base came from, as the exporter was told; None if it was not.
-        model_type: the base's architecture.
-        target: what kind of runtime the graph is for.
-        quantize: how the base's weights are quantised; "none" if they are not.
-        quantization: the same in detail; None if they are not, and where an older folder is silent.
-        interface: what the graph takes and gives.
+        base_model: where the base model comes from, as passed to the export; None if nothing was passed.
+        model_type: model type of the base model.
+        target: runtime that the graph is for.
+        quantize: how the weights of the base model are quantised; "none" if they are not.
+        quantization: the same in detail; None if they are not quantised, and in older folders that do not say.
+        interface: inputs and outputs of the graph.
         max_abs_diff: largest difference from PyTorch in float32 over logits and states, measured before the folder was
             written; None if nothing was compared, because no runtime at hand had the graph's operators.
-        greedy_agreement: of a quantised graph, the share of PyTorch's greedy tokens that it chose too; else None.
-        packages: versions that made the graph.
+        greedy_agreement: for a quantised graph, the share of PyTorch's greedy tokens that it chose too; else None.
+        packages: versions of the packages that made the graph.
     """
 
     adapter: str

@@ -1,4 +1,4 @@
-"""What a graph takes and gives as a table for people: of one folder, or of the documentation."""
+"""A readable table of the inputs and outputs of a graph, for one ONNX folder or for the documentation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 def rows(interface: Interface) -> list[Row]:
-    """Every input and output of the graph, layers that follow each other and are alike as one."""
+    """Return all inputs and outputs of the graph; consecutive layers that are alike share a row."""
     tables = {"input": interface.inputs(), "default": interface.defaults(), "output": interface.outputs()}
     return [
         row
@@ -71,7 +71,7 @@ def rows(interface: Interface) -> list[Row]:
 
 
 def markdown(interface: Interface) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = ["| | name | type | shape | what |", "|---|---|---|---|---|"]
     for row in rows(interface):
         shape = ", ".join(map(str, row.shape))

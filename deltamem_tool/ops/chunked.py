@@ -1,6 +1,7 @@
 """The recurrence in chunks of tokens: a few large batched operations instead of T small ones.
 
-README.md beside this file derives it. Below, N chunks of C tokens; inside a chunk t reads and s < t has been written.
+README.md in this folder has the derivation. Below, there are N chunks of C tokens. Inside a chunk, t is the token that
+reads, and s < t are the tokens written before it.
 """
 
 import torch

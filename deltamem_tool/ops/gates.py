@@ -1,4 +1,4 @@
-"""From the pre-activations of a layer to what the recurrence takes."""
+"""Turn the pre-activations of a layer into the inputs of the recurrence."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def per_head(x: Tensor, config: DeltaMemConfig) -> Tensor:
 
 
 def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From pre-activations to what `delta_scan` writes, but for the key.
+    """Turn pre-activations into the write inputs of `delta_scan`, except the key.
 
     Args:
         config: the mechanism.
-        parts: pre-activations of the value `[..., H·R]`, of β and, where λ has its own, of λ `[..., gate_width]`.
+        parts: pre-activations of the value `[..., H·R]`, of β `[..., gate_width]` and, if λ has its own, of λ
+            `[..., gate_width]`.
 
     Returns:
         v, log keep, erase, write; each `[..., H, R]`.
@@ -43,9 +44,9 @@ def write_inputs(config: DeltaMemConfig, parts: Sequence[Tensor]) -> tuple[Tenso
 def gates(
     config: DeltaMemConfig, beta: Tensor, decay: Tensor | None = None, *, logarithm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep, erase, write) from pre-activations of any shape.
+    """Return (keep, erase, write) from pre-activations of any shape.
 
-    β = sigmoid(beta), and λ = sigmoid(decay), or 1 − β where λ has no pre-activation of its own.
+    β = sigmoid(beta), and λ = sigmoid(decay), or 1 − β if λ has no pre-activation of its own.
 
     | rule             | keep | erase | write |
     | standard (paper) | λ    | β     | β     |
@@ -55,8 +56,8 @@ def gates(
     Args:
         config: the mechanism.
         beta: pre-activation of β.
-        decay: of λ.
-        logarithm: return log keep for keep.
+        decay: pre-activation of λ; None if it has none of its own.
+        logarithm: return log keep instead of keep.
     """
     write = torch.sigmoid(beta)
     opened = -beta if decay is None else decay  # λ = sigmoid(opened)

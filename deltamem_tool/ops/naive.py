@@ -1,4 +1,4 @@
-"""The recurrence token by token: the equation, line by line. `gates.gates` says what keeps, erases and writes."""
+"""The recurrence token by token, as a direct transcription of the equation. `gates.gates` computes the gates."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from torch import Tensor
 def naive_scan(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Read, then write, one token after the other (arXiv 2605.12357; see README.md beside this file).
+    """Read, then write, token by token (arXiv 2605.12357; see README.md in this folder).
 
     Every tensor has one dtype. q, k, v, log_keep, erase, write: [B, T, H, R]; state: [B, H, R, R].
     Returns reads [B, T, H, R] and the state after the last token [B, H, R, R].
 
-    This is the truth that the other implementations are tested against. It is slow: T small steps.
+    This is the reference that the other implementations are tested against. It is slow, since it takes T small steps.
     """
     keep = log_keep.exp()
     reads = []

@@ -1,4 +1,4 @@
-"""The write of one open segment in numpy: for engines that run without PyTorch."""
+"""Write an open segment in NumPy, for engines that run without PyTorch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The recurrence token by token, with its gradient written out: the least work where many rows meet few tokens.
+"""The recurrence token by token, with an explicit gradient: the least work for many rows and few tokens.
 
-The adjoint G_t = dL/dS_t obeys the same kind of recurrence, backwards (README.md beside this file):
+The adjoint G_t = dL/dS_t follows the same kind of recurrence, backwards (see README.md in this folder):
 
     G_{t-1} = keep_t ⊙ G_t − (erase_t ⊙ G_t k_t) k_tᵀ + (dL/dr_t) q_tᵀ
 
-so two short loops keep the states and the adjoints, and everything else is batched over tokens.
+So two short loops compute the states and the adjoints, and everything else is batched over tokens.
 """
 
 from __future__ import annotations

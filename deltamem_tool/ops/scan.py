@@ -1,4 +1,4 @@
-"""The scan: every token reads the state, and then writes it. One function, in six implementations."""
+"""The scan: every token reads the state, then writes it. One function with six implementations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RECURRENT_RANK = 16  # above, the loop's R×R work a token outweighs what it sav
 
 @contextmanager
 def use_implementation(name: Implementation) -> Iterator[None]:
-    """Have `delta_scan` run `name` where its caller leaves the choice open: inside the block and in this thread."""
+    """Set the default implementation of `delta_scan` to `name`, inside the block and in this thread."""
     outside = default_implementation()
     _DEFAULT.name = name
     try:
@@ -63,7 +63,7 @@ def use_implementation(name: Implementation) -> Iterator[None]:
 
 
 def default_implementation() -> Implementation | None:
-    """Return what `use_implementation` has chosen."""
+    """Return the default set by `use_implementation`."""
     return getattr(_DEFAULT, "name", None)
 
 
@@ -78,7 +78,7 @@ def delta_scan(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read and write an associative memory, token after token.
+    """Read and write an associative memory, token by token.
 
     For every token t, the read comes before the write (arXiv 2605.12357, the δ-mem update; gates act on state rows):
 
@@ -86,25 +86,25 @@ def delta_scan(
         S_t[i, :]  = exp(log_keep_t[i]) S_{t-1}[i, :] - erase_t[i] (S_{t-1} k_t)[i] k_t + write_t[i] v_t[i] k_t
 
     Args:
-        q: [B, T, H, R], used as it is: normalise it first.
-        k: [B, T, H, R]; likewise.
+        q: [B, T, H, R], used as is: normalise it first.
+        k: [B, T, H, R], used as is: normalise it first.
         v: [B, T, H, R].
         log_keep: [B, T, H, R], one gate per state row, <= 0. A token that must not write has
             log_keep = erase = write = 0.
         erase: [B, T, H, R].
         write: [B, T, H, R].
-        state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which gives it back.
-        implementation: "naive" (the equation, slow), "recurrent" (a token loop with its gradient written out),
-            "chunked" (parallel; for torch.export with a dynamic T), "triton" (the token loop as a CUDA kernel), "onnx"
-            (ONNX Runtime's operator, in an ONNX export only), "portable" (a loop that becomes standard ONNX in an
-            export), or None for "recurrent" or "chunked", whichever is the faster.
+        state: [B, H, R, R], indexed [value row i, key column j]; T may be 0, which returns it.
+        implementation: "naive" (the equation; slow), "recurrent" (a loop over tokens with an explicit gradient),
+            "chunked" (parallel; for torch.export with a dynamic T), "triton" (the loop as a CUDA kernel), "onnx" (ONNX
+            Runtime's operator, only in an ONNX export), or "portable" (a loop that becomes standard ONNX in an export).
+            None picks "recurrent" or "chunked", whichever is faster.
 
     Returns:
         reads [B, T, H, R] and the state after the last token [B, H, R, R], in the inputs' common dtype, but at least
         float32.
 
     Raises:
-        ValueError: shapes do not fit each other, or there is no implementation of that name.
+        ValueError: the shapes do not match, or there is no implementation of that name.
     """
     tokens = {"q": q, "k": k, "v": v, "log_keep": log_keep, "erase": erase, "write": write}
     _check_shapes(tokens, state)
@@ -123,7 +123,7 @@ def delta_scan(
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Turn autocast off, which would run matrix products in half precision."""
+    """Disable autocast, which would run matrix products in half precision."""
     # Only where it is on: the context takes as long as two small operations.
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()

@@ -1,6 +1,6 @@
-"""Running sums that begin anew after every segment: what an open segment has added up, and its means.
+"""Running sums that restart after every segment, and the means of the segments.
 
-W · mean(x) is mean(W · x), so a segment needs no more than the sums of its pre-activations, and a count.
+W · mean(x) equals mean(W · x), so a segment needs only the sums of its pre-activations and a count.
 """
 
 from __future__ import annotations

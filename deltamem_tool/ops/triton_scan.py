@@ -1,9 +1,9 @@
-"""The recurrence as two CUDA kernels, one forward and one backward: a token loop that keeps its matrix in registers.
+"""The recurrence as two CUDA kernels, forward and backward: a loop over tokens that keeps the state in registers.
 
-README.md beside this file has the equations, and the layout. In a kernel, `x_t` is token t's row of an input, `grad_x`
-is dL/dx and `adjoint` is G_t. Ranks are padded to a power of two by zeros, which stay zeros.
+README.md in this folder has the equations and the layout. In a kernel, `x_t` is the row of token t of an input,
+`grad_x` is dL/dx and `adjoint` is G_t. Ranks are padded with zeros to a power of two; the zeros stay zeros.
 
-Set TRITON_INTERPRET=1 before anything imports Triton to run the kernels on a CPU, to check them: it is very slow.
+To check the kernels on a CPU, set TRITON_INTERPRET=1 before anything imports Triton. This is very slow.
 """
 
 # Arguments of Triton kernels have no types, and its decorator has none.

@@ -1,1 +1,1 @@
-"""From a checkpoint to a remembered fact in ONNX Runtime (`run`), on one of a few base models (`bases`)."""
+"""The quickstart: from a checkpoint to a remembered fact in ONNX Runtime (`run`), for a few base models (`bases`)."""

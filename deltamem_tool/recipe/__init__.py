@@ -1,1 +1,1 @@
-"""What a training run is to do: the options of a recipe, and how a file of them is read."""
+"""Recipes, which describe training runs: their options, and how a recipe file is read."""

@@ -1,1 +1,1 @@
-"""Which tokens belong to which segment of a chat: what sequence-state write needs."""
+"""Assign the tokens of a chat to segments (messages or sentences), as sequence-state write needs."""

@@ -1,1 +1,5 @@
-"""A server of many conversations, each with a memory of its own, over one loaded model."""
+"""An HTTP server for many users, each with their own memory, on one loaded model.
+
+Start with `app`, which has the routes, and `turns`, which answers one turn. `batching` runs the model, `store` keeps
+the memories, and `openai` implements OpenAI's API.
+"""

@@ -1,4 +1,4 @@
-"""What answers contain, as JSON Schema, for the OpenAPI document."""
+"""JSON Schemas of the responses, for the OpenAPI document."""
 
 from __future__ import annotations
 

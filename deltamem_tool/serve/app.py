@@ -1,4 +1,4 @@
-"""The ASGI application."""
+"""The ASGI application: routes, middleware, and startup and shutdown."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def build_app(
     """Return the application. When it shuts down, it closes the scheduler and the store.
 
     Args:
-        model: its name for clients.
-        scheduler: runs it.
-        store: has the memories.
-        keys: whose requests are answered; None for everybody's.
-        window: the most tokens of a context; None for as many as the model can.
-        seconds: in which a request has to be answered.
-        max_waiting: the most requests that wait for a memory that is in use.
-        own_pages_only: refuse what browsers send for pages of others: see `OwnPagesOnly`.
+        model: name of the model for clients.
+        scheduler: runs the model.
+        store: holds the memories.
+        keys: accepted API keys; None accepts every request.
+        window: maximum number of tokens in a context; None for as many as the model supports.
+        seconds: time limit for a request, in seconds.
+        max_waiting: maximum number of requests that wait for a memory in use.
+        own_pages_only: refuse requests from pages of other origins: see `OwnPagesOnly`.
     """
     locks, metrics = MemoryLocks(max_waiting), Metrics(scheduler)
     turns = Turns(scheduler, store, locks, metrics, window, seconds)

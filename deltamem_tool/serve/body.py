@@ -1,4 +1,4 @@
-"""Bodies of requests: read within limits, as JSON, and checked against what a request may say."""
+"""Read request bodies within limits, parse them as JSON, and validate their fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WHOLE = BeforeValidator(_whole)  # of an integer, after its bounds
 
 
 class Body(BaseModel):
-    """What a body may say: these fields of these types, and no others."""
+    """Base class of request bodies, which accept only their declared fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

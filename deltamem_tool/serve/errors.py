@@ -1,4 +1,4 @@
-"""Errors of requests, and every error in OpenAI's form with its status."""
+"""Errors of requests, and the response for every error: its HTTP status, and a body in OpenAI's format."""
 
 from __future__ import annotations
 

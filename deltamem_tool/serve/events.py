@@ -1,4 +1,4 @@
-"""Server-sent events, to a client that may go, or stop reading."""
+"""Server-sent events, for clients that may disconnect or stop reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has expired is taken out of the store while the server runs."""
+"""Delete expired memories and responses from the store while the server runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What of conversations a memory has been fed, so that a client may resend them and nothing is written twice.
+"""Track which messages a memory has been fed, so that clients can resend a conversation and nothing is written twice.
 
-Kept are digests of messages, salted for each memory. A request is compared with the conversations that the memory
-knows: it may begin as one of them does, or in the middle of one, where the client has dropped the oldest messages.
+Only digests of messages are kept, salted for each memory. A request is compared with the conversations that the memory
+knows. It may begin like one of them, or in the middle of one, if the client has dropped the oldest messages.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Talk:
     """A conversation that was fed.
 
     Args:
-        digests: of its messages, without those of the system; the last one is of an answer.
-        pending: how many of that answer's tokens were not fed.
+        digests: digests of its messages, without system messages; the last one is that of an answer.
+        pending: number of tokens of that answer that were not fed.
     """
 
     digests: tuple[str, ...]
@@ -37,12 +37,12 @@ class Talk:
 
 @dataclass(frozen=True)
 class Known:
-    """What of a request's messages was fed before.
+    """The part of a request that was fed before.
 
     Args:
-        messages: of each message, whether it was.
-        talk: the conversation that it goes on with, by its number; None for a new one.
-        whole: whether all of that conversation is in the request.
+        messages: for each message, whether it was fed.
+        talk: index of the conversation that the request continues; None for a new one.
+        whole: whether the request contains all of that conversation.
         newest: whether that conversation is the last one that was fed, and `whole`.
     """
 
@@ -59,13 +59,13 @@ class Known:
 
 @dataclass(frozen=True)
 class FedHistory:
-    """Never changed: `after` returns another one.
+    """The conversations that a memory has been fed. It is never changed: `after` returns a new one.
 
     Args:
-        salt: of the digests.
-        talks: the one that was fed last is the last.
+        salt: salt of the digests.
+        talks: conversations, the most recently fed one last.
         system: digests of system messages.
-        keys: digests of the idempotency keys that requests had, the last one last.
+        keys: digests of the requests' idempotency keys, the most recent one last.
     """
 
     salt: str

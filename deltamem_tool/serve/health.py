@@ -1,4 +1,4 @@
-"""`/health`: the process lives. `/ready`: it can answer. `/metrics`: what it does."""
+"""The endpoints `/health` (the process is alive), `/ready` (it can answer) and `/metrics`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys: a file of tenants and the SHA-256 of each one's keys. The keys themselves are nowhere."""
+"""API keys: a file of tenants and the SHA-256 of their keys. The keys themselves are not stored."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LINE = re.compile(rf"({_TENANT.pattern})\s+sha256:([0-9a-f]{{64}})")
 
 
 class ApiKeys:
-    """Whose requests a server answers.
+    """The API keys that a server accepts.
 
     Args:
-        tenants: a tenant and the SHA-256 of one of its keys, in hexadecimal.
+        tenants: pairs of a tenant and the SHA-256 of one of its keys, in hexadecimal.
     """
 
     def __init__(self, tenants: Sequence[tuple[str, str]]) -> None:
@@ -48,9 +48,9 @@ class ApiKeys:
         return cls(entries)
 
     def tenant_of(self, headers: Mapping[str, str]) -> str:
-        """Return whose key the header `Authorization` has.
+        """Return the tenant of the key in the header `Authorization`.
 
-        Every key is compared, each in constant time: how long it takes tells nothing.
+        Every key is compared, each in constant time, so that the duration reveals nothing.
 
         Raises:
             RequestError: there is no key, or a wrong one.
@@ -71,7 +71,7 @@ class ApiKeys:
 
 
 def new_key(path: str | Path, tenant: str) -> str:
-    """Add a key of `tenant` to a file of keys, which need not exist, and return it: it is not to be had again.
+    """Add a key for `tenant` to a key file, which need not exist, and return it. It cannot be retrieved later.
 
     Raises:
         ConfigError: the tenant's name is invalid, or the file is not one of keys.

@@ -1,4 +1,4 @@
-"""Requests for one memory, one after the other, in the order in which they came."""
+"""Locks that run the requests for one memory sequentially, in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class _Entry:
 
 
 class MemoryLocks:
-    """A lock for each memory that somebody uses.
+    """A lock for each memory in use.
 
     Args:
-        max_waiting: the most requests that wait for locks.
+        max_waiting: maximum number of requests that wait for locks.
     """
 
     def __init__(self, max_waiting: int) -> None:

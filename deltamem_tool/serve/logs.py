@@ -1,4 +1,4 @@
-"""One JSON object a line on stderr: what happened, and nothing of what anybody said or what a memory is called."""
+"""Logs on stderr, one JSON object per line. They contain no message text and no names of memories."""
 
 from __future__ import annotations
 

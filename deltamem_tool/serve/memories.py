@@ -1,4 +1,4 @@
-"""`/v1/memories`: a tenant's memories as a resource."""
+"""The endpoint `/v1/memories`: the memories of a tenant."""
 
 from __future__ import annotations
 

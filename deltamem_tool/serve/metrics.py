@@ -1,4 +1,4 @@
-"""`/metrics`: what the server does, for Prometheus. No names of tenants or memories."""
+"""Metrics in the format of Prometheus, for `/metrics`. They contain no names of tenants or memories."""
 
 from __future__ import annotations
 

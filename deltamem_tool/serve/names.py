@@ -1,4 +1,4 @@
-"""Names of memories: what a URL and a log can hold."""
+"""Validation of memory names, which must fit into URLs and logs."""
 
 from __future__ import annotations
 

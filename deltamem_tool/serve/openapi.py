@@ -1,4 +1,4 @@
-"""`/openapi.json`: what the server takes and gives, and `/docs`, the same as a page."""
+"""The endpoints `/openapi.json`, which describes the API, and `/docs`, which shows the same as a page."""
 
 from __future__ import annotations
 

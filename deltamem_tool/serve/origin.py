@@ -1,4 +1,4 @@
-"""A server without keys answers its own machine, and so every page in a browser there: pages of others are refused."""
+"""Refuse requests that a browser sends for pages of other origins, on a server without keys."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from deltamem_tool.serve.errors import RequestError, error_response
 
 
 class OwnPagesOnly:
-    """Middleware that refuses what a browser sends for a page of another origin.
+    """Middleware that refuses requests from pages of other origins.
 
-    A browser says in `Origin` whose page it sends something for. A page whose own name was made to lead to this
-    machine (DNS rebinding) has that name in `Host`, which is then neither an address nor localhost.
+    A server without keys answers everyone on its machine, including every page open in a browser there. A browser names
+    the origin of the page in `Origin`. If a page's name was made to resolve to this machine (DNS rebinding), that name
+    is in `Host`, which is then neither an address nor localhost.
 
     Args:
-        app: what answers the other requests.
+        app: application that answers all other requests.
     """
 
     def __init__(self, app: ASGIApp) -> None:

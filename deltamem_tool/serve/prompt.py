@@ -1,4 +1,4 @@
-"""A request's messages as the tokens of one context: what is known is read, what is new is read and writes."""
+"""Encode the messages of a request as one context: known messages are read only, new ones are read and written."""
 
 from __future__ import annotations
 

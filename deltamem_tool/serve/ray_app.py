@@ -1,4 +1,4 @@
-"""`deltamem serve` on a Ray cluster: replicas of the model over one store, each user's requests at the same one.
+"""`deltamem serve` on a Ray cluster: replicas of the model share one store, and each user is served by one of them.
 
 `serve run deltamem_tool.serve.ray_app:application model=… store=…`, with the fields of `RaySettings`.
 """
@@ -48,7 +48,7 @@ SENT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", 
 
 
 class RaySettings(ServeSettings):
-    """`ServeSettings` of each replica, and how many there are."""
+    """The `ServeSettings` of each replica, and the number of replicas."""
 
     replicas: int = Field(default=2, ge=1)
     ingresses: int = Field(default=1, ge=1, description="Processes that hand requests to the replicas.")
@@ -111,7 +111,7 @@ def _settings(options: Mapping[str, Any]) -> RaySettings:
 
 
 class Replica:
-    """A process that has the model. It keeps nothing that is not in the store.
+    """A process with the model. All data that must last is in the store.
 
     Args:
         settings: how it serves.

@@ -1,4 +1,4 @@
-"""The application on uvicorn."""
+"""Run the application on uvicorn."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DEAF_SECONDS = 60.0  # after which a client that takes nothing of an answer is c
 
 
 def check_host(host: str, has_keys: bool, no_keys: bool) -> None:
-    """Check that nobody but this machine can use a server without keys, unless that is wanted.
+    """Check that a server without keys can only be reached from this machine, unless `no_keys` allows more.
 
     Raises:
-        ConfigError: others could.
+        ConfigError: other machines could reach it.
     """
     if has_keys or no_keys or _is_loopback(host):
         return

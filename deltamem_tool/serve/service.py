@@ -1,4 +1,4 @@
-"""What the handlers of requests share: the model, the store, whose key it is, and the answers."""
+"""What all request handlers share: the model, the store, the API keys, and the answering of turns."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ GONE = 499  # nginx's status of a client that went before it was answered; nobod
 
 @dataclass(frozen=True)
 class Service:
-    """A server's parts.
+    """The components of a server.
 
     Args:
-        model: its name for clients.
+        model: name of the model for clients.
         scheduler: runs the model.
-        store: has the memories.
-        keys: whose requests are answered; None for everybody's.
-        locks: of the memories.
+        store: holds the memories.
+        keys: accepted API keys; None accepts every request.
+        locks: locks of the memories.
         turns: answers requests.
-        metrics: what was counted.
-        created: when the server was started.
+        metrics: counters.
+        created: time when the server started.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""How a model is served: what `deltamem serve` and the replicas of a Ray cluster make the application of."""
+"""The settings of a server, from which `deltamem serve` and the replicas of a Ray cluster build the application."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltamem_tool.serve.store.memory_store import KEEP_VERSIONS
 
 
 class ServeSettings(BaseModel):
-    """How a model is served; the fields are the options of `deltamem serve`."""
+    """The settings of a server; the fields are the options of `deltamem serve`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -36,7 +36,7 @@ class ServeSettings(BaseModel):
     window: int | None = None
 
     def keys(self) -> ApiKeys | None:
-        """Return the keys in the file of them; None without one.
+        """Return the keys in the key file; None if there is no key file.
 
         Raises:
             ConfigError: the file is missing or invalid.
@@ -48,7 +48,7 @@ class ServeSettings(BaseModel):
 
         Args:
             engine: the model.
-            keys: whose requests are answered; None for everybody's.
+            keys: accepted API keys; None accepts every request.
 
         Raises:
             ConfigError: the model has no chat template, the window is too small or too large for it, or the store's

@@ -1,4 +1,4 @@
-"""One turn: whose memory, what is new, the answer, and the memory after it, stored before the answer is complete."""
+"""Answer one turn: find the memory and the new messages, generate, and store the memory before the answer ends."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The page at `/`: a chat beside its memory. It uses nothing but the public API.
+"""The page at `/`: a chat, with its memory beside it. It uses only the public API.
 
-Its files are in `page/`; what it shares with the page of `deltamem page` is served beside them.
+Its files are in `page/`. Files that it shares with the page of `deltamem page` are served next to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whose memory a request is about: the header, or `user`."""
+"""Find the memory that a request is about, from its header or from `user`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Train an adapter on episodes; only the adapter learns."""
+"""Train an adapter on episodes, with the base model frozen.
+
+Start with `run.train`, which runs a recipe, and `loss.EpisodeModel`, which is one training step.
+"""
 
 from deltamem_tool.training.dry_run import DryRun, PeakMemory, dry_run
 from deltamem_tool.training.loss import EpisodeModel

@@ -1,11 +1,12 @@
-"""A loss that teaches a memory its addresses: what is asked finds the key under which it was told.
+"""A loss that teaches a memory its addresses: a question should find the key under which its answer was written.
 
-What a delta rule reads is a sum of all values that were written, each weighted by how near its key is to the query. The
-answers' cross-entropy teaches first which values there are, and only long after that which key each of them is under;
-this term teaches the keys themselves. It is contrastive (InfoNCE, arXiv 1807.03748): the query of the token before an
-answer's token is to be nearer to the key of that same token in the history than to all other keys.
+A delta rule reads a sum of all written values, each weighted by the similarity of its key to the query. The
+cross-entropy of the answers first teaches which values exist, and only much later which key belongs to each of them.
+This loss teaches the keys directly. It is contrastive (InfoNCE, arXiv 1807.03748): the query of the token before an
+answer token should be closer to the key of that same token in the history than to all other keys.
 
-Both are of hidden states that are taken as they come, so its gradients reach the query and key projections alone.
+Queries and keys are computed from detached hidden states, so the gradients of this loss reach only the query and key
+projections.
 """
 
 from __future__ import annotations

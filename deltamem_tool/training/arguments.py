@@ -1,4 +1,4 @@
-"""A recipe's options in the words of transformers' Trainer."""
+"""Translate the options of a recipe to the arguments of transformers' Trainer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Training steps of what a memory is compared with.
+"""Training steps of the baselines that a memory is compared with.
 
-A LoRA has the whole conversation in view, a static adapter none of it.
+A LoRA sees the whole conversation, a static adapter none of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deltamem_tool.training.loss import EpisodeModel, answer_loss, divergence, i
 
 
 class LoraStepModel(nn.Module):
-    """One training step of a LoRA as a module. Only the LoRA's weights are registered."""
+    """One training step of a LoRA, as a module. Only the LoRA's weights are registered."""
 
     conditions = ("",)
     accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole batch scores
@@ -72,7 +72,7 @@ class LoraStepModel(nn.Module):
 
 
 class StaticStepModel(nn.Module):
-    """One training step of a static adapter as a module: the memory's read pass, with a constant for every reading.
+    """One training step of a static adapter, as a module: the memory's read pass with a constant for every reading.
 
     Args:
         base: the model that `adapter` is put on, without a memory; its own weights are frozen.

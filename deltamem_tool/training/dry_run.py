@@ -1,4 +1,4 @@
-"""What a training run would do: how long, on how much, in how much memory. Nothing is trained."""
+"""Estimate a training run without training: its steps, data and memory."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _QUANTISED = {"int8": 1.0, "nf4": 0.5 + SCALE}
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Estimated bytes of one process at the fullest moment of a step.
+    """Estimated peak memory of one process during a step, in bytes.
 
-    They are without what CUDA takes for itself, what fragmentation wastes, and padding. Activations, and so the total,
-    are None where they could not be computed.
+    The memory of CUDA itself, fragmentation and padding are not included. Activations, and so the total, are None if
+    they could not be computed.
     """
 
     weights: int  # of the frozen base, or this process's part of it
@@ -67,7 +67,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `train` would do with a recipe."""
+    """The result of a dry run of a recipe."""
 
     trained_parameters: int
     base_parameters: int
@@ -87,15 +87,15 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, report: Report | None = None, processes: int | None = None) -> DryRun:
-    """Compute what `train(recipe)` would do.
+    """Estimate what `train(recipe)` would do.
 
-    The base's weights are not needed: its config is enough for parameters and memory, and its tokenizer for the rest.
-    Nothing is written, except that the encoded episodes are in the cache for the run itself.
+    The weights of the base model are not needed: its config is enough for parameters and memory, and its tokenizer for
+    the rest. Nothing is written except the encoded episodes, which are cached for the run itself.
 
     Args:
-        recipe: of the run.
-        report: follows the fake steps that memory is computed with, (done, of how many).
-        processes: how many there would be; by default those of this launch.
+        recipe: the recipe.
+        report: called with the number of simulated steps that are done, and their total. They measure the memory.
+        processes: number of processes to estimate for; by default those of this launch.
 
     Raises:
         DeltaMemError: the recipe cannot be run.

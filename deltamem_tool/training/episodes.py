@@ -1,4 +1,4 @@
-"""What a run learns from and is evaluated with: its own conversations, generated ones, or both."""
+"""The training and validation episodes of a run: the user's conversations, generated ones, or both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deltamem_tool.training.trainer import steps_of
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run learns from and is evaluated with."""
+    """The training and validation data of a run."""
 
     training: Any  # a Dataset
     validation: Sequence[Any]

@@ -1,4 +1,4 @@
-"""How long a run will take, from a step that is thrown away."""
+"""Estimate the duration of a run from one step, whose result is discarded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The episodes that a recipe generates."""
+"""Generate the episodes that a recipe asks for."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Gradient checkpointing that keeps the caches.
+"""Gradient checkpointing that works with caches.
 
-A decoder layer keeps its input alone, and runs again when the backward pass comes to it. transformers' own takes the
-cache from the layers, because a layer that runs twice would append to it twice. Here the second run gets the cache as
-it was before the first.
+A decoder layer keeps only its input, and runs again in the backward pass. transformers' own gradient checkpointing
+disables the cache, because a layer that runs twice would append to it twice. Here the second run gets the cache as it
+was before the first one.
 """
 
 from __future__ import annotations

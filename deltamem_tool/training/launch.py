@@ -1,4 +1,4 @@
-"""Whether the processes of a launch share one base model or have one each."""
+"""Decide whether the processes of a launch share one base model or have one each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What the processes do together."""
+    """How the processes of a launch work together."""
 
     state: PartialState
     shards: bool  # FSDP2 of the base; else each process has a whole one

@@ -1,7 +1,7 @@
 """The training loss (arXiv 2605.12357, section 3.4).
 
-`EpisodeModel` writes the histories, answers from the memory alone, and returns the cross-entropy of the answers with
-what is added to it.
+`EpisodeModel` writes the histories, answers from the memory alone, and returns the cross-entropy of the answers plus
+the terms of the objective.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ CONDITIONS = ("", "_zero", "_donor")
 
 
 class Written(NamedTuple):
-    """What a write pass gives.
+    """The result of a write pass.
 
     Args:
-        memory: of B conversations.
-        gates: `[B, L]`, the mean β of each conversation's writes.
-        history_kl: `[B]`, the mean divergence from the base of each conversation's tokens; None where it has no weight.
+        memory: memory of B conversations.
+        gates: `[B, L]`, the mean β of each conversation's writes, by layer.
+        history_kl: `[B]`, the mean divergence from the base model over each conversation's tokens; None if it has no
+            weight in the objective.
     """
 
     memory: MemoryState
@@ -49,14 +50,14 @@ class Written(NamedTuple):
 
 
 class EpisodeModel(nn.Module):
-    """One training step as a module. Only the adapter is registered: what the Trainer trains, moves and saves.
+    """One training step, as a module. Only the adapter is registered, so the Trainer trains, moves and saves only it.
 
     Args:
         base: the model with a memory.
-        objective: what is added to the answers' cross-entropy.
-        write_chunk: the write pass is cut into calls of so many tokens, from the end; None is one call.
-        bptt: gradients flow through so many of the last chunks; None is all.
-        recompute: keep the layers' inputs alone, and run each layer again in the backward pass.
+        objective: terms to add to the cross-entropy of the answers.
+        write_chunk: split the write pass into calls of this many tokens, counted from the end; None makes one call.
+        bptt: backpropagate through only this many of the last chunks; None means all.
+        recompute: keep only the inputs of the layers, and run each layer again in the backward pass.
     """
 
     conditions = CONDITIONS

@@ -1,8 +1,8 @@
-"""How many bytes a training step keeps alive at most, found by running one without numbers.
+"""Estimate the peak memory of a training step by running one on fake tensors.
 
-The step runs on fake tensors: every operation gives the shape of its result, and what autograd would keep is kept. Two
-models with few layers are enough: from one to the other each phase of the step grows by what the layers between them
-take, and so it goes on up to the model's own number of layers.
+Fake tensors have shapes but no values, and autograd keeps what it would keep in a real step. Two models with few layers
+are enough. The difference between them is what the additional layers need in each phase of the step, and it is
+extrapolated to the model's own number of layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ENDS = 2  # the first and the last layer, which keep less than those between th
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one call of the model is given, at the most: conversations, exchanges, and tokens without padding."""
+    """The largest input of one call of the model: conversations, exchanges, and tokens without padding."""
 
     conversations: int
     write: int  # tokens of a history

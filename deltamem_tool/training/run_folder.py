@@ -1,4 +1,4 @@
-"""The folder of a run that goes on: its recipe and its checkpoints, from which it can be resumed however it ends."""
+"""The folder of a run in progress. It holds the recipe and the checkpoints, to resume the run however it ended."""
 
 from __future__ import annotations
 

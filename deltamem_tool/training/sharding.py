@@ -1,7 +1,6 @@
-"""FSDP2 of the frozen base: transformers shards it while it loads, and each process reads its own part.
+"""FSDP2 for the frozen base model: transformers shards it while loading, and each process reads its own part.
 
-The adapter is no part of that: it is whole in every process, and its gradients are reduced as in data parallel
-training.
+The adapter is not sharded. Every process has all of it, and its gradients are reduced as in data parallel training.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from deltamem_tool.memory.state import MemoryState
 
 @dataclass(frozen=True)
 class BaseShare:
-    """What processes hold of a sharded base, in bytes."""
+    """The share of a sharded base model that each process holds, in bytes."""
 
     total: int  # of the whole base
     held: int  # by the process that holds the most, while nothing computes

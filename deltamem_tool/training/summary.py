@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapter: how it was trained, as JSON and as a picture."""
+"""Write down how an adapter was trained, as JSON and as a plot, in the adapter folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLOURS = {"": "#0b6e4f", "_zero": "#d9a404", "_donor": "#c8553d"}
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How an adapter was trained, without a path of the machine that did it."""
+    """A summary of how an adapter was trained, without local paths."""
 
     recipe: dict[str, Any]  # by dotted key
     steps: int

@@ -1,4 +1,4 @@
-"""transformers' Trainer for episodes: what it samples, logs, evaluates and refuses to go on with."""
+"""transformers' Trainer for episodes: its sampling, logging, evaluation, and checks for errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Report = Callable[[int, int, float | None], None]  # step, of how many, cross-en
 
 
 class EpisodeSampler(Sampler[int]):
-    """The order of episodes: it depends on seed and epoch alone, so that a resumed run goes on in it.
+    """The order of the episodes. It depends only on seed and epoch, so that a resumed run continues in the same order.
 
     Args:
         episodes: the dataset, which is told the epoch too.
@@ -251,7 +251,7 @@ def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | N
 
 
 class Progress(TrainerCallback):
-    """Reports how far the run is, and ends it on Ctrl-C after the step it is in, with a checkpoint."""
+    """Reports the progress of a run. On Ctrl-C it ends the run after the current step, with a checkpoint."""
 
     def __init__(self, report: Report | None) -> None:
         self.report, self.interrupted = report, False
@@ -306,7 +306,7 @@ def _anywhere(interrupted: bool, args: TrainingArguments) -> bool:
 
 
 class EarlyStop(EarlyStoppingCallback):
-    """transformers' own, which on a resumed run goes on counting where it was."""
+    """transformers' early stopping, which continues its count when a run is resumed."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Evaluation while training: how well are answers told from the state, from zeros, and from another's state?"""
+"""Validation during training: loss and recall with the state, with zeros, and with another conversation's state."""
 
 from __future__ import annotations
 

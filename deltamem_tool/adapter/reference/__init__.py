@@ -1,1 +1,1 @@
-"""Adapters of the reference implementation."""
+"""Convert adapters from and to the format of the reference implementation (declare-lab/delta-Mem)."""

@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind: a file, tables, pictures, a page."""
+"""Outputs of an evaluation: a JSON file, tables, plots, and a page."""

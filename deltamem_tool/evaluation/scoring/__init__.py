@@ -1,1 +1,1 @@
-"""How answers are scored, and how sure a mean is."""
+"""Scores of answers, and confidence intervals of their means."""

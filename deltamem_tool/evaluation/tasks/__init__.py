@@ -1,1 +1,1 @@
-"""The tasks, one a file; `evaluation.task` finds them by name."""
+"""The built-in tasks, one per file; `evaluation.task` finds them by name."""

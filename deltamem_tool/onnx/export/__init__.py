@@ -1,1 +1,1 @@
-"""Write a model with a memory as an ONNX folder."""
+"""Export a model with a memory as an ONNX folder. Start with `export.export_onnx`."""

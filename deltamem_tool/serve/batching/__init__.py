@@ -1,1 +1,1 @@
-"""One model for many rows: requests join and leave the batch between any two decode steps. No torch."""
+"""Continuous batching: requests join and leave the batch between any two decode steps. Imports no torch."""

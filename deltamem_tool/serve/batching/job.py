@@ -1,4 +1,4 @@
-"""What a scheduler is asked to do, and what comes back."""
+"""The jobs that a scheduler takes, and the events that it returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was computed of prompts, kept for others that begin alike."""
+"""A cache of computed prompts, for later prompts with the same prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ticket's row while it is in the hands of the scheduler."""
+"""The row of a ticket while the scheduler runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuous batching: a thread that owns the engine, and feeds whoever is there one step at a time."""
+"""Continuous batching: a thread owns the engine and runs one step at a time for all current rows."""
 
 from __future__ import annotations
 

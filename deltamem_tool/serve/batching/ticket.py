@@ -1,4 +1,4 @@
-"""A job from the moment it is accepted: its events come out as they happen, for a thread or for a coroutine."""
+"""An accepted job, whose events can be read by a thread or a coroutine as they happen."""
 
 from __future__ import annotations
 

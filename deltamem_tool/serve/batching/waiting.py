@@ -1,4 +1,4 @@
-"""Jobs that wait: a queue for each tenant, and the tenants take turns."""
+"""Waiting jobs, in one queue per tenant. The tenants take turns."""
 
 from __future__ import annotations
 

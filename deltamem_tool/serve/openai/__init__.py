@@ -1,1 +1,1 @@
-"""OpenAI's API: chat completions, responses and models."""
+"""The endpoints of OpenAI's API: chat completions, responses and models."""

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`, whole or streamed."""
+"""The endpoint `POST /v1/chat/completions`, with or without streaming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model that is served."""
+"""The endpoint `/v1/models`, which lists the one model that is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that OpenAI's API has: those that are honoured, and what is said of the others."""
+"""The parameters of OpenAI's API: which of them have an effect, and how the others are answered."""
 
 from __future__ import annotations
 

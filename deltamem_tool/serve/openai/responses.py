@@ -1,4 +1,4 @@
-"""`/v1/responses`: each response is a snapshot of the memory after it, from which any number of others go on."""
+"""The endpoint `/v1/responses`. Each response keeps a snapshot of the memory, from which others can continue."""
 
 from __future__ import annotations
 

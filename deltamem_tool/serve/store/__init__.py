@@ -1,4 +1,4 @@
-"""Memories of many users in a database: SQLite, or PostgreSQL for several servers. No torch."""
+"""The memories of many users in a database: SQLite, or PostgreSQL for several servers. Imports no torch."""
 
 from deltamem_tool.serve.store.encryption import KEY_VARIABLE
 from deltamem_tool.serve.store.errors import (

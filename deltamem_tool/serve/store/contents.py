@@ -1,4 +1,4 @@
-"""Contents of versions and responses: a memory and a note in JSON, encrypted where the store is."""
+"""The content of versions and responses: a memory and a note in JSON, encrypted if the store is."""
 
 from __future__ import annotations
 

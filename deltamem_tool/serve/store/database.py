@@ -1,4 +1,4 @@
-"""A database and its transactions, whose failures are a store's."""
+"""A database and its transactions, whose errors become those of the store."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Seals of what is stored, each bound to its row, so that no row passes for another: AES-256-GCM, or a checksum.
+"""Encrypt and authenticate stored content with AES-256-GCM, or protect it with a checksum.
 
-Content is encrypted: memories, turns, transcripts. Names, times, sizes and digests are not. Nonces are random, which
-is safe for some four thousand million writes with one key.
+Each seal is bound to its row, so that no row can be passed off as another. Memories, turns and transcripts are
+encrypted. Names, times, sizes and digests are not. Nonces are random, which is safe for about four billion writes with
+one key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Changes that have to wait for each other are committed together: they all wait for the disk once."""
+"""Commit concurrent changes together, so that they wait for the disk only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memories of many tenants, each with its versions, and the snapshots after responses."""
+"""The store: the memories of many tenants with their versions, and the snapshots after responses."""
 
 from __future__ import annotations
 

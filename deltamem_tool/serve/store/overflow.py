@@ -1,10 +1,10 @@
-"""Content as SQLite has to get it so that `secure_delete` leaves nothing of it.
+"""Pad content so that SQLite's `secure_delete` leaves nothing of it behind.
 
-SQLite splits a long row: the first bytes stay in a leaf of the table's tree, the rest goes to pages of its own, which
-are overwritten with zeros when the row goes. What leaves cannot promise that: when rows move between them, copies
-remain in their free space. So content begins after more zeros than stay in a leaf, and ends with as many as it takes
-for SQLite to keep no more there than it must. (Names, times and digests have no such care.) The sums are those of
-https://www.sqlite.org/fileformat2.html (1.6).
+SQLite splits a long row. The first bytes stay in a leaf of the table's tree, and the rest goes to overflow pages, which
+are overwritten with zeros when the row is deleted. Leaves do not guarantee that: when rows move between them, copies
+remain in their free space. So the content starts after more zeros than stay in a leaf, and ends with as many zeros as
+SQLite needs to keep no more in the leaf than it must. Names, times and digests are not protected in this way. The
+computation follows https://www.sqlite.org/fileformat2.html (1.6).
 """
 
 from __future__ import annotations

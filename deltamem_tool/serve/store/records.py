@@ -1,4 +1,4 @@
-"""What a store returns. Times are seconds since 1970 in UTC, sizes are bytes before encryption."""
+"""The records that a store returns. Times are seconds since 1970 in UTC; sizes are bytes before encryption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a store, and who may open one."""
+"""The tables of a store, and the checks when one is opened."""
 
 from __future__ import annotations
 

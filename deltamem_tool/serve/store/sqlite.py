@@ -1,4 +1,4 @@
-"""SQLite: one file, one writer at a time, and nothing left of what is deleted."""
+"""SQLite: a single file with one writer at a time, from which deleted content is erased."""
 
 from __future__ import annotations
 

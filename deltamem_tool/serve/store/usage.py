@@ -1,4 +1,4 @@
-"""What each tenant stores, counted in the transaction that changes it."""
+"""The storage used by each tenant, updated in the transaction that changes it."""
 
 from __future__ import annotations
 
