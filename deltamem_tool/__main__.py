@@ -1,4 +1,4 @@
-"""`python -m deltamem_tool` is `deltamem`: how launchers such as torchrun start it."""
+"""Run `deltamem` as `python -m deltamem_tool`, which launchers such as torchrun need."""
 
 from deltamem_tool.cli import main
 

@@ -1,12 +1,12 @@
-"""Every name of another library that may move without notice: private ones, and those that differ between versions.
+"""Names of other libraries that may change without notice: private ones, and those that differ between versions.
 
-The rest of the package imports them from here, so that a release which renames something changes this file alone.
-Nothing heavy is imported before a name is asked for.
+The rest of the package imports them from here, so that a release which renames something changes only this file.
+Nothing heavy is imported before a name is used.
 
 * `BORROWED` is a table of names that are used as they are: `from deltamem_tool._compat import FakeTensor`.
-* The functions below it are for what has to be asked, set or renamed.
+* The functions below it are for everything that has to be looked up, set or renamed.
 
-The versions that it is written for are the bounds of `pyproject.toml`. `tests/test_compat.py` has a test for every
+This file is written for the versions within the bounds of `pyproject.toml`. `tests/test_compat.py` has a test for every
 entry, and fails if one of these names is used elsewhere.
 """
 

@@ -1,4 +1,4 @@
-"""`deltamem_config.json`: what an adapter is and which base model it was made for. No torch."""
+"""`deltamem_config.json`: the options of an adapter and the base model it was made for. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fresh adapters, made without loading the base model."""
+"""Create new adapters without loading the base model."""
 
 from __future__ import annotations
 

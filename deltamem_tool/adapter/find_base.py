@@ -1,4 +1,4 @@
-"""Which base model an adapter is for: recorded with its fingerprint, and found again."""
+"""Record the base model of an adapter with its fingerprint, and find it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter folder as it is on disk: read strictly and checked, without its base model. No torch."""
+"""Read and strictly check an adapter folder, without its base model. Imports no torch."""
 
 from __future__ import annotations
 

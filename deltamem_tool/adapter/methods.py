@@ -1,4 +1,4 @@
-"""The methods of a model that show its parameters and save it: with a memory, they take in the adapter."""
+"""Model methods that list parameters and save the model, extended to include the adapter."""
 
 from __future__ import annotations
 

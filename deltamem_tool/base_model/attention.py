@@ -1,4 +1,4 @@
-"""A model's attention layers: which they are, and where each keeps its projections (`layouts` has the rows)."""
+"""Find a model's attention layers and their projections (`layouts` has the rows)."""
 
 from __future__ import annotations
 

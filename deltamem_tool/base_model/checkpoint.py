@@ -1,4 +1,4 @@
-"""A base checkpoint on disk, looked at without loading it: its config, its module tree, a few columns of weights."""
+"""Inspect a base checkpoint on disk without loading it: its config, its module tree, a few columns of its weights."""
 
 from __future__ import annotations
 

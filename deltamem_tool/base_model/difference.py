@@ -1,4 +1,4 @@
-"""How far the weights of two checkpoints of one model are apart, such as a quantised one's from the original's."""
+"""Measure how much the weights of two checkpoints of one model differ, such as a quantised one and its original."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A checkpoint in one GGUF file, as llama.cpp has them: where it is, whether it is whole, and parts of its weights.
+"""A checkpoint in a single GGUF file, the format of llama.cpp: find it, check that it is complete, read parts of it.
 
-transformers makes config, tokenizer and model of it, in floating point; `gguf` reads and dequantises what is asked for.
+transformers builds the config, the tokenizer and the model from it, in floating point. `gguf` reads and dequantises
+individual weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The processes that a launcher has started, torchrun or `accelerate launch`: how they meet, and which has ended."""
+"""The processes started by torchrun or `accelerate launch`: how they connect, and which of them have ended."""
 
 from __future__ import annotations
 

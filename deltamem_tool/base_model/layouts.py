@@ -1,7 +1,7 @@
-"""Where an attention module keeps its query, key, value and output: a row for every way to do it.
+"""Where attention modules keep their query, key, value and output projections: one row for each layout.
 
-A projection that is a linear layer of its own is found by its name, in whatever model it occurs. Of a fused one the
-name does not tell how its output is interleaved, so such a row holds for the model types that it lists, and no others.
+A projection that is a separate linear layer is found by its name, in any model. For a fused projection, the name does
+not say how its output is interleaved, so its row applies only to the model types that it lists.
 """
 
 from __future__ import annotations

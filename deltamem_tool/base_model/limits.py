@@ -1,4 +1,4 @@
-"""What a model can be fed: how many tokens, and which."""
+"""The limits of a model's input: how many tokens, and which token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model runs that accelerate has spread over devices, or whose weights it keeps on the CPU or on disk."""
+"""The placement of a model that accelerate has spread over devices, or offloaded to CPU or disk."""
 
 from __future__ import annotations
 

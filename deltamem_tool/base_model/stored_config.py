@@ -1,4 +1,4 @@
-"""The config of a base checkpoint: `config.json`, or what a GGUF file says; read strictly, of a language model."""
+"""Read the config of a base checkpoint, from `config.json` or a GGUF file, and check that it is a language model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The table of supported model types, for `deltamem architectures`: what tiny models of every type have shown.
+"""The table of supported model types for `deltamem architectures`, measured with tiny models of every type.
 
-What decides for a model is `attention.attention_layers`: a layout is recognised in the model's modules. That cannot be
-known without building one, so the table ships.
-`tests/base_model/support_table.py` writes it.
+Whether a given model is supported is decided by `attention.attention_layers`, which recognises a layout in the model's
+modules. That needs a built model, so the table is shipped. `tests/base_model/support_table.py` writes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The weights of a checkpoint as they are stored: whole or in pieces, as safetensors or as torch's own files.
+"""The stored weights of a checkpoint: one file or several, as safetensors or in torch's own format.
 
-Parts of them are read without the rest.
+Parts of them can be read without the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Retrieval with BM25: the passages of a conversation that share words with a question."""
+"""Retrieval with BM25: find the passages of a conversation that share words with a question."""
 
 from __future__ import annotations
 

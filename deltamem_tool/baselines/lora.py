@@ -1,6 +1,6 @@
-"""LoRAs of PEFT on a base model: a new one to train, one of the memory's size to measure, a saved one to evaluate.
+"""LoRAs of PEFT on a base model: create one to train, create one of the memory's size to measure, or load a saved one.
 
-`training.baseline_steps.LoraStepModel` is the step that trains one.
+`training.baseline_steps.LoraStepModel` trains one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A static adapter: the Δ of a memory with a learned constant in place of what it reads, to compare the memory with.
+"""A static adapter: the Δ of a memory, with a learned constant in place of the readings, as a baseline for the memory.
 
-It cannot know a conversation. What it learns from the same episodes is what any reading could: the form of the answers,
-and which values are frequent. `training.baseline_steps.StaticStepModel` is the step that trains one.
+It cannot know a conversation. From the same episodes it learns what any reading could teach: the form of the answers,
+and which values are frequent. `training.baseline_steps.StaticStepModel` trains one.
 """
 
 from __future__ import annotations

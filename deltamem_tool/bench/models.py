@@ -1,4 +1,4 @@
-"""The models that are compared: the base, the base with the memory, the base with a LoRA; in PyTorch and as graphs."""
+"""The models to compare: the base model, alone, with the memory, and with a LoRA; in PyTorch and as graphs."""
 
 from __future__ import annotations
 

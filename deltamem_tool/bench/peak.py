@@ -1,6 +1,6 @@
-"""The peak memory of one model in one runtime, measured in a process that holds nothing else.
+"""Measure the peak memory of one model in one runtime, in a process that holds nothing else.
 
-`python -m deltamem_tool.bench.peak` is that process: it reads what to measure, pickled, from stdin, and prints JSON.
+`python -m deltamem_tool.bench.peak` is that process. It reads the pickled setting from stdin, and prints JSON.
 """
 
 from __future__ import annotations

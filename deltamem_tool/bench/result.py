@@ -1,4 +1,4 @@
-"""What a measurement found: every duration, the figures that come of them, and their tables."""
+"""The result of a benchmark: all durations, the figures computed from them, and their tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench`: load the models once, time them in turn, then measure the peak memory of each alone."""
+"""Run a benchmark: load the models once, time them in turn, then measure the peak memory of each alone."""
 
 from __future__ import annotations
 

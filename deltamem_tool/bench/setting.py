@@ -1,4 +1,4 @@
-"""What is measured, and how: everything that another process needs to repeat it."""
+"""The setting of a benchmark: everything that another process needs to repeat it."""
 
 from __future__ import annotations
 

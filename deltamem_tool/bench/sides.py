@@ -1,6 +1,6 @@
-"""A model in a runtime, as it is measured: tokens in, logits out, and a cache that goes from call to call.
+"""A model in a runtime, as the benchmark measures it: tokens in, logits out, and a cache that is passed between calls.
 
-Each side imports its own runtime when it is created: the other's would count in the peak memory of its process.
+Each side imports its own runtime when it is created. Otherwise, the other runtime would count in its peak memory.
 """
 
 from __future__ import annotations

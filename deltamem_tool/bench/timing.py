@@ -1,4 +1,4 @@
-"""Measurements taken in turn, so that other work on the machine affects all of them alike."""
+"""Take measurements in turn, so that other work on the machine affects all of them alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer that is shown while it is generated."""
+"""Show an answer while it is generated."""
 
 from __future__ import annotations
 

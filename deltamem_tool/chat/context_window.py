@@ -1,4 +1,4 @@
-"""Where a conversation is, and what happens when its window is full.
+"""The position in a conversation, and the context window when it is full.
 
 The oldest turns leave the context, and what they wrote stays in the memory.
 """

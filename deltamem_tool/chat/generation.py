@@ -1,4 +1,4 @@
-"""Answers token by token: one call of the engine for all rows of a batch, each of which ends in its own time."""
+"""Generate answers token by token, with one call of the engine for all rows of a batch. Each row ends on its own."""
 
 from __future__ import annotations
 

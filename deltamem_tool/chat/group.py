@@ -1,4 +1,4 @@
-"""Rows that are fed together, one token at a time, while others come and go."""
+"""Rows that are fed together, one token at a time, while others join and leave."""
 
 from __future__ import annotations
 

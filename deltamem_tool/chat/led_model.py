@@ -1,7 +1,8 @@
-"""Conversations on a base whose weights several processes share: the first one leads, and the others do as it does.
+"""Conversations on a base model whose weights several processes share: the first process leads, the others follow.
 
-The first talks, draws tokens and writes files. What it asks of the model needs all of them, each of which has its part
-of every past: so it tells the others, which do the same in the same order, and know of nothing else.
+The first process chats, samples tokens and writes files. Every call of the model needs all processes, because each of
+them holds a part of every past. So the first process sends its calls to the others, which make the same calls in the
+same order and do nothing else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A chat over a conversation with a memory: what each line that is typed does. Where lines come from is not its matter.
+"""The commands and turns of an interactive chat, independent of where its lines come from.
 
-A line that begins with `/` is a command; any other is a turn. With a memory file, what the conversation remembers is
-written after every line that changes it: to that file, or beside it where it is another memory than the file's.
+A line that begins with `/` is a command; any other line is a turn. With a memory file, the memory is written after
+every line that changes it: to that file, or to a file beside it if that file holds another memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text to tokens and back, without transformers: tokenizer.json, the chat template, text as it streams."""
+"""Convert text to tokens and back without transformers: tokenizer.json, the chat template, and streamed text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers of a hybrid keep beside keys and values: states of convolutions and of linear attention, by row."""
+"""States that hybrid layers keep besides keys and values, of convolutions and of linear attention, by row."""
 
 from __future__ import annotations
 

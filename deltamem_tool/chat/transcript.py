@@ -1,6 +1,6 @@
-"""What was said in a conversation, as the chat template writes it and as tokens. An answer is never tokenised again.
+"""The messages of a conversation, as the chat template renders them and as tokens. Answers are never tokenised again.
 
-In rendered text a placeholder stands for each answer, so that the template's words around it can be told from it.
+In rendered text, a placeholder stands for each answer, to tell the text of the template around it from the answer.
 """
 
 from __future__ import annotations

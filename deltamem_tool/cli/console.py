@@ -1,4 +1,4 @@
-"""Output that commands share: progress on stderr, and quiet libraries."""
+"""Output shared by the commands: progress on stderr, and silencing of libraries."""
 
 from __future__ import annotations
 

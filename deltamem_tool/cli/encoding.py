@@ -1,4 +1,4 @@
-"""What stdout gets in place of characters that its encoding lacks."""
+"""Replace characters that the encoding of stdout lacks."""
 
 from __future__ import annotations
 

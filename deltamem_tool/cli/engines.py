@@ -1,4 +1,4 @@
-"""The engine of a model that a command names: an adapter in PyTorch, or an ONNX folder in ONNX Runtime."""
+"""Load the engine for the model that a command names: an adapter in PyTorch, or an ONNX folder in ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams that every program has, for one that is started without them."""
+"""Open the standard streams if the process was started without them."""
 
 from __future__ import annotations
 

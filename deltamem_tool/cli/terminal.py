@@ -1,4 +1,4 @@
-"""Input from a terminal: editing, history, completion of commands (prompt_toolkit); of a dumb one, lines alone."""
+"""Terminal input with editing, history and completion of commands (prompt_toolkit); plain lines on a dumb terminal."""
 
 from __future__ import annotations
 

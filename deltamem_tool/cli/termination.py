@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what was said is kept, and what is half written is removed."""
+"""End a command on SIGTERM and SIGHUP as on Ctrl-C: what was said is kept, and unfinished files are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command as it was typed, for those who want to repeat it."""
+"""Reconstruct a command line as the user typed it, so that others can repeat it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded episodes become the tensors of one training step."""
+"""Batch encoded episodes into the tensors of one training step."""
 
 from __future__ import annotations
 

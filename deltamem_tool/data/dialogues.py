@@ -1,8 +1,8 @@
 """Small English dialogues in which people state, change and ask for facts.
 
-The shipped backbone, the quickstart and the `recall` task are made of them; their words are in
-`assets/dialogues.toml`. A fact is an (attribute, value) pair such as (sister, Anna). A fifth of each attribute's values
-is *held out*, chosen by checksum: no conversation for training ever has a pair that a conversation for evaluation uses.
+The shipped backbone, the quickstart and the `recall` task use them. Their words are in `assets/dialogues.toml`. A fact
+is an (attribute, value) pair such as (sister, Anna). A fifth of each attribute's values is *held out*, chosen by
+checksum: no conversation for training contains a pair that a conversation for evaluation uses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Episodes become token ids, and labels where a token is scored: only the answers are (arXiv 2605.12357, section 3.4).
+"""Encode episodes as token ids, with labels for the tokens of the answers, which are scored.
 
-An exchange is encoded as it is asked with nothing but the memory; and, where wanted, with the turns right before it in
-view, or with the whole history. The scored tokens of these views are the same.
+Scoring only the answers follows arXiv 2605.12357, section 3.4. An exchange is encoded with nothing in the context
+besides the question. If needed, it is also encoded with the turns right before it, or with the whole history. The
+scored tokens are the same in all of these views.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Rows become training episodes: what is written, and what is then asked with nothing but the memory.
+"""Turn rows into training episodes: a history to write, and exchanges to answer from the memory alone.
 
-A row is a conversation, `{"messages": [...]}`, or a prompt and its response, `{"prompt": ..., "response": ...}`:
-a prompt is a list of messages or a string, a response a string or a list of the assistant's messages. TRL's name
-`completion` is taken for `response`. Before a prompt that is a string may come a `history`: a text, or messages.
-As in TRL, `tools` and `chat_template_kwargs` of a row go to the chat template.
+A row is a conversation, `{"messages": [...]}`, or a prompt with its response, `{"prompt": ..., "response": ...}`. A
+prompt is a list of messages or a string; a response is a string or a list of assistant messages. TRL's name
+`completion` is accepted for `response`. A prompt that is a string can come with a `history`: a text, or messages. As in
+TRL, `tools` and `chat_template_kwargs` of a row are passed to the chat template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Natural facts in conversation: one message as short as can be, or a chat with small talk, replies and corrections."""
+"""Conversations that tell natural facts: a single short message, or a chat with small talk, replies and corrections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Episodes out of natural facts (`facts`), which grow as training goes: more facts, longer conversations."""
+"""Episodes made of natural facts (`facts`), with more facts and longer conversations as training progresses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The words of natural facts: attributes, values and sentences by the hundreds, for any tokenizer.
+"""The words of natural facts: hundreds of attributes, values and sentences, for any tokenizer.
 
 They are in `assets/facts`. Attributes, values and phrasings (sentences in which a user states, corrects or asks) are
-held out separately, by the checksum of their text alone: one in five never comes in training.
+held out separately, by the checksum of their text: one in five never appears in training.
 """
 
 from __future__ import annotations

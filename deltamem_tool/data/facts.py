@@ -1,6 +1,6 @@
-"""Natural facts about the user and others: drawn, stated, corrected, asked for and answered.
+"""Natural facts about the user and other people: draw, state, correct, ask for and answer them.
 
-Which of their words training never has is said by a `HeldOut` (`fact_words`).
+A `HeldOut` (`fact_words`) says which of their words never appear in training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversations of a user's own, with generated episodes among them."""
+"""Mix generated episodes into the user's own conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, a parquet file, or a dataset of the Hub."""
+"""Read rows from a JSONL file, a parquet file, or a dataset on the Hub."""
 
 from __future__ import annotations
 

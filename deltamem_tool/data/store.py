@@ -1,4 +1,4 @@
-"""Encoded episodes on disk, kept by `datasets`: encoded once, memory-mapped, found again."""
+"""Encoded episodes on disk, stored by `datasets`: encoded once, memory-mapped, and reused."""
 
 from __future__ import annotations
 

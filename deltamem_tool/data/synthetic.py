@@ -1,4 +1,4 @@
-"""Episodes out of generated dialogues (`dialogues.py`): facts told, then every one of them asked for by itself."""
+"""Episodes made of generated dialogues (`dialogues.py`), which tell facts and then ask for each of them separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exchanges that no memory is needed for: beside each episode's own one of these, answered as the base model does."""
+"""Exchanges that need no memory, one for each episode, to be answered as the base model does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card: one generated block, in a text whose other words are the user's."""
+"""The model card: a generated block inside a text that otherwise belongs to the user."""
 
 from __future__ import annotations
 

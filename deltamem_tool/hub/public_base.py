@@ -1,4 +1,4 @@
-"""The base model's name in a repository: a Hub id, never a path of this machine."""
+"""The name of the base model in a repository: a Hub id, never a local path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repository of the Hub, as a push reads, compares, creates and changes it."""
+"""A repository on the Hub, as a push needs it: read, compare, create and change it."""
 
 from __future__ import annotations
 

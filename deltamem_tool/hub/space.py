@@ -1,4 +1,4 @@
-"""A static Space of the Hub with the page that runs a model in the visitor's browser."""
+"""A static Space on the Hub, with the page that runs a model in the visitor's browser."""
 
 from __future__ import annotations
 

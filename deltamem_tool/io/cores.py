@@ -1,4 +1,4 @@
-"""How many cores a process may use, and how many threads its user wants."""
+"""The number of cores a process may use, and the number of threads its user asks for."""
 
 from __future__ import annotations
 

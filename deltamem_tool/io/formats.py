@@ -1,4 +1,4 @@
-"""What to type where a file is of a format that only a newer version reads; and with which versions a file was made."""
+"""The versions that wrote a file, and the command to run if its format is newer than this version reads."""
 
 from __future__ import annotations
 

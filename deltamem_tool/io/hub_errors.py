@@ -1,4 +1,4 @@
-"""What the Hub's client raises, as people meet it: what failed, why, what next, and never a token."""
+"""Translate errors of the Hub's client into what failed, why, and what to do next. They never contain a token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is wrong with the installed packages, in three lines, before anything runs.
+"""Report problems with the installed packages in three lines, before anything runs.
 
-The requirements and their bounds are those of the package's own metadata (`pyproject.toml`): there is no second list.
+The requirements and their bounds come from the package's own metadata (`pyproject.toml`); there is no second list.
 """
 
 from __future__ import annotations

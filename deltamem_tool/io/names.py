@@ -1,4 +1,4 @@
-"""Where a name leads: a folder here, a repository of the Hub, or something that the package ships.
+"""Resolve a name to a local folder, a repository on the Hub, or something shipped with the package.
 
 path/to/folder, path/to/file.gguf
 owner/name, owner/name@revision, owner/name@revision/folder, hf://owner/name/folder, owner/name:file.gguf

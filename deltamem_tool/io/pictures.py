@@ -1,4 +1,4 @@
-"""Files of pictures: the name says the format."""
+"""Image files: the extension of the name sets the format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files that strangers wrote, read within limits: a ValueError says what is wrong with them."""
+"""Read small untrusted files within limits. A ValueError says what is wrong with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it says of its tensors, before any of them is read."""
+"""Read the header of a safetensors file, which describes its tensors, without reading the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the JavaScript is that the pages of `deltamem serve` and `deltamem page` ship."""
+"""Find the JavaScript files that the pages of `deltamem serve` and `deltamem page` ship."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put the page together: its own files, the library of `web/`, npm's packages, and the model."""
+"""Assemble the page: its own files, the library of `web/`, the npm packages, and the model."""
 
 from __future__ import annotations
 

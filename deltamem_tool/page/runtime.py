@@ -1,7 +1,7 @@
-"""What the page needs of npm's packages: which files, with what content, and where they come from.
+"""The npm packages that the page needs: their files, the contents of these, and where they come from.
 
-They are of 41 MB, so no package of Python carries them. Each is known by its SHA-256: wherever it came from, it is the
-one that was tested.
+They take 41 MB, so no Python package carries them. Each file is identified by its SHA-256, so that wherever it comes
+from, it is the tested one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The same graph for WebAssembly, where ONNX Runtime has no product that reads weights of 4 or 8 bits.
+"""Convert a graph for WebAssembly, where ONNX Runtime has no product that reads weights of 4 or 8 bits.
 
-`MatMulNBits` takes them back to float32 there at every call. As `DequantizeLinear` before a plain product ONNX Runtime
-does so once, when the graph is loaded (with the session option `session.disable_quant_qdq`), and a token of
-SmolLM2-135M takes 36 ms instead of 284. The weights stay as they are in their file: tensors of another type name the
-same bytes. In memory they are as large as in float32.
+There, `MatMulNBits` dequantises the weights to float32 in every call. With `DequantizeLinear` before a plain product,
+ONNX Runtime does so once, when it loads the graph (with the session option `session.disable_quant_qdq`), and a token of
+SmolLM2-135M takes 36 ms instead of 284. The weight file does not change: tensors of another type refer to the same
+bytes. In memory, the weights are as large as in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a quickstart can run on: the backbone that the package ships, or a published chat model. No torch."""
+"""The base models of the quickstart: the shipped backbone, or a published chat model. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a remembered fact in ONNX Runtime."""
+"""The quickstart: from a checkpoint to a remembered fact in ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two conversations of a quickstart: one tells facts, the other has their memory and nothing else."""
+"""The two conversations of the quickstart: one tells facts, and the other has only their memory."""
 
 from __future__ import annotations
 

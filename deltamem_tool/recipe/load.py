@@ -1,6 +1,6 @@
-"""A training run as a YAML file: read, overridden from the command line, checked whole.
+"""Read a recipe from a YAML file, override it from the command line, and check all of it.
 
-Every error of a recipe is reported at once, with its line.
+All errors in a recipe are reported at once, each with its line.
 """
 
 from __future__ import annotations

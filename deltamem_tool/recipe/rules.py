@@ -1,4 +1,4 @@
-"""What options of a recipe must keep to together."""
+"""Rules that several options of a recipe must satisfy together."""
 
 from __future__ import annotations
 

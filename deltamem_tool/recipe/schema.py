@@ -1,4 +1,4 @@
-"""What a recipe can say. pydantic checks each option by itself; `rules`, what options must keep to together."""
+"""The options of a recipe. pydantic checks each option by itself; `rules` checks them together."""
 
 from __future__ import annotations
 

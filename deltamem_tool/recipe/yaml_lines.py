@@ -1,4 +1,4 @@
-"""YAML with the line of every key, so that an error can name it."""
+"""Read YAML with the line of every key, so that errors can name it."""
 
 from __future__ import annotations
 

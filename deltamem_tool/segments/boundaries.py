@@ -1,17 +1,17 @@
-"""Which tokens of a chat belong to which segment: the tags that sequence-state write needs.
+"""Assign the tokens of a chat to segments: the tags that sequence-state write needs.
 
 A segment is a chat message with its role header and template tail, or a sentence of it. Boundaries are character
-positions in the rendered text, for any chat template: message i ends where the rendering of messages 0 to i ends. Where
-the template writes a turn differently once others follow it, or cannot render a conversation that stops there, the next
-message starts one literal role header before its content; where that cannot be told either, the conversation is
-refused. Nothing is searched for among tokens.
+positions in the rendered text, and are found for any chat template: message i ends where the rendering of messages 0 to
+i ends. Some templates render a turn differently once others follow it, or cannot render a conversation that stops
+there. Then the next message starts one literal role header before its content. If that position cannot be found either,
+the conversation is rejected. No text is searched for among the tokens.
 
-* System messages belong to no segment, nor does what the template writes before the first message (a begin token, a
-  system prompt of its own) where it can be told from that message's header. Where the template puts the system text
-  into a user message (Gemma, Mistral), it is that message's text.
-* The generation prompt opens a segment that does not end yet: the tokens generated after it join it.
-* A token belongs to the segment of its first character that is no whitespace: " It" starts a sentence rather than
-  ending the one before. A token of whitespace alone belongs to the segment of its first character.
+* System messages belong to no segment. Neither does text that the template writes before the first message (a begin
+  token, a default system prompt), if it can be told from that message's header. If the template puts the system text
+  into a user message (Gemma, Mistral), it belongs to that message.
+* The generation prompt opens a segment that does not end yet. The generated tokens join it.
+* A token belongs to the segment of its first character that is not whitespace: " It" starts a sentence instead of
+  ending the previous one. A token of only whitespace belongs to the segment of its first character.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages of a conversation: what they must have, before a chat template writes them."""
+"""Check the messages of a conversation before a chat template renders them."""
 
 from __future__ import annotations
 

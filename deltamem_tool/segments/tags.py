@@ -1,4 +1,4 @@
-"""What a token is to the segments (messages, sentences) of a conversation."""
+"""The position of a token within a segment (a message or a sentence)."""
 
 from enum import IntEnum
 

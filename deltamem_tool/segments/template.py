@@ -1,8 +1,8 @@
-"""What a chat template writes, and where: positions in rendered text, for any template.
+"""Find what a chat template writes, and where: positions in rendered text, for any template.
 
-Nothing is known about a template but what it renders. To see where it writes a content, the conversation is rendered
-once more with a character of no meaning in the content's place; to see a role's header, short conversations are
-rendered, each the beginning of a longer one. In the same way it is seen whether the template writes all that is said.
+Nothing is assumed about a template; it is only rendered. To find where it writes a content, the conversation is
+rendered again with a meaningless character in place of the content. To find a role's header, short conversations are
+rendered, each a prefix of a longer one. The same technique shows whether the template writes everything that was said.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The mechanism in the words of the reference implementation (declare-lab/delta-Mem).
-
-Its 49 fields become our options, and the other way round.
-"""
+"""Translate the 49 config fields of the reference implementation (declare-lab/delta-Mem) to our options, and back."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Adapters of the reference implementation (declare-lab/delta-Mem), to ours and back, bit for bit.
+"""Convert adapters of the reference implementation (declare-lab/delta-Mem) to our format and back, bit for bit.
 
-It saves `delta_mem_config.json`, 49 fields, and `delta_mem_adapter.pt`, a pickled dictionary of tensors. Ours remembers
-of them what the mechanism does not need (fields, their order, the weights' dtype) under "reference" in its config file.
-The pickle is read with torch's reader that builds tensors and runs nothing; `reference_config` translates the fields.
+The reference implementation saves `delta_mem_config.json`, with 49 fields, and `delta_mem_adapter.pt`, a pickled
+dictionary of tensors. What our mechanism does not need of them (fields, their order, the dtype of the weights) is kept
+under "reference" in our config file. The pickle is read with torch's weights-only loader, which builds tensors and runs
+no code. `adapter.reference.config` translates the fields.
 """
 
 from __future__ import annotations

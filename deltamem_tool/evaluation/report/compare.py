@@ -1,4 +1,4 @@
-"""Two evaluations of the same task beside each other: question by question where both have asked the same ones."""
+"""Compare two evaluations of the same task, question by question if both have asked the same ones."""
 
 from __future__ import annotations
 

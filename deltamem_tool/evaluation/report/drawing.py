@@ -1,4 +1,4 @@
-"""Scores and differences as figures: one drawing, for a file and as SVG for a page."""
+"""Draw scores and differences as figures, for a file or as SVG for a page."""
 
 from __future__ import annotations
 

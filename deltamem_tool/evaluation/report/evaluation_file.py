@@ -1,6 +1,6 @@
-"""`evaluation.json`: what an evaluation found, of which adapter, so that others can read and compare it.
+"""Write and read `evaluation.json`: the results of an evaluation and the adapter they belong to.
 
-Its `run`, with what it can be repeated, is of `evaluation.run_info`.
+Its `run` section, which says how to repeat the evaluation, comes from `evaluation.run_info`.
 """
 
 from __future__ import annotations

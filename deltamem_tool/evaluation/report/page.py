@@ -1,4 +1,4 @@
-"""The folder of a report: a page, the same in Markdown, the figures as JSON, beside the records."""
+"""Write the folder of a report: an HTML page, the same in Markdown, and the figures as JSON, next to the records."""
 
 from __future__ import annotations
 

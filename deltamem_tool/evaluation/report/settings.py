@@ -1,4 +1,4 @@
-"""The settings of an evaluation as rows of words: what a page lists, and what two evaluations differ in."""
+"""The settings of an evaluation as rows of text, to list on a page and to compare two evaluations."""
 
 from __future__ import annotations
 

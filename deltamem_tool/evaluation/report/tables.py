@@ -1,4 +1,4 @@
-"""An evaluation as a table and a picture."""
+"""Show an evaluation as a table and as a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages of an evaluation are written with. Answers and questions are strangers' words: they are escaped."""
+"""Render the pages of an evaluation from templates. Questions and answers are untrusted text, and are escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as texts: two digits after the point, or as many as an interval is worth."""
+"""Format numbers with two decimals, or with as many as their interval justifies."""
 
 from __future__ import annotations
 

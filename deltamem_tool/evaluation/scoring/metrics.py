@@ -1,4 +1,4 @@
-"""Scores of an answer against what is right, as the benchmarks' published scripts compute them."""
+"""Scores of an answer against the correct ones, computed as in the published scripts of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a metric's values can be: where intervals end, what a difference is counted in, and its perplexity."""
+"""Properties of a metric: the bounds of its values, the unit of its differences, and its perplexity."""
 
 from __future__ import annotations
 

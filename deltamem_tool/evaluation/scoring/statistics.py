@@ -1,7 +1,7 @@
-"""How sure a figure is: intervals and tests that keep the questions of one history together.
+"""Confidence intervals and tests that keep the questions of one history together.
 
-Questions about one history share its luck, so histories are resampled, not questions (the cluster bootstrap), and the
-signs of whole histories are flipped in the paired test.
+Questions about one history are not independent. So histories are resampled instead of questions (the cluster
+bootstrap), and the paired test flips the signs of whole histories.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the base model answers: how often it is answered all the same, with a memory that has nothing to do with it."""
+"""How often the model still gives the base model's answer, with a memory that is unrelated to the question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HotpotQA, distractor setting: a question whose answer needs two of ten paragraphs (arXiv 1809.09600).
+"""HotpotQA in the distractor setting: a question whose answer needs two of ten paragraphs (arXiv 1809.09600).
 
 Scores are those of the benchmark's `hotpot_evaluate_v1.py`: exact match and F1 of normalised words.
 """

@@ -1,7 +1,8 @@
-"""LoCoMo: questions about months of talk between two people (arXiv 2402.17753; the file `locomo10.json`, CC BY-NC 4.0).
+"""LoCoMo: questions about months of conversation between two people (arXiv 2402.17753).
 
-Scores are those of the benchmark's `task_eval/evaluation.py`: F1 of stemmed words; of questions with several answers,
-its mean over them; and whether a question about what was never said is turned down.
+The data are in the file `locomo10.json` (CC BY-NC 4.0). Scores are those of the benchmark's
+`task_eval/evaluation.py`: F1 of stemmed words; for questions with several answers, its mean over them; and for a
+question about something never said, whether the model declines to answer.
 """
 
 from __future__ import annotations

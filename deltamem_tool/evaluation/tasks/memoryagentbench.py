@@ -1,7 +1,7 @@
-"""MemoryAgentBench: long texts taken in chunk by chunk, then asked about (arXiv 2507.05257, MIT).
+"""MemoryAgentBench: long texts that are read chunk by chunk, then asked about (arXiv 2507.05257, MIT).
 
-Four competences, each from several sources; what is scored, how a text is cut and how long an answer may be are the
-source's, as the paper and the benchmark's repository have them (HUST-AI-HYZ/MemoryAgentBench).
+It covers four competences, each with several sources. The source decides what is scored, how a text is split and how
+long an answer may be, as in the paper and the benchmark's repository (HUST-AI-HYZ/MemoryAgentBench).
 """
 
 from __future__ import annotations

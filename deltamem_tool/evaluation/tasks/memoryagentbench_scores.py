@@ -1,7 +1,7 @@
-"""MemoryAgentBench's own scores: `post_process` of its `utils/eval_other_utils.py` (MIT, HUST-AI-HYZ/MemoryAgentBench).
+"""MemoryAgentBench's scores: `post_process` of its `utils/eval_other_utils.py` (MIT, HUST-AI-HYZ/MemoryAgentBench).
 
-One thing differs. The script takes the first line of what was generated, which is nothing where that begins with a line
-feed; an answer comes here without the space around it.
+There is one difference. The script takes the first line of the generated text, which is empty if the text begins with a
+line feed. Here, answers are stripped of surrounding whitespace first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recall of natural facts: words, attributes and sentences by the hundreds, which training has seen or not."""
+"""Recall of natural facts: hundreds of words, attributes and sentences, seen in training or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How likely a conversation's last answers are, given what was said before."""
+"""The likelihood of a conversation's last answers, given what was said before."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Facts are told in a conversation, and one is asked for. Every fact is a held-out pair: no answer was trained.
+"""Recall of facts: a conversation tells facts, and a question asks for one of them.
 
-`NaturalRecall` asks the same of other facts (`natural_recall.py`).
+Every fact is a held-out pair, so no answer appeared in training. `NaturalRecall` asks in the same way for other facts
+(`natural_recall.py`).
 """
 
 from __future__ import annotations

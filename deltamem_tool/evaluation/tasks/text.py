@@ -1,4 +1,4 @@
-"""How likely a text goes on as it does, with a memory that has nothing to do with it."""
+"""The likelihood of a text's continuation, with a memory that is unrelated to it."""
 
 from __future__ import annotations
 

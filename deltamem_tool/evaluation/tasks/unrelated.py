@@ -1,4 +1,4 @@
-"""Conversations that have nothing to do with what is asked: what a memory is full of while it should not matter."""
+"""Conversations that are unrelated to the question, to fill a memory that should not matter."""
 
 from __future__ import annotations
 

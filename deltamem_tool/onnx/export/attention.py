@@ -1,12 +1,12 @@
-"""Attention as one operator, where a model's attention is what that operator computes.
+"""Replace attention by a single operator, if the operator computes the same as the model's attention.
 
 ONNX Runtime's `GroupQueryAttention` takes queries, keys and values of new tokens, appends the keys and values to those
-of the past, and attends: causally, over a window if there is one, with a softcap, with sinks. The keys and values of
-each row lie at the front of their buffer, `[B, kv_heads, N, width]`, one after the other and without padding.
+of the past, and attends causally, optionally with a window, a softcap or sinks. The keys and values of each row are at
+the front of their buffer, `[B, kv_heads, N, width]`, in order and without padding.
 
-Whether a model's attention is that is tried: the model runs once as it is, and once with the equation below in the
-place of its own attention. While it is traced, a node stands for the equation, and another one for rotary position
-embeddings; `attention_nodes` makes the operator of them.
+Whether a model's attention is the same is found by trying: the model runs once as is, and once with the equation below
+in place of its attention. While the model is traced, one node stands for the equation, and another for rotary position
+embeddings; `attention_nodes` turns them into the operator.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The operator for each node that stands for attention in a traced graph: `GroupQueryAttention` of ONNX Runtime.
+"""Replace each node that stands for attention in a traced graph by ONNX Runtime's `GroupQueryAttention`.
 
-It takes queries, keys and values as the projections give them, `[B, T, heads · width]`, and turns them by their
-positions, with a table of all positions' cosines and sines. A model whose angles depend on more than the position (on
-the text's length, say) has `RotaryEmbedding` before it instead. Norms of heads stay before it too: it has them for
-CUDA and WebGPU alone, where nothing could be compared without a GPU.
+The operator takes queries, keys and values from the projections, `[B, T, heads · width]`, and rotates them by their
+positions, with a table of the cosines and sines of all positions. If a model's angles depend on more than the position
+(for example on the length of the text), `RotaryEmbedding` comes before the operator instead. Norms of heads also stay
+before it: the operator supports them only for CUDA and WebGPU, where nothing could be compared without a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A model without a memory as a graph of the same kind: what a graph with one is compared with, and no folder to run.
+"""Export a model without a memory as a graph of the same kind, to compare a graph with a memory with it.
 
-It comes through the same exporter, for the same target, with the same rewrites as far as they are not about a memory,
-and is called as the graph with one is. It has no manifest, tokenizer or configs.
+It goes through the same exporter, for the same target and with the same rewrites, except those for a memory, and it is
+called in the same way. It has no manifest, tokenizer or configs, and is not a folder to run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The states of a hybrid's own layers, those of convolutions and of linear attention, while it is traced.
+"""Trace the states of a hybrid model's own layers: those of convolutions and of linear attention.
 
-transformers keeps them in the layers of the cache, and computes with a few functions of each model's module. While a
-model is traced, its cache begins with what the graph is given, and other functions stand in the place of those: a
-convolution or a recurrence is one operator of ONNX Runtime, or, for any other runtime, a `Conv` or a `Scan`. Padding
-leaves every state as it was, wherever it is; in transformers that is so on the left of a first call alone.
+transformers keeps these states in the layers of the cache, and computes with a few functions of each model's module.
+While a model is traced, its cache starts with the inputs of the graph, and other functions replace those of the module.
+A convolution or a recurrence becomes one operator of ONNX Runtime or, for other runtimes, a `Conv` or a `Scan`. Padding
+leaves every state unchanged, wherever it is. In transformers, that holds only on the left of a first call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Qwen4's choice of blocks and its embeddings of n-grams, without loops over tokens, while a model is traced.
+"""Trace Qwen4's block selection and its n-gram embeddings without loops over tokens.
 
-Its indexer takes the mean of the keys of each block of a few tokens, and chooses blocks for every token by itself. What
-is below does so for all of them, for rows without padding.
+Its indexer averages the keys of each block of a few tokens, and selects blocks for each token separately. The functions
+below do so for all tokens at once, for rows without padding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Layers of the cache that keep more of every token than keys and values, while a model is traced.
+"""Trace cache layers that keep more for every token than keys and values.
 
-The keys of an indexer, which chooses the tokens that attention sees; and what DeepSeek-V4 compresses: transformers
-keeps the windows that it has compressed and the tokens of the open one, a graph every token, and compresses anew.
+These are the keys of an indexer, which selects the tokens that attention sees, and the inputs of DeepSeek-V4's
+compression. transformers keeps the compressed windows and the tokens of the open one. A graph keeps every token, and
+compresses them anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model chooses by `topk`, such as the tokens that attention sees, in a graph and beside it."""
+"""Selections by `topk`, such as the tokens that attention sees, in a graph and in PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported graph against PyTorch: whole conversations through both, before anyone sees the folder."""
+"""Compare an exported graph with PyTorch on whole conversations, before the folder appears."""
 
 from __future__ import annotations
 

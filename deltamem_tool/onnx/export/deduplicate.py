@@ -1,7 +1,7 @@
-"""Constant matrices whose rows or columns repeat, stored without the repeats.
+"""Store constant matrices with repeated rows or columns without the repeats.
 
-A fused memory's matrices are half zeros, and repeat gates. ONNX Runtime puts them together once, when it loads the
-graph (constant folding): what runs is the same.
+The matrices of a fused memory are half zeros, and repeat gates. ONNX Runtime assembles them once, when it loads the
+graph (constant folding), so that the same graph runs.
 """
 
 from __future__ import annotations

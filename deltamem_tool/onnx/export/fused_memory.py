@@ -1,24 +1,24 @@
-"""One layer's memory in as few ONNX nodes as possible.
+"""The memory of one layer in as few ONNX nodes as possible.
 
-It is traced in the place of `DeltaMemLayer` where every token writes. At decode a node costs more than its arithmetic.
+It is traced in place of `DeltaMemLayer` if every token writes. In decoding, a node costs more than its arithmetic.
 
 ONNX Runtime's `LinearAttention` decays, writes, and then reads, by the rule
 
     S' = keep S + b k (u − keep S k)ᵀ      b = erase / keep,  u = v · keep · write / erase
 
-δ-mem reads before that. So every token is two steps of the operator, its slots: *read* with its query; *write* with its
-key.
+δ-mem reads before it writes. So every token takes two steps of the operator, called slots: *read* with its query, and
+*write* with its key.
 
-One product of the hidden states gives the slots' inputs side by side, so that a reshape makes steps of them. What a
-slot has no use for is a zero weight, or a gate that the ceiling keeps shut:
+One product of the hidden states gives the inputs of both slots side by side, and a reshape turns them into steps. An
+input that a slot does not use is a zero weight, or a gate that the ceiling keeps shut:
 
     | slot  | query and key | value | z (of β) | y (of λ = sigmoid(−y)), where it is not z |
     | read  | query         | 0     | shut     | shut                                      |
     | write | key           | value | z        | y                                         |
 
-The readings of the second slot are left out. α/R and the learned scales are in Δ. The hidden states of padding are
-taken as they come, and it reads what is there, which nobody sees: a NaN would reach every other token through
-attention's values, with or without a memory.
+The readings of the second slot are dropped. α/R and the learned scales are part of Δ. The hidden states of padding are
+used as they are, and padding reads from the state; nobody sees the result. A NaN there would reach every other token
+through the values of attention, with or without a memory.
 """
 
 from __future__ import annotations

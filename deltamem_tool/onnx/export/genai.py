@@ -1,8 +1,8 @@
-"""The folder that onnxruntime-genai loads: what that package asks of a graph, and its configuration beside it.
+"""Write the folder that onnxruntime-genai loads: a graph with the interface that it needs, and its configuration.
 
-It feeds zeros as the first state. A memory that was saved starts a conversation all the same, in two ways: as the
-default of the graph's `initial` inputs, when the folder is written; or later, in an adapter file of ONNX Runtime
-(`.onnx_adapter`), which sets inputs that have a default and which the package takes for a LoRA's weights.
+The package starts with zeros as the state. A saved memory can still start a conversation, in two ways: as the default
+of the graph's `initial` inputs, when the folder is written; or later in an adapter file of ONNX Runtime
+(`.onnx_adapter`), which sets inputs that have a default, and which the package treats as the weights of a LoRA.
 """
 
 from __future__ import annotations

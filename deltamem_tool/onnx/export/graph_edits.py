@@ -1,4 +1,4 @@
-"""Small steps that rewrites of a graph are made of."""
+"""Small editing steps from which rewrites of a graph are built."""
 
 from __future__ import annotations
 

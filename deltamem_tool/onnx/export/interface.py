@@ -1,4 +1,4 @@
-"""What the graph of a model will take and give, and what models no graph can be made of."""
+"""Derive the interface of a model's graph, and reject models that cannot be exported."""
 
 from __future__ import annotations
 

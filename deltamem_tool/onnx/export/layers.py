@@ -1,9 +1,9 @@
-"""Decoder layers that are alike are traced once.
+"""Trace identical decoder layers only once.
 
-Two layers are alike if their modules, shapes and settings are, and they are called with the same arguments: the model
-runs once to see that. While it is traced, the first layer of each kind runs between two marks, and every other one
-leaves one node that stands for it. `repeat` puts a copy of what was traced in the place of each such node, with its own
-weights.
+Two layers are identical if their modules, shapes and settings are, and they are called with the same arguments. The
+model runs once to find that out. While it is traced, the first layer of each kind runs between two marks, and every
+other one leaves a node that stands for it. `repeat` replaces each of these nodes by a copy of the traced layer, with
+its own weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A repair of transformers' fusions, which make operators that ONNX Runtime refuses where a weight is not known yet.
+"""Repair operators made by transformers' fusions that ONNX Runtime rejects while a weight is not known yet.
 
-In half precision a norm whose weights are computed in float32 (Gemma's and Qwen3.5's 1 + w) comes out of them as one
-operator with the sum before it, and that operator takes one type only.
+In half precision, a norm whose weights are computed in float32 (Gemma's and Qwen3.5's 1 + w) is fused with the sum
+before it into one operator, which accepts only one dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Graphs for any ONNX runtime: standard operators of one released opset, and nothing that ONNX's checker minds."""
+"""Graphs for any ONNX runtime: only standard operators of one released opset, and valid for ONNX's checker."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The base's weights of an exported graph in 8 or 4 bits. The memory's stay float32, bit by bit.
+"""Quantise the base model's weights in an exported graph to 8 or 4 bits. The memory's weights stay float32, bit by bit.
 
-Quantised are the constant matrices of the base's products (MatMul, Gemm), the one that makes the logits among them, and
-the embedding; a tied one is stored once. What stays as it is: the memory, and whatever is no such product.
+Quantised are the constant matrices of the base model's products (MatMul, Gemm), including the LM head, and the
+embedding; a tied embedding is stored once. The memory and everything else that is not such a product are unchanged.
 """
 
 from __future__ import annotations

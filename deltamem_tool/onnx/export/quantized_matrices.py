@@ -1,7 +1,7 @@
 """Constant matrices of a graph in blocks of 4 or 8 bits, and the operators that read them.
 
-`MatMulNBits` multiplies by a matrix, `GatherBlockQuantized` looks up its rows, and they agree on how it is stored: a
-tied embedding is one set of constants for both. The numbers are those of ONNX Runtime's own quantiser.
+`MatMulNBits` multiplies by a matrix, and `GatherBlockQuantized` looks up its rows. Both use the same layout, so a tied
+embedding is a single set of constants. The values are those of ONNX Runtime's own quantiser.
 """
 
 from __future__ import annotations

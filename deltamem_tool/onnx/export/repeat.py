@@ -1,9 +1,9 @@
-"""Copies of traced layers in a graph, each with its own weights, and what is computed from weights alone.
+"""Copy traced layers in a graph, each copy with its own weights, and precompute what depends on weights only.
 
-A graph is optimised without the weights of its layers (`without_weights`): whatever is computed from one of them stays
-in it, since another layer's will take its place. `LayerRepeater` puts a copy of its original in the place of each layer
-that was not traced. At the end `fold_weights` makes weights of what is computed from weights: transposed, joined,
-scaled.
+A graph is optimised without the weights of its layers (`without_weights`). Whatever is computed from such a weight
+stays in the graph, because the weight of another layer will replace it. `LayerRepeater` replaces each layer that was
+not traced by a copy of its original. At the end, `fold_weights` turns values computed from weights (transposed, joined,
+scaled) into weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rewrites of a traced graph, after transformers' fusions, each by a name with which it can be left out.
+"""Rewrites of a traced graph, applied after transformers' fusions. Each has a name by which you can leave it out.
 
-They compute what they replace, and leave a graph alone where they do not apply. Weights are values like others here:
-what is joined of them is joined when the graph is written (`fold_weights`).
+They compute the same as what they replace, and leave a graph unchanged if they do not apply. Weights are values like
+any others here: joins of weights are computed when the graph is written (`fold_weights`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The adapters that the package ships as ONNX folders, exported once into the user's cache."""
+"""Export the adapters shipped with the package as ONNX folders, once, into the user's cache."""
 
 from __future__ import annotations
 

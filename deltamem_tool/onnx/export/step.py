@@ -1,4 +1,4 @@
-"""One call of a model as a function of tensors: what is traced."""
+"""One call of a model as a function of tensors, to be traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph can be exported for: which operators it may use, and which types and quantisations they have."""
+"""The targets of an export: the operators each may use, and its data types and quantisations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's exporter cannot write down of a model, as it is traced: other calls that give the same."""
+"""Replace calls that torch's exporter cannot represent by equivalent ones, while a model is traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with a memory as one ONNX graph: keys, values, states and open segments go in and come out by name."""
+"""Trace a model with a memory as one ONNX graph, with keys, values, states and open segments as inputs and outputs."""
 
 from __future__ import annotations
 

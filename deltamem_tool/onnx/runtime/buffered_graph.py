@@ -1,12 +1,11 @@
-"""A graph that writes keys and values where they are, call after call, in buffers with room for more.
+"""A graph that writes keys and values in place, call after call, into buffers with room for more.
 
-Decode steps run through bindings that do not change. Where the length is fixed, a CUDA graph can record and replay
-them; elsewhere a conversation that has filled its buffers goes on in larger ones.
+Decode steps run through fixed bindings. If the length is fixed, a CUDA graph can record and replay them. Otherwise, a
+conversation that has filled its buffers continues in larger ones.
 
-A call writes behind the columns of its past. So a past stays what it is as long as only one call continues it; a second
-one works on a copy of the buffers. Buffers of a fixed length that nobody uses any longer are kept for the next
-conversations. Prompts run between replays: ONNX Runtime 1.31.1 has the correction (its pull request 32121) that this
-needs.
+A call writes behind the columns of its past, so a past stays valid as long as only one call continues it. A second call
+works on a copy of the buffers. Unused buffers of a fixed length are kept for the next conversations. Prompts run
+between replays, which needs a fix that ONNX Runtime 1.31.1 has (its pull request 32121).
 """
 
 from __future__ import annotations

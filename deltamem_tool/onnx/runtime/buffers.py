@@ -1,11 +1,11 @@
-"""Keys and values that are written where they are, and who uses them.
+"""Keys and values that are written in place, and the conversations that use them.
 
-    Buffers        of one batch: keys and values, and what a decode step reads and writes
+    Buffers        of one batch: keys and values, and the inputs and outputs of a decode step
     BufferLease    their use by conversations that share their columns
     BufferedPast   some columns of the buffers, and a memory
 
-ONNX Runtime runs a graph several times before it has recorded it. Therefore a step must give the same when it is run
-again: keys and values may be written in place, states may not. They alternate between two slots of their buffers.
+ONNX Runtime runs a graph several times before it has recorded it, so a step must give the same result when it runs
+again. Keys and values may therefore be written in place, but states may not: they alternate between two slots.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors of ONNX Runtime from and to numpy, on any device; bfloat16, which numpy lacks, as uint16."""
+"""Convert tensors of ONNX Runtime from and to NumPy, on any device. bfloat16, which NumPy lacks, becomes uint16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs a graph: ONNX Runtime's providers by our names; CUDA's libraries found, or named where missing."""
+"""ONNX Runtime's execution providers by our names, and the CUDA libraries that they need."""
 
 from __future__ import annotations
 

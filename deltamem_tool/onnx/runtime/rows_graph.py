@@ -1,4 +1,4 @@
-"""A graph of a base that takes columns for positions: each row is fed in calls of its own, without its padding."""
+"""A graph whose base model uses columns as positions: each row is fed in calls of its own, without padding."""
 
 from __future__ import annotations
 

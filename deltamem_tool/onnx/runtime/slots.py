@@ -1,9 +1,9 @@
-"""A group of rows in one set of buffers, in which a row that joins or leaves moves one other at most.
+"""A group of rows in one set of buffers. A row that joins or leaves moves at most one other row.
 
     cache     [S, heads, N, width]   keys and values of S slots; a row's tokens are the first of its N columns
     memory    [S, ...]               states and open segments, twice: a step reads one and writes the other
 
-The first B slots are the rows. A graph of packed keys and values takes them as they are, whatever their lengths.
+The first B slots are the rows. A graph with packed keys and values takes them as they are, whatever their lengths.
 """
 
 from __future__ import annotations

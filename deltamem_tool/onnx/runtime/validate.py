@@ -1,8 +1,8 @@
-"""An ONNX folder looked at before any runtime sees it: what a stranger's graph may hold, and where its weights may be.
+"""Validate an ONNX folder before any runtime loads it, because a graph may come from an untrusted source.
 
-A graph is a program, of operators that compute. Here is refused what could do more than that: operators of other
-packages, functions, weights in other files, and numbers that are not there. How much a graph computes cannot be seen;
-a graph that takes all memory is stopped by the system, as any program.
+A graph is a program whose operators should only compute. Anything that could do more is rejected: operators of other
+packages, functions, weights in files elsewhere, and missing values. How much a graph computes cannot be checked. A
+graph that takes all memory is stopped by the operating system, like any program.
 """
 
 from __future__ import annotations
