@@ -121,11 +121,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:  # which knows of one of the path's methods alone
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
-    what = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+    messages = {404: "This path does not exist.", 405: "This path does not support this method."}
     return error_response(
         RequestError(
-            what.get(error.status_code, f"{error.detail}."),
-            f"It was {request.method} {request.url.path}.",
+            messages.get(error.status_code, f"{error.detail}."),
+            f"The request was {request.method} {request.url.path}.",
             "See /docs.",
             status=error.status_code,
             headers=headers,
@@ -135,7 +135,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """A mistake of this program; what it was is in the log."""
-    return error_response(RequestError("The server failed.", "", "Nothing of the request is kept.", status=500))
+    return error_response(RequestError("The server failed.", "", "Nothing of the request was stored.", status=500))
 
 
 _HANDLERS: Any = {DeltaMemError: _domain_error, HTTPException: _http_error, Exception: _unexpected}

@@ -48,7 +48,7 @@ async def read_bytes(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
                 if size > limit:
                     raise RequestError(
                         "The body is too large.",
-                        f"At most {limit} bytes are read.",
+                        f"At most {limit} bytes are accepted.",
                         "Send less.",
                         status=413,
                         code="body_too_large",
@@ -56,10 +56,10 @@ async def read_bytes(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
                 chunks.append(chunk)
     except TimeoutError as error:
         raise RequestError(
-            "The body did not come in time.", f"It has {BODY_SECONDS:g} seconds.", "Send it again.", status=408
+            "The body did not arrive in time.", f"The limit is {BODY_SECONDS:g} seconds.", "Send it again.", status=408
         ) from error
     except ClientDisconnect as error:
-        raise RequestError("The client has gone.", "Its body is not complete.", "Send it again.") from error
+        raise RequestError("The client disconnected.", "The body is incomplete.", "Send it again.") from error
     return b"".join(chunks)
 
 
@@ -81,7 +81,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     if not _is_unicode(value):
         raise RequestError(
             "The body is not Unicode text.",
-            "It has half of a surrogate pair in it.",
+            "It contains half of a surrogate pair.",
             "Correct it.",
             code="invalid_json",
         )
@@ -109,7 +109,7 @@ def _invalid(error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         name = _path(first["loc"])
         return RequestError(
-            f"{name} is not known.", "This server has no such parameter.", "Leave it out.",
+            f"The parameter {name} is unknown.", "This server does not have it.", "Leave it out.",
             code="unknown_parameter", param=name,
         )  # fmt: skip
     return RequestError(

@@ -19,5 +19,5 @@ async def expire_regularly(store: MemoryStore, seconds: float = EXPIRE_SECONDS) 
             while await run_sync(store.expire):  # so many at a time
                 pass
         except StoreError as error:
-            LOGGER.warning("expired memories are not deleted: %s", error.what)
+            LOGGER.warning("expired memories could not be deleted: %s", error.what)
         await asyncio.sleep(seconds)

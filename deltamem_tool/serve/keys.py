@@ -43,7 +43,9 @@ class ApiKeys:
         entries = _entries(path)
         if not entries:
             raise ConfigError(
-                f"{path} has no keys.", "Nobody could use the server.", "Make one: deltamem serve --new-key TENANT."
+                f"{path} contains no keys.",
+                "Nobody could use the server.",
+                "Create one: deltamem serve --new-key TENANT.",
             )
         return cls(entries)
 
@@ -79,8 +81,8 @@ def new_key(path: str | Path, tenant: str) -> str:
     path = expand_user(path)
     if not _TENANT.fullmatch(tenant):
         raise ConfigError(
-            f"{tenant!r} is not a tenant's name.",
-            "It has 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first.",
+            f"{tenant!r} is not a valid tenant name.",
+            "A name has 1 to 64 letters, digits, dots, hyphens and underscores, and starts with a letter or digit.",
             "Use another name.",
         )
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
@@ -100,10 +102,10 @@ def _entries(path: Path) -> list[tuple[str, str]]:
         lines = read_text(path).splitlines()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"The file of keys {path} does not exist.", "", "Make it: deltamem serve --new-key TENANT."
+            f"The key file {path} does not exist.", "", "Create it: deltamem serve --new-key TENANT."
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not a file of keys.", f"{error}.", "Use another file.") from error
+        raise ConfigError(f"{path} is not a key file.", f"{error}.", "Use another file.") from error
     entries = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
@@ -111,9 +113,9 @@ def _entries(path: Path) -> list[tuple[str, str]]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise ConfigError(
-                f"Line {number} of {path} is not a key.",
-                "A line has a tenant and 'sha256:' with 64 hexadecimal digits.",
-                "Correct it, or make a new key: deltamem serve --new-key TENANT.",
+                f"Line {number} of {path} is not a valid entry.",
+                "An entry is a tenant, followed by 'sha256:' and 64 hexadecimal digits.",
+                "Correct it, or create a new key: deltamem serve --new-key TENANT.",
             )
         entries.append((match[1], match[2]))
     return entries

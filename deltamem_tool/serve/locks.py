@@ -39,7 +39,9 @@ class MemoryLocks:
         entry = self._entries.setdefault(key, _Entry())
         if entry.lock.locked() and self.waiting >= self._max_waiting:
             raise QueueFull(
-                "Too many requests are waiting.", "Those for one memory are answered in turn.", "Try again soon."
+                "Too many requests are waiting.",
+                "Requests for the same memory are answered sequentially.",
+                "Try again soon.",
             )
         entry.users += 1
         try:

@@ -168,7 +168,7 @@ def _check(service: Service, data: bytes) -> None:
     check_memory(memory.shape, memory.adapter, engine.memory_shape, engine.adapter)
     rows = {len(tensor) for tensor in memory.tensors().values()}
     if rows != {1}:
-        raise MemoryStateError("The body is not one memory.", f"It holds {max(rows)} rows.", "Send one row.")
+        raise MemoryStateError("The body is not a single memory.", f"It has {max(rows)} rows.", "Send one row.")
 
 
 def _etag(memory: MemoryInfo) -> str:
@@ -212,9 +212,9 @@ async def _conditional(request: Request, change: Callable[[], T]) -> T:
 
 def _changed() -> RequestError:
     return RequestError(
-        "The memory is not as the request expects it.",
-        "Somebody has changed, created or deleted it since.",
-        "Get it again.",
+        "The memory is not in the state that the request expects.",
+        "It has been changed, created or deleted since.",
+        "Fetch it again.",
         status=412,
         code="precondition_failed",
     )
@@ -223,7 +223,7 @@ def _changed() -> RequestError:
 def _missing() -> RequestError:
     return RequestError(
         "There is no such memory or version.",
-        "It was never there, was deleted, or has expired.",
+        "It never existed, was deleted, or has expired.",
         "",
         status=404,
         code="memory_not_found",

@@ -24,7 +24,7 @@ def check_name(name: str) -> str:
         ValueError: it cannot be part of a path.
     """
     if not name.isprintable() or "/" in name or name in (".", ".."):
-        raise ValueError("the name of a memory has printable characters, and no slash")
+        raise ValueError("a memory name consists of printable characters and contains no slash")
     return name
 
 

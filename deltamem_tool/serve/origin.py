@@ -31,9 +31,9 @@ class OwnPagesOnly:
             await self._app(scope, receive, send)
             return
         refused = RequestError(
-            "The request comes from another site's page.",
-            "This server has no keys, and answers programs and its own page alone.",
-            "Use its own page, or start it with --api-keys; --no-keys if a proxy before it knows its users.",
+            "The request comes from a page of another site.",
+            "This server has no API keys, so it answers only programs and its own page.",
+            "Use its own page, or start it with --api-keys, or with --no-keys behind a proxy that authenticates users.",
             status=403,
         )
         await error_response(refused)(scope, receive, send)

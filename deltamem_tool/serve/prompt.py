@@ -90,7 +90,7 @@ def build_prompt(engine: Engine, memory: StoredMemory, request: PromptRequest, w
     if len(prompt.tokens) >= window:
         raise RequestError(
             f"This model's maximum context length is {window} tokens.",
-            f"The messages have {len(prompt.tokens)} that the memory does not have yet, and the answer needs one.",
+            f"The new messages have {len(prompt.tokens)} tokens, and the answer needs at least one.",
             "Shorten them.",
             code="context_length_exceeded",
             param="messages",

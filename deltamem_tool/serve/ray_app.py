@@ -69,16 +69,16 @@ def application(options: Mapping[str, Any]) -> serve.Application:
     settings = _settings(options)
     if settings.replicas > 1 and not settings.store.startswith("postgres"):
         raise ConfigError(
-            "Several replicas need a store that all of them reach.",
-            "SQLite is a file of one machine.",
+            "Several replicas need a store that all of them can reach.",
+            "SQLite is a file on one machine.",
             "Use store=postgresql://USER:PASSWORD@HOST/DATABASE, or replicas=1.",
         )
     if settings.keys() is None and not settings.no_keys:
         raise ConfigError(
             "The application would answer anybody.",
-            "There are no API keys, and Ray says at which address it listens.",
-            "Make a key with deltamem serve --new-key and pass api_keys=FILE, or no_keys=true if a proxy before it "
-            "knows its users.",
+            "There are no API keys, and Ray decides which address it listens on.",
+            "Create a key with deltamem serve --new-key and pass api_keys=FILE, or pass no_keys=true behind a proxy "
+            "that authenticates users.",
         )
     # More than a replica lets wait, for the batch or for a memory: it is the replica that refuses, with 429.
     requests = 2 * (settings.max_batch + settings.max_queue)
@@ -193,9 +193,9 @@ class Ingress:
             if begun:  # the client sees that the answer is not whole
                 raise
             raise RequestError(
-                "The server that was to answer has failed.",
-                "The turn is stored whole or not at all.",
-                "Send it again: what was stored is not written twice.",
+                "The replica that should have answered the request failed.",
+                "The turn was stored completely or not at all.",
+                "Send the request again: a stored turn is not written twice.",
                 status=503,
                 code="replica_failed",
                 headers={"Retry-After": str(RETRY_SECONDS)},

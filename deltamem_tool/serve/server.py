@@ -29,7 +29,7 @@ def check_host(host: str, has_keys: bool, no_keys: bool) -> None:
     raise ConfigError(
         f"A server at {host} would answer anybody.",
         "It is not a loopback address, and there are no API keys.",
-        "Make a key with --new-key and pass --api-keys FILE, or --no-keys if a proxy before it knows its users.",
+        "Create a key with --new-key and pass --api-keys FILE, or --no-keys behind a proxy that authenticates users.",
     )
 
 
@@ -61,7 +61,7 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"The server cannot listen at {host}:{port}.", f"{first_line(error)}.", "Choose another --host or --port."
+            f"The server cannot listen on {host}:{port}.", f"{first_line(error)}.", "Choose another --host or --port."
         ) from error
     return listener
 

@@ -64,7 +64,7 @@ class Service:
         if name != self.model:
             raise RequestError(
                 f"The model {name!r} does not exist.",
-                f"This server has {self.model!r}.",
+                f"This server runs {self.model!r}.",
                 "Correct the name.",
                 status=404,
                 code="model_not_found",

@@ -59,7 +59,7 @@ class ServeSettings(BaseModel):
             raise ConfigError(
                 f"{self.model} cannot be served.",
                 "It has no chat template.",
-                "Serve a chat or instruct model's adapter.",
+                "Serve the adapter of a chat or instruct model.",
             )
         check_window(engine, self.window)
         quota = Quota(self.max_memories, self.max_bytes)

@@ -22,7 +22,7 @@ class MemoryOptions(Body):
     source: MemoryName | None = Field(
         default=None,
         alias="from",
-        description="The memory or the response that a memory starts from which does not exist yet, or is not kept.",
+        description="Memory or response to start from, if the memory does not exist yet or is not kept.",
     )
     expires_in: float | None = Field(default=None, gt=0, description="Seconds after which the memory is deleted.")
 
@@ -40,8 +40,8 @@ def whose(tenant: str, headers: Mapping[str, str], user: str | None, options: Me
             user = _NAME.validate_python(named)
         except ValidationError as error:
             raise RequestError(
-                f"The header {HEADER} is not the name of a memory.",
-                "A name has 1 to 200 printable characters, and no slash.",
+                f"The header {HEADER} is not a valid memory name.",
+                "A name has 1 to 200 printable characters and contains no slash.",
                 "Correct it.",
                 code="invalid_value",
                 param=HEADER,

@@ -82,7 +82,7 @@ def test_keys_memories_over_a_restart_and_the_end(tmp_path):
         ((MODEL, "--api-keys", "nowhere"), "does not exist"),
         ((MODEL, "--provider", "cpu"), "--provider"),
         ((MODEL, "--host", "203.0.113.1", "--no-keys"), "cannot listen"),
-        (("--new-key", "a b"), "is not a tenant's name"),
+        (("--new-key", "a b"), "is not a valid tenant name"),
     ],
 )
 def test_what_is_refused_before_anything_is_loaded(deltamem, tmp_path, monkeypatch, arguments, words):

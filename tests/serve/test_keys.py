@@ -57,7 +57,7 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path, content):
     file = tmp_path / "keys"
     file.write_text(content)
     for use in (ApiKeys.read, lambda path: new_key(path, "acme")):
-        with pytest.raises(ConfigError, match=r"Line 1 of .* is not a key"):
+        with pytest.raises(ConfigError, match=r"Line 1 of .* is not a valid entry"):
             use(file)
     assert file.read_text() == content
 
@@ -66,12 +66,12 @@ def test_a_missing_file_or_one_without_keys_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         ApiKeys.read(tmp_path / "keys")
     (tmp_path / "keys").write_text("# none\n")
-    with pytest.raises(ConfigError, match="has no keys"):
+    with pytest.raises(ConfigError, match="contains no keys"):
         ApiKeys.read(tmp_path / "keys")
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "../x", "ä", "x" * 65, "-x"])
 def test_a_tenants_name_is_checked(tmp_path, tenant):
-    with pytest.raises(ConfigError, match="is not a tenant's name"):
+    with pytest.raises(ConfigError, match="is not a valid tenant name"):
         new_key(tmp_path / "keys", tenant)
     assert not (tmp_path / "keys").exists()

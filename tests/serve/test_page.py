@@ -302,7 +302,7 @@ def test_a_memory_that_somebody_else_changed_is_not_undone_unseen(user, server):
     first = server.store.versions("default", "lisa")[-1].version
     restored = server.store.restore("default", "lisa", first).version
     user.press("Undo")
-    user.sees("The memory is not as the request expects it.")
+    user.sees("The memory is not in the state that the request expects.")
     user.sees_version(restored)
     assert stored(server, "lisa").version == restored
 

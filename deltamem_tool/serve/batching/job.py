@@ -64,18 +64,18 @@ class Job:
         for name, tensor in self.memory.tensors().items():
             if len(tensor) != 1:
                 raise MemoryStateError(
-                    "A request starts from one memory.", f"This one holds {len(tensor)} rows.", "Pick one row."
+                    "A request must start from a single memory.", f"This one has {len(tensor)} rows.", "Pick one row."
                 )
             if not np.isfinite(tensor).all():
                 raise MemoryStateError(
-                    "The memory contains NaN or infinity.", f"It is in {name}.", "Start from an earlier one."
+                    "The memory contains NaN or infinity.", f"It is in {name}.", "Start from an earlier version."
                 )
         if not self.tokens:
-            raise ConfigError("There is nothing to answer.", "The prompt has no tokens.", "Give it some text.")
+            raise ConfigError("There is nothing to answer.", "The prompt has no tokens.", "Add some text.")
         if engine.max_length is not None and len(self.tokens) >= engine.max_length:
             raise ConfigError(
-                f"The prompt is longer than the window of {engine.max_length} tokens.",
-                f"It has {len(self.tokens)}, and the answer needs one at least.",
+                f"The prompt does not fit into the window of {engine.max_length} tokens.",
+                f"It has {len(self.tokens)} tokens, and the answer needs at least one.",
                 "Shorten it.",
             )
         unknown = next((token.id for token in self.tokens if token.id not in ids), None)

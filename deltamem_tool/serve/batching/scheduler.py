@@ -275,11 +275,11 @@ class Scheduler:
     def _reason(self, ticket: Ticket) -> DeltaMemError:
         """Why a ticket does not go on."""
         if ticket.cancelled:
-            return Cancelled("The request was cancelled.", "", "Nothing of it is kept.")
+            return Cancelled("The request was cancelled.", "", "Nothing of it was stored.")
         if self._ending:
             return _closed()
         return DeadlineExceeded(
-            "The request was not answered in time.", "Its deadline has passed.", "Nothing of it is kept. Try again."
+            "The request was not answered in time.", "Its deadline has passed.", "Nothing of it was stored. Try again."
         )
 
     def _end(self, ticket: Ticket, error: DeltaMemError) -> None:
@@ -294,8 +294,8 @@ class Scheduler:
 
 
 def _closed() -> Cancelled:
-    return Cancelled("The server is shutting down.", "It takes no more requests.", "Try again when it is back.")
+    return Cancelled("The server is shutting down.", "It accepts no more requests.", "Try again once it is running.")
 
 
 def _failed(error: Exception) -> DeltaMemError:
-    return DeltaMemError("The model failed.", f"{first_line(error)}.", "Nothing of the request is kept. Try again.")
+    return DeltaMemError("The model failed.", f"{first_line(error)}.", "Nothing of the request was stored. Try again.")

@@ -30,7 +30,7 @@ class FairQueue:
         """
         if len(self) >= self._size:
             raise QueueFull(
-                "The server is busy.", f"{self._size} requests are waiting already.", "Try again in a few seconds."
+                "The server is busy.", f"{self._size} requests are already waiting.", "Try again in a few seconds."
             )
         self._tenants.setdefault(ticket.job.tenant, deque()).append(ticket)
 

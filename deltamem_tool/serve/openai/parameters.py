@@ -129,8 +129,8 @@ def check_last(messages: list[Message]) -> None:
     """
     if messages[-1]["role"] != "user":
         raise RequestError(
-            "The last message is not the user's.",
-            "It is what is answered; an answer that was begun is not gone on with.",
+            "The last message is not a user message.",
+            "The server answers the last message. It does not continue an answer that was begun.",
             "End with a message of the role user.",
             code="invalid_value",
             param="messages",
@@ -153,7 +153,7 @@ def supported(body: dict[str, Any], known: set[str]) -> dict[str, Any]:
             accepted = " or ".join(map(repr, NEUTRAL[name]))
             raise RequestError(
                 f"{name} is not supported.",
-                f"The only value that is accepted is {accepted}." if accepted else "",
+                f"The only accepted value is {accepted}." if accepted else "",
                 "Leave it out.",
                 code="unsupported_parameter",
                 param=name,

@@ -121,7 +121,7 @@ class Database:
             raise StoreUnavailable(
                 f"The store {self._name} cannot be used.",
                 f"{_reason(error)}.",
-                "A change that was under way was made whole or not at all. Try again once the database can be used.",
+                "A change in progress was made completely or not at all. Try again once the database is available.",
             ) from error
         except (DatabaseError, sqlite3.DatabaseError) as error:
             if type(error) not in _DAMAGED:

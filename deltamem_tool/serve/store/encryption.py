@@ -57,7 +57,7 @@ class Checksum:
         if sealed[:CHECKSUM_BYTES] != _checksum(content, place):
             raise StoreDamaged(
                 "A row of the store is damaged.",
-                "It does not have its checksum.",
+                "Its checksum does not match.",
                 "Restore the database from a backup, or delete this memory.",
             )
         return content
@@ -112,6 +112,6 @@ def read_key(text: str) -> bytes:
         raise ConfigError(
             f"The key in {KEY_VARIABLE} is invalid.",
             f"It must be {KEY_BYTES} bytes in base64.",
-            f"Make one: python -c 'import base64, os; print(base64.b64encode(os.urandom({KEY_BYTES})).decode())'",
+            f"Create one: python -c 'import base64, os; print(base64.b64encode(os.urandom({KEY_BYTES})).decode())'",
         )
     return key

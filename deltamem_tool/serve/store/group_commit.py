@@ -110,7 +110,7 @@ class GroupCommit:
 def _late() -> StoreUnavailable:
     return StoreUnavailable(
         "The store cannot be used.",
-        f"Other changes have taken more than {TURN_SECONDS:g} seconds.",
+        f"Other changes took more than {TURN_SECONDS:g} seconds.",
         "Nothing was changed. Try again.",
     )
 
@@ -124,7 +124,7 @@ def _interrupted() -> StoreUnavailable:
     return StoreUnavailable(
         "The store cannot be used.",
         "The thread that commits was interrupted.",
-        "A change that was under way was made whole or not at all. Try again.",
+        "A change in progress was made completely or not at all. Try again.",
     )
 
 

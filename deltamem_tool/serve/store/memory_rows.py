@@ -120,10 +120,10 @@ def check_expected(row: Row[Any] | None, id: str, expected: ExpectedVersion) -> 
     if expected is ANY or version == expected:
         return
     raise Conflict(
-        f"The memory {id!r} was changed meanwhile.",
-        f"It {'does not exist' if version is None else f'has version {version}'}, where "
-        f"{'none' if expected is None else f'version {expected}'} was expected.",
-        "Nothing was written. Read it again, and repeat the request.",
+        f"The memory {id!r} was changed in the meantime.",
+        f"It {'does not exist' if version is None else f'has version {version}'}, but "
+        f"{'no memory' if expected is None else f'version {expected}'} was expected.",
+        "Nothing was written. Fetch it again, and repeat the request.",
     )
 
 

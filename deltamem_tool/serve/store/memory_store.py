@@ -353,7 +353,7 @@ class MemoryStore:
             except IntegrityError as error:
                 taken = error
         raise Conflict(
-            "There is a memory or response of this name already.", "Another request created it.", "Use another name."
+            "A memory or response with this name already exists.", "Another request created it.", "Use another name."
         ) from taken
 
     def _erased(self, receipt: Receipt) -> Receipt:
@@ -381,4 +381,4 @@ def _check_names(*names: str) -> None:
 
 
 def _not_found(kind: str, id: str) -> NotFound:
-    return NotFound(f"There is no {kind} {id!r}.", "It was never there, was deleted, or has expired.", "Use another.")
+    return NotFound(f"There is no {kind} {id!r}.", "It never existed, was deleted, or has expired.", "Use another one.")

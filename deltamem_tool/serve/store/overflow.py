@@ -43,7 +43,7 @@ class OverflowPages:
         length = _LENGTH.unpack_from(blob, self._least)[0] if len(blob) >= start else len(blob)
         if start + length > len(blob):
             raise StoreDamaged(
-                "A row of the store is damaged.", "It is cut off.", "Restore the database from a backup."
+                "A row of the store is damaged.", "It is truncated.", "Restore the database from a backup."
             )
         return blob[start : start + length]
 

@@ -39,8 +39,8 @@ def write_response(
         row = lock_memory(connection, tenant, memory[0], now)
         if row is None or not row.first_version <= memory[1] <= row.version:
             raise Conflict(
-                f"The memory {memory[0]!r} was deleted meanwhile.",
-                "The response was made with it.",
+                f"The memory {memory[0]!r} was deleted in the meantime.",
+                "The response was created with it.",
                 "Nothing was written. Repeat the request.",
             )
     entry = form.write(connection, data, transcript, "response", tenant, id)

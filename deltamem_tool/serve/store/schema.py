@@ -111,7 +111,7 @@ def set_up(connection: Connection, cipher: Cipher) -> None:
     row = connection.execute(select(about)).one()
     if row.schema_version != SCHEMA_VERSION:
         raise ConfigError(
-            f"The store has version {row.schema_version} of its tables.",
+            f"The store's tables have version {row.schema_version}.",
             f"This version of deltamem reads version {SCHEMA_VERSION}.",
             "Update deltamem-tool."
             if is_newer(row.schema_version, SCHEMA_VERSION)
@@ -133,5 +133,7 @@ def _check_key(check: bytes | None, cipher: Cipher) -> None:
             cipher.open(check, "key")
         except StoreDamaged as error:
             raise ConfigError(
-                "The store is encrypted with another key.", f"{KEY_VARIABLE} does not open it.", "Use the store's key."
+                "The store is encrypted with another key.",
+                f"The key in {KEY_VARIABLE} cannot decrypt it.",
+                "Use the store's key.",
             ) from error

@@ -33,13 +33,13 @@ class Sqlite:
     def __init__(self, url: URL) -> None:
         if not url.database or url.database == ":memory:":
             raise ConfigError(
-                "The store's URL names no file.", "SQLite keeps a store in a file.", "Use sqlite:///FOLDER/FILE."
+                "The store's URL does not name a file.", "An SQLite store is a file.", "Use sqlite:///FOLDER/FILE."
             )
         self._synchronous = url.query.get("synchronous", "full")
         if url.query.keys() - {"synchronous"} or self._synchronous not in SYNCHRONOUS:
             raise ConfigError(
-                "The store's URL has an option that is not known.",
-                f"SQLite has the option synchronous here, {' or '.join(SYNCHRONOUS)}.",
+                "The store's URL has an unknown option.",
+                f"The only option for SQLite is synchronous, which is {' or '.join(SYNCHRONOUS)}.",
                 "Correct the part after the question mark.",
             )
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
@@ -113,7 +113,7 @@ def _check_owner(connection: sqlite3.Connection) -> None:
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     if tables and about.name not in tables:
         raise StoreDamaged(
-            "The file is a database of another program.", f"It has the table {tables[0]!r}.", "Use another file."
+            "The file is another program's database.", f"It has the table {tables[0]!r}.", "Use another file."
         )
 
 

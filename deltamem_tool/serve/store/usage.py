@@ -73,5 +73,5 @@ def check_quota(quota: Quota, usage: Usage) -> None:
     ):
         if most is not None and stored > most:
             raise QuotaExceeded(
-                f"There is no room for more {unit}.", f"The quota is {most:,}.", "Delete memories that are not needed."
+                f"The quota for {unit} is exceeded.", f"It is {most:,}.", "Delete memories that you do not need."
             )
