@@ -25,14 +25,14 @@ from deltamem_tool.segments.tags import SegmentTag
 class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """A model of lm-evaluation-harness with a memory.
 
-    Nothing of a request is kept for the next: a call's memory begins with zeros, is written as the tokens come, and
-    is dropped. Requests that are too long are refused, where the harness would cut them from the left.
+    Requests are independent: the memory of a call starts from zeros, is written as tokens come, and is dropped.
+    Requests that are too long are rejected, whereas the harness would truncate them from the left.
 
     Args:
-        model: with or without its adapter, as it is when it is asked.
-        tokenizer: not changed.
-        chat: whether prompts are rendered by the chat template, which writes all special tokens then.
-        tell: called with (requests done, of).
+        model: the model, with or without its adapter at the time of a request.
+        tokenizer: the tokenizer; it is not changed.
+        chat: whether prompts are rendered by the chat template, which then writes all special tokens.
+        tell: called with the number of requests done, and their total.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         return cast(list[str], super().generate_until(requests, disable_tqdm))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a chat, and keep where its segments end."""
+        """Render a chat, and remember where its segments end."""
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         if self._granularity != "token":
             tagged = tag_chat(self.tokenizer, chat_history, self._granularity, add_generation_prompt)
@@ -86,7 +86,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Tokenize prompts; one that is too long is refused."""
+        """Tokenise prompts, and reject those that are too long."""
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is not None:
             self._refuse_long(ids.shape[1], left_truncate_len)

@@ -14,12 +14,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Those of an evaluation, and which of them this is.
+    """The processes of an evaluation, and the number of this one.
 
     Args:
-        number: of this process, from 0.
-        count: how many there are.
-        share: whether each asks a part; or all ask everything together, as where they share a base's weights.
+        number: number of this process, from 0.
+        count: number of processes.
+        share: whether each process asks a share of the questions. If not, all ask everything together, as when they
+            share the weights of the base model.
     """
 
     number: int = 0
@@ -28,7 +29,7 @@ class Processes:
 
     @classmethod
     def of(cls, model: PreTrainedModel | None) -> Processes:
-        """Those of the process group, if there is one, which evaluate `model`; None is an ONNX folder."""
+        """Return the processes of the process group, if there is one, that evaluate `model`; None is an ONNX folder."""
         import torch
 
         from deltamem_tool.base_model.sharding import is_split
@@ -40,15 +41,15 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that reports."""
+        """Whether this is the process that reports."""
         return self.number == 0
 
     def part(self, items: Sequence[_T]) -> Sequence[_T]:
-        """Return what this process is to do of `items`."""
+        """Return this process's share of `items`."""
         return items[self.number :: self.count] if self.share else items
 
     def all(self, value: _T) -> list[_T]:
-        """Return the `value` of every process that has one of its own, in order; wait for the last of them."""
+        """Return the `value` of every process that has its own, in order, after waiting for all of them."""
         if self.count == 1 or not self.share:
             return [value]
         import torch

@@ -35,15 +35,15 @@ class Record:
 
 
 class RecordFolder:
-    """`settings.json` and `records.jsonl`, a line a record, written as they come.
+    """A folder with `settings.json` and `records.jsonl`, which has one record per line, written as they come.
 
     Args:
-        folder: made with the first record, if it is not there: a run that is refused before leaves nothing.
-        settings: everything that an answer depends on. A folder of other settings is refused.
+        folder: folder, created with the first record. A run that is rejected before leaves nothing behind.
+        settings: everything that an answer depends on. A folder with other settings is rejected.
 
     Raises:
-        DataError: the folder is of another run.
-        DeltaMemError: it cannot be written.
+        DataError: the folder belongs to another run.
+        DeltaMemError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class RecordFolder:
         self._check_settings()
 
     def read(self) -> list[Record]:
-        """What is there; a last line that was cut short is left out, and its question will be asked again.
+        """Return the records in the folder. An incomplete last line is ignored, and its question will be asked again.
 
         Raises:
             DataError: a line is not a record.
@@ -84,7 +84,7 @@ class RecordFolder:
                 os.fsync(file.fileno())
 
     def sort(self, records: Sequence[Record]) -> None:
-        """Write these first, in their order; what else is there comes after them, by condition and item."""
+        """Write these records first, in their order. All others follow, by condition and item."""
         file = self.folder / RECORDS_FILE
         with locked(self.folder / SETTINGS_FILE):
             asked = {_key(record) for record in records}
@@ -113,15 +113,15 @@ class RecordFolder:
 
 
 class Records:
-    """Records by condition and item: those that a folder has from before, and those that come.
+    """Records by condition and item: those that a folder already has, and new ones.
 
     Args:
-        folder: keeps them; None where nothing is kept. Several processes use one.
+        folder: folder that keeps them; None keeps nothing. Several processes share one folder.
         settings: as in `RecordFolder`.
-        processes: those that ask; what is there already is what the first of them finds.
+        processes: the processes of the evaluation. Existing records are those that the first process finds.
 
     Raises:
-        DataError, DeltaMemError: as `RecordFolder`, or a record there is damaged.
+        DataError, DeltaMemError: as in `RecordFolder`, or a record in the folder is damaged.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], processes: Processes = ALONE) -> None:
@@ -135,7 +135,7 @@ class Records:
         return condition_and_item in self._records
 
     def add(self, records: Iterable[Record]) -> int:
-        """Those that are new; how many they are."""
+        """Add the records that are new, and return their number."""
         new = [record for record in records if _key(record) not in self]
         if self._kept is not None and (self._processes.share or self._processes.is_main):
             self._kept.add(new)
@@ -143,14 +143,14 @@ class Records:
         return len(new)
 
     def gather(self) -> None:
-        """Take in what the other processes have added."""
+        """Take in the records that other processes have added."""
         for records in self._processes.all(list(self._records.values())):
             self._remember(records)
 
     def settle(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
-        """Return the records in this order, in which the folder has them from now on; others of it come after them.
+        """Return the records in this order, and store them so. Other records in the folder follow after them.
 
-        The order in which they came says which process was faster, and where a run stopped.
+        The order in which they were added depends on which process was faster, and on where a run stopped.
         """
         records = self.of(conditions, items)
         if self._kept is not None and self._processes.is_main:
@@ -158,7 +158,7 @@ class Records:
         return records
 
     def of(self, conditions: Iterable[str], items: Sequence[str]) -> list[Record]:
-        """In this order; all are there."""
+        """Return these records in order; all of them exist."""
         return [self._records[condition, item] for condition in conditions for item in items]
 
     def _remember(self, records: Iterable[Record]) -> None:
@@ -174,7 +174,7 @@ def _lines(records: Iterable[Record]) -> bytes:
 
 
 def read_records(file: Path) -> list[Record]:
-    """A line each; of several for one question, as two programs at once write them, the last.
+    """Read one record per line. If several are for one question, as when two programs write at once, the last wins.
 
     Raises:
         DataError: a line is not a record.

@@ -31,10 +31,10 @@ class Subject:
     """A model with a memory, in one of the runtimes.
 
     Attributes:
-        engine: runs it.
-        tokenizer: with a chat template.
-        model: in PyTorch; None for an ONNX folder.
-        write: whether questions and answers write into the memory, as they do in a conversation.
+        engine: the engine that runs it.
+        tokenizer: its tokenizer, with a chat template.
+        model: the PyTorch model; None for an ONNX folder.
+        write: whether questions and answers write into the memory, as in a conversation.
     """
 
     engine: Engine
@@ -46,12 +46,11 @@ class Subject:
     def of(
         cls, model: PreTrainedModel | Engine, tokenizer: PreTrainedTokenizerBase | None, write: bool = False
     ) -> Subject:
-        """Take a model with a memory with its tokenizer, or an `OnnxModel`, whose folder has the tokenizer.
+        """Make a subject from a model with a memory and its tokenizer, or from an `OnnxModel`, which has its own.
 
         Raises:
-            ArchitectureError: the ONNX folder's tokenizer cannot be read.
-            ConfigError: a PyTorch model comes without its tokenizer; or questions shall write, and the memory writes by
-                segments.
+            ArchitectureError: the tokenizer of the ONNX folder cannot be read.
+            ConfigError: a PyTorch model has no tokenizer; or questions are to write, but the memory writes by segments.
         """
         if not isinstance(model, PreTrainedModel):
             subject = cls(model, tokenizer or read_tokenizer(getattr(model, "folder", "")), None, write)
@@ -75,27 +74,27 @@ class Subject:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens fit into a context; None if there is no limit."""
+        """Maximum number of tokens in a context; None for no limit."""
         return self.engine.max_length
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, in which the template has written every special token."""
+        """Return the token ids of each text. The template has already written all special tokens."""
         ids: list[list[int]] = self.tokenizer(list(texts), **RENDERED).input_ids
         return ids
 
     def ask(
         self, prompts: Sequence[str], memory: StoredMemory | None, condition: Condition, max_new_tokens: int
     ) -> list[str]:
-        """Answer prompts greedily; they read the memory, and write if `writes` says so.
+        """Answer prompts greedily. They read the memory, and write if `writes` says so.
 
         Args:
-            prompts: rendered, with the header of the answer.
+            prompts: rendered prompts, with the header of the answer.
             memory: a row for each prompt; None for zeros.
-            condition: what the model is like while it answers.
-            max_new_tokens: the longest answer.
+            condition: the condition under which the model answers.
+            max_new_tokens: maximum length of an answer, in tokens.
 
         Returns:
-            The answers, without surrounding space.
+            The answers, without surrounding whitespace.
         """
         with self.under(condition):
             rows = self.memory_for(memory, len(prompts))
@@ -104,18 +103,18 @@ class Subject:
         return [str(text).strip() for text in texts]
 
     def writes(self, condition: Condition) -> bool:
-        """Whether questions and answers write under a condition: never where the base model is alone."""
+        """Return whether questions and answers write under a condition; they never do with the base model alone."""
         return self.write and condition.memory not in (None, NEVER_WRITTEN)
 
     def memory_for(self, memory: StoredMemory | None, rows: int) -> StoredMemory:
-        """`memory`, or zeros, bound to the adapter as it is now: with Δ = 0 it is another one."""
+        """Return `memory`, or zeros, bound to the adapter as it is now: with Δ = 0 it has another fingerprint."""
         if memory is None:
             memory = take_rows(empty_memory(self.engine), [0] * rows)
         return memory if self.model is None else replace(memory, adapter=adapter_of(self.model).fingerprint)
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        """Change the model as the condition says inside the block: no adapter, another one, or Δ = 0."""
+        """Change the model to the condition inside the block: without adapter, with another one, or with Δ = 0."""
         if self.model is None:
             yield
             return
@@ -125,7 +124,7 @@ class Subject:
 
 @contextmanager
 def under(model: PreTrainedModel, condition: Condition) -> Iterator[None]:
-    """Change a model in PyTorch as `Subject.under` does."""
+    """Change a PyTorch model as `Subject.under` does."""
     if condition.memory is None:
         with without_memory(), condition.on_base.on(model) if condition.on_base else nullcontext():
             yield

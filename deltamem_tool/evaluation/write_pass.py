@@ -28,22 +28,22 @@ def memorise(
     places: Sequence[str] | None = None,
     template_kwargs: Sequence[Mapping[str, Any]] | None = None,
 ) -> StoredMemory:
-    """Write each history, from a memory of zeros.
+    """Write each history into a memory that starts from zeros.
 
     Args:
-        subject: whose memory it is.
-        histories: the memory goes on from session to session, the context does not.
-        batch_size: histories at once.
-        report: called with (histories written, of).
-        places: file and place of each history, for errors.
-        template_kwargs: what the chat template is given besides each history's messages.
+        subject: the model.
+        histories: histories of sessions. The memory is carried from session to session, the context is not.
+        batch_size: number of histories at once.
+        report: called with the number of histories written, and their total.
+        places: file and position of each history, for error messages.
+        template_kwargs: further arguments for the chat template, for each history.
 
     Returns:
-        A row for each history.
+        A memory with a row for each history.
 
     Raises:
-        DataError: the chat template refuses a session, or it has more tokens than the model has positions; nothing has
-            been written then.
+        DataError: the chat template rejects a session, or a session has more tokens than the model has positions.
+            Nothing has been written in that case.
     """
     template = ChatTemplate.of(subject.tokenizer)
     places = places or [f"history {number}" for number in range(1, len(histories) + 1)]

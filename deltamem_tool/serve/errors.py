@@ -81,7 +81,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: DeltaMemError) -> Failure:
-    """Return what a client is told of `error`."""
+    """Return what a client is told about `error`."""
     if isinstance(error, RequestError):
         kind = _Kind(error.status, _type_of(error.status), error.code, error.headers)
     else:
@@ -93,7 +93,7 @@ def failure_of(error: DeltaMemError) -> Failure:
 
 
 def error_response(error: DeltaMemError) -> JSONResponse:
-    """Return the response that tells of `error`."""
+    """Return the response for `error`."""
     failure = failure_of(error)
     return JSONResponse(failure.body, failure.status, failure.headers)
 

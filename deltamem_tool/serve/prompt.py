@@ -21,15 +21,15 @@ from deltamem_tool.serve.fed import SYSTEM_ROLES, Known
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is fed for a request.
+    """The context to feed for a request.
 
     Args:
-        memory: what it starts from.
+        memory: memory to start from.
         tokens: the whole context.
         answer_writes: whether the answer writes.
-        room: the longest answer that the window leaves room for; None for any.
-        written: how many messages write.
-        dropped: how many known ones have left the context.
+        room: maximum length of the answer within the window, in tokens; None for no limit.
+        written: number of messages that write.
+        dropped: number of known messages that have left the context.
     """
 
     memory: StoredMemory
@@ -42,14 +42,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """A request.
+    """A request to encode.
 
     Args:
-        messages: all that the client sends.
-        known: which of them the memory was fed.
-        pending: tokens of the last known answer that it was not fed.
+        messages: all messages that the client sends.
+        known: which of them the memory has been fed.
+        pending: tokens of the last known answer that it has not been fed.
         write: whether the memory changes.
-        max_new_tokens: the longest answer that is wanted.
+        max_new_tokens: requested maximum length of the answer, in tokens.
     """
 
     messages: Sequence[Message]
@@ -60,20 +60,20 @@ class PromptRequest:
 
 
 def build_prompt(engine: Engine, memory: StoredMemory, request: PromptRequest, window: int | None) -> Prompt:
-    """Return what to feed; where the window is too small for all, without the oldest of the messages that are known.
+    """Return the context to feed. If the window is too small for it, the oldest known messages are left out.
 
     What they wrote stays in the memory.
 
     Args:
         engine: the model.
-        memory: what the request starts from.
+        memory: memory that the request starts from.
         request: the request.
-        window: the most tokens of a context, the answer's too.
+        window: maximum number of tokens in a context, including the answer.
 
     Raises:
-        RequestError: what is new does not fit into the window.
-        ExportError: the chat template refuses the messages.
-        DataError: the chat template leaves something out, or does not let the segments be told.
+        RequestError: the new messages do not fit into the window.
+        ExportError: the chat template rejects the messages.
+        DataError: the chat template leaves something out, or does not show where segments begin and end.
     """
     system = next((n for n, message in enumerate(request.messages) if message["role"] not in SYSTEM_ROLES), 0)
     split = _known_end(request, system)

@@ -129,7 +129,7 @@ class Replica:
         await self._life.aclose()
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-        """Yield the application's messages for a request. Whoever closes the generator is a client that goes."""
+        """Yield the application's messages for a request. If the client disconnects, close the generator."""
         outgoing, incoming = anyio.create_memory_object_stream[Message](math.inf)
         parts = [body]
 
@@ -166,7 +166,7 @@ class Ingress:
         self._replicas = replicas.options(method_name="answer", stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request by a replica, or say why none does."""
+        """Have a replica answer a request, or say why none does."""
         if scope["type"] == "lifespan":
             await _live(receive, send)
             return
@@ -209,9 +209,9 @@ def _build_ingress() -> Ingress:
 
 
 def session_of(request: Request, body: bytes) -> str:
-    """Return what requests have in common that one replica is to answer; "" if it may be any.
+    """Return a key that is the same for all requests that one replica should answer; "" if any replica may answer.
 
-    It is a digest: names are not in the logs, and those of two keys are different.
+    It is a digest, so that names do not appear in logs, and equal names under two API keys differ.
     """
     name = request.headers.get(HEADER)
     if name is None and request.url.path.startswith(MEMORIES):

@@ -72,11 +72,11 @@ class Service:
             )
 
     async def whole(self, http: HttpRequest, request: Request) -> Outcome | None:
-        """Return the outcome of a request that is answered at once; None if the client has gone."""
+        """Return the outcome of a request that is not streamed; None if the client has disconnected."""
         return await unless_gone(http.receive, _outcome(self.turns.answer(replace(request, streamed=False))))
 
     async def first(self, http: HttpRequest, events: AsyncGenerator[str | Outcome, None]) -> str | Outcome | None:
-        """Return the first event of an answer that is streamed; None if the client has gone."""
+        """Return the first event of a streamed answer; None if the client has disconnected."""
         first = await unless_gone(http.receive, anext(events))
         if first is None:
             await events.aclose()
@@ -94,11 +94,11 @@ async def _outcome(events: AsyncGenerator[str | Outcome, None]) -> Outcome:
 
 
 def gone() -> Response:
-    """Return the response to nobody."""
+    """Return the response for a client that has disconnected."""
     return Response(status_code=GONE)
 
 
 def service_of(request: HTTPConnection) -> Service:
-    """Return the service of the application that a request came to."""
+    """Return the service of the application that received a request."""
     service: Service = request.app.state.service
     return service

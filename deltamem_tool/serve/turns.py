@@ -32,11 +32,11 @@ class Whose:
     """The memory of a request.
 
     Args:
-        tenant: the key's.
-        id: its name; None for one that starts from zeros and is not kept.
-        write: whether it changes.
-        source: the memory or response that it starts from, where it does not exist yet.
-        expires_in: seconds after which it is gone; None leaves its expiry as it is.
+        tenant: tenant of the API key.
+        id: name of the memory; None for one that starts from zeros and is not kept.
+        write: whether the memory changes.
+        source: memory or response to start from, if the memory does not exist yet.
+        expires_in: seconds until the memory expires; None leaves its expiry unchanged.
     """
 
     tenant: str
@@ -47,7 +47,7 @@ class Whose:
 
 
 class Keep(NamedTuple):
-    """A response that is kept: its name, and what it is as JSON when the turn has ended."""
+    """A response to keep: its name, and its JSON when the turn has ended."""
 
     id: str
     response: Callable[[Outcome], dict[str, Any]]
@@ -55,17 +55,17 @@ class Keep(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks.
+    """A request from a client.
 
     Args:
-        whose: which memory.
-        messages: all of the conversation that it sends.
-        sampling: how it is answered.
-        previous: the response whose conversation these messages go on with.
-        keep: the response, where others may go on from it; None for one that is not kept.
-        instructions: a system message for this turn alone, which is not part of what is kept.
-        streamed: whether the answer comes in pieces.
-        key: the same where the request is sent again; None if the client says nothing of that.
+        whose: the memory.
+        messages: all messages of the conversation that the client sends.
+        sampling: options for the answer.
+        previous: response whose conversation these messages continue.
+        keep: the response, if others may continue from it; None if it is not kept.
+        instructions: system message for this turn only, which is not kept.
+        streamed: whether the answer is sent in pieces.
+        key: idempotency key, equal when the request is sent again; None if the client sends none.
     """
 
     whose: Whose
@@ -79,7 +79,7 @@ class Request:
 
     @property
     def names(self) -> frozenset[str]:
-        """The memories and responses that it has to do with."""
+        """The memories and responses that the request involves."""
         kept = None if self.keep is None else self.keep.id
         names = (self.whose.id, self.whose.source, self.previous, kept)
         return frozenset(name for name in names if name is not None)
@@ -91,9 +91,9 @@ class Outcome:
 
     Args:
         completion: the answer.
-        version: of the memory; None where none is kept.
-        prompt: what was fed.
-        whose: which memory.
+        version: version of the memory; None if it is not kept.
+        prompt: the context that was fed.
+        whose: the memory.
     """
 
     completion: Completion
@@ -103,7 +103,7 @@ class Outcome:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What a client is told about its memory."""
+        """What the client is told about its memory."""
         return {
             "memory": self.whose.id,
             "version": self.version,
@@ -137,11 +137,11 @@ class Turns:
 
     Args:
         scheduler: runs the model.
-        store: has the memories.
-        locks: of the memories.
-        metrics: counts.
-        window: the most tokens of a context; None for as many as the model can.
-        seconds: in which a request has to be answered.
+        store: holds the memories.
+        locks: locks of the memories.
+        metrics: counters.
+        window: maximum number of tokens in a context; None for as many as the model supports.
+        seconds: time limit for a request, in seconds.
     """
 
     def __init__(
@@ -159,9 +159,9 @@ class Turns:
         self._seconds = seconds
 
     async def answer(self, request: Request) -> AsyncGenerator[str | Outcome, None]:
-        """Yield the answer, piece by piece if it is streamed, and then, when the memory is stored, the outcome.
+        """Yield the answer, in pieces if it is streamed, and then the outcome, when the memory is stored.
 
-        Whoever stops before the end closes the generator: nothing is kept then.
+        To stop early, close the generator. Nothing is kept in that case.
 
         Raises:
             DeltaMemError: the request cannot be answered; nothing of it is kept.

@@ -28,13 +28,13 @@ TEMPERATURE = 0.1  # of cosines
 
 @dataclass(frozen=True)
 class Addresses:
-    """What N of a batch's scored tokens have to find.
+    """The keys that N of a batch's scored tokens should find.
 
     Args:
-        query_places: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before them.
-        rows: `[N]`, their conversations.
-        positives: bool `[N, W]`, where in the history of their conversation they are.
-        weights: `[N]`, one over how often they are in it.
+        query_places: `[N]`, flat positions in the exchanges `[Q, T]` of the tokens before the scored ones.
+        rows: `[N]`, the conversation of each scored token.
+        positives: bool `[N, W]`, the positions of the same token in the history of its conversation.
+        weights: `[N]`, one over the number of these positions.
         key_places: `[P]` and `[P]`, rows and positions in the histories of all positives, each of them once.
     """
 
@@ -54,9 +54,10 @@ class Addresses:
         targets: Tensor,
         rows: Tensor,
     ) -> Addresses:
-        """The scored tokens that the history holds, and that their exchange has not shown before.
+        """Return the scored tokens that occur in the history, and have not occurred in their exchange before.
 
-        Args are those of `data.collate.collate`, of B conversations: `[B, W]`, `[B, W]`, `[Q, T]`, `[N]`, `[N]`, `[Q]`.
+        The arguments are those of `data.collate.collate`, for B conversations: `[B, W]`, `[B, W]`, `[Q, T]`, `[N]`,
+        `[N]`, `[Q]`.
         """
         length = read_ids.shape[1]
         exchange, place = scored // length, scored % length
@@ -84,7 +85,7 @@ class Addresses:
         targets: Tensor,
         rows: Tensor,
     ) -> Addresses:
-        """As many as there can be: all scored tokens, each told in a place of its own. It looks at no values."""
+        """Return the most addresses possible: one position of its own for every scored token. Reads no values."""
         row = rows[scored // read_ids.shape[1]]
         positives = write_ids[row] == targets[:, None]
         return cls(scored, row, positives, torch.ones_like(row, dtype=torch.float32), (row, torch.zeros_like(row)))
@@ -92,12 +93,12 @@ class Addresses:
 
 @dataclass
 class HiddenStates:
-    """What entered each layer's memory, detached: `[B, T, D]` of every call, by layer."""
+    """The inputs of each layer's memory, detached: `[B, T, D]` of every call, by layer."""
 
     calls: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def taken(self) -> dict[int, Tensor]:
-        """Those of all calls since the last time, one after the other."""
+        """Return those of all calls since the last time, concatenated in order."""
         joined = {layer: torch.cat(parts, dim=1) for layer, parts in self.calls.items()}
         self.calls.clear()
         return joined
@@ -105,7 +106,7 @@ class HiddenStates:
 
 @contextmanager
 def hidden_states_of(adapter: DeltaMemAdapter) -> Iterator[HiddenStates]:
-    """Inside, what enters the memories of `adapter` is kept."""
+    """Record the inputs of the memories of `adapter` inside the block."""
     kept = HiddenStates()
 
     def keep(layer: int) -> Any:
@@ -129,16 +130,17 @@ def addressing_loss(
     write_mask: Tensor | None,
     addresses: Addresses,
 ) -> Tensor:
-    """The mean over layers and heads, `[B]`: of each conversation the weighted mean over what it has to find.
+    """Return the loss `[B]`, a mean over layers and heads: for each conversation, the weighted mean over its addresses.
 
-    A token is looked for among all tokens of its conversation, and among those that others of the batch look for.
+    The positives of a token compete with all tokens of its conversation, and with the positives of other tokens in the
+    batch.
 
     Args:
-        adapter: whose queries and keys are compared.
+        adapter: adapter whose queries and keys are compared.
         written: hidden states of the histories `[B, W, D]`, by layer.
-        read: those of the exchanges `[Q, T, D]`.
+        read: hidden states of the exchanges `[Q, T, D]`, by layer.
         write_mask: `[B, W]`.
-        addresses: what is looked for.
+        addresses: the keys to find.
     """
     layers = [
         _layer_loss(adapter.layer(layer), written[layer].float(), read[layer].float(), write_mask, addresses)

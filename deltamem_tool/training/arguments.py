@@ -20,10 +20,10 @@ CHECKPOINTS = 20  # that a run writes, where its recipe does not say
 
 
 def training_arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArguments:
-    """Checkpoints go to `run`. TensorBoard is left to `tensorboard`.
+    """Return the Trainer's arguments for a recipe. Checkpoints go to `run`; `tensorboard` handles TensorBoard.
 
     Raises:
-        ConfigError: options do not go together, in transformers' words.
+        ConfigError: options contradict each other; the message is that of transformers.
     """
     with refused_by_trainer("training"):
         arguments = _arguments(options, steps, run)
@@ -33,7 +33,7 @@ def training_arguments(options: TrainingOptions, steps: int, run: Path) -> Train
 
 @contextmanager
 def refused_by_trainer(key: str) -> Iterator[None]:
-    """Say of errors inside that they are about `key` of the recipe."""
+    """Attribute errors inside the block to `key` of the recipe."""
     try:
         yield
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -79,7 +79,7 @@ def _arguments(options: TrainingOptions, steps: int, run: Path) -> TrainingArgum
 
 
 def tensorboard(options: TrainingOptions, logs: Path, is_main: bool) -> list[TrainerCallback]:
-    """What writes TensorBoard's files into `logs`: by default they are in the folder of the run, which does not stay.
+    """Return the callback that writes TensorBoard files to `logs`. The default, the run folder, is removed at the end.
 
     Raises:
         ConfigError: TensorBoard is not installed.

@@ -37,7 +37,7 @@ class LoraStepModel(nn.Module):
 
     @property
     def lora(self) -> Any:
-        """The `peft.PeftModel`."""
+        """The LoRA's `peft.PeftModel`."""
         return self._model[0]
 
     def forward(
@@ -49,7 +49,7 @@ class LoraStepModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> dict[str, Tensor]:
-        """Compute the loss of the answers `[N]` in whole conversations `[Q, F]`; `others` are for a memory."""
+        """Compute the loss of the answers `[N]` in whole conversations `[Q, F]`. `others` are for a memory."""
         self.lora.train(self.training)  # its dropout
         with recomputing(self.lora.get_base_model()) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.lora, full_ids, full_mask, full_scored)
@@ -58,12 +58,12 @@ class LoraStepModel(nn.Module):
 
     @torch.no_grad()
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield logits `[N, V]`, with the conversation in view."""
+        """Yield logits `[N, V]`, with the conversation in the context."""
         self.lora.eval()
         yield "", scored_logits(self.lora, batch["full_ids"], batch["full_mask"], batch["full_scored"])
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """Write PEFT's adapter folder, whole or not at all, with `files` beside."""
+        """Write PEFT's adapter folder with the additional `files`, whole or not at all."""
         with folder_whole(out, overwrite) as staged:
             with without_warnings():  # that the base has no config.json, where it is a GGUF file
                 self.lora.save_pretrained(staged)
@@ -75,11 +75,11 @@ class StaticStepModel(nn.Module):
     """One training step of a static adapter, as a module: the memory's read pass with a constant for every reading.
 
     Args:
-        base: the model that `adapter` is put on, without a memory; its own weights are frozen.
-        adapter: what is trained.
-        made_for: what the saved folder says of the base model.
-        objective: what is added to the answers' cross-entropy; what is about writing has no effect.
-        recompute: as of `EpisodeModel`.
+        base: the model with `adapter`, without a memory; its own weights are frozen.
+        adapter: the static adapter to train.
+        made_for: the base model, as the saved folder records it.
+        objective: terms to add to the cross-entropy of the answers; terms for writing have no effect.
+        recompute: as in `EpisodeModel`.
     """
 
     conditions = ("",)
@@ -102,7 +102,7 @@ class StaticStepModel(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model that the adapter is on."""
+        """The model with the adapter."""
         return self._base[0]
 
     def forward(
@@ -117,7 +117,7 @@ class StaticStepModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> dict[str, Tensor]:
-        """Compute the loss of the answers `[N]` of exchanges `[Q, T]`; `others` are for a memory."""
+        """Compute the loss of the answers `[N]` of exchanges `[Q, T]`. `others` are for a memory."""
         with recomputing(self.base) if self.recompute else contextlib.nullcontext():
             logits = scored_logits(self.base, read_ids, read_mask, scored)
         loss = answer = answer_loss(logits, targets, num_items_in_batch)
@@ -131,7 +131,7 @@ class StaticStepModel(nn.Module):
 
     @torch.no_grad()
     def base_logits(self, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
-        """Compute the base model's logits `[N, V]`, with the whole history in view."""
+        """Compute the base model's logits `[N, V]`, with the whole history in the context."""
         for handle in self._handles:
             handle.remove()
         try:
@@ -145,7 +145,7 @@ class StaticStepModel(nn.Module):
         yield "", scored_logits(self.base, batch["read_ids"], batch["read_mask"], batch["scored"])
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """Write the static adapter's folder, whole or not at all, with `files` beside."""
+        """Write the folder of the static adapter with the additional `files`, whole or not at all."""
         assert self.made_for is not None  # what is saved was made for a checkpoint
         self.adapter.save(out, self.made_for, overwrite, files)
 

@@ -35,7 +35,7 @@ class RunData:
 
     @property
     def statistics(self) -> dict[str, Any] | None:
-        """Sizes of the data; None where all of it is generated."""
+        """Sizes of the data; None if all of it is generated."""
         own = self.training.conversations if isinstance(self.training, MixedEpisodes) else self.training
         return asdict(own.statistics()) if isinstance(own, EncodedEpisodes) else None
 
@@ -48,7 +48,7 @@ def run_data(
     report: Callable[[int, int], None] | None = None,
     limits: Limits = NO_LIMITS,
 ) -> RunData:
-    """Read, check and encode the episodes of a recipe for a model of `limits`; `report` follows the encoding.
+    """Read, check and encode the episodes of a recipe for a model with these `limits`. `report` gets the progress.
 
     Raises:
         DataError: a row is not a conversation, or cannot be encoded.

@@ -22,17 +22,17 @@ def step_seconds(
     device: torch.device,
     together: bool = False,
 ) -> float:
-    """Measure the seconds that forward and backward take for a batch from the middle of `episodes`.
+    """Measure the seconds of a forward and a backward pass for a batch from the middle of `episodes`.
 
-    The weights stay as they are, and so does what the CPU and CUDA draw next; gradients are cleared.
+    Weights and the random states of CPU and CUDA are left unchanged; gradients are cleared.
 
     Args:
-        step: as the Trainer trains it, on `device`.
-        episodes: those of the run.
-        collator: makes a batch of them.
-        batch_size: episodes of a batch.
-        device: where the step runs.
-        together: all processes measure, since they need each other for a step, and so all of them do it twice.
+        step: the step as the Trainer trains it, on `device`.
+        episodes: episodes of the run.
+        collator: makes a batch of episodes.
+        batch_size: number of episodes in a batch.
+        device: device that the step runs on.
+        together: all processes measure. They need each other for a step, so all of them run it twice.
     """
     start = max(0, len(episodes) // 2 - batch_size // 2)
     batch = collator([episodes[i] for i in range(start, min(start + batch_size, len(episodes)))])

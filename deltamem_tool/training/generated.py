@@ -18,11 +18,11 @@ _TRIED = 64  # episodes, from the whole run
 def generated_episodes(
     recipe: Recipe, episodes: int, together: int, encoder: Encoder
 ) -> DialogueEpisodes | FactEpisodes:
-    """Generate what a run of so many episodes learns from, `together` of them in a batch.
+    """Generate the training episodes of a run with this many episodes, `together` of them in a batch.
 
     Raises:
-        DataError: the recipe gives a system prompt, and the chat template takes none; or of those episodes that are
-            tried, one has an exchange that is too long.
+        DataError: the recipe sets a system prompt but the chat template does not support one; or one of the episodes
+            that are tried has an exchange that is too long.
     """
     data, seed = recipe.data, recipe.training.seed
     if data.generated == "facts":
@@ -35,9 +35,9 @@ def generated_episodes(
 
 
 def held_out_episodes(recipe: Recipe, count: int, encoder: Encoder) -> list[Episode]:
-    """Generate what a run is evaluated with: as hard as episodes get, of words or pairs that no training sees.
+    """Generate the validation episodes of a run: of maximum difficulty, with words or pairs never used in training.
 
-    All of it needs the memory: nothing is unanswerable, and there are no replies that the base gives alone.
+    All of them need the memory: they have no unanswerable questions and no replies that the base model gives by itself.
 
     Raises:
         DataError: as in `generated_episodes`.
@@ -54,7 +54,7 @@ def held_out_episodes(recipe: Recipe, count: int, encoder: Encoder) -> list[Epis
 
 
 def fact_options(data: DataOptions, encoder: Encoder) -> FactOptions:
-    """What a recipe says of natural facts; chats have no system prompt where the chat template takes none.
+    """Return a recipe's options for natural facts. Chats have no system prompt if the template does not support one.
 
     Raises:
         DataError: as in `generated_episodes`.

@@ -24,7 +24,7 @@ from deltamem_tool.memory.decoder_call import again, running
 
 @contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the layers of `model` keep no activations; the backward pass may come after.
+    """Run the layers of `model` without keeping activations, inside the block. The backward pass may come after it.
 
     Raises:
         ConfigError: none of the model's layers is a GradientCheckpointingLayer of transformers.

@@ -32,16 +32,16 @@ class Launch:
 
     @property
     def processes(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return int(self.state.num_processes)
 
 
 def launched(recipe: Recipe) -> Launch:
-    """Join the processes of a launch, on GPUs if there are any, else on CPUs; or be the only one.
+    """Join the processes of a launch, on GPUs if there are any and on CPUs otherwise; or run as a single process.
 
     Raises:
-        ConfigError: the recipe or the launcher's configuration asks for sharding that this run cannot have.
-        DeltaMemError: the other processes did not come.
+        ConfigError: the recipe or the launcher's configuration asks for sharding that this run does not support.
+        DeltaMemError: the other processes did not connect.
     """
     shards, count = asks_to_shard(recipe), processes_of_launch()
     _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -57,7 +57,7 @@ def launched(recipe: Recipe) -> Launch:
 
 
 def asks_to_shard(recipe: Recipe) -> bool:
-    """Whether the recipe or the launcher's configuration asks for FSDP2.
+    """Return whether the recipe or the launcher's configuration asks for FSDP2.
 
     Raises:
         ConfigError: the configuration asks for another engine.
@@ -93,10 +93,10 @@ def _check_devices(processes: int) -> None:
 
 
 def check_shards(recipe: Recipe, processes: int) -> None:
-    """Check that the base of `recipe` can be sharded.
+    """Check that the base model of `recipe` can be sharded.
 
     Raises:
-        ConfigError: it cannot, or there is one process alone.
+        ConfigError: it cannot be, or there is only one process.
     """
     if processes == 1:
         raise ConfigError(

@@ -114,20 +114,20 @@ class EpisodeModel(nn.Module):
             scored: `[N]`.
             targets: `[N]`.
             rows: `[Q]`.
-            write_segment_tags: `[B, W]`, where the memory writes by segments.
+            write_segment_tags: `[B, W]`, if the memory writes by segments.
             full_ids: `[Q, F]`, for the divergence.
             full_mask: `[Q, F]`.
             full_scored: `[N]`.
-            unrelated_ids: `[B, U]`, what no memory is needed for.
+            unrelated_ids: `[B, U]`, exchanges that need no memory.
             unrelated_mask: `[B, U]`.
             unrelated_scored: `[M]`.
-            num_items_in_batch: scored tokens that the loss is the mean over: of all micro-batches and processes that
-                make one step. By default those of this batch.
-            conversations: the same for what is a mean over conversations.
+            num_items_in_batch: number of scored tokens to average the loss over, in all micro-batches and processes of
+                one step; by default those of this batch.
+            conversations: the same for terms that are averaged over conversations.
 
         Returns:
-            `loss`, and without gradients its parts: `answer`, `gates` (the mean β of what was written `[L]`), and
-            `sparsity`, `kl`, `history_kl`, `unrelated_kl` and `addressing` where they have a weight.
+            `loss` and, detached, its parts: `answer`, `gates` (the mean β of the writes, `[L]`), and `sparsity`, `kl`,
+            `history_kl`, `unrelated_kl` and `addressing` if they have a weight.
         """
         with self._layers(), self.adapter.in_training(), self._hidden_states() as hidden:
             memory, gates, history_kl = self.write(write_ids, write_mask, write_segment_tags)
@@ -169,7 +169,8 @@ class EpisodeModel(nn.Module):
     def write(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None = None) -> Written:
         """Write histories `[B, W]`.
 
-        In chunks it computes what one call computes: the KV cache goes on. Gradients flow through the last `bptt`.
+        Writing in chunks computes the same as a single call, since the KV cache is carried over. Gradients flow through
+        the last `bptt` chunks.
         """
         diverges = self.objective.history_kl > 0 and torch.is_grad_enabled()
         sharded = is_sharded(self.base)
@@ -220,9 +221,11 @@ class EpisodeModel(nn.Module):
         return Written(memory, means, _token_mean(torch.cat(divergences, dim=1), mask) if diverges else None)
 
     def answer(self, memory: MemoryState, ids: Tensor, mask: Tensor | None, scored: Tensor) -> Tensor:
-        """Read exchanges `[Q, T]`, each with its row of `memory`: logits `[N, V]` at the flat positions `scored` alone.
+        """Read exchanges `[Q, T]`, each with its row of `memory`, and return logits `[N, V]` at the positions `scored`.
 
-        The read pass has a KV cache of its own, starts at position 0 and does not write.
+        The positions are flat, `[N]`.
+
+        The read pass has its own KV cache, starts at position 0 and does not write.
         """
         cache = MemoryCache(self.base, write=False)
         cache.memory = memory  # not checked for NaN: the Trainer tells a run that diverged by its loss
@@ -246,7 +249,7 @@ class EpisodeModel(nn.Module):
             yield name, self.answer(memory, *read)
 
     def save(self, out: str | Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """Write the adapter folder, whole or not at all, with `files` beside."""
+        """Write the adapter folder with the additional `files`, whole or not at all."""
         save_adapter(self.base, out, overwrite, files)
 
     def _hidden_states(self) -> contextlib.AbstractContextManager[HiddenStates]:
@@ -258,12 +261,12 @@ class EpisodeModel(nn.Module):
 
 
 def answer_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of logits `[N, V]`, summed over tokens and divided by `num_items`, by default N."""
+    """Return the cross-entropy of logits `[N, V]`, summed over tokens and divided by `num_items`, by default N."""
     return F.cross_entropy(logits.float(), targets, reduction="sum") / item_count(targets, num_items)
 
 
 def item_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
-    """What the loss is the mean over: `num_items`, by default the targets."""
+    """Return the number of items to average the loss over: `num_items`, by default the number of targets."""
     return len(targets) if num_items is None else num_items
 
 
@@ -272,7 +275,7 @@ def scored_logits(
 ) -> Tensor:
     """Compute logits `[N, V]` at the flat positions `scored` `[N]` of texts `[B, T]`.
 
-    They are of the model's own head, with whatever it does to its logits, which gets to see these positions alone.
+    They come from the model's own head, with everything it does to its logits, but computed only at these positions.
     """
     options = {} if cache is None else {"cache": cache}
     with logits_at(model, scored):
@@ -283,7 +286,7 @@ def scored_logits(
 
 @contextlib.contextmanager
 def logits_at(model: PreTrainedModel, scored: Tensor | None) -> Iterator[None]:
-    """Inside, the model makes logits `[1, N, V]` at the flat positions `scored` `[N]` alone; None is all."""
+    """Compute logits `[1, N, V]` only at the flat positions `scored` `[N]`, inside the block; None means all."""
 
     def select(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if scored is not None:
@@ -305,7 +308,7 @@ def _one_token(ids: Tensor, mask: Tensor | None, start: int) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each token `[...]`; logits `[..., V]`."""
+    """Return KL(teacher ‖ student) per token `[...]`, from logits `[..., V]`."""
     target, answer = (F.log_softmax(logits.float(), dim=-1) for logits in (teacher, student))
     return F.kl_div(answer, target, reduction="none", log_target=True).sum(-1)
 

@@ -217,7 +217,7 @@ def _summary(
 
 
 def step_model(recipe: Recipe, launch: Launch | None = None) -> tuple[Step, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what a recipe trains, the model that it is in, and the tokenizer."""
+    """Load the step that a recipe trains, its model, and the tokenizer."""
     options = recipe.training
     if recipe.lora is not None or recipe.static:
         check_revision(recipe.base, recipe.revision)

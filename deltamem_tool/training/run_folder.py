@@ -22,13 +22,13 @@ _DEFAULTS = Recipe(base="-", out="-", training=TrainingOptions(steps=1))  # but 
 
 
 def run_folder(out: str | Path) -> Path:
-    """Beside the adapter folder that the run is to write."""
+    """Return the folder of a run, which is next to its adapter folder."""
     return Path(f"{Path(out)}.run")
 
 
 @contextmanager
 def removed_if_empty(run: Path) -> Iterator[None]:
-    """Remove the folder at the end where nothing is in it, however the block ends."""
+    """Remove the folder after the block if it is empty, however the block ends."""
     try:
         yield
     finally:
@@ -38,9 +38,9 @@ def removed_if_empty(run: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(run: Path, start: Mapping[str, object], resume: bool) -> Iterator[None]:
-    """Open the folder while the run goes on; a run that is not resumed starts in an empty one.
+    """Open the folder during a run. A run that is not resumed starts with an empty folder.
 
-    Checkpoints that were not finished, because the disk is full, are removed at the end, and the folder too if none is
+    Unfinished checkpoints, such as those of a full disk, are removed at the end. So is the folder, if no checkpoint is
     left.
 
     Raises:
@@ -68,7 +68,7 @@ def _empty(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. The Trainer writes its state last."""
+    """Return the complete checkpoints of a run, oldest first. The Trainer writes the state of a checkpoint last."""
     whole = []
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
@@ -79,7 +79,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Read after how many steps a checkpoint was written."""
+    """Read the number of steps after which a checkpoint was written."""
     return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
 
 
@@ -87,7 +87,7 @@ def checkpoint_to_resume(run: Path, start: Mapping[str, object]) -> Path:
     """Find the last checkpoint of a run that was started with the same `start_of`.
 
     Raises:
-        DeltaMemError: there is no whole checkpoint, or the recipe, the data or the number of episodes of a step has
+        DeltaMemError: there is no complete checkpoint; or the recipe, the data or the number of episodes per step has
             changed.
     """
     whole = checkpoints(run)
@@ -130,12 +130,12 @@ def _batches(start: Mapping[str, Any]) -> str:
 
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:
-    """All that decides a run: the recipe, the number of processes, and what the data file holds."""
+    """Return everything that determines a run: recipe, number of processes, and content of the data file."""
     return {**comparable(recipe), "processes": processes, "sha256 of data.path": data_digest(recipe)}
 
 
 def data_digest(recipe: Recipe) -> str | None:
-    """SHA-256 of the data file; None where the data come from elsewhere."""
+    """Return the SHA-256 of the data file; None if the data come from elsewhere."""
     path = recipe.data.path
     if path is None or not Path(path).is_file():
         return None
@@ -144,7 +144,7 @@ def data_digest(recipe: Recipe) -> str | None:
 
 
 def comparable(recipe: Recipe) -> dict[str, object]:
-    """The recipe's options by dotted key, as JSON gives them back; without `out`, which names the run."""
+    """Return the recipe's options by dotted key, as JSON returns them, without `out`, which names the run."""
     flat: dict[str, object] = {}
     for name, value in json.loads(json.dumps(asdict(recipe))).items():
         flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}

@@ -33,7 +33,7 @@ class BaseShare:
 
 
 def fsdp_config(skeleton: nn.Module, processes: int, offloads: bool = False) -> dict[str, Any]:
-    """Make a `distributed_config` of transformers, in which each decoder layer is a group of its own."""
+    """Make transformers' `distributed_config` in which each decoder layer is a group of its own."""
     names = [name for name, module in skeleton.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     layers = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
     return {
@@ -44,9 +44,9 @@ def fsdp_config(skeleton: nn.Module, processes: int, offloads: bool = False) -> 
 
 
 def shard_packed(model: PreTrainedModel, device: torch.device, offloads: bool = False) -> None:
-    """Shard a base that bitsandbytes has packed to nf4, and that is whole in every process, in place.
+    """Shard, in place, a base model that bitsandbytes has packed to nf4 and that every process holds completely.
 
-    While they load, packed weights cannot be divided: they have no rows yet. Their scales stay whole.
+    Packed weights cannot be split while they load, because they have no rows yet. Their scales stay whole.
     """
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     policy: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offloads else {}
@@ -56,10 +56,10 @@ def shard_packed(model: PreTrainedModel, device: torch.device, offloads: bool = 
 
 
 def sharded_bytes(skeleton: PreTrainedModel, bytes_of: Mapping[Tensor, float], processes: int) -> tuple[int, int]:
-    """What one of `processes` holds of what is divided of a base, and what it gathers at most to compute, in bytes.
+    """Return the bytes of a sharded base that one of `processes` holds, and the most that it gathers to compute.
 
-    A weight is divided by its rows, of which the first process has one more where they do not come out even. Layers
-    are freed once they have run, but one is gathered while the one before it runs; the output head is kept.
+    Weights are split by rows; if they do not divide evenly, the first process has one row more. Layers are freed once
+    they have run, but each is gathered while the previous one runs. The output head is kept.
     """
     held = sum(math.ceil(w.shape[0] / processes) / w.shape[0] * size for w, size in bytes_of.items())
     layers = [module for module in skeleton.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -74,12 +74,12 @@ def sharded_bytes(skeleton: PreTrainedModel, bytes_of: Mapping[Tensor, float], p
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights of `model` are spread over processes."""
+    """Return whether the weights of `model` are sharded over processes."""
     return isinstance(model, FSDPModule)
 
 
 def base_share(model: nn.Module) -> BaseShare:
-    """Measure what the processes hold of a sharded `model`; all of them have to ask."""
+    """Measure the share of a sharded `model` that each process holds. All processes must call this."""
     weights = list(model.parameters())
     parts = [weight.to_local() if is_split(weight) else weight for weight in weights]
     states: list[Any] = [getattr(module, "quant_state", None) for module in model.modules()]
@@ -92,9 +92,9 @@ def base_share(model: nn.Module) -> BaseShare:
 def with_common_length(
     ids: Tensor, mask: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad `[B, W]` on the right to the longest of all processes: in chunks, all of them then make as many calls.
+    """Pad `[B, W]` on the right to the longest of all processes, so that all make the same number of calls in chunks.
 
-    Every call gathers weights, for which the processes wait for each other.
+    Every call gathers weights, and the processes wait for each other there.
     """
     longest = torch.tensor(ids.shape[1], device=ids.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -104,10 +104,10 @@ def with_common_length(
 
 
 def after(ends: Sequence[Tensor], memory: MemoryState) -> MemoryState:
-    """A memory whose gradients reach the calls that have written it by way of their `ends`, what they returned.
+    """Return a memory whose gradients pass through `ends`, the results of the calls that have written it.
 
-    FSDP gathers a layer's weights for the backward pass when the gradient of its output comes. States leave a layer
-    by another way: the last one's output would have none. Now it has zeros.
+    FSDP gathers the weights of a layer for the backward pass when the gradient of its output arrives. States leave a
+    layer by another path, so the output of the last layer would get no gradient. With this, it gets zeros.
     """
     layers = list(memory.layers)
     states = _After.apply(len(ends), *ends, *(memory.layers[layer] for layer in layers))  # type: ignore[no-untyped-call]

@@ -41,11 +41,11 @@ class TrainingSummary:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, mean cross-entropy of the answers since the one before); what else is learned is not in it."""
+        """(step, mean cross-entropy of the answers since the previous entry), without the other terms of the loss."""
         return [(int(row["step"]), row["answer"]) for row in self.log if "answer" in row]
 
     def files(self) -> dict[str, bytes]:
-        """What goes into the adapter folder."""
+        """Return the files to put into the adapter folder."""
         text = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n"
         return {SUMMARY_FILE: text.encode(), PLOT_FILE: plot(self.log)}
 
@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def named_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's options by dotted key; of what is a path here, the last part alone."""
+    """Return the recipe's options by dotted key. Local paths are shortened to their last part."""
     options: dict[str, Any] = dict(comparable(recipe))
     for key in ("base", "adapter", "data.path", "data.eval_path"):
         value = options.get(key)
@@ -70,7 +70,7 @@ def named_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def plot(log: Sequence[dict[str, float]]) -> bytes:
-    """Loss, evaluations and mean gate over the steps, as a PNG."""
+    """Plot loss, evaluations and mean gate over the steps, as PNG."""
     figure = Figure(figsize=(7.0, 6.0))
     # Said here: matplotlib's own layouts draw everything once more to find it.
     figure.subplots_adjust(left=0.11, bottom=0.08, right=0.98, top=0.98, hspace=0.06)

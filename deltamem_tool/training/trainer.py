@@ -48,11 +48,11 @@ class EpisodeSampler(Sampler[int]):
     """The order of the episodes. It depends only on seed and epoch, so that a resumed run continues in the same order.
 
     Args:
-        episodes: the dataset, which is told the epoch too.
-        order: one of ORDERS; generated episodes grow harder as they come.
-        seed: of the shuffling.
-        batch_size: of a step, on all processes together: "by length", its episodes are of like length, so that little
-            is wasted on padding.
+        episodes: the dataset, which also needs to know the epoch.
+        order: one of ORDERS; generated episodes become harder in the order they come in.
+        seed: random seed for shuffling.
+        batch_size: number of episodes per step, over all processes. With the order "by length", the episodes of a step
+            have similar lengths, so that little is wasted on padding.
     """
 
     def __init__(self, episodes: Any, order: str, seed: int, batch_size: int = 1) -> None:
@@ -61,7 +61,7 @@ class EpisodeSampler(Sampler[int]):
         self.episodes, self.order, self.seed, self.batch_size, self.epoch = episodes, order, seed, batch_size, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, which has an order of its own."""
+        """Start an epoch, which has its own order."""
         self.epoch = epoch
         if isinstance(self.episodes, EncodedEpisodes):
             self.episodes.set_epoch(epoch)
@@ -82,9 +82,9 @@ class EpisodeTrainer(Trainer):
     """transformers' Trainer for the steps of `loss`.
 
     Args:
-        order: as `EpisodeSampler` takes it.
-        validation: episodes to evaluate with; each as the collator takes it.
-        run: the folder of the run.
+        order: as in `EpisodeSampler`.
+        validation: validation episodes, in the form that the collator takes.
+        run: folder of the run.
         shards: whether processes share the base model.
     """
 
@@ -107,10 +107,10 @@ class EpisodeTrainer(Trainer):
         self._conversations: Tensor | int = 0  # in the batches of this step, on all processes
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does.
+        """Create the optimizer, as the Trainer does.
 
         Raises:
-            ConfigError: the recipe has options that the optimizer does not take.
+            ConfigError: the recipe has options that the optimizer does not accept.
         """
         with refused_by_trainer("training.optimizer_options"):
             if self.args.optim_args:  # many optimizers ignore them
@@ -122,16 +122,16 @@ class EpisodeTrainer(Trainer):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does.
+        """Create the scheduler, as the Trainer does.
 
         Raises:
-            ConfigError: the recipe has options that the scheduler does not take, or lacks some.
+            ConfigError: the recipe has options that the scheduler does not accept, or lacks required ones.
         """
         with refused_by_trainer("training.scheduler_options"):
             return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Fetch the batches of a step, and count its conversations on all processes."""
+        """Fetch the batches of a step, and count their conversations over all processes."""
         batches, tokens = super().get_batch_samples(*args, **kwargs)
         count = torch.tensor(sum(len(batch["write_ids"]) for batch in batches), device=self.args.device)
         self._conversations = self.accelerator.gather(count).sum()
@@ -139,7 +139,7 @@ class EpisodeTrainer(Trainer):
         return batches, tokens
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward of a batch.
+        """Run the forward and the backward pass of a batch.
 
         Raises:
             DeltaMemError: the loss is not finite.
@@ -157,14 +157,14 @@ class EpisodeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a batch by `EpisodeModel.forward`, and note its parts for the log."""
+        """Compute the loss of a batch with `EpisodeModel.forward`, and record its parts for the log."""
         inputs = {**inputs, "conversations": self._conversations}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._parts.append({name: part for name, part in outputs.items() if name != "loss"})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the loss to what is logged."""
+        """Log, with the parts of the loss added."""
         if "loss" in logs and self._parts:
             for name in self._parts[0]:
                 total = self.accelerator.reduce(torch.stack([part[name].mean() for part in self._parts]).sum())
@@ -176,7 +176,7 @@ class EpisodeTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure loss and recall of the validation episodes with the state, with zeros, and with a donor's."""
+        """Measure loss and recall on the validation episodes, with the state, with zeros, and with a donor's state."""
         rank, processes, device = self.args.process_index, self.args.world_size, self.args.device
 
         def tensors(batch: Sequence[Any]) -> dict[str, Tensor]:
@@ -219,19 +219,19 @@ class EpisodeTrainer(Trainer):
         self.model.load_state_dict(load_file(file))
 
     def is_at_end(self, checkpoint: Path) -> bool:
-        """Tell whether nothing was left to do at `checkpoint`: the Trainer would do a step too many."""
+        """Return whether the run was complete at `checkpoint`; the Trainer would run one step too many."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStop)]
         has_waited = any(EarlyStop.waited(state) >= stop.early_stopping_patience for stop in stops)
         return state.global_step >= self.args.max_steps or has_waited
 
     def load_end(self, checkpoint: Path) -> None:
-        """Restore what the run had reached at `checkpoint`, without a step."""
+        """Restore the final state of the run from `checkpoint`, without running a step."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
 
     def train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        """Make the sampler of the training set."""
+        """Make the sampler for the training set."""
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.sampler = EpisodeSampler(dataset, self.order, self.args.seed, batch)
@@ -258,7 +258,7 @@ class Progress(TrainerCallback):
         self._loss: float | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report the step, and stop if somebody asked for it."""
+        """Report the step, and stop if requested."""
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True  # else the last weights would never be the best
         if _anywhere(self.interrupted, args):
@@ -272,7 +272,7 @@ class Progress(TrainerCallback):
 
     @contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
-        """End training after the current step at the first Ctrl-C, SIGTERM or SIGHUP; a second one ends it at once."""
+        """End training after the current step on the first Ctrl-C, SIGTERM or SIGHUP, and immediately on the second."""
         if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
             yield
             return
@@ -311,7 +311,7 @@ class EarlyStop(EarlyStoppingCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the count from the state of the checkpoint."""
+        """Restore the count from the state of the checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]  # it has no hints
         self.early_stopping_patience_counter = self.waited(state)
 
@@ -336,5 +336,5 @@ class _TellEpoch(TrainerCallback):
 
 
 def steps_of(epochs: float, episodes: int, batch: int) -> int:
-    """Count the optimizer steps of `epochs` over `episodes`; the last batch of an epoch may be short."""
+    """Return the number of optimizer steps in `epochs` over `episodes`. The last batch of an epoch may be smaller."""
     return max(1, math.ceil(epochs * math.ceil(episodes / batch)))

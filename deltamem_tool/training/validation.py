@@ -19,14 +19,14 @@ class StepModel(Protocol):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What an answer can be told from."""
+        """The conditions under which answers are scored."""
 
     def views(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Logits `[N, V]` of the batch's scored positions, condition by condition."""
+        """Yield logits `[N, V]` at the batch's scored positions, one condition after another."""
 
 
 def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Group in order by `size`, the last may have one more: every conversation needs another one, its donor.
+    """Split into batches of `size`, in order. The last one may have one more, since every conversation needs a donor.
 
     Raises:
         ConfigError: there are fewer than two conversations.
@@ -44,11 +44,11 @@ def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @torch.no_grad()
 def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum over `batches`, each of two conversations or more, by condition.
+    """Return sums over `batches`, each of two conversations or more, by condition.
 
-    A sum `[4]` is of the cross-entropy of scored tokens, their number, the exchanges of which every token is the
-    likeliest, and the number of exchanges. An exchange whose every scored token is the likeliest is one that greedy
-    decoding would have answered word for word.
+    A sum `[4]` consists of the cross-entropy of the scored tokens, the number of these tokens, the number of exchanges
+    in which every scored token is the most likely one, and the number of exchanges. An exchange in which every scored
+    token is the most likely one is one that greedy decoding would have answered word for word.
     """
     total = {condition: torch.zeros(4, dtype=torch.float32) for condition in model.conditions}
     for batch in batches:
@@ -64,7 +64,7 @@ def outcomes(model: StepModel, batches: Iterable[dict[str, Tensor]]) -> dict[str
 
 
 def metrics(total: Mapping[str, Tensor]) -> dict[str, float]:
-    """`eval_loss` and `eval_recall` (the share of exchanges answered word for word), by condition."""
+    """Return `eval_loss` and `eval_recall` (the share of exchanges answered word for word), by condition."""
     figures = {}
     for condition, sums in total.items():
         loss, tokens, right, exchanges = sums.tolist()

@@ -15,11 +15,11 @@ from deltamem_tool.memory.file import StoredMemory, check_memory
 
 
 class QueueFull(DeltaMemError):
-    """So many requests are waiting that another one would only wait in vain."""
+    """Too many requests are waiting."""
 
 
 class DeadlineExceeded(DeltaMemError):
-    """A request was not answered in its time; nothing of it is kept."""
+    """A request was not answered in time; nothing of it is kept."""
 
 
 class Cancelled(DeltaMemError):
@@ -28,18 +28,18 @@ class Cancelled(DeltaMemError):
 
 @dataclass(frozen=True)
 class Job:
-    """A request.
+    """A job for the scheduler.
 
     Args:
-        tenant: whose it is. Tenants take turns where requests wait.
-        memory: what it starts from, of one row.
+        tenant: tenant of the request. Tenants take turns when requests wait.
+        memory: memory to start from, of one row.
         tokens: the whole context, and which of its tokens write.
-        sampling: how the answer's tokens are chosen and where it ends.
-        answer_writes: whether they write.
-        deadline: when the answer is of no use any longer, by `time.monotonic()`; None for never.
-        prefix_key: jobs with the same key, memory and beginning share what was computed of it; None shares nothing.
-        names: of memories and responses; what was computed goes when one of them is forgotten.
-        streamed: whether its reader gets the text in pieces; else all of it at the end, which costs less.
+        sampling: how the tokens of the answer are chosen, and when it ends.
+        answer_writes: whether the tokens of the answer write.
+        deadline: time after which the answer is useless, by `time.monotonic()`; None for never.
+        prefix_key: jobs with the same key, memory and prefix share the computation of that prefix; None shares nothing.
+        names: names of memories and responses. When one of them is forgotten, what was computed for the job is dropped.
+        streamed: whether the reader gets the text in pieces. If not, it gets all of it at the end, which costs less.
     """
 
     tenant: str
@@ -53,12 +53,12 @@ class Job:
     streamed: bool = True
 
     def check(self, engine: Engine, ids: Collection[int]) -> None:
-        """Check that `engine`, whose tokens are `ids`, can run it.
+        """Check that `engine`, whose token ids are `ids`, can run this job.
 
         Raises:
-            MemoryStateError: the memory is another adapter's, is not of one row, or contains NaN or infinity.
+            MemoryStateError: the memory belongs to another adapter, does not have one row, or contains NaN or infinity.
             ConfigError: there are no tokens, or no room for an answer after them.
-            DataError: an id is not a token of the model's.
+            DataError: a token id is unknown to the model.
         """
         check_memory(self.memory.shape, self.memory.adapter, engine.memory_shape, engine.adapter)
         for name, tensor in self.memory.tensors().items():
@@ -85,18 +85,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Completion:
-    """The end of a job that was answered.
+    """The end of an answered job.
 
     Args:
         answer: its text, its tokens and why it ended.
-        pending: of these tokens the ones that were not fed, and have not written: the last one where the answer ended
-            by its length; never what ended it otherwise.
-        memory: after all that was fed.
-        prompt_tokens: those of the job.
-        cached_tokens: how many of them an earlier job had computed.
+        pending: tokens of the answer that were not fed, and have not written. This is the last token if the answer
+            ended by its length, and never the token that ended it otherwise.
+        memory: memory after all tokens that were fed.
+        prompt_tokens: number of tokens in the job's context.
+        cached_tokens: number of these that an earlier job had computed.
         waited: seconds in the queue.
-        first_token: seconds until the first token of the answer, the queue included.
-        seconds: all of them.
+        first_token: seconds until the first token of the answer, including the queue.
+        seconds: total seconds.
     """
 
     answer: Answer

@@ -19,7 +19,10 @@ Key = (
 
 
 def prefix_keys(job: Job, piece: int) -> list[Key]:
-    """Keys of the beginnings of one piece, two pieces, …, that leave a token to be fed; none without a prefix key."""
+    """Return the keys of the prefixes of one piece, two pieces, …, that leave a token to feed.
+
+    Without a prefix key, there are none.
+    """
     if job.prefix_key is None or len(job.tokens) <= piece:
         return []
     chain = hashlib.sha256(f"{job.memory.digest()} {job.prefix_key}".encode())
@@ -33,13 +36,13 @@ def prefix_keys(job: Job, piece: int) -> list[Key]:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A beginning of a prompt.
+    """A computed prefix of a prompt.
 
     Args:
-        keys: of its own beginnings, one for each piece; the last is of all of it.
-        past: after all of it, of one row.
-        memories: after each piece.
-        tenant: whose it is.
+        keys: keys of its own prefixes, one per piece; the last one is that of the whole.
+        past: past after the whole prefix, of one row.
+        memories: memory after each piece.
+        tenant: tenant that it belongs to.
         names: see `Job`.
     """
 
@@ -51,12 +54,12 @@ class Prefix:
 
 
 class PrefixCache:
-    """Prefixes, of which the least recently used leave first. Not for several threads at once.
+    """A cache of prefixes that evicts the least recently used ones first. Not thread-safe.
 
     Args:
-        engine: which pasts are of.
-        piece: tokens.
-        room: bytes; 0 keeps nothing.
+        engine: engine of the pasts.
+        piece: tokens per piece.
+        room: size in bytes; 0 keeps nothing.
     """
 
     def __init__(self, engine: Engine, piece: int, room: int) -> None:
@@ -66,7 +69,7 @@ class PrefixCache:
         self._owners: dict[Key, Key] = {}  # of each beginning, the prefix that has it
 
     def longest(self, keys: Sequence[Key]) -> Prefix | None:
-        """The longest beginning that is here."""
+        """Return the longest prefix in the cache."""
         for count in range(len(keys), 0, -1):
             owner = self._owners.get(keys[count - 1])
             if owner is not None:
@@ -82,7 +85,7 @@ class PrefixCache:
         return Prefix(prefix.keys[:count], past, prefix.memories[:count])
 
     def put(self, prefix: Prefix) -> None:
-        """Keep a prefix, if there can be room for it, in place of those that it begins with."""
+        """Add a prefix, if it can fit, in place of its own prefixes."""
         size = self._engine.size(prefix.past)
         if size > self._room:
             return
@@ -95,14 +98,14 @@ class PrefixCache:
             self._drop(next(iter(self._prefixes)))
 
     def forget(self, tenant: str, name: str) -> None:
-        """Drop the prefixes of jobs of a tenant that have this name."""
+        """Drop the prefixes of a tenant's jobs that have this name."""
         for whole, prefix in list(self._prefixes.items()):
             if prefix.tenant == tenant and name in prefix.names:
                 self._drop(whole)
 
     @property
     def size(self) -> int:
-        """Bytes of all that is kept."""
+        """Total size in bytes."""
         return sum(self._sizes.values())
 
     def _drop(self, whole: Key) -> None:

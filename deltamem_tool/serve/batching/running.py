@@ -45,14 +45,14 @@ class Running:
 
     Args:
         engine: the model.
-        ticket: of a job that was checked.
-        valid: the `token_mask` of those that an answer may have.
-        piece: the most tokens of the prompt that are fed in one call.
+        ticket: ticket of a job that was checked.
+        valid: `token_mask` of the tokens that an answer may contain.
+        piece: maximum number of prompt tokens per call.
 
     Attributes:
-        row: where it is.
-        cached: tokens of the prompt that were in the cache.
-        part: its row of a past, when the prompt was fed, until it joins a group.
+        row: the row.
+        cached: number of prompt tokens that were in the cache.
+        part: its row of a past, after the prompt was fed and until it joins a group.
     """
 
     part: Part
@@ -76,11 +76,11 @@ class Running:
 
     @property
     def is_short(self) -> bool:
-        """Whether the prompt goes in as one piece, which is never in the cache, nor kept there."""
+        """Whether the prompt is fed as one piece, which is neither read from the cache nor kept there."""
         return self.row.prompt <= self._piece
 
     def begin(self, engine: Engine, cache: PrefixCache) -> None:
-        """Start from the memory, or from the longest beginning of the prompt that is in the cache."""
+        """Start from the memory, or from the longest prefix of the prompt in the cache."""
         prefix = cache.longest(self._keys)
         if prefix is None:
             self.row.past = engine.start(self.ticket.job.memory)
@@ -91,7 +91,7 @@ class Running:
     def feed_piece(self, engine: Engine) -> NDArray[Any]:
         """Feed the prompt up to the end of a piece, and return the logits `[1, V]` after it.
 
-        Pieces begin where those of any prompt do, so that a part of them in the cache is what would be computed again.
+        Pieces begin at the same positions in every prompt, so that a cached prefix equals what would be computed again.
         """
         row = self.row
         tokens = row.tokens[row.fed : (row.fed // self._piece + 1) * self._piece]
@@ -116,23 +116,23 @@ class Running:
 
     @property
     def prefix(self) -> Prefix | None:
-        """What of the prompt the cache does not have yet."""
+        """The part of the prompt that the cache does not have yet."""
         past, job = self._whole_pieces, self.ticket.job
         return None if past is None else Prefix(self._keys, past, self._memories, job.tenant, job.names)
 
     def forget(self, tenant: str, name: str) -> None:
-        """Leave nothing to the cache, if the job is of this tenant and has this name."""
+        """Add nothing to the cache if the job belongs to this tenant and has this name."""
         job = self.ticket.job
         if job.tenant == tenant and name in job.names:
             self._keys, self._whole_pieces = [], None
 
     def take(self, logits: NDArray[Any], likeliest: int | None, stop_tokens: frozenset[int]) -> bool:
-        """Choose the next token of the answer, and return whether the answer goes on after it.
+        """Choose the next token of the answer, and return whether the answer continues.
 
         Args:
             logits: `[V]`.
-            likeliest: the token that a greedy sampler picks, if that is known.
-            stop_tokens: ids that end an answer.
+            likeliest: the token that a greedy sampler picks, if it is known.
+            stop_tokens: token ids that end an answer.
 
         Raises:
             DeltaMemError: the logits contain NaN or infinity.

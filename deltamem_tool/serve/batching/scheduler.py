@@ -30,7 +30,7 @@ CACHE_BYTES = 256 * 2**20
 
 @dataclass
 class Counters:
-    """What a scheduler is doing, and what it has done since it began. Written by its thread alone."""
+    """The current and the total work of a scheduler. Only its thread writes them."""
 
     waiting: int = 0
     running: int = 0
@@ -49,17 +49,17 @@ class Counters:
 
 
 class Scheduler:
-    """Answers jobs in one batch, which they join and leave between any two steps.
+    """Answers jobs in one batch, which jobs join and leave between any two steps.
 
-    Each answer is what it would be alone. Prompts are fed in pieces between the steps, so that a long one does not
-    keep the others waiting.
+    Each answer is the same as if it ran alone. Prompts are fed in pieces between steps, so that a long prompt does not
+    keep other jobs waiting.
 
     Args:
         engine: the model. Only the scheduler's thread calls it.
-        max_batch: the most rows that are fed together.
-        max_queue: the most jobs that wait for that.
-        piece: about so many tokens of prompts are fed between two steps.
-        cache_bytes: how much of prompts is kept for others that begin alike: see `Job.prefix_key`.
+        max_batch: maximum number of rows in the batch.
+        max_queue: maximum number of waiting jobs.
+        piece: approximate number of prompt tokens to feed between two steps.
+        cache_bytes: size of the cache for prompts with a common prefix: see `Job.prefix_key`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Scheduler:
         """Accept a job.
 
         Raises:
-            QueueFull: too many are waiting.
+            QueueFull: too many jobs are waiting.
             Cancelled: the scheduler is closed.
             DeltaMemError: the job cannot be run: see `Job.check`.
         """
@@ -109,13 +109,13 @@ class Scheduler:
         return ticket
 
     def forget(self, tenant: str, names: Iterable[str]) -> None:
-        """Drop what is kept of prompts of jobs with these names, before the next step."""
+        """Drop the cached prompts of jobs with these names, before the next step."""
         with self._changed:
             self._forgotten += [(tenant, name) for name in names]
             self._changed.notify()
 
     def close(self, drain: bool = False) -> None:
-        """End the thread: at the next step, or with `drain` when every job that was accepted has ended."""
+        """End the thread: at the next step, or with `drain`, when every accepted job has ended."""
         with self._changed:
             self._open, self._ending = False, not drain
             self._changed.notify()

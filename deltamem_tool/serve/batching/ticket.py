@@ -25,7 +25,7 @@ LONGEST_PIECE_SECONDS = 0.2
 
 
 class Bell:
-    """Wakes coroutines that wait for events: one call for all of a loop, which many calls would keep busy."""
+    """Wakes coroutines that wait for events, with one call per event loop instead of many."""
 
     def __init__(self) -> None:
         self._at_once: Readers = {}
@@ -61,18 +61,18 @@ def _set_all(events: Iterable[asyncio.Event]) -> None:
 
 
 class Ticket:
-    """A job's events, which one reader iterates over: `for event in ticket` or `async for event in ticket`.
+    """The events of a job, for one reader: `for event in ticket` or `async for event in ticket`.
 
-    The last one is a `Completion`. A job that ends otherwise raises `Cancelled`, `DeadlineExceeded`, or what is wrong
-    with it.
+    The last event is a `Completion`. If the job ends otherwise, iterating raises `Cancelled`, `DeadlineExceeded`, or
+    the error of the job.
 
-    Tokens become text where they are read, while the scheduler's thread goes on; but for answers with stop strings,
-    whose text says when they end. The reader of a job that is not streamed is woken at its end alone.
+    Tokens become text in the reader, while the scheduler's thread goes on. Answers with stop strings are an exception,
+    because their text decides when they end. If a job is not streamed, its reader is woken only at the end.
 
     Args:
-        job: what was accepted.
-        text: of the model.
-        bell: of the scheduler.
+        job: the accepted job.
+        text: tokenizer of the model.
+        bell: bell of the scheduler.
     """
 
     def __init__(self, job: Job, text: ChatText, bell: Bell) -> None:
@@ -88,25 +88,25 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for it any longer."""
+        """Whether nobody waits for the job any longer."""
         return self._cancelled
 
     def gone(self, now: float) -> bool:
-        """Whether it was cancelled, or is late at `now`."""
+        """Return whether the job was cancelled, or is past its deadline at `now`."""
         return self._cancelled or now >= self._deadline
 
     def cancel(self) -> None:
-        """Leave the queue, or the batch at the next step. Without effect on a job that has ended."""
+        """Leave the queue, or leave the batch at the next step. Has no effect on a job that has ended."""
         self._cancelled = True
 
     def result(self) -> Completion:
-        """The end, when it comes."""
+        """Wait for the end and return it."""
         *_, last = self
         assert isinstance(last, Completion)
         return last
 
     def put(self, event: Event) -> None:
-        """Add a token, a piece of text, or the end. For the scheduler, which rings the bell."""
+        """Add a token, a piece of text, or the end. Only for the scheduler, which rings the bell."""
         self._events.put(event)
         if self._reader is not None:
             self._bell.add(*self._reader, at_once=self._is_new or not isinstance(event, int | str))

@@ -9,10 +9,10 @@ from deltamem_tool.serve.batching.ticket import Ticket
 
 
 class FairQueue:
-    """Not for several threads at once.
+    """A queue in which tenants take turns. Not thread-safe.
 
     Args:
-        size: the most tickets that may wait.
+        size: maximum number of waiting tickets.
     """
 
     def __init__(self, size: int) -> None:
@@ -23,10 +23,10 @@ class FairQueue:
         return sum(map(len, self._tenants.values()))
 
     def put(self, ticket: Ticket) -> None:
-        """Add a ticket behind its tenant's.
+        """Add a ticket at the end of its tenant's queue.
 
         Raises:
-            QueueFull: there is no room.
+            QueueFull: the queue is full.
         """
         if len(self) >= self._size:
             raise QueueFull(
@@ -35,7 +35,7 @@ class FairQueue:
         self._tenants.setdefault(ticket.job.tenant, deque()).append(ticket)
 
     def pop(self) -> Ticket:
-        """The oldest ticket of the tenant whose turn it is; then the next tenant has its turn."""
+        """Return the oldest ticket of the tenant whose turn it is, and pass the turn to the next tenant."""
         tenant, tickets = next(iter(self._tenants.items()))
         del self._tenants[tenant]
         ticket = tickets.popleft()
@@ -44,7 +44,7 @@ class FairQueue:
         return ticket
 
     def sweep(self, now: float) -> list[Ticket]:
-        """Take out those that were cancelled or are late; all of them at `now` infinity."""
+        """Remove and return the tickets that are cancelled or past their deadline; with `now` infinity, all of them."""
         gone = [ticket for tickets in self._tenants.values() for ticket in tickets if ticket.gone(now)]
         for ticket in gone:
             tickets = self._tenants[ticket.job.tenant]

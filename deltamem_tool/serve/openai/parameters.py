@@ -58,7 +58,7 @@ HINTS = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "
 
 
 class TextPart(Body):
-    """A part of a content."""
+    """A part of a message's content."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -67,7 +67,7 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """A message. What OpenAI's client puts into an answer beside its text may be sent back where it is empty."""
+    """A message. Fields that OpenAI's client adds to an answer can be sent back if they are empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
@@ -79,7 +79,7 @@ class ChatMessage(Body):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def message(self) -> Message:
-        """Return it as a chat template takes it."""
+        """Return the message as a chat template takes it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
@@ -93,7 +93,7 @@ class StreamOptions(Body):
 
 
 class SamplingOptions(Body):
-    """How an answer is chosen."""
+    """Options for sampling an answer."""
 
     temperature: float | None = Field(default=None, ge=0, le=2, description="By default 0: the likeliest token.")
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -112,7 +112,7 @@ class SamplingOptions(Body):
 
 
 class AnswerRequest(SamplingOptions):
-    """What the bodies of chat completions and of responses have in common."""
+    """The fields that the bodies of chat completions and responses have in common."""
 
     model: str
     stream: bool = False
@@ -122,10 +122,10 @@ class AnswerRequest(SamplingOptions):
 
 
 def check_last(messages: list[Message]) -> None:
-    """Check that somebody asks something.
+    """Check that the request asks something.
 
     Raises:
-        RequestError: the last message is the assistant's, or there is none but the system's.
+        RequestError: the last message is the assistant's, or there are only system messages.
     """
     if messages[-1]["role"] != "user":
         raise RequestError(
@@ -138,10 +138,10 @@ def check_last(messages: list[Message]) -> None:
 
 
 def supported(body: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the parameters of `body` that are honoured; without nulls, and without what changes nothing.
+    """Return the parameters of `body` that have an effect, without nulls and without values that change nothing.
 
     Raises:
-        RequestError: a parameter would change something and is not honoured.
+        RequestError: a parameter would change something but is not supported.
     """
     honoured = {}
     for name, value in body.items():

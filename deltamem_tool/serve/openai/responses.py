@@ -37,7 +37,7 @@ MAX_METADATA = 16  # pairs, as OpenAI has it
 
 
 class InputMessage(ChatMessage):
-    """A message of the input; an earlier output may be sent back as it was."""
+    """A message of the input. An earlier output can be sent back unchanged."""
 
     type: Literal["message"] = "message"
     id: str | None = None
@@ -91,7 +91,7 @@ async def create(http: HttpRequest) -> Response:
 
 
 async def retrieve(http: HttpRequest) -> Response:
-    """`GET /v1/responses/{id}`: a response that was stored, as it was answered."""
+    """`GET /v1/responses/{id}`: a stored response, as it was sent."""
     service = service_of(http)
     tenant, id = service.tenant_of(http), _id(http)
     given = [name.removesuffix("[]") for name, value in http.query_params.items() if value != "false"]

@@ -27,7 +27,7 @@ CHECKSUM_BYTES = 32
 
 
 class Cipher(Protocol):
-    """Content to the bytes that are stored, and back. `place` says what the content is and of which row."""
+    """Converts content to the bytes to store, and back. `place` identifies the kind of content and its row."""
 
     def seal(self, content: bytes, *place: str | int) -> bytes:
         """Return the bytes to store."""
@@ -36,12 +36,12 @@ class Cipher(Protocol):
         """Return the content.
 
         Raises:
-            StoreDamaged: the bytes are damaged, of another place, or of another key.
+            StoreDamaged: the bytes are damaged, or belong to another place or another key.
         """
 
 
 class Checksum:
-    """Content as it is, after the SHA-256 of the place and of itself: it finds damage, but anybody can make one."""
+    """Stores content after a SHA-256 of the place and the content. It detects damage, but anyone can compute it."""
 
     def seal(self, content: bytes, *place: str | int) -> bytes:
         """Return checksum and content."""
@@ -51,7 +51,7 @@ class Checksum:
         """Return the content.
 
         Raises:
-            StoreDamaged: the bytes are damaged, or of another place.
+            StoreDamaged: the bytes are damaged, or belong to another place.
         """
         content = sealed[CHECKSUM_BYTES:]
         if sealed[:CHECKSUM_BYTES] != _checksum(content, place):
@@ -64,7 +64,7 @@ class Checksum:
 
 
 class AesGcm:
-    """Nonce and ciphertext, authenticated together with the place."""
+    """Stores a nonce and the ciphertext, authenticated together with the place."""
 
     def __init__(self, key: bytes) -> None:
         self._aead = AESGCM(key)
@@ -78,7 +78,7 @@ class AesGcm:
         """Return the content.
 
         Raises:
-            StoreDamaged: the bytes are damaged, of another place, or of another key.
+            StoreDamaged: the bytes are damaged, or belong to another place or another key.
         """
         try:
             return self._aead.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _associated(place))
@@ -99,10 +99,10 @@ def _associated(place: tuple[str | int, ...]) -> bytes:
 
 
 def read_key(text: str) -> bytes:
-    """Return the key that `text` spells in base64.
+    """Decode a key from base64.
 
     Raises:
-        ConfigError: it is not 32 bytes in base64.
+        ConfigError: `text` is not 32 bytes in base64.
     """
     try:
         key = base64.b64decode(text.strip(), validate=True)

@@ -6,7 +6,7 @@ from deltamem_tool.errors import DeltaMemError
 
 
 class StoreError(DeltaMemError):
-    """A store of memories cannot do what is asked."""
+    """A store of memories cannot do what was requested."""
 
 
 class NotFound(StoreError):
@@ -14,18 +14,18 @@ class NotFound(StoreError):
 
 
 class Conflict(StoreError):
-    """The memory has another version than the caller expected: somebody else was first. Nothing was written."""
+    """The memory has another version than the caller expected: another writer came first. Nothing was written."""
 
 
 class QuotaExceeded(StoreError):
-    """The tenant would have more memories or bytes than it may. Nothing was written."""
+    """The tenant would exceed its quota of memories or bytes. Nothing was written."""
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, is locked, or its disk is full.
+    """The database cannot be reached or is locked, or its disk is full.
 
-    What was there before is whole. The change was not made, unless the connection was lost just as it was committed:
-    who says which version it replaces learns that from a `Conflict` when trying again.
+    Existing data is intact. The change was not made, unless the connection was lost while it was committed. A caller
+    that passes the expected version finds that out from a `Conflict` when it tries again.
     """
 
 

@@ -29,11 +29,11 @@ class _Change:
 class GroupCommit:
     """Runs changes of many threads, one transaction at a time.
 
-    Whose turn it is runs all changes that are waiting in its transaction, each in a savepoint, so that one which raises
-    leaves the others as they are. None is answered before the transaction is committed.
+    The thread whose turn it is runs all waiting changes in its transaction. Each of them has a savepoint, so that a
+    change that raises does not affect the others. None of them returns before the transaction is committed.
 
     Args:
-        transaction: begins one, and commits it at the end of the block.
+        transaction: begins a transaction, and commits it at the end of the block.
     """
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
@@ -43,12 +43,12 @@ class GroupCommit:
         self._waiting: list[_Change] = []
 
     def run(self, work: Callable[[Connection], T]) -> T:
-        """Return what `work` returns, when it is committed.
+        """Run `work` and return its result when it is committed.
 
         Raises:
-            StoreUnavailable: the transaction fails, whoever's change it is that the database fails at, or others take
-                too long. Nothing was changed.
-            Exception: what `work` raises; nothing of it was changed.
+            StoreUnavailable: the transaction failed, in this change or another, or the other changes took too long.
+                Nothing was changed.
+            Exception: any exception of `work`; nothing of it was changed.
         """
         change = _Change(work)
         with self._guard:
@@ -69,10 +69,10 @@ class GroupCommit:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no change run during the block.
+        """Run no changes during the block.
 
         Raises:
-            StoreUnavailable: others take too long.
+            StoreUnavailable: other changes took too long.
         """
         if not self._turn.acquire(timeout=TURN_SECONDS):
             raise _late()

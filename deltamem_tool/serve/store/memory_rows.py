@@ -91,7 +91,7 @@ def list_memories(
 
 
 def list_versions(connection: Connection, tenant: str, id: str, now: float) -> tuple[VersionInfo, ...]:
-    """Return the versions of a memory that are kept, the newest first; empty if there is no such memory."""
+    """Return the stored versions of a memory, newest first; empty if there is no such memory."""
     rows = (
         select(*_VERSION)
         .join_from(memories, versions, _OF_MEMORY)
@@ -102,7 +102,7 @@ def list_versions(connection: Connection, tenant: str, id: str, now: float) -> t
 
 
 def lock_memory(connection: Connection, tenant: str, id: str, now: float) -> Row[Any] | None:
-    """Return a memory's row, which nobody else changes until the transaction ends; one that has expired is deleted."""
+    """Return the row of a memory, locked until the transaction ends. An expired memory is deleted."""
     row = connection.execute(_LOCK, {"of_tenant": tenant, "of_id": id}).one_or_none()
     if row is not None and row.expires_at is not None and row.expires_at <= now:
         remove_memory(connection, row, now)
@@ -111,10 +111,10 @@ def lock_memory(connection: Connection, tenant: str, id: str, now: float) -> Row
 
 
 def check_expected(row: Row[Any] | None, id: str, expected: ExpectedVersion) -> None:
-    """Check that a memory has the version that its writer knows.
+    """Check that a memory has the version that its writer expects.
 
     Raises:
-        Conflict: it has another, or exists where it must not, or the other way round.
+        Conflict: it has another version, exists but should not, or should exist but does not.
     """
     version = None if row is None else row.version
     if expected is ANY or version == expected:

@@ -49,20 +49,20 @@ T = TypeVar("T")
 
 
 class MemoryStore:
-    """Memories in a database, by tenant and id. Every method may be called from any thread.
+    """Memories in a database, by tenant and id. All methods can be called from any thread.
 
-    A change is committed when its method returns, and is not there at all when it raises. Where the environment has
-    `DELTAMEM_STORE_KEY` (32 bytes in base64), what is stored is encrypted with that key.
+    A change is committed when its method returns, and has not happened if the method raises. If the environment
+    variable `DELTAMEM_STORE_KEY` is set (32 bytes in base64), stored data is encrypted with that key.
 
     Args:
-        url: `sqlite:///FOLDER/FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`. With `?synchronous=normal` SQLite
-            does not wait for the disk at each commit: that is faster, and a loss of power can cost the last changes.
-        keep_versions: how many versions of each memory are kept.
-        quota: of each tenant.
-        clock: seconds since 1970.
+        url: `sqlite:///FOLDER/FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`. With `?synchronous=normal`, SQLite
+            does not wait for the disk at each commit. This is faster, but a power failure can lose the last changes.
+        keep_versions: number of versions to keep of each memory.
+        quota: quota of each tenant.
+        clock: returns the seconds since 1970.
 
     Raises:
-        ConfigError: the URL or the key is invalid, or the store has another key, or other tables than this version's.
+        ConfigError: the URL or the key is invalid, or the store has another key or the tables of another version.
         StoreUnavailable: the database cannot be reached.
         StoreDamaged: the file is not a store.
     """
@@ -100,16 +100,16 @@ class MemoryStore:
         """Check that the database answers.
 
         Raises:
-            StoreUnavailable: it does not.
+            StoreUnavailable: the database does not answer.
         """
         with self._database.read() as connection:
             connection.execute(select(1))
 
     def get(self, tenant: str, id: str, version: int | None = None) -> MemoryVersion | None:
-        """Return a memory's newest version, or the one that is asked for; None if there is none.
+        """Return the newest version of a memory, or the requested one; None if there is none.
 
         Raises:
-            StoreDamaged: it is not what was written.
+            StoreDamaged: the stored data is not what was written.
         """
         _check_names(tenant, id)
         with self._database.read() as connection:
@@ -124,20 +124,20 @@ class MemoryStore:
         turn: Mapping[str, Any] | None = None,
         expires_at: float | None = None,
     ) -> MemoryVersion:
-        """Write the next version of a memory, or its first.
+        """Write the next version of a memory, or the first one.
 
         Args:
-            tenant: whose memory.
-            id: its name.
-            data: a memory file's bytes.
-            expected: the version that it replaces; None if the memory must not exist, ANY for whatever is there.
-            turn: what of a conversation it has been fed; JSON.
-            expires_at: when the memory will be gone; None for never.
+            tenant: tenant that the memory belongs to.
+            id: id of the memory.
+            data: content of a memory file.
+            expected: version that this one replaces; None if the memory must not exist, ANY for any version.
+            turn: what the memory has been fed of a conversation, as JSON.
+            expires_at: time when the memory expires; None for never.
 
         Raises:
-            Conflict: the memory has not the expected version.
-            QuotaExceeded: the tenant stores too much.
-            ConfigError: the tenant or the id is invalid as a name.
+            Conflict: the memory does not have the expected version.
+            QuotaExceeded: the tenant would store too much.
+            ConfigError: the tenant or the id is not a valid name.
         """
         _check_names(tenant, id)
 
@@ -151,7 +151,7 @@ class MemoryStore:
 
         Raises:
             NotFound: there is no such memory.
-            Conflict: it has not the expected version.
+            Conflict: the memory does not have the expected version.
         """
         _check_names(tenant, id)
 
@@ -166,13 +166,13 @@ class MemoryStore:
         return self._erased(self._transact(remove))
 
     def list(self, tenant: str, after: str | None = None, limit: int = 100) -> tuple[MemoryInfo, ...]:
-        """Return up to `limit` memories of a tenant in the order of their ids, those after the id `after`."""
+        """Return up to `limit` memories of a tenant, in the order of their ids, starting after the id `after`."""
         _check_names(tenant)
         with self._database.read() as connection:
             return list_memories(connection, tenant, after, limit, self._clock())
 
     def versions(self, tenant: str, id: str) -> tuple[VersionInfo, ...]:
-        """Return the versions of a memory that are kept, the newest first.
+        """Return the stored versions of a memory, newest first.
 
         Raises:
             NotFound: there is no such memory.
@@ -188,9 +188,9 @@ class MemoryStore:
         """Write an earlier version of a memory as its next one.
 
         Raises:
-            NotFound: there is no such memory, or no such version any more.
-            Conflict: the memory has not the expected version.
-            QuotaExceeded: the tenant stores too much.
+            NotFound: there is no such memory, or the version is no longer stored.
+            Conflict: the memory does not have the expected version.
+            QuotaExceeded: the tenant would store too much.
         """
         _check_names(tenant, id)
 
@@ -202,12 +202,12 @@ class MemoryStore:
         return self._transact(write)
 
     def fork(self, tenant: str, id: str, new_id: str, version: int | None = None) -> MemoryVersion:
-        """Copy a memory's newest version, or the one that is asked for, to a new memory.
+        """Copy the newest version of a memory, or the requested one, to a new memory.
 
         Raises:
             NotFound: there is no such memory or version.
-            Conflict: the new one exists already.
-            QuotaExceeded: the tenant stores too much.
+            Conflict: the new memory already exists.
+            QuotaExceeded: the tenant would store too much.
         """
         _check_names(tenant, id, new_id)
 
@@ -218,7 +218,7 @@ class MemoryStore:
         return self._transact(write)
 
     def usage(self, tenant: str) -> Usage:
-        """Return what a tenant stores."""
+        """Return the storage used by a tenant."""
         _check_names(tenant)
         with self._database.read() as connection:
             return read_usage(connection, tenant)
@@ -232,19 +232,20 @@ class MemoryStore:
         memory: tuple[str, int] | None = None,
         expires_at: float | None = None,
     ) -> StoredResponse:
-        """Keep the memory after a response, and the conversation that goes on from there.
+        """Store the memory after a response, and the conversation that continues from there.
 
         Args:
-            tenant: whose response.
-            response_id: its name, which must be new.
-            data: a memory file's bytes.
-            transcript: the conversation; JSON.
-            memory: id and version of the memory that it was made with, whose deletion deletes the response too.
-            expires_at: when the response will be gone; None for never.
+            tenant: tenant that the response belongs to.
+            response_id: id of the response, which must be new.
+            data: content of a memory file.
+            transcript: the conversation, as JSON.
+            memory: id and version of the memory that the response was made with. If that memory is deleted, so is the
+                response.
+            expires_at: time when the response expires; None for never.
 
         Raises:
-            Conflict: there is such a response already, or the memory was deleted meanwhile.
-            QuotaExceeded: the tenant stores too much.
+            Conflict: the response already exists, or the memory was deleted in the meantime.
+            QuotaExceeded: the tenant would store too much.
         """
         _check_names(tenant, response_id, *(memory or ())[:1])
 
@@ -268,7 +269,7 @@ class MemoryStore:
         """Return a response; None if there is none.
 
         Raises:
-            StoreDamaged: it is not what was written.
+            StoreDamaged: the stored data is not what was written.
         """
         _check_names(tenant, response_id)
         with self._database.read() as connection:
@@ -288,10 +289,10 @@ class MemoryStore:
         return self._erased(receipt)
 
     def expire(self) -> int:
-        """Delete memories and responses that have expired, up to a thousand of each; return how many.
+        """Delete expired memories and responses, up to a thousand of each, and return their number.
 
-        They are not there for the other methods from their time on; this takes them out of the database, and what was
-        replaced or deleted since the last time out of its files. Call it now and then.
+        Other methods do not return them from the moment they expire. This method removes them from the database, and
+        removes everything replaced or deleted since the last call from its files. Call it regularly.
         """
         now = self._clock()
         with self._database.read() as connection:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 
 class Expected(Enum):
-    """See `ANY`."""
+    """The type of `ANY`."""
 
     ANY = "any"
 
@@ -23,8 +23,8 @@ class VersionInfo:
     """One version of a memory, without its content.
 
     Args:
-        version: a number that grows with each version, and that no later memory of the same id has again.
-        digest: SHA-256 of its bytes, in hexadecimal.
+        version: a number that increases with every version. No later memory with the same id uses it again.
+        digest: SHA-256 of the content, in hexadecimal.
     """
 
     version: int
@@ -35,12 +35,12 @@ class VersionInfo:
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """A memory without its content; `version`, `digest` and `size` are those of its newest version.
+    """A memory without its content. `version`, `digest` and `size` are those of its newest version.
 
     Args:
         created_at: when the memory was created.
         updated_at: when this version was written.
-        expires_at: when it will be gone; None for never.
+        expires_at: when the memory expires; None for never.
     """
 
     id: str
@@ -54,11 +54,11 @@ class MemoryInfo:
 
 @dataclass(frozen=True)
 class MemoryVersion(MemoryInfo):
-    """A version of a memory.
+    """A version of a memory, with its content.
 
     Args:
-        data: a memory file's bytes.
-        turn: what of a conversation it has been fed, as its writer noted it.
+        data: content of a memory file.
+        turn: what the memory has been fed of a conversation, as its writer recorded it.
     """
 
     data: bytes
@@ -67,12 +67,13 @@ class MemoryVersion(MemoryInfo):
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """The memory after a response, and the conversation that goes on from there.
+    """The memory after a response, and the conversation that continues from there.
 
     Args:
-        memory: id of the memory that it was made with, whose deletion deletes the response too; None for none.
-        data: a memory file's bytes.
-        transcript: the conversation, as its writer noted it.
+        memory: id of the memory that the response was made with, or None. If that memory is deleted, so is the
+            response.
+        data: content of a memory file.
+        transcript: the conversation, as its writer recorded it.
     """
 
     id: str
@@ -86,14 +87,14 @@ class StoredResponse:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was deleted, without its content.
+    """A record of what was deleted, without its content.
 
     Args:
-        id: of the memory; None where one response was deleted.
-        versions: of the memory.
-        responses: ids of the responses that went with it.
-        erased: whether the content is out of the database's files too. PostgreSQL cannot promise it, and SQLite not
-            while another program reads from the file.
+        id: id of the memory; None if a single response was deleted.
+        versions: number of versions of the memory.
+        responses: ids of the responses that were deleted with it.
+        erased: whether the content is also gone from the database's files. PostgreSQL cannot guarantee that. Neither
+            can SQLite while another program reads from the file.
     """
 
     tenant: str
@@ -106,7 +107,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant stores: memories, and bytes of all their versions and of responses."""
+    """The storage used by a tenant: number of memories, and bytes of all their versions and of responses."""
 
     memories: int
     bytes: int
@@ -114,7 +115,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Quota:
-    """The most that a tenant may store; None for no bound."""
+    """The maximum storage of a tenant; None for no limit."""
 
     memories: int | None = None
     bytes: int | None = None

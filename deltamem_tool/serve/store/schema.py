@@ -98,10 +98,10 @@ Index("deltamem_responses_memory", responses.c.tenant, responses.c.memory)
 
 
 def set_up(connection: Connection, cipher: Cipher) -> None:
-    """Create the tables where there are none, or check that they are of this version and of this key.
+    """Create the tables if there are none, or check that they belong to this version and this key.
 
     Raises:
-        ConfigError: the tables are of another version, or `cipher` has not their key.
+        ConfigError: the tables belong to another version, or `cipher` does not have their key.
     """
     if not inspect(connection).has_table(about.name):
         metadata.create_all(connection)
