@@ -58,12 +58,12 @@ class DeltaMemAdapter(nn.Module):
         self._fingerprint: tuple[str, list[tuple[int, int]] | None, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: its weights count their changes anew."""
+        """Return the state for a copy, whose weights get a new count of changes."""
         return self.__dict__ | {"_fingerprint": None}
 
     @property
     def layer_indices(self) -> list[int]:
-        """The decoder layers that have a memory."""
+        """Indices of the decoder layers that have a memory."""
         return [int(index) for index in self.layers]
 
     def layer(self, index: int) -> DeltaMemLayer:
@@ -72,7 +72,7 @@ class DeltaMemAdapter(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not type it; a fingerprint cannot be taken while a graph is traced
     def empty_memory(self, batch_size: int) -> MemoryState:
-        """Return zeros for `batch_size` conversations, each layer's on the device of its weights."""
+        """Return a memory of zeros for `batch_size` conversations, each layer's on the device of its weights."""
         shape = self.memory_shape
         zeros = partial(torch.zeros, dtype=torch.float32)
         states = {i: zeros(batch_size, *size, device=self.device_of(i)) for i, size in shape.layers.items()}
@@ -82,7 +82,7 @@ class DeltaMemAdapter(nn.Module):
         return MemoryState(states, self.fingerprint, segments)
 
     def device_of(self, index: int) -> torch.device:
-        """Where the weights of decoder layer `index` are."""
+        """Return the device of the weights of decoder layer `index`."""
         return self._queries[index].weight.device
 
     def layer_on(self, index: int, device: torch.device) -> DeltaMemLayer:
@@ -105,7 +105,7 @@ class DeltaMemAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """What a memory is bound to: see `fingerprint_of`. Computed again after a change.
+        """The fingerprint that memories are bound to: see `fingerprint_of`. It is computed again after a change.
 
         Raises:
             ArchitectureError: accelerate has offloaded the adapter with the base model.
@@ -140,10 +140,10 @@ class DeltaMemAdapter(nn.Module):
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Bind memories to a word and not to the weights: inside the block, and in this thread.
+        """Bind memories to a constant instead of the weights, inside the block and in this thread.
 
-        Weights change with every step, hashing those of a 4B model's adapter took 0.15 s, and nobody keeps the memories
-        of a training step.
+        The weights change with every step, hashing those of a 4B model's adapter took 0.15 s, and the memories of a
+        training step are not kept.
         """
         before, _THREAD.trained = getattr(_THREAD, "trained", None), self
         try:

@@ -32,13 +32,13 @@ def fresh_adapter(
     layers: Sequence[AttentionLayer],
     first_columns: Callable[[Projection, int], Tensor],
 ) -> DeltaMemAdapter:
-    """Make a new adapter for `layers`, whose modules only have to know their shapes.
+    """Make a new adapter for `layers`, whose modules only need to know their shapes.
 
     Args:
-        config: the mechanism.
-        layers: those that get a memory.
-        first_columns: returns the first n columns `[out, n]` of a projection's weight; called only where
-            `config.delta_init` starts from them.
+        config: options of the mechanism.
+        layers: attention layers that get a memory.
+        first_columns: returns the first n columns `[out, n]` of a projection's weight. It is only called if
+            `config.delta_init` needs them.
     """
     adapter = DeltaMemAdapter(config, layers)
     if config.delta_init == "base_slice":
@@ -87,7 +87,7 @@ def hook(model: PreTrainedModel, adapter: DeltaMemAdapter) -> None:
     """Hook `adapter` into `model` and freeze the model's own weights. If that fails, the model is unchanged.
 
     Raises:
-        ArchitectureError: the model has a memory, or lacks layers of the adapter.
+        ArchitectureError: the model already has a memory, or lacks layers of the adapter.
     """
     if find_attachment(model) is not None:
         raise ArchitectureError("This model already has a memory.", "", "Call detach(model) first.")
@@ -141,7 +141,7 @@ def _attend_causally(attachment: Attachment) -> None:
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the module that the model calls with its tokens.
 
-    It is the base model, except in OPT and BART's decoder-only form, whose base models hold nothing but a decoder.
+    This is the base model, except for OPT and the decoder-only form of BART, whose base models only contain a decoder.
     """
     base: nn.Module = without_compilation(model.base_model)
     inner = dict(base.named_children())

@@ -35,7 +35,7 @@ class Attachment:
 
     @property
     def has_moved(self) -> bool:
-        """Whether another module stands where one has a hook: PEFT and others replace layers, and put them back."""
+        """Return whether another module has replaced a hooked one. PEFT and others replace layers and put them back."""
         return any(child_of(parent, name) is not child for parent, name, child in self.path)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -52,11 +52,11 @@ class Attachment:
 
 
 def hf_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the transformers model inside what PEFT and torch.compile make of it, which is where hooks go.
+    """Return the transformers model inside the wrappers of PEFT and torch.compile. Hooks go onto that model.
 
     Raises:
-        ArchitectureError: it is not a model of transformers, or a PEFT model of prompt learning, which fills the cache
-            with a learned prompt.
+        ArchitectureError: it is not a transformers model; or it is a PEFT model of prompt learning, which fills the
+            cache with a learned prompt.
     """
     model = without_compilation(model)
     if isinstance(model, PreTrainedModel):
@@ -77,7 +77,7 @@ def hf_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def find_attachment(model: PreTrainedModel) -> Attachment | None:
-    """Return the attachment of a model; None if it has no memory, or shares its layers with a detached one."""
+    """Return the attachment of a model; None if it has no memory, or shares its layers with a detached model."""
     attachment: Attachment | None = getattr(hf_model(model), ATTACHMENT, None)
     return attachment if attachment is not None and attachment.handles else None
 

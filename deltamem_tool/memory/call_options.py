@@ -29,12 +29,12 @@ _PADDING_TOLERANCE = 1e-2  # of logits, by their size: more than half precision'
 
 
 class CallOptions:
-    """How `model` is called, in the graph and beside it.
+    """Options for calling `model`, in a graph and in PyTorch.
 
     Args:
         model: a model with a memory.
         logits: "last" or "all".
-        padded_right: whether "last" is each row's last token that is not padding, not the last column.
+        padded_right: whether "last" means each row's last token that is not padding, instead of the last column.
 
     Raises:
         ExportError: padding is on the right, and the model does not say which layer computes its logits.
@@ -68,14 +68,14 @@ class CallOptions:
         cache: MemoryCache,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """Return the logits that the graph gives, `[B, 1, V]` or `[B, T, V]`.
+        """Return the logits as the graph does, `[B, 1, V]` or `[B, T, V]`.
 
         Args:
             model: the model.
             input_ids: `[B, T]`.
             attention_mask: `[B, P + T]`.
-            cache: the keys, values and memory before the tokens.
-            columns: int64 `[T]`, where in the mask the tokens are; None for its last.
+            cache: keys, values and memory before the tokens.
+            columns: int64 `[T]`, the positions of the tokens in the mask; None for its last ones.
         """
         if self._starts_over and input_ids.shape[1] > 1 and _goes_on(cache):
             return self._one_by_one(model, input_ids, attention_mask, cache)
@@ -106,9 +106,9 @@ class CallOptions:
 
     @torch.no_grad()
     def loses_padding(self, model: PreTrainedModel) -> bool:
-        """Whether `model`, which takes positions, sees padding of an earlier call as if it were tokens.
+        """Whether `model`, which takes positions, treats padding of an earlier call as if it were tokens.
 
-        GIT's mask is moved by a picture's tokens from the second call on, whether or not there is a picture.
+        From the second call on, GIT shifts its mask by the tokens of a picture, whether or not there is one.
         """
         if not self.takes_positions:
             return False
@@ -125,7 +125,7 @@ class CallOptions:
 
     @property
     def counts_positions(self) -> bool:
-        """Whether the model takes positions, and counts them as they are counted here if it is given none."""
+        """Whether the model takes positions, and by default counts them in the same way as here."""
         return self._first_position is not None
 
     def packed_logits(
@@ -137,8 +137,8 @@ class CallOptions:
             model: the model.
             input_ids: `[B, T]`.
             positions: int64 `[B, T]`, from zero.
-            cache: the keys, values and memory before the tokens.
-            kept: int64 `[B, K]`, the tokens whose logits are wanted.
+            cache: keys, values and memory before the tokens.
+            kept: int64 `[B, K]`, the tokens whose logits are returned.
         """
         kwargs: dict[str, Any] = {self._cache: cache, "position_ids": (self._first_position or 0) + positions}
         if self._cuts:
@@ -150,7 +150,7 @@ class CallOptions:
 
 
 def last_valid(attention_mask: Tensor, tokens: int) -> Tensor:
-    """Return the index, among the last tokens, of each row's last that is not padding, int64 `[B]`; 0 where all are."""
+    """Return the index of each row's last token that is not padding, int64 `[B]`, among the last tokens; else 0."""
     return (attention_mask[:, -tokens:] * torch.arange(tokens, device=attention_mask.device)).amax(-1)
 
 
@@ -227,7 +227,7 @@ def _masked(model: PreTrainedModel, attention_mask: Tensor, columns: Tensor) -> 
 
 
 def fill(layer: DynamicLayer, key: Tensor, value: Tensor) -> None:
-    """Do what `DynamicLayer.update` does to a new layer, without joining the past to nothing."""
+    """Do what `DynamicLayer.update` does to a new layer, without concatenating the past to an empty tensor."""
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device
 
@@ -237,9 +237,9 @@ def fill_static(layer: StaticLayer, key: Tensor, value: Tensor, length: Tensor) 
 
     Args:
         layer: a new layer of a static cache.
-        key: `[B, H, N, D]`, room for N tokens.
-        value: likewise.
-        length: int64 scalar, how many tokens are in it.
+        key: `[B, H, N, D]`, with room for N tokens.
+        value: `[B, H, N, D]`.
+        length: int64 scalar, the number of tokens in it.
     """
     layer.keys, layer.values, layer.is_initialized = key, value, True
     layer.dtype, layer.device = key.dtype, key.device

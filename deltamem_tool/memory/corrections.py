@@ -29,7 +29,7 @@ class Corrections(nn.Module):
         self.config = config
 
     def add_corrections(self, out_features: Mapping[str, int]) -> None:
-        """Add the weights, whose order among a subclass's own is that of its state dict.
+        """Add the weights. Their order among a subclass's own weights is that of its state dict.
 
         Args:
             out_features: output width of each corrected projection, by branch.
@@ -61,14 +61,14 @@ class Corrections(nn.Module):
             nn.init.constant_(self.scale_raw, math.log(share / (1 - share)))
 
     def delta_of(self, branch: str) -> nn.Linear:
-        """Δ of one branch, `[out, H·R]`."""
+        """Return Δ of one branch, `[out, H·R]`."""
         return cast(nn.Linear, self.delta[branch])
 
     @torch.no_grad()
     def start_from_base(self, columns: Mapping[str, Tensor]) -> None:
-        """Fill the first columns of each Δ with the first columns of its branch's base weight, at a fixed length.
+        """Fill the first columns of each Δ with those of its branch's base weight, normalised to a fixed length.
 
-        They are `[out, n]` by branch. The reference calls it `base_slice_fixed`.
+        The columns are `[out, n]` by branch. The reference implementation calls this `base_slice_fixed`.
         """
         for branch, weight in columns.items():
             delta = self.delta_of(branch).weight
@@ -78,15 +78,15 @@ class Corrections(nn.Module):
     def scaled(self, readings: Tensor) -> Tensor:
         """Return (α/R) · r, times the layer's learned scale if there is one.
 
-        The readings are scaled and not Δ r, which is far longer, and once for every branch.
+        The readings r are scaled instead of Δ r, which is much longer and computed for every branch.
         """
         scale = self.config.scale
         return readings * (self._learned_scale(0) * scale if self.config.delta_scale == "layer" else scale)
 
     def correction(self, branch: str, scaled: Tensor) -> Tensor:
-        """Return what `scaled` readings `[B, T, H·R]` add to one branch, float32 `[B, T, out]`.
+        """Return the correction of one branch from `scaled` readings `[B, T, H·R]`, float32 `[B, T, out]`.
 
-        It is Δ r, times the branch's learned scale if there is one, and normalised where the o branch is.
+        It is Δ r, times the branch's learned scale if there is one, and normalised if o_norm is on and the branch is o.
         """
         with full_precision(scaled.device):
             steer = F.linear(self._for_branch(branch, scaled), self.delta_of(branch).weight.float())
@@ -95,7 +95,7 @@ class Corrections(nn.Module):
             return F.rms_norm(steer, self.o_norm.normalized_shape, self.o_norm.weight.float(), self.o_norm.eps)
 
     def correct(self, branch: str, scaled: Tensor, output: Tensor) -> Tensor:
-        """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass where possible."""
+        """Add the correction to the `output` `[B, T, out]` of a branch's projection, in one pass if possible."""
         apart = output.dtype != scaled.dtype or output.device != scaled.device
         if apart or (branch == "o" and self.config.o_norm):
             return output + self.correction(branch, scaled).to(output)

@@ -80,7 +80,7 @@ def without_memory() -> Iterator[None]:
 
 @contextmanager
 def again(call: DecoderCall | None) -> Iterator[None]:
-    """Run a layer a second time, perhaps in another thread: with the inputs of `call`; its results are dropped."""
+    """Run a layer a second time with the inputs of `call`, perhaps in another thread. Its results are dropped."""
     before = running()
     run(None if call is None else replace(call, readings={}, states={}, open_segments={}, write_gates={}))
     try:

@@ -64,12 +64,12 @@ class StoredMemory:
 
     @property
     def shape(self) -> MemoryShape:
-        """`(H, R, R)` by layer, and W."""
+        """Shape of the memory: `(H, R, R)` by layer, and W."""
         segment = next((segment.shape[1] for segment in self.open_segments.values()), 0)
         return MemoryShape({layer: state.shape[1:] for layer, state in self.states.items()}, segment)
 
     def end_segment(self, config: DeltaMemConfig) -> StoredMemory:
-        """Write open segments, and begin anew. A row whose segment has no tokens stays as it is."""
+        """Return the memory after its open segments are written. A row whose segment has no tokens does not change."""
         states = {
             layer: write_segment(config, self.states[layer], segment) for layer, segment in self.open_segments.items()
         }
@@ -77,7 +77,7 @@ class StoredMemory:
         return StoredMemory(self.states | states, empty, self.adapter)
 
     def row(self, number: int) -> StoredMemory:
-        """One of its conversations."""
+        """Return the memory of one conversation."""
         states, segments = (
             {layer: array[number : number + 1].copy() for layer, array in part.items()}
             for part in (self.states, self.open_segments)
@@ -86,7 +86,7 @@ class StoredMemory:
 
     @classmethod
     def stack(cls, memories: Sequence[StoredMemory]) -> StoredMemory:
-        """The conversations of all `memories`, which are of one adapter."""
+        """Concatenate the conversations of all `memories`, which must belong to one adapter."""
         first = memories[0]
         states, segments = (
             {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
@@ -95,12 +95,12 @@ class StoredMemory:
         return cls(states, segments, first.adapter)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The arrays by their names in the file."""
+        """Return the arrays by their names in the file."""
         states = {f"layers.{layer}.state": state for layer, state in self.states.items()}
         return states | {f"layers.{layer}.segment": segment for layer, segment in self.open_segments.items()}
 
     def digest(self) -> str:
-        """SHA-256 of what it contains; the bytes of a file also depend on the order of its header."""
+        """Return the SHA-256 of the content. The bytes of a file also depend on the order of its header."""
         content = hashlib.sha256(self.adapter.encode())
         for name, tensor in sorted(self.tensors().items()):
             content.update(f"{name} {tensor.shape}".encode())
@@ -168,7 +168,7 @@ def read_memory(path: str | Path) -> StoredMemory:
     """Read a memory file.
 
     Raises:
-        MemoryStateError: the file is missing, is not a memory file, is of a newer format, or contains NaN.
+        MemoryStateError: the file is missing, is not a memory file, has a newer format, or contains NaN.
     """
     path = expand_user(path)
     if not path.exists():
@@ -189,7 +189,7 @@ def memory_from_bytes(content: bytes, name: str) -> StoredMemory:
     """Read a memory from the bytes of a memory file; error messages call it `name`.
 
     Raises:
-        MemoryStateError: it is not a memory file's content, is of a newer format, or contains NaN.
+        MemoryStateError: the bytes are not those of a memory file, have a newer format, or contain NaN.
     """
     try:
         header = header_of(content)
@@ -263,10 +263,10 @@ def check_memory(shape: MemoryShape, written_by: str, expected: MemoryShape, ada
     """Check that a memory belongs to an adapter.
 
     Args:
-        shape: of the memory.
+        shape: shape of the memory.
         written_by: fingerprint of the adapter that wrote it.
-        expected: the shape of the adapter's memories.
-        adapter: its fingerprint.
+        expected: shape of the adapter's memories.
+        adapter: fingerprint of the adapter.
 
     Raises:
         MemoryStateError: the memory belongs to another adapter, or has other layers, heads, rank or segments.

@@ -24,17 +24,17 @@ States = Mapping[int, np.ndarray]
 
 
 def strongest_layer(states: States) -> int:
-    """The layer whose state `[H, R, R]` has the largest norm; the first of them if they are equal."""
+    """Return the layer whose state `[H, R, R]` has the largest norm; the first one if several are equal."""
     return max(states, key=lambda layer: norm(states[layer]))
 
 
 def norm(state: np.ndarray) -> float:
-    """The Frobenius norm of a layer's states `[H, R, R]` together, in float64: squares of large float32 overflow."""
+    """Return the Frobenius norm of all states `[H, R, R]` of a layer, in float64: squares of large float32 overflow."""
     return float(np.linalg.norm(state.astype(np.float64)))
 
 
 def norm_bars(states: States) -> Table:
-    """A bar a layer, as long as its norm; the longest is as wide as the terminal allows.
+    """Return one bar per layer, as long as its norm. The longest is as wide as the terminal allows.
 
     Args:
         states: `[H, R, R]` by layer.
@@ -51,18 +51,18 @@ def norm_bars(states: States) -> Table:
 
 
 def heat_maps(layer: int, state: np.ndarray) -> RenderableType:
-    """One layer's states `[H, R, R]` side by side on one colour scale, symmetric around 0, with a legend."""
+    """Return one layer's states `[H, R, R]` side by side on one colour scale, symmetric around 0, with a legend."""
     limit = float(np.abs(state).max()) or 1.0
     maps = [Group(Text(f"head {head}"), HeatMap(entries, limit)) for head, entries in enumerate(state)]
     return Group(Text(f"layer {layer}"), Columns(maps, padding=(0, 2)), _Legend(limit))
 
 
 class HeatMap:
-    """One state for rich to draw.
+    """One state, to be drawn by rich.
 
     Args:
-        entries: `[R, R]`, rows are values and columns are keys.
-        limit: the size of an entry that is drawn in full colour, above 0.
+        entries: `[R, R]`; rows are values and columns are keys.
+        limit: absolute value that is drawn in full colour, above 0.
     """
 
     def __init__(self, entries: np.ndarray, limit: float) -> None:

@@ -39,7 +39,7 @@ Kwargs = dict[str, Any]
 
 
 def hook_decoder(attachment: Attachment, decoder: nn.Module) -> None:
-    """Hook the decoder, where a `DecoderCall` begins and ends."""
+    """Hook the decoder: a `DecoderCall` begins and ends with it."""
     parameters, argument = list(inspect.signature(decoder.forward).parameters), cache_argument(decoder.forward)
     begin = partial(_begin_call, attachment, parameters, argument)
     attachment.handles.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
@@ -47,10 +47,10 @@ def hook_decoder(attachment: Attachment, decoder: nn.Module) -> None:
 
 
 def hook_layers(attachment: Attachment) -> None:
-    """Hook the attention layers that have a memory, and their projections; or hook them anew.
+    """Hook the attention layers that have a memory and their projections, or hook them again.
 
     Raises:
-        ArchitectureError: the model has no such layers, or has them no longer.
+        ArchitectureError: the model does not have these layers, or no longer has them.
     """
     layers = layers_at(attention_layers(attachment.model), attachment.adapter.layer_indices)
     projections = [

@@ -11,7 +11,7 @@ from deltamem_tool.memory.file import StoredMemory, check_memory
 
 
 def summary(memory: StoredMemory) -> dict[str, Any]:
-    """Return sizes, and the Frobenius norm of every state, `[B, H]` by layer."""
+    """Return the sizes of a memory and the Frobenius norm of every state, `[B, H]` by layer."""
     batch, heads, rank, _ = next(iter(memory.states.values())).shape
     return {
         "kind": "memory",
@@ -27,7 +27,7 @@ def summary(memory: StoredMemory) -> dict[str, Any]:
 
 
 def difference(before: StoredMemory, after: StoredMemory) -> dict[str, Any]:
-    """Return the `summary` of `before`, with what may differ twice; norms `[B, H]` by layer."""
+    """Return the `summary` of `before`, with values that may differ for both memories; norms `[B, H]` by layer."""
     facts = summary(before)
     changes = {}
     for layer, old in before.states.items():
@@ -60,7 +60,7 @@ def check_comparable(path: str, before: StoredMemory, other: str, after: StoredM
     """Check that two memories can be compared.
 
     Raises:
-        MemoryStateError: the memories are of different adapters, or of different numbers of conversations.
+        MemoryStateError: the memories belong to different adapters, or differ in the number of conversations.
     """
     try:
         check_memory(after.shape, after.adapter, before.shape, before.adapter)

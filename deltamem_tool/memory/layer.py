@@ -157,9 +157,9 @@ class DeltaMemLayer(Corrections):
 
 
 def end_segment(config: DeltaMemConfig, state: Tensor, open_segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Write an open segment, and begin anew. A row whose segment has no tokens stays as it is.
+    """Write the open segment and start a new one. A row whose segment has no tokens does not change.
 
-    state `[B, H, R, R]` and open segment `[B, W]` of one layer in; the same after the write out.
+    Takes the state `[B, H, R, R]` and the open segment `[B, W]` of one layer, and returns both after the write.
     """
     rows = config.state_heads * config.rank
     widths = [rows, rows, config.gate_width, *([] if config.couple_lambda else [config.gate_width])]

@@ -21,7 +21,7 @@ def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tens
     """Return which of this call's tokens are not padding, bool `[B, T]`, from the 2-D attention mask `[B, P + T]`.
 
     Raises:
-        MemoryStateError: the mask has other axes or another length.
+        MemoryStateError: the mask has another rank or another length.
     """
     if mask is None:
         return None
@@ -66,10 +66,10 @@ def segment_tokens(
 ) -> tuple[Tensor | bool, Tensor | None]:
     """Return which of this call's tokens belong to a segment and which end one, bool `[B, T]` each.
 
-    Where every token writes, or without tags, they are `write_mask` and None.
+    If every token writes, or if there are no tags, they are `write_mask` and None.
 
     Raises:
-        MemoryStateError: every token writes and there are tags, or they are not a tensor `[B, T]` of `SegmentTag`s.
+        MemoryStateError: every token writes but there are tags; or the tags are not a tensor `[B, T]` of `SegmentTag`s.
     """
     if config.granularity == "token":
         if tags is not None:
@@ -132,9 +132,10 @@ def check_one_text(kwargs: Mapping[str, Any], valid: Tensor | None, base_separat
     """Check that no row of a call is packed with several texts: the later would read what the earlier have written.
 
     Args:
-        kwargs: of the decoder. Positions are looked at where there are several, which on a GPU waits for it once.
+        kwargs: arguments of the decoder. If there are several positions, they are checked, which on a GPU waits for it
+            once.
         valid: bool `[B, T]`, tokens that are not padding; None for all.
-        base_separates: whether transformers takes any gap in the positions for the beginning of a text, as it does
+        base_separates: whether transformers treats any gap in the positions as the beginning of a text, as it does
             without a mask and a cache.
 
     Raises:
@@ -163,7 +164,7 @@ def _has_numbers(value: Any) -> TypeGuard[Tensor]:
 
 
 def check_writes_tokens(config: DeltaMemConfig) -> None:
-    """Check that a call needs no cache: without one, where a memory writes by segments, nothing would be written.
+    """Check that a call needs no cache: without one, a memory that writes by segments would not be written.
 
     Raises:
         MemoryStateError: the memory writes by messages or sentences.

@@ -169,7 +169,7 @@ _BEFORE = "_deltamem_before"  # where a module keeps methods that were set on it
 def override(module: nn.Module, methods: Methods) -> dict[str, MethodType]:
     """Set `methods` on `module`, and return them by name.
 
-    They call what was set on it before, such as a `forward` of accelerate's.
+    They call the methods that were set before, such as a `forward` of accelerate's.
     """
     before = {name: vars(module)[name] for name in methods if name in vars(module)}
     if before:
@@ -186,7 +186,7 @@ def override(module: nn.Module, methods: Methods) -> dict[str, MethodType]:
 def restore(module: nn.Module, ours: Mapping[str, MethodType]) -> None:
     """Remove `ours` again.
 
-    One that has been covered since, by torch.compile say, stays below it and only renames the cache.
+    A method that has been covered since, for example by torch.compile, stays below and only renames the cache.
     """
     before = vars(module).get(_BEFORE, {})
     for name, method in ours.items():

@@ -31,29 +31,29 @@ States = Mapping[int, np.ndarray]
 
 
 def plot_memory(states: States, path: str | Path, title: str) -> None:
-    """Draw the states of one conversation, `[H, R, R]` by layer, as a file that is whole or not there at all.
+    """Plot the states of one conversation, `[H, R, R]` by layer, to a file that is written whole or not at all.
 
-    The name of the file says its format: PNG, SVG, PDF, JPEG, …
+    The extension of the file sets the format: PNG, SVG, PDF, JPEG, …
 
     Raises:
-        ConfigError: the suffix of `path` is not that of a format.
+        ConfigError: `path` does not have the extension of a supported format.
     """
     write_picture(memory_figure(states, title), path, _DPI)
 
 
 def plot_difference(before: States, after: States, path: str | Path, title: str) -> None:
-    """Draw what changed between two states of one conversation, each `[H, R, R]` by layer.
+    """Plot the changes between two states of one conversation, each `[H, R, R]` by layer.
 
-    The name of the file says its format: PNG, SVG, PDF, JPEG, …
+    The extension of the file sets the format: PNG, SVG, PDF, JPEG, …
 
     Raises:
-        ConfigError: the suffix of `path` is not that of a format.
+        ConfigError: `path` does not have the extension of a supported format.
     """
     write_picture(difference_figure(before, after, title), path, _DPI)
 
 
 def memory_figure(states: States, title: str) -> Figure:
-    """One panel a layer and head, in the order of the layers."""
+    """Return a figure with one panel per layer and head, in the order of the layers."""
     return _figure([_Block("", states, _limit(states))], title)
 
 

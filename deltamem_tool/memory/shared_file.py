@@ -22,28 +22,28 @@ class SharedMemoryFile:
         self._digest: str | None = None
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` leads to the same file."""
+        """Return whether `path` leads to the same file."""
         return resolve(path) == resolve(self.path)
 
     def read(self) -> StoredMemory | None:
-        """Read what the file contains now, or return None if there is no file.
+        """Read the current content of the file, or return None if there is no file.
 
         Raises:
-            MemoryStateError: the file is not a memory file, is of a newer format, or contains NaN.
+            MemoryStateError: the file is not a memory file, has a newer format, or contains NaN.
         """
         memory = read_memory(self.path) if self.path.exists() else None
         self._digest = None if memory is None else memory.digest()
         return memory
 
     def write(self, memory: StoredMemory, replace: bool = False) -> None:
-        """Write the file, unless another program has changed it since it was last read or written here.
+        """Write the file, unless another program has changed it since this program last read or wrote it.
 
         Args:
-            memory: what to write.
+            memory: memory to write.
             replace: write the file whatever it contains.
 
         Raises:
-            MemoryConflict: the file has changed; `memory` is in another file beside it.
+            MemoryConflict: the file has changed; `memory` was written to another file beside it.
             MemoryStateError: the memory contains NaN or infinity; nothing was written.
         """
         digest = memory.digest()
@@ -55,7 +55,7 @@ class SharedMemoryFile:
             raise MemoryConflict(self.path, file)
 
     def beside(self) -> SharedMemoryFile:
-        """Return another file, of a name that is free, for a memory that must not go into this one."""
+        """Return a file with an unused name beside this one, for a memory that must not be written to this one."""
         other = SharedMemoryFile(free_name(self._origin, self._origin.suffix))
         other._origin = self._origin
         return other
@@ -71,7 +71,7 @@ class SharedMemoryFile:
 
 
 class MemoryConflict(MemoryStateError):
-    """Another program has changed a memory file; `beside` is where this program's memory is now."""
+    """Another program has changed a memory file. This program's memory is now in the file `beside`."""
 
     def __init__(self, path: Path, beside: SharedMemoryFile) -> None:
         super().__init__(

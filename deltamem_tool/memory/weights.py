@@ -21,9 +21,9 @@ def weight_shapes(
     """Return the shapes of a `DeltaMemLayer`'s weights, in the order of its state dict.
 
     Args:
-        config: the mechanism.
-        hidden_size: D; None where no base model is at hand.
-        out_features: output width of each corrected projection, by branch; likewise.
+        config: options of the mechanism.
+        hidden_size: D; None if no base model is at hand.
+        out_features: output width of each corrected projection, by branch; None if no base model is at hand.
     """
     width, out = config.state_heads * config.rank, out_features or {}
     shapes: dict[str, Shape] = {f"{name}.weight": (width, hidden_size) for name in ("query", "key", "value")}

@@ -31,7 +31,7 @@ RECOMPUTED = 2**20
 def chunked_scan(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `naive.naive_scan`, parallel over chunks.
+    """Compute the same as `naive.naive_scan`, parallel over chunks.
 
     Every tensor has one dtype, T > 0. q, k, v, log_keep (<= 0), erase, write: [B, T, H, R]; state: [B, H, R, R].
     Returns reads [B, T, H, R] and the state after the last token [B, H, R, R].

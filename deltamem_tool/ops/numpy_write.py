@@ -14,7 +14,7 @@ def write_segment(config: DeltaMemConfig, state: NDArray[Any], open_segment: NDA
     """Write the means of an open segment, as `memory.layer.end_segment` does.
 
     Args:
-        config: the mechanism.
+        config: options of the mechanism.
         state: float32 `[B, H, R, R]`.
         open_segment: float32 `[B, W]`; a row without tokens writes nothing.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 def recurrent_scan(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `naive.naive_scan`; keeps T states `[B, H, R, R]` for its backward pass."""
+    """Compute the same as `naive.naive_scan`. Keeps T states `[B, H, R, R]` for the backward pass."""
     if q.shape[1] == 1:
         return _one_token(q, k, v, log_keep, erase, write, state)
     inputs = (q, k, v, log_keep, erase, write, state)
@@ -38,14 +38,14 @@ def _one_token(
 def delta_step(
     q_k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Read and write for one token, in as few operations as there can be: they cost more than the arithmetic.
+    """Read and write for one token, in as few operations as possible, since these cost more than the arithmetic.
 
     Args:
         q_k: query and key as columns, `[B, H, R, 2]`.
-        v: `[B, H, R, 1]`, as keep, erase and write are, or gates `[B, H, 1, 1]`.
-        keep: not its logarithm.
-        erase: the gate on what the key finds.
-        write: the gate on v.
+        v: `[B, H, R, 1]`.
+        keep: `[B, H, R, 1]`, or `[B, H, 1, 1]` for one gate per head, like erase and write; not its logarithm.
+        erase: gate on the value found by the key.
+        write: gate on v.
         state: `[B, H, R, R]`.
 
     Returns:

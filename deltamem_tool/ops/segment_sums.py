@@ -19,18 +19,18 @@ _FOR_TRACING = {"onnx": linear_attention_sums, "portable": portable_sums}
 
 
 def segment_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up `x` from the beginning of each token's segment to that token.
+    """Sum `x` from the beginning of each token's segment up to that token.
 
-    In an ONNX export, the operators of the graph's runtime do it.
+    In an ONNX export, operators of the graph's runtime compute the sums.
 
     Args:
         x: `[B, T, W]`, zero for tokens that belong to no segment.
         segment_end: bool `[B, T]`, tokens that end a segment; None for none.
-        carried: `[B, W]`, the sums of the segment that is open at the first token, from earlier calls.
+        carried: `[B, W]`, the sums of the segment that is open before the first token, from earlier calls.
 
     Returns:
-        The sums up to and with each token `[B, T, W]`, and those of the segment that is open after the last token
-        `[B, W]`; both in the dtype of `x`. One call or many: the sums are the same.
+        The sums up to and including each token `[B, T, W]`, and those of the segment that is open after the last token
+        `[B, W]`, both in the dtype of `x`. They are the same in one call or in many.
     """
     return _FOR_TRACING.get(default_implementation() or "", cumulative_sums)(x, segment_end, carried)
 
@@ -53,11 +53,11 @@ def cumulative_sums(x: Tensor, segment_end: Tensor | None, carried: Tensor) -> t
 
 
 def summands(parts: Sequence[Tensor]) -> Tensor:
-    """What tokens add to their segment, `[B, T, W]`: their pre-activations, and a one that counts them."""
+    """Return what each token adds to its segment, `[B, T, W]`: its pre-activations, and a one that counts it."""
     return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
 
 
 def means(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """`[..., W]` to the means `[..., W - 1]` and the number of tokens `[..., 1]`."""
+    """Return the means `[..., W - 1]` and the number of tokens `[..., 1]` from sums `[..., W]`."""
     tokens = sums[..., -1:]
     return sums[..., :-1] / tokens.clamp_min(1.0), tokens

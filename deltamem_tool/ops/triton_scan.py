@@ -28,7 +28,7 @@ STAGES = 3  # tokens whose loads are in flight: an iteration is far shorter than
 def triton_scan(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `naive.naive_scan`, for CUDA tensors; keeps T states `[B, H, R, R]` for its backward pass.
+    """Compute the same as `naive.naive_scan`, for CUDA tensors. Keeps T states `[B, H, R, R]` for the backward pass.
 
     Every tensor has one dtype, float32 or float64. q, k, v, log_keep, erase, write: [B, T, H, R]; state: [B, H, R, R].
     Returns reads [B, T, H, R] and the state after the last token [B, H, R, R].
