@@ -17,7 +17,7 @@ class AnswerOutput:
         self._error: OSError | None = None
 
     def __call__(self, piece: str) -> None:
-        """Write a piece, unless one before could not be written."""
+        """Write a piece, unless an earlier one failed."""
         if self._error is not None:
             return
         try:
@@ -26,10 +26,10 @@ class AnswerOutput:
             self._error = error
 
     def end(self) -> None:
-        """End the line, when the memory is safe.
+        """End the line, once the memory is safe.
 
         Raises:
-            OSError: the answer could not be written: a pipe that is closed, a disk that is full.
+            OSError: the answer could not be written, for example to a closed pipe or a full disk.
         """
         self("\n")
         if self._error is not None:

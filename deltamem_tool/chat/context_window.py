@@ -48,10 +48,10 @@ class Place:
 
 
 def check_window(engine: Engine, window: int | None) -> None:
-    """Check that a context of so many tokens is possible.
+    """Check that a context can have this many tokens.
 
     Raises:
-        ConfigError: it is too small for anything, or larger than the engine's room.
+        ConfigError: the window is too small to use, or larger than the engine supports.
     """
     if window is not None and window < 2:
         raise ConfigError(
@@ -119,7 +119,7 @@ def _evicted(engine: Engine, place: Place, write: bool, kept: Transcript, tokens
 
 
 def closed(engine: Engine, past: Past) -> Past:
-    """`past`, the open segment of whose memory is written."""
+    """Return `past` after the open segment of its memory is written."""
     return engine.with_memory(past, engine.memory(past).end_segment(engine.mechanism))
 
 

@@ -18,12 +18,12 @@ STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED = "stop token", "stop string", "len
 
 
 class AnswerStream:
-    """The text of an answer as it grows; what may become a stop string is held back.
+    """The text of an answer while it is generated. Text that may become a stop string is held back.
 
     Args:
-        text: of the model.
-        stop: texts that end the answer before them.
-        on_text: called with each piece.
+        text: tokenizer of the model.
+        stop: stop strings; the answer ends before the first one.
+        on_text: called with each piece of text.
     """
 
     def __init__(self, text: ChatText, stop: Sequence[str], on_text: Callable[[str], object] | None) -> None:
@@ -36,20 +36,20 @@ class AnswerStream:
 
     @property
     def text(self) -> str:
-        """What was given so far."""
+        """The text so far."""
         return "".join(self._pieces)
 
     def push(self, token: int) -> bool:
-        """Whether `token` completes a stop string, in which case nothing more is to come."""
+        """Add a token, and return whether it completes a stop string. Nothing may follow in that case."""
         return self._add(self._stream.push(token))
 
     def end(self) -> None:
-        """No token is to come: give what was held back."""
+        """Release the text that was held back: no token follows."""
         if not self._add(self._stream.flush()):
             self._give(self._held)
 
     def break_off(self) -> None:
-        """As `end`, without a call of `on_text`."""
+        """Do the same as `end`, without calling `on_text`."""
         self._on_text = None
         self.end()
 
@@ -81,8 +81,8 @@ class Answer:
     """An answer and why it ended.
 
     Args:
-        text: without what ended it.
-        tokens: as generated, a stop token or the last token of a stop string included.
+        text: text of the answer, without what ended it.
+        tokens: generated tokens, including a stop token or the last token of a stop string.
         why: STOP_TOKEN, STOP_STRING, LENGTH (`max_new_tokens`, or the window is full) or INTERRUPTED.
     """
 
@@ -92,7 +92,7 @@ class Answer:
 
     @property
     def stopped(self) -> bool:
-        """Whether the model ended it itself."""
+        """Whether the model itself ended the answer."""
         return self.why in (STOP_TOKEN, STOP_STRING)
 
 
@@ -106,16 +106,16 @@ class Token(NamedTuple):
 
 @dataclass
 class Row:
-    """One conversation's part in a batch.
+    """One conversation in a batch.
 
     Args:
-        past: where it starts, of one row.
+        past: past to start from, of one row.
         context: tokens in that past.
-        tokens: what has to be fed: the prompt, and then the answer as it grows.
-        answer_writes: whether the answer's tokens write.
-        limit: the longest answer, in tokens.
-        sampler: chooses its tokens.
-        stream: its text.
+        tokens: tokens to feed: the prompt, then the answer as it grows.
+        answer_writes: whether the tokens of the answer write.
+        limit: maximum length of the answer, in tokens.
+        sampler: chooses the tokens.
+        stream: text of the answer.
     """
 
     past: Past
@@ -135,12 +135,12 @@ class Row:
 
     @property
     def going(self) -> bool:
-        """Whether the answer has not ended."""
+        """Whether the answer has not ended yet."""
         return self.why == INTERRUPTED
 
     @property
     def answer_tokens(self) -> list[int]:
-        """Its tokens in the context, fed or not."""
+        """Tokens of the answer in the context, fed or not."""
         return [token.id for token in self.tokens[self.prompt :]]
 
     @property
@@ -149,7 +149,7 @@ class Row:
         return Answer(self.stream.text, (*self.answer_tokens, *self.last), self.why)
 
     def take(self, token: int, stop_tokens: frozenset[int]) -> None:
-        """The next token of the answer."""
+        """Choose the next token of the answer."""
         if token in stop_tokens:
             self.last, self.why = [token], STOP_TOKEN
             self.stream.end()
@@ -174,13 +174,13 @@ def feed(
 
     Args:
         engine: the model.
-        past: of B rows and P columns.
+        past: past with B rows of P columns.
         attention_mask: int64 `[B, P]`, 0 at padding.
         rows: B lists of tokens.
         all_positions: return the logits of every position.
 
     Returns:
-        What `Engine.step` returns, and the mask of the new past.
+        The results of `Engine.step`, and the mask of the new past.
     """
     ids = _left_padded([[token.id for token in tokens] for tokens in rows], np.int64)
     writes = _left_padded([[token.writes for token in tokens] for tokens in rows], np.bool_)
@@ -202,10 +202,10 @@ def answer_prompts(
 
     Args:
         engine: the model.
-        memory: what they read, a row for each prompt.
+        memory: memory that the prompts read, a row for each.
         prompts: token ids.
-        max_new_tokens: the longest answer.
-        write: whether prompts and answers write, too; the memory afterwards is not returned.
+        max_new_tokens: maximum length of an answer, in tokens.
+        write: whether prompts and answers also write; the memory afterwards is not returned.
     """
     sampling, valid = Sampling(max_new_tokens), token_mask(engine.text.ids | engine.stop_tokens)
     rows = [

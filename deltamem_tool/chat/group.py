@@ -17,11 +17,11 @@ class Part(NamedTuple):
     """A row of a past.
 
     Args:
-        past: of `rows` rows and `columns` columns.
-        rows: how many.
-        columns: how many.
-        row: which row.
-        length: tokens of that row, which are in its last columns.
+        past: past with `rows` rows and `columns` columns.
+        rows: number of rows.
+        columns: number of columns.
+        row: index of the row.
+        length: number of tokens of that row, which are in its last columns.
     """
 
     past: Past
@@ -31,40 +31,40 @@ class Part(NamedTuple):
     length: int
 
     def alone(self, engine: Engine) -> Past:
-        """A past of this row and nothing else."""
+        """Return a past with only this row."""
         if self.rows == 1:
             return self.past
         return engine.take(self.past, self.row, np.arange(self.columns - self.length, self.columns))
 
     def memory(self, engine: Engine) -> StoredMemory:
-        """States and open segments of the row, copied."""
+        """Return a copy of the row's memory: states and open segments."""
         memory = engine.memory(self.past)
         return memory if self.rows == 1 else memory.row(self.row)
 
 
 class Group(Protocol):
-    """A batch that changes in place, unlike a past. For one thread."""
+    """A batch that changes in place, unlike a past. For use by one thread."""
 
     def exchange(self, leaving: Collection[int], joining: Sequence[Part]) -> list[int]:
-        """Let rows go, and let others join behind those that stay.
+        """Remove rows, and add others behind the remaining ones.
 
         Args:
-            leaving: rows.
-            joining: rows of other pasts.
+            leaving: indices of the rows to remove.
+            joining: rows of other pasts to add.
 
         Returns:
-            Which of the former rows is in each place now.
+            For each place, the former row that is there now.
         """
 
     def step(self, tokens: Sequence[Token]) -> NDArray[Any]:
-        """Feed a token to each row; return the logits `[B, V]`, which hold until the next step."""
+        """Feed one token to each row, and return the logits `[B, V]`, which are valid until the next step."""
 
     def memory(self, row: int) -> StoredMemory:
-        """States and open segments of a row, copied."""
+        """Return a copy of a row's memory: states and open segments."""
 
 
 class PaddedGroup:
-    """A group of any engine: one past, padded on the left as much as its longest row needs.
+    """A group for any engine: one past, padded on the left to the length of its longest row.
 
     Whenever a row leaves, all rows are copied.
     """

@@ -54,10 +54,11 @@ class _LedPast:
 
 
 class LedModel:
-    """The `Engine` of the first process; every other one is in `follow` meanwhile.
+    """The `Engine` of the first process. Meanwhile, all other processes run `follow`.
 
     Args:
-        model: of this process. All processes have to make theirs, this class or `follow`, at the same time.
+        model: model of this process. All processes must create theirs, with this class or with `follow`, at the same
+            time.
     """
 
     def __init__(self, model: TorchModel) -> None:
@@ -119,7 +120,7 @@ class LedModel:
         return PaddedGroup(self)
 
     def close(self) -> None:
-        """Let the other processes go."""
+        """Release the other processes."""
         if not self._is_broken:
             self._thread.submit(self._channel.tell, None).result()
         self._thread.shutdown()
@@ -155,12 +156,12 @@ class LedModel:
 
 
 def follow(model: TorchModel) -> None:
-    """Do as the `LedModel` of the first process does, until it is closed.
+    """Make the same calls as the `LedModel` of the first process, until it is closed.
 
-    Signals that end a command are left to the first process, which may have something to write.
+    Signals that end a command are left to the first process, which may have to write something.
 
     Raises:
-        DeltaMemError: the first process has ended without a word.
+        DeltaMemError: the first process has ended without closing.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):

@@ -34,16 +34,16 @@ _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 class Chat:
-    """Turns and commands of one chat.
+    """The turns and commands of one chat.
 
     Args:
-        conversation: what answers.
-        sampling: how.
-        system: a system message before the first turn.
-        memory_file: written after every line that changes the memory; what is loaded from another file goes into one
-            beside it.
-        out: where answers go, and what commands are asked to show.
-        notices: where all else goes: what was saved, what failed.
+        conversation: generates the answers.
+        sampling: options for the answers.
+        system: system message before the first turn.
+        memory_file: written after every line that changes the memory. A memory loaded from another file is written to a
+            file beside it.
+        out: output for answers and for results of commands.
+        notices: output for everything else, such as saved files and failures.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Chat:
         self._notices = notices or Console(stderr=True)
 
     def handle(self, line: str) -> None:
-        """Do what `line` says. What goes wrong is said and counted; the chat goes on."""
+        """Execute `line`. Errors are printed and counted, and the chat continues."""
         self.interrupted = False
         text = line.removeprefix(BYTE_ORDER_MARK).strip()
         try:
@@ -83,7 +83,7 @@ class Chat:
             self._fail(known)
 
     def notice(self, text: str) -> None:
-        """A line beside the conversation."""
+        """Print a line that is not part of the conversation."""
         self._notices.print(Text(text, style="dim"), soft_wrap=True)
 
     def _keep(self) -> None:
@@ -277,9 +277,9 @@ class Command:
     """A line that begins with `/`.
 
     Args:
-        help: what it does.
-        run: called with the chat and what follows the name.
-        argument: what follows the name, in brackets if it may be left out; empty if nothing may follow.
+        help: description of the command.
+        run: called with the chat and the argument.
+        argument: name of the argument, in brackets if it is optional; empty if there is none.
     """
 
     help: str

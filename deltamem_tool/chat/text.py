@@ -26,12 +26,13 @@ MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest that we know, of 260,000 tokens
 
 
 class ChatText:
-    """A tokenizer and a chat template: how a model's messages become tokens.
+    """A tokenizer and a chat template, which turn a model's messages into tokens.
 
     Args:
-        tokenizer: of the tokenizers package, and nobody else's: it is set to take texts whole.
-        template: the chat template's source; None where the model takes plain text alone.
-        special_tokens: the template's variables, such as `bos_token`.
+        tokenizer: tokenizer of the tokenizers package. It must not be shared, because truncation and padding are
+            disabled on it.
+        template: source of the chat template; None if the model only takes plain text.
+        special_tokens: variables of the template, such as `bos_token`.
 
     Raises:
         ExportError: the template is not valid Jinja.
@@ -49,7 +50,7 @@ class ChatText:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatText:
-        """Of an ONNX folder.
+        """Load the tokenizer and the template of an ONNX folder.
 
         Raises:
             ExportError: a file cannot be read.
@@ -74,10 +75,10 @@ class ChatText:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> ChatText:
-        """Of a transformers tokenizer, a fast one.
+        """Use the tokenizer and the template of a fast transformers tokenizer.
 
         Raises:
-            DataError: the tokenizer is a slow one.
+            DataError: the tokenizer is not a fast one.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -92,7 +93,7 @@ class ChatText:
 
     @cached_property
     def ids(self) -> frozenset[int]:
-        """Of every token."""
+        """The ids of all tokens."""
         return frozenset(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     @cached_property
@@ -109,10 +110,10 @@ class ChatText:
         return self.tokenizer.get_added_tokens_decoder().keys()
 
     def stop_tokens(self, configured: int | Sequence[int] | None) -> frozenset[int]:
-        """Ids that end an answer.
+        """Return the token ids that end an answer.
 
         Args:
-            configured: `eos_token_id` of the model's generation config. Many of these name the end of a text alone, and
+            configured: `eos_token_id` of the model's generation config. Many configs only name the end of a text, and
                 not the token with which the chat template ends a message.
         """
         ids = [] if configured is None else [configured] if isinstance(configured, int) else configured
@@ -124,11 +125,11 @@ class ChatText:
         return self._template is not None
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-        """The conversation as text; with `generation_prompt` up to where the assistant speaks next.
+        """Render the conversation as text; with `generation_prompt`, up to where the assistant speaks next.
 
         Raises:
-            ExportError: there is no template, or it refuses the messages.
-            DataError: a message has no role or no text, or the template leaves out some of what is said.
+            ExportError: there is no template, or it rejects the messages.
+            DataError: a message has no role or no text, or the template leaves out a part of the messages.
         """
         if self._template is None:
             raise ExportError(
@@ -152,19 +153,19 @@ class ChatText:
         return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **known)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Token ids; `special_tokens` lets the tokenizer add what it puts around a text (templates spell it out).
+        """Return token ids. `special_tokens` lets the tokenizer add its own, which templates write themselves.
 
         Raises:
-            DataError: the text is not Unicode.
+            DataError: the text is not valid Unicode.
         """
         check_unicode(text, "The text")
         return self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
 
 class TextStream:
-    """Tokens in, text out, a character only when all of its bytes are there.
+    """Converts tokens to text incrementally. A character appears only when all of its bytes are known.
 
-    `tokenizers.decoders.DecodeStream` raises where a tokenizer with byte fallback gets bytes that are not UTF-8.
+    `tokenizers.decoders.DecodeStream` raises if a tokenizer with byte fallback gets bytes that are not UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -174,12 +175,12 @@ class TextStream:
         self._end = 0  # the tokens before this one have come out
 
     def push(self, *tokens: int) -> str:
-        """The text that `tokens` complete, often empty."""
+        """Return the text that `tokens` complete, which is often empty."""
         self._tokens += tokens
         return self._new(hold=True)
 
     def flush(self) -> str:
-        """What was held back when no more tokens come."""
+        """Return the remaining text when no more tokens follow."""
         return self._new(hold=False)
 
     def _new(self, hold: bool) -> str:
@@ -192,7 +193,7 @@ class TextStream:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of an ONNX folder; empty if there is no such file.
+    """Read a JSON object from an ONNX folder; empty if there is no such file.
 
     Raises:
         ExportError: the file is not JSON, or not a JSON object.

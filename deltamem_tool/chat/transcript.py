@@ -23,9 +23,9 @@ class Turn:
     """New messages and the answer to them.
 
     Args:
-        messages: what was new; text for a model without a chat template is one user message.
-        answer: its text.
-        tokens: the answer's, as the context holds them: without a stop token, which the template writes.
+        messages: the new messages. For a model without a chat template, a text is one user message.
+        answer: text of the answer.
+        tokens: tokens of the answer in the context, without a stop token, which the template writes.
     """
 
     messages: tuple[Message, ...]
@@ -37,8 +37,8 @@ class Tags(NamedTuple):
     """Segment tags of new tokens.
 
     Args:
-        marks: one tag a token.
-        ended: whether the segment before ends where they begin, so that none of them ends it.
+        marks: one tag per token.
+        ended: whether the previous segment ends where these tokens begin, so that none of them ends it.
     """
 
     tags: list[int]
@@ -56,14 +56,14 @@ class _New(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcript:
-    """Never changed: every method returns a new one.
+    """The messages of a conversation. It is never changed: every method returns a new one.
 
     Args:
-        system: the system messages that it began with.
-        turns: those whose tokens are in the context.
-        dropped: earlier ones, which have left it.
-        rendered: all text of the context up to the last answer, placeholders for the answers before; of each turn what
-            the template wrote when it was the last.
+        system: system messages at the beginning.
+        turns: turns whose tokens are in the context.
+        dropped: earlier turns, which have left the context.
+        rendered: text of the context up to the last answer, with placeholders for the earlier answers. Each turn is as
+            the template rendered it when it was the last one.
     """
 
     system: tuple[Message, ...] = ()
@@ -73,7 +73,7 @@ class Transcript:
 
     @property
     def messages(self) -> list[Message]:
-        """Everything that was said, dropped turns too."""
+        """All messages, including those of dropped turns."""
         messages = list(self.system)
         for turn in (*self.dropped, *self.turns):
             messages += [*turn.messages, {"role": "assistant", "content": turn.answer}]
@@ -85,11 +85,11 @@ class Transcript:
         return self.rendered + (_ANSWER.format(len(self.turns) - 1) if self.turns else "")
 
     def begin(self, text: ChatText, content: str | Sequence[Message]) -> tuple[Transcript, list[int]]:
-        """With another turn, which has no answer yet; and the tokens that it adds.
+        """Return the transcript with another turn, which has no answer yet, and the tokens that it adds.
 
         Raises:
-            ExportError: the chat template refuses the messages, or does not write the last answer; or there is nothing
-                in them.
+            ExportError: the chat template rejects the messages or does not write the last answer, or the messages are
+                empty.
             DataError: as in `ChatText.render`.
         """
         if not content:
@@ -138,19 +138,20 @@ class Transcript:
     def tags(self, text: ChatText, granularity: str, start: int) -> Tags:
         """Tag the tokens of `rendered` from the character `start` on, where a turn begins.
 
-        They are the rest of the last answer's message, the new messages, and the header of the answer to come.
+        They are the rest of the last answer's message, the new messages, and the header of the next answer.
 
         Raises:
-            DataError: the chat template does not let the end of a message be told.
+            DataError: the chat template does not show where a message ends.
         """
         new = self._new(text, start, english if granularity == "sentence" else None)
         tags = tags_of(new.rendered, new.offsets, [span for span in new.spans if span.end > new.start])
         return Tags(tags, any(span.end == new.start and span.segment for span in new.spans))
 
     def owners(self, text: ChatText, start: int) -> list[int]:
-        """Return which message each of the same tokens belongs to, by its number among those of the context.
+        """Return the message that each of these tokens belongs to, by its index in the context.
 
-        Those of the answer's header belong to the message to come, what the template writes before all to the first.
+        Tokens of the answer's header belong to the next message. Text that the template writes before all messages
+        belongs to the first one.
 
         Raises:
             DataError: as in `tags`.
@@ -169,12 +170,12 @@ class Transcript:
         return _New(rendered, start, offsets, spans_of(text.template, messages, rendered, True, split))
 
     def answered(self, answer: str, tokens: Sequence[int]) -> Transcript:
-        """With the answer to the last turn."""
+        """Return the transcript with the answer to the last turn."""
         last = replace(self.turns[-1], answer=answer, tokens=tuple(tokens))
         return replace(self, turns=(*self.turns[:-1], last))
 
     def keep(self, text: ChatText, count: int) -> Transcript:
-        """Of the turns in the context the last `count` alone, rendered as if the conversation had begun with them."""
+        """Keep only the last `count` turns of the context, rendered as if the conversation began with them."""
         gone, kept = self.turns[: len(self.turns) - count], self.turns[len(self.turns) - count :]
         shorter = replace(self, turns=(), dropped=(*self.dropped, *gone), rendered="")
         if not kept:
@@ -185,10 +186,10 @@ class Transcript:
         return shorter
 
     def tokens(self, text: ChatText) -> list[int]:
-        """All tokens of the context, the last answer's too.
+        """Return all tokens of the context, including those of the last answer.
 
         Raises:
-            ExportError: the template does not write every answer once.
+            ExportError: the template does not write every answer exactly once.
         """
         tokens: list[int] = []
         rest = self.head

@@ -11,15 +11,15 @@ Count = Callable[[Sequence[str]], list[int]]
 
 
 def sentence_chunks(text: str, size: int, count: Count) -> list[str]:
-    """Sentences of NLTK's Punkt, put together with a space while their tokens are within `size`.
+    """Split a text into sentences with NLTK's Punkt, and join them with spaces while they have at most `size` tokens.
 
-    A sentence that is longer is a chunk of its own. The script begins with an empty chunk where the first sentence is
-    such a one; here is none.
+    A sentence that is longer is a chunk of its own. If the first sentence is such a one, the script of the benchmark
+    begins with an empty chunk; this function does not.
 
     Args:
-        text: the whole of it.
-        size: tokens of a chunk.
-        count: tokens of each sentence.
+        text: the whole text.
+        size: maximum number of tokens in a chunk.
+        count: returns the number of tokens of each sentence.
 
     Raises:
         ConfigError: NLTK or its sentence model is not installed.
@@ -55,10 +55,10 @@ def _sentences(text: str) -> list[str]:
 
 
 def token_counter(tokenizer: str | None = None) -> Count:
-    """Counts tokens as the benchmark does, or with another tokenizer.
+    """Return a function that counts tokens as the benchmark does, or with another tokenizer.
 
     Args:
-        tokenizer: folder or Hub id of a model whose tokens count; by default gpt-4o-mini's do.
+        tokenizer: folder or Hub id of a model whose tokenizer counts; by default that of gpt-4o-mini.
 
     Raises:
         ConfigError: tiktoken is not installed, or its vocabulary cannot be fetched.

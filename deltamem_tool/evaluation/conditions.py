@@ -75,7 +75,7 @@ class EvalProtocol:
 
 
 def in_words(name: str) -> str:
-    """A condition or metric as prose has it."""
+    """Return the name of a condition or metric as it appears in prose."""
     return name.replace("_", " ")
 
 
@@ -89,18 +89,18 @@ def conditions_of(
     others: int = MEAN_OF,
     can_permute: bool = True,
 ) -> list[Condition]:
-    """The state and its controls, which see what it sees; what the base does with that alone, and with everything.
+    """Return the state and its controls, which see the same context, and the base model with that context and with all.
 
     Args:
-        protocol: what is in view.
-        retrieved: also the base model with the passages in view that BM25 finds for the question.
-        truncate: also the base model with the last messages within so many tokens in view.
-        lora: also the base model with this on it, which sees what the state sees, and everything.
-        static: also the base model with this on it, which sees what the state sees.
-        runtime: in ONNX Runtime the base model is the graph with a memory of zeros that is not written, so that "no
-            adapter" would be the zero state again; and no weight of a graph can be changed.
-        others: of how many other histories' memories the mean is.
-        can_permute: whether the memory has layers that can change places.
+        protocol: what is in the context.
+        retrieved: also the base model with passages that BM25 finds for the question.
+        truncate: also the base model with the last messages within this many tokens.
+        lora: also the base model with this LoRA, with the same context and with the full one.
+        static: also the base model with this static adapter, with the same context.
+        runtime: in ONNX Runtime, the base model is the graph with a memory of zeros that is not written. "No adapter"
+            would therefore repeat the zero state. Conditions that change weights are not possible either.
+        others: number of other histories whose memories are averaged.
+        can_permute: whether the memory has layers that can be permuted.
     """
     view = protocol.view
     seen = {
@@ -146,10 +146,10 @@ def conditions_of(
 
 
 def select(conditions: Sequence[Condition], only: Collection[str] | None, runtime: str = PYTORCH) -> list[Condition]:
-    """The conditions that are named, or all.
+    """Return the named conditions, or all.
 
     Raises:
-        ConfigError: there is none of that name, or it needs PyTorch, or a memory of several layers.
+        ConfigError: there is no such condition, or it needs PyTorch, or a memory of several layers.
     """
     known = {condition.name for condition in conditions}
     for name in sorted(set(only or ()) - known):
@@ -168,10 +168,10 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
 
 
 def check_pytorch(condition: str, runtime: str) -> None:
-    """Refuse a condition that changes weights where the model is an ONNX folder.
+    """Reject a condition that changes weights if the model is an ONNX folder.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: the model is an ONNX folder.
     """
     if runtime != PYTORCH:
         raise ConfigError(

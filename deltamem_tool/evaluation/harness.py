@@ -26,11 +26,11 @@ from deltamem_tool.io.names import expand_user
 
 
 def conditions_of(lora: Lora | None = None, static: Static | None = None) -> list[Condition]:
-    """The state and its controls, as far as requests without a history have any.
+    """Return the state and those of its controls that are possible without a history.
 
     Args:
-        lora: also the base model with this on it.
-        static: likewise.
+        lora: also the base model with this LoRA.
+        static: also the base model with this static adapter.
     """
     conditions = [
         Condition(STATE, OWN, NOTHING, "the memory from zeros, written as the request is read"),
@@ -46,14 +46,14 @@ def conditions_of(lora: Lora | None = None, static: Static | None = None) -> lis
 
 @dataclass(frozen=True)
 class Harness:
-    """Which tasks, and how they are asked.
+    """The tasks to run, and how they are asked.
 
     Args:
-        names: of tasks, groups or tags.
-        include_path: a folder with tasks of one's own, in place of the harness's.
-        num_fewshot: examples in the prompt; each task's own number by default.
-        chat: render prompts by the chat template.
-        system: a system prompt.
+        names: names of tasks, groups or tags.
+        include_path: folder with the user's own tasks, instead of those of the harness.
+        num_fewshot: number of examples in the prompt; by default each task's own number.
+        chat: render prompts with the chat template.
+        system: system prompt.
     """
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class Harness:
 
     @property
     def name(self) -> str:
-        """The task as a user writes it."""
+        """The name of the task as a user writes it."""
         return HARNESS + ",".join(self.names)
 
 
@@ -73,8 +73,8 @@ class HarnessTasks:
     """Tasks with their documents.
 
     Args:
-        tasks: as the harness has loaded them, by the names that were asked for.
-        documents: of each of these names, the names and the texts of the documents of its tasks.
+        tasks: the tasks as loaded by the harness, by requested name.
+        documents: for each requested name, the names and the texts of the documents of its tasks.
     """
 
     harness: Harness
@@ -84,7 +84,7 @@ class HarnessTasks:
 
     @property
     def is_one_task(self) -> bool:
-        """Whether all documents are of one task."""
+        """Whether all documents belong to one task."""
         return sum(len(loaded["tasks"]) for loaded in self.tasks.values()) == 1
 
     @property
@@ -94,10 +94,10 @@ class HarnessTasks:
 
 
 def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
-    """What `lm_eval:name,name` and the task's options ask for.
+    """Parse `lm_eval:name,name` and the options of the task.
 
     Raises:
-        ConfigError: there is no name, or an option is none.
+        ConfigError: a name is missing, or an option is unknown or invalid.
     """
     names = tuple(dict.fromkeys(name.strip() for name in task.removeprefix(HARNESS).split(",") if name.strip()))
     if not names:
@@ -107,16 +107,16 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
 
 
 def check_options(protocol: str, baselines: bool, write: bool, runtime: str) -> None:
-    """Refuse what tasks of lm-evaluation-harness cannot have.
+    """Reject options that do not apply to tasks of lm-evaluation-harness.
 
     Args:
-        protocol: its name.
-        baselines: whether one that shows a part of the history is wanted.
-        write: whether questions shall write, as they always do here.
-        runtime: of the model.
+        protocol: name of the protocol.
+        baselines: whether a baseline is requested that shows a part of the history.
+        write: whether questions should write, which they always do here.
+        runtime: runtime of the model.
 
     Raises:
-        ConfigError: something is wanted that only a history has, or that is so anyway, or the model is an ONNX folder.
+        ConfigError: an option needs a history or has no effect here, or the model is an ONNX folder.
     """
     if runtime != PYTORCH:
         raise ConfigError(

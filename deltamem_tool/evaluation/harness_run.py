@@ -51,27 +51,29 @@ def evaluate_harness(
 ) -> Evaluation:
     """Ask every document of the tasks under every condition.
 
-    A task is a group of the result; its score is its first metric that is a number from 0 to 1 for each document, by
-    its first filter.
+    Each task is a group of the result. Its score is its first metric that is a number from 0 to 1 for each document,
+    with its first filter.
 
     Args:
-        model: with its adapter.
-        tokenizer: of the model.
+        model: the model with its adapter.
+        tokenizer: its tokenizer.
         harness_tasks: the tasks with their documents.
-        only: names of conditions, where not all are wanted.
-        lora: the base model with this on it, beside the controls.
-        static: likewise.
-        batch_size: requests at once.
-        seed: of the intervals. The harness's own seeds stay what they are.
-        margin: as `evaluate` takes it.
-        folder: keeps records, and what they were made with; a run that stopped goes on with the task that it was at.
-        settings: what `folder` shall be of, beside the tasks.
-        report: called with (what is done, done, of).
+        only: names of the conditions to run; all by default.
+        lora: also run the base model with this LoRA.
+        static: also run the base model with this static adapter.
+        batch_size: number of requests at once.
+        seed: random seed for the intervals. The harness keeps its own seeds.
+        margin: as in `evaluate`.
+        folder: folder for the records and the settings they were made with. An interrupted run resumes at the task
+            where it stopped.
+        settings: further settings that a run in `folder` must match, besides the tasks.
+        report: called with the current stage, how much of it is done, and the total.
 
     Raises:
-        AdapterError: `lora` or `static` is damaged, or of another base model, or `static` does not match the memory.
-        ConfigError: a task cannot be scored so, or is to be rendered by a chat template that is not there.
-        DataError: a prompt is too long for the model, or `folder` is of another run.
+        AdapterError: `lora` or `static` is damaged or belongs to another base model, or `static` does not match the
+            memory.
+        ConfigError: a task cannot be scored in this way, or needs a chat template that the model lacks.
+        DataError: a prompt is too long for the model, or `folder` belongs to another run.
     """
     check_seed(seed)
     check_margin(margin)

@@ -30,7 +30,7 @@ LOGITS = 2**28  # values at once, 1 GiB of float32: answers that have more are s
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """Token ids of a prompt and an answer, and how many of them, the last ones, are the answer's."""
+    """Token ids of a prompt with its answer, and the number of tokens at the end that belong to the answer."""
 
     ids: list[int]
     answer: int
@@ -40,11 +40,11 @@ class ScoredAnswer:
 def scored_answers(
     subject: Subject, items: Mapping[tuple[str, str], Item], prompts: Mapping[tuple[str, str], str]
 ) -> dict[tuple[str, str], ScoredAnswer]:
-    """Tokenize each item's first answer after its prompt, by view and item, as the keys of `items` and `prompts` are.
+    """Tokenise each item's first answer after its prompt, by view and item, like the keys of `items` and `prompts`.
 
     Raises:
-        DataError: an answer is too long for the model with its prompt, has no token, has other tokens in one view than
-            in another, or the template writes it nowhere; the item is named. Or the tokenizer is a slow one.
+        DataError: an answer with its prompt is too long for the model, has no token, is tokenised differently in two
+            views, or is not written by the template; the message names the item. Or the tokenizer is not a fast one.
     """
     tokenizer = subject.tokenizer
     template = ChatTemplate.of(tokenizer)
@@ -124,11 +124,11 @@ def log_probs(
         subject: the model.
         rows: prompts and answers.
         memory: a row for each of them, which prompt and answer read, and write if `subject` says so. None for zeros.
-        condition: what the model is like meanwhile.
+        condition: condition that the model is in.
 
     Raises:
-        DataError: a logarithm is NaN or infinite; the item is named.
-        ExportError: the graph has logits of the last position only.
+        DataError: a logarithm is NaN or infinite; the message names the item.
+        ExportError: the graph has the logits of the last position only.
     """
     values: list[list[float]] = []
     with subject.under(condition):
@@ -144,7 +144,7 @@ def log_probs(
 
 
 def mean_log_prob(values: Sequence[float]) -> dict[str, float]:
-    """Scores of an answer from the log-probabilities of its tokens."""
+    """Return the scores of an answer from the log-probabilities of its tokens."""
     return {LOG_PROB: sum(values) / len(values), TOKENS: float(len(values))}
 
 

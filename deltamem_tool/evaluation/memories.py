@@ -19,7 +19,7 @@ def take_rows(memory: StoredMemory, rows: Sequence[int]) -> StoredMemory:
 
 
 def join_rows(memories: Sequence[StoredMemory]) -> StoredMemory:
-    """All conversations of several memories of one adapter, in order."""
+    """Concatenate all conversations of several memories of one adapter, in order."""
     states, segments = (
         {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
         for parts in ([memory.states for memory in memories], [memory.open_segments for memory in memories])
@@ -28,7 +28,7 @@ def join_rows(memories: Sequence[StoredMemory]) -> StoredMemory:
 
 
 def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemory:
-    """Average the memories of several conversations, as many as each entry of `rows` names, for a row of the result."""
+    """Average the memories of several conversations. Each entry of `rows` lists those of one row of the result."""
     # One by one: of large states, all that are averaged would not fit at once.
     return _changed(
         memory, lambda array: np.stack([array[list(row)].mean(0, dtype=np.float64) for row in rows]).astype(np.float32)
@@ -36,7 +36,7 @@ def mean_rows(memory: StoredMemory, rows: Sequence[Sequence[int]]) -> StoredMemo
 
 
 def has_layers_to_permute(shape: MemoryShape) -> bool:
-    """Whether a memory has several layers, and their states are of one shape."""
+    """Return whether a memory has several layers, with states of equal shape."""
     return len(shape.layers) > 1 and len(set(shape.layers.values())) == 1
 
 

@@ -17,13 +17,13 @@ _INTRODUCTION = "From earlier conversations:\n\n"
 
 
 class Views:
-    """Prompts as text, with the header of the answer.
+    """Renders prompts as text, up to the header of the answer.
 
     Args:
-        subject: its tokenizer and its number of positions.
-        protocol: says how long a window is.
-        new_tokens: how many of them the answer needs, where an item does not say.
-        truncate: how many tokens of the history are left where it is truncated.
+        subject: gives the tokenizer and the number of positions.
+        protocol: gives the length of a window.
+        new_tokens: number of tokens reserved for the answer, if an item does not say.
+        truncate: number of tokens of the history that remain when it is truncated.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Views:
         self._within = {WINDOW: protocol.window, TRUNCATED: truncate or 0}
 
     def prompt(self, item: Item, view: str) -> str:
-        """Render what is shown before the question, the question, and the header of the answer.
+        """Render the visible part of the history, the question, and the header of the answer.
 
         Raises:
-            DataError: the chat template refuses the messages, or the model has no positions for so long a prompt; the
-                item is named.
+            DataError: the chat template rejects the messages, or the prompt has more tokens than the model has
+                positions. The message names the item.
         """
         try:
             if view in self._within:

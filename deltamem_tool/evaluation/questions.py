@@ -13,10 +13,10 @@ from deltamem_tool.evaluation.task import Item
 
 
 def check(items: Sequence[Item]) -> None:
-    """Refuse items that would be mixed up.
+    """Reject items that could be confused.
 
     Raises:
-        DataError: two items have one name, or one history's name is that of two.
+        DataError: two items have the same name, or two histories do.
     """
     seen: dict[str, Item] = {}
     histories: dict[str, Item] = {}
@@ -31,7 +31,7 @@ def check(items: Sequence[Item]) -> None:
 
 
 def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[str, Sequence[str]]) -> str:
-    """SHA-256 over all that is asked, and the histories that it is asked with.
+    """Return the SHA-256 of everything that is asked, including the histories.
 
     A limit may leave out items of `others`, which are still among `everyone`'s.
     """
@@ -53,10 +53,10 @@ def _written(item: Item) -> list[Any]:
 
 
 def others_of(items: Sequence[Item]) -> dict[str, list[str]]:
-    """The histories whose memories stand in for each one's: the next ones, `MEAN_OF` or all. The first is its donor.
+    """Return the histories that replace each one: the next ones, `MEAN_OF` or all. The first of them is its donor.
 
     Raises:
-        DataError: there is one alone, or none.
+        DataError: there are fewer than two histories.
     """
     histories = list(dict.fromkeys(item.history_id for item in items))
     if len(histories) < 2:

@@ -29,10 +29,10 @@ def run_json(
 
     Args:
         model: a model with its adapter, or an ONNX folder.
-        evaluation: its result.
-        command: the words that were typed.
-        options: what decides answers or their order beside the task and the protocol, such as the batch size.
-        seconds: that this run took, which may have found answers of an earlier one.
+        evaluation: the result.
+        command: the command line.
+        options: options that affect answers or their order, besides the task and the protocol, such as the batch size.
+        seconds: duration of this run, which may have reused answers of an earlier one.
     """
     machine, mechanism, base, packages = _of_onnx(model) if evaluation.runtime == ONNX else _of_torch(model)
     return {
@@ -81,7 +81,7 @@ def _of_onnx(model: Any) -> _Description:
 
 
 def plain(value: Any) -> Any:
-    """For JSON and for strangers: a path is its last part."""
+    """Convert a value for JSON and for other readers: a path is shortened to its last part."""
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -90,9 +90,9 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """Shorten a path here, or an absolute one, to its last part; of `KEY=PATH`, the same behind the key.
+    """Shorten a local or absolute path to its last part; in `KEY=PATH`, the part after the key.
 
-    Others stay, such as names on the Hub.
+    Other texts, such as names on the Hub, are not changed.
     """
     key, equals, value = text.rpartition("=")
     try:

@@ -64,25 +64,25 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What the task is called."""
+        """The name of the task."""
 
     @property
     def metrics(self) -> Sequence[str]:
-        """What `score` gives."""
+        """The names of the scores that `score` returns."""
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest answer."""
+        """Maximum length of an answer, in tokens."""
 
     def items(self) -> list[Item]:
-        """All of them, in the same order every time.
+        """Return all items, in the same order every time.
 
         Raises:
-            DataError: a file is of another format, or an item lacks what it needs; file and item are named.
+            DataError: a file has another format, or an item lacks a required field; the message names file and item.
         """
 
     def score(self, item: Item, answer: str) -> Mapping[str, float]:
-        """From 0 to 1, by metric."""
+        """Return the scores of an answer, from 0 to 1, by metric."""
 
 
 class LikelihoodTask(Protocol):
@@ -93,14 +93,14 @@ class LikelihoodTask(Protocol):
 
     @property
     def name(self) -> str:
-        """What the task is called."""
+        """The name of the task."""
 
     @property
     def by_likelihood(self) -> bool:
-        """True."""
+        """Always True."""
 
     def items(self) -> list[Item]:
-        """As those of a `Task`."""
+        """Return all items, as `Task.items` does."""
 
 
 def is_by_likelihood(task: Task | LikelihoodTask) -> bool:
@@ -141,10 +141,10 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
 def create_task(
     kind: Callable[..., Any], name: str, options: Mapping[str, Any], offered: Mapping[str, Any] | None
 ) -> Any:
-    """`kind` of the options; arguments as in `find_task`.
+    """Create a task of class `kind` from its options; the arguments are those of `find_task`.
 
     Raises:
-        ConfigError: it does not take them.
+        ConfigError: the class does not take these options.
     """
     signature = inspect.signature(kind)
     arguments = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(options)
@@ -159,16 +159,16 @@ def create_task(
 
 
 def needs_data(task: str, data: str | None, example: str, **others: str | None) -> str:
-    """`data`, if it is said.
+    """Return `data`, which is required.
 
     Args:
-        task: its name.
-        data: what `--data` says.
-        example: what it could say.
-        others: options that are texts too, where they are said; a command's `--set` gives any YAML value.
+        task: name of the task.
+        data: value of `--data`.
+        example: an example of a value, for the error message.
+        others: further options that must be text, if they are given; a command's `--set` accepts any YAML value.
 
     Raises:
-        ConfigError: it is not, or one is not a text.
+        ConfigError: `data` is missing, or an option is not text.
     """
     if data is None:
         raise ConfigError(
