@@ -71,7 +71,7 @@ class CheckedOptions(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make the options; raise a ConfigError for those that are wrong, and warn of older names."""
         for older in cls.OLDER_NAMES.keys() & kwargs.keys():
-            warnings.warn(f"The option {older} is called {cls.OLDER_NAMES[older]} now.", FutureWarning, stacklevel=2)
+            warnings.warn(f"The option {older} is now called {cls.OLDER_NAMES[older]}.", FutureWarning, stacklevel=2)
         try:
             options = super().__call__(*args, **cls.current_names(kwargs))
         except ValidationError as error:

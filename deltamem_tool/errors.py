@@ -117,7 +117,7 @@ def domain_error(error: Exception) -> DeltaMemError | None:
         return error
     if _no_room(error):
         return DeltaMemError(
-            "The disk is full, or a limit on files is reached.",
+            "The disk is full, or a limit on files has been reached.",
             f"{first_line(error)}.",
             "Nothing was left half-written. Free some space and try again.",
         )
@@ -186,9 +186,9 @@ _WORDS = {
     "string_type": "must be text",
     "bool_type": "must be true or false",
     "tuple_type": "must be a list",
-    "dict_type": "must have keys inside",
-    "dataclass_type": "must have keys inside",
-    "model_type": "must have keys inside",
+    "dict_type": "must be a mapping",
+    "dataclass_type": "must be a mapping",
+    "model_type": "must be a mapping",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
@@ -243,7 +243,7 @@ def unknown_key(key: Key, known: Known) -> Problem:
     }
     near = max(options, key=lambda option: options[option].ratio() + 0.1 * (option[:-1] == key[:-1]))
     alike = options[near].ratio() >= 0.6  # as in difflib.get_close_matches
-    hint = f"did you mean {'.'.join(near)}?" if alike else f"known here are {', '.join(known[key[:-1]])}"
+    hint = f"did you mean {'.'.join(near)}?" if alike else f"the known keys are {', '.join(known[key[:-1]])}"
     return Problem((key,), f"{'.'.join(key)} is not known: {hint}")
 
 

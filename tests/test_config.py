@@ -319,7 +319,7 @@ def test_files_have_branches_as_heads():
 
 
 def test_the_older_name_of_branches():
-    with pytest.warns(FutureWarning, match="heads is called branches now"):
+    with pytest.warns(FutureWarning, match="heads is now called branches"):
         assert DeltaMemConfig(heads=("k", "o")) == DeltaMemConfig(branches=("k", "o"))
     with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="heads is the old name of branches"):
         DeltaMemConfig(heads=("k",), branches=("k",))

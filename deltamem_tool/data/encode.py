@@ -98,7 +98,7 @@ class Encoder:
         self._template = ChatTemplate.of(tokenizer)
         if not tokenizer.is_fast:
             raise DataError(
-                f"The tokenizer {self._template.name} cannot tell where in a text its tokens are.",
+                f"The tokenizer {self._template.name} does not give the positions of tokens in the text.",
                 f"{type(tokenizer).__name__} is a slow tokenizer.",
                 "Use a fast tokenizer.",
             )
@@ -264,7 +264,7 @@ class Encoder:
             raise DataError(
                 f"An exchange has {len(exchange.ids)} tokens, more than {most}.",
                 f"It begins: {text[:80]!r}.",
-                f"Shorten it to {self.max_read_tokens}."
+                f"Shorten it to {self.max_read_tokens} tokens."
                 if by_model
                 else "Raise max_read_tokens in the recipe, or shorten the answer.",
             )
@@ -313,7 +313,7 @@ def _check_same(alone: EncodedExchange, shown: EncodedExchange) -> None:
     tokens = [[label for label in exchange.labels[1:] if label != IGNORED] for exchange in (alone, shown)]
     if tokens[0] != tokens[1]:
         raise DataError(
-            "The answer has other tokens with the history in view than without.",
-            f"Without it begins with {tokens[0][:8]}, with it {tokens[1][:8]}.",
+            "The answer has different tokens with the history in view than without it.",
+            f"Without the history it begins with {tokens[0][:8]}, with it {tokens[1][:8]}.",
             "Use a tokenizer whose template writes an answer the same way after any history.",
         )

@@ -136,7 +136,7 @@ def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:
     if foreign is not None:
         raise DataError(
             f"{where}: `{name}` has a message of the role {foreign}.",
-            "A response has messages of the assistant and of tools alone.",
+            "A response may contain only messages of the assistant and of tools.",
             "Move the message to `prompt`.",
         )
     if isinstance(prompt, str):
@@ -165,7 +165,8 @@ def _checked(messages: Any, name: str, where: str) -> list[Message]:
     for n, message in enumerate(messages, start=1):
         problem = problem_of(message)
         if problem is None and message["role"] not in ROLES:
-            problem = Problem("has no role", f"The roles are {', '.join(ROLES)}.", "Add it to the message.")
+            why = f"It is {message['role'][:60]!r}; the roles are {', '.join(ROLES)}."
+            problem = Problem("has an unknown role", why, "Use one of them.")
         if problem is None and not is_unicode(text_of(message)):
             problem = Problem("is not Unicode text", "It contains half of a surrogate pair.", "Correct the message.")
         if problem is not None:

@@ -67,7 +67,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = (), out: str | None =
         raise ConfigError(
             f"There is no recipe {path}.",
             "It is a folder." if path.is_dir() else "The file does not exist.",
-            "Pass the path of a YAML file, such as those of `recipes/`.",
+            "Pass the path of a YAML file, such as one of `recipes/`.",
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -130,7 +130,7 @@ def _complete_memory(content: dict[str, Any], places: dict[Key, _Place]) -> list
     for old, name in DeltaMemConfig.OLDER_NAMES.items():
         if old not in memory:
             continue
-        warnings.warn(f"memory.{old} is called memory.{name} now", FutureWarning, stacklevel=3)
+        warnings.warn(f"memory.{old} is now called memory.{name}.", FutureWarning, stacklevel=3)
         if name in memory:
             why = f"memory.{old} is the old name of memory.{name}: leave out one of them"
             problems.append(Problem((("memory", old),), why))
@@ -160,7 +160,7 @@ def _apply(content: dict[str, Any], change: str, place: _Place, places: dict[Key
     for depth, parent in enumerate(key[:-1], start=1):
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            return [f"{'.'.join(key[:depth])} has no keys inside"]
+            return [f"{'.'.join(key[:depth])} is not a mapping"]
         places.setdefault(key[:depth], place)
     for inside in [known for known in places if known[: len(key)] == key]:
         del places[inside]

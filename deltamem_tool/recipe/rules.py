@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
         Rule(
             (key, "lora"),
             lambda value, lora: lora is None or value == 0,
-            f"{key} is about a memory, and lora trains none: leave out one of them",
+            f"{key} applies to a memory, and lora trains none: leave out one of them",
         )
         for key in (
             "objective.write_sparsity",
@@ -58,12 +58,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("objective.unrelated_kl", "static"),
         lambda weight, static: weight == 0 or not static,
-        "objective.unrelated_kl is about a memory, and static trains none: leave out one of them",
+        "objective.unrelated_kl applies to a memory, and static trains none: leave out one of them",
     ),
     Rule(
         ("objective.unrelated_kl", "data.unrelated"),
         lambda weight, path: (weight == 0) == (path is None),
-        "data.unrelated is what objective.unrelated_kl is the weight of: give both, or leave out both",
+        "data.unrelated and objective.unrelated_kl need each other: give both, or leave out both",
     ),
     Rule(
         ("objective.addressing", "memory.granularity"),
@@ -83,22 +83,22 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("data.facts_first", "data.facts_last"),
         lambda first, last: first <= last,
-        "data.facts_first must not be above data.facts_last",
+        "data.facts_first must not be greater than data.facts_last",
     ),
     Rule(
         ("data.chats_from", "data.chats_until"),
         lambda start, end: start <= end,
-        "data.chats_from must not be above data.chats_until",
+        "data.chats_from must not be greater than data.chats_until",
     ),
     Rule(
         ("training.steps", "training.epochs"),
         lambda steps, epochs: steps is None or epochs is None,
-        "training.steps and training.epochs exclude each other: leave out one of them",
+        "training.steps and training.epochs cannot be combined: leave out one of them",
     ),
     Rule(
         ("training.epochs", "training.steps", "data.path"),
         lambda epochs, steps, path: path is not None or steps is not None,
-        "without data.path the dialogues are generated and have no end: give training.steps, or data.path",
+        "without data.path, dialogues are generated without end: give training.steps or data.path",
     ),
     Rule(
         ("training.bptt", "training.write_chunk"),
@@ -109,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         Rule(
             (key, "lora"),
             lambda value, lora: lora is None or value is None,
-            f"{key} is about writing a memory, and lora trains none: leave out one of them",
+            f"{key} applies to writing a memory, and lora trains none: leave out one of them",
         )
         for key in ("training.write_chunk", "training.bptt")
     ),
@@ -117,37 +117,37 @@ RULES: tuple[Rule, ...] = (
         Rule(
             (key, "data.path"),
             lambda value, path: path is not None or value in (None, False, 0, "last"),
-            f"{key} is about conversations of yours, and without data.path they are generated: leave out one of them",
+            f"{key} applies to your own conversations: give data.path, or leave out {key}",
         )
         for key in ("data.eval_path", "data.eval_split", "data.supervise", "data.recent_turns", "data.group_by_length")
     ),
     Rule(
         ("data.mix", "data.path"),
         lambda mix, path: mix == 0 or path is not None,
-        "data.mix is the share of generated episodes beside your own: give data.path, or leave it out",
+        "data.mix is the share of generated episodes among your own: give data.path, or leave out data.mix",
     ),
     Rule(
         ("data.mix", "data.group_by_length"),
         lambda mix, grouped: mix == 0 or not grouped,
-        "data.group_by_length is about conversations of yours alone: leave out it or data.mix",
+        "data.group_by_length applies only to your own conversations: leave out data.group_by_length or data.mix",
     ),
     Rule(
         ("data.generated", "data.path", "data.mix"),
         lambda generated, path, mix: generated == "dialogues" or path is None or mix > 0,
-        "with data.path nothing is generated: give data.mix, or leave out data.generated",
+        "with data.path, nothing is generated: give data.mix, or leave out data.generated",
     ),
     *(
         Rule(
             (f"data.{name}", "data.generated"),
             lambda value, generated, usual=usual: generated == "facts" or value == usual,
-            f"data.{name} is about natural facts: give data.generated: facts, or leave it out",
+            f"data.{name} applies to natural facts: give data.generated: facts, or leave out data.{name}",
         )
         for name, usual in FACT_OPTIONS.items()
     ),
     Rule(
         ("training.eval_every", "data.path", "data.eval_path", "data.eval_split"),
         lambda every, path, other, split: every is None or path is None or other is not None or split is not None,
-        "training.eval_every needs other conversations than the training's: give data.eval_path or data.eval_split",
+        "training.eval_every needs conversations that are not trained on: give data.eval_path or data.eval_split",
     ),
     Rule(
         ("training.early_stop", "training.eval_every"),

@@ -47,7 +47,7 @@ def _of_transformers(names: Callable[[], list[str]], usual: str | None = None) -
         if value == usual or value in (known := names()):
             return value
         near = [name for name in known if name.startswith(value)] or difflib.get_close_matches(value, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(known)}"
         raise ValueError(f"must be a name that transformers knows, not {value!r}: {hint}")
 
     return AfterValidator(check)
@@ -58,7 +58,7 @@ def _as_pairs(value: Any) -> Any:
     if isinstance(value, tuple):
         value = dict(value)
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError("must have keys inside")
+        raise ValueError("must be a mapping")
     for name, option in value.items():
         plain = (
             option is None

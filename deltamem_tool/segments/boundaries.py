@@ -88,11 +88,11 @@ def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> l
         bound = _bound(template, messages, index, body)
         if bound is None or bound < bounds[-1]:
             raise DataError(
-                f"Where {_name(messages, index - 1)} ends and {_name(messages, index)} starts cannot be told in what "
-                f"the chat template of {template.name} renders.",
-                "It renders earlier messages differently once later ones follow, or not at all without them, and no "
-                f"header known for the role {messages[index]['role']} stands before the later message's content.",
-                f"Use a tokenizer whose template only appends. {WITHOUT_TAGS}",
+                f"The chat template of {template.name} does not show where {_name(messages, index - 1)} ends and "
+                f"{_name(messages, index)} starts.",
+                "It renders earlier messages differently when later ones follow, or not at all without them, and no "
+                f"known header of the role {messages[index]['role']} precedes the later message's content.",
+                f"Use a tokenizer whose template only appends messages. {WITHOUT_TAGS}",
             )
         bounds.append(bound)
     return [*bounds, len(body)]
@@ -123,8 +123,8 @@ def _written_content(
         if start <= begin <= stop <= end and body[begin:stop] in messages[index]["content"]:
             return begin, body[begin:stop]
     raise DataError(
-        f"Where the chat template of {template.name} writes the content of {_name(messages, index)} cannot be told.",
-        "The template changes the content, or writes something else around it than around another content.",
+        f"The chat template of {template.name} does not show where the content of {_name(messages, index)} is.",
+        "The template changes the content, or what it writes around the content depends on it.",
         'Use granularity "message".',
     )
 
@@ -140,14 +140,16 @@ def _sentence_starts(content: str, split: Split, name: str) -> list[int]:
     starts, position = [], 0
     pieces = split(content)
     if isinstance(pieces, str):
-        raise DataError(f"The split of {name} is one string.", f"It is {pieces[:60]!r}.", "Return a list of sentences.")
+        raise DataError(
+            f"The split of {name} is a string, not a list.", f"It is {pieces[:60]!r}.", "Return a list of sentences."
+        )
     for piece in pieces:
         at = content.find(piece, position) if isinstance(piece, str) and piece else -1
         if at < 0:
             raise DataError(
-                f"The split of {name} has the piece {piece!r}, which is not in what is left of the content.",
-                f"Left is {content[position : position + 60]!r}.",
-                "Return pieces of the text in their order, none of them empty.",
+                f"The split of {name} has the piece {piece!r}, which is not in the rest of the content.",
+                f"The rest begins: {content[position : position + 60]!r}.",
+                "Return pieces of the text in order, none of them empty.",
             )
         if not piece.isspace():
             starts.append(at)
@@ -168,7 +170,7 @@ def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
     owners = owners_of(text, offsets, spans)
     if owners != sorted(owners):
         raise DataError(
-            "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps it. {WITHOUT_TAGS}"
+            "The tokens are not in the order of the text.", "", f"Use a tokenizer that keeps the order. {WITHOUT_TAGS}"
         )
     tags: list[int] = [SegmentTag.INSIDE if spans[owner].belongs else SegmentTag.OUTSIDE for owner in owners]
     for index, span in enumerate(spans):
@@ -179,7 +181,7 @@ def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
             raise DataError(
                 f"{span.segment[0].upper()}{span.segment[1:]} has no token of its own.",
                 "The template writes nothing for it, or its characters are in tokens of the text before or after it.",
-                "Leave it out, or join it with another.",
+                "Leave it out, or merge it with another.",
             )
         tags[last] = SegmentTag.LAST
     return tags

@@ -72,7 +72,7 @@ def encode_chat(
         True
     """
     if padding_side not in PADDING_SIDES:
-        raise ConfigError(f"There is no padding side {padding_side!r}.", f"The sides are {', '.join(PADDING_SIDES)}.")
+        raise ConfigError(f"Unknown padding side {padding_side!r}.", f"It is one of {', '.join(PADDING_SIDES)}.")
     if not conversations:
         raise DataError("There is no conversation to encode.", "The list is empty.", "Give it at least one message.")
     single = isinstance(conversations[0], Mapping)
@@ -144,10 +144,10 @@ def tagged(
         ConfigError, DataError: as `tag_chat`.
     """
     if granularity not in GRANULARITIES:
-        raise ConfigError(f"There is no granularity {granularity!r}.", f"There are {', '.join(GRANULARITIES)}.")
+        raise ConfigError(f"Unknown granularity {granularity!r}.", f"It is one of {', '.join(GRANULARITIES)}.")
     if split is not None and granularity != "sentence":
         raise ConfigError(
-            f'A split has no use at granularity "{granularity}".', "", 'Leave it out, or use granularity "sentence".'
+            f'A split is not used at granularity "{granularity}".', "", 'Leave it out, or use granularity "sentence".'
         )
     text = template.render(messages, generation_prompt)
     if granularity == "token":
@@ -155,7 +155,7 @@ def tagged(
         return TaggedChat(text, ids, [SegmentTag.LAST] * len(ids))
     if not tokenizer.is_fast:
         raise DataError(
-            f"The tokenizer {template.name} cannot tell where in a text its tokens are.",
+            f"The tokenizer {template.name} does not give the positions of tokens in the text.",
             f"{type(tokenizer).__name__} is a slow tokenizer.",
             f"Use a fast tokenizer. {WITHOUT_TAGS}",
         )

@@ -90,9 +90,9 @@ class ChatTemplate:
         unknown = [name for name in template_kwargs if not re.search(rf"\b{re.escape(name)}\b", self._source)]
         if unknown:
             raise DataError(
-                f"The chat template of {self.name} does not know {', '.join(unknown)}.",
-                "It would be ignored.",
-                "Leave it out, or use a model whose template knows it.",
+                f"The chat template of {self.name} does not use {', '.join(unknown)}.",
+                "The template would ignore it.",
+                "Leave it out, or use a model whose template uses it.",
             )
         if len(self._having) == _TEMPLATES:
             self._having.clear()
@@ -201,7 +201,7 @@ class ChatTemplate:
                     if message.get(what) and sentinel.format(number) not in text:
                         raise DataError(
                             f"The chat template of {self.name} leaves out message {number + 1} ({message['role']}).",
-                            f"What it writes is without its {what}.",
+                            f"The rendered text does not contain its {what}.",
                             "Leave the message out or change its role, or use a model whose template writes it.",
                         )
             if self._kwargs.get("tools"):
@@ -209,7 +209,7 @@ class ChatTemplate:
                 if text == without.attempt(probes):
                     raise DataError(
                         f"The chat template of {self.name} leaves out the tools.",
-                        "It writes the same without them.",
+                        "The rendered text is the same without them.",
                         "Leave them out, or use a model whose template writes tools.",
                     )
         self._complete.add(shape)
@@ -261,9 +261,9 @@ class ChatTemplate:
         given = text_of(messages[-1])
         if "".join(given.split()) not in "".join(answer.split()):  # white space is the template's
             raise DataError(
-                f"The chat template of {self.name} writes another answer than was given.",
+                f"The chat template of {self.name} changes the answer.",
                 f"Given: {given[:80]!r}; written: {answer[:80]!r}.",
-                "Change the answer, such as by leaving its thinking out, or use another model's template.",
+                "Change the answer, for example leave out its thinking, or use another model's template.",
             )
         return prompt, answer
 

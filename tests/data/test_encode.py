@@ -182,8 +182,8 @@ def test_a_content_that_is_none_is_no_word(tokenizer, granularity):
     ("template", "given", "says"),
     [
         ("{{ '' if tools else '' }}", {"tools": [LOOK]}, "leaves out the tools"),
-        ("", {"tools": [LOOK]}, "does not know tools"),
-        (GIVEN, {"tools": [LOOK], "enable_thinkin": False}, "does not know enable_thinkin"),
+        ("", {"tools": [LOOK]}, "does not use tools"),
+        (GIVEN, {"tools": [LOOK], "enable_thinkin": False}, "does not use enable_thinkin"),
     ],
 )
 def test_what_the_template_would_ignore_is_named(tokenizer, template, given, says, granularity):
@@ -241,7 +241,7 @@ def test_templates_that_do_not_fit_are_named(tokenizer):
     ending = "<|assistant|>{{ message.content }}{{ '!' if loop.index > 2 and message.role == 'assistant' }}<|end|>"
     growing = tokenizer.chat_template.replace("<|{{ message.role }}|>{{ message.content }}<|end|>", ending)
     for options in ({"recent_turns": 1}, {"full_context": True}):
-        with pytest.raises(DataError, match=r"(?s)a:1: The answer has other tokens with the history in view"):
+        with pytest.raises(DataError, match=r"(?s)a:1: The answer has different tokens with the history in view"):
             Encoder(with_template(tokenizer, growing), 100, 100, **options)([episode])
     # one that writes nothing for the answer
     silent = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
@@ -291,7 +291,7 @@ def test_an_answer_that_the_template_cuts_is_named(tokenizer, opening):
     thinking = [*TALK[:3], assistant("<think>A dog.</think> Rex.")]
     history = [TALK[0], assistant("<think>So.</think>Noted."), *TALK[2:]]  # what comes before is the template's matter
     assert Encoder(other, 100, 100)([Episode(history, [TALK[2:]])])
-    with pytest.raises(DataError, match=r"(?s)a:1: .* writes another answer than was given.*A dog.*leaving its think"):
+    with pytest.raises(DataError, match=r"(?s)a:1: .* changes the answer.*A dog.*leave out its think"):
         Encoder(other, 100, 100)([Episode(TALK[:2], [thinking], "a:1")])
     spaced = tokenizer.chat_template.replace("{{ message.content }}", "\n{{ message.content.split() | join('  ') }}")
     assert Encoder(with_template(tokenizer, spaced), 100, 100)([Episode(TALK[:2], [TALK[2:]])])

@@ -79,7 +79,10 @@ BAD = [  # a row as JSON, and what is said of it
     ('{"messages": []}', "asks nothing"),
     ('{"messages": ["hello"]}', "message 1 has no role"),
     (f'{{"messages": [{A}, {{"content": "b"}}]}}', "message 2 has no role"),
-    ('{"messages": [{"role": "bot", "content": "a"}]}', "message 1 has no role.*system, user, assistant, tool"),
+    (
+        '{"messages": [{"role": "bot", "content": "a"}]}',
+        "message 1 has an unknown role.*'bot'.*system, user, assistant, tool",
+    ),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "message 1 has no role"),
     ('{"messages": [{"role": "user"}]}', "message 1 has no text"),
     ('{"messages": [{"role": "user", "content": null}]}', "message 1 has no text"),

@@ -114,7 +114,7 @@ def test_all_errors_come_at_once_with_their_lines(tmp_path):
         "line 12: data.max_write is given more than once, first in line 11.",
         "line 12: data.max_write is not known: did you mean data.max_write_tokens?",
         "line 13: objective.context_dropout hides recent turns: data.recent_turns must be 1 or more.",
-        "line 15: training.steps and training.epochs exclude each other: leave out one of them.",
+        "line 15: training.steps and training.epochs cannot be combined: leave out one of them.",
         "line 17: training.learning_rate must be a number, not 'fast'.",
         "line 18: training.early_stop counts evaluations: give training.eval_every.",
         "--set training.bptt=0: training.bptt must be 1 or more, not 0.",
@@ -183,11 +183,11 @@ def test_a_lora_in_place_of_a_memory(recipe):
     for change, says in [
         ("memory.rank=8", "a memory or a LoRA: leave out lora or memory"),  # though it is the default
         ("adapter=c", "a memory or a LoRA: leave out lora or adapter"),
-        ("objective.write_sparsity=0.1", "objective.write_sparsity is about a memory"),
-        ("objective.full_context_kl=0.1", "objective.full_context_kl is about a memory"),
-        ("objective.history_kl=0.1", "objective.history_kl is about a memory"),
-        ("objective.unrelated_kl=0.1", "objective.unrelated_kl is about a memory"),
-        ("data.recent_turns=1", "data.recent_turns is about a memory"),
+        ("objective.write_sparsity=0.1", "objective.write_sparsity applies to a memory"),
+        ("objective.full_context_kl=0.1", "objective.full_context_kl applies to a memory"),
+        ("objective.history_kl=0.1", "objective.history_kl applies to a memory"),
+        ("objective.unrelated_kl=0.1", "objective.unrelated_kl applies to a memory"),
+        ("data.recent_turns=1", "data.recent_turns applies to a memory"),
     ]:
         with pytest.raises(ConfigError, match=says):
             load_recipe(recipe, [change])
@@ -203,14 +203,14 @@ def test_what_needs_no_memory_has_a_weight(recipe):
     for change in both:
         with pytest.raises(ConfigError, match="give both, or leave out both"):
             load_recipe(recipe, [change])
-    with pytest.raises(ConfigError, match=r"objective.unrelated_kl is about a memory, and static trains none"):
+    with pytest.raises(ConfigError, match=r"objective.unrelated_kl applies to a memory, and static trains none"):
         load_recipe(recipe, [*both, "static=true"])
 
 
 def test_how_long_a_run_goes_on(recipe):
     recipe.write_text("base: a\nout: b\n")
     for changes in [[], ["training.epochs=2"]]:
-        with pytest.raises(ConfigError, match=r"without data.path .* give training.steps, or data.path"):
+        with pytest.raises(ConfigError, match=r"without data.path, .* give training.steps or data.path"):
             load_recipe(recipe, changes)
     for changes, expected in [
         ([], (None, None)),
@@ -226,9 +226,9 @@ def test_how_long_a_run_goes_on(recipe):
     [
         (lambda: TrainingOptions(steps=0), "training.steps must be 1 or more, not 0"),
         (lambda: TrainingOptions(0), "training.steps must be 1 or more, not 0"),
-        (lambda: TrainingOptions(steps=1, epochs=1), "exclude each other"),
+        (lambda: TrainingOptions(steps=1, epochs=1), "cannot be combined"),
         (lambda: TrainingOptions(stesp=1), "training.stesp is not known: did you mean training.steps"),
-        (lambda: DataOptions(facts_first=5, facts_last=4), "must not be above data.facts_last"),
+        (lambda: DataOptions(facts_first=5, facts_last=4), "must not be greater than data.facts_last"),
         (lambda: ObjectiveOptions(write_target=2), "objective.write_target must be 1 or less"),
         (lambda: LoraOptions(rank=True), "lora.rank must be a whole number, not true"),
         (lambda: LoraOptions(rank=10**18), "lora.rank must be 65536 or less"),
@@ -236,7 +236,7 @@ def test_how_long_a_run_goes_on(recipe):
         (lambda: Recipe("a", "b"), "give training.steps"),
         (lambda: Recipe("a", "b", memory={"rank": 65}), "memory.rank must be 64 or less, not 65"),
         (lambda: Recipe("a", "b", memory={"o_norm": True, "branches": ["q"]}), "memory.o_norm normalises"),
-        (lambda: Recipe("a", "b", memory=4), "memory must have keys inside, not 4"),
+        (lambda: Recipe("a", "b", memory=4), "memory must be a mapping, not 4"),
         (
             lambda: Recipe("a", "b", data=DataOptions("c"), objective=ObjectiveOptions(context_dropout=0.1)),
             "data.recent_turns must be 1 or more",
@@ -278,7 +278,7 @@ def test_a_preset_and_what_changes_it(recipe):
 def test_an_option_by_its_older_name(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("base: b\nout: o\nmemory:\n  heads: [k]\ntraining: {steps: 1}\n")
-    with pytest.warns(FutureWarning, match=r"memory\.heads is called memory\.branches now"):
+    with pytest.warns(FutureWarning, match=r"memory\.heads is now called memory\.branches"):
         assert load_recipe(recipe).memory.branches == ("k",)
     recipe.write_text("base: b\nout: o\nmemory:\n  heads: [x]\ntraining: {steps: 1}\n")
     with pytest.warns(FutureWarning), pytest.raises(ConfigError, match=r"line 4: memory\.branches has 'x'"):

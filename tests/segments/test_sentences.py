@@ -74,7 +74,7 @@ def test_thinking_that_the_template_takes_out_is_no_sentence(words):
     answer = [("<|im_start|>assistant\nRex.", SEGMENT), (" No.<|im_end|>\n", SEGMENT)]
     assert tagged == expected(tokenizer, [pieces[0], *answer, pieces[1]])
     # The last answer's is written elsewhere than its content.
-    with pytest.raises(DataError, match=r"(?s)its/name writes the content of message 2 \(assistant\).*cannot be told"):
+    with pytest.raises(DataError, match=r"(?s)its/name does not show where the content of message 2 \(assistant\) is"):
         tag_chat(tokenizer, [TALK[2], thought], "sentence")
 
 
@@ -101,14 +101,14 @@ def test_a_split_of_ones_own(words):
 @pytest.mark.parametrize(
     ("pieces", "says"),
     [
-        (["One.", ""], r"has the piece '', .*Left is ' Two.'"),
-        (["Two.", "One."], "the piece 'One.', which is not in what is left"),
+        (["One.", ""], r"has the piece '', .*The rest begins: ' Two.'"),
+        (["Two.", "One."], "the piece 'One.', which is not in the rest of"),
         (["One.", "One."], "the piece 'One.'"),
         (["One.", "Three."], "the piece 'Three.'"),
         ([None], "the piece None"),
         ([], "finds no sentence"),
         ([" "], "finds no sentence"),
-        ("One. Two.", "is one string"),
+        ("One. Two.", "is a string, not a list"),
     ],
 )
 def test_a_split_that_does_not_fit_is_named(words, pieces, says):
@@ -119,5 +119,5 @@ def test_a_split_that_does_not_fit_is_named(words, pieces, says):
 def test_a_sentence_without_a_token_is_named(words):
     tokenizer = with_template(words, PLAIN)
     assert len(tokenizer("Remember")["input_ids"]) == 1
-    with pytest.raises(DataError, match=r"(?s)Sentence 'ber' of message 2 \(user\) has no token of its own.*join it"):
+    with pytest.raises(DataError, match=r"(?s)Sentence 'ber' of message 2 \(user\) has no token of its own.*merge it"):
         tag_chat(tokenizer, [SYSTEM, user("Remember")], "sentence", split=lambda text: ["Remem", "ber"])

@@ -120,7 +120,7 @@ def test_a_run_that_no_longer_improves_stops(recipe, monkeypatch):
 
 
 def test_there_must_be_something_to_evaluate_with(recipe):
-    with pytest.raises(ConfigError, match=r"eval_every needs other conversations.*data.eval_path"):
+    with pytest.raises(ConfigError, match=r"eval_every needs conversations.*data.eval_path"):
         dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_path=None))
 
 
