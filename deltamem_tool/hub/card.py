@@ -76,7 +76,7 @@ def write_card(
         card.text = text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
     else:
         raise HubError(
-            f"{CARD_FILE} has no valid block of deltamem.",
+            f"{CARD_FILE} has no valid deltamem block.",
             f"The marks {BEGIN.split(':')[0]} … --> and {END} must each occur once, in this order, or not at all.",
             "Correct them, or remove both marks.",
         )

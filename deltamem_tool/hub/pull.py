@@ -84,7 +84,7 @@ def _check_files(folder: Path, repo_id: str) -> None:
             blob.unlink()
             file.unlink()
             raise HubError(
-                f"{file.name} of {repo_id} is not what the Hub has.",
-                "It was damaged during the download or in the cache, from which it has been removed.",
+                f"{file.name} of {repo_id} does not match the file on the Hub.",
+                "It was damaged during the download or in the cache. It has been removed from the cache.",
                 "Pull again.",
             )

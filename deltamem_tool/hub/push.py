@@ -167,7 +167,7 @@ def _onnx_folder(contents: Contents, folder: str | Path) -> Path:
     if not isinstance(graph, Path):
         raise HubError(
             f"{folder} has no ONNX folder. Nothing was sent.",
-            "The page of a Space runs one.",
+            "The page of a Space needs one.",
             "Pass one with --onnx: `deltamem export ADAPTER --target web --out onnx-web`.",
         )
     return graph.parent

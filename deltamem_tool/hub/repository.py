@@ -157,7 +157,7 @@ class Repository:
             raise HubError(
                 f"{self.repo_id} was created by somebody else at the same time. None of your files was sent.",
                 "It already contains other files.",
-                "Look at them, and push again.",
+                "Check them, and push again.",
             )
         return now
 
@@ -203,17 +203,17 @@ class Repository:
         """
         if self.create_pr:
             raise HubError(
-                f"The answer of the Hub was lost: a pull request to {self.repo_id} may have been made, or not.",
+                f"The Hub's answer was lost: a pull request to {self.repo_id} may or may not have been opened.",
                 "Nothing else has changed.",
-                f"Look at {self._api.endpoint}/{self.repo_id}/discussions before you push again.",
+                f"Check {self._api.endpoint}/{self.repo_id}/discussions before you push again.",
             )
         try:
             now = self.read()
         except HubError as error:
             raise HubError(
-                f"The Hub's answer was lost: {self.repo_id} has all of this push, or nothing of it.",
+                f"The Hub's answer was lost: {self.repo_id} has either all of this push or none of it.",
                 error.why,
-                "Push again: only what is missing is sent.",
+                "Push again: only missing files are sent.",
             ) from error
         if now.commit == remote.commit:
             return None
@@ -225,8 +225,8 @@ class Repository:
         ]
         if not all(applied):
             raise HubError(
-                f"The Hub's answer was lost, and somebody else has changed {self.repo_id} meanwhile.",
-                "All of this push is among its commits, or nothing of it.",
-                f"Look at {self._api.endpoint}/{self.repo_id}/commits/{self.branch}, and push again.",
+                f"The Hub's answer was lost, and somebody else changed {self.repo_id} in the meantime.",
+                "Its commits contain either all of this push or none of it.",
+                f"Check {self._api.endpoint}/{self.repo_id}/commits/{self.branch}, and push again.",
             )
         return now.commit

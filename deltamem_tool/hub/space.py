@@ -50,7 +50,7 @@ class Space:
         if private and self._remote.commit is not None and not self._remote.is_private:
             raise HubError(
                 f"The Space {repo_id} already exists, and it is public. Nothing was sent.",
-                "--private applies to a new one.",
+                "--private applies only to a new Space.",
                 "Make it private in its settings, or leave out --space.",
             )
         page = make_page(onnx, folder / "page", runtime=runtime, progress=progress).path
@@ -81,8 +81,8 @@ def check_space(branch: str | None, create_pr: bool) -> None:
     """
     if create_pr or branch not in (None, MAIN):
         raise ConfigError(
-            "A Space is pushed to its main branch alone.",
-            "It would show what the repository does not have there yet.",
+            "A Space is pushed only to its main branch.",
+            "It would show files that the repository does not have in its main branch yet.",
             "Leave out --branch and --create-pr, or --space.",
         )
 

@@ -52,7 +52,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise DeltaMemError(
                 f"Another program is writing to {folder}.",
                 "Nothing was changed.",
-                "Wait for it, or choose another folder.",
+                "Wait until it is done, or choose another folder.",
             ) from error
         except (OSError, ImportError):  # Windows has no fcntl
             pass
@@ -184,7 +184,7 @@ def resolve(path: str | Path) -> Path:
         return path
     if resolved.is_symlink():
         raise DeltaMemError(
-            f"{path} cannot be followed.", "Its symbolic links lead in a circle.", "Choose another place, or mend them."
+            f"{path} cannot be resolved.", "Its symbolic links form a loop.", "Choose another path, or fix the links."
         )
     return resolved
 
@@ -286,8 +286,8 @@ def _name(staged: Path, path: Path) -> None:
 def taken_meanwhile(path: Path, beside: Path) -> DeltaMemError:
     """The error for a folder that another program made where a result was to go, which is now `beside` it."""
     return DeltaMemError(
-        f"{path} came to be while this command ran.",
-        f"It was left as it is, and the result is in {beside}.",
+        f"{path} was created while this command was running.",
+        f"It was not changed, and the result is in {beside}.",
         "Rename one of them.",
     )
 
@@ -309,12 +309,12 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
     resolved = resolve(path)
     if Path.cwd().is_relative_to(resolved) or resolved.is_mount():
         kind = "a mount point" if resolved.is_mount() else "the folder you are in"
-        raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced as a whole.", "Choose a folder inside it.")
+        raise DeltaMemError(f"{path} is {kind}.", "It cannot be replaced.", "Choose a folder inside it.")
     if resolved.exists() and not resolved.is_dir():
-        raise DeltaMemError(f"{path} is already there.", "It is a file, not a folder.", "Choose another name.")
+        raise DeltaMemError(f"{path} already exists.", "It is a file, not a folder.", "Choose another name.")
     if not overwrite and not is_free(resolved):
         raise DeltaMemError(
-            f"{path} is already there.", "Nothing was written.", "Choose another folder, or pass --overwrite."
+            f"{path} already exists.", "Nothing was written.", "Choose another folder, or pass --overwrite."
         )
     check_writable(path)
 
@@ -338,8 +338,8 @@ def check_writable(path: str | Path) -> None:
         return
     parent = next(parent for parent in resolved.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "You may not write there" if parent.is_dir() else "It is not a folder"
-        raise DeltaMemError(f"{path} cannot be written into {parent}.", f"{why}.", "Choose another place.")
+        why = "You do not have permission to write there" if parent.is_dir() else "It is not a folder"
+        raise DeltaMemError(f"{path} cannot be created in {parent}.", f"{why}.", "Choose another place.")
 
 
 def _sync(file: Path) -> None:

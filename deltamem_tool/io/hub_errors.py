@@ -77,7 +77,7 @@ def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = Fal
             what, f"The connection failed: {redacted(first_line(causes[-1]))}.", f"Check the network. {_LATER}"
         )
     if isinstance(causes[-1], ValueError | KeyError):
-        return HubError(what, "What came is not an answer of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
+        return HubError(what, "The response is not one of the Hub.", f"Check the network, and HF_ENDPOINT. {_LATER}")
     return HubError(what, f"{redacted(first_line(error))}.", f"Check the network. {_LATER}")
 
 
@@ -93,7 +93,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 # Asked for in this order: a gated repository is also one that is not found.
 _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
     OfflineModeIsEnabled: (
-        "HF_HUB_OFFLINE is set, and it is not in the local cache of the Hub.",
+        "HF_HUB_OFFLINE is set, and it is not in the local Hub cache.",
         "Unset HF_HUB_OFFLINE, or fetch it once while you are online.",
     ),
     GatedRepoError: ("It is gated, and your token has no access.", f"Ask for access at {{url}}. {LOGIN}"),
@@ -113,27 +113,27 @@ def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str,
     words = f" It says: {lines[0].rstrip('.')}." if lines else ""
     if status in (401, 403) and not str(error.response.url).startswith(constants.ENDPOINT):
         return (
-            f"The Hub's storage refuses it ({status}).{words}",
-            "Try again: the Hub's permits for it expire, and need a clock here that is right.",
+            f"The Hub's storage rejected the request ({status}).{words}",
+            "Try again. The Hub's permissions for it expire, and require that the clock of this machine is right.",
         )
     if status == 401:
-        return f"The Hub does not accept the token, or there is none.{words}", LOGIN
+        return f"The token is missing, or the Hub does not accept it.{words}", LOGIN
     if status == 403:
         access = "write access to it (`hf auth login`), or propose a change with --create-pr"
         return (
-            f"Your token may not do that with {repo_id}.{words}",
+            f"Your token does not have permission to do that with {repo_id}.{words}",
             f"Use a token with {access if writing else 'read access to it (`hf auth login`)'}.",
         )
     if status == 404:
-        return f"The Hub does not find it (404).{words}", "Check the name, and try again."
+        return f"The Hub cannot find it (404).{words}", "Check the name, and try again."
     if status in (409, 412):
-        return f"It has been changed meanwhile.{words}", "Look at what has changed, and push again."
+        return f"It was changed in the meantime.{words}", "Check what has changed, and push again."
     if status == 413:
-        return f"The Hub finds it too large.{words}", "Push a smaller folder, such as the adapter without the ONNX."
+        return f"It is too large for the Hub.{words}", "Push a smaller folder, such as the adapter without the ONNX."
     if status == 429:
         wait = error.response.headers.get("Retry-After")
         after = f"Try again in {wait} s." if wait and wait.isdigit() else _LATER
-        return f"The Hub has had too many requests from you.{words}", after
+        return f"The Hub received too many requests from you.{words}", after
     if status >= 500:
-        return f"The Hub has an error of its own ({status}).{words}", _LATER
+        return f"The Hub has an internal error ({status}).{words}", _LATER
     return f"The Hub answered {status}.{words or f' {redacted(first_line(error))}.'}", "Correct it, and try again."

@@ -109,8 +109,8 @@ def _check_version(requirement: Requirement, name: str) -> None:
         return
     raise InstallationError(
         f"{name} {installed} is installed, and this version of deltamem works with {_bounds(requirement)}.",
-        "Other versions have other names for what it uses: it could fail midway, or compute something else.",
-        f"pip install '{name}{_bounds(requirement)}', or set {IGNORE}=1 to try it as it is.",
+        "Other versions may have a different API: a command could fail midway, or compute something else.",
+        f"pip install '{name}{_bounds(requirement)}', or set {IGNORE}=1 to use the installed version.",
     )
 
 
@@ -129,8 +129,8 @@ def _check_runtime(requirement: Requirement) -> None:
         )
     if len(runtimes) > 1:
         raise InstallationError(
-            f"{' and '.join(runtimes)} are installed over each other.",
-            "They bring the same package, onnxruntime: its files are a mixture of both.",
+            f"{' and '.join(runtimes)} are installed together.",
+            "They provide the same package, onnxruntime, and overwrite each other's files.",
             f"pip uninstall -y {' '.join(runtimes)} && pip install '{runtimes[0]}{_bounds(requirement)}'",
         )
     _check_version(requirement, runtimes[0])

@@ -36,15 +36,15 @@ def expand_user(path: str | Path) -> Path:
         ConfigError: the path is empty, nobody has the home folder that is named, or no file can have such a name.
     """
     if path == "":
-        raise ConfigError("A path is empty.", "A variable of the shell may be unset.", "Write it out.")
+        raise ConfigError("A path is empty.", "A shell variable may be unset.", "Write the path out.")
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError("It contains a null character")
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path} is not a path.", f"{error}", "Write the folder out.") from error
+        raise ConfigError(f"{path} is not a valid path.", f"{error}", "Write the folder out.") from error
     except ValueError as error:  # half of a surrogate pair, too
-        raise ConfigError(f"{path} is not a path.", f"{error}.", "Use another name.") from error
+        raise ConfigError(f"{path} is not a valid path.", f"{error}.", "Use another name.") from error
 
 
 def expand_name(name: str | Path) -> str:
@@ -89,11 +89,11 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     if uri.type != "model":
         raise HubError(
             f"{name} is a {uri.type} on the Hub.",
-            "Only repositories of models are read.",
-            "Pass OWNER/NAME of a model.",
+            "Only model repositories are supported.",
+            "Pass the OWNER/NAME of a model.",
         )
     if revision is not None and uri.revision not in (None, revision):
-        raise HubError(f"{name} names another revision than {revision}.", "Both are given.", "Give the revision once.")
+        raise HubError(f"{name} names another revision than {revision}.", "Two revisions were given.", "Pass only one.")
     return chosen
 
 
@@ -105,7 +105,7 @@ def check_revision(name: str, revision: str | None) -> None:
     """
     if revision is not None and hub_name(name) is None:
         raise HubError(
-            f"{name} has no revision {revision}.", "It is not on the Hub.", "Leave the revision out, or name a Hub id."
+            f"{name} has no revision {revision}.", "It is not on the Hub.", "Leave the revision out, or pass a Hub id."
         )
 
 
@@ -128,7 +128,7 @@ def hub_id(name: str) -> str:
     """
     hub = on_hub(name)
     if hub.revision is not None or hub.path_in_repo:
-        raise HubError(f"{name} is not a repository name.", "A revision or a path is part of it.", "Write OWNER/NAME.")
+        raise HubError(f"{name} is not a repository name.", "It contains a revision or a path.", "Write OWNER/NAME.")
     return hub.id
 
 
@@ -159,7 +159,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: 
         return folder
     raise HubError(
         f"There is no {kind} folder {name}.",
-        "It is not a folder here, and not a Hub id.",
+        "It is neither a local folder nor a Hub id.",
         f"Pass the path of the {kind} folder, or its Hub id.",
     )
 
@@ -176,7 +176,7 @@ def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
     except CLIENT_ERRORS as error:
         if refused := system_error(error):  # a full disk, or no permission
             raise refused from error
-        message = f"{short_name(hub)} is not a folder here, and no {kind} could be fetched from the Hub."
+        message = f"{short_name(hub)} is not a local folder, and no {kind} could be fetched from the Hub."
         raise hub_error(error, hub.id, message) from error
     return root / below
 

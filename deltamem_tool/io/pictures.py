@@ -25,8 +25,8 @@ def picture_format(path: str | Path) -> str:
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix and suffix not in FORMATS:
         raise ConfigError(
-            f"{path} is not the name of a picture.",
-            f"There is no format .{suffix} here.",
+            f"{path} is not a supported picture.",
+            f"The format .{suffix} is not supported.",
             f"Choose a name that ends in one of .{', .'.join(FORMATS)}.",
         )
     return suffix or "png"

@@ -104,7 +104,7 @@ def make_page(
     if cdn is not None and not _ADDRESS.fullmatch(cdn):
         raise ConfigError(
             f"{cdn} is not the address of a CDN.",
-            "It goes into the page's policy as it is.",
+            "It is inserted into the page's content security policy unchanged.",
             "Pass an address of letters, digits and slashes, such as https://cdn.example.org/npm.",
         )
     folder = find_onnx(onnx)

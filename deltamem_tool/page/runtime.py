@@ -177,13 +177,13 @@ def _in_folder(file: RuntimeFile, folder: Path) -> bytes:
     if not path.is_file():
         raise InstallationError(
             f"{folder} does not have {file.package.name}/{file.path}.",
-            "It is not npm's node_modules, or the packages are not there.",
+            "It is not npm's node_modules, or the packages are not installed there.",
             f"Install them: {install}",
         )
     content = path.read_bytes()
     if not _is_tested(file, content):
         raise InstallationError(
-            f"{path} is another file than that of {file.package.name} {file.package.version}.",
+            f"{path} is not the file of {file.package.name} {file.package.version}.",
             "The page was tested with that version.",
             f"Install it: {install}",
         )
@@ -200,12 +200,12 @@ def _tarball(package: Package) -> bytes:
             for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > MAX_TARBALL_BYTES:
-                    raise _unfetched(package, f"It has more than {MAX_TARBALL_BYTES} bytes")
+                    raise _unfetched(package, f"It is larger than {MAX_TARBALL_BYTES} bytes")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise _unfetched(package, f"{address}: {first_line(error)}") from error
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
     if digest != package.sha512:
-        raise _unfetched(package, f"What {address} gives is not the package that was tested")
+        raise _unfetched(package, f"The file at {address} is not the package that was tested")
     return bytes(content)
 
 
@@ -226,5 +226,5 @@ def _unfetched(package: Package, why: str) -> InstallationError:
     return InstallationError(
         f"{package.name} {package.version} cannot be fetched from npm.",
         f"{why}.",
-        "Check the network, or pass --runtime with the node_modules of a machine that has one.",
+        "Check the network, or pass --runtime with the node_modules of a machine that has network access.",
     )

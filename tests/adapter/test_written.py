@@ -115,12 +115,12 @@ def test_a_model_that_was_never_on_disk(tmp_path, monkeypatch):
 
 def test_what_is_there_is_not_overwritten_unasked(base, adapter, tmp_path):
     before = (adapter / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         create_adapter(str(base), CONFIG, adapter)
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         save_adapter(patched_model(), adapter)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         create_adapter(str(base), CONFIG, tmp_path / "file")
     assert (adapter / WEIGHTS_FILE).read_bytes() == before and (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -150,7 +150,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch
         with pytest.raises(DeltaMemError, match=says), folder_whole(out, overwrite):
             raise AssertionError("the work began")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != mounted)
-    with pytest.raises(DeltaMemError, match="may not write"):
+    with pytest.raises(DeltaMemError, match="not have permission to write"):
         create_adapter("/no/base/is/looked/for", CONFIG, mounted / "adapter", overwrite=overwrite)
     assert listing(tmp_path) == before
 

@@ -177,9 +177,9 @@ def test_what_is_there_is_not_overwritten(here, deltamem, checkpoint):
     (here / "adapter").mkdir()
     (here / "adapter" / "notes.txt").write_text("mine")
     before = listing(here)
-    deltamem("patch", checkpoint, "--out", "adapter").assert_short_error("already there", "--overwrite", code=1)
+    deltamem("patch", checkpoint, "--out", "adapter").assert_short_error("already exists", "--overwrite", code=1)
     recipe = write_recipe(here, checkpoint)
-    deltamem("train", recipe).assert_short_error("already there", "--overwrite", code=1)
+    deltamem("train", recipe).assert_short_error("already exists", "--overwrite", code=1)
     recipe.unlink()
     assert listing(here) == before
 

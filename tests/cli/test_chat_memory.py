@@ -59,7 +59,7 @@ def test_save_and_load(talk, here, engine):
         ("/save", "/save needs a file"),
         ("/save other/me", "Choose another place"),
         (f"/save {'x' * 300}", "too long"),
-        ("/save ~nobody-here/me", "is not a path"),
+        ("/save ~nobody-here/me", "is not a valid path"),
     ):
         assert says in chat(line)[1], line
     assert chat.chat.failures == 7 and same(chat.conversation.memory, now)

@@ -47,14 +47,14 @@ def test_commands(home, deltamem):
     assert done.code == 0, done.err
     assert json.loads((home / "fresh" / "deltamem_config.json").read_text())["base"]["name"] == str(home / "base")
     assert deltamem("inspect", "~/fresh").code == 0
-    deltamem("patch", "~/base", "--out=~/fresh").assert_short_error("already there", code=1)
+    deltamem("patch", "~/base", "--out=~/fresh").assert_short_error("already exists", code=1)
     done = deltamem("convert", "builtin:adapter", "--to", "reference", "--out=~/reference")
     assert done.code == 0 and (home / "reference").is_dir()
     assert deltamem("convert", "~/reference", "--base=~/base", "--out=~/converted").code == 0
     deltamem("run", "~/onnx", "--prompt", "a").assert_short_error(str(home / "onnx"), code=1)
     deltamem("compare", "~/a", "~/b").assert_short_error(str(home / "a"), code=1)
     deltamem("train", "~/recipe.yaml").assert_short_error(str(home / "recipe.yaml"), code=1)
-    deltamem("patch", "~/base", "--out=~nobody-here/x").assert_short_error("~nobody-here/x is not a path", code=1)
+    deltamem("patch", "~/base", "--out=~nobody-here/x").assert_short_error("~nobody-here/x is not a valid path", code=1)
 
 
 def test_recipes(home):

@@ -21,12 +21,12 @@ FAULTS = {  # and what the message says
     "401": (answer(401, "bad token"), ("token", "hf auth login")),
     "403": (answer(403, "not yours"), ("token", "read access")),
     "429": (answer(429, "slow down", Retry_After="17"), ("too many requests", "Try again in 17 s")),
-    "500": (answer(500, "oops"), ("error of its own (500)", "Try again")),
+    "500": (answer(500, "oops"), ("internal error (500)", "Try again")),
     "cut answer": (cut_answer(), ("connection failed", "Check the network")),
     "lost answer": (lose_answer(), ("connection failed", "Check the network")),
     "garbled answer": (garble_answer(), ("Hub", "network")),
 }
-AT_STORAGE = {name: ("storage refuses", "Try again") for name in ("401", "403")}
+AT_STORAGE = {name: ("storage rejected", "Try again") for name in ("401", "403")}
 
 
 @pytest.fixture
@@ -80,7 +80,11 @@ def test_other_bytes_than_the_hub_has(at_hub, tmp_path, path):
     at_hub.fail(lambda r: r.method == "GET" and r.raw_path.endswith(path), Fault(reply=Reply(200, {}, wrong)))
     (tmp_path / "here").mkdir()
     error = refused(tmp_path / "here" / "out")
-    assert Path(path).name in error.what and "not what the Hub has" in error.what and "Pull again" in error.next
+    assert (
+        Path(path).name in error.what
+        and "does not match the file on the Hub" in error.what
+        and "Pull again" in error.next
+    )
     assert read(pull(REPO, out=tmp_path / "here" / "out").path) == at_hub.files_at(REPO)
 
 

@@ -42,18 +42,18 @@ READING = ("look", "tree", "card")
 FAULTS = {  # and what the message says
     "401": (answer(401, "bad token"), ("token", "hf auth login")),
     "403": (answer(403, "not yours"), ("token", "access")),
-    "404": (answer(404, "gone"), ("does not find it", "Check the name")),
-    "409": (answer(409, "busy"), ("changed meanwhile", "push again")),
-    "412": (answer(412, "moved"), ("changed meanwhile", "push again")),
+    "404": (answer(404, "gone"), ("cannot find it", "Check the name")),
+    "409": (answer(409, "busy"), ("changed in the meantime", "push again")),
+    "412": (answer(412, "moved"), ("changed in the meantime", "push again")),
     "413": (answer(413, "big"), ("too large", "smaller")),
     "429": (answer(429, "slow down", Retry_After="17"), ("too many requests", "Try again in 17 s")),
-    "500": (answer(500, "oops"), ("error of its own (500)", "Try again")),
+    "500": (answer(500, "oops"), ("internal error (500)", "Try again")),
     "cut request": (cut_request(), ("connection failed", "Check the network")),
     "cut answer": (cut_answer(), ("connection failed", "Check the network")),
     "lost answer": (lose_answer(), ("connection failed", "Check the network")),
     "garbled answer": (garble_answer(), ("HF_ENDPOINT",)),
 }
-AT_STORAGE = {name: ("storage refuses", "Try again") for name in ("401", "403")}
+AT_STORAGE = {name: ("storage rejected", "Try again") for name in ("401", "403")}
 LANDS = {  # the Hub has done it, or the answer had nothing that is needed
     *(("commit", fault) for fault in ("cut answer", "lost answer", "garbled answer")),
     ("put", "cut answer"),
@@ -155,7 +155,7 @@ def test_who_may_do_what(at_hub, adapter):
     start_anew(at_hub, OLD)
     at_hub.fail("^PUT", answer(403, "Request has expired"), times=None)
     error = refused(adapter)
-    assert "storage refuses" in error.why and "has expired" in error.why and "clock" in error.next
+    assert "storage rejected" in error.why and "has expired" in error.why and "clock" in error.next
 
 
 def test_what_goes_away_by_itself(at_hub, adapter):
@@ -200,9 +200,7 @@ def test_a_commit_whose_answer_is_lost_and_nobody_to_ask(at_hub, adapter):
     at_hub.fail("/commit/", lose_answer())
     at_hub.fail(lambda request: request.matches(LOOK) and bool(at_hub.asked("/commit/")), answer(503), times=None)
     error = refused(adapter)
-    assert (
-        "answer was lost" in error.what and "all of this push, or nothing" in error.what and "Push again" in error.next
-    )
+    assert "answer was lost" in error.what and "all of this push or none" in error.what and "Push again" in error.next
     at_hub.faults.clear()
     at_hub.requests.clear()
     assert push(adapter, REPO).commit == at_hub.head(REPO) and files(at_hub) == new
@@ -232,7 +230,7 @@ def test_a_lost_pull_request(at_hub, adapter):
     new = finished(at_hub, adapter)
     at_hub.fail("/commit/", lose_answer())
     error = refused(adapter, create_pr=True)
-    assert "may have been made, or not" in error.what and "/discussions" in error.next
+    assert "may or may not have been opened" in error.what and "/discussions" in error.next
     assert files(at_hub) == OLD and at_hub.files_at(REPO, "refs/pr/1") == new
 
 
@@ -266,7 +264,7 @@ def test_two_pushes_at_once(at_hub, adapter, tmp_path, monkeypatch, old):
     (winner,) = [which for which, end in ended.items() if isinstance(end, PushResult)]
     told = ended[1 - winner]
     assert files(at_hub) == new[winner] and isinstance(told, HubError)
-    assert "changed meanwhile" in told.why and "push again" in told.next
+    assert "changed in the meantime" in told.why and "push again" in told.next
 
 
 @pytest.mark.parametrize("stage", ["card", "validate", "put", "commit"])
@@ -274,7 +272,7 @@ def test_somebody_elses_commit_is_not_lost(at_hub, adapter, monkeypatch, stage):
     theirs = OLD | {"README.md": b"---\nlicense: mit\n---\n# Mine\nTheir words\n", "theirs.md": b"1"}
     when(at_hub, monkeypatch, STAGES[stage], lambda: at_hub.add_repo(REPO, theirs))
     error = refused(adapter)
-    assert "changed meanwhile" in error.why and files(at_hub) == theirs
+    assert "changed in the meantime" in error.why and files(at_hub) == theirs
     push(adapter, REPO)
     now = files(at_hub)
     assert now["theirs.md"] == b"1" and b"Their words" in now["README.md"] and b"deltamem.load" in now["README.md"]
@@ -284,7 +282,7 @@ def test_a_repository_that_others_make_meanwhile(at_hub, adapter, monkeypatch):
     start_anew(at_hub, None)
     theirs = {"README.md": b"# Theirs\n"}
     when(at_hub, monkeypatch, STAGES["create"], lambda: at_hub.add_repo(REPO, theirs))
-    assert "changed meanwhile" in refused(adapter, private=True).why  # theirs is public
+    assert "changed in the meantime" in refused(adapter, private=True).why  # theirs is public
     assert files(at_hub) == theirs
     start_anew(at_hub, None)
     looks = iter([False, True])

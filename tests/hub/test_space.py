@@ -76,7 +76,7 @@ def test_a_dry_run_sends_nothing(as_writer, adapter, onnx):
 
 def test_what_cannot_be_is_refused_before_anything_is_sent(as_writer, adapter, onnx, monkeypatch):
     for options in ({"branch": "other"}, {"create_pr": True}):
-        with pytest.raises(ConfigError, match="its main branch alone"):
+        with pytest.raises(ConfigError, match="only to its main branch"):
             push(adapter, REPO, onnx=onnx, space=True, **options)
     with pytest.raises(HubError, match="has no ONNX folder"):
         push(adapter, REPO, space=True)

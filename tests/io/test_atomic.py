@@ -50,7 +50,7 @@ def _write_folder(path):
 def test_a_circle_of_links_is_an_error(tmp_path, write):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(DeltaMemError, match="lead in a circle"):
+    with pytest.raises(DeltaMemError, match="form a loop"):
         write(tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
@@ -229,7 +229,7 @@ def test_a_folder_that_came_to_be_is_left_and_the_result_lies_beside(tmp_path, t
             (tmp_path / "onnx").mkdir(exist_ok=True)
             (tmp_path / "onnx" / "thesis").write_text("theirs")
 
-    with pytest.raises(DeltaMemError, match=r"onnx came to be while this command ran\.[\s\S]*onnx-2"):
+    with pytest.raises(DeltaMemError, match=r"onnx was created while this command was running\.[\s\S]*onnx-2"):
         write()
     assert sorted(path for path in listing(tmp_path) if not path.endswith("/")) == ["onnx-2/result", "onnx/thesis"]
 
@@ -245,7 +245,7 @@ def test_a_folder_that_is_another_by_now_is_not_replaced(tmp_path):
             (tmp_path / "onnx").mkdir()
             (tmp_path / "onnx" / "thesis").write_text("theirs")
 
-    with pytest.raises(DeltaMemError, match=r"onnx came to be while this command ran\.[\s\S]*onnx-2"):
+    with pytest.raises(DeltaMemError, match=r"onnx was created while this command was running\.[\s\S]*onnx-2"):
         write()
     assert (tmp_path / "onnx" / "thesis").exists() and (tmp_path / "onnx-2" / "result").read_text() == "ours"
 
@@ -291,7 +291,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     with folder_whole("~/folder") as staged:
         (staged / "result").write_text("ours")
     assert sorted(listing(tmp_path)) == ["file", "folder/", "folder/result"]
-    with pytest.raises(ConfigError, match="~nobody-here/file is not a path"):
+    with pytest.raises(ConfigError, match="~nobody-here/file is not a valid path"):
         check_writable("~nobody-here/file")
 
 

@@ -110,14 +110,14 @@ def test_two_runtimes_over_each_other(process, tmp_path):
     installed(tmp_path, other, "1.31.0")
     for words in ("run folder --prompt Hello", "export builtin:adapter --out x"):
         process(*words.split()).assert_short_error(
-            "onnxruntime and onnxruntime-gpu are installed over each other",
+            "onnxruntime and onnxruntime-gpu are installed together",
             "pip uninstall -y onnxruntime onnxruntime-gpu",
             code=1,
         )
     # Training uses neither.
     process("train", "recipe.yaml").assert_short_error("recipe.yaml", code=1)
     done = process("run", "folder", "--prompt", "Hello", **{IGNORE: "1"})
-    assert "over each other" not in done.err
+    assert "installed together" not in done.err
 
 
 def test_a_torch_that_does_not_import(process, tmp_path):

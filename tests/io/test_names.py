@@ -17,7 +17,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["half \ud83d", "a\0b", "~nobody-of-this-name/x"])
 def test_a_name_that_no_file_can_have(name):
-    with pytest.raises(ConfigError, match="is not a path"):
+    with pytest.raises(ConfigError, match="is not a valid path"):
         expand_user(name)
     assert expand_user("caf\udce9") == Path("caf\udce9")  # bytes that are not UTF-8, as the command line gives them
 

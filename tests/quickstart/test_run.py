@@ -80,7 +80,7 @@ def test_a_second_run_does_not_destroy_the_first(made, deltamem, monkeypatch):  
     monkeypatch.chdir(folder)
     before = listing(folder)
     done = deltamem("quickstart", "--fast", "--out", "run")
-    done.assert_short_error("already there", "--overwrite", code=1)
+    done.assert_short_error("already exists", "--overwrite", code=1)
     assert listing(folder) == before
 
 
@@ -181,7 +181,7 @@ def test_interrupted_training_says_how_to_start_again(tmp_path, monkeypatch):
     with pytest.raises(DeltaMemError, match="--overwrite") as caught:
         module.quickstart(tmp_path / "run")
     assert "--resume" not in str(caught.value)
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         module.quickstart(tmp_path / "run")
 
 

@@ -109,7 +109,7 @@ def test_what_came_to_be_at_out_is_left_and_the_adapter_lies_beside(checkpoint, 
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "thesis").write_text("theirs")
 
-    with pytest.raises(DeltaMemError, match=r"out came to be while this command ran\.[\s\S]*out-2"):
+    with pytest.raises(DeltaMemError, match=r"out was created while this command was running\.[\s\S]*out-2"):
         train(make_recipe(checkpoint, tmp_path / "out", steps=2), report=make_thesis)
     assert (tmp_path / "out" / "thesis").read_text() == "theirs" and len(list((tmp_path / "out").iterdir())) == 1
     adapter_of(load(tmp_path / "out-2"))
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_where_it_was(kind, number, checkpoint, chats
     assert str(tmp_path / "parts") in stopped.value.why
     adapter_of(load(tmp_path / "parts"))
     half = load_file(tmp_path / "parts" / WEIGHTS_FILE)
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         train(recipe("parts"))  # to start over would lose it
     resumed = train(recipe("parts"), resume=True)
     assert (resumed.steps, resumed.losses) == (8, whole.losses)

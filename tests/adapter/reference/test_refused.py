@@ -210,7 +210,7 @@ def test_nothing_is_replaced_unasked(reference, tmp_path):
     out.mkdir()
     (out / "mine").write_text("")
     before = listing(tmp_path)
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         convert(reference, out, base=BASE)
     for source, base in ((reference, BASE), (reference, str(reference))):
         with pytest.raises(DeltaMemError, match="would be replaced"):

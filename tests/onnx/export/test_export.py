@@ -213,7 +213,7 @@ def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, t
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
-    with pytest.raises(DeltaMemError, match="already there"):
+    with pytest.raises(DeltaMemError, match="already exists"):
         export.export_onnx(qwen3.model, qwen3.tokenizer, out)
     assert [file.name for file in out.iterdir()] == ["mine"]
     export.export_onnx(qwen3.model, qwen3.tokenizer, out, overwrite=True)
