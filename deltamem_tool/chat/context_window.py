@@ -55,13 +55,15 @@ def check_window(engine: Engine, window: int | None) -> None:
     """
     if window is not None and window < 2:
         raise ConfigError(
-            f"A window of {window} tokens is too small.", "A prompt and an answer need two.", "Choose a larger one."
+            f"A window of {window} tokens is too small.",
+            "A prompt and an answer need at least two.",
+            "Choose a larger one.",
         )
     if window is not None and engine.max_length is not None and window > engine.max_length:
         raise ConfigError(
             f"A window of {window} tokens is too large.",
-            f"This model has room for {engine.max_length}.",
-            "Choose a smaller one; an export of a fixed length can be made again with a larger --max-length.",
+            f"This model supports at most {engine.max_length}.",
+            "Choose a smaller one. A model of a fixed length can be exported again with a larger --max-length.",
         )
 
 
@@ -98,8 +100,8 @@ def with_room(
     if len(tokens) + new >= window:
         raise ConfigError(
             f"The prompt is longer than the window of {window} tokens.",
-            f"With the system message it has {len(tokens) + new}, and the answer needs one at least.",
-            "Shorten it, or take a larger window.",
+            f"With the system message it has {len(tokens) + new}, and the answer needs at least one.",
+            "Shorten it, or use a larger window.",
         )
     return _evicted(engine, place, write, kept, tokens) if place.tokens or place.pending else place
 

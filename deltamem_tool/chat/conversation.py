@@ -104,7 +104,7 @@ class Conversation:
         check_window(engine, window)
         if engine.memory_shape.segment_width and not engine.text.has_template:
             raise ConfigError(
-                f"This adapter writes by {engine.mechanism.granularity}, and the model cannot tell where one ends.",
+                f"This adapter writes by {engine.mechanism.granularity}, which needs a chat template.",
                 "The model has no chat template.",
                 "Use a chat model, or an adapter that writes every token.",
             )
@@ -253,8 +253,8 @@ def generate_together(
     if len(conversations) != len(contents) or len(engines) != 1 or len(set(map(id, conversations))) < len(contents):
         raise ConfigError(
             "These conversations cannot be answered together.",
-            "Each must be another one, of the same engine, and have its content.",
-            "Pass one content a conversation.",
+            "They must be distinct, share one engine, and have one content each.",
+            "Pass one content per conversation.",
         )
     turns = []
     for number, (conversation, content) in enumerate(zip(conversations, contents, strict=True)):

@@ -26,7 +26,7 @@ from deltamem_tool.chat.torch_engine import TorchModel, TorchPast
 from deltamem_tool.errors import DeltaMemError
 from deltamem_tool.memory.file import StoredMemory
 
-ADVICE = "Start all of them again; a memory file has what was said until then."
+ADVICE = "Start all of them again. A memory file contains what was said until then."
 
 
 @dataclass(frozen=True)

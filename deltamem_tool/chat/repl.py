@@ -108,9 +108,9 @@ class Chat:
             if known is None:
                 raise
             raise MemoryStateError(
-                f"{self._memory_file.path} was not written; it is as it was before.",
+                f"{self._memory_file.path} could not be written and is unchanged.",
                 f"{known.what} {known.why}".strip(),
-                "The next turn tries again; /save FILE writes to another place.",
+                "The next turn tries again. /save FILE writes to another file.",
             ) from error
 
     def _problem_of_keeping(self) -> DeltaMemError | None:
@@ -148,9 +148,11 @@ class Chat:
         if answer.why == INTERRUPTED:
             self.notice("Stopped. What was said is part of the conversation.")
         elif answer.why == LENGTH:
-            self.notice(f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens, or the window is full.")
+            self.notice(
+                f"Cut after {_count(len(answer.tokens), 'token')}: --max-new-tokens is reached, or the window is full."
+            )
         if dropped > 0:
-            self.notice(f"{_count(dropped, 'message')} left the window; the memory keeps their trace.")
+            self.notice(f"{_count(dropped, 'message')} left the window; the memory keeps a trace.")
 
     def _write(self, piece: str) -> None:
         self._out.file.write(piece.translate(_CONTROL) if self._out.is_terminal else piece)
@@ -174,11 +176,11 @@ class Chat:
             raise ConfigError(
                 f"There is no command {name}.",
                 f"Did you mean {near[0]}?" if near else "",
-                "/help lists them; a message that begins with / is typed with //.",
+                "/help lists the commands. To send a message that begins with /, type // instead.",
             )
         argument = argument.strip()
         if argument and not command.argument:
-            raise ConfigError(f"{name} takes nothing after it.", "", f"Type {name} alone.")
+            raise ConfigError(f"{name} takes no argument.", "", f"Type {name} alone.")
         if not argument and command.argument and not command.argument.startswith("["):
             raise ConfigError(f"{name} needs a file.", "", f"Type {name} {command.argument}.")
         command.run(self, argument)
@@ -201,12 +203,12 @@ class Chat:
         is_given = given is not None and given.is_at(path)
         self.conversation.load_memory(path)
         self._done.append(_Load(former))
-        self.notice(f"The memory is now that of {path}; the context is as it was.")
+        self.notice(f"The memory is now that of {path}; the context is unchanged.")
         if is_given:
             self._given_file = self._memory_file = self.conversation.loaded[resolve(path)]
         elif given is not None:
             self._memory_file = given.beside()
-            self.notice(f"From now on it is kept in {self._memory_file.path}, and {given.path} stays as it is.")
+            self.notice(f"From now on it is saved to {self._memory_file.path}, and {given.path} stays unchanged.")
 
     def _forget(self, _: str) -> None:
         self.conversation.forget()
@@ -214,11 +216,11 @@ class Chat:
         try:
             self._keep()
         finally:
-            self.notice("The memory is empty, and so is the context.")
+            self.notice("The memory and the context are empty.")
 
     def _undo(self, _: str) -> None:
         if not self.conversation.undo():
-            raise ConfigError("There is nothing to undo.", "No turn is left.", "/forget empties the memory.")
+            raise ConfigError("There is nothing to undo.", "No turns are left.", "/forget empties the memory.")
         load = self._done.pop() if self._done else None
         if load is not None:
             self._memory_file = load.memory_file
@@ -245,7 +247,7 @@ class Chat:
         if memory.open_segments:
             waiting = int(next(iter(memory.open_segments.values()))[0, -1])  # a segment's last number counts its tokens
             segment = self.conversation.engine.mechanism.granularity
-            self.notice(f"{_count(waiting, 'token')} to be written when the {segment} ends.")
+            self.notice(f"{_count(waiting, 'token')} will be written when the {segment} ends.")
 
     def _context(self, _: str) -> None:
         context = self.conversation.context
@@ -289,13 +291,13 @@ class Command:
 
 COMMANDS = {
     "/save": Command("Write the memory to a file.", Chat._save, "FILE"),
-    "/load": Command("Go on with the memory of a file.", Chat._load, "FILE"),
+    "/load": Command("Load the memory from a file.", Chat._load, "FILE"),
     "/forget": Command("Empty the memory and the context; this cannot be undone.", Chat._forget),
-    "/undo": Command("Take back the last turn or /load, from the context and from the memory.", Chat._undo),
-    "/memory": Command("Norms by layer, and a picture of one: the strongest, or LAYER.", Chat._memory, "[LAYER]"),
-    "/context": Command("How much of the conversation is in view.", Chat._context),
-    "/help": Command("This list.", Chat._help),
-    "/quit": Command("Leave; so does Ctrl-D.", Chat._quit),
+    "/undo": Command("Undo the last turn or /load, in the context and in the memory.", Chat._undo),
+    "/memory": Command("Show norms by layer, and a heat map of LAYER or the strongest.", Chat._memory, "[LAYER]"),
+    "/context": Command("Show how much of the conversation is in the context.", Chat._context),
+    "/help": Command("Show this list.", Chat._help),
+    "/quit": Command("Quit; so does Ctrl-D.", Chat._quit),
 }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def not_finite(what: str) -> DeltaMemError:
     """Return the error for `what` a model has computed that contains NaN or infinity."""
     return DeltaMemError(
         f"{what} contain NaN or infinity.",
-        "The weights are damaged or overflow in half precision, or the memory that was read is not this model's.",
+        "The weights are damaged or overflow in half precision, or the memory belongs to another model.",
         "Try another dtype or an earlier memory, or train with a lower learning rate.",
     )
 

@@ -133,7 +133,7 @@ class ChatText:
         """
         if self._template is None:
             raise ExportError(
-                "This model takes no messages.", "It has no chat template.", "Give it plain text instead."
+                "This model does not take messages.", "It has no chat template.", "Give it plain text instead."
             )
         try:
             return self.template.render(messages, generation_prompt)

@@ -267,7 +267,7 @@ def _check_separable(past: TorchPast) -> None:
     """Raise for a past that cannot be cut or joined: that of layers that keep what is not known here."""
     if past.others:
         raise ArchitectureError(
-            "Rows and columns of this past cannot be taken out.",
+            "This past cannot be split into rows and columns.",
             f"Layer {min(past.others)} keeps more than keys and values.",
             "Feed each conversation alone, from its beginning.",
         )

@@ -99,8 +99,8 @@ class Transcript:
         new = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
         if any(_MARK in text_of(message) for message in new):
             raise ExportError(
-                "The prompt holds the character U+E000.",
-                "It stands for answers where a conversation is rendered, and has no meaning in any text.",
+                "The prompt contains the character U+E000.",
+                "It is the placeholder for answers when a conversation is rendered, and has no meaning in any text.",
                 "Leave it out.",
             )
         system = self.system
@@ -131,7 +131,7 @@ class Transcript:
             raise ExportError(
                 "The chat template does not continue this conversation.",
                 "It does not write the new messages after the last answer.",
-                "Start a new conversation, from this one's memory if it should remember.",
+                "Start a new conversation, with this one's memory if it should remember.",
             )
         return rendered.rpartition(_ANSWER.format(len(self.turns) - 1))[2]
 
@@ -198,8 +198,8 @@ class Transcript:
             if not placeholder:
                 raise ExportError(
                     "The chat template does not write every answer of this conversation.",
-                    f"Answer {number + 1} is not in what it renders.",
-                    "Start a new conversation, from this one's memory.",
+                    f"Answer {number + 1} is not in the rendered text.",
+                    "Start a new conversation with this one's memory.",
                 )
             first = not text.has_template and number == 0
             tokens += [*text.encode(before, special_tokens=first), *turn.tokens]

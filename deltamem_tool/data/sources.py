@@ -74,7 +74,7 @@ def read_episodes(
                 raise
             skipped.append(error)
     if not episodes:
-        why = f"All of its {count} rows are bad; the first: {skipped[0].what}" if skipped else "It is empty."
+        why = f"All of its {count} rows are invalid; the first: {skipped[0].what}" if skipped else "It is empty."
         raise DataError(f"{path} has no conversations.", why, "Use another file.")
     if unused:
         _LOG.warning("%s has columns that are not used: %s.", path, ", ".join(map(str, unused)))
@@ -172,13 +172,13 @@ def _conversations(path: str | Path, split: str, revision: str | None) -> Iterat
         raise DataError(f"There is no data file {path}.", "", "Correct the path in the recipe.")
     if reader is None or not file.is_file():
         raise DataError(
-            f"{path} is not a data file that can be read.",
+            f"{path} is not a supported data file.",
             f"Supported are {' and '.join(_READERS)} files, and ids of datasets on the Hub.",
             "Save the conversations as JSON lines, and name the file .jsonl.",
         )
     if revision is not None or split != "train":
         raise DataError(
-            f"{path} has no split and no revision.", "It is a file.", "Leave them out, or give a dataset of the Hub."
+            f"{path} has no split and no revision.", "It is a file.", "Leave them out, or use a dataset on the Hub."
         )
     return reader(file)
 

@@ -171,7 +171,7 @@ def encode_cached(
         except (pa.ArrowException, OSError) as error:  # of a table that was cut (which has no errno) or lost
             if getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise
-            _LOG.warning("The cache of encoded episodes is damaged and is made again: %s", error)
+            _LOG.warning("The cache of encoded episodes is damaged and is rebuilt: %s", error)
             for damaged in folder.glob(f"generator/*{fingerprint}"):
                 shutil.rmtree(damaged)
             table = load()

@@ -66,7 +66,7 @@ BASES = {
         batch_size=100,
         fetch=lambda: BACKBONE,
         size_to_fetch=lambda: None,
-        time="2 to 5 minutes, most of them training",
+        time="2 to 5 minutes, mostly training",
         fast_time="less than a minute",
     ),
     SMOLLM2: QuickstartBase(
@@ -82,7 +82,7 @@ BASES = {
         batch_size=10,
         fetch=smollm2.fetch,
         size_to_fetch=smollm2.size_to_fetch,
-        time="1 to 3 hours, most of them training",
+        time="1 to 3 hours, mostly training",
         fast_time="10 to 20 minutes",
         form={"form": "plain", "system": ""},
     ),
@@ -102,9 +102,11 @@ def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, s
         ConfigError: the options do not go together.
     """
     if adapter is not None and fast:
-        raise ConfigError("fast and adapter do not go together.", "Both say which adapter is taken.", "Leave one out.")
+        raise ConfigError("fast and adapter cannot be combined.", "Both choose the adapter.", "Leave out one of them.")
     if steps is not None and (fast or adapter is not None):
-        raise ConfigError("steps is for training.", "An adapter is taken, and none is trained.", "Leave steps out.")
+        raise ConfigError(
+            "steps applies only to training.", "An existing adapter is used, and none is trained.", "Leave out steps."
+        )
     if adapter is not None:
         return adapter
     return BASES[base].adapter if fast or (BASES[base].takes_adapter and steps is None) else None

@@ -184,7 +184,7 @@ def _check_resume(out: Path, taken: str | None) -> None:
     if taken is not None or not checkpoints(run_folder(out / ADAPTER)):
         raise DeltaMemError(
             f"There is nothing to resume in {out}.",
-            "It has no checkpoint of a training." if taken is None else f"The adapter {taken} is trained already.",
+            "It has no training checkpoint." if taken is None else f"The adapter {taken} is already trained.",
             "Run the quickstart without --resume.",
         )
 
@@ -194,13 +194,13 @@ def _check_contents(out: Path, taken: str | None) -> None:
     if taken is not None and expand_user(taken).resolve().is_relative_to(out.resolve()):
         raise DeltaMemError(
             f"The adapter {taken} is in {out}.",
-            "It would be removed with what an earlier run left there.",
+            "It would be removed together with the files of an earlier run.",
             "Choose another folder.",
         )
     strangers = sorted({entry.name for entry in out.iterdir()} - OWN) if out.is_dir() else []
     if strangers:
         raise DeltaMemError(
-            f"{out} holds what no quickstart has made: {', '.join(strangers[:3])}.",
+            f"{out} contains files that are not from a quickstart: {', '.join(strangers[:3])}.",
             "Nothing was changed.",
             "Choose another folder.",
         )

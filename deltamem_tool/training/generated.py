@@ -61,7 +61,9 @@ def fact_options(data: DataOptions, encoder: Encoder) -> FactOptions:
     """
     takes_system = encoder.takes_system(data.system or SYSTEMS[0])
     if data.system is not None and not takes_system:
-        raise DataError("The chat template takes no system prompt.", "data.system gives one.", "Leave out data.system.")
+        raise DataError(
+            "The chat template does not support a system prompt.", "data.system gives one.", "Leave out data.system."
+        )
     chats = (data.chats_from, data.chats_until)
     return FactOptions(
         facts=Growth(data.facts_first, data.facts_last, 0.0, data.growth),

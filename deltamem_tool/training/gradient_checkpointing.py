@@ -33,7 +33,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} cannot recompute its layers.",
-            "None of them is one of transformers' GradientCheckpointingLayer.",
+            "None of them is a GradientCheckpointingLayer of transformers.",
             "Set training.gradient_checkpointing to false.",
         )
     for layer in layers:

@@ -66,13 +66,13 @@ def asks_to_shard(recipe: Recipe) -> bool:
         if _is_set(variable):
             raise ConfigError(
                 f"{engine} is not supported.",
-                "It splits and runs the model that it is given, and here that is the adapter alone.",
+                "It splits and runs the model that it gets, which here is only the adapter.",
                 f"FSDP2 shards the base: {SHARD_COMMAND}",
             )
     if _is_set(_FSDP) and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "FSDP 1 is not supported.",
-            "accelerate's configuration asks for it, and torch has replaced it by FSDP 2.",
+            "accelerate's configuration asks for it, but torch has replaced it with FSDP 2.",
             "Set fsdp_version: 2 under fsdp_config, or use recipes/accelerate/fsdp2.yaml.",
         )
     return _is_set(_FSDP) or recipe.training.shard == "fsdp2"
@@ -87,7 +87,7 @@ def _check_devices(processes: int) -> None:
     if processes > devices:
         raise ConfigError(
             f"{processes} processes were started for {devices} GPUs.",
-            "Each needs one of its own.",
+            "Each process needs its own GPU.",
             f"Set num_processes or --nproc-per-node to {devices}.",
         )
 
@@ -100,19 +100,19 @@ def check_shards(recipe: Recipe, processes: int) -> None:
     """
     if processes == 1:
         raise ConfigError(
-            "FSDP2 needs several processes, and this is the only one.",
+            "FSDP2 needs several processes, but this is the only one.",
             "The recipe or accelerate's configuration says to shard the base.",
             f"Run {SHARD_COMMAND}, with two processes or more.",
         )
     if recipe.training.quantize == "int8":
         raise ConfigError(
-            "A base in int8 cannot be sharded.",
-            "bitsandbytes keeps the scales of its rows in the weight, and FSDP2 makes a plain one of that.",
+            "A base quantised to int8 cannot be sharded.",
+            "bitsandbytes keeps the scales of the rows in the weight, and FSDP2 replaces it with a plain weight.",
             "Set training.quantize to nf4 or none, or training.shard to none.",
         )
     if recipe.lora is not None:
         raise ConfigError(
-            "A LoRA is not trained on a sharded base.",
-            "Its weights are inside of the base's layers.",
+            "A LoRA cannot be trained on a sharded base.",
+            "Its weights are inside the base's layers.",
             "Leave out lora, or train it without sharding.",
         )

@@ -116,7 +116,7 @@ def train(
     check_overwrite(out, overwrite or resume)
     if not resume and checkpoints(run) and not overwrite:
         raise DeltaMemError(
-            f"{run} has checkpoints of a run that did not end.",
+            f"{run} has checkpoints of an unfinished run.",
             "Nothing was changed.",
             "Pass --resume to continue that run, or --overwrite to start again.",
         )
@@ -129,7 +129,7 @@ def train(
     granularity = step.adapter.config.granularity if isinstance(step, EpisodeModel) else "token"
     data = run_data(recipe, tokenizer, granularity, state.num_processes, encoding, Limits.of(model.config))
     progress = Progress(report)
-    advice = f"Whole checkpoints are in {run}: --resume goes on from the last."
+    advice = f"The complete checkpoints are in {run}. Pass --resume to continue from the last one."
     with removed_if_empty(run), naming_lost(members(), advice):  # the Trainer makes the folder
         trainer = _trainer(recipe, step, data, progress, launch.shards)
         if not _is_placed(model):

@@ -126,7 +126,7 @@ def _batches(start: Mapping[str, Any]) -> str:
     together = start["processes"] * start["training.batch_size"]
     episodes = together * start["training.gradient_accumulation"]
     is_generated = start["data.path"] is None or start["data.mix"] > 0
-    return f"{episodes} episodes a step" + (f", {together} at once" if is_generated else "")
+    return f"{episodes} episodes per step" + (f", {together} at once" if is_generated else "")
 
 
 def start_of(recipe: Recipe, processes: int) -> dict[str, object]:

@@ -246,7 +246,7 @@ def _diverged(step: int, loss: Tensor, sources: Sequence[str], gates: Tensor | N
     return DeltaMemError(
         f"Training diverged: the loss of step {step} is {loss.item()}.",
         f"The batch was {', '.join(rows[:SHOWN_ROWS])}{more}{opened}. No adapter was written.",
-        "Look at these rows; then start anew with a lower training.learning_rate.",
+        "Check these rows, then start again with a lower training.learning_rate.",
     )
 
 

@@ -33,9 +33,9 @@ def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """
     if len(items) < 2:
         raise ConfigError(
-            "Fewer than two conversations are too few for evaluation.",
+            "Evaluation needs at least two conversations.",
             "Its control is another conversation's memory.",
-            "Set training.eval_episodes and the data to two or more.",
+            "Set training.eval_episodes to two or more, and provide at least two conversations.",
         )
     size = max(2, size)
     starts = list(range(0, len(items) - 1, size))

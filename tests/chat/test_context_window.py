@@ -173,7 +173,7 @@ def test_the_window_is_what_the_model_has_positions_for(make):
     assert say(conversation, *TURNS[:1] * 6, tokens=4) == say(given, *TURNS[:1] * 6, tokens=4)
     assert conversation.context == given.context
     assert given.context.window == positions >= given.context.tokens and given.context.dropped
-    with pytest.raises(ConfigError, match="room for 64"):
+    with pytest.raises(ConfigError, match="at most 64"):
         Conversation(engine, window=positions + 1)
     before = seen(conversation)
     with pytest.raises(ConfigError, match="longer than the window of 64 tokens"):

@@ -131,7 +131,7 @@ def test_the_picture_is_of_the_memory(talk):
 def test_the_window(talk):
     chat = talk(window=48, max_new_tokens=12)
     said = [chat(line)[1] for line in (TOLD, "My parrot is Whiskers.", "My exam is Easter.", "Hello.")]
-    assert any("2 messages left the window; the memory keeps their trace." in notice for notice in said)
+    assert any("2 messages left the window; the memory keeps a trace." in notice for notice in said)
     context = chat.conversation.context
     shown = chat("/context")[0]
     for value in (f"{context.tokens} of 48", f"view      {context.messages}", f"dropped      {context.dropped}"):
@@ -147,7 +147,7 @@ def test_lines_with_a_slash(talk):
     assert chat.conversation.messages == []
     chat("//usr/bin is full")
     assert chat.conversation.messages[0]["content"] == "/usr/bin is full"
-    assert "takes nothing" in chat("/undo twice")[1] and len(chat.conversation.messages) == 2
+    assert "takes no argument" in chat("/undo twice")[1] and len(chat.conversation.messages) == 2
     assert all(name in chat("/help")[0] for name in COMMANDS)
     assert not chat.chat.over
     chat("/quit")

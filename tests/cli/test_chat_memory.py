@@ -86,7 +86,7 @@ def test_the_chat_goes_on_when_the_disk_is_full(talk, here):
     with small_files(2000):
         answered, said = chat(ASKED)
     assert answered == f"{ANSWER}\n" and chat.chat.failures == 1
-    assert "me was not written; it is as it was before." in said and "disk is full" in said
+    assert "me could not be written and is unchanged." in said and "disk is full" in said
     assert same(read_memory("me"), kept) and listing(here) == before
     chat("Thank you.")
     assert same(read_memory("me"), chat.conversation.memory)
@@ -99,7 +99,7 @@ def test_the_chat_goes_on_when_the_folder_is_gone(talk, here):
     (here / "folder").rename(here / "moved")
     (here / "folder").write_text("in the way")
     answered, said = chat(ASKED)
-    assert answered == f"{ANSWER}\n" and "was not written" in said and chat.chat.failures == 1
+    assert answered == f"{ANSWER}\n" and "could not be written" in said and chat.chat.failures == 1
     (here / "folder").unlink()
     chat("Thank you.")
     assert same(read_memory("folder/me"), chat.conversation.memory)
@@ -132,7 +132,7 @@ def test_what_is_loaded_goes_beside_the_file(talk, here):
     chat(TOLD)
     alice, bob, before = read_memory("alice.safetensors"), read_memory("bob.safetensors"), listing(here)
     said = chat("/load bob.safetensors")[1]
-    assert "kept in" in said and "alice-2.safetensors" in said
+    assert "saved to" in said and "alice-2.safetensors" in said
     assert same(chat.conversation.memory, bob) and listing(here) == before
     chat(ASKED)
     assert same(read_memory("alice.safetensors"), alice) and same(read_memory("bob.safetensors"), bob)

@@ -168,12 +168,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"(?s)has no conversations.*is empty"):
             read_episodes(path)
     (tmp_path / "bad.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(DataError, match=r"(?s)All of its 2 rows are bad.*bad.jsonl:1"):
+    with pytest.raises(DataError, match=r"(?s)All of its 2 rows are invalid.*bad.jsonl:1"):
         read_episodes(tmp_path / "bad.jsonl", skip_bad_rows=True)
     (tmp_path / "chats.csv").write_text("a,b")
     (tmp_path / "folder.jsonl").mkdir()
     for other in ("chats.csv", "folder.jsonl"):
-        with pytest.raises(DataError, match=r"(?s)not a data file that can be read.*\.jsonl and \.parquet.*Hub"):
+        with pytest.raises(DataError, match=r"(?s)not a supported data file.*\.jsonl and \.parquet.*Hub"):
             read_episodes(other)
 
 

@@ -154,7 +154,7 @@ def test_a_process_dies(recipes, tmp_path):
     alone = with_training(two, shard="none", gradient_accumulation=PROCESSES)
     with pytest.raises(DeltaMemError, match="processes was 2, is 1") as raised:
         train(with_training(alone, gradient_accumulation=1), resume=True)
-    assert "that make 4 episodes a step" in raised.value.next
+    assert "that make 4 episodes per step" in raised.value.next
     train(alone, resume=True)
     train(one)
     weights, found = (load_file(Path(recipe.out) / WEIGHTS_FILE) for recipe in (one, alone))

@@ -118,7 +118,7 @@ def test_the_model_s_positions_are_the_window(qwen3, folder):
     assert TorchModel(qwen3.model, qwen3.tokenizer).max_length == positions
     talk = Conversation(OnnxModel(folder))
     assert talk.context.window == positions
-    with pytest.raises(ConfigError, match=f"room for {positions}"):
+    with pytest.raises(ConfigError, match=f"at most {positions}"):
         Conversation(talk.engine, window=positions + 1)
     file = folder / "deltamem_onnx.json"
     older = json.loads(file.read_text())
