@@ -27,7 +27,7 @@ from deltamem_tool.onnx.manifest import Manifest
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
 END = "<!-- /deltamem -->"
 TAGS = ("delta-mem", "associative-memory", "arxiv:2605.12357")
-DATASET = "deltamem-"  # prefix of our tasks' names in a model-index
+DATASET = "deltamem-"  # prefix of the names of deltamem's tasks in a model-index
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SPACE = re.compile(r"\[Talk to it in your browser\]\((\S+)\)")  # as the template links it
 _TOY = "The backbone is a toy of 767 words: it shows the mechanism, and nothing else."
@@ -36,7 +36,7 @@ _WRITTEN = {
     "message": "written at the end of every message",
     "sentence": "written at the end of every sentence",
 }
-_TRAINING = {  # keys of training.json's recipe, and their names in the card
+_TRAINING = {  # keys of the recipe in training.json, and their names in the card
     "data.path": "data",
     "data.revision": "revision of the data",
     "training.batch_size": "batch size",
@@ -56,8 +56,8 @@ def write_card(
     Args:
         contents: of the repository after the push.
         repo_id: `owner/name`.
-        base: the base model as others find it.
-        old: the present card; its metadata and all words outside the generated block are kept.
+        base: the base model under its public name.
+        old: the existing card; its metadata and all text outside the generated block are kept.
         license: identifier for the metadata; None keeps that of the old card.
         space: address of its Space; None keeps that of the old card.
 
@@ -222,7 +222,7 @@ def _scores(evaluation: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]
 
 
 def _onnx(manifest: Manifest | None) -> str:
-    """What the graph is, and how well it agrees with PyTorch."""
+    """Describe the graph, and how well it agrees with PyTorch."""
     if manifest is None:
         return ""
     parts = [f"target {manifest.target}", manifest.interface.dtype]

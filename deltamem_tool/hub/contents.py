@@ -20,15 +20,15 @@ from deltamem_tool.onnx.runtime.validate import check_onnx_folder
 CARD_FILE = "README.md"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, SUMMARY_FILE, PLOT_FILE, EVALUATION_FILE)
 ONNX_PATHS = tuple(f"{ONNX_FOLDER}/{file}" for file in contract.FILES)
-REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # nothing else is sent or fetched
+REPO_FILES = (*ADAPTER_FILES, CARD_FILE, *ONNX_PATHS)  # no other files are sent or fetched
 
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter, an ONNX folder, or both of one adapter; checked.
+    """An adapter, an ONNX folder that was exported from it, or both. They have been checked.
 
     Args:
-        files: by path in a repository, without the card.
+        files: files by their path in a repository, without the card.
         adapter: None if there is none.
         onnx: the manifest of the ONNX folder; None if there is none.
         training: `training.json`.
@@ -68,12 +68,12 @@ class Contents:
 
 
 def read_contents(folder: Path, onnx: Path | None = None, evaluation: Path | None = None) -> Contents:
-    """Read and check what `folder` holds.
+    """Read and check the contents of `folder`.
 
     Args:
-        folder: an adapter folder, perhaps with an ONNX folder `onnx` in it; or an ONNX folder.
-        onnx: an ONNX folder that is elsewhere.
-        evaluation: what `deltamem eval --out` wrote, if it is not in `folder`.
+        folder: an adapter folder, which may contain an ONNX folder `onnx`; or an ONNX folder.
+        onnx: an ONNX folder outside `folder`.
+        evaluation: file written by `deltamem eval --out`, if it is not in `folder`.
 
     Raises:
         HubError: the folder has neither part, or parts of two adapters; or the evaluation is of another adapter.

@@ -20,21 +20,21 @@ _CACHED = "models--"  # how the Hub's cache begins the name of a model's folder
 
 
 class Base(NamedTuple):
-    """A base model as others find it."""
+    """The public name of a base model."""
 
     name: str | None  # a Hub id or a `builtin:` name; None if unknown
     revision: str | None  # commit on the Hub
 
 
 def with_public_base(contents: Contents, base_model: str | None) -> tuple[Contents, Base]:
-    """Return `contents` whose files name the base model as others find it, and that base.
+    """Return `contents` with the public name of the base model in its files, and that base.
 
     Args:
-        contents: of a folder here.
-        base_model: `OWNER/NAME` or `OWNER/NAME@REVISION`; by default what the adapter records.
+        contents: contents of a local folder.
+        base_model: `OWNER/NAME` or `OWNER/NAME@REVISION`; by default the name that the adapter records.
 
     Raises:
-        HubError: the adapter does not record where on the Hub its base model is, and `base_model` is None.
+        HubError: the adapter does not record the Hub id of its base model, and `base_model` is None.
     """
     base = _public_base(contents, base_model)
     files, adapter, manifest = dict(contents.files), contents.adapter, contents.onnx

@@ -124,11 +124,11 @@ def push(
     with ExitStack() as opened:
         page = None
         if space:
-            made = Path(opened.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
+            page_folder = Path(opened.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
             page = Space(
                 repository.repo_id,
                 _onnx_folder(contents, folder),
-                made,
+                page_folder,
                 license,
                 private,
                 runtime,
@@ -158,10 +158,10 @@ def push(
 
 
 def _onnx_folder(contents: Contents, folder: str | Path) -> Path:
-    """Where the ONNX folder among `contents` is.
+    """Return the path of the ONNX folder in `contents`.
 
     Raises:
-        HubError: there is none.
+        HubError: `contents` has no ONNX folder.
     """
     graph = contents.files.get(f"{ONNX_FOLDER}/{MODEL_FILE}")
     if not isinstance(graph, Path):
@@ -174,10 +174,10 @@ def _onnx_folder(contents: Contents, folder: str | Path) -> Path:
 
 
 def _described(contents: Contents, repository: Repository, remote: RemoteTree) -> tuple[Contents, list[str]]:
-    """Return what the card describes: `contents` and the repository's other part; and notes.
+    """Return the contents that the card describes, and notes. They include a part that is only in the repository.
 
     Raises:
-        HubError: the other part is of another adapter.
+        HubError: the part in the repository is of another adapter.
     """
     manifest = f"{ONNX_FOLDER}/{MANIFEST_FILE}"
     part, file = ("ONNX folder", manifest) if contents.adapter else ("adapter", CONFIG_FILE)
@@ -200,9 +200,9 @@ def _described(contents: Contents, repository: Repository, remote: RemoteTree) -
 
 
 def _changes(files: Files, contents: Contents, remote: RemoteTree) -> list[Change]:
-    """What becomes of every file of the pushed parts, sorted by path."""
-    ours = {*(ADAPTER_FILES if contents.adapter else ()), *(ONNX_PATHS if contents.onnx else ())}
-    gone = (ours & remote.files.keys()) - files.keys()
+    """The change to every file of the pushed parts, sorted by path."""
+    parts = {*(ADAPTER_FILES if contents.adapter else ()), *(ONNX_PATHS if contents.onnx else ())}
+    deleted = (parts & remote.files.keys()) - files.keys()
     changes = [remote.change(path, content) for path, content in files.items()]
-    changes += [Change(path, remote.files[path].size, DELETED) for path in gone]
+    changes += [Change(path, remote.files[path].size, DELETED) for path in deleted]
     return sorted(changes, key=lambda change: change.path)

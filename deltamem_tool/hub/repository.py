@@ -21,8 +21,8 @@ LIBRARY = "deltamem-tool"
 MAIN = "main"
 MODEL, SPACE = "model", "space"  # kinds of repositories
 NEW, CHANGED, SAME, DELETED = "new", "changed", "same", "deleted"
-Files = Mapping[str, Path | bytes]  # by path in the repository
-_FROM_THE_START = {  # files of a new repository
+Files = Mapping[str, Path | bytes]  # files by their path in the repository
+_INITIAL_FILES = {  # files of a new repository
     MODEL: {".gitattributes"},
     SPACE: {".gitattributes", "README.md", "index.html", "style.css"},
 }
@@ -30,7 +30,7 @@ _FROM_THE_START = {  # files of a new repository
 
 @dataclass(frozen=True)
 class Change:
-    """What a push does to one file of the repository."""
+    """The change of one file of the repository in a push."""
 
     path: str
     size: int
@@ -45,7 +45,7 @@ class RemoteTree:
         commit: None if the repository does not exist.
         has_branch: whether the branch exists; if not, the head is that of `main`.
         is_private: whether the repository is private.
-        files: by path.
+        files: files by path.
     """
 
     commit: str | None
@@ -75,9 +75,9 @@ class Repository:
 
     Args:
         repo_id: `owner/name`.
-        branch: of it.
-        create_pr: whether changes are proposed.
-        kind: MODEL or SPACE, which is static.
+        branch: branch that is read and changed.
+        create_pr: open a pull request instead of committing to the branch.
+        kind: MODEL or SPACE, a static Space.
     """
 
     def __init__(self, repo_id: str, branch: str = MAIN, create_pr: bool = False, kind: str = MODEL) -> None:
@@ -86,7 +86,7 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """The page of the branch."""
+        """URL of the branch."""
         url = f"{self._api.endpoint}/{'spaces/' if self.kind == SPACE else ''}{self.repo_id}"
         return url if self.branch == MAIN else f"{url}/tree/{self.branch}"
 
@@ -94,7 +94,7 @@ class Repository:
         """Return the head of the branch.
 
         Raises:
-            HubError: it cannot be read.
+            HubError: the branch cannot be read.
         """
         try:
             has_branch = True
@@ -118,10 +118,10 @@ class Repository:
         return self._api.repo_info(self.repo_id, revision=revision, repo_type=self.kind, timeout=timeout)
 
     def content(self, path: str, remote: RemoteTree) -> bytes | None:
-        """Return the bytes of a file; None if it does not exist.
+        """Return the bytes of a file, or None if it does not exist.
 
         Raises:
-            HubError: it cannot be fetched.
+            HubError: the file cannot be fetched.
         """
         if path not in remote.files:
             return None
@@ -135,12 +135,12 @@ class Repository:
             return Path(file).read_bytes()
 
     def create(self, remote: RemoteTree, private: bool) -> RemoteTree:
-        """Create the repository or the branch where it is missing, and return its head.
+        """Create the repository or the branch if it is missing, and return its head.
 
         Raises:
             HubError: the Hub does not allow it, or somebody else created the repository at the same time.
         """
-        what = self.repo_id if remote.commit is None else f"The branch {self.branch} of {self.repo_id}"
+        target = self.repo_id if remote.commit is None else f"The branch {self.branch} of {self.repo_id}"
         try:
             if remote.commit is None:
                 sdk = "static" if self.kind == SPACE else None
@@ -148,12 +148,12 @@ class Repository:
             if self.branch != MAIN and not remote.has_branch:
                 self._api.create_branch(self.repo_id, branch=self.branch, revision=remote.commit, repo_type=self.kind)
         except CLIENT_ERRORS as error:
-            what = f"{what} cannot be created. None of your files was sent."
+            what = f"{target} cannot be created. None of your files was sent."
             raise hub_error(error, self.repo_id, what, writing=True) from error
-        if remote.commit is not None:  # the parent of the new commit is the one that the files were compared with
+        if remote.commit is not None:  # the new commit's parent must be the commit that the files were compared with
             return replace(remote, has_branch=True)
         now = self.read()
-        if now.files.keys() - _FROM_THE_START[self.kind]:
+        if now.files.keys() - _INITIAL_FILES[self.kind]:
             raise HubError(
                 f"{self.repo_id} was created by somebody else at the same time. None of your files was sent.",
                 "It already contains other files.",
@@ -162,7 +162,7 @@ class Repository:
         return now
 
     def commit(self, files: Files, changes: Sequence[Change], remote: RemoteTree, message: str) -> tuple[str, str]:
-        """Make the commit, if the branch still has the head `remote`; return its id and its page.
+        """Make the commit if the head of the branch is still `remote`. Return its id and its URL.
 
         Raises:
             HubError: the commit was not made, or the Hub's answer was lost; the message says which.
@@ -199,7 +199,7 @@ class Repository:
         """Return the commit if it was made although the answer was lost, or None.
 
         Raises:
-            HubError: the Hub does not tell which.
+            HubError: this cannot be determined.
         """
         if self.create_pr:
             raise HubError(

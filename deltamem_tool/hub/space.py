@@ -12,25 +12,25 @@ from deltamem_tool.hub.repository import DELETED, MAIN, SAME, SPACE, Change, Rem
 from deltamem_tool.page.build import make_page
 
 CARD_FILE = "README.md"
-_FOLDERS = ("library/", "model/", "runtime/")  # in which everything is the page's
+_FOLDERS = ("library/", "model/", "runtime/")  # folders in which all files belong to the page
 
 
 class Space:
-    """The page of an ONNX folder, beside the repository `repo_id` and under the same name.
+    """A Space with the page of an ONNX folder, under the same name as the repository `repo_id`.
 
     Args:
         repo_id: `owner/name`.
         onnx: the ONNX folder.
-        folder: an empty folder, in which the page is made.
-        license: for its card.
+        folder: an empty folder in which the page is created.
+        license: licence for the Space's card.
         private: make a new Space private; an existing one must be private.
         runtime: as in `page.build.make_page`.
-        progress: called with what is being done.
+        progress: called with a description of each step.
 
     Raises:
         ExportError: the ONNX folder does not run in a browser.
-        InstallationError: the packages of the page cannot be had.
-        HubError: the Hub does not say what the Space has, or it is public.
+        InstallationError: the packages of the page are not available.
+        HubError: the Space cannot be read, or `private` is set and it is public.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Space:
         self._files: dict[str, Path | bytes] = {
             path.relative_to(page).as_posix(): path for path in page.rglob("*") if path.is_file()
         }
-        if CARD_FILE not in self._remote.files:  # or it is the user's by now
+        if CARD_FILE not in self._remote.files:  # an existing card may have been edited by the user
             self._files[CARD_FILE] = _card(repo_id, license)
         self.changes = _changes(self._files, self._remote)
 
     def push(self) -> str | None:
-        """Make the commit; return the head, which is the same where nothing has changed.
+        """Make the commit if anything has changed, and return the head.
 
         Raises:
-            HubError: the Hub rejects it, or its answer was lost.
+            HubError: the Hub rejects the commit, or its answer was lost.
         """
         if all(change.kind == SAME for change in self.changes):
             return self._remote.commit
@@ -74,10 +74,10 @@ class Space:
 
 
 def check_space(branch: str | None, create_pr: bool) -> None:
-    """Check that a Space can be pushed with a repository.
+    """Check that a Space can be pushed together with the repository.
 
     Raises:
-        ConfigError: the repository's part is to go elsewhere than to its `main`.
+        ConfigError: the repository's files are not pushed to its branch `main`.
     """
     if create_pr or branch not in (None, MAIN):
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_space(branch: str | None, create_pr: bool) -> None:
 
 
 def _card(repo_id: str, license: str | None) -> bytes:
-    described = {
+    metadata = {
         "title": repo_id.partition("/")[2],
         "emoji": "🧠",
         "sdk": "static",
@@ -96,11 +96,11 @@ def _card(repo_id: str, license: str | None) -> bytes:
         **({} if license is None else {"license": license}),
     }
     text = "The model runs, and keeps its memories, in the visitor's browser. Made with `deltamem page`."
-    return f"---\n{yaml.safe_dump(described, allow_unicode=True, sort_keys=False)}---\n\n{text}\n".encode()
+    return f"---\n{yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False)}---\n\n{text}\n".encode()
 
 
 def _changes(files: dict[str, Path | bytes], remote: RemoteTree) -> list[Change]:
-    gone = {path for path in remote.files if path.startswith(_FOLDERS)} - files.keys()
+    deleted = {path for path in remote.files if path.startswith(_FOLDERS)} - files.keys()
     changes = [remote.change(path, content) for path, content in files.items()]
-    changes += [Change(path, remote.files[path].size, DELETED) for path in gone]
+    changes += [Change(path, remote.files[path].size, DELETED) for path in deleted]
     return sorted(changes, key=lambda change: change.path)

@@ -22,9 +22,9 @@ UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Wait until no other program has locked `path`, and lock it; where the file system has no locks, go on without.
+    """Wait until no other program has locked `path`, and lock it. Without effect if the file system has no locks.
 
-    The lock is that of the folder: the file itself is another one after each `write_whole`.
+    The lock is on the folder, because each `write_whole` replaces the file itself.
     """
     folder = resolve(path).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lock `folder`, which exists, while the block runs, where the file system has locks.
+    """Lock an existing `folder` while the block runs. Without effect if the file system has no locks.
 
     Raises:
         DeltaMemError: another program has locked it.
@@ -60,7 +60,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _locked_at_once(folder: Path) -> int:
-    """Lock `folder` without waiting, for as long as the descriptor that is returned is open.
+    """Lock `folder` without waiting. The lock lasts until the returned descriptor is closed.
 
     Raises:
         BlockingIOError: another program has locked it.
@@ -77,25 +77,25 @@ def _locked_at_once(folder: Path) -> int:
     return descriptor
 
 
-# A file that cannot be staged beside: in a read-only folder, or a mount point, whose name belongs to the mount.
+# Errors for a file that a rename cannot replace: its folder is read-only, or the file is a mount point.
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename over it.
+    """Write to a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    A file that is there keeps its mode and its owner, and a symbolic link stays one: the file that it leads to is
-    written. What a rename would break is written in place: a file with several names, a mount point, a file in a
-    folder that is read-only, a device or a pipe.
+    An existing file keeps its mode and owner. If `path` is a symbolic link, its target is written. Files that a rename
+    would break are written in place: a file with several hard links, a mount point, a file in a read-only folder, a
+    device or a pipe.
 
     Raises:
-        OSError: the folder or the file cannot be written, or the disk is full. A file is then as it was, unless it is
-            written in place.
+        OSError: the folder or the file cannot be written, or the disk is full. An existing file is unchanged, unless it
+            is written in place.
     """
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     former = path.stat() if path.exists() else None
-    if former is not None and not os.access(path, os.W_OK):  # a rename would not ask
+    if former is not None and not os.access(path, os.W_OK):  # a rename would ignore that
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     if former is not None and (former.st_nlink > 1 or not stat.S_ISREG(former.st_mode)):
         _write_in_place(path, content)
@@ -117,7 +117,7 @@ def _write_beside(path: Path, content: bytes, former: os.stat_result | None) -> 
             file.flush()
             os.fsync(file.fileno())
         if former is None:
-            staged.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+            staged.chmod(0o666 & ~_umask())  # mkstemp creates files that only their owner can read
         else:
             _keep_attributes(path, former, staged)
         staged.replace(path)
@@ -127,7 +127,7 @@ def _write_beside(path: Path, content: bytes, former: os.stat_result | None) -> 
 
 
 def _write_in_place(path: Path, content: bytes) -> None:
-    """Write into the file itself; where that fails, its content is put back."""
+    """Write into the file itself. If that fails, restore its content."""
     if not path.is_file():
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is an error, not a wait
         os.set_blocking(descriptor, True)
@@ -153,10 +153,10 @@ def _fill(file: FileIO, content: bytes) -> None:
 
 
 def _keep_attributes(path: Path, former: os.stat_result, staged: Path) -> None:
-    """Give `staged` the owner, the mode and the extended attributes of `path`, whose place it will take.
+    """Give `staged` the owner, the mode and the extended attributes of `path`, which it will replace.
 
     Raises:
-        PermissionError: the owner is somebody else, and may not be given away.
+        PermissionError: `path` has another owner, and this process may not change owners.
     """
     if (former.st_uid, former.st_gid) != (staged.stat().st_uid, staged.stat().st_gid):
         os.chown(staged, former.st_uid, former.st_gid)
@@ -165,7 +165,7 @@ def _keep_attributes(path: Path, former: os.stat_result, staged: Path) -> None:
 
 
 def _keep_attributes_of_former(path: Path, staged: Path) -> None:
-    """As `_keep_attributes`, where `path` is there and of the same kind; somebody else's owner need not be kept."""
+    """As `_keep_attributes`, if `path` exists and is of the same kind. Another owner is kept only if permitted."""
     if path.exists() and path.is_dir() == staged.is_dir():
         with suppress(PermissionError):
             _keep_attributes(path, path.stat(), staged)
@@ -175,8 +175,8 @@ def resolve(path: str | Path) -> Path:
     """Make a path absolute and follow its symbolic links; a leading `~` is the home folder.
 
     Raises:
-        DeltaMemError: the links lead in a circle.
-        ConfigError: nobody has the home folder that is named.
+        DeltaMemError: the links form a loop.
+        ConfigError: `~USER` names an unknown user.
     """
     path = expand_user(path)
     resolved = Path(os.path.realpath(path))
@@ -191,13 +191,13 @@ def resolve(path: str | Path) -> Path:
 
 @contextmanager
 def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A staging folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
+    """Yield a staging folder beside `path`. It is renamed to `path` if the block succeeds, and removed otherwise.
 
-    A folder that is there already keeps its mode and its owner, and so do its files. What a program that was killed has
-    left of the same folder is removed.
+    An existing folder and its files keep their mode and owner. Staging folders of programs that were killed while they
+    wrote the same folder are removed.
 
     Raises:
-        DeltaMemError: `check_overwrite` says so; or the name was taken while the block ran.
+        DeltaMemError: raised by `check_overwrite`; or `path` was created while the block ran.
     """
     check_overwrite(path, overwrite)
     path = resolve(path)
@@ -220,13 +220,13 @@ def folder_whole(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, locked where there are locks, which is removed if the block fails."""
+    """Yield a folder beside `path`, locked if the file system has locks. It is removed if the block fails."""
     with ExitStack() as opened:
         staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             with suppress(OSError, ImportError):
                 opened.callback(os.close, _locked_at_once(staged))
-                staged = staged.rename(f"{staged}{UNFINISHED}")  # once it is locked: nobody takes it for a left one
+                staged = staged.rename(f"{staged}{UNFINISHED}")  # after locking, so that no program removes it as left
             yield staged
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
@@ -234,7 +234,7 @@ def _staging(path: Path) -> Iterator[Path]:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Remove what programs have left that were killed while they wrote the folder `path`: they lock it no longer."""
+    """Remove staging folders of `path` whose programs were killed: they are no longer locked."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
         with suppress(OSError, ImportError):
             descriptor = _locked_at_once(left)
@@ -243,7 +243,7 @@ def _remove_unfinished(path: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file or folder from another of the same name; None if there is none."""
+    """Device and inode, which distinguish `path` from a later file of the same name; None if it does not exist."""
     if not path.exists():
         return None
     status = path.stat()
@@ -251,7 +251,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _swap(staged: Path, path: Path) -> None:
-    """Folders cannot be swapped in one step everywhere: the old one steps aside, and comes back on failure."""
+    """Replace `path` by `staged`. The old folder is renamed first and restored on failure: not all systems can swap."""
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         os.rename(path, aside / "old")
@@ -268,10 +268,10 @@ def _swap(staged: Path, path: Path) -> None:
 
 
 def _name(staged: Path, path: Path) -> None:
-    """Give `staged` its name, which only an empty folder may have by now; what another program made there stays.
+    """Rename `staged` to `path`, unless another program has created `path` and it is not an empty folder.
 
     Raises:
-        DeltaMemError: the name is taken; the work of minutes or hours is not thrown away, but lies beside.
+        DeltaMemError: `path` is taken. The result is kept under another name beside it: it may be the work of hours.
     """
     try:
         os.rename(staged, path)
@@ -284,7 +284,7 @@ def _name(staged: Path, path: Path) -> None:
 
 
 def taken_meanwhile(path: Path, beside: Path) -> DeltaMemError:
-    """The error for a folder that another program made where a result was to go, which is now `beside` it."""
+    """The error for a `path` that another program created meanwhile, so that the result is in `beside` instead."""
     return DeltaMemError(
         f"{path} was created while this command was running.",
         f"It was not changed, and the result is in {beside}.",
@@ -293,14 +293,14 @@ def taken_meanwhile(path: Path, beside: Path) -> DeltaMemError:
 
 
 def free_name(path: Path, suffix: str = "") -> Path:
-    """A name beside `path` that nothing has: onnx-2, or me-2.safetensors with a `suffix`."""
+    """A free name beside `path`: onnx-2, or me-2.safetensors with a `suffix`."""
     stem = path.name.removesuffix(suffix)
     names = (path.with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
     return next(name for name in names if not os.path.lexists(name))
 
 
 def check_overwrite(path: str | Path, overwrite: bool) -> None:
-    """Raise if the folder `path` cannot be written, or that would destroy something; call it before long work begins.
+    """Raise if writing the folder `path` would fail or destroy something. Call this before long work begins.
 
     Raises:
         DeltaMemError: `path` exists, is not an empty folder, and `overwrite` is false; or it is a file, or cannot be
@@ -320,16 +320,16 @@ def check_overwrite(path: str | Path, overwrite: bool) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nothing is at `path`, or an empty folder."""
+    """Whether `path` does not exist, or is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise if nothing can be written at `path`, whose missing parents would be created.
+    """Raise if nothing can be written at `path`. Missing parent folders would be created.
 
     Raises:
-        DeltaMemError: the file at `path` is read-only, or the folder is.
-        ConfigError: nobody has the home folder that is named.
+        DeltaMemError: the file at `path` or its folder is read-only.
+        ConfigError: `~USER` names an unknown user.
     """
     resolved = resolve(path)
     if resolved.exists() and not resolved.is_dir():

@@ -7,26 +7,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_THREADS = 1024  # of one computation: far more than any machine has use for
+MAX_THREADS = 1024  # per computation: far more than any machine can use
 _GROUPS_OF_THIS_PROCESS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: `taskset` or a container's quota make them fewer than there are."""
+    """Return how many cores this process may use. `taskset` and container quotas can reduce the number."""
     return max(1, min([_affinity(), *map(math.ceil, _quotas())]))
 
 
 def default_threads() -> int:
-    """Return how many threads share a computation: `OMP_NUM_THREADS`, as in PyTorch, or else the usable cores."""
+    """Return the number of threads for a computation: `OMP_NUM_THREADS`, as in PyTorch, or else the usable cores."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # what follows is for nested regions
     return int(first) if first.isdecimal() and 0 < int(first) <= MAX_THREADS else usable_cores()
 
 
 def respect_quota() -> None:
-    """Have PyTorch, which knows of affinity but not of quotas, start no more threads than may run.
+    """Limit PyTorch's threads to the quota. PyTorch itself respects the affinity, but not the quota.
 
-    Call it before PyTorch is imported.
+    Call this before PyTorch is imported.
     """
     cores = usable_cores()
     if cores < _affinity():
@@ -49,13 +49,13 @@ def _quotas() -> Iterator[float]:
             continue
         root = _GROUPS / controllers
         group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # of a group outside of this container, its root is what is seen
+        for folder in (group, *group.parents):  # if the group is outside this container, only the root is visible
             if folder.is_relative_to(root):
                 yield from _quota(folder)
 
 
 def _quota(group: Path) -> Iterator[float]:
-    """The quota of one group, where it has one: microseconds of processors by microseconds."""
+    """Yield the quota of one group in cores, if it has one: microseconds of CPU time by microseconds."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = map(int, " ".join((group / name).read_text() for name in names).split())

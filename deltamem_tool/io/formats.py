@@ -17,14 +17,14 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _PACKAGE = "deltamem-tool"
-# A part of what packaging's specification allows, in ASCII: it goes into a command that somebody may paste.
+# A subset of the version specification of packaging, in ASCII: users may paste the command that it becomes part of.
 _VERSION = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){1,3}((a|b|rc)[0-9]{1,3})?(\.post[0-9]{1,3})?(\.dev[0-9]{1,4})?")
 
 
 def update_command(written_by: Any) -> str:
-    """The command that installs what reads a file, whose writer calls its own version `written_by`.
+    """The command that installs a version that can read a file, given the version `written_by` that the file records.
 
-    That comes from a stranger's file: it is named only where it is a version, and a newer one.
+    The file is untrusted: the command contains the recorded version only if it is a valid and newer one.
     """
     if isinstance(written_by, str) and _VERSION.fullmatch(written_by) and _release(written_by) > _release(__version__):
         return f"pip install -U '{_PACKAGE}>={written_by}'"
@@ -32,7 +32,7 @@ def update_command(written_by: Any) -> str:
 
 
 def versions(*others: str) -> dict[str, str]:
-    """What decides figures, and what installs it again; and `others` that are installed."""
+    """The versions that measured figures depend on, with those of `others` that are installed."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     for name in others:
         with suppress(PackageNotFoundError):
@@ -41,7 +41,7 @@ def versions(*others: str) -> dict[str, str]:
 
 
 def is_newer(version: Any, known: int) -> bool:
-    """Whether `version`, as a file says it, is a format after `known`."""
+    """Whether the format `version` of a file is newer than `known`."""
     return type(version) is int and version > known
 
 

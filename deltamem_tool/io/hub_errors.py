@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from deltamem_tool._compat import HTTPError, TimeoutException
 from deltamem_tool.errors import HubError, first_line
 
-# What the client raises: its own; OSError, into which it turns some answers; RuntimeError, in which it wraps what its
-# threads meet; the last two where an answer is not what the Hub would say.
+# Errors of the client: its own; OSError, which replaces some answers; RuntimeError, which wraps errors of its threads;
+# ValueError and KeyError for an answer that is not one of the Hub.
 CLIENT_ERRORS = (HTTPError, HFValidationError, EntryNotFoundError, OSError, RuntimeError, ValueError, KeyError)
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{4,}|(?<=Bearer )\S+")
@@ -35,19 +35,19 @@ def redacted(text: str) -> str:
 
 
 def may_have_landed(error: BaseException) -> bool:
-    """Whether a commit that failed with `error` may have been made: it was sent, and the Hub did not refuse it."""
+    """Whether a commit that failed with `error` may have been made: it was sent, and the Hub did not reject it."""
     for cause in _causes(error):
         if isinstance(cause, HTTPError):
-            answered = cause.response if isinstance(cause, HfHubHTTPError) else None
-            request = cause.request if answered is None else answered.request
-            return "/commit/" in request.url.path and (answered is None or answered.status_code >= 500)
+            response = cause.response if isinstance(cause, HfHubHTTPError) else None
+            request = cause.request if response is None else response.request
+            return "/commit/" in request.url.path and (response is None or response.status_code >= 500)
     return isinstance(error, ValueError | KeyError)  # an answer that cannot be read, perhaps to the commit
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """What the system here refused, such as a file that cannot be read: in its own words."""
+    """The error of the local system that caused `error`, such as a file that cannot be read; None if there is none."""
     for cause in _causes(error):
-        if isinstance(cause, HTTPError):  # below it are the system's words for a connection
+        if isinstance(cause, HTTPError):  # its causes are system errors about the connection
             return None
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause
@@ -55,13 +55,13 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = False) -> HubError:
-    """The error for a person.
+    """Return the error to show to the user.
 
     Args:
-        error: what the client raised; its causes are looked at too.
+        error: error of the client; its causes are considered too.
         repo_id: `owner/name`.
-        what: the sentence that says what failed.
-        writing: it was to change the repository.
+        what: sentence that says what failed.
+        writing: whether the request was to change the repository.
     """
     causes = _causes(error)
     for kind, (why, after) in _BY_KIND.items():
@@ -82,7 +82,7 @@ def hub_error(error: BaseException, repo_id: str, what: str, writing: bool = Fal
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """`error` and what it came from, outermost first."""
+    """`error` and its causes, outermost first."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
@@ -90,7 +90,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-# Asked for in this order: a gated repository is also one that is not found.
+# Checked in this order: GatedRepoError is a RepositoryNotFoundError.
 _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
     OfflineModeIsEnabled: (
         "HF_HUB_OFFLINE is set, and it is not in the local Hub cache.",
@@ -107,7 +107,7 @@ _BY_KIND: dict[type[BaseException], tuple[str, str]] = {
 
 
 def _by_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, str]:
-    """Why, and what next, by the status of the Hub's answer."""
+    """Return why the request failed and what to do next, by the status of the Hub's answer."""
     status = error.response.status_code
     lines = redacted(error.server_message or "").strip().splitlines()
     words = f" It says: {lines[0].rstrip('.')}." if lines else ""

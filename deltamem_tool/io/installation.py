@@ -16,8 +16,8 @@ from deltamem_tool.errors import InstallationError, first_line
 
 PACKAGE = "deltamem-tool"
 IGNORE = "DELTAMEM_IGNORE_BOUNDS"  # set to 1 to run with whatever is installed
-RUNTIME = "cpu"  # the extra whose ONNX Runtime any other distribution of it can stand in for
-# Distributions that all bring the one package `onnxruntime`.
+RUNTIME = "cpu"  # the extra with ONNX Runtime; any other distribution of ONNX Runtime can replace it
+# Distributions that all provide the package `onnxruntime`.
 RUNTIMES = (
     "onnxruntime",
     "onnxruntime-directml",
@@ -27,12 +27,12 @@ RUNTIMES = (
     "onnxruntime-qnn",
     "onnxruntime-rocm",
 )
-# What an extra brings for some of its options: whoever has left it out is told when asking for one of them.
+# Packages that only some options of an extra need. If one is missing, the option that needs it says so.
 OPTIONAL = {"bitsandbytes", "bm25s", "nltk", "peft", "psutil", "rapidfuzz", "rouge-score", "tensorboard", "tiktoken"}
 
 
 def check_installation(*extras: str) -> None:
-    """Check what every part of the package needs, and what `extras` bring. With DELTAMEM_IGNORE_BOUNDS=1, nothing.
+    """Check the packages that every part of deltamem needs, and those of `extras`. DELTAMEM_IGNORE_BOUNDS=1 skips it.
 
     Args:
         extras: of `pyproject.toml`; `RUNTIME` is any distribution of ONNX Runtime.
@@ -67,9 +67,9 @@ def is_installed(*extras: str) -> bool:
 
 
 def _required(extra: str) -> Iterator[Requirement]:
-    """What `extra` brings on this machine beside what every installation has, or for "" that.
+    """Yield the requirements that `extra` adds on this machine, or for "" those of every installation.
 
-    Nothing where the package runs without being installed.
+    Yields nothing if the package runs without being installed.
     """
     try:
         lines = requires(PACKAGE) or []

@@ -19,21 +19,21 @@ from deltamem_tool.errors import ConfigError, HubError
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
-BUILTIN = "builtin:"  # begins the names of what the package ships, and of a base model that it fetches
+BUILTIN = "builtin:"  # prefix of the names of shipped folders, and of a base model that the package fetches
 BACKBONE = f"{BUILTIN}backbone"
 ASSETS = Path(__file__).parents[1] / "assets"
 _HUB = "hf://"
 _GGUF = ".gguf"
 _GGUF_ON_HUB = re.compile(rf"(?:{_HUB})?(?![.~])([^/:@\\]+/[^/:@\\]+(?:@[^:]+)?):([^:]+\.gguf)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SNAPSHOTS = "snapshots"  # of the Hub's cache: below it is a folder for each commit
+_SNAPSHOTS = "snapshots"  # folder in the Hub's cache with a subfolder for each commit
 
 
 def expand_user(path: str | Path) -> Path:
-    """`path`, a leading `~` replaced by the home folder; a shell leaves it in --out=~/adapter, and in a file.
+    """Replace a leading `~` by the home folder. A shell does not do so in --out=~/adapter, or in a file.
 
     Raises:
-        ConfigError: the path is empty, nobody has the home folder that is named, or no file can have such a name.
+        ConfigError: the path is empty, `~USER` names an unknown user, or no file can have such a name.
     """
     if path == "":
         raise ConfigError("A path is empty.", "A shell variable may be unset.", "Write the path out.")
@@ -48,17 +48,17 @@ def expand_user(path: str | Path) -> Path:
 
 
 def expand_name(name: str | Path) -> str:
-    """As `expand_user`, of a name that may also be the Hub's, which stays as it is."""
+    """As `expand_user`, for a name that may also be a Hub id, which is returned unchanged."""
     return str(expand_user(name)) if str(name).startswith("~") or name == "" else str(name)
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether a path, or a name on the Hub, is that of a GGUF file."""
+    """Whether a path, or a name on the Hub, names a GGUF file."""
     return str(name).lower().endswith(_GGUF)
 
 
 def hub_name(name: str, revision: str | None = None) -> HfUri | None:
-    """`name` taken apart, with `revision` if it names none; None if it is not a valid Hub id, or a folder here.
+    """Parse a Hub id, with `revision` if `name` contains none; None if `name` is a local path or a `builtin:` name.
 
     The `path_in_repo` of `OWNER/NAME:FILE.gguf` is the file.
 
@@ -69,7 +69,7 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
     if gguf and not Path(name).exists():
         name = f"{_HUB}{gguf[1]}/{gguf[2]}"
     if not name.startswith(_HUB):
-        # Without hf:// or a revision, a folder in a repository could be a path here that was mistyped.
+        # Without hf:// or a revision, a folder in a repository could be a mistyped local path.
         is_path = name.startswith((".", "/", "~")) or "\\" in name or name.partition("@")[0].count("/") != 1
         is_path = is_path or is_gguf(name)
         if is_path or name.startswith(BUILTIN) or Path(name).exists():
@@ -98,10 +98,11 @@ def hub_name(name: str, revision: str | None = None) -> HfUri | None:
 
 
 def check_revision(name: str, revision: str | None) -> None:
-    """Raise if `revision` is asked for of what has none.
+    """Raise if `revision` is given for a name that cannot have one.
 
     Raises:
-        HubError: it is not None, and `name` is a folder here or is shipped; or `name` is not a valid Hub id.
+        HubError: `revision` is not None, and `name` is a local folder or a shipped one; or `name` is not a valid Hub
+            id.
     """
     if revision is not None and hub_name(name) is None:
         raise HubError(
@@ -110,7 +111,7 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def on_hub(name: str, revision: str | None = None) -> HfUri:
-    """As `hub_name`, of what is on the Hub whatever there is here.
+    """As `hub_name`, for a name that is on the Hub even if a local folder has the same name.
 
     Raises:
         HubError: `name` is not a valid Hub id.
@@ -121,10 +122,10 @@ def on_hub(name: str, revision: str | None = None) -> HfUri:
 
 
 def hub_id(name: str) -> str:
-    """`name`, if it is `OWNER/NAME` and no more.
+    """Return `name` if it is `OWNER/NAME`.
 
     Raises:
-        HubError: `name` is something else, or has a revision or a path.
+        HubError: `name` is not a Hub id, or contains a revision or a path.
     """
     hub = on_hub(name)
     if hub.revision is not None or hub.path_in_repo:
@@ -133,16 +134,16 @@ def hub_id(name: str) -> str:
 
 
 def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
-    """The local folder of a name; from the Hub, only files that match `files` come, into the Hub's cache.
+    """Return the local folder of a name. From the Hub, files that match `files` are fetched into the Hub's cache.
 
     Args:
         name: see the module.
-        revision: branch, tag or commit on the Hub, if `name` does not say it.
-        files: patterns of what is needed.
-        kind: what it should be, such as "adapter".
+        revision: branch, tag or commit on the Hub, if `name` does not contain it.
+        files: patterns of the files that are needed.
+        kind: what the folder should contain, such as "adapter"; for messages.
 
     Raises:
-        HubError: there is no such folder or repository, or the Hub refuses to send it.
+        HubError: there is no such folder or repository, or it cannot be fetched.
     """
     if name.startswith(BUILTIN):
         shipped = {f"{BUILTIN}{file.parent.name}": file.parent for file in sorted(ASSETS.glob("*/*config.json"))}
@@ -165,7 +166,7 @@ def resolve_folder(name: str, revision: str | None, files: Sequence[str], kind: 
 
 
 def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
-    """As `resolve_folder`, of a name that is the Hub's."""
+    """As `resolve_folder`, for a parsed Hub id."""
     from huggingface_hub import snapshot_download
 
     from deltamem_tool.io.hub_errors import CLIENT_ERRORS, hub_error, system_error
@@ -174,15 +175,15 @@ def fetch(hub: HfUri, files: Sequence[str], kind: str) -> Path:
     try:
         root = Path(snapshot_download(hub.id, revision=hub.revision, allow_patterns=[below + file for file in files]))
     except CLIENT_ERRORS as error:
-        if refused := system_error(error):  # a full disk, or no permission
-            raise refused from error
+        if local := system_error(error):  # a full disk, or no permission
+            raise local from error
         message = f"{short_name(hub)} is not a local folder, and no {kind} could be fetched from the Hub."
         raise hub_error(error, hub.id, message) from error
     return root / below
 
 
 def is_cached(hub: HfUri) -> bool:
-    """Whether the file that `hub` names is in the Hub's cache, of its revision."""
+    """Whether the file that `hub` names is in the Hub's cache, in its revision."""
     from huggingface_hub import try_to_load_from_cache
 
     file = hub.path_in_repo
@@ -190,14 +191,14 @@ def is_cached(hub: HfUri) -> bool:
 
 
 def short_name(hub: HfUri) -> str:
-    """The name without its revision, as short as it can be: it leads to the same place again."""
+    """The shortest name, without the revision, that resolves to the same place."""
     if is_gguf(hub.path_in_repo):
         return f"{hub.id}:{hub.path_in_repo}"
     return f"{_HUB}{hub.id}/{hub.path_in_repo}" if hub.path_in_repo else hub.id
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the Hub's cache is of; None for any other folder."""
+    """The commit that a folder of the Hub's cache belongs to; None for any other folder."""
     for place in (folder, *folder.parents):
         if place.parent.name == _SNAPSHOTS and _COMMIT.fullmatch(place.name):
             return place.name

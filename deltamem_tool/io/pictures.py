@@ -17,7 +17,7 @@ FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps
 
 
 def picture_format(path: str | Path) -> str:
-    """Return the format that the name of a picture says, PNG if it has no suffix; call it before long work begins.
+    """Return the format that the suffix of a picture's name sets, by default PNG. Call this before long work begins.
 
     Raises:
         ConfigError: the suffix is not one of `FORMATS`.
@@ -33,7 +33,7 @@ def picture_format(path: str | Path) -> str:
 
 
 def write_picture(figure: Figure, path: str | Path, dpi: int) -> None:
-    """Draw `figure` into the file `path`, whole or not at all, in the format that its name says.
+    """Draw `figure` into the file `path`, whole or not at all, in the format that its suffix sets.
 
     Args:
         figure: of matplotlib.
@@ -51,5 +51,5 @@ def write_picture(figure: Figure, path: str | Path, dpi: int) -> None:
 
 
 def printable(text: str) -> str:
-    """Return `text`, the name of a file perhaps, with question marks for what no font has: half a surrogate pair."""
+    """Replace characters of `text` that cannot be drawn, such as half a surrogate pair in a file name, by `?`."""
     return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)

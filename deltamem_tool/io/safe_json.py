@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-# The largest that we know: a tokenizer_config.json of 1 MiB with many added tokens. Ours are of a few kilobytes.
+# The largest known file is a tokenizer_config.json of 1 MiB with many added tokens. Our own have a few kilobytes.
 MAX_JSON_BYTES = 8 * 2**20
-MAX_DEPTH = 64  # of objects and lists in each other; ours have 4, and Python's own reader gives up at about 1000
+MAX_DEPTH = 64  # of nested objects and lists; our own files have 4, and Python's parser fails at about 1000
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """All of `path`, of which no more than `limit` bytes are ever in memory.
+    """Return the content of `path`. At most `limit` bytes and one more are read.
 
     Raises:
         ValueError: the file is larger.
@@ -26,15 +26,15 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The same as UTF-8, without a byte-order mark."""
+    """As `read_bytes`, decoded from UTF-8, without a byte-order mark."""
     return read_bytes(path, limit).decode("utf-8-sig")
 
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
-    """What `text` says; `finite`, there must be no NaN and no infinity among its numbers.
+    """Parse JSON. If `finite`, NaN and infinity are rejected.
 
     Raises:
-        ValueError: `text` is not JSON, or is nested deeper than `MAX_DEPTH`.
+        ValueError: `text` is not JSON, is nested deeper than `MAX_DEPTH`, or has a number that `finite` rejects.
     """
     hooks: Any = {"parse_constant": _check_constant, "parse_float": _finite} if finite else {}
     try:
@@ -46,7 +46,7 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
 
 
 def read_json(path: Path, finite: bool = True) -> Any:
-    """`parse_json` of a file of at most `MAX_JSON_BYTES`."""
+    """As `parse_json`, for a file of at most `MAX_JSON_BYTES`."""
     return parse_json(read_text(path), finite)
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, deserialize, safe_open
 
-# A name, a type and a place take 120 bytes: a layer's memory has at most 15 tensors, and 1000 layers have 2 MB.
+# An entry takes about 120 bytes, and a layer's memory has at most 15 tensors: 1000 layers need 2 MB.
 MAX_HEADER_BYTES = 4 * 2**20
-LENGTH_BYTES = 8  # of the number that the file begins with: how long its header is
+LENGTH_BYTES = 8  # the file begins with the length of its header, as a 64-bit number
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the header says of one tensor."""
+    """The header's entry for one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,14 +25,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """Types and shapes by name, and the texts that the writer has put beside them."""
+    """Types and shapes of the tensors by name, and the writer's metadata."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of `path`, which safetensors has compared with the file's size.
+    """Return the header of `path`. safetensors checks it against the file's size.
 
     Raises:
         ValueError: The header is damaged, larger than `MAX_HEADER_BYTES`, or does not fit the file.

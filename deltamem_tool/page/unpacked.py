@@ -22,11 +22,11 @@ _ZERO = {4: b"\x88", 8: b"\x80"}  # the middle of the range, by bits: two of 4 i
 
 
 def write_unpacked(source: Path, out: Path) -> bool:
-    """Write the graph to `out`, and return True; or return False where there is nothing to unpack, or too much.
+    """Write the unpacked graph to `out` and return True, or return False if nothing or too much is to be unpacked.
 
     Args:
-        source: the graph, whose weights are beside it.
-        out: a file.
+        source: file of the graph, with its weights beside it.
+        out: file to write.
     """
     import onnx
 
@@ -65,8 +65,8 @@ def _sizes(node: NodeProto, weights: dict[str, TensorProto]) -> tuple[int, int, 
 
     if node.op_type != "MatMulNBits" or any(node.input[3:]):  # with zero points, or a bias
         return None
-    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    rows, columns, group, bits = (int(found[name]) for name in ("N", "K", "block_size", "bits"))
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    rows, columns, group, bits = (int(attributes[name]) for name in ("N", "K", "block_size", "bits"))
     packed, scales = (weights.get(name) for name in node.input[1:3])
     if bits not in _ZERO or columns % group or packed is None or scales is None:
         return None

@@ -31,8 +31,8 @@ from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Turns
 from deltamem_tool.serve.web_page import page_routes
 
-REQUEST_SECONDS = 300.0  # in which a request has to be answered
-MAX_WAITING = 256  # requests for memories that are in use
+REQUEST_SECONDS = 300.0  # time limit of a request
+MAX_WAITING = 256  # requests that wait for a memory in use
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -118,7 +118,7 @@ async def _domain_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
-    if error.status_code == 405:  # which knows of one of the path's methods alone
+    if error.status_code == 405:  # Starlette's header lists only the methods of one route with this path
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
     messages = {404: "This path does not exist.", 405: "This path does not support this method."}
@@ -134,7 +134,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """A mistake of this program; what it was is in the log."""
+    """Answer 500 for a bug in the server. The log has the exception."""
     return error_response(RequestError("The server failed.", "", "Nothing of the request was stored.", status=500))
 
 

@@ -13,18 +13,18 @@ from deltamem_tool.segments.messages import is_unicode
 from deltamem_tool.serve.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 2**20  # a conversation of a million tokens, or the memory of the largest model
-BODY_SECONDS = 30.0  # in which all of it must have come
+BODY_SECONDS = 30.0  # time limit for receiving a whole body
 SHOWN_PROBLEMS = 3
 
 Model = TypeVar("Model", bound="Body")
 
 
 def _whole(value: Any) -> Any:
-    """5.0 is an integer in JSON."""
+    """Convert a float without a fraction to int: 5.0 is an integer in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WHOLE = BeforeValidator(_whole)  # of an integer, after its bounds
+WHOLE = BeforeValidator(_whole)  # annotates an integer field, after its bounds
 
 
 class Body(BaseModel):
@@ -37,7 +37,7 @@ async def read_bytes(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
     """Return the body of a request.
 
     Raises:
-        RequestError: it is larger than `limit`, or does not come in time.
+        RequestError: the body is larger than `limit`, or does not arrive in time.
     """
     chunks: list[bytes] = []
     size = 0
@@ -64,10 +64,11 @@ async def read_bytes(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """Return the body of a request, a JSON object.
+    """Return the body of a request, which must be a JSON object.
 
     Raises:
-        RequestError: it is something else, is nested too deeply or too large, or has half of a surrogate pair in it.
+        RequestError: the body is not a JSON object, is nested too deeply or too large, or contains half of a surrogate
+            pair.
     """
     content = await read_bytes(request)
     try:
@@ -89,10 +90,10 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 
 def checked(model: type[Model], fields: dict[str, Any]) -> Model:
-    """Return `fields` as a `model`.
+    """Validate `fields` and return them as a `model`.
 
     Raises:
-        RequestError: a field is unknown, is missing or has another type; it names the first of them as `param`.
+        RequestError: a field is unknown, missing or of the wrong type. `param` names the first such field.
     """
     try:
         return model.model_validate(fields)

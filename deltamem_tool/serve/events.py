@@ -15,32 +15,32 @@ from starlette.types import Receive, Scope, Send
 
 from deltamem_tool.errors import DeltaMemError
 
-SEND_SECONDS = 30.0  # after which, or twice that, a client that does not read is taken to be gone
+SEND_SECONDS = 30.0  # a client that has read nothing for one to two such periods counts as disconnected
 T = TypeVar("T")
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    """Return one event."""
+    """Encode one event."""
     text = data if isinstance(data, str) else _JSON.encode(data)
     return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
 
 
 def events_of(data: Callable[[str], Any]) -> Callable[[str], bytes]:
-    """Return what makes the events of `data(text)`: all but the text is encoded once."""
+    """Return a function that encodes the event of `data(text)`. Everything but the text is encoded only once."""
     mark = secrets.token_hex()
     before, after = event(data(mark)).split(_JSON.encode(mark).encode())
     return lambda text: before + _JSON.encode(text).encode() + after
 
 
 class EventStream(Response):
-    """Sends events as they come, those that wait for the network together.
+    """A response that sends events as they come. Events that wait for the network are sent together.
 
-    The generator does not wait for the client: what it has to finish is finished, however slowly somebody reads. When
-    the client goes, it is closed.
+    The generator does not wait for the client, so that it finishes its work however slowly the client reads. When the
+    client disconnects, the generator is closed.
 
     Args:
-        events: encoded; they raise no `DeltaMemError`.
+        events: encoded events. The generator raises no `DeltaMemError`.
     """
 
     media_type = "text/event-stream"
@@ -51,7 +51,7 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events, or stop when the client has gone."""
+        """Send all events, or stop when the client disconnects."""
         await unless_gone(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
@@ -72,7 +72,7 @@ class EventStream(Response):
             while not sending or sends > before:
                 before = sends
                 await anyio.sleep(SEND_SECONDS)
-            group.cancel_scope.cancel()  # it does not read
+            group.cancel_scope.cancel()  # the client does not read
 
         async def put(**message: Any) -> None:
             nonlocal sends, sending
@@ -95,10 +95,10 @@ class EventStream(Response):
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
-    """Return the result of `work`; cancel it, and return None, when the client goes.
+    """Return the result of `work`. If the client disconnects, cancel `work` and return None.
 
     Raises:
-        DeltaMemError: as `work` does.
+        DeltaMemError: raised by `work`.
     """
     result: T | None = None
     failure: DeltaMemError | None = None
@@ -112,7 +112,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
         group.start_soon(watch)
         try:
             result = await work
-        except DeltaMemError as error:  # or it would come out in a group
+        except DeltaMemError as error:  # the task group would wrap it in an ExceptionGroup
             failure = error
         group.cancel_scope.cancel()
     if failure is not None:

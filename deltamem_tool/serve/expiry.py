@@ -9,14 +9,14 @@ from anyio.to_thread import run_sync
 from deltamem_tool.serve.logs import LOGGER
 from deltamem_tool.serve.store import MemoryStore, StoreError
 
-EXPIRE_SECONDS = 60.0  # between two looks
+EXPIRE_SECONDS = 60.0  # between two rounds
 
 
 async def expire_regularly(store: MemoryStore, seconds: float = EXPIRE_SECONDS) -> None:
-    """Delete what has expired, again and again until it is cancelled; a store that fails is asked the next time."""
+    """Delete what has expired at regular intervals, until cancelled. If the store fails, wait for the next round."""
     while True:
         try:
-            while await run_sync(store.expire):  # so many at a time
+            while await run_sync(store.expire):  # one call deletes a limited number
                 pass
         except StoreError as error:
             LOGGER.warning("expired memories could not be deleted: %s", error.what)

@@ -14,10 +14,10 @@ from typing import Any
 
 from deltamem_tool.segments.messages import Message, text_of
 
-MAX_DIGESTS = 512  # of all conversations; the oldest of them are forgotten
+MAX_DIGESTS = 512  # of messages in all conversations; the oldest conversations are forgotten
 MAX_SYSTEM = 16  # digests of system messages
 MAX_KEYS = 32  # digests of idempotency keys
-DIGEST_BYTES = 9  # one pair in 4e21 is the same by chance
+DIGEST_BYTES = 9  # two digests are equal by chance once in 4e21 pairs
 SALT_BYTES = 16
 SYSTEM_ROLES = ("system", "developer")
 
@@ -53,7 +53,7 @@ class Known:
 
     @property
     def repeats(self) -> bool:
-        """Whether there is nothing new: the client tries again, or wants another answer."""
+        """Whether no message is new: the client retries the request, or wants another answer."""
         return all(self.messages)
 
 
@@ -75,28 +75,28 @@ class FedHistory:
 
     @classmethod
     def nothing(cls) -> FedHistory:
-        """Of a memory that was not fed any conversation."""
+        """Return the history of a memory that was not fed any conversation."""
         return cls(secrets.token_hex(SALT_BYTES))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> FedHistory:
-        """Read what `as_json` returned; None is `nothing`."""
+        """Return the history that `as_json` encoded; None gives `nothing`."""
         if value is None:
             return cls.nothing()
         talks = tuple(Talk(tuple(talk["digests"]), talk["pending"]) for talk in value["talks"])
         return cls(value["salt"], talks, tuple(value["system"]), tuple(value.get("keys", ())))
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the history as JSON."""
         talks = [{"digests": list(talk.digests), "pending": talk.pending} for talk in self.talks]
         return {"salt": self.salt, "talks": talks, "system": list(self.system), "keys": list(self.keys)}
 
     def known(self, messages: Sequence[Message], key: str | None = None) -> Known:
         """Return which of `messages` were fed.
 
-        The last one counts as new, unless the request is sent again. Its idempotency key says so, if it has one: it is
-        an earlier request's. Without, it repeats the last one that was fed: somebody may tell the same thing once more
-        after another, but two who tell the same one after the other cannot be told from one who tries again.
+        The last message counts as new, unless the request is a retry. A request with an idempotency key is a retry if
+        an earlier request had the same key. A request without one is a retry if it repeats the request that was fed
+        last: sending the same message twice in a row cannot be distinguished from a retry.
         """
         digests = self._digests(messages)
         best, number = 0, None
@@ -126,7 +126,7 @@ class FedHistory:
     def after(
         self, known: Known, messages: Sequence[Message], answer: str, pending: int, key: str | None = None
     ) -> FedHistory:
-        """Return what was fed after a request and the answer to it, `pending` tokens of which were not."""
+        """Return the history after a request and its answer, `pending` tokens of which were not fed."""
         system = [self._digest(message) for message in messages if message["role"] in SYSTEM_ROLES]
         system = list(dict.fromkeys([*self.system, *system]))[-MAX_SYSTEM:]
         digests = (*self._digests(messages), self._digest({"role": "assistant", "content": answer}))
@@ -149,6 +149,6 @@ class FedHistory:
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many entries two lists begin with alike."""
+    """The length of the common beginning of two lists."""
     pairs = zip(one, other, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -16,8 +16,8 @@ from deltamem_tool.io.safe_json import read_text
 from deltamem_tool.serve.errors import RequestError
 
 KEY_PREFIX = "dm-"
-KEY_BYTES = 32  # of chance: nobody guesses it, so that a plain SHA-256 keeps it secret
-ONLY_TENANT = "default"  # of a server without keys
+KEY_BYTES = 32  # random bytes: too many to guess, so that a plain SHA-256 keeps the key secret
+ONLY_TENANT = "default"  # the tenant of a server without keys
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LINE = re.compile(rf"({_TENANT.pattern})\s+sha256:([0-9a-f]{{64}})")
 
@@ -34,10 +34,10 @@ class ApiKeys:
 
     @classmethod
     def read(cls, path: str | Path) -> ApiKeys:
-        """Read a file of keys.
+        """Read a key file.
 
         Raises:
-            ConfigError: it is missing, has no keys, or a line that says something else.
+            ConfigError: the file is missing, contains no keys, or has an invalid line.
         """
         path = expand_user(path)
         entries = _entries(path)
@@ -90,7 +90,7 @@ def new_key(path: str | Path, tenant: str) -> str:
     with locked(path):
         former = ""
         if path.exists():
-            _entries(path)  # or a file of something else would be spoilt
+            _entries(path)  # raises if it is another kind of file, which must not be changed
             former = read_text(path)
             former += "" if not former or former.endswith("\n") else "\n"
         write_whole(path, (former + line).encode())

@@ -13,7 +13,7 @@ from deltamem_tool.serve.batching.job import QueueFull
 @dataclass
 class _Entry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0  # who holds it or waits
+    users: int = 0  # requests that hold the lock or wait for it
 
 
 class MemoryLocks:
@@ -33,7 +33,7 @@ class MemoryLocks:
         """Wait for the lock of a memory, and hold it.
 
         Raises:
-            QueueFull: too many are waiting.
+            QueueFull: too many requests are waiting.
         """
         key = tenant, id
         entry = self._entries.setdefault(key, _Entry())

@@ -17,7 +17,7 @@ LOGGER = logging.getLogger("deltamem.serve")
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as JSON; what is in its `fields` beside the rest."""
+    """Formats a record as JSON. The entries of its `fields` are added at the top level."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -45,11 +45,11 @@ def log_as_json() -> None:
 
 
 class RequestLog:
-    """Logs each request when it has ended.
+    """Middleware that logs each request when it has ended.
 
     Args:
-        app: what answers it.
-        metrics: is told too.
+        app: the application that answers the requests.
+        metrics: also counts the requests.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -60,7 +60,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, began = 500, time.perf_counter()  # unless something is answered
+        status, began = 500, time.perf_counter()  # 500 unless a response is started
 
         async def watched(message: Message) -> None:
             nonlocal status

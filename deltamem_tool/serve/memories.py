@@ -32,40 +32,40 @@ _LIMIT, _SECONDS = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_PAGE)]), TypeAd
 
 
 class ForkRequest(Body):
-    """Which memory the copy is."""
+    """Body of a fork: the name of the copy."""
 
     id: MemoryName
-    version: Version | None = Field(default=None, description="The version that is copied; by default the newest.")
+    version: Version | None = Field(default=None, description="The version to copy; by default the newest.")
 
 
 class RestoreRequest(Body):
-    """Which version comes back."""
+    """Body of a restore: the version to restore."""
 
     version: Version
 
 
 async def list_memories(request: Request) -> Response:
-    """`GET /v1/memories`: a page of them, in the order of their names."""
+    """`GET /v1/memories`: one page of the memories, ordered by name."""
     service, tenant = _tenant(request)
     limit = _query(request, "limit", _LIMIT) or PAGE
     after = _query(request, "after", _NAME)
-    found = await run_sync(service.store.list, tenant, after, limit + 1)
+    memories = await run_sync(service.store.list, tenant, after, limit + 1)
     usage = await run_sync(service.store.usage, tenant)
-    page = [_info(memory) for memory in found[:limit]]
+    page = [_info(memory) for memory in memories[:limit]]
     return JSONResponse(
         {
             "object": "list",
             "data": page,
             "first_id": page[0]["id"] if page else None,
             "last_id": page[-1]["id"] if page else None,
-            "has_more": len(found) > limit,
+            "has_more": len(memories) > limit,
             "usage": dataclasses.asdict(usage),
         }
     )
 
 
 async def get_memory(request: Request) -> Response:
-    """`GET /v1/memories/{id}`: a memory file; what is known of it as JSON, where the client accepts that alone."""
+    """`GET /v1/memories/{id}`: the memory file, or its metadata as JSON if the client accepts only JSON."""
     service, tenant = _tenant(request)
     id, version = _id(request), _query(request, "version", _VERSION)
     stored = await run_sync(service.store.get, tenant, id, version)
@@ -80,7 +80,7 @@ async def get_memory(request: Request) -> Response:
 
 
 async def put_memory(request: Request) -> Response:
-    """`PUT /v1/memories/{id}`: create or replace a memory by a memory file."""
+    """`PUT /v1/memories/{id}`: create or replace a memory from a memory file."""
     service, tenant = _tenant(request)
     id, expires_in = _id(request), _query(request, "expires_in", _SECONDS)
     data = await read_bytes(request)
@@ -95,7 +95,7 @@ async def put_memory(request: Request) -> Response:
 
 
 async def delete_memory(request: Request) -> Response:
-    """`DELETE /v1/memories/{id}`: delete it, its versions and the responses made with it; the answer is a receipt."""
+    """`DELETE /v1/memories/{id}`: delete a memory, its versions and the responses made with it; return a receipt."""
     service, tenant = _tenant(request)
     id = _id(request)
     async with service.locks.hold(tenant, id):
@@ -107,7 +107,7 @@ async def delete_memory(request: Request) -> Response:
 
 
 async def list_versions(request: Request) -> Response:
-    """`GET /v1/memories/{id}/versions`: those that are kept, the newest first."""
+    """`GET /v1/memories/{id}/versions`: the versions that are kept, newest first."""
     service, tenant = _tenant(request)
     versions = await run_sync(service.store.versions, tenant, _id(request))
     return JSONResponse({"object": "list", "data": [dataclasses.asdict(version) for version in versions]})
@@ -133,7 +133,7 @@ async def restore_memory(request: Request) -> Response:
 
 
 def receipt_json(receipt: Receipt) -> dict[str, Any]:
-    """Return what was deleted, for the client."""
+    """Return the receipt of a deletion as JSON."""
     fields = dataclasses.asdict(receipt)
     del fields["tenant"]
     return {"object": "memory.deleted", "deleted": True, **fields}
@@ -162,7 +162,7 @@ def _valid(name: str, kind: TypeAdapter[T], value: str) -> T:
 
 
 def _check(service: Service, data: bytes) -> None:
-    """Check that the bytes are a memory of the model's adapter, of one conversation."""
+    """Check that the bytes are a memory of one conversation that belongs to the model's adapter."""
     engine = service.scheduler.engine
     memory = memory_from_bytes(data, "The body")
     check_memory(memory.shape, memory.adapter, engine.memory_shape, engine.adapter)
@@ -180,16 +180,16 @@ def _headers(memory: MemoryInfo) -> dict[str, str]:
 
 
 def _names(request: Request, header: str, memory: MemoryInfo | None) -> bool:
-    """Whether a header of conditions names the memory as it is, or any that there is."""
+    """Whether the header, If-Match or If-None-Match, matches the ETag of the memory, or is `*` and it exists."""
     tags = [tag.strip().removeprefix("W/") for tag in request.headers.get(header, "").split(",")]
     return memory is not None and ("*" in tags or _etag(memory) in tags)
 
 
 def _expected(request: Request, current: MemoryVersion | None) -> ExpectedVersion:
-    """The version that a change must find, by the headers `If-Match` and `If-None-Match`.
+    """The version that a change expects, according to the headers `If-Match` and `If-None-Match`.
 
     Raises:
-        RequestError: it is another one already.
+        RequestError: the memory already has another version.
     """
     has_match = "if-match" in request.headers
     if (has_match and not _names(request, "if-match", current)) or _names(request, "if-none-match", current):
@@ -201,7 +201,7 @@ def _expected(request: Request, current: MemoryVersion | None) -> ExpectedVersio
 
 
 async def _conditional(request: Request, change: Callable[[], T]) -> T:
-    """Return what `change` returns; a race that is lost by a request with conditions is their failure."""
+    """Return the result of `change`. If a conditional request loses a race, its condition has failed."""
     try:
         return await run_sync(change)
     except Conflict as error:

@@ -14,26 +14,29 @@ from prometheus_client.registry import Collector
 from deltamem_tool.serve.batching.job import Completion
 from deltamem_tool.serve.batching.scheduler import Scheduler
 
-SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds of a store
-LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # of an answer
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds, for the store
+LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds, for answers
 
 _GAUGES = {
-    "waiting": ("deltamem_queue_requests", "Requests that wait for a place in the batch."),
+    "waiting": ("deltamem_queue_requests", "Requests waiting to join the batch."),
     "running": ("deltamem_batch_requests", "Requests in the batch."),
-    "cache_bytes": ("deltamem_prefix_cache_bytes", "Beginnings of prompts that are kept for others."),
+    "cache_bytes": ("deltamem_prefix_cache_bytes", "Bytes of prompt prefixes that are cached for other requests."),
 }
 _TOTALS = {
-    "completed": ("deltamem_answers", "Answers that were completed."),
-    "cancelled": ("deltamem_cancelled", "Requests whose client went, or that the end of the server cut off."),
+    "completed": ("deltamem_answers", "Completed answers."),
+    "cancelled": (
+        "deltamem_cancelled",
+        "Requests whose client disconnected, or that ended with the server's shutdown.",
+    ),
     "late": ("deltamem_late", "Requests that were not answered in time."),
-    "failed": ("deltamem_failed", "Requests that the model failed at."),
-    "prompt_tokens": ("deltamem_prompt_tokens", "Tokens of prompts that were computed."),
-    "cached_tokens": ("deltamem_cached_tokens", "Tokens of prompts that an earlier request had computed."),
-    "answer_tokens": ("deltamem_answer_tokens", "Tokens of answers."),
+    "failed": ("deltamem_failed", "Requests that failed in the model."),
+    "prompt_tokens": ("deltamem_prompt_tokens", "Prompt tokens that were computed."),
+    "cached_tokens": ("deltamem_cached_tokens", "Prompt tokens that an earlier request had computed."),
+    "answer_tokens": ("deltamem_answer_tokens", "Tokens of completed answers."),
     "steps": ("deltamem_steps", "Decode steps."),
-    "step_rows": ("deltamem_step_rows", "Rows of all decode steps together."),
-    "step_seconds": ("deltamem_step_seconds", "Seconds of all decode steps together."),
-    "model_seconds": ("deltamem_model_seconds", "Of these, seconds in the model."),
+    "step_rows": ("deltamem_step_rows", "Sum of the rows of all decode steps."),
+    "step_seconds": ("deltamem_step_seconds", "Seconds spent in decode steps."),
+    "model_seconds": ("deltamem_model_seconds", "Seconds of the decode steps that were spent in the model."),
 }
 
 
@@ -44,7 +47,7 @@ class _Counters(Collector):
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Metric]:
-        """Yield each as it is now."""
+        """Yield the current values."""
         counters = self._scheduler.counters
         for field, (name, words) in _GAUGES.items():
             yield GaugeMetricFamily(name, words, getattr(counters, field))
@@ -53,10 +56,10 @@ class _Counters(Collector):
 
 
 class Metrics:
-    """What is counted.
+    """The metrics of a server.
 
     Args:
-        scheduler: whose counters are among it.
+        scheduler: its counters are included.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -65,25 +68,28 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         registry.register(_Counters(scheduler))
         self._requests = Total(
-            "deltamem_requests", "Requests that were answered.", ("method", "path", "status"), registry=registry
+            "deltamem_requests", "Answered requests.", ("method", "path", "status"), registry=registry
         )
         self._seconds = Histogram(
-            "deltamem_request_seconds", "From a request to the end of its answer.", ("path",),
+            "deltamem_request_seconds", "Seconds from a request to the end of its answer.", ("path",),
             buckets=LONG, registry=registry,
         )  # fmt: skip
         self._first = Histogram(
-            "deltamem_first_token_seconds", "From the queue to the first token.", buckets=LONG, registry=registry
+            "deltamem_first_token_seconds",
+            "Seconds from entering the queue to the first token.",
+            buckets=LONG,
+            registry=registry,
         )
         self._waited = Histogram(
-            "deltamem_queue_seconds", "In the queue of the batch.", buckets=LONG, registry=registry
+            "deltamem_queue_seconds", "Seconds in the queue of the batch.", buckets=LONG, registry=registry
         )
         self._store = Histogram(
-            "deltamem_store_seconds", "Of reading and writing memories in turns.", ("operation",),
+            "deltamem_store_seconds", "Seconds for reading and writing memories in turns.", ("operation",),
             buckets=SHORT, registry=registry,
         )  # fmt: skip
 
     def request(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
+        """Count an answered request."""
         self._requests.labels(method, path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -97,5 +103,5 @@ class Metrics:
         return self._store.labels(operation).time()
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' format."""
+        """Return all metrics in the format of Prometheus."""
         return generate_latest(self._registry)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, StringConstraints, WithJsonSchema
 
 from deltamem_tool.serve.store.memory_store import MAX_NAME
 
-# `check_name` as a regular expression of JSON Schema's: the space is the only one of its kind that is printable.
+# `check_name` as a regular expression for JSON Schema. The space is the only printable separator.
 NAME_SCHEMA: dict[str, Any] = {
     "type": "string",
     "minLength": 1,
@@ -18,10 +18,10 @@ NAME_SCHEMA: dict[str, Any] = {
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it can be a memory's.
+    """Return `name` if it is a valid memory name.
 
     Raises:
-        ValueError: it cannot be part of a path.
+        ValueError: the name cannot be part of a URL path.
     """
     if not name.isprintable() or "/" in name or name in (".", ".."):
         raise ValueError("a memory name consists of printable characters and contains no slash")

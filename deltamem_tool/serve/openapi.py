@@ -35,7 +35,7 @@ def _streamed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Operation(NamedTuple):
-    """What is said of a method of a path."""
+    """The description of one method of a path."""
 
     method: str
     path: str
@@ -66,13 +66,13 @@ _OPERATIONS = (
         (404, 409, 429, 503, 504), body=ChatRequest, parameters=(_MEMORY, _KEY),
     ),
     _Operation(
-        "post", "/v1/responses", "Answer, and keep a snapshot to go on from.", _streamed(answers.RESPONSE),
+        "post", "/v1/responses", "Answer, and keep a snapshot to continue from.", _streamed(answers.RESPONSE),
         (404, 409, 429, 503, 504), body=ResponseRequest, parameters=(_MEMORY, _KEY),
     ),
-    _Operation("get", "/v1/responses/{id}", "Get a response that was stored.", _json(answers.RESPONSE), (404, 503)),
+    _Operation("get", "/v1/responses/{id}", "Get a stored response.", _json(answers.RESPONSE), (404, 503)),
     _Operation("delete", "/v1/responses/{id}", "Delete a snapshot.", _json(answers.RESPONSE_DELETED), (404, 503)),
-    _Operation("get", "/v1/models", "List the model that is served.", _json(answers.MODELS)),
-    _Operation("get", "/v1/models/{model}", "Tell of the model.", _json(answers.MODEL), (404,)),
+    _Operation("get", "/v1/models", "List the served model.", _json(answers.MODELS)),
+    _Operation("get", "/v1/models/{model}", "Get the model.", _json(answers.MODEL), (404,)),
     _Operation(
         "get", "/v1/memories", "List the memories.", _json(answers.MEMORIES), (503,),
         parameters=(_query("after", **NAME_SCHEMA), _query("limit", type="integer", minimum=1, maximum=MAX_PAGE)),
@@ -82,29 +82,29 @@ _OPERATIONS = (
         parameters=(_query("version", type="integer", minimum=1), _IF_NONE),
     ),
     _Operation(
-        "put", "/v1/memories/{id}", "Create or replace a memory by a memory file.", _json(answers.MEMORY),
+        "put", "/v1/memories/{id}", "Create or replace a memory from a memory file.", _json(answers.MEMORY),
         (201, *_CHANGES),
         body=_BYTES, parameters=(_query("expires_in", type="number", exclusiveMinimum=0), _IF_MATCH, _IF_NONE),
     ),
     _Operation(
-        "delete", "/v1/memories/{id}", "Delete a memory with all that was made of it; the answer is a receipt.",
+        "delete", "/v1/memories/{id}", "Delete a memory, its versions and its responses; return a receipt.",
         _json(answers.RECEIPT), _CHANGES, parameters=(_IF_MATCH, _IF_NONE),
     ),
     _Operation(
-        "get", "/v1/memories/{id}/versions", "List the versions that are kept.", _json(answers.VERSIONS), (404, 503)
+        "get", "/v1/memories/{id}/versions", "List the versions of a memory.", _json(answers.VERSIONS), (404, 503)
     ),
     _Operation(
         "post", "/v1/memories/{id}/fork", "Copy a memory to a new one.", _json(answers.MEMORY), _CHANGES, 201,
         body=ForkRequest,
     ),
     _Operation(
-        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest.", _json(answers.MEMORY),
+        "post", "/v1/memories/{id}/restore", "Make an earlier version the newest one.", _json(answers.MEMORY),
         _CHANGES, body=RestoreRequest, parameters=(_IF_MATCH, _IF_NONE),
     ),
-    _Operation("get", "/health", "Whether the process lives.", _json(answers.STATUS), open=True),
-    _Operation("get", "/ready", "Whether it can answer.", _json(answers.STATUS), (503,), open=True),
+    _Operation("get", "/health", "Whether the process is running.", _json(answers.STATUS), open=True),
+    _Operation("get", "/ready", "Whether the server can answer.", _json(answers.STATUS), (503,), open=True),
     _Operation(
-        "get", "/metrics", "What it does, for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, open=True
+        "get", "/metrics", "Metrics for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, open=True
     ),
 )  # fmt: skip
 
@@ -159,7 +159,7 @@ def _answer(status: int, content: dict[str, Any]) -> dict[str, Any]:
     if status < 300:
         return {"description": "Done.", "content": content}
     if status < 400:
-        return {"description": "Nothing has changed."}
+        return {"description": "Not modified."}
     return {"description": "An error.", "content": _json({"$ref": _REFERENCE.format(model="Error")})}
 
 
@@ -169,7 +169,7 @@ async def openapi(request: Request) -> JSONResponse:
 
 
 async def docs(request: Request) -> HTMLResponse:
-    """`GET /docs`: the document as a page that needs nothing from elsewhere."""
+    """`GET /docs`: the document as a page without external resources."""
     schemas = document()["components"]["schemas"]
     parts = []
     for operation in _OPERATIONS:
@@ -185,4 +185,4 @@ async def docs(request: Request) -> HTMLResponse:
 
 
 _STYLE = "<style>body{font:16px sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}pre{overflow:auto}</style>"
-_ABOUT = 'OpenAI\'s API, with memories. As a document: <a href="/openapi.json">openapi.json</a>.'
+_ABOUT = 'OpenAI\'s API, with memories. OpenAPI document: <a href="/openapi.json">openapi.json</a>.'

@@ -45,7 +45,7 @@ def _is_own(headers: Headers) -> bool:
 
 
 def _is_address(host: str) -> bool:
-    """Whether it is localhost or an IP address, with a port or without."""
+    """Whether `host` is localhost or an IP address, with or without a port."""
     try:
         name = urlsplit(f"//{host}").hostname
         return name == "localhost" or bool(ipaddress.ip_address(name or ""))

@@ -13,9 +13,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deltamem_tool.errors import ConfigError, first_line
 
 MAX_HEADER_BYTES = 32 * 2**10
-DRAIN_SECONDS = 60  # for requests that are being answered when the server is told to end
-HEAD_SECONDS = 30.0  # in which a request's line and headers must have come
-DEAF_SECONDS = 60.0  # after which a client that takes nothing of an answer is cut off
+DRAIN_SECONDS = 60  # for requests in progress when the server shuts down
+HEAD_SECONDS = 30.0  # time limit for receiving the request line and the headers
+DEAF_SECONDS = 60.0  # a client that receives nothing of an answer for so long is disconnected
 
 
 def check_host(host: str, has_keys: bool, no_keys: bool) -> None:
@@ -43,17 +43,17 @@ def _is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that can listen there.
+    """Return a socket that is bound to the address.
 
     Raises:
-        ConfigError: the address is not this machine's, or is in use.
+        ConfigError: the address does not belong to this machine, or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux, whose connections inherit it
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux, where accepted connections inherit it
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAF_SECONDS * 1000))
             listener.bind(address)
         except OSError:
@@ -67,7 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Http(H11Protocol):
-    """A connection by h11, whose headers are bounded. It is cut off where a request is begun and its head not ended."""
+    """An h11 connection with bounded headers, closed if a request's headers do not arrive in time."""
 
     _overdue: asyncio.TimerHandle | None = None
 
@@ -82,7 +82,7 @@ class Http(H11Protocol):
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Cancel the timeout."""
         super().connection_lost(exc)
         if self._overdue is not None:
             self._overdue.cancel()
@@ -93,12 +93,12 @@ class Http(H11Protocol):
         self._overdue = self.loop.call_later(HEAD_SECONDS, self._check, self.cycle)
 
     def _check(self, last: object) -> None:
-        if self.cycle is last and not self.transport.is_closing():  # which an idle one is by now
+        if self.cycle is last and not self.transport.is_closing():  # uvicorn has closed an idle connection by now
             self.transport.abort()
 
 
 def config_of(app: Starlette) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
+    """Return the configuration of uvicorn for the application."""
     return uvicorn.Config(
         app,
         http=Http,
@@ -111,5 +111,5 @@ def config_of(app: Starlette) -> uvicorn.Config:
 
 
 def run(app: Starlette, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, and then until every request that was begun is answered."""
+    """Serve until SIGTERM or SIGINT, then wait for the requests in progress."""
     uvicorn.Server(config_of(app)).run(sockets=[listener])

@@ -17,7 +17,7 @@ from starlette.types import Scope
 from deltamem_tool.io import web_files
 
 FOLDER = Path(__file__).with_name("page")
-# Nothing from elsewhere, no inline script, and no text that becomes HTML.
+# Forbids resources of other origins, inline scripts, and text that is turned into HTML.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -30,7 +30,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-mimetypes.add_type("text/javascript", ".js")  # Windows may have another, which browsers refuse to run
+mimetypes.add_type("text/javascript", ".js")  # Windows may have another type, which browsers refuse to run
 
 
 class _Files(StaticFiles):

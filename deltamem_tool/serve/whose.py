@@ -16,7 +16,7 @@ _NAME = TypeAdapter(MemoryName)
 
 
 class MemoryOptions(Body):
-    """What becomes of the memory; a parameter of this server alone."""
+    """How a request uses its memory. This parameter is an extension of OpenAI's API."""
 
     write: bool = Field(default=True, description="Whether the messages and the answer change the memory.")
     source: MemoryName | None = Field(
@@ -28,16 +28,16 @@ class MemoryOptions(Body):
 
 
 def whose(tenant: str, headers: Mapping[str, str], user: str | None, options: MemoryOptions | None) -> Whose:
-    """Return the memory that the header names, or else `user`, inside the tenant.
+    """Return the memory of a request: the header names it, or else `user`.
 
     Raises:
-        RequestError: the header is not a name.
+        RequestError: the header is not a valid memory name.
     """
     options = options or MemoryOptions()
-    named = headers.get(HEADER)
-    if named is not None:
+    name = headers.get(HEADER)
+    if name is not None:
         try:
-            user = _NAME.validate_python(named)
+            user = _NAME.validate_python(name)
         except ValidationError as error:
             raise RequestError(
                 f"The header {HEADER} is not a valid memory name.",

@@ -17,9 +17,9 @@ def open_database(url: str) -> Database:
     """Connect to the database at `url`.
 
     Raises:
-        ConfigError: the URL is of neither, or one of its options is not known.
+        ConfigError: the URL names neither SQLite nor PostgreSQL, or has an unknown option.
         StoreUnavailable: the database cannot be reached.
-        StoreDamaged: the file is not a database, or that of another program.
+        StoreDamaged: the file is not a database, or it is another program's database.
     """
     try:
         parsed = make_url(url)

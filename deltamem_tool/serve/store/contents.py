@@ -21,12 +21,12 @@ _REMOVE = delete(contents).where(contents.c.key.in_(bindparam("keys", expanding=
 
 
 class Entry(NamedTuple):
-    """A content that is stored.
+    """A stored content.
 
     Args:
-        key: of its row.
+        key: key of its row.
         digest: SHA-256 of the memory, in hexadecimal.
-        size: bytes of the memory and of the note.
+        size: bytes of the memory and the note.
     """
 
     key: int
@@ -36,18 +36,18 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """How contents are written and read.
+    """Writes and reads contents.
 
     Args:
-        cipher: encrypts them.
-        pages: wraps them for SQLite; None for PostgreSQL.
+        cipher: encrypts the contents.
+        pages: wraps the contents for SQLite; None for PostgreSQL.
     """
 
     cipher: Cipher
     pages: OverflowPages | None
 
     def write(self, connection: Connection, data: bytes, note: Any, *place: str | int) -> Entry:
-        """Add a content, of the row that `place` names."""
+        """Add a content. `place` names the row of the version or response that it belongs to."""
         text = json.dumps(note, separators=(",", ":")).encode()
         digest = hashlib.sha256(data).hexdigest()
         blob = self.cipher.seal(_NOTE_LENGTH.pack(len(text)) + text + data, *place, digest)
@@ -60,7 +60,7 @@ class Contents:
         """Return the memory and the note of a row's content.
 
         Raises:
-            StoreDamaged: they are not what was written there.
+            StoreDamaged: the content is not the one that was written for this row.
         """
         content = self.cipher.open(blob if self.pages is None else self.pages.unwrap(blob), *place, digest)
         end = _NOTE_LENGTH.size + _NOTE_LENGTH.unpack_from(content)[0]

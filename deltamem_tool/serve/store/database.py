@@ -16,38 +16,38 @@ from deltamem_tool.serve.store.errors import StoreDamaged, StoreUnavailable
 from deltamem_tool.serve.store.group_commit import GroupCommit
 from deltamem_tool.serve.store.overflow import OverflowPages
 
-LOCK_SECONDS = 5.0  # how long a transaction waits for another that holds its lock
+LOCK_SECONDS = 5.0  # how long a transaction waits for a lock
 T = TypeVar("T")
 
 
 class Dialect(Protocol):
-    """What differs between databases.
+    """The parts that differ between databases.
 
-    one_writer: whether transactions that write come one after the other in any case, so that those of a process gain by
-        being one.
+    one_writer: whether the database runs writing transactions sequentially, so that a process gains by grouping its own
+        into one.
     """
 
     one_writer: bool
 
     def engine(self) -> Engine:
-        """Return a pool of connections; a transaction of theirs with the option `writes` is going to write."""
+        """Return a pool of connections. Transactions that write have the execution option `writes`."""
 
     def lock_set_up(self, connection: Connection) -> None:
-        """Hold off other programs that would create the tables, until the transaction ends."""
+        """Keep other programs from creating the tables until the transaction ends."""
 
     def overflow_pages(self) -> OverflowPages | None:
-        """Return how contents are wrapped, once there are tables; None if they are not."""
+        """Return the wrapper for contents, or None if contents are not wrapped. The tables must exist."""
 
     def erase(self, engine: Engine) -> bool | None:
-        """Take what is deleted out of the database's files; return whether it is, or None where nobody can know."""
+        """Remove deleted content from the database's files. Return whether it is removed; None if unknown."""
 
 
 class Database:
     """Connections to a database.
 
     Args:
-        url: where it is; it is named in errors without its password.
-        dialect: what differs between databases.
+        url: URL of the database. Errors show it without its password.
+        dialect: the parts that differ between databases.
     """
 
     def __init__(self, url: URL, dialect: Dialect) -> None:
@@ -60,7 +60,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database.
+        """Open a transaction that sees a consistent state of the database.
 
         Raises:
             StoreUnavailable: the database cannot be reached, or is locked.
@@ -71,7 +71,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that is committed at the end of the block, whole or not at all.
+        """Open a transaction that is committed at the end of the block, completely or not at all.
 
         Raises:
             StoreUnavailable: the database cannot be reached, is locked, or its disk is full.
@@ -81,12 +81,12 @@ class Database:
             yield connection
 
     def change(self, work: Callable[[Connection], T]) -> T:
-        """Return what `work` returns, when what it did is committed.
+        """Run `work` in a transaction, and return its result after the commit.
 
         Raises:
             StoreUnavailable: as in `write`.
             StoreDamaged: the database's file is damaged.
-            Exception: what `work` raises; nothing of it is done.
+            Exception: raised by `work`; none of its changes is made.
         """
         if self._group is not None:
             return self._group.run(work)
@@ -95,17 +95,17 @@ class Database:
 
     @contextmanager
     def set_up(self) -> Iterator[Connection]:
-        """`write`, while no other program is in a transaction of this kind."""
+        """As `write`, but only one program at a time can be in such a transaction."""
         with self.write() as connection:
             self._dialect.lock_set_up(connection)
             yield connection
 
     def overflow_pages(self) -> OverflowPages | None:
-        """Return how contents are wrapped; None if they are not."""
+        """Return the wrapper for contents, or None if contents are not wrapped."""
         return self._dialect.overflow_pages()
 
     def erase(self) -> bool | None:
-        """Take what is deleted out of the database's files; return whether it is, or None where nobody can know."""
+        """Remove deleted content from the database's files. Return whether it is removed; None if unknown."""
         with self._group.alone() if self._group is not None else nullcontext(), self._translated():
             return self._dialect.erase(self._engine)
 
@@ -131,11 +131,11 @@ class Database:
             ) from error
 
 
-# What is raised outside of SQLAlchemy's statements is the driver's own.
+# Outside of SQLAlchemy's statements, the driver raises its own errors.
 _UNAVAILABLE = (OperationalError, InterfaceError, InternalError, TimeoutError, sqlite3.OperationalError)
 _DAMAGED = (DatabaseError, sqlite3.DatabaseError)  # not their subclasses: a mistake in a statement, a row that exists
 
 
 def _reason(error: Exception) -> str:
-    """The database's own words."""
+    """The message of the database."""
     return first_line(getattr(error, "orig", None) or error)

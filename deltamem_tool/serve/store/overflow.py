@@ -17,27 +17,27 @@ _LENGTH = struct.Struct("<Q")
 
 
 class OverflowPages:
-    """Content to the blob of a row `(INTEGER PRIMARY KEY, BLOB)`, and back.
+    """Converts content to the blob of a row `(INTEGER PRIMARY KEY, BLOB)`, and back.
 
     Args:
-        page: bytes of a page, all of which SQLite uses.
+        page: bytes of a page, without reserved bytes.
     """
 
     def __init__(self, page: int) -> None:
-        self._least = (page - 12) * 32 // 255 - 23  # bytes of a long row that stay in the leaf, at least
-        self._most = page - 35  # and at most
-        self._page = page - 4  # bytes of it in a page of its own
+        self._least = (page - 12) * 32 // 255 - 23  # bytes of a long row that stay in the leaf: the minimum
+        self._most = page - 35  # and the maximum
+        self._page = page - 4  # bytes of the row in one overflow page
 
     def wrap(self, content: bytes) -> bytes:
-        """Return `content` between zeros."""
+        """Return `content` padded with zeros on both sides."""
         blob = b"\0" * self._least + _LENGTH.pack(len(content)) + content
         return blob + b"\0" * self._missing(len(blob))
 
     def unwrap(self, blob: bytes) -> bytes:
-        """Return the content of `wrap`'s blob.
+        """Return the content of a blob from `wrap`.
 
         Raises:
-            StoreDamaged: it is not all there.
+            StoreDamaged: the blob is truncated.
         """
         start = self._least + _LENGTH.size
         length = _LENGTH.unpack_from(blob, self._least)[0] if len(blob) >= start else len(blob)
@@ -48,7 +48,7 @@ class OverflowPages:
         return blob[start : start + length]
 
     def _missing(self, length: int) -> int:
-        """How many bytes more a blob of `length` must have so that no more than the least stay in the leaf."""
+        """How many bytes to append to a blob of `length` so that only the minimum stays in the leaf."""
         row = _row_bytes(length)
         local = row if row <= self._most else self._least + (row - self._least) % self._page
         return 0 if local == self._least or local > self._most else self._most + 1 - local

@@ -11,15 +11,15 @@ from deltamem_tool.serve.store.schema import contents
 
 CONNECTIONS = 16
 SET_UP_LOCK = 0x64656C74616D656D  # "deltamem" in ASCII
-# A server that is gone without a word is noticed after these seconds, not after hours.
+# A server that has disappeared is noticed after these seconds, not after hours.
 PATIENCE = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,  # milliseconds; while something is sent, no connection is kept alive
+    "tcp_user_timeout": 25_000,  # milliseconds; no keepalives are sent while data is unacknowledged
 }
-# What is committed survives a loss of power; nobody waits for a lock for ever.
+# Committed changes survive a loss of power, and waiting for a lock has a time limit.
 OPTIONS = f"-c synchronous_commit=on -c lock_timeout={int(LOCK_SECONDS * 1000)}"
 
 
@@ -33,7 +33,7 @@ class Postgres:
         self._url = url.set(drivername="postgresql+psycopg")
 
     def engine(self) -> Engine:
-        """Return a pool of connections, each tried before it is used: the server may have been restarted."""
+        """Return a pool of connections. Each is tested before use, as the server may have been restarted."""
         settings = self._url.query
         return create_engine(
             self._url,
@@ -46,13 +46,13 @@ class Postgres:
         )
 
     def lock_set_up(self, connection: Connection) -> None:
-        """Hold off other programs that would create the tables, until the transaction ends."""
+        """Keep other programs from creating the tables until the transaction ends."""
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SET_UP_LOCK})
 
     def overflow_pages(self) -> None:
-        """Return None: it does not erase."""
+        """Return None: contents are not wrapped."""
 
     def erase(self, engine: Engine) -> None:
-        """Vacuum the contents, and return None: files and log keep deleted bytes until others take their place."""
+        """Vacuum the contents, and return None: files and log keep deleted bytes until they are overwritten."""
         with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             connection.execute(text(f"VACUUM (SKIP_LOCKED) {contents.name}"))

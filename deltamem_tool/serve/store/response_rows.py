@@ -29,11 +29,11 @@ def write_response(
     now: float,
     quota: Quota,
 ) -> StoredResponse:
-    """Add a response, made with the version of a memory that `memory` names.
+    """Add a response that was made with the memory version in `memory`.
 
     Raises:
-        Conflict: that memory was deleted meanwhile.
-        QuotaExceeded: it is more than `quota`.
+        Conflict: that memory was deleted in the meantime.
+        QuotaExceeded: the tenant would store more than `quota`.
     """
     if memory is not None:
         row = lock_memory(connection, tenant, memory[0], now)
@@ -62,7 +62,7 @@ def write_response(
 
 
 def read_response(connection: Connection, form: Contents, tenant: str, id: str, now: float) -> StoredResponse | None:
-    """Return a response; None if there is none."""
+    """Return a response, or None if it does not exist."""
     row = connection.execute(
         select(*_COLUMNS, contents.c.content)
         .join_from(responses, contents, contents.c.key == responses.c.content)
@@ -76,7 +76,7 @@ def read_response(connection: Connection, form: Contents, tenant: str, id: str, 
 
 
 def remove_response(connection: Connection, tenant: str, id: str, now: float) -> Receipt | None:
-    """Delete a response; return None if there is none."""
+    """Delete a response and return the receipt, or None if it does not exist."""
     row = connection.execute(
         delete(responses)
         .where(responses.c.tenant == tenant, responses.c.id == id)

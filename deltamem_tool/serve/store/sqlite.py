@@ -20,7 +20,8 @@ from deltamem_tool.serve.store.schema import about
 
 OLDEST_SQLITE = (3, 35)  # RETURNING
 CONNECTIONS = 16
-# Whether each commit waits for the disk: what is committed survives a loss of power, or the loss of a process alone.
+# With `full`, each commit waits for the disk and survives a loss of power. With `normal`, it survives only a crash of
+# the process.
 SYNCHRONOUS = ("full", "normal")
 ERASE_PAUSE = 0.01  # seconds between two tries to empty the log
 
@@ -54,11 +55,11 @@ class Sqlite:
         """Return a pool of connections to the file, which is created for its owner alone."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self._path):
-            if not self._path.exists():  # whoever closes a file ends the locks that SQLite has on it in this process
+            if not self._path.exists():  # else closing the file would release the locks that SQLite holds on it here
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             with closing(sqlite3.connect(self._path, LOCK_SECONDS)) as connection:
                 _check_owner(connection)
-                # Readers do not wait for the writer. It is a property of the file, which one program changes at a time.
+                # Readers do not wait for the writer. The mode is stored in the file; only one program may change it.
                 connection.execute("PRAGMA journal_mode = WAL")
                 (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
         engine = create_engine(
@@ -74,16 +75,16 @@ class Sqlite:
         return engine
 
     def lock_set_up(self, connection: Connection) -> None:
-        """Do nothing: a file has one writer at a time."""
+        """Do nothing: an SQLite file has only one writer at a time."""
 
     def overflow_pages(self) -> OverflowPages:
-        """Return how contents are wrapped for the file's size of pages."""
+        """Return the wrapper for contents, for the page size of the file."""
         return OverflowPages(self._page_size)
 
     def erase(self, engine: Engine) -> bool:
-        """Write the log into the file, where deleted bytes are zeros, and cut the log to nothing.
+        """Write the log into the file, where deleted bytes are zeros, and truncate the log.
 
-        It waits for readers in other transactions, for as long as one waits for a lock.
+        Waits for readers in other transactions, up to the time limit for a lock.
         """
         until = time.monotonic() + LOCK_SECONDS
         with engine.connect() as connection:
@@ -95,7 +96,7 @@ class Sqlite:
         return True
 
     def _connected(self, connection: Any, _: object) -> None:
-        connection.isolation_level = None  # `_begun` says when a transaction begins
+        connection.isolation_level = None  # `_begun` begins transactions
         for pragma in (
             f"synchronous = {self._synchronous}",
             "secure_delete = ON",  # deleted bytes are overwritten with zeros
@@ -108,7 +109,7 @@ def _check_owner(connection: sqlite3.Connection) -> None:
     """Check that the file is empty or a store.
 
     Raises:
-        StoreDamaged: it is the database of another program.
+        StoreDamaged: the file is another program's database.
     """
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     if tables and about.name not in tables:
@@ -118,6 +119,6 @@ def _check_owner(connection: sqlite3.Connection) -> None:
 
 
 def _begun(connection: Connection) -> None:
-    # A writer that began as a reader could not wait for another writer: what it has read would be out of date.
+    # A transaction that begins as a reader cannot wait for a writer later: its snapshot would be outdated.
     writes = connection.get_execution_options().get("writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -20,11 +20,11 @@ def count(connection: Connection, tenant: str, *, memories: int = 0, size: int =
     """Add to what `tenant` stores, and return the sums.
 
     Args:
-        connection: in a transaction, which holds other writers of this tenant up from here on.
-        tenant: whose.
-        memories: how many more.
-        size: how many more bytes.
-        deleted_version: of a memory that is deleted.
+        connection: in a transaction. Other writers of this tenant wait until it ends.
+        tenant: the tenant.
+        memories: number of memories to add.
+        size: number of bytes to add.
+        deleted_version: version of a deleted memory.
     """
     new = {"tenant": tenant, "memories": memories, "bytes": size, "deleted_version": deleted_version}
     row = connection.execute(_add(connection.dialect.name), new).one()
@@ -33,7 +33,7 @@ def count(connection: Connection, tenant: str, *, memories: int = 0, size: int =
 
 @cache
 def _add(dialect: str) -> Executable:
-    """The statement of `count`, which is each database's own."""
+    """The statement of `count` for a dialect."""
     new = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(tenants)
     highest = case(
         (new.excluded.deleted_version > tenants.c.deleted_version, new.excluded.deleted_version),
@@ -56,16 +56,16 @@ def read_usage(connection: Connection, tenant: str) -> Usage:
 
 
 def first_version(connection: Connection, tenant: str) -> int:
-    """Return the version with which a new memory of `tenant` begins: above all that were ever deleted."""
+    """Return the first version of a new memory of `tenant`: higher than all that were ever deleted."""
     deleted = connection.execute(_READ_DELETED, {"of_tenant": tenant}).scalar_one_or_none()
     return (deleted or 0) + 1
 
 
 def check_quota(quota: Quota, usage: Usage) -> None:
-    """Check what a tenant would store.
+    """Check that a tenant's usage is within its quota.
 
     Raises:
-        QuotaExceeded: it is more than `quota`.
+        QuotaExceeded: the usage is more than `quota`.
     """
     for most, stored, unit in (
         (quota.memories, usage.memories, "memories"),
