@@ -72,7 +72,7 @@ def _labels(exchanges: Sequence[EncodedExchange]) -> Tensor:
 
 
 def _before_scored(labels: Tensor) -> Tensor:
-    """The flat places of `labels` `[Q, T]` whose next label is scored."""
+    """Return the flat positions of `labels` `[Q, T]` whose next label is scored."""
     ahead = torch.zeros_like(labels, dtype=torch.bool)
     ahead[:, :-1] = labels[:, 1:] != IGNORED
     return ahead.flatten().nonzero().flatten()
@@ -85,11 +85,11 @@ def _mask(rows: Sequence[Sequence[int]]) -> Tensor:
 class EpisodeCollator:
     """Make batches for the Trainer as `collate` does, with `sources`: where each episode was read.
 
-    Episodes that are not encoded yet are asked from the memory alone: context dropout is `EncodedEpisodes`' own.
+    Episodes that are not encoded yet are read with the memory alone, since `EncodedEpisodes` does the context dropout.
 
     Args:
-        encoder: of those.
-        unrelated: what else is asked of each episode's memory; see `collate_unrelated`.
+        encoder: encodes these episodes.
+        unrelated: exchanges that are also read with each episode's memory; see `collate_unrelated`.
     """
 
     def __init__(self, encoder: Encoder, unrelated: UnrelatedExchanges | None = None) -> None:

@@ -31,7 +31,7 @@ _CHARACTERS = 2_000_000  # unless their messages are longer than this
 
 @dataclass(frozen=True)
 class EncodedExchange:
-    """Token ids and labels of one length T; a label is the token's own id, or IGNORED where it is not scored."""
+    """Token ids and labels, both of length T. A label is the token's id, or IGNORED if the token is not scored."""
 
     ids: list[int]
     labels: list[int]
@@ -43,12 +43,12 @@ class EncodedEpisode:
 
     Args:
         write_ids: the history, cut from the left; W tokens.
-        tags: of each of them, as `tag_chat` has it.
-        exchanges: what is read with nothing but the memory.
+        tags: segment tag of each of these tokens, as in `tag_chat`.
+        exchanges: exchanges that are read with the memory alone.
         recent: the same exchanges after the last turns of the history; empty unless asked for.
         full: the same exchanges after the whole history, cut from the left; empty unless asked for.
         where: file and line.
-        cut: how many tokens of the history were cut.
+        cut: number of tokens that were cut from the history.
     """
 
     write_ids: list[int]
@@ -114,7 +114,7 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        """What batches are filled up with; a mask hides it."""
+        """Token id that pads batches; a mask hides it."""
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         most = self.limits.vocabulary or math.inf
         return next((token for token in tokens if token is not None and token < most), 0)
@@ -125,7 +125,7 @@ class Encoder:
         return self._template.attempt(talk) is not None
 
     def options(self) -> dict[str, Any]:
-        """All that decides the encoding besides the tokenizer."""
+        """Return all options that determine the encoding besides the tokenizer."""
         names = ("max_write_tokens", "max_read_tokens", "granularity", "recent_turns", "full_context", "limits")
         return {name: getattr(self, name) for name in names}
 
@@ -186,7 +186,7 @@ class Encoder:
         return [done[n] for n in range(len(episodes))]
 
     def _tokenise(self, texts: list[str]) -> list[Any]:
-        """Of each text an encoding of the tokenizers library."""
+        """Return the encoding of each text, as an object of the tokenizers library."""
         if not texts:
             return []
         encodings: list[Any] = self.tokenizer(texts, **RENDERED).encodings
@@ -223,7 +223,7 @@ class Encoder:
     def _recent(
         self, episode: Episode, alone: list[EncodedExchange]
     ) -> Generator[list[str], list[Any], list[EncodedExchange]]:
-        """Each exchange with as many turns before it as there may be and fit: one less, until it does."""
+        """Encode each exchange with as many of the allowed turns before it as fit."""
         _, history = _split(episode.history)
         starts = [n for n, message in enumerate(history) if message["role"] == "user"][-self.recent_turns :]
         chosen, template = list(alone), self._template.having(episode.template_kwargs)
@@ -290,7 +290,7 @@ def _labelled(asked: _Asked, encoding: Any) -> EncodedExchange:
 
 
 def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
-    """Parts that can be tokenised together in little memory."""
+    """Yield groups of episodes that can be tokenised together in little memory."""
     part: list[Episode] = []
     length = 0
     for episode in episodes:
@@ -304,7 +304,7 @@ def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
 
 
 def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system prompt, if there is one, and the rest."""
+    """Split messages into the system prompt, if there is one, and the rest."""
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     return system, messages[len(system) :]
 

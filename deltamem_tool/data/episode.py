@@ -18,8 +18,8 @@ from deltamem_tool.io.safe_json import parse_json
 from deltamem_tool.segments.messages import Message, Problem, is_unicode, problem_of, text_of
 
 ROLES = ("system", "user", "assistant", "tool")
-SUPERVISE = ("last", "all")  # which user turns of a conversation are asked
-_FOR_TEMPLATE = {"tools": list, "chat_template_kwargs": dict}  # columns, also as the JSON of such
+SUPERVISE = ("last", "all")  # user turns of a conversation that are asked
+_FOR_TEMPLATE = {"tools": list, "chat_template_kwargs": dict}  # columns and their types; JSON text is also accepted
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Episode:
     history: list[Message]
     exchanges: list[list[Message]]
     where: str = field(default="", compare=False)  # file and line that it was read from
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # what the template gets besides: tools, …
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the template: tools, …
 
 
 def episodes_of(row: Mapping[str, Any], where: str, supervise: str = "last") -> list[Episode]:
@@ -87,7 +87,7 @@ def _asks_nothing(where: str) -> DataError:
 
 
 def used_columns(row: Mapping[str, Any]) -> set[str]:
-    """The columns that `episodes_of` reads of such a row."""
+    """Return the columns of a row that `episodes_of` reads."""
     speech = {"messages"} if row.get("messages") is not None else {"prompt", "history", _response(row) or "response"}
     return speech | _FOR_TEMPLATE.keys()
 
@@ -97,7 +97,7 @@ def _response(row: Mapping[str, Any]) -> str | None:
 
 
 def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a row gives the chat template besides its messages."""
+    """Return the arguments that a row has for the chat template besides its messages."""
     given: dict[str, Any] = {}
     for name, kind in _FOR_TEMPLATE.items():
         value = row.get(name)

@@ -24,15 +24,15 @@ _AS_PUBLISHED = "Use the file as its authors publish it."
 # The columns of which episodes are made; all but the last can be lists.
 _COLUMNS = ("messages", "prompt", "response", "completion", "history", "tools", "chat_template_kwargs")
 _LOG = logging.getLogger(__name__)
-# What `datasets` raises over a dataset, a network or a file that is not as it should be.
+# Errors that `datasets` raises if a dataset, the network or a file is faulty.
 _FAILURES = (DatasetsError, OSError, ValueError, RuntimeError)
 
-Row = tuple[str, Any]  # its place, and its content or the DataError that says why it cannot be read
+Row = tuple[str, Any]  # the row's place, and its content or the DataError that says why it cannot be read
 
 
 @dataclass(frozen=True)
 class LoadedEpisodes:
-    """The episodes of `rows` rows, without those of `skipped`."""
+    """The episodes of `rows` rows, without the rows that were skipped, and the errors of these."""
 
     episodes: list[Episode]
     rows: int
@@ -50,8 +50,8 @@ def read_episodes(
 
     Args:
         path: a JSONL or parquet file, or a dataset's id.
-        split: of a dataset of the Hub, as `datasets` takes it: also "train[:1000]".
-        revision: of a dataset of the Hub.
+        split: split of a dataset on the Hub, in the syntax of `datasets`, such as "train[:1000]".
+        revision: revision of a dataset on the Hub.
         supervise: "last" or "all", as in `episodes_of`.
         skip_bad_rows: leave out rows that are not conversations, and list them in `skipped`, rather than raise.
 
@@ -254,7 +254,7 @@ def _splits(name: str, config: str | None, revision: str | None) -> list[str]:
 
 
 def _line(error: BaseException) -> str:
-    """The error in one line; `datasets` often gives the reason in the cause alone."""
+    """Return the error in one line; `datasets` often gives the reason only in the cause."""
     texts = [" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None]
     reasons = "; ".join(text.rstrip(".") for text in texts if text)
     return f"{reasons or type(error).__name__}."[:500]
@@ -263,7 +263,7 @@ def _line(error: BaseException) -> str:
 def _table_rows(
     table: datasets.Dataset | datasets.IterableDataset, where: str, columns: Sequence[str] | None
 ) -> Iterator[Row]:
-    """The rows without columns that are null; of others than `columns`, if any of these are there, the names alone."""
+    """Yield the rows without null columns. If the table has any of `columns`, others are given by name only."""
     names = table.column_names or []
     wanted = [name for name in names if columns and name in columns]
     if wanted:
@@ -279,7 +279,7 @@ def _table_rows(
 
 
 def _message(message: Any) -> Any:
-    """A message without null keys, which a table gives every message that lacks the key of another."""
+    """Return a message without null keys, which a table adds if another message has the key."""
     if not isinstance(message, dict):
         return message
     return {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}

@@ -19,9 +19,9 @@ class UnrelatedExchanges:
 
     @property
     def longest(self) -> EncodedExchange:
-        """The one of most tokens."""
+        """The exchange with the most tokens."""
         return max(self._exchanges, key=lambda exchange: len(exchange.ids))
 
     def of(self, episode: EncodedEpisode) -> EncodedExchange:
-        """Draw one."""
+        """Draw the exchange for an episode."""
         return random.Random(f"{self._seed}/{episode.write_ids}").choice(self._exchanges)

@@ -15,24 +15,24 @@ SMOLLM2 = "smollm2"
 
 @dataclass(frozen=True)
 class QuickstartBase:
-    """A base model, how a memory is trained for it, and what the memory is then asked.
+    """A base model, how a memory is trained for it, and how the memory is tested.
 
     Args:
-        name: in words.
-        recipe: a file of `recipes/`.
-        adapter: one that is trained already.
-        takes_adapter: whether that one is taken unless told otherwise, because training takes hours.
-        words: of the recall task.
-        form: more options of the recall task: conversations are like those that the recipe trains on.
-        facts: how many are told in the conversations of the recall task.
-        episodes: conversations for each of these.
-        agreement: how many are told in the conversations on which both runtimes are compared, and how many of these.
-        told: facts in the conversation that is remembered.
-        batch_size: conversations at once.
-        fetch: gives the checkpoint's name, and fetches it where it is not here.
-        size_to_fetch: says how much that would be, in words; None for nothing.
-        time: of a run on 2 CPU cores that trains, in words; `fast_time` of one that takes `adapter`.
-        fast_time: see there.
+        name: name for output.
+        recipe: name of a file in `recipes/`.
+        adapter: a trained adapter.
+        takes_adapter: whether `adapter` is used by default, because training takes hours.
+        words: option `words` of the recall task.
+        form: further options of the recall task, so that conversations are like those that the recipe trains on.
+        facts: numbers of facts in the conversations of the recall task.
+        episodes: number of conversations for each of `facts`.
+        agreement: number of facts per conversation, and number of conversations, for comparing both runtimes.
+        told: number of facts in the conversation that is remembered.
+        batch_size: number of conversations per batch.
+        fetch: function that returns the checkpoint's name, and downloads the checkpoint if it is missing.
+        size_to_fetch: function that returns the size of that download for output; None if there is nothing to download.
+        time: duration of a run with training on 2 CPU cores, for output.
+        fast_time: duration of a run that uses `adapter`.
     """
 
     name: str
@@ -90,16 +90,16 @@ BASES = {
 
 
 def adapter_to_take(base: str, adapter: str | None = None, fast: bool = False, steps: int | None = None) -> str | None:
-    """Choose the adapter that a quickstart takes; None: it trains one.
+    """Choose the adapter that a quickstart uses; None if it trains one.
 
     Args:
         base: one of BASES.
-        adapter: the one that is asked for.
-        fast: whether the one that is trained already is asked for.
-        steps: of the training that is asked for.
+        adapter: requested adapter.
+        fast: whether the base's trained adapter is requested.
+        steps: requested number of training steps.
 
     Raises:
-        ConfigError: the options do not go together.
+        ConfigError: the options cannot be combined.
     """
     if adapter is not None and fast:
         raise ConfigError("fast and adapter cannot be combined.", "Both choose the adapter.", "Leave out one of them.")

@@ -37,14 +37,14 @@ from deltamem_tool.recipe.load import Recipe, load_recipe, shipped_recipe
 
 ADAPTER, FRESH, ONNX, MEMORY = "adapter", "fresh-adapter", "onnx", "memory.safetensors"
 RECALL_PLOT, LOSS_PLOT, REPORT = "recall.png", "loss.png", "report.json"
-OWN = {ADAPTER, f"{ADAPTER}.run", FRESH, ONNX, MEMORY, RECALL_PLOT, LOSS_PLOT, REPORT}  # all that a run can leave
+OWN = {ADAPTER, f"{ADAPTER}.run", FRESH, ONNX, MEMORY, RECALL_PLOT, LOSS_PLOT, REPORT}  # all that a run can write
 
 Report = Callable[[str, int, int, str], None]  # stage, done, of, note
 
 
 @dataclass
 class Quickstart:
-    """Everything the run made."""
+    """The results of a quickstart."""
 
     adapter: Path
     onnx_dir: Path
@@ -59,7 +59,7 @@ class Quickstart:
     arguments: tuple[str, ...]  # of the same `deltamem eval`
     max_abs_diff: float
     answer_agreement: float
-    compared: int  # conversations of which that is the share
+    compared: int  # number of conversations behind answer_agreement
     remembered: TalkResult
     seconds: dict[str, float]
 
@@ -80,18 +80,18 @@ def quickstart(
 
     Args:
         out: a new folder.
-        fast: take the adapter that is trained already instead of training one.
-        overwrite: replace what an earlier run left in `out`.
+        fast: use the base's trained adapter instead of training one.
+        overwrite: replace the files of an earlier run in `out`.
         report: called with (stage, done, of, note) as work goes on.
         base: one of `BASES`.
-        adapter: take this adapter, a folder or an id on the Hub, instead of training one.
-        allow_other_base: take `adapter` also where it was made for another base model, with an `OtherBaseWarning`.
-        steps: of training, instead of the recipe's.
-        resume: go on with the training that was interrupted in `out`.
+        adapter: use this adapter, a folder or an id on the Hub, instead of training one.
+        allow_other_base: accept an `adapter` that was made for another base model, with an `OtherBaseWarning`.
+        steps: number of training steps, instead of the recipe's.
+        resume: resume the training that was interrupted in `out`.
 
     Raises:
-        ConfigError: options do not go together.
-        DeltaMemError: `out` is there already, or a stage failed.
+        ConfigError: the options cannot be combined.
+        DeltaMemError: `out` already exists, or a stage failed.
         HubError: the base or the adapter cannot be fetched.
     """
     out, kind = expand_user(out), BASES[base]
@@ -178,7 +178,7 @@ def _arguments(kind: QuickstartBase) -> tuple[str, ...]:
 
 
 def _check_resume(out: Path, taken: str | None) -> None:
-    """Raise unless the training of an earlier run can go on."""
+    """Check that the training of an earlier run can be resumed."""
     from deltamem_tool.training.run_folder import checkpoints, run_folder
 
     if taken is not None or not checkpoints(run_folder(out / ADAPTER)):
@@ -190,7 +190,7 @@ def _check_resume(out: Path, taken: str | None) -> None:
 
 
 def _check_contents(out: Path, taken: str | None) -> None:
-    """Raise if the folder holds what no quickstart has made, or the adapter that is to be taken."""
+    """Check that the folder contains only files of a quickstart, and not the adapter that will be used."""
     if taken is not None and expand_user(taken).resolve().is_relative_to(out.resolve()):
         raise DeltaMemError(
             f"The adapter {taken} is in {out}.",
@@ -207,14 +207,14 @@ def _check_contents(out: Path, taken: str | None) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Make the folder, without what an earlier run left there."""
+    """Create the folder, or remove the files of an earlier run from it."""
     out.mkdir(parents=True, exist_ok=True)
     for entry in out.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _recipe(out: Path, kind: QuickstartBase, checkpoint: str, steps: int | None, resume: bool) -> Recipe:
-    """What is to be trained, from a fresh adapter for the checkpoint."""
+    """Return the recipe of the training, which starts from a fresh adapter for the checkpoint."""
     changes = [f"base={json.dumps(checkpoint)}", *([] if steps is None else [f"training.steps={steps}"])]
     recipe = load_recipe(shipped_recipe(kind.recipe), changes, str(out / ADAPTER))
     if not resume:
@@ -224,7 +224,7 @@ def _recipe(out: Path, kind: QuickstartBase, checkpoint: str, steps: int | None,
 
 
 def _trained(recipe: Recipe, resume: bool, tell: Report) -> tuple[AdapterFolder, list[tuple[int, float]]]:
-    """The adapter, and the losses on the way."""
+    """Train, and return the adapter and the losses by step."""
     from deltamem_tool.training import train  # its libraries take seconds, which others need not wait for
     from deltamem_tool.training.run_folder import checkpoints, run_folder
 
@@ -243,7 +243,7 @@ def _trained(recipe: Recipe, resume: bool, tell: Report) -> tuple[AdapterFolder,
 def _agreement(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, onnx_model: OnnxModel, kind: QuickstartBase
 ) -> float:
-    """The share of held-out episodes on which both runtimes give the same answer."""
+    """Return the share of held-out episodes on which both runtimes give the same answer."""
     facts, episodes = kind.agreement
     task = recall(kind.words, seed=1, facts=facts, episodes=episodes, **kind.form)
     protocol = EvalProtocol.parse(MEMORY_ONLY)
@@ -256,7 +256,7 @@ def _agreement(
 
 
 def report_json(result: Quickstart) -> dict[str, Any]:
-    """What `report.json` holds."""
+    """Return the content of `report.json`."""
     return {
         "recall": evaluation_json(result.recall, result.fingerprint, result.arguments),
         "onnx": {"max_abs_diff": result.max_abs_diff, "answer_agreement": result.answer_agreement},

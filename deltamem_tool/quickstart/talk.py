@@ -23,11 +23,11 @@ class ToldFact:
     """A fact that the first conversation tells and the second asks for.
 
     Args:
-        statement: of the user.
-        question: of the user.
-        truth: what an answer has to say.
-        others: what it may not say.
-        words: of the recall task, which scores in the same way.
+        statement: sentence in which the user states the fact.
+        question: question of the user about the fact.
+        truth: value that a right answer contains.
+        others: values that a right answer does not contain.
+        words: option `words` of the recall task, which scores in the same way.
     """
 
     statement: str
@@ -37,14 +37,14 @@ class ToldFact:
     words: str
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer is right, as the recall task of the same words has it."""
+        """Whether an answer is right by the rules of the recall task with the same words."""
         score = exact(answer, self.truth) if self.words == DIALOGUES else names_alone(answer, self.truth, self.others)
         return bool(score)
 
 
 @dataclass(frozen=True)
 class SecondAnswer:
-    """A question of the second conversation, and what was answered with the memory and without."""
+    """A question of the second conversation, and the answers with and without the memory."""
 
     question: str
     answer: str
@@ -113,7 +113,7 @@ _TASKS = {DIALOGUES: Recall, NATURAL: NaturalRecall}
 
 
 def _answer(conversation: Conversation, text: str, sampling: Sampling) -> str:
-    """The answer; whoever interrupts it means the whole quickstart."""
+    """Return the answer. An interrupt ends the whole quickstart."""
     answer = conversation.generate(text, sampling)
     if answer.why == INTERRUPTED:
         raise KeyboardInterrupt

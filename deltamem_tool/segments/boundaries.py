@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
     end: int
     belongs: bool  # to a segment
-    segment: str = ""  # what that is called, if it ends here
+    segment: str = ""  # the segment's name in errors, if it ends here
 
 
 def spans_of(
@@ -49,7 +49,7 @@ def spans_of(
         messages: the conversation.
         text: its rendering.
         generation_prompt: whether the rendering ends with a generation prompt.
-        split: into sentences, as `segments.encode.tag_chat` has it; None leaves messages whole.
+        split: function that splits into sentences, as in `segments.encode.tag_chat`; None keeps messages whole.
 
     Raises:
         DataError: as in `segments.encode.tag_chat`.
@@ -81,7 +81,7 @@ def spans_of(
 
 
 def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> list[int]:
-    """Where each message starts in `body`, and where the last one ends: one more than there are messages."""
+    """Return where each message starts in `body` and where the last one ends: one number more than messages."""
     first = None if messages[0]["role"] == "system" else template.preamble(messages[0], body)
     bounds = [first or 0]
     for index in range(1, len(messages)):
@@ -99,7 +99,7 @@ def _bounds(template: ChatTemplate, messages: Sequence[Message], body: str) -> l
 
 
 def _bound(template: ChatTemplate, messages: Sequence[Message], index: int, body: str) -> int | None:
-    """Where message `index` starts and the one before it ends, if that can be told."""
+    """Return where message `index` starts and the one before it ends; None if the template does not show it."""
     earlier = template.attempt(messages[:index])
     if earlier is not None and body.startswith(earlier):
         return len(earlier)
@@ -116,7 +116,7 @@ def _bound(template: ChatTemplate, messages: Sequence[Message], index: int, body
 def _written_content(
     template: ChatTemplate, messages: Sequence[Message], index: int, body: str, start: int, end: int
 ) -> tuple[int, str]:
-    """Where the content of the message in `body[start:end]` begins, and what of it the template writes."""
+    """Return where the content of the message in `body[start:end]` begins, and the content as rendered."""
     place = template.content(messages, index, body)
     if place is not None and body.endswith(place.after):
         begin, stop = len(place.before), len(body) - len(place.after)
@@ -136,7 +136,7 @@ def english(text: str) -> list[str]:
 
 
 def _sentence_starts(content: str, split: Split, name: str) -> list[int]:
-    """Where in `content`, which is not blank, its sentences start. `name` is the message's."""
+    """Return where the sentences of `content`, which is not blank, start. `name` is the message's name."""
     starts, position = [], 0
     pieces = split(content)
     if isinstance(pieces, str):
@@ -162,7 +162,7 @@ def _sentence_starts(content: str, split: Split, name: str) -> list[int]:
 
 
 def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
-    """The tags of tokens whose characters are `offsets`; byte-level tokens can share a character.
+    """Return the tags of tokens with the character ranges `offsets`; byte-level tokens can share a character.
 
     Raises:
         DataError: tokens are not in the order of the text, or a segment has no token of its own.
@@ -188,13 +188,13 @@ def tags_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
 
 
 def owners_of(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
-    """The number of the span that each token belongs to."""
+    """Return the index of the span that each token belongs to."""
     ends = [span.end for span in spans]
     return [bisect_right(ends, _place(text, start, end)) for start, end in offsets]
 
 
 def _place(text: str, start: int, end: int) -> int:
-    """The character by which the token at `text[start:end]` belongs to a segment."""
+    """Return the position of the character that decides the segment of the token at `text[start:end]`."""
     characters = text[start:end]
     if characters.strip():
         return end - len(characters.lstrip())

@@ -17,7 +17,7 @@ from deltamem_tool.segments.tags import SegmentTag
 from deltamem_tool.segments.template import ChatTemplate, Message
 
 PADDING_SIDES = ("left", "right")
-# How a tokenizer is called with rendered text: the template has written every special token that belongs there.
+# Arguments of the tokenizer for rendered text: the template has already written the special tokens.
 RENDERED = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
 
 
@@ -91,7 +91,7 @@ def encode_chat(
 def batched(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[TaggedChat], granularity: str, padding_side: str
 ) -> ChatTokens:
-    """Tagged conversations as `encode_chat` returns them."""
+    """Batch tagged conversations, as `encode_chat` does."""
     ids = [row.input_ids for row in rows]
     tags = [row.tags for row in rows]
     return ChatTokens(
@@ -138,7 +138,7 @@ def tagged(
     generation_prompt: bool = False,
     split: Split | None = None,
 ) -> TaggedChat:
-    """`tag_chat` with a template of the tokenizer that is at hand.
+    """Tag a conversation as `tag_chat` does, with a `ChatTemplate` that already exists.
 
     Raises:
         ConfigError, DataError: as `tag_chat`.
@@ -183,7 +183,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]])
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right", dtype: torch.dtype = torch.int64) -> Tensor:
-    """Rows of any lengths as one tensor `[B, T]`, filled up with `fill` on one side."""
+    """Pad rows of any lengths with `fill` on one side, and return them as one tensor `[B, T]`."""
     width = max(len(row) for row in rows)
     blanks = [[fill] * (width - len(row)) for row in rows]
     if side == "left":

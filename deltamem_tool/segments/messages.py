@@ -9,20 +9,20 @@ from deltamem_tool.errors import DataError
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and whatever else the template knows
 
-BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with; no text
+BYTE_ORDER_MARK = "\ufeff"  # some editors put it at the start of a file; it is not text
 
 
 def check_messages(messages: Sequence[Message], text_alone: bool = True) -> None:
     """Check that there are messages, and that each has a role and a content.
 
-    The content is a string or a list of parts, `{"type": "text", "text": …}`; none is needed beside tool calls.
+    The content is a string or a list of parts, `{"type": "text", "text": …}`; it may be missing beside tool calls.
 
     Args:
         messages: the conversation.
-        text_alone: whether parts may be nothing but text.
+        text_alone: whether all parts must be text.
 
     Raises:
-        DataError: there is no message, or one has no role, no text, or something else than text.
+        DataError: there is no message, or one has no role, no text, or a part that is not text.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError("The conversation has no messages.", "", 'Give it a list of {"role": …, "content": …}.')
@@ -41,12 +41,12 @@ class Problem(NamedTuple):
 
 
 def problem_of(message: Any, text_alone: bool = True) -> Problem | None:
-    """What is wrong with a message, as `check_messages` has it; None where nothing is."""
+    """Return what `check_messages` finds wrong with a message, or None."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return Problem("has no role", f"It is {str(message)[:60]!r}.", "Add it to the message.")
     content = message.get("content")
     if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-        return None  # it says nothing but its calls
+        return None  # a message that only calls tools
     if isinstance(content, str):
         return None
     if not isinstance(content, list) or not content:
@@ -59,7 +59,7 @@ def problem_of(message: Any, text_alone: bool = True) -> Problem | None:
 
 
 def text_of(message: Message) -> str:
-    """All that a message says; its parts one after the other."""
+    """Return the whole text of a message, with its parts joined."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 

@@ -4,8 +4,8 @@ from enum import IntEnum
 
 
 class SegmentTag(IntEnum):
-    """One token's tag; a tensor of them is int8."""
+    """The tag of one token. Tensors of tags are int8."""
 
-    OUTSIDE = 0  # it reads, and is never written
-    INSIDE = 1  # it belongs to a segment
-    LAST = 2  # it is the last of its segment, which is written here
+    OUTSIDE = 0  # the token reads, and is never written
+    INSIDE = 1  # the token belongs to a segment
+    LAST = 2  # the token is the last of its segment, which is written here

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatTemplate", "Content", "Message", "Refusal", "render"]
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has a meaning for
-_TEMPLATES = 64  # with arguments of rows, kept at once
-_PROBES = (("user",), ("user", "assistant"), ("system",))  # what a message follows when its role's header is learned
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning
+_TEMPLATES = 64  # templates with the arguments of rows that are kept at once
+_PROBES = (("user",), ("user", "assistant"), ("system",))  # roles before a message whose header is learned
 
 
 class Refusal(DataError):
-    """The template, a program of others, raises an error."""
+    """An error that the chat template itself raises."""
 
 
 def render(
@@ -36,7 +36,7 @@ def render(
     generation_prompt: bool = False,
     **template_kwargs: Any,
 ) -> str:
-    """The messages as the tokenizer's chat template writes them, with `template_kwargs`, such as `tools`."""
+    """Render messages with the tokenizer's chat template and `template_kwargs`, such as `tools`."""
     text = tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=generation_prompt, **template_kwargs
     )
@@ -45,20 +45,21 @@ def render(
 
 
 class Content(NamedTuple):
-    """Where a message's content is in a rendering: after `before`. `after` follows it."""
+    """The text of a rendering before and after a message's content."""
 
     before: str
     after: str
 
 
 class ChatTemplate:
-    """A chat template, and what it can be seen to do.
+    """A chat template, and where it writes messages, as found by rendering.
 
     Args:
-        name: of the tokenizer, for errors.
-        write: renders messages, with or without a generation prompt, with `template_kwargs`; it raises what it likes.
-        source: of the template, in which the names of `template_kwargs` are looked up.
-        template_kwargs: what the template is given besides the messages, such as `tools`.
+        name: name of the tokenizer, for errors.
+        write: function that renders messages, with or without a generation prompt, with `template_kwargs`; it may raise
+            any exception.
+        source: source of the template, in which the names of `template_kwargs` are looked up.
+        template_kwargs: arguments of the template besides the messages, such as `tools`.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class ChatTemplate:
         self._source = source
         self._kwargs = dict(template_kwargs or {})
         self._headers: dict[tuple[str, bool], set[str]] = {}
-        self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations all of which is written
+        self._complete: set[tuple[Any, ...]] = set()  # shapes of conversations that are written completely
         self._having: dict[str, ChatTemplate] = {}  # by their arguments
 
     def having(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
-        """The same template, given `template_kwargs` too; what it can be seen to do is kept.
+        """Return the same template with further `template_kwargs`. Templates are cached with what they have learned.
 
         Raises:
-            DataError: the template does not know one of them.
+            DataError: the template does not use one of them.
         """
         if not template_kwargs:
             return self
@@ -101,7 +102,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """The template of a transformers tokenizer.
+        """Return the template of a transformers tokenizer.
 
         Raises:
             DataError: the tokenizer has no chat template.
@@ -116,14 +117,14 @@ class ChatTemplate:
         return cls(name, partial(render, tokenizer), "\n".join(several))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """The messages as the template writes them.
+        """Render messages.
 
-        A content that is a list of texts is written as one text where the template knows no lists, and a text as a list
-        where it knows nothing else.
+        If the template does not support contents that are lists of texts, they are joined to one text. If it supports
+        only lists, a text is passed as a list.
 
         Raises:
-            Refusal: the template refuses the messages.
-            DataError: a message has no role or no text, or the template leaves out some of what is said.
+            Refusal: the template rejects the messages.
+            DataError: a message has no role or no text, or the template leaves out a content or tool calls.
         """
         check_messages(messages, text_alone=False)
         text = self._rendered(messages, generation_prompt)
@@ -146,9 +147,9 @@ class ChatTemplate:
         return text
 
     def _without_none(self, messages: Sequence[Message], generation_prompt: bool, text: str) -> str:
-        """`text` without the word None, where the template prints a content that is none as that.
+        """Remove the word None from `text` if the template prints it for a missing content.
 
-        Templates may ask whether there is a content, so it cannot be an empty text for all of them.
+        Templates may test whether a content is None, so it cannot be replaced by an empty text for all of them.
         """
         if not any(m.get("content", "") is None for m in messages):
             return text
@@ -162,7 +163,7 @@ class ChatTemplate:
     def _written(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         try:
             text = self._write(list(messages), generation_prompt, **self._kwargs)
-        except Exception as error:  # a template is a program of others, it can raise anything
+        except Exception as error:  # a template is someone else's program and can raise anything
             raise Refusal(
                 f"The chat template of {self.name} refuses the conversation.",
                 f"{first_line(error)}.",
@@ -172,7 +173,7 @@ class ChatTemplate:
 
     @cached_property
     def _kinds(self) -> tuple[bool, bool]:
-        """Whether the template writes a content that is a text, and one that is a list of texts."""
+        """Whether the template supports a content that is a text, and one that is a list of texts."""
         sentinel = chr(_PRIVATE_USE[0])
         written = []
         for content in (sentinel, [{"type": "text", "text": sentinel}]):
@@ -182,7 +183,7 @@ class ChatTemplate:
                 written.append("")
         text, parts = written
         takes_text = sentinel in text
-        # A list that is printed as one has the text in it, too.
+        # A template that does not support lists may print the list, which contains the text.
         takes_parts = sentinel in parts and (parts == text or not takes_text)
         return takes_text or not takes_parts, takes_parts
 
@@ -215,7 +216,7 @@ class ChatTemplate:
         self._complete.add(shape)
 
     def continues(self, messages: Sequence[Message], index: int) -> bool:
-        """Whether after the content of message `index` all later ones are written, and of the earlier ones none.
+        """Whether the template writes all later contents, and no earlier ones, after the content of message `index`.
 
         A system message may be anywhere: some templates write it with the last question.
         """
@@ -230,20 +231,21 @@ class ChatTemplate:
         )
 
     def attempt(self, messages: Sequence[Message]) -> str | None:
-        """The rendering, if there is one."""
+        """Return the rendering, or None if there is an error."""
         try:
             return self._rendered(messages)
         except DataError:
             return None
 
     def exchange(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """The prompt that asks for the last of `messages`, and what follows it: that answer.
+        """Return the prompt for the last of `messages`, which is an answer, and the text of that answer.
 
-        Some templates write the header of a finished answer in other words than they ask for it, as without the
-        thinking that they open: the prompt is then as they ask, and the answer's content follows it.
+        Some templates write the header of a finished answer differently from the generation prompt, for example without
+        the thinking block that the prompt opens. The prompt then ends with the generation prompt, and the answer starts
+        with its content.
 
         Raises:
-            DataError: as in `render`, or where the answer is cannot be told.
+            DataError: as in `render`, or the template does not show where the answer is.
         """
         prompt, text = self.render(messages[:-1], generation_prompt=True), self.render(messages)
         if text.startswith(prompt):
@@ -259,7 +261,7 @@ class ChatTemplate:
                 )
             answer = text[len(place.before) :]
         given = text_of(messages[-1])
-        if "".join(given.split()) not in "".join(answer.split()):  # white space is the template's
+        if "".join(given.split()) not in "".join(answer.split()):  # templates may change whitespace
             raise DataError(
                 f"The chat template of {self.name} changes the answer.",
                 f"Given: {given[:80]!r}; written: {answer[:80]!r}.",
@@ -268,9 +270,9 @@ class ChatTemplate:
         return prompt, answer
 
     def content(self, messages: Sequence[Message], index: int, text: str) -> Content | None:
-        """Where message `index` has its content in `text`, the rendering of `messages`.
+        """Find the content of message `index` in `text`, the rendering of `messages`.
 
-        Found by rendering once more with another content: what stands before that one must stand in `text` too.
+        The messages are rendered once more with another content; the text before it must be in `text`, too.
         """
         sentinel = next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
         changed = list(messages)
@@ -282,7 +284,7 @@ class ChatTemplate:
         return Content(before, after) if text.startswith(before) else None
 
     def closing(self) -> str:
-        """What the template writes after an answer, the conversation's last one or else an earlier one."""
+        """Return the text that the template writes after an answer: the last one, or else an earlier one."""
         forms: tuple[Message, ...] = ({"content": ""}, {"content": []})  # text, or a list of parts
         for form in forms:
             talk = [{"role": role, "content": _shaped(role, form)} for role in ("user", "assistant", "user")]
@@ -315,20 +317,20 @@ class ChatTemplate:
             if start is None or text is None or not text.startswith(start) or text.count(sentinel) != 1:
                 continue
             header = text[len(start) : text.index(sentinel)]
-            if context not in header:  # else this message took up another's content
+            if context not in header:  # otherwise the template writes another message's content within this one
                 headers.add(header)
         return headers
 
     def opening(self, message: Message) -> str | None:
-        """What the template writes before the content of such a message when nothing precedes it."""
+        """Return the text before the content of such a message at the beginning of a conversation."""
         sentinel = chr(_PRIVATE_USE[0])
         text = self.attempt([{"role": message["role"], "content": _shaped(sentinel, message)}])
         return None if text is None or text.count(sentinel) != 1 else text[: text.index(sentinel)]
 
     def preamble(self, message: Message, text: str) -> int | None:
-        """Return the length of what the template writes before any message.
+        """Return the length of the text that the template writes before any message.
 
-        None unless `text` starts with that and then with the header of `message`.
+        Return None unless `text` starts with this text, followed by the header of `message`.
         """
         opening = self.opening(message)
         header = None if opening is None else self.header(message, opening)
@@ -338,16 +340,16 @@ class ChatTemplate:
 
 
 def _shaped(text: str, message: Message) -> str | list[dict[str, str]]:
-    """`text` as a content of the same kind as the message's: templates may take lists of parts only."""
+    """Return `text` as a content of the message's kind, since some templates take only lists of parts."""
     return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
 
 
 _NOTHING = "\ue104"  # in place of None
-_SAID, _CALLED = "\ue100{}\ue101", "\ue102{}\ue103"  # in place of the content, and of the functions, of a message
+_SAID, _CALLED = "\ue100{}\ue101", "\ue102{}\ue103"  # in place of a message's content and of its functions' names
 
 
 def _probe(message: Message, number: int) -> Message:
-    """`message`, in which something that no template knows is said and called."""
+    """Return `message` with placeholders for its content and its tool calls."""
     probe = {**message}
     if message.get("content"):
         probe["content"] = _shaped(_SAID.format(number), message)
@@ -357,7 +359,7 @@ def _probe(message: Message, number: int) -> Message:
 
 
 def _named(call: Any, name: str) -> Any:
-    """A tool call of another function."""
+    """Return a tool call with another function name."""
     if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
         return {**call, "function": _named(call["function"], name)}
     return {**call, "name": name} if isinstance(call, Mapping) else call
