@@ -68,7 +68,7 @@ MODEL = _object(
     context_window=_or_null("integer"),
 )
 MODELS = _object(object=_LIST, data=_list(MODEL))
-# OpenAI's own, in short: https://platform.openai.com/docs/api-reference
+# OpenAI's objects, abbreviated: https://platform.openai.com/docs/api-reference
 COMPLETION = _object(
     id=_TEXT,
     object={"const": "chat.completion"},
@@ -90,4 +90,4 @@ RESPONSE = _object(
 )
 RESPONSE_DELETED = _object(id=_TEXT, object={"const": "response"}, deleted={"const": True})
 STATUS = _object(status=_TEXT)
-EVENT = {"type": "object", "required": ["data"], "properties": {"event": _TEXT, "data": _TEXT}}  # one of a stream's
+EVENT = {"type": "object", "required": ["data"], "properties": {"event": _TEXT, "data": _TEXT}}  # one event of a stream

@@ -16,7 +16,7 @@ from deltamem_tool.errors import (
 from deltamem_tool.serve.batching.job import Cancelled, DeadlineExceeded, QueueFull
 from deltamem_tool.serve.store import Conflict, NotFound, QuotaExceeded, StoreDamaged, StoreUnavailable
 
-RETRY_SECONDS = 1  # a batch of short answers is done by then
+RETRY_SECONDS = 1  # enough for a batch of short answers
 
 
 class RequestError(DeltaMemError):
@@ -53,7 +53,7 @@ class _Kind(NamedTuple):
 
 
 _RETRY = {"Retry-After": str(RETRY_SECONDS)}
-# The first that fits. OpenAI's clients try again by themselves at 408, 409, 429 and 500 and above.
+# The first match applies. OpenAI's clients automatically retry 408, 409, 429, and 500 and above.
 _KINDS: tuple[tuple[type[DeltaMemError], _Kind], ...] = (
     (QueueFull, _Kind(429, "rate_limit_error", "queue_full", _RETRY)),
     (QuotaExceeded, _Kind(429, "insufficient_quota", "insufficient_quota", {"x-should-retry": "false"})),

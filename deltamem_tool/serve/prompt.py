@@ -103,10 +103,10 @@ class _Cut:
     """A request's messages in two parts.
 
     Args:
-        read: those up to the last known answer; none where there is no such answer, or it has left the context.
-        new: the others.
-        known: of these, which the memory was fed.
-        dropped: how many have left the context.
+        read: messages up to the last known answer; empty if there is none, or it has left the context.
+        new: the other messages.
+        known: for each new message, whether the memory was fed it.
+        dropped: number of messages that have left the context.
     """
 
     read: Sequence[Message]
@@ -116,7 +116,7 @@ class _Cut:
 
 
 def _known_end(request: PromptRequest, system: int) -> int:
-    """Where the messages after the last known answer begin; `system` where there is no such answer."""
+    """Index of the first message after the last known answer; `system` if there is no such answer."""
     for number in reversed(range(system + 1, len(request.messages))):
         if request.messages[number]["role"] == "assistant" and all(request.known.messages[system : number + 1]):
             return number + 1
@@ -124,13 +124,13 @@ def _known_end(request: PromptRequest, system: int) -> int:
 
 
 def _later_starts(messages: Sequence[Message], system: int, split: int) -> list[int]:
-    """Where the context may begin instead: with a later known turn, or with what is after all of them."""
+    """Later indices at which the context may begin: those of known turns, and the first message after them."""
     turns = [n for n in range(system + 1, split) if messages[n]["role"] == "user" != messages[n - 1]["role"]]
     return [*turns, split] if split > system else []
 
 
 def _cut(request: PromptRequest, system: int, start: int, split: int) -> _Cut:
-    """The messages of the system, and those from `start` on."""
+    """Return the system messages and the messages from `start` on."""
     messages, known = request.messages, request.known.messages
     if start < split:
         return _Cut([*messages[:system], *messages[start:split]], messages[split:], known[split:], start - system)
@@ -158,7 +158,7 @@ def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
         context[-pending:] = [token._replace(writes=True) for token in context[-pending:]]
     if engine.memory_shape.segment_width:
         tags, ended = script.tags(text, engine.mechanism.granularity, begin)
-        # The memory's open segment is the last answer's. It goes on where this conversation was fed last.
+        # The memory's open segment belongs to the last answer. It continues only if this conversation was fed last.
         if not (goes_on and request.known.newest) or (ended and not pending):
             memory = memory.end_segment(engine.mechanism)
         if ended and pending:
@@ -174,10 +174,10 @@ def _built(engine: Engine, memory: StoredMemory, request: PromptRequest, cut: _C
 
 
 def _writes(text: ChatText, script: Transcript, begin: int, fed: Sequence[int], cut: _Cut) -> list[bool]:
-    """Which of the new tokens write: those of messages that are not known, and the header of the answer.
+    """For each new token, whether it writes: those of unknown messages do, and the header of the answer.
 
-    What is first, the rest of the last answer's message, is as new as the first message. Where the template does not
-    let messages be told apart, all of them write.
+    The first tokens complete the message of the last answer, and write if the first new message does. If the chat
+    template does not show where messages begin, all tokens write.
     """
     if not any(cut.known):
         return [True] * len(fed)

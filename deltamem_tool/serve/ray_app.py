@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from deltamem_tool.chat.engine import Engine
 
 MEMORIES = "/v1/memories/"
-# What names whose request it is, in its body: requests of one conversation without a memory share prompts.
+# Fields of a body that identify its user. Requests of one conversation without a memory share cached prompts.
 BODY_NAMES = ("user", "prompt_cache_key")
-# Of a request's scope, what can be sent to another process.
+# Entries of a request's scope that can be sent to another process.
 SENT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 
 
@@ -80,7 +80,7 @@ def application(options: Mapping[str, Any]) -> serve.Application:
             "Create a key with deltamem serve --new-key and pass api_keys=FILE, or pass no_keys=true behind a proxy "
             "that authenticates users.",
         )
-    # More than a replica lets wait, for the batch or for a memory: it is the replica that refuses, with 429.
+    # More than a replica queues for the batch and for memories, so that the replica rejects requests itself, with 429.
     requests = 2 * (settings.max_batch + settings.max_queue)
     replica = serve.deployment(
         Replica,
@@ -136,7 +136,7 @@ class Replica:
         async def receive() -> Message:
             if parts:
                 return {"type": "http.request", "body": parts.pop(), "more_body": False}
-            await asyncio.Event().wait()  # it goes by cancelling
+            await asyncio.Event().wait()  # the application is cancelled instead
             raise AssertionError
 
         async def run() -> None:
@@ -156,7 +156,7 @@ class Replica:
 
 
 class Ingress:
-    """An ASGI application that hands requests to replicas, those for one memory to the same one while it lives.
+    """An ASGI application that forwards requests to replicas: those for one memory to the same replica while it runs.
 
     Args:
         replicas: of `Replica`.
@@ -190,7 +190,7 @@ class Ingress:
                 begun = True
                 await send(message)
         except (RayError, RayServeException) as error:
-            if begun:  # the client sees that the answer is not whole
+            if begun:  # the client sees that the answer is incomplete
                 raise
             raise RequestError(
                 "The replica that should have answered the request failed.",
@@ -228,7 +228,7 @@ def session_of(request: Request, body: bytes) -> str:
 
 
 async def _live(receive: Receive, send: Send) -> None:
-    """Say that nothing has to be started or ended."""
+    """Complete startup and shutdown, for which there is nothing to do."""
     for event in ("startup", "shutdown"):
         await receive()
         await send({"type": f"lifespan.{event}.complete"})

@@ -20,7 +20,7 @@ from deltamem_tool.serve.metrics import Metrics
 from deltamem_tool.serve.store import MemoryStore
 from deltamem_tool.serve.turns import Outcome, Request, Turns
 
-GONE = 499  # nginx's status of a client that went before it was answered; nobody receives it
+GONE = 499  # nginx's status for a client that disconnected before the answer; nobody receives it
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from deltamem_tool.serve.prompt import Prompt, PromptRequest, build_prompt
 from deltamem_tool.serve.store import MemoryStore
 
 RESPONSE_PREFIX = "resp_"
-RESPONSE_SECONDS = 30 * 24 * 3600.0  # for which a response can be gone on from
+RESPONSE_SECONDS = 30 * 24 * 3600.0  # how long a response can be continued from
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a turn starts.
+    """The starting point of a turn.
 
     Args:
-        memory: its state.
-        fed: what it was fed.
-        version: of the stored memory; None if there is none.
-        expires_at: its expiry.
-        earlier: the messages before those of the request.
+        memory: memory to start from.
+        fed: history of the messages that it was fed.
+        version: version of the stored memory; None if there is none.
+        expires_at: expiry of the stored memory.
+        earlier: messages before those of the request.
     """
 
     memory: StoredMemory
@@ -192,7 +192,7 @@ class Turns:
                 ticket.cancel()
 
     def _alone(self, whose: Whose) -> AbstractAsyncContextManager[None]:
-        """Requests that change one memory are in order."""
+        """Return the lock of the memory, if the request changes one."""
         if whose.id is None or not whose.write:
             return nullcontext()
         return self._locks.hold(whose.tenant, whose.id)
@@ -243,7 +243,7 @@ class Turns:
         return memory
 
     def _prepare(self, request: Request) -> tuple[_Start, PromptRequest, Prompt]:
-        """Where the turn starts, and what is fed."""
+        """Return the starting point of the turn, and the prompt."""
         start = self._start(request)
         messages = [*start.earlier, *request.messages]
         if request.instructions is not None:

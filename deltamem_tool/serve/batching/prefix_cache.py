@@ -13,9 +13,7 @@ from deltamem_tool.chat.engine import Engine, Past
 from deltamem_tool.memory.file import StoredMemory
 from deltamem_tool.serve.batching.job import Job
 
-Key = (
-    bytes  # of a beginning of whole pieces: whose it is, the state it started from, its tokens and which of them write
-)
+Key = bytes  # hash of a prefix of whole pieces: its prefix key, the initial memory, the tokens, and which of them write
 
 
 def prefix_keys(job: Job, piece: int) -> list[Key]:
@@ -64,9 +62,9 @@ class PrefixCache:
 
     def __init__(self, engine: Engine, piece: int, room: int) -> None:
         self._engine, self._piece, self._room = engine, piece, room
-        self._prefixes: OrderedDict[Key, Prefix] = OrderedDict()  # by the key of all of it
+        self._prefixes: OrderedDict[Key, Prefix] = OrderedDict()  # by the key of the whole prefix
         self._sizes: dict[Key, int] = {}
-        self._owners: dict[Key, Key] = {}  # of each beginning, the prefix that has it
+        self._owners: dict[Key, Key] = {}  # key of the prefix that contains each shorter prefix
 
     def longest(self, keys: Sequence[Key]) -> Prefix | None:
         """Return the longest prefix in the cache."""

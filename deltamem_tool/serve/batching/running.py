@@ -22,7 +22,7 @@ from deltamem_tool.serve.batching.ticket import Ticket
 
 
 class _TokenStream(AnswerStream):
-    """Gives tokens as they are: they become text where they are read. Without a reader they do so at the end."""
+    """Passes tokens on undecoded, for the reader to decode. Without a reader, they are decoded at the end."""
 
     def __init__(self, text: ChatText, stop: Sequence[str], put: Callable[[Any], object] | None) -> None:
         super().__init__(text, stop, None)
@@ -36,7 +36,7 @@ class _TokenStream(AnswerStream):
         return False
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Decode the tokens if there is no reader. No text is held back."""
         self._give(self._decode(self._tokens))
 
 
@@ -69,7 +69,7 @@ class Running:
         self.row = Row(None, (), tokens, job.answer_writes, limit, sampler, stream)
         self.cached = 0
         self._memories: list[StoredMemory] = []  # after each piece of the prompt
-        self._whole_pieces: Past = None  # after the last of them, where that was not in the cache
+        self._whole_pieces: Past = None  # after the last piece, unless that was in the cache
         self._piece, self._keys = piece, prefix_keys(job, piece)
         self._started = time.monotonic()
         self._first_token = math.inf
@@ -146,7 +146,7 @@ class Running:
         return row.going
 
     def completion(self, memory: StoredMemory) -> Completion:
-        """The end of an answer, with the memory after it."""
+        """Return the completion of the answer, with the memory after it."""
         now, submitted = time.monotonic(), self.ticket.submitted
         return Completion(
             answer=self.row.answer,

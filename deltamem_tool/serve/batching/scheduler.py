@@ -39,11 +39,11 @@ class Counters:
     late: int = 0
     failed: int = 0
     prompt_tokens: int = 0  # that were computed
-    cached_tokens: int = 0  # of prompts, that were not computed again
+    cached_tokens: int = 0  # of prompts; taken from the cache
     cache_bytes: int = 0
     answer_tokens: int = 0  # of completed answers
     steps: int = 0  # of decoding
-    step_rows: int = 0  # of all of them together
+    step_rows: int = 0  # sum over all steps
     step_seconds: float = 0.0
     model_seconds: float = 0.0  # of these, in the engine
 
@@ -77,13 +77,13 @@ class Scheduler:
         self._greedy = GreedySampler(self._valid)
         self._max_batch, self._piece = max_batch, piece
         self._waiting = FairQueue(max_queue)
-        self._changed = threading.Condition()  # guards what waits, and the three that follow
+        self._changed = threading.Condition()  # guards the queue and the next three attributes
         self._forgotten: list[tuple[str, str]] = []  # tenants and names
-        self._open = True  # to new jobs
-        self._ending = False  # without an answer to those that are here
-        self._prompts: list[Running] = []  # not fed whole yet
+        self._open = True  # accepts new jobs
+        self._ending = False  # ends current jobs without an answer
+        self._prompts: list[Running] = []  # rows whose prompts are not completely fed
         self._answering: list[Running] = []  # the rows of the group
-        self._leaving: set[int] = set()  # of these rows, those that have ended
+        self._leaving: set[int] = set()  # indices of these rows that have ended
         self._group = engine.group()
         self._bell = Bell()
         self._cache = PrefixCache(engine, piece, cache_bytes)
@@ -131,7 +131,7 @@ class Scheduler:
         while self._admit():
             try:
                 joining = self._feed_prompts()
-                self._bell.ring()  # readers are at work while the engine is
+                self._bell.ring()  # readers work while the engine does
                 self._decode(joining)
             except Exception as error:  # ONNX Runtime's have no common base, and a dead thread would answer nobody
                 self._fail(error)
@@ -139,7 +139,7 @@ class Scheduler:
         self._bell.ring()
 
     def _admit(self) -> bool:
-        """Wait for something to do, let go who is gone and let in who waits. Return whether there is anybody."""
+        """Wait for work, end the tickets that are gone, and admit waiting ones. Return whether to go on."""
         with self._changed:
             while self._open and not (self._waiting or self._prompts or self._answering or self._forgotten):
                 self.counters.running = 0
@@ -170,7 +170,7 @@ class Scheduler:
         return self._open or bool(self._prompts or self._answering or self.counters.waiting)
 
     def _feed_prompts(self) -> list[Running]:
-        """Feed prompts, the first that came first, for about `piece` tokens; return those that answer from now on."""
+        """Feed about `piece` tokens of prompts, in order of arrival. Return the rows that start to answer."""
         fed, joining = 0, list[Running]()
         while self._prompts and fed < self._piece:
             together = self._fed_together()
@@ -192,7 +192,7 @@ class Scheduler:
         return joining
 
     def _fed_together(self) -> Sequence[Running]:
-        """The first prompt, and where it is short, those behind it that are, as many as one piece has room for."""
+        """The first prompt and, if it is short, the short prompts after it that fit into one piece."""
         together, longest = list[Running](), 0
         for running in self._prompts:
             longest = max(longest, running.row.prompt)
@@ -213,7 +213,7 @@ class Scheduler:
         return logits
 
     def _decode(self, joining: Sequence[Running]) -> None:
-        """One token for each row that answers."""
+        """Generate one token for each answering row."""
         self._exchange(joining)
         if not self._answering:
             return
@@ -248,9 +248,9 @@ class Scheduler:
         likeliest: int | None,
         memory: Callable[[], StoredMemory],
     ) -> bool:
-        """The next token of a row, as in `Running.take`; return whether the answer goes on after it.
+        """Choose the next token of a row, as in `Running.take`. Return whether the answer continues.
 
-        `memory` is what the row has at its end.
+        `memory` returns the memory of the row at its end.
         """
         try:
             if running.take(logits, likeliest, self.engine.stop_tokens):
@@ -265,7 +265,7 @@ class Scheduler:
         return False
 
     def _fail(self, error: Exception) -> None:
-        """End everybody in the batch; those who wait have a new one."""
+        """End all jobs in the batch with `error`. Waiting jobs are not affected."""
         answering = (running for number, running in enumerate(self._answering) if number not in self._leaving)
         for running in (*self._prompts, *answering):
             self._end(running.ticket, domain_error(error) or _failed(error))
@@ -273,7 +273,7 @@ class Scheduler:
         self._leaving.clear()
 
     def _reason(self, ticket: Ticket) -> DeltaMemError:
-        """Why a ticket does not go on."""
+        """The error with which a ticket ends."""
         if ticket.cancelled:
             return Cancelled("The request was cancelled.", "", "Nothing of it was stored.")
         if self._ending:

@@ -16,11 +16,11 @@ from deltamem_tool.serve.batching.job import Completion, Job
 
 Event = int | str | Completion | DeltaMemError  # tokens or pieces of text, and then the end
 Readers = dict[asyncio.AbstractEventLoop, set[asyncio.Event]]
-# Between two pieces of a text. Of a small model, tokens come faster than anybody reads them, and to send each by itself
-# takes the server as much time as to compute it. Where other programs have the processor, the clock does not say how
-# much was computed: a piece, which costs some 60 µs, comes after so much work for each reader too, or after long.
+# Pause between two pieces of a text. A small model generates tokens faster than anybody reads, and sending each token
+# separately costs as much time as computing it. If other programs use the CPU, wall-clock time does not show how much
+# was computed. A piece, which costs about 60 µs, therefore also waits for PIECE_WORK per reader, or the longest pause.
 PIECE_SECONDS = 0.04
-PIECE_WORK = 0.00125  # seconds of the processor's
+PIECE_WORK = 0.00125  # seconds of CPU time per reader
 LONGEST_PIECE_SECONDS = 0.2
 
 
@@ -30,15 +30,15 @@ class Bell:
     def __init__(self) -> None:
         self._at_once: Readers = {}
         self._patient: Readers = {}
-        self._rung = self._worked = -math.inf  # by the clock and the processor's, when the patient were woken
+        self._rung = self._worked = -math.inf  # wall-clock and CPU time of the last ring for the patient
 
     def add(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, at_once: bool) -> None:
-        """Wake who waits for `arrived` at the next ring, or at the first one after a pause."""
+        """Set `arrived` at the next ring, or, without `at_once`, at the first ring after a pause."""
         readers = self._at_once if at_once else self._patient
         readers.setdefault(loop, set()).add(arrived)
 
     def ring(self) -> None:
-        """Wake them."""
+        """Wake the waiting coroutines."""
         woken, self._at_once = [self._at_once], {}
         now, work = time.monotonic(), time.process_time()
         if self._have_waited(now - self._rung, work - self._worked):
@@ -123,7 +123,7 @@ class Ticket:
         reading, arrived = _Reading(self._text), asyncio.Event()
         self._reader = asyncio.get_running_loop(), arrived
         while True:
-            arrived.clear()  # before the queue is read: what comes after that wakes again
+            arrived.clear()  # before the queue is read, so that later events wake this coroutine again
             if text := reading.take(self._arrived()):
                 yield text
             if reading.end is not None:
@@ -140,7 +140,7 @@ class Ticket:
 
 
 class _Reading:
-    """What a reader makes of events.
+    """Turns the events of a job into text for a reader.
 
     Attributes:
         end: the last of them, when it has come.
@@ -152,7 +152,7 @@ class _Reading:
         self.end: Completion | DeltaMemError | None = None
 
     def take(self, events: Iterable[Event]) -> str:
-        """The text that `events` bring: those that have waited for the reader are one piece."""
+        """Return the text of `events` as one piece."""
         tokens, pieces = list[int](), list[str]()
         for event in events:
             if isinstance(event, int):
@@ -169,10 +169,10 @@ class _Reading:
         return self._given[-1]
 
     def completion(self) -> Completion:
-        """The end.
+        """Return the completion.
 
         Raises:
-            DeltaMemError: it is one.
+            DeltaMemError: the job ended with this error.
         """
         assert self.end is not None
         if isinstance(self.end, DeltaMemError):

@@ -17,7 +17,7 @@ class FairQueue:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._tenants: dict[str, deque[Ticket]] = {}  # whose turn it is comes first; none is empty
+        self._tenants: dict[str, deque[Ticket]] = {}  # in the order of their turns; no queue is empty
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))

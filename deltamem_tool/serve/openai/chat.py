@@ -63,7 +63,7 @@ async def complete(http: HttpRequest) -> Response:
         return gone() if outcome is None else JSONResponse(_completion(head, outcome))
     events = service.turns.answer(request)
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    # What is wrong with the request is an error with a status, before anything is sent.
+    # An invalid request is answered with an error status, before the stream begins.
     first = await service.first(http, events)
     return gone() if first is None else EventStream(_chunks(head, first, events, usage))
 
@@ -83,7 +83,7 @@ def _completion(head: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
 async def _chunks(
     head: dict[str, Any], first: str | Outcome, events: AsyncGenerator[str | Outcome, None], usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The chunks of a stream. Its last ones come when the memory is stored; an error takes their place."""
+    """Yield the chunks of a stream. The last ones come when the memory is stored; an error replaces them."""
 
     def chunk(delta: dict[str, Any], finish_reason: str | None = None, **others: Any) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

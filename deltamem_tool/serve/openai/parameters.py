@@ -15,13 +15,13 @@ from deltamem_tool.serve.whose import MemoryOptions
 
 MAX_STOP = 16
 MAX_SEED = 2**63 - 1
-MAX_MESSAGES = 256  # of a request, and half of what `fed.MAX_DIGESTS` keeps
+MAX_MESSAGES = 256  # per request; half of `fed.MAX_DIGESTS`
 
-KEY_HEADER = "idempotency-key"  # of a request, which a client that sends it again repeats
+KEY_HEADER = "idempotency-key"  # a client repeats it when it sends the request again
 
 MaxTokens = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
-# Parameters that are accepted with these values, which change nothing here, and refused with any other.
+# Parameters that are accepted only with these values, which have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "background": (False,),
@@ -53,7 +53,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# What tells OpenAI's servers where to keep a prompt and whom to blame.
+# Hints for OpenAI's servers about prompt caching and safety. They do not change the answer.
 HINTS = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier")
 
 
@@ -86,7 +86,7 @@ class ChatMessage(Body):
 
 
 class StreamOptions(Body):
-    """What a stream has in it; obfuscation is nothing that a client could see."""
+    """The contents of a stream. `include_obfuscation` is accepted without effect."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -103,7 +103,7 @@ class SamplingOptions(Body):
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), WHOLE] | None = None
 
     def sampling(self, max_new_tokens: int | None, stop: str | list[str] | None = None) -> Sampling:
-        """Return them with where the answer ends."""
+        """Return these options together with the end of the answer."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)

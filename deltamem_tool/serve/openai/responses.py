@@ -33,7 +33,7 @@ from deltamem_tool.serve.store.memory_store import MAX_NAME
 from deltamem_tool.serve.turns import RESPONSE_PREFIX, Keep, Outcome, Request
 from deltamem_tool.serve.whose import whose
 
-MAX_METADATA = 16  # pairs, as OpenAI has it
+MAX_METADATA = 16  # pairs, as in OpenAI's API
 
 
 class InputMessage(ChatMessage):
@@ -59,7 +59,7 @@ class ResponseRequest(AnswerRequest):
         Field(max_length=MAX_METADATA),
     ] | None = None  # fmt: skip
     previous_response_id: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    store: bool = Field(default=True, description="Whether the response can be gone on from.")
+    store: bool = Field(default=True, description="Whether later requests can continue from the response.")
     truncation: Literal["auto", "disabled"] | None = None
 
 
@@ -69,8 +69,10 @@ async def create(http: HttpRequest) -> Response:
     tenant = service.tenant_of(http)
     body = checked(ResponseRequest, supported(await read_object(http), set(ResponseRequest.model_fields)))
     service.check_model(body.model)
-    asked = body.input
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [part.message() for part in asked]
+    content = body.input
+    messages = (
+        [{"role": "user", "content": content}] if isinstance(content, str) else [part.message() for part in content]
+    )
     check_last(messages)
     draft = _draft(RESPONSE_PREFIX + secrets.token_hex(24), service.model, body)
     request = Request(
@@ -131,7 +133,7 @@ def _missing(id: str) -> RequestError:
 
 
 def _draft(id: str, model: str, body: ResponseRequest) -> dict[str, Any]:
-    """A response that has no answer yet."""
+    """Return a response without an answer."""
     return {
         "id": id,
         "object": "response",
@@ -159,7 +161,7 @@ def _draft(id: str, model: str, body: ResponseRequest) -> dict[str, Any]:
 
 
 def _item(draft: dict[str, Any], text: str, status: str) -> dict[str, Any]:
-    """The message that is all of a response's output."""
+    """Return the only output item of a response, a message."""
     parts = [] if status == "in_progress" else [_part(text)]
     id = f"msg_{draft['id'].removeprefix(RESPONSE_PREFIX)}"
     return {"id": id, "type": "message", "status": status, "role": "assistant", "content": parts}
@@ -192,7 +194,7 @@ def _finished(draft: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
 async def _events(
     draft: dict[str, Any], first: str | Outcome, events: AsyncGenerator[str | Outcome, None]
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream. Its last one comes when the memory is stored; a failure takes its place."""
+    """Yield the events of a stream. The last one comes when the memory is stored; a failure replaces it."""
     numbers = iter(range(10**9))
     item = _item(draft, "", "in_progress")
     place = {"item_id": item["id"], "output_index": 0, "content_index": 0}

@@ -39,7 +39,7 @@ class GroupCommit:
     def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
         self._transaction = transaction
         self._turn = threading.Lock()
-        self._guard = threading.Lock()  # of the list
+        self._guard = threading.Lock()  # guards the list
         self._waiting: list[_Change] = []
 
     def run(self, work: Callable[[Connection], T]) -> T:
@@ -82,7 +82,7 @@ class GroupCommit:
             self._turn.release()
 
     def _withdraw(self, change: _Change) -> bool:
-        """Take a change back, if nobody has begun to run it."""
+        """Remove a change from the queue, unless it is already running. Return whether it was removed."""
         with self._guard:
             waits = change in self._waiting
             if waits:
@@ -90,16 +90,16 @@ class GroupCommit:
         return waits
 
     def _run_waiting(self) -> None:
-        """Run those that came first, in their order."""
+        """Run the oldest waiting changes, in the order of their arrival."""
         with self._guard:
             changes, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
         try:
             with self._transaction() as connection:
                 for change in changes:
                     _run(change, connection)
-        except Exception as error:  # the transaction's, and so everybody's
+        except Exception as error:  # the transaction failed, and with it all changes
             _fail(changes, error)
-        except BaseException:  # the thread whose turn it is was interrupted, and no other
+        except BaseException:  # only the thread that runs the transaction was interrupted
             _fail(changes, _interrupted())
             raise
         finally:
@@ -133,7 +133,7 @@ def _run(change: _Change, connection: Connection) -> None:
         with connection.begin_nested():
             change.value = change.work(connection)
     except DBAPIError as error:
-        if not isinstance(error, IntegrityError):  # the database's: it may have ended the transaction
+        if not isinstance(error, IntegrityError):  # an error of the database, which may have ended the transaction
             raise
         change.error = error
     except Exception as error:  # whatever `work` raises goes to the thread whose change it is

@@ -38,7 +38,7 @@ def _alive(now: float | BindParameter[float]) -> ColumnElement[bool]:
     return or_(memories.c.expires_at.is_(None), memories.c.expires_at > now)
 
 
-# What every turn runs is built once: that takes SQLAlchemy longer than SQLite takes to run it.
+# Statements that every turn runs are built once: building takes SQLAlchemy longer than running takes SQLite.
 _MINE = (memories.c.tenant == bindparam("of_tenant"), memories.c.id == bindparam("of_id"))
 _READ = (
     select(*_INFO, contents.c.content)
@@ -141,7 +141,7 @@ def write_version(
     keep: int,
     quota: Quota,
 ) -> MemoryVersion:
-    """Add a version to the memory of `row` (see `lock_memory`), or create it; all but the newest `keep` go.
+    """Add a version to the memory of `row` (see `lock_memory`), or create it. Keep only the newest `keep`.
 
     Raises:
         QuotaExceeded: it is more than `quota`.

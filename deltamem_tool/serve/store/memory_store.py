@@ -44,7 +44,7 @@ from deltamem_tool.serve.store.usage import read_usage
 KEEP_VERSIONS = 20
 MAX_NAME = 200  # characters of a tenant or an id
 EXPIRED_AT_ONCE = 1000  # memories, and responses, that one call of `expire` deletes
-TRIES = 3  # for a row that others create and delete meanwhile
+TRIES = 3  # if other programs create and delete the same row in the meantime
 T = TypeVar("T")
 
 
@@ -90,7 +90,7 @@ class MemoryStore:
             self._database.close()
             raise
         self._form = Contents(cipher, self._database.overflow_pages())
-        self._changed = True  # since the last erasing; also by a server before this one, which may have been killed
+        self._changed = True  # since the last erase; an earlier server may have been killed before it erased
 
     def close(self) -> None:
         """Close the connections to the database."""
@@ -179,10 +179,10 @@ class MemoryStore:
         """
         _check_names(tenant, id)
         with self._database.read() as connection:
-            found = list_versions(connection, tenant, id, self._clock())
-        if not found:
+            versions = list_versions(connection, tenant, id, self._clock())
+        if not versions:
             raise _not_found("memory", id)
-        return found
+        return versions
 
     def restore(self, tenant: str, id: str, version: int, expected: ExpectedVersion = ANY) -> MemoryVersion:
         """Write an earlier version of a memory as its next one.
@@ -345,7 +345,7 @@ class MemoryStore:
         return source
 
     def _transact(self, change: Callable[[Connection], T]) -> T:
-        """Run `change` in a transaction, again where another program created the same row meanwhile."""
+        """Run `change` in a transaction, and retry if another program created the same row in the meantime."""
         for _ in range(TRIES):
             try:
                 result = self._database.change(change)
@@ -364,7 +364,7 @@ class MemoryStore:
         self._changed = False
         try:
             erased = self._database.erase()
-        except StoreUnavailable:  # what is deleted is deleted, and the next time erases it too
+        except StoreUnavailable:  # the deletion itself is committed; the next erase includes it
             erased = False
         if erased is False:
             self._changed = True

@@ -14,7 +14,7 @@ class Expected(Enum):
     ANY = "any"
 
 
-ANY: Final = Expected.ANY  # whatever version there is, or none
+ANY: Final = Expected.ANY  # any version, or none
 ExpectedVersion = int | Literal[Expected.ANY] | None  # None: the memory must not exist
 
 

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 _KEY_CHECK = b"deltamem"
 
 metadata = MetaData()
-# In the order of their bytes, as SQLite has them, whatever the language of the database.
+# Sorted by bytes, as in SQLite, whatever the collation of the database.
 _NAME = Text().with_variant(Text(collation="C"), "postgresql")
 
 
@@ -35,15 +35,15 @@ def _name(column: str) -> Column[str]:
     return Column(column, _NAME, primary_key=True)
 
 
-# One row. `key_check` is a known text, encrypted; NULL where the store is not.
+# One row. `key_check` is a known text, encrypted; NULL if the store is not encrypted.
 about = Table(
     "deltamem_store",
     metadata,
     Column("schema_version", Integer, nullable=False),
     Column("key_check", LargeBinary),
 )
-# What each tenant has stored. New memories begin above `deleted_version`, the highest version that was ever deleted:
-# who still has an old version of a deleted memory cannot take a new one of the same id for it.
+# The usage of each tenant. New memories begin above `deleted_version`, the highest version that was ever deleted, so
+# that a client with an old version of a deleted memory cannot confuse it with a new memory of the same id.
 tenants = Table(
     "deltamem_tenants",
     metadata,
@@ -62,7 +62,7 @@ memories = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
 )
-# By itself, so that its rows are of the form that `overflow` knows.
+# A separate table, so that its rows have the format that `overflow` expects.
 contents = Table(
     "deltamem_contents",
     metadata,
@@ -78,7 +78,7 @@ versions = Table(
     Column("digest", Text, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("created_at", Double, nullable=False),
-    Column("content", BigInteger, nullable=False),  # the key of its row there
+    Column("content", BigInteger, nullable=False),  # key of its row in `contents`
 )
 responses = Table(
     "deltamem_responses",
