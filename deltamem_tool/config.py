@@ -36,10 +36,10 @@ GATES: tuple[str, ...] = get_args(Gates)
 DELTA_INITS: tuple[str, ...] = get_args(DeltaInit)
 DELTA_SCALES: tuple[str, ...] = get_args(DeltaScale)
 MAX_RANK = 64
-L2_EPS = 1e-6  # the least length that queries and keys are divided by
+L2_EPS = 1e-6  # lower bound of the norm that queries and keys are divided by
 MAX_STATE_HEADS = 256  # the paper has 4
-MAX_SEED = 2**32 - 1  # that numpy and torch take
-MAX_NUMBER = 1e30  # of an option, far below what overflows in float32
+MAX_SEED = 2**32 - 1  # the largest seed that numpy and torch accept
+MAX_NUMBER = 1e30  # upper bound of options, far below the overflow of float32
 MAX_LAYERS = 10_000  # the deepest models have 126
 _PARTS = re.compile(r"(front|middle|back):([1-9][0-9]{0,3})")
 OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every class of options
@@ -53,23 +53,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Rule(NamedTuple):
-    """What several options must keep to together."""
+    """A rule about a combination of options."""
 
     keys: tuple[str, ...]
-    holds: Callable[..., bool]  # takes their values
-    why: str  # what to say where it does not, with {} for each of the keys
+    holds: Callable[..., bool]  # whether the values of the keys satisfy the rule
+    why: str  # message if they do not, with {} for each of the keys
 
 
 class CheckedOptions(type):
-    """Metaclass of frozen dataclasses of pydantic: a ConfigError names every option that is wrong."""
+    """Metaclass of frozen pydantic dataclasses whose ConfigError names every invalid option."""
 
-    INVALID: str  # what to say where one is
-    SECTION: tuple[str, ...] = ()  # before the options' names in a message
-    OLDER_NAMES: Mapping[str, str] = {}  # options that are still taken by another name
+    INVALID: str  # first line of that error
+    SECTION: tuple[str, ...] = ()  # prefix of the options' names in messages
+    OLDER_NAMES: Mapping[str, str] = {}  # former names of options that are still accepted
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make the options; raise a ConfigError for those that are wrong, and warn of older names."""
+        """Create the options; raise a ConfigError if some are invalid, and warn about older names."""
         for older in cls.OLDER_NAMES.keys() & kwargs.keys():
             warnings.warn(f"The option {older} is now called {cls.OLDER_NAMES[older]}.", FutureWarning, stacklevel=2)
         try:
@@ -82,10 +82,10 @@ class CheckedOptions(type):
         return options
 
     def current_names(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `options` by the names that they have now.
+        """Return `options` with their current names.
 
         Raises:
-            ConfigError: One is given under two names.
+            ConfigError: an option is given under two names.
         """
         for older, name in cls.OLDER_NAMES.items():
             if older in options and name in options:
@@ -94,7 +94,7 @@ class CheckedOptions(type):
 
 
 def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
-    """Keep 8 as 8, not 8.0: fingerprints are made of what the file says."""
+    """Keep 8 as 8, not 8.0, since fingerprints are computed from the values in the file."""
     check(value)
     return value
 
@@ -276,7 +276,7 @@ class DeltaMemConfig(metaclass=CheckedOptions):
 
 
 def broken_rules(config: DeltaMemConfig, names: Mapping[str, str] | None = None) -> list[str]:
-    """Return what is wrong between options that are right by themselves, with the options called as in `names`."""
+    """Return messages about combinations of valid options that violate a rule, with the options' names in `names`."""
     return [
         rule.why.format(*((names or {}).get(key, key) for key in rule.keys))
         for rule in config.RULES
@@ -285,10 +285,10 @@ def broken_rules(config: DeltaMemConfig, names: Mapping[str, str] | None = None)
 
 
 def check_seed(seed: int) -> None:
-    """Check that numpy and torch take `seed`; call it before long work begins.
+    """Check that numpy and torch accept `seed`. Call this before long work begins.
 
     Raises:
-        ConfigError: it is negative or too large.
+        ConfigError: the seed is negative or too large.
     """
     if not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"The seed is {seed}.", "", f"Choose a number from 0 to {MAX_SEED}.")

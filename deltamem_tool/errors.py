@@ -93,7 +93,7 @@ class InstallationError(DeltaMemError, ImportError):
 
 
 def _shown(sentence: str) -> str:
-    """`sentence` without what steers a terminal or turns the direction of writing, and cut where nobody reads on."""
+    """Escape control and direction characters of `sentence`, which would affect a terminal, and cut it to a limit."""
     if len(sentence) > MAX_SENTENCE:
         sentence = sentence[:MAX_SENTENCE] + "…"
     if sentence.isprintable():
@@ -108,10 +108,10 @@ _STEERING = ("Cc", "Cf", "Cs")
 
 
 def domain_error(error: Exception) -> DeltaMemError | None:
-    """Translate `error` for a person, or return None for one that keeps its traceback.
+    """Translate `error` for users, or return None if it should keep its traceback.
 
-    A `DeltaMemError` is returned as it is; a full disk, too little memory or a file that the system refuses becomes
-    one.
+    A `DeltaMemError` is returned unchanged. A full disk, too little memory, or a path that cannot be read or written
+    becomes one.
     """
     if isinstance(error, DeltaMemError):
         return error
@@ -140,7 +140,7 @@ def domain_error(error: Exception) -> DeltaMemError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says first, without its final dot; the error's type where it says nothing."""
+    """Return the first line of a library's error without its final dot, or the error's type if it has no text."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     return lines[0][:MAX_LINE] if lines else type(error).__name__
 
@@ -165,7 +165,7 @@ def _no_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
-# What pydantic finds wrong with options, in words that name them as the user has spelt them.
+# Messages about the errors that pydantic finds, with the options' names as the user has written them.
 
 Key = tuple[str, ...]  # ("training", "steps"); written training.steps
 Known = Mapping[Key, Sequence[str]]  # the names in each section; () are those at the top
@@ -199,7 +199,7 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")
 
 
 def config_error(what: str, whys: Sequence[str]) -> ConfigError:
-    """Return one error for all that is wrong, a line each."""
+    """Return one error for all problems, with one line each."""
     lines = [why if why.endswith("?") else f"{why}." for why in whys]
     return ConfigError(what, "\n".join(lines), f"Correct {'it' if len(lines) == 1 else 'them'} and try again.")
 
@@ -207,7 +207,7 @@ def config_error(what: str, whys: Sequence[str]) -> ConfigError:
 def problems_of(
     error: ValidationError, known: Known, section: Key = (), names: Mapping[str, str] | None = None
 ) -> list[Problem]:
-    """Return what pydantic has found in the options of `section`, which a file may call by other `names`."""
+    """Return the problems that pydantic found in the options of `section`, which may have other `names` in a file."""
     return [_problem(detail, known, section, names or {}) for detail in error.errors(include_url=False)]
 
 
@@ -235,7 +235,7 @@ def _problem(detail: ErrorDetails, known: Known, section: Key, names: Mapping[st
 
 
 def unknown_key(key: Key, known: Known) -> Problem:
-    """Return what to say of an option that is not known; the nearest that is gets named, in whichever section."""
+    """Return the message about an unknown option, with the most similar known one of any section."""
     options = {
         (*section, option): difflib.SequenceMatcher(a=key[-1], b=option)
         for section in known
@@ -248,5 +248,5 @@ def unknown_key(key: Key, known: Known) -> Problem:
 
 
 def shown(value: Any) -> str:
-    """Return a value of a file in few letters."""
+    """Return a short text for a value in a file."""
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -139,13 +139,13 @@ class LedModel:
             )
         number = next(self._numbers)
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        told = _with_pasts(arguments, _LedPast, lambda past: _Place(past.number))
-        own = _with_pasts(arguments, _LedPast, lambda past: past.part)
+        ordered = _with_pasts(arguments, _LedPast, lambda past: _Place(past.number))
+        local = _with_pasts(arguments, _LedPast, lambda past: past.part)
         self._is_broken = True  # until it is known that the others have done the same
         with self._channel.naming_lost():
-            self._channel.tell(_Order(method, told, number, dropped))
+            self._channel.tell(_Order(method, ordered, number, dropped))
             try:
-                *results, part = _as_tuple(getattr(self._model, method)(*own))
+                *results, part = _as_tuple(getattr(self._model, method)(*local))
             except DeltaMemError:  # about the arguments, which are those of all
                 self._is_broken = False
                 raise
@@ -188,9 +188,9 @@ class _Channel:
         dist.broadcast_object_list([order], src=0, group=self._group)
 
     def hear(self) -> _Order | None:
-        heard: list[_Order | None] = [None]
-        dist.broadcast_object_list(heard, src=0, group=self._group)
-        return heard[0]
+        orders: list[_Order | None] = [None]
+        dist.broadcast_object_list(orders, src=0, group=self._group)
+        return orders[0]
 
     def naming_lost(self) -> AbstractContextManager[None]:
         return naming_lost(self._members, ADVICE)

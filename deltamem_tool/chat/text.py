@@ -87,9 +87,9 @@ class ChatText:
                 "Use a fast tokenizer.",
             )
         special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token}
-        # A copy: whoever else calls the tokenizer sets how it truncates, pads and splits.
-        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        return cls(own, _default(tokenizer.chat_template), special_tokens)
+        # A copy, because other users of the tokenizer change its truncation, padding and splitting.
+        independent = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        return cls(independent, _default(tokenizer.chat_template), special_tokens)
 
     @cached_property
     def ids(self) -> frozenset[int]:

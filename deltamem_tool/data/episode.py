@@ -98,7 +98,7 @@ def _response(row: Mapping[str, Any]) -> str | None:
 
 def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the arguments that a row has for the chat template besides its messages."""
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, kind in _FOR_TEMPLATE.items():
         value = row.get(name)
         if isinstance(value, str):
@@ -107,11 +107,11 @@ def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             except ValueError as error:
                 raise DataError(f"{where}: `{name}` is not JSON.", f"{error}.", "Correct the row.") from error
         if value is not None and not isinstance(value, kind):
-            what = "a list" if kind is list else "an object"
-            raise DataError(f"{where}: `{name}` is not {what}.", f"It is {str(value)[:60]!r}.", "Correct the row.")
-        given[name] = value
-    tools = {"tools": given["tools"]} if given["tools"] else {}
-    return {**(given["chat_template_kwargs"] or {}), **tools}
+            expected = "a list" if kind is list else "an object"
+            raise DataError(f"{where}: `{name}` is not {expected}.", f"It is {str(value)[:60]!r}.", "Correct the row.")
+        arguments[name] = value
+    tools = {"tools": arguments["tools"]} if arguments["tools"] else {}
+    return {**(arguments["chat_template_kwargs"] or {}), **tools}
 
 
 def _messages_of(row: Mapping[str, Any], where: str) -> list[Message]:

@@ -37,25 +37,25 @@ class Growth:
         return self.first + done * (self.last - self.first)
 
     def ended(self) -> Growth:
-        """Return what it has grown to, as a number that stays."""
+        """Return the final value as a number that does not change."""
         return Growth(self.last, self.last)
 
 
 @dataclass(frozen=True)
 class FactOptions:
-    """What episodes hold.
+    """Options of the content of episodes.
 
     Args:
-        facts: the most in an episode.
+        facts: largest number of facts in an episode.
         chats: the share of episodes that are whole chats; the others state their facts in one message.
         talk: mean number of turns of small talk before each statement of a chat.
         bare: the share of values that are any word of the word list, whatever they are about.
         fewest: an episode has at least this share of the most facts there may be.
-        third_person: the share of facts that are somebody else's than the user's.
+        third_person: the share of facts about other people than the user.
         unanswerable: the share of questions, those of the history too, about something that was not told.
         replies: the share of episodes that also train a reply which needs no memory.
         system: the system prompt of all; without one, half of the chats have one of `systems`, if there are any.
-        systems: see there.
+        systems: system prompts to draw from.
     """
 
     facts: Growth
@@ -70,7 +70,7 @@ class FactOptions:
     systems: tuple[str, ...] = SYSTEMS
 
     def ended(self) -> FactOptions:
-        """Return what they hold once all has grown."""
+        """Return the options with everything at its final value."""
         grown = {name: getattr(self, name).ended() for name in ("facts", "chats", "talk", "bare")}
         return replace(self, **grown)
 
@@ -82,11 +82,11 @@ class FactEpisodes(Dataset[Episode]):
     length. Episode i depends on `seed`, the options and i alone.
 
     Args:
-        episodes: how many.
-        batch_size: of them that share a number of facts and a form.
-        seed: of all that is drawn.
-        options: what they hold.
-        held_out: which words are those that no training sees.
+        episodes: number of episodes.
+        batch_size: number of consecutive episodes that share a number of facts and a form.
+        seed: random seed.
+        options: content of the episodes.
+        held_out: which words are drawn from those that no training sees.
     """
 
     def __init__(

@@ -20,10 +20,10 @@ class MixedEpisodes(Dataset[EncodedEpisode]):
 
     Args:
         conversations: the user's own.
-        generated: of these, the i-th is taken where the i-th episode is a generated one.
-        encoder: for the generated ones.
-        mix: their share.
-        seed: of the order.
+        generated: generated episodes; if episode i of the run is a generated one, it is the i-th of these.
+        encoder: encodes the generated episodes.
+        mix: share of generated episodes.
+        seed: random seed of the order.
     """
 
     def __init__(

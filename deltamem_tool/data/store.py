@@ -39,7 +39,7 @@ _FEATURES = Features(
         **dict.fromkeys(VIEWS, _EXCHANGES),
         "where": Value("string"),
         "cut": Value("int32"),
-        "error": List(Value("string")),  # of an episode that cannot be encoded, and then the only column
+        "error": List(Value("string")),  # set for an episode that cannot be encoded; the other columns are then null
     }
 )
 _LOG = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
     """Encoded episodes as a memory-mapped table.
 
     Args:
-        table: a row an episode; a row with an `error` is left out, and its error is in `skipped`.
-        context_dropout: where episodes have a `recent` view, it is what is read; but with this probability the memory
-            alone is. Drawn from the seed, the epoch and the episode's index.
-        seed: of that.
+        table: one row per episode. A row with an `error` is left out, and its error is in `skipped`.
+        context_dropout: probability that an episode with a `recent` view is read with the memory alone instead. It
+            depends on the seed, the epoch and the episode's index.
+        seed: random seed of the context dropout.
     """
 
     def __init__(self, table: datasets.Dataset, context_dropout: float = 0.0, seed: int = 0) -> None:
@@ -105,12 +105,12 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
         return EncodedEpisode(**row)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, with which it changes which exchanges lose their recent turns."""
+        """Start an epoch. Which exchanges lose their recent turns depends on it."""
         self.epoch = epoch
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each episode writes, so that like lengths can share a batch."""
+        """Number of tokens that each episode writes, for batches of similar lengths."""
         lengths: list[int] = pc.list_value_length(self.column("write_ids")).drop_null().to_pylist()
         return lengths
 
@@ -128,7 +128,7 @@ class EncodedEpisodes(Dataset[EncodedEpisode]):
         )
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column of the table; null where an episode was skipped."""
+        """Return a column of the table, with null for skipped episodes."""
         return self._table.data.column(name)
 
 
@@ -142,11 +142,11 @@ def encode_cached(
 ) -> EncodedEpisodes:
     """Encode all episodes, or find them in the cache of `datasets`, by `encoding_fingerprint`.
 
-    Processes that want the same episodes wait for the one that encodes them. A cache that cannot be read is made again.
+    Processes that want the same episodes wait for the one that encodes them. A cache that cannot be read is rebuilt.
 
     Args:
-        episodes: what to encode.
-        encoder: with what.
+        episodes: episodes to encode.
+        encoder: the encoder.
         skip_bad_rows: leave out episodes that cannot be encoded, and say so in `skipped`, rather than raise.
         report: called while episodes are encoded; not called when they are found.
         context_dropout: of `EncodedEpisodes`.

@@ -49,7 +49,7 @@ _DEFAULTS = {
 
 
 def shipped_recipe(name: str) -> Path:
-    """A file of `recipes/`: inside the package where it is installed, beside it in a working copy."""
+    """Return the path of a file in `recipes/`, which is in the installed package, or beside it in a working copy."""
     package = Path(__file__).parents[1]
     installed = package / "recipes" / name
     return installed if installed.is_file() else package.parent / "recipes" / name
@@ -105,7 +105,7 @@ _NOWHERE = _Place(math.inf, "")
 
 
 def _place(keys: Sequence[Key], places: Mapping[Key, _Place]) -> _Place:
-    """Where the first of `keys` that is given stands; or else what holds it."""
+    """Return the place of the first of `keys` that is given, or else of the section that contains it."""
     given = [key for key in keys if key in places]
     if not given:
         given = [key[:depth] for key in keys for depth in range(len(key), 0, -1) if key[:depth] in places]
@@ -113,7 +113,7 @@ def _place(keys: Sequence[Key], places: Mapping[Key, _Place]) -> _Place:
 
 
 def _twice(document: Document) -> list[tuple[Key, str]]:
-    """The keys that are given more than once, and what to say."""
+    """Return the keys that are given more than once, each with a message."""
     return [
         (key, f"{'.'.join(key)} is given more than once, first in line {lines[0]}")
         for key, lines in document.lines.items()
@@ -148,7 +148,7 @@ def _complete_memory(content: dict[str, Any], places: dict[Key, _Place]) -> list
 
 
 def _apply(content: dict[str, Any], change: str, place: _Place, places: dict[Key, _Place]) -> list[str]:
-    """Make `change` in what the recipe says, and note its place. What is wrong with it comes back."""
+    """Apply `change` to the recipe's content and record its place; return messages about errors in it."""
     words, equals, text = change.partition("=")
     key = tuple(words.strip().split("."))
     if not equals:
@@ -170,7 +170,7 @@ def _apply(content: dict[str, Any], change: str, place: _Place, places: dict[Key
 
 
 def _build(content: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe, or everything that is wrong with it."""
+    """Return the recipe, or None, and all problems."""
     recipe, problems = None, []
     try:
         recipe = _READER.validate_python(content)

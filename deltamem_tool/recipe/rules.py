@@ -8,7 +8,7 @@ from typing import Any
 from deltamem_tool.config import DeltaMemConfig, Rule
 from deltamem_tool.errors import Problem
 
-# Options of `data.generated: facts` alone, with what they are unless said otherwise.
+# Options that apply only to `data.generated: facts`, with their defaults.
 FACT_OPTIONS: dict[str, Any] = {
     "chats_first": 0.0,
     "chats_last": 1.0,
@@ -22,8 +22,8 @@ FACT_OPTIONS: dict[str, Any] = {
     "system": None,
 }
 
-# What options must keep to together: their keys, whether it holds, and what to say where not. An error is reported at
-# the first of the keys that the recipe gives.
+# Rules about combinations of options: their keys, the condition, and the message if it is violated. An error is
+# reported at the first of the keys that the recipe gives.
 RULES: tuple[Rule, ...] = (
     Rule(
         ("lora", "memory"),
@@ -163,7 +163,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def broken(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong by the rules whose options are all in `values`, which has them by dotted key."""
+    """Yield the violated rules among those whose options are all in `values`, a mapping by dotted key."""
     for keys, holds, why in RULES:
         if all(key in values for key in keys) and not holds(*(values[key] for key in keys)):
             yield Problem(tuple(tuple(key.split(".")) for key in keys), why)

@@ -11,11 +11,11 @@ import yaml
 
 from deltamem_tool.errors import ConfigError, Key
 
-DEPTH = 3  # so deep go keys that are told apart
+DEPTH = 3  # levels of nested keys whose lines are recorded
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but numbers as in 1.2: 2e-4 is one, not text."""
+    """YAML 1.1, but with the numbers of 1.2: 2e-4 is a number, not text."""
 
 
 _Loader.add_implicit_resolver(
@@ -28,14 +28,14 @@ class Document:
     """What a YAML document contains, and on which line each key is."""
 
     value: Any = None
-    lines: dict[Key, list[int]] = field(default_factory=dict)  # from 1; more than one where a key is given again
+    lines: dict[Key, list[int]] = field(default_factory=dict)  # from 1; more than one if a key is repeated
 
 
 def read_yaml(text: str, name: str) -> Document:
     """Read one document.
 
     Raises:
-        ConfigError: `text` is not YAML, or asks for Python objects; the error says so of `name`.
+        ConfigError: `text` is not YAML, or contains Python objects; the error names `name`.
     """
     document = Document()
     try:
@@ -54,10 +54,10 @@ def read_yaml(text: str, name: str) -> Document:
 
 
 def read_changes(changes: Iterable[str]) -> dict[str, Any]:
-    """What `KEY=VALUE` says, values as YAML.
+    """Parse `KEY=VALUE` pairs, with values in YAML.
 
     Raises:
-        ConfigError: one is not such a pair, or a key is given again.
+        ConfigError: a change is not such a pair, or a key is repeated.
     """
     values: dict[str, Any] = {}
     for change in changes:
@@ -75,7 +75,7 @@ def read_changes(changes: Iterable[str]) -> dict[str, Any]:
 
 
 def _number(node: yaml.Node, at: Key, document: Document) -> None:
-    """Note the lines of a mapping's keys."""
+    """Record the lines of a mapping's keys."""
     if not isinstance(node, yaml.MappingNode) or len(at) == DEPTH:
         return
     for key, value in node.value:

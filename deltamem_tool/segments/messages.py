@@ -53,8 +53,8 @@ def problem_of(message: Any, text_alone: bool = True) -> Problem | None:
         return Problem("has no text", "`content` is not a string.", "Correct the message.")
     others = [part for part in content if not _is_part(part, text_alone)]
     if others:
-        so = 'Use only parts {"type": "text", "text": …}.'
-        return Problem("has a part that is not text", f"It is {str(others[0])[:60]!r}.", so)
+        advice = 'Use only parts {"type": "text", "text": …}.'
+        return Problem("has a part that is not text", f"It is {str(others[0])[:60]!r}.", advice)
     return None
 
 

@@ -198,11 +198,11 @@ class ChatTemplate:
         text = self.attempt(probes)
         if text is not None:
             for number, message in enumerate(messages):
-                for what, sentinel in (("content", _SAID), ("tool_calls", _CALLED)):
-                    if message.get(what) and sentinel.format(number) not in text:
+                for key, sentinel in (("content", _SAID), ("tool_calls", _CALLED)):
+                    if message.get(key) and sentinel.format(number) not in text:
                         raise DataError(
                             f"The chat template of {self.name} leaves out message {number + 1} ({message['role']}).",
-                            f"The rendered text does not contain its {what}.",
+                            f"The rendered text does not contain its {key}.",
                             "Leave the message out or change its role, or use a model whose template writes it.",
                         )
             if self._kwargs.get("tools"):
