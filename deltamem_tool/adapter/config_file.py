@@ -63,7 +63,7 @@ def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> Adapt
     if (content.get("format"), expected) == (STATIC_FORMAT, FORMAT):
         raise AdapterError(
             f"{name} has no memory.",
-            "It is a static adapter, with which a memory is compared: a constant stands for what is read from a state.",
+            "It is a static adapter, a baseline that puts a constant in place of what a memory reads from its state.",
             "Use an adapter with a memory, and pass this one as `deltamem eval --static`.",
         )
     if (content.get("format"), expected) == (FORMAT, STATIC_FORMAT):
@@ -75,7 +75,7 @@ def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> Adapt
     if content.get("format") != expected or type(version) is not int or version < 1:
         raise AdapterError(
             f"{name} is not an adapter folder.",
-            f"{CONFIG_FILE} is of another format.",
+            f"{CONFIG_FILE} has another format.",
             "Use another folder.",
         )
     if is_newer(version, FORMAT_VERSION):

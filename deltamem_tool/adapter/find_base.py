@@ -41,7 +41,7 @@ def find_base(
     if not (base or recorded.name):
         raise AdapterError(
             f"{adapter} does not say where its base model is.",
-            "That model had not been saved when the adapter was.",
+            "The base model had not been saved when the adapter was saved.",
             "Pass base=, or --base on the command line.",
         )
     check_revision(base or recorded.name or "", base_revision)

@@ -64,7 +64,7 @@ def check_heads(model: PreTrainedModel) -> None:
         if is_split(weight) and count % weight.device_mesh.size():
             raise ArchitectureError(
                 f"{weight.device_mesh.size()} processes cannot share the {kind} heads of this model.",
-                f"It has {count} in a layer, and each process needs as many as the others.",
+                f"It has {count} per layer, and every process needs the same number.",
                 f"Start a number of processes that divides {math.gcd(heads, key_heads)}.",
             )
 
@@ -110,7 +110,9 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     layers.sort(key=lambda layer: layer.index)
     strange = _strange(layers)
     if strange:
-        raise ArchitectureError(f"The attention of {called} is not laid out as its names say.", strange, _ADVICE)
+        raise ArchitectureError(
+            f"The attention of {called} does not have the layout that its names suggest.", strange, _ADVICE
+        )
     return layers
 
 

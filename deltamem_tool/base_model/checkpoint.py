@@ -166,7 +166,7 @@ class BaseCheckpoint:
             raise ArchitectureError(
                 f"transformers cannot load {self.name}.",
                 f"{first_line(error)}.",
-                "Correct it, or use another checkpoint.",
+                "Correct the checkpoint, or use another one.",
             ) from error
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
@@ -174,7 +174,7 @@ class BaseCheckpoint:
         if missing:
             raise ArchitectureError(
                 f"{self.name} lacks {len(missing)} of its model's weights.",
-                f"The first is {missing[0]}; they would be random numbers.",
+                f"The first is {missing[0]}; they would be initialised with random numbers.",
                 "Fetch the checkpoint again, or use another one.",
             )
         if self._gguf is not None:  # transformers names the folder, which may have others
@@ -196,8 +196,8 @@ class BaseCheckpoint:
         if options.get("quantization_config") is not None:
             raise ConfigError(
                 f"{self.name} cannot be quantised on loading.",
-                "transformers quantises no model that comes from a GGUF file.",
-                "Load it without, or use the model's original checkpoint.",
+                "transformers does not quantise models from GGUF files.",
+                "Load it without quantisation, or use the model's original checkpoint.",
             )
         return {"quantization_config": GgufConfig(dequantize=True), "config": self.config}
 
@@ -211,7 +211,7 @@ class BaseCheckpoint:
             return self._weights.read(self._stored_as[weight], rows, columns)
         if weight not in self._converted:
             raise ArchitectureError(
-                f"{self.name} has no weight {weight!r}.", "The checkpoint is not complete.", "Use another checkpoint."
+                f"{self.name} has no weight {weight!r}.", "The checkpoint is incomplete.", "Use another checkpoint."
             )
         return self._converted[weight][rows, columns]
 
@@ -225,7 +225,7 @@ class BaseCheckpoint:
             raise ConfigError(
                 f"The weights of {self.name} are quantised.",
                 "delta_init=base_slice copies columns of weights that are not quantised.",
-                "Use delta_init zero or random, or the checkpoint that was quantised.",
+                "Use delta_init zero or random, or the checkpoint from before quantisation.",
             )
         some = slice(0, count)
         if projection.is_transposed:
@@ -310,7 +310,7 @@ def _fetch_gguf(hub: HfUri) -> Path | None:
     if not file.is_file():
         raise HubError(
             f"{hub.id} has no file {hub.path_in_repo}.",
-            "The repository is there.",
-            f"See https://huggingface.co/{hub.id}/tree/main for what it has.",
+            "The repository exists, but the file does not.",
+            f"See https://huggingface.co/{hub.id}/tree/main for its files.",
         )
     return file

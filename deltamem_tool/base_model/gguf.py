@@ -150,8 +150,8 @@ class GgufWeights:
             # Some are stored as their transpose, or without an axis of size 1.
             if name in self._stored_as and math.prod(self.shape(name)) != weight.numel():
                 raise ArchitectureError(
-                    f"{file.name} is not what transformers makes of its metadata.",
-                    f"{self._stored_as[name]} is {self.shape(name)}, and {name} of the model {list(weight.shape)}.",
+                    f"{file.name} does not match the model that transformers builds from its metadata.",
+                    f"{self._stored_as[name]} is {self.shape(name)}, but {name} of the model is {list(weight.shape)}.",
                     "Use the model's original checkpoint: a folder of save_pretrained, or its Hub id.",
                 )
         processor = TENSOR_PROCESSORS.get(file.architecture)

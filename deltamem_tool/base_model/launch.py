@@ -48,8 +48,8 @@ def check_started() -> None:
     """
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
-            "accelerate launch was told to start several processes, and has started one.",
-            "That is all it does on CPUs.",
+            "accelerate launch was asked for several processes, but has started only one.",
+            "It does so on CPUs.",
             "Start them with torchrun --nproc-per-node N -m deltamem_tool, or give it --num_processes 1.",
         )
 
@@ -63,7 +63,7 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
 
     Raises:
         ConfigError: as `check_started`.
-        DeltaMemError: some did not come.
+        DeltaMemError: some did not connect.
         InstallationError: accelerate is not installed.
     """
     import torch
@@ -107,7 +107,7 @@ def _met(count: int, within: timedelta) -> Any:
     """Wait for all processes where they are to meet; None where the launcher has not said where that is.
 
     Raises:
-        DeltaMemError: some did not come; it says which.
+        DeltaMemError: some did not connect; the error names them.
     """
     import torch
 
@@ -132,15 +132,17 @@ def _met(count: int, within: timedelta) -> Any:
             raise
         raise _not_met(
             f"Process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of the {count} of this run did "
-            "not come.",
-            f"It was waited for at {host}:{port} for {within.total_seconds():.0f} seconds",
+            "not connect.",
+            f"This process waited at {host}:{port} for {within.total_seconds():.0f} seconds",
         ) from error
     return store
 
 
 def _not_met(what: str, why: str) -> DeltaMemError:
     return DeltaMemError(
-        what, f"{why}.", "Start as many as the launcher's configuration says, with the same address and port."
+        what,
+        f"{why}.",
+        "Start as many processes as the launcher's configuration says, all with the same address and port.",
     )
 
 

@@ -138,7 +138,7 @@ class Projection:
         weight = self.linear.weight
         if not is_split(weight):
             raise ArchitectureError(
-                f"Which part of {self.name} this process computes is not known.",
+                f"deltamem cannot determine which part of {self.name} this process computes.",
                 "Its output is narrower than its weight, which is not a DTensor.",
                 "Load the model without quantisation, or without tensor parallelism.",
             )

@@ -46,8 +46,8 @@ def read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedC
         )
     if remote_code and not trust_remote_code and model_type not in CONFIG_MAPPING:
         raise ArchitectureError(
-            f"The architecture {model_type!r} of {name} is Python code in the checkpoint.",
-            "That code could do anything on this machine; nothing of it has run.",
+            f"The architecture {model_type!r} of {name} is defined by Python code in the checkpoint.",
+            "That code could do anything on this machine; none of it has run.",
             f"Read it in {folder}, then pass --trust-remote-code (in Python trust_remote_code=True).",
         )
     causal = "AutoModelForCausalLM" in stored["auto_map"] if remote_code else False
@@ -96,7 +96,7 @@ def _check_causal(model_type: str, name: str) -> None:
     if model_type not in DECODERS:
         raise ArchitectureError(
             f"{name} ({model_type}) is not a causal language model.",
-            "A memory is attached to decoder-only language models.",
+            "A memory needs a decoder-only language model.",
             "Use a checkpoint such as Qwen3, Llama or SmolLM3.",
         )
 
@@ -118,7 +118,7 @@ def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
         raise ArchitectureError(
             f"{name} is a PEFT adapter, not a checkpoint.",
             f"There is an {PEFT_CONFIG_FILE} in {folder}, and no {MODEL_CONFIG_FILE}.",
-            "Use its base model; in Python, the PEFT adapter can be on the model when deltamem.attach is called.",
+            "Use its base model. In Python, you can call deltamem.attach on a model with the PEFT adapter.",
         )
     if not file.is_file():
         raise ArchitectureError(

@@ -52,7 +52,7 @@ def types_named(part: str) -> list[Support]:
         raise ArchitectureError(
             f"No model type of transformers {transformers_version()} has {part!r} in its name.",
             f"Similar ones are {', '.join(near)}." if near else "",
-            "`deltamem architectures` lists them all. Of a newer or a custom one, `deltamem patch` tells.",
+            "`deltamem architectures` lists them all. For a newer or custom model, try `deltamem patch`.",
         )
     return matches
 

@@ -38,7 +38,7 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
     if for_chat and tokenizer.chat_template is None:
         raise ArchitectureError(
             f"The tokenizer of {folder} has no chat template.",
-            "Messages are turned into tokens by it.",
+            "It is needed to turn messages into tokens.",
             "Use the base model's chat or instruct version.",
         )
     return tokenizer

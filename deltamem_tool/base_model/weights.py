@@ -136,7 +136,9 @@ class StoredWeights:
                 raise ValueError("It is not a mapping from names to weights")
         except pickle.UnpicklingError as error:
             raise ArchitectureError(
-                f"{path} cannot be read.", "It is cut short, or holds more than weights.", "Fetch the checkpoint again."
+                f"{path} cannot be read.",
+                "It is cut short, or contains more than weights.",
+                "Fetch the checkpoint again.",
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise ArchitectureError(f"{path} cannot be read.", f"{first_line(error)}.", _AGAIN) from error

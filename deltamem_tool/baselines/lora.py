@@ -177,7 +177,7 @@ class Lora:
             raise AdapterError(
                 f"{self.folder} does not say which model it was trained on.",
                 f"{CONFIG_FILE} has no base_model_name_or_path.",
-                f"Write the name of its base into it: {base.name}, if it is that.",
+                f"Add it, with the name of the base model: {base.name}, if it was trained on that one.",
             )
         if (self.base, self.revision) == (base.name, base.revision):
             return
@@ -260,7 +260,7 @@ class Lora:
         if expected != shapes:
             names = sorted(expected.keys() | shapes.keys())
             differing = [name for name in names if expected.get(name) != shapes.get(name)]
-            raise self._misfit(f"Missing, extra or of another shape: {', '.join(differing)}.")
+            raise self._misfit(f"These tensors are missing, extra or have another shape: {', '.join(differing)}.")
         _peft().set_peft_model_state_dict(wrapped, weights)
 
     def _misfit(self, why: str) -> AdapterError:

@@ -210,7 +210,7 @@ class Static:
             differing = [name for name in names if ours.get(name) != theirs.get(name)]
             raise AdapterError(
                 f"{self.folder} does not match the memory.",
-                f"Missing, extra or of another shape: {', '.join(differing[:8])}.",
+                f"These tensors are missing, extra or have another shape: {', '.join(differing[:8])}.",
                 "Train one with the recipe of this memory and --set static=true.",
             )
 
@@ -235,7 +235,7 @@ class Static:
         if differing:
             raise AdapterError(
                 f"{self.folder} does not fit the model.",
-                f"Missing, extra, not finite or of another shape: {', '.join(differing[:8])}.",
+                f"These tensors are missing, extra, not finite or have another shape: {', '.join(differing[:8])}.",
                 _AGAIN,
             )
         adapter.load_state_dict({name: weight.float() for name, weight in self._weights.items()}, assign=True)

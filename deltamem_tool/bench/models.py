@@ -92,7 +92,7 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
     manifest = Manifest.read(folder)
     interface = manifest.interface
     if manifest.adapter != adapter:
-        raise _refused(name, f"is of another adapter: {manifest.adapter[:12]}…, and this is {adapter[:12]}…")
+        raise _refused(name, f"was exported from another adapter: {manifest.adapter[:12]}…, not {adapter[:12]}…")
     if interface.genai:
         raise _refused(name, "is for onnxruntime-genai, which runs it by itself")
     if manifest.quantize != NO_QUANTIZATION and (LORA in setting.models or PYTORCH in setting.runtimes):
@@ -104,7 +104,7 @@ def read_export(setting: Setting, name: str, adapter: str) -> tuple[Path, Manife
     if manifest.quantize != NO_QUANTIZATION and manifest.quantization is None:
         raise _refused(name, "was quantised by an older version, and does not say how")
     if setting.dtype not in (None, interface.dtype):
-        raise _refused(name, f"is of dtype {interface.dtype}, and --dtype is {setting.dtype}")
+        raise _refused(name, f"has dtype {interface.dtype}, but --dtype is {setting.dtype}")
     setting.check_length(interface.max_length, f"{name} has room for {interface.max_length}.")
     return folder, manifest
 

@@ -63,7 +63,7 @@ class Setting:
         _check_names("runtimes", self.runtimes, RUNTIMES)
         if BASE not in self.models:
             raise ConfigError(
-                f"The models do not include {BASE}.", "Every ratio is to it.", f"Add {BASE} to the models."
+                f"The models do not include {BASE}.", "Every ratio is relative to it.", f"Add {BASE} to the models."
             )
         for path, name, names, kind in (
             (self.lora, LORA, self.models, "models"),
@@ -94,10 +94,10 @@ class Setting:
             raise ConfigError(
                 f"A batch of {self.batch_size} prompts of {max(self.prompts)} tokens is too large.",
                 "",
-                f"Choose {_MAX_TOKENS} tokens at once, or fewer.",
+                f"Choose {_MAX_TOKENS} tokens in a batch, or fewer.",
             )
         if self.threads is not None and self.threads > MAX_THREADS:
-            raise ConfigError(f"The threads are {self.threads}.", "", f"Choose {MAX_THREADS} or fewer.")
+            raise ConfigError(f"Invalid number of threads: {self.threads}.", "", f"Choose {MAX_THREADS} or fewer.")
 
     @property
     def on_cuda(self) -> bool:
@@ -128,7 +128,7 @@ class Setting:
         longest = max(self.prompts)
         if limit and longest + self.decode > limit:
             raise ConfigError(
-                f"A prompt of {longest} tokens and {self.decode} decoded ones are too long.",
+                f"A prompt of {longest} tokens and {self.decode} decoded tokens are too long.",
                 why,
                 f"Choose prompts of at most {limit - self.decode} tokens, or decode fewer."
                 if limit > self.decode

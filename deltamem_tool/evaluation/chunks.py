@@ -41,7 +41,7 @@ def _sentences(text: str) -> list[str]:
         import nltk
     except ImportError as error:
         raise ConfigError(
-            "Sentences need the package nltk.", f"{error}.", "pip install 'deltamem-tool[eval]'."
+            "Splitting texts into sentences needs the package nltk.", f"{error}.", "pip install 'deltamem-tool[eval]'."
         ) from error
     try:
         sentences: list[str] = nltk.sent_tokenize(text)
@@ -49,7 +49,7 @@ def _sentences(text: str) -> list[str]:
     except LookupError as error:
         raise ConfigError(
             "NLTK's sentence model punkt_tab is not on this machine.",
-            "The benchmark cuts its texts with it.",
+            "The benchmark splits its texts with this model.",
             "Fetch it once: python -m nltk.downloader punkt_tab.",
         ) from error
 

@@ -158,11 +158,11 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
         if name == PERMUTED_STATE:
             raise ConfigError(
                 f"The condition {name} needs a memory of several layers.",
-                "It gives every layer the state of another one, and here is none to give.",
+                "It gives every layer the state of another layer, and this memory has only one.",
                 "Leave this condition out.",
             )
         raise ConfigError(
-            f"There is no condition {name!r}.", f"The conditions are {', '.join(sorted(known))}.", "Name these."
+            f"There is no condition {name!r}.", f"The conditions are {', '.join(sorted(known))}.", "Choose from these."
         )
     return [condition for condition in conditions if not only or condition.name in only]
 

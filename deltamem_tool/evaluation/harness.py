@@ -101,7 +101,9 @@ def find_harness(task: str, options: Mapping[str, Any]) -> Harness:
     """
     names = tuple(dict.fromkeys(name.strip() for name in task.removeprefix(HARNESS).split(",") if name.strip()))
     if not names:
-        raise ConfigError(f"{task!r} names no task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example.")
+        raise ConfigError(
+            f"{task!r} does not name a task.", "", f"Write {HARNESS}ifeval,gpqa_diamond_zeroshot, for example."
+        )
     harness: Harness = create_task(partial(Harness, names), task, options, None)
     return harness
 
@@ -126,14 +128,14 @@ def check_options(protocol: str, baselines: bool, write: bool, runtime: str) -> 
         )
     if write:
         raise ConfigError(
-            "In tasks of lm-evaluation-harness the questions always write.",
-            "The memory starts from zeros with every request, and is written as it is read.",
+            "In tasks of lm-evaluation-harness, questions always write into the memory.",
+            "The memory starts from zeros for every request, and the request itself writes it.",
             "Leave out --write.",
         )
     if protocol != MEMORY_ONLY or baselines:
         raise ConfigError(
             "Tasks of lm-evaluation-harness have no history.",
-            "So there is nothing that a protocol could show, BM25 find, or be truncated.",
+            "There is nothing for a protocol to show, for BM25 to find, or to truncate.",
             "Leave out --protocol, --bm25 and --truncate.",
         )
 
@@ -158,7 +160,9 @@ def _manager(harness: Harness) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            "General ability needs lm-evaluation-harness.", f"{error}.", "pip install 'deltamem-tool[harness]'"
+            "Tasks of lm-evaluation-harness need the package lm_eval.",
+            f"{error}.",
+            "pip install 'deltamem-tool[harness]'",
         ) from error
     include_path = None if harness.include_path is None else expand_user(harness.include_path)
     if include_path is not None and not include_path.is_dir():
@@ -199,7 +203,7 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             why = "It runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "It shows pictures"
-            raise ConfigError(f"The task {task_name} cannot be asked here.", f"{why}.", "Use lm_eval itself for it.")
+            raise ConfigError(f"The task {task_name} is not supported.", f"{why}.", "Run it with lm_eval itself.")
     return loaded
 
 

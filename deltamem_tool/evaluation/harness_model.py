@@ -100,8 +100,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     def _refuse_long(self, length: int, most: int) -> None:
         if length > most:
             raise DataError(
-                f"A prompt is too long for the model: {length} tokens, of {most} that there is room for.",
-                f"It has {self.max_length} positions, some of them for the answer.",
+                f"A prompt is too long for the model: {length} tokens, where {most} fit.",
+                f"The model has {self.max_length} positions, some of which are for the answer.",
                 "Use a model with more positions, or fewer examples in the prompt (--set num_fewshot=0).",
             )
 
@@ -161,7 +161,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         raise DataError(
             "A prompt has no messages that the memory could write.",
             f"The adapter writes {self._granularity} by {self._granularity}, and this is not a rendered conversation.",
-            "Use an adapter whose every token writes, or a task without a prefix of the answer.",
+            "Use an adapter that writes at every token, or a task that does not prefix the answer.",
         )
 
 

@@ -50,7 +50,7 @@ def scored_answers(
     template = ChatTemplate.of(tokenizer)
     if not tokenizer.is_fast:
         raise DataError(
-            f"The tokenizer {template.name} cannot tell where in a text its tokens are.",
+            f"The tokenizer {template.name} does not report where its tokens are in the text.",
             f"{type(tokenizer).__name__} is a slow tokenizer.",
             "Use a fast tokenizer.",
         )
@@ -66,8 +66,8 @@ def scored_answers(
         answer_ids = scored.ids[-scored.answer :]
         if tokens.setdefault(name, answer_ids) != answer_ids:
             raise DataError(
-                f"{item.where}: the answer has other tokens in one view than in another.",
-                f"It begins with {tokens[name][:8]} and with {answer_ids[:8]}.",
+                f"{item.where}: the answer is tokenised differently in different views.",
+                f"It begins with {tokens[name][:8]} in one view and with {answer_ids[:8]} in another.",
                 "Use a tokenizer whose template writes an answer the same way after any history.",
             )
     return answers
@@ -86,7 +86,7 @@ def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
     content = "" if place is None else text[len(place.before) : len(text) - len(place.after)]
     if place is None or not answer.endswith(f"{content}{place.after}"):
         raise DataError(
-            f"{item.where}: where the chat template writes the answer's content cannot be told.",
+            f"{item.where}: the chat template does not show where the answer's content is.",
             f"It writes {answer[:80]!r}.",
             "Use a tokenizer whose template writes an answer as it is.",
         )
@@ -99,8 +99,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where
     ids = encoded["input_ids"]
     if answer_tokens == 0 or answer_tokens == len(ids):
         raise DataError(
-            f"{where} has no answer that could be scored.",
-            "It has no token of its own." if answer_tokens == 0 else "Nothing precedes it.",
+            f"{where} has no answer to score.",
+            "The answer has no token of its own." if answer_tokens == 0 else "Nothing precedes the answer.",
             "Correct it, or leave it out.",
         )
     return ScoredAnswer(ids, answer_tokens, where)

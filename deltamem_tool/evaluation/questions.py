@@ -26,8 +26,8 @@ def check(items: Sequence[Item]) -> None:
         if first is not item or _written(owner) != _written(item):
             other = first if first is not item else owner
             name = item.id if first is not item else item.history_id
-            problem = f"{item.where} and {other.where} have one name, {name!r}."
-            raise DataError(problem, "Their answers would be mixed up.", "Give each its own.")
+            problem = f"{item.where} and {other.where} have the same name, {name!r}."
+            raise DataError(problem, "Their answers would be mixed up.", "Give each its own name.")
 
 
 def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[str, Sequence[str]]) -> str:
@@ -62,7 +62,7 @@ def others_of(items: Sequence[Item]) -> dict[str, list[str]]:
     if len(histories) < 2:
         raise DataError(
             f"{len(histories)} history is too few for an evaluation." if histories else "There is nothing to ask.",
-            "The control is another history's memory.",
+            "The control uses the memory of another history.",
             "Use two histories or more.",
         )
     count, around = min(MEAN_OF, len(histories) - 1), histories * 2

@@ -102,7 +102,7 @@ class RecordFolder:
                 raise DataError(
                     f"{self.folder} holds an evaluation with other settings.",
                     f"Its {', '.join(changed)} differ.",
-                    "Choose another folder, or pass the settings of that one.",
+                    "Choose another folder, or pass the same settings.",
                 )
         elif (self.folder / RECORDS_FILE).exists():
             raise DataError(
@@ -190,7 +190,7 @@ def _settings(place: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{place} is damaged.", f"{error}.", "Choose another folder.") from error
     if not isinstance(stored, dict):
-        raise DataError(f"{place} is damaged.", "It holds no settings.", "Choose another folder.")
+        raise DataError(f"{place} is damaged.", "It contains no settings.", "Choose another folder.")
     return stored
 
 

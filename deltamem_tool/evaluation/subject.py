@@ -55,15 +55,17 @@ class Subject:
         if not isinstance(model, PreTrainedModel):
             subject = cls(model, tokenizer or read_tokenizer(getattr(model, "folder", "")), None, write)
         elif tokenizer is None:
-            raise ConfigError("A PyTorch model is evaluated with its tokenizer.", "There is none.", "Pass `tokenizer`.")
+            raise ConfigError(
+                "Evaluating a PyTorch model needs its tokenizer.", "None was passed.", "Pass `tokenizer`."
+            )
         else:
             subject = cls(TorchModel(model, tokenizer), tokenizer, model, write)
         granularity = subject.engine.mechanism.granularity
         if write and granularity != "token":
             raise ConfigError(
                 "Questions cannot write into this memory.",
-                f"It writes {granularity} by {granularity}, and prompts are not marked with where one ends.",
-                "Leave out --write (write=True), or evaluate an adapter whose every token writes.",
+                f"It writes {granularity} by {granularity}, and prompts have no mark where a {granularity} ends.",
+                "Leave out --write (write=True), or evaluate an adapter that writes at every token.",
             )
         return subject
 

@@ -130,7 +130,11 @@ def find_task(name: str, options: Mapping[str, Any], offered: Mapping[str, Any] 
     module, colon, attribute = place.partition(":")
     if not colon:
         known = ", ".join(sorted({**others, **TASKS}))
-        raise ConfigError(f"There is no task {name!r}.", f"The tasks are {known}.", "Or write package.module:Class.")
+        raise ConfigError(
+            f"There is no task {name!r}.",
+            f"The tasks are {known}.",
+            "Choose one of these, or name your own as package.module:Class.",
+        )
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -173,10 +177,10 @@ def needs_data(task: str, data: str | None, example: str, **others: str | None) 
     if data is None:
         raise ConfigError(
             f"The task {task} needs its data.",
-            "The package ships none.",
-            f"Pass --data {example}, or where it is on this machine.",
+            "They are not part of the package.",
+            f"Pass --data {example}, or its path on this machine.",
         )
     for name, value in {"data": data, **others}.items():
         if value is not None and not isinstance(value, str):
-            raise ConfigError(f"The task {task} takes a text as {name}.", f"It is {value!r}.", "Correct it.")
+            raise ConfigError(f"The {name} of the task {task} must be text.", f"It is {value!r}.", "Correct it.")
     return data

@@ -134,8 +134,8 @@ class DeltaMemAdapter(nn.Module):
         if any(parameter.is_meta for parameter in parameters_of(self._leaves)):
             raise ArchitectureError(
                 "The adapter was offloaded with the base model.",
-                "It is registered as a part of the model, and accelerate keeps its weights elsewhere between calls.",
-                "Offload the model first and attach or load then, or leave out register=True.",
+                "It is registered as a part of the model, so accelerate keeps its weights elsewhere between calls.",
+                "Offload the model before you attach or load the adapter, or leave out register=True.",
             )
 
     @contextmanager

@@ -120,9 +120,9 @@ def _refuse_gradient(gradient: Tensor) -> Tensor:
         ConfigError: always.
     """
     raise ConfigError(
-        "An adapter is not trained under tensor parallelism.",
-        "Each process would have the gradients of its own share of every layer.",
-        "Share the base by FSDP2 instead: training.shard: fsdp2 in a recipe of deltamem train.",
+        "An adapter cannot be trained under tensor parallelism.",
+        "Each process would have only the gradients of its own share of every layer.",
+        "Shard the base model with FSDP2 instead: training.shard: fsdp2 in a recipe of deltamem train.",
     )
 
 

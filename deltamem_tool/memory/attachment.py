@@ -65,7 +65,7 @@ def hf_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ArchitectureError(
             f"A {type(model).__name__} cannot have a memory.",
             "It is not a model of transformers.",
-            "Pass what AutoModelForCausalLM.from_pretrained returns, or PEFT or torch.compile make of it.",
+            "Pass a model from AutoModelForCausalLM.from_pretrained, also one wrapped by PEFT or torch.compile.",
         )
     if model.active_peft_config.is_prompt_learning:
         raise ArchitectureError(

@@ -96,12 +96,12 @@ class MemoryCache(DynamicCache):
         """
         if self._config.granularity == "token":
             raise MemoryStateError(
-                "This memory has no segments.", "Its adapter writes every token by itself.", "Leave end_segment() out."
+                "This memory has no segments.", "Its adapter writes at every token.", "Do not call end_segment()."
             )
         if self.memory is None or not bool((self.memory.open_tokens > 0).any()):
             raise MemoryStateError(
                 "The open segment is empty.",
-                "No token was fed since the last segment ended.",
+                "No token has been processed since the last segment ended.",
                 "Call end_segment() after the segment's tokens.",
             )
         layers, segments = {}, {}
@@ -187,8 +187,8 @@ class MemoryCache(DynamicCache):
         if self.length + tokens > min(rooms):
             raise MemoryStateError(
                 f"This static cache has no room for {tokens} more tokens.",
-                f"It is for {min(rooms)}, and {self.length} are in it.",
-                "Make it with a larger max_length, or without one: then it grows.",
+                f"It holds at most {min(rooms)}, and {self.length} are in it.",
+                "Create it with a larger max_length, or without max_length, so that it grows.",
             )
 
     def count(self, tokens: int) -> None:
@@ -259,6 +259,6 @@ def takes_tokens_back() -> MemoryStateError:
     """Return the error for decoding methods that feed tokens and then discard them."""
     return MemoryStateError(
         "A memory cannot forget its last tokens.",
-        "What a token wrote is mixed into the state; assisted and speculative decoding need to take tokens back.",
+        "A write to the state cannot be undone; assisted and speculative decoding need to take tokens back.",
         "Decode without an assistant, or keep `cache.memory` from before and start from it.",
     )

@@ -51,7 +51,7 @@ class CallOptions:
         if self._padded_right and _head_of(model) is None:
             raise ExportError(
                 f"{type(model).__name__} does not say which layer computes its logits.",
-                "So they cannot be limited to each row's last token, which padding on the right needs.",
+                "Without it, logits cannot be limited to each row's last token, as padding on the right requires.",
                 'Export the logits of all positions (logits="all").',
             )
         self.takes_positions = "position_ids" in parameters  # if not, the model itself counts, with or without padding

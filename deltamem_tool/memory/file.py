@@ -174,7 +174,7 @@ def read_memory(path: str | Path) -> StoredMemory:
     if not path.exists():
         raise MemoryStateError(f"The memory file {path} does not exist.", "", "Save one first, or correct the path.")
     if not path.is_file():
-        raise MemoryStateError(f"{path} is not a memory file.", "It is not a file at all.", "Use another file.")
+        raise MemoryStateError(f"{path} is not a memory file.", "It is not a regular file.", "Use another file.")
     try:
         header = read_header(path)
         _check_header(path, header)
@@ -218,7 +218,7 @@ def _memory(name: str | Path, header: Header, tensors: dict[str, np.ndarray]) ->
     if len({state.shape[1:] for state in states.values()}) > 1 or any(
         s.shape[2] != s.shape[3] for s in states.values()
     ):
-        raise _damaged(name, "Its states are not square, or not of one size")
+        raise _damaged(name, "Its states are not square, or differ in size")
     if segments and (segments.keys() != states.keys() or len({segment.shape for segment in segments.values()}) > 1):
         raise _damaged(name, "Its layers disagree on their open segments")
     if len({tensor.shape[0] for tensor in tensors.values()}) > 1:

@@ -109,7 +109,7 @@ def _begin_call(
     elif not isinstance(cache, MemoryCache):
         raise MemoryStateError(
             f"A {type(cache).__name__} cannot hold the memory.",
-            "The model would forget at every call.",
+            "The model would forget everything after each call.",
             "Pass cache=deltamem.MemoryCache(model), or no cache.",
         )
     step = cache.take_step()  # first, so that a call that is refused does not leave it to the next

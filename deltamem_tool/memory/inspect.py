@@ -68,7 +68,7 @@ def check_comparable(path: str, before: StoredMemory, other: str, after: StoredM
         raise MemoryStateError(
             f"{other} was not written by the adapter that wrote {path}.",
             error.why,
-            "Compare two memories of one adapter.",
+            "Compare two memories of the same adapter.",
         ) from error
     rows, other_rows = (len(next(iter(memory.states.values()))) for memory in (before, after))
     if rows != other_rows:

@@ -38,8 +38,8 @@ def valid_tokens(mask: Any, batch: int, length: int, past: int | Tensor) -> Tens
         past = int(past)
         raise MemoryStateError(
             f"The attention mask is {list(mask.shape)}, not {[batch, past + length]}.",
-            f"The cache has {past} tokens and the call {length}: columns of the mask would be taken for other tokens.",
-            "Pass attention_mask as [batch, past + new], or None where nothing is padding.",
+            f"The cache has {past} tokens and the call {length}: columns of the mask would match the wrong tokens.",
+            "Pass attention_mask as [batch, past + new], or None if there is no padding.",
         )
     return mask[:, -length:].bool()
 
@@ -53,7 +53,7 @@ def writing_tokens(write: bool | Tensor, read_mask: Tensor | None, content: Tens
     if isinstance(write, Tensor):
         if write.shape != content.shape[:2]:
             raise MemoryStateError(
-                f"The write mask is {list(write.shape)}, the tokens are {list(content.shape[:2])}.",
+                f"The write mask has shape {list(write.shape)}, but the tokens have {list(content.shape[:2])}.",
                 "",
                 "Give cache.write the shape [batch, tokens].",
             )
@@ -75,8 +75,8 @@ def segment_tokens(
         if tags is not None:
             raise MemoryStateError(
                 "This memory has no segments.",
-                "Its adapter writes every token by itself.",
-                "Leave cache.segment_tags out.",
+                "Its adapter writes at every token.",
+                "Do not set cache.segment_tags.",
             )
         return write_mask, None
     batch, length = content.shape[:2]
@@ -86,21 +86,21 @@ def segment_tokens(
         raise MemoryStateError(
             f"cache.segment_tags is a {type(tags).__name__}.",
             "It must be an int8 tensor.",
-            "Pass what encode_chat returns.",
+            "Pass the tags that encode_chat returns.",
         )
     if tags.ndim != 2 or tags.shape[0] != batch or tags.shape[1] < length:
         raise MemoryStateError(
-            f"cache.segment_tags is {list(tags.shape)}, the tokens are {[batch, length]}.",
-            "It must say of every token of the call to which segment it belongs.",
-            "Pass what encode_chat returns for these tokens, and not less.",
+            f"cache.segment_tags has shape {list(tags.shape)}, but the tokens have {[batch, length]}.",
+            "It needs one tag for every token of the call.",
+            "Pass all the tags that encode_chat returns for these tokens.",
         )
     tags = tags[:, :length].to(content.device)
     if not torch.compiler.is_compiling() and not isinstance(tags, FakeTensor):
         if bool(((tags < OUTSIDE) | (tags > LAST)).any()):
             raise MemoryStateError(
                 "cache.segment_tags contains values that are not segment tags.",
-                "A token is 0 (outside of any segment), 1 (inside) or 2 (the last of its segment).",
-                "Pass what encode_chat returns for these tokens.",
+                "The tag of a token is 0 (outside any segment), 1 (inside) or 2 (the last of its segment).",
+                "Pass the tags that encode_chat returns for these tokens.",
             )
         if read_mask is not None and bool(((tags != OUTSIDE) & ~read_mask).any()):
             raise MemoryStateError(
@@ -153,9 +153,9 @@ def check_one_text(kwargs: Mapping[str, Any], valid: Tensor | None, base_separat
         packed = packed or bool(begins.any())
     if packed:
         raise MemoryStateError(
-            "Rows that are packed with several texts cannot have a memory.",
-            "A row has one memory, so that a text would read what the texts before it have written.",
-            "Give each text a row of its own, with padding and an attention mask.",
+            "A memory does not support rows that are packed with several texts.",
+            "A row has one memory, so each text would read what the texts before it have written.",
+            "Put each text into a row of its own, with padding and an attention mask.",
         )
 
 
@@ -171,7 +171,7 @@ def check_writes_tokens(config: DeltaMemConfig) -> None:
     """
     if config.granularity != "token":
         raise MemoryStateError(
-            f"This memory writes by {config.granularity}, and nothing says where one ends.",
-            "The segment tags are an attribute of a MemoryCache, and the call has none.",
+            f"This memory writes by {config.granularity}, but the call does not say where a {config.granularity} ends.",
+            "Segment tags are an attribute of a MemoryCache, and the call has no MemoryCache.",
             "Pass cache=deltamem.MemoryCache(model), with its segment_tags set: see deltamem.encode_chat.",
         )

@@ -65,7 +65,7 @@ def _with_memory_cache(original: Method) -> Method:
             if not generation_config.use_cache:
                 raise MemoryStateError(
                     "A MemoryCache was passed with use_cache=False.",
-                    "Every step would feed the whole text into it again.",
+                    "Every step would feed the whole text into the cache again.",
                     "Leave one of the two out.",
                 )
             tagged = None if passed.segment_tags is None else passed.segment_tags.shape[0]

@@ -351,4 +351,6 @@ def _fits(expected: tuple[str, Shape], actual: tuple[str, list[Any]]) -> bool:
 
 def disagreement(why: str) -> ExportError:
     """The error for a manifest that this version or the graph does not agree with."""
-    return ExportError(f"{MANIFEST_FILE} and this version or the graph disagree.", f"{why}.", "Export the model again.")
+    return ExportError(
+        f"{MANIFEST_FILE} does not match the graph or this version of deltamem.", f"{why}.", "Export the model again."
+    )

@@ -48,9 +48,9 @@ def _check_devices(inputs: tuple[Tensor, ...]) -> None:
     if len(devices) == 1 and (interpreted or inputs[0].is_cuda):
         return
     raise ConfigError(
-        'The scan cannot run as implementation="triton".',
+        'The scan cannot run with implementation="triton".',
         f"Its kernels need every tensor on one CUDA device, and these are on {', '.join(sorted(map(str, devices)))}.",
-        'Move the model to a CUDA device, or leave the choice open (implementation=None); "chunked" runs anywhere.',
+        'Move the model to a CUDA device, or use implementation=None or "chunked", which run anywhere.',
     )
 
 

@@ -27,8 +27,8 @@ def test_a_process_never_comes(late, has_launcher, tmp_path):
         together(COUNT, waits, late, port, LIMIT, tmp_path / "said")
     for number in {*range(COUNT)} - {late}:
         what, why, _ = (tmp_path / f"said-{number}").read_text().splitlines()
-        assert what == f"Process {late} of the 3 of this run did not come."
-        assert why.startswith("It was waited for at 127.0.0.1:") and why.endswith(" for 4 seconds.")
+        assert what == f"Process {late} of the 3 of this run did not connect."
+        assert why.startswith("This process waited at 127.0.0.1:") and why.endswith(" for 4 seconds.")
 
 
 def test_what_they_meet_by_is_not_installed(monkeypatch):
@@ -45,7 +45,7 @@ def test_accelerate_starts_one_process_on_cpus_whatever_it_is_told(told, tmp_pat
     script.write_text("from deltamem_tool.base_model.launch import join\nprint('alone:', join().num_processes == 1)\n")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(told), str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    is_refused = "told to start several processes, and has started one" in done.stderr
+    is_refused = "asked for several processes, but has started only one" in done.stderr
     assert ("alone: True" in done.stdout, is_refused) == (told == 1, told == 2), done.stderr
 
 
@@ -54,5 +54,5 @@ def test_a_command_that_joins_no_others_says_it_too(monkeypatch):
     assert join_launched() is None
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(ConfigError, match=r"has started one\.[\s\S]*torchrun"):
+    with pytest.raises(ConfigError, match=r"has started only one\.[\s\S]*torchrun"):
         join_launched()

@@ -47,7 +47,12 @@ def test_files_and_questions(here, evaluated):
     write(here / "facts.jsonl", json.dumps({**facts, "answers": [["nobody"], []]}) + "\n")
     refused(here, evaluated("memoryagentbench", "facts.jsonl"), "facts.jsonl row 1 question 2", "It has no answer.")
     refused(here, evaluated("memoryagentbench", "facts.jsonl", "--set", "sources=3"), "sources", "It is 3")
-    refused(here, evaluated("hotpotqa", "hotpot.json", "--set", "split=[1]"), "takes a text as split", "[1]")
+    refused(
+        here,
+        evaluated("hotpotqa", "hotpot.json", "--set", "split=[1]"),
+        "The split of the task hotpotqa must be text",
+        "[1]",
+    )
 
 
 def test_histories_that_are_too_long(here, evaluated, punkt):

@@ -75,7 +75,7 @@ def test_bad_input(here, deltamem):
     deltamem("convert", BASE, "--out", "out", "--to", "reference").assert_short_error("not an adapter folder", code=1)
     weights = source / reference.REFERENCE_WEIGHTS
     torch.save({"a": Hostile()}, weights)
-    deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("refused", "mkdir", code=1)
+    deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("was not loaded", "mkdir", code=1)
     weights.write_bytes(b"")
     deltamem("convert", source, "--base", BASE, "--out", "out").assert_short_error("damaged", code=1)
     assert set(listing(here)) == set(before)

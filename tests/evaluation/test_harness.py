@@ -200,7 +200,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
     path = {"include_path": str(folder)}
     for task, options, says in (
         ("lm_eval:told_choise", path, "no task 'told_choise' in .*\nDid you mean told_choice"),
-        ("lm_eval:", {}, "names no task"),
+        ("lm_eval:", {}, "does not name a task"),
         (f"lm_eval:{CHOICE}", {"fewshot": 3}, "does not take these options"),
         (f"lm_eval:{CHOICE}", {"include_path": str(folder / "nowhere")}, "no folder"),
     ):
@@ -211,7 +211,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
     for protocol, retrieved in (("full", False), ("memory", True)):
         with pytest.raises(ConfigError, match="have no history"):
             check_options(protocol, retrieved, False, PYTORCH)
-    with pytest.raises(ConfigError, match="the questions always write"):
+    with pytest.raises(ConfigError, match="questions always write into the memory"):
         check_options("memory", False, True, PYTORCH)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
     attach(model, DeltaMemConfig(rank=4))

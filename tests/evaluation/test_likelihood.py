@@ -186,7 +186,7 @@ def test_what_cannot_be_scored_is_named(tokenizer):
     reversing = "{% for message in messages | reverse %}" + CHAT_TEMPLATE.partition("%}")[2]
     with pytest.raises(DataError, match="talks:7: The chat template renders the prompt differently"):
         scored(with_template(tokenizer, reversing), asked)
-    with pytest.raises(DataError, match="talks:7 has no answer that could be scored"):
+    with pytest.raises(DataError, match="talks:7 has no answer to score"):
         scored(tokenizer, replace(asked, answers=[""]))
     length = len(scored(tokenizer, asked, ALL)[1].ids)
     assert len(scored(tokenizer, asked, ALL, length)[1].ids) == length

@@ -172,7 +172,7 @@ def test_recommendations_are_matched_to_titles(answer, recalls):
 
 def test_recommendations_need_the_titles(ask, tmp_path):
     rows = SPLITS["Test_Time_Learning"]
-    with pytest.raises(ConfigError, match="row 2 question 1 wants recommendations"):
+    with pytest.raises(ConfigError, match="row 2 question 1 asks for recommendations"):
         ask(rows).items()
     task = ask(rows, movies=write(tmp_path / "entity2id.json", TITLES))
     items = task.items()

@@ -176,13 +176,13 @@ def test_no_answer_that_was_generated_as_known_declines():
         ({"form": "chat"}, "does not take these options"),
         ({"words": "natural", "held_out": ["names"]}, "no held_out 'names'"),
         ({"words": "natural", "form": "talk"}, "no form 'talk'"),
-        ({"words": "natural", "talk": -1}, "talk is a number, 0 or more"),
-        ({"words": "natural", "bare": 2}, "bare is a share"),
-        ({"words": "natural", "third_person": "half"}, "third_person is a share"),
-        ({"words": "natural", "system": 3}, "system is a text, or false"),
+        ({"words": "natural", "talk": -1}, "talk must be a number, 0 or more"),
+        ({"words": "natural", "bare": 2}, "bare must be a share"),
+        ({"words": "natural", "third_person": "half"}, "third_person must be a share"),
+        ({"words": "natural", "system": 3}, "system must be text, or false"),
         ({"words": "natural", "form": "plain", "delay": 3}, "one message"),
         ({"words": "natural", "held_out": None}, "no held_out None"),
-        ({"words": "natural", "facts": 65}, "go from 1 to 64"),
+        ({"words": "natural", "facts": 65}, "must be from 1 to 64"),
     ],
 )
 def test_options_out_of_range(options, says):

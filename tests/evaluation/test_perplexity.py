@@ -90,7 +90,7 @@ def test_locomos_sessions_are_kept(tmp_path):
     [
         ({}, TURNS[0], "talks.jsonl:1 has no history"),
         ({"turns": 2}, [*TURNS[0], *TURNS[1]], "talks.jsonl:1 has too few turns"),
-        ({"turns": 1}, [*TURNS[0], USER("And?"), ASSISTANT(" \n")], "talks.jsonl:1, message 4 says nothing"),
+        ({"turns": 1}, [*TURNS[0], USER("And?"), ASSISTANT(" \n")], "talks.jsonl:1, message 4 is empty"),
     ],
 )
 def test_a_conversation_that_cannot_be_asked_is_named(tmp_path, options, talk, says):
@@ -121,7 +121,7 @@ def test_options_are_checked():
     with pytest.raises(ConfigError, match="The task perplexity needs its data"):
         find_task("perplexity", {})
     for turns in (0, "2", 1.5):
-        with pytest.raises(ConfigError, match="a number from 1"):
+        with pytest.raises(ConfigError, match="must be 1 or more"):
             find_task("perplexity", {"data": "talks.jsonl", "turns": turns})
 
 

@@ -193,7 +193,7 @@ def test_a_narrow_screen_cuts_no_figure():
 def test_what_lies_there_is_not_replaced(tmp_path, folder):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    with pytest.raises(DataError, match=r"index.html of something else"):
+    with pytest.raises(DataError, match=r"index.html from something else"):
         check_folder(tmp_path / "site")
     check_folder(tmp_path / "new")
     check_folder(folder)

@@ -213,7 +213,7 @@ def test_names_that_are_those_of_two_are_refused(model, tokenizer, task):
         (replace(second, id=first.id), first.id),
         (replace(rest[0], history_id=first.history_id), "history 0"),
     ):
-        with pytest.raises(DataError, match=f"one name, {name!r}"):
+        with pytest.raises(DataError, match=f"the same name, {name!r}"):
             evaluate(model, tokenizer, Asked([first, twin, *rest[1:]]), MEMORY)
 
 

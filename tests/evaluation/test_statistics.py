@@ -94,7 +94,7 @@ def test_an_interval_beside_a_margin():
     ):
         assert beside_margin(low, high, 0.1) == place
     for margin in (0.0, -0.1, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match="The margin is"):
+        with pytest.raises(ConfigError, match="Invalid margin"):
             check_margin(margin)
 
 

@@ -119,7 +119,7 @@ def test_bad_options_are_refused(files, tmp_path):
     for options, says in (
         ({"start": 0}, "words of the start"),
         ({"new_tokens": "many"}, "tokens of an answer"),
-        ({"history": 3}, "takes a text as history"),
+        ({"history": 3}, "The history of the task .* must be text"),
     ):
         with pytest.raises(ConfigError, match=says):
             find_task("agreement", {**files, **options})

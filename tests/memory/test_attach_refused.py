@@ -146,7 +146,10 @@ def _twice():
             r"(?s)\(mamba\) cannot have a memory.*softmax attention",
         ),
         (lambda: _fused(), r"(?s)\(new\) is not known.*known layout"),
-        (lambda: _gated(), r"(?s)not laid out as its names say.*self_attn.q_proj is 128 wide, and .*o_proj takes 64"),
+        (
+            lambda: _gated(),
+            r"(?s)not have the layout that its names suggest.*self_attn.q_proj is 128 wide, and .*o_proj takes 64",
+        ),
         (lambda: _twice(), "both of layer 0"),
     ],
     ids=["encoder", "encoder-decoder", "state-space", "unknown-attention", "query-and-gate", "one-layer-twice"],

@@ -193,5 +193,5 @@ def test_a_memory_that_could_not_be_loaded_is_not_saved(memory, tmp_path, value)
 def test_states_that_are_not_square_or_not_of_one_size_are_refused(memory, tmp_path, shape):
     memory.save(tmp_path / "m")
     rewrite(tmp_path / "m", lambda tensors: {**tensors, "layers.1.state": torch.zeros(shape)})
-    with pytest.raises(MemoryStateError, match="not square, or not of one size"):
+    with pytest.raises(MemoryStateError, match="not square, or differ in size"):
         memory_file.read_memory(tmp_path / "m")

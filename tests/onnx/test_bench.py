@@ -104,7 +104,7 @@ def test_an_export_must_be_the_adapters(qwen3, fixed, monkeypatch):
     assert read_export(setting, str(qwen3.folder), own) == (qwen3.folder, qwen3.manifest)
     with pytest.raises(ExportError, match="another adapter"):
         read_export(setting, str(qwen3.folder), "0" * 64)
-    with pytest.raises(ExportError, match="of dtype float32, and --dtype is float16"):
+    with pytest.raises(ExportError, match="has dtype float32, but --dtype is float16"):
         read_export(dataclasses.replace(setting, dtype="float16"), str(qwen3.folder), own)
     longer = dataclasses.replace(setting, prompts=(100,))
     with pytest.raises(ConfigError, match="has room for 112"):

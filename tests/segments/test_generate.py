@@ -205,6 +205,8 @@ def test_tags_of_another_prompt_are_refused(model, beams):
     start = start_of(model).select([0])
     cache = MemoryCache(model, memory=start)
     cache.segment_tags = TAGS[1]
-    with pytest.raises(MemoryStateError, match=rf"cache.segment_tags is \[{beams}, 4\], the tokens are \[{beams}, 6\]"):
+    with pytest.raises(
+        MemoryStateError, match=rf"cache.segment_tags has shape \[{beams}, 4\], but the tokens have \[{beams}, 6\]"
+    ):
         model.generate(ROWS[0], cache=cache, **settings(num_beams=beams))
     close_memory(cache.memory, start.fork(beams), 0.0)

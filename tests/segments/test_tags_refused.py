@@ -44,9 +44,9 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
 @pytest.mark.parametrize(
     ("tags", "says"),
     [
-        ([[1, 1], [1, 1]], r"cache.segment_tags is \[2, 2\], the tokens are \[2, 3\]"),
-        ([[1, 1, 2]], r"cache.segment_tags is \[1, 3\], the tokens are \[2, 3\]"),
-        ([[1, 1, 2]] * 3, r"cache.segment_tags is \[3, 3\], the tokens are \[2, 3\]"),
+        ([[1, 1], [1, 1]], r"cache.segment_tags has shape \[2, 2\], but the tokens have \[2, 3\]"),
+        ([[1, 1, 2]], r"cache.segment_tags has shape \[1, 3\], but the tokens have \[2, 3\]"),
+        ([[1, 1, 2]] * 3, r"cache.segment_tags has shape \[3, 3\], but the tokens have \[2, 3\]"),
         ([1, 1, 2], r"cache.segment_tags is \[3\]"),
         ([[1, 1, 3], [1, 1, 2]], "values that are not segment tags"),
         ([[1, 1, 2], [-1, 1, 2]], "values that are not segment tags"),
@@ -82,9 +82,9 @@ def test_tags_are_refused_where_every_token_writes():
         model(tokens(1, 3), cache=cache)
     before = cache.memory
     cache.segment_tags = given = torch.full((1, 3), SegmentTag.INSIDE)
-    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave cache.segment_tags out"):
+    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Do not set cache.segment_tags"):
         model(tokens(1, 3), cache=cache)
-    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Leave end_segment\(\) out"):
+    with pytest.raises(MemoryStateError, match=r"(?s)has no segments.*Do not call end_segment\(\)"):
         cache.end_segment()
     assert cache.memory is before and cache.segment_tags is given
 

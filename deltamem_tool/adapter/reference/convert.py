@@ -112,7 +112,7 @@ def convert(
     src, dst, base = expand_name(src), expand_user(dst), None if base is None else expand_name(base)
     for source in (src, base):
         if source and Path(source).is_dir() and resolve(source).is_relative_to(resolve(dst)):
-            raise DeltaMemError(f"{dst} is where {source} is.", "It would be replaced.", "Choose another folder.")
+            raise DeltaMemError(f"{dst} is or contains {source}.", "It would be replaced.", "Choose another folder.")
     check_overwrite(dst, overwrite)
     direction = _from_reference if to == "deltamem" else _to_reference
     return direction(src, dst, base, revision, base_revision, overwrite)
@@ -128,7 +128,7 @@ def _from_reference(
             raise AdapterError(
                 f"{src} is not an adapter of the reference implementation.",
                 f"It has no {name}.",
-                "Pass --to reference (to=) if it is one of deltamem's." if _is_ours(folder) else "Use another folder.",
+                "It is a deltamem adapter: pass --to reference (to=)." if _is_ours(folder) else "Use another folder.",
             )
     fields = _read_config(folder / REFERENCE_CONFIG)
     config = mechanism_of(fields, folder / REFERENCE_CONFIG)
@@ -204,9 +204,9 @@ def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, 
     known = isinstance(others, dict) and all(name in list(_DTYPES) for name in (dtype, *others.values()))
     if not isinstance(config, dict) or not isinstance(dtype, str) or not known:
         raise AdapterError(
-            f"What {folder} has kept of the reference's adapter is damaged.",
-            'The entry "reference" of its config is not what deltamem writes.',
-            "Fetch the adapter again, or take that entry out.",
+            f"The record of the reference's adapter in {folder} is damaged.",
+            'The entry "reference" of its config is not one that deltamem writes.',
+            "Fetch the adapter again, or remove that entry.",
         )
     mechanism_of(config, folder)
     return config, dtype, others
@@ -239,8 +239,8 @@ def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[Attentio
     other = [layer.name for layer in layers if layer.name != f"model.layers.{layer.index}.self_attn"]
     if other:
         raise ArchitectureError(
-            f"The reference implementation does not know attention such as that of {checkpoint.name}.",
-            f"It is called {other[0]}, not model.layers.N.self_attn.",
+            f"The reference implementation does not support the attention of {checkpoint.name}.",
+            f"Its module is called {other[0]}, not model.layers.N.self_attn.",
             "Use a base model such as Qwen3 or SmolLM3.",
         )
     return layers
@@ -282,13 +282,15 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"It names {named[1]}, which is not a tensor" if named else "It contains something other than tensors"
         raise AdapterError(
-            f"{file} is refused.", f"{why}; nothing of it was run.", "Do not use this file: it may be made to do harm."
+            f"{file} was not loaded.", f"{why}; no code in it was run.", "Do not use this file: it may be malicious."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything at all
         raise AdapterError(f"{file} is damaged.", f"{first_line(error)}.", "Fetch the adapter again.") from error
     if not isinstance(tensors, dict):
         raise AdapterError(
-            f"{file} is not an adapter.", f"It holds a {type(tensors).__name__}, not a dictionary.", "Use another file."
+            f"{file} is not an adapter.",
+            f"It contains a {type(tensors).__name__}, not a dictionary.",
+            "Use another file.",
         )
     return tensors
 

@@ -224,7 +224,7 @@ def read_report(place: Path) -> EvaluationFile:
     file = place / EVALUATION_FILE if place.is_dir() else place
     if not file.is_file():
         why = f"There is no {EVALUATION_FILE} in it." if place.is_dir() else "There is no such file or folder."
-        raise DataError(f"{place} is not a report.", why, "Give a folder that `deltamem eval --report` wrote.")
+        raise DataError(f"{place} is not a report.", why, "Use a folder that `deltamem eval --report` wrote.")
     result, folder = read_evaluation(file), file.parent
     if not all((folder / name).is_file() for name in (RECORDS_FILE, SETTINGS_FILE)):
         return EvaluationFile(place, result, {}, "", f"{place} has no records")
@@ -286,19 +286,19 @@ def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
     for name in ("task", "metric"):
         if a.result[name] != b.result[name]:
             raise DataError(
-                f"{a.place} and {b.place} are of different {name}s: {a.result[name]} and {b.result[name]}.",
-                "Their figures are of different things.",
-                f"Compare evaluations with one {name}.",
+                f"{a.place} and {b.place} have different {name}s: {a.result[name]} and {b.result[name]}.",
+                "Their figures measure different things.",
+                f"Compare evaluations with the same {name}.",
             )
     if unpaired and a.result["protocol"] != b.result["protocol"]:
         raise DataError(
-            f"{a.place} and {b.place} are of different protocols: {a.result['protocol']} and {b.result['protocol']}.",
-            f"And they cannot be compared question by question: {unpaired}.",
+            f"{a.place} and {b.place} have different protocols: {a.result['protocol']} and {b.result['protocol']}.",
+            f"They cannot even be compared question by question: {unpaired}.",
             "Ask both the same questions with `deltamem eval --report`.",
         )
     for name in ("conditions", "groups"):
         if not set(a.result[name]) & set(b.result[name]):
-            raise DataError(f"{a.place} and {b.place} have no {name} in common.", "", "Compare others.")
+            raise DataError(f"{a.place} and {b.place} have no {name} in common.", "", "Compare other evaluations.")
 
 
 def _row(a: EvaluationFile, b: EvaluationFile, name: str, group: str | None, paired: bool) -> Row:

@@ -117,7 +117,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not an evaluation of an adapter.", "", _AGAIN)
     if is_newer(result.get("format_version"), FORMAT_VERSION):
         update = update_command(result.get("deltamem_version"))
-        raise DataError(f"{file} is of a newer format.", "", f"Update deltamem-tool: {update}")
+        raise DataError(f"{file} has a newer format.", "", f"Update deltamem-tool: {update}")
     if not _is_whole(result):
         raise DataError(f"{file} lacks figures of an evaluation.", "", _AGAIN)
     return result

@@ -41,8 +41,8 @@ def check_folder(folder: Path) -> None:
         return  # of a report, or of records; whether of this one is seen when it is opened
     report_files = [name for name in FILES if (folder / name).exists()]
     if report_files:
-        problem = f"{folder} holds {' and '.join(report_files)} of something else."
-        raise DataError(problem, "A report would replace it.", "Choose another folder.")
+        problem = f"{folder} holds {' and '.join(report_files)} from something else."
+        raise DataError(problem, "A report would replace what is there.", "Choose another folder.")
 
 
 def write_report(folder: Path, result: Mapping[str, Any], records: Sequence[Record]) -> None:

@@ -120,7 +120,11 @@ def check_margin(margin: float | None) -> None:
         ConfigError: it is not.
     """
     if margin is not None and not 0 < margin < math.inf:
-        raise ConfigError(f"The margin is {margin}.", "A difference is compared with it.", "Choose a number above 0.")
+        raise ConfigError(
+            f"Invalid margin: {margin}.",
+            "It is the size with which a difference is compared.",
+            "Choose a number above 0.",
+        )
 
 
 def beside_margin(low: float, high: float, margin: float) -> str:

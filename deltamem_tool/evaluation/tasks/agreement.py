@@ -47,7 +47,7 @@ class Agreement:
     ) -> None:
         for option, value in (("words of the start", start), ("tokens of an answer", new_tokens)):
             if type(value) is not int or value < 1:
-                raise ConfigError(f"The {option} are a number from 1.", f"It is {value!r}.", "Correct it.")
+                raise ConfigError(f"The number of {option} must be 1 or more.", f"It is {value!r}.", "Correct it.")
         self._data = needs_data(self.name, str(QUESTIONS) if data is None else data, "questions.txt", history=history)
         self._history, self._facts, self._seed = history, facts, seed
         self._start, self.max_new_tokens = start, new_tokens

@@ -76,4 +76,4 @@ def _paragraphs(context: Any) -> list[tuple[str, str]]:
 
 
 def _no_hotpotqa(where: str, why: str) -> DataError:
-    return DataError(f"{where} is not a HotpotQA question.", why, "Use the distractor file as its authors publish it.")
+    return DataError(f"{where} is not a HotpotQA question.", why, "Use the distractor file that its authors publish.")

@@ -135,7 +135,7 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
     except (KeyError, TypeError) as error:
         raise _no_locomo(where, f"It lacks {error}.") from error
     if type(category) is not int or category not in GROUPS:
-        raise _no_locomo(where, f"Its category is {category!r}, and none from 1 to 5.")
+        raise _no_locomo(where, f"Its category is {category!r}, not a number from 1 to 5.")
     if not isinstance(question, str) or not question.strip():
         raise _no_locomo(where, "It has no question.")
     group = GROUPS[category]
@@ -149,4 +149,4 @@ def _item(asked: Any, where: str, id: str, history_id: str, history: list[list[M
 
 
 def _no_locomo(where: str, why: str) -> DataError:
-    return DataError(f"{where} is not a LoCoMo conversation.", why, "Use locomo10.json as its authors publish it.")
+    return DataError(f"{where} is not a LoCoMo conversation.", why, "Use the locomo10.json that its authors publish.")

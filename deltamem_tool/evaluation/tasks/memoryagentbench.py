@@ -154,11 +154,13 @@ class MemoryAgentBench:
         self._data = needs_data(self.name, data, "ai-hyz/MemoryAgentBench", **texts)
         if chunk is not None and (type(chunk) is not int or chunk < 1):
             raise ConfigError(
-                f"The chunk size {chunk!r} is not valid.", "A chunk has one token or more.", "Give a number from 1."
+                f"The chunk size {chunk!r} is not valid.", "A chunk has one token or more.", "Use 1 or more."
             )
         named = [sources] if isinstance(sources, str) else sources or []
         if not isinstance(named, Sequence) or not all(isinstance(name, str) for name in named):
-            raise ConfigError("The sources are a list of names.", f"It is {sources!r}.", "Write [eventqa,ruler_qa].")
+            raise ConfigError(
+                "The sources must be a list of names.", f"It is {sources!r}.", "Write [eventqa,ruler_qa]."
+            )
         self._config, self._split, self._sources = config, split, tuple(named)
         self._chunk, self._tokenizer, self._without_judge = chunk, tokenizer, without_judge
         self._movies_file = movies
@@ -193,15 +195,15 @@ class MemoryAgentBench:
             raise DataError(
                 f"{self._data} has no source {' or '.join(map(str, self._sources))}.",
                 f"Its sources are {sources}.",
-                "Name these, or their beginnings.",
+                "Use these names, or the beginning of one.",
             )
         for row in chosen:
             if row.family.metric is None and not self._without_judge:
                 raise ConfigError(
                     f"{row.where}: answers of the source {row.source} are judged by GPT-4o in the benchmark.",
                     "This task has no judge.",
-                    "Name other sources (--set sources=[factconsolidation,ruler_qa]), or have ROUGE-L's F1 in its "
-                    "place (--set without_judge=true).",
+                    "Choose other sources (--set sources=[factconsolidation,ruler_qa]), or use ROUGE-L's F1 instead "
+                    "(--set without_judge=true).",
                 )
         return chosen
 
@@ -308,8 +310,8 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
         return None
     if file is None:
         raise ConfigError(
-            f"{wanted[0].where} wants recommendations, which are matched to the titles of entity2id.json.",
-            "It is not among the rows.",
+            f"{wanted[0].where} asks for recommendations, which are matched to the titles in entity2id.json.",
+            "That file is not beside the rows.",
             "Fetch it (hf download ai-hyz/MemoryAgentBench entity2id.json --repo-type dataset) and pass "
             "--set movies=entity2id.json, or leave recsys out of the sources.",
         )
@@ -325,8 +327,8 @@ def _read_movies(file: str | None, items: Sequence[Item]) -> Movies | None:
         if unknown:
             raise DataError(
                 f"{item.where}: its answer {unknown[0]!r} is not a movie of {file}.",
-                f"That numbers {len(numbers)} names.",
-                "Use files of one version.",
+                f"That file lists {len(numbers)} names.",
+                "Use files of the same version.",
             )
     return movies
 
@@ -340,4 +342,4 @@ def _flat(answers: list[Any]) -> list[Any]:
 
 
 def _no_row(where: str, why: str) -> DataError:
-    return DataError(f"{where} is not a MemoryAgentBench row.", why, "Use ai-hyz/MemoryAgentBench as it is published.")
+    return DataError(f"{where} is not a MemoryAgentBench row.", why, "Use ai-hyz/MemoryAgentBench as published.")

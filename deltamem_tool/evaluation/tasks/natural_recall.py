@@ -108,7 +108,9 @@ class NaturalRecall(Recall):
         self._talk = _number("talk", talk)
         self._third_person, self._bare = share("third_person", third_person), share("bare", bare)
         if not (system is None or system is False or isinstance(system, str)):
-            raise ConfigError("system is a text, or false.", f"It is {system!r}.", "Correct this option of the task.")
+            raise ConfigError(
+                "system must be text, or false.", f"It is {system!r}.", "Correct this option of the task."
+            )
         self._systems, self._system = ((), None) if system is False else (SYSTEMS, system)
 
     def variant(self, delay: int) -> list[str]:
@@ -184,5 +186,7 @@ class NaturalRecall(Recall):
 
 def _number(name: str, value: float) -> float:
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{name} is a number, 0 or more.", f"It is {value!r}.", "Correct this option of the task.")
+        raise ConfigError(
+            f"{name} must be a number, 0 or more.", f"It is {value!r}.", "Correct this option of the task."
+        )
     return value

@@ -58,7 +58,7 @@ class Perplexity:
         seed: int = 0,
     ) -> None:
         if type(turns) is not int or turns < 1:
-            raise ConfigError("The turns to score are a number from 1.", f"It is {turns!r}.", "Correct it.")
+            raise ConfigError("The number of turns to score must be 1 or more.", f"It is {turns!r}.", "Correct it.")
         texts = {"split": split, "revision": revision, "history": history}
         self._data = needs_data(self.name, data, "conversations.jsonl", **texts)
         self._turns, self._split, self._revision = turns, split, revision
@@ -90,14 +90,14 @@ class Perplexity:
         if len(answered) < self._turns or not history:
             raise DataError(
                 f"{talk.where} has too few turns.",
-                f"Its last {self._turns} are to be scored, and something must precede them.",
+                f"Its last {self._turns} turns are scored, and something must precede them.",
                 "Ask for fewer (--set turns=N), or leave it out.",
             )
         for number, (_, answer) in enumerate(answered, start=1):
             text = last[answer].get("content")
             where = f"{talk.where}, message {answer + 1}"
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{where} says nothing.", "It is the answer to be scored.", "Correct it.")
+                raise DataError(f"{where} is empty.", "It is the answer to be scored.", "Correct it.")
             group = f"turn {number} of {self._turns}" if self._turns > 1 else "last turn"
             question = [*system, *last[begin:answer]]
             asked = next(message for message in reversed(question) if message["role"] == "user")

@@ -100,9 +100,9 @@ class Recall:
         others += ["a question about none of them"] if self._unanswerable else []
         if count > self._most - len(others):
             raise ConfigError(
-                f"There are {self._most} facts to tell.",
-                f"{count} of them are told" + (f", which leaves none for {' and '.join(others)}." if others else "."),
-                "Take fewer facts or distractors.",
+                f"A conversation can tell at most {self._most} facts.",
+                f"This one tells {count}" + (f", which leaves none for {' and '.join(others)}." if others else "."),
+                "Choose fewer facts or distractors.",
             )
 
     def items(self) -> list[Item]:
@@ -238,10 +238,10 @@ def _numbers(name: str, value: Sequence[int] | int, least: int, most: int | None
     """One whole number or several, as a list."""
     numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not numbers or not all(type(n) is int and least <= n and (most is None or n <= most) for n in numbers):
-        bounds = f"go from {least} to {most}" if most is not None else f"are {least} or more"
-        raise ConfigError(f"The {name} {bounds}.", f"It is {value!r}.", "Correct this option of the task.")
+        bounds = f"from {least} to {most}" if most is not None else f"{least} or more"
+        raise ConfigError(f"The {name} must be {bounds}.", f"It is {value!r}.", "Correct this option of the task.")
     if len(set(numbers)) < len(numbers):
-        raise ConfigError(f"Of the {name}, one is there twice.", f"It is {value!r}.", "Leave it out.")
+        raise ConfigError(f"The {name} contain a duplicate.", f"They are {value!r}.", "Leave the duplicate out.")
     return numbers
 
 
@@ -252,7 +252,9 @@ def share(name: str, value: float) -> float:
         ConfigError: it is not a number from 0 to 1.
     """
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} is a share, from 0 to 1.", f"It is {value!r}.", "Correct this option of the task.")
+        raise ConfigError(
+            f"{name} must be a share, from 0 to 1.", f"It is {value!r}.", "Correct this option of the task."
+        )
     return value
 
 
@@ -261,8 +263,8 @@ def _questions(name: str, value: float, of: int) -> int:
     count = round(share(name, value) * of)
     if value > 0 and count == 0:
         raise ConfigError(
-            f"{name} leaves no question.",
-            f"A share of {value} of {of} conversations is less than one.",
+            f"{name} is too small for a single question.",
+            f"A share of {value} of {of} conversations is less than one conversation.",
             "Ask for more episodes, or a larger share.",
         )
     return count
@@ -275,5 +277,5 @@ def one_of(name: str, value: str, known: Sequence[str]) -> str:
         ConfigError: it is none of them.
     """
     if value not in known:
-        raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Write {', '.join(known)}.")
+        raise ConfigError(f"The recall task has no {name} {value!r}.", "", f"Choose from {', '.join(known)}.")
     return value

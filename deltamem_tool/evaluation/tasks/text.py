@@ -33,7 +33,7 @@ class Text:
         self, data: str | None = None, words: int = 200, history: str | None = None, facts: int = FACTS, seed: int = 0
     ) -> None:
         if type(words) is not int or words < 2:
-            raise ConfigError("The words of a passage are a number from 2.", f"It is {words!r}.", "Correct it.")
+            raise ConfigError("The number of words of a passage must be 2 or more.", f"It is {words!r}.", "Correct it.")
         self._data, self._words = needs_data(self.name, data, "text.txt", history=history), words
         self._history, self._facts, self._seed = history, facts, seed
 

@@ -28,7 +28,9 @@ def unrelated(count: int, facts: int, seed: int, data: str | None = None) -> lis
         DataError: `data` cannot be read.
     """
     if type(facts) is not int or facts < 0:
-        raise ConfigError("The facts of a conversation are a number from 0.", f"It is {facts!r}.", "Correct it.")
+        raise ConfigError(
+            "The number of facts of a conversation must be 0 or more.", f"It is {facts!r}.", "Correct it."
+        )
     if data is not None:
         from deltamem_tool.data.sources import read_episodes
 
@@ -56,4 +58,4 @@ def read_text(file: str | Path) -> str:
     try:
         return expand_user(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read.", f"{error}.", "Give a text file in UTF-8.") from error
+        raise DataError(f"{file} cannot be read.", f"{error}.", "Use a text file in UTF-8.") from error

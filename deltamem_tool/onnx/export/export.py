@@ -208,7 +208,7 @@ def _check_in_one_place(model: PreTrainedModel) -> None:
     if is_spread(model):
         raise ExportError(
             "The weights of this model are spread over devices or processes, or offloaded.",
-            "A graph is traced with all of them in one place.",
+            "Tracing a graph needs all of them in one place.",
             "Load the adapter without device_map and distributed_config, on the CPU, as `deltamem export` does.",
         )
 
@@ -370,8 +370,8 @@ def _measured(
     difference, _ = differences
     if not np.isfinite(difference):
         raise ExportError(
-            "The quantised graph computes infinities or no numbers at all.",
-            "Before it was quantised it computed what PyTorch computes. Nothing was written.",
+            "The quantised graph computes infinity or NaN.",
+            "Before quantisation, it computed what PyTorch computes. Nothing was written.",
             "Export it without --quantize.",
         )
     graph = open_graph()

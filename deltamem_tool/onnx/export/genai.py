@@ -108,13 +108,13 @@ def _check_interface(interface: Interface) -> None:
     if interface.segment:
         raise ExportError(
             "onnxruntime-genai cannot run a memory that writes by messages or sentences.",
-            "It does not tell the graph where one ends.",
+            "It does not tell the graph where a message or sentence ends.",
             "Export for another target, or use an adapter that writes every token.",
         )
     if any(layer.key != layer.value for layer in interface.layers):
         raise ExportError(
             "onnxruntime-genai cannot run this model.",
-            "It has one shape for a layer's keys and values, and here they differ.",
+            "It needs one shape for a layer's keys and values, and those of this model differ.",
             "Export for another target.",
         )
 
@@ -207,7 +207,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if not ends:
         raise ExportError(
             "The model does not say which token ends an answer.",
-            "onnxruntime-genai would take the token 0 for it.",
+            "onnxruntime-genai would use token 0 instead.",
             "Set eos_token_id in the base model's generation_config.json.",
         )
     token_ids["eos_token_id"] = ends
@@ -220,7 +220,7 @@ def _context_length(interface: Interface) -> int:
     if not interface.positions:
         raise ExportError(
             "The model does not say how long its context is.",
-            "onnxruntime-genai has to know.",
+            "onnxruntime-genai needs this length.",
             "Set max_position_embeddings in the base model's config.json.",
         )
     return interface.positions

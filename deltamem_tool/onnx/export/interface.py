@@ -126,13 +126,13 @@ def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> No
     if max_length:
         raise ExportError(
             f"{type(model).__name__} cannot be exported with a fixed length.",
-            "Its layers of linear attention or convolutions keep states, whose size is fixed as it is.",
+            "Its layers of linear attention or convolutions keep states, whose size is fixed already.",
             "Leave --max-length out: what its attention keeps is written in place all the same.",
         )
     if target.genai:
         raise ExportError(
             f"{type(model).__name__} cannot be exported for the target {target.name}.",
-            "onnxruntime-genai has one shape for all layers' states, and the memory's is another than the model's own.",
+            "onnxruntime-genai needs one shape for all layers' states, and the memory's differs from the model's own.",
             "Choose another target, such as cpu.",
         )
 
@@ -186,7 +186,7 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int,
         )
     if target.genai:
         raise ExportError(
-            f"The target {target.name} takes no --max-length.",
+            f"The target {target.name} does not support --max-length.",
             "Its runtime feeds keys and values that grow.",
             "Leave one of the two out.",
         )
@@ -195,6 +195,6 @@ def _check_fixed_length(model: PreTrainedModel, target: Target, max_length: int,
     if other:
         raise ExportError(
             f"{type(model).__name__} cannot be exported with a fixed length.",
-            f"Some of its layers keep a window of the last tokens alone ({', '.join(sorted(other))}).",
+            f"Some of its layers keep only a window of the last tokens ({', '.join(sorted(other))}).",
             "Leave --max-length out: keys and values then grow.",
         )

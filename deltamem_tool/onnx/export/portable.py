@@ -33,7 +33,7 @@ def require_standard(program: onnx_ir.Model, model: str) -> None:
     if others:
         raise ExportError(
             f"{model} cannot be written in standard ONNX operators.",
-            f"It needs {', '.join(sorted(others)[:3])}, which opset {opset} has not.",
+            f"It needs {', '.join(sorted(others)[:3])}, which opset {opset} does not have.",
             "Choose a target with operators of a runtime's own, such as cpu.",
         )
     RemoveUnusedOpsetsPass()(program)

@@ -62,7 +62,7 @@ def quantize_graph(
     if not products:
         raise ExportError(
             f"There is nothing to quantise in {quantization.bits} bits.",
-            "No product of the base with a constant matrix was found in the graph.",
+            "The graph has no product of the base model with a constant matrix.",
             "Export it without --quantize.",
         )
     lookups = list(_lookups(model.graph, quantization.group_size))
@@ -116,8 +116,8 @@ class _Columns:
         missing = sum(len(columns.keys() - self._found) for columns in self._by_length.values())
         if missing:
             raise ExportError(
-                "The memory's weights cannot be told from the base's in this graph.",
-                f"{missing} columns of them are not in it as they are: other weights were joined to them.",
+                "The memory's weights cannot be told apart from the base model's in this graph.",
+                f"{missing} of their columns do not occur in it unchanged: other weights were joined to them.",
                 "Export it without --quantize.",
             )
 

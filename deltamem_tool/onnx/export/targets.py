@@ -80,7 +80,7 @@ def check_size(target: Target, parameters: int, dtype: str, quantize: str) -> No
     if target.max_bytes is not None and size > target.max_bytes:
         raise ExportError(
             f"The model is too large for the target {target.name}.",
-            f"Its weights take {size:,} bytes, of {target.max_bytes:,} that there can be.",
+            f"Its weights take {size:,} bytes; the limit is {target.max_bytes:,}.",
             "Choose a smaller model, --dtype float16 or --quantize int4.",
         )
 
@@ -95,14 +95,14 @@ def target_of(name: str, dtype: str, quantize: str) -> Target:
         raise ExportError(f"There is no target {name!r}.", "", f"The targets are {', '.join(TARGETS)}.")
     target = TARGETS[name]
     for problem, wanted, possible in (
-        (f"The target {name} cannot take a model of", dtype, target.dtypes),
-        (f"The target {name} cannot take the quantisation", quantize, target.quantizations),
-        (f"The quantisation {quantize} cannot take a model of", dtype, QUANTIZATIONS.get(quantize, ())),
+        (f"The target {name} does not support models of", dtype, target.dtypes),
+        (f"The target {name} does not support the quantisation", quantize, target.quantizations),
+        (f"The quantisation {quantize} does not support models of", dtype, QUANTIZATIONS.get(quantize, ())),
     ):
         if wanted not in possible:
             raise ExportError(
                 f"{problem} {wanted}.",
-                "Its graphs, or what runs them, have no operators for it.",
+                "Its graphs, or their runtime, have no operators for it.",
                 f"Choose one of {', '.join(possible)}, or another target.",
             )
     return target
@@ -127,7 +127,7 @@ def quantization_of(quantize: str, group_size: int, symmetric: bool, width: int 
         of_width = "" if width is None or group_size not in GROUP_SIZES else f"It does not divide the width, {width}."
         raise ExportError(
             f"Weights cannot be quantised in groups of {group_size}.",
-            of_width or "ONNX Runtime's operators have no such groups.",
+            of_width or "ONNX Runtime's operators do not support groups of this size.",
             f"Choose one of {', '.join(map(str, possible))}." if possible else "Export it without quantisation.",
         )
     return Quantization(BITS[quantize], group_size, symmetric)

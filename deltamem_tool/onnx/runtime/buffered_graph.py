@@ -150,7 +150,7 @@ class BufferedGraph(LoadedGraph):
             raise ExportError(
                 f"The graph has room for {self.max_length} tokens, and {columns} are needed.",
                 f"It was exported with --max-length {self.max_length}.",
-                "Take a smaller window, or export it with a larger --max-length.",
+                "Use a smaller window, or export with a larger --max-length.",
             )
         if columns != past.length + tokens:
             raise ValueError(f"a mask of {columns} columns for {past.length} past tokens and {tokens} new ones")

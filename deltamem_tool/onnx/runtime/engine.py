@@ -66,13 +66,13 @@ class OnnxModel:
         if interface.genai:
             raise ExportError(
                 f"{folder} is for onnxruntime-genai.",
-                "Its graph lets no token be read without being written, and starts conversations by itself.",
+                "Its graph writes every token that it reads, and starts conversations by itself.",
                 "Run it there (docs/export.md), or export for the target cpu.",
             )
         if map_weights and self.manifest.quantize != "none":
             raise ConfigError(
-                f"{folder} is quantised, and its weights cannot be left in their file.",
-                "A token takes dozens of times as long where ONNX Runtime has not packed weights of 4 or 8 bits.",
+                f"{folder} is quantised, so its weights cannot be left in their file.",
+                "A token takes dozens of times as long if ONNX Runtime cannot pack weights of 4 or 8 bits.",
                 "Leave out --map-weights (map_weights).",
             )
         self.text = ChatText.from_folder(self.folder)
@@ -146,7 +146,7 @@ def _configured_ends(folder: Path) -> list[int]:
     if not all(type(token) is int for token in listed):
         raise ExportError(
             f"{contract.GENERATION_CONFIG_FILE} of this ONNX folder cannot be read.",
-            "Its eos_token_id is neither a token's number nor a list of them.",
+            "Its eos_token_id is neither a token id nor a list of token ids.",
             "Export the model again.",
         )
     return listed
@@ -161,7 +161,7 @@ def _check_mechanism(mechanism: DeltaMemConfig, interface: Interface) -> None:
     shapes = set(interface.state_shapes.values())
     if shapes != {mechanism.state_shape} or interface.segment != mechanism.segment_width:
         raise ExportError(
-            f"{contract.MANIFEST_FILE} disagrees with itself.",
-            "The memory that it describes is not what the graph takes.",
+            f"{contract.MANIFEST_FILE} is inconsistent.",
+            "The memory that it describes does not match the inputs of the graph.",
             "Export the model again.",
         )

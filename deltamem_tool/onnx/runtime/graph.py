@@ -271,11 +271,11 @@ def _threads(chosen: int | None) -> int:
     variable = os.environ.get(_THREADS_VARIABLE)
     number = str(chosen or variable or default_threads())
     if not number.isdecimal() or int(number) > MAX_THREADS:
-        where = "" if chosen or not variable else f" It is the environment variable {_THREADS_VARIABLE}."
+        where = "" if chosen or not variable else f" It comes from the environment variable {_THREADS_VARIABLE}."
         raise ConfigError(
-            f"{number} is not a number of threads.",
+            f"Invalid number of threads: {number}.",
             f"It must be a whole number up to {MAX_THREADS}.{where}",
-            "Leave it out for as many as there are usable cores.",
+            "Leave it out to use all available cores.",
         )
     return int(number)  # 0: as many as the machine has cores
 

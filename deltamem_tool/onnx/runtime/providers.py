@@ -48,8 +48,8 @@ def check_provider(name: str, available: Sequence[str]) -> None:
     if PROVIDERS[name] not in available:
         raise _not_here(
             name,
-            "Its libraries are there, but it found no device that it can use; ONNX Runtime's own message says more.",
-            "Look at what nvidia-smi says, or run on the CPU.",
+            "Its libraries are installed, but it found no usable device; ONNX Runtime's own message says more.",
+            "Check the output of nvidia-smi, or run on the CPU.",
         )
 
 

@@ -90,15 +90,15 @@ def check_graph_file(folder: Path) -> None:
     if data.resolve().parent not in (folder.resolve(), (folder / MODEL_FILE).resolve().parent):
         raise _refused(f"{DATA_FILE} is a link to a file elsewhere")
     if model.functions or model.training_info:
-        raise _refused("It holds functions or training steps of its own")
+        raise _refused("It contains functions or training steps of its own")
     if any(entry.key == STORED_OPTIONS for entry in model.metadata_props):
-        raise _refused("It brings options for ONNX Runtime")
+        raise _refused("It contains options for ONNX Runtime")
     data_bytes = data.stat().st_size if data.is_file() else 0
     graphs = [model.graph]
     while graphs:
         graph = graphs.pop()
         if graph.sparse_initializer:
-            raise _refused("It holds sparse weights")
+            raise _refused("It contains sparse weights")
         for tensor in graph.initializer:
             _check_tensor(tensor, data_bytes)
         graphs += _check_nodes(graph.node, data_bytes)
@@ -157,10 +157,10 @@ def _check_nodes(nodes: Iterable[NodeProto], data_bytes: int) -> Iterator[GraphP
         if node.domain not in DOMAINS:
             raise _refused(f"It has operators of {node.domain!r}, which is neither ONNX nor ONNX Runtime")
         if node.op_type in CALLING_OUT:
-            raise _refused(f"It has the operator {node.op_type}, which can run code of others")
+            raise _refused(f"It has the operator {node.op_type}, which can run third-party code")
         for attribute in node.attribute:
             if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
-                raise _refused("It holds sparse weights")
+                raise _refused("It contains sparse weights")
             if attribute.HasField("t"):
                 _check_tensor(attribute.t, data_bytes)
             for tensor in attribute.tensors:
@@ -177,7 +177,7 @@ def _check_tensor(tensor: TensorProto, data_bytes: int) -> None:
         ExportError: its numbers are not as many as its type and shape say, or not where they may be.
     """
     if tensor.data_type not in _TYPES:
-        raise _refused(f"{tensor.name or 'A constant'} is of a type that no export has")
+        raise _refused(f"{tensor.name or 'A constant'} has a type that no export has")
     bits, field = _TYPES[tensor.data_type]
     if not all(0 <= size <= MAX_SIZE for size in tensor.dims) or tensor.HasField("segment"):
         raise _refused(f"The shape of {tensor.name or 'a constant'} is not valid")
@@ -204,7 +204,7 @@ def _fits_in_file(tensor: TensorProto, wanted: int, data_bytes: int) -> bool:
         raise _refused(f"The place of {tensor.name} in the data file is not valid")
     # Literally: ONNX Runtime takes a location of its own making for an address in memory.
     if place.get("location") != DATA_FILE:
-        raise _refused(f"The numbers of {tensor.name} are in another file than {DATA_FILE}")
+        raise _refused(f"The numbers of {tensor.name} are in a file other than {DATA_FILE}")
     numbers = {name: place.get(name, default) for name, default in (("offset", "0"), ("length", str(wanted)))}
     if not all(text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER for text in numbers.values()):
         raise _refused(f"The place of {tensor.name} in the data file is not valid")
@@ -215,5 +215,5 @@ def _refused(why: Any) -> ExportError:
     return ExportError(
         "This ONNX folder is not one that deltamem exports, or it was changed.",
         f"{why}.",
-        "Nothing of it was loaded. Use another folder, or export the adapter yourself.",
+        "Nothing was loaded from it. Use another folder, or export the adapter yourself.",
     )

@@ -47,7 +47,7 @@ def test_a_hostile_pickle_runs_nothing(write, place, reference, tmp_path):
         "deep": {**tensors, QUERY: [[{"x": (hostile,)}]]},
     }[place]
     write(what, reference / REFERENCE_WEIGHTS)
-    assert_refused(reference, tmp_path, "is refused", "nothing of it was run")
+    assert_refused(reference, tmp_path, "was not loaded", "no code in it was run")
     assert not trap.exists()
     file = reference / REFERENCE_WEIGHTS  # the trap is one
     _ = pickle.loads(file.read_bytes()) if write is plain_pickle else torch.load(file, weights_only=False)
@@ -65,7 +65,7 @@ def test_a_refusal_does_not_tell_how_to_run_it(reference, tmp_path):
 def test_a_pickle_that_a_variable_would_open(reference, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"a": Hostile(tmp_path / "trap")}, reference / REFERENCE_WEIGHTS)
-    assert_refused(reference, tmp_path, "is refused")
+    assert_refused(reference, tmp_path, "was not loaded")
 
 
 def test_damaged_files(reference, tmp_path):

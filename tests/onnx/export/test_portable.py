@@ -226,7 +226,7 @@ TOO_NEW = "g (float[2] x) => (float[2] y) { y = Gelu (x) }"  # since opset 20
     ],
 )
 def test_an_operator_of_a_runtimes_own_is_refused(text, operator):
-    with pytest.raises(ExportError, match=f"(?s)SomeModel.*{operator}, which opset 18 has not"):
+    with pytest.raises(ExportError, match=f"(?s)SomeModel.*{operator}, which opset 18 does not have"):
         require_standard(graph_of(text), "SomeModel")
 
 

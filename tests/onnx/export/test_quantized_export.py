@@ -109,10 +109,10 @@ def test_a_wrong_graph_is_refused_before_it_is_quantised(llama, no_tracing_of_ll
 @pytest.mark.parametrize(
     ("target", "dtype", "quantize", "why"),
     [
-        ("cpu", "bfloat16", "none", "cpu cannot take a model of bfloat16"),
-        ("portable", "float32", "int8", "portable cannot take the quantisation int8"),
-        ("cuda", "bfloat16", "int8", "int8 cannot take a model of bfloat16"),
-        ("cpu", "float32", "int3", "cpu cannot take the quantisation int3"),
+        ("cpu", "bfloat16", "none", "cpu does not support models of bfloat16"),
+        ("portable", "float32", "int8", "portable does not support the quantisation int8"),
+        ("cuda", "bfloat16", "int8", "int8 does not support models of bfloat16"),
+        ("cpu", "float32", "int3", "cpu does not support the quantisation int3"),
     ],
 )
 def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
@@ -122,7 +122,11 @@ def test_what_does_not_go_together_is_refused(target, dtype, quantize, why):
 
 @pytest.mark.parametrize(
     ("group_size", "width", "why"),
-    [(24, None, "no such groups"), (8, 64, "no such groups"), (64, 96, r"does not divide the width, 96\.\n.*16, 32\.")],
+    [
+        (24, None, "do not support groups of this size"),
+        (8, 64, "do not support groups of this size"),
+        (64, 96, r"does not divide the width, 96\.\n.*16, 32\."),
+    ],
 )
 def test_groups_that_no_operator_takes_are_refused(group_size, width, why):
     with pytest.raises(ExportError, match=f"(?s){why}"):
@@ -143,8 +147,8 @@ def test_groups_that_do_not_divide_the_width_are_refused_before_any_work(llama, 
         ("--group-size 32", "are for --quantize"),
         ("--asymmetric", "are for --quantize"),
         ("--quantize int4 --group-size 24", "'24' is not one of '16', '32'"),
-        ("--quantize int4 --target portable", "portable cannot take the quantisation int4"),
-        ("--quantize int8 --target cuda --dtype bfloat16", "int8 cannot take a model of bfloat16"),
+        ("--quantize int4 --target portable", "portable does not support the quantisation int4"),
+        ("--quantize int8 --target cuda --dtype bfloat16", "int8 does not support models of bfloat16"),
     ],
 )
 def test_the_command_refuses_before_it_looks_for_the_adapter(options, why, tmp_path):
