@@ -17,7 +17,7 @@ from deltamem_tool.base_model.sharding import is_split
 from deltamem_tool.config import BRANCHES, DeltaMemConfig
 from deltamem_tool.errors import ArchitectureError, ConfigError
 
-# Names of modules that attend to something else than the text before them, or do not attend by softmax.
+# Names of modules that attend to something other than the preceding text, or do not use softmax.
 _OTHER = re.compile(r"cross|encoder_attn|vision|image|img_|audio|linear_attn")
 _OTHER_CLASS = re.compile(r"Delta(Net|Attention)")
 
@@ -29,9 +29,9 @@ class AttentionLayer:
     index: int  # of the decoder layer
     name: str  # of the module in the model
     module: nn.Module
-    projections: Mapping[str, Projection]  # by branch; those that can be corrected
-    note: str  # why others cannot
-    hidden_size: int  # width of what enters the attention, and the memory
+    projections: Mapping[str, Projection]  # by branch: the projections that can be corrected
+    note: str  # why the other branches cannot be corrected
+    hidden_size: int  # width of the input of the attention and the memory
 
     def projection(self, branch: str) -> Projection:
         """Return the projection of `branch`.
@@ -49,10 +49,10 @@ class AttentionLayer:
 
 
 def check_heads(model: PreTrainedModel) -> None:
-    """Check that processes which share the weights of `model` by tensor parallelism have whole heads.
+    """Check that tensor parallelism gives every process whole heads of `model`.
 
     Raises:
-        ArchitectureError: they would cut some.
+        ArchitectureError: some heads would be split.
     """
     text: Any = model.config.get_text_config(decoder=True)
     heads: int = text.num_attention_heads
@@ -70,10 +70,10 @@ def check_heads(model: PreTrainedModel) -> None:
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The decoder's causal self-attention modules, in order of depth.
+    """Return the decoder's causal self-attention modules, in order of depth.
 
     Raises:
-        ArchitectureError: `model` is not a decoder, or no module has a known layout, or one has it by name alone.
+        ArchitectureError: `model` is not a decoder, or no module has a known layout, or one has it only by its names.
     """
     config = model.config
     text = config.get_text_config(decoder=True)
@@ -87,7 +87,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             f"{called} cannot have a memory.", "It is not a decoder-only causal language model.", _ADVICE
         )
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]  # transformers has no types
-    if not isinstance(decoder, PreTrainedModel):  # some call their output layer so
+    if not isinstance(decoder, PreTrainedModel):  # some models call their output layer a decoder
         decoder = model.base_model
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     layouts = [layout for layout in LAYOUTS if layout.is_of(types)]
@@ -136,7 +136,7 @@ def _layer(index: int, name: str, module: nn.Module, layout: Layout, config: Pre
 
 
 def _index(name: str, module: nn.Module) -> int | None:
-    """Which layer a module says it is of; else the first number in its name."""
+    """Return the layer index that a module records, or else the first number in its name."""
     for at in ("layer_idx", "self.layer_idx"):
         index = find(module, at)
         if isinstance(index, int) and index >= 0:
@@ -155,9 +155,9 @@ def _check_decoder(layout: Layout, config: PretrainedConfig, called: str) -> Non
 
 
 def _strange(layers: Sequence[AttentionLayer]) -> str:
-    """Say why a correction would not land where it belongs; "" where it does.
+    """Return why a correction would not reach its branch, or "" if it would.
 
-    A linear layer may hold more than its heads, such as a gate beside the query; two modules may claim one layer.
+    A linear layer may hold more than its heads, such as a gate beside the query, or two modules may claim one layer.
     """
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         if after is not None and layer.index == after.index:
@@ -165,7 +165,7 @@ def _strange(layers: Sequence[AttentionLayer]) -> str:
         if "v" not in layer.projections:
             continue  # packed keys and values: their heads have sizes of other names
         query, output = layer.projections["q"], layer.projections["o"]
-        # Attention gives as many heads as it takes queries, each as wide as a value.
+        # The output of attention has as many heads as there are queries, each as wide as a value.
         width = getattr(layer.module, "head_dim", None) or 1
         value_width = getattr(layer.module, "v_head_dim", None) or width
         if query.out_features * value_width != output.in_features * width:
@@ -174,10 +174,10 @@ def _strange(layers: Sequence[AttentionLayer]) -> str:
 
 
 def select_layers(layers: Sequence[AttentionLayer], config: DeltaMemConfig) -> list[AttentionLayer]:
-    """The layers that `config.layers` names; its parts count attention layers.
+    """Return the layers that `config.layers` selects. Named parts, such as the front, count attention layers only.
 
     Raises:
-        ArchitectureError: an index names no attention layer, or there are fewer layers than a part asks for.
+        ArchitectureError: an index names no attention layer, or the model has fewer layers than the part needs.
     """
     if config.layers == "all":
         return list(layers)
@@ -195,7 +195,7 @@ def select_layers(layers: Sequence[AttentionLayer], config: DeltaMemConfig) -> l
 
 
 def layers_at(layers: Sequence[AttentionLayer], indices: Sequence[int]) -> list[AttentionLayer]:
-    """The layers of these indices, in order of depth.
+    """Return the layers with these indices, in order of depth.
 
     Raises:
         ArchitectureError: an index names no attention layer.

@@ -42,19 +42,19 @@ from deltamem_tool.io.names import commit_of, expand_name, fetch, hub_name, is_g
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
-SAMPLED = 64  # numbers of each query projection that the fingerprint looks at
+SAMPLED = 64  # numbers of each query projection that enter the fingerprint
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[AttentionLayer], Tensor]) -> str:
-    """SHA-256 over a few numbers of every attention layer's query projection, as float32.
+    """Return the SHA-256 of a few numbers of every attention layer's query projection, as float32.
 
-    Another model, or the same one after fine-tuning, has another.
+    Another model, or the same model after fine-tuning, has another fingerprint.
 
     Args:
-        layers: all of a model.
-        first_row: gives `[1, n]` numbers of a layer's query weight.
+        layers: all attention layers of a model.
+        first_row: returns the first n numbers `[1, n]` of a layer's query weight.
     """
     digest = hashlib.sha256()
     for layer in layers:
@@ -65,7 +65,7 @@ def fingerprint(layers: Iterable[AttentionLayer], first_row: Callable[[Attention
 class BaseCheckpoint:
     """A folder of `save_pretrained`, a GGUF file, or either on the Hub.
 
-    The weights of a folder are fetched and opened when they are asked for.
+    The weights of a folder are fetched and opened when they are first needed.
 
     Args:
         name: folder, file or Hub id: see `io.names`.
@@ -78,7 +78,7 @@ class BaseCheckpoint:
         InstallationError: it is a GGUF file, and the package `gguf` is missing.
 
     Attributes:
-        source: the folder, where at least the config and the tokenizer are; or the GGUF file.
+        source: the folder, which has at least the config and the tokenizer, or the GGUF file.
     """
 
     def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -106,12 +106,12 @@ class BaseCheckpoint:
 
     @cached_property
     def _whole(self) -> Path:
-        """The folder or GGUF file, once all of it is here."""
+        """Return the folder or GGUF file after all of it has been fetched."""
         if not self._is_here and self._gguf is None:
             for file in WEIGHT_FILES:
                 index = self.source / file
                 wanted = [file]
-                if file.endswith(".json"):  # a small file: it has come already, if there is one
+                if file.endswith(".json"):  # a small file, which was fetched already if it exists
                     wanted = sorted(set(files_of_index(index).values())) if index.is_file() else []
                 if wanted:
                     resolve_folder(self.name, self.revision, wanted, "checkpoint")
@@ -121,7 +121,7 @@ class BaseCheckpoint:
 
     @property
     def _kind(self) -> Any:
-        """The class that makes it: the text decoder alone where transformers has one, else with the towers that see."""
+        """The model class: the text decoder alone if transformers has one, else the model with its vision towers."""
         causal = self.config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return AutoModelForCausalLM if causal or known else AutoModelForImageTextToText
@@ -133,7 +133,7 @@ class BaseCheckpoint:
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
-        """One that stays as it is: of a large model it takes a second to make."""
+        """The skeleton, kept because building that of a large model takes a second."""
         return self.skeleton()
 
     @cached_property
@@ -142,18 +142,18 @@ class BaseCheckpoint:
         return attention_layers(self._skeleton)
 
     def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """A model of this kind with random weights, of another config than the checkpoint's own perhaps."""
+        """Return a model of this kind with random weights, whose config may differ from the checkpoint's."""
         model: PreTrainedModel = self._kind.from_config(config, trust_remote_code=self.trust_remote_code, **options)
         return model
 
     @torch.inference_mode(False)  # tensors of that mode could not be used outside of it
     def load(self, **options: Any) -> PreTrainedModel:
-        """The model as `AutoModelForCausalLM.from_pretrained` makes it, in the checkpoint's own dtype by default.
+        """Load the model as `AutoModelForCausalLM.from_pretrained` does, by default in the checkpoint's own dtype.
 
         Raises:
-            ArchitectureError: transformers cannot load it, or would fill weights that are missing with random numbers.
+            ArchitectureError: transformers cannot load it, or would initialise missing weights with random numbers.
         """
-        _ = self._weights  # damaged files are named here, which transformers does not do
+        _ = self._weights  # its errors name damaged files; those of transformers do not
         options = {"dtype": "auto", **options, "trust_remote_code": self.trust_remote_code}
         if self._gguf is not None:
             options |= self._as_floats(options)
@@ -182,7 +182,7 @@ class BaseCheckpoint:
         return model
 
     def _as_floats(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What makes transformers load a GGUF file as a plain model, which can be trained and saved.
+        """Return the options with which transformers loads a GGUF file as a plain model that can be trained and saved.
 
         Raises:
             ConfigError: the options ask for another quantisation, or for shards.
@@ -202,7 +202,7 @@ class BaseCheckpoint:
         return {"quantization_config": GgufConfig(dequantize=True), "config": self.config}
 
     def read(self, weight: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A part of one weight matrix, as stored; only that part is read from disk. `weight` is named as in the model.
+        """Read a part of one weight matrix from disk, as stored. `weight` is its name in the model.
 
         Raises:
             ArchitectureError: the checkpoint lacks the weight, or its file cannot be read.
@@ -216,7 +216,7 @@ class BaseCheckpoint:
         return self._converted[weight][rows, columns]
 
     def first_columns(self, projection: Projection, count: int) -> Tensor:
-        """Of a projection's weight as a matrix `[out, in]`: `[out, count]`.
+        """Return the first columns `[out, count]` of a projection's weight `[out, in]`.
 
         Raises:
             ConfigError: the weight is quantised.
@@ -253,13 +253,13 @@ class BaseCheckpoint:
             return True
         stored = self._stored_as.get(projection.weight_name)
         if stored is None:
-            return not self._parts(projection)  # nothing of it is there: whoever reads it is told
+            return not self._parts(projection)  # it is missing, which raises an error when it is read
         shape = list(features(projection.linear))
         shape = shape if projection.is_transposed else shape[::-1]
         return self._weights.shape(stored) == shape and self._weights.read(stored, slice(0, 1)).dtype in _FLOATS
 
     def _parts(self, projection: Projection) -> list[str]:
-        """All that is stored of a linear layer: of a quantised one several tensors, such as `qweight` and `scales`."""
+        """Return the names of all stored tensors of a linear layer; a quantised one has several, such as `scales`."""
         return sorted(stored for name, stored in self._stored_as.items() if name.startswith(f"{projection.name}."))
 
     @cached_property
@@ -270,7 +270,7 @@ class BaseCheckpoint:
 
     @cached_property
     def _stored_as(self) -> dict[str, str]:
-        """What each weight of the model is called on disk: older checkpoints have other names, or lack a prefix."""
+        """The name on disk of each weight of the model. Older checkpoints have other names, or lack a prefix."""
         if self._gguf is not None:
             return {name: name for name in self._weights.names}
         model = self._skeleton
@@ -289,18 +289,18 @@ class BaseCheckpoint:
 
     @cached_property
     def _converted(self) -> dict[str, Tensor]:
-        """The weights as transformers makes them of others that are stored in another arrangement.
+        """The weights that transformers builds from ones stored in another arrangement.
 
-        For that it has to load the whole model.
+        This loads the whole model.
         """
         return self.load(dtype="auto").state_dict()
 
 
 def _fetch_gguf(hub: HfUri) -> Path | None:
-    """The file of `OWNER/NAME:FILE.gguf`, which is fetched unless it is in the Hub's cache; None for any other name.
+    """Return the file of `OWNER/NAME:FILE.gguf`, fetched if it is not in the Hub's cache; None for any other name.
 
     Raises:
-        ArchitectureError: it is one part of a model.
+        ArchitectureError: the file is one of several parts of a model.
         HubError: the repository or the file does not exist, or the Hub cannot be reached.
     """
     if not is_gguf(hub.path_in_repo):

@@ -12,10 +12,10 @@ COLUMNS = 64  # of each projection: enough for three digits, and little to read
 
 
 def relative_difference(checkpoint: BaseCheckpoint, original: BaseCheckpoint) -> float | None:
-    """Root mean square of the difference of two checkpoints' attention projections, relative to the original's weights.
+    """Return the RMS difference of two checkpoints' attention projections, relative to the RMS of the original's.
 
     Returns:
-        The quotient; None where the two have other layers or shapes.
+        The quotient, or None if their layers or shapes differ.
 
     Raises:
         ArchitectureError: a checkpoint cannot be read.

@@ -29,7 +29,7 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 def location(source: str | Path) -> dict[str, Any]:
-    """The arguments of transformers' `from_pretrained` for a folder, a GGUF file, or either on the Hub."""
+    """Return the arguments of `from_pretrained` for a folder, a GGUF file, or either on the Hub."""
     if not is_gguf(source) or Path(source).is_dir():
         return {"pretrained_model_name_or_path": source}
     hub = hub_name(str(source))
@@ -38,7 +38,7 @@ def location(source: str | Path) -> dict[str, Any]:
 
 
 def source_of(model: PreTrainedModel) -> str:
-    """Where a loaded model comes from, "" if nowhere: of a GGUF file transformers keeps folder and name apart."""
+    """Return the path or Hub id of a loaded model, or "". transformers keeps folder and name of a GGUF file apart."""
     place = model.name_or_path or ""
     file = getattr(getattr(model.config, "quantization_config", None), "gguf_file", None)
     if file is None or is_gguf(place):
@@ -47,7 +47,7 @@ def source_of(model: PreTrainedModel) -> str:
 
 
 def find_gguf(place: Path) -> Path | None:
-    """A GGUF file, or the only one in a folder that has no other weights; None where there is neither.
+    """Return `place` if it is a GGUF file, or the only one in a folder without other weights; else None.
 
     Raises:
         ArchitectureError: the folder has several, or the file is one part of a model.
@@ -68,10 +68,10 @@ def find_gguf(place: Path) -> Path | None:
 
 
 def check_whole(name: str) -> None:
-    """Check that a file, by its name, is not one of several parts.
+    """Check by its name that a file is not one of several parts.
 
     Raises:
-        ArchitectureError: it is.
+        ArchitectureError: it is one of several parts.
     """
     part = _PART.search(name)
     if part and int(part[1]) > 1:
@@ -83,14 +83,14 @@ def check_whole(name: str) -> None:
 
 
 class GgufFile:
-    """A GGUF file that is whole: its tensors, of which none is read before it is asked for.
+    """A complete GGUF file, whose tensors are read when they are needed.
 
     Args:
         path: the file.
         name: what the user calls it.
 
     Raises:
-        ArchitectureError: it is not a GGUF file, is cut short, or has numbers in a format that `gguf` cannot read.
+        ArchitectureError: it is not a GGUF file, is truncated, or has weights in a format that `gguf` cannot read.
         InstallationError: the package `gguf` is missing.
     """
 
@@ -134,20 +134,20 @@ class GgufWeights:
 
     Args:
         file: the file.
-        model: what transformers makes of its config; it needs no weights itself.
+        model: the model that transformers builds from its config; it needs no weights.
 
     Raises:
-        ArchitectureError: the two do not fit each other.
+        ArchitectureError: the file does not match the model.
     """
 
     def __init__(self, file: GgufFile, model: PreTrainedModel) -> None:
-        from deltamem_tool._compat import TENSOR_PROCESSORS  # for which transformers imports tokenizers
+        from deltamem_tool._compat import TENSOR_PROCESSORS  # makes transformers import tokenizers
 
         self._file = file
         config = model.config.get_text_config(decoder=True)
         self._stored_as = _names_in(file, model, config.num_hidden_layers)
         for name, weight in model.state_dict().items():
-            # Some are stored as their transpose, or without an axis of size 1.
+            # Some weights are stored transposed, or without an axis of size 1.
             if name in self._stored_as and math.prod(self.shape(name)) != weight.numel():
                 raise ArchitectureError(
                     f"{file.name} does not match the model that transformers builds from its metadata.",
@@ -160,11 +160,11 @@ class GgufWeights:
 
     @property
     def names(self) -> list[str]:
-        """What the weights are called in the model."""
+        """The names of the weights in the model."""
         return list(self._stored_as)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Return a part of one weight; all of it where it is not a matrix."""
+        """Return a part of one weight, or all of it if it is not a matrix."""
         from gguf import GGML_QUANT_SIZES, dequantize
 
         tensor = self._file.tensors[self._stored_as[name]]
@@ -183,7 +183,7 @@ class GgufWeights:
 
 
 def _names_in(file: GgufFile, model: PreTrainedModel, layers: int) -> dict[str, str]:
-    """The names in the file by those in the model; none where `gguf` does not know the architecture."""
+    """Return the names in the file by those in the model; empty if `gguf` does not know the architecture."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = next((known for known, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
@@ -192,7 +192,7 @@ def _names_in(file: GgufFile, model: PreTrainedModel, layers: int) -> dict[str, 
     names, stored_as = get_tensor_name_map(architecture, layers), {}
     for name in model.state_dict():
         module, _, kind = name.rpartition(".")
-        # Some converters have taken the model without its head, whose names lack a prefix.
+        # Some converters started from the model without its head, whose weight names lack a prefix.
         stored = names.get_name(module) or names.get_name(module.removeprefix(f"{model.base_model_prefix}."))
         if stored is not None and f"{stored}.{kind}" in file.tensors:
             stored_as[name] = f"{stored}.{kind}"

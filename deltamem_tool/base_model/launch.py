@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 MEET_WITHIN = timedelta(minutes=10)  # torch would wait for half an hour
-PATIENCE = timedelta(days=30)  # who is done first waits; a launcher ends all processes once one has failed
-LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds that are waited for a process to be gone, and between two looks
+PATIENCE = timedelta(days=30)  # the first to finish waits; launchers end all processes once one has failed
+LOST_WITHIN, LOST_AGAIN = 1.0, 0.1  # seconds to wait for a process to be gone, and between two checks
 
 
 def processes_of_launch() -> int:
-    """How many processes the launcher of this one has started."""
+    """Return the number of processes that the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number_in_launch() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process in the launch, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -39,12 +39,13 @@ def on_cpus() -> bool:
 
 
 def check_started() -> None:
-    """Check that `accelerate launch` has started the processes that it was told to start.
+    """Check that `accelerate launch` has started as many processes as it was asked for.
 
-    Told of several, it says where they are to meet; on CPUs it then starts a single one, which has no number.
+    When asked for several, it sets the address where they connect. On CPUs it then starts a single process, which has
+    no number.
 
     Raises:
-        ConfigError: it has started one of several.
+        ConfigError: it has started only one of several.
     """
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
@@ -58,8 +59,8 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
     """Join the processes of a launch, on GPUs if there are any, else on CPUs; or be the only one.
 
     Args:
-        patience: how long one waits for another in an exchange; None is torch's own.
-        within: how long all of them may take to come.
+        patience: how long a process waits for another in a collective operation; None is torch's default.
+        within: how long all of them may take to connect.
 
     Raises:
         ConfigError: as `check_started`.
@@ -81,7 +82,7 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
 
     count = processes_of_launch()
     try:
-        # Kept until all have joined: one of the processes serves it.
+        # Kept until all processes have joined, because one of them serves it.
         store = None if count == 1 or torch.distributed.is_initialized() else _met(count, within)
         state = PartialState(cpu=on_cpus(), **({} if patience is None else {"timeout": patience}))
         del store
@@ -91,7 +92,10 @@ def join(patience: timedelta | None = None, within: timedelta = MEET_WITHIN) -> 
 
 
 def join_launched() -> torch.device | None:
-    """Join the processes of a launch, for as long as it takes; where this one is to run, or None if it is alone.
+    """Join the processes of a launch, where an exchange may take as long as `PATIENCE`.
+
+    Returns:
+        The device of this process, or None if it is the only process.
 
     Raises:
         ConfigError, DeltaMemError, InstallationError: as `join`.
@@ -104,7 +108,7 @@ def join_launched() -> torch.device | None:
 
 
 def _met(count: int, within: timedelta) -> Any:
-    """Wait for all processes where they are to meet; None where the launcher has not said where that is.
+    """Wait for all processes at the launch's address, and return the store; None if the launcher has set no address.
 
     Raises:
         DeltaMemError: some did not connect; the error names them.
@@ -120,7 +124,7 @@ def _met(count: int, within: timedelta) -> Any:
     store: Any = None
     missing = [0]
     try:
-        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # a name that torch documents and does not list
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # torch documents this name but does not list it
             host, port, count, is_master, within, wait_for_workers=False, multi_tenant=True
         )
         store.set(keys[number], "here")
@@ -150,7 +154,7 @@ Member = tuple[int, str, int]  # its number, host and process id
 
 
 def members() -> list[Member]:
-    """Return all processes of the launch that have joined; all of them have to ask."""
+    """Return all processes of the launch that have joined. All of them must call this."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
@@ -160,12 +164,12 @@ def members() -> list[Member]:
 
 @contextmanager
 def naming_lost(processes: Sequence[Member], advice: str) -> Iterator[None]:
-    """Say which of `processes` has ended where an error inside comes of that, and what to do next: `advice`."""
+    """Turn an error inside the block that comes from a lost process into one that names it and gives `advice`."""
     from torch.distributed import DistError
 
     try:
         yield
-    except RuntimeError as error:  # gloo has no type of its own
+    except RuntimeError as error:  # gloo has no error type of its own
         lost = _lost(processes)
         if not lost and not isinstance(error, DistError):
             raise
@@ -177,7 +181,7 @@ def naming_lost(processes: Sequence[Member], advice: str) -> Iterator[None]:
 
 
 def _lost(processes: Sequence[Member]) -> list[str]:
-    """Those on this machine that are gone, after a moment in which one that is killed may still be there."""
+    """Return the processes on this machine that have ended, after waiting a moment for one that is being killed."""
     here = [(number, pid) for number, host, pid in processes if host == socket.gethostname() and pid != os.getpid()]
     for _ in range(int(LOST_WITHIN / LOST_AGAIN) if here else 0):
         lost = [f"{number} (pid {pid})" for number, pid in here if not _runs(pid)]

@@ -32,34 +32,34 @@ class Span:
     stop: int | None = None  # None: all of the output
 
 
-Spans = Mapping[str, Span]  # by branch; a branch that is missing has no meaning there
+Spans = Mapping[str, Span]  # by branch; missing branches do not exist in this layout
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to keep the projections."""
+    """One way in which attention modules store their projections."""
 
     spans: Callable[[PretrainedConfig], Spans]
-    linears: tuple[str, ...]  # what the attention module must have
-    lacks: tuple[str, ...] = ()  # and what it must not
-    types: frozenset[str] = frozenset()  # model types; none: wherever these linears occur
-    entry: str = ""  # the linear layer that reads the attention's hidden states; "": the query's
-    only_decoders: bool = False  # the same module attends in both directions unless its config says `is_decoder`
-    note: str = ""  # why branches are missing
+    linears: tuple[str, ...]  # linear layers that the attention module must have
+    lacks: tuple[str, ...] = ()  # and those that it must not have
+    types: frozenset[str] = frozenset()  # model types; empty for any model with these linear layers
+    entry: str = ""  # linear layer whose input is that of the attention; "" for the query's
+    only_decoders: bool = False  # attends in both directions unless its config says `is_decoder`
+    note: str = ""  # why branches are missing, for error messages
 
     def is_of(self, model_types: frozenset[str]) -> bool:
-        """Whether models of these types may have it."""
+        """Return whether models of these types may have this layout."""
         return not self.types or bool(self.types & model_types)
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether `module` has the linear layers of this layout, and none that it lacks."""
+        """Return whether `module` has the linear layers of this layout, and none that the layout excludes."""
         return all(is_linear(find(module, name)) for name in self.linears) and not any(
             find(module, name) is not None for name in self.lacks
         )
 
 
 def find(module: nn.Module, name: str) -> object:
-    """What the dotted `name` leads to, or None."""
+    """Return the attribute of `module` with the dotted `name`, or None."""
     try:
         return attrgetter(name)(module)
     except AttributeError:
@@ -67,23 +67,23 @@ def find(module: nn.Module, name: str) -> object:
 
 
 def is_linear(module: object) -> bool:
-    """Whether it is a linear layer: torch's, a quantised one, or GPT-2's Conv1D, whose weight is transposed."""
+    """Return whether `module` is a linear layer: torch's, a quantised one, or GPT-2's transposed Conv1D."""
     return hasattr(module, "in_features") or is_transposed(module)
 
 
 def is_transposed(module: object) -> bool:
-    """Whether it is GPT-2's Conv1D, whose weight is `[in, out]`."""
+    """Return whether `module` is GPT-2's Conv1D, whose weight is `[in, out]`."""
     return type(module).__name__ == "Conv1D"
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """Width of input and output."""
+    """Return the input and output width of a linear layer."""
     return (linear.nx, linear.nf) if is_transposed(linear) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One branch of one attention layer: a linear layer, or a part of what it puts out."""
+    """One branch of one attention layer: a linear layer, or a part of its output."""
 
     name: str  # of the linear layer in the model
     linear: nn.Module
@@ -91,36 +91,36 @@ class Projection:
 
     @property
     def in_features(self) -> int:
-        """How wide the linear layer's input is."""
+        """Width of the linear layer's input."""
         return features(self.linear)[0]
 
     @property
     def width(self) -> int:
-        """How wide the linear layer's output is, of all processes together."""
+        """Width of the linear layer's output, over all processes."""
         return features(self.linear)[1]
 
     @property
     def out_features(self) -> int:
-        """How wide the branch is."""
+        """Width of the branch."""
         return self.span.groups * (self._stop - self.span.start)
 
     @property
     def weight(self) -> Tensor:
-        """The linear layer's weight, all branches in it; read from where accelerate keeps it, if it does.
+        """The linear layer's whole weight with all its branches, also if accelerate has offloaded it.
 
-        Where it is split over processes, all of them have to ask for it.
+        If it is split over processes, all of them must read it.
         """
         with at_hand(self.linear):
             return whole(cast(Tensor, self.linear.weight))
 
     @property
     def weight_name(self) -> str:
-        """What that weight is called in the model."""
+        """Name of that weight in the model."""
         return f"{self.name}.weight"
 
     @property
     def is_whole(self) -> bool:
-        """Whether the branch is all that the linear layer puts out."""
+        """Whether the branch is the whole output of the linear layer."""
         return self.out_features == self.width
 
     @property
@@ -130,10 +130,10 @@ class Projection:
 
     @cached_property
     def local_columns(self) -> Tensor:
-        """int64 `[local]`: which columns of the linear layer's output this process computes, where others have a share.
+        """Columns of the linear layer's output that this process computes under tensor parallelism, int64 `[local]`.
 
         Raises:
-            ArchitectureError: the weight does not say.
+            ArchitectureError: the weight does not show which columns these are.
         """
         weight = self.linear.weight
         if not is_split(weight):
@@ -153,19 +153,19 @@ class Projection:
         return self._group if self.span.stop is None else self.span.stop
 
     def take(self, output: Tensor) -> Tensor:
-        """The branch `[..., out]` from everything that the linear layer puts out."""
+        """Return the branch `[..., out]` from the output of the linear layer."""
         grouped: Tensor = output.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # torch has no types
         return grouped[..., self.span.start : self._stop].flatten(-2)
 
     def place(self, correction: Tensor) -> Tensor:
-        """`[..., out]` of the branch as wide as the linear layer's output, zeros elsewhere."""
+        """Pad a branch's `correction` `[..., out]` with zeros to the width of the linear layer's output."""
         grouped: Tensor = correction.unflatten(-1, (self.span.groups, -1))  # type: ignore[no-untyped-call]  # as above
         return F.pad(grouped, (self.span.start, self._group - self._stop)).flatten(-2)
 
     def as_wide_as(self, output: Tensor, correction: Tensor) -> Tensor:
-        """Of the branch's `correction`, `[..., out]`, what to add to `output` of the linear layer.
+        """Return the part of the branch's `correction` `[..., out]` to add to the linear layer's `output`.
 
-        That is all, or the part of this process where others compute the rest.
+        This is all of it, or the part of this process if other processes compute the rest.
         """
         placed = correction if self.is_whole else self.place(correction)
         return placed if output.shape[-1] == self.width else placed.index_select(-1, self.local_columns)
@@ -179,7 +179,7 @@ def _separate(q: str, k: str, v: str, o: str, **options: Any) -> Layout:
 
 
 def _query_and_output(q: str, o: str, note: str, entry: str = "", **options: Any) -> Layout:
-    """Keys and values that no correction could reach by itself."""
+    """A query and an output projection; keys and values cannot be corrected separately."""
     spans = {"q": Span(q), "o": Span(o)}
     return Layout(lambda config: spans, (q, o, entry or q), note=note, entry=entry, **options)
 
@@ -206,7 +206,7 @@ def _side_by_side(linear: str, widths: Mapping[str, int], groups: int = 1) -> Sp
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Query heads, key heads, and the width of a head."""
+    """Return the numbers of query heads and key heads, and the width of a head."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -271,7 +271,7 @@ _LATENT = "its keys and values are unpacked from one latent vector, which the ca
 _SHARED = "some of its layers attend to the keys and values of another layer, or use one projection for both"
 
 LAYOUTS = (
-    # A gate inside the query's projection: before the row that would take all of it for the query.
+    # A gate inside the query's projection. These rows precede the one that would treat all of it as the query.
     _fused(
         "q_proj",
         "o_proj",
@@ -288,12 +288,12 @@ LAYOUTS = (
     _separate("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),  # Inkling 2
     _separate("self.query", "self.key", "self.value", "output.dense", types=frozenset({"git"})),
     _separate("self.query", "self.key", "self.value", "output.dense", only_decoders=True),  # BERT and its kin
-    # Keys and values that are not a layer's own.
+    # Keys and values that do not belong to one layer, or come from a latent.
     _query_and_output("q_b_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V3
     _query_and_output("q_proj", "o_proj", _LATENT, entry="kv_a_proj_with_mqa"),  # DeepSeek-V2-Lite, Kimi-Linear
     _query_and_output("q_b_proj", "o_b_proj", _LATENT, entry="kv_proj", types=frozenset({"deepseek_v4"})),
     _query_and_output("q_proj", "o_proj", _SHARED, lacks=("v_proj",)),  # Gemma-3n, Gemma-4
-    # One linear layer for several.
+    # One linear layer for several branches.
     _fused("query_key_value", "dense", _thirds_per_head, "bloom gpt_neox gpt_neox_japanese persimmon fuyu"),
     _fused("query_key_value", "dense", _falcon, "falcon"),
     _fused("qkv_proj", "o_proj", _grouped_query, "phi3 phi4_multimodal"),
@@ -310,7 +310,7 @@ _OWN_CACHE = "it keeps its past in a cache of its own kind, which has no place f
 _BOTH_WAYS = "its tokens see later ones"
 _LOOPS = "it runs attention layers several times for a token"
 
-# Models of AutoModelForCausalLM that take no memory, and why.
+# Model types of AutoModelForCausalLM that do not support a memory, with the reason.
 UNSUPPORTED = {
     "blt": "it attends to patches of bytes, cut anew in every call",
     "cpmant": _BOTH_WAYS,

@@ -8,11 +8,11 @@ from deltamem_tool.errors import DataError
 
 
 class Limits(NamedTuple):
-    """Of one context.
+    """The limits of one context.
 
     Args:
-        positions: the most tokens; None for any number.
-        vocabulary: rows of the embedding, which token ids count from zero; None if the config does not say.
+        positions: maximum number of tokens; None if there is no limit.
+        vocabulary: number of rows of the embedding, so that token ids are below it; None if the config does not say.
     """
 
     positions: int | None = None
@@ -20,10 +20,10 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> Limits:
-        """Read them off a transformers config.
+        """Return the limits in a transformers config.
 
-        Positions that are learned end there with an error, rotary ones in nonsense. Where a config stretches them, by
-        YaRN say, some give the length before in `max_position_embeddings` and some the length after.
+        Beyond the limit, learned positions raise an error and rotary ones give nonsense. If a config extends the
+        context, with YaRN for example, `max_position_embeddings` is the length before in some and after in others.
         """
         config = config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
@@ -44,7 +44,7 @@ NO_LIMITS = Limits()
 
 
 def unknown_token(token: object, id: int, vocabulary: int) -> DataError:
-    """The error for a text with a token that the model has no embedding for."""
+    """Return the error for a text with a token that the model has no embedding for."""
     return DataError(
         f"The text has a token that the model does not know: {token!r}.",
         f"Its id is {id}, and the model has {vocabulary} embeddings: the tokenizer is not the model's.",

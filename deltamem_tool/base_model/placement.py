@@ -14,7 +14,7 @@ from deltamem_tool.base_model.sharding import is_split
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where `model` takes its tokens: the device of its first weights, or the one where these are brought for use."""
+    """Return the device for the tokens of `model`: that of its first weights, also if these are offloaded."""
     device = model.device
     if device.type != "meta":
         return device
@@ -24,14 +24,14 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate moves weights or hidden states while `model` runs, or processes share its weights."""
+    """Return whether accelerate moves weights or hidden states of `model`, or processes share its weights."""
     hooked = any(accelerate_hooks(module) for module in model.modules())
     return hooked or any(is_split(weight) for weight in model.parameters())
 
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `module` itself are on the device where it runs, also those that are kept elsewhere."""
+    """Keep the weights of `module` itself on the device where it runs inside the block, also offloaded ones."""
     hooks = accelerate_hooks(module)
     for hook in hooks:
         hook.pre_forward(module)

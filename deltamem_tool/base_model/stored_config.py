@@ -24,11 +24,11 @@ _INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportErro
 
 
 def read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a folder of `save_pretrained`, which the user knows as `name`.
+    """Read the config of a folder of `save_pretrained`; error messages call the folder `name`.
 
     Raises:
-        ArchitectureError: it is missing or damaged, not that of a causal language model, or needs code that is not
-            trusted.
+        ArchitectureError: the config is missing or damaged, is not that of a causal language model, or needs code that
+            is not trusted.
     """
     stored = _config_on_disk(folder, name)
     model_type = stored.get("model_type")
@@ -61,7 +61,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedC
             f"{first_line(error)}.",
             "Fetch the checkpoint again.",
         ) from error
-    # Encoders are in the table of causal language models too, as decoders to be: what is on disk decides.
+    # transformers also lists encoders as causal language models, so the stored architecture decides.
     head = (getattr(config, "architectures", None) or [""])[0]
     usual = (DECODERS.get(model_type), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if head and not causal and not head.endswith(tuple(filter(None, usual))):
@@ -74,7 +74,7 @@ def read_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedC
 
 
 def read_gguf_config(file: GgufFile) -> PretrainedConfig:
-    """The config that transformers makes of a GGUF file.
+    """Return the config that transformers builds from a GGUF file.
 
     Raises:
         ArchitectureError: transformers does not know its architecture, or it is not a causal language model.
@@ -102,10 +102,10 @@ def _check_causal(model_type: str, name: str) -> None:
 
 
 def _config_on_disk(folder: Path, name: str) -> dict[str, Any]:
-    """`config.json`.
+    """Read `config.json`.
 
     Raises:
-        ArchitectureError: the file is missing or damaged; if the folder is of another kind, the error names it.
+        ArchitectureError: the file is missing or damaged; the error says what the folder is, if it is of another kind.
     """
     file = folder / MODEL_CONFIG_FILE
     if (folder / "model_index.json").is_file():

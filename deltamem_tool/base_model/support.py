@@ -20,30 +20,30 @@ TABLE = Path(__file__).parents[1] / "assets" / "architectures.json"
 
 @dataclass(frozen=True)
 class Support:
-    """What a model type takes."""
+    """The support for a model type."""
 
     model_type: str
     supported: bool
-    branches: list[str]  # that can be corrected in every attention layer
+    branches: list[str]  # branches that can be corrected in every attention layer
     export: bool  # whether its ONNX graph is tested
     reason: str | None  # why it cannot have a memory, or not in every checkpoint, or not on every branch
 
 
 def supported_types() -> list[Support]:
-    """Every type that AutoModelForCausalLM of `transformers_version()` knows, by name."""
+    """Return every type that AutoModelForCausalLM of `transformers_version()` knows, by name."""
     return [Support(**row) for row in json.loads(TABLE.read_text(encoding="utf-8"))["types"]]
 
 
 def transformers_version() -> str:
-    """Whose types the table lists."""
+    """Return the version of transformers whose types the table lists."""
     return str(json.loads(TABLE.read_text(encoding="utf-8"))["transformers"])
 
 
 def types_named(part: str) -> list[Support]:
-    """The types that have `part` in their name; case and the kind of dash do not matter.
+    """Return the types that have `part` in their name, ignoring case and the kind of dash.
 
     Raises:
-        ArchitectureError: none has it.
+        ArchitectureError: no type has it.
     """
     types = supported_types()
     matches = [row for row in types if _plain(part) in _plain(row.model_type)]
@@ -62,7 +62,7 @@ def _plain(name: str) -> str:
 
 
 def summary(types: Sequence[Support]) -> list[str]:
-    """Counts, in words."""
+    """Return the counts of supported types, as lines of text."""
     taken = Counter(", ".join(row.branches) for row in types if row.supported)
     by_branches = "; ".join(f"{count} on {branches}" for branches, count in taken.most_common())
     return [

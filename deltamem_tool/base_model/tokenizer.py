@@ -12,12 +12,12 @@ from deltamem_tool.segments.messages import BYTE_ORDER_MARK
 
 
 def tokenizer_of(model: PreTrainedModel, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a loaded model's base, as `read_tokenizer` has it."""
+    """Return the tokenizer of a loaded model, as `read_tokenizer` does."""
     return read_tokenizer(source_of(model), for_chat=for_chat)
 
 
 def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer in a base model's folder or GGUF file; `for_chat`, it must have a chat template.
+    """Read the tokenizer in a base model's folder or GGUF file. With `for_chat`, it must have a chat template.
 
     Python files in the folder do not run.
 
@@ -25,9 +25,9 @@ def read_tokenizer(folder: str | Path, *, for_chat: bool = True) -> PreTrainedTo
         ArchitectureError: there is no tokenizer, or the tokenizer has no chat template.
     """
     try:
-        # Without trust_remote_code it would ask on the terminal.
+        # Without trust_remote_code, transformers would ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(**location(folder), trust_remote_code=False)
-    except Exception as error:  # the tokenizers package raises nothing narrower
+    except Exception as error:  # the tokenizers package raises plain Exceptions
         raise ArchitectureError(
             f"{folder} has no tokenizer that can be read.",
             f"{first_line(error)}.",

@@ -24,15 +24,15 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-MAX_INDEX_BYTES = 128 * 2**20  # the largest that we know, of 90,000 weights, is of 9 MB
+MAX_INDEX_BYTES = 128 * 2**20  # the largest known index, of 90,000 weights, has 9 MB
 _AGAIN = "The file may be cut short: fetch the checkpoint again."
 
 
 def files_of_index(index: Path) -> dict[str, str]:
-    """The file of each weight, from an `….index.json`.
+    """Return the file of each weight from an `….index.json`.
 
     Raises:
-        ArchitectureError: it is not such an index, or names files outside of its folder.
+        ArchitectureError: the file is not such an index, or names files outside its folder.
     """
     try:
         files = dict(parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"])
@@ -45,24 +45,24 @@ def files_of_index(index: Path) -> dict[str, str]:
 
 
 class StoredWeights:
-    """The weights in `folder`, of which nothing but the names is looked at before they are asked for.
+    """The weights in `folder`, each read when it is needed.
 
     Raises:
-        ArchitectureError: there are none, or a file is missing or damaged.
+        ArchitectureError: the folder has no weights, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, checkpoint: str) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        self._old: dict[str, Mapping[str, Tensor]] = {}  # files of torch before 1.6, which cannot be read in part
+        self._old: dict[str, Mapping[str, Tensor]] = {}  # files of torch before 1.6, which must be read whole
         self._file_of = self._index()
 
     @property
     def names(self) -> list[str]:
-        """What the weights are called on disk."""
+        """The names of the weights on disk."""
         return list(self._file_of)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Return a part of one weight; all of it where it is not a matrix.
+        """Return a part of one weight, or all of it if it is not a matrix.
 
         Raises:
             ArchitectureError: the file is missing, truncated or not safetensors.
@@ -90,7 +90,7 @@ class StoredWeights:
         return list(self._torch_file(file)[name].shape)
 
     def _index(self) -> dict[str, str]:
-        """File of each weight. Every file is opened, which shows whether it is there and whole."""
+        """The file of each weight. Every file is opened, to check that it exists and is complete."""
         file = next((file for file in WEIGHT_FILES if (self.folder / file).is_file()), None)
         if file is None:
             raise ArchitectureError(
@@ -124,8 +124,7 @@ class StoredWeights:
     def _torch_file(self, path: Path) -> Mapping[str, Tensor]:
         """Open a `.bin`, which is a pickle, with torch's reader that runs no code, as transformers does.
 
-        What is read of the file is let go with the result; a reader that stayed open would end up with all of it in
-        memory.
+        The file is closed with the result. A reader that stayed open would end up with all of it in memory.
         """
         if path.name in self._old:
             return self._old[path.name]
