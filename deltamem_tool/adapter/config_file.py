@@ -14,8 +14,8 @@ from deltamem_tool.io.formats import is_newer, update_command
 from deltamem_tool.io.safe_json import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "deltamem_config.json", "deltamem.safetensors"
-SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"  # how it was trained
-FORMAT, STATIC_FORMAT = "deltamem-adapter", "deltamem-static-adapter"  # the second: see `baselines.static`
+SUMMARY_FILE, PLOT_FILE = "training.json", "training.png"  # how the adapter was trained
+FORMAT, STATIC_FORMAT = "deltamem-adapter", "deltamem-static-adapter"  # the second one is that of `baselines.static`
 FORMAT_VERSION = 1
 MAX_TEXT = 4096  # characters of a name: the longest path that Linux takes
 _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,254}", re.ASCII)
@@ -23,12 +23,12 @@ _REVISION = re.compile(r"(?!.*\.\.)[\w.][\w./-]{0,254}", re.ASCII)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which model an adapter was made for."""
+    """The base model that an adapter was made for."""
 
     name: str  # folder or Hub id
     revision: str | None  # commit on the Hub
     model_type: str
-    fingerprint: str  # of some weights, see `checkpoint.fingerprint`
+    fingerprint: str  # of its weights, see `checkpoint.fingerprint`
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, str) for value in (self.name, self.model_type, self.fingerprint)):
@@ -39,18 +39,18 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the file says."""
+    """The content of the file."""
 
     mechanism: DeltaMemConfig
     base: BaseModel
-    reference: dict[str, Any] | None  # what `reference.convert` has kept of the adapter that it read
+    reference: dict[str, Any] | None  # the record that `reference.convert` kept of the converted adapter
 
 
 def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> AdapterConfig:
-    """The config in `folder`, which the user knows as `name`, of the format `expected`.
+    """Read the config in `folder`, which must have the format `expected`; error messages call the folder `name`.
 
     Raises:
-        AdapterError: the file is damaged, of a newer format, or not that of an adapter.
+        AdapterError: the file is damaged, has a newer format, or is not the config of an adapter.
     """
     file = folder / CONFIG_FILE
     try:
@@ -99,10 +99,10 @@ def read_config(folder: Path, name: str | Path, expected: str = FORMAT) -> Adapt
 
 
 def _check_texts(base: BaseModel) -> None:
-    """Check what the file says of the base model.
+    """Check the entries about the base model.
 
     Raises:
-        ValueError: a text is far too long, or holds characters that steer a terminal; or the revision is invalid.
+        ValueError: a text is far too long or contains control characters, or the revision is invalid.
     """
     for text in (base.name, base.model_type, base.fingerprint):
         if len(text) > MAX_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in text):

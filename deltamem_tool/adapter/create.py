@@ -23,15 +23,15 @@ def create_adapter(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> AdapterFolder:
-    """Write a fresh adapter for the checkpoint `base`, without loading it: a few columns of its weights are read.
+    """Write a fresh adapter for the checkpoint `base`, without loading it. Only a few columns of its weights are read.
 
-    Python files of `base` run only where `trust_remote_code` says so.
+    Python files of `base` run only with `trust_remote_code`.
 
     Raises:
         ArchitectureError: `base` cannot have a memory.
-        ConfigError: the options do not fit it.
+        ConfigError: the options do not fit `base`.
         DeltaMemError: `out` exists, or cannot be written.
-        HubError: a revision is given of a folder.
+        HubError: a revision is given for a folder.
     """
     check_overwrite(out, overwrite)
     check_revision(base, revision)

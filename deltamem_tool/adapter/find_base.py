@@ -27,17 +27,17 @@ def find_base(
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
 ) -> tuple[BaseCheckpoint, BaseModel]:
-    """The base model that `adapter` was made for, at `base` or where it has been recorded.
+    """Return the base model that `adapter` was made for, at `base` or at the recorded location.
 
-    With `allow_other_base` another model is taken too, with an `OtherBaseWarning` that says how far its weights are
-    from those of the one that is recorded: it may be the checkpoint that a GGUF file was quantised from.
+    With `allow_other_base`, another model is accepted, such as the checkpoint that a GGUF file was quantised from. An
+    `OtherBaseWarning` then says how much its weights differ from those of the recorded model.
 
     Raises:
-        AdapterError: no place is known, or the model at that place is another one and is not allowed.
-        HubError: there is no model at that place.
+        AdapterError: no location is known, or the model there is another one and is not allowed.
+        HubError: there is no model at that location.
     """
     if not (base or recorded.name) and (Path(adapter) / MODEL_CONFIG_FILE).is_file():
-        base = str(adapter)  # `save_pretrained` puts a model that is nowhere else beside its adapter
+        base = str(adapter)  # `save_pretrained` writes a base model that is not saved elsewhere beside its adapter
     if not (base or recorded.name):
         raise AdapterError(
             f"{adapter} does not say where its base model is.",
@@ -66,11 +66,11 @@ def find_base(
 
 
 def _difference(recorded: BaseModel, checkpoint: BaseCheckpoint, may_fetch: bool) -> str:
-    """How far the weights of `checkpoint` are from those of the recorded base, in a sentence; "" if that is not here.
+    """Describe how much `checkpoint` differs from the recorded base; "" if the recorded base is not available.
 
     Args:
         recorded: the base that the adapter was made for.
-        checkpoint: another one.
+        checkpoint: the other base.
         may_fetch: whether the recorded base may be fetched from the Hub.
     """
     try:
@@ -87,19 +87,19 @@ def _difference(recorded: BaseModel, checkpoint: BaseCheckpoint, may_fetch: bool
 
 def base_of(checkpoint: BaseCheckpoint) -> BaseModel:
     """Return what an adapter folder records of its base model."""
-    mark = checkpoint.fingerprint(checkpoint.layers)  # all of them, whichever have a memory
+    mark = checkpoint.fingerprint(checkpoint.layers)  # of all layers, with or without a memory
     return BaseModel(checkpoint.name, checkpoint.revision, checkpoint.config.model_type, mark)
 
 
 def base_of_model(model: PreTrainedModel) -> BaseModel:
-    """The base of a model in memory: as loaded, else from the checkpoint that it names, else from its own weights."""
+    """Return the base of a loaded model: as recorded, else from the checkpoint it names, else from its weights."""
     known = adapter_of(model).made_for
     if isinstance(known, BaseModel):
         return known
     name = source_of(model)
     if name:
         try:
-            # A model of remote code is here, so its code has been trusted.
+            # A model with remote code is loaded, so its code is trusted.
             trusted = model.is_custom_code()
             return base_of(BaseCheckpoint(name, commit_of_config(model.config), trusted))
         except (ArchitectureError, HubError):

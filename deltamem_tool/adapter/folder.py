@@ -22,41 +22,41 @@ from deltamem_tool.io.names import check_revision, resolve_folder
 from deltamem_tool.io.tensor_header import TensorEntry, read_header
 from deltamem_tool.memory.weights import fingerprint_of, weight_shapes
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # that a weight may be stored in; all are read as float32
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # accepted types of stored weights; all are read as float32
 
 
 def name_in(layer: int, name: str) -> str:
-    """What the parameter `name` of a layer's memory is called in the file."""
+    """Return the name in the file of the parameter `name` of a layer's memory."""
     return f"layers.{layer}.{name}"
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a parameter in the file; None where `name` is not such a parameter."""
+    """Return the layer of the parameter `name` in the file; None if it is not such a parameter."""
     match = re.match(r"layers\.(\d+)\.", name)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter folder says."""
+    """The content of an adapter folder."""
 
     path: Path
     config: DeltaMemConfig
     base: BaseModel
-    tensors: Mapping[str, NDArray[Any] | TensorEntry]  # numbers, or what the header says of them
-    reference: Mapping[str, Any] | None = None  # what `reference.convert` has kept of the adapter that it read
+    tensors: Mapping[str, NDArray[Any] | TensorEntry]  # arrays, or their entries in the header
+    reference: Mapping[str, Any] | None = None  # the record that `reference.convert` kept of the converted adapter
 
     @cached_property
     def fingerprint(self) -> str:
-        """What memories of this adapter are bound to."""
+        """The fingerprint that memories of this adapter are bound to."""
         return fingerprint_of(self.config, self.numbers())
 
     def numbers(self) -> dict[str, NDArray[Any]]:
-        """The weights, float32, where they have been read."""
+        """The weights in float32; they must have been read."""
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, np.ndarray)}
 
     def num_parameters(self) -> int:
-        """Return how many numbers the weights are."""
+        """Return the number of parameters."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
@@ -68,12 +68,12 @@ class AdapterFolder:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one conversation."""
+        """Return the size of one conversation's memory in bytes."""
         of_layer = math.prod(self.config.state_shape) + self.config.segment_width
         return len(self.layer_indices) * of_layer * np.dtype(np.float32).itemsize
 
     def check(self) -> None:
-        """Compare names, types and numbers with the config; and the sizes that do not depend on the base model.
+        """Check names, types and values against the config, and the sizes that do not depend on the base model.
 
         Raises:
             AdapterError: tensors are missing, extra, misshapen or not finite; all of them are named.
@@ -103,10 +103,10 @@ class AdapterFolder:
         return differences
 
     def check_shapes(self, wanted: Mapping[str, Sequence[int | None]], others: Sequence[str] = ()) -> None:
-        """Compare the tensors with `wanted`, shapes by name, where None is any size.
+        """Compare the tensors with the shapes `wanted`, by name; None is any size.
 
         Raises:
-            AdapterError: There are differences, or `others` that were found before; all of them are named.
+            AdapterError: there are differences, or earlier ones in `others`; all of them are named.
         """
         if differences := [*others, *self._differences(wanted)]:
             raise AdapterError(
@@ -120,14 +120,14 @@ def read_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder
     """Read and check an adapter folder or Hub repository, without its base model.
 
     Raises:
-        AdapterError: a file is missing, damaged, of a newer format, or does not fit the other one.
+        AdapterError: a file is missing or damaged, has a newer format, or does not fit the other file.
         HubError: there is no such folder or repository.
     """
     return with_tensors(describe_adapter(path, revision))
 
 
 def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFolder:
-    """Read and check an adapter's config and the header of its weights; its tensors have types and shapes alone.
+    """Read and check an adapter's config and the header of its weights. The result has no values of tensors.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -155,7 +155,7 @@ def describe_adapter(path: str | Path, revision: str | None = None) -> AdapterFo
 
 
 def with_tensors(described: AdapterFolder) -> AdapterFolder:
-    """Read the tensors of an adapter that `describe_adapter` has read, and check it once more.
+    """Read the tensors of an adapter from `describe_adapter`, and check it again.
 
     Raises:
         AdapterError: the weights are damaged, or contain NaN or infinity.
@@ -172,10 +172,10 @@ def with_tensors(described: AdapterFolder) -> AdapterFolder:
 
 
 def _float32(tensor: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The numbers of a tensor of `FLOATS`, from what safetensors says of it."""
+    """Convert a tensor of safetensors, whose type is one of `FLOATS`, to float32."""
     if tensor["dtype"] == "BF16":  # the upper half of a float32, which numpy does not know
         numbers = (np.frombuffer(tensor["data"], "<u2").astype("<u4") << 16).view("<f4")
     else:
         numbers = np.frombuffer(tensor["data"], {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor["dtype"]])
-    with np.errstate(over="ignore"):  # infinity is refused with the rest
+    with np.errstate(over="ignore"):  # infinity is rejected later
         return numbers.astype(np.float32).reshape(tensor["shape"])

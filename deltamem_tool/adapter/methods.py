@@ -17,37 +17,37 @@ from deltamem_tool.adapter.save import save_beside
 from deltamem_tool.memory.attachment import attachment_of, find_attachment, hf_model
 from deltamem_tool.memory.overrides import Method, Methods, override
 
-MODULE = "deltamem"  # what the adapter is called among a model's modules and parameters
+MODULE = "deltamem"  # name of the adapter among a model's modules and parameters
 
 
 def adopt(model: PreTrainedModel, register: bool = False) -> None:
-    """Let a model with a memory show and save the adapter.
+    """Make a model with a memory list and save the adapter.
 
     Args:
-        model: it, or a `PeftModel` of it.
-        register: make the adapter a submodule; torch's own methods then find its parameters.
+        model: the model with a memory, or a `PeftModel` of it.
+        register: make the adapter a submodule, so that torch's own methods find its parameters.
     """
     attachment, inner = attachment_of(model), hf_model(model)
     if register:
         cast(nn.Module, inner).add_module(MODULE, attachment.adapter)
-    outer = without_compilation(model)  # torch's own wrapper takes attributes for those of the model in it
+    outer = without_compilation(model)  # torch's wrapper passes attributes on to the model inside
     for module in {id(module): cast(nn.Module, module) for module in (inner, outer)}.values():
         attachment.overrides.append((module, override(module, SAVING if register else {**SHOWING, **SAVING})))
 
 
 def release(model: PreTrainedModel) -> None:
-    """Make the adapter no submodule, if it is one."""
+    """Remove the adapter from the submodules, if it is one."""
     adapter, inner = attachment_of(model).adapter, hf_model(model)
     if getattr(inner, MODULE, None) is adapter:
         delattr(inner, MODULE)
 
 
 def _with_parameters(original: Method) -> Method:
-    """Make the adapter's parameters the model's own.
+    """Include the adapter's parameters in the model's.
 
-    `parameters`, `zero_grad`, `requires_grad_` and `num_parameters` go by this method. Without `recurse` every module
-    has its own alone, which is what accelerate offloads; DistributedDataParallel, for which there are processes, asks
-    that way for all that it shall share.
+    `parameters`, `zero_grad`, `requires_grad_` and `num_parameters` use this method. Without `recurse`, a module lists
+    only its own parameters, and accelerate offloads these. DistributedDataParallel also calls it that way, to find all
+    parameters that the processes share.
     """
 
     @functools.wraps(original)
@@ -56,7 +56,7 @@ def _with_parameters(original: Method) -> Method:
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from original(self, prefix, recurse, remove_duplicate)
         attachment = find_attachment(cast(PreTrainedModel, self))
-        # A shallow copy of a model that has been detached keeps the methods.
+        # A shallow copy of a model keeps these methods after the model is detached.
         if attachment is not None and (recurse or torch.distributed.is_initialized()):
             name = f"{prefix}.{MODULE}" if prefix else MODULE
             yield from attachment.adapter.named_parameters(name, True, remove_duplicate)
@@ -82,7 +82,7 @@ def _with_adapter(original: Method) -> Method:
 def _with_adapter_folder(original: Method) -> Method:
     """Write the adapter in place of the base model.
 
-    What else is written then comes beside it: a LoRA, a state dict with the adapter in it, a base that is nowhere else.
+    Other files are written beside it: a LoRA, a state dict that includes the adapter, a base model not saved elsewhere.
     """
 
     @functools.wraps(original)
@@ -105,7 +105,7 @@ def _with_adapter_folder(original: Method) -> Method:
             if push_to_hub:
                 repository = kwargs.pop("repo_id", Path(save_directory).name)
                 options = {name: kwargs[name] for name in _OF_PUSHING & kwargs.keys()}
-                self.push_to_hub(repository, **options)  # which calls this method, in a folder of its own
+                self.push_to_hub(repository, **options)  # calls this method with a temporary folder
 
     return save_pretrained
 

@@ -49,7 +49,7 @@ def save_adapter(
 
 
 def save_beside(adapter: DeltaMemAdapter, base: BaseModel, folder: str | Path) -> None:
-    """Write the adapter's files into `folder`, which may hold others: each of them whole, or as it was before.
+    """Write the adapter's files into `folder`, which may have other files. Each file is written whole or not at all.
 
     Raises:
         AdapterError: the adapter contains NaN or infinity, or `folder` is a file.
@@ -58,7 +58,7 @@ def save_beside(adapter: DeltaMemAdapter, base: BaseModel, folder: str | Path) -
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder.", "Nothing was written.", "Choose another path.")
     contents = contents_of(adapter, base)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder with weights alone is seen to be unfinished
+    for name in (WEIGHTS_FILE, CONFIG_FILE):  # a folder with only the weights is recognised as unfinished
         write_whole(folder / name, contents[name])
 
 

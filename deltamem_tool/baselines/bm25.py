@@ -10,7 +10,7 @@ from deltamem_tool.errors import ConfigError
 
 
 def rank(passages: Sequence[str], question: str) -> list[int]:
-    """The indices of the passages, best first; without those that share no word with the question.
+    """Return the indices of the passages, best first, without those that share no word with the question.
 
     Raises:
         ConfigError: bm25s is not installed.
@@ -23,9 +23,9 @@ def rank(passages: Sequence[str], question: str) -> list[int]:
     return [number for number in sorted(range(len(passages)), key=lambda n: -scores[n]) if scores[number] > 0]
 
 
-@lru_cache(maxsize=32)  # many questions are about one conversation
+@lru_cache(maxsize=32)  # many questions share a conversation
 def _index(passages: tuple[str, ...]) -> Any:
-    """None where no passage has a word."""
+    """Build the index of the passages; None if no passage has a word."""
     words = [_words(passage) for passage in passages]
     if not any(words):
         return None

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from deltamem_tool.memory.adapter import DeltaMemAdapter
 
 CONFIG_FILE, WEIGHTS_FILE = PEFT_CONFIG_FILE, "adapter_model.safetensors"  # PEFT's names
-BRANCHES = ("q", "o")  # the projections a LoRA of the memory's size is on, as the paper's memory is
-RANDOM_STD = 0.02  # of the weights that PEFT starts at zero: a product with zeros might be optimized away
+BRANCHES = ("q", "o")  # projections with a LoRA of the memory's size, as for the paper's memory
+RANDOM_STD = 0.02  # of weights that PEFT initialises to zero, because a product with zeros might be optimised away
 _AGAIN = "Train it again with `deltamem train` and a recipe with a `lora:` section."
 
 
@@ -41,10 +41,10 @@ def new_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = Non
     """Put a new LoRA on `base`, whose own weights are frozen.
 
     Args:
-        base: changed in place.
+        base: the base model, changed in place.
         options: rank, alpha, dropout and target modules.
-        name: what the saved config calls the base model, instead of its path on this machine.
-        revision: of the base model on the Hub.
+        name: name of the base model in the saved config, instead of its path on this machine.
+        revision: revision of the base model on the Hub.
 
     Returns:
         The `peft.PeftModel`.
@@ -54,7 +54,7 @@ def new_lora(base: PreTrainedModel, options: LoraOptions, name: str | None = Non
     """
     config = _peft().LoraConfig(
         r=options.rank,
-        lora_alpha=cast(int, options.alpha),  # which may be a float, whatever its type says
+        lora_alpha=cast(int, options.alpha),  # may be a float, although its type is int
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
         task_type="CAUSAL_LM",
@@ -92,12 +92,12 @@ def random_lora(model: PreTrainedModel, adapter: DeltaMemAdapter, seed: int) -> 
 
 
 def lora_parameters(lora: Any) -> int:
-    """The number of parameters of a `PeftModel`'s LoRA."""
+    """Return the number of parameters of a `PeftModel`'s LoRA."""
     return sum(parameter.numel() for parameter in _lora_weights(lora))
 
 
 def import_peft() -> None:
-    """Import all that making a LoRA needs. PEFT itself imports more with its first one, for every kind of layer."""
+    """Import everything that creating a LoRA needs. PEFT imports more for every kind of layer when it creates one."""
     with without_warnings():
         peft = _peft()
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(1, 1)))
@@ -108,9 +108,9 @@ class Lora:
     """A saved LoRA: a folder of `deltamem train` with a `lora:` section, or of PEFT's `save_pretrained`.
 
     Attributes:
-        folder: where its files are.
-        base: folder or Hub id of the model that it was trained on; None where the config has none.
-        revision: of that model on the Hub.
+        folder: folder with its files.
+        base: folder or Hub id of the model that it was trained on; None if the config has none.
+        revision: revision of that model on the Hub.
     """
 
     folder: Path
@@ -140,7 +140,7 @@ class Lora:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over its config and its weights."""
+        """SHA-256 of its config and its weights."""
         digest = hashlib.sha256()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             with (self.folder / name).open("rb") as file:
@@ -148,12 +148,12 @@ class Lora:
         return digest.hexdigest()
 
     def check_base_name(self, names: Sequence[str]) -> None:
-        """Compare the base model by name alone, before it is loaded.
+        """Compare the base model by name only, before it is loaded.
 
         Paths are not compared, since they mean nothing on another machine.
 
         Raises:
-            AdapterError: it names another public model than `names`.
+            AdapterError: it names a public model that is not in `names`.
         """
         public = isinstance(self.base, str) and names and all(map(_is_public, (self.base, *names)))
         if public and self.base not in names:
@@ -167,7 +167,7 @@ class Lora:
         """Compare the base model by the fingerprint of its weights.
 
         Raises:
-            AdapterError: it was trained on another model than the base of `model`, or does not say on which one.
+            AdapterError: it was trained on a model other than the base of `model`, or does not name its base model.
         """
         from deltamem_tool.adapter.find_base import base_of, base_of_model
         from deltamem_tool.base_model.checkpoint import BaseCheckpoint
@@ -199,7 +199,7 @@ class Lora:
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """Put it on `model` inside the block, and take it off again: the model is then what it was before.
+        """Put the LoRA on `model` inside the block. Afterwards, the model is as before.
 
         Raises:
             AdapterError: the weights are damaged, or do not fit the model.
@@ -217,19 +217,19 @@ class Lora:
                 parameter.requires_grad_(required)
 
     def put_on(self, model: PreTrainedModel) -> Any:
-        """Put it on `model`, whose layers are changed in place.
+        """Put the LoRA on `model`, whose layers are changed in place.
 
         Returns:
             The `PeftModel`, in eval mode.
 
         Raises:
-            AdapterError: the weights are damaged, or do not fit the model, which is then as it was; tensors that are
-                missing or extra are named.
+            AdapterError: the weights are damaged, or do not fit the model, which is then unchanged. Missing and
+                extra tensors are named.
             ConfigError: PEFT is not installed.
         """
         config = _peft().LoraConfig.from_pretrained(str(self.folder))
         config.inference_mode = True
-        config.base_model_name_or_path = None  # PEFT would warn about the path, which `check_base` has compared
+        config.base_model_name_or_path = None  # PEFT would warn about the path; `check_base` has checked the model
         try:
             wrapped = peft_model(model, config)
         except ValueError as error:
@@ -242,7 +242,7 @@ class Lora:
         return wrapped.eval()
 
     def for_inference(self, model: PreTrainedModel) -> Any:
-        """As `put_on`, frozen and in the data type of the base model."""
+        """Do what `put_on` does, and freeze the LoRA and cast it to the data type of the base model."""
         with without_warnings():
             return _in_dtype_of_base(self.put_on(model))
 
@@ -254,7 +254,7 @@ class Lora:
             weights = load_file(self.folder / WEIGHTS_FILE)
         except SafetensorError as error:
             raise AdapterError(f"{self.folder / WEIGHTS_FILE} is damaged.", f"{error}.", _AGAIN) from error
-        with without_warnings():  # that the base has no config.json, where it is a GGUF file
+        with without_warnings():  # about the missing config.json of a base in a GGUF file
             expected = {name: weight.shape for name, weight in _peft().get_peft_model_state_dict(wrapped).items()}
         shapes = {name: weight.shape for name, weight in weights.items()}
         if expected != shapes:
@@ -276,7 +276,7 @@ def _peft() -> Any:
 
 
 def _is_public(name: str) -> bool:
-    """Whether `name` is a Hub id or of this package, not a path on this machine."""
+    """Return whether `name` is a Hub id or a built-in name, not a path on this machine."""
     return name.startswith(BUILTIN) or hub_name(name) is not None
 
 
@@ -285,7 +285,7 @@ def _lora_weights(lora: Any) -> Iterator[Tensor]:
 
 
 def _in_dtype_of_base(lora: Any) -> Any:
-    """PEFT keeps a LoRA of a half-precision model in float32, for training, and casts at every call."""
+    """Cast a LoRA to the data type of its base. PEFT keeps it in float32 for training, and casts in every call."""
     for parameter in _lora_weights(lora):
         parameter.data = parameter.data.to(lora.get_base_model().dtype)
     return lora.requires_grad_(False)
@@ -293,7 +293,7 @@ def _in_dtype_of_base(lora: Any) -> Any:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Hide PEFT's warnings, such as those of what it uses of transformers."""
+    """Hide PEFT's warnings, such as those about its use of transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

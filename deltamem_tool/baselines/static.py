@@ -48,7 +48,7 @@ _AGAIN = "Train it again with `deltamem train RECIPE --set static=true`."
 
 
 class StaticLayer(Corrections):
-    """One layer's constant `[H·R]`, which stands for every reading, and its corrections.
+    """One layer's constant `[H·R]`, which replaces every reading, and its corrections.
 
     Args:
         config: the mechanism of the memory that it is compared with.
@@ -63,7 +63,7 @@ class StaticLayer(Corrections):
         self.reset_corrections()
 
     def offset(self, branch: str) -> Tensor:
-        """What is added to every output of a branch's projection, float32 `[out]`."""
+        """Return the correction of every output of a branch's projection, float32 `[out]`."""
         return self.correction(branch, self.scaled(self.constant.float()))
 
 
@@ -72,7 +72,7 @@ class StaticAdapter(nn.Module):
 
     Args:
         config: the mechanism of the memory that it is compared with.
-        layers: those that get one.
+        layers: attention layers that get a constant.
     """
 
     def __init__(self, config: DeltaMemConfig, layers: Sequence[AttentionLayer]) -> None:
@@ -88,7 +88,7 @@ class StaticAdapter(nn.Module):
         return cast(StaticLayer, self.layers[str(index)])
 
     def put_on(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """Correct the projections of `model`, until the handles are removed."""
+        """Correct the projections of `model` until the returned handles are removed."""
         layers = layers_at(attention_layers(hf_model(model)), [int(index) for index in self.layers])
         handles = []
         for layer in layers:
@@ -99,7 +99,7 @@ class StaticAdapter(nn.Module):
         return handles
 
     def save(self, out: str | Path, base: BaseModel, overwrite: bool, files: Mapping[str, bytes]) -> None:
-        """Write the folder, whole or not at all, with `files` beside."""
+        """Write the folder, whole or not at all, with the further `files`."""
         config = {
             "format": STATIC_FORMAT,
             "format_version": FORMAT_VERSION,
@@ -117,7 +117,7 @@ class StaticAdapter(nn.Module):
 def new_static(
     config: DeltaMemConfig, layers: Sequence[AttentionLayer], first_columns: Callable[[Projection, int], Tensor]
 ) -> StaticAdapter:
-    """Make a new static adapter; arguments as those of `memory.attach.fresh_adapter`."""
+    """Make a new static adapter. The arguments are those of `memory.attach.fresh_adapter`."""
     adapter = StaticAdapter(config, layers)
     if config.delta_init == "base_slice":
         for layer in layers:
@@ -129,7 +129,7 @@ def new_static(
 def _add(
     static: StaticLayer, branch: str, projection: Projection, module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
-    """Correct what a projection puts out."""
+    """Correct the output of a projection, as a forward hook."""
     return output + projection.as_wide_as(output, static.offset(branch)).to(output.dtype)
 
 
@@ -138,7 +138,7 @@ class Static:
     """A saved static adapter: a folder of `deltamem train` with `static: true`.
 
     Attributes:
-        folder: where its files are.
+        folder: folder with its files.
         config: the mechanism of the memory that it is compared with.
         base: the model that it was trained on.
     """
@@ -152,7 +152,7 @@ class Static:
         """Read the config of a folder or Hub id; the weights are read by `adapter_for`.
 
         Raises:
-            AdapterError: a file is missing or damaged, or the folder is another adapter's.
+            AdapterError: a file is missing or damaged, or the folder is not that of a static adapter.
             HubError: there is no such folder, or the Hub does not have it.
         """
         folder = resolve_folder(str(name), None, [CONFIG_FILE, WEIGHTS_FILE], "static adapter")
@@ -164,12 +164,12 @@ class Static:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over its config and its weights."""
+        """SHA-256 of its config and its weights."""
         return fingerprint_of(self.config, {name: weight.float().numpy() for name, weight in self._weights.items()})
 
     @property
     def description(self) -> str:
-        """What it is as a condition of an evaluation."""
+        """Its description as a condition of an evaluation."""
         count = sum(weight.numel() for weight in self._weights.values())
         return f"the base model with the static adapter {self.folder.name}, {count:,} trained parameters"
 
@@ -184,7 +184,7 @@ class Static:
         """Compare the base model by the fingerprint of its weights.
 
         Raises:
-            AdapterError: it was trained on another model than `base`.
+            AdapterError: it was trained on a model other than `base`.
         """
         if (self.base.model_type, self.base.fingerprint) != (base.model_type, base.fingerprint):
             raise AdapterError(
@@ -195,7 +195,7 @@ class Static:
             )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Compare it with a model with a memory: the base model, and the memory's corrections.
+        """Compare its base model and corrections with those of a model with a memory.
 
         Raises:
             AdapterError: it was trained on another model, or the corrections have other layers or branches, or a Δ of
@@ -215,7 +215,7 @@ class Static:
             )
 
     def adapter_for(self, model: PreTrainedModel) -> StaticAdapter:
-        """Make its module for `model`, with its weights.
+        """Return its module for `model`, with its weights.
 
         Raises:
             AdapterError: the weights are damaged, contain NaN or infinity, or do not fit the model.
@@ -243,7 +243,7 @@ class Static:
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """Put it on `model` inside the block, and take it off again.
+        """Put the static adapter on `model` inside the block.
 
         Raises:
             AdapterError: the weights are damaged, or do not fit the model.

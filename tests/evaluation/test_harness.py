@@ -222,7 +222,7 @@ def test_what_cannot_be_asked_is_refused(folder, tokenizer):
         evaluate_harness(model, tokenizer, story, only=[STATE])
     for task, system in ((CHOICE, "Be kind. " * 20), (ANSWER, "Be kind. " * 20)):
         long = prepare(find_harness(f"lm_eval:{task}", {**path, "system": system}), 1)
-        with pytest.raises(DataError, match=r"A prompt is too long for the model: [0-9]+ tokens, of (64|48) that"):
+        with pytest.raises(DataError, match=r"A prompt is too long for the model: [0-9]+ tokens, where (64|48) fit"):
             evaluate_harness(model, tokenizer, long, only=[STATE])
 
 
@@ -274,7 +274,7 @@ def test_segments_need_messages(folder, tokenizer):
 
 def test_without_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness.\n.*\npip install 'deltamem-tool\[harness\]'"):
+    with pytest.raises(ConfigError, match=r"need the package lm_eval.\n.*\npip install 'deltamem-tool\[harness\]'"):
         prepare(find_harness("lm_eval:ifeval", {}))
 
 

@@ -47,7 +47,7 @@ def test_without_a_cache_nothing_says_where_a_segment_ends(model):
         ([[1, 1], [1, 1]], r"cache.segment_tags has shape \[2, 2\], but the tokens have \[2, 3\]"),
         ([[1, 1, 2]], r"cache.segment_tags has shape \[1, 3\], but the tokens have \[2, 3\]"),
         ([[1, 1, 2]] * 3, r"cache.segment_tags has shape \[3, 3\], but the tokens have \[2, 3\]"),
-        ([1, 1, 2], r"cache.segment_tags is \[3\]"),
+        ([1, 1, 2], r"cache.segment_tags has shape \[3\], but"),
         ([[1, 1, 3], [1, 1, 2]], "values that are not segment tags"),
         ([[1, 1, 2], [-1, 1, 2]], "values that are not segment tags"),
         ([[1, 1, 2], [1, 1, 2]], "puts padding into a segment"),

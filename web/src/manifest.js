@@ -170,5 +170,5 @@ function require(holds, name) {
 }
 
 export function disagreement(why) {
-  return new ExportError(`${MANIFEST_FILE} and this version or the graph disagree.`, `${why}.`, "Export the model again.");
+  return new ExportError(`${MANIFEST_FILE} does not match the graph or this version of deltamem.`, `${why}.`, "Export the model again.");
 }

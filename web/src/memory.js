@@ -72,7 +72,7 @@ export function readMemory(file, name = "This file") {
   const [[rows, heads, rank]] = shapes.state.values();
   const [, width] = shapes.segment.values().next().value ?? [rows, 0];
   const same = (part, expected) => [...shapes[part].values()].every((shape) => String(shape) === String(expected));
-  if (!same("state", [rows, heads, rank, rank])) throw damaged(name, "Its states are not square, or not of one size");
+  if (!same("state", [rows, heads, rank, rank])) throw damaged(name, "Its states are not square, or differ in size");
   const layers = [...parts.state.keys()].sort((one, other) => one - other);
   const open = [...parts.segment.keys()];
   if (!same("segment", [rows, width]) || (open.length && String(open.sort((a, b) => a - b)) !== String(layers))) {

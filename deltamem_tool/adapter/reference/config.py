@@ -16,7 +16,7 @@ from deltamem_tool.errors import AdapterError, problems_of
 REFERENCE_CONFIG = "delta_mem_config.json"
 _READER = TypeAdapter(DeltaMemConfig)
 
-# What the reference takes for a field that a config file leaves out; all its fields, in its order.
+# The defaults of all fields of the reference, in its order.
 DEFAULTS: dict[str, Any] = {
     "rank": 8,
     "alpha": 16.0,
@@ -70,7 +70,7 @@ DEFAULTS: dict[str, Any] = {
 }
 _REQUIRED = ("rank", "delta_heads")
 
-# Its field for each of our options; the few whose values are spelt otherwise have them below.
+# The reference's field for each of our options. The few with other spellings of their values are below.
 _FIELDS = {
     "rank": "rank",
     "state_heads": "num_state_heads",
@@ -92,19 +92,19 @@ _FIELDS = {
 _VALUES: dict[str, dict[Any, str]] = {
     "memory_write_granularity": {"token": "token", "message_mean": "message", "sentence_mean": "sentence"},
     "rankwise_gates": {True: "row", False: "head"},
-    # Where two mean the same to us, the first is what we write. They differ in a fresh Δ alone.
+    # If two values mean the same to us, we write the first. They differ only in a fresh Δ.
     "output_init": {"zero": "zero", "random": "random", "base_slice_fixed": "base_slice", "base_slice": "base_slice"},
 }
-_SCALES = {"layer": "layer", "head": "branch"}  # delta_scale_granularity, where trainable_delta_scale
-_OF_A_FRESH_DELTA = ("base_slice_ref_width", "online_gain")  # any number: a saved Δ is past them
+_SCALES = {"layer": "layer", "head": "branch"}  # delta_scale_granularity, if trainable_delta_scale is on
+_OF_A_FRESH_DELTA = ("base_slice_ref_width", "online_gain")  # any number: they have no effect on a saved Δ
 _ARCHIVED = DEFAULTS.keys() - {*_FIELDS.values(), *_OF_A_FRESH_DELTA, "delta_scale_granularity"}
 
 
 def mechanism_of(fields: Mapping[str, Any], file: Path) -> DeltaMemConfig:
-    """Our options for the fields `fields` of the reference's config `file`; those left out have its defaults.
+    """Return our options for the `fields` of the reference's config `file`. Missing fields have its defaults.
 
     Raises:
-        AdapterError: a field is unknown, missing or has a value that we have nothing for; it is named.
+        AdapterError: a field is unknown, missing or has a value without a counterpart here; it is named.
     """
     problems = [f"{name} is missing" for name in _REQUIRED if name not in fields]
     for name in fields.keys() - DEFAULTS.keys():
@@ -147,13 +147,13 @@ def mechanism_of(fields: Mapping[str, Any], file: Path) -> DeltaMemConfig:
 
 
 def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
-    """Return the reference's config for ours.
+    """Return the reference's config for our options.
 
     Args:
-        config: ours.
+        config: our options.
         layers: indices of the layers that have a memory.
-        original: one that `mechanism_of` accepts. It keeps its fields and their order; those that differ from `config`
-            are changed.
+        original: config that `mechanism_of` accepts. Its fields and their order are kept, and values that differ
+            from `config` are changed.
     """
     fields = dict(original)
     was, now = mechanism_of(original, Path(REFERENCE_CONFIG)), config
@@ -175,5 +175,5 @@ def config_of(config: DeltaMemConfig, layers: Sequence[int], original: Mapping[s
 
 
 def _same(value: object, legal: object) -> bool:
-    """Equal, and true is not 1; -2 is -2.0."""
+    """Return whether two values are equal, where true is not 1 but -2 is -2.0."""
     return isinstance(value, bool) == isinstance(legal, bool) and value == legal

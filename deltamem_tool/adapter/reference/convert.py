@@ -40,7 +40,7 @@ from deltamem_tool.memory.adapter import DeltaMemAdapter
 REFERENCE_WEIGHTS = "delta_mem_adapter.pt"
 FORMATS = ("deltamem", "reference")
 
-# The reference's name of each parameter of a layer, in the order in which it saves them.
+# The reference's name for each parameter of a layer, in the order in which it saves them.
 NAMES = {
     "delta_scale_raw": "scale_raw",
     "memory_q_proj": "query.weight",
@@ -54,7 +54,11 @@ NAMES = {
     "lambda_bias": "decay.bias",
 }
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 holds them all
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}  # float32 represents all of them exactly
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Conversion:
     path: Path
     format: str  # one of FORMATS
     base: BaseModel
-    parameters: int  # in the folder: the reference also saves zeros for branches that are off
+    parameters: int  # in the folder; the reference also saves zeros for branches that are off
     dtypes: tuple[str, ...]  # of the reference's tensors, the most frequent first
 
 
@@ -183,7 +187,7 @@ def _to_reference(
     }
     tensors = {name: exact[name].to(_DTYPES[other_dtypes.get(name, dtype)], copy=True) for name in exact}
     if not all(torch.equal(tensor.float(), exact[name]) for name, tensor in tensors.items()):
-        tensors = exact  # the weights have been trained since: the dtype that they came in would round them
+        tensors = exact  # trained since the conversion, so the original dtype would round them
     with folder_whole(dst, overwrite) as staged:
         (staged / REFERENCE_CONFIG).write_text(json.dumps(config, indent=2))
         torch.save(tensors, staged / REFERENCE_WEIGHTS)
@@ -193,10 +197,10 @@ def _to_reference(
 
 
 def _origin(kept: Mapping[str, Any] | None, folder: Path) -> tuple[Mapping[str, Any], str, Mapping[str, str]]:
-    """Config, dtype and dtypes by name that an adapter of ours has kept from the reference's, or the usual ones.
+    """Return the recorded config, dtype and dtypes by name of the reference's adapter, or the usual ones.
 
     Raises:
-        AdapterError: what was kept is damaged.
+        AdapterError: the record is damaged.
     """
     if kept is None:
         return DEFAULTS, "float32", {}
@@ -234,7 +238,7 @@ def _entries(
 
 
 def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[AttentionLayer]:
-    """The layers with a memory, as modules without weights, called as the reference's files call them."""
+    """Return the layers with a memory, as modules without weights, after checking that the reference supports them."""
     layers = select_layers(checkpoint.layers, config)
     other = [layer.name for layer in layers if layer.name != f"model.layers.{layer.index}.self_attn"]
     if other:
@@ -247,7 +251,7 @@ def _layers(checkpoint: BaseCheckpoint, config: DeltaMemConfig) -> list[Attentio
 
 
 def _on_meta(config: DeltaMemConfig, layers: Sequence[AttentionLayer]) -> DeltaMemAdapter:
-    """An adapter without values, which draws no random numbers."""
+    """Return an adapter on the meta device, which draws no random numbers."""
     with torch.device("meta"):
         return DeltaMemAdapter(config, layers)
 
@@ -267,16 +271,16 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_pickle(file: Path) -> dict[Any, Any]:
-    """The dictionary that torch.save has written. Nothing in `file` is run, and nothing is believed yet.
+    """Read the dictionary that torch.save has written. No code in `file` is run, and its content is not checked yet.
 
     Raises:
-        AdapterError: it is damaged, not a dictionary, or names something that torch cannot build without running
-            code.
+        AdapterError: the file is damaged, is not a dictionary, or names something that torch cannot build without
+            running code.
     """
-    content = io.BytesIO(file.read_bytes())  # so that what the disk refuses is told from what the reader does
+    content = io.BytesIO(file.read_bytes())  # so that errors of the disk are not taken for errors of the reader
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickles in another protocol, which are read or refused all the same
+            warnings.simplefilter("ignore")  # about pickles in other protocols, which are read or rejected as well
             tensors = torch.load(content, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -284,7 +288,7 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
         raise AdapterError(
             f"{file} was not loaded.", f"{why}; no code in it was run.", "Do not use this file: it may be malicious."
         ) from error
-    except Exception as error:  # a damaged pickle can raise anything at all
+    except Exception as error:  # a damaged pickle can raise any exception
         raise AdapterError(f"{file} is damaged.", f"{first_line(error)}.", "Fetch the adapter again.") from error
     if not isinstance(tensors, dict):
         raise AdapterError(
@@ -298,7 +302,7 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
 def _check_tensors(
     tensors: Mapping[Any, Any], adapter: DeltaMemAdapter, layers: Sequence[AttentionLayer], file: Path
 ) -> None:
-    """Refuse what does not fit `adapter` on `layers`, and what would be lost; all of it is named."""
+    """Check that the tensors fit `adapter` on `layers` and that none would be lost. The error names all of them."""
     wanted = {theirs: (ours, shape) for theirs, ours, shape in _entries(adapter, layers)}
     differences = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
     differences += [f"extra {name!r}" for name in tensors.keys() - wanted.keys()]

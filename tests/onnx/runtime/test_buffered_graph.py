@@ -308,5 +308,5 @@ def test_a_window_in_the_model_is_refused_where_attention_has_none():
     model = model_of("qwen3")
     with pytest.raises(ExportError, match="maximum length of 63 tokens is too short"):
         interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["cpu"], 63)
-    with pytest.raises(ExportError, match="genai takes no --max-length"):
+    with pytest.raises(ExportError, match="genai does not support --max-length"):
         interface_of(model, adapter_of(model), CallOptions(model, "last"), "last", TARGETS["genai"], 64)
