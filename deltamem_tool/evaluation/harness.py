@@ -155,7 +155,7 @@ def prepare(harness: Harness, limit: int | None = None) -> HarnessTasks:
 
 
 def _manager(harness: Harness) -> Any:
-    """The harness's index of tasks."""
+    """Return the harness's index of tasks."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -181,7 +181,7 @@ def _manager(harness: Harness) -> Any:
 
 
 def _loaded(manager: Any, name: str) -> dict[str, Any]:
-    """The tasks of a name, with their documents."""
+    """Load the tasks of a name with their documents."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -208,7 +208,7 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _documents(tasks: Mapping[str, Any], limit: int | None) -> dict[str, str]:
-    """Of every document that is asked, its name, and its text for a digest."""
+    """Return the text of each document by its name, for a digest."""
     return {
         f"{task_name}/{number}": json.dumps(task.eval_docs[number], default=str)
         for task_name, task in tasks.items()

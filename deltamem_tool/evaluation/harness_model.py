@@ -49,10 +49,10 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         self._device = input_device(model)
         self._vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
         if self.tokenizer.pad_token_id >= self._vocabulary:
-            self.tokenizer.pad_token_id = 0  # any that the model has: a mask hides it
+            self.tokenizer.pad_token_id = 0  # any token of the model, because a mask hides it
         attachment = find_attachment(model)
         self._granularity = "token" if attachment is None or is_off() else attachment.adapter.config.granularity
-        self._tags: dict[tuple[int, ...], list[int]] = {}  # of the rendered prompts, where segments write
+        self._tags: dict[tuple[int, ...], list[int]] = {}  # segment tags of the rendered prompts, if segments write
         self._tell = tell
         self._done = self._of = 0
 
@@ -113,7 +113,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         self._tell(min(self._done, self._of), self._of)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]`. Rows are padded on the right, where nothing follows that could see it."""
+        """Return logits `[B, T, V]`. Rows are padded on the right, where no later token can see the padding."""
         self._check_ids(inps)
         with torch.no_grad():
             cache_options = self._cache(inps, torch.ones_like(inps))
@@ -136,9 +136,9 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
             raise unknown_token(self.tokenizer.convert_ids_to_tokens(largest), largest, self._vocabulary)
 
     def _cache(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Make a cache with a memory of zeros that knows the segments.
+        """Return the argument for a cache with a memory of zeros and the segment tags.
 
-        Nothing where every token writes, or where there is no memory: a call without a cache starts from zeros.
+        It is empty if every token writes or there is no memory, because a call without a cache starts from zeros.
         """
         if self._granularity == "token":
             return {}
@@ -151,7 +151,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         return {"cache": cache}
 
     def _segments(self, row: list[int], valid: list[int]) -> list[int]:
-        """A tag for each token: those of the prompt that it begins with; what follows is the answer's segment."""
+        """Return a tag for each token: those of the prompt it begins with, then those of the answer's segment."""
         padding = len(valid) - sum(valid)  # on the left
         tokens = tuple(row[padding:])
         for length in sorted({len(ids) for ids in self._tags}, reverse=True):
@@ -166,13 +166,13 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def _check_finite(logits: Tensor) -> None:
-    """Check that logits `[…, V]` hold no NaN, no infinity, and not minus infinity alone."""
+    """Check that logits `[…, V]` contain no NaN or infinity, and not only minus infinity."""
     if not bool(logits.amax(-1).isfinite().all()):
         raise not_finite("The model's logits")
 
 
 class _FiniteScores(LogitsProcessor):
-    """Checks every step of `generate`, which would choose the first token or crash."""
+    """Check the scores of every step of `generate`, which would otherwise choose the first token or crash."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         _check_finite(scores)

@@ -29,7 +29,7 @@ from deltamem_tool.evaluation.scoring.statistics import check_margin
 from deltamem_tool.evaluation.subject import under
 
 AS_READ = "as it is read"  # in place of a protocol
-# The harness's remarks on a model that is loaded already, which ours always is.
+# The harness warns about models that are loaded already, as ours always are.
 _KNOWN = ("`pretrained` model kwarg is not of type `str`", "Passed an already-initialized model")
 SCORE = "score"  # of several tasks: the first metric of each, whatever its name
 
@@ -99,7 +99,7 @@ def evaluate_harness(
         for name, documents in harness_tasks.documents.items()
         if not all((condition.name, item) in answered for item in documents)
     ]
-    # The harness makes its own batches of a task, which stay what they are.
+    # The harness batches each task by itself, and its batches are kept.
     for condition, name in processes.part(lacking):
         answered.add(_asked(model, tokenizer, harness_tasks, name, condition, batch_size, report))
     answered.gather()
@@ -118,7 +118,7 @@ def _asked(
     batch_size: int,
     report: Report | None,
 ) -> list[Record]:
-    """A record for each document of the tasks of one name."""
+    """Return a record for each document of the tasks of one name."""
     import lm_eval
 
     from deltamem_tool.evaluation.harness_model import MemoryLM
@@ -132,7 +132,7 @@ def _asked(
     with under(model, condition), _quiet():
         lm = MemoryLM(model, tokenizer, batch_size, harness.chat, progress)
         _begin(harness_tasks.tasks[name]["tasks"], harness.num_fewshot)
-        # Not `simple_evaluate`, which lists all that is installed each time.
+        # Not `simple_evaluate`, which lists all installed packages each time.
         results = lm_eval.evaluate(
             lm,
             harness_tasks.tasks[name],
@@ -140,7 +140,7 @@ def _asked(
             apply_chat_template=harness.chat,
             fewshot_as_multiturn=harness.chat,
             system_instruction=harness.system,
-            bootstrap_iters=0,  # our intervals are of documents in pairs
+            bootstrap_iters=0,  # our intervals are those of paired documents
         )
     return [
         record
@@ -150,7 +150,7 @@ def _asked(
 
 
 def _begin(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """Every condition gets the same examples and draws: seeds and examples as `simple_evaluate` sets them."""
+    """Set seeds and examples as `simple_evaluate` does, so that every condition gets the same ones."""
     import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -171,7 +171,7 @@ def _records(
     samples: Sequence[Mapping[str, Any]],
     alone: bool,
 ) -> list[Record]:
-    """Of the samples of one task, those of its first filter; `alone` says that no other is asked."""
+    """Return the records of one task's samples under its first filter; `alone` if no other task is asked."""
     some = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metrics = [metric for metric in some[0]["metrics"] if all(_is_share(sample[metric]) for sample in some)]
     if not metrics:
@@ -202,14 +202,14 @@ def _is_share(value: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the harness's bar over the prompts that it writes, and its remarks on models that it has not loaded itself.
+    """Hide the harness's progress bar for prompts, and its warnings about models that it has not loaded itself.
 
     Its other warnings are shown.
     """
     from lm_eval.api import task
 
     bar, logger = task.tqdm, logging.getLogger("lm_eval.models.huggingface")
-    task.tqdm = partial(bar, disable=True)  # no option of the harness reaches it
+    task.tqdm = partial(bar, disable=True)  # no option of the harness disables it
     logger.addFilter(_is_news)
     try:
         yield

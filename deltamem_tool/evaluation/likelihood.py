@@ -74,7 +74,7 @@ def scored_answers(
 
 
 def _as_written(template: ChatTemplate, item: Item) -> tuple[str, str]:
-    """What the template writes between the prompt and the answer's content, and that content."""
+    """Return the text that the template writes between the prompt and the answer's content, and that content."""
     messages = [*item.question, {"role": "assistant", "content": item.answers[0]}]
     try:
         template = template.having(item.template_kwargs)
@@ -149,16 +149,16 @@ def mean_log_prob(values: Sequence[float]) -> dict[str, float]:
 
 
 def _parts(subject: Subject, rows: Sequence[ScoredAnswer]) -> Iterator[range]:
-    """Rows whose logits fit into LOGITS values."""
+    """Yield ranges of rows whose logits fit into LOGITS values."""
     size = max(1, LOGITS // (_width(rows) * len(subject.tokenizer)))
     for start in range(0, len(rows), size):
         yield range(start, min(start + size, len(rows)))
 
 
 def _width(rows: Sequence[ScoredAnswer]) -> int:
-    """How many columns, the last ones, have their logits computed: the longest answer and the token before it.
+    """Return the number of last columns whose logits are computed: the longest answer and the token before it.
 
-    All of them where a row would have nothing in the columns before, since attention needs something to see.
+    It is all columns if a row would have no token in the columns before, because attention needs at least one.
     """
     last = max(row.answer for row in rows) + 1
     return last if min(len(row.ids) for row in rows) > last else max(len(row.ids) for row in rows)

@@ -12,7 +12,7 @@ from deltamem_tool.evaluation.task import Item
 from deltamem_tool.segments.messages import Message, text_of
 from deltamem_tool.segments.template import ChatTemplate
 
-PASSAGES = 5  # that BM25 puts into the prompt, where no window says how many tokens there may be
+PASSAGES = 5  # passages from BM25 in the prompt, if no window limits the tokens
 _INTRODUCTION = "From earlier conversations:\n\n"
 
 
@@ -68,7 +68,7 @@ class Views:
         return self._render(item, _joined(_messages(item), item.question))
 
     def _last_within(self, item: Item, tokens: int) -> str:
-        """The last messages whose tokens, with what the template puts around them, are no more than `tokens`."""
+        """Render the last messages that fit into `tokens`, including the text that the template adds."""
         messages = _messages(item)
         room = self._count(self._plain(item)) + tokens
         fewest, most = 0, len(messages)
@@ -79,14 +79,14 @@ class Views:
         return self._last(item, messages, fewest)
 
     def _last(self, item: Item, messages: Sequence[Message], count: int) -> str:
-        """With the last `count` messages, without those at their beginning that the template does not begin with."""
+        """Render the last `count` messages, without leading ones that the template cannot begin with."""
         shown = list(messages[len(messages) - count :])
         while shown and shown[0]["role"] not in ("user", "system"):
             shown = shown[1:]
         return self._render(item, _joined(shown, item.question))
 
     def _retrieved(self, item: Item) -> str:
-        """The passages that BM25 ranks highest for the question, in the order of the history, in the question."""
+        """Render the passages that BM25 ranks highest, in the order of the history, inside the question."""
         ranked = rank(_passages(item), item.query or text_of(item.question[-1]))
         chosen: list[int] = []
         room = self._count(self._plain(item)) + self._protocol.window
@@ -118,12 +118,12 @@ def _messages(item: Item) -> list[Message]:
 
 
 def _joined(shown: Sequence[Message], question: Sequence[Message]) -> list[Message]:
-    """A system prompt that the question begins with comes first, and in place of the history's own."""
+    """Join history and question. A system prompt of the question replaces that of the history."""
     if question[0]["role"] != "system":
         return [*shown, *question]
     return [question[0], *(message for message in shown if message["role"] != "system"), *question[1:]]
 
 
 def _passages(item: Item) -> list[str]:
-    """One a message, with who says it."""
+    """Return one passage per message, with its speaker."""
     return [f"{message['role']}: {text_of(message)}" for message in _messages(item)]

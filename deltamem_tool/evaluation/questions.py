@@ -48,7 +48,7 @@ def digest_of(items: Sequence[Item], everyone: Sequence[Item], others: Mapping[s
 
 
 def _written(item: Item) -> list[Any]:
-    """What an item's memory is written from."""
+    """Return everything that an item's memory is written from."""
     return [list(item.history), *([item.template_kwargs] if item.template_kwargs else [])]
 
 

@@ -99,7 +99,7 @@ DATA_FILE = "model.onnx.data"
 MANIFEST_FILE = "deltamem_onnx.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
-# All that an export writes, and all that is sent to the Hub or fetched from it.
+# All files that an export writes, and that are sent to the Hub or fetched from it.
 FILES = (
     MODEL_FILE,
     DATA_FILE,
@@ -132,18 +132,18 @@ PRESENT = "present"
 INITIAL = "initial"
 KEY, VALUE, STATE, SEGMENT, CONV = "key", "value", "recurrent_state", "segment", "conv_state"
 INDEXER_KEY = "indexer_key"
-# What a base may keep of every token beside keys and values.
+# Values that a base model may keep for every token besides keys and values.
 COLUMNS = (INDEXER_KEY, "compressor_kv", "compressor_gate", "indexer_kv", "indexer_gate")
-CACHE = (KEY, VALUE, *COLUMNS)  # what has a column for every token
+CACHE = (KEY, VALUE, *COLUMNS)  # parts with one column per token
 PLE_CONV, PLE_TOKENS = "ple_conv_state", "ple_tokens"
-SSM = "ssm_state"  # what STATE is of the base, in a layer whose STATE is a memory
+SSM = "ssm_state"  # name of the base model's state in a layer whose STATE is a memory
 
-MIN_LENGTH = 64  # of keys and values of a fixed length: what is compared with PyTorch before a folder appears
-LOGITS = ("last", "all")  # the last position's alone, or every position's
+MIN_LENGTH = 64  # of keys and values of a fixed length, which must fit the conversation that is compared with PyTorch
+LOGITS = ("last", "all")  # logits of the last position only, or of every position
 
 INT64, BOOL, FLOAT32, FLOAT16, BFLOAT16 = "int64", "bool", "float32", "float16", "bfloat16"
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)  # of keys and values
-# Axes that vary, by the names of the ecosystem. No runtime looks at them: folders with other names stay readable.
+# Dynamic axes, with the names of the ecosystem. No runtime uses the names, so folders with other names work too.
 BATCH, TOKENS = "batch_size", "sequence_length"
 PAST_TOKENS, ALL_TOKENS = "past_sequence_length", "total_sequence_length"
 Shape = tuple[int | str, ...]
@@ -174,14 +174,14 @@ class Layer:
 
     @property
     def cache(self) -> dict[str, tuple[int, int]]:
-        """(heads, width) of what its cache holds, by part."""
+        """(heads, width) of each part of its cache."""
         parts = {KEY: self.key, VALUE: self.value}
         held = {part: size for part, size in parts.items() if size is not None}
         return held | {part: (1, width) for part, width in self.columns}
 
     @property
     def base_states(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of the base's own states, by part."""
+        """Sizes of the base model's states, by part."""
         parts: dict[str, tuple[int, ...]] = {
             f"{CONV}_{number}" if number else CONV: sizes for number, sizes in enumerate(self.convolutions)
         }
@@ -191,7 +191,7 @@ class Layer:
 
     @property
     def recurrent_part(self) -> str:
-        """What its own recurrent state is called."""
+        """Name of the base model's recurrent state."""
         return STATE if self.state is None else SSM
 
 
@@ -225,7 +225,7 @@ class Interface:
 
     @property
     def room(self) -> int | None:
-        """The most tokens of a conversation's context; None for any number."""
+        """Maximum number of tokens in a conversation's context; None if there is no limit."""
         return min((length for length in (self.max_length, self.positions) if length), default=None)
 
     @property
@@ -235,7 +235,7 @@ class Interface:
 
     @property
     def base_states(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of the base's own states, by the name of the input; empty where layers keep keys and values alone."""
+        """Sizes of the base model's states, by input name; empty if layers keep only keys and values."""
         return {
             carried_name(PAST, i, part): sizes
             for i, layer in enumerate(self.layers)
@@ -244,7 +244,7 @@ class Interface:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one conversation: its states and open segments, float32."""
+        """Size in bytes of one conversation's states and open segments, float32."""
         return sum(4 * (math.prod(shape) + self.segment) for shape in self.state_shapes.values())
 
     def inputs(self) -> dict[str, tuple[str, Shape]]:
@@ -272,7 +272,7 @@ class Interface:
         }
 
     def _carried(self, prefix: str, length: int | str) -> dict[str, tuple[str, Shape]]:
-        """What goes from call to call."""
+        """Return the tensors that are carried from call to call, with names that start with `prefix`."""
         tensors: dict[str, tuple[str, Shape]] = {}
         for i, layer in enumerate(self.layers):
             for part, (heads, width) in layer.cache.items():
@@ -315,12 +315,12 @@ class Interface:
 
 
 def carried_name(prefix: str, layer: int, part: str) -> str:
-    """Name a carried tensor: `past_key_values.0.key`, `present.3.recurrent_state`."""
+    """Return the name of a carried tensor, such as `past_key_values.0.key` or `present.3.recurrent_state`."""
     return f"{prefix}.{layer}.{part}"
 
 
 def past_name(present: str) -> str:
-    """The input that takes the output `present` at the next call."""
+    """Return the input of the next call that takes the output `present`."""
     return PAST + present.removeprefix(PRESENT)
 
 
@@ -339,7 +339,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def _fits(expected: tuple[str, Shape], actual: tuple[str, list[Any]]) -> bool:
-    """One type, one rank, and every number of `expected`; an axis that varies must not be fixed."""
+    """Return whether type, rank and fixed sizes are equal. A dynamic axis of `expected` must not be fixed."""
     (dtype, shape), (graph_dtype, graph_shape) = expected, actual
     if dtype != graph_dtype or len(shape) != len(graph_shape):
         return False
@@ -350,7 +350,7 @@ def _fits(expected: tuple[str, Shape], actual: tuple[str, list[Any]]) -> bool:
 
 
 def disagreement(why: str) -> ExportError:
-    """The error for a manifest that this version or the graph does not agree with."""
+    """Return the error for a manifest that does not match the graph or this version."""
     return ExportError(
         f"{MANIFEST_FILE} does not match the graph or this version of deltamem.", f"{why}.", "Export the model again."
     )

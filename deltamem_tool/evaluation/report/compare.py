@@ -30,15 +30,15 @@ from deltamem_tool.io.names import expand_user
 from deltamem_tool.io.safe_json import read_json
 
 FORMAT, FORMAT_VERSION = "deltamem-comparison", 1
-_ROUNDING = 1e-9  # of a mean that was written as JSON
+_ROUNDING = 1e-9  # tolerance for a mean read back from JSON
 
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """One of the two: what it says, and its records where they are there and whole.
+    """One of the two evaluations: its results, and its records if they are complete.
 
     Args:
-        missing: why there are no records.
+        missing: why there are no records; empty if there are.
         items: digest of the questions and histories.
     """
 
@@ -49,7 +49,7 @@ class EvaluationFile:
     missing: str
 
     def score(self, condition: str, group: str | None) -> Interval:
-        """Mean, low, high."""
+        """Return the mean of a condition, and the bounds of its interval."""
         if group is None:
             return cast(Interval, self.result["overall"][condition])
         return cast(Interval, self.result["scores"][condition][self.result["groups"].index(group)])
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The condition, or what the state adds to it, in words."""
+        """The condition in words, or what the state adds to it."""
         return f"state over {in_words(self.condition)}" if self.is_gain else in_words(self.condition)
 
     @property
@@ -99,11 +99,11 @@ class Row:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference is told from 0."""
+        """Whether the difference is distinguishable from 0."""
         return is_clear(self.low, self.high, self.p_value, self.histories)
 
     def to_json(self) -> dict[str, Any]:
-        """With where it is beside the margin, if there is one, and enough histories to tell."""
+        """Return the row, and its position relative to the margin if there is one and enough histories."""
         if self.margin is None or (self.histories is not None and self.histories < FEWEST):
             return asdict(self)
         return {**asdict(self), "beside_margin": beside_margin(self.low, self.high, self.margin)}
@@ -133,12 +133,12 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """The metric that both have."""
+        """The metric of both evaluations."""
         return str(self.a.result["metric"])
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the differences."""
+        """Remarks that are needed to read the differences."""
         if self.unpaired:
             notes = [f"not paired by question, since {self.unpaired}: means are compared, as of independent samples"]
         else:
@@ -149,7 +149,7 @@ class Comparison:
         return [*notes, *(f"{label} does not say how it was done" for label in silent), *self.alone]
 
     def verdict(self) -> list[str]:
-        """In words: of all questions, or else group by group; and of what the state adds."""
+        """Return the differences as sentences: over all questions or else by group, then what the state adds."""
         return [row.in_words for row in [*(self.overall or self.rows), *self.gains]]
 
     @property
@@ -158,7 +158,7 @@ class Comparison:
         return [row for row in self.rows if row.group is None]
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as `deltamem compare --json` prints it."""
+        """Return the comparison as `deltamem compare --json` prints it."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -203,7 +203,7 @@ def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Compar
     _check_alike(first, second, unpaired)
     groups = [group for group in first.result["groups"] if group in second.result["groups"]]
     conditions = [name for name in first.result["conditions"] if name in second.result["conditions"]]
-    # Of other groups, a mean over all questions is of something else.
+    # With different groups, the means over all questions would measure different things.
     same_groups = len(groups) == len(first.result["groups"]) == len(second.result["groups"])
     rows = [
         _row(first, second, name, group, not unpaired)
@@ -216,7 +216,7 @@ def compare(a: str | Path, b: str | Path, margin: float | None = None) -> Compar
 
 
 def read_report(place: Path) -> EvaluationFile:
-    """A report's figures, and its records where they are those that the figures are of.
+    """Read a report's figures, and its records if the figures are computed from them.
 
     Raises:
         DataError: there is no evaluation, or a file is damaged.
@@ -240,7 +240,7 @@ def read_report(place: Path) -> EvaluationFile:
 
 
 def _by_condition(records: Sequence[Record], result: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """In the order of the items' names: they came in that of their prompts' lengths."""
+    """Return the records by condition, sorted by item; the file has them in the order of their prompts' lengths."""
     by_condition: dict[str, list[Record]] = {name: [] for name in result["conditions"]}
     for record in sorted(records, key=lambda record: record.item):
         if record.condition in by_condition:
@@ -249,7 +249,7 @@ def _by_condition(records: Sequence[Record], result: Mapping[str, Any]) -> dict[
 
 
 def _agree(records: Mapping[str, Sequence[Record]], result: Mapping[str, Any]) -> bool:
-    """Whether the means are the recorded ones: none is missing, and none has been changed."""
+    """Return whether the records give the means of the result, so that none is missing or changed."""
     metric, total = result["metric"], sum(result["questions"])
     weight = scale_of(metric).weight
     for name, answers in records.items():
@@ -271,17 +271,17 @@ def _agree(records: Mapping[str, Sequence[Record]], result: Mapping[str, Any]) -
 
 
 def _unpaired(a: EvaluationFile, b: EvaluationFile) -> str:
-    """Why questions cannot be paired; empty if they can."""
+    """Return why questions cannot be paired; empty if they can."""
     if a.missing or b.missing:
         return a.missing or b.missing
     return "" if a.items and a.items == b.items else "they asked other questions"
 
 
 def _check_alike(a: EvaluationFile, b: EvaluationFile, unpaired: str) -> None:
-    """Refuse two evaluations whose difference means nothing.
+    """Reject two evaluations whose difference means nothing.
 
     Raises:
-        DataError: a difference would be of two things, or of none.
+        DataError: the evaluations measure different things, or have nothing in common.
     """
     for name in ("task", "metric"):
         if a.result[name] != b.result[name]:
@@ -313,7 +313,7 @@ def _row(a: EvaluationFile, b: EvaluationFile, name: str, group: str | None, pai
 def _paired(
     a: EvaluationFile, b: EvaluationFile, name: str, group: str | None
 ) -> tuple[list[float], list[float], list[str], list[float] | None]:
-    """B's scores, A's, the histories, and how much each counts, question by question."""
+    """Return B's scores, A's scores, the histories and the weights, by question."""
     metric, weight = a.result["metric"], scale_of(a.result["metric"]).weight
     pairs = zip(a.records[name], b.records[name], strict=True)
     some = [(first, second) for first, second in pairs if group in (None, first.group)]
@@ -326,7 +326,7 @@ def _paired(
 
 
 def _gains(a: EvaluationFile, b: EvaluationFile, conditions: Sequence[str], paired: bool) -> list[Row]:
-    """Whether one's state adds more than the other's: differences between differences."""
+    """Return how much more the state adds in B than in A: differences between differences."""
     scale = scale_of(a.result["metric"])
     rows = []
     for other in conditions if STATE in conditions else ():
@@ -351,9 +351,9 @@ def _interval(result: Mapping[str, Any] | None) -> Interval | None:
 
 
 def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str, str]]:
-    """Settings that are not the same.
+    """Return the settings that differ.
 
-    Those that both tell of, and where both tell how they were done, what only one has.
+    Settings that only one of them has are included if both record how they were run.
     """
     sides = [{(part, name): value for part, rows in settings(each.result) for name, value in rows} for each in (a, b)]
     both_have_runs = "run" in a.result and "run" in b.result
@@ -365,7 +365,7 @@ def _differing(a: EvaluationFile, b: EvaluationFile) -> list[tuple[str, str, str
 
 
 def _alone(a: EvaluationFile, b: EvaluationFile) -> list[str]:
-    """What only one of them has."""
+    """Return the conditions and groups that only one evaluation has, as remarks."""
     return [
         f"only {label} has the {kind} {in_words(name)}"
         for kind, key in (("condition", "conditions"), ("group", "groups"))

@@ -27,22 +27,22 @@ from deltamem_tool.memory.cache import MemoryCache
 from deltamem_tool.onnx import contract
 from deltamem_tool.onnx.export.layers import DOMAIN
 
-ATTENTION, ROTARY = "Attention", "Rotary"  # nodes that `attention_nodes` replaces
+ATTENTION, ROTARY = "Attention", "Rotary"  # node types that `attention_nodes` replaces
 HALVES, INTERLEAVED = 0, 1  # how rotary embeddings pair numbers: across the halves of a head, or neighbours
 
-_NAME = "deltamem_onnx"  # of this implementation among those of transformers
+_NAME = "deltamem_onnx"  # name of this attention implementation in transformers
 _PROBE_TOKENS = 12
-_PROBE_WINDOW = 4  # longer windows and chunks are so long in the trial, or it would not see them
-_PROBE_TOLERANCE = 1e-4  # between a model's logits and those by the equation, by their size, in float32
+_PROBE_WINDOW = 4  # longer windows and chunks are shortened to this in the trial, so that it notices them
+_PROBE_TOLERANCE = 1e-4  # relative, between logits of the model and of the equation, in float32
 _HALF_TOLERANCE = 3e-2  # in half precision
-_HEAD_MULTIPLE = 8  # the operator's: of the width of a head
+_HEAD_MULTIPLE = 8  # the operator needs a head width that is a multiple of this
 
 _current: FusedAttention | None = None
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the rows of a call.
+    """The lengths of the rows of a call.
 
     Args:
         past: tokens of each row before it, int64 `[B]`.
@@ -56,7 +56,7 @@ class Lengths:
 
 
 class FusedAttention:
-    """Runs a model with the equation for its attention, and traces it with a node for it.
+    """Run a model with the equation in place of its attention, or trace it with a node for it.
 
     Args:
         lengths: of the rows of the call.
@@ -65,11 +65,11 @@ class FusedAttention:
     def __init__(self, lengths: Lengths) -> None:
         self.lengths = lengths
         self.layers: dict[int, FusedLayer] = {}
-        self._may_rest: set[int] = set()  # layers that may be without attention
+        self._may_rest: set[int] = set()  # layers that may have no attention
 
     @contextmanager
     def of(self, model: PreTrainedModel, cache: MemoryCache, past: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Inside, calls of `model` with `cache` attend by the equation to the keys and values of `past`."""
+        """Make calls of `model` with `cache` use the equation with the keys and values of `past`, inside the block."""
         global _current
         kinds: list[Any] = [*cache.layers, *[None] * (len(past) - len(cache.layers))]
         attending = [isinstance(kind, DynamicLayer) or not isinstance(kind, LinearAttentionLayer) for kind in kinds]
@@ -91,12 +91,12 @@ class FusedAttention:
 
     @property
     def all_attended(self) -> bool:
-        """Whether every layer that keeps keys has given them to the equation."""
+        """Whether every layer with keys has passed them to the equation."""
         return all(layer.keys is not None for i, layer in self.layers.items() if i not in self._may_rest)
 
 
 class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
-    """A layer of the cache whose keys and values the operator appends by itself."""
+    """A cache layer whose keys and values are appended by the operator."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         super().__init__()
@@ -104,17 +104,17 @@ class FusedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
         self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Leave new keys and values to the attention."""
+        """Return the new keys and values, which the attention appends."""
         self.is_initialized, self.new = True, (key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """0: positions are given."""
+        """Return 0, because positions are passed explicitly."""
         return 0
 
 
 class FusedHybridLayer(LinearAttentionLayer, FusedLayer):  # type: ignore[misc]  # of transformers
-    """The same, of a layer that keeps states beside."""
+    """A `FusedLayer` that also keeps the states of the base model."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         FusedLayer.__init__(self, keys, values)
@@ -122,12 +122,12 @@ class FusedHybridLayer(LinearAttentionLayer, FusedLayer):  # type: ignore[misc] 
 
 
 def can_fuse(model: PreTrainedModel, cache_layers: int) -> bool:
-    """Whether the operator computes the attention of every layer of `model`."""
+    """Return whether the operator computes the attention of every layer of `model`."""
     return why_not_fused(model, cache_layers) is None
 
 
 def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
-    """What the attention of `model` is that the operator's is not; None if the operator computes it."""
+    """Return why the operator does not compute the attention of `model`; None if it does."""
     tokens = _PROBE_TOKENS
     ids = torch.arange(2 * tokens, device=model.device).view(2, tokens) % _PROBE_TOKENS
     positions = torch.arange(tokens, device=model.device).expand(2, -1)
@@ -142,7 +142,7 @@ def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
                 actual = model(input_ids=ids, cache=cache, position_ids=positions).logits.float()
         except _NotFusedError as error:
             return str(error)
-        except Exception as error:  # whatever is raised in a model that attends by itself, and is given no mask for it
+        except Exception as error:  # a model with its own attention can raise anything without its mask
             return f"it is the model's own, and fails without a mask ({type(error).__name__})"
     if not fused.all_attended:
         return "it is the model's own"
@@ -153,7 +153,7 @@ def why_not_fused(model: PreTrainedModel, cache_layers: int) -> str | None:
 
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` has windows and chunks of a few tokens: a model may have them in its masks alone."""
+    """Shorten windows and chunks of `model` inside the block; some models apply them only in their masks."""
     parts = list(model.modules())
     configs = {id(part.config): part.config for part in parts if isinstance(vars(part).get("config"), PretrainedConfig)}
     changed = [
@@ -187,7 +187,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query `[B, H, T, D]`, new keys and values `[B, K, T, D]`; it gives `[B, T, H, D]`."""
+    """Return attention `[B, T, H, D]` of queries `[B, H, T, D]` and new keys and values `[B, K, T, D]`."""
     assert _current is not None
     index = getattr(module, "layer_idx", None)
     heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
@@ -230,7 +230,7 @@ def _attend(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """The equation, for a text without a past: query `[B, H, T, D]`, keys and values `[B, K, T, D]`."""
+    """Compute the equation for a text without a past: query `[B, H, T, D]`, keys and values `[B, K, T, D]`."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1).float() for x in (key, value))
     scores = query.float() @ key.transpose(2, 3) * scale
@@ -251,7 +251,7 @@ AttentionInterface.register(_NAME, _attend)
 
 @contextmanager
 def marked_rotary(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a node stands for the rotary embeddings of `model`, where they are one of the known ones."""
+    """Replace the rotary embeddings of `model` by a node inside the block, if they are of a known kind."""
     name = "apply_rotary_pos_emb"
     modules = {type(part).__module__ for part in model.modules()}
     patched = {}
@@ -302,9 +302,9 @@ def _rotate(
 
 
 def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]], width: int) -> tuple[int, int] | None:
-    """Which numbers `rotate` turns together, and how it is given their angles; None if it does something else.
+    """Return which numbers `rotate` pairs, and how it takes their angles; None if it does something else.
 
-    It is tried on heads of `width` numbers, of which it turns the first eight.
+    It is tried on heads of `width` numbers, of which it rotates the first eight.
     """
     random = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 3, width, generator=random, dtype=torch.float32) for heads in (2, 1))
@@ -325,7 +325,7 @@ def _pairing(rotate: Callable[..., tuple[Tensor, Tensor]], width: int) -> tuple[
 
 
 def _rotated(x: Tensor, angles: Tensor, pairing: int) -> Tensor:
-    """`x` `[B, H, T, D]`, the first numbers of each head turned by `angles` `[B, T, R / 2]`."""
+    """Rotate the first numbers of each head of `x` `[B, H, T, D]` by `angles` `[B, T, R / 2]`."""
     width = 2 * angles.shape[-1]
     x, rest = x[..., :width], x[..., width:]
     first, second = x.chunk(2, -1) if pairing == HALVES else (x[..., ::2], x[..., 1::2])

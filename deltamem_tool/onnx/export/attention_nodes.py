@@ -27,7 +27,7 @@ from deltamem_tool.onnx.export.graph_edits import (
 )
 from deltamem_tool.onnx.export.layers import DOMAIN
 
-POSITIONS = "Positions"  # marks the positions of a call's tokens, int64 [B, T]
+POSITIONS = "Positions"  # node type that marks the positions of a call's tokens, int64 [B, T]
 # The operator's: of the width of a head that it turns, and of its tables', which are half as wide as what it turns.
 _ROTARY_MULTIPLE, _TABLE_MULTIPLE = 16, 8
 _SWAPPED = [0, 2, 1, 3]  # from [B, heads, T, width] to [B, T, heads, width], and back
@@ -84,7 +84,7 @@ def _place(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
 
 
 def _turn(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
-    """The node that turns the first numbers of each head of `x` or all of them, and what it was before."""
+    """Return the node that rotates the first or all numbers of each head of `x`, and its input."""
     rotary = producer(x, ROTARY)
     if rotary is not None:
         return rotary, given(rotary)
@@ -101,7 +101,7 @@ def _turn(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
 
 
 def _cut(part: ir.Node) -> tuple[int, int] | None:
-    """Where a slice of the last of four axes begins and ends; None if it is not one."""
+    """Return the start and end of a slice of the last of four axes; None if `part` is not such a slice."""
     start, end, axis, step = (
         _number(part.inputs[position]) if position < len(part.inputs) else 1 for position in (1, 2, 3, 4)
     )
@@ -111,19 +111,19 @@ def _cut(part: ir.Node) -> tuple[int, int] | None:
 
 
 def _width(x: ir.Value) -> int:
-    """Size of the last axis, 0 where it is not known."""
+    """Return the size of the last axis, or 0 if it is unknown."""
     size = x.shape[-1] if x.shape is not None else None
     return size if isinstance(size, int) else 0
 
 
 def _number(x: ir.Value | None) -> int | None:
-    """A constant of one number."""
+    """Return the value of a constant with one element; None if `x` is not one."""
     numbers = constant(x)
     return int(numbers.item()) if numbers is not None and numbers.size == 1 else None
 
 
 def _flat(graph: ir.Graph, before: ir.Node, x: ir.Value | None) -> ir.Value:
-    """`x` `[B, heads, T, width]` as the projection gave it, `[B, T, heads · width]`."""
+    """Return `x` `[B, heads, T, width]` as the output of the projection, `[B, T, heads · width]`."""
     swapped = producer(x, "Transpose")
     if swapped is not None and list(swapped.attributes["perm"].as_ints()) == _SWAPPED:
         shaped = producer(swapped.inputs[0], "Reshape")
@@ -147,14 +147,14 @@ def _is_flat(x: ir.Value) -> bool:
 
 
 class _Tables:
-    """Cosines and sines of all positions, `[positions, width / 2]`, where they depend on the position alone."""
+    """Cosines and sines of all positions, `[positions, width / 2]`, if they depend only on the position."""
 
     def __init__(self, graph: ir.Graph, interface: Interface) -> None:
         self._graph, self._interface = graph, interface
         self._known: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
 
     def of(self, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-        """The two tables that a node for rotary embeddings can have instead of its own angles."""
+        """Return the two tables that can replace the angles of a node for rotary embeddings, or None."""
         angles = (given(rotary, 1), given(rotary, 2))
         if angles not in self._known:
             arrays = self._computed(angles)
@@ -180,11 +180,11 @@ class _Tables:
         whole, earlier, later = (self._run(session, np.arange(length)[text]) for text in texts)
         for x, *parts in zip(whole, earlier, later, strict=True):
             if x.shape[0] != 1 or not np.array_equal(x[0], np.concatenate([part[0] for part in parts])):
-                return None  # the same position has other angles in another text
+                return None  # the angles of a position depend on the text
         return [x[0] for x in whole]
 
     def _model(self, outputs: list[ir.Value]) -> bytes | None:
-        """The graph from the positions to `outputs`; None if there is none."""
+        """Return the graph from the positions to `outputs`; None if there is none."""
         nodes: dict[ir.Node, None] = {}
         marks: set[ir.Node] = set()
 
@@ -224,7 +224,7 @@ class _Tables:
 def _as_model(
     nodes: Mapping[ir.Node, None], positions: ir.Value, outputs: list[ir.Value], graph: ir.Graph
 ) -> bytes | None:
-    """A model of its own, whose inputs are those of `graph` that it reads, and the positions."""
+    """Build a separate model, whose inputs are the positions and the inputs of `graph` that it needs."""
     copies: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
     constants: list[ir.Value] = []
@@ -266,7 +266,7 @@ def _as_model(
 
 
 def _place_rotary(graph: ir.Graph, node: ir.Node) -> None:
-    """`RotaryEmbedding`, with the angles of this call's tokens for a table."""
+    """Replace the node by `RotaryEmbedding`, with the angles of this call's tokens as its table."""
     x, cos, sin = (given(node, position) for position in range(3))
     tables = [ir.node("Flatten", [angles], attributes={"axis": 2}) for angles in (cos, sin)]
     shape = ir.node("Shape", [cos], attributes={"start": 0, "end": 2})

@@ -21,7 +21,7 @@ from deltamem_tool.onnx.export.trace import traced
 
 
 def without_memory(interface: Interface) -> Interface:
-    """What the graph of the same model without its memory takes and gives."""
+    """Return the interface of the graph of the same model without its memory."""
     layers = tuple(dataclasses.replace(layer, state=None) for layer in interface.layers)
     return dataclasses.replace(interface, segment=0, layers=layers)
 
@@ -33,14 +33,14 @@ def write_plain(
     target: Target,
     folder: Path,
 ) -> None:
-    """Write graph and weights into `folder`, which is made.
+    """Write graph and weights into the new `folder`.
 
     Args:
-        model: it has no memory now.
-        options: how to call it; made while it had one.
+        model: the model, whose memory has been detached.
+        options: options for calling it, created while it had a memory.
         interface: from `without_memory`.
-        target: what will run the graph.
-        folder: must not be there.
+        target: the target that will run the graph.
+        folder: folder that does not exist yet.
     """
     program = traced(model, None, interface, options, target)
     optimize(program, target)

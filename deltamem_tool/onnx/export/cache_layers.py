@@ -23,13 +23,13 @@ _COMPRESS = "store_compression_weights"  # a method of DeepSeek-V4's
 
 
 class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
-    """In the place of DeepSeek-V4's layers.
+    """A replacement for DeepSeek-V4's cache layers.
 
     Args:
-        compress_rate: tokens of a window.
+        compress_rate: number of tokens in a window.
 
     Attributes:
-        given: what the compressors were given of each token, `[B, 1, P, width]` by part.
+        given: input of the compressors for each token, `[B, 1, P, width]` by part.
     """
 
     def __init__(self, compress_rate: int) -> None:
@@ -38,7 +38,7 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
         self.given: dict[str, Tensor] = {}
 
     def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
-        """All windows `[B, W * rate, width]`, behind the last whole one two more, which no token sees yet."""
+        """Return all windows `[B, W * rate, width]`, plus two after the last whole one that no token sees yet."""
         windows = []
         for kind, new in (("kv", kv), ("gate", gate)):
             part = f"{name}_{kind}"
@@ -50,31 +50,31 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]  # of transformers
         return windows[0], windows[1], 0
 
     def update_compressor_states(self, name: str, compressed: Tensor) -> Tensor:
-        """Nothing is kept: they are all."""
+        """Return `compressed` as is: it has all windows, so none is kept."""
         return compressed
 
     def update_overlap_state(self, *args: Any) -> tuple[None, None]:
-        """No window is before the first one."""
+        """Return nothing: no window precedes the first one."""
         return None, None
 
 
 def can_carry(held: Any) -> bool:
-    """Whether what a layer of the cache keeps beside keys and values is carried as columns."""
+    """Return whether the further values of a cache layer, besides keys and values, can be carried as columns."""
     return isinstance(held, DynamicIndexedLayer) or hasattr(held, _KEYS) or hasattr(held, _COMPRESS)
 
 
 def counts_columns(held: Any) -> bool:
-    """Whether the base takes a layer's columns for positions, so that padding would count."""
+    """Return whether the base uses a layer's columns as positions, so that padding would count."""
     return hasattr(held, _KEYS) or hasattr(held, _COMPRESS) or getattr(held, "is_sliding", False)
 
 
 def traced_layer(held: Any) -> Any:
-    """What stands in the place of a new layer of the cache: one that keeps every column."""
+    """Return the replacement for a new cache layer, which keeps every column."""
     return CompressedLayer(held.compress_rate) if hasattr(held, _COMPRESS) else keeping_all(held)
 
 
 def columns_of(held: Any) -> Mapping[str, Tensor]:
-    """What a layer of the cache keeps of each token beside keys and values, `[B, 1, P, width]` by part."""
+    """Return the further values that a cache layer keeps for each token, `[B, 1, P, width]` by part."""
     if isinstance(held, CompressedLayer):
         return held.given
     if hasattr(held, _COMPRESS):
@@ -87,7 +87,7 @@ def columns_of(held: Any) -> Mapping[str, Tensor]:
 
 
 def fill_columns(held: Any, past: Mapping[str, Tensor]) -> None:
-    """Let a layer of the cache begin with what `columns_of` gave of it."""
+    """Start a cache layer with values from `columns_of`."""
     if isinstance(held, CompressedLayer):
         held.given = {part: past[part] for part in contract.COLUMNS if part in past}
     elif contract.INDEXER_KEY in past and isinstance(held, DynamicIndexedLayer):

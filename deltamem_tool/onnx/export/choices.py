@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def growing_choices(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` chooses `min(most, columns)` columns, however many columns there are.
+    """Make `model` select `min(most, columns)` columns for any number of columns, inside the block.
 
-    Python's `min` compares the two while the model is traced, and one of them would be chosen for good.
+    Python's `min` would compare the two while the model is traced, and fix the result.
     """
     modules = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
     modules = [module for module in modules if "min" not in vars(module)]
@@ -31,7 +31,7 @@ def growing_choices(model: PreTrainedModel) -> Iterator[None]:
 
 
 def growing_min(*values: Any, **kwargs: Any) -> Any:
-    """`min`, of two sizes the smaller one even if it is not known yet."""
+    """Compute `min`, also of two sizes that are not known while the model is traced."""
     sizes = len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values)
     if sizes:
         return torch.sym_min(*values)  # type: ignore[no-untyped-call]
@@ -39,15 +39,15 @@ def growing_min(*values: Any, **kwargs: Any) -> Any:
 
 
 class FirstOfEqual(TorchFunctionMode):
-    """Inside, `topk` chooses the first of equal values, as ONNX says; PyTorch chooses any of them.
+    """Make `topk` select the first of equal values, as ONNX specifies; PyTorch may select any of them.
 
-    An indexer's scores are often equal: they are zero where none of its heads has a positive one.
+    An indexer's scores are often equal, because they are zero if none of its heads has a positive score.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, or what stands in the place of `topk`."""
+        """Call `func`, or the replacement of `topk`."""
         return (_first_largest if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
 
 

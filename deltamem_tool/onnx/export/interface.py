@@ -89,7 +89,7 @@ def interface_of(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What the contract calls it."""
+    """Return the name of `dtype` in the contract."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -98,10 +98,10 @@ def _heads_and_width(cached: Tensor | None) -> tuple[int, int] | None:
 
 
 def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
-    """What a layer of the cache keeps of convolutions and of a recurrence: see `Layer`."""
+    """Return the sizes of a cache layer's states of convolutions and of a recurrence: see `Layer`."""
     if not isinstance(held, LinearAttentionCacheLayerMixin):
         return (), None
-    # Of as many columns as a kernel has transformers keeps one that no later output depends on.
+    # transformers keeps one column more than later outputs depend on.
     states = {0: held.conv_states[0]} if _ngrams(held) else held.conv_states
     convolutions = tuple((x.shape[1], x.shape[2] - 1) for x in states.values() if x is not None)
     recurrent = held.recurrent_states[0]
@@ -109,7 +109,7 @@ def _base_states(held: Any) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...
 
 
 def _ngrams(held: Any) -> tuple[int, int, int] | None:
-    """What a layer of the cache keeps of embeddings of n-grams: see `Layer`."""
+    """Return the sizes of a cache layer's states of n-gram embeddings: see `Layer`."""
     states = list(held.conv_states.values()) if isinstance(held, LinearAttentionCacheLayerMixin) else []
     if not states or states[-1] is None or states[-1].ndim != 2:
         return None
@@ -118,10 +118,10 @@ def _ngrams(held: Any) -> tuple[int, int, int] | None:
 
 
 def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> None:
-    """Check what a model whose layers keep states of their own is exported for.
+    """Check the options of an export of a hybrid model, whose layers keep states of their own.
 
     Raises:
-        ExportError: keys and values are to be of a fixed length, or the target's runtime feeds no such states.
+        ExportError: a fixed length is requested, or the target's runtime does not support such states.
     """
     if max_length:
         raise ExportError(
@@ -138,10 +138,10 @@ def _check_hybrid(model: PreTrainedModel, target: Target, max_length: int) -> No
 
 
 def _check_columns(model: PreTrainedModel, target: Target, max_length: int) -> None:
-    """Check what a model that keeps more of each token than keys and values is exported for.
+    """Check the options of an export of a model that keeps more per token than keys and values.
 
     Raises:
-        ExportError: keys and values are to be of a fixed length, or the target's runtime feeds nothing else.
+        ExportError: a fixed length is requested, or the target's runtime only supports keys and values.
     """
     if max_length or target.genai:
         raise ExportError(
