@@ -29,7 +29,10 @@ ON_THE_BACKBONE = (
     "learn-msw",
     "learn-lora",
 )
-ON_SMOLLM2 = tuple(f"smollm2-135m-msw{stage}" for stage in ("", "-chats", "-more", "-keep", "-talk"))
+ON_SMOLLM2 = (
+    *(f"smollm2-135m-msw{stage}" for stage in ("", "-chats", "-more", "-keep", "-talk")),
+    "smollm2-135m-tsw",
+)
 BASES = {
     "qwen3-4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
     "qwen3-8b": "Qwen/Qwen3-8B",
