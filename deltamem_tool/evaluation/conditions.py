@@ -145,14 +145,26 @@ def conditions_of(
     return conditions
 
 
+_BASELINES = frozenset(("bm25", "truncated", "static", "lora"))  # only there if asked for
+
+
 def select(conditions: Sequence[Condition], only: Collection[str] | None, runtime: str = PYTORCH) -> list[Condition]:
     """Return the named conditions, or all.
 
     Raises:
-        ConfigError: there is no such condition, or it needs PyTorch, or a memory of several layers.
+        ConfigError: there is no such condition, or it needs PyTorch, or a memory of several layers; or a baseline
+            that was asked for is not among the names.
     """
     known = {condition.name for condition in conditions}
-    for name in sorted(set(only or ()) - known):
+    names = set(only or known)
+    for baseline in sorted(_BASELINES & known):
+        if not any(name.startswith(baseline) for name in names):
+            raise ConfigError(
+                f"The baseline {baseline} would not be used.",
+                f"The chosen conditions are {', '.join(sorted(names))}.",
+                f"Add {baseline} to them, or leave out the baseline's option.",
+            )
+    for name in sorted(names - known):
         if name in NEED_PYTORCH:
             check_pytorch(name, runtime)
         if name == PERMUTED_STATE:
@@ -164,7 +176,7 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
         raise ConfigError(
             f"There is no condition {name!r}.", f"The conditions are {', '.join(sorted(known))}.", "Choose from these."
         )
-    return [condition for condition in conditions if not only or condition.name in only]
+    return [condition for condition in conditions if condition.name in names]
 
 
 def check_pytorch(condition: str, runtime: str) -> None:

@@ -104,6 +104,14 @@ def test_it_answers_the_same_whatever_was_told(model, tokenizer, checkpoint, fol
     assert f"static adapter static, {count:,} trained parameters" in meaning
 
 
+def test_conditions_that_leave_out_a_baseline_are_rejected(model, tokenizer, folder):
+    static = Static.read(folder)
+    with pytest.raises(ConfigError, match="The baseline static would not be used"):
+        evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter",), static=static)
+    with pytest.raises(ConfigError, match="The baseline bm25 would not be used"):
+        evaluate(model, tokenizer, TASK, MEMORY, only=("no_adapter", "static"), static=static, retrieved=True)
+
+
 def test_it_leaves_nothing_behind(model, tokenizer, folder, monkeypatch):
     before = logits(model)
     evaluate(model, tokenizer, TASK, MEMORY, only=("static",), static=Static.read(folder))

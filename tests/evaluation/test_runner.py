@@ -177,7 +177,7 @@ def test_a_margin_is_stated_before(model, tokenizer, task, tmp_path, monkeypatch
     for other in (None, 0.1):
         with pytest.raises(DataError, match="Its margin differ"):
             evaluate(model, tokenizer, task, MEMORY, margin=other, folder=tmp_path)
-    with pytest.raises(ConfigError, match="margin is -1"):
+    with pytest.raises(ConfigError, match="Invalid margin: -1"):
         evaluate(model, tokenizer, task, MEMORY, margin=-1)
 
 
