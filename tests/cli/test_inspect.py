@@ -243,7 +243,9 @@ def test_an_adapter_has_no_rows_and_no_picture(here, deltamem, checkpoint):
 def test_an_unknown_format_is_refused_before_anything_is_read(here, deltamem):
     for arguments in (("inspect", "missing"), ("eval", "missing", "--out", "a.json")):
         (here / "missing").write_text("not what it should be")
-        deltamem(*arguments, "--plot", "a.xyz").assert_short_error("a.xyz", "no format .xyz", ".png, .svg", code=1)
+        deltamem(*arguments, "--plot", "a.xyz").assert_short_error(
+            "a.xyz", "format .xyz is not supported", ".png, .svg", code=1
+        )
     assert listing(here).keys() == {"missing"}
 
 

@@ -55,7 +55,7 @@ def test_a_margin_is_compared_with_whole_intervals(folders):
     assert "full context: B is 1.00 ± 0.15 higher than A, more than the margin of 0.5" in found.verdict()
     without = compare(folders / "a", folders / "b").to_json()["differences"]
     assert not any("beside_margin" in row for row in without)
-    with pytest.raises(ConfigError, match="margin is 0"):
+    with pytest.raises(ConfigError, match="Invalid margin: 0"):
         compare(folders / "a", folders / "b", 0)
 
 

@@ -257,7 +257,7 @@ def test_what_repeats_in_the_memory_is_stored_once_and_computes_the_same(weights
 def test_a_memory_that_cannot_be_told_apart_is_refused(weights, tmp_path):
     write_graph(tmp_path, {**weights, "memory": weights["memory"] * 3})
     files = [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")]
-    with pytest.raises(ExportError, match="16 columns"):
+    with pytest.raises(ExportError, match="16 of their columns"):
         quantize_graph(tmp_path, INT4_32, [weights["memory"]])
     assert [(tmp_path / name).read_bytes() for name in ("model.onnx", "model.onnx.data")] == files
 
