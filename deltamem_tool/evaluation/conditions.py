@@ -145,9 +145,6 @@ def conditions_of(
     return conditions
 
 
-_BASELINES = frozenset(("bm25", "truncated", "static", "lora"))  # only there if asked for
-
-
 def select(conditions: Sequence[Condition], only: Collection[str] | None, runtime: str = PYTORCH) -> list[Condition]:
     """Return the named conditions, or all.
 
@@ -157,8 +154,14 @@ def select(conditions: Sequence[Condition], only: Collection[str] | None, runtim
     """
     known = {condition.name for condition in conditions}
     names = set(only or known)
-    for baseline in sorted(_BASELINES & known):
-        if not any(name.startswith(baseline) for name in names):
+    baselines: dict[object, set[str]] = {}  # conditions that an option adds, by what it is
+    for condition in conditions:
+        if condition.on_base is not None or condition.view in (RETRIEVED, TRUNCATED):
+            key = condition.view if condition.on_base is None else id(condition.on_base)
+            baselines.setdefault(key, set()).add(condition.name)
+    for added in baselines.values():
+        if not added & names:
+            baseline = min(added)
             raise ConfigError(
                 f"The baseline {baseline} would not be used.",
                 f"The chosen conditions are {', '.join(sorted(names))}.",

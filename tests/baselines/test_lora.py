@@ -146,5 +146,5 @@ def test_records_are_of_one_lora(model, tokenizer, checkpoint, folder, tmp_path)
     with pytest.raises(DataError, match="Its lora differ"):
         evaluate(model, tokenizer, TASK, MEMORY, lora=other, **options)
     options["only"] = ("lora", "truncated")
-    with pytest.raises(DataError, match="truncate"):
+    with pytest.raises(DataError, match="Its truncate differ"):
         evaluate(model, tokenizer, TASK, MEMORY, lora=Lora.read(folder), truncate=9, **options)
