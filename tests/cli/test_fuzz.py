@@ -180,7 +180,8 @@ def run(case: Case, folder: Path) -> Ending:
         return Ending(None, "", "")
     assert not failure.exists(), failure.read_text()
     assert status == 0, f"ended by signal {status}"
-    return Ending(*json.loads(ending.read_text()))
+    code, out, err = json.loads(ending.read_text())
+    return Ending(None if interrupted.exists() else code, out, err)  # whatever a library made of the interrupt
 
 
 def run_here(case: Case, interrupted: Path) -> Ending:

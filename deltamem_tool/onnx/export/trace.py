@@ -66,11 +66,21 @@ def traced(
             with rotary, every_expert(model), InOnnx():
                 return _graph_of(step, interface, target)
         except Exception as error:  # torch's exporters have no exception of their own for what they cannot trace
+            if (interrupt := _interrupt_behind(error)) is not None:
+                raise interrupt from None
             raise ExportError(
                 f"PyTorch cannot trace {type(model).__name__} as one graph for every length.",
                 f"{_first_line(error)}.",
                 "Run it in PyTorch.",
             ) from error
+
+
+def _interrupt_behind(error: BaseException) -> BaseException | None:
+    """The Ctrl-C during which `error` was raised, or None: when one comes, torch's own cleanup may fail and hide it."""
+    cause: BaseException | None = error
+    while cause is not None and isinstance(cause, Exception):
+        cause = cause.__context__
+    return cause
 
 
 def _graph_of(step: Step, interface: Interface, target: Target) -> onnx_ir.Model:

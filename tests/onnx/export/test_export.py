@@ -209,6 +209,19 @@ def test_the_folder_has_a_tokenizer_that_takes_texts_whole(qwen3, no_tracing, tm
     assert backend.truncation["max_length"] == 8 and backend.padding["length"] == 64  # the caller's own stays
 
 
+def test_ctrl_c_is_not_taken_for_a_failed_trace(qwen3, monkeypatch, tmp_path):
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AssertionError("Trying to pop empty mode stack")
+
+    monkeypatch.setattr("deltamem_tool.onnx.export.trace._graph_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.export_onnx(qwen3.model, qwen3.tokenizer, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_there_stays_unless_told_otherwise(qwen3, no_tracing, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
