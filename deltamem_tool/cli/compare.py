@@ -88,7 +88,9 @@ def _settings(comparison: Comparison) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("setting", "A", "B", title="Settings that differ")
+    table = Table("setting", title="Settings that differ")
+    for name in ("A", "B"):
+        table.add_column(name, overflow="fold")  # a fingerprint is to be copied
     for part, name, a, b in comparison.differing:
         table.add_row(escape(f"{part.lower()}: {name}"), escape(a), escape(b))
     return table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamem_tool.cli.options import UserPath, json_option
+from deltamem_tool.cli.options import NAME, UserPath, json_option
 
 if TYPE_CHECKING:
     from deltamem_tool.hub.push import PushResult
@@ -19,7 +19,7 @@ _FOLDER = UserPath(file_okay=False, path_type=Path)
 
 
 @click.command("push")
-@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=NAME)
 @click.argument("repo_id")
 @click.option("--onnx", type=_FOLDER, help="ONNX folder of the same adapter, to push with it.")
 @click.option("--base-model", metavar="ID", help="Hub id of the base model, OWNER/NAME[@REVISION].")
@@ -39,8 +39,8 @@ _FOLDER = UserPath(file_okay=False, path_type=Path)
 @click.option("--runtime", metavar="DIR", type=_FOLDER, help="With --space: as in `deltamem page`.")
 @click.option("--dry-run", is_flag=True, help="Send nothing; show what would change, and the model card.")
 @json_option
-def command(folder: Path, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Push DIR (an adapter folder or an ONNX folder) to REPO_ID on the Hub, in one commit.
+def command(folder: str, repo_id: str, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Push DIR (an adapter folder, builtin:adapter, or an ONNX folder) to REPO_ID on the Hub, in one commit.
 
     The model card describes the adapter; text that you have added to it is kept. Files that have not changed are not
     sent again. Log in first with `hf auth login`.

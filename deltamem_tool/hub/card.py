@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment, StrictUndefined, Template
 
 from deltamem_tool._version import __version__
+from deltamem_tool.base_model import smollm2
 from deltamem_tool.config import DeltaMemConfig
 from deltamem_tool.errors import HubError, first_line
 from deltamem_tool.evaluation.conditions import STATE, in_words
@@ -21,7 +22,7 @@ from deltamem_tool.evaluation.scoring.digits import mean_and_interval
 from deltamem_tool.hub.contents import CARD_FILE, Contents
 from deltamem_tool.hub.public_base import Base
 from deltamem_tool.hub.repository import LIBRARY
-from deltamem_tool.io.names import BACKBONE, BUILTIN, on_hub
+from deltamem_tool.io.names import BACKBONE, BUILTIN, is_gguf, on_hub
 from deltamem_tool.onnx.manifest import Manifest
 
 BEGIN = "<!-- deltamem: from here to the closing mark, `deltamem push` writes anew -->"
@@ -102,8 +103,8 @@ def _parsed(card: bytes) -> ModelCard:
 
 def _describe(data: Any, contents: Contents, repo_id: str, base: str | None, license: str | None) -> None:
     """Update a card's metadata."""
-    if base is not None and not base.startswith(BUILTIN):
-        data.base_model = on_hub(base).id
+    if base is not None and base != BACKBONE:  # which is not on the Hub
+        data.base_model = _hub_id(base)
         data.base_model_relation = "adapter"
     data.library_name = LIBRARY
     data.pipeline_tag = "text-generation"
@@ -154,6 +155,7 @@ def _block(contents: Contents, repo_id: str, base: Base, space: str | None) -> s
         contents=contents,
         repo_id=repo_id,
         base=_base(base),
+        extra=_extra(contents, base),
         is_builtin=is_builtin,
         layers="one layer" if count == 1 else f"{count} layers",
         written=_WRITTEN[config.granularity],
@@ -179,10 +181,26 @@ def _template() -> Template:
 def _base(base: Base) -> str:
     if base.name is None:
         return "a base model that is not named here"
-    if base.name.startswith(BUILTIN):
+    if base.name == BACKBONE:
         return "the small backbone that deltamem-tool ships"
+    link = f"https://huggingface.co/{_hub_id(base.name)}"
+    if base.name == smollm2.BUILTIN_NAME:
+        return f"[{smollm2.NAME}]({link}) as a GGUF file in 4 bits"
     at = f" (revision `{base.revision}`)" if base.revision else ""
-    return f"[{base.name}](https://huggingface.co/{on_hub(base.name).id}){at}"
+    return f"[{base.name}]({link}){at}"
+
+
+def _hub_id(name: str) -> str:
+    """Return the Hub id of a base model, without a revision or a file."""
+    return smollm2.HUB_ID if name == smollm2.BUILTIN_NAME else on_hub(name).id
+
+
+def _extra(contents: Contents, base: Base) -> str:
+    """Return the extra of deltamem-tool that loading the contents needs."""
+    if contents.adapter is None:
+        return "cpu"
+    is_in_gguf = base.name is not None and (is_gguf(base.name) or base.name == smollm2.BUILTIN_NAME)
+    return "gguf" if is_in_gguf else "torch"
 
 
 def _mechanism(config: DeltaMemConfig) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from deltamem_tool.hub.contents import ADAPTER_FILES, CARD_FILE, ONNX_PATHS, Con
 from deltamem_tool.hub.public_base import Base, with_public_base
 from deltamem_tool.hub.repository import DELETED, MAIN, SAME, Change, Files, RemoteTree, Repository
 from deltamem_tool.hub.space import Space, check_space
-from deltamem_tool.io.names import expand_user, fetch, hub_id, on_hub
+from deltamem_tool.io.names import BUILTIN, expand_user, fetch, hub_id, on_hub, resolve_folder
 from deltamem_tool.onnx.contract import MANIFEST_FILE, MODEL_FILE
 from deltamem_tool.onnx.locate import ONNX_FOLDER
 from deltamem_tool.onnx.manifest import Manifest
@@ -71,7 +71,8 @@ def push(
     other files in it are left alone.
 
     Args:
-        folder: an adapter folder, which may contain an ONNX folder `onnx`; or an ONNX folder, which goes into `onnx/`.
+        folder: an adapter folder, which may contain an ONNX folder `onnx`; an ONNX folder, which goes into `onnx/`; or
+            the name of a shipped adapter, such as `builtin:adapter`.
         repo_id: `owner/name`; created if it does not exist.
         onnx: an ONNX folder of the same adapter, if it is not in `folder`.
         base_model: Hub id of the base model, optionally with `@revision`, if the adapter records a local folder.
@@ -107,7 +108,7 @@ def push(
         check_space(branch, create_pr)
     repository = Repository(hub_id(repo_id), branch or MAIN, create_pr)
     paths = [None if path is None else expand_user(path) for path in (onnx, evaluation)]
-    contents, base = with_public_base(read_contents(expand_user(folder), *paths), base_model)
+    contents, base = with_public_base(read_contents(_local_folder(folder), *paths), base_model)
     remote = repository.read()
     if private and remote.commit is not None and not remote.is_private:
         raise HubError(
@@ -155,6 +156,16 @@ def push(
             space=None if page is None else page.url,
             space_changes=[] if page is None else page.changes,
         )
+
+
+def _local_folder(folder: str | Path) -> Path:
+    """Return the path of `folder`, which may be the name of a shipped adapter.
+
+    Raises:
+        HubError: the package does not ship an adapter of this name.
+    """
+    name = str(folder)
+    return resolve_folder(name, None, ADAPTER_FILES, "adapter") if name.startswith(BUILTIN) else expand_user(folder)
 
 
 def _onnx_folder(contents: Contents, folder: str | Path) -> Path:

@@ -183,6 +183,9 @@ def test_the_command(folders, tmp_path, deltamem, monkeypatch):  # noqa: F811
     assert done.code == 0, done.err
     for said in ("Full context: B is 1.00 ± 0.15 higher than A.", "Paired by question", "bfloat16"):
         assert said in done.out
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.out.splitlines() if line[0] == "│"]
+    rows = cells[next(at for at, row in enumerate(cells) if row[0].startswith("adapter: fingerprint")) :]
+    assert "".join(row[1] for row in rows) == "a" * 64 and "".join(row[2] for row in rows) == "b" * 64
     printed = json.loads(deltamem("compare", folders / "a", folders / "b", "--json").out)
     assert printed == json.loads((tmp_path / "compared.json").read_text())
     assert printed["format"] == module.FORMAT and printed["paired"] and printed["verdict"]

@@ -82,6 +82,19 @@ def test_what_is_not_known_is_not_said(tmp_path):
     assert "base_model" not in metadata_load(_written(tmp_path, of_graph))
 
 
+def test_the_base_of_the_second_shipped_adapter_is_named_as_on_the_hub(tmp_path):
+    text = card(read_contents(adapter_folder(tmp_path / "adapter")), base=Base("builtin:smollm2", None))
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert f"[SmolLM2-135M-Instruct](https://huggingface.co/{base})" in text and "small backbone" not in text
+    assert metadata_load(_written(tmp_path, text))["base_model"] == base
+
+
+@pytest.mark.parametrize(("base", "extra"), [(BASE, "torch"), (f"{BASE}:q4.gguf", "gguf"), ("builtin:smollm2", "gguf")])
+def test_the_packages_to_install_can_read_the_base(base, extra, tmp_path):
+    text = card(read_contents(adapter_folder(tmp_path / "adapter")), base=Base(base, None))
+    assert f"pip install 'deltamem-tool[{extra}]'" in text
+
+
 def test_words_of_the_users_stay(contents):
     own = "---\nlanguage: de\nlicense: cc-by-4.0\ntags:\n- mine\n---\n\n# Ours\n\nWhy we made it.\n"
     first = card(contents, own)

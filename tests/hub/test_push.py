@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cli.command import deltamem  # noqa: F401  (a fixture)
 from fake_hub.server import HubServer
 from helpers.publishing import BASE, COMMIT, adapter_folder, evaluated, onnx_folder, other_adapter, trained
 
@@ -209,6 +210,20 @@ def test_an_evaluation_of_another_adapter_is_refused(as_writer, tmp_path):
     folder = evaluated(adapter_folder(tmp_path / "adapter"), "0" * 64)
     with pytest.raises(HubError, match="another adapter"):
         push(folder, REPO)
+    assert not as_writer.repositories
+
+
+@pytest.mark.parametrize("name", ["adapter", "smollm2-adapter"])
+def test_a_shipped_adapter_can_be_pushed_by_name(name, as_writer, deltamem):  # noqa: F811
+    done = deltamem("push", f"builtin:{name}", REPO, "--license", "apache-2.0")
+    assert done.code == 0, done.err
+    shipped = read_adapter(f"builtin:{name}")
+    assert read_adapter(REPO).fingerprint == shipped.fingerprint and read_adapter(REPO).base == shipped.base
+
+
+def test_a_shipped_name_without_an_adapter_is_refused(as_writer, deltamem):  # noqa: F811
+    deltamem("push", "builtin:other", REPO).assert_short_error("does not ship builtin:other", "builtin:adapter", code=1)
+    deltamem("push", "builtin:backbone", REPO).assert_short_error("contains no adapter", code=1)
     assert not as_writer.repositories
 
 
