@@ -217,7 +217,7 @@ def test_a_model_that_is_cut_short_is_refused(browser, sites):
     (cut / "model" / DATA_FILE).write_bytes(content[: len(content) // 2])
     with hosting(cut) as address, using(browser, address) as user:
         user.page.goto(address)
-        user.sees(f"{DATA_FILE} is not the file that it should be. It has {len(content) // 2} of {len(content)} bytes.")
+        user.sees(f"{DATA_FILE} is not the expected file. It has {len(content) // 2} of {len(content)} bytes.")
         expect(user.page.locator("main")).to_be_hidden()
 
 
@@ -307,7 +307,7 @@ def test_another_package_from_the_cdn_is_not_run(browser, from_cdn):
     script.write_bytes(content.replace(b"class", b"CLASS", 1))
     with using(browser, address) as user:
         user.page.goto(address)
-        user.sees("jinja.js is not the file that it should be. Its content has changed.")
+        user.sees("jinja.js is not the expected file. Its content has changed.")
         expect(user.page.locator("main")).to_be_hidden()
     shutil.rmtree(folder)
     folder.symlink_to(original)

@@ -1,4 +1,4 @@
-// Which tokens of a chat belong to which segment; see deltamem_tool/segments/boundaries.py, which this follows.
+// Assigns the tokens of a chat to segments. A port of deltamem_tool/segments/boundaries.py, which explains the rules.
 
 import { isBlank, trim, trimStart } from "./characters.js";
 import { DataError } from "./errors.js";
@@ -11,8 +11,8 @@ const WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.';
  *
  * @typedef {object} Span
  * @property {number} end
- * @property {boolean} belongs to a segment
- * @property {string} segment what that is called, if it ends here
+ * @property {boolean} belongs whether they belong to a segment
+ * @property {string} segment the segment's name in errors, if it ends here
  */
 
 /**
@@ -20,10 +20,10 @@ const WITHOUT_TAGS = 'Or use granularity "token", which needs no boundaries.';
  *
  * @param {import("./template.js").ChatTemplate} template
  * @param {import("./template.js").Message[]} messages
- * @param {string} text its rendering
- * @param {import("./sentences.js").Split | null} split null leaves messages whole
+ * @param {string} text the rendering of the messages
+ * @param {import("./sentences.js").Split | null} split splits a content into sentences; null keeps messages whole
  * @returns {Span[]}
- * @throws {DataError} where a message ends cannot be told
+ * @throws {DataError} the template does not show where a message ends
  */
 export function spansOf(template, messages, text, split) {
   const body = template.render(messages);
@@ -56,7 +56,7 @@ export function spansOf(template, messages, text, split) {
   return spans;
 }
 
-// Where each message starts in `body`, and where the last one ends: one more than there are messages.
+// Where each message starts in `body`, and where the last one ends: one number more than messages.
 function boundsOf(template, messages, body) {
   const first = messages[0].role === "system" ? null : template.preamble(messages[0], body);
   const bounds = [first ?? 0];
@@ -64,10 +64,10 @@ function boundsOf(template, messages, body) {
     const bound = boundOf(template, messages, index, body);
     if (bound === null || bound < bounds.at(-1)) {
       throw new DataError(
-        `Where ${nameOf(messages, index - 1)} ends and ${nameOf(messages, index)} starts cannot be told in what the chat ` +
-          `template of ${template.name} renders.`,
-        "It renders earlier messages differently once later ones follow, or not at all without them.",
-        `Use a model whose template only appends. ${WITHOUT_TAGS}`,
+        `The chat template of ${template.name} does not show where ${nameOf(messages, index - 1)} ends and ` +
+          `${nameOf(messages, index)} starts.`,
+        "It renders earlier messages differently when later ones follow, or not at all without them.",
+        `Use a model whose template only appends messages. ${WITHOUT_TAGS}`,
       );
     }
     bounds.push(bound);
@@ -75,7 +75,7 @@ function boundsOf(template, messages, body) {
   return [...bounds, body.length];
 }
 
-// Where message `index` starts and the one before it ends, or null.
+// Where message `index` starts and the one before it ends; null if the template does not show it.
 function boundOf(template, messages, index, body) {
   const earlier = template.attempt(messages.slice(0, index));
   if (earlier !== null && body.startsWith(earlier)) return earlier.length;
@@ -87,7 +87,7 @@ function boundOf(template, messages, index, body) {
   return isAfterSystem ? template.preamble(message, body) : null; // their text is within this message
 }
 
-// Where in `body` the sentences of message `index` start, whose text is `body.slice(start, end)`.
+// Where in `body` the sentences of message `index`, `body.slice(start, end)`, start.
 function sentenceStarts(template, messages, index, body, start, end, split) {
   const { begin, said } = saidOf(template, messages, index, body, start, end);
   if (isBlank(said)) return [begin];
@@ -95,14 +95,16 @@ function sentenceStarts(template, messages, index, body, start, end, split) {
   let position = 0;
   for (const piece of split(said)) {
     const place = said.indexOf(piece, position);
-    if (place < 0) throw new DataError(`The split of ${nameOf(messages, index)} is not of its text.`, "", WITHOUT_TAGS);
+    if (place < 0) {
+      throw new DataError(`The split of ${nameOf(messages, index)} has a piece that is not in its text.`, "", WITHOUT_TAGS);
+    }
     if (!isBlank(piece)) starts.push(begin + place);
     position = place + piece.length;
   }
   return starts;
 }
 
-// Where the content of message `index` begins, and what of it the template writes.
+// Where the content of message `index` begins, and the part of it that the template writes.
 function saidOf(template, messages, index, body, start, end) {
   const found = template.content(messages, index, body);
   if (found !== null && body.endsWith(found.after)) {
@@ -112,14 +114,14 @@ function saidOf(template, messages, index, body, start, end) {
     if (isWithin && messages[index].content.includes(said)) return { begin, said };
   }
   throw new DataError(
-    `Where the chat template of ${template.name} writes the content of ${nameOf(messages, index)} cannot be told.`,
-    "The template changes the content, or writes something else around it than around another content.",
+    `The chat template of ${template.name} does not show where the content of ${nameOf(messages, index)} is.`,
+    "The template changes the content, or what it writes around the content depends on it.",
     'Use an adapter of granularity "message".',
   );
 }
 
 /**
- * The tags of tokens whose characters are `offsets`; byte-level tokens can share a character.
+ * The tags of tokens with the character ranges `offsets`; byte-level tokens can share a character.
  *
  * @throws {DataError} a segment has no token of its own
  */
@@ -133,7 +135,7 @@ export function tagsOf(text, offsets, spans) {
       throw new DataError(
         `${segment[0].toUpperCase()}${segment.slice(1)} has no token of its own.`,
         "The template writes nothing for it, or its characters are in tokens of the text before or after it.",
-        "Leave it out, or join it with another.",
+        "Leave it out, or merge it with another.",
       );
     }
     tags[last] = LAST;
@@ -141,7 +143,7 @@ export function tagsOf(text, offsets, spans) {
   return tags;
 }
 
-// The character by which the token at `text[start:end]` belongs to a segment.
+// The position of the character that decides the segment of the token at `text[start:end]`.
 function placeOf(text, start, end) {
   const characters = text.slice(start, end);
   return isBlank(characters) ? Math.min(start, text.length - 1) : end - trimStart(characters).length;

@@ -1,4 +1,4 @@
-// Text as Python has it: what is white space there, and what is Unicode.
+// Whitespace and Unicode as Python defines them.
 
 import { DataError } from "./errors.js";
 

@@ -1,6 +1,6 @@
-// Turns of one conversation, its context and its memory, as in deltamem_tool/chat/conversation.py and context_window.py.
-// The context is what the model attends to and grows by every token; the memory is of a fixed size and keeps a trace of
-// what has left the context.
+// A conversation: its turns, its context and its memory, as in deltamem_tool/chat/conversation.py and context_window.py.
+// The context is what the model attends to: a KV cache that grows with every token. The memory has a fixed size and keeps
+// a trace of what has left the context.
 
 import { LAST, OUTSIDE } from "./boundaries.js";
 import { ConfigError } from "./errors.js";
@@ -9,38 +9,39 @@ import { checkMemory, endSegment, memoryBytes, readMemory } from "./memory.js";
 import { Sampler, samplingOf } from "./sampling.js";
 import { Transcript } from "./transcript.js";
 
-const KEPT_AFTER_EVICTION = 0.5; // of the window, at most: so that turns have to leave only once in a while
-const ROOM_FOR_ANSWER = 0.25; // of the window, at most: an answer may be longer, and then ends where the window does
+const KEPT_AFTER_EVICTION = 0.5; // at most this share of the window, so that turns only leave once in a while
+const ROOM_FOR_ANSWER = 0.25; // at most this share of the window; a longer answer ends where the window does
 
 /**
- * Where a conversation is. Never changed, so that going back to one undoes a turn.
+ * The position in a conversation. It is never changed, so going back to an earlier one undoes a turn.
  *
  * @typedef {object} Place
- * @property {import("./model.js").Past | null} past null where it can be had again, by cutting the next place's
- * @property {import("./memory.js").Memory | null} memory of `past`, where the next place goes on from this one
+ * @property {import("./model.js").Past | null} past null if it can be restored by truncating the next place's
+ * @property {import("./memory.js").Memory | null} memory that of `past`, if the next place continues from this one
  * @property {Transcript} transcript
- * @property {number[]} tokens those in the past
- * @property {import("./generation.js").Token[]} pending those still to be fed
- * @property {boolean} foreign whether the open segment in the memory is another conversation's
+ * @property {number[]} tokens tokens in the past
+ * @property {import("./generation.js").Token[]} pending tokens that are not fed yet
+ * @property {boolean} foreign whether the open segment in the memory belongs to another conversation
  */
 
-/** One conversation. Its methods are called one after the other; the model is for many. */
+/** One conversation. Await each call before the next one. One model serves many conversations. */
 export class Conversation {
   /**
    * @param {import("./model.js").WebModel} model
    * @param {object} [options]
-   * @param {import("./memory.js").Memory} [options.memory] what it remembers from before
-   * @param {boolean} [options.write] whether its tokens write
-   * @param {number | null} [options.window] the most tokens that its context may hold; by default as many as the model
-   *   can. When an answer might not fit, the oldest turns leave the context, and what they wrote stays in the memory.
-   * @throws {MemoryStateError} the memory is another adapter's, or does not fit
-   * @throws {ConfigError} the window is too small, or larger than the model's room; or the adapter needs a chat template
+   * @param {import("./memory.js").Memory} [options.memory] memory to start from; empty by default
+   * @param {boolean} [options.write] whether the tokens of this conversation write into the memory
+   * @param {number | null} [options.window] maximum number of tokens in the context; by default as many as the model
+   *   supports. If an answer might not fit, the oldest turns leave the context, and what they wrote stays in the memory.
+   * @throws {MemoryStateError} the memory belongs to another adapter, or does not fit
+   * @throws {ConfigError} the window is too small, or larger than the model supports; or the adapter writes by segments,
+   *   which needs a chat template that the model lacks
    */
   constructor(model, { memory = model.emptyMemory(), write = true, window = model.maxLength } = {}) {
     checkWindow(model, window);
     if (model.memoryShape.width && !model.text.hasTemplate) {
       throw new ConfigError(
-        `This adapter writes by ${model.mechanism.granularity}, and the model cannot tell where one ends.`,
+        `This adapter writes by ${model.mechanism.granularity}, which needs a chat template.`,
         "The model has no chat template.",
         "Use a chat model, or an adapter that writes every token.",
       );
@@ -48,11 +49,11 @@ export class Conversation {
     checkMemory(memory, model.memoryShape, model.adapter);
     Object.assign(this, { model, write, window });
     this._place = beginning(model, memory);
-    this._before = []; // each turn, and each memory that was put in place
+    this._before = []; // the place before each turn and before each change of memory
     this._busy = false;
   }
 
-  /** How much of the conversation the model attends to: tokens and messages, and messages that have left it. */
+  /** How much of the conversation is in the context: its tokens and messages, and how many messages have left it. */
   get context() {
     const { transcript, tokens, pending } = this._place;
     const count = (turns) => turns.reduce((sum, { messages }) => sum + messages.length + 1, 0);
@@ -60,7 +61,7 @@ export class Conversation {
     return { tokens: tokens.length + pending.length, window: this.window, messages, dropped: count(transcript.dropped) };
   }
 
-  /** Everything that was said since it began or was told to forget, whether it is still in the context or not. */
+  /** All messages since the start or the last `forget`, including those that have left the context. */
   get messages() {
     return this._place.transcript.messages;
   }
@@ -75,16 +76,16 @@ export class Conversation {
     return this.model.memory(this._place.past);
   }
 
-  /** What a memory file contains, which every runtime loads. */
+  /** The memory as the bytes of a memory file, which every runtime can load. */
   async memoryBytes() {
     return memoryBytes(await this.memory());
   }
 
   /**
-   * Put another memory in place of this one; the context stays, and `undo` takes it back.
+   * Replace the memory. The context stays as it is, and `undo` restores the former memory.
    *
-   * @param {import("./memory.js").Memory | ArrayBuffer | Uint8Array} memory or a memory file's content
-   * @throws {MemoryStateError} it is damaged or does not fit; nothing has changed then
+   * @param {import("./memory.js").Memory | ArrayBuffer | Uint8Array} memory a memory, or the bytes of a memory file
+   * @throws {MemoryStateError} the memory is damaged or does not fit; nothing has changed
    */
   setMemory(memory) {
     return this._alone(async () => {
@@ -96,7 +97,7 @@ export class Conversation {
     });
   }
 
-  /** Start from nothing: the memory zeros, the context empty. It cannot be undone. */
+  /** Reset the memory to zeros and empty the context. This cannot be undone. */
   forget() {
     return this._alone(async () => {
       this._place = beginning(this.model, this.model.emptyMemory());
@@ -105,10 +106,10 @@ export class Conversation {
   }
 
   /**
-   * Take back the last turn or the memory loaded since: memory, context and messages are as they were before. So can
-   * those before be, but none from before the last but one time that turns left the context.
+   * Undo the last turn or the last change of memory, and restore memory, context and messages from before it. Further
+   * calls undo earlier turns, but none from before the second-to-last time that turns left the context.
    *
-   * @returns {Promise<boolean>} false if there is none
+   * @returns {Promise<boolean>} false if there is nothing to undo
    */
   undo() {
     return this._alone(async () => {
@@ -127,16 +128,16 @@ export class Conversation {
   }
 
   /**
-   * Go on with the conversation and answer.
+   * Add messages to the conversation and generate an answer.
    *
-   * @param {string | import("./template.js").Message[]} content new messages, or one user message (plain text where the
-   *   model has no chat template)
+   * @param {string | import("./template.js").Message[]} content new messages, or a string: one user message, or plain
+   *   text if the model has no chat template
    * @param {Partial<import("./sampling.js").Sampling>} [sampling]
    * @param {object} [options]
-   * @param {(piece: string) => void} [options.onText] is called with each piece of text as it is completed
-   * @param {AbortSignal} [options.signal] ends the answer; what was said until then stays
+   * @param {(piece: string) => void} [options.onText] called with each piece of text as soon as it is complete
+   * @param {AbortSignal} [options.signal] ends the answer; the conversation keeps the text generated so far
    * @returns {Promise<import("./generation.js").Answer>}
-   * @throws {DeltaMemError} the prompt is longer than the window, or the chat template refuses the messages; whatever is
+   * @throws {DeltaMemError} the prompt is longer than the window, or the chat template rejects the messages; whatever is
    *   thrown, nothing has changed
    */
   generate(content, sampling = {}, { onText = () => {}, signal } = {}) {
@@ -172,21 +173,21 @@ export class Conversation {
       this._before = [...this._before, await this._earlier(start)];
       if (this.model.takesBack) this.model.release(start.past, after.past);
     } else {
-      // Turns have left the context: it is kept whole; of such, which are large, one is enough.
+      // Turns have left the context: keep the place before with its whole context. These are large, so keep only one.
       const whole = this._before.findLastIndex(({ memory }) => memory === null);
       this._before = [...this._before.slice(whole + 1), this._place];
     }
     this._place = after;
   }
 
-  // `place`, once there is a next one that goes on from it.
+  // What is kept of `place` when the next one continues from it.
   async _earlier(place) {
-    const past = this.model.takesBack ? null : place.past; // a hybrid's cannot be had by cutting
+    const past = this.model.takesBack ? null : place.past; // a hybrid's past cannot be restored by truncating
     return { ...place, past, memory: await this.model.memory(place.past) };
   }
 
-  // The past to start from, and the tokens to feed. The last answer's segment ends with its message's last token, as the
-  // template writes it; one that is another conversation's ends before anything is fed.
+  // The past to start from, and the tokens to feed. The last answer's segment ends with the last token that the template
+  // writes for its message. An open segment of another conversation ends before anything is fed.
   async _marked(start, transcript, tokens) {
     const { model, write } = this;
     if (!write || !model.memoryShape.width) {
@@ -201,7 +202,7 @@ export class Conversation {
   }
 
   // This place, without its oldest turns if the window is too small for the prompt and an answer. The turns that stay are
-  // read again, without writing, from the memory as it is.
+  // fed again from the current memory, without writing.
   async _withRoom(content, { maxNewTokens }) {
     const { window } = this;
     const place = this._place;
@@ -223,35 +224,36 @@ export class Conversation {
     if (length >= window) {
       throw new ConfigError(
         `The prompt is longer than the window of ${window} tokens.`,
-        `With the system message it has ${length}, and the answer needs one at least.`,
-        "Shorten it, or take a larger window.",
+        `With the system message it has ${length}, and the answer needs at least one.`,
+        "Shorten it, or use a larger window.",
       );
     }
     return place.tokens.length || place.pending.length ? this._evicted(kept, tokens) : place;
   }
 
-  // An empty context that has read `tokens`, and not written them, from the memory after all that was said.
+  // A new context: `tokens`, fed from the current memory without writing.
   async _evicted(kept, tokens) {
     const { model } = this;
     const place = this._place;
     let { past } = place;
     if (place.foreign && this.write && model.memoryShape.width) past = await this._closed(past);
-    if (place.pending.length) past = (await model.step(past, place.tokens.length, place.pending)).past; // or it leaves no trace
+    // Without this, the pending tokens would never reach the memory.
+    if (place.pending.length) past = (await model.step(past, place.tokens.length, place.pending)).past;
     past = model.start(await model.memory(past));
     const read = tokens.map((id) => ({ id, writes: false, ends: false }));
     if (read.length) past = (await model.step(past, 0, read)).past;
-    // Where no turn stays, nothing that is fed can end the last one's segment.
+    // If no turn stays, none of the tokens fed later can end the last turn's segment.
     return { past, memory: null, transcript: kept, tokens, pending: [], foreign: !kept.turns.length };
   }
 
-  // `past`, the open segment of whose memory is written.
+  // `past` after the open segment of its memory is written.
   async _closed(past) {
     return this.model.withMemory(past, endSegment(await this.model.memory(past), this.model.mechanism));
   }
 
   async _alone(action) {
     if (this._busy) {
-      throw new ConfigError("This conversation is busy.", "A call of it has not ended.", "Wait for it.");
+      throw new ConfigError("This conversation is busy.", "Another call has not finished.", "Await that call first.");
     }
     this._busy = true;
     try {
@@ -275,6 +277,7 @@ function checkWindow({ maxLength }, window) {
   if (window === null) return;
   const isLarge = maxLength !== null && window > maxLength;
   if (Number.isInteger(window) && window >= 2 && !isLarge) return;
-  const why = isLarge ? `This model has room for ${maxLength}.` : "A prompt and an answer need two.";
-  throw new ConfigError(`A window of ${window} tokens is too ${isLarge ? "large" : "small"}.`, why, "Choose another one.");
+  const why = isLarge ? `This model supports at most ${maxLength}.` : "A prompt and an answer need at least two.";
+  const next = `Choose a ${isLarge ? "smaller" : "larger"} one.`;
+  throw new ConfigError(`A window of ${window} tokens is too ${isLarge ? "large" : "small"}.`, why, next);
 }

@@ -1,6 +1,6 @@
-// What can go wrong. Each error carries what failed, why, and what to do next, as in the Python package.
+// Errors. Each says what failed, why, and what to do next, as in the Python package.
 
-const MAX_SENTENCE = 8000; // characters of a sentence, which may quote a stranger's file
+const MAX_SENTENCE = 8000; // characters; a sentence may quote an untrusted file
 
 export class DeltaMemError extends Error {
   /**
@@ -20,13 +20,13 @@ export class DeltaMemError extends Error {
 export class ConfigError extends DeltaMemError {}
 /** Messages cannot be read, or a chat template leaves out some of them. */
 export class DataError extends DeltaMemError {}
-/** A model folder is damaged, or cannot be run here. */
+/** A model folder is damaged, or this library cannot run it. */
 export class ExportError extends DeltaMemError {}
 /** A memory is damaged, or does not fit the model. */
 export class MemoryStateError extends DeltaMemError {}
 /** A file cannot be fetched. */
 export class FetchError extends DeltaMemError {}
-/** A stored memory was changed by somebody else. */
+/** Another tab or window has changed the stored memory. */
 export class MemoryConflict extends DeltaMemError {}
 
 /** The first line of another library's message. */

@@ -8,28 +8,30 @@ export const DATA_FILE = "model.onnx.data";
 const REQUIRED = [MANIFEST_FILE, "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
 const OPTIONAL = ["chat_template.jinja"];
 const MAX_GRAPH_BYTES = 256 * 2 ** 20;
-const MAX_DATA_BYTES = 2 ** 32; // what WebAssembly reaches
+const MAX_DATA_BYTES = 2 ** 32; // the address space of WebAssembly
 const NOT_FOUND = [404, 410];
 
 /**
- * Gives a file's content; null where there is none. At most `limit` bytes of it are read.
+ * Returns a file's content, or null if there is no such file. A file of more than `limit` bytes is rejected, so there is no
+ * need to read all of it.
  *
  * @typedef {(name: string, limit: number) => Promise<Uint8Array | null>} Read
  *
  * @typedef {object} Progress
  * @property {string} name of the file
  * @property {number} loaded bytes
- * @property {number | null} total bytes, where it is known
+ * @property {number | null} total bytes, if known
  *
- * @typedef {{ bytes: number, sha256: string, url?: string }} Expected of a file's content; and where it is, if elsewhere
+ * @typedef {{ bytes: number, sha256: string, url?: string }} Expected size and SHA-256 of a file; its address, if it is
+ *   not below the base
  */
 
 /**
- * Every file that a model needs; the graph and its weights under names of their own.
+ * Read every file that a model needs. The graph and its weights are returned as `graph` and `weights`.
  *
  * @param {Read} read
  * @param {string} [graphFile]
- * @throws {ExportError} one is missing or too large
+ * @throws {ExportError} a file is missing or too large
  */
 export async function readFolder(read, graphFile = GRAPH_FILE) {
   const files = {};
@@ -45,19 +47,19 @@ export async function readFolder(read, graphFile = GRAPH_FILE) {
 async function checked(read, name, limit, isOptional = false) {
   const content = await read(name, limit);
   if (content === null && !isOptional) {
-    throw new ExportError("This is not a model folder.", `It lacks ${name}.`, "Make one with `deltamem export --target web`.");
+    throw new ExportError("This is not a model folder.", `It lacks ${name}.`, "Create one with `deltamem export --target web`.");
   }
   if (content !== null && content.length > limit) throw tooLarge(name, limit);
   return content;
 }
 
 /**
- * Read the files below an address.
+ * Return a function that fetches the files below an address.
  *
- * @param {string | URL} base with a slash at its end
+ * @param {string | URL} base the address, with a trailing slash
  * @param {object} [options]
- * @param {string | null} [options.cache] of the Cache API, where whole files are kept; null keeps none
- * @param {Record<string, Expected>} [options.expected] by name: another content is refused
+ * @param {string | null} [options.cache] name of the cache (Cache API) that keeps complete files; null keeps none
+ * @param {Record<string, Expected>} [options.expected] by file name; a file with another content is rejected
  * @param {(progress: Progress) => void} [options.onProgress]
  * @param {AbortSignal} [options.signal]
  * @returns {Read}
@@ -77,12 +79,12 @@ export function fetchedFrom(base, { cache = "deltamem", expected = {}, onProgres
     const content = await contentOf(response, name, limit, onProgress);
     if (!(await isExpected(content, wanted))) {
       throw new FetchError(
-        `${name} is not the file that it should be.`,
+        `${name} is not the expected file.`,
         content.length === wanted.bytes ? "Its content has changed." : `It has ${content.length} of ${wanted.bytes} bytes.`,
-        "Load the page again; if that does not help, its host has to publish the folder again.",
+        "Reload the page. If that does not help, its folder has to be published again.",
       );
     }
-    await store?.put(url, new Response(content)).catch(() => {}); // a full disk: it is fetched again next time
+    await store?.put(url, new Response(content)).catch(() => {}); // if the disk is full, it is fetched again next time
     return content;
   };
 }
@@ -93,17 +95,17 @@ async function request(url, name, signal) {
     response = await fetch(url, { signal, cache: "no-cache" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new FetchError(`${name} cannot be fetched.`, "Its host cannot be reached.", "Try again when there is a network.");
+    throw new FetchError(`${name} cannot be fetched.`, "Its host cannot be reached.", "Try again when you are online.");
   }
   if (NOT_FOUND.includes(response.status)) return null;
   if (response.ok) return response;
-  throw new FetchError(`${name} cannot be fetched.`, `The host answers with status ${response.status}.`, "Try again later.");
+  throw new FetchError(`${name} cannot be fetched.`, `The host returned status ${response.status}.`, "Try again later.");
 }
 
-// At most `limit` bytes, and one more where there are.
+// The content; reading stops with an error once there are more than `limit` bytes.
 async function contentOf(response, name, limit, onProgress) {
   const length = Number(response.headers.get("Content-Length"));
-  const isPlain = length > 0 && !response.headers.get("Content-Encoding"); // or it is the length of something else
+  const isPlain = length > 0 && !response.headers.get("Content-Encoding"); // otherwise it is the compressed length
   const total = isPlain ? length : null;
   const chunks = [];
   let loaded = 0;

@@ -1,4 +1,4 @@
-// Answers token by token, as in deltamem_tool/chat/generation.py.
+// Generates answers token by token, as in deltamem_tool/chat/generation.py.
 
 import { TextStream } from "./text.js";
 
@@ -11,16 +11,16 @@ export const [STOP_TOKEN, STOP_STRING, LENGTH, INTERRUPTED] = ["stop token", "st
  * @typedef {{ id: number, writes: boolean, ends: boolean }} Token
  *
  * @typedef {object} Answer
- * @property {string} text without what ended it
- * @property {number[]} tokens as generated, a stop token or the last token of a stop string included
- * @property {"stop token" | "stop string" | "length" | "interrupted"} why it ended
+ * @property {string} text without the stop token or stop string
+ * @property {number[]} tokens generated tokens, including a stop token or the last token of a stop string
+ * @property {"stop token" | "stop string" | "length" | "interrupted"} why the answer ended
  */
 
-/** The text of an answer as it grows; what may become a stop string is held back. */
+/** The text of an answer while it is generated. Text that may become a stop string is held back. */
 export class AnswerStream {
   /**
    * @param {import("./text.js").ChatText} text
-   * @param {string[]} stop texts that end the answer before them
+   * @param {string[]} stop stop strings; the answer ends before the first one
    * @param {(piece: string) => void} onText
    */
   constructor(text, stop, onText) {
@@ -28,15 +28,15 @@ export class AnswerStream {
     this._stop = stop;
     this._onText = onText;
     this._held = "";
-    this.text = ""; // what was given so far
+    this.text = ""; // the text so far
   }
 
-  /** Whether `token` completes a stop string, in which case nothing more is to come. */
+  /** Add a token, and return whether it completes a stop string. Nothing may follow in that case. */
   push(token) {
     return this._add(this._stream.push(token));
   }
 
-  /** No token is to come: give what was held back. */
+  /** Release the text that was held back: no token follows. */
   end() {
     if (!this._add(this._stream.flush())) this._give(this._held);
   }
@@ -64,27 +64,27 @@ export class AnswerStream {
 }
 
 /**
- * Feed a prompt and let the model answer.
+ * Feed a prompt and generate the answer.
  *
  * @param {import("./model.js").WebModel} model
  * @param {object} start
  * @param {import("./model.js").Past} start.past
- * @param {number} start.length tokens in it
+ * @param {number} start.length number of tokens in the past
  * @param {Token[]} start.prompt
  * @param {boolean} start.answerWrites
- * @param {number} start.limit the longest answer, in tokens
+ * @param {number} start.limit maximum length of the answer, in tokens
  * @param {import("./sampling.js").Sampler} sampler
  * @param {AnswerStream} stream
- * @param {AbortSignal} [signal] ends the answer; what was said until then stays
- * @returns {Promise<{ answer: Answer, past: import("./model.js").Past, fed: Token[], pending: Token[] }>} `fed`, and
- *   `pending`: of prompt and answer, what is in the past, and what is still to be fed
- * @throws it was interrupted before the prompt was in, or a call failed
+ * @param {AbortSignal} [signal] ends the answer; the text so far is kept
+ * @returns {Promise<{ answer: Answer, past: import("./model.js").Past, fed: Token[], pending: Token[] }>} `fed`: the
+ *   tokens of prompt and answer that are in the past; `pending`: those that are not fed yet
+ * @throws the signal was aborted before the prompt was fed, or a call of the model failed
  */
 export async function answerPrompt(model, { past, length, prompt, answerWrites, limit }, sampler, stream, signal) {
   const tokens = [...prompt];
   const start = past;
   let fed = 0;
-  let last = []; // a token that ended the answer and is not fed
+  let last = []; // the token that ended the answer, which is not fed
   let why = INTERRUPTED;
   try {
     while (why === INTERRUPTED) {
@@ -120,7 +120,7 @@ export async function answerPrompt(model, { past, length, prompt, answerWrites, 
   return { answer, answered, past, fed: tokens.slice(0, fed), pending: tokens.slice(fed) };
 }
 
-// Lets a page draw, and messages in: a call of the model takes the whole thread. (A timer would wait 4 ms.)
+// Lets the page render and handle messages, since a call of the model blocks the thread. (A timer would wait 4 ms.)
 function turnOfLoop() {
   const { port1, port2 } = new MessageChannel();
   return new Promise((resolve) => {

@@ -1,4 +1,4 @@
-// deltamem-web: models with an online associative memory in a browser. The memory stays there.
+// deltamem-web: language models with an online associative memory, in the browser. The memory never leaves it.
 
 export { Conversation } from "./conversation.js";
 export * from "./errors.js";

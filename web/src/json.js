@@ -1,14 +1,14 @@
-// Small files that strangers wrote, read within limits.
+// Reads small untrusted files within limits.
 
 export const MAX_JSON_BYTES = 8 * 2 ** 20;
-const MAX_DEPTH = 64; // of objects and lists in each other; ours have 4
-// NaN and infinity where they are no part of a string: transformers writes them.
+const MAX_DEPTH = 64; // of nested objects and lists; the files of this project have 4
+// NaN and infinity outside of strings: transformers writes them.
 const NOT_JSON = /("(?:[^"\\]|\\.)*")|-?Infinity|NaN/g;
 
 /**
  * @param {Uint8Array} bytes
- * @param {{ finite?: boolean, limit?: number }} [options] finite: refuse NaN and infinity; or else they are null
- * @throws {Error} it is not UTF-8 or not JSON, too large or nested too deeply
+ * @param {{ finite?: boolean, limit?: number }} [options] finite: reject NaN and infinity instead of reading them as null
+ * @throws {Error} the bytes are not UTF-8 or not JSON, or are too large or nested too deeply
  */
 export function parseJson(bytes, { finite = true, limit = MAX_JSON_BYTES } = {}) {
   const text = decodeText(bytes, limit);
@@ -17,7 +17,7 @@ export function parseJson(bytes, { finite = true, limit = MAX_JSON_BYTES } = {})
   return value;
 }
 
-/** UTF-8, without a byte-order mark. */
+/** Decode UTF-8. A byte-order mark is left out. */
 export function decodeText(bytes, limit = MAX_JSON_BYTES) {
   if (bytes.length > limit) throw new Error(`it is larger than ${limit} bytes`);
   return new TextDecoder("utf-8", { fatal: true }).decode(bytes);

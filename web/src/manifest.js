@@ -1,4 +1,4 @@
-// `deltamem_onnx.json`: what a model folder's graph takes and gives. Read and refused as in deltamem_tool/onnx/manifest.py.
+// Reads and validates `deltamem_onnx.json`, the manifest of a model folder, as in deltamem_tool/onnx/manifest.py.
 
 import { ExportError, firstLine } from "./errors.js";
 import { isObject, parseJson } from "./json.js";
@@ -8,7 +8,7 @@ const FORMAT = "deltamem-onnx";
 const READABLE_VERSIONS = [3, 4];
 
 const MAX_VOCABULARY = 2 ** 22;
-const MAX_SIZE = 2 ** 16; // heads and width of keys and values, and of the base's own states
+const MAX_SIZE = 2 ** 16; // heads and width of keys and values, and sizes of the base's own states
 const MAX_LENGTH = 2 ** 24; // tokens
 const MAX_LAYERS = 10_000;
 const MAX_STATE_HEADS = 256;
@@ -17,38 +17,38 @@ const MAX_SEGMENT = 4 * MAX_STATE_HEADS * MAX_RANK + 1;
 const MAX_CONVOLUTIONS = 8;
 const MAX_RECURRENT_AXES = 3;
 const GRANULARITIES = ["token", "message", "sentence"];
-const DTYPES = ["float32", "float16"]; // of keys and values, that ONNX Runtime Web has
+const DTYPES = ["float32", "float16"]; // of keys and values, among those that ONNX Runtime Web supports
 
 /**
  * @typedef {object} Layer
  * @property {number[] | null} key heads and width of its keys
- * @property {number[] | null} value the same of its values
+ * @property {number[] | null} value heads and width of its values
  * @property {number[] | null} state [H, R, R] of its memory
- * @property {number[][]} convolutions sizes of the base's own states
- * @property {number[] | null} recurrent
+ * @property {number[][]} convolutions sizes of the base's own convolution states
+ * @property {number[] | null} recurrent size of the base's own recurrent state
  *
- * @typedef {object} Mechanism what the write of an open segment depends on
+ * @typedef {object} Mechanism the options on which the write of an open segment depends
  * @property {"token" | "message" | "sentence"} granularity
  * @property {"standard" | "lambda_outside" | "no_lambda"} updateRule
  * @property {boolean} coupleLambda
  * @property {"row" | "head"} gates
  *
  * @typedef {object} Manifest
- * @property {string} adapter fingerprint of the adapter; memories of another one are refused
+ * @property {string} adapter fingerprint of the adapter; memories of other adapters are rejected
  * @property {string | null} baseModel
  * @property {string} quantize
  * @property {Mechanism} mechanism
  * @property {number} vocabSize
  * @property {"float32" | "float16"} dtype of keys and values
- * @property {number} segment numbers that a layer keeps of an open segment; 0 where every token writes
- * @property {number | null} positions how many tokens the model has positions for; null for any number
+ * @property {number} segment number of values that a layer keeps of an open segment; 0 if every token writes
+ * @property {number | null} positions maximum number of tokens; null if the model has no limit
  * @property {Layer[]} layers
  */
 
 /**
- * @param {Uint8Array} bytes of the file
+ * @param {Uint8Array} bytes content of the file
  * @returns {Manifest}
- * @throws {ExportError} it is not a manifest, or of a graph that cannot run here
+ * @throws {ExportError} the file is not a valid manifest, or is that of a graph that this library cannot run
  */
 export function readManifest(bytes) {
   let content;
@@ -125,11 +125,11 @@ function readLayer(content) {
 }
 
 /**
- * What goes from call to call, by the name of the input.
+ * The tensors that are passed from call to call, by the name of the input.
  *
  * @param {Manifest} manifest
  * @returns {Map<string, { kind: "cache" | "base" | "state" | "segment", layer: number, sizes: number[], type: string }>}
- *   sizes: of one conversation; a cache's second is 0, for no tokens
+ *   sizes: those of one conversation; the second one of a cache, its number of tokens, is 0
  */
 export function carriedTensors({ layers, segment, dtype }) {
   const tensors = new Map();

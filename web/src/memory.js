@@ -1,4 +1,5 @@
-// The memory file: states of all layers as safetensors, bound to the adapter that wrote them; see deltamem_tool/memory/file.py.
+// The memory file: the states of all layers as safetensors, bound to the adapter that wrote them. See
+// deltamem_tool/memory/file.py.
 
 import { MemoryStateError, firstLine } from "./errors.js";
 import { isObject, parseJson } from "./json.js";
@@ -8,7 +9,7 @@ const FORMAT = "deltamem-memory";
 const FORMAT_VERSION = "1";
 const MAX_HEADER_BYTES = 4 * 2 ** 20;
 const MAX_FILE_BYTES = 2 ** 30;
-const LENGTH_BYTES = 8; // of the number that the file begins with: how long its header is
+const LENGTH_BYTES = 8; // of the length of the header, with which the file begins
 const FLOAT_BYTES = 4;
 const TENSOR = /^layers\.(0|[1-9][0-9]{0,5})\.(state|segment)$/;
 const L2_EPS = 1e-6;
@@ -18,18 +19,18 @@ const L2_EPS = 1e-6;
  * @property {number[]} layers indices, ascending
  * @property {number} heads H
  * @property {number} rank R
- * @property {number} width W, numbers that a layer keeps of an open segment; 0 where every token writes
+ * @property {number} width W, the number of values that a layer keeps of an open segment; 0 if every token writes
  *
  * @typedef {object} Memory
  * @property {string} adapter fingerprint of the adapter that wrote it
- * @property {number} rows conversations
+ * @property {number} rows number of conversations
  * @property {MemoryShape} shape
  * @property {Map<number, Float32Array>} states [rows, H, R, R] by layer
- * @property {Map<number, Float32Array>} segments [rows, W] by layer; empty where every token writes
+ * @property {Map<number, Float32Array>} segments [rows, W] by layer; empty if every token writes
  */
 
 /**
- * Zeros, of one conversation.
+ * An empty memory of one conversation: all zeros.
  *
  * @param {MemoryShape} shape
  * @param {string} adapter
@@ -41,12 +42,12 @@ export function emptyMemory(shape, adapter) {
 }
 
 /**
- * Read what a memory file contains.
+ * Read a memory from the bytes of a memory file.
  *
  * @param {ArrayBuffer | Uint8Array} file
- * @param {string} [name] for errors
+ * @param {string} [name] name of the file in errors
  * @returns {Memory}
- * @throws {MemoryStateError} it is damaged, of a newer format, not a memory, or contains NaN
+ * @throws {MemoryStateError} the file is damaged, has a newer format, is not a memory file, or contains NaN
  */
 export function readMemory(file, name = "This file") {
   const bytes = file instanceof Uint8Array ? file : new Uint8Array(file);
@@ -84,11 +85,11 @@ export function readMemory(file, name = "This file") {
 }
 
 /**
- * What a memory file contains: the same bytes as in Python where the states are the same.
+ * Return a memory as the bytes of a memory file. The same states give the same bytes as in Python.
  *
  * @param {Memory} memory
  * @returns {Uint8Array}
- * @throws {MemoryStateError} it contains NaN or infinity, so that the file could not be read again
+ * @throws {MemoryStateError} the memory contains NaN or infinity, so that the file could not be read again
  */
 export function memoryBytes({ adapter, rows, shape: { heads, rank, width }, states, segments }) {
   const tensors = [
@@ -119,7 +120,7 @@ export function memoryBytes({ adapter, rows, shape: { heads, rank, width }, stat
   return bytes;
 }
 
-// The header of a safetensors file, in which tensors follow each other without gaps up to the end of the file.
+// Reads the header of a safetensors file, whose tensors must follow each other without gaps up to the end of the file.
 function readHeader(bytes, name) {
   const unreadable = (why) => refused(name, `It cannot be read: ${why}`);
   if (bytes.length > MAX_FILE_BYTES) throw unreadable(`it is larger than ${MAX_FILE_BYTES} bytes`);
@@ -136,7 +137,7 @@ function readHeader(bytes, name) {
   if (!isObject(header)) throw unreadable("its header is not an object");
   const { __metadata__: metadata = {}, ...entries } = header;
   const isText = (value) => typeof value === "string";
-  if (!isObject(metadata) || !Object.values(metadata).every(isText)) throw unreadable("its metadata are not texts");
+  if (!isObject(metadata) || !Object.values(metadata).every(isText)) throw unreadable("its metadata is not text");
   const tensors = Object.entries(entries).map(([tensor, entry]) => {
     const { dtype, shape, data_offsets: [from, to] = [] } = isObject(entry) ? entry : {};
     const isShape = Array.isArray(shape) && shape.every((size) => Number.isSafeInteger(size) && size >= 0);
@@ -146,7 +147,7 @@ function readHeader(bytes, name) {
   let end = 0;
   for (const [, { shape, from, to }] of tensors.toSorted(([, one], [, other]) => one.from - other.from)) {
     const size = shape.reduce((product, size) => product * size, FLOAT_BYTES);
-    if (from !== end || to !== from + size) throw unreadable("its header does not fit its tensors");
+    if (from !== end || to !== from + size) throw unreadable("its header does not match its tensors");
     end = to;
   }
   if (begin + end !== bytes.length) throw unreadable("the file is truncated, or longer than its header says");
@@ -154,12 +155,12 @@ function readHeader(bytes, name) {
 }
 
 /**
- * Check that a memory is one conversation's, and belongs to an adapter.
+ * Check that a memory belongs to an adapter and holds one conversation.
  *
  * @param {Memory} memory
- * @param {MemoryShape} shape of the adapter's memories
- * @param {string} adapter its fingerprint
- * @throws {MemoryStateError} it does not
+ * @param {MemoryShape} shape shape of the adapter's memories
+ * @param {string} adapter fingerprint of the adapter
+ * @throws {MemoryStateError} the memory belongs to another adapter, does not fit, or holds several conversations
  */
 export function checkMemory(memory, shape, adapter) {
   const difference = ["layers", "heads", "rank", "width"].find((part) => String(memory.shape[part]) !== String(shape[part]));
@@ -173,15 +174,16 @@ export function checkMemory(memory, shape, adapter) {
     throw new MemoryStateError("This memory belongs to another adapter.", why, another);
   }
   if (memory.rows !== 1) {
-    const why = `This one holds ${memory.rows} rows.`;
-    throw new MemoryStateError("A conversation starts from one memory.", why, "Pick one row.");
+    const why = `This one holds ${memory.rows}.`;
+    throw new MemoryStateError("A memory to start from must hold one conversation.", why, "Use a file with a single one.");
   }
 }
 
 /**
- * Write the open segments, and begin anew; one without tokens writes nothing. As deltamem_tool/ops/numpy_write.py.
+ * Write the open segments and return the memory with empty ones, as deltamem_tool/ops/numpy_write.py does. A segment
+ * without tokens writes nothing.
  *
- * @param {Memory} memory of one conversation
+ * @param {Memory} memory the memory of one conversation
  * @param {import("./manifest.js").Mechanism} mechanism
  * @returns {Memory}
  */
@@ -191,7 +193,7 @@ export function endSegment(memory, mechanism) {
   return { ...memory, states, segments: emptyMemory(memory.shape, memory.adapter).segments };
 }
 
-// S ← keep S − erase (S k) kᵀ + write v kᵀ with the means of the segment's tokens; gates act on rows.
+// S ← keep S − erase (S k) kᵀ + write v kᵀ, with the means over the segment's tokens. Gates act on rows.
 function written({ shape: { heads, rank } }, { updateRule, coupleLambda, gates }, state, segment) {
   const tokens = segment.at(-1);
   if (tokens === 0) return state;
@@ -218,7 +220,7 @@ function written({ shape: { heads, rank } }, { updateRule, coupleLambda, gates }
   return after;
 }
 
-const sigmoid = (x) => 0.5 * (1 + Math.tanh(0.5 * x)); // exp(−x) would overflow
+const sigmoid = (x) => 0.5 * (1 + Math.tanh(0.5 * x)); // avoids exp(−x), which overflows
 
 const refused = (name, why) => new MemoryStateError(`${name} is not a memory file.`, `${why}.`, "Use another file.");
 const damaged = (name, why) => new MemoryStateError(`${name} is damaged.`, `${why}.`, "Use another file.");

@@ -1,4 +1,4 @@
-// A model folder in ONNX Runtime Web, ready to talk: pass it to `Conversation`. One model serves many conversations.
+// Runs a model folder in ONNX Runtime Web. Pass the model to `Conversation`; one model serves many conversations.
 
 import { DataError, ExportError, firstLine } from "./errors.js";
 import { DATA_FILE, readFolder } from "./folder.js";
@@ -12,18 +12,20 @@ const LOGITS = "logits";
 const PRESENT = "present";
 const PAST = "past_key_values";
 
-/** @typedef {Record<string, import("onnxruntime-common").Tensor>} Past KV cache and memory, by input name; never changed */
+/** @typedef {Record<string, import("onnxruntime-common").Tensor>} Past KV cache and memory by input name; it is never changed */
 
 export class WebModel {
   /**
-   * @param {import("./folder.js").Read} read gives the folder's files by name
+   * @param {import("./folder.js").Read} read returns the folder's files by name
    * @param {object} [options]
-   * @param {"wasm" | "webgpu"} [options.provider] what computes; see `bestProvider`
-   * @param {string} [options.graph] its file, where it is not model.onnx
-   * @param {Uint8Array} [options.runtime] the .wasm file of that build, where it is not to be fetched from beside it
-   * @param {Uint8Array} [options.sentences] sentencex_wasm_bg.wasm, likewise; of use where the adapter writes by sentence
+   * @param {"wasm" | "webgpu"} [options.provider] execution provider; see `bestProvider`
+   * @param {string} [options.graph] file name of the graph; model.onnx by default
+   * @param {Uint8Array} [options.runtime] the .wasm file of the provider's build; by default ONNX Runtime fetches it from
+   *   its own folder
+   * @param {Uint8Array} [options.sentences] sentencex_wasm_bg.wasm, fetched from its package by default; used only if the
+   *   adapter writes by sentence
    * @returns {Promise<WebModel>}
-   * @throws {ExportError} a file is missing or damaged, or files disagree
+   * @throws {ExportError} a file is missing or damaged, or the files do not match
    */
   static async load(read, { provider = "wasm", graph: graphFile, runtime, sentences } = {}) {
     const { graph, weights, ...files } = await readFolder(read, graphFile);
@@ -39,7 +41,7 @@ export class WebModel {
         executionProviders: [provider],
         externalData: [{ path: DATA_FILE, data: weights }],
         logSeverityLevel: 3,
-        extra: { session: { disable_quant_qdq: "1" } }, // weights of a few bits become float32 once, not at every call
+        extra: { session: { disable_quant_qdq: "1" } }, // quantised weights become float32 once, not in every call
         preferredOutputLocation: provider === "webgpu" ? outputLocations(manifest) : "cpu",
       });
     } catch (error) {
@@ -69,13 +71,13 @@ export class WebModel {
     const [heads, rank] = manifest.layers[layers[0]].state;
     /** @type {import("./memory.js").MemoryShape} */
     this.memoryShape = { layers, heads, rank, width: manifest.segment };
-    /** Whether tokens can be taken out of a past: not of a hybrid's, whose layers keep more than keys and values. */
+    /** Whether a past can be truncated. A hybrid's cannot: its layers keep more than keys and values. */
     this.takesBack = [...this._carried.values()].every(({ kind }) => kind !== "base");
-    /** Ids that an answer may have. */
+    /** Token ids that may be generated. */
     this.ids = new Set([...text.ids, ...stopTokens]);
   }
 
-  /** Frees what the model holds. */
+  /** Release the model's resources. */
   async close() {
     await this._session.release();
   }
@@ -85,7 +87,7 @@ export class WebModel {
   }
 
   /**
-   * No tokens yet, and the given memory.
+   * Return a past without tokens that holds the given memory.
    *
    * @returns {Past}
    */
@@ -98,7 +100,7 @@ export class WebModel {
     return this.withMemory(past, memory);
   }
 
-  /** The same tokens with another memory. */
+  /** Return `past` with another memory. */
   withMemory(past, memory) {
     const changed = { ...past };
     for (const [name, { kind, layer, sizes }] of this._carried) {
@@ -111,15 +113,15 @@ export class WebModel {
   /**
    * Feed tokens.
    *
-   * @param {Past} past of `length` tokens
+   * @param {Past} past the past, which holds `length` tokens
    * @param {number} length
    * @param {import("./generation.js").Token[]} tokens
-   * @returns {Promise<{ logits: Float32Array, past: Past }>} logits after the last token
-   * @throws {DataError} an id is not one of the model's
+   * @returns {Promise<{ logits: Float32Array, past: Past }>} the logits after the last token, and the new past
+   * @throws {DataError} a token id is outside the model's vocabulary
    */
   async step(past, length, tokens) {
     const unknown = tokens.find(({ id }) => id >= this._vocabSize);
-    if (unknown) throw new DataError(`The model has no token ${unknown.id}.`, "", "Use the tokenizer that it was made with.");
+    if (unknown) throw new DataError(`The model has no token ${unknown.id}.`, "", "Use the tokenizer of this model.");
     const bools = (part) => this._tensor("bool", Uint8Array.from(tokens, (token) => token[part]), [1, tokens.length]);
     const all = length + tokens.length;
     const { [LOGITS]: logits, ...present } = await this._session.run({
@@ -134,7 +136,7 @@ export class WebModel {
   }
 
   /**
-   * States and open segments, copied.
+   * Return a copy of the memory: states and open segments.
    *
    * @returns {Promise<import("./memory.js").Memory>}
    */
@@ -147,7 +149,7 @@ export class WebModel {
     return memory;
   }
 
-  /** `past` with its first `length` tokens alone; its memory as it is. */
+  /** Return `past` truncated to its first `length` tokens. Its memory stays as it is. */
   async take(past, length) {
     const shorter = { ...past };
     for (const [name, { kind, type }] of this._carried) {
@@ -164,7 +166,7 @@ export class WebModel {
     return shorter;
   }
 
-  /** Frees what `past` holds on a GPU, save what `kept` shares with it. */
+  /** Release the GPU memory of `past`, except for tensors that are also in `kept`. */
   release(past, kept = {}) {
     const shared = new Set(Object.values(kept));
     for (const tensor of Object.values(past)) if (!shared.has(tensor)) tensor.dispose();
@@ -175,19 +177,19 @@ export class WebModel {
   }
 }
 
-/** "webgpu" where there is a GPU for it, and "wasm" where there is none. */
+/** Return "webgpu" if the browser has a GPU for it, else "wasm". */
 export async function bestProvider() {
   const adapter = await globalThis.navigator?.gpu?.requestAdapter().catch(() => null);
   return adapter && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm";
 }
 
-// What is carried stays on the GPU.
+// Tensors that are passed from call to call stay on the GPU.
 function outputLocations(manifest) {
   const names = [...carriedTensors(manifest).keys()].map((name) => name.replace(PAST, PRESENT));
   return { [LOGITS]: "cpu", ...Object.fromEntries(names.map((name) => [name, "gpu-buffer"])) };
 }
 
-// The graph must take what the manifest says, and no more.
+// Checks that the graph has exactly the inputs that the manifest describes.
 function checkGraph(inputs, manifest) {
   const expected = new Map([
     ["input_ids", "int64"],

@@ -1,17 +1,17 @@
-// Which characters of a text its tokens are. @huggingface/tokenizers does not say, so tokens are laid along the text.
+// Finds the characters of each token. @huggingface/tokenizers has no offsets, so the tokens are matched along the text.
 
 import { DataError } from "./errors.js";
 
 const ENCODER = new TextEncoder();
-const BYTE_TOKEN = /^<0x([0-9A-F]{2})>$/; // of tokenizers that fall back to bytes
+const BYTE_TOKEN = /^<0x([0-9A-F]{2})>$/; // of tokenizers with byte fallback
 const SPACE = 0x20;
 
 /**
  * @param {string} text
  * @param {string[]} tokens
- * @param {object} description tokenizer.json
- * @returns {[number, number][]} UTF-16 units; tokens that share a character each have it whole
- * @throws {DataError} a token is not what the text has at its place
+ * @param {object} description content of tokenizer.json
+ * @returns {[number, number][]} ranges in UTF-16 units; tokens that share a character each cover the whole character
+ * @throws {DataError} a token does not match the text at its position
  */
 export function offsetsOf(text, tokens, description) {
   const bytes = ENCODER.encode(text);
@@ -23,7 +23,7 @@ export function offsetsOf(text, tokens, description) {
     const piece = added.has(token) ? ENCODER.encode(token) : bytesOf(token);
     const start = [place, afterSpaces(bytes, place)].find((at) => startsWith(bytes, piece, at));
     if (start === undefined && piece[0] === SPACE && startsWith(bytes, piece.subarray(1), place)) {
-      return taken(place, piece.length - 1); // a space that the tokenizer puts before a text
+      return taken(place, piece.length - 1); // the tokenizer adds a space before a text
     }
     if (start === undefined) throw unknown(token);
     return taken(start, piece.length);
@@ -35,7 +35,7 @@ export function offsetsOf(text, tokens, description) {
   }
 }
 
-// Of each byte of the text's UTF-8, where its character begins and ends.
+// Where the character of each byte of the text's UTF-8 begins and ends.
 function unitsOf(text) {
   const units = [];
   let unit = 0;
@@ -48,7 +48,7 @@ function unitsOf(text) {
 
 const isByteLevel = (part) => part?.type === "ByteLevel" || Boolean(part?.pretokenizers?.some(isByteLevel));
 
-// The characters by which byte-level tokenizers write bytes: printable ones for themselves, the others from 256 on.
+// Byte-level tokenizers write each byte as a character: printable ones as themselves, the others as those from 256 on.
 const BYTES = new Map();
 for (let byte = 0, others = 0; byte < 256; byte++) {
   const isPrintable = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte !== 0xad);
@@ -71,8 +71,8 @@ function afterSpaces(bytes, place) {
 
 function unknown(token) {
   return new DataError(
-    "Where the tokens of this conversation are in its text cannot be told.",
-    `The tokenizer makes ${JSON.stringify(token)} of other characters.`,
+    "The positions of this conversation's tokens in its text cannot be found.",
+    `The tokenizer produces ${JSON.stringify(token)} from other characters.`,
     'Use an adapter of granularity "token", which needs no boundaries.',
   );
 }

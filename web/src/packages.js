@@ -1,9 +1,9 @@
-// The packages that the library needs. A page without a bundler has a file of its own in place of this one.
+// The packages that the library needs. A page without a bundler replaces this file with its own.
 
 export const jinja = () => import("@huggingface/jinja");
 export const tokenizers = () => import("@huggingface/tokenizers");
 
-/** Splits texts into sentences. */
+/** Splits text into sentences. */
 export const sentencex = () => import("sentencex-wasm");
 
 /** ONNX Runtime has a build for each provider. */

@@ -1,11 +1,11 @@
-// numpy's random generator, `default_rng(seed).random()`: PCG64 seeded by a SeedSequence. The same seed draws the same numbers.
+// NumPy's `default_rng(seed).random()`: PCG64 seeded by a SeedSequence. The same seed draws the same numbers.
 
 const [WORD, DOUBLE_WORD, QUAD_WORD] = [2n ** 32n - 1n, 2n ** 64n - 1n, 2n ** 128n - 1n];
 const MULTIPLIER = 0x2360ed051fc65da44385df649fccf645n;
 const POOL = 4; // words
 
 export class Random {
-  /** @param {number | null} seed whole, from 0; null for one of the system's */
+  /** @param {number | null} seed a non-negative integer; null for a random seed */
   constructor(seed) {
     const entropy = seed === null ? [...crypto.getRandomValues(new Uint32Array(POOL))] : wordsOf(BigInt(seed));
     const [high, low, incrementHigh, incrementLow] = seedWords(entropy);
@@ -16,7 +16,7 @@ export class Random {
     this._step();
   }
 
-  /** From 0, below 1. */
+  /** Return the next number in [0, 1). */
   next() {
     this._step();
     const folded = (this._state >> 64n) ^ (this._state & DOUBLE_WORD);
@@ -36,7 +36,7 @@ function wordsOf(number) {
   return words.length ? words : [0];
 }
 
-// Four numbers of 64 bits, from numpy's SeedSequence.
+// Four 64-bit numbers, as NumPy's SeedSequence generates them.
 function seedWords(entropy) {
   let constant = 0x43b0d7e5;
   const hash = (value) => {

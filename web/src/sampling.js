@@ -1,21 +1,21 @@
-// From logits to the next token, as in deltamem_tool/chat/sampling.py.
+// Chooses the next token from logits, as in deltamem_tool/chat/sampling.py.
 
 import { ConfigError, DeltaMemError } from "./errors.js";
 import { Random } from "./random.js";
 
 /**
- * How an answer is chosen and where it ends. The options are applied in the order of transformers' `generate`: repetition
+ * How tokens are chosen and when the answer ends. The options apply in the order of transformers' `generate`: repetition
  * penalty, temperature, top-k, top-p, min-p.
  *
  * @typedef {object} Sampling
- * @property {number} maxNewTokens the longest answer
- * @property {number} temperature 0 takes the likeliest token; more makes the answer more varied
- * @property {number} topK sample among so many likeliest tokens; 0 for all
- * @property {number} topP sample among the likeliest tokens that hold this much probability together
- * @property {number} minP sample among the tokens that have at least this share of the likeliest one's probability
- * @property {number} repetitionPenalty of tokens that are in the context; 1 changes nothing
- * @property {number | null} seed of the sampling; null takes a new one
- * @property {string[]} stop texts that end the answer, which ends before them
+ * @property {number} maxNewTokens maximum number of tokens in the answer
+ * @property {number} temperature 0 picks the most likely token; higher values vary the answer more
+ * @property {number} topK sample among this many most likely tokens; 0 for all
+ * @property {number} topP sample among the most likely tokens whose probabilities add up to this
+ * @property {number} minP sample among tokens with at least this fraction of the most likely token's probability
+ * @property {number} repetitionPenalty penalty for tokens that are already in the context; 1 changes nothing
+ * @property {number | null} seed random seed for sampling; null draws a new one
+ * @property {string[]} stop stop strings; the answer ends before the first one
  */
 const DEFAULTS = {
   maxNewTokens: 256,
@@ -45,7 +45,7 @@ export function samplingOf(options) {
     [minP >= 0 && minP <= 1, `minP must be 0 to 1, not ${minP}`],
     [repetitionPenalty > 0 && repetitionPenalty < Infinity, `repetitionPenalty must be above 0, not ${repetitionPenalty}`],
     [seed === null || (Number.isSafeInteger(seed) && seed >= 0), `seed must be 0 or more, not ${seed}`],
-    [Array.isArray(stop) && stop.every((text) => typeof text === "string" && text), "stop must be a list of texts, none empty"],
+    [Array.isArray(stop) && stop.every((text) => typeof text === "string" && text), "stop must be a list of texts, none of them empty"],
   ]) {
     if (!holds) throw new ConfigError("Invalid sampling options.", `${why}.`, "Correct the option and try again.");
   }
@@ -56,8 +56,8 @@ export function samplingOf(options) {
 export class Sampler {
   /**
    * @param {Sampling} sampling
-   * @param {number[]} context the tokens before the answer, for the repetition penalty
-   * @param {Set<number>} ids those that may be chosen: models often have logits for more, which mean no token
+   * @param {number[]} context tokens before the answer, for the repetition penalty
+   * @param {Set<number>} ids tokens that may be chosen; models often have more logits than tokens
    */
   constructor(sampling, context, ids) {
     this._sampling = sampling;
@@ -67,10 +67,10 @@ export class Sampler {
   }
 
   /**
-   * The next token.
+   * Return the next token.
    *
    * @param {Float32Array} logits
-   * @throws {DeltaMemError} one that may be chosen has NaN or infinity, or all have minus infinity
+   * @throws {DeltaMemError} the logit of a valid token is NaN or infinity, or those of all are minus infinity
    */
   pick(logits) {
     const scores = new Float64Array(logits.length).fill(-Infinity);
@@ -95,7 +95,7 @@ export class Sampler {
     }
   }
 
-  // As `choice` of numpy's generator draws with probabilities.
+  // Draws like `Generator.choice` of NumPy with probabilities.
   _draw(chances) {
     const sums = cumulative(chances);
     const drawn = this._random.next();
@@ -104,9 +104,9 @@ export class Sampler {
 }
 
 /**
- * What a token is drawn from at a temperature above 0; zero for tokens that are left out.
+ * Return the probabilities to draw from at a temperature above 0; zero for excluded tokens.
  *
- * @param {Float64Array} logits
+ * @param {Float64Array} logits after the repetition penalty
  * @param {Sampling} sampling
  */
 export function probabilities(logits, { temperature, topK, topP, minP }) {
@@ -118,7 +118,7 @@ export function probabilities(logits, { temperature, topK, topP, minP }) {
   }
   if (topP < 1) {
     const chances = softmax(scores);
-    // Ascending, as transformers does: the tail is what is cut off, and never the likeliest.
+    // In ascending order, as transformers does: the tail is cut off, and never the most likely token.
     const order = [...scores.keys()].sort((one, other) => scores[one] - scores[other] || one - other).slice(0, -1);
     let sum = 0;
     for (const place of order) if ((sum += chances[place]) <= 1 - topP) scores[place] = -Infinity;
@@ -134,7 +134,7 @@ export function probabilities(logits, { temperature, topK, topP, minP }) {
 export const notFinite = (what) =>
   new DeltaMemError(
     `${what} contain NaN or infinity.`,
-    "The weights are damaged or overflow in half precision, or the memory that was read is not this model's.",
+    "The weights are damaged or overflow in half precision, or the memory belongs to another model.",
     "Try another dtype or an earlier memory.",
   );
 

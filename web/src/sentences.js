@@ -1,12 +1,13 @@
-// Texts in sentences, by the library that Python's side splits with, too; it is fetched for adapters that write by sentence.
+// Splits text into sentences with the library that the Python package uses. It is only fetched for adapters that write by
+// sentence.
 
 import { sentencex } from "./packages.js";
 
 /**
- * @typedef {(text: string) => string[]} Split pieces of the text, in their order
+ * @typedef {(text: string) => string[]} Split returns the pieces of a text, in order
  *
- * @param {Uint8Array} [binary] sentencex_wasm_bg.wasm, where it is not to be fetched from beside the package
- * @returns {Promise<Split>} for English
+ * @param {Uint8Array} [binary] sentencex_wasm_bg.wasm; by default it is fetched from the package's folder
+ * @returns {Promise<Split>} a function that splits English text
  */
 export async function sentenceSplitter(binary) {
   const { default: start, segment } = await sentencex();

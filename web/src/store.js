@@ -1,11 +1,11 @@
-// Named memories in the browser's IndexedDB, each adapter's by themselves. What is stored are memory files.
+// Stores named memories in the browser's IndexedDB, as memory files and separately for each adapter.
 
 import { MemoryConflict, MemoryStateError } from "./errors.js";
 
 const DATABASE = "deltamem";
 const STORE = "memories";
 const VERSION = 1;
-const KEPT = 20; // earlier versions of a memory
+const KEPT = 20; // number of earlier versions of a memory
 
 /**
  * @typedef {object} Stored
@@ -13,15 +13,15 @@ const KEPT = 20; // earlier versions of a memory
  * @property {number} version counts the changes, from 1
  * @property {number} updated milliseconds since 1970
  * @property {Uint8Array} bytes the memory file
- * @property {Uint8Array[]} former the files before it, the newest last
+ * @property {Uint8Array[]} former earlier versions of the file, the newest last
  */
 
-/** The memories of one adapter. Another one's are not to be seen. */
+/** The memories of one adapter. Those of other adapters are not visible. */
 export class MemoryStore {
   /**
    * @param {string} adapter fingerprint
    * @returns {Promise<MemoryStore>}
-   * @throws {MemoryStateError} the browser gives no storage
+   * @throws {MemoryStateError} the browser does not allow storage
    */
   static async open(adapter) {
     const request = indexedDB.open(DATABASE, VERSION);
@@ -39,7 +39,7 @@ export class MemoryStore {
     this._database.close();
   }
 
-  /** @returns {Promise<Stored[]>} the one changed last first */
+  /** @returns {Promise<Stored[]>} all memories, the most recently changed one first */
   async list() {
     const range = IDBKeyRange.bound([this._adapter], [this._adapter, []]);
     const all = await outcome(this._in("readonly").getAll(range), "The memories cannot be read.");
@@ -52,14 +52,14 @@ export class MemoryStore {
   }
 
   /**
-   * Store a memory, if it is still what the caller has seen; the one before is kept behind it.
+   * Store a memory unless it has changed since the caller read it. The former version is kept.
    *
    * @param {string} name
-   * @param {Uint8Array} bytes a memory file
-   * @param {number} seen its version, 0 where there was none
+   * @param {Uint8Array} bytes the memory file
+   * @param {number} seen the version that the caller has read; 0 if there was none
    * @returns {Promise<Stored>}
-   * @throws {MemoryConflict} somebody else has changed it
-   * @throws {MemoryStateError} there is no room
+   * @throws {MemoryConflict} another tab or window has changed it
+   * @throws {MemoryStateError} the browser's storage is full
    */
   put(name, bytes, seen) {
     return this._change(name, seen, (before) => ({
@@ -69,7 +69,7 @@ export class MemoryStore {
   }
 
   /**
-   * Take back the last change; where there is none before it, the memory is deleted.
+   * Undo the last change. If there is no earlier version, the memory is deleted.
    *
    * @returns {Promise<Stored | null>}
    */
@@ -79,18 +79,18 @@ export class MemoryStore {
     );
   }
 
-  /** Delete a memory and all that was before it. */
+  /** Delete a memory and all its earlier versions. */
   async delete(name) {
     await outcome(this._in("readwrite").delete([this._adapter, name]), `The memory ${name} cannot be deleted.`);
   }
 
-  // In one transaction, which is written whole or not at all.
+  // Changes a memory in one transaction, completely or not at all.
   async _change(name, seen, change) {
     const what = `The memory ${name} was not stored.`;
     const store = this._in("readwrite");
     const before = await outcome(store.get([this._adapter, name]), what);
     if ((before?.version ?? 0) !== seen) {
-      const why = "Another tab or window has changed it since.";
+      const why = "Another tab or window has changed it.";
       throw new MemoryConflict(what, why, "Load the memory again.");
     }
     const changed = change(before);

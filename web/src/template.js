@@ -1,4 +1,4 @@
-// What a chat template writes, and where; see deltamem_tool/segments/template.py, which this follows. Contents are texts.
+// Finds what a chat template writes, and where. A port of deltamem_tool/segments/template.py for contents that are text.
 
 import { checkUnicode, isBlank } from "./characters.js";
 import { DataError, ExportError, firstLine } from "./errors.js";
@@ -6,16 +6,16 @@ import { isObject } from "./json.js";
 
 /** @typedef {{ role: string, content: string }} Message */
 
-const PRIVATE_USE = 0xe000; // the first of the characters that no text has a meaning for
+const PRIVATE_USE = 0xe000; // the first of the private-use characters, which have no meaning
 const LAST_PRIVATE_USE = 0xf8ff;
-const PROBES = [["user"], ["user", "assistant"], ["system"]]; // what a message follows when its role's header is learned
+const PROBES = [["user"], ["user", "assistant"], ["system"]]; // roles before a message whose header is learned
 const BYTE_ORDER_MARK = /^\ufeff/;
 const said = (number) => `\ue100${number}\ue101`; // in place of a content
 
-/** @throws {DataError} there is no message, or one has no role or no text */
+/** @throws {DataError} there is no message, or a message has no role or no text */
 export function checkMessages(messages) {
   if (!Array.isArray(messages) || !messages.length) {
-    throw new DataError("The conversation has no messages.", "", "Give it a list of { role, content }.");
+    throw new DataError("The conversation has no messages.", "", "Pass a list of { role, content }.");
   }
   for (const [number, message] of messages.entries()) {
     const lacks = ["role", "content"].find((part) => !isObject(message) || typeof message[part] !== "string");
@@ -26,17 +26,17 @@ export function checkMessages(messages) {
 export class ChatTemplate {
   /**
    * @param {string} name for errors
-   * @param {(messages: object[], generationPrompt: boolean) => string} write renders messages; it raises what it likes
+   * @param {(messages: object[], generationPrompt: boolean) => string} write renders messages; it may throw any exception
    */
   constructor(name, write) {
     this.name = name;
     this._write = write;
     this._headers = new Map();
-    this._complete = new Set(); // shapes of conversations all of which is written
+    this._complete = new Set(); // shapes of conversations that are written completely
     this._takesText = this._writesText();
   }
 
-  // Whether the template is given texts: unless it writes none, but writes lists of texts.
+  // Whether to pass contents as text. Only a template that leaves out text and writes lists of texts gets lists.
   _writesText() {
     const sentinel = String.fromCharCode(PRIVATE_USE);
     const writes = (content) =>
@@ -45,9 +45,11 @@ export class ChatTemplate {
   }
 
   /**
+   * Render messages.
+   *
    * @param {Message[]} messages
-   * @throws {ExportError} the template refuses the messages
-   * @throws {DataError} a message has no role or no text, or the template leaves out some of what is said
+   * @throws {ExportError} the template rejects the messages
+   * @throws {DataError} a message has no role or no text, or the template leaves out a content
    */
   render(messages, generationPrompt = false) {
     checkMessages(messages);
@@ -81,7 +83,7 @@ export class ChatTemplate {
     }
   }
 
-  /** The rendering, or null where there is none. */
+  /** Return the rendering, or null if there is an error. */
   attempt(messages) {
     return this._attempt(() => this._rendered(messages));
   }
@@ -95,7 +97,7 @@ export class ChatTemplate {
       if (missing >= 0) {
         throw new DataError(
           `The chat template of ${this.name} leaves out message ${missing + 1} (${messages[missing].role}).`,
-          "What it writes is without its content.",
+          "The rendered text does not contain its content.",
           "Leave the message out or change its role, or use a model whose template writes it.",
         );
       }
@@ -103,7 +105,7 @@ export class ChatTemplate {
     this._complete.add(shape);
   }
 
-  /** Whether after the content of message `index` all later ones are written, and of the earlier ones none. */
+  /** Whether the template writes all later contents, and no earlier ones, after the content of message `index`. */
   continues(messages, index) {
     const text = this.attempt(messages.map(probe));
     if (text === null || text.split(said(index)).length !== 2) return false;
@@ -115,9 +117,9 @@ export class ChatTemplate {
   }
 
   /**
-   * What stands before and after the content of message `index` in `text`, the rendering of `messages`; or null.
+   * Find the content of message `index` in `text`, the rendering of `messages`.
    *
-   * @returns {{ before: string, after: string } | null}
+   * @returns {{ before: string, after: string } | null} the text before and after it
    */
   content(messages, index, text) {
     const sentinel = unusedIn(text);
@@ -127,7 +129,7 @@ export class ChatTemplate {
     return text.startsWith(before) ? { before, after } : null;
   }
 
-  /** What the template writes after an answer, the conversation's last one or else an earlier one. */
+  /** Return the text that the template writes after an answer: the last one, or else an earlier one. */
   closing() {
     const talk = ["user", "assistant", "user"].map((role) => ({ role, content: "" }));
     for (const messages of [talk.slice(0, 2), talk]) {
@@ -138,7 +140,7 @@ export class ChatTemplate {
     return "";
   }
 
-  /** The role's header: the one known header that `before`, the text before the content, ends with; or null. */
+  /** Return the role's header: the one known header that `before`, the text before the content, ends with; or null. */
   header(message, before) {
     const { role } = message;
     if (!this._headers.has(role)) this._headers.set(role, this._learned(role));
@@ -158,19 +160,23 @@ export class ChatTemplate {
       const text = this.attempt([...earlier, { role, content: sentinel }]);
       if (start === null || text === null || !text.startsWith(start) || text.split(sentinel).length !== 2) continue;
       const header = text.slice(start.length, text.indexOf(sentinel));
-      if (!header.includes(context)) headers.add(header); // or else this message took up another's content
+      // Otherwise the template writes another message's content within this one.
+      if (!header.includes(context)) headers.add(header);
     }
     return headers;
   }
 
-  /** What the template writes before the content of such a message when nothing precedes it. */
+  /** Return the text before the content of such a message at the beginning of a conversation. */
   opening({ role }) {
     const sentinel = String.fromCharCode(PRIVATE_USE);
     const parts = this.attempt([{ role, content: sentinel }])?.split(sentinel);
     return parts?.length === 2 ? parts[0] : null;
   }
 
-  /** The length of what the template writes before any message, if `text` starts so and then with this message. */
+  /**
+   * Return the length of the text that the template writes before any message; null unless `text` starts with it, followed
+   * by the header of `message`.
+   */
   preamble(message, text) {
     const opening = this.opening(message);
     const header = opening === null ? null : this.header(message, opening);
@@ -182,7 +188,7 @@ function unusedIn(text) {
   for (let code = PRIVATE_USE; code <= LAST_PRIVATE_USE; code++) {
     if (!text.includes(String.fromCharCode(code))) return String.fromCharCode(code);
   }
-  throw new DataError("The conversation has every character of private use.", "", "Leave one out.");
+  throw new DataError("The conversation contains every private-use character.", "", "Leave one out.");
 }
 
 const probe = (message, number) => (message.content ? { ...message, content: said(number) } : message);

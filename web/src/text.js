@@ -1,4 +1,4 @@
-// Text to tokens and back: tokenizer.json, the chat template, text as it streams. As deltamem_tool/chat/text.py.
+// Converts text to tokens and back: tokenizer.json, the chat template, and streamed text. As deltamem_tool/chat/text.py.
 
 import { checkUnicode, trimStart } from "./characters.js";
 import { DataError, ExportError, firstLine } from "./errors.js";
@@ -8,9 +8,9 @@ import { jinja, tokenizers } from "./packages.js";
 import { ChatTemplate } from "./template.js";
 
 const MAX_TOKENIZER_BYTES = 256 * 2 ** 20;
-const MAX_TEMPLATE_BYTES = 2 ** 20; // the longest that we know, for tools, are of 20 kB
+const MAX_TEMPLATE_BYTES = 2 ** 20; // the longest known ones, which render tools, have 20 kB
 
-/** A tokenizer and a chat template: how a model's messages become tokens. */
+/** A tokenizer and a chat template, which turn a model's messages into tokens. */
 export class ChatText {
   /**
    * @param {Record<string, Uint8Array | undefined>} files of a model folder, by name
@@ -26,7 +26,7 @@ export class ChatText {
     const description = readJson(files, "tokenizer.json", MAX_TOKENIZER_BYTES);
     const options = readJson(files, "tokenizer_config.json");
     try {
-      // Without the options: they would change texts, which tokenizer.json alone does elsewhere.
+      // The options are left out: they would change texts, and other runtimes only use tokenizer.json.
       this.tokenizer = new Tokenizer(description, {});
     } catch (error) {
       throw unreadable("tokenizer.json", error);
@@ -58,7 +58,7 @@ export class ChatText {
   }
 
   /**
-   * Ids that end an answer.
+   * Return the token ids that end an answer.
    *
    * @param {unknown} configured `eos_token_id` of the model's generation config
    * @returns {Set<number>}
@@ -68,7 +68,7 @@ export class ChatText {
     if (!listed.every(Number.isInteger)) throw unreadable("generation_config.json", "its eos_token_id is not a number or a list of them");
     const ids = [...listed, this.tokenizer.token_to_id(this._specialTokens.eos_token ?? "")];
     if (this.hasTemplate) {
-      // Of what the template writes as plain text, nothing can be told from an answer.
+      // If the template ends an answer with plain text, that text could be part of an answer.
       const [first] = this.encode(trimStart(this.template.closing()));
       if (this.tokenizer.get_added_tokens_decoder().has(first)) ids.push(first);
     }
@@ -76,20 +76,20 @@ export class ChatText {
   }
 
   /**
-   * The conversation as text, up to where the assistant speaks next.
+   * Render the conversation as text; with `generationPrompt`, up to where the assistant speaks next.
    *
-   * @throws {ExportError} there is no template, or it refuses the messages
-   * @throws {DataError} a message has no role or no text, or the template leaves out some of what is said
+   * @throws {ExportError} there is no template, or it rejects the messages
+   * @throws {DataError} a message has no role or no text, or the template leaves out a content
    */
   render(messages, generationPrompt = true) {
     if (!this.hasTemplate) {
-      throw new ExportError("This model takes no messages.", "It has no chat template.", "Give it plain text instead.");
+      throw new ExportError("This model does not take messages.", "It has no chat template.", "Give it plain text instead.");
     }
     return this.template.render(messages, generationPrompt);
   }
 
   /**
-   * Token ids; `specialTokens` lets the tokenizer add what it puts around a text (templates spell it out).
+   * Return token ids. `specialTokens` lets the tokenizer add its own, which templates write themselves.
    *
    * @returns {number[]}
    */
@@ -99,10 +99,10 @@ export class ChatText {
   }
 
   /**
-   * The characters of each token of `text`.
+   * Return the character range of each token of `text`.
    *
    * @returns {[number, number][]}
-   * @throws {DataError} they cannot be told
+   * @throws {DataError} the positions of the tokens cannot be found
    */
   offsets(text) {
     const { tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
@@ -115,23 +115,23 @@ export class ChatText {
   }
 }
 
-/** Tokens in, text out, a character only when all of its bytes are there. */
+/** Converts tokens to text incrementally. A character appears only when all of its bytes are known. */
 export class TextStream {
   /** @param {ChatText} text */
   constructor(text) {
     this._text = text;
     this._tokens = [];
-    this._start = 0; // from here on tokens are decoded: what was given last stays as context for what follows
-    this._end = 0; // the tokens before this one have come out
+    this._start = 0; // decoding starts at this token: the last ones returned are the context of the next
+    this._end = 0; // the text of the tokens before this one has been returned
   }
 
-  /** The text that `token` completes, often empty. */
+  /** Return the text that `token` completes, which is often empty. */
   push(token) {
     this._tokens.push(token);
     return this._new(true);
   }
 
-  /** What was held back when no more tokens come. */
+  /** Return the remaining text when no more tokens follow. */
   flush() {
     return this._new(false);
   }
@@ -146,8 +146,10 @@ export class TextStream {
 }
 
 /**
+ * Read a JSON object from a model folder.
+ *
  * @param {Record<string, Uint8Array | undefined>} files
- * @returns {Record<string, unknown>} a JSON object; empty if there is no such file
+ * @returns {Record<string, unknown>} the object; empty if there is no such file
  */
 export function readJson(files, name, limit) {
   if (files[name] === undefined) return {};
@@ -161,7 +163,7 @@ export function readJson(files, name, limit) {
   return content;
 }
 
-// The template's source; of several, the one that is called default.
+// The template's source; if there are several, the one named default.
 function templateSource(file, inOptions) {
   if (file !== undefined) {
     try {

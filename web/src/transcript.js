@@ -1,5 +1,5 @@
-// What was said in a conversation, as the chat template writes it and as tokens. An answer is never tokenised again. In
-// rendered text a placeholder stands for each answer, so that the template's words around it can be told from it. As
+// The messages of a conversation, as the chat template renders them and as tokens. Answers are never tokenised again. In
+// rendered text, a placeholder stands for each answer, to tell the text of the template around it from the answer. As
 // deltamem_tool/chat/transcript.py.
 
 import { spansOf, tagsOf } from "./boundaries.js";
@@ -14,19 +14,19 @@ const placeholder = (number) => `${MARK}${number}${MARK}`; // private-use charac
  * @typedef {{ messages: Message[], answer: string, tokens: number[] }} Turn
  */
 
-/** Never changed: every method returns a new one. */
+/** The messages of a conversation. It is never changed: every method returns a new one. */
 export class Transcript {
   /**
-   * @param {Message[]} system the system messages that it began with
-   * @param {Turn[]} turns those whose tokens are in the context
-   * @param {Turn[]} dropped earlier ones, which have left it
-   * @param {string} rendered all text of the context up to the last answer, placeholders for the answers before
+   * @param {Message[]} system system messages at the beginning
+   * @param {Turn[]} turns turns whose tokens are in the context
+   * @param {Turn[]} dropped earlier turns, which have left the context
+   * @param {string} rendered text of the context up to the last answer, with placeholders for the earlier answers
    */
   constructor(system = [], turns = [], dropped = [], rendered = "") {
     Object.assign(this, { system, turns, dropped, rendered });
   }
 
-  /** Everything that was said, dropped turns too. */
+  /** All messages, including those of dropped turns. */
   get messages() {
     const ofTurn = ({ messages, answer }) => [...messages, { role: "assistant", content: answer }];
     return [...this.system, ...[...this.dropped, ...this.turns].flatMap(ofTurn)];
@@ -38,13 +38,13 @@ export class Transcript {
   }
 
   /**
-   * With another turn, which has no answer yet; and the tokens that it adds.
+   * Return the transcript with another turn, which has no answer yet, and the tokens that it adds.
    *
    * @param {import("./text.js").ChatText} text
    * @param {string | Message[]} content
    * @returns {{ transcript: Transcript, tokens: number[] }}
-   * @throws {ExportError} the chat template refuses the messages, or does not write the last answer
-   * @throws {DataError} there is nothing in them, or as in `ChatText.render`
+   * @throws {ExportError} the chat template rejects the messages or does not write the last answer, or the messages are empty
+   * @throws {DataError} there are no messages, a message contains the placeholder, or as in `ChatText.render`
    */
   begin(text, content) {
     const isPlain = typeof content === "string";
@@ -52,7 +52,11 @@ export class Transcript {
     checkMessages(messages);
     if (isPlain && !content) throw nothing("The prompt is empty.");
     if (messages.some((message) => message.content.includes(MARK))) {
-      throw new DataError("The prompt holds the character U+E000.", "It stands for answers here.", "Leave it out.");
+      throw new DataError(
+        "The prompt contains the character U+E000.",
+        "It is the placeholder for answers when a conversation is rendered, and has no meaning in any text.",
+        "Leave it out.",
+      );
     }
     let { system } = this;
     if (!this.turns.length && !system.length) {
@@ -73,29 +77,29 @@ export class Transcript {
     return { transcript: new Transcript(system, turns, this.dropped, rendered), tokens };
   }
 
-  // What of `rendered`, which does not begin as the context does, comes after the last answer.
+  // The part of `rendered` after the last answer, if `rendered` does not begin like the context.
   _added(text, earlier, messages, rendered) {
     if (!this.turns.length || !text.template.continues([...earlier, ...messages], earlier.length - 1)) {
       throw new ExportError(
         "The chat template does not continue this conversation.",
         "It does not write the new messages after the last answer.",
-        "Start a new conversation, from this one's memory if it should remember.",
+        "Start a new conversation, with this one's memory if it should remember.",
       );
     }
     return rendered.split(placeholder(this.turns.length - 1)).at(-1);
   }
 
   /**
-   * The tags of the tokens of `rendered` from the character `start` on, where a turn begins; and whether the segment
-   * before ends where they begin, so that none of them ends it.
+   * Tag the tokens of `rendered` from the character `start` on, where a turn begins.
    *
-   * @param {import("./sentences.js").Split | null} split where sentences are segments; null where messages are
-   * @returns {{ tags: number[], ended: boolean }}
-   * @throws {DataError} the chat template does not let the end of a message be told
+   * @param {import("./sentences.js").Split | null} split splits a content if segments are sentences; null if they are messages
+   * @returns {{ tags: number[], ended: boolean }} `ended`: whether the previous segment ends where these tokens begin, so
+   *   that none of them ends it
+   * @throws {DataError} the chat template does not show where a message ends
    */
   tags(text, start, split) {
     const messages = [...this.system, ...withPlaceholders(this.turns.slice(0, -1)), ...this.turns.at(-1).messages];
-    // As the template writes it now: the end is that of `rendered`, what comes before it may not be.
+    // The template may render earlier messages differently by now. Only the end is sure to be that of `this.rendered`.
     const rendered = text.render(messages);
     start += rendered.length - this.rendered.length;
     const offsets = text.offsets(rendered.slice(start)).map(([first, last]) => [start + first, start + last]);
@@ -104,13 +108,13 @@ export class Transcript {
     return { tags, ended: spans.some(({ end, segment }) => end === start && segment) };
   }
 
-  /** With the answer to the last turn. */
+  /** Return the transcript with the answer to the last turn. */
   answered(answer, tokens) {
     const turns = [...this.turns.slice(0, -1), { ...this.turns.at(-1), answer, tokens }];
     return new Transcript(this.system, turns, this.dropped, this.rendered);
   }
 
-  /** Of the turns in the context the last `count` alone, rendered as if the conversation had begun with them. */
+  /** Keep only the last `count` turns of the context, rendered as if the conversation began with them. */
   keep(text, count) {
     const [gone, kept] = [this.turns.slice(0, this.turns.length - count), this.turns.slice(this.turns.length - count)];
     const dropped = [...this.dropped, ...gone];
@@ -123,9 +127,9 @@ export class Transcript {
   }
 
   /**
-   * All tokens of the context, the last answer's too.
+   * Return all tokens of the context, including those of the last answer.
    *
-   * @throws {ExportError} the template does not write every answer once
+   * @throws {ExportError} the template does not write every answer
    */
   tokens(text) {
     const tokens = [];
@@ -135,8 +139,8 @@ export class Transcript {
       if (place < 0) {
         throw new ExportError(
           "The chat template does not write every answer of this conversation.",
-          `Answer ${number + 1} is not in what it renders.`,
-          "Start a new conversation, from this one's memory.",
+          `Answer ${number + 1} is not in the rendered text.`,
+          "Start a new conversation with this one's memory.",
         );
       }
       tokens.push(...text.encode(rest.slice(0, place), !text.hasTemplate && number === 0), ...turn.tokens);
@@ -151,7 +155,7 @@ function withPlaceholders(turns) {
   return turns.flatMap(ofTurn);
 }
 
-// The system messages' own text; empty where the template writes it with the first user message only.
+// The text of the system messages alone; empty if the template only writes it with the first user message.
 function alone(text, system) {
   if (!system.length) return "";
   const { template } = text;

@@ -1,2 +1,2 @@
-/** Of deltamem-tool, whose files it reads and writes. */
+/** The version of deltamem-tool whose files this library reads and writes. */
 export const VERSION = "0.1.0";

@@ -96,8 +96,8 @@ DAMAGED = {
     "other_tensor": (_header(lambda h: h.update(x=h.pop("layers.0.state"))), "not a float32 state"),
     "dtype": (_header(lambda h: h["layers.0.state"].update(dtype="I32")), "not a float32 state"),
     "not_square": (_header(lambda h: h["layers.0.state"].update(shape=[1, 2, 1, 9])), "not square"),
-    "shape": (_header(lambda h: h["layers.0.state"].update(shape=[1, 2, 3, 4])), "does not fit its tensors"),
-    "offsets": (_header(lambda h: h["layers.0.state"].update(data_offsets=[-72, 0])), "does not fit its tensors"),
+    "shape": (_header(lambda h: h["layers.0.state"].update(shape=[1, 2, 3, 4])), "does not match its tensors"),
+    "offsets": (_header(lambda h: h["layers.0.state"].update(data_offsets=[-72, 0])), "does not match its tensors"),
 }
 
 
